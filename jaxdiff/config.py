@@ -1,0 +1,215 @@
+"""The configuration of each model, as frozen dataclasses that read and write the Hugging Face `config.json` of the same model.
+
+A key missing from a file takes the default that the PyTorch class of the same name gives it, and keys that only
+PyTorch needs are ignored, so that every published file of a supported architecture opens.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+
+class ConfigError(ValueError):
+    """A configuration that is unreadable or describes what this library does not build."""
+
+
+def _frozen(value: Any) -> Any:
+    """Lists become tuples, so that a config is hashable and may be static under `jit`."""
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Base: reading from and writing to the dict of a `config.json`."""
+
+    CLASS_NAME: ClassVar[str] = ""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        names = {f.name for f in dataclasses.fields(cls)}
+        # null means "the default" in these files, but for the few fields whose own default is None.
+        return cls(**{k: _frozen(v) for k, v in values.items() if k in names and v is not None})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read one JSON file; raises ConfigError in one sentence naming the file."""
+        return cls.from_dict(read_json(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"_class_name": self.CLASS_NAME, **dataclasses.asdict(self)}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """One JSON object from a file; raises ConfigError naming the file and what is wrong with it."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: is the folder a complete diffusers folder?") from None
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path} cannot be read as JSON ({e}): download or save it again.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, not a JSON object: download or save it again.")
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(Config):
+    """CLIP text encoder (Radford et al. 2021, section 2.4); defaults are ViT-L/14's, which Stable Diffusion 1.x uses."""
+
+    CLASS_NAME: ClassVar[str] = "CLIPTextModel"
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77  # tokens of one prompt, start and end tokens included
+    hidden_act: str = "quick_gelu"  # or "gelu" (OpenCLIP)
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+    with_projection: bool = False  # whether pooled output goes through `text_projection`
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407  # 2 in old files: then the highest id in the row marks the end
+    pad_token_id: int = 1  # as the file says; padding itself is the tokenizer's affair
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        projected = any("WithProjection" in a for a in values.get("architectures") or ())
+        return super().from_dict({"with_projection": projected, **values})
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        projected = values.pop("with_projection")
+        return {
+            "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
+            "model_type": "clip_text_model",
+            **values,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig(Config):
+    """CLIP vision transformer (Radford et al. 2021, section 2.4)."""
+
+    CLASS_NAME: ClassVar[str] = "CLIPVisionModelWithProjection"
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224  # pixels, square
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "architectures": [self.CLASS_NAME],
+            "model_type": "clip_vision_model",
+            **dataclasses.asdict(self),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(Config):
+    """Denoising UNet of latent diffusion (Rombach et al. 2022, appendix E); defaults are diffusers' own."""
+
+    CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
+    sample_size: int = 64  # latent height and width drawn by default
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    # Despite its name, the *number of heads* of each level; `num_attention_heads` wins where a file gives it.
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    only_cross_attention: bool | tuple[bool, ...] = False
+    cross_attention_dim: int = 1280
+    use_linear_projection: bool = False  # 1x1 convolution otherwise
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    act_fn: str = "silu"
+    downsample_padding: int = 1
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    center_input_sample: bool = False
+    # Extra conditions added to the time embedding.
+    class_embed_type: str | None = None  # None with num_class_embeds: a table; "timestep", "identity", "projection"
+    num_class_embeds: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    addition_embed_type: str | None = None  # "text_time": SDXL's pooled text and time ids
+    addition_time_embed_dim: int | None = None
+    time_cond_proj_dim: int | None = None  # guidance embedding of distilled models
+
+    @property
+    def heads(self) -> int | tuple[int, ...]:
+        return self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig(Config):
+    """Autoencoder of latent diffusion (Rombach et al. 2022, section 3.1); defaults are diffusers' own."""
+
+    CLASS_NAME: ClassVar[str] = "AutoencoderKL"
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32  # pixels
+    scaling_factor: float = 0.18215  # latents = (mean - shift_factor) * scaling_factor
+    shift_factor: float | None = None
+    force_upcast: bool = True  # decoding in half precision overflows (SDXL)
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig(Config):
+    """`scheduler_config.json`. None means that the default of the scheduler's class holds: see diffusion/times.py."""
+
+    CLASS_NAME: ClassVar[str] = "DDIMScheduler"
+    class_name: str = "DDIMScheduler"  # the file's `_class_name`
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"  # "linear", "scaled_linear", "squaredcos_cap_v2"; "flow" for rectified flow
+    trained_betas: tuple[float, ...] | None = None
+    prediction_type: str = "epsilon"  # "epsilon", "v_prediction", "sample", "flow_prediction"
+    timestep_spacing: str | None = None  # "leading", "trailing", "linspace"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True  # DDIM, DDPM, PNDM: whether the last step goes to alpha 1
+    final_sigmas_type: str = "zero"  # or "sigma_min"
+    use_karras_sigmas: bool = False
+    rescale_betas_zero_snr: bool = False
+    clip_sample: bool | None = None
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    variance_type: str | None = None
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    solver_order: int = 2
+    shift: float = 1.0  # rectified flow: t -> shift t / (1 + (shift - 1) t)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        return super().from_dict({"class_name": values.get("_class_name", cls.class_name), **values})
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return {"_class_name": values.pop("class_name"), **values}

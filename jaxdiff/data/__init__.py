@@ -1,0 +1,1 @@
+"""Captioned pictures: folders in, batches out."""

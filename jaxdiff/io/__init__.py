@@ -1,0 +1,1 @@
+"""Files: pretrained weights, training checkpoints, pictures."""

@@ -1,0 +1,1 @@
+"""Flax modules of the networks. They know no noise, file or device."""

@@ -1,0 +1,1 @@
+"""Training: state, losses, the loop."""
