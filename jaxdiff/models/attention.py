@@ -1,0 +1,66 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, equation 1) in a form that suits each platform."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.typing import Array
+
+# From this many queries on, the scores of one head no longer fit the cache of a CPU and are made a chunk at a time.
+CHUNK_FROM = 1024
+CHUNK = 256
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """[B, N, heads * d] -> [B, N, heads, d]."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def attention(q: Array, k: Array, v: Array, heads: int, *, causal: bool = False) -> Array:
+    """softmax(q kᵀ / sqrt(d)) v for `heads` heads; softmax in float32.
+
+    Args:
+        q: queries [B, N, heads * d].
+        k, v: keys and values [B, M, heads * d].
+        heads: number of heads, a divisor of the width.
+        causal: whether query i sees keys 0..i only (then N = M).
+
+    Returns:
+        [B, N, heads * d] in the type of q.
+    """
+    shape = q.shape
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
+    fused = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+    if causal or shape[1] < CHUNK_FROM or shape[1] % CHUNK:
+        out = fused(q, k, v)
+    else:
+        out = jax.lax.platform_dependent(q, k, v, cpu=_chunked, default=fused)
+    return out.reshape(shape)
+
+
+def _chunked(q: Array, k: Array, v: Array) -> Array:
+    """The same function of [B, N, H, d] with scores of one head and CHUNK queries in memory at a time.
+
+    Two-dimensional products run at a CPU's matrix speed, and the scores stay in its cache; the peak is
+    CHUNK * M floats instead of B * H * N * M. Checkpointed, so that the gradient is bounded in the same way.
+    """
+    b, n, h, d = q.shape
+    q = q * jnp.asarray(d**-0.5, q.dtype)
+    rows = q.transpose(0, 2, 1, 3).reshape(b * h, n // CHUNK, CHUNK, d)
+    keys, values = (x.transpose(0, 2, 1, 3).reshape(b * h, -1, d) for x in (k, v))
+
+    @jax.checkpoint
+    def one_chunk(chunk, key, value):
+        scores = jnp.matmul(chunk, key.T, preferred_element_type=jnp.float32)
+        # Unnormalised weights, divided after the product: d columns to divide instead of M.
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        out = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        return (out / weights.sum(-1, keepdims=True)).astype(value.dtype)
+
+    def one_head(head):
+        chunks, key, value = head
+        return jax.lax.map(lambda chunk: one_chunk(chunk, key, value), chunks)
+
+    out = jax.lax.map(one_head, (rows, keys, values))  # [B*H, N/CHUNK, CHUNK, d]
+    return out.reshape(b, h, n, d).transpose(0, 2, 1, 3)

@@ -1,0 +1,117 @@
+"""CLIP's text and vision encoders (Radford et al. 2021), with the layout of transformers' CLIPTextModel and CLIPVisionModel."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, ConfigError
+from jaxdiff.models.attention import attention
+from jaxdiff.models.layers import ACTIVATIONS
+from jaxdiff.typing import Array
+
+
+class TextOutput(NamedTuple):
+    last_hidden_state: Array  # [B, L, D], after the final norm
+    pooled: Array  # [B, D], the last hidden state at the end-of-text token
+    projected: Array | None  # [B, P], `pooled` through text_projection where the model has one
+    hidden_states: tuple[Array, ...]  # layers + 1 of [B, L, D], before the final norm; [0] is the embedding
+
+
+class CLIPLayer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, dtype, width = self.config, self.dtype, self.config.hidden_size
+        h = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="layer_norm1")(x)
+        q, k, v = (nn.Dense(width, dtype=dtype, name=f"self_attn_{n}_proj")(h) for n in "qkv")
+        h = attention(q, k, v, c.num_attention_heads, causal=self.causal)
+        x = x + nn.Dense(width, dtype=dtype, name="self_attn_out_proj")(h)
+        h = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="layer_norm2")(x)
+        h = ACTIVATIONS[c.hidden_act](nn.Dense(c.intermediate_size, dtype=dtype, name="mlp_fc1")(h))
+        return x + nn.Dense(width, dtype=dtype, name="mlp_fc2")(h)
+
+
+class CLIPEncoder(nn.Module):
+    """The layers one after the other; returns the input and every layer's output."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, ...]:
+        if self.config.hidden_act not in ACTIVATIONS:
+            raise ConfigError(f"hidden_act {self.config.hidden_act!r} is unknown; known are {', '.join(ACTIVATIONS)}.")
+        cls = nn.remat(CLIPLayer) if self.remat else CLIPLayer
+        states = [x]
+        for i in range(self.config.num_hidden_layers):
+            states.append(cls(self.config, self.causal, self.dtype, name=f"layers_{i}")(states[-1]))
+        return tuple(states)
+
+
+class CLIPTextModel(nn.Module):
+    """Token ids -> one vector a token, each seeing only the tokens before it (causal)."""
+
+    config: CLIPTextConfig
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> TextOutput:
+        """tokens [B, L] int32, L at most max_position_embeddings."""
+        c, dtype = self.config, self.dtype
+        init = nn.initializers.normal(0.02)
+        if tokens.shape[1] > c.max_position_embeddings:
+            raise ValueError(f"{tokens.shape[1]} tokens; this text encoder has {c.max_position_embeddings} positions.")
+        embed = dict(features=c.hidden_size, embedding_init=init, dtype=dtype)
+        x = nn.Embed(c.vocab_size, **embed, name="embeddings_token_embedding")(tokens)
+        positions = jnp.arange(tokens.shape[1])
+        x = x + nn.Embed(c.max_position_embeddings, **embed, name="embeddings_position_embedding")(positions)
+        states = CLIPEncoder(c, True, self.remat, dtype, name="encoder")(x)
+        last = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="final_layer_norm")(states[-1])
+        # Old files say eos_token_id 2, which no tokenizer makes; the end is then the highest id of the row.
+        ends = tokens if c.eos_token_id == 2 else tokens == c.eos_token_id
+        pooled = last[jnp.arange(len(tokens)), jnp.argmax(ends, -1)]
+        projected = None
+        if c.with_projection:
+            projected = nn.Dense(c.projection_dim, use_bias=False, dtype=dtype, name="text_projection")(pooled)
+        return TextOutput(last, pooled, projected, states)
+
+
+class CLIPVisionModel(nn.Module):
+    """Pictures -> one vector a picture in the space shared with the text (Dosovitskiy et al. 2021 for the architecture)."""
+
+    config: CLIPVisionConfig
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: Array) -> Array:
+        """pixels [B, S, S, 3], normalised by CLIP's mean and deviation, S = image_size -> [B, projection_dim]."""
+        c, dtype, patch = self.config, self.dtype, (self.config.patch_size,) * 2
+        init = nn.initializers.normal(0.02)
+        embed = nn.Conv(
+            c.hidden_size, patch, patch, "VALID", use_bias=False, dtype=dtype, name="embeddings_patch_embedding"
+        )
+        x = embed(pixels.astype(dtype)).reshape(pixels.shape[0], -1, c.hidden_size)
+        cls = self.param("embeddings_class_embedding", init, (c.hidden_size,)).astype(dtype)
+        x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, c.hidden_size)), x], 1)
+        positions = nn.Embed(
+            (c.image_size // c.patch_size) ** 2 + 1,
+            c.hidden_size,
+            embedding_init=init,
+            dtype=dtype,
+            name="embeddings_position_embedding",
+        )
+        x = x + positions(jnp.arange(x.shape[1]))
+        x = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="pre_layrnorm")(x)
+        x = CLIPEncoder(c, False, self.remat, dtype, name="encoder")(x)[-1][:, 0]
+        x = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="post_layernorm")(x)
+        return nn.Dense(c.projection_dim, use_bias=False, dtype=dtype, name="visual_projection")(x)

@@ -1,0 +1,191 @@
+"""The pieces that the UNet and the autoencoder share. Submodules bear the names of the PyTorch checkpoints."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxdiff.models.attention import attention
+from jaxdiff.typing import Array
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+
+
+def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Array:
+    """Sinusoids of t at `dim / 2` frequencies from 1 down to 1/10000 (Vaswani et al. 2017, section 3.5).
+
+    Args:
+        t: times [B], in units of training steps; may be fractional.
+        dim: even width of the embedding.
+        flip_sin_to_cos: cosines first.
+        freq_shift: subtracted from the number of frequencies in the exponent's denominator.
+
+    Returns:
+        [B, dim] float32.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = jnp.asarray(t, jnp.float32)[:, None] * frequencies
+    pair = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.concatenate(pair, -1)
+
+
+def conv(features: int, dtype, name: str, *, size: int = 3, strides: int = 1, padding: int = 1, zero: bool = False):
+    """A square convolution with symmetric padding; `zero` starts it at zero, so that its branch starts as no change."""
+    init = nn.initializers.zeros if zero else nn.linear.default_kernel_init
+    pads = [(padding, padding)] * 2
+    return nn.Conv(features, (size, size), strides, pads, dtype=dtype, kernel_init=init, name=name)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two dense layers on sinusoids; `cond` [B, D] is added to them first (the guidance embedding of distilled models)."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, cond: Array | None = None) -> Array:
+        if cond is not None:
+            x = x + nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")(cond)
+        x = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x)
+        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(jax.nn.silu(x))
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3x3 convolutions with a skip (He et al. 2016), shifted by the time embedding between them."""
+
+    features: int
+    groups: int = 32
+    eps: float = 1e-5
+    act: str = "silu"
+    zero_init: bool = False  # start as the identity, as the UNet of Ho et al. 2020 does
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, temb: Array | None = None) -> Array:
+        """x [B, H, W, C], temb [B, D] or None -> [B, H, W, features]."""
+        act = ACTIVATIONS[self.act]
+        norm = dict(num_groups=self.groups, epsilon=self.eps, dtype=self.dtype)
+        h = conv(self.features, self.dtype, "conv1")(act(nn.GroupNorm(**norm, name="norm1")(x)))
+        if temb is not None:
+            h = h + nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(act(temb))[:, None, None]
+        h = conv(self.features, self.dtype, "conv2", zero=self.zero_init)(act(nn.GroupNorm(**norm, name="norm2")(h)))
+        if x.shape[-1] != self.features:
+            x = conv(self.features, self.dtype, "conv_shortcut", size=1, padding=0)(x)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2; `asymmetric` pads right and bottom only, as the autoencoder does."""
+
+    features: int
+    asymmetric: bool = False
+    padding: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.asymmetric:
+            x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+        return conv(self.features, self.dtype, "conv", strides=2, padding=0 if self.asymmetric else self.padding)(x)
+
+
+class Upsample(nn.Module):
+    """Each pixel doubled along both sides, then a 3x3 convolution."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
+        """x [B, H, W, C] -> [B, 2H, 2W, C]; `size` crops to an odd height or width that a skip connection has."""
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        if size is not None:
+            x = x[:, : size[0], : size[1]]
+        return conv(self.features, self.dtype, "conv")(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x [B, N, D] over a context [B, M, D'], or over itself."""
+
+    heads: int
+    bias: bool = False  # of the query, key and value projections
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array | None = None) -> Array:
+        context = x if context is None else context
+        width = x.shape[-1]
+        q, k, v = (
+            nn.Dense(width, use_bias=self.bias, dtype=self.dtype, name=name)(source)
+            for name, source in (("to_q", x), ("to_k", context), ("to_v", context))
+        )
+        return nn.Dense(width, dtype=self.dtype, name="to_out_0")(attention(q, k, v, self.heads))
+
+
+class FeedForward(nn.Module):
+    """GEGLU (Shazeer 2020): value * gelu(gate), four times as wide inside."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        value, gate = jnp.split(nn.Dense(8 * width, dtype=self.dtype, name="net_0_proj")(x), 2, -1)
+        return nn.Dense(width, dtype=self.dtype, name="net_2")(value * jax.nn.gelu(gate, approximate=False))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention over the text, feed-forward; each after a layer norm and added to its input."""
+
+    heads: int
+    only_cross_attention: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array) -> Array:
+        def norm(name):
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
+
+        first = context if self.only_cross_attention else None
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1")(x), first)
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(norm("norm2")(x), context)
+        return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
+
+
+class Transformer2D(nn.Module):
+    """A picture's positions as tokens through `layers` transformer blocks (Rombach et al. 2022, appendix E.2.1)."""
+
+    heads: int
+    layers: int = 1
+    groups: int = 32
+    linear: bool = False  # dense projections instead of 1x1 convolutions
+    only_cross_attention: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array) -> Array:
+        """x [B, H, W, C], context [B, L, D] -> [B, H, W, C]."""
+        b, h, w, c = x.shape
+        zeros = nn.initializers.zeros
+
+        def proj(name, **kwargs):
+            if self.linear:
+                return nn.Dense(c, dtype=self.dtype, name=name, **kwargs)
+            return nn.Conv(c, (1, 1), dtype=self.dtype, name=name, **kwargs)
+
+        tokens = proj("proj_in")(nn.GroupNorm(self.groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x))
+        tokens = tokens.reshape(b, h * w, c)
+        for i in range(self.layers):
+            block = TransformerBlock(
+                self.heads, self.only_cross_attention, dtype=self.dtype, name=f"transformer_blocks_{i}"
+            )
+            tokens = block(tokens, context)
+        return x + proj("proj_out", kernel_init=zeros)(tokens.reshape(b, h, w, c))

@@ -1,0 +1,140 @@
+"""A whole text-to-image model as one static value, and the pure functions of its encoders and decoder."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
+from jaxdiff.models.unet import UNet2DConditionModel
+from jaxdiff.models.vae import AutoencoderKL
+from jaxdiff.tokenizer import Tokenizer
+from jaxdiff.typing import Array, Key, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Networks, their configs and the tokenizer; hashable, hence static under `jit`. Holds no parameters."""
+
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    tokenizer: Tokenizer
+    scheduler: SchedulerConfig
+    vision_encoder: CLIPVisionModel | None = None  # for contrastive training and scoring; never drawn with
+
+    @property
+    def modules(self) -> dict:
+        """The Flax modules by their key in `params`."""
+        names = ("text_encoder", "unet", "vae", "vision_encoder")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+
+
+class Conditioning(NamedTuple):
+    """What the UNet is told of the prompt."""
+
+    embeddings: Array  # [B, L, D]
+    pooled: Array | None = None  # [B, P], SDXL
+    time_ids: Array | None = None  # [B, 6], SDXL: original height and width, crop top and left, target height and width
+
+
+def build(
+    text: CLIPTextConfig,
+    unet: UNetConfig,
+    vae: VAEConfig,
+    tokenizer: Tokenizer,
+    scheduler: SchedulerConfig,
+    vision: CLIPVisionConfig | None = None,
+    *,
+    dtype=jnp.float32,
+    remat: bool = False,
+) -> Model:
+    """A model of these configs that computes in `dtype`; `remat` recomputes activations in the backward pass."""
+    dtype = jnp.dtype(dtype)
+    return Model(
+        CLIPTextModel(text, remat, dtype),
+        UNet2DConditionModel(unet, remat, dtype),
+        AutoencoderKL(vae, remat, dtype),
+        tokenizer,
+        scheduler,
+        None if vision is None else CLIPVisionModel(vision, remat, dtype),
+    )
+
+
+def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
+    """Smallest inputs of each module, by its key in `params`; one shape is enough to know every parameter's."""
+    unet, vae = model.unet.config, model.vae.config
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    side = 2 ** (len(unet.block_out_channels) - 1)
+    inputs = {
+        "text_encoder": (array(1, 2, dtype=jnp.int32),),
+        "unet": (array(1, side, side, unet.in_channels), array(1), array(1, 2, unet.cross_attention_dim)),
+        "vae": (array(1, vae.factor, vae.factor, vae.in_channels),),
+    }
+    extra: list[jax.ShapeDtypeStruct | None] = [None] * 4  # pooled, time_ids, class_labels, guidance
+    if unet.addition_embed_type == "text_time":
+        assert unet.projection_class_embeddings_input_dim and unet.addition_time_embed_dim
+        pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+        extra[:2] = array(1, pooled), array(1, 6)
+    if unet.class_embed_type is None and unet.num_class_embeds is not None:
+        extra[2] = array(1, dtype=jnp.int32)
+    elif unet.class_embed_type is not None:
+        wide = {"identity": 4 * unet.block_out_channels[0], "timestep": None}
+        width = wide.get(unet.class_embed_type, unet.projection_class_embeddings_input_dim)
+        extra[2] = array(1) if width is None else array(1, width)
+    if unet.time_cond_proj_dim is not None:
+        extra[3] = array(1, unet.time_cond_proj_dim)
+    inputs["unet"] += tuple(extra)
+    if model.vision_encoder is not None:
+        size = model.vision_encoder.config.image_size
+        inputs["vision_encoder"] = (array(1, size, size, 3),)
+    return inputs
+
+
+def init_params(model: Model, key: Key) -> Params:
+    """Fresh float32 parameters of every module: {"text_encoder": …, "unet": …, "vae": …}."""
+    params = {}
+    for i, (name, shapes) in enumerate(example_inputs(model).items()):
+        zeros = [s if s is None else jnp.zeros(s.shape, s.dtype) for s in shapes]
+        params[name] = model.modules[name].init(jax.random.fold_in(key, i), *zeros)["params"]
+    return params
+
+
+def param_shapes(model: Model) -> Params:
+    """The tree of `init_params` as shapes and types, without allocating anything."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def encode_text(model: Model, params: Params, tokens: Array) -> Conditioning:
+    """Token ids [B, L] -> what the UNet attends to, embeddings [B, L, D]."""
+    output = model.text_encoder.apply({"params": params["text_encoder"]}, tokens)
+    return Conditioning(output.last_hidden_state)
+
+
+def encode(model: Model, params: Params, images: Array, key: Key | None = None) -> Array:
+    """Pictures to latents.
+
+    Args:
+        images: [B, H, W, 3] in [0, 1]; H and W multiples of the VAE's factor.
+        key: where given, latents are drawn from the encoder's Gaussian; else its mean is returned.
+
+    Returns:
+        [B, h, w, C] float32, scaled as the UNet expects them: (z - shift_factor) * scaling_factor.
+    """
+    c = model.vae.config
+    mean, logvar = model.vae.apply({"params": params["vae"]}, 2 * jnp.asarray(images) - 1, method="encode")
+    z = mean if key is None else mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    return (z - (c.shift_factor or 0.0)) * c.scaling_factor
+
+
+def decode(model: Model, params: Params, latents: Array) -> Array:
+    """Latents [B, h, w, C], scaled, to pictures [B, H, W, 3] float32 in [0, 1]."""
+    c = model.vae.config
+    z = jnp.asarray(latents, jnp.float32) / c.scaling_factor + (c.shift_factor or 0.0)
+    images = model.vae.apply({"params": params["vae"]}, z, method="decode")
+    return jnp.clip(images / 2 + 0.5, 0.0, 1.0)

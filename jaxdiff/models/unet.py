@@ -1,0 +1,208 @@
+"""The denoising UNet of latent diffusion (Rombach et al. 2022), with the layout of diffusers' UNet2DConditionModel."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxdiff.config import ConfigError, UNetConfig
+from jaxdiff.models.layers import (
+    ACTIVATIONS,
+    Downsample,
+    ResnetBlock,
+    TimestepEmbedding,
+    Transformer2D,
+    Upsample,
+    conv,
+    timestep_embedding,
+)
+from jaxdiff.typing import Array
+
+BLOCKS = {  # block type -> whether it attends to the text
+    "DownBlock2D": False,
+    "UpBlock2D": False,
+    "UNetMidBlock2D": False,
+    "CrossAttnDownBlock2D": True,
+    "CrossAttnUpBlock2D": True,
+    "UNetMidBlock2DCrossAttn": True,
+}
+
+
+def attends(block_type: str) -> bool:
+    if block_type not in BLOCKS:
+        raise ConfigError(f"unet/config.json names the block {block_type!r}; known are {', '.join(BLOCKS)}.")
+    return BLOCKS[block_type]
+
+
+def per_level(value, levels: int) -> tuple:
+    """A setting given once or per level, as one value per level."""
+    return tuple(value) if isinstance(value, tuple) else (value,) * levels
+
+
+class UNetBlock(nn.Module):
+    """One level of the UNet, going down or up: resnets, each followed by a transformer if the level attends.
+
+    Going down, `skips` collects every output; going up, each resnet first takes the last skip off the list.
+    """
+
+    config: UNetConfig
+    level: int  # index into the per-level settings of the config
+    layers: int
+    attend: bool
+    up: bool = False
+    resample: bool = True  # whether a down- or up-sampling layer ends the level
+    remat: bool = False  # recompute activations in the backward pass
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, temb: Array, context: Array, skips: list[Array]) -> Array:
+        c = self.config
+        features = c.block_out_channels[self.level]
+        for j in range(self.layers):
+            if self.up:
+                x = jnp.concatenate([x, skips.pop()], -1)
+            x = resnet(c, features, f"resnets_{j}", self.remat, self.dtype)(x, temb)
+            if self.attend:
+                x = transformer(c, self.level, f"attentions_{j}", self.remat, self.dtype)(x, context)
+            if not self.up:
+                skips.append(x)
+        if self.resample and self.up:
+            x = Upsample(features, self.dtype, name="upsamplers_0")(x, skips[-1].shape[1:3])
+        elif self.resample:
+            x = Downsample(features, padding=c.downsample_padding, dtype=self.dtype, name="downsamplers_0")(x)
+            skips.append(x)
+        return x
+
+
+class UNetMidBlock(nn.Module):
+    """The lowest level: resnet, transformer, resnet."""
+
+    config: UNetConfig
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, temb: Array, context: Array) -> Array:
+        c = self.config
+        x = resnet(c, x.shape[-1], "resnets_0", self.remat, self.dtype)(x, temb)
+        if attends(c.mid_block_type):
+            last = len(c.block_out_channels) - 1
+            x = transformer(c, last, "attentions_0", self.remat, self.dtype)(x, context)
+        return resnet(c, x.shape[-1], "resnets_1", self.remat, self.dtype)(x, temb)
+
+
+def resnet(c: UNetConfig, features: int, name: str, remat: bool, dtype) -> ResnetBlock:
+    cls = nn.remat(ResnetBlock) if remat else ResnetBlock
+    return cls(features, c.norm_num_groups, c.norm_eps, c.act_fn, zero_init=True, dtype=dtype, name=name)
+
+
+def transformer(c: UNetConfig, level: int, name: str, remat: bool, dtype) -> Transformer2D:
+    levels = len(c.block_out_channels)
+    cls = nn.remat(Transformer2D) if remat else Transformer2D
+    return cls(
+        per_level(c.heads, levels)[level],
+        per_level(c.transformer_layers_per_block, levels)[level],
+        c.norm_num_groups,
+        c.use_linear_projection,
+        per_level(c.only_cross_attention, levels)[level],
+        dtype=dtype,
+        name=name,
+    )
+
+
+class UNet2DConditionModel(nn.Module):
+    """Predicts from a noised latent, its time and the text what the noise schedule's prediction type asks for."""
+
+    config: UNetConfig
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        t: Array,
+        embeddings: Array,
+        pooled: Array | None = None,
+        time_ids: Array | None = None,
+        class_labels: Array | None = None,
+        guidance: Array | None = None,
+    ) -> Array:
+        """The network's output for one time or one time a sample.
+
+        Args:
+            x: noised latents [B, h, w, in_channels].
+            t: time in training steps, scalar or [B], possibly fractional.
+            embeddings: text [B, L, cross_attention_dim].
+            pooled, time_ids: pooled text [B, P] and sizes and crops [B, 6], where `addition_embed_type` is "text_time".
+            class_labels: [B], where the config has class embeddings (the x4 upscaler's noise level).
+            guidance: guidance embedding [B, time_cond_proj_dim] of distilled models.
+
+        Returns:
+            [B, h, w, out_channels] in the compute type.
+        """
+        c, dtype = self.config, self.dtype
+        context = embeddings.astype(dtype)
+        if c.center_input_sample:
+            x = 2 * x - 1
+        temb = self.embed(jnp.broadcast_to(t, x.shape[:1]), pooled, time_ids, class_labels, guidance)
+        levels = len(c.block_out_channels)
+        layers = per_level(c.layers_per_block, levels)
+
+        x = conv(c.block_out_channels[0], dtype, "conv_in")(x.astype(dtype))
+        skips = [x]
+        for i, kind in enumerate(c.down_block_types):
+            x = UNetBlock(
+                c, i, layers[i], attends(kind), resample=i < levels - 1, **self.rest(), name=f"down_blocks_{i}"
+            )(x, temb, context, skips)
+        x = UNetMidBlock(c, **self.rest(), name="mid_block")(x, temb, context)
+        for i, kind in enumerate(c.up_block_types):
+            level = levels - 1 - i
+            x = UNetBlock(
+                c, level, layers[level] + 1, attends(kind), True, level > 0, **self.rest(), name=f"up_blocks_{i}"
+            )(x, temb, context, skips)
+        x = nn.GroupNorm(c.norm_num_groups, epsilon=c.norm_eps, dtype=dtype, name="conv_norm_out")(x)
+        return conv(c.out_channels, dtype, "conv_out", zero=True)(ACTIVATIONS[c.act_fn](x))
+
+    def rest(self) -> dict:
+        return {"remat": self.remat, "dtype": self.dtype}
+
+    @nn.nowrap
+    def sinusoids(self, t: Array, dim: int) -> Array:
+        c = self.config
+        return timestep_embedding(t, dim, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift).astype(self.dtype)
+
+    def embed(self, t, pooled, time_ids, class_labels, guidance) -> Array:
+        """Time, and what the config adds to it, as one embedding [B, 4 * block_out_channels[0]]."""
+        c, dtype = self.config, self.dtype
+        width = 4 * c.block_out_channels[0]
+        temb = TimestepEmbedding(width, dtype, name="time_embedding")(
+            self.sinusoids(t, c.block_out_channels[0]), guidance
+        )
+        if c.class_embed_type is not None or c.num_class_embeds is not None:
+            if class_labels is None:
+                raise ValueError("this UNet has class embeddings: class_labels [B] are needed.")
+            temb = temb + self.embed_class(class_labels, width)
+        if c.addition_embed_type == "text_time":
+            if pooled is None or time_ids is None:
+                raise ValueError("this UNet is of the SDXL family: pooled text and time_ids are needed.")
+            ids = self.sinusoids(time_ids.reshape(-1), c.addition_time_embed_dim).reshape(time_ids.shape[0], -1)
+            added = jnp.concatenate([pooled.astype(dtype), ids], -1)
+            temb = temb + TimestepEmbedding(width, dtype, name="add_embedding")(added)
+        elif c.addition_embed_type is not None:
+            raise ConfigError(f"addition_embed_type {c.addition_embed_type!r} is unknown; known is 'text_time'.")
+        return temb
+
+    def embed_class(self, labels: Array, width: int) -> Array:
+        kind, name = self.config.class_embed_type, "class_embedding"
+        if kind is None:
+            return nn.Embed(self.config.num_class_embeds, width, dtype=self.dtype, name=name)(labels)
+        if kind == "identity":
+            return labels.astype(self.dtype)
+        if kind == "timestep":
+            labels = self.sinusoids(labels, self.config.block_out_channels[0])
+        elif kind == "simple_projection":
+            return nn.Dense(width, dtype=self.dtype, name=name)(labels)
+        elif kind != "projection":
+            raise ConfigError(
+                f"class_embed_type {kind!r} is unknown; known are null, 'timestep', 'identity', 'projection'."
+            )
+        return TimestepEmbedding(width, self.dtype, name=name)(labels)
