@@ -1,4 +1,4 @@
-"""The configuration of each model, as frozen dataclasses that read and write the Hugging Face `config.json` of the same model.
+"""The configuration of each model: frozen dataclasses that read and write the Hugging Face `config.json` of it.
 
 A key missing from a file takes the default that the PyTorch class of the same name gives it, and keys that only
 PyTorch needs are ignored, so that every published file of a supported architecture opens.
@@ -55,7 +55,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig(Config):
-    """CLIP text encoder (Radford et al. 2021, section 2.4); defaults are ViT-L/14's, which Stable Diffusion 1.x uses."""
+    """CLIP text encoder (Radford et al. 2021, section 2.4); defaults are transformers' own."""
 
     CLASS_NAME: ClassVar[str] = "CLIPTextModel"
     vocab_size: int = 49408

@@ -1,4 +1,4 @@
-"""CLIP's text and vision encoders (Radford et al. 2021), with the layout of transformers' CLIPTextModel and CLIPVisionModel."""
+"""CLIP's text and vision encoders (Radford et al. 2021), laid out as in transformers."""
 
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ class CLIPTextModel(nn.Module):
         init = nn.initializers.normal(0.02)
         if tokens.shape[1] > c.max_position_embeddings:
             raise ValueError(f"{tokens.shape[1]} tokens; this text encoder has {c.max_position_embeddings} positions.")
-        embed = dict(features=c.hidden_size, embedding_init=init, dtype=dtype)
+        embed = {"features": c.hidden_size, "embedding_init": init, "dtype": dtype}
         x = nn.Embed(c.vocab_size, **embed, name="embeddings_token_embedding")(tokens)
         positions = jnp.arange(tokens.shape[1])
         x = x + nn.Embed(c.max_position_embeddings, **embed, name="embeddings_position_embedding")(positions)
@@ -86,7 +86,7 @@ class CLIPTextModel(nn.Module):
 
 
 class CLIPVisionModel(nn.Module):
-    """Pictures -> one vector a picture in the space shared with the text (Dosovitskiy et al. 2021 for the architecture)."""
+    """Pictures -> one vector a picture in the space shared with the text (Dosovitskiy et al. 2021)."""
 
     config: CLIPVisionConfig
     remat: bool = False

@@ -45,7 +45,7 @@ def conv(features: int, dtype, name: str, *, size: int = 3, strides: int = 1, pa
 
 
 class TimestepEmbedding(nn.Module):
-    """Two dense layers on sinusoids; `cond` [B, D] is added to them first (the guidance embedding of distilled models)."""
+    """Two dense layers on sinusoids; `cond` [B, D], the guidance of distilled models, is added to them first."""
 
     features: int
     dtype: jnp.dtype = jnp.float32
@@ -72,7 +72,7 @@ class ResnetBlock(nn.Module):
     def __call__(self, x: Array, temb: Array | None = None) -> Array:
         """x [B, H, W, C], temb [B, D] or None -> [B, H, W, features]."""
         act = ACTIVATIONS[self.act]
-        norm = dict(num_groups=self.groups, epsilon=self.eps, dtype=self.dtype)
+        norm = {"num_groups": self.groups, "epsilon": self.eps, "dtype": self.dtype}
         h = conv(self.features, self.dtype, "conv1")(act(nn.GroupNorm(**norm, name="norm1")(x)))
         if temb is not None:
             h = h + nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(act(temb))[:, None, None]

@@ -78,7 +78,8 @@ def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
     }
     extra: list[jax.ShapeDtypeStruct | None] = [None] * 4  # pooled, time_ids, class_labels, guidance
     if unet.addition_embed_type == "text_time":
-        assert unet.projection_class_embeddings_input_dim and unet.addition_time_embed_dim
+        assert unet.projection_class_embeddings_input_dim
+        assert unet.addition_time_embed_dim
         pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
         extra[:2] = array(1, pooled), array(1, 6)
     if unet.class_embed_type is None and unet.num_class_embeds is not None:

@@ -40,7 +40,7 @@ class VAEMidBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        b, h, w, c = x.shape
+        c = x.shape[-1]
         x = resnet(self.config, c, "resnets_0", self.remat, self.dtype)(x)
         if self.config.mid_block_add_attention:
             x = x + VAEAttention(self.config.norm_num_groups, self.dtype, name="attentions_0")(x)
@@ -119,7 +119,7 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = nn.Conv(c.latent_channels, (1, 1), dtype=self.dtype)
 
     def encode(self, images: Array) -> tuple[Array, Array]:
-        """[B, H, W, 3] in [-1, 1] -> mean and log-variance (clamped to [-30, 20]) [B, h, w, latent_channels], float32."""
+        """[B, H, W, 3] in [-1, 1] -> mean and log-variance in [-30, 20], float32 [B, h, w, latent_channels]."""
         moments = self.encoder(images)
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)

@@ -1,0 +1,177 @@
+"""Tensors of PyTorch checkpoints <-> parameter trees.
+
+Modules bear the names that they have in diffusers and transformers, so one rule maps every tensor: the path's parts
+joined by dots, lists numbered (`resnets_0` -> `resnets.0`), PART_NAMES where a part spans several PyTorch modules,
+and `weight` for what Flax calls kernel, scale or embedding. Layouts differ in two places: convolution kernels are
+[H, W, in, out] here and [out, in, H, W] there, dense kernels [in, out] here and [out, in] there.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxdiff.typing import Params
+
+LISTS = (
+    "attentions",
+    "down_blocks",
+    "downsamplers",
+    "layers",
+    "resnets",
+    "transformer_blocks",
+    "up_blocks",
+    "upsamplers",
+)
+PART_NAMES = {  # our part of a path -> PyTorch's
+    "to_out_0": "to_out.0",
+    "net_0_proj": "net.0.proj",
+    "net_2": "net.2",
+    "mlp_fc1": "mlp.fc1",
+    "mlp_fc2": "mlp.fc2",
+    "self_attn_q_proj": "self_attn.q_proj",
+    "self_attn_k_proj": "self_attn.k_proj",
+    "self_attn_v_proj": "self_attn.v_proj",
+    "self_attn_out_proj": "self_attn.out_proj",
+    "embeddings_token_embedding": "embeddings.token_embedding",
+    "embeddings_position_embedding": "embeddings.position_embedding",
+    "embeddings_patch_embedding": "embeddings.patch_embedding",
+    "embeddings_class_embedding": "embeddings.class_embedding",
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+}
+OLD_NAMES = {  # names in older files -> today's
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}
+IGNORED = ("position_ids",)  # buffers that older files carry as if they were weights
+# transformers puts these before every name but the projection's, in some versions and not in others.
+PREFIXES = ("text_model.", "vision_model.")
+
+
+class WeightsError(ValueError):
+    """Weights that are missing, unreadable, or do not fit the model's configuration."""
+
+
+def tensor_name(path: tuple[str, ...]) -> str:
+    """The PyTorch name of a parameter.
+
+    >>> tensor_name(("down_blocks_0", "attentions_1", "transformer_blocks_0", "attn1", "to_out_0", "kernel"))
+    'down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0.weight'
+    """
+    parts = []
+    for part in path:
+        stem, _, number = part.rpartition("_")
+        parts.append(f"{stem}.{number}" if stem in LISTS else PART_NAMES.get(part, part))
+    return ".".join(parts)
+
+
+def current_name(name: str) -> str:
+    """A tensor's name in a file, without the prefixes and old words that only some versions write.
+
+    >>> current_name("text_model.final_layer_norm.bias"), current_name("decoder.mid_block.attentions.0.query.bias")
+    ('final_layer_norm.bias', 'decoder.mid_block.attentions.0.to_q.bias')
+    """
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
+
+
+def to_torch_layout(path: tuple[str, ...], x: np.ndarray) -> np.ndarray:
+    if path[-1] != "kernel":
+        return x
+    return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+
+
+def from_torch_layout(path: tuple[str, ...], x: np.ndarray) -> np.ndarray:
+    if path[-1] != "kernel":
+        return x
+    return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+
+
+def read_tensors(path: Path) -> tuple[dict[str, list[int]], Callable[[str], np.ndarray]]:
+    """Names and shapes in a safetensors file, and a function that reads one tensor.
+
+    The file is memory-mapped anew for each tensor, so that pages already copied leave memory at once.
+    """
+
+    def opened(action: Callable) -> Any:
+        try:
+            with safe_open(path, framework="np") as file:
+                return action(file)
+        except FileNotFoundError:
+            raise WeightsError(f"{path} is missing: is the folder a complete diffusers folder?") from None
+        except (SafetensorError, OSError) as e:
+            raise WeightsError(f"{path} is damaged or no safetensors file ({e}): fetch it again.") from None
+
+    shapes = opened(lambda file: {name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
+    return shapes, lambda name: opened(lambda file: file.get_tensor(name))
+
+
+def load_tensors(path: Path, target: Params, dtype: Any) -> Params:
+    """Read a file of PyTorch's weights into the tree `target` (of arrays or shapes).
+
+    Args:
+        path: a safetensors file.
+        target: the tree expected, as `param_shapes` gives it for one module.
+        dtype: type of the parameters returned.
+
+    Returns:
+        A tree like `target` of arrays on the default device.
+
+    Raises:
+        WeightsError: the file is missing or damaged, lacks a tensor, has one too many, or one of another shape.
+    """
+    shapes, read = read_tensors(path)
+    names = {current_name(name): name for name in shapes if not name.endswith(IGNORED)}
+    params = {}
+    for leaf_path, leaf in flatten_dict(target).items():
+        name = tensor_name(leaf_path)
+        if name not in names:
+            raise WeightsError(
+                f"{path} lacks the tensor {name} that its config.json calls for: do the two belong together?"
+            )
+        expected = to_torch_layout(leaf_path, np.broadcast_to(0, leaf.shape)).shape
+        found = tuple(shapes[names[name]])
+        if found != expected:
+            raise WeightsError(
+                f"{path}: tensor {name} has shape {list(found)}, its config.json calls for {list(expected)}: "
+                "the config and the weights are of different models."
+            )
+        x = from_torch_layout(leaf_path, read(names.pop(name)))
+        params[leaf_path] = jnp.asarray(np.array(x, dtype=dtype, order="C"))  # a copy: the file may change later
+    if names:
+        raise WeightsError(
+            f"{path} holds {len(names)} tensors that its config.json has no place for, first {min(names)}."
+        )
+    return unflatten_dict(params)
+
+
+def named_tensors(params: Params, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters by their PyTorch names and in PyTorch's layouts."""
+    for path, leaf in flatten_dict(params).items():
+        x = to_torch_layout(path, np.asarray(jax.device_get(leaf)))
+        yield tensor_name(path), np.ascontiguousarray(x if dtype is None else x.astype(dtype))
+
+
+def save_tensors(path: Path, params: Params, dtype: Any = None) -> None:
+    """Write one module's parameters as a safetensors file that PyTorch diffusers reads; whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(dict(named_tensors(params, dtype)), temporary, metadata={"format": "pt"})
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
