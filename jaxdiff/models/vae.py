@@ -55,8 +55,9 @@ class VAEAttention(nn.Module):
     def __call__(self, x: Array) -> Array:
         b, h, w, c = x.shape
         tokens = nn.GroupNorm(self.groups, epsilon=EPS, dtype=self.dtype, name="group_norm")(x).reshape(b, h * w, c)
-        # The projections' names stand directly under this module in the checkpoints.
-        return nn.share_scope(self, Attention(1, bias=True, dtype=self.dtype))(tokens).reshape(b, h, w, c)
+        attend = Attention(1, bias=True, dtype=self.dtype)
+        nn.share_scope(self, attend)  # in the checkpoints the projections stand beside the norm
+        return attend(tokens).reshape(b, h, w, c)
 
 
 def resnet(c: VAEConfig, features: int, name: str, remat: bool, dtype) -> ResnetBlock:
