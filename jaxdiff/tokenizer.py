@@ -1,0 +1,234 @@
+"""Prompts to token ids: the byte-pair encoding of CLIP (Radford et al. 2021, section 2.4; Sennrich et al. 2016).
+
+A `Tokenizer` holds the *contents* of a Hugging Face `tokenizer/` folder and lets transformers' `CLIPTokenizer` read
+them, so that ids are those of every published model. transformers takes a second to import, therefore on first use.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from absl import logging
+
+from jaxdiff.config import ConfigError, read_json
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+DEFAULT_LENGTH = 77  # tokens: what every published CLIP text encoder takes
+
+# Hub folders of transformers 4 hold the first four, those saved by transformers 5 the third and the last.
+_VOCAB, _MERGES, _CONFIG, _JSON = "vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"
+_FILES = (_VOCAB, _MERGES, _CONFIG, "special_tokens_map.json", "added_tokens.json", _JSON)
+
+# How CLIP cuts text into words before merging (Radford et al. 2021, the published `simple_tokenizer`).
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of a CLIP text encoder. Hashable and equal by content, so it may be static under `jit`.
+
+    Make one with `Tokenizer.load` or `train_bpe`.
+    """
+
+    files: Mapping[str, bytes] = dataclasses.field(repr=False, compare=False)  # file name -> content
+    max_length: int = DEFAULT_LENGTH  # tokens of one prompt, start and end included
+    digest: str = dataclasses.field(init=False)  # of all the files
+
+    def __post_init__(self) -> None:
+        content = hashlib.sha256()
+        for name, data in sorted(self.files.items()):
+            content.update(f"{name} {len(data)} ".encode() + data)
+        object.__setattr__(self, "digest", content.hexdigest()[:16])
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a `tokenizer/` folder, as transformers 4 or 5 wrote it.
+
+        Raises:
+          ConfigError: a file is missing or damaged; the sentence names it.
+        """
+        folder = Path(folder)
+        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+        config = read_json(folder / _CONFIG) if _CONFIG in files else {}
+        _check(folder, files, config)
+        length = config.get("model_max_length")
+        # transformers writes 1e30 for "not known".
+        return cls(files, int(length) if isinstance(length, int | float) and 2 <= length < 1e6 else DEFAULT_LENGTH)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files into `folder` (made if missing), where transformers' `CLIPTokenizer` opens them as well."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            if name in self.files:
+                partial = folder / f"{name}.tmp-{os.getpid()}"
+                partial.write_bytes(self.files[name])
+                partial.replace(folder / name)
+            else:  # a leftover of another tokenizer would be read together with these
+                (folder / name).unlink(missing_ok=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.files, self.max_length)  # the lazily opened tokenizer stays behind
+
+    @functools.cached_property
+    def _clip(self) -> Any:
+        from transformers import CLIPTokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            try:
+                return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            except Exception as e:  # whatever the version of transformers at hand raises
+                raise ConfigError(f"The tokenizer's files cannot be opened by transformers ({e}).") from e
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return len(self._clip)
+
+    @property
+    def bos_id(self) -> int:
+        return self._clip.bos_token_id
+
+    @property
+    def eos_id(self) -> int:
+        return self._clip.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        return self._clip.pad_token_id
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """Token ids int32 [B, max_length] of B prompts: start, text, end, padding.
+
+        A prompt too long is cut; a warning, once a prompt, shows what was left out.
+
+        Raises:
+          TypeError: `prompts` is not a sequence of strings.
+        """
+        if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+            raise TypeError(f"prompts must be a list of strings, not {prompts!r}.")
+        ids = np.full((len(prompts), self.max_length), self.pad_id, np.int32)
+        if not len(prompts):
+            return ids
+        # Lone surrogates (undecodable bytes of a command line) have no UTF-8 and no tokens.
+        texts = [p.encode("utf-8", "replace").decode() for p in prompts]
+        encoded = self._clip(texts, return_offsets_mapping=True, verbose=False)
+        for row, text, tokens, spans in zip(ids, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if len(tokens) > self.max_length:
+                _warn_cut(text[spans[self.max_length - 1][0] :], text, self.max_length)
+                tokens = [*tokens[: self.max_length - 1], self.eos_id]
+            row[: len(tokens)] = tokens
+        return ids
+
+
+@functools.lru_cache(maxsize=4096)  # a caption that is seen every epoch is reported once
+def _warn_cut(cut: str, prompt: str, max_length: int) -> None:
+    logging.warning(
+        "The text encoder reads %d tokens, start and end included; left out of the prompt %r: %r",
+        max_length,
+        prompt,
+        cut,
+    )
+
+
+def _check(folder: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the files hold a complete CLIP vocabulary."""
+    vocab: Any
+    if _VOCAB in files and _MERGES in files:
+        name, vocab = _VOCAB, read_json(folder / _VOCAB)
+        try:
+            lines = files[_MERGES].decode("utf-8").replace("\r", "").split("\n")
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{folder / _MERGES} is damaged ({e}): download or save it again.") from None
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    elif _JSON in files:
+        name, model = _JSON, read_json(folder / _JSON).get("model") or {}
+        vocab = model.get("vocab")
+        # One string "a b" up to tokenizers 0.19, a pair since.
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges") or ()]
+    else:
+        raise ConfigError(f"{folder} holds no CLIP vocabulary: put vocab.json and merges.txt there, or tokenizer.json.")
+    again = "download or save it again."
+    if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
+        raise ConfigError(f"{folder / name} is not a CLIP vocabulary (tokens with their ids): {again}")
+    if len(set(vocab.values())) != len(vocab):
+        raise ConfigError(f"{folder / name} gives one id to several tokens: {again}")
+    for key, default in (("bos_token", BOS), ("eos_token", EOS)):
+        token = config.get(key, default)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token not in vocab:
+            raise ConfigError(f"{folder / name} lacks the {key} {token!r}: it is not CLIP's, or damaged; {again}")
+    for pair in merges:
+        if len(pair) != 2 or not all(part in vocab for part in (*pair, "".join(pair))):
+            raise ConfigError(
+                f"The merge {' '.join(map(str, pair))!r} in {folder / (_MERGES if name == _VOCAB else name)} "
+                f"does not fit the vocabulary: {again}"
+            )
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int = DEFAULT_LENGTH) -> Tokenizer:
+    """Learn a vocabulary of CLIP's form from texts: lower case, bytes, words ending in `</w>`.
+
+    Ids are, as in CLIP: 256 bytes, the same 256 ending a word, the merges in the order learned, start, end. So every
+    text has an encoding. The same texts give the same vocabulary.
+
+    Args:
+      texts: the corpus; its letter case and white space do not matter.
+      vocab_size: ids at most; fewer come out when no pair occurs twice any more. See `Tokenizer.vocab_size`.
+      max_length: tokens of one prompt, start and end included.
+
+    Raises:
+      ConfigError: `vocab_size` leaves no room for the bytes, or `max_length` for a word.
+    """
+    from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    base = alphabet + [c + "</w>" for c in alphabet]
+    if vocab_size < len(base) + 2:
+        raise ConfigError(f"vocab_size must be {len(base) + 2} or more (bytes and special tokens), not {vocab_size}.")
+    if max_length < 3:
+        raise ConfigError(f"max_length must be 3 or more (start, a token, end), not {max_length}.")
+    backend = Backend(models.BPE(end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    # Naming the base as special tokens fixes its ids, by which the trainer breaks ties between equally frequent pairs.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        min_frequency=2,
+        special_tokens=base,  # type: ignore[arg-type]
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    pairs = json.loads(backend.to_str())["model"]["merges"]
+    tokens = [*base, *("".join(pair) for pair in pairs), BOS, EOS]
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": max_length,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "unk_token": EOS,
+    }
+    files = {
+        _VOCAB: json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False),
+        _MERGES: "\n".join(["#version: 0.2", *(" ".join(pair) for pair in pairs), ""]),
+        _CONFIG: json.dumps(config, indent=2),
+    }
+    return Tokenizer({name: text.encode("utf-8") for name, text in files.items()}, max_length)
