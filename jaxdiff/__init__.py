@@ -1,1 +1,35 @@
-"""Text-to-image diffusion in pure JAX and Flax."""
+"""Text-to-image diffusion in pure JAX and Flax.
+
+>>> import jaxdiff
+>>> model, params = jaxdiff.load("icons")  # doctest: +SKIP
+>>> images = jaxdiff.generate(model, params, ["a castle"], seed=0)  # doctest: +SKIP
+"""
+
+from jaxdiff.diffusion.sampling import sample
+from jaxdiff.diffusion.schedulers import SCHEDULERS, Scheduler, get_scheduler
+from jaxdiff.diffusion.times import Time, time_grid
+from jaxdiff.generate import denoiser, generate, initial_noise, tokenize
+from jaxdiff.io.pretrained import load, save
+from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text
+from jaxdiff.version import __version__
+
+__all__ = [
+    "SCHEDULERS",
+    "Conditioning",
+    "Model",
+    "Scheduler",
+    "Time",
+    "__version__",
+    "decode",
+    "denoiser",
+    "encode",
+    "encode_text",
+    "generate",
+    "get_scheduler",
+    "initial_noise",
+    "load",
+    "sample",
+    "save",
+    "time_grid",
+    "tokenize",
+]

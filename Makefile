@@ -1,0 +1,21 @@
+# PYTHON=.venv/bin/python by default; `make test PYTHON=python` uses the one on the path.
+PYTHON ?= .venv/bin/python
+
+.PHONY: check test test-all bench golden
+
+check:
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+test:
+	$(PYTHON) -m pytest -m "not slow" -q --durations=10
+
+test-all:
+	$(PYTHON) -m pytest -q --durations=20
+
+bench:
+	for script in benchmarks/bench_*.py; do $(PYTHON) $$script || exit 1; done
+
+golden:
+	$(PYTHON) -m tests.make_golden

@@ -1,0 +1,220 @@
+"""From prompts to pictures: the pure pieces, and `generate`, which puts them under one compiled program a device."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff import parallel
+from jaxdiff.diffusion.guidance import classifier_free
+from jaxdiff.diffusion.prediction import to_denoised
+from jaxdiff.diffusion.sampling import sample
+from jaxdiff.diffusion.schedulers import get_scheduler
+from jaxdiff.diffusion.schedules import at, noise_schedule
+from jaxdiff.diffusion.times import Time, default_scheduler, time_grid
+from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text
+from jaxdiff.typing import Array, Denoise, Key, Params
+
+
+def tokenize(model: Model, prompts: Sequence[str]) -> np.ndarray:
+    """Prompts to token ids int32 [B, L], cut at the text encoder's length with a warning. Host side."""
+    return model.tokenizer(list(prompts))
+
+
+def denoiser(
+    model: Model,
+    params: Params,
+    cond: Conditioning,
+    uncond: Conditioning | None = None,
+    guidance_scale: Array | float = 1.0,
+) -> Denoise:
+    """The network as a function (x, time) -> prediction of the clean latents x0, guided by the text.
+
+    Args:
+        model, params: the model and its parameters.
+        cond: what the UNet attends to for each of B pictures, as `encode_text` gives it.
+        uncond: the same for the negative prompts; None draws without guidance, at half the cost.
+        guidance_scale: w of x = uncond + w (cond - uncond) (Ho & Salimans 2022, equation 6), scalar or [B];
+            at 1 or less the negative prompt has no weight.
+
+    Returns:
+        denoise(x [B, h, w, C], time) -> float32 [B, h, w, C]; `time` is a `Time` or a plain time in training steps.
+        Both halves of the guidance go through the UNet as one batch.
+    """
+    schedule = noise_schedule(model.scheduler)
+    both = cond if uncond is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, uncond)
+
+    def denoise(x: Array, time: Time | Array | float) -> Array:
+        time = time if isinstance(time, Time) else at(schedule, time)
+        copies = 1 if uncond is None else 2
+        output = model.unet.apply(
+            {"params": params["unet"]}, jnp.concatenate([x] * copies), time.t, both.embeddings, both.pooled, both.time_ids
+        ).astype(jnp.float32)
+        if uncond is not None:
+            scale = jnp.reshape(jnp.maximum(guidance_scale, 1.0), (-1, 1, 1, 1))
+            output = classifier_free(*jnp.split(output, 2), scale)
+        return to_denoised(output, x, time, model.scheduler.prediction_type)
+
+    return denoise
+
+
+class _Plan(NamedTuple):
+    """What a compiled sampler depends on: everything here is static, everything else is traced."""
+
+    model: Model
+    scheduler: str
+    guided: bool
+    from_image: bool
+    frames: tuple[int, ...]  # steps whose prediction is decoded as well
+
+
+@functools.lru_cache(maxsize=64)
+def sampler(plan: _Plan, devices: tuple[jax.Device, ...]) -> Callable:
+    """The compiled program that draws: (shared arguments…, arguments of each picture…) -> pictures in [0, 1].
+
+    Shared: params, time grid [N + 1], scale of the first noise, first step. Per picture: tokens [B, L], negative
+    tokens [B, L], guidance scale [B], noise [B, h, w, C], keys [B], images [B, H, W, 3] (None from text alone).
+    """
+    model = plan.model
+
+    def draw(params, times, noise_scale, start, tokens, negative, guidance_scale, noise, keys, images):
+        cond = encode_text(model, params, tokens)
+        uncond = encode_text(model, params, negative) if plan.guided else None
+        denoise = denoiser(model, params, cond, uncond, guidance_scale)
+        if plan.from_image:
+            first = jax.tree.map(lambda a: a[start], times)
+            x = first.alpha * encode(model, params, images) + first.sigma * noise
+        else:
+            x, start = noise_scale * noise, None
+        scheduler = get_scheduler(plan.scheduler)
+        if not plan.frames:
+            return decode(model, params, sample(denoise, x, times, scheduler, keys, start=start))
+        x0, steps = sample(denoise, x, times, scheduler, keys, start=start, trajectory=True)
+        chosen = steps[np.array(plan.frames)]  # [F, B, h, w, C]
+        frames = decode(model, params, chosen.reshape(-1, *x0.shape[1:]))
+        return decode(model, params, x0), jnp.moveaxis(frames.reshape(*chosen.shape[:2], *frames.shape[1:]), 0, 1)
+
+    return parallel.pmap(draw, devices, shared=4)
+
+
+def picture_keys(seed: int | Sequence[int], count: int) -> Key:
+    """One key a picture: picture i of a call with seed s has key(s + i); a sequence of seeds is taken as it is."""
+    seeds = np.arange(count) + seed if isinstance(seed, int | np.integer) else np.asarray(seed)
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds % 2**32, jnp.uint32))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def initial_noise(keys: Key, shape: tuple[int, ...]) -> Array:
+    """Unit Gaussian latents [B, *shape] float32, each drawn from its own key only."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
+
+
+def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """(h, w, C) of a picture's latents; raises ValueError if the VAE's factor does not divide height or width."""
+    unet, factor = model.unet.config, model.vae.config.factor
+    sizes = []
+    for name, pixels in (("height", height), ("width", width)):
+        pixels = unet.sample_size * factor if pixels is None else pixels
+        if pixels < factor or pixels % factor:
+            raise ValueError(f"{name} {pixels} must be a positive multiple of {factor}, the VAE's factor.")
+        sizes.append(pixels // factor)
+    return sizes[0], sizes[1], unet.in_channels
+
+
+def as_batch(name: str, value: str | Sequence[str] | None, count: int) -> list[str]:
+    """A text for each picture: one text serves all."""
+    values = [value or ""] if value is None or isinstance(value, str) else list(value)
+    values = values * count if len(values) == 1 else values
+    if len(values) != count:
+        raise ValueError(f"{len(values)} {name} for {count} prompts: give one, or one a prompt.")
+    return values
+
+
+def as_images(image: Array, count: int, shape: tuple[int, int]) -> Array:
+    """One picture or a batch, uint8 or float in [0, 1], as float32 [B, H, W, 3] of the size drawn."""
+    image = np.asarray(image)
+    image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image.astype(np.float32)
+    image = np.broadcast_to(image, (count, *image.shape[-3:]))
+    if image.shape[1:] != (*shape, 3):
+        raise ValueError(f"image has shape {list(image.shape[1:])}, drawn are {[*shape, 3]}: resize it first.")
+    return image
+
+
+def generate(
+    model: Model,
+    params: Params,
+    prompts: str | Sequence[str],
+    negative_prompts: str | Sequence[str] | None = None,
+    *,
+    seed: int | Sequence[int] = 0,
+    steps: int = 25,
+    guidance_scale: float | Sequence[float] = 7.5,
+    scheduler: str | None = None,
+    spacing: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    noise: Array | None = None,
+    image: Array | None = None,
+    strength: float = 0.6,
+    frames: int = 0,
+    devices: Sequence[jax.Device] | None = None,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Draw one picture a prompt.
+
+    Compiled once for each batch size, picture size, type, scheduler and number of steps; prompts, seeds, noise,
+    guidance scale, spacing and strength are traced.
+
+    Args:
+        prompts: B prompts.
+        negative_prompts: what to steer away from: none, one for all, or one a prompt.
+        seed: picture i is drawn from key(seed + i), alone or in a batch, on one device or many; or a seed a picture.
+        steps: length of the time grid.
+        guidance_scale: weight of the prompt, for all or one a picture; 1 or less turns guidance off.
+        scheduler: a name of `SCHEDULERS`; None takes what the model's scheduler_config.json says.
+        spacing: of the time grid: "leading", "trailing", "linspace" or "karras"; None takes what the config says.
+        height, width: pixels, multiples of the VAE's factor; None takes the model's own size.
+        noise: unit Gaussian latents [B, h, w, C] to start from instead of those drawn from the seeds.
+        image: picture or pictures [B, H, W, 3] (uint8, or float in [0, 1]) to start from instead of pure noise.
+        strength: in (0, 1], the part of the steps that an `image` goes through (Meng et al. 2022, SDEdit).
+        frames: how many predictions of the finished picture along the way are returned as well.
+        devices: what to draw on, the batch divided over them; None takes all that this process has.
+
+    Returns:
+        uint8 [B, H, W, 3]; with `frames` = F > 0 also uint8 [B, F, H, W, 3], from first (rough) to last.
+
+    Raises:
+        ValueError: one sentence naming the argument and what it may be.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one.")
+    if steps < 1:
+        raise ValueError(f"steps {steps} must be at least 1.")
+    if noise is not None:
+        noise = np.asarray(noise, np.float32)
+        factor = model.vae.config.factor
+        height, width = height or noise.shape[1] * factor, width or noise.shape[2] * factor
+    count, shape = len(prompts), latent_shape(model, height, width)
+    if noise is not None and noise.shape != (count, *shape):
+        raise ValueError(f"noise has shape {list(noise.shape)}, drawn from are {[count, *shape]}.")
+    negative = as_batch("negative_prompts", negative_prompts, count)
+    scales = np.broadcast_to(np.asarray(guidance_scale, np.float32), (count,))
+    scheduler = default_scheduler(model.scheduler) if scheduler is None else scheduler
+    times, noise_scale = time_grid(model.scheduler, steps, scheduler, spacing)
+    start = 0
+    if image is not None:
+        start = steps - min(int(steps * strength), steps)
+        if not 0 < strength <= 1 or start == steps:
+            raise ValueError(f"strength {strength} must be in (0, 1] and leave at least one of {steps} steps.")
+        image = as_images(image, count, (shape[0] * model.vae.config.factor, shape[1] * model.vae.config.factor))
+    keys = picture_keys(seed, count)
+    noise = initial_noise(keys, shape) if noise is None else noise
+    chosen = np.unique(np.linspace(start, steps - 1, frames).round().astype(int)) if frames else ()
+    plan = _Plan(model, scheduler, bool((scales > 1).any()), image is not None, tuple(int(i) for i in chosen))
+    devices = tuple(jax.local_devices() if devices is None else devices)
+    each = (tokenize(model, prompts), tokenize(model, negative), scales, noise, keys, image)
+    drawn = sampler(plan, devices[:count])(params, times, noise_scale, np.int32(start), *each)
+    return jax.tree.map(lambda x: np.asarray(jnp.round(255 * x).astype(jnp.uint8)), drawn)
