@@ -72,11 +72,15 @@ def main() -> None:
             for _ in range(args.repeats)
         ]
     mine, other = (statistics.median(r) for r in zip(*rounds, strict=True))
-    flops, rate = step.cost_analysis()["flops"], matmul_rate()
+    flops, rate = step.cost_analysis()["flops"] / 1e9, matmul_rate() / 1e9
     print(f"SD 1.5 UNet step, float32, batch {args.batch}, latents {args.side}x{args.side}, {jax.default_backend()}")
-    print(f"  jaxdiff {mine:.2f} s, PyTorch diffusers {other:.2f} s, ratio {mine / other:.2f} (median of {args.repeats})")
+    print(
+        f"  jaxdiff {mine:.2f} s, PyTorch diffusers {other:.2f} s, ratio {mine / other:.2f} (median of {args.repeats})"
+    )
     print(f"  relative L2 error {error:.1e}; loading {loading:.1f} s, compiling {compiling:.1f} s")
-    print(f"  {flops / 1e9:.0f} GFLOP, {flops / mine / 1e9:.0f} GFLOP/s, {flops / mine / rate:.0%} of a matrix product's rate")
+    print(
+        f"  {flops:.0f} GFLOP, {flops / mine:.0f} GFLOP/s, {flops / mine / rate:.0%} of a matrix product's {rate:.0f}"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ TOKENS = [49406, 320, 1125, 539, 320, 2368] + [49407] * 71  # "a photo of a cat"
 
 
 def make(name: str, folder: Path) -> tuple[torch.nn.Module, Path]:
-    """A random model ("unet", "vae" or "text_encoder") in evaluation mode, and its weights as safetensors in `folder`."""
+    """A random model ("unet", "vae" or "text_encoder") for evaluation, and its safetensors file in `folder`."""
     torch.manual_seed(0)
     with torch.no_grad():
         model = {

@@ -1,4 +1,4 @@
-"""The PyTorch side of the comparisons: small random models of every kind, made by diffusers and transformers.
+"""The PyTorch side of the comparisons: the small networks as diffusers and transformers build and run them.
 
 Imported only by tests that have asked for torch with `pytest.importorskip`, and by `make_golden.py`.
 """
@@ -8,144 +8,54 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
-SMALL_UNET = {
-    "sample_size": 8,
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "attention_head_dim": 4,
-    "norm_num_groups": 8,
-    "cross_attention_dim": 24,
-}
-UNETS = {  # name -> config: every branch of the architecture once
-    "sd1": SMALL_UNET | {"layers_per_block": 2},
-    "sd2": SMALL_UNET | {"attention_head_dim": (2, 8), "use_linear_projection": True},
-    "sdxl": SMALL_UNET
-    | {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": (2, 4),
-        "transformer_layers_per_block": (1, 2),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + 20,
-    },
-    "upscaler": SMALL_UNET
-    | {"in_channels": 7, "num_class_embeds": 10, "only_cross_attention": (True, False), "use_linear_projection": True},
-    "inpainting": SMALL_UNET | {"in_channels": 9},
-    "distilled": SMALL_UNET | {"time_cond_proj_dim": 16, "flip_sin_to_cos": False, "freq_shift": 1},
-    "class_timestep": SMALL_UNET | {"class_embed_type": "timestep"},
-}
-VAES = {
-    "sd1": {
-        "block_out_channels": (16, 32, 32),
-        "layers_per_block": 2,
-        "norm_num_groups": 8,
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-    },
-    "sixteen_channels": {
-        "block_out_channels": (16, 32),
-        "norm_num_groups": 8,
-        "latent_channels": 16,
-        "shift_factor": 0.1,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "mid_block_add_attention": False,
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-    },
-}
-SMALL_TEXT = {
-    "vocab_size": 600,
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 16,
-    "bos_token_id": 598,
-    "eos_token_id": 599,
-}
-TEXTS = {
-    "vit_l": SMALL_TEXT,
-    "old_eos": SMALL_TEXT | {"eos_token_id": 2},
-    "openclip": SMALL_TEXT | {"hidden_act": "gelu", "projection_dim": 20, "with_projection": True},
-}
-SMALL_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-    "projection_dim": 20,
-}
+from tests import networks
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter drawn anew, so that none is zero or one and a forgotten one shows."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            fan_in = p[0].numel() if p.ndim > 1 else 4
-            p.copy_(torch.randn(p.shape, generator=generator) * fan_in**-0.5 + ("norm" in name and p.ndim == 1))
+@torch.no_grad()
+def drawn(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with the weights of `networks.draw`; some versions put a prefix before the names."""
+    for name, p in model.named_parameters():
+        name = name.removeprefix("text_model.").removeprefix("vision_model.")
+        p.copy_(torch.from_numpy(networks.draw(name, tuple(p.shape))))
     return model.eval()
 
 
 def unet(name: str) -> torch.nn.Module:
-    return randomise(UNet2DConditionModel(**UNETS[name]))
+    return drawn(UNet2DConditionModel(**networks.UNETS[name]))
 
 
 def vae(name: str) -> torch.nn.Module:
-    return randomise(AutoencoderKL(**VAES[name]))
+    return drawn(AutoencoderKL(**networks.VAES[name]))
 
 
 def text(name: str) -> torch.nn.Module:
-    values = dict(TEXTS[name])
+    values = dict(networks.TEXTS[name])
     cls = CLIPTextModelWithProjection if values.pop("with_projection", False) else CLIPTextModel
-    return randomise(cls(CLIPTextConfig(**values)))
+    return drawn(cls(CLIPTextConfig(**values)))
 
 
 def vision() -> torch.nn.Module:
-    return randomise(CLIPVisionModelWithProjection(CLIPVisionConfig(**SMALL_VISION)))
+    return drawn(CLIPVisionModelWithProjection(CLIPVisionConfig(**networks.SMALL_VISION)))
 
 
 def nchw(x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(x).transpose(0, 3, 1, 2)))
 
 
 def nhwc(x: torch.Tensor) -> np.ndarray:
     return x.detach().numpy().transpose(0, 2, 3, 1)
 
 
-def unet_inputs(config: dict, side: int = 8) -> dict[str, np.ndarray]:
-    """Random inputs of a UNet of this config, in the names and layout of jaxdiff."""
-    rng = np.random.default_rng(1)
-    inputs = {
-        "x": rng.standard_normal((2, side, side, config.get("in_channels", 4))),
-        "t": np.array([3.0, 761.5]),
-        "embeddings": rng.standard_normal((2, 7, config["cross_attention_dim"])),
-    }
-    if config.get("addition_embed_type"):
-        inputs["pooled"] = rng.standard_normal((2, 20))
-        inputs["time_ids"] = np.array([[64, 64, 0, 0, 64, 64], [32, 48, 8, 0, 64, 64.0]])
-    if config.get("time_cond_proj_dim"):
-        inputs["guidance"] = rng.standard_normal((2, config["time_cond_proj_dim"]))
-    inputs = {k: v.astype(np.float32) for k, v in inputs.items()}
-    if config.get("num_class_embeds"):
-        inputs["class_labels"] = np.array([3, 7], np.int32)
-    elif config.get("class_embed_type"):
-        inputs["class_labels"] = np.array([20.0, 350.0], np.float32)
-    return inputs
-
-
 @torch.no_grad()
-def run_unet(model: torch.nn.Module, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def run_unet(model: torch.nn.Module, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     get = {k: torch.from_numpy(v) for k, v in inputs.items() if k != "x"}
     added = {"text_embeds": get["pooled"], "time_ids": get["time_ids"]} if "pooled" in get else None
     output = model(
@@ -156,7 +66,42 @@ def run_unet(model: torch.nn.Module, inputs: dict[str, np.ndarray]) -> np.ndarra
         timestep_cond=get.get("guidance"),
         added_cond_kwargs=added,
     )
-    return nhwc(output.sample)
+    return {"output": nhwc(output.sample)}
+
+
+@torch.no_grad()
+def run_vae(model: torch.nn.Module, images: np.ndarray) -> dict[str, np.ndarray]:
+    gaussian = model.encode(nchw(images)).latent_dist
+    decoded = model.decode(gaussian.mean).sample
+    return {"mean": nhwc(gaussian.mean), "logvar": nhwc(gaussian.logvar), "decoded": nhwc(decoded)}
+
+
+@torch.no_grad()
+def run_text(model: torch.nn.Module, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    output = model(torch.from_numpy(tokens).long(), output_hidden_states=True)
+    pooled = {"projected": output.text_embeds} if "text_embeds" in output else {"pooled": output.pooler_output}
+    tensors = {"last_hidden_state": output.last_hidden_state, "second_to_last": output.hidden_states[-2], **pooled}
+    return {k: v.numpy() for k, v in tensors.items()}
+
+
+@torch.no_grad()
+def run_vision(model: torch.nn.Module, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    return {"image_embeds": model(nchw(pixels)).image_embeds.numpy()}
+
+
+def cases() -> dict[str, tuple]:
+    """Every comparison: "kind/name" -> (a function that builds the model, one that runs it, its input)."""
+    images = networks.uniform_images(2, 16, 24, 3)
+    pixels = networks.uniform_images(2, 32, 32, 3)
+    unets = {f"unet/{n}": (lambda n=n: unet(n), run_unet, networks.unet_inputs(c)) for n, c in networks.UNETS.items()}
+    # 9 rows do not halve evenly; 32 x 32 positions are many enough for attention in chunks.
+    odd = {
+        f"unet/sd1/{side}": (lambda: unet("sd1"), run_unet, networks.unet_inputs(networks.UNETS["sd1"], side))
+        for side in (9, 32)
+    }
+    vaes = {f"vae/{n}": (lambda n=n: vae(n), run_vae, images) for n in networks.VAES}
+    texts = {f"text/{n}": (lambda n=n: text(n), run_text, networks.TOKENS) for n in networks.TEXTS}
+    return unets | odd | vaes | texts | {"vision/small": (vision, run_vision, pixels)}
 
 
 def save(model: torch.nn.Module, folder: Path) -> Path:
