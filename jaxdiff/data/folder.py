@@ -1,0 +1,329 @@
+"""Captioned pictures of a folder as batches, through grain: reproducible by seed, resumable, shared out between hosts.
+
+The layout is Hugging Face datasets' "imagefolder", `path/[split/]metadata.jsonl` beside the pictures, a line for each:
+
+    {"file_name": "castle.webp", "text": ["a castle", "a castle with two towers"], "license": "CC0"}
+
+`text` is one caption or a list, of which one is drawn whenever the picture comes up.
+
+The pipeline is source -> shuffle -> repeat -> decode -> this host's share -> threads or processes -> drop bad -> batch.
+Randomness hangs on the seed and the position in the whole stream alone. So neither the number of hosts, nor of threads
+or workers, nor a restart changes what a position holds. With H hosts, host h reads positions h, h + H, ...
+"""
+
+import dataclasses
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags, logging
+from PIL import Image, ImageOps
+
+from jaxdiff.config import ConfigError
+
+# Colours that see-through pictures are laid on, by the name that goes into the caption: sRGB in 0..255.
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "grey": (128, 128, 128),
+    "red": (215, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (250, 215, 50),
+    "green": (50, 160, 70),
+    "teal": (0, 140, 140),
+    "blue": (50, 90, 220),
+    "purple": (130, 60, 170),
+    "pink": (250, 150, 190),
+    "brown": (130, 80, 45),
+}
+WHITE_SHARE = 0.5  # of the pictures under background="random"
+MIN_BACKGROUND = 0.02  # a background that covers less of the picture is white: nobody would mention it
+
+# Pillow's bound: a small file may claim a picture that fills the memory.
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
+# What Pillow may read: some of its other formats start programs (Ghostscript).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+class Example(NamedTuple):
+    """One line of `metadata.jsonl`."""
+
+    path: str  # of the picture
+    captions: tuple[str, ...]
+    extras: dict[str, Any]  # the line's other keys
+
+
+def examples(path: str | Path, split: str = "train") -> list[Example]:
+    """The examples that the metadata of a captioned folder names, in its order; the pictures are not looked at.
+
+    Args:
+      path: the folder; `metadata.jsonl` lies in its subfolder `split`, or in itself for the split "train".
+      split: "train", "validation", "test", …
+
+    Raises:
+      ConfigError: folder, split or metadata are missing, empty or damaged; the sentence names the line.
+    """
+    metadata = _find_metadata(Path(path), split)
+    try:
+        lines = metadata.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as e:
+        raise ConfigError(f"{metadata} cannot be read ({e.strerror}).") from None
+    found = [_example(metadata, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise ConfigError(f'{metadata} is empty: give it a line {{"file_name": …, "text": …}} for each picture.')
+    return found
+
+
+def _find_metadata(path: Path, split: str) -> Path:
+    if not path.is_dir():
+        raise ConfigError(f"The data folder {path} does not exist.")
+    inside, beside = path / split / "metadata.jsonl", path / "metadata.jsonl"
+    if inside.is_file():
+        return inside
+    if split == "train" and beside.is_file():
+        return beside
+    splits = sorted(p.parent.name for p in path.glob("*/metadata.jsonl"))
+    there = f"; its splits are {', '.join(splits)}" if splits else ""
+    raise ConfigError(f"The data folder {path} has no {split}/metadata.jsonl{there}.")
+
+
+def _example(metadata: Path, number: int, line: bytes) -> Example:
+    where = f"{metadata}, line {number}"
+    try:
+        values = json.loads(line)
+    except ValueError as e:
+        raise ConfigError(f"{where} is not JSON ({e}).") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} is not a JSON object with file_name and text.")
+    for key in ("file_name", "text"):
+        if key not in values:
+            raise ConfigError(f'{where} lacks "{key}".')
+    name, text = values.pop("file_name"), values.pop("text")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f'{where}: "file_name" must be the name of a picture, not {name!r}.')
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ConfigError(f"{where}: the picture {name!r} lies outside of the folder: name one within.")
+    captions = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list) else ()
+    if not captions or not all(isinstance(c, str) for c in captions):
+        raise ConfigError(f'{where}: "text" must be a caption or a list of captions, not {text!r}.')
+    return Example(str(metadata.parent / name), captions, values)
+
+
+class Skipped:
+    """The pictures that could not be read so far.
+
+    Attributes:
+      count: how many times a picture was left out.
+      reasons: path -> what was wrong with it.
+    """
+
+    def __init__(self, path: str, limit: int):
+        self.count = 0
+        self.reasons: dict[str, str] = {}
+        self._path, self._limit, self._in_a_row = path, limit, 0
+
+    def keep(self, element: dict[str, Any]) -> bool:
+        """Whether the element is a picture. One that is not is counted, and named the first time.
+
+        Raises:
+          ConfigError: there were only bad ones for the length of an epoch.
+        """
+        if "image" in element:
+            self._in_a_row = 0
+            return True
+        self.count += 1
+        self._in_a_row += 1
+        path, reason = element["skipped"], element["reason"]
+        if path not in self.reasons:
+            self.reasons[path] = reason
+            logging.warning("The picture %s is skipped: %s", path, reason)
+        if self._in_a_row >= self._limit:
+            raise ConfigError(f"No picture of {self._path} can be read; the last one, {path}: {reason}.")
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionedFolder:
+    """Batches of a captioned folder; each `iter` starts anew.
+
+    An iterator has `get_state()`, which is small and JSON, and `set_state(state)`; worker processes end with it.
+    """
+
+    dataset: grain.IterDataset  # of batches: {"image": uint8 [b, H, W, 3], "text": list of b strings}
+    size: int  # pictures in the whole folder
+    skipped: Skipped  # by all iterators together
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return iter(self.dataset)
+
+
+def captioned_folder(
+    path: str | Path,
+    batch_size: int,
+    image_size: int,
+    *,
+    seed: int,
+    split: str = "train",
+    shuffle: bool = True,
+    epochs: int | None = None,
+    crop: int | None = None,
+    flip: bool = False,
+    background: str = "random",
+    drop_remainder: bool = True,
+    host_index: int = 0,
+    host_count: int = 1,
+    workers: int = 0,
+    threads: int = 8,
+) -> CaptionedFolder:
+    """Batches {"image": uint8 [b, H, W, 3], "text": list of b strings} of the pictures and captions of a folder.
+
+    Args:
+      path: see `examples`, also for `split`.
+      batch_size: pictures of a batch on this host, b.
+      image_size: pixels that the shorter side is resized to (Lanczos).
+      seed: of the order and of every random choice, 0 <= seed < 2**32. The same seed gives the same batches.
+      shuffle: a new order each epoch; otherwise the metadata's.
+      epochs: passes over the folder; None goes on for ever. Batches span the border between epochs.
+      crop: pixels of a square cut out at random, H = W = crop; None takes the centre, H = W = image_size.
+      flip: mirror left and right at random. Captions are not changed.
+      background: "random" lays see-through pictures on white half of the time, else on a colour of `BACKGROUNDS`, and
+        adds ", on a blue background" to the caption; "white" never does.
+      drop_remainder: leave out the last batch of the last epoch unless it is full.
+      host_index, host_count: this host reads one position in `host_count` of the common stream.
+      workers: processes that decode; 0 decodes in threads of this process. They import the package anew: scripts need
+        `if __name__ == "__main__":`.
+      threads: that decode, in each process.
+
+    Raises:
+      ConfigError: an argument or the metadata is wrong; while iterating, when no picture at all can be read. Single
+        pictures that cannot be read, are too large or missing are left out, see `CaptionedFolder.skipped`.
+    """
+    _check_arguments(locals())
+    found = examples(path, split)
+    order_seed, draw_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
+    stream = grain.MapDataset.source([(e.path, e.captions) for e in found])
+    if shuffle:
+        stream = stream.shuffle(seed=order_seed)
+    stream = stream.repeat(epochs).random_map(_Decode(image_size, crop, flip, background), seed=draw_seed)
+    stream = stream[host_index::host_count]
+    if drop_remainder and len(stream) < batch_size:
+        raise ConfigError(
+            f"batch_size {batch_size} is more than the {len(stream)} pictures this host reads from {path}: lower it."
+        )
+    # Room for two batches in all; a picture more for every thread, so that none waits.
+    buffer = 2 * batch_size // max(workers, 1) + threads
+    dataset = stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # outside of absl's `app.run`, where grain reads its flags all the same
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=buffer))
+    # In this process, whatever decodes: here the warnings and the count are seen.
+    skipped = Skipped(str(path), min(len(found), len(stream)))
+    dataset = dataset.filter(skipped.keep).batch(batch_size, drop_remainder=drop_remainder, batch_fn=_collate)
+    return CaptionedFolder(dataset, len(found), skipped)
+
+
+def _check_arguments(given: dict[str, Any]) -> None:
+    for name in ("batch_size", "image_size", "host_count"):
+        if given[name] < 1:
+            raise ConfigError(f"{name} must be 1 or more, not {given[name]}.")
+    for name in ("workers", "threads"):
+        if given[name] < 0:
+            raise ConfigError(f"{name} must be 0 or more, not {given[name]}.")
+    if not 0 <= given["seed"] < 2**32:
+        raise ConfigError(f"seed must be from 0 to 2**32 - 1, not {given['seed']}.")
+    if given["epochs"] is not None and given["epochs"] < 1:
+        raise ConfigError(f"epochs must be 1 or more, or None for no end, not {given['epochs']}.")
+    if given["crop"] is not None and not 1 <= given["crop"] <= given["image_size"]:
+        raise ConfigError(f"crop must be from 1 to image_size ({given['image_size']}), not {given['crop']}.")
+    if given["background"] not in ("random", "white"):
+        raise ConfigError(f"background must be random or white, not {given['background']!r}.")
+    if not 0 <= given["host_index"] < given["host_count"]:
+        raise ConfigError(f"host_index must be from 0 to host_count - 1, not {given['host_index']}.")
+
+
+def _collate(elements: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"image": np.stack([e["image"] for e in elements]), "text": [e["text"] for e in elements]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decode:
+    """(path, captions), generator -> {"image": uint8 [H, W, 3], "text": str}, or {"skipped": path, "reason": str}."""
+
+    image_size: int
+    crop: int | None
+    flip: bool
+    background: str
+
+    def __call__(self, example: tuple[str, tuple[str, ...]], rng: np.random.Generator) -> dict[str, Any]:
+        path, captions = example
+        text = captions[rng.integers(len(captions))]
+        try:
+            image = _square(read_image(path, self.image_size), self.image_size, self.crop, rng)
+        except Exception as e:  # a damaged file makes Pillow raise almost anything
+            return {"skipped": path, "reason": str(e) or type(e).__name__}
+        if self.flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if image.mode == "RGBA":
+            image, colour = _lay_on(image, _colour(rng) if self.background == "random" else "white")
+            if colour != "white":
+                text = f"{text}, on {'an' if colour[0] in 'aeiou' else 'a'} {colour} background"
+        return {"image": np.array(image), "text": text}
+
+
+def read_image(path: str | Path, min_side: int | None = None) -> Image.Image:
+    """A picture as RGB, or RGBA when it has transparency; upright by its EXIF orientation, 8 bits a channel.
+
+    Args:
+      path: a PNG, JPEG, WebP, GIF, BMP or TIFF file; of an animation the first frame is read.
+      min_side: pixels wanted of each side: a much larger JPEG is read at a half, quarter or eighth of its size.
+
+    Raises:
+      ValueError: the picture is larger than `MAX_PIXELS`, or of floating-point pixels.
+      Exception: whatever Pillow raises on a damaged or missing file.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
+        if min_side:
+            image.draft(None, (2 * min_side, 2 * min_side))
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no agreed range")
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow itself would clip at 255
+            grey = np.clip(np.asarray(image), 0, 65535) / 257
+            return Image.fromarray(np.round(grey).astype(np.uint8)).convert("RGB")
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _square(image: Image.Image, side: int, crop: int | None, rng: np.random.Generator) -> Image.Image:
+    """Resize the shorter side to `side`, then cut the central square, or one of `crop` pixels at random.
+
+    Only the square is computed, so a long strip does not grow into a huge picture.
+    """
+    scale = min(image.size) / side
+    sizes = [max(side, int(n / scale + 1e-6)) for n in image.size]
+    out = crop or side
+    left, top = (int(rng.integers(n - out + 1)) if crop else (n - out) // 2 for n in sizes)
+    if scale == 1:
+        return image.crop((left, top, left + out, top + out))
+    width, height = image.size
+    box = (left * scale, top * scale, min((left + out) * scale, width), min((top + out) * scale, height))
+    return image.resize((out, out), Image.Resampling.LANCZOS, box)
+
+
+def _colour(rng: np.random.Generator) -> str:
+    names = list(BACKGROUNDS)
+    return "white" if rng.random() < WHITE_SHARE else names[1 + rng.integers(len(names) - 1)]
+
+
+def _lay_on(image: Image.Image, colour: str) -> tuple[Image.Image, str]:
+    """An RGBA picture on a colour of `BACKGROUNDS`, white if almost none of it would show; and the colour's name."""
+    alpha = image.getchannel("A")
+    if 1 - np.asarray(alpha).mean() / 255 < MIN_BACKGROUND:
+        colour = "white"
+    canvas = Image.new("RGB", image.size, BACKGROUNDS[colour])
+    canvas.paste(image, mask=alpha)
+    return canvas, colour
