@@ -1,0 +1,66 @@
+"""What the configs have in common: every setting with its default, so that a config says only what it changes."""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    """All settings of train.py. Each may be changed on the command line: --config.batch_size=64."""
+    return ConfigDict(
+        {
+            "stage": "",  # "clip", "vae" or "unet"
+            # Optimisation: jaxdiff.training.state.Options.
+            "steps": 10_000,
+            "batch_size": 64,  # over all devices and hosts
+            "accumulate": 1,  # parts that a batch is taken in, to save memory
+            "learning_rate": 1e-4,
+            "warmup_steps": 500,
+            "schedule": "cosine",  # or "constant"
+            "weight_decay": 0.01,
+            "b1": 0.9,
+            "b2": 0.99,
+            "clip_norm": 1.0,  # 0: off
+            "ema_decay": 0.999,
+            "seed": 0,
+            "fsdp": 1,  # devices that each parameter is split over
+            "log_every": 50,
+            "eval_every": 1000,  # 0: at the end only
+            "checkpoint_every": 1000,
+            "keep_checkpoints": 2,
+            "dtype": "float32",  # type to compute in; parameters are float32
+            "remat": False,  # compute activations again in the backward pass, to save memory
+            # Diffusers folders that parts come from, weights and sizes; "model" stands for every part.
+            "init_from": {"model": "", "text_encoder": "", "vision_encoder": "", "vae": "", "unet": ""},
+            "data": {
+                "path": "",
+                "split": "train",
+                "eval_split": "",  # pictures set aside; "": those of `split`
+                "image_size": 128,
+                "background": "random",  # of see-through pictures: random (and named in the caption) or white
+                "flip": False,  # mirror at random
+                "threads": 8,  # that read pictures
+                "workers": 0,  # processes that read pictures; 0: the threads of this process
+                # Allowed values by column of metadata.jsonl; an empty tuple allows all, max_subjects 0 as well.
+                "filter": {"style": (), "source": (), "subject": (), "max_subjects": 0},
+            },
+            "tokenizer": {"vocab_size": 4096, "max_length": 24},  # of a fresh text encoder
+            "model": {},  # sizes of fresh parts: text_encoder, vision_encoder, vae, unet, scheduler
+            # Stage "vae".
+            "crop": 0,  # pixels of random squares to train on; 0: whole pictures
+            "kl_weight": 1e-3,
+            "edge_weight": 1.0,
+            # Stage "unet".
+            "trainable": ("unet",),  # or ("unet", "text_encoder")
+            "caption_dropout": 0.1,
+            "min_snr_gamma": 0.0,  # 0: off
+            "cache_latents": 0,  # encode so many views of every picture beforehand; 0: encode as they are read
+            "eval": {
+                "pictures": 64,  # reconstructed or searched through
+                "prompts": (),
+                "steps": 20,
+                "guidance_scale": 4.0,
+                "scheduler": "dpmpp_2m",
+                "seed": 0,
+            },
+        },
+        convert_dict=True,
+    )

@@ -1,0 +1,27 @@
+"""Text and vision encoders of the icons model, and its tokenizer.
+
+python train.py --config=configs/icons/clip.py --workdir=runs/clip
+python train.py --config=configs/icons/clip.py:cpu --workdir=runs/clip
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import base
+from configs.icons import sizes
+
+
+def get_config(scale: str = "gpu") -> ConfigDict:
+    config = base()
+    config.stage = "clip"
+    config.model = ConfigDict(sizes.model(sizes.check(scale)))
+    config.data.path = "data/icons"
+    config.data.eval_split = "heldout_pairs"
+    config.weight_decay = 0.1
+    config.learning_rate = 5e-4
+    config.eval.pictures = 256
+    if scale == "gpu":
+        config.update({"steps": 20_000, "batch_size": 512, "dtype": "bfloat16", "warmup_steps": 1000})
+    else:
+        config.update({"steps": 400, "batch_size": 96, "warmup_steps": 40, "ema_decay": 0.99})
+        config.update({"log_every": 10, "eval_every": 100, "checkpoint_every": 100})
+    return config

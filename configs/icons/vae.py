@@ -1,0 +1,28 @@
+"""The autoencoder of the icons model.
+
+python train.py --config=configs/icons/vae.py --workdir=runs/vae
+python train.py --config=configs/icons/vae.py:cpu --workdir=runs/vae
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import base
+from configs.icons import sizes
+
+
+def get_config(scale: str = "gpu") -> ConfigDict:
+    config = base()
+    config.stage = "vae"
+    config.model = ConfigDict(sizes.model(sizes.check(scale)))
+    config.data.path = "data/icons"
+    config.data.eval_split = "heldout_subjects"
+    config.crop = 64
+    config.learning_rate = 1e-3
+    config.weight_decay = 0.0
+    config.eval.pictures = 32
+    if scale == "gpu":
+        config.update({"steps": 40_000, "batch_size": 64, "learning_rate": 5e-4, "dtype": "bfloat16"})
+    else:
+        config.update({"steps": 1500, "batch_size": 8, "warmup_steps": 50, "ema_decay": 0.995})
+        config.update({"log_every": 20, "eval_every": 250, "checkpoint_every": 250})
+    return config

@@ -1,0 +1,61 @@
+"""What the stages minimise, besides the diffusion loss of `jaxdiff.diffusion.losses`. All are means over a batch."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.typing import Array
+
+
+def contrastive_loss(images: Array, texts: Array, scale: Array, same: Array) -> tuple[Array, Array]:
+    """Symmetric cross-entropy of matching pictures with captions (Radford et al. 2021, figure 3).
+
+    Args:
+        images, texts: embeddings [B, P] of pairs, of any length (they are normalised here).
+        scale: what cosines are multiplied by, the inverse temperature.
+        same: bool [B, B], pairs whose captions are equal: off the diagonal they count neither for nor against.
+
+    Returns:
+        The loss, and the accuracy of finding the caption of a picture within the batch.
+    """
+    images, texts = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (images, texts))
+    own = jnp.eye(len(images), dtype=bool)
+    logits = jnp.where(same & ~own, -jnp.inf, scale * images @ texts.T)
+    rows, columns = jax.nn.log_softmax(logits, 1), jax.nn.log_softmax(logits, 0)
+    loss = -(jnp.diagonal(rows) + jnp.diagonal(columns)).mean() / 2
+    accuracy = (jnp.argmax(logits, 1) == jnp.arange(len(logits))).mean()
+    return loss, accuracy
+
+
+def kl_divergence(mean: Array, logvar: Array) -> Array:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of a diagonal Gaussian, a mean over elements (Kingma & Welling 2014, B)."""
+    return 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar).mean()
+
+
+def _halved(x: Array) -> Array:
+    """Pictures [B, H, W, C] at half the size, each pixel the mean of four."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def _differences(x: Array) -> tuple[Array, Array]:
+    """To the neighbour below and to the right: where the edges are."""
+    return x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1]
+
+
+def reconstruction_loss(x: Array, target: Array, edge_weight: float = 1.0, scales: int = 3) -> Array:
+    """Absolute error of pixels and of edges, averaged over `scales` sizes of the picture, each half the last.
+
+    The error of the differences between neighbours (Mathieu et al. 2016, equation 6) makes a blurred edge cost more
+    than a displaced tone, as the eye has it; the smaller sizes keep tones right over large areas.
+
+    Args:
+        x, target: [B, H, W, C]; H and W multiples of 2 ** (scales - 1).
+    """
+    error = x - target
+    total = jnp.zeros(())
+    for scale in range(scales):
+        error = _halved(error) if scale else error
+        down, right = _differences(error)
+        # The difference is linear, so that the error of the edges is the edges of the error.
+        total += jnp.abs(error).mean() + edge_weight * (jnp.abs(down).mean() + jnp.abs(right).mean())
+    return total / scales

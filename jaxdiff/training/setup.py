@@ -1,0 +1,188 @@
+"""What a run starts from: a model of given sizes, some of whose parts come from folders of earlier stages."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff.config import CLIPTextConfig, ConfigError, SchedulerConfig
+from jaxdiff.data.folder import Example, examples
+from jaxdiff.io.pretrained import CONFIGS, WEIGHTS, load_model, replace_config
+from jaxdiff.io.weights import load_tensors
+from jaxdiff.models.model import Model, build, encode, init_params, param_shapes
+from jaxdiff.tokenizer import Tokenizer, train_bpe
+from jaxdiff.typing import Key, Params
+
+PARTS = tuple(CONFIGS)  # text_encoder, unet, vae, vision_encoder
+
+
+def starting_model(
+    sizes: Mapping[str, Mapping[str, Any]],
+    init_from: Mapping[str, str],
+    make_tokenizer: Callable[[], Tokenizer],
+    key: Key,
+    *,
+    dtype: Any = "float32",
+    remat: bool = False,
+) -> tuple[Model, Params]:
+    """The model that training starts from.
+
+    Args:
+        sizes: the config of each fresh part ("text_encoder", "unet", "vae", "vision_encoder") and of the "scheduler".
+        init_from: diffusers folders by the part that is taken from them, config and weights; "model" stands for all
+            parts that the folder has. The tokenizer comes with the text encoder, the scheduler with "model" alone.
+        make_tokenizer: makes one where the text encoder is fresh.
+        key: of the fresh parameters.
+
+    Returns:
+        The model and its float32 parameters, numpy arrays where they were read.
+
+    Raises:
+        ConfigError, WeightsError: one sentence naming the entry or file.
+    """
+    given = {name: (Path(folder), _open(name, folder)) for name, folder in init_from.items() if folder}
+    if "model" in given:
+        folder, whole = given.pop("model")
+        given = {**dict.fromkeys(whole.modules, (folder, whole)), **given}
+        scheduler = whole.scheduler
+    else:
+        scheduler = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", **sizes.get("scheduler", {})})
+    tokenizer = given["text_encoder"][1].tokenizer if "text_encoder" in given else make_tokenizer()
+    configs: dict[str, Any] = {name: CONFIGS[name].from_dict(dict(sizes[name])) for name in PARTS if name in sizes}
+    if "text_encoder" not in given:
+        configs["text_encoder"] = _fit_tokenizer(configs["text_encoder"], tokenizer)
+    configs.update({name: source.modules[name].config for name, (_, source) in given.items()})
+    if missing := [name for name in ("text_encoder", "unet", "vae") if name not in configs]:
+        raise ConfigError(f"The config gives neither model.{missing[0]} nor init_from.{missing[0]}.")
+    _check_fit(configs)
+    parts = (configs[name] for name in ("text_encoder", "unet", "vae"))
+    model = build(*parts, tokenizer, scheduler, configs.get("vision_encoder"), dtype=dtype, remat=remat)
+    params = dict(jax.jit(lambda key: init_params(model, key))(key))
+    shapes = param_shapes(model)
+    for name, (folder, _) in given.items():
+        params[name] = load_tensors(folder / name / WEIGHTS[name], shapes[name], jnp.float32)
+    return model, params
+
+
+def _open(name: str, folder: str) -> Model:
+    """The model of a folder that init_from names."""
+    if name != "model" and name not in PARTS:
+        raise ConfigError(f"init_from.{name} is unknown; known are model, {', '.join(PARTS)}.")
+    if not Path(folder).is_dir():
+        raise ConfigError(f"init_from.{name}: the folder {folder} does not exist; train that stage first.")
+    model = load_model(Path(folder))
+    if name != "model" and name not in model.modules:
+        raise ConfigError(f"init_from.{name}: the folder {folder} has no {name}.")
+    return model
+
+
+def _fit_tokenizer(text: CLIPTextConfig, tokenizer: Tokenizer) -> CLIPTextConfig:
+    """The text encoder's config with the ids and lengths of the tokenizer."""
+    return CLIPTextConfig.from_dict(
+        {
+            **text.to_dict(),
+            "vocab_size": tokenizer.vocab_size,
+            "max_position_embeddings": tokenizer.max_length,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+        }
+    )
+
+
+def _check_fit(configs: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the parts fit each other."""
+    text, unet, vae = (configs[name] for name in ("text_encoder", "unet", "vae"))
+    if unet.cross_attention_dim != text.hidden_size:
+        raise ConfigError(
+            f"unet.cross_attention_dim is {unet.cross_attention_dim}, the text encoder's hidden_size "
+            f"{text.hidden_size}: make them equal."
+        )
+    if unet.in_channels != vae.latent_channels:
+        raise ConfigError(
+            f"unet.in_channels is {unet.in_channels}, the autoencoder has {vae.latent_channels} latent channels; "
+            "only plain text-to-image models can be trained."
+        )
+
+
+def measured(model: Model, params: Params, images: Iterable[np.ndarray]) -> Model:
+    """The model with the autoencoder's scaling_factor set so that latents have unit deviation over these pictures.
+
+    (Rombach et al. 2022, appendix G.) The deviation is taken over all elements, mean included.
+
+    Args:
+        images: batches uint8 [B, H, W, 3].
+    """
+    run = jax.jit(
+        lambda vae, images: encode(
+            replace_config(model, "vae", scaling_factor=1.0), {"vae": vae}, images.astype(jnp.float32) / 255.0
+        )
+    )
+    vae = jax.device_put(params["vae"])
+    latents = np.concatenate([np.asarray(run(vae, batch)).ravel() for batch in images]).astype(np.float64)
+    return replace_config(model, "vae", scaling_factor=float(np.round(1.0 / latents.std(), 5)))
+
+
+def subset(path: str | Path, split: str, wanted: Mapping[str, Any], folder: Path) -> Path:
+    """A captioned folder that names some examples of another one; the pictures stay where they are.
+
+    Args:
+        path, split: the captioned folder.
+        wanted: allowed values by key of the metadata ("style", "source", "subject", …); an empty list allows all.
+            "max_subjects" keeps the examples of that many subjects, the ones drawn most often (0: all).
+        folder: made; its `metadata.jsonl` points at the pictures through a link.
+
+    Returns:
+        `path` itself when nothing is filtered out, else `folder`.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+    found = examples(path, split)
+    allowed = {k: set(v) for k, v in wanted.items() if k != "max_subjects" and v}
+    kept = [e for e in found if all(e.extras.get(k) in values for k, values in allowed.items())]
+    if limit := wanted.get("max_subjects"):
+        counts: dict[str, int] = {}
+        for e in kept:
+            counts[e.extras.get("subject", "")] = counts.get(e.extras.get("subject", ""), 0) + 1
+        # Ties by name, so that the choice hangs on the set alone.
+        chosen = set(sorted(counts, key=lambda s: (-counts[s], s))[:limit])
+        kept = [e for e in kept if e.extras.get("subject", "") in chosen]
+    if not kept:
+        raise ConfigError(f"data.filter leaves no picture of {path}: {json.dumps(dict(wanted), default=list)}.")
+    if len(kept) == len(found):
+        return Path(path)
+    return _linked(path, split, kept, folder)
+
+
+def _linked(path: str | Path, split: str, kept: list[Example], folder: Path) -> Path:
+    inside = Path(path) / split
+    root = (inside if (inside / "metadata.jsonl").is_file() else Path(path)).absolute()
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    link = folder / split / "pictures"
+    if not link.is_symlink():
+        link.symlink_to(root)
+    lines = [
+        {
+            "file_name": f"pictures/{os.path.relpath(os.path.abspath(e.path), root)}",
+            "text": list(e.captions),
+            **e.extras,
+        }
+        for e in kept
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    partial = folder / split / f"metadata.jsonl.tmp-{os.getpid()}"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(folder / split / "metadata.jsonl")
+    return folder
+
+
+def corpus_tokenizer(path: str | Path, split: str, vocab_size: int, max_length: int, extra: Iterable[str]) -> Tokenizer:
+    """A tokenizer learnt from the captions of a folder and some more texts, such as the names of backgrounds."""
+    captions = [c for e in examples(path, split) for c in e.captions]
+    return train_bpe([*captions, *extra], vocab_size, max_length)

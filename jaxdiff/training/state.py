@@ -1,0 +1,162 @@
+"""State of a training run, its optimizer, and one step of it as a pure function."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxdiff import parallel
+from jaxdiff.typing import Array, Key, Params
+
+Batch = Mapping[str, Any]  # arrays [B, ...] by name
+Metrics = Mapping[str, Array]  # scalars by name
+# (all parameters, batch, keys [B], one an example) -> (mean loss over the batch, metrics)
+Loss = Callable[[Params, Batch, Key], tuple[Array, Metrics]]
+
+
+class OptionsError(ValueError):
+    """Options of training that do not fit each other or the devices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to optimise; the same for every stage."""
+
+    steps: int  # updates in all
+    batch_size: int  # examples of one update, over all hosts
+    accumulate: int = 1  # parts that a batch is taken in, one after the other, to save memory
+    learning_rate: float = 1e-4  # its peak
+    warmup_steps: int = 0  # linear, from 0
+    schedule: str = "constant"  # after the warm-up; or "cosine", to 0 at the last step
+    weight_decay: float = 0.01  # of matrices and kernels; biases, norms and scalars are left alone
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
+    ema_decay: float = 0.999  # of the average of parameters that is evaluated and exported; 0 keeps no past
+    seed: int = 0
+    fsdp: int = 1  # devices that each parameter is split over
+    log_every: int = 20  # steps
+    eval_every: int = 1000  # steps; 0 evaluates at the end only
+    checkpoint_every: int = 1000  # steps
+    keep_checkpoints: int = 2
+
+    def check(self, devices: int) -> None:
+        """Raises OptionsError, one sentence naming the option."""
+        for name in ("steps", "batch_size", "accumulate", "fsdp", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise OptionsError(f"{name} {getattr(self, name)} must be at least 1.")
+        if self.batch_size % (devices * self.accumulate):
+            raise OptionsError(
+                f"batch_size {self.batch_size} must be divisible by the number of devices times accumulate, "
+                f"{devices} x {self.accumulate} = {devices * self.accumulate}."
+            )
+        if self.schedule not in ("constant", "cosine"):
+            raise OptionsError(f"schedule {self.schedule!r} must be constant or cosine.")
+        if not 0 <= self.ema_decay < 1:
+            raise OptionsError(f"ema_decay {self.ema_decay} must be in [0, 1).")
+
+
+class TrainState(NamedTuple):
+    step: Array  # [] int32, updates made
+    params: Params  # what is trained, float32
+    ema: Params  # its moving average
+    opt_state: Any
+
+
+def learning_rate(options: Options) -> optax.Schedule:
+    """Linear warm-up, then constant or cosine decay to 0 (Loshchilov & Hutter 2017, equation 5)."""
+    peak, warmup = options.learning_rate, options.warmup_steps
+    if options.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(options.steps - warmup, 1))
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+
+
+def optimizer(options: Options) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) on clipped gradients."""
+    clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
+    adamw = optax.adamw(
+        learning_rate(options),
+        options.b1,
+        options.b2,
+        weight_decay=options.weight_decay,
+        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    )
+    return optax.chain(clip, adamw)
+
+
+def ema_update(ema: Params, params: Params, decay: float, step: Array) -> Params:
+    """ema <- d ema + (1 - d) params with d = min(decay, (1 + step) / (10 + step)), `step` counted from 0.
+
+    The smaller decay of the first steps lets the average forget the random start.
+    """
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1.0 - d) * (p - e), ema, params)
+
+
+def init_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A state that starts from these parameters, divided over the mesh. The parameters passed in stay usable."""
+
+    def init(params: Params) -> TrainState:
+        copies = (jax.tree.map(jnp.copy, params) for _ in range(2))  # the step donates its state: no shared buffers
+        return TrainState(jnp.zeros((), jnp.int32), *copies, tx.init(params))
+
+    shardings = parallel.param_sharding(mesh, jax.eval_shape(init, params))
+    return jax.jit(init, out_shardings=shardings)(parallel.place(params, parallel.replicated(mesh)))
+
+
+def accumulated_grad(loss: Loss, params: Params, frozen: Params, batch: Batch, keys: Key, parts: int, mesh: Mesh):
+    """Gradient of the mean loss, the batch taken in `parts` one after the other.
+
+    Where the loss is a mean over independent examples this is the whole batch's gradient; a contrastive loss sees
+    the negatives of a part only.
+
+    Returns:
+        (gradient of `params`, metrics with "loss").
+    """
+
+    def grad(batch: Batch, keys: Key):
+        (value, metrics), grads = jax.value_and_grad(lambda p: loss({**frozen, **p}, batch, keys), has_aux=True)(params)
+        return grads, {"loss": value, **metrics}
+
+    if parts == 1:
+        return grad(batch, keys)
+
+    def split(x: Array) -> Array:
+        # Strided, so that each device's examples stay on it: part i takes every parts-th of them.
+        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, parallel.batch_sharding(mesh, axis=1))
+
+    examples = jax.tree.map(split, (batch, keys))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, *jax.tree.map(lambda x: x[0], examples))
+    )
+    total, _ = jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, grad(*x)), None), zeros, examples)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState) -> Callable:
+    """One update, compiled: (state (donated), frozen parameters, batch [B, ...]) -> (state, metrics).
+
+    The new state is divided as `state` is.
+
+    Every example has its own key, from the seed, the step and its place in the batch; so neither the number of
+    devices nor `accumulate` changes what is drawn.
+    """
+    tx, schedule = optimizer(options), learning_rate(options)
+
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), state.step), options.batch_size)
+        grads, metrics = accumulated_grad(loss, state.params, frozen, batch, keys, options.accumulate, mesh)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = ema_update(state.ema, params, options.ema_decay, state.step)
+        extra = {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        return TrainState(state.step + 1, params, ema, opt_state), {**metrics, **extra}
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))

@@ -1,0 +1,277 @@
+"""Train one stage of a text-to-image model: clip, vae or unet.
+
+    python train.py --config=configs/icons/vae.py --workdir=runs/vae
+    python train.py --config=configs/icons/unet.py:cpu --workdir=runs/unet --config.batch_size=64
+
+The config says what, see configs/; any of its settings may be given as a flag. In the workdir come to lie config.json,
+checkpoints, TensorBoard files (tb), samples, and in the end the model as a diffusers folder (export). The same command
+goes on from the last checkpoint; SIGTERM or Ctrl-C saves one first. Exit code: 0, also when stopped so; 2 for flags or
+settings that cannot be right; 1 for any other failure.
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+STAGES = ("clip", "vae", "unet")
+
+
+class UsageError(Exception):
+    """Flags or settings that cannot be right: one sentence naming them and the mend."""
+
+
+class Failure(Exception):
+    """What went wrong with flags that could be right, in one sentence."""
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    f = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.", flag_values=f)
+    flags.DEFINE_string("workdir", None, "Folder of all that the run writes.", f)
+    flags.DEFINE_bool("verbose", False, "Show the traceback of an error.", f)
+    flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
+    try:
+        rest = f(argv)[1:]
+    except (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as e:
+        raise UsageError(f"--config: {' '.join(str(e).split())}") from None
+    if f.help:
+        return f
+    if rest:
+        raise UsageError(f"{rest[0]!r} belongs to no flag; --help shows all.")
+    if f.config is None:
+        raise UsageError("--config is missing: name the experiment, such as --config=configs/icons/vae.py.")
+    if not f.workdir:
+        raise UsageError("--workdir is missing: name a folder for the run, such as --workdir=runs/vae.")
+    if f.config.stage not in STAGES:
+        raise UsageError(f"config.stage {f.config.stage!r} must be one of {', '.join(STAGES)}.")
+    if not f.config.data.path:
+        raise UsageError("config.data.path is missing: name a captioned folder, --config.data.path=pictures/.")
+    return f
+
+
+def make_workdir(path: str) -> Path:
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise Failure(f"--workdir: {folder} cannot be written ({e.strerror or e}): choose another place.") from None
+    return folder
+
+
+def write_config(config: Any, folder: Path) -> None:
+    partial = folder / f"config.json.tmp-{os.getpid()}"
+    partial.write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / "config.json")
+
+
+class Run:
+    """One run: its config and workdir, and what is made of them."""
+
+    def __init__(self, config: Any, workdir: Path) -> None:
+        import jax
+
+        from jaxdiff.training import setup
+        from jaxdiff.training.state import Options
+
+        self.config, self.workdir = config, workdir
+        self.options = Options(**{name: config[name] for name in Options.__dataclass_fields__})
+        self.options.check(jax.device_count())
+        hosts = jax.process_count()
+        if self.options.batch_size % hosts:
+            raise UsageError(f"config.batch_size {self.options.batch_size} must be divisible by {hosts} hosts.")
+        self.host = {"host_index": jax.process_index(), "host_count": hosts}
+        data = config.data
+        self.data = setup.subset(data.path, data.split, data.filter.to_dict(), workdir / "data")
+        self.model, self.params = setup.starting_model(
+            config.model.to_dict(), config.init_from.to_dict(), self.make_tokenizer,
+            jax.random.key(config.seed), dtype=config.dtype, remat=config.remat,
+        )  # fmt: skip
+
+    def make_tokenizer(self):
+        from jaxdiff.data.folder import BACKGROUNDS
+        from jaxdiff.training.setup import corpus_tokenizer
+
+        # Of the whole set, so that every subset of it gets the same vocabulary.
+        names = [f"on a {name} background" for name in BACKGROUNDS] * 2
+        data, tokenizer = self.config.data, self.config.tokenizer
+        return corpus_tokenizer(data.path, data.split, tokenizer.vocab_size, tokenizer.max_length, names)
+
+    def batches(self, **changes: Any):
+        """Training batches of this host; changes as arguments of `captioned_folder`."""
+        from jaxdiff.data.folder import captioned_folder
+
+        d = self.config.data
+        arguments = {
+            "path": self.data, "batch_size": self.options.batch_size // self.host["host_count"],
+            "image_size": d.image_size, "seed": self.config.seed, "split": d.split, "background": d.background,
+            "flip": d.flip, "threads": d.threads, "workers": d.workers, **self.host,
+        }  # fmt: skip
+        return captioned_folder(**(arguments | changes))
+
+    def held_out(self) -> list[Mapping[str, Any]]:
+        """Pictures set aside, the same on every host and each time."""
+        d = self.config.data
+        split = {"path": d.path, "split": d.eval_split} if d.eval_split else {}
+        count = self.config.eval.pictures
+        sizes = {"batch_size": min(count, 32), "epochs": 1, "drop_remainder": False, "workers": 0, "flip": False}
+        # Another order than in training, background colours included.
+        stream = iter(self.batches(seed=self.config.seed + 1, host_index=0, host_count=1, **split, **sizes))
+        found: list[Mapping[str, Any]] = []
+        while sum(len(b["text"]) for b in found) < count and (batch := next(stream, None)) is not None:
+            found.append(batch)
+        return found
+
+    def train(self) -> None:
+        from jaxdiff.io.pretrained import save
+        from jaxdiff.training.loop import fit
+
+        stage, params, batches, on_eval = getattr(self, f"_{self.config.stage}")()
+        result = fit(stage, params, batches, self.options, self.workdir, on_eval=on_eval)
+        if result.step < self.options.steps:
+            return
+        model = self.model
+        if self.config.stage == "vae":
+            model = self.scaled(result.params)
+        if self.host["host_index"] == 0:
+            save(self.workdir / "export", model, {name: result.params[name] for name in model.modules})
+            logging.info("The model is in %s.", self.workdir / "export")
+
+    def scaled(self, params: Any):
+        from jaxdiff.training.setup import measured
+
+        stream = iter(self.batches(seed=self.config.seed + 2, batch_size=32, host_index=0, host_count=1, workers=0))
+        return measured(self.model, params, (next(stream)["image"] for _ in range(16)))
+
+    def _clip(self):
+        from jaxdiff.training.evaluate import retrieval
+        from jaxdiff.training.stages import clip_params, clip_stage
+
+        if self.model.vision_encoder is None:
+            raise UsageError(
+                "config.model.vision_encoder is missing: the clip stage trains one beside the text encoder."
+            )
+        stage = clip_stage(self.model)
+        evaluate = retrieval(self.model, [stage.prepare(b) for b in self.held_out()])
+        return stage, clip_params(self.params), self.batches(), lambda step, params: evaluate(params)
+
+    def _vae(self):
+        import numpy as np
+
+        from jaxdiff.training.evaluate import reconstructions
+        from jaxdiff.training.stages import vae_stage
+
+        c = self.config
+        images = np.concatenate([b["image"] for b in self.held_out()])
+        evaluate = reconstructions(self.model, images)
+
+        def on_eval(step: int, params: Any) -> Mapping[str, float]:
+            pictures, values = evaluate(params)
+            pairs = np.stack([images, pictures], 1)[:16].reshape(-1, *images.shape[1:])
+            self.write_sheet(step, pairs, columns=8)
+            return values
+
+        stage = vae_stage(self.model, kl_weight=c.kl_weight, edge_weight=c.edge_weight)
+        return stage, self.params, self.batches(crop=c.crop or None), on_eval
+
+    def _unet(self):
+        from jaxdiff.training.stages import diffusion_stage
+
+        c = self.config
+        if unknown := set(c.trainable) - {"unet", "text_encoder"} or not c.trainable:
+            raise UsageError(f"config.trainable {unknown or ()} must be ('unet',) or ('unet', 'text_encoder').")
+        stage = diffusion_stage(
+            self.model, trainable=c.trainable, caption_dropout=c.caption_dropout, min_snr_gamma=c.min_snr_gamma
+        )
+        batches = self.cached_batches() if c.cache_latents else self.batches()
+        return stage, self.params, batches, self.draw if c.eval.prompts else None
+
+    def cached_batches(self):
+        from jaxdiff.data.folder import examples
+        from jaxdiff.training.latents import FromMemory, cached, encode_all, fingerprint
+
+        c = self.config
+        names = [(e.path, e.captions) for e in examples(self.data, c.data.split)]
+        mark = fingerprint(self.model, self.params, [c.cache_latents, c.seed, c.data.to_dict(), self.host, names])
+
+        def make():
+            views = self.batches(batch_size=32, epochs=c.cache_latents, drop_remainder=False)
+            return encode_all(self.model, self.params, views)
+
+        arrays = cached(self.workdir / f"latents-{self.host['host_index']}.npz", mark, make)
+        return FromMemory(arrays, self.options.batch_size // self.host["host_count"], c.seed + self.host["host_index"])
+
+    def draw(self, step: int, params: Any) -> Mapping[str, float]:
+        import jaxdiff
+
+        e = self.config.eval
+        if self.host["host_index"] == 0:
+            names = ("seed", "steps", "guidance_scale", "scheduler")
+            pictures = jaxdiff.generate(self.model, params, list(e.prompts), **{n: e[n] for n in names})
+            self.write_sheet(step, pictures, columns=min(len(pictures), 8))
+        return {}
+
+    def write_sheet(self, step: int, pictures: Any, columns: int) -> None:
+        from jaxdiff.io.images import grid, write_png
+
+        if self.host["host_index"] == 0:
+            (self.workdir / "samples").mkdir(exist_ok=True)
+            write_png(self.workdir / "samples" / f"step-{step:06d}.png", grid(pictures, columns))
+
+
+def run(f: flags.FlagValues) -> None:
+    from jaxdiff.training.state import OptionsError
+
+    workdir = make_workdir(f.workdir)
+    try:
+        this = Run(f.config, workdir)
+    except OptionsError as e:
+        raise UsageError(f"config: {e}") from None
+    write_config(f.config, workdir)
+    this.train()
+
+
+def message(error: BaseException) -> str:
+    """An error in one sentence."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return "Memory is too small: lower config.batch_size, raise config.accumulate, or use config.remat=True."
+    if isinstance(error, UsageError | Failure | ValueError | RuntimeError):
+        return text
+    return f"{type(error).__name__}: {text}; --verbose shows where."
+
+
+def main(argv: list[str]) -> int:
+    """Run a command line; returns the exit code."""
+    logging.basicConfig(format="train.py: %(message)s", level=logging.WARNING)
+    logging.getLogger().setLevel(logging.INFO)
+    for noisy in ("jax", "orbax", "absl"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    verbose = any(a.lstrip("-") == "verbose" for a in argv[1:])
+    try:
+        f = parse(argv)
+        if f.help:
+            print(__doc__, f.get_help(), sep="\n")
+        else:
+            run(f)
+        return 0
+    except KeyboardInterrupt:
+        print("train.py: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except Exception as e:
+        if verbose:
+            logging.exception("traceback")
+        print(f"train.py: error: {message(e)}", file=sys.stderr)
+        return 2 if isinstance(e, UsageError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
