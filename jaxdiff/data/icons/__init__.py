@@ -1,0 +1,14 @@
+"""The "icons" set: captioned drawings of everyday things in some twenty styles, built from openly licensed packages.
+
+`python -m jaxdiff.data.icons --out data/icons` fetches the packages of `sources.py`, draws them at one size, paints
+some of them over in other styles, captions them and writes an image folder that `jaxdiff.data.folder` reads:
+
+    data/icons/train/metadata.jsonl             a line a picture: file_name, text (list of captions), subject, style, …
+    data/icons/train/images/<source>/….webp     lossless RGBA
+    data/icons/heldout_subjects/…               subjects that no training picture shows, in any style
+    data/icons/heldout_pairs/…                  (subject, style) pairs that training never shows together
+    data/icons/LICENSES.md                      where every drawing comes from and under which licence
+
+The flow inside: `fetch` → `sources` (packages) → `drawings` (one record a drawing, named through `lexicon`) → `plan`
+(pictures with captions and splits) → `render` and `filters` (pixels) → `build` (files).
+"""

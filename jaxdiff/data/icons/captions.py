@@ -1,0 +1,103 @@
+"""Captions: what a person would type to ask for a drawing."""
+
+import re
+
+from jaxdiff.data.icons.lexicon import SYMBOLS, Subject
+from jaxdiff.data.icons.sources import Style
+
+_PAIRS = {"sunglasses", "glasses", "goggles", "scissors", "jeans", "shorts", "gloves", "socks", "chopsticks", "skis"}
+# Heads of noun phrases that take no "a": they cannot be counted, or they are proper names.
+_UNCOUNTED = {
+    *("fire", "rice", "bread", "butter", "cheese", "fog", "popcorn", "sake", "salt", "honey", "meat", "bacon", "sushi"),
+    *("milk", "wine", "ice", "garlic", "broccoli", "spaghetti", "confetti", "construction", "snow", "rain", "hail"),
+    *(
+        "cooking",
+        "luggage",
+        "clothing",
+        "money",
+        "poo",
+        "art",
+        "wood",
+        "coral",
+        "ginger",
+        "lightning",
+        "jewelry",
+        "furniture",
+    ),
+    *("aries", "taurus", "gemini", "cancer", "leo", "virgo", "libra", "scorpio", "sagittarius", "capricorn"),
+    *("aquarius", "pisces", "ophiuchus", "claus", "fuji", "japan", "tokyo tower", "children", "people", "men", "women"),
+    *("weather", "sleet", "drizzle", "haze", "mist", "smoke", "dust", "sand", "music", "electricity", "left", "right"),
+    *("dice", "fireworks", "information", "sparkles", "grapes", "feet", "teeth", "fries", "noodles", "mathematics"),
+}
+_SINGULAR_ENDS = (
+    "ss",
+    "us",
+    "sis",
+    "ris",
+    "nis",
+    "'s",
+    "ous",
+    "lens",
+    "canvas",
+    "gas",
+    "texas",
+    "series",
+    "compass",
+    "bus",
+    "cross",
+)
+_VOWEL_SOUND = re.compile(
+    r"(?!(uni|use|usb|uv|eu|one\b|ewe|u-))[aeiou]|(sos|nfc|hour|honest|heir|x-ray|mri|atm|8)\b", re.I
+)
+
+
+def indefinite(phrase: str) -> str:
+    """The noun phrase with the article that it takes.
+
+    >>> [indefinite(p) for p in ("castle", "owl", "red sunglasses", "fire", "hourglass", "bus", "slice of bread")]
+    ['a castle', 'an owl', 'red sunglasses', 'fire', 'an hourglass', 'a bus', 'a slice of bread']
+    """
+    # The head of "box of chocolates" or "man with a hat" comes before the preposition.
+    head = re.split(r" (?:of|with|in|on|at|behind|without|from|for|and|facing|holding|taking|by) ", phrase.lower())[0]
+    word = head.split()[-1] if head.split() else head
+    plural = word.endswith("s") and len(word) > 3 and not word.endswith(_SINGULAR_ENDS)
+    if plural or word in _UNCOUNTED or re.search(r"\b(letter|digit|keycap|index|o'clock|thirty)\b", head):
+        return phrase
+    if re.match(r"(statue of liberty|milky way|the )", phrase, re.I):
+        return phrase if phrase.lower().startswith("the ") else f"the {phrase}"
+    if re.match(r"(no|not|\d\w*|two|three|four|five|hundred|men|women|people|mount|mrs|mx|santa) ", f"{phrase} ", re.I):
+        return phrase
+    return f"an {phrase}" if _starts_with_vowel_sound(phrase) else f"a {phrase}"
+
+
+def _starts_with_vowel_sound(phrase: str) -> bool:
+    return phrase.lower().startswith("hourglass") or _VOWEL_SOUND.match(phrase) is not None
+
+
+def captions(subject: Subject, style: Style, color: str | None = None) -> list[str]:
+    """The captions of one drawing, the plainest first: "a castle, flat emoji".
+
+    With a color every caption names it, for the drawing was filled with it ("a red castle, silhouette").
+
+    >>> captions(Subject("owl"), Style("flat emoji", of="a flat emoji of"))
+    ['an owl, flat emoji', 'owl, flat emoji', 'a flat emoji of an owl', 'an owl']
+    """
+
+    def named(name: str) -> str:
+        name = f"{color} {name}" if color else name
+        return indefinite(name) if subject.counted else name
+
+    bare = f"{color} {subject.name}" if color else subject.name
+    main = named(subject.name)
+    texts = [f"{main}, {style.name}", f"{bare}, {style.name}"]
+    texts += [f"{main}, {words}" for words in style.also]
+    texts.append(f"{style.of} {main}" if style.of else f"{style.name}, {main}")
+    if subject.name in _PAIRS:
+        texts.append(f"{indefinite(f'pair of {bare}')}, {style.name}")
+    texts += [f"{named(text)}, {style.name}" for text in subject.synonyms]
+    if subject.keywords and subject.group != SYMBOLS:
+        texts.append(f"{main}, {', '.join(subject.keywords[:3])}, {style.name}")
+    if color == "gray":
+        texts += [text.replace("gray", "grey") for text in texts[:2]]
+    texts.append(main)
+    return list(dict.fromkeys(texts))

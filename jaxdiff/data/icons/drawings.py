@@ -1,0 +1,173 @@
+"""Reading packages: one record for every drawing that the set takes, named and ready to render."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxdiff.data.icons import clipart
+from jaxdiff.data.icons.fetch import BuildError, read_json
+from jaxdiff.data.icons.lexicon import Lexicon, Subject
+from jaxdiff.data.icons.sources import OUTLINE_WEATHER, Source, Style
+from jaxdiff.data.icons.splits import slug
+
+
+class Drawing(NamedTuple):
+    """One drawing of a package."""
+
+    source: Source
+    name: str  # file stem, unique within the source
+    subject: Subject
+    style: Style
+    svg: str | None = None  # the drawing itself,
+    path: Path | None = None  # or the file that holds it
+
+
+MARGIN = 1 / 32  # of the picture's side, left empty on each side
+# Logos of companies and products.
+_BRANDS = {
+    *("android-os", "bbc", "cd-logo", "debian", "dribbble", "dvd-logo", "google", "icons8-cup", "ipad", "iphone"),
+    *("kindle", "linux", "nook", "reddit", "steam", "stumbleupon", "vlc", "wi-fi-logo", "wikipedia"),
+}
+# fxemoji's names for what is not their usual meaning.
+_FXEMOJI = {
+    "sunglasses": "smiling-face-with-sunglasses",
+    "speaker": "speaker-low-volume",
+    "cat": "cat-face",
+    "leopard": "leopard",
+    "lowerleftpen": "pen",
+    "lowerleftpencil": "pencil",
+    "aubergine": "eggplant",
+    "boot": "womans-boot",
+    "earofmaize": "ear-of-corn",
+    "cellphone": "mobile-phone",
+    "fatherchristmas": "santa-claus",
+    "hampster": "hamster",
+    "heels": "high-heeled-shoe",
+    "openfolder": "open-file-folder",
+    "bunny": "rabbit-face",
+    "bunnyside": "rabbit",
+    "dragonhead": "dragon-face",
+    "dragonside": "dragon",
+}
+
+
+def read_drawings(source: Source, folder: Path, lexicon: Lexicon, flags: bool = False) -> list[Drawing]:
+    """Every drawing of an unpacked package that the set takes, in the order of its names.
+
+    Skin tones are left out always, flags of countries unless `flags`; so are drawings without a meaningful name.
+
+    Raises:
+        BuildError: the package does not look as it should.
+    """
+    if source.kind == "iconify":
+        found = _iconify(source, folder, lexicon, flags)
+    elif source.kind == "webp":
+        found = _webp(source, folder, lexicon)
+    else:
+        found = _clip_art(source, folder, lexicon)
+    drawings = sorted(found, key=lambda drawing: drawing.name)
+    if not drawings:
+        raise BuildError(f"{folder} ({source.package}) holds no drawing that can be named: delete it and run again.")
+    return drawings
+
+
+def _iconify(source: Source, folder: Path, lexicon: Lexicon, flags: bool) -> Iterator[Drawing]:
+    package = read_json(folder / "icons.json")
+    icons = package.get("icons") if isinstance(package, dict) else None
+    if not isinstance(icons, dict):
+        raise BuildError(f"{folder / 'icons.json'} is not an Iconify set: delete the folder {folder} and run again.")
+    former = {}
+    for alias, entry in package.get("aliases", {}).items():
+        if lexicon.by_name(alias) and not {"hFlip", "vFlip", "rotate"} & entry.keys():
+            former.setdefault(entry["parent"], alias)
+    name_of = _NAMING.get(source.name, _emoji_name)
+    for name, icon in icons.items():
+        flag = name.startswith("flag-") or name in lexicon.countries
+        if icon.get("hidden") or lexicon.is_skin_tone(name) or (flag and not flags):
+            continue
+        subject = _flag(name) if flag else name_of(name, former.get(name), lexicon, icons)
+        if subject is None:
+            continue
+        style = OUTLINE_WEATHER if source.name == "meteocons" and not name.endswith("-fill") else source.style
+        width, height = (icon.get(side, package.get(side, 16)) for side in ("width", "height"))
+        yield Drawing(source, name, subject, style, svg=_square(icon["body"], width, height))
+
+
+def _square(body: str, width: float, height: float) -> str:
+    """An SVG document with `body` centred on a square canvas with a margin."""
+    side = max(width, height) / (1 - 2 * MARGIN)
+    box = f"{(width - side) / 2:g} {(height - side) / 2:g} {side:g} {side:g}"
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {names} width="{side:g}" height="{side:g}" viewBox="{box}" color="black">{body}</svg>'
+
+
+def _flag(name: str) -> Subject:
+    country = re.sub(r"^(flag-|for-)+", "", name).replace("-", " ")
+    return Subject(f"flag of {country}")
+
+
+def _emoji_name(name: str, former: str | None, lexicon: Lexicon, icons: dict) -> Subject | None:
+    """An emoji's CLDR name; of the few that have none, the words of their own."""
+    del icons
+    subject = lexicon.by_name(name) or (lexicon.by_name(former) if former else None)
+    return subject or Subject(name.replace("-", " "))
+
+
+def _without_number(name: str, former: str | None, lexicon: Lexicon, icons: dict) -> Subject | None:
+    """The name without the number that tells variants apart ("fox-face-2"); brands have none."""
+    if name in _BRANDS or not re.search("[a-z]{2}", name):
+        return None
+    plain = re.sub(r"-?\d+$", "", name)
+    # What a user interface names is an action as often as a thing: "add image".
+    return lexicon.by_name(plain) or Subject(plain.replace("-", " "), counted=False)
+
+
+def _weather(name: str, former: str | None, lexicon: Lexicon, icons: dict) -> Subject | None:
+    """A weather name; clock times, codes and placeholders are no pictures of weather."""
+    del former, lexicon, icons
+    if re.match(r"(time|code|not-available|extreme$)", name):
+        return None
+    words = name.removesuffix("-fill").replace("-day", " by day").replace("-night", " at night").split("-")
+    *rest, last = " ".join(words).replace("by day ", "by day, ").replace("at night ", "at night, ").split(", ")
+    # "overcast by day, rain" reads better with its weather in front of the time.
+    name = f"{rest[0].rsplit(' ', 2)[0]} {last} {' '.join(rest[0].rsplit(' ', 2)[1:])}" if rest else last
+    return Subject(name, counted=False)
+
+
+def _run_together(name: str, former: str | None, lexicon: Lexicon, icons: dict) -> Subject | None:
+    """fxemoji's names have no spaces; "dogside" is the dog, and then "dog" is the dog's face."""
+    del former
+    if name in _FXEMOJI:
+        return lexicon.by_name(_FXEMOJI[name])
+    if name.endswith("side") and (subject := lexicon.by_run_together(name.removesuffix("side"))):
+        return subject
+    if f"{name}side" in icons and (subject := lexicon.by_run_together(f"{name}face")):
+        return subject
+    return lexicon.by_run_together(name)
+
+
+_NAMING: dict[str, Callable[[str, str | None, Lexicon, dict], Subject | None]] = {
+    "fxemoji": _run_together,
+    "streamline": _without_number,
+    "flat-color-icons": _without_number,
+    "meteocons": _weather,
+}
+
+
+def _webp(source: Source, folder: Path, lexicon: Lexicon) -> Iterator[Drawing]:
+    taken = set()
+    for path in sorted((folder / "assets").glob("*.webp")):
+        subject = lexicon.by_code(path.stem)
+        if subject and slug(subject.name) not in taken:
+            taken.add(slug(subject.name))
+            yield Drawing(source, slug(subject.name), subject, source.style, path=path)
+
+
+def _clip_art(source: Source, folder: Path, lexicon: Lexicon) -> Iterator[Drawing]:
+    taken = set()
+    for path, name, subject, style in clipart.read_folder(folder, lexicon, source.style):
+        if name in taken:
+            continue
+        taken.add(name)
+        yield Drawing(source, name, subject, style, path=path)

@@ -1,0 +1,155 @@
+"""What things are called: emojibase's names, keywords and groups, by name, code point or run-together name."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxdiff.data.icons.fetch import read_json
+from jaxdiff.data.icons.splits import slug
+
+# emojibase's numbers of the groups whose members are things that one can draw.
+NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS, SYMBOLS = 3, 4, 5, 6, 7, 8
+THINGS = (NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS)
+_FLAGS, _COMPONENTS = 9, 2
+
+# Names that sets still use, by what Unicode's CLDR calls them today.
+_RENAMED = {
+    "direct-hit": "bullseye",
+    "dizzy-face": "face-with-crossed-out-eyes",
+    "exclamation-mark": "red-exclamation-mark",
+    "hugging-face": "smiling-face-with-open-hands",
+    "knocked-out-face": "face-with-crossed-out-eyes",
+    "man-blonde-hair": "man-blond-hair",
+    "man-deaf": "deaf-man",
+    "man-merpeople": "merman",
+    "man-with-bunny-ears": "men-with-bunny-ears",
+    "man-wrestling": "men-wrestling",
+    "man-with-chinese-cap": "person-with-skullcap",
+    "blond-haired-person": "person-blond-hair",
+    "bride-with-veil": "woman-with-veil",
+    "person-blonde-hair": "person-blond-hair",
+    "person-deaf": "deaf-person",
+    "person-merpeople": "merperson",
+    "phoenix-bird": "phoenix",
+    "piata": "pinata",
+    "pistol": "water-pistol",
+    "pouting-face": "enraged-face",
+    "question-mark": "red-question-mark",
+    "red-triangle": "red-triangle-pointed-up",
+    "woman-blonde-hair": "woman-blond-hair",
+    "woman-deaf": "deaf-woman",
+    "woman-merpeople": "mermaid",
+    "woman-with-bunny-ears": "women-with-bunny-ears",
+    "woman-wrestling": "women-wrestling",
+}
+
+
+class Subject(NamedTuple):
+    """A thing that is drawn."""
+
+    name: str  # canonical, without an article: "castle"
+    synonyms: tuple[str, ...] = ()  # words that also name it
+    keywords: tuple[str, ...] = ()  # words about it
+    group: int = -1  # emojibase's group; -1 when it is no emoji
+    counted: bool = True  # whether "a" may precede it
+
+
+def readable(label: str) -> str:
+    """An emojibase label as a noun phrase: no colons, no quotation marks.
+
+    >>> readable("woman: red hair"), readable("kiss: woman, man"), readable("keycap: 3"), readable("person: bald")
+    ('woman with red hair', 'kiss of woman and man', 'keycap 3', 'bald person')
+    """
+    label = re.sub(r"[“”\"()!⊛]", "", label).replace("’", "'").strip()
+    head, colon, rest = label.partition(": ")
+    if not colon:
+        return label
+    if head == "keycap":
+        return f"{head} {rest}"
+    if rest in ("bald", "facing right"):
+        return f"bald {head}" if rest == "bald" else f"{head} {rest}"
+    if head in ("family", "kiss", "couple with heart"):
+        *first, last = rest.split(", ")
+        return f"{head} of {', '.join(first)} and {last}" if first else f"{head} of {last}"
+    return f"{head} with {'a ' if rest == 'beard' else ''}{rest}"
+
+
+class Lexicon:
+    """The emoji names of one emojibase-data package (its folder)."""
+
+    def __init__(self, folder: Path):
+        entries = [e for e in read_json(folder / "en" / "data.json") if e.get("group", _COMPONENTS) != _COMPONENTS]
+        flags = [e for e in entries if e["label"].startswith("flag: ")]
+        self.countries = {slug(e["label"].removeprefix("flag: ")) for e in flags}
+        entries = [e for e in entries if not e["label"].startswith("flag: ")]
+        labels = {slug(e["label"]) for e in entries}
+        shortcodes = _shortcodes(folder)
+        self._by_slug: dict[str, Subject] = {}
+        self._by_code: dict[str, Subject] = {}
+        for entry in entries:
+            code = _code(entry["hexcode"])
+            self._by_code[code] = _subject(entry, [s for s, owner in shortcodes.items() if owner == code], labels)
+            self._by_slug[slug(entry["label"])] = self._by_code[code]
+        runs = {s.replace("-", ""): self._by_code[owner] for s, owner in shortcodes.items() if owner in self._by_code}
+        self._by_run = runs | {name.replace("-", ""): subject for name, subject in self._by_slug.items()}
+        texts = (text for e in entries for text in (readable(e["label"]), *e.get("tags", ())))
+        self.vocabulary = {word.strip(".,'") for text in texts for word in re.split(r"[\s-]+", text.lower())}
+
+    def by_name(self, name: str) -> Subject | None:
+        """The subject of a hyphened name, today's or a former one ("bear-face" is the bear)."""
+        name = _RENAMED.get(name, name)
+        for candidate in (name, name.removesuffix("-face"), name.replace("cat-face", "cat"), f"{name}-face"):
+            if candidate in self._by_slug:
+                return self._by_slug[candidate]
+        return None
+
+    def by_code(self, code: str) -> Subject | None:
+        """The subject of a code-point sequence such as "1f5a8-fe0f"; None for skin tones, flags and unknown ones."""
+        return self._by_code.get(_code(code))
+
+    def by_run_together(self, name: str) -> Subject | None:
+        """The subject of a name without spaces, such as "postalhorn"."""
+        return self._by_run.get(name)
+
+    def is_skin_tone(self, name: str) -> bool:
+        """Whether a hyphened name is a skin-tone variant of another."""
+        return "skin-tone" in name or (
+            name not in self._by_slug and re.search(r"-(medium-)?(light|dark)$|-medium$", name) is not None
+        )
+
+
+def _code(hexcode: str) -> str:
+    """A code-point sequence without its presentation selectors."""
+    return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
+
+
+def _subject(entry: dict, shortcodes: list[str], labels: set[str]) -> Subject:
+    name = readable(entry["label"])
+    words = re.split(r"[\s-]+", name.lower())
+    tags = [tag for tag in entry.get("tags", ()) if tag.isascii() and tag.replace(" ", "").isalpha() and len(tag) > 2]
+    # Inflections of the name's own words say nothing new: "castles" beside "castle".
+    tags = [
+        t
+        for t in tags
+        if not any(t[:4] == w[:4] or t == f"{w}s" for w in words) and not (t[-1] == "s" and t[:-1] in tags)
+    ]
+    synonyms = [
+        code.replace("-", " ")
+        for code in sorted(shortcodes)
+        if entry["group"] in THINGS and len(code) > 3 and code.replace("-", "").isalpha() and code not in labels
+    ]
+    # Spellings such as "teddybear" and fragments of the name ("teddy") are left out.
+    joined = name.lower().replace(" ", "")
+    synonyms = [text for text in synonyms if text.replace(" ", "") not in joined]
+    return Subject(name, tuple(synonyms[:2]), tuple(tags[:4]), entry["group"])
+
+
+def _shortcodes(folder: Path) -> dict[str, str]:
+    """Hyphened shortcodes that mean one emoji only → its code points."""
+    owners: dict[str, set[str]] = {}
+    for name in ("cldr", "emojibase", "github", "iamcal", "joypixels"):
+        path = folder / "en" / "shortcodes" / f"{name}.json"
+        for code, codes in (read_json(path) if path.exists() else {}).items():
+            for shortcode in [codes] if isinstance(codes, str) else codes:
+                owners.setdefault(slug(shortcode), set()).add(_code(code))
+    return {shortcode: min(codes) for shortcode, codes in owners.items() if len(codes) == 1}

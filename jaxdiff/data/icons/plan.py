@@ -1,0 +1,67 @@
+"""The pictures that a drawing becomes: as it is, in named colours, painted over; each with captions and a split."""
+
+import hashlib
+from typing import NamedTuple
+
+from jaxdiff.data.icons.captions import captions
+from jaxdiff.data.icons.drawings import Drawing
+from jaxdiff.data.icons.lexicon import THINGS
+from jaxdiff.data.icons.sources import COLORS, PAINTINGS, SILHOUETTE, Style
+from jaxdiff.data.icons.splits import slug, split_of
+
+RECOLORS = 6  # colours a one-colour drawing is filled with
+SILHOUETTES = 3  # colours of the silhouettes of a painted-over drawing
+
+
+class Picture(NamedTuple):
+    """A picture of the set, before it is drawn."""
+
+    split: str
+    file_name: str  # relative to the split's folder
+    text: list[str]
+    subject: str
+    style: str
+    source: str
+    license: str
+    color: str | None = None  # what it is filled with
+    effect: str | None = None  # the filter that paints it over; the drawing as it is when neither is given
+
+    def row(self) -> dict:
+        """Its line of metadata.jsonl."""
+        row = self._asdict()
+        row.pop("split")
+        row.pop("effect")
+        return {key: value for key, value in row.items() if value is not None}
+
+
+def colors_of(name: str, count: int) -> list[str]:
+    """`count` names of COLORS that the drawing's name decides; black is always among them.
+
+    >>> colors_of("castle", 3) == colors_of("castle", 3), colors_of("castle", 1)
+    (True, ['black'])
+    """
+    others = [color for color in COLORS if color != "black"]
+    ranked = sorted(others, key=lambda color: hashlib.sha256(f"{color} {name}".encode()).digest())
+    return ["black", *ranked[: count - 1]]
+
+
+def pictures(drawing: Drawing) -> list[Picture]:
+    """Every picture made of one drawing."""
+    source, stem = drawing.source, drawing.name
+    if source.recolor:
+        return [_picture(drawing, drawing.style, f"{stem}-{c}", color=c) for c in colors_of(stem, RECOLORS)]
+    found = [_picture(drawing, drawing.style, stem)]
+    if source.paintings:
+        found += [_picture(drawing, style, f"{stem}-{name}", effect=name) for name, style in PAINTINGS.items()]
+        if drawing.subject.group in THINGS:
+            names = colors_of(f"{stem} {source.name}", SILHOUETTES)
+            found += [_picture(drawing, SILHOUETTE, f"{stem}-silhouette-{c}", color=c) for c in names]
+    return found
+
+
+def _picture(drawing: Drawing, style: Style, stem: str, color: str | None = None, effect: str | None = None) -> Picture:
+    subject, source = drawing.subject, drawing.source
+    file_name = f"images/{source.name}/{slug(stem)}.webp"
+    split = split_of(subject.name, style.name)
+    texts = captions(subject, style, color)
+    return Picture(split, file_name, texts, subject.name, style.name, source.name, source.license, color, effect)

@@ -1,0 +1,63 @@
+"""Which split a picture belongs to: a hash of names decides, so that anybody gets the same splits."""
+
+import hashlib
+import re
+import unicodedata
+
+SPLITS = ("train", "heldout_subjects", "heldout_pairs")
+SHARE = 0.03  # of the subjects, and of the (subject, style) pairs
+# Subjects that are always trained on, in every style: examples and documentation draw them.
+ALWAYS_TRAINED = ("castle", "dog", "pen", "sunglasses", "teddy bear", "rocket")
+
+_PEOPLE = {"man", "woman", "person", "men", "women", "people", "boy", "girl"}
+_COLORS = {"black", "white", "gray", "grey", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"}
+_QUALIFIERS = _PEOPLE | _COLORS | {"a", "an", "the", "light"}
+
+
+def slug(text: str) -> str:
+    """Lower-case ASCII words joined by hyphens.
+
+    >>> slug("Piñata: man’s No. 1")
+    'pinata-mans-no-1'
+    """
+    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower().replace("'", "")
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+
+
+def subject_key(subject: str) -> str:
+    """What subjects that are almost the same drawing have in common, so that they are held out together.
+
+    Leading genders and colours, a final "face" or "facing right", and a plural s are ignored.
+
+    >>> subject_key("woman farmer") == subject_key("farmer"), subject_key("dog face"), subject_key("red hearts")
+    (True, 'dog', 'heart')
+    """
+    words = slug(subject).split("-")
+    while len(words) > 1 and words[0] in _QUALIFIERS:
+        words = words[1:]
+    if len(words) > 2 and words[-2] == "facing":
+        words = words[:-2]
+    if len(words) > 1 and words[-1] in ("face", "head"):
+        words = words[:-1]
+    if len(words[-1]) > 3 and words[-1].endswith("s") and not words[-1].endswith("ss"):
+        words[-1] = words[-1][:-1]
+    return "-".join(words)
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) that the text alone decides."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def split_of(subject: str, style: str) -> str:
+    """The split of a picture of `subject` drawn in `style`: one of SPLITS.
+
+    >>> split_of("castle", "3d render")
+    'train'
+    """
+    key = subject_key(subject)
+    if key in {subject_key(name) for name in ALWAYS_TRAINED}:
+        return "train"
+    if _share(f"subject:{key}") < SHARE:
+        return "heldout_subjects"
+    return "heldout_pairs" if _share(f"pair:{key}|{slug(style)}") < SHARE else "train"
