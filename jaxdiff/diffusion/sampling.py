@@ -1,0 +1,84 @@
+"""The one sampling loop. Schedulers plug into it; it knows nothing of them."""
+
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.diffusion.schedulers import Scheduler
+from jaxdiff.diffusion.schedules import Time
+from jaxdiff.typing import Array, Denoise, Key
+
+
+def sample_keys(key: Key, batch: int) -> Key:
+    """One key a sample, [B]: a scalar key is folded with the sample's index, so that B changes no sample's key."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)) if key.ndim == 0 else key
+
+
+def step_keys(keys: Key, step: Array | int) -> Key:
+    """The keys [B] of one step; the number 0 is left to whoever draws the noise to start from."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, step + 1)
+
+
+@overload
+def sample(
+    denoise: Denoise,
+    x: Array,
+    times: Time,
+    scheduler: Scheduler,
+    key: Key,
+    *,
+    start: Array | int | None = None,
+    trajectory: Literal[False] = False,
+) -> Array: ...
+@overload
+def sample(
+    denoise: Denoise,
+    x: Array,
+    times: Time,
+    scheduler: Scheduler,
+    key: Key,
+    *,
+    start: Array | int | None = None,
+    trajectory: Literal[True],
+) -> tuple[Array, Array]: ...
+def sample(
+    denoise: Denoise,
+    x: Array,
+    times: Time,
+    scheduler: Scheduler,
+    key: Key,
+    *,
+    start: Array | int | None = None,
+    trajectory: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Follow the process from noise to a clean sample: one `lax.scan` over the time grid.
+
+    Everything but `denoise`, `scheduler` and `trajectory` may be traced; the result may be mapped and differentiated
+    with respect to whatever x, `times` and the closure of `denoise` hold.
+
+    Args:
+        denoise: (x [B, ...], time) -> prediction of x0 [B, ...]; the time's fields are scalars.
+        x: [B, ...] at the first time, of standard deviation near 1 (see `time_grid` for its scale); kept in float32.
+        times: grid with fields [N + 1], from noise to picture, as `time_grid` makes it.
+        key: a scalar, or one a sample, [B]. The noise of sample b depends on its own key, the step and b alone.
+        start: number of steps left out at the beginning: x is then at times[start]. May be traced, never recompiles.
+        trajectory: whether the prediction of x0 at each step is returned as well.
+
+    Returns:
+        x [B, ...] float32 at the last time; with `trajectory`, also [N, B, ...] (x itself at steps left out).
+    """
+    times = jax.tree.map(jnp.asarray, times)
+    keys = sample_keys(key, x.shape[0])
+
+    def body(state, i):
+        def step(state):
+            return scheduler.step(denoise, state, times, i, step_keys(keys, i))
+
+        state = step(state) if start is None else jax.lax.cond(i >= start, step, lambda state: state, state)
+        return state, state.denoised if trajectory else None
+
+    state, denoised = jax.lax.scan(body, scheduler.init(x), jnp.arange(len(times.t) - 1))
+    return (state.x, denoised) if trajectory else state.x

@@ -1,0 +1,124 @@
+"""Noise schedules: how much of the picture and how much noise there is at each time.
+
+The process mixes a clean x0 with unit Gaussian noise eps,
+
+    x_t = alpha_t x0 + sigma_t eps                                                        (1)
+
+and a schedule is the pair of tables alpha, sigma. Variance-preserving ones are made from the betas of training,
+
+    alpha_t^2 = prod_{s <= t} (1 - beta_s),   sigma_t^2 = 1 - alpha_t^2,   t = 0 … T-1    (2)
+    beta linear from beta_start to beta_end                          "linear"             (3)
+    sqrt(beta) linear                                                "scaled_linear"      (4)
+    alpha_t^2 ~ cos^2(pi/2 (t/T + 0.008) / 1.008), beta <= 0.999     "squaredcos_cap_v2"  (5)
+
+(Ho et al. 2020, equation 4 and section 4; Rombach et al. 2022; Nichol & Dhariwal 2021, equation 17). They may be
+rescaled to have no signal at all at the last step (Lin et al. 2023, algorithm 1),
+
+    alpha_t <- (alpha_t - alpha_{T-1}) alpha_0 / (alpha_0 - alpha_{T-1})                  (6)
+
+Rectified flow ("flow"; Liu et al. 2023, equation 1) is a straight line, and its times may be shifted towards noise
+(Esser et al. 2024, equation 23),
+
+    alpha_t = 1 - t/T,   sigma_t = t/T,   t in [0, T]                                     (7)
+    u <- s u / (1 + (s - 1) u),   u = t/T                                                 (8)
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff.config import SchedulerConfig
+from jaxdiff.typing import Array
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "flow")
+
+
+class Time(NamedTuple):
+    """A moment of the process, equation (1); with arrays [N + 1] a time grid, from noise to picture."""
+
+    t: Array  # in training steps, what the network is told; may be fractional
+    alpha: Array  # weight of the picture
+    sigma: Array  # weight of the noise
+    # Grids only, [N]: where step i arrives, if that is not entry i + 1 (diffusers' DDIM: see times.py).
+    arrival: "Time | None" = None
+
+
+class NoiseSchedule(NamedTuple):
+    """Tables of equation (1) in float32, at t = 0, 1, 2, …: [T] from betas, [T + 1] for a flow."""
+
+    alpha: np.ndarray
+    sigma: np.ndarray
+
+
+def is_flow(config: SchedulerConfig) -> bool:
+    """Whether the process is a rectified flow, equation (7)."""
+    return config.beta_schedule == "flow" or config.class_name.startswith("FlowMatch")
+
+
+def betas(config: SchedulerConfig) -> np.ndarray:
+    """The betas of training, [T] float64, before any rescaling: equations (3) to (5), or `trained_betas`.
+
+    Raises:
+        ValueError: an unknown `beta_schedule`.
+    """
+    steps, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
+    if config.trained_betas is not None:
+        return np.asarray(config.trained_betas, np.float64)
+    if config.beta_schedule == "linear":
+        return np.linspace(start, end, steps)
+    if config.beta_schedule == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, steps) ** 2
+    if config.beta_schedule == "squaredcos_cap_v2":
+        alpha_squared = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - alpha_squared[1:] / alpha_squared[:-1], 0.999)
+    raise ValueError(f"beta_schedule {config.beta_schedule!r} is unknown; known are {', '.join(BETA_SCHEDULES)}.")
+
+
+def noise_schedule(config: SchedulerConfig) -> NoiseSchedule:
+    """The tables of a config, computed in float64 and rounded once to float32.
+
+    >>> schedule = noise_schedule(SchedulerConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
+    >>> [round(float(table[-1]), 4) for table in schedule]
+    [0.0683, 0.9977]
+    >>> noise_schedule(SchedulerConfig(beta_schedule="flow", num_train_timesteps=4)).sigma.tolist()
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    if is_flow(config):
+        sigma = np.arange(config.num_train_timesteps + 1) / config.num_train_timesteps
+        alpha = 1 - sigma
+    else:
+        alpha = np.sqrt(np.cumprod(1 - betas(config)))
+        if config.rescale_betas_zero_snr:
+            alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+        sigma = np.sqrt(1 - alpha**2)
+    return NoiseSchedule(alpha.astype(np.float32), sigma.astype(np.float32))
+
+
+def at(schedule: NoiseSchedule, t: Array | float) -> Time:
+    """The moment t, of any shape, in training steps.
+
+    A fractional t is interpolated linearly in alpha and sigma; one outside the table takes the nearest end.
+
+    >>> flow = noise_schedule(SchedulerConfig(beta_schedule="flow"))
+    >>> [float(v) for v in at(flow, 250.0)[:3]]
+    [250.0, 0.75, 0.25]
+    """
+    t = jnp.asarray(t, jnp.float32)
+    last = len(schedule.alpha) - 1
+    low = jnp.clip(jnp.floor(t), 0, max(last - 1, 0)).astype(jnp.int32)
+    weight = jnp.clip(t - low, 0.0, 1.0)
+
+    def interpolate(table: Array) -> Array:
+        return (1 - weight) * table[low] + weight * table[jnp.minimum(low + 1, last)]
+
+    return Time(t, interpolate(jnp.asarray(schedule.alpha)), interpolate(jnp.asarray(schedule.sigma)))
+
+
+def shift_time(t: Any, config: SchedulerConfig) -> Any:
+    """Times in [0, T], spread evenly over a flow, moved towards noise by the config's `shift`: equation (8).
+
+    Sampling applies it to its grid, training to the times it draws; a shift of 1 changes nothing.
+    """
+    u = t / config.num_train_timesteps
+    return config.num_train_timesteps * config.shift * u / (1 + (config.shift - 1) * u)
