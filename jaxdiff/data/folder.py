@@ -67,7 +67,7 @@ def examples(path: str | Path, split: str = "train") -> list[Example]:
     """
     metadata = _find_metadata(Path(path), split)
     try:
-        lines = metadata.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        lines = metadata.read_bytes().split(b"\n")
     except OSError as e:
         raise ConfigError(f"{metadata} cannot be read ({e.strerror}).") from None
     found = [_example(metadata, number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -148,7 +148,9 @@ class Skipped:
 class CaptionedFolder:
     """Batches of a captioned folder; each `iter` starts anew.
 
-    An iterator has `get_state()`, which is small and JSON, and `set_state(state)`; worker processes end with it.
+    An iterator has `get_state()`, small and JSON, and `set_state(state)`, after which the batches that followed come
+    again, bit for bit. A state fits folders opened with the same arguments; `threads` may differ, `workers` not.
+    Worker processes end with the iterator, or its `close()`.
     """
 
     dataset: grain.IterDataset  # of batches: {"image": uint8 [b, H, W, 3], "text": list of b strings}
