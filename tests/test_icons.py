@@ -17,8 +17,8 @@ from PIL import Image
 from jaxdiff.data.icons import build as building
 from jaxdiff.data.icons import clipart, fetch, filters, render
 from jaxdiff.data.icons.captions import captions, indefinite
-from jaxdiff.data.icons.drawings import _square, read_drawings
-from jaxdiff.data.icons.lexicon import FOOD, OBJECTS, Lexicon, Subject
+from jaxdiff.data.icons.drawings import Drawing, _square, read_drawings
+from jaxdiff.data.icons.lexicon import FOOD, OBJECTS, TRAVEL, Lexicon, Subject
 from jaxdiff.data.icons.plan import pictures
 from jaxdiff.data.icons.sources import COLORS, PAINTINGS, SOURCES, Style, select
 from jaxdiff.data.icons.splits import ALWAYS_TRAINED, SHARE, SPLITS, split_of, subject_key
@@ -106,8 +106,8 @@ def test_every_caption_of_a_coloured_drawing_names_its_colour():
     assert all("orange" in text for text in found)
 
 
-def test_gray_is_also_spelt_grey():
-    found = captions(Subject("owl"), Style("silhouette"), "gray")
+def test_grey_is_also_spelt_gray():
+    found = captions(Subject("owl"), Style("silhouette"), "grey")
     assert {"a gray owl, silhouette", "a grey owl, silhouette"} <= set(found)
 
 
@@ -218,6 +218,12 @@ def test_wide_drawings_keep_their_proportions():
     assert abs(int(height) - 30) <= 1
 
 
+def test_what_an_animation_fades_in_is_shown():
+    animation = '<animate attributeName="opacity" values="0;1"/>'
+    body = f'<rect width="9" height="9" fill="#00f" opacity="0">{animation}</rect>'
+    assert np.asarray(render.render_svg(_square(body, 9, 9), 64))[32, 32].tolist() == [0, 0, 255, 255]
+
+
 def test_trimming_finds_a_small_drawing_on_a_big_page():
     svg = '<svg xmlns="http://www.w3.org/2000/svg" width="210mm" height="297mm" viewBox="0 0 210 297">'
     image = render.trimmed(f'{svg}<circle cx="150" cy="200" r="6" fill="#00f"/></svg>', 64)
@@ -288,6 +294,47 @@ def test_fill_keeps_alpha_and_sets_the_colour():
     assert (filled[image[..., 3] > 0][:, :3] == COLORS["red"]).all()
 
 
+def test_tint_changes_the_main_colour_only():
+    image = _disc(128)
+    tinted = filters.tint(image, COLORS["blue"])
+    assert np.abs(tinted[100, 64, :3].astype(int) - COLORS["blue"]).max() < 40  # lightness is kept in part
+    assert tinted[46, 46].tolist() == image[46, 46].tolist() == [255, 255, 255, 255]
+    np.testing.assert_array_equal(tinted[..., 3], image[..., 3])
+
+
+def test_tint_refuses_what_has_no_other_colour_to_take():
+    image = _disc()
+    assert filters.tint(image, (200, 50, 20)) is None  # red already
+    assert filters.tint(filters.pencil(image, np.random.default_rng(0)), COLORS["blue"]) is None
+
+
+# The plan
+
+
+def _drawing(source, subject: Subject) -> Drawing:
+    return Drawing(source, "thing", subject, source.style, svg="")
+
+
+def test_a_thing_is_painted_filled_and_tinted():
+    found = pictures(_drawing(NOTO, Subject("castle", group=TRAVEL)))
+    assert Counter(picture.effect for picture in found) == Counter([None, *PAINTINGS, *["fill"] * 3, *["tint"] * 3])
+    assert len({picture.file_name for picture in found}) == len(found)
+    for picture in found:
+        assert (picture.color is None) == (picture.effect not in ("fill", "tint"))
+        assert picture.color is None or all(picture.color in text or "gray" in text for text in picture.text)
+
+
+def test_faces_and_symbols_are_painted_only():
+    effects = {picture.effect for picture in pictures(_drawing(NOTO, Subject("grinning face", group=0)))}
+    assert effects == {None, *PAINTINGS}
+
+
+def test_things_named_by_their_colour_keep_it():
+    named = Subject("orange book", group=OBJECTS)
+    assert {picture.effect for picture in pictures(_drawing(NOTO, named))} == {None, "watercolor", "oil", "pixel"}
+    assert pictures(_drawing(MONO, named)) == []
+
+
 # The build
 
 
@@ -311,8 +358,9 @@ def test_tiny_packages_from_end_to_end(cache, tmp_path, caplog):
             assert split_of(row["subject"], row["style"]) == split
     assert len({row["file_name"] for row in everything}) == len(everything)
     castles = [row for row in rows["train"] if row["subject"] == "castle"]
-    # As it is, five paintings, three silhouettes; six colours of the one-colour set.
-    assert Counter(row["source"] for row in castles) == {"noto": 9, "fluent-mono": 6}
+    assert Counter(row["style"] for row in castles if row["source"] == "fluent-mono") == {"single color icon": 6}
+    styles = Counter(row["style"] for row in castles if row["source"] == "noto" and "tint" not in row["file_name"])
+    assert styles == {style.name: 1 for style in (NOTO.style, *PAINTINGS.values())} | {"silhouette": 3}
     assert "1 of 9 drawings are broken or blank" in caplog.text
     text = (out / "LICENSES.md").read_text()
     assert f"| streamline | {STREAMLINE.package} | {STREAMLINE.version} | CC-BY-4.0 | 1 |" in text
@@ -355,19 +403,13 @@ def test_country_flags_on_request(cache, lexicon):
     assert "flag of chad" in {drawing.subject.name for drawing in drawings}
 
 
-def test_silhouettes_are_made_of_things_only(cache, lexicon):
-    drawings = read_drawings(NOTO, cache / f"iconify-json-noto-{NOTO.version}", lexicon)
-    by_name = {drawing.name: Counter(picture.style for picture in pictures(drawing)) for drawing in drawings}
-    assert by_name["fox"]["silhouette"] == 3
-    assert by_name["letter-a"]["silhouette"] == 0
-
-
 # Clip art
 
 
 def _clip(root: Path, place: str, title: str, *keywords: str) -> None:
     bag = "".join(f"<rdf:li>{keyword}</rdf:li>" for keyword in keywords)
-    text = f'<svg><cc:Work rdf:about=""><dc:title>{title}</dc:title>{bag}</cc:Work></svg>'
+    metadata = f'<metadata><cc:Work rdf:about=""><dc:title>{title}</dc:title>{bag}</cc:Work></metadata>'
+    text = f'<svg>{metadata}<path id="{title}"/></svg>'
     path = root / "usr" / "share" / "openclipart" / "svg" / place
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -376,6 +418,7 @@ def _clip(root: Path, place: str, title: str, *keywords: str) -> None:
 def test_clip_art_with_sane_titles_is_kept(tmp_path, lexicon):
     _clip(tmp_path, "buildings/castle_01.svg", "Castle (colour)", "building", "old tower")
     _clip(tmp_path, "animals/fox_bw.svg", "Fox (B and W)", "animal")
+    _clip(tmp_path, "unsorted/castle_01.svg", "Castle (colour)", "building", "old tower")  # the same drawing again
     _clip(tmp_path, "animals/fox_02.svg", "Clipart by Somebody - bee", "animal")  # a shared title: the file's name
     _clip(tmp_path, "animals/coniglio_01.svg", "Coniglio", "animal")
     _clip(tmp_path, "shapes/castle.svg", "Castle", "building")

@@ -10,14 +10,11 @@ from jaxdiff.data.icons.sources import BW_CLIP_ART, Style
 from jaxdiff.data.icons.splits import slug
 
 # Folders of what is no picture of a thing: shapes, interface parts, flags, letters, road signs, playing cards.
-_SKIPPED = ("shapes", "computer", "signs_and_symbols", "special", "logos", "buttons", "unsorted/duplicates")
-_SKIPPED += (
-    "recreation/games/cards",
-    "recreation/games/dice",
-    "transportation/roadsigns",
-    "transportation/aiga-symbols",
+_SKIPPED = (
+    *("shapes", "computer", "signs_and_symbols", "special", "logos", "buttons", "unsorted/duplicates"),
+    *("recreation/games/cards", "recreation/games/dice", "transportation/roadsigns", "transportation/aiga-symbols"),
+    *("people/stickmen", "people/smilies", "geography/maps"),
 )
-_SKIPPED += ("people/stickmen", "geography/maps", "people/smilies")
 # Titles that whole collections share; the file's name says more.
 _COLLECTION = re.compile(r"clip ?art|icons?$|aiga|svg|symbols?$|submission|sibmission|collection|pattern|flag", re.I)
 _NOISE = {"the", "a", "an", "of", "and", "with", "in", "on", "s", "for", "no", "to", "or", "by"}
@@ -41,6 +38,7 @@ _MANNERS = {
 def read_folder(folder: Path, lexicon: Lexicon, style: Style) -> Iterator[tuple[Path, str, Subject, Style]]:
     """The files worth having of an unpacked openclipart-svg package: (file, unique name, subject, style)."""
     root = folder / "usr" / "share" / "openclipart" / "svg"
+    seen = set()
     for path in sorted(root.rglob("*.svg")):
         place = path.relative_to(root).as_posix()
         if place.startswith(_SKIPPED):
@@ -48,6 +46,10 @@ def read_folder(folder: Path, lexicon: Lexicon, style: Style) -> Iterator[tuple[
         text = path.read_text(encoding="utf-8", errors="replace")
         title, keywords = _described(text)
         plain = re.search(r"\((b and w|b/w|black and white)\)", title, re.I) or path.stem.endswith("_bw")
+        content = hash(re.sub(r"<metadata.*?</metadata>|\s+", "", text, flags=re.S))
+        if content in seen:  # some drawings are filed in several folders
+            continue
+        seen.add(content)
         subject = _subject(title, path.stem, keywords, lexicon)
         if subject:
             name = slug(place.removesuffix(".svg"))
@@ -65,7 +67,8 @@ def _words(text: str) -> list[str]:
     """Lower-case words without authors' numbers, remarks in parentheses and the words of drawing."""
     text = re.sub(r"\(.*?\)|\d+\w{0,2}\b|#", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)).lower()
     text = re.sub(r"\d+", " ", re.split(r" - ", text)[0].replace("_", " ").replace("-", " "))
-    return re.findall(r"[a-z']+", _DROPPED.sub(" ", text))
+    words = re.findall(r"[a-z']+", _DROPPED.sub(" ", text))
+    return words[1:] if words and words[0] in ("a", "an", "the") else words
 
 
 def _subject(title: str, stem: str, keywords: list[str], lexicon: Lexicon) -> Subject | None:

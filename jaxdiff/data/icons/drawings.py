@@ -34,6 +34,7 @@ _FXEMOJI = {
     "sunglasses": "smiling-face-with-sunglasses",
     "speaker": "speaker-low-volume",
     "cat": "cat-face",
+    "wave": "water-wave",
     "leopard": "leopard",
     "lowerleftpen": "pen",
     "lowerleftpencil": "pencil",
@@ -77,7 +78,7 @@ def _iconify(source: Source, folder: Path, lexicon: Lexicon, flags: bool) -> Ite
     icons = package.get("icons") if isinstance(package, dict) else None
     if not isinstance(icons, dict):
         raise BuildError(f"{folder / 'icons.json'} is not an Iconify set: delete the folder {folder} and run again.")
-    former = {}
+    former: dict[str, str] = {}
     for alias, entry in package.get("aliases", {}).items():
         if lexicon.by_name(alias) and not {"hFlip", "vFlip", "rotate"} & entry.keys():
             former.setdefault(entry["parent"], alias)
@@ -96,6 +97,8 @@ def _iconify(source: Source, folder: Path, lexicon: Lexicon, flags: bool) -> Ite
 
 def _square(body: str, width: float, height: float) -> str:
     """An SVG document with `body` centred on a square canvas with a margin."""
+    if "<animate" in body:  # what an animation fades in (rain, snow) starts out transparent
+        body = re.sub(r'(?<=\s)opacity="0"', "", body)
     side = max(width, height) / (1 - 2 * MARGIN)
     box = f"{(width - side) / 2:g} {(height - side) / 2:g} {side:g} {side:g}"
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'

@@ -126,4 +126,45 @@ def fill(image: Pixels, color: tuple[int, int, int]) -> Pixels:
     return _with_alpha(np.broadcast_to(np.array(color, np.float32), (*image.shape[:2], 3)), image[..., 3])
 
 
+def tint(image: Pixels, color: tuple[int, int, int]) -> Pixels | None:
+    """The drawing with its main colour changed to another; white, black and other colours stay as they are.
+
+    Returns:
+        None when it has no main colour, or has that one already.
+    """
+    solid = image[..., 3] > 128
+    lab = cv2.cvtColor(image[..., :3].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)  # L in [0, 100], a and b about 0
+    target = cv2.cvtColor(np.array([[color]], np.float32) / 255, cv2.COLOR_RGB2LAB)[0, 0]
+    chroma = np.hypot(lab[..., 1], lab[..., 2])
+    hue = np.arctan2(lab[..., 2], lab[..., 1])
+    vivid = solid & (chroma > 15)
+    if vivid.sum() < 0.5 * solid.sum():
+        return None
+    # The main hue: the circular mean, weighted by chroma, about the fullest of 24 bins.
+    bins = np.histogram(hue[vivid], 24, (-np.pi, np.pi), weights=chroma[vivid])[0]
+    peak = (bins.argmax() + 0.5) / 24 * 2 * np.pi - np.pi
+    main = vivid & (np.abs(_angle(hue - peak)) < np.pi / 5)
+    if main.sum() < 0.5 * solid.sum():
+        return None
+    before = np.array([np.median(lab[..., i][main]) for i in range(3)])
+    if np.linalg.norm(before - target) < 45:  # to the eye still the same colour
+        return None
+    # Near the main hue all of it, fading out to its sides, so that no seam shows.
+    weight = np.clip((np.pi / 3.2 - np.abs(_angle(hue - peak))) / (np.pi / 9), 0, 1) * np.clip((chroma - 8) / 10, 0, 1)
+    gain = min(np.hypot(*target[1:]) / max(np.hypot(*before[1:]), 1), 3)
+    towards = np.arctan2(target[2], target[1])
+    changed = np.dstack(
+        [lab[..., 0] + 0.85 * (target[0] - before[0]), *(gain * chroma * f(towards) for f in (np.cos, np.sin))]
+    )
+    changed[..., 0] = np.clip(changed[..., 0], 3, 97)
+    mixed = lab + weight[..., None] * (changed - lab)
+    rgb = cv2.cvtColor(mixed.astype(np.float32), cv2.COLOR_LAB2RGB)
+    return _with_alpha(255 * np.clip(rgb, 0, 1), image[..., 3])
+
+
+def _angle(radians: np.ndarray) -> np.ndarray:
+    """The same angles within [-pi, pi)."""
+    return (radians + np.pi) % (2 * np.pi) - np.pi
+
+
 FILTERS = {"watercolor": watercolor, "oil": oil, "pencil": pencil, "pixel": pixel, "line": line}

@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxdiff.data.icons.everyday import EVERYDAY
 from jaxdiff.data.icons.fetch import read_json
-from jaxdiff.data.icons.splits import slug
+from jaxdiff.data.icons.splits import COLOR_WORDS, slug
 
 # emojibase's numbers of the groups whose members are things that one can draw.
 NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS, SYMBOLS = 3, 4, 5, 6, 7, 8
@@ -97,7 +98,7 @@ class Lexicon:
 
     def by_name(self, name: str) -> Subject | None:
         """The subject of a hyphened name, today's or a former one ("bear-face" is the bear)."""
-        name = _RENAMED.get(name, name)
+        name = _RENAMED.get(name, name).removeprefix("lower-left-")
         for candidate in (name, name.removesuffix("-face"), name.replace("cat-face", "cat"), f"{name}-face"):
             if candidate in self._by_slug:
                 return self._by_slug[candidate]
@@ -133,15 +134,17 @@ def _subject(entry: dict, shortcodes: list[str], labels: set[str]) -> Subject:
         for t in tags
         if not any(t[:4] == w[:4] or t == f"{w}s" for w in words) and not (t[-1] == "s" and t[:-1] in tags)
     ]
-    synonyms = [
-        code.replace("-", " ")
-        for code in sorted(shortcodes)
-        if entry["group"] in THINGS and len(code) > 3 and code.replace("-", "").isalpha() and code not in labels
-    ]
-    # Spellings such as "teddybear" and fragments of the name ("teddy") are left out.
-    joined = name.lower().replace(" ", "")
-    synonyms = [text for text in synonyms if text.replace(" ", "") not in joined]
-    return Subject(name, tuple(synonyms[:2]), tuple(tags[:4]), entry["group"])
+    codes = sorted(code for code in shortcodes if entry["group"] in THINGS and code not in labels)
+    synonyms = [*EVERYDAY.get(name, ()), *(code.replace("-", " ") for code in codes if _says_more(code, words))]
+    return Subject(name, tuple(dict.fromkeys(synonyms))[:2], tuple(tags[:4]), entry["group"])
+
+
+def _says_more(code: str, words: list[str]) -> bool:
+    """Whether a shortcode is another name for what `words` name, and no respelling ("teddybear"), part or inversion."""
+    parts = code.split("-")
+    if len(code) < 4 or not "".join(parts).isalpha() or "left" in parts or not COLOR_WORDS.isdisjoint(parts):
+        return False
+    return "".join(parts) not in "".join(words) and not set(parts) <= {*words, "face"} and parts[: len(words)] != words
 
 
 def _shortcodes(folder: Path) -> dict[str, str]:

@@ -6,11 +6,12 @@ from typing import NamedTuple
 from jaxdiff.data.icons.captions import captions
 from jaxdiff.data.icons.drawings import Drawing
 from jaxdiff.data.icons.lexicon import THINGS
-from jaxdiff.data.icons.sources import COLORS, PAINTINGS, SILHOUETTE, Style
-from jaxdiff.data.icons.splits import slug, split_of
+from jaxdiff.data.icons.sources import COLORLESS, COLORS, PAINTINGS, SILHOUETTE, Style
+from jaxdiff.data.icons.splits import COLOR_WORDS, slug, split_of
 
 RECOLORS = 6  # colours a one-colour drawing is filled with
 SILHOUETTES = 3  # colours of the silhouettes of a painted-over drawing
+TINTS = 3  # colours that a colour drawing is given; fewer where it has them already or has no main colour
 
 
 class Picture(NamedTuple):
@@ -23,8 +24,8 @@ class Picture(NamedTuple):
     style: str
     source: str
     license: str
-    color: str | None = None  # what it is filled with
-    effect: str | None = None  # the filter that paints it over; the drawing as it is when neither is given
+    color: str | None = None  # what it is filled or tinted with
+    effect: str | None = None  # "fill", "tint" or a filter's name; None for the drawing as it is
 
     def row(self) -> dict:
         """Its line of metadata.jsonl."""
@@ -47,15 +48,22 @@ def colors_of(name: str, count: int) -> list[str]:
 
 def pictures(drawing: Drawing) -> list[Picture]:
     """Every picture made of one drawing."""
-    source, stem = drawing.source, drawing.name
+    source, stem, style = drawing.source, drawing.name, drawing.style
+    # "An orange heart" is no such thing in black, nor in pencil.
+    colored = not COLOR_WORDS.isdisjoint(slug(drawing.subject.name).split("-"))
+    thing = drawing.subject.group in THINGS and not colored
     if source.recolor:
-        return [_picture(drawing, drawing.style, f"{stem}-{c}", color=c) for c in colors_of(stem, RECOLORS)]
-    found = [_picture(drawing, drawing.style, stem)]
+        colors = [] if colored else colors_of(stem, RECOLORS)
+        return [_picture(drawing, style, f"{stem}-{color}", color, "fill") for color in colors]
+    found = [_picture(drawing, style, stem)]
     if source.paintings:
-        found += [_picture(drawing, style, f"{stem}-{name}", effect=name) for name, style in PAINTINGS.items()]
-        if drawing.subject.group in THINGS:
-            names = colors_of(f"{stem} {source.name}", SILHOUETTES)
-            found += [_picture(drawing, SILHOUETTE, f"{stem}-silhouette-{c}", color=c) for c in names]
+        names = [name for name in PAINTINGS if not (colored and name in COLORLESS)]
+        found += [_picture(drawing, PAINTINGS[name], f"{stem}-{name}", effect=name) for name in names]
+        colors = colors_of(f"{stem} {source.name}", SILHOUETTES) if thing else []
+        found += [_picture(drawing, SILHOUETTE, f"{stem}-silhouette-{color}", color, "fill") for color in colors]
+    if source.tint and thing:
+        colors = colors_of(f"{stem} {source.name} tint", TINTS + 1)[1:]
+        found += [_picture(drawing, style, f"{stem}-tint-{color}", color, "tint") for color in colors]
     return found
 
 

@@ -12,12 +12,12 @@ import resvg_py
 from PIL import Image
 
 from jaxdiff.data.icons.drawings import MARGIN
-from jaxdiff.data.icons.filters import FILTERS, Pixels, fill
+from jaxdiff.data.icons.filters import FILTERS, Pixels, fill, tint
 from jaxdiff.data.icons.sources import COLORS
 
 
 class Output(NamedTuple):
-    """One file to write: the drawing as it is, filled with a color, or painted over by a filter."""
+    """One file to write: the drawing as it is, filled or tinted with a color, or painted over by a filter."""
 
     path: Path
     color: str | None
@@ -84,11 +84,12 @@ def draw(job: Job) -> Pixels | None:
         OSError: its file cannot be read.
     """
     image: Image.Image | None
-    if job.path and job.path.suffix != ".svg":
-        image = _centred(Image.open(job.path).convert("RGBA"), job.size)
-    else:
-        svg = job.svg if job.svg is not None else job.path.read_text(encoding="utf-8", errors="replace")
+    if job.path is None or job.path.suffix == ".svg":
+        svg = job.path.read_text(encoding="utf-8", errors="replace") if job.path else job.svg or ""
         image = trimmed(svg, job.size) if job.trim else render_svg(svg, job.size)
+    else:
+        with Image.open(job.path) as picture:
+            image = _centred(picture.convert("RGBA"), job.size)
     if image is None:
         return None
     pixels = np.asarray(image)
@@ -107,14 +108,19 @@ def write(job: Job) -> str | None:
     if pixels is None:
         return f"{job.outputs[0].path.stem}: blank"
     for output in job.outputs:
-        image = pixels
-        if output.color:
-            image = fill(pixels, COLORS[output.color])
-        elif output.effect:
-            seed = zlib.crc32(output.path.name.encode())
-            image = FILTERS[output.effect](pixels, np.random.default_rng(seed))
-        save(image, output.path)
+        image = _applied(pixels, output)
+        if image is not None:
+            save(image, output.path)
     return None
+
+
+def _applied(pixels: Pixels, output: Output) -> Pixels | None:
+    """What goes into the file; None when the drawing has no colour that could be changed to the wanted one."""
+    if output.color:
+        return (fill if output.effect == "fill" else tint)(pixels, COLORS[output.color])
+    if output.effect:
+        return FILTERS[output.effect](pixels, np.random.default_rng(zlib.crc32(output.path.name.encode())))
+    return pixels
 
 
 def save(image: Pixels, path: Path) -> None:

@@ -24,6 +24,7 @@ class Source(NamedTuple):
     url: str
     paintings: bool = False  # its drawings are also painted over by every filter
     recolor: bool = False  # one-colour drawings, filled with named colours
+    tint: bool = False  # colour drawings of things are also given other colours
     trim: bool = False  # cut to the ink: the canvas of these drawings is mostly empty
 
 
@@ -41,6 +42,7 @@ SOURCES = (
         "Google Inc",
         "https://github.com/googlefonts/noto-emoji",
         paintings=True,
+        tint=True,
     ),
     Source(
         "noto-v1",
@@ -72,6 +74,7 @@ SOURCES = (
         "MIT",
         "Microsoft Corporation",
         "https://github.com/microsoft/fluentui-emoji",
+        tint=True,
     ),
     Source(
         "fluent-mono",
@@ -93,6 +96,7 @@ SOURCES = (
         "MIT",
         "Microsoft Corporation, packaged by LobeHub",
         "https://github.com/microsoft/fluentui-emoji",
+        tint=True,
     ),
     Source(
         "fxemoji",
@@ -178,12 +182,12 @@ PAINTINGS = {
     "line": Style("line drawing", ("ink line drawing", "black and white line drawing"), "a line drawing of"),
 }
 SILHOUETTE = Style("silhouette", (), "a silhouette of")
+COLORLESS = ("pencil", "line")  # paintings that show no colour
 
-# Named colours of recoloured drawings, sRGB.
+# Named colours of recoloured drawings, sRGB. White is none of them: on white paper it would be a blank picture.
 COLORS = {
     "black": (0, 0, 0),
-    "white": (255, 255, 255),
-    "gray": (128, 128, 128),
+    "grey": (128, 128, 128),
     "red": (220, 30, 30),
     "orange": (250, 135, 20),
     "yellow": (245, 210, 20),

@@ -10,8 +10,22 @@ SHARE = 0.03  # of the subjects, and of the (subject, style) pairs
 ALWAYS_TRAINED = ("castle", "dog", "pen", "sunglasses", "teddy bear", "rocket")
 
 _PEOPLE = {"man", "woman", "person", "men", "women", "people", "boy", "girl"}
-_COLORS = {"black", "white", "gray", "grey", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"}
-_QUALIFIERS = _PEOPLE | _COLORS | {"a", "an", "the", "light"}
+COLOR_WORDS = {
+    "black",
+    "white",
+    "gray",
+    "grey",
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "blue",
+    "purple",
+    "pink",
+    "brown",
+    "teal",
+}
+_QUALIFIERS = _PEOPLE | COLOR_WORDS | {"a", "an", "the", "light"}
 
 
 def slug(text: str) -> str:
