@@ -228,9 +228,11 @@ class Run:
 
 
 def run(f: flags.FlagValues) -> None:
+    from jaxdiff.io.cache import cache_compilations
     from jaxdiff.training.state import OptionsError
 
     workdir = make_workdir(f.workdir)
+    cache_compilations()
     try:
         this = Run(f.config, workdir)
     except OptionsError as e:

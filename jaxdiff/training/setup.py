@@ -62,8 +62,9 @@ def starting_model(
     _check_fit(configs)
     parts = (configs[name] for name in ("text_encoder", "unet", "vae"))
     model = build(*parts, tokenizer, scheduler, configs.get("vision_encoder"), dtype=dtype, remat=remat)
-    params = dict(jax.jit(lambda key: init_params(model, key))(key))
     shapes = param_shapes(model)
+    # Under jit what is not asked for is not computed.
+    params = jax.jit(lambda key: {k: v for k, v in init_params(model, key).items() if k not in given})(key)
     for name, (folder, _) in given.items():
         params[name] = load_tensors(folder / name / WEIGHTS[name], shapes[name], jnp.float32)
     return model, params
