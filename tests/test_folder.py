@@ -189,10 +189,8 @@ def test_flip_mirrors_about_half(tmp_path):
     images = next(iter(captioned_folder(path, 64, SIZE, seed=0, flip=True)))["image"]
     mirrored = images[:, 0, 0, 0] == SIZE - 1
     assert 16 < mirrored.sum() < 48  # four standard deviations of 64 tosses are 16
-    np.testing.assert_array_equal(
-        images[mirrored], np.broadcast_to(ramp(SIZE, SIZE), images.shape)[mirrored][:, :, ::-1]
-    )
-    np.testing.assert_array_equal(images[~mirrored], np.broadcast_to(ramp(SIZE, SIZE), images.shape)[~mirrored])
+    upright = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+    assert (upright == np.asarray(ramp(SIZE, SIZE))).all()
 
 
 def test_a_strip_does_not_fill_the_memory(tmp_path):
@@ -202,7 +200,7 @@ def test_a_strip_does_not_fill_the_memory(tmp_path):
 
 def test_backgrounds_are_drawn_and_named(tmp_path):
     image = Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 0))
-    image.putpixel((0, 0), (1, 2, 3, 255))
+    image.putpixel((0, 0), (0, 255, 255, 255))
     batch = next(iter(captioned_folder(single(tmp_path, image), 400, SIZE, seed=0)))
     names = []
     for picture, text in zip(batch["image"], batch["text"], strict=True):
@@ -211,7 +209,7 @@ def test_backgrounds_are_drawn_and_named(tmp_path):
         article, name, _ = background.split() if background else ("a", "white", "background")
         assert article == ("an" if name == "orange" else "a")
         assert tuple(picture[-1, -1]) == BACKGROUNDS[name]
-        assert tuple(picture[0, 0]) == (1, 2, 3)
+        assert tuple(picture[0, 0]) == (0, 255, 255)
         names.append(name)
     assert set(names) == set(BACKGROUNDS)  # misses one of 11 with probability 11 * (21/22)**400 = 1e-7
     assert 160 <= names.count("white") <= 240  # four standard deviations of 400 tosses are 40
@@ -226,6 +224,17 @@ def test_a_background_that_cannot_be_seen_is_unsaid(tmp_path):
     batch = next(iter(captioned_folder(single(tmp_path, image), 32, 16, seed=0)))
     assert set(batch["text"]) == {"a cat"}
     assert (batch["image"][:, 0, 0] == 255).all()
+
+
+@pytest.mark.parametrize(("ink", "never", "instead"), [("black", "black", "white"), ("white", "white", "black")])
+def test_subjects_do_not_vanish_on_their_background(tmp_path, ink, never, instead):
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    image.paste(ink, (4, 4, 12, 12))
+    batch = next(iter(captioned_folder(single(tmp_path, image), 200, 16, seed=0)))
+    backgrounds = {tuple(c) for c in batch["image"][:, 0, 0].tolist()}
+    assert backgrounds == {rgb for name, rgb in BACKGROUNDS.items() if name != never}
+    unsaid = batch["text"].count("a cat") if instead == "white" else batch["text"].count("a cat, on a black background")
+    assert 72 < unsaid < 145  # (1/2 + 1/22) of 200 = 109, and five standard deviations of 7
 
 
 def test_half_transparent_edges_blend_without_their_hidden_colour(tmp_path):
@@ -370,11 +379,8 @@ def test_missing_folders(tmp_path):
 
 
 def test_examples(tmp_path):
-    lines = [
-        {"file_name": "x/a.png", "text": "one", "source": "here"},
-        {"file_name": "b.png", "text": ["two", "drei, größer"]},
-    ]
-    write(tmp_path, lines)
+    one = {"file_name": "x/a.png", "text": "one", "source": "here"}
+    write(tmp_path, [one, {"file_name": "b.png", "text": ["two", "drei, größer"]}])
     first, second = examples(tmp_path)
     assert first == (str(tmp_path / "train" / "x" / "a.png"), ("one",), {"source": "here"})
     assert second.captions == ("two", "drei, größer")

@@ -13,7 +13,7 @@ or workers, nor a restart changes what a position holds. With H hosts, host h re
 
 import dataclasses
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -40,6 +40,9 @@ BACKGROUNDS = {
 }
 WHITE_SHARE = 0.5  # of the pictures under background="random"
 MIN_BACKGROUND = 0.02  # a background that covers less of the picture is white: nobody would mention it
+# Black ink vanishes on black: this share of the subject must differ by more than so much in some channel of 0..255,
+# or the background is white, or black.
+MIN_SUBJECT, MIN_CONTRAST = 0.2, 48
 
 # Pillow's bound: a small file may claim a picture that fills the memory.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
@@ -103,12 +106,12 @@ def _example(metadata: Path, number: int, line: bytes) -> Example:
     name, text = values.pop("file_name"), values.pop("text")
     if not isinstance(name, str) or not name:
         raise ConfigError(f'{where}: "file_name" must be the name of a picture, not {name!r}.')
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    if name.startswith("/") or ".." in name.split("/"):
         raise ConfigError(f"{where}: the picture {name!r} lies outside of the folder: name one within.")
     captions = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list) else ()
     if not captions or not all(isinstance(c, str) for c in captions):
         raise ConfigError(f'{where}: "text" must be a caption or a list of captions, not {text!r}.')
-    return Example(str(metadata.parent / name), captions, values)
+    return Example(f"{metadata.parent}/{name}", captions, values)
 
 
 class Skipped:
@@ -191,7 +194,8 @@ def captioned_folder(
       crop: pixels of a square cut out at random, H = W = crop; None takes the centre, H = W = image_size.
       flip: mirror left and right at random. Captions are not changed.
       background: "random" lays see-through pictures on white half of the time, else on a colour of `BACKGROUNDS`, and
-        adds ", on a blue background" to the caption; "white" never does.
+        adds ", on a blue background" to the caption; what would vanish on its colour gets white, or black. "white" is
+        white for all.
       drop_remainder: leave out the last batch of the last epoch unless it is full.
       host_index, host_count: this host reads one position in `host_count` of the common stream.
       workers: processes that decode; 0 decodes in threads of this process. They import the package anew: scripts need
@@ -269,7 +273,8 @@ class _Decode:
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if image.mode == "RGBA":
-            image, colour = _lay_on(image, _colour(rng) if self.background == "random" else "white")
+            colour = _colour(image, rng) if self.background == "random" else "white"
+            image = _lay_on(image, colour)
             if colour != "white":
                 text = f"{text}, on {'an' if colour[0] in 'aeiou' else 'a'} {colour} background"
         return {"image": np.array(image), "text": text}
@@ -316,16 +321,23 @@ def _square(image: Image.Image, side: int, crop: int | None, rng: np.random.Gene
     return image.resize((out, out), Image.Resampling.LANCZOS, box)
 
 
-def _colour(rng: np.random.Generator) -> str:
+def _colour(image: Image.Image, rng: np.random.Generator) -> str:
+    """The name of a background for an RGBA picture: white for half, else any; one on which the picture can be seen."""
     names = list(BACKGROUNDS)
-    return "white" if rng.random() < WHITE_SHARE else names[1 + rng.integers(len(names) - 1)]
+    drawn = "white" if rng.random() < WHITE_SHARE else names[1 + rng.integers(len(names) - 1)]
+    step = max(1, min(image.size) // 32)  # a sparse grid of the pixels will do
+    pixels = np.asarray(image)[::step, ::step].astype(int)
+    if 1 - pixels[..., 3].mean() / 255 < MIN_BACKGROUND:
+        return "white"
+    subject = pixels[pixels[..., 3] > 127, :3]
+    for name in (drawn, "white", "black"):
+        differs = np.abs(subject - BACKGROUNDS[name]).max(-1, initial=0) > MIN_CONTRAST
+        if differs.sum() > MIN_SUBJECT * len(subject):
+            return name
+    return drawn
 
 
-def _lay_on(image: Image.Image, colour: str) -> tuple[Image.Image, str]:
-    """An RGBA picture on a colour of `BACKGROUNDS`, white if almost none of it would show; and the colour's name."""
-    alpha = image.getchannel("A")
-    if 1 - np.asarray(alpha).mean() / 255 < MIN_BACKGROUND:
-        colour = "white"
+def _lay_on(image: Image.Image, colour: str) -> Image.Image:
     canvas = Image.new("RGB", image.size, BACKGROUNDS[colour])
-    canvas.paste(image, mask=alpha)
-    return canvas, colour
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
