@@ -67,8 +67,7 @@ def test_batches(twelve):
     assert batch["image"].shape == (4, SIZE, SIZE, 3)
     assert batch["image"].dtype == np.uint8
     assert isinstance(batch["text"], list)
-    assert data.size == 12
-    assert data.skipped.count == 0
+    assert (data.size, data.skipped.count) == (12, 0)
 
 
 def test_every_epoch_is_another_order_of_everything(twelve):
@@ -242,8 +241,7 @@ def test_half_transparent_edges_blend_without_their_hidden_colour(tmp_path):
     image.paste((0, 0, 0, 255), (0, 0, 16, 32))
     batch = next(iter(captioned_folder(single(tmp_path, image), 1, SIZE, seed=0, background="white")))
     red, green, blue = np.moveaxis(batch["image"][0].astype(int), -1, 0)
-    assert np.abs(red - green).max() <= 1  # 8-bit rounding of premultiplied colours
-    assert np.abs(red - blue).max() <= 1
+    assert max(np.abs(red - green).max(), np.abs(red - blue).max()) <= 1  # 8-bit rounding of premultiplied colours
 
 
 # Formats
