@@ -51,7 +51,12 @@ def denoiser(
         time = time if isinstance(time, Time) else at(schedule, time)
         copies = 1 if uncond is None else 2
         output = model.unet.apply(
-            {"params": params["unet"]}, jnp.concatenate([x] * copies), time.t, both.embeddings, both.pooled, both.time_ids
+            {"params": params["unet"]},
+            jnp.concatenate([x] * copies),
+            time.t,
+            both.embeddings,
+            both.pooled,
+            both.time_ids,
         ).astype(jnp.float32)
         if uncond is not None:
             scale = jnp.reshape(jnp.maximum(guidance_scale, 1.0), (-1, 1, 1, 1))
@@ -89,7 +94,7 @@ def sampler(plan: _Plan, devices: tuple[jax.Device, ...]) -> Callable:
             x = first.alpha * encode(model, params, images) + first.sigma * noise
         else:
             x, start = noise_scale * noise, None
-        scheduler = get_scheduler(plan.scheduler)
+        scheduler = get_scheduler(plan.scheduler, model.scheduler)
         if not plan.frames:
             return decode(model, params, sample(denoise, x, times, scheduler, keys, start=start))
         x0, steps = sample(denoise, x, times, scheduler, keys, start=start, trajectory=True)

@@ -24,7 +24,7 @@ def clip(scale: str) -> dict:
 
 def vae(scale: str) -> dict:
     """128 x 128 pixels to 16 x 16 latents of 4 channels."""
-    channels, layers = {"gpu": ((48, 96, 160, 192), 1), "cpu": ((24, 48, 96, 128), 1)}[scale]
+    channels, layers = {"gpu": ((48, 96, 160, 192), 1), "cpu": ((16, 32, 64, 128), 1)}[scale]
     return {
         "vae": {
             "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -42,7 +42,7 @@ def vae(scale: str) -> dict:
 
 def unet(scale: str) -> dict:
     """Text is attended to at 8 x 8 and 4 x 4, where it is cheap."""
-    channels, layers, heads = {"gpu": ((128, 256, 320), 2, 8), "cpu": ((96, 192, 256), 1, 4)}[scale]
+    channels, layers, heads = {"gpu": ((128, 256, 320), 2, 8), "cpu": ((64, 128, 192), 1, 4)}[scale]
     return {
         "unet": {
             "sample_size": 16,

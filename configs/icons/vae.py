@@ -23,6 +23,8 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     if scale == "gpu":
         config.update({"steps": 40_000, "batch_size": 64, "learning_rate": 5e-4, "dtype": "bfloat16"})
     else:
-        config.update({"steps": 1500, "batch_size": 8, "warmup_steps": 50, "ema_decay": 0.995})
+        config.data.filter.source = ("noto", "fluent-flat", "fluent-3d")
+        config.update({"steps": 1800, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 100})
+        config.update({"kl_weight": 5e-4, "ema_decay": 0.995})
         config.update({"log_every": 20, "eval_every": 250, "checkpoint_every": 250})
     return config
