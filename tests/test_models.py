@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, ConfigError, UNetConfig, VAEConfig
 from jaxdiff.io.weights import from_torch_layout, load_tensors, tensor_name, to_torch_layout
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
-from jaxdiff.models.layers import timestep_embedding
+from jaxdiff.models.layers import convolve, timestep_embedding
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
 from tests import networks
@@ -148,6 +148,17 @@ def test_half_precision_stays_near_float32(dtype):
     rounded = module.copy(dtype=jnp.dtype(dtype)).apply(jax.tree.map(lambda x: jnp.asarray(x, dtype), variables), *args)
     assert rounded.dtype == dtype
     assert error(rounded, exact) < 8 * float(jnp.finfo(dtype).eps)
+
+
+def test_gathered_convolution_equals_xla():
+    """Sums of 9 * 512 products, in two orders: float32 rounding of some 1e-6."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((2, 3, 5, 512), np.float32), rng.standard_normal((3, 3, 512, 7), np.float32)
+    args = {"padding": ((1, 1), (1, 1)), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    text = jax.jit(lambda x, k: convolve(x, k, (1, 1), **args)).lower(x, kernel).as_text()
+    assert jax.default_backend() != "cpu" or "convolution" not in text
+    reference = jax.lax.conv_general_dilated(x, kernel, (1, 1), **args)
+    assert error(convolve(x, kernel, (1, 1), **args), reference) < TOLERANCE
 
 
 def test_timestep_embedding_of_zero_and_one():

@@ -33,14 +33,14 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     config.init_from.text_encoder = "runs/clip/export"
     config.data.path = "data/icons"
     config.eval.prompts = (
-        "a castle, 3d",
-        "a castle, flat emoji",
-        "a dog, cartoon emoji",
-        "a red heart",
+        "a castle",
+        "a dog",
+        "a pen",
+        "sunglasses",
+        "a teddy bear",
         "a rocket, 3d render",
-        "a teddy bear, flat emoji",
-        "sunglasses, on a blue background",
-        "an apple, on a yellow background",
+        "a penguin, pixel art",
+        "a guitar, flat emoji",
     )
     if scale == "gpu":
         config.trainable = ("unet", "text_encoder")
