@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -113,19 +111,18 @@ def fit(
         if checkpoints.latest is not None:
             state, position = checkpoints.restore(state)
             iterator.set_state(position)
-            logging.info("%s goes on from step %d.", stage.name, checkpoints.latest)
         start = step = int(state.step)
         train_step = make_train_step(stage.loss, options, mesh, state)
         with Report(workdir / "tb", stage.name, start, options.steps, options.batch_size, options.log_every) as report:
+            if start:
+                report.say(f"goes on from step {start}.")
             while step < options.steps and not stop.wished(step):
-                began = time.perf_counter()
                 batch = parallel.global_batch(mesh, stage.prepare(next(iterator)))
                 # The host runs one step ahead: while the devices compute one, the next batch is read.
                 jax.block_until_ready(state.step)
                 state, metrics = train_step(state, frozen, batch)
                 step += 1
-                # The first step compiles, the second waits for the first.
-                means = report.step(step, metrics, time.perf_counter() - began if step > start + 2 else None)
+                means = report.step(step, metrics)
                 if means is not None and not np.isfinite(means["loss"]):
                     raise TrainingError(
                         f"The loss is {means['loss']} at step {step}: lower learning_rate, or go on from the last "
@@ -136,7 +133,8 @@ def fit(
                     checkpoints.save(step, state, iterator.get_state())
                 if on_eval is not None and (last or (options.eval_every and step % options.eval_every == 0)):
                     report.show(step, on_eval(step, whole(state)))
-        if start < step < options.steps:
-            checkpoints.save(step, state, iterator.get_state())
-            logging.info("Stopped at step %d of %d; the same command goes on from there.", step, options.steps)
+                    report.restart_clock()
+            if step < options.steps:
+                checkpoints.save(step, state, iterator.get_state())
+                report.say(f"stopped at step {step} of {options.steps}; the same command goes on from there.")
         return Result(whole(state), step)

@@ -18,9 +18,10 @@ class Report:
     """
 
     def __init__(self, folder: str | Path, name: str, start: int, steps: int, batch_size: int, log_every: int) -> None:
-        self._batch_size, self._log_every, self._steps = batch_size, log_every, steps
+        self._name, self._batch_size, self._log_every, self._steps = name, batch_size, log_every, steps
         self._collected: list[Mapping[str, Any]] = []
-        self._seconds, self._timed = 0.0, 0
+        self._since: float | None = None
+        self._timed = 0  # steps since then
         self._quiet = jax.process_index() != 0
         self._writer = self._bar = None
         if self._quiet:
@@ -51,24 +52,36 @@ class Report:
         if self._writer is not None:
             self._writer.close()
 
-    def step(self, step: int, metrics: Mapping[str, Any], seconds: float | None) -> dict[str, float] | None:
-        """Take in the metrics of one step, still on the devices; `seconds` it took, None if it is not to be counted.
+    def step(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float] | None:
+        """Take in the metrics of one step, still on the devices.
 
         Returns:
             The means over the interval when this step ends one.
         """
         self._collected.append(metrics)
-        if seconds is not None:
-            self._seconds, self._timed = self._seconds + seconds, self._timed + 1
+        self._timed += 1
+        if self._since is None:
+            jax.block_until_ready(metrics)  # compiled, or whatever came between is over: the clock starts here
+            self._since, self._timed = time.perf_counter(), 0
         if step % self._log_every and step != self._steps:
             return None
         collected = jax.device_get(self._collected)
         means = {k: float(np.mean([m[k] for m in collected])) for k in collected[0]}
+        now = time.perf_counter()
         if self._timed:
-            means["images_per_second"] = self._batch_size * self._timed / max(self._seconds, 1e-9)
-        self._collected, self._seconds, self._timed = [], 0.0, 0
+            means["images_per_second"] = self._batch_size * self._timed / (now - self._since)
+        self._collected, self._since, self._timed = [], now, 0
         self.show(step, means)
         return means
+
+    def restart_clock(self) -> None:
+        """Do not count the time until the next step."""
+        self._since = None
+
+    def say(self, text: str) -> None:
+        """A sentence, above the bar."""
+        if not self._quiet:
+            (print if self._bar is None else self._bar.console.print)(f"{self._name}: {text}")
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Write these values now."""

@@ -63,8 +63,12 @@ def starting_model(
     parts = (configs[name] for name in ("text_encoder", "unet", "vae"))
     model = build(*parts, tokenizer, scheduler, configs.get("vision_encoder"), dtype=dtype, remat=remat)
     shapes = param_shapes(model)
-    # Under jit what is not asked for is not computed.
-    params = jax.jit(lambda key: {k: v for k, v in init_params(model, key).items() if k not in given})(key)
+    # Under jit what is not asked for is not computed. Some hundred small kernels run once: not worth optimising.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    fresh = jax.jit(
+        lambda key: {k: v for k, v in init_params(model, key).items() if k not in given}, compiler_options=options
+    )
+    params = fresh(key)
     for name, (folder, _) in given.items():
         params[name] = load_tensors(folder / name / WEIGHTS[name], shapes[name], jnp.float32)
     return model, params

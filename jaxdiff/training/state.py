@@ -99,6 +99,11 @@ def ema_update(ema: Params, params: Params, decay: float, step: Array) -> Params
     return jax.tree.map(lambda e, p: e + (1.0 - d) * (p - e), ema, params)
 
 
+def norm(tree: Any) -> Array:
+    """Euclidean norm of all arrays of a tree together."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
+
+
 def init_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A state that starts from these parameters, divided over the mesh. The parameters passed in stay usable."""
 
@@ -156,7 +161,7 @@ def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = ema_update(state.ema, params, options.ema_decay, state.step)
-        extra = {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        extra = {"grad_norm": norm(grads), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, params, ema, opt_state), {**metrics, **extra}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))

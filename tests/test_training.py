@@ -1,0 +1,440 @@
+"""The stages, the optimisation step and the loop, on the tiny model."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff import parallel
+from jaxdiff.config import CLIPVisionConfig, SchedulerConfig
+from jaxdiff.diffusion.losses import min_snr_weight
+from jaxdiff.diffusion.schedules import at, noise_schedule
+from jaxdiff.io.checkpoint import CheckpointError, Checkpoints
+from jaxdiff.models.model import Model, build
+from jaxdiff.training.latents import FromMemory, cached, encode_all, fingerprint
+from jaxdiff.training.loop import Stage, TrainingError, fit
+from jaxdiff.training.losses import contrastive_loss, kl_divergence, reconstruction_loss
+from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage, random_times, vae_stage
+from jaxdiff.training.state import (
+    Options,
+    OptionsError,
+    accumulated_grad,
+    ema_update,
+    init_state,
+    learning_rate,
+    make_train_step,
+    optimizer,
+)
+from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_params, tokenizer
+
+VISION = CLIPVisionConfig(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=SIDE,
+    patch_size=8,
+    projection_dim=16,
+)
+BATCH = 4
+
+
+def whole_model(scheduler: SchedulerConfig = SCHEDULER, **kwargs) -> Model:
+    return build(text_config(), UNET, VAE, tokenizer(), scheduler, VISION, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return clip_params(tiny_params(whole_model()))
+
+
+def pictures(count: int = 8, seed: int = 0) -> np.ndarray:
+    """Plain squares of one colour each, uint8 [count, SIDE, SIDE, 3]."""
+    rng = np.random.default_rng(seed)
+    images = np.full((count, SIDE, SIDE, 3), 255, np.uint8)
+    images[:, 4:12, 4:12] = rng.integers(0, 255, (count, 1, 1, 3))
+    return images
+
+
+def pairs(count: int = 8) -> dict:
+    words = ["castle", "red", "dragon", "blue", "house", "blurry", "a castle", "a house", "red house", "a dragon"]
+    return {"image": pictures(count), "tokens": tokenizer()(words[:count])}
+
+
+def options(**changes) -> Options:
+    defaults = {"steps": 4, "batch_size": BATCH, "learning_rate": 1e-3, "weight_decay": 0.0, "log_every": 1}
+    return Options(**{**defaults, "checkpoint_every": 1000, **changes})
+
+
+def keys(count: int = BATCH) -> jax.Array:
+    return jax.random.split(jax.random.key(0), count)
+
+
+def same(a, b) -> bool:
+    """Whether two trees are equal bit for bit."""
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b)))
+
+
+# --- losses
+
+
+def test_contrastive_loss_is_the_cross_entropy_of_both_directions():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 5, 7))
+    loss, _ = contrastive_loss(a, b, 3.0, np.eye(5, dtype=bool))
+    cosines = (a / np.linalg.norm(a, axis=1, keepdims=True)) @ (b / np.linalg.norm(b, axis=1, keepdims=True)).T
+    p = np.exp(3.0 * cosines)
+    expected = -0.5 * (np.log(np.diag(p) / p.sum(1)) + np.log(np.diag(p) / p.sum(0))).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_equal_captions_are_not_each_others_negatives():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(2, 3, 7))
+    b[1] = b[0]
+    equal = np.eye(3, dtype=bool)
+    equal[0, 1] = equal[1, 0] = True
+    gradient = jax.grad(lambda a: contrastive_loss(a, b, 3.0, equal)[0])(a)
+    # Turning picture 0 towards picture 1's caption, which is its own, must only ever help.
+    towards = jax.jvp(lambda a: contrastive_loss(a, b, 3.0, equal)[0], (a,), (np.stack([b[0], 0 * b[0], 0 * b[0]]),))[1]
+    assert towards < 0
+    assert np.isfinite(gradient).all()
+    assert contrastive_loss(a, b, 3.0, equal)[0] < contrastive_loss(a, b, 3.0, np.eye(3, dtype=bool))[0]
+
+
+def test_kl_divergence_of_known_gaussians():
+    assert kl_divergence(jnp.zeros(3), jnp.zeros(3)) == 0
+    # KL(N(1, e) || N(0, 1)) = (1 + e - 1 - 1) / 2
+    np.testing.assert_allclose(kl_divergence(jnp.ones(3), jnp.ones(3)), (np.e - 1) / 2, rtol=1e-6)
+
+
+def test_reconstruction_loss_measures_tone_and_edges():
+    x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)), jnp.float32)
+    assert reconstruction_loss(x, x) == 0
+    np.testing.assert_allclose(reconstruction_loss(x + 0.25, x), 0.25, rtol=1e-5)  # no edge is wrong
+    checkers = 0.25 * (-1.0) ** np.add.outer(np.arange(8), np.arange(8))[None, :, :, None]
+    # At full size |error| 0.25 and both differences 0.5; the halved sizes average to nothing.
+    np.testing.assert_allclose(reconstruction_loss(x + checkers, x, 1.0, 2), (0.25 + 2 * 0.5) / 2, rtol=1e-4)
+
+
+# --- state
+
+
+def test_ema_forgets_the_start_then_keeps_its_decay():
+    ema, params = {"w": jnp.asarray([1.0])}, {"w": jnp.asarray([3.0])}
+    # d = (1 + 0) / (10 + 0) at the first step, the given decay later.
+    np.testing.assert_allclose(ema_update(ema, params, 0.99, 0)["w"], 0.1 * 1 + 0.9 * 3, rtol=1e-6)
+    np.testing.assert_allclose(ema_update(ema, params, 0.99, 10**6)["w"], 0.99 * 1 + 0.01 * 3, rtol=1e-6)
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    rate = learning_rate(options(steps=100, warmup_steps=10, learning_rate=2.0, schedule="cosine"))
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 1, 2, 1, 0], atol=1e-6)
+    constant = learning_rate(options(warmup_steps=0, learning_rate=2.0))
+    assert constant(0) == constant(50) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch_size": 6}, "batch_size 6"),
+        ({"batch_size": 8, "accumulate": 3}, "accumulate"),
+        ({"schedule": "linear"}, "schedule"),
+        ({"steps": 0}, "steps"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(changes, named):
+    with pytest.raises(OptionsError, match=named):
+        options(**changes).check(devices=4)
+
+
+def test_decay_spares_vectors():
+    weights = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(())}
+    tx = optimizer(options(weight_decay=0.5, learning_rate=0.1))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, weights), tx.init(weights), weights)
+    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+    assert not updates["bias"].any()
+    assert updates["scale"] == 0
+
+
+@pytest.mark.parametrize("stage", [vae_stage, diffusion_stage])
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole(stage, params):
+    stage, batch, mesh = stage(whole_model()), pairs(BATCH), parallel.mesh(devices=jax.devices()[:1])
+    trained = {k: params[k] for k in stage.trainable}
+
+    def grad(parts):
+        return jax.jit(lambda p: accumulated_grad(stage.loss, p, params, batch, keys(), parts, mesh))(trained)
+
+    whole, metrics = grad(1)
+    parts, part_metrics = grad(2)
+    np.testing.assert_allclose(part_metrics["loss"], metrics["loss"], rtol=1e-5)
+    # Sums in another order: float32 rounding (6e-8) grown by the depth of the network; relative to the largest entry
+    # of each array, for entries that cancel have no relative precision of their own.
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()) + 1e-7)
+
+
+# --- stages
+
+
+def test_the_loss_of_each_stage_falls(params, tmp_path):
+    model, batch = whole_model(), pairs()
+    rates = {"clip": 1e-3, "vae": 3e-3, "unet": 3e-3}
+    for stage in (clip_stage(model), vae_stage(model), diffusion_stage(model)):
+        o = options(batch_size=8, learning_rate=rates[stage.name], ema_decay=0.0)
+        mesh = parallel.mesh(devices=jax.devices()[:1])
+        trained = {k: params[k] for k in stage.trainable}
+        state = init_state(trained, optimizer(o), mesh)
+        step = make_train_step(stage.loss, o, mesh, state)
+        losses = []
+        for _ in range(40):
+            state, metrics = step(state, params, batch)
+            losses.append(float(metrics["loss"]))
+        # Ten steps on average, since the times and noise of each differ.
+        assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5]), (stage.name, losses)
+
+
+def test_dropping_every_caption_makes_the_loss_independent_of_them(params):
+    batch = pairs(BATCH)
+    other = {**batch, "tokens": tokenizer()(["blurry"] * BATCH)}
+
+    def losses(rate):
+        loss = jax.jit(diffusion_stage(whole_model(), caption_dropout=rate).loss)
+        return [float(loss(params, b, keys())[0]) for b in (batch, other)]
+
+    kept, dropped = losses(0.0), losses(1.0)
+    assert dropped[0] == dropped[1]
+    assert kept[0] != kept[1]
+
+
+def test_min_snr_weighs_each_example_by_its_time(params):
+    model, batch, one = whole_model(), pairs(1), keys(1)
+    plain = diffusion_stage(model, caption_dropout=0.0).loss(params, batch, one)[0]
+    weighted = diffusion_stage(model, caption_dropout=0.0, min_snr_gamma=0.01).loss(params, batch, one)[0]
+    time_key = jax.random.split(one[0], 3)[:1]
+    time = at(noise_schedule(model.scheduler), random_times(model.scheduler, time_key))
+    weight = min_snr_weight(time, model.scheduler.prediction_type, 0.01)
+    assert weight[0] < 0.9  # gamma is small enough to bind at this time
+    np.testing.assert_allclose(weighted / plain, weight[0], rtol=1e-5)
+
+
+def test_times_cover_the_process():
+    many = keys(4096)
+    t = np.asarray(random_times(SchedulerConfig(num_train_timesteps=4), many))
+    assert set(t.tolist()) == {0.0, 1.0, 2.0, 3.0}
+    # Binomial with p = 1/4: a share's deviation is sqrt(3/16/4096) = 0.0068; five of them.
+    np.testing.assert_allclose(np.bincount(t.astype(int)) / len(t), 0.25, atol=0.034)
+    flow = SchedulerConfig(class_name="FlowMatchEulerDiscreteScheduler", beta_schedule="flow", shift=3.0)
+    t = np.asarray(random_times(flow, many))
+    assert 0 <= t.min() < t.max() <= 1000
+    assert len(np.unique(t)) > 4000  # a continuum
+    np.testing.assert_allclose(np.median(t), 750, atol=30)  # 3 / (1 + 2 * 1/2) * 1/2 of 1000
+
+
+def test_only_what_is_trainable_gets_a_gradient(params):
+    stage = diffusion_stage(whole_model(), trainable=("unet", "text_encoder"))
+    assert stage.trainable == ("unet", "text_encoder")
+    grads = jax.grad(lambda p: stage.loss(p, pairs(BATCH), keys())[0])(params)
+    assert any(np.any(g != 0) for g in jax.tree.leaves(grads["text_encoder"]))
+    assert not any(np.any(g != 0) for g in jax.tree.leaves(grads["vae"]))
+
+
+def test_cached_latents_give_the_loss_of_their_pictures(params):
+    model, batch = whole_model(), pairs(BATCH)
+    texts = ["castle", "red", "dragon", "blue"]
+    stored = encode_all(model, params, [{"image": batch["image"], "text": texts}])
+    assert stored["latents"].dtype == np.float16
+    np.testing.assert_array_equal(stored["tokens"], batch["tokens"])
+    loss = diffusion_stage(model).loss
+    # Latents are rounded to float16: 2**-11 = 5e-4.
+    np.testing.assert_allclose(loss(params, stored, keys())[0], loss(params, batch, keys())[0], rtol=5e-3)
+
+
+def test_remat_changes_no_gradient_and_bfloat16_little(params):
+    batch = pairs(BATCH)
+
+    def run(**kwargs):
+        loss = diffusion_stage(whole_model(**kwargs), trainable=("unet", "text_encoder")).loss
+        part = {k: params[k] for k in ("unet", "text_encoder")}
+        return jax.jit(jax.value_and_grad(lambda p: loss({**params, **p}, batch, keys())[0]))(part)
+
+    value, grads = run()
+    again, regrads = run(remat=True)
+    half, half_grads = run(dtype=jnp.bfloat16)
+    np.testing.assert_allclose(again, value, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(regrads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()) + 1e-7)
+    np.testing.assert_allclose(half, value, rtol=0.05)  # bfloat16 keeps 8 bits (4e-3), through some ten layers
+    assert half != value
+    assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(half_grads))
+
+
+# --- the loop
+
+
+def linear_stage(fail_at: int = 10**9) -> Stage:
+    """A stage that is quick to compile: fit w to noisy targets, through each kind of state that there is."""
+
+    def loss(params, batch, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, ()))(keys)
+        error = batch["x"] @ params["line"]["w"] + params["offset"] - batch["y"] + 0.1 * noise
+        bad = jnp.where((batch["index"] >= fail_at).any(), jnp.nan, 0.0)
+        return (error**2).mean() + bad, {"bias": params["offset"]}
+
+    return Stage("line", ("line",), loss, lambda batch: batch)
+
+
+def line_data(count: int = 10) -> dict:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(count, 3)).astype(np.float32)
+    return {"x": x, "y": x @ np.asarray([1.0, -2.0, 0.5], np.float32), "index": np.arange(count)}
+
+
+LINE = {"line": {"w": np.zeros(3, np.float32)}, "offset": np.zeros((), np.float32)}
+
+
+def test_fit_learns_and_leaves_what_is_frozen(tmp_path, capsys):
+    o = options(steps=200, batch_size=5, learning_rate=0.05, log_every=100, ema_decay=0.9)
+    result = fit(linear_stage(), LINE, FromMemory(line_data(), 5, 0), o, tmp_path, mesh=one_device())
+    # Adam's steps are of the size of the rate, and the noise moves it by as much.
+    np.testing.assert_allclose(result.params["line"]["w"], [1.0, -2.0, 0.5], atol=0.1)
+    assert result.step == 200
+    assert result.params["offset"] == 0
+    assert LINE["line"]["w"].sum() == 0  # the caller's parameters are still there
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 100/200", "step 200/200"]
+    assert all(name in lines[0] for name in ("loss", "grad_norm", "learning_rate", "images_per_second", "left"))
+    assert list((tmp_path / "tb").iterdir())
+
+
+def one_device():
+    return parallel.mesh(devices=jax.devices()[:1])
+
+
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path):
+    seen: dict[str, list] = {"unbroken": [], "broken": []}
+
+    def run(name, folder, steps):
+        stage = linear_stage()
+        stage = stage._replace(prepare=lambda batch: seen[name].append(batch["index"].tolist()) or batch)
+        o = options(steps=steps, batch_size=3, schedule="constant", checkpoint_every=4, ema_decay=0.9)
+        return fit(stage, LINE, FromMemory(line_data(), 3, 7), o, tmp_path / folder, mesh=one_device())
+
+    unbroken = run("unbroken", "a", 12)
+    run("broken", "b", 6)
+    broken = run("broken", "b", 12)
+    assert same(unbroken, broken)
+    assert seen["unbroken"] == seen["broken"]
+
+
+def test_sigterm_saves_and_the_same_call_goes_on(tmp_path):
+    def stop(step, params):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(folder, on_eval=None):
+        o = options(steps=8, batch_size=3, eval_every=3)
+        return fit(
+            linear_stage(),
+            LINE,
+            FromMemory(line_data(), 3, 7),
+            o,
+            tmp_path / folder,
+            mesh=one_device(),
+            on_eval=on_eval,
+        )
+
+    stopped = run("b", stop)
+    assert stopped.step == 3
+    assert signal.getsignal(signal.SIGTERM) == before
+    with Checkpoints(tmp_path / "b" / "checkpoints") as checkpoints:
+        assert checkpoints.latest == 3
+    assert same(run("b"), run("a"))
+
+
+def test_evaluation_gets_every_parameter_and_is_reported(tmp_path, capsys):
+    seen = []
+
+    def on_eval(step, params):
+        seen.append((step, sorted(params)))
+        return {"score": 0.5}
+
+    o = options(steps=5, batch_size=3, eval_every=2, log_every=100)
+    fit(linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path, mesh=one_device(), on_eval=on_eval)
+    assert seen == [(step, ["line", "offset"]) for step in (2, 4, 5)]
+    assert "score 0.5" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    with pytest.raises(TrainingError, match="learning_rate"):
+        fit(
+            linear_stage(fail_at=0),
+            LINE,
+            FromMemory(line_data(), 3, 7),
+            options(batch_size=3),
+            tmp_path,
+            mesh=one_device(),
+        )
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    def run(params):
+        fit(linear_stage(), params, FromMemory(line_data(), 3, 7), options(batch_size=3), tmp_path, mesh=one_device())
+
+    run(LINE)
+    other = {**LINE, "line": {"v": np.zeros((3, 1), np.float32), "w": np.zeros(3, np.float32)}}
+    with pytest.raises(CheckpointError, match="choose another workdir"):
+        run(other)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    o = options(steps=6, batch_size=3, checkpoint_every=1, keep_checkpoints=2)
+    fit(linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path, mesh=one_device())
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()} == {"5", "6"}
+
+
+# --- latents in memory
+
+
+def test_batches_from_memory_go_on_where_they_were():
+    batches = iter(FromMemory(line_data(), 3, seed=1))
+    for _ in range(5):
+        next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    again = iter(FromMemory(line_data(), 3, seed=1))
+    again.set_state(state)
+    for _ in range(6):
+        np.testing.assert_array_equal(next(batches)["index"], next(again)["index"])
+    other = iter(FromMemory(line_data(), 10, seed=2))
+    assert next(other)["index"].tolist() != next(other)["index"].tolist()  # another order each epoch
+
+
+def test_latents_are_made_once_for_each_mark(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"latents": np.full((2, 1, 1, 1), len(made), np.float16)}
+
+    file = tmp_path / "latents.npz"
+    for mark, value in (("a", 1), ("a", 1), ("b", 2), ("b", 2)):
+        assert cached(file, mark, make)["latents"][0] == value
+    assert [p.name for p in tmp_path.iterdir()] == ["latents.npz"]
+
+
+def test_fingerprint_follows_the_autoencoder_and_the_description(params):
+    model = whole_model()
+    first = fingerprint(model, params, {"views": 2})
+    other = {**params, "vae": jax.tree.map(lambda x: x + 1e-3, params["vae"])}
+    renamed = dataclasses.replace(model, vae=model.vae.copy(config=dataclasses.replace(VAE, scaling_factor=0.5)))
+    assert first == fingerprint(model, params, {"views": 2})
+    assert len({first, fingerprint(model, other, {"views": 2}), fingerprint(renamed, params, {"views": 2}),
+                fingerprint(model, params, {"views": 3})}) == 4  # fmt: skip
