@@ -140,7 +140,8 @@ def licenses(sources: Sequence[Source], made: Sequence[Picture]) -> str:
         )
     lines.append(f"| words in captions | {WORDS_PACKAGE} | {WORDS_VERSION} | MIT | - | Miles Johnson |")
     painted = ", ".join(style.name for style in (*PAINTINGS.values(), SILHOUETTE))
-    lines += ["", f"Pictures in these styles are made from drawings of the same source by filters: {painted}.", ""]
+    lines += ["", f"Pictures in these styles are made from drawings of the same source by filters: {painted}."]
+    lines += ["Pictures with a `color` in the metadata are drawings that were recoloured.", ""]
     credited = [source for source in sources if source.license.startswith("CC-BY")]
     if credited:
         lines += [
