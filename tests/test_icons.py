@@ -18,7 +18,7 @@ from jaxdiff.data.icons import build as building
 from jaxdiff.data.icons import clipart, fetch, filters, render
 from jaxdiff.data.icons.captions import captions, indefinite
 from jaxdiff.data.icons.drawings import Drawing, _square, read_drawings
-from jaxdiff.data.icons.lexicon import FOOD, OBJECTS, TRAVEL, Lexicon, Subject
+from jaxdiff.data.icons.lexicon import FOOD, OBJECTS, PEOPLE, TRAVEL, Lexicon, Subject
 from jaxdiff.data.icons.plan import pictures
 from jaxdiff.data.icons.sources import COLORS, PAINTINGS, SOURCES, Style, select
 from jaxdiff.data.icons.splits import ALWAYS_TRAINED, SHARE, SPLITS, split_of, subject_key
@@ -336,6 +336,13 @@ def test_things_named_by_their_colour_keep_it():
 
 
 # The build
+
+
+def test_people_are_not_given_colours():
+    """"A black woman" would be read as saying something else than the colour of the ink."""
+    woman = Drawing(MONO, "woman", Subject("woman", group=PEOPLE), MONO.style, svg="")
+    assert pictures(woman) == []
+    assert not any(p.color for p in pictures(woman._replace(source=NOTO, style=NOTO.style)))
 
 
 def _rows(out: Path, split: str) -> list[dict]:

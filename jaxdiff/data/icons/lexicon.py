@@ -9,7 +9,7 @@ from jaxdiff.data.icons.fetch import read_json
 from jaxdiff.data.icons.splits import COLOR_WORDS, slug
 
 # emojibase's numbers of the groups whose members are things that one can draw.
-NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS, SYMBOLS = 3, 4, 5, 6, 7, 8
+PEOPLE, NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS, SYMBOLS = 1, 3, 4, 5, 6, 7, 8
 THINGS = (NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS)
 _FLAGS, _COMPONENTS = 9, 2
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxdiff.data.icons.captions import captions
 from jaxdiff.data.icons.drawings import Drawing
-from jaxdiff.data.icons.lexicon import THINGS
+from jaxdiff.data.icons.lexicon import PEOPLE, THINGS
 from jaxdiff.data.icons.sources import COLORLESS, COLORS, PAINTINGS, SILHOUETTE, Style
 from jaxdiff.data.icons.splits import COLOR_WORDS, slug, split_of
 
@@ -53,7 +53,8 @@ def pictures(drawing: Drawing) -> list[Picture]:
     colored = not COLOR_WORDS.isdisjoint(slug(drawing.subject.name).split("-"))
     thing = drawing.subject.group in THINGS and not colored
     if source.recolor:
-        colors = [] if colored else colors_of(stem, RECOLORS)
+        # A colour word before "woman" would be read as one of skin.
+        colors = [] if colored or drawing.subject.group == PEOPLE else colors_of(stem, RECOLORS)
         return [_picture(drawing, style, f"{stem}-{color}", color, "fill") for color in colors]
     found = [_picture(drawing, style, stem)]
     if source.paintings:
