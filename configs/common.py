@@ -40,7 +40,8 @@ def base() -> ConfigDict:
                 "threads": 8,  # that read pictures
                 "workers": 0,  # processes that read pictures; 0: the threads of this process
                 # Allowed values by column of metadata.jsonl; an empty tuple allows all, max_subjects 0 as well.
-                "filter": {"style": (), "source": (), "subject": (), "max_subjects": 0},
+                # (None,) allows those without the column, such as pictures of the icons set that were not recoloured.
+                "filter": {"style": (), "source": (), "subject": (), "color": (), "max_subjects": 0},
             },
             "tokenizer": {"vocab_size": 4096, "max_length": 24},  # of a fresh text encoder
             "model": {},  # sizes of fresh parts: text_encoder, vision_encoder, vae, unet, scheduler

@@ -11,16 +11,10 @@ from configs.icons import sizes
 
 # What two CPU cores can learn to draw in an hour.
 SUBJECTS = """
-    castle, dog, pen, sunglasses, teddy bear, rocket, cat, red apple, green apple, pear, grapes, cherries,
-    watermelon, pineapple, tangerine, tomato, carrot, avocado, eggplant, pizza, hamburger, birthday cake,
-    cookie, doughnut, soft ice cream, hot beverage, cheese wedge, egg, house, tent, bus, automobile, bicycle,
-    airplane, helicopter, sailboat, train, fire engine, tractor, flying saucer, star, crescent moon, cloud,
-    rainbow, snowman, snowflake, droplet, umbrella, Christmas tree, deciduous tree, evergreen tree, cactus,
-    tulip, rose, sunflower, four leaf clover, fish, tropical fish, dolphin, whale, octopus, crab, turtle,
-    penguin, owl, butterfly, lady beetle, pig, cow, rabbit, lion, panda, bear, koala, monkey, elephant, fox,
-    unicorn, dragon, crown, top hat, t-shirt, running shoe, glasses, guitar, drum, soccer ball, basketball, key,
-    scissors, pencil, books, envelope, laptop, camera, light bulb, alarm clock, wrapped gift, balloon, robot,
-    alien, ghost, jack-o-lantern, anchor, magnet, battery
+    castle, dog, pen, sunglasses, teddy bear, rocket, cat, red apple, cherries, watermelon, carrot, pizza,
+    hamburger, birthday cake, doughnut, house, bus, bicycle, airplane, sailboat, star, crescent moon, rainbow,
+    snowman, umbrella, Christmas tree, cactus, tulip, sunflower, fish, dolphin, penguin, owl, butterfly, pig,
+    rabbit, panda, unicorn, crown, guitar, soccer ball, key, pencil, camera, light bulb, balloon, robot, ghost
 """
 STYLES = ("cartoon emoji", "flat emoji", "3d render", "pixel art")
 
@@ -48,11 +42,12 @@ def get_config(scale: str = "gpu") -> ConfigDict:
         config.update({"ema_decay": 0.9998, "eval_every": 5000, "checkpoint_every": 5000})
     else:
         config.trainable = ("unet", "text_encoder")
-        config.cache_latents = 6
+        config.cache_latents = 4
         config.data.background = "white"
         config.data.filter.source = ("noto", "fluent-flat", "fluent-3d")
         config.data.filter.style = STYLES
+        config.data.filter.color = (None,)
         config.data.filter.subject = tuple(s.strip() for s in " ".join(SUBJECTS.split("\n")).split(","))
-        config.update({"steps": 5000, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 100})
+        config.update({"steps": 3600, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 100})
         config.update({"ema_decay": 0.997, "log_every": 25, "eval_every": 500, "checkpoint_every": 250})
     return config
