@@ -154,8 +154,8 @@ def _table_grid(
     """Grid of a process given by betas; and where each step arrives, if not at the next entry."""
     schedule = noise_schedule(config)
     alpha, sigma = (a.astype(np.float64) for a in schedule)
-    if rule.finite or karras:
-        alpha[-1] = max(alpha[-1], 2.0**-12)
+    if config.rescale_betas_zero_snr and (rule.finite or karras):
+        alpha[-1] = 2.0**-12
     with np.errstate(divide="ignore"):
         table = sigma / alpha
     index = np.arange(len(table))
@@ -200,7 +200,7 @@ def _flow_grid(config: SchedulerConfig, steps: int, rule: Rule, spacing: str, ka
     if spacing == "trailing":
         t = total * (1 - np.arange(steps) / steps)
     elif rule.spare:
-        t = np.linspace(total - 1, 0, steps + 1)[:steps]
+        t = total * (1 - np.linspace(1, 1 / total, steps + 1))[:0:-1]
     else:
         # The class shifts its range at construction and the points of it again.
         t = np.linspace(total, shift_time(1.0, config), steps)

@@ -1,0 +1,24 @@
+"""Remake tests/golden/schedulers.npz from diffusers: `python -m tests.make_golden_schedulers`.
+
+Nothing else ever writes it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from tests import scheduler_oracle
+from tests.scheduler_cases import cases
+
+GOLDEN = Path(__file__).parent / "golden" / "schedulers.npz"
+
+
+def main() -> None:
+    outputs = {str(case): scheduler_oracle.run(case) for case in cases()}
+    GOLDEN.parent.mkdir(exist_ok=True)
+    np.savez_compressed(GOLDEN, **outputs)
+    print(f"{GOLDEN}: {len(outputs)} arrays, {GOLDEN.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The sampling loop under jit, vmap and grad; whose noise is whose; leaving out steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxdiff.diffusion.prediction import to_denoised
+from jaxdiff.diffusion.sampling import sample, sample_keys, step_keys
+from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
+from jaxdiff.diffusion.schedules import Time
+from jaxdiff.diffusion.times import SPACINGS, time_grid
+from tests.scheduler_cases import NAMES, SD1, ZERO_SNR, network
+
+KEY = jax.random.key(5)
+STOCHASTIC = ("ddpm", "euler_ancestral")
+# Two compilations of the same float32 arithmetic, and x0 of up to some 10.
+ROUNDING = 1e-5
+
+
+def noise(*shape: int):
+    return jax.random.normal(jax.random.key(0), shape)
+
+
+def denoise(x, time, push=0.0):
+    """A stand-in for a guided network, pushed by a parameter."""
+    output = network(x, time.t, jnp) + push * jnp.cos(x)
+    return to_denoised(output, x, time, "v_prediction")
+
+
+def run(name: str, x, key=KEY, steps=6, push=0.0, spacing=None, config=SD1, **options):
+    times, scale = time_grid(config, steps, name, spacing)
+    return sample(functools.partial(denoise, push=push), scale * x, times, get_scheduler(name), key, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_jit_changes_nothing(name):
+    x = noise(3, 4, 4, 2)
+    eager = run(name, x)
+    assert eager.shape == x.shape
+    assert eager.dtype == jnp.float32
+    np.testing.assert_allclose(jax.jit(functools.partial(run, name))(x), eager, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_over_a_parameter_is_the_loop_over_it(name):
+    x, pushes = noise(2, 4), jnp.float32([0.0, 0.1, 0.3])
+    together = jax.vmap(lambda push: run(name, x, push=push))(pushes)
+    for push, each in zip(pushes, together, strict=True):
+        np.testing.assert_allclose(each, run(name, x, push=push), atol=ROUNDING)
+    assert float(jnp.abs(together[0] - together[2]).max()) > 0.05
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("config", [SD1, ZERO_SNR], ids=["sd1", "zero_snr"])
+def test_gradient_is_the_finite_difference(name, config):
+    """With respect to a parameter of the network and to the starting noise."""
+    x, direction = noise(2, 4), jax.random.normal(jax.random.key(9), (2, 4))
+
+    @jax.jit
+    def loss(push, along):
+        return jnp.sum(jnp.sin(run(name, x + along * direction, push=push, config=config)))
+
+    step = 1e-2
+    for i, slope in enumerate(jax.grad(loss, (0, 1))(jnp.float32(0.2), jnp.float32(0.0))):
+        ends = [
+            loss(*(jnp.float32(v) + jnp.float32(s * step * (i == j)) for j, v in enumerate((0.2, 0.0))))
+            for s in (1, -1)
+        ]
+        # Central differences: step**2 times a third derivative of order 10, and 8 sums of 1e-6 over 2 step.
+        assert np.isfinite(slope)
+        assert abs(float(slope) - float(ends[0] - ends[1]) / (2 * step)) < 5e-3 * max(1, abs(float(slope)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("keys", ["one", "each"])
+def test_a_picture_does_not_depend_on_its_batch(name, keys):
+    x = noise(4, 3, 3, 2)
+    key = KEY if keys == "one" else jax.vmap(jax.random.key)(jnp.arange(4))
+    whole = run(name, x, key)
+    np.testing.assert_allclose(run(name, x[:2], key if keys == "one" else key[:2]), whole[:2], atol=ROUNDING)
+    if keys == "each":
+        np.testing.assert_allclose(run(name, x[2:3], key[2:3]), whole[2:3], atol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_noise_comes_from_the_key_of_each_sample(name):
+    """Same start, two keys: different pictures where the scheduler draws noise, the same where it does not."""
+    x = jnp.tile(noise(1, 8), (3, 1))
+    keys = jax.vmap(jax.random.key)(jnp.array([1, 2, 1]))
+    a, b, again = run(name, x, keys)
+    np.testing.assert_array_equal(a, again)
+    assert bool(jnp.any(a != b)) == (name in STOCHASTIC)
+
+
+def test_keys_are_all_different():
+    """Over samples, steps and the scalar they come from; old-style keys are keys too."""
+    keys = sample_keys(KEY, 50)
+    steps = jnp.stack([step_keys(keys, i) for i in range(20)]).reshape(-1)
+    data = np.asarray(jax.random.key_data(jnp.concatenate([KEY[None], keys, steps])))
+    assert len(np.unique(data, axis=0)) == len(data)
+    old = jax.random.PRNGKey(5)
+    np.testing.assert_array_equal(jax.random.key_data(sample_keys(old, 50)), jax.random.key_data(keys))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_start_runs_the_tail(name):
+    """Leaving out steps is running the rest of the grid, for a start that is traced."""
+    x, steps = noise(2, 4), 9
+    times = jax.tree.map(jnp.asarray, time_grid(SD1, steps, name)[0])
+    scheduler = get_scheduler(name)
+    keys = sample_keys(KEY, 2)
+
+    @jax.jit
+    def tail(start):
+        return sample(denoise, x, times, scheduler, KEY, start=start)
+
+    for start in (0, 4, 8):
+        state = scheduler.init(x)
+        for i in range(start, steps):
+            state = scheduler.step(denoise, state, times, i, step_keys(keys, i))
+        np.testing.assert_allclose(tail(start), state.x, atol=ROUNDING)
+    assert tail._cache_size() == 1
+    np.testing.assert_allclose(tail(0), sample(denoise, x, times, scheduler, KEY), atol=ROUNDING)
+    np.testing.assert_array_equal(tail(steps), x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_program_for_every_grid(name):
+    """Spacing, keys and the network's parameters are traced."""
+    scheduler, x, traced = get_scheduler(name), noise(2, 4), []
+
+    @jax.jit
+    def program(times, key, push):
+        traced.append(None)
+        return sample(functools.partial(denoise, push=push), x, times, scheduler, key)
+
+    results = [program(time_grid(SD1, 20, name, s)[0], jax.random.key(i), 0.1 * i) for i, s in enumerate(SPACINGS)]
+    assert len(traced) == 1
+    assert len({float(r.sum()) for r in results}) == len(SPACINGS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trajectory_holds_the_prediction_of_each_step(name):
+    x, seen = noise(2, 4), []
+
+    def spy(x, time):
+        x0 = denoise(x, time)
+        seen.append((float(time.t), np.asarray(x0)))
+        return x0
+
+    times, scheduler = time_grid(SD1, 5, name)[0], get_scheduler(name)
+    last, predictions = sample(denoise, x, times, scheduler, KEY, trajectory=True)
+    assert predictions.shape == (5, 2, 4)
+    np.testing.assert_allclose(last, sample(denoise, x, times, scheduler, KEY), atol=ROUNDING)
+    with jax.disable_jit():
+        sample(spy, x, times, scheduler, KEY)
+    first_calls = seen[::2] if name == "heun" else seen
+    np.testing.assert_allclose(predictions, [x0 for _, x0 in first_calls], atol=ROUNDING)
+    np.testing.assert_array_equal([t for t, _ in first_calls], times.t[:-1])
+    if times.sigma[-1] == 0:
+        np.testing.assert_allclose(last, predictions[-1], atol=ROUNDING)
+    _, tail = sample(denoise, x, times, scheduler, KEY, start=2, trajectory=True)
+    np.testing.assert_array_equal(tail[:2], jnp.stack([x, x]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_of_the_network(name):
+    """One a step; Heun's 2 N - 1."""
+    calls = []
+
+    def counting(x, time):
+        jax.debug.callback(lambda: calls.append(None))
+        return denoise(x, time)
+
+    times = time_grid(SD1, 6, name)[0]
+    sample(counting, noise(1, 2), times, get_scheduler(name), KEY).block_until_ready()
+    jax.effects_barrier()
+    assert len(calls) == (11 if name == "heun" else 6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_networks_leave_the_state_in_float32(name):
+    times = time_grid(SD1, 4, name)[0]
+
+    def half(x, time):
+        assert x.dtype == jnp.float32
+        return denoise(x.astype(jnp.bfloat16), time).astype(jnp.bfloat16)
+
+    x = noise(2, 4)
+    low = sample(half, x.astype(jnp.bfloat16), times, get_scheduler(name), KEY)
+    assert low.dtype == jnp.float32
+    # bfloat16 keeps 8 bits: 0.4 % a step of x0 of order 1, divided by the smallest sigma of a step.
+    np.testing.assert_allclose(low, sample(denoise, x, times, get_scheduler(name), KEY), atol=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sampling_maps_over_devices(name):
+    """The program may be mapped over a mesh axis: keys and noise of each device's own samples."""
+    times, keys, x = time_grid(SD1, 4, name)[0], jax.vmap(jax.random.key)(jnp.arange(2)), noise(2, 4)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec("data"),) * 2 + (PartitionSpec(),),
+        out_specs=PartitionSpec("data"),
+    )
+    def mapped(x, keys, start):
+        return sample(denoise, x, times, get_scheduler(name), keys, start=start)
+
+    for start in (0, 2):
+        one = sample(denoise, x, times, get_scheduler(name), keys, start=start)
+        np.testing.assert_allclose(jax.jit(mapped)(x, keys, start), one, atol=ROUNDING)
+
+
+def test_grids_made_by_hand():
+    """Three arrays are a grid; ddim then arrives at the next entry, and agrees with euler."""
+    angle = jnp.linspace(1.5, 0.0, 11)
+    times = Time(600 * angle, jnp.cos(angle), jnp.sin(angle))
+    x = noise(2, 4)
+    ends = [sample(denoise, x, times, SCHEDULERS[name](), KEY) for name in ("ddim", "euler")]
+    np.testing.assert_array_equal(*ends)

@@ -1,0 +1,160 @@
+"""Every scheduler follows diffusers' class of it: live where diffusers is installed, by golden paths everywhere."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.config import SchedulerConfig
+from jaxdiff.diffusion import prediction, sampling
+from jaxdiff.diffusion.schedulers import ddim, get_scheduler
+from jaxdiff.diffusion.schedules import Time, at, noise_schedule
+from jaxdiff.diffusion.times import RULES, default_scheduler, time_grid
+from tests.make_golden_schedulers import GOLDEN
+from tests.scheduler_cases import CONFIGS, KEY, NAMES, Case, cases, comparable, network, start
+
+# torch tensors in numpy's functions, inside diffusers.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+# x is of order 1, the x0 in it up to 1/alpha = 15 times less certain; float32 tables of 1000 factors err by some 1e-6.
+TOLERANCE = 1e-4
+RELATIVE = 1e-5  # for the few paths of Heun's that go astray at 7 steps, to x of some 80
+# The sigma of the oracle comes from 1 - alpha^2 in float32, of which at most 1e-4 are left at t = 0: 2**-24 / 1e-4.
+SIGMA_TOLERANCE = 1e-3
+
+
+@functools.partial(jax.jit, static_argnames=("config", "name", "eta"))
+def states(x, times: Time, key, config: SchedulerConfig, name: str, eta: float):
+    """x after each step, [N, B, D], and what `sample` makes of it."""
+    scheduler = get_scheduler(name, config)
+    if eta:
+        clip_range = config.clip_sample_range if config.clip_sample is None else None
+        scheduler = ddim(eta, clip_range)
+
+    def denoise(x, time):
+        return prediction.to_denoised(network(x, time.t, jnp), x, time, config.prediction_type)
+
+    def body(state, i):
+        keys = sampling.step_keys(sampling.sample_keys(key, x.shape[0]), i)
+        state = scheduler.step(denoise, state, times, i, keys)
+        return state, state.x
+
+    path = jax.lax.scan(body, scheduler.init(x), jnp.arange(len(times.t) - 1))[1]
+    return path, sampling.sample(denoise, x, times, scheduler, key)
+
+
+def ours(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    config = case.values
+    times, scale = time_grid(config, case.steps, case.scheduler)
+    # What lays the grid alone is no part of the program: fewer compilations.
+    config = dataclasses.replace(config, timestep_spacing=None, use_karras_sigmas=False)
+    x = scale * jnp.asarray(start())
+    times = jax.tree.map(jnp.asarray, times)
+    path, last = states(x, times, jax.random.key(KEY), config, case.scheduler, case.eta)
+    return np.asarray(path), np.asarray(last)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_path_equals_the_golden_one(case):
+    path, last = ours(case)
+    with np.load(GOLDEN) as golden:
+        np.testing.assert_allclose(path, golden[str(case)], rtol=RELATIVE, atol=TOLERANCE)
+    # `sample` is the same loop; another compilation of it may round otherwise.
+    np.testing.assert_allclose(last, path[-1], rtol=RELATIVE, atol=TOLERANCE)
+
+
+def test_golden_paths_are_those_of_diffusers():
+    pytest.importorskip("diffusers")
+    from tests import scheduler_oracle
+
+    with np.load(GOLDEN) as golden:
+        assert set(golden.files) == {str(case) for case in cases()}
+        for case in cases():
+            run = scheduler_oracle.run(case)
+            np.testing.assert_allclose(run, golden[str(case)], rtol=RELATIVE, atol=TOLERANCE, err_msg=str(case))
+
+
+GRIDS = [(c, n) for c in CONFIGS for n in NAMES if comparable(c, n)]
+
+
+@pytest.mark.parametrize(("config", "name"), GRIDS, ids=lambda v: v)
+def test_grid_equals_that_of_diffusers(config, name):
+    """Times, levels and the scale of the first noise, for many numbers of steps: ties must round alike."""
+    pytest.importorskip("diffusers")
+    from tests import scheduler_oracle
+
+    flow = config.startswith("flow")
+    points = unequal = 0
+    for spacing in (None,) if flow else (None, "leading", "trailing", "linspace"):
+        values = Case(config, name, spacing, 1).values
+        for steps in (*range(2, 33), 100, 250, 333):
+            if steps >= values.num_train_timesteps:
+                continue
+            t, sigma, scale = scheduler_oracle.grid(values, name, steps)
+            times, our_scale = time_grid(values, steps, name)
+            # dpmpp_2m makes the times of karras whole: where one lies half way, the errors of the float32 table decide.
+            rounded = values.use_karras_sigmas and name == "dpmpp_2m"
+            # diffusers' trailing grid has a point too many for some N, at t = -1.
+            np.testing.assert_allclose(times.t[:-1], t[:steps], rtol=0, atol=1 if rounded else 0.01)
+            points, unequal = points + steps, unequal + np.sum(np.abs(times.t[:-1] - t[:steps]) > 0.5)
+            alpha = np.ones(steps + 1) if flow else times.alpha
+            if sigma is not None and len(t) == steps:
+                np.testing.assert_allclose(times.sigma, sigma * alpha, rtol=SIGMA_TOLERANCE, atol=1e-6)
+            if RULES[name].scaled:
+                np.testing.assert_allclose(our_scale, scale * alpha[0], rtol=1e-5)
+            else:
+                assert our_scale == scale == 1
+    assert unequal < 0.1 * points  # half would be, were they rounded otherwise
+
+
+SCHEDULES = [n for n in CONFIGS if not n.startswith(("flow", "karras", "sigma", "euler", "fixed", "clipped"))]
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+def test_schedule_equals_that_of_diffusers(config):
+    pytest.importorskip("diffusers")
+    from tests import scheduler_oracle
+
+    values = CONFIGS[config]
+    reference = scheduler_oracle.build(values, "ddim").alphas_cumprod.numpy().astype(np.float64)
+    schedule = noise_schedule(values)
+    assert schedule.alpha.dtype == schedule.sigma.dtype == np.float32
+    # A product of up to 1000 float32 factors errs by 1000 * 2**-24 = 6e-5 at the very most.
+    np.testing.assert_allclose(schedule.alpha, np.sqrt(reference), rtol=6e-5, atol=1e-7)
+    np.testing.assert_allclose(schedule.sigma, np.sqrt(1 - reference), rtol=SIGMA_TOLERANCE)
+    np.testing.assert_array_equal(at(schedule, np.arange(len(reference))).alpha, schedule.alpha)
+
+
+def test_own_class_names_the_scheduler():
+    pytest.importorskip("diffusers")
+    from tests import scheduler_oracle
+
+    for name, cls in scheduler_oracle.CLASSES.items():
+        assert default_scheduler(SchedulerConfig(class_name=cls.__name__)) == name
+
+
+def test_defaults_of_each_class():
+    """Spacing, clipping and the end of the last step where scheduler_config.json says nothing."""
+    pytest.importorskip("diffusers")
+    import inspect
+
+    from tests import scheduler_oracle
+
+    for name, cls in scheduler_oracle.CLASSES.items():
+        defaults = {k: p.default for k, p in inspect.signature(cls.__init__).parameters.items()}
+        assert RULES[name].spacing == defaults["timestep_spacing"]
+        assert RULES[name].karras == ("use_karras_sigmas" in defaults)
+        if RULES[name].final != "zero":
+            assert defaults[RULES[name].final] == getattr(SchedulerConfig(), RULES[name].final)
+        far = Time(jnp.float32([999.0, 0.0]), jnp.float32([0.1, 1.0]), jnp.float32([0.99, 0.0]))
+        x0 = sampling.sample(
+            lambda x, time: 3 + 0 * x,
+            jnp.zeros((1, 2)),
+            far,
+            get_scheduler(name, SchedulerConfig()),
+            jax.random.key(0),
+        )
+        np.testing.assert_allclose(x0, 1 if defaults.get("clip_sample") else 3, rtol=1e-5)

@@ -1,0 +1,188 @@
+"""Each scheduler solves what it claims to solve: a Gaussian's exact answer, at the method's order.
+
+For x0 ~ N(m, s^2) the best prediction and the probability-flow ODE have closed forms. With V = alpha^2 s^2 + sigma^2,
+
+    denoise(x) = m + alpha s^2 (x - alpha m) / V,        (x - alpha m) / sqrt(V) is constant along the ODE.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.diffusion.sampling import sample
+from jaxdiff.diffusion.schedulers import SCHEDULERS, ddim, ddpm, dpmpp_2m, get_scheduler
+from jaxdiff.diffusion.schedules import Time
+from jaxdiff.diffusion.times import time_grid
+from tests.scheduler_cases import FLOW, NAMES, SD1, ZERO_SNR
+
+MEAN, SPREAD = 0.7, 0.4
+DETERMINISTIC = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2}  # name -> order
+STOCHASTIC = {"ddpm": ddpm, "euler_ancestral": SCHEDULERS["euler_ancestral"], "ddim eta 1": lambda: ddim(1.0)}
+
+
+def variance(alpha, sigma):
+    return alpha**2 * SPREAD**2 + sigma**2
+
+
+def denoise(x, time):
+    return MEAN + time.alpha * SPREAD**2 * (x - time.alpha * MEAN) / variance(time.alpha, time.sigma)
+
+
+def exact(x, times: Time):
+    """The solution of the ODE at the end of the grid, from x at its beginning."""
+    first, last = (Time(*(np.float64(a[i]) for a in times[:3])) for i in (0, -1))
+    scale = np.sqrt(variance(last.alpha, last.sigma) / variance(first.alpha, first.sigma))
+    return last.alpha * MEAN + scale * (np.float64(x) - first.alpha * MEAN)
+
+
+def smooth_grid(kind: str, steps: int) -> Time:
+    """Grids that get finer everywhere as N grows, with neither pure noise nor a clean sample at their ends."""
+    u = np.linspace(0.95, 0.05, steps + 1)
+    if kind == "flow":
+        return Time(np.float32(1000 * u), np.float32(1 - u), np.float32(u))
+    if kind == "exploding":
+        return Time(np.float32(1000 * u), np.ones(steps + 1, np.float32), np.float32(10 ** (3 * u - 2)))
+    return Time(np.float32(1000 * u), np.float32(np.cos(u * np.pi / 2)), np.float32(np.sin(u * np.pi / 2)))
+
+
+def error(name: str, times: Time, scheduler=None) -> float:
+    """Largest error at the end, over starts spread as noise is."""
+    x = jnp.linspace(-2, 2, 9)[:, None] * times.sigma[0]
+    scheduler = SCHEDULERS[name]() if scheduler is None else scheduler
+    return float(np.abs(sample(denoise, x, times, scheduler, jax.random.key(0)) - exact(x, times)).max())
+
+
+@pytest.mark.parametrize("kind", ["preserving", "flow", "exploding"])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_order_of_convergence(name, kind):
+    """Twice the steps divide the error by 2**order; halving 3 times over, the slope is seen to a tenth or two."""
+    steps = np.array([16, 32, 64, 128])  # from 15 steps on, dpmpp_2m keeps its order to the end
+    errors = [error(name, smooth_grid(kind, n)) for n in steps]
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert abs(slope - DETERMINISTIC[name]) < 0.25, (slope, errors)
+    assert errors[-1] < 0.03 / 10 ** (DETERMINISTIC[name] - 1)
+
+
+@pytest.mark.parametrize("config", [SD1, ZERO_SNR, FLOW], ids=["sd1", "zero_snr", "flow"])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_real_grids_converge(name, config):
+    """From noise, or pure noise, to a clean sample, where every method's last step is of first order."""
+    errors = [error(name, time_grid(config, n, name, "trailing")[0]) for n in (25, 50, 100)]
+    rounding = 3e-5  # a hundred steps of float32
+    assert errors[1] < max(errors[0] / 1.5, rounding)
+    assert errors[2] < max(errors[1] / 1.5, rounding)
+    assert errors[2] < 0.04
+
+
+def test_dpmpp_2m_ends_at_first_order_where_told():
+    """The last step is DDIM's with under 15 steps (unless told otherwise), or with `euler_at_final`."""
+
+    def last_step(steps, scheduler):
+        times, x = smooth_grid("preserving", steps), jnp.full((1, 1), 0.5)
+        x, states = scheduler.init(x), []
+        for i in range(steps):
+            states.append(x)
+            x = scheduler.step(denoise, x, jax.tree.map(jnp.asarray, times), i, jax.random.key(0)[None])
+        first_order = ddim().step(denoise, states[-1], jax.tree.map(jnp.asarray, times), steps - 1, None)
+        return bool(jnp.allclose(x.x, first_order.x, atol=1e-7))
+
+    assert last_step(14, dpmpp_2m())
+    assert not last_step(15, dpmpp_2m())
+    assert not last_step(14, dpmpp_2m(lower_order_final=False))
+    assert last_step(15, dpmpp_2m(euler_at_final=True))
+
+
+def chain(times: Time, fixed_large: bool = False) -> tuple[float, float]:
+    """Mean and standard deviation at the end of the ancestral chain, from x_T ~ N(alpha m, V): it is linear in x.
+
+    By the posterior q(x' | x, x0) at x0 = denoise(x), Ho et al. 2020, equations 6 and 7, for any alpha and sigma:
+    mean = (a sigma'^2 x + alpha' b x0) / sigma^2 with a = alpha / alpha' and b = sigma^2 - a^2 sigma'^2.
+    """
+    t, alpha, sigma = (np.float64(a) for a in times[:3])
+    mean, var = alpha[0] * MEAN, variance(alpha[0], sigma[0])
+    for i in range(len(alpha) - 1):
+        a = alpha[i] / alpha[i + 1]
+        b = sigma[i] ** 2 - a**2 * sigma[i + 1] ** 2
+        gain = alpha[i] * SPREAD**2 / variance(alpha[i], sigma[i])  # denoise(x) = gain x + offset
+        offset = MEAN * (1 - gain * alpha[i])
+        slope = (a * sigma[i + 1] ** 2 + alpha[i + 1] * b * gain) / sigma[i] ** 2
+        drawn = (b if fixed_large else b * sigma[i + 1] ** 2 / sigma[i] ** 2) * (t[i] > 0)
+        mean = slope * mean + alpha[i + 1] * b * offset / sigma[i] ** 2
+        var = slope**2 * var + drawn
+    return mean, var**0.5
+
+
+def drawn(times: Time, scheduler, count: int = 40_000) -> np.ndarray:
+    x = jax.random.normal(jax.random.key(3), (count, 1)) * variance(times.alpha[0], times.sigma[0]) ** 0.5
+    return np.asarray(sample(denoise, x + times.alpha[0] * MEAN, times, scheduler, jax.random.key(4)))
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("kind", ["sd1", "zero_snr", "flow"])
+def test_stochastic_schedulers_draw_the_chain(name, kind):
+    """The samples' mean and spread are those of the chain, to five standard errors."""
+    times = time_grid({"sd1": SD1, "zero_snr": ZERO_SNR, "flow": FLOW}[kind], 12, "ddpm", "trailing")[0]
+    x = drawn(times, STOCHASTIC[name]())
+    mean, spread = chain(times)
+    assert abs(x.mean() - mean) < 5 * spread / len(x) ** 0.5
+    assert abs(x.std() - spread) < 5 * spread / (2 * len(x)) ** 0.5
+
+
+def test_ddpm_with_the_large_variance():
+    times = time_grid(SD1, 12, "ddpm", "trailing")[0]
+    x = drawn(times, ddpm("fixed_large"))
+    mean, spread = chain(times, fixed_large=True)
+    assert abs(x.mean() - mean) < 5 * spread / len(x) ** 0.5
+    assert abs(x.std() - spread) < 5 * spread / (2 * len(x)) ** 0.5
+    assert spread > 1.02 * chain(times)[1]  # 5 standard errors are 0.018
+
+
+def test_chain_converges_to_the_distribution():
+    """At first order in the number of steps: what the test above measures is right in the limit."""
+    errors = [abs(chain(smooth_end(n))[1] - SPREAD) for n in (50, 100, 200)]
+    np.testing.assert_allclose(np.divide(errors[:-1], errors[1:]), 2, atol=0.2)
+
+
+def smooth_end(steps: int) -> Time:
+    """From almost pure noise to a clean sample."""
+    u = np.linspace(1, 0, steps + 1) * 0.999 * np.pi / 2
+    return Time(u, np.cos(u), np.sin(u))
+
+
+def test_eta_goes_from_ddim_to_ddpm():
+    """Half-way eta keeps the distribution too; its noise is between none and all."""
+    times = smooth_end(100)
+    spreads = [drawn(times, ddim(eta), 20_000).std() for eta in (0.0, 0.5, 1.0)]
+    # The chain's own error at 100 steps, plus five standard errors of 0.4 / sqrt(2 20000) = 0.002.
+    np.testing.assert_allclose(spreads, SPREAD, atol=0.012 + 0.01)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clipping_is_the_configs(name):
+    """Bound on x0 for the classes that have one, whatever the range; none without a config."""
+    config = SD1.__class__(clip_sample=True, clip_sample_range=0.25)
+    times = Time(jnp.float32([900, 0]), jnp.float32([0.2, 1]), jnp.float32([0.98, 0]))
+
+    def end(scheduler):
+        return float(sample(lambda x, time: 2 + 0 * x, jnp.zeros((1, 1)), times, scheduler, jax.random.key(0))[0, 0])
+
+    assert end(get_scheduler(name, config)) == pytest.approx(0.25 if name in ("ddim", "ddpm", "heun") else 2)
+    assert end(get_scheduler(name)) == pytest.approx(2)
+
+
+def test_ddim_clips_the_picture_and_not_the_noise():
+    """eps stays what the network meant: x' = alpha' clip(x0) + sigma' eps."""
+    times = Time(jnp.float32([900, 400]), jnp.float32([0.6, 0.8]), jnp.float32([0.8, 0.6]))
+    end = sample(lambda x, time: 3 + 0 * x, jnp.ones((1, 1)), times, ddim(clip_range=1.0), jax.random.key(0))
+    np.testing.assert_allclose(end, 0.8 * 1 + 0.6 * (1 - 0.6 * 3) / 0.8, rtol=1e-6)
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(ValueError, match="scheduler 'plms' is unknown; known are ddim, ddpm"):
+        get_scheduler("plms")
+    with pytest.raises(ValueError, match="variance_type 'learned' is unknown"):
+        get_scheduler("ddpm", SD1.__class__(variance_type="learned"))
+    with pytest.raises(ValueError, match="thresholding"):
+        get_scheduler("ddim", SD1.__class__(thresholding=True))
+    get_scheduler("ddim", SD1.__class__(variance_type="learned"))  # ddpm's affair alone
