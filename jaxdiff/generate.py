@@ -1,7 +1,7 @@
 """From prompts to pictures: the pure pieces, and `generate`, which puts them under one compiled program a device."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jaxdiff.diffusion.sampling import sample
 from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.schedules import at, noise_schedule
 from jaxdiff.diffusion.times import Time, default_scheduler, time_grid
-from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text
+from jaxdiff.models.model import Conditioning, Model, apply, decode, encode, encode_text
 from jaxdiff.typing import Array, Denoise, Key, Params
 
 
@@ -50,17 +50,10 @@ def denoiser(
     def denoise(x: Array, time: Time | Array | float) -> Array:
         time = time if isinstance(time, Time) else at(schedule, time)
         copies = 1 if uncond is None else 2
-        output = model.unet.apply(
-            {"params": params["unet"]},
-            jnp.concatenate([x] * copies),
-            time.t,
-            both.embeddings,
-            both.pooled,
-            both.time_ids,
-        ).astype(jnp.float32)
+        output = apply(model, params, "unet", jnp.concatenate([x] * copies), time.t, *both).astype(jnp.float32)
         if uncond is not None:
-            scale = jnp.reshape(jnp.maximum(guidance_scale, 1.0), (-1, 1, 1, 1))
-            output = classifier_free(*jnp.split(output, 2), scale)
+            given, without = jnp.split(output, 2)
+            output = classifier_free(given, without, jnp.maximum(guidance_scale, 1.0))
         return to_denoised(output, x, time, model.scheduler.prediction_type)
 
     return denoise
@@ -77,7 +70,7 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def sampler(plan: _Plan, devices: tuple[jax.Device, ...]) -> Callable:
+def sampler(plan: _Plan, devices: tuple[jax.Device, ...]) -> parallel.Mapped:
     """The compiled program that draws: (shared arguments…, arguments of each picture…) -> pictures in [0, 1].
 
     Shared: params, time grid [N + 1], scale of the first noise, first step. Per picture: tokens [B, L], negative

@@ -1,7 +1,7 @@
 """Devices: meshes and shardings. No other module knows how many there are."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -69,7 +69,17 @@ def global_batch(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def pmap(function: Callable, devices: Sequence[jax.Device], shared: int = 0) -> Callable:
+class Mapped(NamedTuple):
+    """What `pmap` returns: call it as a function."""
+
+    run: Callable
+    program: Any  # the jitted program of batches that divide evenly; `lower` on it shows what is compiled
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(*args)
+
+
+def pmap(function: Callable, devices: Sequence[jax.Device], shared: int = 0) -> Mapped:
     """Map one program over devices, each with its part of a batch, as `jax.pmap` did; see docs/adr/001-devices.md.
 
     Args:
@@ -81,7 +91,7 @@ def pmap(function: Callable, devices: Sequence[jax.Device], shared: int = 0) -> 
     Returns:
         A function of the same arguments for any B >= 1. A batch that does not divide evenly is filled up with its
         last row, and the results of the filling are cut off. The compiled program of a function that treats its rows
-        independently holds no communication. `lower` on its attribute `program` gives the program itself.
+        independently holds no communication.
     """
     line = Mesh(np.asarray(devices), ("data",))
     whole, divided = PartitionSpec(), PartitionSpec("data")
@@ -100,5 +110,4 @@ def pmap(function: Callable, devices: Sequence[jax.Device], shared: int = 0) -> 
         out = program(*args[:shared], *each)
         return jax.tree.map(lambda x: x[:batch], out) if missing else out
 
-    mapped.program = program
-    return mapped
+    return Mapped(mapped, program)

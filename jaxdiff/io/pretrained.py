@@ -36,6 +36,7 @@ WEIGHTS = {  # file names as diffusers (first two) and transformers write them
     "text_encoder": "model.safetensors",
     "vision_encoder": "model.safetensors",
 }
+COMPONENTS = (*CONFIGS, "tokenizer", "scheduler", "model_index.json")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -62,18 +63,16 @@ def check_dtype(dtype: Any) -> Any:
 def load_model(folder: Path, dtype: Any = None, *, remat: bool = False) -> Model:
     """The model of a folder without its weights; computes in `dtype`."""
     read_json(folder / "model_index.json")
-    configs = {
-        name: config.load(folder / name / "config.json")
-        for name, config in CONFIGS.items()
-        if name != "vision_encoder" or (folder / name).is_dir()
-    }
+    text, tokenizer = CLIPTextConfig.load(folder / "text_encoder" / "config.json"), Tokenizer.load(folder / "tokenizer")
+    length = min(tokenizer.max_length, text.max_position_embeddings)
+    vision = folder / "vision_encoder"
     return build(
-        configs["text_encoder"],
-        configs["unet"],
-        configs["vae"],
-        Tokenizer.load(folder / "tokenizer"),
+        text,
+        UNetConfig.load(folder / "unet" / "config.json"),
+        VAEConfig.load(folder / "vae" / "config.json"),
+        dataclasses.replace(tokenizer, max_length=length),
         SchedulerConfig.load(folder / "scheduler" / "scheduler_config.json"),
-        configs.get("vision_encoder"),
+        CLIPVisionConfig.load(vision / "config.json") if vision.is_dir() else None,
         dtype=check_dtype(dtype),
         remat=remat,
     )
@@ -129,7 +128,8 @@ def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None)
     """Write a diffusers folder that PyTorch diffusers and `load` open; whole or not at all.
 
     Args:
-        folder: made, or replaced if it is a model's folder already; any other non-empty folder is refused.
+        folder: made; if it is a model's folder already, its model is replaced and other files in it stay; any other
+            non-empty folder is refused.
         dtype: type of the tensors written; as they are by default.
 
     Raises:
@@ -145,6 +145,9 @@ def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None)
             new = Path(temporary) / "new"
             write_model(new, model, params, dtype)
             if folder.exists():
+                for other in list(folder.iterdir()):  # a model card, samples: what is no part of a model stays
+                    if other.name not in COMPONENTS:
+                        other.rename(new / other.name)
                 folder.rename(Path(temporary) / "old")
             new.rename(folder)
     except OSError as e:

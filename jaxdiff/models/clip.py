@@ -70,10 +70,12 @@ class CLIPTextModel(nn.Module):
         init = nn.initializers.normal(0.02)
         if tokens.shape[1] > c.max_position_embeddings:
             raise ValueError(f"{tokens.shape[1]} tokens; this text encoder has {c.max_position_embeddings} positions.")
-        embed = {"features": c.hidden_size, "embedding_init": init, "dtype": dtype}
-        x = nn.Embed(c.vocab_size, **embed, name="embeddings_token_embedding")(tokens)
-        positions = jnp.arange(tokens.shape[1])
-        x = x + nn.Embed(c.max_position_embeddings, **embed, name="embeddings_position_embedding")(positions)
+
+        def embed(count, name):
+            return nn.Embed(count, c.hidden_size, embedding_init=init, dtype=dtype, name=f"embeddings_{name}_embedding")
+
+        x = embed(c.vocab_size, "token")(tokens)
+        x = x + embed(c.max_position_embeddings, "position")(jnp.arange(tokens.shape[1]))
         states = CLIPEncoder(c, True, self.remat, dtype, name="encoder")(x)
         last = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="final_layer_norm")(states[-1])
         # Old files say eos_token_id 2, which no tokenizer makes; the end is then the highest id of the row.

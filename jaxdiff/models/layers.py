@@ -1,6 +1,5 @@
 """The pieces that the UNet and the autoencoder share. Submodules bear the names of the PyTorch checkpoints."""
 
-import functools
 import math
 
 import jax
@@ -43,9 +42,12 @@ def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq
 FEW_POSITIONS, MANY_CHANNELS = 1024, 512
 
 
-def convolve(x: Array, kernel: Array, strides, padding, **kwargs) -> Array:
+def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **kwargs) -> jax.Array:
     """`lax.conv_general_dilated` in NHWC; small wide ones on a CPU as one matrix product over gathered neighbours."""
-    general = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **kwargs)
+
+    def general(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+
     b, h, w, c = x.shape
     same = kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and tuple(map(tuple, padding)) == ((1, 1), (1, 1))
     if not same or b * h * w > FEW_POSITIONS or c < MANY_CHANNELS:
@@ -97,11 +99,14 @@ class ResnetBlock(nn.Module):
     def __call__(self, x: Array, temb: Array | None = None) -> Array:
         """x [B, H, W, C], temb [B, D] or None -> [B, H, W, features]."""
         act = ACTIVATIONS[self.act]
-        norm = {"num_groups": self.groups, "epsilon": self.eps, "dtype": self.dtype}
-        h = conv(self.features, self.dtype, "conv1")(act(nn.GroupNorm(**norm, name="norm1")(x)))
+
+        def norm(name):
+            return nn.GroupNorm(self.groups, epsilon=self.eps, dtype=self.dtype, name=name)
+
+        h = conv(self.features, self.dtype, "conv1")(act(norm("norm1")(x)))
         if temb is not None:
             h = h + nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(act(temb))[:, None, None]
-        h = conv(self.features, self.dtype, "conv2", zero=self.zero_init)(act(nn.GroupNorm(**norm, name="norm2")(h)))
+        h = conv(self.features, self.dtype, "conv2", zero=self.zero_init)(act(norm("norm2")(h)))
         if x.shape[-1] != self.features:
             x = conv(self.features, self.dtype, "conv_shortcut", size=1, padding=0)(x)
         return x + h
@@ -129,11 +134,9 @@ class Upsample(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
-        """x [B, H, W, C] -> [B, 2H, 2W, C]; `size` crops to an odd height or width that a skip connection has."""
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-        if size is not None:
-            x = x[:, : size[0], : size[1]]
+    def __call__(self, x: Array, height: int | None = None, width: int | None = None) -> Array:
+        """x [B, H, W, C] -> [B, 2H, 2W, C], cut to the odd height or width that a skip connection may have."""
+        x = x.repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width]
         return conv(self.features, self.dtype, "conv")(x)
 
 

@@ -1,7 +1,7 @@
 """A whole text-to-image model as one static value, and the pure functions of its encoders and decoder."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,10 +111,14 @@ def param_shapes(model: Model) -> Params:
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
+def apply(model: Model, params: Params, name: str, *args: Any, method: str | None = None) -> Any:
+    """One module of the model, by its key in `params`, on its own parameters."""
+    return model.modules[name].apply({"params": params[name]}, *args, method=method)
+
+
 def encode_text(model: Model, params: Params, tokens: Array) -> Conditioning:
     """Token ids [B, L] -> what the UNet attends to, embeddings [B, L, D]."""
-    output = model.text_encoder.apply({"params": params["text_encoder"]}, tokens)
-    return Conditioning(output.last_hidden_state)
+    return Conditioning(apply(model, params, "text_encoder", tokens).last_hidden_state)
 
 
 def encode(model: Model, params: Params, images: Array, key: Key | None = None) -> Array:
@@ -128,7 +132,7 @@ def encode(model: Model, params: Params, images: Array, key: Key | None = None) 
         [B, h, w, C] float32, scaled as the UNet expects them: (z - shift_factor) * scaling_factor.
     """
     c = model.vae.config
-    mean, logvar = model.vae.apply({"params": params["vae"]}, 2 * jnp.asarray(images) - 1, method="encode")
+    mean, logvar = apply(model, params, "vae", 2 * jnp.asarray(images) - 1, method="encode")
     z = mean if key is None else mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
     return (z - (c.shift_factor or 0.0)) * c.scaling_factor
 
@@ -137,5 +141,5 @@ def decode(model: Model, params: Params, latents: Array) -> Array:
     """Latents [B, h, w, C], scaled, to pictures [B, H, W, 3] float32 in [0, 1]."""
     c = model.vae.config
     z = jnp.asarray(latents, jnp.float32) / c.scaling_factor + (c.shift_factor or 0.0)
-    images = model.vae.apply({"params": params["vae"]}, z, method="decode")
+    images = apply(model, params, "vae", z, method="decode")
     return jnp.clip(images / 2 + 0.5, 0.0, 1.0)

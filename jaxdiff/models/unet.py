@@ -65,7 +65,7 @@ class UNetBlock(nn.Module):
             if not self.up:
                 skips.append(x)
         if self.resample and self.up:
-            x = Upsample(features, self.dtype, name="upsamplers_0")(x, skips[-1].shape[1:3])
+            x = Upsample(features, self.dtype, name="upsamplers_0")(x, skips[-1].shape[1], skips[-1].shape[2])
         elif self.resample:
             x = Downsample(features, padding=c.downsample_padding, dtype=self.dtype, name="downsamplers_0")(x)
             skips.append(x)
@@ -184,6 +184,7 @@ class UNet2DConditionModel(nn.Module):
         if c.addition_embed_type == "text_time":
             if pooled is None or time_ids is None:
                 raise ValueError("this UNet is of the SDXL family: pooled text and time_ids are needed.")
+            assert c.addition_time_embed_dim is not None
             ids = self.sinusoids(time_ids.reshape(-1), c.addition_time_embed_dim).reshape(time_ids.shape[0], -1)
             added = jnp.concatenate([pooled.astype(dtype), ids], -1)
             temb = temb + TimestepEmbedding(width, dtype, name="add_embedding")(added)
@@ -194,6 +195,7 @@ class UNet2DConditionModel(nn.Module):
     def embed_class(self, labels: Array, width: int) -> Array:
         kind, name = self.config.class_embed_type, "class_embedding"
         if kind is None:
+            assert self.config.num_class_embeds is not None
             return nn.Embed(self.config.num_class_embeds, width, dtype=self.dtype, name=name)(labels)
         if kind == "identity":
             return labels.astype(self.dtype)

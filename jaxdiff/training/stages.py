@@ -11,7 +11,7 @@ from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.losses import diffusion_loss
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import at, is_flow, noise_schedule, shift_time
-from jaxdiff.models.model import Model, encode, encode_text
+from jaxdiff.models.model import Model, apply, encode, encode_text
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.losses import contrastive_loss, kl_divergence, reconstruction_loss
 from jaxdiff.training.state import Batch, Metrics
@@ -49,8 +49,8 @@ def clip_embeddings(model: Model, params: Params, images: Array, tokens: Array) 
     """Pictures uint8 [B, H, W, 3] and tokens [B, L] -> float32 [B, P] each; cosines between them are scores."""
     assert model.vision_encoder is not None
     pixels = clip_pixels(images, model.vision_encoder.config.image_size)
-    image = model.vision_encoder.apply({"params": params["vision_encoder"]}, pixels)
-    text = model.text_encoder.apply({"params": params["text_encoder"]}, tokens)
+    image = apply(model, params, "vision_encoder", pixels)
+    text = apply(model, params, "text_encoder", tokens)
     text = text.pooled if text.projected is None else text.projected
     return image.astype(jnp.float32), text.astype(jnp.float32)
 
@@ -94,11 +94,10 @@ def vae_stage(model: Model, *, kl_weight: float = 1e-3, edge_weight: float = 1.0
     """
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
-        vae = {"params": params["vae"]}
         images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-        mean, logvar = model.vae.apply(vae, images, method="encode")
+        mean, logvar = apply(model, params, "vae", images, method="encode")
         z = mean + jnp.exp(0.5 * logvar) * each(jax.random.normal, keys, mean.shape[1:])
-        x = model.vae.apply(vae, z, method="decode")
+        x = apply(model, params, "vae", z, method="decode")
         reconstruction = reconstruction_loss(x, images, edge_weight, scales)
         kl = kl_divergence(mean, logvar)
         error = ((x - images) ** 2).mean()
@@ -141,7 +140,7 @@ def diffusion_stage(
         eps = each(jax.random.normal, noise_keys, x0.shape[1:])
         time = at(schedule, random_times(model.scheduler, time_keys))
         x = add_noise(x0, eps, time)
-        output = model.unet.apply({"params": params["unet"]}, x, time.t, cond.embeddings, cond.pooled, cond.time_ids)
+        output = apply(model, params, "unet", x, time.t, *cond)
         return diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, min_snr_gamma or None).mean(), {}
 
     return Stage("unet", tuple(trainable), loss, prepare_diffusion(model))
