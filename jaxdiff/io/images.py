@@ -67,7 +67,9 @@ def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.array(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS))
 
 
-def grid(images: np.ndarray, columns: int, gap: int = 2, background: tuple[int, int, int] = WHITE) -> np.ndarray:
+def grid(
+    images: np.ndarray | Sequence[np.ndarray], columns: int, gap: int = 2, background: tuple[int, int, int] = WHITE
+) -> np.ndarray:
     """A contact sheet: pictures [N, H, W, 3] side by side, row by row, `gap` pixels apart; the last row may be short.
 
     Returns:
@@ -76,7 +78,7 @@ def grid(images: np.ndarray, columns: int, gap: int = 2, background: tuple[int, 
     >>> grid(np.zeros((5, 8, 6, 3), np.uint8), columns=3, gap=1).shape
     (17, 20, 3)
     """
-    images = to_uint8(images)
+    images = to_uint8(np.asarray(images))
     count, height, width, _ = images.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height + gap), columns * (width + gap), 3), background, np.uint8)

@@ -1,0 +1,37 @@
+"""Compiled programs kept on disk, so that a second run of the same shapes starts at once."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+from absl import logging
+
+MIN_SECONDS = 0.5  # what compiles faster is not worth a file
+
+
+def cache_folder() -> Path:
+    """`jaxdiff` in the user's cache folder: $XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxdiff"
+
+
+def cache_compilations(folder: str | Path | None = None) -> Path | None:
+    """Let JAX keep its compiled programs in a folder, of this process and later ones.
+
+    Args:
+        folder: made if missing; None takes the one that JAX is set to already, else `cache_folder()`.
+
+    Returns:
+        The folder in use; None, with a warning, where it cannot be written: then every run compiles anew.
+    """
+    already = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    path = Path(folder or already or cache_folder())
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as e:
+        logging.warning("%s cannot be written (%s): compiling anew; name another --cache_dir.", path, e.strerror or e)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+    return path

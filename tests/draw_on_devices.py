@@ -1,0 +1,76 @@
+"""Run with simulated devices: pictures drawn on all of them and on one, and the collectives in the compiled program.
+
+Usage: python -m tests.draw_on_devices FOLDER, with XLA_FLAGS=--xla_force_host_platform_device_count=8.
+"""
+
+import contextlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxdiff import generate, parallel
+from jaxdiff.generate import sampler
+from tests.tiny import tiny_model, tiny_params
+
+COLLECTIVE = re.compile(
+    r"\b(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter|ragged-all-to-all)"
+    r"(?:-start)?\("
+)
+
+
+def collectives(text: str) -> list[str]:
+    """The kinds of communication between devices in a compiled program."""
+    return sorted(set(COLLECTIVE.findall(text)))
+
+
+@contextlib.contextmanager
+def recorded_programs():
+    """Texts of the compiled samplers that run meanwhile, in the order they run."""
+    texts, pmap = [], parallel.pmap
+
+    def recording(function, devices, shared=0):
+        program = pmap(function, devices, shared).program
+        return lambda *args: texts.append(program.lower(*args).compile().as_text()) or program(*args)
+
+    sampler.cache_clear()
+    parallel.pmap = recording
+    yield texts
+    parallel.pmap = pmap
+
+
+def sum_program() -> str:
+    mesh = parallel.mesh()
+    x = parallel.place(np.ones(8), parallel.batch_sharding(mesh))
+    return jax.jit(lambda x: x.sum()).lower(x).compile().as_text()
+
+
+def main(folder: Path) -> None:
+    # So that a program is not compiled again for its text.
+    jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
+    model = tiny_model()
+    params = tiny_params(model)
+
+    def draw(count, devices):
+        prompts = [f"picture {i}" for i in range(count)]
+        return generate(model, params, prompts, seed=3, steps=2, devices=jax.devices()[:devices])
+
+    with recorded_programs() as texts:
+        sixteen = draw(16, 8)
+    sampler.cache_clear()
+    pictures = {"one": draw(9, 1), "sixteen": sixteen, "nine": draw(9, 8), "five": draw(5, 8)}
+    np.savez(folder / "pictures.npz", **pictures)
+    report = {
+        "device_count": jax.device_count(),
+        "partitions": [int(re.search(r"num_partitions=(\d+)", text).group(1)) for text in texts],
+        "collectives": [collectives(text) for text in texts],
+        "collectives_of_a_sum": collectives(sum_program()),
+    }
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

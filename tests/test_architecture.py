@@ -1,0 +1,108 @@
+"""Imports point one way, from what a user calls down to the mathematics and the configs."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each house may import those after it; files of one house may import each other.
+HOUSES = (
+    ("sample", "train", "configs"),
+    ("jaxdiff", "jaxdiff.generate"),  # the package itself only re-exports
+    ("jaxdiff.training",),
+    ("jaxdiff.io",),
+    ("jaxdiff.data",),
+    ("jaxdiff.parallel",),
+    ("jaxdiff.diffusion",),
+    ("jaxdiff.models",),
+    ("jaxdiff.tokenizer", "jaxdiff.config", "jaxdiff.typing", "jaxdiff.version"),
+)
+ORACLES = ("torch", "diffusers", "tensorflow")  # of tests alone
+LAZY = ("transformers", "tokenizers", *ORACLES)  # never on `import jaxdiff`
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {
+    module_name(p): p
+    for p in (*ROOT.glob("jaxdiff/**/*.py"), *ROOT.glob("configs/**/*.py"), ROOT / "sample.py", ROOT / "train.py")
+    if p.exists()
+}
+
+
+def house(module: str) -> int:
+    """Index of the house that a module of this repository lives in."""
+    matches = [
+        (len(name), i) for i, names in enumerate(HOUSES) for name in names if f"{module}.".startswith(f"{name}.")
+    ]
+    return max(matches)[1]
+
+
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """What a source imports, by its full name, and whether only when a function runs."""
+
+    def walk(node: ast.AST, lazy: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, lazy) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, "imports are absolute"
+                yield from ((f"{child.module}.{alias.name}", lazy) for alias in child.names)
+            yield from walk(child, lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    return walk(ast.parse(source), False)
+
+
+def wrong_imports(module: str, source: str) -> list[str]:
+    """What a module imports against the rules, as sentences."""
+    wrong = []
+    for name, lazy in imports(source):
+        top = name.split(".")[0]
+        ours = top in ("jaxdiff", "configs", "sample", "train")
+        if ours and house(name) < house(module) and module != "jaxdiff":
+            wrong.append(f"{module} imports {name}, which is above it")
+        if name.startswith("flax.linen") and house(module) != house("jaxdiff.models"):
+            wrong.append(f"{module} imports {name}, which only jaxdiff.models may")
+        if top == "flax" and house(module) == house("jaxdiff.diffusion"):
+            wrong.append(f"{module} imports {name}: the mathematics knows no Flax")
+        if top in ORACLES:
+            wrong.append(f"{module} imports {name}, which only tests may")
+        if top in LAZY and not lazy:
+            wrong.append(f"{module} imports {name} at once, not when it is needed")
+    return wrong
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_imports_point_down(module):
+    assert wrong_imports(module, FILES[module].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("jaxdiff.diffusion.times", "from jaxdiff.io import images"),
+        ("jaxdiff.diffusion.times", "def f():\n    import jaxdiff.generate"),
+        ("jaxdiff.models.unet", "from jaxdiff import denoiser"),
+        ("jaxdiff.io.images", "from jaxdiff.training.state import State"),
+        ("jaxdiff.diffusion.times", "import flax"),
+        ("jaxdiff.generate", "from flax import linen as nn"),
+        ("jaxdiff.training.state", "import flax.linen"),
+        ("jaxdiff.tokenizer", "from transformers import CLIPTokenizer"),
+        ("jaxdiff.io.weights", "def f():\n    import torch"),
+    ],
+)
+def test_the_rules_are_noticed(module, source):
+    assert wrong_imports(module, source)
+
+
+def test_importing_the_package_is_light():
+    code = f"import sys, jaxdiff; print(sorted(set({LAZY}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

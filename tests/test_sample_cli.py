@@ -1,0 +1,373 @@
+"""sample.py: flags to files, one sentence for every mistake, and pictures that say how to draw them again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample
+from jaxdiff.io import cache
+from jaxdiff.io.images import ImageError, read_image, read_metadata, write_png
+from jaxdiff.io.pretrained import DTYPES
+from tests.tiny import SIDE
+
+ROOT = Path(__file__).parent.parent
+STEPS = "--steps=3"
+
+
+@pytest.fixture(scope="module")
+def cache_home(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cli(tiny_folder, tmp_path, monkeypatch, capsys, caplog, cache_home):
+    """Runs a command line in an empty folder: (exit code, lines of stdout, stderr with the warnings)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    monkeypatch.chdir(tmp_path)
+    before = jax.config.jax_compilation_cache_dir
+
+    def run(*args, model=tiny_folder):
+        caplog.clear()
+        code = sample.main(["sample.py", f"--model={model}", *args])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out.splitlines(), captured.err + "\n".join(r.getMessage() for r in caplog.records)
+
+    yield run
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def existing(folder=".") -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file())
+
+
+def test_one_picture_to_one_file(cli):
+    code, out, err = cli("--prompt=a castle", STEPS, "--output=new/folder/castle.png")
+    assert (code, out, err) == (0, ["new/folder/castle.png"], "")
+    assert existing() == ["new/folder/castle.png"]
+    assert read_image("new/folder/castle.png").shape == (SIDE, SIDE, 3)
+
+
+@pytest.fixture
+def six(cli):
+    """Six pictures, by default in two batches of three, with a sheet and strips."""
+    flags = ("--prompt=a castle", "--prompt=A red dragon", "--num_images=3", "--seed=5")
+    code, out, err = cli(*flags, "--negative_prompt=blurry", "--grid", "--preview", STEPS, "--output=out")
+    assert (code, err) == (0, "")
+    return [Path(line) for line in out]
+
+
+def test_many_pictures_with_sheet_and_strips(six, cli):
+    names = [f"{p}-{i:03d}{end}.png" for i, p in zip(range(5, 11), ["a-castle"] * 3 + ["a-red-dragon"] * 3, strict=True)
+             for end in ("", "-preview")]  # fmt: skip
+    assert [p.name for p in six] == [*names, "grid.png"]
+    assert existing("out") == sorted(p.name for p in six)
+    pictures = [read_image(p) for p in six[:-1:2]]
+    gap = 2
+    sheet = read_image(six[-1])
+    assert sheet.shape == (2 * SIDE + gap, 3 * SIDE + 2 * gap, 3)  # one row a prompt
+    np.testing.assert_array_equal(sheet[-SIDE:, SIDE + gap : 2 * SIDE + gap], pictures[4])
+    strip = read_image(six[1])
+    assert strip.shape == (SIDE, 3 * SIDE + 2 * gap, 3)  # as many frames as there are steps, up to eight
+    assert [flags["seed"] for flags in read_metadata(six[-1])] == list(range(5, 11))
+
+
+def test_any_picture_is_drawn_again_from_its_metadata(six, cli):
+    """The fifth of six alone: the same file, byte for byte."""
+    flags = read_metadata(six[8])
+    assert flags["prompt"] == "A red dragon"
+    assert flags["seed"] == 9
+    assert (flags["scheduler"], flags["height"], flags["width"]) == ("ddim", SIDE, SIDE)  # as they came out
+    assert flags["batch_size"] == 3
+    code, out, _ = cli(*(f"--{name}={value}" for name, value in flags.items()), "--output=again.png")
+    assert (code, out) == (0, ["again.png", "again-preview.png"])
+    assert Path("again.png").read_bytes() == six[8].read_bytes()
+
+
+def test_uneven_batches_are_filled_up(cli, monkeypatch):
+    """Five pictures by three: the second batch has the first one's size, and nothing of its filling is written."""
+    sizes = []
+
+    def generate(model, params, prompts, negative, **options):
+        sizes.append((len(prompts), options["seed"]))
+        return np.array(options["seed"], np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+
+    monkeypatch.setattr("jaxdiff.generate", generate)
+    code, out, _ = cli("--prompt=x", "--num_images=5", "--batch_size=3", "--output={seed}.png")
+    assert (code, out) == (0, [f"{i}.png" for i in range(5)])
+    assert sizes == [(3, [0, 1, 2]), (3, [3, 4, 4])]
+    assert [read_image(path)[0, 0, 0] for path in out] == [0, 1, 2, 3, 4]
+
+
+def test_metadata_for_people(six):
+    with Image.open(six[0]) as image:
+        text = image.info["parameters"]
+    assert text.startswith("a castle\nNegative prompt: blurry\nSeed: 5, ")
+    assert "Guidance scale: 7.5" in text
+
+
+PICTURES = [{"prompt": p, "seed": s} for p, s in (("a castle", 3), ("Ein Schloß, nachts", 4))]
+
+
+@pytest.mark.parametrize(
+    ("output", "count", "names", "sheet"),
+    [
+        ("castle.png", 1, ["castle.png"], "castle-grid.png"),
+        ("castle.PNG", 1, ["castle.PNG"], "castle-grid.png"),
+        ("castle.png", 2, ["castle-000.png", "castle-001.png"], "castle-grid.png"),
+        ("out", 1, ["out/a-castle-003.png"], "out/grid.png"),
+        ("out/", 2, ["out/a-castle-003.png", "out/ein-schloß-nachts-004.png"], "out/grid.png"),
+        ("v1.5", 1, ["v1.5/a-castle-003.png"], "v1.5/grid.png"),
+        ("a/{index}-{seed:02d}.png", 2, ["a/0-03.png", "a/1-04.png"], "a/grid.png"),
+        ("{prompt}/x.png", 2, ["a-castle/x.png", "ein-schloß-nachts/x.png"], "a-castle/grid.png"),
+    ],
+)
+def test_where_pictures_go(output, count, names, sheet):
+    paths, sheet_path = sample.output_paths(output, PICTURES[:count])
+    assert [str(p) for p in paths] == names
+    assert str(sheet_path) == sheet
+
+
+@pytest.mark.parametrize("output", ["{what}.png", "{index.png", "{0}.png", "{index:q}.png", "{prompt.x}.png"])
+def test_patterns_that_name_something_else(output):
+    with pytest.raises(sample.UsageError, match=r"may name \{prompt\}, \{seed\} and \{index\} only"):
+        sample.output_paths(output, PICTURES)
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("same-{prompt}.png", r"several pictures one name: add \{index\}"),
+        ("{index}.jpg", r"end it in \.png"),
+        ("castle.jpg", r"pictures are written as PNG"),
+    ],
+)
+def test_outputs_that_cannot_be(output, sentence):
+    with pytest.raises(sample.UsageError, match=sentence):
+        sample.output_paths(output, PICTURES[:1] * 2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"), [("A  cat_dog!", "a-cat-dog"), ("../../etc", "etc"), ("", "picture"), ("火", "火")]
+)
+def test_names_of_prompts(prompt, name):
+    assert sample.name_of(prompt) == name
+
+
+def test_long_prompts_make_names_that_file_systems_take():
+    assert len(sample.name_of("火" * 500).encode()) < 200
+
+
+CASTLE = "--prompt=a castle"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "--prompt is missing"),
+        ([CASTLE, "dragon"], "'dragon' belongs to no flag: put each prompt in quotes"),
+        ([CASTLE, "--promt=a"], "Unknown command line flag 'promt'"),
+        ([CASTLE, "--steps=0"], "--steps=0"),
+        ([CASTLE, "--steps=many"], "--steps=many"),
+        ([CASTLE, "--num_images=0"], "--num_images=0"),
+        ([CASTLE, "--batch_size=0"], "--batch_size=0"),
+        ([CASTLE, "--seed=-1"], "--seed=-1"),
+        ([CASTLE, "--seed=4294967296"], "--seed=4294967296"),
+        ([CASTLE, "--dtype=int8"], "float32|bfloat16|float16"),
+        ([CASTLE, "--guidance_scale=nan"], "--guidance_scale nan"),
+        ([CASTLE, "--height=-8"], "--height=-8"),
+        ([CASTLE, "--strength=0.5"], "--strength goes with --image"),
+        ([CASTLE, "--image=a.png", "--strength=0"], "--strength 0.0 must be above 0"),
+        ([CASTLE, "--image=a.png", "--strength=1.01"], "--strength 1.01"),
+        ([CASTLE, "--image=a.png", "--strength=nan"], "--strength nan"),
+        ([CASTLE, "--image=a.png", "--strength=0.1", STEPS], "--strength 0.1 leaves none of --steps 3"),
+        # These need the model's configuration.
+        ([CASTLE, "--height=17"], "height 17 must be a positive multiple of 2"),
+        ([CASTLE, "--scheduler=eulr"], "scheduler 'eulr' is unknown; known are ddim, ddpm, euler, "),
+        ([CASTLE, "--spacing=even"], "spacing 'even' is unknown; known are "),
+        ([CASTLE, "--output=a.jpg"], "--output a.jpg"),
+    ],
+)
+def test_flags_that_cannot_be_right(flags, sentence, cli):
+    code, out, err = cli(*flags)
+    assert (code, out) == (2, [])
+    assert sentence in err
+    assert err.startswith("sample.py: error: ")
+    assert err.count("\n") == 1
+    assert existing() == []
+
+
+def test_known_dtypes_are_the_packages():
+    parser = sample.define_flags()["dtype"].parser
+    assert tuple(parser.enum_values) == DTYPES
+
+
+def test_missing_model(cli):
+    code, out, err = cli(CASTLE, model="no/such/model")
+    assert (code, out) == (1, [])
+    assert err.startswith("sample.py: error: no/such/model is no folder and no bundled model")
+
+
+def test_damaged_weights_leave_no_output(cli, tiny_folder, tmp_path):
+    for name in ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"):
+        (tmp_path / "bad" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "bad" / name).write_bytes((tiny_folder / name).read_bytes())
+    for name in ("tokenizer", "scheduler"):
+        (tmp_path / "bad" / name).symlink_to(tiny_folder / name)
+    (tmp_path / "bad/text_encoder/model.safetensors").write_bytes(b"\x08")
+    code, out, err = cli(CASTLE, "--output=out/castle.png", model=tmp_path / "bad")
+    assert (code, out) == (1, [])
+    assert "bad/text_encoder/model.safetensors is damaged or no safetensors file" in err
+    assert err.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_outputs_that_cannot_be_written_are_found_before_drawing(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxdiff.generate", lambda *a, **k: pytest.fail("was drawing"))
+    Path("file").touch()
+    for output in ("file/castle.png", "file/deeper/castle.png", "file/{index}.png", "file/out/"):
+        code, out, err = cli(CASTLE, f"--output={output}")
+        assert (code, out) == (1, [])
+        assert "file is a file, not a folder" in err
+    code, _, err = cli(CASTLE, "--output=/proc/castle.png")
+    assert code == 1
+    assert "--output: " in err
+    assert "/proc" in err
+    assert existing() == ["file"]
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_folders_without_permission(cli, tmp_path):
+    (tmp_path / "shut").mkdir(mode=0o555)
+    code, _, err = cli(CASTLE, "--output=shut/castle.png")
+    assert code == 1
+    assert "shut is not writable" in err
+
+
+def test_a_full_disk_leaves_no_half_picture(cli, monkeypatch):
+    def full(self, file, **kwargs):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, out, err = cli(CASTLE, STEPS, "--output=castle.png")
+    assert (code, out) == (1, [])
+    assert "castle.png cannot be written (No space left on device)" in err
+    assert existing() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (KeyboardInterrupt(), 130, "stopped"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating\n 9 bytes"),
+            1,
+            "Memory is too small: lower --batch_size",
+        ),
+        (RuntimeError("something\nodd"), 1, "RuntimeError: something odd; --verbose shows where."),
+    ],
+)
+def test_what_goes_wrong_while_drawing_is_one_line(error, code, sentence, cli, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("jaxdiff.generate", fail)
+    status, out, err = cli(CASTLE, STEPS)
+    assert (status, out) == (code, [])
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_an_image_to_start_from_is_cut_and_resized(cli):
+    write_png("start.png", np.random.default_rng(0).random((20, 40, 3)))
+    code, out, err = cli(CASTLE, STEPS, "--image=start.png", "--strength=0.7", "--output=castle.png")
+    assert (code, out) == (0, ["castle.png"])
+    assert f"start.png is 40 x 20: cut at its centre and resized to {SIDE} x {SIDE}" in err
+    flags = read_metadata("castle.png")
+    assert (flags["image"], flags["strength"]) == ("start.png", 0.7)
+    write_png("square.png", np.zeros((SIDE, SIDE, 3)))
+    code, out, err = cli(CASTLE, STEPS, "--image=square.png", "--strength=0.7", "--output=night.png")
+    assert (code, out, err) == (0, ["night.png"], "")
+    assert read_image("night.png").tolist() != read_image("castle.png").tolist()
+
+
+def test_an_unreadable_image_is_named(cli):
+    Path("text.png").write_text("no picture")
+    for name, sentence in (("text.png", "text.png cannot be read as a picture"), ("none.png", "none.png is missing")):
+        code, out, err = cli(CASTLE, f"--image={name}")
+        assert (code, out) == (1, [])
+        assert sentence in err
+        assert err.count("\n") == 1
+    with pytest.raises(ImageError):
+        read_metadata("text.png")
+
+
+def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.cache_folder() == tmp_path / "jaxdiff"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache.cache_folder() == Path("/home/someone/.cache/jaxdiff")
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    before = jax.config.jax_compilation_cache_dir
+    assert cache.cache_compilations(tmp_path / "file" / "cache") is None
+    assert jax.config.jax_compilation_cache_dir == before
+    assert "compiling anew; name another --cache_dir" in caplog.text
+
+
+def process(*args, cwd, cache_home):
+    env = os.environ | {"XDG_CACHE_HOME": str(cache_home), "JAX_PLATFORMS": "cpu"}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    return subprocess.run([sys.executable, ROOT / "sample.py", *args], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_as_a_process_in_a_pipe(tiny_folder, tmp_path, cache_home):
+    """Paths alone on stdout, the cut prompt on stderr, and the compiled program kept for the next run."""
+    prompt = "a castle " * 10 + "and the end"
+    flags = [
+        f"--model={tiny_folder}",
+        f"--prompt={prompt}",
+        STEPS,
+        "--output=castle.png",
+        f"--cache_dir={tmp_path / 'c'}",
+    ]
+    done = process(*flags, cwd=tmp_path, cache_home=cache_home)
+    assert (done.returncode, done.stdout) == (0, "castle.png\n")
+    (warning,) = done.stderr.splitlines()
+    assert warning.startswith("sample.py: WARNING: The text encoder reads 12 tokens")
+    assert "and the end" in warning
+    assert any("program" in p.name for p in (tmp_path / "c").iterdir())
+
+
+def test_mistakes_are_found_without_importing_the_package(tmp_path, cache_home):
+    code = "import sys, sample; print(sample.main(['', '--prompt=a', '--steps=0']), 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
+
+
+def test_help_names_every_flag(cli, capsys):
+    code, out, err = cli("--help")
+    assert (code, err) == (0, "")
+    text = "\n".join(out)
+    for name in ("--model", "--prompt", "--strength", "--batch_size", "--cache_dir"):
+        assert f"  {name}:" in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_on_a_terminal_only(terminal, monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))  # how rich is told
+    monkeypatch.setenv("COLUMNS", "120")
+    assert list(sample.with_progress(iter([[1, 2], [3]]), 3)) == [1, 2, 3]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("3/3" in err and "pictures/s" in err) if terminal else err == ""
