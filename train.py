@@ -12,6 +12,7 @@ settings that cannot be right; 1 for any other failure.
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -36,12 +37,16 @@ def parse(argv: list[str]) -> flags.FlagValues:
     f = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.", flag_values=f)
     flags.DEFINE_string("workdir", None, "Folder of all that the run writes.", f)
+    flags.DEFINE_bool(
+        "distributed", False, "This is one of several processes, on a TPU pod or under Slurm: find the others.", f
+    )
     flags.DEFINE_bool("verbose", False, "Show the traceback of an error.", f)
     flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
     try:
         rest = f(argv)[1:]
+        stage = f.config is not None and f.config.stage  # raises where the file could not be read
     except (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as e:
-        raise UsageError(f"--config: {' '.join(str(e).split())}") from None
+        raise UsageError(config_error(e)) from None
     if f.help:
         return f
     if rest:
@@ -50,11 +55,19 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UsageError("--config is missing: name the experiment, such as --config=configs/icons/vae.py.")
     if not f.workdir:
         raise UsageError("--workdir is missing: name a folder for the run, such as --workdir=runs/vae.")
-    if f.config.stage not in STAGES:
-        raise UsageError(f"config.stage {f.config.stage!r} must be one of {', '.join(STAGES)}.")
+    if stage not in STAGES:
+        raise UsageError(f"config.stage {stage!r} must be one of {', '.join(STAGES)}.")
     if not f.config.data.path:
         raise UsageError("config.data.path is missing: name a captioned folder, --config.data.path=pictures/.")
     return f
+
+
+def config_error(error: Exception) -> str:
+    """One sentence out of what ml_collections says, which may hold a whole traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, LookupError):
+        return f"--config has no setting {text.strip(chr(34))}; configs/common.py lists all."
+    return f"--config: {re.split(r'Error: |.Errno [0-9]+. ', text)[-1]}"
 
 
 def make_workdir(path: str) -> Path:
@@ -95,6 +108,7 @@ class Run:
             config.model.to_dict(), config.init_from.to_dict(), self.make_tokenizer,
             jax.random.key(config.seed), dtype=config.dtype, remat=config.remat,
         )  # fmt: skip
+        self.image_size = data.image_size or self.model.unet.config.sample_size * self.model.vae.config.factor
 
     def make_tokenizer(self):
         from jaxdiff.data.folder import BACKGROUNDS
@@ -112,7 +126,7 @@ class Run:
         d = self.config.data
         arguments = {
             "path": self.data, "batch_size": self.options.batch_size // self.host["host_count"],
-            "image_size": d.image_size, "seed": self.config.seed, "split": d.split, "background": d.background,
+            "image_size": self.image_size, "seed": self.config.seed, "split": d.split, "background": d.background,
             "flip": d.flip, "threads": d.threads, "workers": d.workers, **self.host,
         }  # fmt: skip
         return captioned_folder(**(arguments | changes))
@@ -228,10 +242,14 @@ class Run:
 
 
 def run(f: flags.FlagValues) -> None:
+    import jax
+
     from jaxdiff.io.cache import cache_compilations
     from jaxdiff.training.state import OptionsError
 
     workdir = make_workdir(f.workdir)
+    if f.distributed:
+        jax.distributed.initialize()
     cache_compilations()
     try:
         this = Run(f.config, workdir)

@@ -28,13 +28,14 @@ def base() -> ConfigDict:
             "keep_checkpoints": 2,
             "dtype": "float32",  # type to compute in; parameters are float32
             "remat": False,  # compute activations again in the backward pass, to save memory
-            # Diffusers folders that parts come from, weights and sizes; "model" stands for every part.
+            # Diffusers folders, or names of bundled models, that parts come from with weights and sizes; "model" stands
+            # for every part.
             "init_from": {"model": "", "text_encoder": "", "vision_encoder": "", "vae": "", "unet": ""},
             "data": {
                 "path": "",
                 "split": "train",
                 "eval_split": "",  # pictures set aside; "": those of `split`
-                "image_size": 128,
+                "image_size": 128,  # pixels of a side; 0: the model's own
                 "background": "random",  # of see-through pictures: random (and named in the caption) or white
                 "flip": False,  # mirror at random
                 "threads": 8,  # that read pictures

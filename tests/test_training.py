@@ -42,6 +42,13 @@ VISION = CLIPVisionConfig(
     projection_dim=16,
 )
 BATCH = 4
+# One level is enough, and quick to compile.
+UNET = dataclasses.replace(
+    UNET,
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    block_out_channels=(8,),
+)
 
 
 def whole_model(scheduler: SchedulerConfig = SCHEDULER, **kwargs) -> Model:
@@ -69,6 +76,11 @@ def pairs(count: int = 8) -> dict:
 def options(**changes) -> Options:
     defaults = {"steps": 4, "batch_size": BATCH, "learning_rate": 1e-3, "weight_decay": 0.0, "log_every": 1}
     return Options(**{**defaults, "checkpoint_every": 1000, **changes})
+
+
+def jit(function):
+    """Compiled with little optimisation: these functions run once or twice."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def keys(count: int = BATCH) -> jax.Array:
@@ -169,7 +181,7 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(stage, params):
     trained = {k: params[k] for k in stage.trainable}
 
     def grad(parts):
-        return jax.jit(lambda p: accumulated_grad(stage.loss, p, params, batch, keys(), parts, mesh))(trained)
+        return jit(lambda p: accumulated_grad(stage.loss, p, params, batch, keys(), parts, mesh))(trained)
 
     whole, metrics = grad(1)
     parts, part_metrics = grad(2)
@@ -205,7 +217,7 @@ def test_dropping_every_caption_makes_the_loss_independent_of_them(params):
     other = {**batch, "tokens": tokenizer()(["blurry"] * BATCH)}
 
     def losses(rate):
-        loss = jax.jit(diffusion_stage(whole_model(), caption_dropout=rate).loss)
+        loss = jit(diffusion_stage(whole_model(), caption_dropout=rate).loss)
         return [float(loss(params, b, keys())[0]) for b in (batch, other)]
 
     kept, dropped = losses(0.0), losses(1.0)
@@ -215,8 +227,10 @@ def test_dropping_every_caption_makes_the_loss_independent_of_them(params):
 
 def test_min_snr_weighs_each_example_by_its_time(params):
     model, batch, one = whole_model(), pairs(1), keys(1)
-    plain = diffusion_stage(model, caption_dropout=0.0).loss(params, batch, one)[0]
-    weighted = diffusion_stage(model, caption_dropout=0.0, min_snr_gamma=0.01).loss(params, batch, one)[0]
+    plain, weighted = (
+        jit(diffusion_stage(model, caption_dropout=0.0, min_snr_gamma=gamma).loss)(params, batch, one)[0]
+        for gamma in (0.0, 0.01)
+    )
     time_key = jax.random.split(one[0], 3)[:1]
     time = at(noise_schedule(model.scheduler), random_times(model.scheduler, time_key))
     weight = min_snr_weight(time, model.scheduler.prediction_type, 0.01)
@@ -240,7 +254,7 @@ def test_times_cover_the_process():
 def test_only_what_is_trainable_gets_a_gradient(params):
     stage = diffusion_stage(whole_model(), trainable=("unet", "text_encoder"))
     assert stage.trainable == ("unet", "text_encoder")
-    grads = jax.grad(lambda p: stage.loss(p, pairs(BATCH), keys())[0])(params)
+    grads = jit(jax.grad(lambda p: stage.loss(p, pairs(BATCH), keys())[0]))(params)
     assert any(np.any(g != 0) for g in jax.tree.leaves(grads["text_encoder"]))
     assert not any(np.any(g != 0) for g in jax.tree.leaves(grads["vae"]))
 
@@ -251,7 +265,7 @@ def test_cached_latents_give_the_loss_of_their_pictures(params):
     stored = encode_all(model, params, [{"image": batch["image"], "text": texts}])
     assert stored["latents"].dtype == np.float16
     np.testing.assert_array_equal(stored["tokens"], batch["tokens"])
-    loss = diffusion_stage(model).loss
+    loss = jit(diffusion_stage(model).loss)
     # Latents are rounded to float16: 2**-11 = 5e-4.
     np.testing.assert_allclose(loss(params, stored, keys())[0], loss(params, batch, keys())[0], rtol=5e-3)
 
@@ -262,7 +276,7 @@ def test_remat_changes_no_gradient_and_bfloat16_little(params):
     def run(**kwargs):
         loss = diffusion_stage(whole_model(**kwargs), trainable=("unet", "text_encoder")).loss
         part = {k: params[k] for k in ("unet", "text_encoder")}
-        return jax.jit(jax.value_and_grad(lambda p: loss({**params, **p}, batch, keys())[0]))(part)
+        return jit(jax.value_and_grad(lambda p: loss({**params, **p}, batch, keys())[0]))(part)
 
     value, grads = run()
     again, regrads = run(remat=True)

@@ -48,6 +48,6 @@ def get_config(scale: str = "gpu") -> ConfigDict:
         config.data.filter.style = STYLES
         config.data.filter.color = (None,)
         config.data.filter.subject = tuple(s.strip() for s in " ".join(SUBJECTS.split("\n")).split(","))
-        config.update({"steps": 3600, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 100})
+        config.update({"steps": 3000, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 100})
         config.update({"ema_decay": 0.997, "log_every": 25, "eval_every": 500, "checkpoint_every": 250})
     return config

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxdiff.config import CLIPTextConfig, ConfigError, SchedulerConfig
 from jaxdiff.data.folder import Example, examples
-from jaxdiff.io.pretrained import CONFIGS, WEIGHTS, load_model, replace_config
+from jaxdiff.io.pretrained import CONFIGS, WEIGHTS, find, load_model, replace_config
 from jaxdiff.io.weights import load_tensors
 from jaxdiff.models.model import Model, build, encode, init_params, param_shapes
 from jaxdiff.tokenizer import Tokenizer, train_bpe
@@ -34,56 +34,67 @@ def starting_model(
 
     Args:
         sizes: the config of each fresh part ("text_encoder", "unet", "vae", "vision_encoder") and of the "scheduler".
-        init_from: diffusers folders by the part that is taken from them, config and weights; "model" stands for all
-            parts that the folder has. The tokenizer comes with the text encoder, the scheduler with "model" alone.
+        init_from: diffusers folders, or names of bundled models, by the part that is taken from them, config and
+            weights; "model" stands for all parts that the folder has. The tokenizer comes with the text encoder, the
+            scheduler with "model" alone.
         make_tokenizer: makes one where the text encoder is fresh.
         key: of the fresh parameters.
 
     Returns:
-        The model and its float32 parameters, numpy arrays where they were read.
+        The model and its float32 parameters as numpy arrays, which take no memory of a device.
 
     Raises:
         ConfigError, WeightsError: one sentence naming the entry or file.
     """
-    given = {name: (Path(folder), _open(name, folder)) for name, folder in init_from.items() if folder}
+    given = {name: _open(name, folder) for name, folder in init_from.items() if folder}
+    scheduler = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", **sizes.get("scheduler", {})})
     if "model" in given:
         folder, whole = given.pop("model")
         given = {**dict.fromkeys(whole.modules, (folder, whole)), **given}
         scheduler = whole.scheduler
-    else:
-        scheduler = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", **sizes.get("scheduler", {})})
-    tokenizer = given["text_encoder"][1].tokenizer if "text_encoder" in given else make_tokenizer()
     configs: dict[str, Any] = {name: CONFIGS[name].from_dict(dict(sizes[name])) for name in PARTS if name in sizes}
-    if "text_encoder" not in given:
-        configs["text_encoder"] = _fit_tokenizer(configs["text_encoder"], tokenizer)
     configs.update({name: source.modules[name].config for name, (_, source) in given.items()})
     if missing := [name for name in ("text_encoder", "unet", "vae") if name not in configs]:
         raise ConfigError(f"The config gives neither model.{missing[0]} nor init_from.{missing[0]}.")
     _check_fit(configs)
+    if "text_encoder" in given:
+        tokenizer = given["text_encoder"][1].tokenizer
+    else:
+        tokenizer = make_tokenizer()
+        configs["text_encoder"] = _fit_tokenizer(configs["text_encoder"], tokenizer)
     parts = (configs[name] for name in ("text_encoder", "unet", "vae"))
     model = build(*parts, tokenizer, scheduler, configs.get("vision_encoder"), dtype=dtype, remat=remat)
     shapes = param_shapes(model)
-    # Under jit what is not asked for is not computed. Some hundred small kernels run once: not worth optimising.
+    read = {
+        name: load_tensors(folder / name / WEIGHTS[name], shapes[name], jnp.float32)
+        for name, (folder, _) in given.items()
+    }
+    return model, {**_fresh(model, set(shapes) - set(given), key), **jax.device_get(read)}
+
+
+def _fresh(model: Model, names: set[str], key: Key) -> Params:
+    """Fresh parameters of these parts."""
+    # Some hundred small kernels run once: on a CPU, optimising them costs more than it saves.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    fresh = jax.jit(
-        lambda key: {k: v for k, v in init_params(model, key).items() if k not in given}, compiler_options=options
-    )
-    params = fresh(key)
-    for name, (folder, _) in given.items():
-        params[name] = load_tensors(folder / name / WEIGHTS[name], shapes[name], jnp.float32)
-    return model, params
+
+    def init(key: Key) -> Params:  # under jit what is not asked for is not computed
+        return {name: x for name, x in init_params(model, key).items() if name in names}
+
+    return jax.device_get(jax.jit(init, compiler_options=options)(key)) if names else {}
 
 
-def _open(name: str, folder: str) -> Model:
-    """The model of a folder that init_from names."""
+def _open(name: str, folder: str) -> tuple[Path, Model]:
+    """The folder that an entry of init_from names, and its model."""
     if name != "model" and name not in PARTS:
         raise ConfigError(f"init_from.{name} is unknown; known are model, {', '.join(PARTS)}.")
-    if not Path(folder).is_dir():
-        raise ConfigError(f"init_from.{name}: the folder {folder} does not exist; train that stage first.")
-    model = load_model(Path(folder))
+    try:
+        path = find(folder)
+    except ConfigError as e:
+        raise ConfigError(f"init_from.{name}: {e}") from None
+    model = load_model(path)
     if name != "model" and name not in model.modules:
         raise ConfigError(f"init_from.{name}: the folder {folder} has no {name}.")
-    return model
+    return path, model
 
 
 def _fit_tokenizer(text: CLIPTextConfig, tokenizer: Tokenizer) -> CLIPTextConfig:
@@ -113,6 +124,8 @@ def _check_fit(configs: Mapping[str, Any]) -> None:
             f"unet.in_channels is {unet.in_channels}, the autoencoder has {vae.latent_channels} latent channels; "
             "only plain text-to-image models can be trained."
         )
+    if unet.addition_embed_type or unet.class_embed_type or unet.num_class_embeds:
+        raise ConfigError("The UNet wants more than a prompt (SDXL, upscaling); only plain ones can be trained.")
 
 
 def measured(model: Model, params: Params, images: Iterable[np.ndarray]) -> Model:

@@ -1,0 +1,177 @@
+"""train.py: the stages one after the other on a folder of pictures, and one sentence for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxdiff
+import train
+from jaxdiff.config import ConfigError
+from jaxdiff.data.folder import examples
+from jaxdiff.training.setup import subset
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "tests" / "training_config.py"
+# ml_collections loads configs by a method that Python has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Twelve see-through squares with captions: three colours in four styles."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for i in range(12):
+        name, style = list(COLOURS)[i % 3], ["flat", "3d", "line", "oil"][i // 3]
+        image = np.zeros((16, 16, 4), np.uint8)
+        image[2 + i // 4 : 12, 3:13] = (*COLOURS[name], 255)
+        Image.fromarray(image).save(folder / f"{i}.png")
+        lines.append({"file_name": f"{i}.png", "text": f"a {name} square, {style}", "subject": name, "style": style})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache_home(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, cache_home):
+    """Runs a command line: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    before = jax.config.jax_compilation_cache_dir
+
+    def run(*args) -> tuple[int, str, str]:
+        argv = ["train.py", *map(str, args)]
+        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for --config.…
+        code = train.main(argv)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    yield run
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_path):
+    path = f"--config.data.path={data}"
+    for stage in ("vae", "clip"):
+        code, out, err = cli(f"--config={CONFIG}:{stage}", f"--workdir={tmp_path / stage}", path)
+        assert code == 0, err
+        assert "step 4/4:" in out
+    parts = [f"--config.init_from.vae={tmp_path}/vae/export", f"--config.init_from.text_encoder={tmp_path}/clip/export"]
+    more = [
+        "--config.cache_latents=2",
+        "--config.data.filter.style=('flat', '3d')",
+        "--config.eval.prompts=('a square',)",
+    ]
+    command = [f"--config={CONFIG}:unet", f"--workdir={tmp_path}/unet", path, *parts, *more]
+    code, out, err = cli(*command)
+    assert code == 0, err
+
+    work = tmp_path / "unet"
+    assert json.loads((work / "config.json").read_text())["cache_latents"] == 2
+    assert Image.open(work / "samples" / "step-000004.png").size == (16, 16)
+    with np.load(work / "latents-0.npz") as latents:
+        assert latents["latents"].shape == (2 * 6, 8, 8, 4)  # two views of six pictures
+    model, params = jaxdiff.load(work / "export")
+    vae, clip = (jaxdiff.load(tmp_path / stage / "export") for stage in ("vae", "clip"))
+    assert model.vae.config == vae[0].vae.config
+    assert model.tokenizer == clip[0].tokenizer == vae[0].tokenizer
+    np.testing.assert_array_equal(
+        jax.tree.leaves(params["text_encoder"])[0], jax.tree.leaves(clip[1]["text_encoder"])[0]
+    )
+    images = np.stack([np.asarray(Image.open(e.path).convert("RGB")) for e in examples(data)]) / 255.0
+    scaled = np.asarray(jaxdiff.encode(model, params, images))
+    # Measured on other backgrounds than these; the factor of a random autoencoder would be off by more.
+    assert 0.5 < scaled.std() < 2
+    assert model.vae.config.scaling_factor != 0.18215
+
+    before = (work / "export" / "unet" / "config.json").stat().st_mtime_ns
+    code, out, err = cli(*command, "--config.steps=6")  # goes on
+    assert code == 0, err
+    assert "goes on from step 4" in out
+    assert "pictures encoded" not in err  # the latents are there already
+    assert (work / "export" / "unet" / "config.json").stat().st_mtime_ns != before
+
+
+def test_a_pretrained_model_learns_a_folder(cli, data, tiny_folder, tmp_path):
+    code, _, err = cli(
+        f"--config={ROOT}/configs/folder.py", f"--workdir={tmp_path}", f"--config.data.path={data}",
+        f"--config.init_from.model={tiny_folder}", "--config.steps=2", "--config.batch_size=4",
+    )  # fmt: skip
+    assert code == 0, err
+    model, params = jaxdiff.load(tmp_path / "export")
+    first, first_params = jaxdiff.load(tiny_folder)
+    assert model == first
+    for part, changed in (("unet", True), ("vae", False), ("text_encoder", False)):
+        pairs = zip(jax.tree.leaves(params[part]), jax.tree.leaves(first_params[part]), strict=True)
+        assert any((np.asarray(a) != np.asarray(b)).any() for a, b in pairs) == changed, part
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "named"),
+    [
+        ((), 2, "--config is missing"),
+        (("--config=nowhere.py", "--workdir={tmp}"), 2, "nowhere.py"),
+        (("--config={config}",), 2, "--workdir is missing"),
+        (("--config={config}", "--workdir={tmp}"), 2, "config.data.path is missing"),
+        (("--config={config}", "--workdir={tmp}", "--config.stpes=3"), 2, "stpes"),
+        (("--config={config}", "--workdir={tmp}", "--config.steps=many"), 2, "many"),
+        (("--config={config}:gan", "--workdir={tmp}", "--config.data.path={data}"), 2, "config.stage 'gan'"),
+        (("--config={config}", "--workdir={tmp}", "--config.data.path={data}", "extra"), 2, "extra"),
+        (("--config={config}", "--workdir={tmp}", "--config.data.path=nowhere"), 1, "nowhere does not exist"),
+        (("--config={config}", "--workdir={data}/0.png", "--config.data.path={data}"), 1, "--workdir"),
+        (
+            ("--config={config}", "--workdir={tmp}", "--config.data.path={data}", "--config.batch_size=5",
+             "--config.accumulate=2"), 2, "batch_size 5 must be divisible",
+        ),
+        (
+            ("--config={config}:unet", "--workdir={tmp}", "--config.data.path={data}", "--config.init_from.vae=gone"),
+            1, "init_from.vae: gone is no folder",
+        ),
+        (
+            ("--config={config}", "--workdir={tmp}", "--config.data.path={data}", "--config.data.filter.style=('x',)"),
+            1, "data.filter leaves no picture",
+        ),
+        (
+            ("--config={config}", "--workdir={tmp}", "--config.data.path={data}",
+             "--config.model.unet.cross_attention_dim=8"), 1, "cross_attention_dim is 8",
+        ),
+    ],
+)  # fmt: skip
+def test_every_mistake_is_one_sentence(cli, data, tmp_path, args, code, named):
+    places = {"tmp": tmp_path / "run", "data": data, "config": CONFIG}
+    got, _, err = cli(*(a.format(**places) for a in args))
+    assert got == code, err
+    assert err.count("\n") == 1
+    assert err.startswith("train.py: error: ")
+    assert named in err
+
+
+def test_it_runs_as_a_program():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "--workdir" in done.stdout
+
+
+def test_a_subset_names_the_same_pictures_and_nothing_else(data, tmp_path):
+    assert subset(data, "train", {"style": (), "max_subjects": 0}, tmp_path / "a") == data
+    for _ in range(2):  # a second run finds the first one's folder
+        folder = subset(data, "train", {"style": ("flat", "oil"), "max_subjects": 2}, tmp_path / "b")
+    found = examples(folder)
+    assert {(e.extras["style"], e.extras["subject"]) for e in found} == {
+        (style, subject) for style in ("flat", "oil") for subject in ("blue", "green")
+    }  # by name, for each subject has as many pictures
+    originals = {e.captions: e.path for e in examples(data)}
+    assert all(Path(e.path).read_bytes() == Path(originals[e.captions]).read_bytes() for e in found)
+    with pytest.raises(ConfigError, match=r"data\.filter"):
+        subset(data, "train", {"style": ("watercolour",)}, tmp_path / "c")

@@ -1,0 +1,31 @@
+"""A config of train.py for the tiny model: tests/training_config.py:clip, :vae or :unet."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs.common import base
+from tests.tiny import SCHEDULER, SIDE, UNET, VAE
+
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def get_config(stage: str = "vae") -> ConfigDict:
+    config = base()
+    config.stage = stage
+    config.model = ConfigDict(
+        {
+            "text_encoder": TEXT,
+            "vision_encoder": {**TEXT, "image_size": SIDE, "patch_size": 8, "projection_dim": 16},
+            "unet": dataclasses.asdict(UNET),
+            "vae": dataclasses.asdict(VAE),
+            "scheduler": SCHEDULER.to_dict(),
+        }
+    )
+    config.tokenizer.vocab_size = 560
+    config.data.image_size = SIDE
+    config.data.threads = 1
+    config.eval.update({"pictures": 4, "steps": 2})
+    config.update({"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0})
+    config.update({"log_every": 2, "eval_every": 0, "checkpoint_every": 100})
+    return config
