@@ -1,7 +1,10 @@
 """Text and vision encoders of the icons model, and its tokenizer.
 
 python train.py --config=configs/icons/clip.py --workdir=runs/clip
+    One GPU, the whole set; not run yet.
 python train.py --config=configs/icons/clip.py:cpu --workdir=runs/clip
+    Two CPU cores, three packages of the set: 5 minutes at 57 pairs/s when nothing else runs; finds the caption of
+    21% of 256 pictures of unseen subject-style pairs among 256 captions.
 """
 
 from ml_collections import ConfigDict
@@ -22,6 +25,7 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     if scale == "gpu":
         config.update({"steps": 20_000, "batch_size": 512, "dtype": "bfloat16", "warmup_steps": 1000})
     else:
-        config.update({"steps": 400, "batch_size": 96, "warmup_steps": 40, "ema_decay": 0.99})
+        config.data.filter.source = ("noto", "fluent-flat", "fluent-3d")
+        config.update({"steps": 250, "batch_size": 64, "warmup_steps": 40, "ema_decay": 0.99})
         config.update({"log_every": 10, "eval_every": 100, "checkpoint_every": 100})
     return config
