@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxdiff import parallel
 from jaxdiff.config import CLIPVisionConfig, SchedulerConfig
+from jaxdiff.data.folder import captioned_folder
 from jaxdiff.diffusion.losses import min_snr_weight
 from jaxdiff.diffusion.schedules import at, noise_schedule
 from jaxdiff.io.checkpoint import CheckpointError, Checkpoints
@@ -345,6 +347,33 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path):
     broken = run("broken", "b", 12)
     assert same(unbroken, broken)
     assert seen["unbroken"] == seen["broken"]
+
+
+def test_a_resumed_run_goes_on_in_the_folder_of_pictures(tmp_path):
+    lines = [{"file_name": f"{i}.png", "text": [f"a {i}", f"the {i}"]} for i in range(7)]
+    for i, line in enumerate(lines):
+        Image.fromarray(np.full((SIDE, SIDE, 3), 30 * i, np.uint8)).save(tmp_path / line["file_name"])
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def run(folder, steps):
+        seen = []
+
+        def prepare(batch):
+            seen.append(list(batch["text"]))
+            tones = batch["image"][:, 0, 0] / 255.0
+            return {"x": tones.astype(np.float32), "y": tones[:, 0].astype(np.float32), "index": np.arange(len(tones))}
+
+        batches = captioned_folder(tmp_path, 3, SIDE, seed=5, threads=2)
+        o = options(steps=steps, batch_size=3)
+        return fit(
+            linear_stage()._replace(prepare=prepare), LINE, batches, o, tmp_path / folder, mesh=one_device()
+        ), seen
+
+    unbroken, seen = run("a", 6)
+    _, first = run("b", 2)
+    broken, rest = run("b", 6)
+    assert first + rest == seen
+    assert same(unbroken, broken)
 
 
 def test_sigterm_saves_and_the_same_call_goes_on(tmp_path):

@@ -1,4 +1,7 @@
-"""Sizes of the icons model at both scales: "gpu", which ships with the project, and "cpu", a test of the path."""
+"""Sizes of the icons model at both scales: "cpu", whose weights ship with the project so far, and "gpu".
+
+"gpu" has 23.4 M parameters beside the vision encoder, 47 MB in half precision.
+"""
 
 SCALES = ("gpu", "cpu")
 
@@ -11,7 +14,7 @@ def check(scale: str) -> str:
 
 def clip(scale: str) -> dict:
     """Text and vision encoders, of one width: pooled text and pictures meet without a projection of the text."""
-    width, layers, heads = {"gpu": (256, 6, 4), "cpu": (192, 4, 3)}[scale]
+    width, layers, heads = {"gpu": (256, 4, 4), "cpu": (192, 4, 3)}[scale]
     shared = {
         "hidden_size": width,
         "intermediate_size": 4 * width,
@@ -24,7 +27,7 @@ def clip(scale: str) -> dict:
 
 def vae(scale: str) -> dict:
     """128 x 128 pixels to 16 x 16 latents of 4 channels."""
-    channels, layers = {"gpu": ((48, 96, 160, 192), 1), "cpu": ((16, 32, 64, 128), 1)}[scale]
+    channels, layers = {"gpu": ((32, 64, 96, 128), 2), "cpu": ((16, 32, 64, 128), 1)}[scale]
     return {
         "vae": {
             "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -42,17 +45,17 @@ def vae(scale: str) -> dict:
 
 def unet(scale: str) -> dict:
     """Text is attended to at 8 x 8 and 4 x 4, where it is cheap."""
-    channels, layers, heads = {"gpu": ((128, 256, 320), 2, 8), "cpu": ((64, 128, 192), 1, 4)}[scale]
+    channels, heads, groups = {"gpu": ((96, 160, 208), 8, 16), "cpu": ((64, 128, 192), 4, 32)}[scale]
     return {
         "unet": {
             "sample_size": 16,
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             "block_out_channels": channels,
-            "layers_per_block": layers,
+            "layers_per_block": 1,
             "attention_head_dim": heads,  # as in diffusers, the number of heads
             "cross_attention_dim": clip(scale)["text_encoder"]["hidden_size"],
-            "norm_num_groups": 32,
+            "norm_num_groups": groups,
         },
         # No signal at all at the last step, so that backgrounds become the colour that is asked for (Lin et al. 2023).
         "scheduler": {

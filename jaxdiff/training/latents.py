@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def fingerprint(model: Model, params: Params, description: Any) -> str:
     """Of all that cached latents depend on: the autoencoder, the tokenizer, and what `description` (JSON) says."""
     digest = hashlib.sha256(json.dumps([str(model.vae.config), model.tokenizer.digest, description]).encode())
     for leaf in jax.tree.leaves(params["vae"]):
-        digest.update(np.ascontiguousarray(leaf))
+        digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
 
 
@@ -74,7 +74,7 @@ class FromMemory:
         self._next = 0
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))  # (epoch, its permutation)
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> "FromMemory":
         return FromMemory(self._arrays, self._batch_size, self._seed)
 
     def __next__(self) -> dict[str, np.ndarray]:

@@ -2,10 +2,10 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -30,6 +30,18 @@ class Stage(NamedTuple):
     trainable: tuple[str, ...]  # keys of `params`; the others stay as they are
     loss: Loss  # (all parameters, batch, keys [B]) -> (mean loss, metrics)
     prepare: Callable[[Mapping[str, Any]], Batch] = lambda batch: batch  # on the host: what is read -> arrays [b, ...]
+
+
+class BatchIterator(Protocol):
+    """Examples without end, by name [b, ...], and the position among them as what JSON holds."""
+
+    def __next__(self) -> Mapping[str, Any]: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any, /) -> None: ...
+
+
+class Batches(Protocol):
+    def __iter__(self) -> BatchIterator: ...
 
 
 class Result(NamedTuple):
@@ -69,7 +81,7 @@ class Stop:
 def fit(
     stage: Stage,
     params: Params,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Batches,
     options: Options,
     workdir: str | Path,
     *,
@@ -81,8 +93,7 @@ def fit(
     Args:
         stage: what is trained and how.
         params: all parameters that the loss needs, by module, held in full by every host.
-        batches: of this host, without end, batch_size / hosts examples each. Its iterator tells its position by
-            `get_state()` and takes it up by `set_state(position)`; a position is what JSON holds.
+        batches: of this host, batch_size / hosts examples each.
         options: optimisation.
         workdir: checkpoints go to its folder `checkpoints`, TensorBoard files to `tb`.
         mesh: devices over ("data", "fsdp"); None takes all.

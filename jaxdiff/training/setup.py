@@ -62,8 +62,9 @@ def starting_model(
     else:
         tokenizer = make_tokenizer()
         configs["text_encoder"] = _fit_tokenizer(configs["text_encoder"], tokenizer)
-    parts = (configs[name] for name in ("text_encoder", "unet", "vae"))
-    model = build(*parts, tokenizer, scheduler, configs.get("vision_encoder"), dtype=dtype, remat=remat)
+    text, unet, vae = (configs[name] for name in ("text_encoder", "unet", "vae"))
+    vision = configs.get("vision_encoder")
+    model = build(text, unet, vae, tokenizer, scheduler, vision, dtype=dtype, remat=remat)
     shapes = param_shapes(model)
     read = {
         name: load_tensors(folder / name / WEIGHTS[name], shapes[name], jnp.float32)

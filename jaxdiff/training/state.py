@@ -108,8 +108,10 @@ def init_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> 
     """A state that starts from these parameters, divided over the mesh. The parameters passed in stay usable."""
 
     def init(params: Params) -> TrainState:
-        copies = (jax.tree.map(jnp.copy, params) for _ in range(2))  # the step donates its state: no shared buffers
-        return TrainState(jnp.zeros((), jnp.int32), *copies, tx.init(params))
+        # Copies, because the step donates its state: no two may share a buffer.
+        return TrainState(
+            jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, params), tx.init(params)
+        )
 
     shardings = parallel.param_sharding(mesh, jax.eval_shape(init, params))
     return jax.jit(init, out_shardings=shardings)(parallel.place(params, parallel.replicated(mesh)))
