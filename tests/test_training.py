@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import os
+import re
 import signal
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ from jaxdiff.models.model import Model, build
 from jaxdiff.training.latents import FromMemory, cached, encode_all, fingerprint
 from jaxdiff.training.loop import Stage, TrainingError, fit
 from jaxdiff.training.losses import contrastive_loss, kl_divergence, reconstruction_loss
+from jaxdiff.training.report import Report
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage, random_times, vae_stage
 from jaxdiff.training.state import (
     Options,
@@ -414,6 +418,36 @@ def test_evaluation_gets_every_parameter_and_is_reported(tmp_path, capsys):
     fit(linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path, mesh=one_device(), on_eval=on_eval)
     assert seen == [(step, ["line", "offset"]) for step in (2, 4, 5)]
     assert "score 0.5" in capsys.readouterr().out
+
+
+def test_a_terminal_gets_a_bar_with_the_numbers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    o = options(steps=6, batch_size=3, log_every=2)
+    score = {"score": 0.5}
+    fit(linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path, mesh=one_device(), on_eval=lambda *_: score)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert "6/6" in shown
+    assert "images/s" in shown
+    assert "line: step 6: score 0.5" in shown
+
+
+def test_the_clock_stands_still_between_intervals(tmp_path, capsys):
+    """Images a second are those of the steps, not of evaluations."""
+    report = Report(tmp_path, "line", 0, 6, batch_size=10, log_every=3)
+    means = []
+    with report:
+        for step in range(1, 7):
+            time.sleep(0.02)
+            means.append(report.step(step, {"loss": jnp.float32(step)}))
+            if step == 3:
+                time.sleep(0.5)
+                report.restart_clock()
+    assert [m and m["loss"] for m in means] == [None, None, 2.0, None, None, 5.0]
+    # At most 10 pictures in 0.02 s; 10 in 0.27 s if the half second counted.
+    for mean in (means[2], means[5]):
+        assert 60 < mean["images_per_second"] <= 500
+    assert "left" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,17 @@ class Report:
         assert self._writer is not None
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._bar is None:
-            left = ""
-            if rate := values.get("images_per_second"):
-                seconds = (self._steps - step) * self._batch_size / rate
-                left = f", {time.strftime('%H:%M:%S', time.gmtime(seconds))} left"
-            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            print(f"step {step}/{self._steps}: {text}{left}", flush=True)
+            print(f"step {step}/{self._steps}: {text}{self._left(step, values)}", flush=True)
+        elif "loss" in values:
+            shown = [f"loss {values['loss']:.4g}"]
+            shown += [f"{rate:.4g} images/s" for name, rate in values.items() if name == "images_per_second"]
+            self._bar.update(self._task, completed=step, text=" ".join(shown))
         else:
-            text = " ".join(f"{values[k]:.4g} {k}" for k in ("loss", "images_per_second") if k in values)
-            self._bar.update(self._task, completed=step, text=text.replace("images_per_second", "images/s"))
+            self.say(f"step {step}: {text}")
+
+    def _left(self, step: int, values: Mapping[str, float]) -> str:
+        if not (rate := values.get("images_per_second")):
+            return ""
+        return f", {timedelta(seconds=round((self._steps - step) * self._batch_size / rate))} left"
