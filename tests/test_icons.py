@@ -339,7 +339,7 @@ def test_things_named_by_their_colour_keep_it():
 
 
 def test_people_are_not_given_colours():
-    """"A black woman" would be read as saying something else than the colour of the ink."""
+    """Of "a black woman" one would not read that the ink is meant."""
     woman = Drawing(MONO, "woman", Subject("woman", group=PEOPLE), MONO.style, svg="")
     assert pictures(woman) == []
     assert not any(p.color for p in pictures(woman._replace(source=NOTO, style=NOTO.style)))
