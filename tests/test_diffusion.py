@@ -144,6 +144,7 @@ def test_program_does_not_depend_on_the_spacing():
     [
         (SD1, 10, "plms", None, "scheduler 'plms' is unknown; known are ddim"),
         (SD1, 10, "ddim", "even", "spacing 'even' is unknown; known are leading"),
+        (dataclasses.replace(SD1, timestep_spacing="karras"), 10, "euler", None, "spacing 'karras' is unknown"),
         (SD1, 0, "ddim", None, "steps 0 must be at least 1"),
         (SD1, 1001, "ddpm", "trailing", "1001 steps are more than trailing spacing"),
         (SD1, 1000, "dpmpp_2m", "linspace", "1000 steps are more than linspace spacing"),

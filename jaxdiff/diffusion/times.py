@@ -95,8 +95,9 @@ def time_grid(
     karras = spacing == "karras" or (spacing is None and config.use_karras_sigmas and (rule.karras or flow))
     named = None if spacing == "karras" else spacing
     spacing = named or config.timestep_spacing or ("linspace" if flow else rule.spacing)
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing {spacing!r} is unknown; known are {', '.join(SPACINGS)}.")
+    if spacing not in SPACINGS[:3]:
+        known = f"{', '.join(SPACINGS)} (which a config says by use_karras_sigmas)"
+        raise ValueError(f"spacing {spacing!r} is unknown; known are {known}.")
     if flow:
         times = _flow_grid(config, steps, rule, spacing, karras)
         arrival = None
