@@ -162,11 +162,15 @@ def test_unknown_block_is_named(folder):
         load(folder)
 
 
-def test_save_replaces_a_model_and_leaves_nothing_behind(tiny, folder):
+def test_save_replaces_a_model_and_keeps_what_is_no_part_of_it(tiny, folder):
     model, params = tiny
-    (folder / "leftover.txt").write_text("of the model before")
+    (folder / "README.md").write_text("a model card")
+    (folder / "unet" / "leftover.safetensors").write_text("of the model before")
+    names = sorted(files(folder))
     save(folder, model, jax.tree.map(lambda x: 2 * x, params))
-    assert not (folder / "leftover.txt").exists()
+    names.remove("unet/leftover.safetensors")
+    assert sorted(files(folder)) == names
+    assert (folder / "README.md").read_text() == "a model card"
     assert_equal(load(folder)[1], jax.tree.map(lambda x: 2 * x, params))
     assert os.listdir(folder.parent) == [folder.name]
 
