@@ -38,10 +38,10 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def param_spec(shape: Sequence[int], fsdp: int) -> PartitionSpec:
     """How one parameter is split: along its largest axis that `fsdp` divides, else not at all.
 
-    >>> param_spec((3, 3, 64, 128), fsdp=4)
-    PartitionSpec(None, None, None, 'fsdp')
-    >>> param_spec((6, 64), fsdp=4), param_spec((6,), fsdp=4), param_spec((128,), fsdp=1)
-    (PartitionSpec(None, 'fsdp'), PartitionSpec(), PartitionSpec())
+    >>> tuple(param_spec((3, 3, 64, 128), fsdp=4))
+    (None, None, None, 'fsdp')
+    >>> tuple(param_spec((6, 64), fsdp=4)), tuple(param_spec((6,), fsdp=4)), tuple(param_spec((128,), fsdp=1))
+    ((None, 'fsdp'), (), ())
     """
     divisible = [i for i, size in enumerate(shape) if size >= fsdp and size % fsdp == 0]
     if fsdp == 1 or not divisible:
