@@ -66,19 +66,20 @@ class _Plan(NamedTuple):
     scheduler: str
     guided: bool
     from_image: bool
-    frames: tuple[int, ...]  # steps whose prediction is decoded as well
+    frames: int  # how many predictions along the way are decoded as well
 
 
 @functools.lru_cache(maxsize=64)
 def sampler(plan: _Plan, devices: tuple[jax.Device, ...]) -> parallel.Mapped:
     """The compiled program that draws: (shared arguments…, arguments of each picture…) -> pictures in [0, 1].
 
-    Shared: params, time grid [N + 1], scale of the first noise, first step. Per picture: tokens [B, L], negative
-    tokens [B, L], guidance scale [B], noise [B, h, w, C], keys [B], images [B, H, W, 3] (None from text alone).
+    Shared: params, time grid [N + 1], scale of the first noise, first step, steps of the frames [F]. Per picture:
+    tokens [B, L], negative tokens [B, L], guidance scale [B], noise [B, h, w, C], keys [B], images [B, H, W, 3] (None
+    from text alone).
     """
     model = plan.model
 
-    def draw(params, times, noise_scale, start, tokens, negative, guidance_scale, noise, keys, images):
+    def draw(params, times, noise_scale, start, moments, tokens, negative, guidance_scale, noise, keys, images):
         cond = encode_text(model, params, tokens)
         uncond = encode_text(model, params, negative) if plan.guided else None
         denoise = denoiser(model, params, cond, uncond, guidance_scale)
@@ -91,11 +92,11 @@ def sampler(plan: _Plan, devices: tuple[jax.Device, ...]) -> parallel.Mapped:
         if not plan.frames:
             return decode(model, params, sample(denoise, x, times, scheduler, keys, start=start))
         x0, steps = sample(denoise, x, times, scheduler, keys, start=start, trajectory=True)
-        chosen = steps[np.array(plan.frames)]  # [F, B, h, w, C]
+        chosen = steps[moments]  # [F, B, h, w, C]
         frames = decode(model, params, chosen.reshape(-1, *x0.shape[1:]))
         return decode(model, params, x0), jnp.moveaxis(frames.reshape(*chosen.shape[:2], *frames.shape[1:]), 0, 1)
 
-    return parallel.pmap(draw, devices, shared=4)
+    return parallel.pmap(draw, devices, shared=5)
 
 
 def picture_keys(seed: int | Sequence[int], count: int) -> Key:
@@ -168,7 +169,8 @@ def generate(
     Args:
         prompts: B prompts.
         negative_prompts: what to steer away from: none, one for all, or one a prompt.
-        seed: picture i is drawn from key(seed + i), alone or in a batch, on one device or many; or a seed a picture.
+        seed: picture i is drawn from key(seed + i), alone or in a batch, on one device or many (the batch a device
+            draws changes the order of sums, so that a pixel may differ by one grey level); or a seed a picture.
         steps: length of the time grid.
         guidance_scale: weight of the prompt, for all or one a picture; 1 or less turns guidance off.
         scheduler: a name of `SCHEDULERS`; None takes what the model's scheduler_config.json says.
@@ -210,9 +212,9 @@ def generate(
         image = as_images(image, count, (shape[0] * model.vae.config.factor, shape[1] * model.vae.config.factor))
     keys = picture_keys(seed, count)
     noise = initial_noise(keys, shape) if noise is None else noise
-    chosen = np.unique(np.linspace(start, steps - 1, frames).round().astype(int)) if frames else ()
-    plan = _Plan(model, scheduler, bool((scales > 1).any()), image is not None, tuple(int(i) for i in chosen))
+    chosen = np.unique(np.linspace(start, steps - 1, frames).round().astype(np.int32))
+    plan = _Plan(model, scheduler, bool((scales > 1).any()), image is not None, len(chosen))
     devices = tuple(jax.local_devices() if devices is None else devices)
     each = (tokenize(model, prompts), tokenize(model, negative), scales, noise, keys, image)
-    drawn = sampler(plan, devices[:count])(params, times, noise_scale, np.int32(start), *each)
+    drawn = sampler(plan, devices[:count])(params, times, noise_scale, np.int32(start), chosen, *each)
     return jax.tree.map(lambda x: np.asarray(jnp.round(255 * x).astype(jnp.uint8)), drawn)

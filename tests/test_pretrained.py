@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,24 @@ def test_save_replaces_a_model_and_keeps_what_is_no_part_of_it(tiny, folder):
     assert sorted(files(folder)) == names
     assert (folder / "README.md").read_text() == "a model card"
     assert_equal(load(folder)[1], jax.tree.map(lambda x: 2 * x, params))
+    assert os.listdir(folder.parent) == [folder.name]
+
+
+def test_a_save_that_fails_at_the_last_moment_loses_nothing(tiny, folder, monkeypatch):
+    model, params = tiny
+    (folder / "README.md").write_text("a model card")
+    before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(WeightsError, match="No space left on device"):
+        save(folder, model, params)
+    assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert os.listdir(folder.parent) == [folder.name]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -144,16 +145,28 @@ def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary) / "new"
             write_model(new, model, params, dtype)
-            if folder.exists():
-                for other in list(folder.iterdir()):  # a model card, samples: what is no part of a model stays
-                    if other.name not in COMPONENTS:
-                        other.rename(new / other.name)
-                folder.rename(Path(temporary) / "old")
-            new.rename(folder)
+            exchange(folder, new, Path(temporary) / "old")
     except OSError as e:
         raise WeightsError(
             f"{folder} cannot be written ({e.strerror or e}): choose another place or free it."
         ) from None
+
+
+def exchange(folder: Path, new: Path, old: Path) -> None:
+    """Put `new` in the place of `folder`, if there is one, along with its files that are no part of a model."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    for other in folder.iterdir():  # a model card, samples
+        if other.name not in COMPONENTS:
+            copy = shutil.copytree if other.is_dir() else shutil.copy2
+            copy(other, new / other.name)
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
 
 
 def write_model(folder: Path, model: Model, params: Params, dtype: Any) -> None:
