@@ -212,4 +212,6 @@ class SchedulerConfig(Config):
 
     def to_dict(self) -> dict[str, Any]:
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        if self.shift == 1:  # only flows know it, and diffusers warns of what a class does not know
+            del values["shift"]
         return {"_class_name": values.pop("class_name"), **values}

@@ -32,10 +32,12 @@ def test_it_draws_a_subject_on_white(icons):
     assert np.abs(images[0].astype(int) - images[1]).mean() > 5
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")  # it wants steps_offset 1
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of PyTorch tensors
 def test_diffusers_draws_the_same_picture(icons):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(BUNDLED / "icons", torch_dtype=torch.float32)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(BUNDLED / "icons", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(0).standard_normal((2, 16, 16, 4)).astype(np.float32)
     theirs = pipeline(
