@@ -143,7 +143,8 @@ def fit(
                 if last or step % options.checkpoint_every == 0:
                     checkpoints.save(step, state, iterator.get_state())
                 if on_eval is not None and (last or (options.eval_every and step % options.eval_every == 0)):
-                    report.show(step, on_eval(step, whole(state)))
+                    if values := on_eval(step, whole(state)):
+                        report.show(step, values)
                     report.restart_clock()
             if step < options.steps:
                 checkpoints.save(step, state, iterator.get_state())
