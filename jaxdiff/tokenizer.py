@@ -79,6 +79,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _clip(self) -> Any:
+        # It would advise to install PyTorch, which nothing here needs.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import CLIPTokenizer
 
         with tempfile.TemporaryDirectory() as folder:
