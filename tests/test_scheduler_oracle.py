@@ -97,8 +97,11 @@ def test_grid_equals_that_of_diffusers(config, name):
             times, our_scale = time_grid(values, steps, name)
             # dpmpp_2m makes the times of karras whole: where one lies half way, the errors of the float32 table decide.
             rounded = values.use_karras_sigmas and name == "dpmpp_2m"
+            # The fractional times of karras inherit the oracle's error in the lowest sigma, where log sigma rises by
+            # 0.003 a time or more. All others are the same numbers in float32.
+            bound = 1 if rounded else SIGMA_TOLERANCE / 0.003 if values.use_karras_sigmas else 1e-3
             # diffusers' trailing grid has a point too many for some N, at t = -1.
-            np.testing.assert_allclose(times.t[:-1], t[:steps], rtol=0, atol=1 if rounded else 0.01)
+            np.testing.assert_allclose(times.t[:-1], t[:steps], rtol=0, atol=bound)
             points, unequal = points + steps, unequal + np.sum(np.abs(times.t[:-1] - t[:steps]) > 0.5)
             alpha = np.ones(steps + 1) if flow else times.alpha
             if sigma is not None and len(t) == steps:
