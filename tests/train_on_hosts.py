@@ -14,7 +14,8 @@ def main(port: int, process: int, processes: int, workdir: Path, steps: int) -> 
     jax.distributed.initialize(f"localhost:{port}", processes, process)
     from jaxdiff.training.latents import FromMemory
     from jaxdiff.training.loop import fit
-    from tests.test_training import LINE, line_data, linear_stage, options
+    from tests.test_training import options
+    from tests.test_training_loop import LINE, line_data, linear_stage
 
     data = {k: v[process::processes] for k, v in line_data(12).items()}
     chosen = options(steps=steps, batch_size=4 * processes, checkpoint_every=2, eval_every=3, fsdp=1)

@@ -1,0 +1,237 @@
+"""The loop: learning, going on, stopping, reporting; on a stage that compiles in no time."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdiff import parallel
+from jaxdiff.data.folder import captioned_folder
+from jaxdiff.io.checkpoint import CheckpointError, Checkpoints
+from jaxdiff.training.latents import FromMemory, cached
+from jaxdiff.training.loop import Stage, TrainingError, fit
+from jaxdiff.training.report import Report
+from tests.test_training import options
+from tests.tiny import SIDE
+
+
+def same(a, b) -> bool:
+    """Whether two trees are equal bit for bit."""
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b)))
+
+
+def linear_stage(fail_at: int = 10**9) -> Stage:
+    """A stage that is quick to compile: fit w to noisy targets, through each kind of state that there is."""
+
+    def loss(params, batch, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, ()))(keys)
+        error = batch["x"] @ params["line"]["w"] + params["offset"] - batch["y"] + 0.1 * noise
+        bad = jnp.where((batch["index"] >= fail_at).any(), jnp.nan, 0.0)
+        return (error**2).mean() + bad, {"bias": params["offset"]}
+
+    return Stage("line", ("line",), loss, lambda batch: batch)
+
+
+def line_data(count: int = 10) -> dict:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(count, 3)).astype(np.float32)
+    return {"x": x, "y": x @ np.asarray([1.0, -2.0, 0.5], np.float32), "index": np.arange(count)}
+
+
+LINE = {"line": {"w": np.zeros(3, np.float32)}, "offset": np.zeros((), np.float32)}
+
+
+def test_fit_learns_and_leaves_what_is_frozen(tmp_path, capsys):
+    o = options(steps=200, batch_size=5, learning_rate=0.05, log_every=100, ema_decay=0.9)
+    result = fit(linear_stage(), LINE, FromMemory(line_data(), 5, 0), o, tmp_path, mesh=one_device())
+    # Adam's steps are of the size of the rate, and the noise moves it by as much.
+    np.testing.assert_allclose(result.params["line"]["w"], [1.0, -2.0, 0.5], atol=0.1)
+    assert result.step == 200
+    assert result.params["offset"] == 0
+    assert LINE["line"]["w"].sum() == 0  # the caller's parameters are still there
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 100/200", "step 200/200"]
+    assert all(name in lines[0] for name in ("loss", "grad_norm", "learning_rate", "images_per_second", "left"))
+    assert list((tmp_path / "tb").iterdir())
+
+
+def one_device():
+    return parallel.mesh(devices=jax.devices()[:1])
+
+
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path):
+    seen: dict[str, list] = {"unbroken": [], "broken": []}
+
+    def run(name, folder, steps):
+        stage = linear_stage()
+        stage = stage._replace(prepare=lambda batch: seen[name].append(batch["index"].tolist()) or batch)
+        o = options(steps=steps, batch_size=3, schedule="constant", checkpoint_every=4, ema_decay=0.9)
+        return fit(stage, LINE, FromMemory(line_data(), 3, 7), o, tmp_path / folder, mesh=one_device())
+
+    unbroken = run("unbroken", "a", 12)
+    run("broken", "b", 6)
+    broken = run("broken", "b", 12)
+    assert same(unbroken, broken)
+    assert seen["unbroken"] == seen["broken"]
+
+
+def test_a_resumed_run_goes_on_in_the_folder_of_pictures(tmp_path):
+    lines = [{"file_name": f"{i}.png", "text": [f"a {i}", f"the {i}"]} for i in range(7)]
+    for i, line in enumerate(lines):
+        Image.fromarray(np.full((SIDE, SIDE, 3), 30 * i, np.uint8)).save(tmp_path / line["file_name"])
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def run(folder, steps):
+        seen = []
+
+        def prepare(batch):
+            seen.append(list(batch["text"]))
+            tones = batch["image"][:, 0, 0] / 255.0
+            return {"x": tones.astype(np.float32), "y": tones[:, 0].astype(np.float32), "index": np.arange(len(tones))}
+
+        batches = captioned_folder(tmp_path, 3, SIDE, seed=5, threads=2)
+        o = options(steps=steps, batch_size=3)
+        return fit(
+            linear_stage()._replace(prepare=prepare), LINE, batches, o, tmp_path / folder, mesh=one_device()
+        ), seen
+
+    unbroken, seen = run("a", 6)
+    _, first = run("b", 2)
+    broken, rest = run("b", 6)
+    assert first + rest == seen
+    assert same(unbroken, broken)
+
+
+def test_sigterm_saves_and_the_same_call_goes_on(tmp_path):
+    def stop(step, params):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(folder, on_eval=None):
+        o = options(steps=8, batch_size=3, eval_every=3)
+        return fit(
+            linear_stage(),
+            LINE,
+            FromMemory(line_data(), 3, 7),
+            o,
+            tmp_path / folder,
+            mesh=one_device(),
+            on_eval=on_eval,
+        )
+
+    stopped = run("b", stop)
+    assert stopped.step == 3
+    assert signal.getsignal(signal.SIGTERM) == before
+    with Checkpoints(tmp_path / "b" / "checkpoints") as checkpoints:
+        assert checkpoints.latest == 3
+    assert same(run("b"), run("a"))
+
+
+def test_evaluation_gets_every_parameter_and_is_reported(tmp_path, capsys):
+    seen = []
+
+    def on_eval(step, params):
+        seen.append((step, sorted(params)))
+        return {"score": 0.5}
+
+    o = options(steps=5, batch_size=3, eval_every=2, log_every=100)
+    fit(linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path, mesh=one_device(), on_eval=on_eval)
+    assert seen == [(step, ["line", "offset"]) for step in (2, 4, 5)]
+    assert "score 0.5" in capsys.readouterr().out
+
+
+def test_a_terminal_gets_a_bar_with_the_numbers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    o = options(steps=6, batch_size=3, log_every=2)
+    score = {"score": 0.5}
+    fit(linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path, mesh=one_device(), on_eval=lambda *_: score)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert "6/6" in shown
+    assert "images/s" in shown
+    assert "line: step 6: score 0.5" in shown
+
+
+def test_the_clock_stands_still_between_intervals(tmp_path, capsys):
+    """Images a second are those of the steps, not of evaluations."""
+    report = Report(tmp_path, "line", 0, 6, batch_size=10, log_every=3)
+    means = []
+    with report:
+        for step in range(1, 7):
+            time.sleep(0.02)
+            means.append(report.step(step, {"loss": jnp.float32(step)}))
+            if step == 3:
+                time.sleep(0.5)
+                report.restart_clock()
+    assert [m and m["loss"] for m in means] == [None, None, 2.0, None, None, 5.0]
+    # At most 10 pictures in 0.02 s; 10 in 0.27 s if the half second counted.
+    for mean in (means[2], means[5]):
+        assert 60 < mean["images_per_second"] <= 500
+    assert "left" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    with pytest.raises(TrainingError, match="learning_rate"):
+        fit(
+            linear_stage(fail_at=0),
+            LINE,
+            FromMemory(line_data(), 3, 7),
+            options(batch_size=3),
+            tmp_path,
+            mesh=one_device(),
+        )
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    def run(params):
+        fit(linear_stage(), params, FromMemory(line_data(), 3, 7), options(batch_size=3), tmp_path, mesh=one_device())
+
+    run(LINE)
+    other = {**LINE, "line": {"v": np.zeros((3, 1), np.float32), "w": np.zeros(3, np.float32)}}
+    with pytest.raises(CheckpointError, match="choose another workdir"):
+        run(other)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    o = options(steps=6, batch_size=3, checkpoint_every=1, keep_checkpoints=2)
+    fit(linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path, mesh=one_device())
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()} == {"5", "6"}
+
+
+# --- latents in memory
+
+
+def test_batches_from_memory_go_on_where_they_were():
+    batches = iter(FromMemory(line_data(), 3, seed=1))
+    for _ in range(5):
+        next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    again = iter(FromMemory(line_data(), 3, seed=1))
+    again.set_state(state)
+    for _ in range(6):
+        np.testing.assert_array_equal(next(batches)["index"], next(again)["index"])
+    other = iter(FromMemory(line_data(), 10, seed=2))
+    assert next(other)["index"].tolist() != next(other)["index"].tolist()  # another order each epoch
+
+
+def test_latents_are_made_once_for_each_mark(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"latents": np.full((2, 1, 1, 1), len(made), np.float16)}
+
+    file = tmp_path / "latents.npz"
+    for mark, value in (("a", 1), ("a", 1), ("b", 2), ("b", 2)):
+        assert cached(file, mark, make)["latents"][0] == value
+    assert [p.name for p in tmp_path.iterdir()] == ["latents.npz"]
