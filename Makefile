@@ -19,3 +19,4 @@ bench:
 
 golden:
 	$(PYTHON) -m tests.make_golden
+	$(PYTHON) -m tests.make_golden_schedulers

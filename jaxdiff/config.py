@@ -208,7 +208,12 @@ class SchedulerConfig(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        return super().from_dict({"class_name": values.get("_class_name", cls.class_name), **values})
+        name = values.get("_class_name", cls.class_name)
+        defaults: dict[str, Any] = {  # where a class's own differ from the others'
+            "FlowMatchEulerDiscreteScheduler": {"prediction_type": "flow_prediction", "beta_schedule": "flow"},
+            "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
+        }.get(name, {})
+        return super().from_dict({"class_name": name, **defaults, **values})
 
     def to_dict(self) -> dict[str, Any]:
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}

@@ -261,3 +261,12 @@ def test_loss_is_the_mean_squared_error_of_each_sample():
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, [0, 1, 4, 9], rtol=0.02, atol=1e-4)  # bfloat16 keeps 8 bits
     np.testing.assert_array_equal(diffusion_loss(exact, x0, eps, time, "v_prediction"), 0)
+
+
+def test_scheduler_files_take_the_defaults_of_their_class():
+    """Checked against the signatures of diffusers' classes."""
+    flow = SchedulerConfig.from_dict({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert (flow.prediction_type, flow.beta_schedule) == ("flow_prediction", "flow")
+    heun = SchedulerConfig.from_dict({"_class_name": "HeunDiscreteScheduler", "beta_end": 0.02})
+    assert (heun.beta_start, heun.beta_end) == (0.00085, 0.02)
+    assert SchedulerConfig.from_dict({"_class_name": "DDIMScheduler"}).beta_start == 1e-4
