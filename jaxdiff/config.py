@@ -179,6 +179,12 @@ class VAEConfig(Config):
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+CLASS_DEFAULTS: dict[str, dict[str, Any]] = {  # of scheduler classes whose defaults differ from the others'
+    "FlowMatchEulerDiscreteScheduler": {"prediction_type": "flow_prediction", "beta_schedule": "flow"},
+    "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig(Config):
     """`scheduler_config.json`. None means that the default of the scheduler's class holds: see diffusion/times.py."""
@@ -209,10 +215,7 @@ class SchedulerConfig(Config):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         name = values.get("_class_name", cls.class_name)
-        defaults: dict[str, Any] = {  # where a class's own differ from the others'
-            "FlowMatchEulerDiscreteScheduler": {"prediction_type": "flow_prediction", "beta_schedule": "flow"},
-            "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
-        }.get(name, {})
+        defaults = CLASS_DEFAULTS.get(name, {})
         return super().from_dict({"class_name": name, **defaults, **values})
 
     def to_dict(self) -> dict[str, Any]:
