@@ -3,7 +3,7 @@
 python train.py --config=configs/icons/unet.py --workdir=runs/unet
     One GPU, the whole set; not run yet.
 python train.py --config=configs/icons/unet.py:cpu --workdir=runs/unet
-    Two CPU cores, 192 pictures: 45 minutes at 36 pictures/s when nothing else runs; the subjects below can be
+    Two CPU cores, 192 pictures: 45 minutes at 36 pictures/s; the subjects below can be
     recognised from update 1,500 on.
 """
 
