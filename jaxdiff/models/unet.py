@@ -16,6 +16,8 @@ from jaxdiff.models.layers import (
 )
 from jaxdiff.typing import Array
 
+Residuals = tuple[list[Array], Array]  # for each skip connection in their order, and for the middle: [B, h, w, c]
+
 BLOCKS = {  # block type -> whether it attends to the text
     "DownBlock2D": False,
     "UpBlock2D": False,
@@ -108,62 +110,26 @@ def transformer(c: UNetConfig, level: int, name: str, remat: bool, dtype) -> Tra
     )
 
 
-class UNet2DConditionModel(nn.Module):
-    """Predicts from a noised latent, its time and the text what the noise schedule's prediction type asks for."""
+class UNetEncoder(nn.Module):
+    """What the UNet and a ControlNet have in common: the embeddings, and the way down to the middle."""
 
     config: UNetConfig
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        t: Array,
-        embeddings: Array,
-        pooled: Array | None = None,
-        time_ids: Array | None = None,
-        class_labels: Array | None = None,
-        guidance: Array | None = None,
-    ) -> Array:
-        """The network's output for one time or one time a sample.
-
-        Args:
-            x: noised latents [B, h, w, in_channels].
-            t: time in training steps, scalar or [B], possibly fractional.
-            embeddings: text [B, L, cross_attention_dim].
-            pooled, time_ids: pooled text [B, P] and sizes and crops [B, 6], where `addition_embed_type` is "text_time".
-            class_labels: [B], where the config has class embeddings (the x4 upscaler's noise level).
-            guidance: guidance embedding [B, time_cond_proj_dim] of distilled models.
-
-        Returns:
-            [B, h, w, out_channels] in the compute type.
-        """
-        c, dtype = self.config, self.dtype
-        context = embeddings.astype(dtype)
-        if c.center_input_sample:
-            x = 2 * x - 1
-        temb = self.embed(jnp.broadcast_to(t, x.shape[:1]), pooled, time_ids, class_labels, guidance)
-        levels = len(c.block_out_channels)
-        layers = per_level(c.layers_per_block, levels)
-
-        x = conv(c.block_out_channels[0], dtype, "conv_in")(x.astype(dtype))
-        skips = [x]
-        for i, kind in enumerate(c.down_block_types):
-            x = UNetBlock(
-                c, i, layers[i], attends(kind), resample=i < levels - 1, **self.rest(), name=f"down_blocks_{i}"
-            )(x, temb, context, skips)
-        x = UNetMidBlock(c, **self.rest(), name="mid_block")(x, temb, context)
-        for i, kind in enumerate(c.up_block_types):
-            level = levels - 1 - i
-            x = UNetBlock(
-                c, level, layers[level] + 1, attends(kind), True, level > 0, **self.rest(), name=f"up_blocks_{i}"
-            )(x, temb, context, skips)
-        x = nn.GroupNorm(c.norm_num_groups, epsilon=c.norm_eps, dtype=dtype, name="conv_norm_out")(x)
-        return conv(c.out_channels, dtype, "conv_out", zero=True)(ACTIVATIONS[c.act_fn](x))
-
     def rest(self) -> dict:
         return {"remat": self.remat, "dtype": self.dtype}
+
+    def down(self, x: Array, temb: Array, context: Array) -> tuple[Array, list[Array]]:
+        """What conv_in gave [B, h, w, C] -> the middle block's output, and what goes to the skip connections."""
+        c, last = self.config, len(self.config.block_out_channels) - 1
+        layers = per_level(c.layers_per_block, last + 1)
+        skips = [x]
+        for i, kind in enumerate(c.down_block_types):
+            x = UNetBlock(c, i, layers[i], attends(kind), resample=i < last, **self.rest(), name=f"down_blocks_{i}")(
+                x, temb, context, skips
+            )
+        return UNetMidBlock(c, **self.rest(), name="mid_block")(x, temb, context), skips
 
     @nn.nowrap
     def sinusoids(self, t: Array, dim: int) -> Array:
@@ -208,3 +174,54 @@ class UNet2DConditionModel(nn.Module):
                 f"class_embed_type {kind!r} is unknown; known are null, 'timestep', 'identity', 'projection'."
             )
         return TimestepEmbedding(width, self.dtype, name=name)(labels)
+
+
+class UNet2DConditionModel(UNetEncoder):
+    """Predicts from a noised latent, its time and the text what the noise schedule's prediction type asks for."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        t: Array,
+        embeddings: Array,
+        pooled: Array | None = None,
+        time_ids: Array | None = None,
+        class_labels: Array | None = None,
+        guidance: Array | None = None,
+        residuals: Residuals | None = None,
+    ) -> Array:
+        """The network's output for one time or one time a sample.
+
+        Args:
+            x: noised latents [B, h, w, in_channels].
+            t: time in training steps, scalar or [B], possibly fractional.
+            embeddings: text [B, L, cross_attention_dim].
+            pooled, time_ids: pooled text [B, P] and sizes and crops [B, 6], where `addition_embed_type` is "text_time".
+            class_labels: [B], where the config has class embeddings (the x4 upscaler's noise level).
+            guidance: guidance embedding [B, time_cond_proj_dim] of distilled models.
+            residuals: what ControlNets add to the skip connections and to the middle block's output.
+
+        Returns:
+            [B, h, w, out_channels] in the compute type.
+        """
+        c, dtype = self.config, self.dtype
+        context = embeddings.astype(dtype)
+        if c.center_input_sample:
+            x = 2 * x - 1
+        temb = self.embed(jnp.broadcast_to(t, x.shape[:1]), pooled, time_ids, class_labels, guidance)
+        x = conv(c.block_out_channels[0], dtype, "conv_in")(x.astype(dtype))
+        x, skips = self.down(x, temb, context)
+        if residuals is not None:
+            down, mid = residuals
+            skips = [skip + r.astype(dtype) for skip, r in zip(skips, down, strict=True)]
+            x = x + mid.astype(dtype)
+        levels = len(c.block_out_channels)
+        layers = per_level(c.layers_per_block, levels)
+        for i, kind in enumerate(c.up_block_types):
+            level = levels - 1 - i
+            x = UNetBlock(
+                c, level, layers[level] + 1, attends(kind), True, level > 0, **self.rest(), name=f"up_blocks_{i}"
+            )(x, temb, context, skips)
+        x = nn.GroupNorm(c.norm_num_groups, epsilon=c.norm_eps, dtype=dtype, name="conv_norm_out")(x)
+        return conv(c.out_channels, dtype, "conv_out", zero=True)(ACTIVATIONS[c.act_fn](x))
