@@ -179,6 +179,48 @@ class VAEConfig(Config):
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class ControlNetConfig(UNetConfig):
+    """ControlNet (Zhang et al. 2023): the way down of a UNet, and an encoder of the picture that steers it."""
+
+    CLASS_NAME: ClassVar[str] = "ControlNetModel"
+    conditioning_channels: int = 3  # of the steering picture
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+    controlnet_conditioning_channel_order: str = "rgb"  # or "bgr"
+    global_pool_conditions: bool = False
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the steering picture to a latent along one side."""
+        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        for name in ("sample_size", "out_channels", "up_block_types", "center_input_sample", "time_cond_proj_dim"):
+            del values[name]  # of the UNet alone
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyVAEConfig(Config):
+    """The distilled autoencoder of previews (TAESD); defaults are diffusers' own."""
+
+    CLASS_NAME: ClassVar[str] = "AutoencoderTiny"
+    in_channels: int = 3
+    out_channels: int = 3
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # of each level
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # residual blocks of each level
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    act_fn: str = "relu"
+    latent_channels: int = 4
+    upsampling_scaling_factor: int = 2
+    latent_magnitude: float = 3.0  # latents / (2 * latent_magnitude) + latent_shift is in [0, 1]
+    latent_shift: float = 0.5
+    scaling_factor: float = 1.0  # latents are those of the UNet times this
+    shift_factor: float = 0.0
+
+
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {  # of scheduler classes whose defaults differ from the others'
     "FlowMatchEulerDiscreteScheduler": {"prediction_type": "flow_prediction", "beta_schedule": "flow"},
     "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
