@@ -23,6 +23,8 @@ from jaxdiff.typing import Params
 
 LISTS = (
     "attentions",
+    "blocks",
+    "controlnet_down_blocks",
     "down_blocks",
     "downsamplers",
     "layers",
@@ -35,6 +37,9 @@ PART_NAMES = {  # our part of a path -> PyTorch's
     "to_out_0": "to_out.0",
     "net_0_proj": "net.0.proj",
     "net_2": "net.2",
+    "conv_0": "conv.0",
+    "conv_2": "conv.2",
+    "conv_4": "conv.4",
     "mlp_fc1": "mlp.fc1",
     "mlp_fc2": "mlp.fc2",
     "self_attn_q_proj": "self_attn.q_proj",

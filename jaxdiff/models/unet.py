@@ -75,7 +75,7 @@ class UNetBlock(nn.Module):
 
 
 class UNetMidBlock(nn.Module):
-    """The lowest level: resnet, transformer, resnet."""
+    """The lowest level: resnet, transformer, resnet; the first resnet alone where the level does not attend."""
 
     config: UNetConfig
     remat: bool = False
@@ -85,9 +85,10 @@ class UNetMidBlock(nn.Module):
     def __call__(self, x: Array, temb: Array, context: Array) -> Array:
         c = self.config
         x = resnet(c, x.shape[-1], "resnets_0", self.remat, self.dtype)(x, temb)
-        if attends(c.mid_block_type):
-            last = len(c.block_out_channels) - 1
-            x = transformer(c, last, "attentions_0", self.remat, self.dtype)(x, context)
+        if not attends(c.mid_block_type):
+            return x
+        last = len(c.block_out_channels) - 1
+        x = transformer(c, last, "attentions_0", self.remat, self.dtype)(x, context)
         return resnet(c, x.shape[-1], "resnets_1", self.remat, self.dtype)(x, temb)
 
 

@@ -1,0 +1,125 @@
+"""ControlNet (Zhang et al. 2023): a copy of the UNet's way down that steers it by a picture, as diffusers lays it out."""
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxdiff.config import ConfigError, ControlNetConfig, UNetConfig
+from jaxdiff.models.layers import conv
+from jaxdiff.models.unet import Residuals, UNet2DConditionModel, UNetEncoder, per_level
+from jaxdiff.typing import Array, Key, Params
+
+
+class HintEncoder(nn.Module):
+    """The steering picture at the latents' size: the tiny network E of Zhang et al. 2023, section 3.2."""
+
+    features: int
+    widths: tuple[int, ...]
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, hint: Array) -> Array:
+        """[B, H, W, 3] -> [B, h, w, features]; h = H / 2 ** (len(widths) - 1)."""
+        x = jax.nn.silu(conv(self.widths[0], self.dtype, "conv_in")(hint))
+        for i, (narrow, wide) in enumerate(pairwise(self.widths)):
+            x = jax.nn.silu(conv(narrow, self.dtype, f"blocks_{2 * i}")(x))
+            x = jax.nn.silu(conv(wide, self.dtype, f"blocks_{2 * i + 1}", strides=2)(x))
+        return conv(self.features, self.dtype, "conv_out", zero=True)(x)
+
+
+class ControlNet(UNetEncoder):
+    """What a picture adds to the UNet: nothing before training, since each output goes through a zero convolution."""
+
+    config: ControlNetConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        t: Array,
+        embeddings: Array,
+        hint: Array,
+        pooled: Array | None = None,
+        time_ids: Array | None = None,
+    ) -> Residuals:
+        """The residuals of one picture for one time or one time a sample.
+
+        Args:
+            x: noised latents [B, h, w, in_channels].
+            t: time in training steps, scalar or [B].
+            embeddings: text [B, L, cross_attention_dim], the UNet's.
+            hint: the steering picture [B, H, W, 3] in [0, 1], `config.factor` times as high and wide as the latents.
+            pooled, time_ids: as for the UNet, in the SDXL family.
+
+        Returns:
+            What `UNet2DConditionModel` takes as `residuals`, in the compute type.
+
+        Raises:
+            ValueError: the hint's size does not suit the latents'.
+        """
+        c, dtype = self.config, self.dtype
+        if c.global_pool_conditions:
+            raise ConfigError("a ControlNet with global_pool_conditions is not supported: use one that keeps places.")
+        sizes = tuple(c.factor * n for n in x.shape[1:3])
+        if hint.shape[1:] != (*sizes, c.conditioning_channels):
+            raise ValueError(
+                f"the ControlNet's picture has shape {list(hint.shape[1:])}, these latents need "
+                f"{[*sizes, c.conditioning_channels]}: resize it first."
+            )
+        if c.controlnet_conditioning_channel_order == "bgr":
+            hint = hint[..., ::-1]
+        temb = self.embed(jnp.broadcast_to(t, x.shape[:1]), pooled, time_ids, None, None)
+        width = c.block_out_channels[0]
+        x = conv(width, dtype, "conv_in")(x.astype(dtype))
+        encoder = HintEncoder(width, c.conditioning_embedding_out_channels, dtype, name="controlnet_cond_embedding")
+        mid, skips = self.down(x + encoder(hint.astype(dtype)), temb, embeddings.astype(dtype))
+
+        def zero(x: Array, name: str) -> Array:
+            return conv(x.shape[-1], dtype, name, size=1, padding=0, zero=True)(x)
+
+        down = [zero(skip, f"controlnet_down_blocks_{i}") for i, skip in enumerate(skips)]
+        return down, zero(mid, "controlnet_mid_block")
+
+
+def combine(residuals: Sequence[Residuals], scales: Sequence[Array | float]) -> Residuals:
+    """The sum of what several ControlNets add, each times its scale, a number or one a sample [B]."""
+    scaled = [
+        jax.tree.map(lambda r, s=scale: r * jnp.reshape(s, (-1, 1, 1, 1)).astype(r.dtype), one)
+        for one, scale in zip(residuals, scales, strict=True)
+    ]
+    return jax.tree.map(lambda *parts: sum(parts), *scaled)
+
+
+def check_fits(controlnet: ControlNetConfig, unet: UNetConfig) -> None:
+    """Raises ConfigError, one sentence, where a ControlNet was trained for another family of UNets."""
+    names = ("block_out_channels", "layers_per_block", "cross_attention_dim", "projection_class_embeddings_input_dim")
+    levels = len(unet.block_out_channels)
+    for name in names:
+        theirs, ours = getattr(controlnet, name), getattr(unet, name)
+        if per_level(theirs, levels) != per_level(ours, levels):
+            raise ConfigError(
+                f"the ControlNet's {name} is {theirs}, this UNet's is {ours}: take a ControlNet of the model's family."
+            )
+
+
+def example_inputs(c: ControlNetConfig) -> tuple[Array, ...]:
+    """Smallest inputs of a ControlNet, zeros; one shape is enough to know every parameter's."""
+    side = 2 ** (len(c.block_out_channels) - 1)
+    hint = (1, side * c.factor, side * c.factor, c.conditioning_channels)
+    shapes: list[tuple[int, ...]] = [(1, side, side, c.in_channels), (1,), (1, 2, c.cross_attention_dim), hint]
+    if c.addition_embed_type == "text_time":
+        ids = 6 * (c.addition_time_embed_dim or 0)
+        shapes += [(1, (c.projection_class_embeddings_input_dim or 0) - ids), (1, 6)]
+    return tuple(jnp.zeros(shape) for shape in shapes)
+
+
+def from_unet(unet: UNet2DConditionModel, params: Params, key: Key) -> tuple[ControlNet, Params]:
+    """A ControlNet to train: the UNet's own way down (`params` are the UNet's), fresh where it has no counterpart."""
+    config = ControlNetConfig.from_dict(dataclasses.asdict(unet.config))
+    controlnet = ControlNet(config, unet.remat, unet.dtype)
+    fresh = controlnet.init(key, *example_inputs(config))["params"]
+    return controlnet, {name: params.get(name, value) for name, value in fresh.items()}
