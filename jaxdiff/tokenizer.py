@@ -120,8 +120,7 @@ class Tokenizer:
         ids = np.full((len(prompts), self.max_length), self.pad_id, np.int32)
         if not len(prompts):
             return ids
-        # Lone surrogates (undecodable bytes of a command line) have no UTF-8 and no tokens.
-        texts = [p.encode("utf-8", "replace").decode() for p in prompts]
+        texts = [_readable(p) for p in prompts]
         encoded = self._clip(texts, return_offsets_mapping=True, verbose=False)
         for row, text, tokens, spans in zip(ids, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if len(tokens) > self.max_length:
@@ -129,6 +128,17 @@ class Tokenizer:
                 tokens = [*tokens[: self.max_length - 1], self.eos_id]
             row[: len(tokens)] = tokens
         return ids
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text alone: no start, end or padding, and not cut."""
+        if not len(texts):
+            return []
+        return self._clip([_readable(t) for t in texts], add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _readable(text: str) -> str:
+    """Lone surrogates (undecodable bytes of a command line) have no UTF-8 and no tokens: question marks instead."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @functools.lru_cache(maxsize=4096)  # a caption that is seen every epoch is reported once

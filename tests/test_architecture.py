@@ -13,12 +13,14 @@ ROOT = Path(__file__).parent.parent
 HOUSES = (
     ("sample", "train", "configs"),
     ("jaxdiff", "jaxdiff.generate"),  # the package itself only re-exports
+    ("jaxdiff.denoiser",),
     ("jaxdiff.training",),
     ("jaxdiff.io",),
     ("jaxdiff.data",),
     ("jaxdiff.parallel",),
     ("jaxdiff.diffusion",),
     ("jaxdiff.models",),
+    ("jaxdiff.prompts", "jaxdiff.styles", "jaxdiff.wildcards"),
     ("jaxdiff.tokenizer", "jaxdiff.config", "jaxdiff.typing", "jaxdiff.version"),
 )
 ORACLES = ("torch", "diffusers", "tensorflow")  # of tests alone

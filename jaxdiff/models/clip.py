@@ -12,8 +12,8 @@ from jaxdiff.typing import Array
 
 
 class TextOutput(NamedTuple):
-    last_hidden_state: Array  # [B, L, D], after the final norm
-    pooled: Array  # [B, D], the last hidden state at the end-of-text token
+    last_hidden_state: Array  # [B, L, D], after the final norm; of an earlier layer where `clip_skip` says so
+    pooled: Array  # [B, D], the last layer's normed state at the end-of-text token
     projected: Array | None  # [B, P], `pooled` through text_projection where the model has one
     hidden_states: tuple[Array, ...]  # layers + 1 of [B, L, D], before the final norm; [0] is the embedding
 
@@ -64,8 +64,8 @@ class CLIPTextModel(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Array) -> TextOutput:
-        """tokens [B, L] int32, L at most max_position_embeddings."""
+    def __call__(self, tokens: Array, clip_skip: int = 0) -> TextOutput:
+        """tokens [B, L] int32, L at most max_position_embeddings; clip_skip: last layers that the text passes by."""
         c, dtype = self.config, self.dtype
         init = nn.initializers.normal(0.02)
         if tokens.shape[1] > c.max_position_embeddings:
@@ -77,14 +77,15 @@ class CLIPTextModel(nn.Module):
         x = embed(c.vocab_size, "token")(tokens)
         x = x + embed(c.max_position_embeddings, "position")(jnp.arange(tokens.shape[1]))
         states = CLIPEncoder(c, True, self.remat, dtype, name="encoder")(x)
-        last = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="final_layer_norm")(states[-1])
+        norm = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="final_layer_norm")
+        last = norm(states[-1])
         # Old files say eos_token_id 2, which no tokenizer makes; the end is then the highest id of the row.
         ends = tokens if c.eos_token_id == 2 else tokens == c.eos_token_id
         pooled = last[jnp.arange(len(tokens)), jnp.argmax(ends, -1)]
         projected = None
         if c.with_projection:
             projected = nn.Dense(c.projection_dim, use_bias=False, dtype=dtype, name="text_projection")(pooled)
-        return TextOutput(last, pooled, projected, states)
+        return TextOutput(norm(states[-1 - clip_skip]) if clip_skip else last, pooled, projected, states)
 
 
 class CLIPVisionModel(nn.Module):

@@ -1,0 +1,209 @@
+"""Prompts to what the text encoders read: emphasis, chunks of a text too long for one, and prompts from files.
+
+Emphasis is written as in the AUTOMATIC1111 web UI, whose prompts people share:
+
+    (word)  x 1.1      ((word))  x 1.21      (word:1.3)  x 1.3      [word]  / 1.1      \\( a bracket itself
+
+BREAK (a word, in capitals) starts the next chunk.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from absl import logging
+
+from jaxdiff.tokenizer import Tokenizer
+from jaxdiff.typing import Array
+
+MAX_CHUNKS = 16  # of one prompt: 1,200 tokens; attention to the text costs time and memory in proportion
+BACKTRACK = 20  # tokens: how far before a full chunk's end a comma is looked for, to cut there
+
+_STEP = 1.1  # the weight of one pair of round brackets, and one over that of square ones
+_SPECIAL = re.compile(r"\\[()\[\]\\]|[()\[\]]|(?P<end>:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\))")
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+
+
+class Tokens(NamedTuple):
+    """What `encode_text` reads of B prompts, each in K chunks of L tokens (start, text, end, padding); B first."""
+
+    ids: Array  # [B, K L] int32, for the first text encoder that the model has
+    weights: Array | None = None  # [B, K L] float32, emphasis; None where no prompt has any
+    ids_2: Array | None = None  # the same for the second encoder (SDXL)
+    weights_2: Array | None = None
+    zeros: Array | None = None  # [B] bool: whose embeddings are zeros, as SDXL has it for no negative prompt at all
+
+
+class Piece(NamedTuple):
+    """A stretch of a prompt with one weight."""
+
+    text: str | None  # None: the next chunk begins here
+    weight: float = 1.0
+
+
+def parse_emphasis(prompt: str) -> list[Piece]:
+    r"""A prompt as stretches of text with their weights.
+
+    Weights of nested brackets multiply. A closing bracket without an opening one is text; an opening one that is never
+    closed reaches to the end of the prompt. A text without any bracket is left as it is, backslashes included.
+
+    >>> [tuple(p) for p in parse_emphasis("a (red:1.3) castle (at night) \\(photo\\)")]
+    [('a ', 1.0), ('red', 1.3), (' castle ', 1.0), ('at night', 1.1), (' (photo)', 1.0)]
+    """
+    pieces: list[Piece] = []
+    open_round: list[int] = []  # index of the first piece inside each bracket that is still open
+    open_square: list[int] = []
+
+    def scale(start: int, factor: float) -> None:
+        pieces[start:] = [p if p.text is None else Piece(p.text, p.weight * factor) for p in pieces[start:]]
+
+    def add(text: str) -> None:
+        for i, part in enumerate(_BREAK.split(text)):
+            pieces.extend([Piece(None)] * bool(i) + [Piece(part)] * bool(part))
+
+    position = 0
+    for match in _SPECIAL.finditer(prompt) if re.search(r"[()\[\]]", prompt) else ():
+        add(prompt[position : match.start()])
+        position, mark = match.end(), match[0]
+        if mark in "([":
+            (open_round if mark == "(" else open_square).append(len(pieces))
+        elif mark[0] in ":)" and open_round:
+            scale(open_round.pop(), float(match["weight"]) if match["end"] else _STEP)
+        elif mark == "]" and open_square:
+            scale(open_square.pop(), 1 / _STEP)
+        else:
+            add(mark[1:] if mark[0] == "\\" else mark)
+    add(prompt[position:])
+    for start in open_round:
+        scale(start, _STEP)
+    for start in open_square:
+        scale(start, 1 / _STEP)
+    return _merged(pieces)
+
+
+def _merged(pieces: list[Piece]) -> list[Piece]:
+    """Neighbours of one weight as one piece, so that a word is not tokenized in parts."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        if merged and piece.text is not None and merged[-1].text is not None and piece.weight == merged[-1].weight:
+            merged[-1] = Piece(merged[-1].text + piece.text, piece.weight)
+        else:
+            merged.append(piece)
+    return merged
+
+
+class Encoders(Protocol):
+    """What is asked of a model here."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def tokenizer_2(self) -> Tokenizer | None: ...
+    @property
+    def options(self) -> Any: ...
+
+
+def tokens(
+    model: Encoders,
+    prompts: Sequence[str | None],
+    prompts_2: Sequence[str | None] | None = None,
+    *,
+    emphasis: bool = True,
+    chunks: int | None = None,
+) -> Tokens:
+    """Prompts to what the model's text encoders read. Host side.
+
+    Prompts and negative prompts of one picture need the same number of chunks: encode them in one call and split the
+    rows, or give `chunks`.
+
+    Args:
+        model: of one text encoder or two.
+        prompts: B of them; None is the empty prompt, or no text at all (zeros) where the model's options say so.
+        prompts_2: what the second encoder of SDXL reads, prompt by prompt; None, or None for a prompt, is the same.
+        emphasis: whether brackets and BREAK mean something.
+        chunks: K, how many chunks each prompt has; None takes as many as the longest needs, MAX_CHUNKS at most. What
+            does not fit is left out with a warning, once a prompt.
+
+    Raises:
+        TypeError: `prompts` is not a sequence of strings or Nones.
+        ValueError: as many `prompts_2` as `prompts` are needed, or none; `chunks` is not 1 to MAX_CHUNKS.
+    """
+    for name, given in (("prompts", prompts), ("prompts_2", prompts_2 or ())):
+        if isinstance(given, str) or not all(p is None or isinstance(p, str) for p in given):
+            raise TypeError(f"{name} must be a list of strings, not {given!r}.")
+    if prompts_2 is not None and len(prompts_2) != len(prompts):
+        raise ValueError(f"{len(prompts_2)} prompts_2 for {len(prompts)} prompts: give one a prompt.")
+    if chunks is not None and not 1 <= chunks <= MAX_CHUNKS:
+        raise ValueError(f"chunks {chunks} must be 1 to {MAX_CHUNKS}.")
+    second = prompts if prompts_2 is None else [a if b is None else b for a, b in zip(prompts, prompts_2, strict=True)]
+    tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
+    each = [
+        [_chunks(tokenizer, prompt or "", emphasis, chunks or MAX_CHUNKS) for prompt in texts]
+        for tokenizer, texts in zip(tokenizers, (prompts, second), strict=False)
+    ]
+    count = chunks or max((len(rows) for encoder in each for rows in encoder), default=1)
+    arrays = [array for t, rows in zip(tokenizers, each, strict=True) for array in _arrays(t, rows, count)]
+    force = model.tokenizer_2 is not None and model.options.force_zeros_for_empty_prompt
+    zeros = np.array([p is None for p in prompts], bool) if force else None
+    return Tokens(*arrays, *(None,) * (4 - len(arrays)), zeros)
+
+
+Chunk = list[tuple[int, float]]  # ids of the text with their weights, without start and end
+
+
+def _chunks(tokenizer: Tokenizer, prompt: str, emphasis: bool, limit: int) -> list[Chunk]:
+    """One prompt's chunks, `limit` at most, cut after a comma where one is near."""
+    size = tokenizer.max_length - 2
+    pieces = parse_emphasis(prompt) if emphasis else [Piece(prompt)]
+    encoded = iter(tokenizer.encode([p.text for p in pieces if p.text is not None]))
+    (comma,) = tokenizer.encode([","])
+    done: list[Chunk] = []
+    chunk: Chunk = []
+    for text, weight in pieces:
+        if text is None:
+            done.append(chunk)
+            chunk = []
+            continue
+        for token in next(encoded):
+            if len(chunk) == size:
+                hard = [token] == comma or len(done) == limit - 1
+                cut = size if hard else _cut(chunk, comma)
+                done.append(chunk[:cut])
+                chunk = chunk[cut:]
+            chunk.append((token, weight))
+    if chunk or not done:
+        done.append(chunk)
+    if len(done) > limit:
+        _warn_cut(prompt, len(done), limit)
+    return done[:limit]
+
+
+def _cut(chunk: Chunk, comma: list[int]) -> int:
+    """How many tokens of a full chunk stay in it: up to the last comma, if it is among the last BACKTRACK tokens."""
+    near = range(len(chunk) - 1, max(len(chunk) - BACKTRACK, 0) - 1, -1)
+    return next((i + 1 for i in near if [chunk[i][0]] == comma), len(chunk))
+
+
+def _arrays(tokenizer: Tokenizer, prompts: list[list[Chunk]], count: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Ids and weights [B, K L] of B prompts; prompts of fewer chunks are filled up with empty ones."""
+    length = tokenizer.max_length
+    ids = np.full((len(prompts), count, length), tokenizer.pad_id, np.int32)
+    weights = np.ones(ids.shape, np.float32)
+    ids[..., 0], ids[..., 1] = tokenizer.bos_id, tokenizer.eos_id
+    for i, chunks in enumerate(prompts):
+        for j, chunk in enumerate(chunks):
+            end = len(chunk) + 1
+            ids[i, j, 1:end] = [token for token, _ in chunk]
+            ids[i, j, end] = tokenizer.eos_id
+            weights[i, j, 1:end] = [weight for _, weight in chunk]
+    plain = bool((weights == 1).all())
+    return ids.reshape(len(prompts), -1), None if plain else weights.reshape(len(prompts), -1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _warn_cut(prompt: str, chunks: int, limit: int) -> None:
+    logging.warning(
+        "The prompt %.60r… fills %d chunks; the text after the first %d is left out.", prompt, chunks, limit
+    )
