@@ -5,10 +5,11 @@
 >>> images = jaxdiff.generate(model, params, ["a castle"], seed=0)  # doctest: +SKIP
 """
 
+from jaxdiff.denoiser import denoiser
 from jaxdiff.diffusion.sampling import sample
 from jaxdiff.diffusion.schedulers import SCHEDULERS, Scheduler, get_scheduler
 from jaxdiff.diffusion.times import Time, time_grid
-from jaxdiff.generate import denoiser, generate, initial_noise, tokenize
+from jaxdiff.generate import generate, initial_noise, tokenize
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text
 from jaxdiff.version import __version__

@@ -221,9 +221,17 @@ class TinyVAEConfig(Config):
     shift_factor: float = 0.0
 
 
+_FLOW = {"prediction_type": "flow_prediction", "beta_schedule": "flow"}
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {  # of scheduler classes whose defaults differ from the others'
-    "FlowMatchEulerDiscreteScheduler": {"prediction_type": "flow_prediction", "beta_schedule": "flow"},
-    "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
+    "FlowMatchEulerDiscreteScheduler": _FLOW,
+    "FlowMatchHeunDiscreteScheduler": _FLOW,
+    "HeunDiscreteScheduler": _SD_BETAS,
+    "DPMSolverSDEScheduler": _SD_BETAS,
+    "KDPM2DiscreteScheduler": _SD_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _SD_BETAS,
+    "LCMScheduler": {**_SD_BETAS, "beta_schedule": "scaled_linear"},
+    "TCDScheduler": {**_SD_BETAS, "beta_schedule": "scaled_linear"},
 }
 
 
@@ -239,29 +247,70 @@ class SchedulerConfig(Config):
     beta_schedule: str = "linear"  # "linear", "scaled_linear", "squaredcos_cap_v2"; "flow" for rectified flow
     trained_betas: tuple[float, ...] | None = None
     prediction_type: str = "epsilon"  # "epsilon", "v_prediction", "sample", "flow_prediction"
+    rescale_betas_zero_snr: bool = False
+    shift: float = 1.0  # rectified flow: t -> shift t / (1 + (shift - 1) t)
+    use_dynamic_shifting: bool = False  # of flows, by the size of the picture: not implemented
+    # The time grid.
     timestep_spacing: str | None = None  # "leading", "trailing", "linspace"
     steps_offset: int = 0
-    set_alpha_to_one: bool = True  # DDIM, DDPM, PNDM: whether the last step goes to alpha 1
+    set_alpha_to_one: bool | None = None  # DDIM, PNDM: whether the last step goes to alpha 1
     final_sigmas_type: str = "zero"  # or "sigma_min"
+    interpolation_type: str = "linear"  # Euler: "log_linear" spreads the levels evenly in log sigma
     use_karras_sigmas: bool = False
-    rescale_betas_zero_snr: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    use_lu_lambdas: bool = False
+    original_inference_steps: int = 50  # LCM, TCD: steps of the distillation, out of which those of drawing are chosen
+    # Bounds on the prediction of x0.
     clip_sample: bool | None = None
     clip_sample_range: float = 1.0
-    thresholding: bool = False
-    variance_type: str | None = None
+    thresholding: bool = False  # dynamic (Saharia et al. 2022), instead of clipping
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    # The method.
+    variance_type: str | None = None  # DDPM
+    algorithm_type: str = "dpmsolver++"  # DPM-Solver: "dpmsolver++", "sde-dpmsolver++", "dpmsolver"
+    solver_type: str | None = None  # DPM-Solver: "midpoint", "heun"; UniPC: "bh1", "bh2"
+    solver_order: int = 2  # DPM-Solver, UniPC: 1 to 3
     lower_order_final: bool = True
     euler_at_final: bool = False
-    solver_order: int = 2
-    shift: float = 1.0  # rectified flow: t -> shift t / (1 + (shift - 1) t)
+    predict_x0: bool = True  # UniPC
+    disable_corrector: tuple[int, ...] = ()  # UniPC: steps after which nothing is corrected
+    skip_prk_steps: bool = (
+        False  # PNDM: whether it starts by one of Heun's steps rather than three of Runge and Kutta's
+    )
+    timestep_scaling: float = 10.0  # LCM
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         name = values.get("_class_name", cls.class_name)
-        defaults = CLASS_DEFAULTS.get(name, {})
-        return super().from_dict({"class_name": name, **defaults, **values})
+        if values.get("use_flow_sigmas"):  # how classes that are not of flows only say it
+            values = {**values, "beta_schedule": "flow", "shift": values.get("flow_shift", 1.0)}
+        return super().from_dict({"class_name": name, **CLASS_DEFAULTS.get(name, {}), **values})
 
     def to_dict(self) -> dict[str, Any]:
-        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        if self.shift == 1:  # only flows know it, and diffusers warns of what a class does not know
-            del values["shift"]
-        return {"_class_name": values.pop("class_name"), **values}
+        """What a file needs to say: the process, and what differs from the defaults of its class."""
+        values, silent = dataclasses.asdict(self), dataclasses.asdict(self.from_dict({"_class_name": self.class_name}))
+        betas = () if self.beta_schedule == "flow" else ("beta_start", "beta_end", "beta_schedule", "prediction_type")
+        always = ("num_train_timesteps", *betas)
+        said = {k: v for k, v in values.items() if v is not None and (k in always or v != silent[k])}
+        said.pop("class_name", None)
+        if self.beta_schedule == "flow":
+            said = {k: v for k, v in said.items() if not k.startswith("beta_")}
+            if not self.class_name.startswith("FlowMatch"):
+                said |= {"use_flow_sigmas": True, "flow_shift": said.pop("shift", 1.0)}
+        return {"_class_name": self.class_name, **said}
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineOptions(Config):
+    """What `model_index.json` says beside the names of the networks."""
+
+    force_zeros_for_empty_prompt: bool = True  # SDXL: no negative prompt is zeros, not the embedding of ""
+    requires_aesthetics_score: bool = False  # SDXL refiner: its time ids end in a score, not in the target size
+    max_noise_level: int = 350  # x4 upscaler: the most noise on the small picture, in steps of low_res_scheduler
+    low_res_scheduler: SchedulerConfig | None = None  # x4 upscaler: the process of that noise; a folder of its own
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        return super().from_dict({k: v for k, v in values.items() if k != "low_res_scheduler"})

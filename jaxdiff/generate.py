@@ -9,54 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff import parallel
-from jaxdiff.diffusion.guidance import classifier_free
-from jaxdiff.diffusion.prediction import to_denoised
+from jaxdiff.denoiser import denoiser
 from jaxdiff.diffusion.sampling import sample
 from jaxdiff.diffusion.schedulers import get_scheduler
-from jaxdiff.diffusion.schedules import at, noise_schedule
-from jaxdiff.diffusion.times import Time, default_scheduler, time_grid
-from jaxdiff.models.model import Conditioning, Model, apply, decode, encode, encode_text
-from jaxdiff.typing import Array, Denoise, Key, Params
+from jaxdiff.diffusion.times import default_scheduler, time_grid
+from jaxdiff.models.model import Model, decode, encode, encode_text
+from jaxdiff.typing import Array, Key, Params
 
 
 def tokenize(model: Model, prompts: Sequence[str]) -> np.ndarray:
     """Prompts to token ids int32 [B, L], cut at the text encoder's length with a warning. Host side."""
+    assert model.tokenizer is not None
     return model.tokenizer(list(prompts))
-
-
-def denoiser(
-    model: Model,
-    params: Params,
-    cond: Conditioning,
-    uncond: Conditioning | None = None,
-    guidance_scale: Array | float = 1.0,
-) -> Denoise:
-    """The network as a function (x, time) -> prediction of the clean latents x0, guided by the text.
-
-    Args:
-        model, params: the model and its parameters.
-        cond: what the UNet attends to for each of B pictures, as `encode_text` gives it.
-        uncond: the same for the negative prompts; None draws without guidance, at half the cost.
-        guidance_scale: w of x = uncond + w (cond - uncond) (Ho & Salimans 2022, equation 6), scalar or [B];
-            at 1 or less the negative prompt has no weight.
-
-    Returns:
-        denoise(x [B, h, w, C], time) -> float32 [B, h, w, C]; `time` is a `Time` or a plain time in training steps.
-        Both halves of the guidance go through the UNet as one batch.
-    """
-    schedule = noise_schedule(model.scheduler)
-    both = cond if uncond is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, uncond)
-
-    def denoise(x: Array, time: Time | Array | float) -> Array:
-        time = time if isinstance(time, Time) else at(schedule, time)
-        copies = 1 if uncond is None else 2
-        output = apply(model, params, "unet", jnp.concatenate([x] * copies), time.t, *both).astype(jnp.float32)
-        if uncond is not None:
-            given, without = jnp.split(output, 2)
-            output = classifier_free(given, without, jnp.maximum(guidance_scale, 1.0))
-        return to_denoised(output, x, time, model.scheduler.prediction_type)
-
-    return denoise
 
 
 class _Plan(NamedTuple):

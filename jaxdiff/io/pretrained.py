@@ -113,7 +113,7 @@ def model_index(model: Model) -> dict[str, Any]:
         "requires_safety_checker": False,
         "safety_checker": [None, None],
         "scheduler": ["diffusers", model.scheduler.class_name],
-        "text_encoder": ["transformers", model.text_encoder.config.to_dict()["architectures"][0]],
+        "text_encoder": ["transformers", model.text_encoder and model.text_encoder.config.to_dict()["architectures"][0]],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -173,6 +173,7 @@ def write_model(folder: Path, model: Model, params: Params, dtype: Any) -> None:
     for name, module in model.modules.items():
         write_json(folder / name / "config.json", module.config.to_dict())
         save_tensors(folder / name / WEIGHTS[name], params[name], dtype)
+    assert model.tokenizer is not None
     model.tokenizer.save(folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler.to_dict())
     write_json(folder / "model_index.json", model_index(model))

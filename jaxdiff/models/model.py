@@ -1,13 +1,22 @@
 """A whole text-to-image model as one static value, and the pure functions of its encoders and decoder."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.config import (
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    PipelineOptions,
+    SchedulerConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
+from jaxdiff.models.text import Conditioning as Conditioning
+from jaxdiff.models.text import encode_text as encode_text
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.tokenizer import Tokenizer
@@ -16,50 +25,65 @@ from jaxdiff.typing import Array, Key, Params
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Networks, their configs and the tokenizer; hashable, hence static under `jit`. Holds no parameters."""
+    """Networks, their configs and the tokenizers; hashable, hence static under `jit`. Holds no parameters."""
 
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | None  # None: the SDXL refiner, which has the second one alone
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     scheduler: SchedulerConfig
     vision_encoder: CLIPVisionModel | None = None  # for contrastive training and scoring; never drawn with
+    text_encoder_2: CLIPTextModel | None = None  # SDXL: OpenCLIP's, with a projection
+    tokenizer_2: Tokenizer | None = None
+    controlnets: tuple[Any, ...] = ()  # their parameters are the list params["controlnet"], in the same order
+    options: PipelineOptions = dataclasses.field(default_factory=PipelineOptions)
 
     @property
     def modules(self) -> dict:
-        """The Flax modules by their key in `params`."""
-        names = ("text_encoder", "unet", "vae", "vision_encoder")
+        """The Flax modules by their key in `params`, without ControlNets."""
+        names = ("text_encoder", "text_encoder_2", "unet", "vae", "vision_encoder")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
+    @property
+    def family(self) -> str:
+        """Which Stable Diffusion this is built like: "sd1", "sd2", "sdxl", "sdxl_refiner" or "upscaler".
 
-class Conditioning(NamedTuple):
-    """What the UNet is told of the prompt."""
-
-    embeddings: Array  # [B, L, D]
-    pooled: Array | None = None  # [B, P], SDXL
-    time_ids: Array | None = None  # [B, 6], SDXL: original height and width, crop top and left, target height and width
+        Inpainting models have unet.config.in_channels 9, and distilled ones unet.config.time_cond_proj_dim, in any.
+        """
+        if self.text_encoder_2 is not None:
+            return "sdxl_refiner" if self.text_encoder is None else "sdxl"
+        if self.unet.config.num_class_embeds is not None:
+            return "upscaler"
+        # ViT-L of SD 1.x has quick_gelu, OpenCLIP's encoders of SD 2.x the exact gelu.
+        return "sd2" if self.text_encoder is not None and self.text_encoder.config.hidden_act == "gelu" else "sd1"
 
 
 def build(
-    text: CLIPTextConfig,
+    text: CLIPTextConfig | None,
     unet: UNetConfig,
     vae: VAEConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     scheduler: SchedulerConfig,
     vision: CLIPVisionConfig | None = None,
     *,
+    text_2: CLIPTextConfig | None = None,
+    tokenizer_2: Tokenizer | None = None,
+    options: PipelineOptions | None = None,
     dtype=jnp.float32,
     remat: bool = False,
 ) -> Model:
     """A model of these configs that computes in `dtype`; `remat` recomputes activations in the backward pass."""
-    dtype = jnp.dtype(dtype)
+    rest = remat, jnp.dtype(dtype)
     return Model(
-        CLIPTextModel(text, remat, dtype),
-        UNet2DConditionModel(unet, remat, dtype),
-        AutoencoderKL(vae, remat, dtype),
+        None if text is None else CLIPTextModel(text, *rest),
+        UNet2DConditionModel(unet, *rest),
+        AutoencoderKL(vae, *rest),
         tokenizer,
         scheduler,
-        None if vision is None else CLIPVisionModel(vision, remat, dtype),
+        None if vision is None else CLIPVisionModel(vision, *rest),
+        None if text_2 is None else CLIPTextModel(text_2, *rest),
+        tokenizer_2,
+        options=options or PipelineOptions(),
     )
 
 
@@ -71,8 +95,9 @@ def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     side = 2 ** (len(unet.block_out_channels) - 1)
-    inputs = {
-        "text_encoder": (array(1, 2, dtype=jnp.int32),),
+    tokens = (array(1, 2, dtype=jnp.int32),)
+    inputs: dict[str, tuple] = {n: tokens for n in model.modules if n.startswith("text_encoder")}
+    inputs |= {
         "unet": (array(1, side, side, unet.in_channels), array(1), array(1, 2, unet.cross_attention_dim)),
         "vae": (array(1, vae.factor, vae.factor, vae.in_channels),),
     }
@@ -80,8 +105,9 @@ def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
     if unet.addition_embed_type == "text_time":
         assert unet.projection_class_embeddings_input_dim
         assert unet.addition_time_embed_dim
-        pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
-        extra[:2] = array(1, pooled), array(1, 6)
+        ids = time_id_count(model)
+        pooled = unet.projection_class_embeddings_input_dim - ids * unet.addition_time_embed_dim
+        extra[:2] = array(1, pooled), array(1, ids)
     if unet.class_embed_type is None and unet.num_class_embeds is not None:
         extra[2] = array(1, dtype=jnp.int32)
     elif unet.class_embed_type is not None:
@@ -95,6 +121,11 @@ def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
         size = model.vision_encoder.config.image_size
         inputs["vision_encoder"] = (array(1, size, size, 3),)
     return inputs
+
+
+def time_id_count(model: Model) -> int:
+    """Numbers beside the pooled text: sizes and crop, or for the refiner a score in place of the target size."""
+    return 5 if model.options.requires_aesthetics_score else 6
 
 
 def init_params(model: Model, key: Key) -> Params:
@@ -114,11 +145,6 @@ def param_shapes(model: Model) -> Params:
 def apply(model: Model, params: Params, name: str, *args: Any, method: str | None = None) -> Any:
     """One module of the model, by its key in `params`, on its own parameters."""
     return model.modules[name].apply({"params": params[name]}, *args, method=method)
-
-
-def encode_text(model: Model, params: Params, tokens: Array) -> Conditioning:
-    """Token ids [B, L] -> what the UNet attends to, embeddings [B, L, D]."""
-    return Conditioning(apply(model, params, "text_encoder", tokens).last_hidden_state)
 
 
 def encode(model: Model, params: Params, images: Array, key: Key | None = None) -> Array:

@@ -17,6 +17,7 @@ from jaxdiff.typing import Params
 
 def fingerprint(model: Model, params: Params, description: Any) -> str:
     """Of all that cached latents depend on: the autoencoder, the tokenizer, and what `description` (JSON) says."""
+    assert model.tokenizer is not None
     digest = hashlib.sha256(json.dumps([str(model.vae.config), model.tokenizer.digest, description]).encode())
     for leaf in jax.tree.leaves(params["vae"]):
         digest.update(np.asarray(leaf).tobytes())
@@ -29,6 +30,7 @@ def encode_all(model: Model, params: Params, batches: Iterable[Mapping[str, Any]
     Returns:
         {"latents": float16 [N, h, w, C], "tokens": uint16 or int32 [N, L]}.
     """
+    assert model.tokenizer is not None
     run = jax.jit(lambda vae, images: encode(model, {"vae": vae}, images.astype(np.float32) / 255.0))
     vae = jax.device_put(params["vae"])
     latents, tokens, count = [], [], 0

@@ -74,8 +74,11 @@ def clip_stage(model: Model) -> Stage:
 def prepare_pairs(model: Model):
     """{"image", "text"} as the folder gives them -> {"image": uint8 [b, H, W, 3], "tokens": int32 [b, L]}."""
 
+    tokenizer = model.tokenizer
+    assert tokenizer is not None  # but for the SDXL refiner, which is not trained here
+
     def prepare(batch: Mapping[str, Any]) -> Batch:
-        return {"image": batch["image"], "tokens": model.tokenizer(list(batch["text"]))}
+        return {"image": batch["image"], "tokens": tokenizer(list(batch["text"]))}
 
     return prepare
 
@@ -130,6 +133,7 @@ def diffusion_stage(
             alike, as a v-prediction with zero terminal signal-to-noise wants it: there the bound is a weight of 0.
     """
     schedule = noise_schedule(model.scheduler)
+    assert model.tokenizer is not None
     empty = model.tokenizer([""])  # [1, L]
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:

@@ -1,0 +1,119 @@
+"""The network, its conditions and its guidance as one function (x, time) -> prediction of the clean latents x0."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.diffusion.guidance import classifier_free
+from jaxdiff.diffusion.prediction import to_denoised
+from jaxdiff.diffusion.schedules import Time, at, noise_schedule
+from jaxdiff.models.controlnet import combine
+from jaxdiff.models.layers import timestep_embedding
+from jaxdiff.models.model import Conditioning, Model, apply
+from jaxdiff.typing import Array, Denoise, Params
+
+AESTHETIC_SCORE, NEGATIVE_SCORE = 6.0, 2.5  # what the SDXL refiner is told of the picture wanted, and of the other
+
+
+def denoiser(
+    model: Model,
+    params: Params,
+    cond: Conditioning,
+    uncond: Conditioning | None = None,
+    guidance_scale: Array | float = 1.0,
+    *,
+    guidance_rescale: Array | float | None = None,
+    guidance_interval: tuple[Array | float, Array | float] | None = None,
+    extra_channels: Array | None = None,
+    class_labels: Array | int | None = None,
+    control_images: Sequence[Array] = (),
+    controlnet_scale: Sequence[Array | float] = (),
+) -> Denoise:
+    """The network as a function (x, time) -> prediction of the clean latents x0, guided by the text.
+
+    Args:
+        model, params: the model and its parameters.
+        cond: what the UNet attends to for each of B pictures, as `encode_text` gives it. Where SDXL's time ids are
+            missing, they say that the picture is drawn at its full size and not cut.
+        uncond: the same for the negative prompts; None draws without guidance, at half the cost.
+        guidance_scale: w of x = uncond + w (cond - uncond) (Ho & Salimans 2022, equation 6), scalar or [B];
+            at 1 or less the negative prompt has no weight. A distilled model is told w - 1 instead (Luo et al. 2023,
+            LCM, section 4.3), and its `uncond` is best left None.
+        guidance_rescale: how far, 0 to 1, the guided output is scaled to the deviation of `cond`'s; scalar or [B].
+        guidance_interval: (low, high) of sigma / alpha, between which alone there is guidance.
+        extra_channels: [B, h, w, c] that follow x's channels: an inpainting model's mask and masked latents, an
+            upscaler's small picture.
+        class_labels: int32 [B] or one for all, for a UNet with class embeddings: the upscaler's noise level.
+        control_images: for each of the model's ControlNets the picture [B, H, W, 3] in [0, 1] that steers.
+        controlnet_scale: the weight of each, scalar or [B].
+
+    Returns:
+        denoise(x [B, h, w, C], time) -> float32 [B, h, w, C]; `time` is a `Time` or a plain time in training steps.
+        Both halves of the guidance go through the UNet as one batch.
+    """
+    schedule = noise_schedule(model.scheduler)
+    copies = 1 if uncond is None else 2
+
+    def twice(x: Array) -> Array:
+        return jnp.concatenate([x] * copies)
+
+    def denoise(x: Array, time: Time | Array | float) -> Array:
+        time = time if isinstance(time, Time) else at(schedule, time)
+        batch = x.shape[0]
+        both = with_time_ids(model, cond, x)
+        if uncond is not None:
+            negative = with_time_ids(model, uncond, x, NEGATIVE_SCORE)
+            both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), both, negative)
+        x_in, labels, embedded, residuals = twice(x), None, None, None
+        if control_images:
+            nets = zip(model.controlnets, params["controlnet"], control_images, strict=True)
+            each = [
+                net.apply({"params": p}, x_in, time.t, both.embeddings, twice(hint), both.pooled, both.time_ids)
+                for net, p, hint in nets
+            ]
+            residuals = combine(each, [twice(jnp.broadcast_to(s, (batch,))) for s in controlnet_scale])
+        if extra_channels is not None:
+            x_in = jnp.concatenate([x_in, twice(extra_channels)], -1)
+        if class_labels is not None:
+            labels = twice(jnp.broadcast_to(class_labels, (batch,)))
+        if model.unet.config.time_cond_proj_dim is not None:
+            embedded = twice(guidance_embedding(guidance_scale, batch, model.unet.config.time_cond_proj_dim))
+        output = apply(model, params, "unet", x_in, time.t, *both, labels, embedded, residuals).astype(jnp.float32)
+        if uncond is not None:
+            output = guided(output, time, guidance_scale, guidance_rescale, guidance_interval)
+        return to_denoised(output, x, time, model.scheduler.prediction_type)
+
+    return denoise
+
+
+def guided(
+    output: Array,
+    time: Time,
+    scale: Array | float,
+    factor: Array | float | None,
+    interval: tuple[Array | float, Array | float] | None,
+) -> Array:
+    """One prediction [B, ...] from those with the prompts and with the negative ones, [2 B, ...] in this order."""
+    given, without = jnp.split(output, 2)
+    return classifier_free(given, without, jnp.maximum(scale, 1.0))
+
+
+def with_time_ids(model: Model, cond: Conditioning, x: Array, score: float = AESTHETIC_SCORE) -> Conditioning:
+    """The conditioning of a model of the SDXL family with time ids [B, 6 or 5] for latents x [B, h, w, C].
+
+    They are the picture's original height and width, where it was cut (0, 0), and the size drawn; or for the refiner
+    an aesthetic score in place of that size (Podell et al. 2023, sections 2.2 and 2.5). Ids given are kept.
+    """
+    if model.unet.config.addition_embed_type != "text_time" or cond.time_ids is not None:
+        return cond
+    size = [n * model.vae.config.factor for n in x.shape[1:3]]
+    last = [score] if model.options.requires_aesthetics_score else size
+    ids = jnp.asarray([*size, 0, 0, *last], jnp.float32)
+    return cond._replace(time_ids=jnp.broadcast_to(ids, (x.shape[0], len(ids))))
+
+
+def guidance_embedding(scale: Array | float, batch: int, dim: int) -> Array:
+    """What a distilled UNet is told of the guidance scale, scalar or [B]: sinusoids [B, dim] of 1000 (scale - 1)."""
+    weight = 1000.0 * (jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (batch,)) - 1)
+    return timestep_embedding(weight, dim, flip_sin_to_cos=False, freq_shift=1)
