@@ -180,7 +180,7 @@ def _table_grid(
 def _ends_clean(config: SchedulerConfig, rule: Rule) -> bool:
     """Whether the last step goes to a clean sample, or to the first entry of the table."""
     if rule.final == "set_alpha_to_one":
-        return config.set_alpha_to_one
+        return config.set_alpha_to_one is not False
     if rule.final == "final_sigmas_type" and config.final_sigmas_type != "zero":
         if config.final_sigmas_type == "sigma_min":
             return False
