@@ -1,4 +1,4 @@
-"""ControlNet (Zhang et al. 2023): a copy of the UNet's way down that steers it by a picture, as diffusers lays it out."""
+"""ControlNet (Zhang et al. 2023): a copy of the UNet's way down that steers it by a picture; layout of diffusers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -121,5 +121,5 @@ def from_unet(unet: UNet2DConditionModel, params: Params, key: Key) -> tuple[Con
     """A ControlNet to train: the UNet's own way down (`params` are the UNet's), fresh where it has no counterpart."""
     config = ControlNetConfig.from_dict(dataclasses.asdict(unet.config))
     controlnet = ControlNet(config, unet.remat, unet.dtype)
-    fresh = controlnet.init(key, *example_inputs(config))["params"]
+    fresh = jax.jit(controlnet.init)(key, *example_inputs(config))["params"]  # jit: computes no activation
     return controlnet, {name: params.get(name, value) for name, value in fresh.items()}
