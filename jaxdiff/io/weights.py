@@ -172,10 +172,22 @@ def named_tensors(params: Params, dtype: Any = None) -> Iterator[tuple[str, np.n
 
 def save_tensors(path: Path, params: Params, dtype: Any = None) -> None:
     """Write one module's parameters as a safetensors file that PyTorch diffusers reads; whole or not at all."""
+    _write(path, dict(named_tensors(params, dtype)))
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file, whole or not at all. Raises WeightsError: it cannot be written."""
+    try:
+        _write(path, {name: np.ascontiguousarray(x) for name, x in tensors.items()})
+    except OSError as e:
+        raise WeightsError(f"{path} cannot be written ({e.strerror or e}): choose another place or free it.") from None
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
     try:
-        save_file(dict(named_tensors(params, dtype)), temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt"})
         Path(temporary).chmod(0o644)
         os.replace(temporary, path)
     finally:
