@@ -217,8 +217,13 @@ class TinyVAEConfig(Config):
     upsampling_scaling_factor: int = 2
     latent_magnitude: float = 3.0  # latents / (2 * latent_magnitude) + latent_shift is in [0, 1]
     latent_shift: float = 0.5
-    scaling_factor: float = 1.0  # latents are those of the UNet times this
+    scaling_factor: float = 1.0  # latents are those of the UNet divided by this, plus shift_factor
     shift_factor: float = 0.0
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent along one side."""
+        return self.upsampling_scaling_factor ** (len(self.decoder_block_out_channels) - 1)
 
 
 _FLOW = {"prediction_type": "flow_prediction", "beta_schedule": "flow"}
