@@ -1,15 +1,17 @@
-"""Prompts to what the text encoders read: emphasis, chunks of a text too long for one, and prompts from files.
+r"""Prompts to what the text encoders read: emphasis, chunks of a text too long for one, and prompts from files.
 
 Emphasis is written as in the AUTOMATIC1111 web UI, whose prompts people share:
 
-    (word)  x 1.1      ((word))  x 1.21      (word:1.3)  x 1.3      [word]  / 1.1      \\( a bracket itself
+    (word)  x 1.1      ((word))  x 1.21      (word:1.3)  x 1.3      [word]  / 1.1      \( a bracket itself
 
 BREAK (a word, in capitals) starts the next chunk.
 """
 
 import functools
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,10 +22,16 @@ from jaxdiff.typing import Array
 
 MAX_CHUNKS = 16  # of one prompt: 1,200 tokens; attention to the text costs time and memory in proportion
 BACKTRACK = 20  # tokens: how far before a full chunk's end a comma is looked for, to cut there
+MAX_WEIGHT = 1000.0  # of a token, either side of 0; brackets a thousand deep would be infinite
 
 _STEP = 1.1  # the weight of one pair of round brackets, and one over that of square ones
-_SPECIAL = re.compile(r"\\[()\[\]\\]|[()\[\]]|(?P<end>:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\))")
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BRACKET = re.compile(r"[()\[\]]")
+_MARKS = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)")
+_BREAK = re.compile(r"\bBREAK\b")
+
+
+class PromptError(ValueError):
+    """A prompt, or a file of prompts, styles or wildcards, that cannot be used."""
 
 
 class Tokens(NamedTuple):
@@ -52,45 +60,46 @@ def parse_emphasis(prompt: str) -> list[Piece]:
     >>> [tuple(p) for p in parse_emphasis("a (red:1.3) castle (at night) \\(photo\\)")]
     [('a ', 1.0), ('red', 1.3), (' castle ', 1.0), ('at night', 1.1), (' (photo)', 1.0)]
     """
-    pieces: list[Piece] = []
-    open_round: list[int] = []  # index of the first piece inside each bracket that is still open
-    open_square: list[int] = []
-
-    def scale(start: int, factor: float) -> None:
-        pieces[start:] = [p if p.text is None else Piece(p.text, p.weight * factor) for p in pieces[start:]]
+    texts: list[str | None] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # index of the first text inside each bracket still open
+    scaled: list[tuple[int, int | None, float]] = []  # texts from, to, factor
 
     def add(text: str) -> None:
         for i, part in enumerate(_BREAK.split(text)):
-            pieces.extend([Piece(None)] * bool(i) + [Piece(part)] * bool(part))
+            texts.extend([None, part] if i else [part])
 
     position = 0
-    for match in _SPECIAL.finditer(prompt) if re.search(r"[()\[\]]", prompt) else ():
+    for match in _MARKS.finditer(prompt) if _BRACKET.search(prompt) else ():
         add(prompt[position : match.start()])
         position, mark = match.end(), match[0]
-        if mark in "([":
-            (open_round if mark == "(" else open_square).append(len(pieces))
-        elif mark[0] in ":)" and open_round:
-            scale(open_round.pop(), float(match["weight"]) if match["end"] else _STEP)
-        elif mark == "]" and open_square:
-            scale(open_square.pop(), 1 / _STEP)
+        if mark in opened:
+            opened[mark].append(len(texts))
+        elif mark[0] in ":)" and opened["("]:
+            factor = min(float(match[1]), MAX_WEIGHT) if match[1] else _STEP
+            scaled.append((opened["("].pop(), len(texts), factor))
+        elif mark == "]" and opened["["]:
+            scaled.append((opened["["].pop(), len(texts), 1 / _STEP))
         else:
-            add(mark[1:] if mark[0] == "\\" else mark)
+            texts.append(mark[1:] if mark[0] == "\\" else mark)
     add(prompt[position:])
-    for start in open_round:
-        scale(start, _STEP)
-    for start in open_square:
-        scale(start, 1 / _STEP)
-    return _merged(pieces)
+    scaled += [(start, None, _STEP if mark == "(" else 1 / _STEP) for mark in opened for start in opened[mark]]
+    weights = np.ones(len(texts))
+    for start, end, factor in scaled:
+        weights[start:end] = np.clip(factor * weights[start:end], -MAX_WEIGHT, MAX_WEIGHT)
+    return _merged([Piece(*pair) for pair in zip(texts, weights.tolist(), strict=True)])
 
 
 def _merged(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one weight as one piece, so that a word is not tokenized in parts."""
+    """Neighbours of one weight as one piece, so that a word is not tokenized in parts, and no empty ones."""
     merged: list[Piece] = []
-    for piece in pieces:
-        if merged and piece.text is not None and merged[-1].text is not None and piece.weight == merged[-1].weight:
-            merged[-1] = Piece(merged[-1].text + piece.text, piece.weight)
-        else:
-            merged.append(piece)
+    for text, weight in pieces:
+        last = merged[-1] if merged else Piece(None)
+        if text is None:
+            merged.append(Piece(None))
+        elif text and last.text is not None and last.weight == weight:
+            merged[-1] = Piece(last.text + text, weight)
+        elif text:
+            merged.append(Piece(text, weight))
     return merged
 
 
@@ -139,15 +148,16 @@ def tokens(
         raise ValueError(f"chunks {chunks} must be 1 to {MAX_CHUNKS}.")
     second = prompts if prompts_2 is None else [a if b is None else b for a, b in zip(prompts, prompts_2, strict=True)]
     tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
-    each = [
+    split = [
         [_chunks(tokenizer, prompt or "", emphasis, chunks or MAX_CHUNKS) for prompt in texts]
-        for tokenizer, texts in zip(tokenizers, (prompts, second), strict=False)
+        for tokenizer, texts in zip(tokenizers, (prompts, second), strict=False)  # the refiner's only one reads prompts
     ]
-    count = chunks or max((len(rows) for encoder in each for rows in encoder), default=1)
-    arrays = [array for t, rows in zip(tokenizers, each, strict=True) for array in _arrays(t, rows, count)]
+    count = chunks or max((len(parts) for rows in split for parts in rows), default=1)
+    (ids, weights), *rest = [_arrays(t, rows, count) for t, rows in zip(tokenizers, split, strict=True)]
+    ids_2, weights_2 = rest[0] if rest else (None, None)
     force = model.tokenizer_2 is not None and model.options.force_zeros_for_empty_prompt
     zeros = np.array([p is None for p in prompts], bool) if force else None
-    return Tokens(*arrays, *(None,) * (4 - len(arrays)), zeros)
+    return Tokens(ids, weights, ids_2, weights_2, zeros)
 
 
 Chunk = list[tuple[int, float]]  # ids of the text with their weights, without start and end
@@ -207,3 +217,66 @@ def _warn_cut(prompt: str, chunks: int, limit: int) -> None:
     logging.warning(
         "The prompt %.60r… fills %d chunks; the text after the first %d is left out.", prompt, chunks, limit
     )
+
+
+class PromptLine(NamedTuple):
+    """One picture's line of a prompts file."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int | None = None
+
+
+def read_prompts(path: str | Path) -> list[PromptLine]:
+    """Prompts from a UTF-8 text file, one a line; lines that begin with # are comments.
+
+    In a file whose name ends in .jsonl each line is a JSON object instead, with the keys of `PromptLine`.
+
+    Raises:
+        PromptError: the file is missing, not UTF-8 or without a prompt; a line is empty (but for those at the end) or,
+            in a .jsonl file, not such an object. The sentence names the file and the line.
+    """
+    path = Path(path)
+    read = _from_json if path.suffix == ".jsonl" else PromptLine
+    prompts = []
+    for number, line in enumerate(read_lines(path, "prompts file"), 1):
+        if not line:
+            raise PromptError(f"Line {number} of {path} is empty: write a prompt there, or delete the line.")
+        if not line.startswith("#"):
+            try:
+                prompts.append(read(line))
+            except ValueError as e:
+                raise PromptError(f"Line {number} of {path} {e}.") from None
+    if not prompts:
+        raise PromptError(f"{path} holds no prompt: write one a line.")
+    return prompts
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a UTF-8 file, stripped, without the empty ones at its end; `what` names the file in errors."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise PromptError(f"The {what} {path} does not exist.") from None
+    except UnicodeDecodeError as e:
+        raise PromptError(f"The {what} {path} is not UTF-8 text (byte {e.start}): save it as UTF-8.") from None
+    except (OSError, ValueError) as e:
+        raise PromptError(f"The {what} {path} cannot be read ({e}).") from None
+    return [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
+
+
+def _from_json(line: str) -> PromptLine:
+    """One line of a .jsonl file; raises ValueError, the end of a sentence."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError('is not JSON: write {"prompt": "a castle", "negative_prompt": "blurry", "seed": 1}') from None
+    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+        raise ValueError('is not a JSON object with a text under "prompt"')
+    if unknown := set(values) - set(PromptLine._fields):
+        raise ValueError(f"has the key {min(unknown)!r}; known are {', '.join(PromptLine._fields)}")
+    if not isinstance(values.get("negative_prompt"), str | None):
+        raise ValueError("has a negative_prompt that is not text")
+    if type(values.get("seed")) not in (int, type(None)):
+        raise ValueError("has a seed that is not a whole number")
+    return PromptLine(**values)

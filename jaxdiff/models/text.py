@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -40,14 +40,14 @@ def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_sk
         ValueError: `clip_skip` is negative or leaves no layer; ids for one encoder where the model has two.
     """
     tokens = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
-    given = [(tokens.ids, tokens.weights), (tokens.ids_2, tokens.weights_2)]
-    names = [n for n in ("text_encoder", "text_encoder_2") if getattr(model, n, None) is not None]
-    if len(names) == 2 and tokens.ids_2 is None:
-        raise ValueError("tokens are for one text encoder and this model has two: make them with jaxdiff.tokenize.")
-    sdxl = names[-1] == "text_encoder_2"  # SDXL and its refiner
+    given = ((tokens.ids, tokens.weights), (tokens.ids_2, tokens.weights_2))
+    names = [n for n in ("text_encoder", "text_encoder_2") if n in model.modules]
+    sdxl = names[-1] == "text_encoder_2"  # or its refiner
     embeddings, pooled = [], None
     for name, (ids, weights) in zip(names, given, strict=False):
-        encoder, tokenizer = (getattr(model, n, None) for n in (name, name.replace("text_encoder", "tokenizer")))
+        if ids is None:
+            raise ValueError("tokens are for one text encoder and this model has two: make them with jaxdiff.tokenize.")
+        encoder, tokenizer = model.modules[name], model.tokenizer if name == "text_encoder" else model.tokenizer_2
         length = encoder.config.max_position_embeddings if tokenizer is None else tokenizer.max_length
         states, pooled = _encode(encoder, params[name], ids, length, clip_skip, sdxl)
         embeddings.append(emphasise(states, weights, length))
@@ -72,7 +72,7 @@ def _encode(
     chunks = max(1, total // length)
     if total != chunks * length and chunks > 1:
         raise ValueError(f"{total} tokens are not a multiple of {length}, the length of a chunk.")
-    output = encoder.apply({"params": params}, ids.reshape(batch * chunks, -1), clip_skip=clip_skip)
+    output: Any = encoder.apply({"params": params}, ids.reshape(batch * chunks, -1), clip_skip=clip_skip)
     states = output.hidden_states[-2 - clip_skip] if sdxl else output.last_hidden_state
     projected = output.projected
     if projected is not None:
