@@ -150,15 +150,16 @@ def test_half_precision_stays_near_float32(dtype):
     assert error(rounded, exact) < 8 * float(jnp.finfo(dtype).eps)
 
 
-def test_gathered_convolution_equals_xla():
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_gathered_convolution_equals_xla(strides):
     """Sums of 9 * 512 products, in two orders: float32 rounding of some 1e-6."""
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((2, 3, 5, 512), np.float32), rng.standard_normal((3, 3, 512, 7), np.float32)
     args = {"padding": ((1, 1), (1, 1)), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    text = jax.jit(lambda x, k: convolve(x, k, (1, 1), **args)).lower(x, kernel).as_text()
+    text = jax.jit(lambda x, k: convolve(x, k, strides, **args)).lower(x, kernel).as_text()
     assert jax.default_backend() != "cpu" or "convolution" not in text
-    reference = jax.lax.conv_general_dilated(x, kernel, (1, 1), **args)
-    assert error(convolve(x, kernel, (1, 1), **args), reference) < TOLERANCE
+    reference = jax.lax.conv_general_dilated(x, kernel, strides, **args)
+    assert error(convolve(x, kernel, strides, **args), reference) < TOLERANCE
 
 
 def test_timestep_embedding_of_zero_and_one():

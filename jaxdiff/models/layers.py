@@ -49,14 +49,15 @@ def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **kwargs) -> jax
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
 
     b, h, w, c = x.shape
-    same = kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and tuple(map(tuple, padding)) == ((1, 1), (1, 1))
-    if not same or b * h * w > FEW_POSITIONS or c < MANY_CHANNELS:
+    s = strides[0]
+    usual = kernel.shape[:2] == (3, 3) and strides[0] == strides[1] and tuple(map(tuple, padding)) == ((1, 1), (1, 1))
+    if not usual or b * h * w > FEW_POSITIONS or c < MANY_CHANNELS:
         return general(x, kernel)
 
     def gathered(x, kernel):
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        neighbours = jnp.concatenate([padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], -1)
-        return (neighbours.reshape(b * h * w, 9 * c) @ kernel.reshape(9 * c, -1)).reshape(b, h, w, -1)
+        neighbours = jnp.concatenate([padded[:, i : i + h : s, j : j + w : s] for i in range(3) for j in range(3)], -1)
+        return (neighbours.reshape(-1, 9 * c) @ kernel.reshape(9 * c, -1)).reshape(*neighbours.shape[:3], -1)
 
     return jax.lax.platform_dependent(x, kernel, cpu=gathered, default=general)
 
