@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxdiff.config import Config, ConfigError, TinyVAEConfig, read_json
 from jaxdiff.io.pretrained import check_dtype, write_json
@@ -83,7 +84,6 @@ def load_tiny_vae(path: str | Path, *, dtype: Any = None) -> tuple[AutoencoderTi
     """A tiny autoencoder (TAESD) for previews, and its parameters: see `load_module`."""
 
     def inputs(c: TinyVAEConfig) -> tuple[Array, ...]:
-        side = 2 ** (len(c.encoder_block_out_channels) - 1)
-        return (jax.numpy.zeros((1, side, side, c.in_channels)),)
+        return (jnp.zeros((1, c.factor, c.factor, c.in_channels)),)
 
     return load_module(path, TinyVAEConfig, AutoencoderTiny, inputs, dtype)

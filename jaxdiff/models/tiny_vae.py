@@ -7,6 +7,8 @@ from jaxdiff.config import TinyVAEConfig
 from jaxdiff.models.layers import ACTIVATIONS
 from jaxdiff.typing import Array, Params
 
+NO_VARIANCE = -1e4  # a log-variance whose exponential is 0
+
 # Layers are numbered as in the checkpoints, where activations and enlargements count as layers too.
 
 
@@ -84,7 +86,7 @@ class AutoencoderTiny(nn.Module):
     def encode(self, images: Array) -> tuple[Array, Array]:
         """[B, H, W, 3] in [-1, 1] -> latents float32 [B, h, w, latent_channels], and their log-variance: none."""
         latents = self.encoder(images).astype(jnp.float32)
-        return latents, jnp.full_like(latents, -jnp.inf)
+        return latents, jnp.full_like(latents, NO_VARIANCE)
 
     def decode(self, latents: Array) -> Array:
         """[B, h, w, latent_channels] -> [B, H, W, 3], about [-1, 1], float32."""

@@ -1,0 +1,96 @@
+"""The tiny autoencoder against diffusers' on the same weights, its previews, and its scaling conventions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.config import TinyVAEConfig
+from jaxdiff.io.modules import load_tiny_vae, save_module
+from jaxdiff.models.model import decode, encode
+from jaxdiff.models.tiny_vae import AutoencoderTiny, from_unit, preview, to_unit
+from tests import networks
+from tests.test_models import TOLERANCE, drawn, error
+
+CONFIGS = {  # name -> config
+    "published": {},  # the sizes of every published one; 2.4 million parameters
+    "small": {
+        "encoder_block_out_channels": (16, 16, 16),
+        "decoder_block_out_channels": (16, 16, 16),
+        "num_encoder_blocks": (1, 2, 1),
+        "num_decoder_blocks": (2, 1, 1),
+        "act_fn": "gelu",
+        "latent_channels": 16,
+        "scaling_factor": 0.9,
+        "shift_factor": 0.1,
+    },
+}
+
+
+def made(name: str):
+    """(module, its variables): every weight random."""
+    module = AutoencoderTiny(TinyVAEConfig.from_dict(CONFIGS[name]))
+    return module, drawn(module, (jnp.zeros((1, 8, 8, 3)),))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tiny_autoencoder_equals_pytorch(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    from tests.oracle import drawn as draw_theirs
+    from tests.oracle import nchw, nhwc
+
+    theirs = draw_theirs(diffusers.AutoencoderTiny(**CONFIGS[name]))
+    theirs.save_pretrained(tmp_path)
+    tiny, params = load_tiny_vae(tmp_path)
+    images = networks.uniform_images(2, 32, 24, 3)
+    latents, logvar = jax.jit(lambda p, x: tiny.apply({"params": p}, x, method="encode"))(params, images)
+    decoded = jax.jit(lambda p, z: tiny.apply({"params": p}, z, method="decode"))(params, latents)
+    with torch.no_grad():
+        expected = theirs.encode(nchw(images)).latents
+        pictures = theirs.decode(nchw(latents)).sample
+    assert error(latents, nhwc(expected)) < TOLERANCE
+    assert error(decoded, nhwc(pictures)) < TOLERANCE
+    assert np.all(np.exp(logvar) == 0)
+    z = 7 * latents  # beyond the magnitude, so that some are cut
+    unit = to_unit(tiny.config, z)
+    assert error(unit, nhwc(theirs.scale_latents(nchw(z)))) < TOLERANCE
+    assert error(from_unit(tiny.config, unit), nhwc(theirs.unscale_latents(nchw(unit)))) < TOLERANCE
+
+
+def test_pytorch_opens_what_was_saved(tmp_path):
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    module, variables = made("small")
+    save_module(tmp_path / "a", module, variables["params"])
+    diffusers.AutoencoderTiny.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    again, params = load_tiny_vae(tmp_path / "b")
+    assert again == module
+    jax.tree.map(np.testing.assert_array_equal, params, variables["params"])
+
+
+def test_preview_takes_the_unets_latents():
+    """Scaled and shifted back, decoded, and brought from [-1, 1] to [0, 1]."""
+    module, variables = made("small")
+    latents = np.random.default_rng(0).standard_normal((2, 3, 5, 16)).astype(np.float32)
+    images = preview(module, variables["params"], latents)
+    expected = module.apply(variables, latents / 0.9 + 0.1, method="decode") / 2 + 0.5
+    assert images.shape == (2, 12, 20, 3)
+    assert images.dtype == np.float32
+    np.testing.assert_allclose(images, np.clip(expected, 0, 1), atol=1e-6)
+    assert 0 < np.mean(images) < 1
+
+
+def test_it_takes_the_place_of_a_models_autoencoder(tiny):
+    """The same methods, so that `encode` and `decode` of a model work with it; drawn latents are its mean."""
+    model, params = tiny
+    config = dataclasses.replace(TinyVAEConfig.from_dict(CONFIGS["small"]), latent_channels=4)
+    module = AutoencoderTiny(config)
+    own = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    model, params = dataclasses.replace(model, vae=module), {**params, "vae": own}
+    images = networks.uniform_images(1, 16, 16, 3) / 2 + 0.5
+    latents = encode(model, params, images)
+    np.testing.assert_array_equal(latents, encode(model, params, images, jax.random.key(1)))
+    np.testing.assert_array_equal(decode(model, params, latents), preview(module, own, latents))
