@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.diffusion.guidance import classifier_free
+from jaxdiff.diffusion.guidance import classifier_free, in_interval, rescale
 from jaxdiff.diffusion.prediction import to_denoised
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.models.controlnet import combine
@@ -96,7 +96,11 @@ def guided(
 ) -> Array:
     """One prediction [B, ...] from those with the prompts and with the negative ones, [2 B, ...] in this order."""
     given, without = jnp.split(output, 2)
-    return classifier_free(given, without, jnp.maximum(scale, 1.0))
+    scale = jnp.maximum(scale, 1.0)
+    if interval is not None:
+        scale = jnp.where(in_interval(time, *interval), scale, 1.0)
+    output = classifier_free(given, without, scale)
+    return output if factor is None else rescale(output, given, factor)
 
 
 def with_time_ids(model: Model, cond: Conditioning, x: Array, score: float = AESTHETIC_SCORE) -> Conditioning:

@@ -1,66 +1,100 @@
-"""From prompts to pictures: the pure pieces, and `generate`, which puts them under one compiled program a device."""
+"""From prompts to pictures: `generate` puts the pure pieces under one compiled program a device."""
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff import parallel
+from jaxdiff import prompts as text
+from jaxdiff.arguments import (
+    as_batch,
+    as_controls,
+    as_images,
+    as_interval,
+    as_mask,
+    as_noise,
+    as_numbers,
+    check_task,
+    first_step,
+    latent_shape,
+    most_noise,
+    settle_size,
+)
 from jaxdiff.denoiser import denoiser
 from jaxdiff.diffusion.sampling import sample
 from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.times import default_scheduler, time_grid
-from jaxdiff.models.model import Model, decode, encode, encode_text
+from jaxdiff.models.model import Model, decode, encode_text
+from jaxdiff.tasks import Inputs, Shared, extra_channels, starting_point
 from jaxdiff.typing import Array, Key, Params
 
 
-def tokenize(model: Model, prompts: Sequence[str]) -> np.ndarray:
-    """Prompts to token ids int32 [B, L], cut at the text encoder's length with a warning. Host side."""
-    assert model.tokenizer is not None
-    return model.tokenizer(list(prompts))
+def tokenize(model: Model, prompts: Sequence[str | None]) -> text.Tokens | Array:
+    """Prompts to what `encode_text` reads: token ids int32 [B, K L], or `Tokens` where there is more to say. Host side.
+
+    K chunks of L tokens are as many as the longest prompt needs; see jaxdiff/prompts.py for emphasis and limits.
+    """
+    tokens = text.tokens(model, list(prompts))
+    return tokens.ids if all(field is None for field in tokens[1:]) else tokens
 
 
-class _Plan(NamedTuple):
-    """What a compiled sampler depends on: everything here is static, everything else is traced."""
+def encoder_inputs(
+    model: Model,
+    prompts: list[str],
+    negative: list[str | None],
+    second: list[str | None],
+    guided: bool,
+    emphasis: bool,
+) -> tuple[text.Tokens, text.Tokens | None]:
+    """Tokens of prompts and, if guided, of negative prompts, in as many chunks as any of them needs.
 
-    model: Model
-    scheduler: str
-    guided: bool
-    from_image: bool
-    frames: int  # how many predictions along the way are decoded as well
+    `second` is what SDXL's second encoder reads for the first and then for the others, None where it is the same.
+    """
+    if model.tokenizer_2 is None and any(p is not None for p in second):
+        raise ValueError("prompts_2 are for the second text encoder of SDXL, which this model has not.")
+    count = len(prompts)
+    if not guided:
+        return text.tokens(model, prompts, second[:count], emphasis=emphasis), None
+    both = text.tokens(model, [*prompts, *negative], second, emphasis=emphasis)
+    return jax.tree.map(lambda a: a[:count], both), jax.tree.map(lambda a: a[count:], both)
 
 
 @functools.lru_cache(maxsize=64)
-def sampler(plan: _Plan, devices: tuple[jax.Device, ...]) -> parallel.Mapped:
-    """The compiled program that draws: (shared arguments…, arguments of each picture…) -> pictures in [0, 1].
+def sampler(model: Model, scheduler: str, clip_skip: int, devices: tuple[jax.Device, ...]) -> parallel.Mapped:
+    """The compiled program that draws: (params, Shared, Inputs) -> pictures in [0, 1], and frames where asked for.
 
-    Shared: params, time grid [N + 1], scale of the first noise, first step, steps of the frames [F]. Per picture:
-    tokens [B, L], negative tokens [B, L], guidance scale [B], noise [B, h, w, C], keys [B], images [B, H, W, 3] (None
-    from text alone).
+    It is compiled anew for other shapes, types, or fields that are None; all values are traced.
     """
-    model = plan.model
 
-    def draw(params, times, noise_scale, start, moments, tokens, negative, guidance_scale, noise, keys, images):
-        cond = encode_text(model, params, tokens)
-        uncond = encode_text(model, params, negative) if plan.guided else None
-        denoise = denoiser(model, params, cond, uncond, guidance_scale)
-        if plan.from_image:
-            first = jax.tree.map(lambda a: a[start], times)
-            x = first.alpha * encode(model, params, images) + first.sigma * noise
-        else:
-            x, start = noise_scale * noise, None
-        scheduler = get_scheduler(plan.scheduler, model.scheduler)
-        if not plan.frames:
-            return decode(model, params, sample(denoise, x, times, scheduler, keys, start=start))
-        x0, steps = sample(denoise, x, times, scheduler, keys, start=start, trajectory=True)
-        chosen = steps[moments]  # [F, B, h, w, C]
+    def draw(params: Params, shared: Shared, each: Inputs):
+        cond = encode_text(model, params, each.tokens, clip_skip=clip_skip)
+        uncond = None if each.negative is None else encode_text(model, params, each.negative, clip_skip=clip_skip)
+        denoise = denoiser(
+            model,
+            params,
+            cond,
+            uncond,
+            each.guidance_scale,
+            guidance_rescale=each.guidance_rescale,
+            guidance_interval=shared.guidance_interval,
+            extra_channels=extra_channels(model, params, each),
+            class_labels=each.noise_level,
+            control_images=each.control_images,
+            controlnet_scale=each.controlnet_scale,
+        )
+        method = get_scheduler(scheduler, model.scheduler)
+        x, start, method = starting_point(model, params, shared, each, method)
+        if shared.moments is None:
+            return decode(model, params, sample(denoise, x, shared.times, method, each.keys, start=start))
+        x0, steps = sample(denoise, x, shared.times, method, each.keys, start=start, trajectory=True)
+        chosen = steps[shared.moments]  # [F, B, h, w, C]
         frames = decode(model, params, chosen.reshape(-1, *x0.shape[1:]))
         return decode(model, params, x0), jnp.moveaxis(frames.reshape(*chosen.shape[:2], *frames.shape[1:]), 0, 1)
 
-    return parallel.pmap(draw, devices, shared=5)
+    return parallel.pmap(draw, devices, shared=2)
 
 
 def picture_keys(seed: int | Sequence[int], count: int) -> Key:
@@ -75,74 +109,67 @@ def initial_noise(keys: Key, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
 
 
-def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """(h, w, C) of a picture's latents; raises ValueError if the VAE's factor does not divide height or width."""
-    unet, factor = model.unet.config, model.vae.config.factor
-    sizes = []
-    for name, pixels in (("height", height), ("width", width)):
-        pixels = unet.sample_size * factor if pixels is None else pixels
-        if pixels < factor or pixels % factor:
-            raise ValueError(f"{name} {pixels} must be a positive multiple of {factor}, the VAE's factor.")
-        sizes.append(pixels // factor)
-    return sizes[0], sizes[1], unet.in_channels
-
-
-def as_batch(name: str, value: str | Sequence[str] | None, count: int) -> list[str]:
-    """A text for each picture: one text serves all."""
-    values = [value or ""] if value is None or isinstance(value, str) else list(value)
-    values = values * count if len(values) == 1 else values
-    if len(values) != count:
-        raise ValueError(f"{len(values)} {name} for {count} prompts: give one, or one a prompt.")
-    return values
-
-
-def as_images(image: Array, count: int, shape: tuple[int, int]) -> Array:
-    """One picture or a batch, uint8 or float in [0, 1], as float32 [B, H, W, 3] of the size drawn."""
-    image = np.asarray(image)
-    image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image.astype(np.float32)
-    image = np.broadcast_to(image, (count, *image.shape[-3:]))
-    if image.shape[1:] != (*shape, 3):
-        raise ValueError(f"image has shape {list(image.shape[1:])}, drawn are {[*shape, 3]}: resize it first.")
-    return image
-
-
 def generate(
     model: Model,
     params: Params,
     prompts: str | Sequence[str],
-    negative_prompts: str | Sequence[str] | None = None,
+    negative_prompts: str | Sequence[str | None] | None = None,
     *,
+    prompts_2: str | Sequence[str | None] | None = None,
+    negative_prompts_2: str | Sequence[str | None] | None = None,
     seed: int | Sequence[int] = 0,
     steps: int = 25,
     guidance_scale: float | Sequence[float] = 7.5,
+    guidance_rescale: float | Sequence[float] = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
+    clip_skip: int = 0,
+    emphasis: bool = True,
     scheduler: str | None = None,
     spacing: str | None = None,
     height: int | None = None,
     width: int | None = None,
     noise: Array | None = None,
     image: Array | None = None,
-    strength: float = 0.6,
+    strength: float | None = None,
+    mask: Array | None = None,
+    noise_level: int | Sequence[int] = 20,
+    control_images: Array | Sequence[Array] = (),
+    controlnet_scale: float | Sequence[float] = 1.0,
     frames: int = 0,
     devices: Sequence[jax.Device] | None = None,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """Draw one picture a prompt.
+    """Draw one picture a prompt: from text alone, or from a picture redrawn, inpainted, enlarged or followed.
 
-    Compiled once for each batch size, picture size, type, scheduler and number of steps; prompts, seeds, noise,
-    guidance scale, spacing and strength are traced.
+    Compiled once for each batch size, picture size, type, scheduler, number of steps, chunks of the longest prompt, and
+    set of arguments given; prompts, seeds, noise, pictures, scales, interval, spacing, strength and noise level are
+    traced.
 
     Args:
-        prompts: B prompts.
+        prompts: B prompts; brackets give emphasis, and long ones go in chunks (jaxdiff/prompts.py).
         negative_prompts: what to steer away from: none, one for all, or one a prompt.
+        prompts_2, negative_prompts_2: what the second text encoder of SDXL reads instead; None: the same.
         seed: picture i is drawn from key(seed + i), alone or in a batch, on one device or many (the batch a device
             draws changes the order of sums, so that a pixel may differ by one grey level); or a seed a picture.
         steps: length of the time grid.
-        guidance_scale: weight of the prompt, for all or one a picture; 1 or less turns guidance off.
+        guidance_scale: weight of the prompt, for all or one a picture; 1 or less turns guidance off. Distilled models
+            (LCM) are told of it, and need no second half of the batch.
+        guidance_rescale: in [0, 1], how much of the contrast that guidance adds is taken back (Lin et al. 2023).
+        guidance_interval: (low, high) of sigma / alpha, the noise levels with guidance (Kynkäänniemi et al. 2024).
+        clip_skip: how many of the text encoder's layers are left out at its end, beyond those always left out.
+        emphasis: whether brackets and BREAK in prompts mean something.
         scheduler: a name of `SCHEDULERS`; None takes what the model's scheduler_config.json says.
-        spacing: of the time grid: "leading", "trailing", "linspace" or "karras"; None takes what the config says.
+        spacing: of the time grid, see `time_grid`; None takes what the config says.
         height, width: pixels, multiples of the VAE's factor; None takes the model's own size.
         noise: unit Gaussian latents [B, h, w, C] to start from instead of those drawn from the seeds.
-        image: picture or pictures [B, H, W, 3] (uint8, or float in [0, 1]) to start from instead of pure noise.
-        strength: in (0, 1], the part of the steps that an `image` goes through (Meng et al. 2022, SDEdit).
+        image: picture or pictures [B, H, W, 3] (uint8, or float in [0, 1]) to start from instead of pure noise; with
+            an upscaling model, the small one [B, H / factor, W / factor, 3].
+        strength: in (0, 1], the part of the steps that an `image` goes through (Meng et al. 2022, SDEdit); None is
+            0.6, and 1 with a mask. At 1 what a mask covers is drawn from noise alone.
+        mask: [H, W] or [B, H, W] (bool, uint8, or float in [0, 1]): white is redrawn, and black kept but for what the
+            autoencoder changes. Any model inpaints; those with 9 channels were taught to.
+        noise_level: of an upscaling model: noise on the small picture, in steps, up to the model's max_noise_level.
+        control_images: for each of the model's ControlNets the picture [H, W, 3] or pictures [B, H, W, 3] to follow.
+        controlnet_scale: weight of the ControlNets, for all or one for each.
         frames: how many predictions of the finished picture along the way are returned as well.
         devices: what to draw on, the batch divided over them; None takes all that this process has.
 
@@ -157,28 +184,35 @@ def generate(
         raise ValueError("prompts is empty: give at least one.")
     if steps < 1:
         raise ValueError(f"steps {steps} must be at least 1.")
-    if noise is not None:
-        noise = np.asarray(noise, np.float32)
-        factor = model.vae.config.factor
-        height, width = height or noise.shape[1] * factor, width or noise.shape[2] * factor
-    count, shape = len(prompts), latent_shape(model, height, width)
-    if noise is not None and noise.shape != (count, *shape):
-        raise ValueError(f"noise has shape {list(noise.shape)}, drawn from are {[count, *shape]}.")
-    negative = as_batch("negative_prompts", negative_prompts, count)
-    scales = np.broadcast_to(np.asarray(guidance_scale, np.float32), (count,))
+    check_task(model, image, mask)
+    count, factor, upscaling = len(prompts), model.vae.config.factor, model.family == "upscaler"
+    shape = latent_shape(model, *settle_size(model, height, width, noise, image))
+    size = shape[0] * factor, shape[1] * factor
     scheduler = default_scheduler(model.scheduler) if scheduler is None else scheduler
     times, noise_scale = time_grid(model.scheduler, steps, scheduler, spacing)
     start = 0
-    if image is not None:
-        start = steps - min(int(steps * strength), steps)
-        if not 0 < strength <= 1 or start == steps:
-            raise ValueError(f"strength {strength} must be in (0, 1] and leave at least one of {steps} steps.")
-        image = as_images(image, count, (shape[0] * model.vae.config.factor, shape[1] * model.vae.config.factor))
+    if image is not None and not upscaling:
+        start = first_step(steps, strength if strength is not None else 0.6 if mask is None else 1.0)
+    moments = np.unique(np.linspace(start, len(times.t) - 2, frames).round().astype(np.int32)) if frames else None
+    scales = as_numbers("guidance_scale", guidance_scale, count)
+    rescale = as_numbers("guidance_rescale", guidance_rescale, count, 0.0, 1.0)
+    guided = bool((scales > 1).any()) and model.unet.config.time_cond_proj_dim is None
+    negative = as_batch("negative_prompts", negative_prompts, count)
+    second = as_batch("prompts_2", prompts_2, count) + as_batch("negative_prompts_2", negative_prompts_2, count)
     keys = picture_keys(seed, count)
-    noise = initial_noise(keys, shape) if noise is None else noise
-    chosen = np.unique(np.linspace(start, steps - 1, frames).round().astype(np.int32))
-    plan = _Plan(model, scheduler, bool((scales > 1).any()), image is not None, len(chosen))
+    each = Inputs(
+        *encoder_inputs(model, prompts, negative, second, guided, emphasis),
+        scales,
+        rescale if rescale.any() else None,
+        initial_noise(keys, shape) if noise is None else as_noise(noise, count, shape),
+        keys,
+        None if image is None else as_images("image", image, count, shape[:2] if upscaling else size),
+        None if mask is None else as_mask(mask, count, size),
+        as_numbers("noise_level", noise_level, count, 0, most_noise(model), np.int32) if upscaling else None,
+        *as_controls(model, control_images, controlnet_scale, count, size),
+    )
+    interval = as_interval(guidance_interval)
+    shared = Shared(times, np.asarray(noise_scale), np.asarray(start, np.int32), interval, moments)
     devices = tuple(jax.local_devices() if devices is None else devices)
-    each = (tokenize(model, prompts), tokenize(model, negative), scales, noise, keys, image)
-    drawn = sampler(plan, devices[:count])(params, times, noise_scale, np.int32(start), chosen, *each)
+    drawn = sampler(model, scheduler, clip_skip, devices[:count])(params, shared, each)
     return jax.tree.map(lambda x: np.asarray(jnp.round(255 * x).astype(jnp.uint8)), drawn)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Each house may import those after it; files of one house may import each other.
 HOUSES = (
     ("sample", "train", "configs"),
-    ("jaxdiff", "jaxdiff.generate"),  # the package itself only re-exports
+    ("jaxdiff", "jaxdiff.generate", "jaxdiff.tasks", "jaxdiff.arguments"),  # the package itself only re-exports
     ("jaxdiff.denoiser",),
     ("jaxdiff.training",),
     ("jaxdiff.io",),

@@ -15,6 +15,7 @@ from jaxdiff.config import (
     VAEConfig,
 )
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
+from jaxdiff.models.controlnet import check_fits
 from jaxdiff.models.text import Conditioning as Conditioning
 from jaxdiff.models.text import encode_text as encode_text
 from jaxdiff.models.unet import UNet2DConditionModel
@@ -48,7 +49,7 @@ class Model:
     def family(self) -> str:
         """Which Stable Diffusion this is built like: "sd1", "sd2", "sdxl", "sdxl_refiner" or "upscaler".
 
-        Inpainting models have unet.config.in_channels 9, and distilled ones unet.config.time_cond_proj_dim, in any.
+        Inpainting and distilled models (`unet.config.time_cond_proj_dim`) exist in any family.
         """
         if self.text_encoder_2 is not None:
             return "sdxl_refiner" if self.text_encoder is None else "sdxl"
@@ -56,6 +57,23 @@ class Model:
             return "upscaler"
         # ViT-L of SD 1.x has quick_gelu, OpenCLIP's encoders of SD 2.x the exact gelu.
         return "sd2" if self.text_encoder is not None and self.text_encoder.config.hidden_act == "gelu" else "sd1"
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet was taught inpainting: it sees a mask and the masked picture's latents beside the noise."""
+        return self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
+
+
+def with_controlnets(model: Model, params: Params, *controlnets: tuple[Any, Params]) -> tuple[Model, Params]:
+    """The model with these ControlNets, (module, params) as `load_controlnet` gives each, in the order of `generate`'s.
+
+    Raises:
+        ConfigError: one was trained for a UNet of another shape.
+    """
+    for net, _ in controlnets:
+        check_fits(net.config, model.unet.config)
+    model = dataclasses.replace(model, controlnets=tuple(net for net, _ in controlnets))
+    return model, {**params, "controlnet": [p for _, p in controlnets]}
 
 
 def build(

@@ -1,0 +1,139 @@
+"""What `generate` is given, checked and brought into form: one row a picture, numpy arrays, errors in one sentence."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxdiff.models.controlnet import check_fits
+from jaxdiff.models.model import Model
+from jaxdiff.typing import Array
+
+
+def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """(h, w, C) of a picture's latents; raises ValueError if the VAE's factor does not divide height or width."""
+    unet, factor = model.unet.config, model.vae.config.factor
+    sizes = []
+    for name, pixels in (("height", height), ("width", width)):
+        pixels = unet.sample_size * factor if pixels is None else pixels
+        if pixels < factor or pixels % factor:
+            raise ValueError(f"{name} {pixels} must be a positive multiple of {factor}, the VAE's factor.")
+        sizes.append(pixels // factor)
+    return sizes[0], sizes[1], model.vae.config.latent_channels
+
+
+def settle_size(
+    model: Model, height: int | None, width: int | None, noise: Array | None, image: Array | None
+) -> tuple[int | None, int | None]:
+    """Height and width in pixels where they are given, or follow from the noise or from a picture to be enlarged."""
+    if noise is not None and np.ndim(noise) == 4:
+        latent = np.shape(noise)[1:3]
+    elif model.family == "upscaler" and image is not None and np.ndim(image) > 2:
+        latent = np.shape(image)[-3:-1]
+    else:
+        return height, width
+    factor = model.vae.config.factor
+    return height or latent[0] * factor, width or latent[1] * factor
+
+
+def as_batch(name: str, value: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    """A text for each picture: one text serves all."""
+    values = [value] if value is None or isinstance(value, str) else list(value)
+    values = values * count if len(values) == 1 else values
+    if len(values) != count:
+        raise ValueError(f"{len(values)} {name} for {count} prompts: give one, or one a prompt.")
+    return values
+
+
+def as_numbers(
+    name: str, value: float | Sequence[float], count: int, low: float = -np.inf, high: float = np.inf, dtype=np.float32
+) -> np.ndarray:
+    """A number for each picture, [B], from low to high: one serves all."""
+    numbers = np.asarray(value, dtype)
+    if numbers.shape not in ((), (count,)):
+        raise ValueError(f"{name} has shape {list(numbers.shape)} for {count} prompts: give one, or one a prompt.")
+    if not ((numbers >= low) & (numbers <= high)).all():
+        raise ValueError(f"{name} {value} must be from {low} to {high}.")
+    return np.broadcast_to(numbers, (count,))
+
+
+def as_images(name: str, image: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
+    """One picture or a batch, uint8 or float in [0, 1], as float32 [B, H, W, 3] of the size drawn."""
+    image = np.asarray(image)
+    image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image.astype(np.float32)
+    if image.ndim not in (3, 4) or image.shape[-3:] != (*shape, 3):
+        raise ValueError(f"{name} has shape {list(image.shape)[-3:]}, drawn are {[*shape, 3]}: resize it first.")
+    if image.ndim == 4 and len(image) not in (1, count):
+        raise ValueError(f"{name} holds {len(image)} pictures for {count} prompts: give one, or one a prompt.")
+    return np.broadcast_to(image, (count, *image.shape[-3:]))
+
+
+def as_mask(mask: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
+    """One mask [H, W] or a batch [B, H, W], bool, uint8 or float in [0, 1], as bool [B, H, W, 1]: white is redrawn."""
+    mask = np.asarray(mask)
+    if mask.ndim not in (2, 3) or mask.shape[-2:] != shape:
+        raise ValueError(f"mask has shape {list(mask.shape)[-2:]}, the image {list(shape)}: make them of one size.")
+    if mask.ndim == 3 and len(mask) not in (1, count):
+        raise ValueError(f"mask holds {len(mask)} masks for {count} prompts: give one, or one a prompt.")
+    mask = mask if mask.dtype == bool else mask >= (128 if mask.dtype == np.uint8 else 0.5)
+    return np.broadcast_to(mask, (count, *shape))[..., None]
+
+
+def first_step(steps: int, strength: float) -> int:
+    """How many of the steps are left out at the beginning, so that the part `strength` of them is taken."""
+    start = steps - min(int(steps * strength), steps)
+    if not 0 < strength <= 1 or start == steps:
+        raise ValueError(f"strength {strength} must be in (0, 1] and leave at least one of {steps} steps.")
+    return start
+
+
+def as_noise(noise: Array, count: int, shape: tuple[int, ...]) -> np.ndarray:
+    noise = np.asarray(noise, np.float32)
+    if noise.shape != (count, *shape):
+        raise ValueError(f"noise has shape {list(noise.shape)}, drawn from are {[count, *shape]}.")
+    return noise
+
+
+def as_interval(interval: tuple[float, float] | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """(low, high) as numbers that may be traced."""
+    if interval is None:
+        return None
+    low, high = interval
+    if not 0 <= low < high:
+        raise ValueError(f"guidance_interval {interval} must be two noise levels, the lower one first and at least 0.")
+    return np.asarray(low, np.float32), np.asarray(high, np.float32)
+
+
+def as_controls(
+    model: Model, given: Array | Sequence[Array], scale: float | Sequence[float], count: int, size: tuple[int, int]
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """For each of the model's ControlNets its pictures [B, H, W, 3] and its scales [B]; nothing if none are given."""
+    images: list[Array] = list(given) if isinstance(given, list | tuple) else [np.asarray(given)]
+    nets = model.controlnets
+    if not images:
+        return (), ()
+    if len(images) != len(nets):
+        raise ValueError(f"{len(images)} control_images for {len(nets)} ControlNets: give one for each.")
+    for net in nets:
+        check_fits(net.config, model.unet.config)
+    scales = np.asarray(scale, np.float32)
+    if scales.shape not in ((), (len(nets),)):
+        raise ValueError(f"controlnet_scale {scale} must be one number, or one for each of {len(nets)} ControlNets.")
+    each = np.repeat(np.broadcast_to(scales, (len(nets),))[:, None], count, 1)
+    return tuple(as_images("control_images", image, count, size) for image in images), tuple(each)
+
+
+def most_noise(model: Model) -> int:
+    """The highest noise_level of an upscaling model."""
+    classes = model.unet.config.num_class_embeds
+    assert classes is not None
+    return min(model.options.max_noise_level, classes - 1)
+
+
+def check_task(model: Model, image: Array | None, mask: Array | None) -> None:
+    """Raise ValueError where the model and the pictures given do not make a task."""
+    if mask is not None and image is None:
+        raise ValueError("mask needs the image that it is laid over: give image as well.")
+    if model.inpaints and mask is None:
+        raise ValueError("this model is for inpainting: give image and mask (white is redrawn).")
+    if model.family == "upscaler" and (image is None or mask is not None):
+        raise ValueError("this model is for upscaling: give the small picture as image, and no mask.")

@@ -1,0 +1,29 @@
+"""Inpainting with a network that was never taught it: what is to be kept is put back after every step."""
+
+import jax.numpy as jnp
+
+from jaxdiff.diffusion.prediction import add_noise
+from jaxdiff.diffusion.schedulers import Scheduler, moment
+from jaxdiff.diffusion.schedules import Time
+from jaxdiff.typing import Array, Denoise, Key
+
+
+def keeping(scheduler: Scheduler, original: Array, noise: Array, mask: Array) -> Scheduler:
+    """A scheduler whose samples are `original` where `mask` is 0 (Avrahami et al. 2022, Blended Latent Diffusion, 4.1).
+
+    After each step, what is kept is replaced by the original with as much noise as there is by then; in the end by the
+    original itself.
+
+    Args:
+        original: clean latents [B, ...].
+        noise: unit Gaussian [B, ...], the same at all steps.
+        mask: broadcastable to them; 1 (true) is to be redrawn.
+    """
+
+    def step(denoise: Denoise, state, times: Time, i: Array, keys: Key):
+        state = scheduler.step(denoise, state, times, i, keys)
+        kept = add_noise(original, noise, moment(times, i + 1))
+        kept = jnp.where(i == len(times.t) - 2, original, kept)
+        return state._replace(x=jnp.where(mask, state.x, kept))
+
+    return Scheduler(scheduler.init, step)

@@ -1,0 +1,94 @@
+"""What a picture is drawn from beside its prompt: a picture redrawn, inpainted, enlarged. Pure functions, traced."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.diffusion.inpainting import keeping
+from jaxdiff.diffusion.prediction import add_noise
+from jaxdiff.diffusion.schedulers import Scheduler, moment
+from jaxdiff.diffusion.schedules import Time, noise_schedule
+from jaxdiff.models.model import Model, encode
+from jaxdiff.prompts import Tokens
+from jaxdiff.typing import Array, Key, Params
+
+LOW_RES_NOISE = 2**31  # folded into a picture's key for the upscaler's noise; steps take small numbers
+
+
+class Shared(NamedTuple):
+    """What all pictures of a call have in common."""
+
+    times: Time  # grid of N + 1 times
+    noise_scale: Array  # of the noise at the first of them
+    start: Array  # int32, the first step taken
+    guidance_interval: tuple[Array, Array] | None
+    moments: Array | None  # int32 [F], the steps whose predictions are decoded as well
+
+
+class Inputs(NamedTuple):
+    """What each of B pictures is drawn from."""
+
+    tokens: Tokens
+    negative: Tokens | None  # None: without guidance
+    guidance_scale: Array  # [B]
+    guidance_rescale: Array | None  # [B]
+    noise: Array  # [B, h, w, C], unit Gaussian
+    keys: Key  # [B]
+    image: Array | None = None  # [B, H, W, 3] in [0, 1]; for the upscaler [B, h, w, 3]
+    mask: Array | None = None  # bool [B, H, W, 1], true where the image is to be redrawn
+    noise_level: Array | None = None  # int32 [B], the upscaler's
+    control_images: tuple[Array, ...] = ()  # [B, H, W, 3] in [0, 1] for each ControlNet
+    controlnet_scale: tuple[Array, ...] = ()  # [B] for each ControlNet
+
+
+def small_mask(model: Model, mask: Array) -> Array:
+    """A mask [B, H, W, 1] at the size of the latents, by the nearest (upper left) pixel as PyTorch's resizing does."""
+    factor = model.vae.config.factor
+    return mask[:, ::factor, ::factor]
+
+
+def starting_point(
+    model: Model, params: Params, shared: Shared, each: Inputs, scheduler: Scheduler
+) -> tuple[Array, Array | None, Scheduler]:
+    """The latents [B, h, w, C] to start from, the first step (None: all are taken), and what takes the steps.
+
+    From text alone, and for the upscaler, noise. Else the image with the noise of the first step taken, but pure noise
+    where all steps are taken and a mask says what is to be redrawn. Ordinary models keep the rest by `keeping`.
+    """
+    noise = shared.noise_scale * each.noise
+    if each.image is None or model.family == "upscaler":
+        return noise, None, scheduler
+    original = encode(model, params, each.image)
+    x = add_noise(original, each.noise, moment(shared.times, shared.start))
+    if each.mask is not None:
+        x = jnp.where(shared.start == 0, noise, x)
+        if not model.inpaints:
+            scheduler = keeping(scheduler, original, each.noise, small_mask(model, each.mask))
+    return x, shared.start, scheduler
+
+
+def extra_channels(model: Model, params: Params, each: Inputs) -> Array | None:
+    """What the UNet sees beside the latents, [B, h, w, c], if it has channels for more.
+
+    Inpainting models: the mask, and the latents of the picture with grey in the mask (Rombach et al. 2022, section
+    4.5). Upscalers: the small picture with the noise of `noise_level` on it.
+    """
+    if model.inpaints:
+        assert each.image is not None
+        assert each.mask is not None
+        masked = encode(model, params, jnp.where(each.mask, 0.5, each.image))
+        return jnp.concatenate([small_mask(model, each.mask).astype(masked.dtype), masked], -1)
+    if model.family == "upscaler":
+        assert each.image is not None
+        assert each.noise_level is not None
+        noise = low_res_noise(each.keys, each.image.shape[1:])
+        schedule = noise_schedule(model.options.low_res_scheduler or model.scheduler)
+        alpha, sigma = (jnp.asarray(table)[each.noise_level] for table in schedule)
+        return add_noise(2 * each.image - 1, noise, Time(each.noise_level, alpha, sigma))
+    return None
+
+
+def low_res_noise(keys: Key, shape: tuple[int, ...]) -> Array:
+    """The unit Gaussian noise [B, *shape] that is put on an upscaler's small pictures."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, LOW_RES_NOISE), shape))(keys)
