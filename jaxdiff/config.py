@@ -281,9 +281,7 @@ class SchedulerConfig(Config):
     euler_at_final: bool = False
     predict_x0: bool = True  # UniPC
     disable_corrector: tuple[int, ...] = ()  # UniPC: steps after which nothing is corrected
-    skip_prk_steps: bool = (
-        False  # PNDM: whether it starts by one of Heun's steps rather than three of Runge and Kutta's
-    )
+    skip_prk_steps: bool | None = None  # PNDM: whether it starts by a step of Heun's, not three of Runge and Kutta's
     timestep_scaling: float = 10.0  # LCM
 
     @classmethod
