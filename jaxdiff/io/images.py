@@ -22,7 +22,7 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np
     """A picture file of any kind as RGB.
 
     The camera's orientation (EXIF) is applied, transparency laid over `background`, 16-bit greys are scaled to 8,
-    floating-point greys are taken to be in [0, 1]; of an animation the first frame is read.
+    floating-point greys are taken to be in [0, 1], not-a-number as 0; of an animation the first frame is read.
 
     Returns:
         uint8 [H, W, 3].
@@ -35,13 +35,13 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np
             return np.array(_to_rgb(ImageOps.exif_transpose(opened), background))
     except FileNotFoundError:
         raise ImageError(f"{path} is missing: give an existing picture.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:  # damage shows as errors of many kinds: struct.error, TypeError, DecompressionBombError, …
         raise ImageError(f"{path} cannot be read as a picture ({e}): save it again as PNG or JPEG.") from None
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode == "F":
-        image = Image.fromarray(to_uint8(np.clip(np.asarray(image), 0, 1)))
+        image = Image.fromarray(to_uint8(np.clip(np.nan_to_num(np.asarray(image)), 0, 1)))
     elif image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips instead of scaling
         image = Image.fromarray(to_uint8(np.clip(np.asarray(image) / 65535, 0, 1)))
     if not image.has_transparency_data:
