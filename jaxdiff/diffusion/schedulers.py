@@ -14,209 +14,69 @@ eta = 0 is DDIM, and is Euler's method for dx~/dsigma~ = eps in x~ = x / alpha, 
 2022, equation 3 with sigma = t). eta = 1 is the ancestral sampling of DDPM (Ho et al. 2020, equation 7) and
 k-diffusion's Euler ancestral. They differ in their time grids, in clipping and in the variance of the noise.
 
-Heun's method (Karras et al. 2022, algorithm 1) averages eps over both ends of the step in x~,
+Heun's method (Karras et al. 2022, algorithm 1) averages the slopes at both ends of the step in x / s and sigma / s,
 
-    x' = alpha' x0 + sigma' (eps + eps') / 2 + sigma (alpha' / alpha) (eps - eps') / 2                          (4)
+    x' = s' x / s + (sigma' - sigma s' / s) (d + d') / 2,   d = (x - s x0) / sigma                              (4)
 
-and DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) takes (3) with eta = 0 at a prediction carried half a step onward,
+where s = alpha, and d = eps; on a flow s = alpha + sigma = 1, and d = eps - x0.
 
-    D = x0 + h / (2 h_last) (x0 - x0_last),   h = lambda' - lambda,   lambda = log(alpha / sigma)               (5)
+singlestep.py has the methods that go by (3) and (4) alone. Those of multistep.py take (3) with an average of the
+predictions of several steps. This file knows them all by name.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
+from typing import Any
 
 from jaxdiff.config import SchedulerConfig
-from jaxdiff.diffusion.schedules import Time
-from jaxdiff.typing import Array, Denoise, Key
+from jaxdiff.diffusion.base import Clip, Scheduler, State, clip_to, clipped, dynamic_threshold, moment
+from jaxdiff.diffusion.multistep import dpmpp_2m, lms, pndm, unipc
+from jaxdiff.diffusion.schedules import is_flow
+from jaxdiff.diffusion.singlestep import (
+    ddim,
+    ddpm,
+    dpmpp_2s_ancestral,
+    dpmpp_sde,
+    euler,
+    euler_ancestral,
+    heun,
+    lcm,
+    tcd,
+)
+from jaxdiff.diffusion.times import skips_prk
+
+__all__ = ["SCHEDULERS", "Scheduler", "State", "get_scheduler", "moment"]
 
 
-class State(NamedTuple):
-    """What a scheduler remembers between steps."""
-
-    x: Array  # [B, ...] float32
-    denoised: Array  # [B, ...] float32, the prediction of x0 of the step before; x itself before the first
-    taken: Array  # [] int32, steps taken
-
-
-class Scheduler(NamedTuple):
-    """A sampling method as two pure functions.
-
-    init(x [B, ...]) -> state, and step(denoise, state, times, i, keys [B]) -> state after step i, from entry i of the
-    grid `times` (fields [N + 1]) to entry i + 1; i may be traced. A state has the fields x and denoised at least.
-    """
-
-    init: Callable[[Array], Any]
-    step: Callable[[Denoise, Any, Time, Array, Key], Any]
-
-
-def moment(times: Time, i: Array | int) -> Time:
-    """Entry i of a grid, as a time with scalar fields."""
-    return Time(times.t[i], times.alpha[i], times.sigma[i])
-
-
-def _init(x: Array) -> State:
-    x = jnp.asarray(x, jnp.float32)
-    return State(x, x, jnp.int32(0))
-
-
-def _clip(x0: Array, clip_range: float | None) -> Array:
-    return x0 if clip_range is None else jnp.clip(x0, -clip_range, clip_range)
-
-
-def _eps(x: Array, x0: Array, time: Time) -> Array:
-    """Equation (1)."""
-    return (x - time.alpha * x0) / time.sigma
-
-
-def _ratio(time: Time, then: Time) -> Array:
-    """Equation (2); 0 from pure noise (alpha = 0) and to a clean sample (sigma' = 0)."""
-    return time.alpha * then.sigma / (then.alpha * time.sigma)
-
-
-def _drawn(time: Time, then: Time) -> Array:
-    """1 - r^2, the part of the new noise's variance that eta = 1 draws afresh."""
-    return jnp.maximum(1 - _ratio(time, then) ** 2, 0.0)
-
-
-def _normal(keys: Key, x: Array) -> Array:
-    """Unit Gaussian noise like x [B, ...], each sample's from its own key."""
-    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
-
-
-def _ancestral(eta: float, clip_range: float | None = None) -> Scheduler:
-    """Equation (3); clipping of x0 leaves eps as the network meant it, as diffusers' DDIM does."""
-
-    def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
-        time = moment(times, i)
-        then = moment(times, i + 1) if times.arrival is None else moment(times.arrival, i)
-        x0 = denoise(state.x, time).astype(jnp.float32)
-        eps = _eps(state.x, x0, time)
-        x0 = _clip(x0, clip_range)
-        if eta == 0:
-            x = then.alpha * x0 + then.sigma * eps
-        else:
-            drawn = eta**2 * _drawn(time, then)
-            x = then.alpha * x0 + then.sigma * (jnp.sqrt(1 - drawn) * eps + jnp.sqrt(drawn) * _normal(keys, state.x))
-        return State(x, x0, state.taken + 1)
-
-    return Scheduler(_init, step)
-
-
-def ddim(eta: float = 0.0, clip_range: float | None = None) -> Scheduler:
-    """Denoising diffusion implicit models (Song et al. 2021): equation (3).
-
-    Args:
-        eta: 0 is deterministic, 1 draws as much noise as DDPM.
-        clip_range: bound on |x0|, for models of pictures rather than latents; None leaves x0 alone.
-    """
-    return _ancestral(eta, clip_range)
-
-
-def ddpm(variance_type: str = "fixed_small", clip_range: float | None = None) -> Scheduler:
-    """Ancestral sampling of the denoising diffusion model (Ho et al. 2020, algorithm 2, for any grid).
-
-    Args:
-        variance_type: "fixed_small", the posterior's variance sigma'^2 (1 - r^2), which is equation (3) with eta = 1;
-            or "fixed_large", that of a forward step, sigma^2 - (sigma' alpha / alpha')^2.
-        clip_range: bound on |x0|, and with it on the mean.
-
-    Raises:
-        ValueError: any other variance_type; learned variances are not known here.
-    """
-    if variance_type not in ("fixed_small", "fixed_small_log", "fixed_large"):
-        raise ValueError(f"variance_type {variance_type!r} is unknown; known are fixed_small and fixed_large.")
-
-    def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
-        time, then = moment(times, i), moment(times, i + 1)
-        x0 = _clip(denoise(state.x, time).astype(jnp.float32), clip_range)
-        scale = time.sigma if variance_type == "fixed_large" else then.sigma
-        # As in the paper's algorithm, nothing is drawn on leaving the first time of training.
-        drawn = jnp.where(time.t > 0, scale * jnp.sqrt(_drawn(time, then)), 0.0)
-        mean = then.alpha * x0 + then.sigma * _ratio(time, then) * _eps(state.x, x0, time)
-        x = mean + drawn * _normal(keys, state.x)
-        return State(x, x0, state.taken + 1)
-
-    return Scheduler(_init, step)
-
-
-def euler() -> Scheduler:
-    """Euler's method on the probability-flow ODE (Karras et al. 2022): equation (3) with eta = 0."""
-    return _ancestral(0.0)
-
-
-def euler_ancestral() -> Scheduler:
-    """k-diffusion's `sample_euler_ancestral` (Crowson 2022): equation (3) with eta = 1."""
-    return _ancestral(1.0)
-
-
-def heun(clip_range: float | None = None) -> Scheduler:
-    """Heun's second-order method (Karras et al. 2022, algorithm 1): equation (4), two network calls a step.
-
-    From pure noise (alpha = 0) and to a clean sample (sigma' = 0) the step is Euler's, with one call.
-    """
-
-    def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
-        time, then = moment(times, i), moment(times, i + 1)
-        x0 = _clip(denoise(state.x, time).astype(jnp.float32), clip_range)
-        eps = _eps(state.x, x0, time)
-        x = then.alpha * x0 + then.sigma * eps
-
-        def correct(x: Array) -> Array:
-            x0_then = _clip(denoise(x, then).astype(jnp.float32), clip_range)
-            half = (_eps(x, x0_then, then) - eps) / 2
-            return x + (then.sigma - time.sigma * then.alpha / time.alpha) * half
-
-        x = jax.lax.cond((then.sigma > 0) & (time.alpha > 0), correct, lambda x: x, x)
-        return State(x, x0, state.taken + 1)
-
-    return Scheduler(_init, step)
-
-
-def dpmpp_2m(lower_order_final: bool = True, euler_at_final: bool = False) -> Scheduler:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): equation (5), one network call a step.
-
-    The first step, and the last where it ends in a clean sample (sigma' = 0), are of first order.
-
-    Args:
-        lower_order_final: whether the last of fewer than 15 steps is of first order as well.
-        euler_at_final: whether the last step always is.
-    """
-
-    def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
-        steps = len(times.t) - 1
-        last, time, then = moment(times, jnp.maximum(i - 1, 0)), moment(times, i), moment(times, i + 1)
-        x0 = denoise(state.x, time).astype(jnp.float32)
-        second = (state.taken > 0) & (then.sigma > 0)
-        if euler_at_final or (lower_order_final and steps < 15):
-            second &= i < steps - 1
-        # h / h_last = log r / log r_last; a step from pure noise has h_last infinite and tells nothing of the slope.
-        onward = jnp.where(second, jnp.log(_ratio(time, then)) / jnp.log(_ratio(last, time)), 0.0)
-        ahead = x0 + onward / 2 * (x0 - state.denoised)
-        x = then.alpha * ahead + then.sigma * _eps(state.x, ahead, time)
-        return State(x, x0, state.taken + 1)
-
-    return Scheduler(_init, step)
+def dpmpp_2m_sde(**options: Any) -> Scheduler:
+    """`dpmpp_2m` with eta = 1 (sde-dpmsolver++ in diffusers, `sample_dpmpp_2m_sde` in k-diffusion)."""
+    return dpmpp_2m(**{**options, "eta": 1.0})
 
 
 SCHEDULERS: dict[str, Callable[..., Scheduler]] = {
     "ddim": ddim,
     "ddpm": ddpm,
+    "pndm": pndm,
+    "lms": lms,
     "euler": euler,
     "euler_ancestral": euler_ancestral,
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_sde": dpmpp_sde,
+    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
+    "unipc": unipc,
+    "lcm": lcm,
+    "tcd": tcd,
 }
+THRESHOLDED = ("ddim", "ddpm", "lcm", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+CLIPPED = {"ddim": True, "ddpm": True, "heun": False, "lcm": False}  # by whether they are when the config is silent
 
 
 def get_scheduler(name: str, config: SchedulerConfig | None = None) -> Scheduler:
     """The scheduler of this name, with the options that diffusers' class of it reads from a config.
 
-    Those are the clipping of x0 (ddim, ddpm, heun), the variance (ddpm) and the order at the end (dpmpp_2m). A missing
-    `clip_sample` is true for ddim and ddpm, false for heun; the others never clip. Without a config nothing is clipped.
+    Those are the bounds on x0 (`CLIPPED`, `THRESHOLDED`), the variance (ddpm), order, type and ends of the solver
+    (dpmpp_2m, unipc), the first steps (pndm) and the boundary (lcm). Without a config x0 is not bounded.
 
     Raises:
         ValueError: an unknown name, or an option of the config that is not implemented.
@@ -225,14 +85,41 @@ def get_scheduler(name: str, config: SchedulerConfig | None = None) -> Scheduler
         raise ValueError(f"scheduler {name!r} is unknown; known are {', '.join(SCHEDULERS)}.")
     if config is None:
         return SCHEDULERS[name]()
-    if config.thresholding:
-        raise ValueError("thresholding (scheduler_config.json) is not implemented: set it to false.")
-    clips = name in ("ddim", "ddpm") if config.clip_sample is None else config.clip_sample
-    options: dict[str, Any] = {}
-    if name in ("ddim", "ddpm", "heun"):
-        options["clip_range"] = config.clip_sample_range if clips else None
+    options, clip = _options(name, config), _clip(name, config)
+    if name == "ddim":
+        return ddim(clip=clip)
+    return clipped(SCHEDULERS[name](**options), clip)
+
+
+def _clip(name: str, config: SchedulerConfig) -> Clip | None:
+    if config.thresholding and name in THRESHOLDED:
+        return dynamic_threshold(config.dynamic_thresholding_ratio, config.sample_max_value)
+    clips = name in CLIPPED and (CLIPPED[name] if config.clip_sample is None else config.clip_sample)
+    return clip_to(config.clip_sample_range) if clips else None
+
+
+def _options(name: str, config: SchedulerConfig) -> dict[str, Any]:
+    """What a config says to one scheduler."""
     if name == "ddpm":
-        options["variance_type"] = config.variance_type or "fixed_small"
-    if name == "dpmpp_2m":
-        options |= {"lower_order_final": config.lower_order_final, "euler_at_final": config.euler_at_final}
-    return SCHEDULERS[name](**options)
+        return {"variance_type": config.variance_type or "fixed_small"}
+    if name == "heun":
+        return {"flow": is_flow(config)}
+    if name == "pndm":
+        return {"skip_prk_steps": skips_prk(config), "kind": config.prediction_type}
+    if name == "lcm":
+        return {"timestep_scaling": config.timestep_scaling}
+    solver = {"order": config.solver_order, "lower_order_final": config.lower_order_final}
+    if name == "unipc":
+        kind = "sample" if config.predict_x0 else "epsilon"
+        # Like diffusers' classes, each takes the other's types for its own default.
+        solver_type = "bh1" if config.solver_type == "bh1" else "bh2"
+        return {**solver, "solver_type": solver_type, "kind": kind, "disable_corrector": config.disable_corrector}
+    if name in ("dpmpp_2m", "dpmpp_2m_sde"):
+        if config.algorithm_type == "sde-dpmsolver":
+            raise ValueError('algorithm_type "sde-dpmsolver" is not implemented: take "sde-dpmsolver++".')
+        kind = "epsilon" if config.algorithm_type == "dpmsolver" and name == "dpmpp_2m" else "sample"
+        if kind == "epsilon" and config.final_sigmas_type == "zero":
+            raise ValueError('algorithm_type "dpmsolver" needs final_sigmas_type "sigma_min" in scheduler_config.json.')
+        solver_type = "heun" if config.solver_type == "heun" else "midpoint"
+        return {**solver, "solver_type": solver_type, "kind": kind, "euler_at_final": config.euler_at_final}
+    return {}

@@ -42,6 +42,7 @@ class Time(NamedTuple):
     sigma: Array  # weight of the noise
     # Grids only, [N]: where step i arrives, if that is not entry i + 1 (diffusers' DDIM: see times.py).
     arrival: "Time | None" = None
+    middle: "Time | None" = None  # [N, K]: moments that some schedulers visit within a step
 
 
 class NoiseSchedule(NamedTuple):

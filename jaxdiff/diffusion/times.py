@@ -1,14 +1,8 @@
 """Time grids: the moments at which a scheduler calls the network, as diffusers' class of that scheduler lays them.
 
-With T training steps and N sampling steps, i = 0 … N-1 (Lin et al. 2023, table 2):
-
-    "linspace"   t_i = (T - 1) (1 - i / (N - 1))                                                            (1)
-    "leading"    t_i = (N - 1 - i) floor(T / N) + steps_offset                                              (2)
-    "trailing"   t_i = round(T - i T / N) - 1                                                               (3)
-    "karras"     s_i = (s_0^(1/7) + i / (N - 1) (s_{N-1}^(1/7) - s_0^(1/7)))^7,  s = sigma / alpha          (4)
-
-(4) is equation 5 of Karras et al. 2022; its ends are those of the class's other grid, or of the whole table, and its
-times are found in the table by interpolating log s. What else differs from class to class is in `RULES`.
+Times are spread as spacing.py says. Those of spacings by noise level are found in the table of the process, by
+interpolating log(sigma / alpha); their ends are those of the class's other grid, or of the whole table. What else
+differs from class to class is in `RULES`.
 
 A flow has grids of its own, evenly spread over sigma = t / T from 1 and then shifted (schedules.py, equation 8).
 """
@@ -19,40 +13,60 @@ import numpy as np
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.schedules import Time, is_flow, noise_schedule, shift_time
+from jaxdiff.diffusion.spacing import LEVELS, SPACINGS, STEPS, distilled, spaced, spread
 
-SPACINGS = ("leading", "trailing", "linspace", "karras")
+GAMMA = 0.3  # of TCD: how much of each step's noise is new, Zheng et al. 2024
 
 
 class Rule(NamedTuple):
     """How one class of diffusers lays out its grid."""
 
-    spacing: str  # where scheduler_config.json names none
-    final: str  # where the last step ends: the config key that says so, or "zero" for a clean sample always
-    fractional: bool = False  # linspace and karras times keep their fraction
+    spacing: str  # where scheduler_config.json names none; "distilled" whatever it names
+    final: str  # where the last step ends: the config key that says so, "zero" for a clean sample, "first" of the table
+    fractional: bool = False  # linspace times and those of levels keep their fraction
     scaled: bool = False  # starts from noise times sigma_0 rather than 1, but for leading grids
-    karras: bool = False  # knows `use_karras_sigmas`
+    levels: bool = False  # knows `use_karras_sigmas`, `use_exponential_sigmas`, `use_beta_sigmas`
     finite: bool = False  # a zero-SNR table ends at alpha^2 = 2**-24 rather than 0
-    spare: int = 0  # points laid out beyond N and dropped from the end; 1 also takes karras from the whole table
+    spare: int = 0  # points laid out beyond N and dropped from the end; 1 also takes levels from the whole table
 
 
+_SIGMAS = {"fractional": True, "scaled": True}
+_SOLVER = Rule("linspace", "final_sigmas_type", levels=True, finite=True, spare=1)
 RULES: dict[str, Rule] = {
     "ddim": Rule("leading", "set_alpha_to_one"),
     "ddpm": Rule("leading", "zero"),
-    "euler": Rule("linspace", "final_sigmas_type", fractional=True, scaled=True, karras=True, finite=True),
-    "euler_ancestral": Rule("linspace", "zero", fractional=True, scaled=True, finite=True),
-    "heun": Rule("linspace", "zero", fractional=True, scaled=True, karras=True),
-    "dpmpp_2m": Rule("linspace", "final_sigmas_type", karras=True, finite=True, spare=1),
+    "pndm": Rule("leading", "set_alpha_to_one"),
+    "lms": Rule("linspace", "zero", levels=True, finite=True, **_SIGMAS),
+    "euler": Rule("linspace", "final_sigmas_type", levels=True, finite=True, **_SIGMAS),
+    "euler_ancestral": Rule("linspace", "zero", finite=True, **_SIGMAS),
+    "heun": Rule("linspace", "zero", levels=True, **_SIGMAS),
+    "dpmpp_2m": _SOLVER,
+    "dpmpp_2m_sde": _SOLVER,
+    "dpmpp_sde": Rule("linspace", "zero", levels=True, finite=True, **_SIGMAS),
+    "dpmpp_2s_ancestral": Rule("linspace", "zero", levels=True, finite=True, **_SIGMAS),
+    "unipc": _SOLVER,
+    "lcm": Rule("distilled", "zero"),
+    "tcd": Rule("distilled", "first"),
 }
 
 # Scheduler names by diffusers class; any other class is drawn with dpmpp_2m.
 CLASSES = {
     "DDIMScheduler": "ddim",
+    "DDIMParallelScheduler": "ddim",
     "DDPMScheduler": "ddpm",
+    "DDPMParallelScheduler": "ddpm",
+    "PNDMScheduler": "pndm",
+    "LMSDiscreteScheduler": "lms",
     "EulerDiscreteScheduler": "euler",
     "FlowMatchEulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "HeunDiscreteScheduler": "heun",
+    "FlowMatchHeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
+    "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
+    "TCDScheduler": "tcd",
 }
 
 
@@ -62,7 +76,26 @@ def default_scheduler(config: SchedulerConfig) -> str:
     >>> default_scheduler(SchedulerConfig(class_name="EulerDiscreteScheduler"))
     'euler'
     """
-    return CLASSES.get(config.class_name, "dpmpp_2m")
+    name = CLASSES.get(config.class_name, "dpmpp_2m")
+    return "dpmpp_2m_sde" if name == "dpmpp_2m" and config.algorithm_type.startswith("sde") else name
+
+
+def skips_prk(config: SchedulerConfig) -> bool:
+    """Whether PNDM starts without the steps of Runge and Kutta: as the file says, else only its own class has them."""
+    return config.class_name != "PNDMScheduler" if config.skip_prk_steps is None else config.skip_prk_steps
+
+
+def calls(config: SchedulerConfig, steps: int, scheduler: str) -> int:
+    """How many times the network is called in so many steps to a clean sample.
+
+    >>> [calls(SchedulerConfig(), 10, name) for name in ("ddim", "heun", "pndm")]
+    [10, 19, 11]
+    """
+    if scheduler in ("heun", "dpmpp_sde", "dpmpp_2s_ancestral"):
+        return 2 * steps - 1
+    if scheduler == "pndm":
+        return steps + (1 if skips_prk(config) or steps < 4 else 9) * (steps > 1)
+    return steps
 
 
 def time_grid(
@@ -74,8 +107,8 @@ def time_grid(
         config: of the model's process and of the grid.
         steps: N.
         scheduler: a name of `SCHEDULERS`, whose diffusers class is followed.
-        spacing: "leading", "trailing", "linspace" or "karras" (over the grid that the config names); None takes what
-            the config says, else the default of the class.
+        spacing: one of `SPACINGS`, those by noise level over the grid that the config names; None takes what the
+            config says, else the default of the class.
 
     Returns:
         Time with float32 numpy fields [N + 1], from noise to picture, and the scale: sample from scale * noise.
@@ -89,125 +122,179 @@ def time_grid(
     """
     if scheduler not in RULES:
         raise ValueError(f"scheduler {scheduler!r} is unknown; known are {', '.join(RULES)}.")
-    rule, flow = RULES[scheduler], is_flow(config)
     if steps < 1:
         raise ValueError(f"steps {steps} must be at least 1.")
-    karras = spacing == "karras" or (spacing is None and config.use_karras_sigmas and (rule.karras or flow))
-    named = None if spacing == "karras" else spacing
-    spacing = named or config.timestep_spacing or ("linspace" if flow else rule.spacing)
-    if spacing not in SPACINGS[:3]:
-        known = f"{', '.join(SPACINGS)} (which a config says by use_karras_sigmas)"
-        raise ValueError(f"spacing {spacing!r} is unknown; known are {known}.")
-    if flow:
-        times = _flow_grid(config, steps, rule, spacing, karras)
-        arrival = None
-    else:
-        times, arrival = _table_grid(config, steps, rule, spacing, karras)
-    if not (np.diff(times.sigma[:-1] / np.maximum(times.alpha[:-1], 1e-9)) < 0).all():
+    rule, process = RULES[scheduler], Process(config, RULES[scheduler], scheduler)
+    levels = spacing if spacing in LEVELS else None if spacing else _levels(config, rule, scheduler)
+    base = (None if spacing in LEVELS else spacing) or _base(config, rule)
+    if base not in (*STEPS, "distilled"):
+        raise ValueError(f"spacing {base!r} is unknown; known are {', '.join(SPACINGS)} (levels: use_…_sigmas).")
+    t, level = (_flow_points if process.flow else _points)(process, steps, base, levels)
+    final = process.final()
+    times = process.time(np.append(t, 0), np.append(level, final))
+    if not (np.diff(level) < 0).all():
         raise ValueError(
-            f"{steps} steps are more than {spacing} spacing of {scheduler} has room for: take fewer steps."
+            f"{steps} steps are more than {levels or base} spacing of {scheduler} has room for: take fewer steps."
         )
     if times.alpha[0] == 0 and config.prediction_type == "epsilon":
         raise ValueError(
             'prediction_type "epsilon" says nothing of x0 where the picture has no weight, at the first step of this '
             'grid: take spacing "leading", or a model of another prediction type.'
         )
-    if scheduler == "ddim":
-        # Given always, so that compiled programs do not depend on the spacing.
-        times = times._replace(arrival=arrival or Time(times.t[1:], times.alpha[1:], times.sigma[1:]))
-    scale = np.float32(times.sigma[0]) if rule.scaled and spacing != "leading" else np.float32(1)
+    times = _with_stops(process, times, t, level, steps, by_time=levels is None)
+    scale = np.float32(times.sigma[0]) if rule.scaled and base != "leading" else np.float32(1)
     return times, scale
 
 
-def _spaced(config: SchedulerConfig, steps: int, rule: Rule, spacing: str) -> np.ndarray:
-    """Times [N] by equations (1) to (3). numpy's own functions are called as diffusers does: ties round alike."""
-    total, points = config.num_train_timesteps, steps + rule.spare
-    if spacing == "linspace":
-        t = np.linspace(0, total - 1, points)[::-1]
-        t = t if rule.fractional else t.round()
-    elif spacing == "leading":
-        t = (np.arange(points, dtype=float) * (total // points))[::-1] + config.steps_offset
-        if t[0] > total - 1:
-            raise ValueError(
-                f"{steps} steps with steps_offset {config.steps_offset} reach beyond the {total} of training: "
-                "take fewer steps, or spacing trailing."
-            )
-    else:
-        t = np.arange(total, 0, -total / steps).round() - 1
-    return t[:steps]
+def _levels(config: SchedulerConfig, rule: Rule, scheduler: str) -> str | None:
+    """The spacing by noise level that a config names, if the class knows of any."""
+    if not (rule.levels or is_flow(config)):
+        return None
+    if config.use_lu_lambdas and scheduler.startswith("dpmpp_2m"):
+        return "exponential"
+    if config.use_karras_sigmas:
+        return "karras"
+    return "exponential" if config.use_exponential_sigmas else "beta" if config.use_beta_sigmas else None
 
 
-def _karras(first: float, last: float, steps: int) -> np.ndarray:
-    """Equation (4), [N]."""
-    return (first ** (1 / 7) + np.linspace(0, 1, steps) * (last ** (1 / 7) - first ** (1 / 7))) ** 7
+def _base(config: SchedulerConfig, rule: Rule) -> str:
+    if is_flow(config):
+        return config.timestep_spacing or "linspace"
+    return rule.spacing if rule.spacing == "distilled" else config.timestep_spacing or rule.spacing
 
 
-def _from_ratio(t: np.ndarray, ratio: np.ndarray) -> Time:
-    """Variance-preserving times in float32 from s = sigma / alpha, which may be 0 or infinite."""
-    with np.errstate(divide="ignore"):
-        alpha, sigma = 1 / np.sqrt(1 + ratio**2), 1 / np.sqrt(1 + ratio**-2.0)
-    return Time(t.astype(np.float32), alpha.astype(np.float32), sigma.astype(np.float32))
+class Process:
+    """Noise levels at the times of one process, and back: sigma / alpha in float64, which may be infinite."""
+
+    def __init__(self, config: SchedulerConfig, rule: Rule, scheduler: str) -> None:
+        self.config, self.rule, self.scheduler, self.flow = config, rule, scheduler, is_flow(config)
+        alpha, sigma = (a.astype(np.float64) for a in noise_schedule(config))
+        if config.rescale_betas_zero_snr and rule.finite and not self.flow:
+            alpha[-1] = 2.0**-12
+        with np.errstate(divide="ignore"):
+            self.table = sigma / alpha
+        self.index = np.arange(len(self.table))
+
+    def level(self, t: np.ndarray) -> np.ndarray:
+        """By interpolating the table linearly, a flow's sigma."""
+        if self.flow:
+            with np.errstate(divide="ignore"):
+                u = t / self.config.num_train_timesteps
+                return u / (1 - u)
+        return np.interp(t, self.index, self.table)
+
+    def t(self, level: np.ndarray) -> np.ndarray:
+        """By interpolating the logarithm of the table, a flow's sigma."""
+        if self.flow:
+            return self.config.num_train_timesteps * level / (1 + level)
+        with np.errstate(divide="ignore"):
+            return np.interp(np.log(np.maximum(level, 1e-10)), np.log(self.table), self.index)
+
+    def time(self, t: np.ndarray, level: np.ndarray) -> Time:
+        """Times in float32."""
+        with np.errstate(divide="ignore"):
+            power = 1.0 if self.flow else 2.0
+            alpha, sigma = (1 + level**power) ** (-1 / power), (1 + level**-power) ** (-1 / power)
+        return Time(t.astype(np.float32), alpha.astype(np.float32), sigma.astype(np.float32))
+
+    def final(self) -> float:
+        """The level at which the last step ends: 0, or that of the first entry of the table."""
+        rule, config = self.rule, self.config
+        clean = rule.final != "first"
+        if rule.final == "set_alpha_to_one":  # the classes' own defaults differ
+            clean = self.scheduler == "ddim" if config.set_alpha_to_one is None else config.set_alpha_to_one
+        if rule.final == "final_sigmas_type":
+            if config.final_sigmas_type not in ("zero", "sigma_min"):
+                raise ValueError(
+                    f'final_sigmas_type {config.final_sigmas_type!r} is unknown; known are "zero" and "sigma_min".'
+                )
+            clean = config.final_sigmas_type == "zero" and config.interpolation_type != "log_linear"
+        return 0.0 if clean else float(self.table[0])
 
 
-def _table_grid(
-    config: SchedulerConfig, steps: int, rule: Rule, spacing: str, karras: bool
-) -> tuple[Time, Time | None]:
-    """Grid of a process given by betas; and where each step arrives, if not at the next entry."""
-    schedule = noise_schedule(config)
-    alpha, sigma = (a.astype(np.float64) for a in schedule)
-    if config.rescale_betas_zero_snr and (rule.finite or karras):
-        alpha[-1] = 2.0**-12
-    with np.errstate(divide="ignore"):
-        table = sigma / alpha
-    index = np.arange(len(table))
-    t = _spaced(config, steps, rule, spacing)
-    ratio = np.interp(t, index, table)
-    if karras:
-        ratio = _karras(table[-1], table[0], steps) if rule.spare else _karras(ratio[0], ratio[-1], steps)
-        t = np.interp(np.log(ratio), np.log(table), index)
-        if rule.spare:  # DPM++ keeps the levels, and tells the network whole times
-            t = np.floor(t) if config.beta_schedule == "squaredcos_cap_v2" else t.round()
-    final = 0.0 if _ends_clean(config, rule) else table[0]
-    times = _from_ratio(np.append(t, 0), np.append(ratio, final))
-    if rule.final != "set_alpha_to_one" or karras:
-        return times, None
-    # diffusers' DDIM steps down by floor(T / N) whatever the spacing, and goes on from there as if from entry i + 1.
-    t = t - config.num_train_timesteps // steps
-    ratio = np.where(t < 0, final, table[np.maximum(t, 0).astype(int)])
-    return times, _from_ratio(np.maximum(t, 0), ratio)
+def _points(process: Process, steps: int, base: str, levels: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Times and levels [N] of a process given by betas."""
+    config, rule, table = process.config, process.rule, process.table
+    t = distilled(config, steps) if base == "distilled" else spaced(config, steps, base, rule.spare, rule.fractional)
+    level = process.level(t)
+    if levels is None:
+        if process.scheduler == "euler" and config.interpolation_type == "log_linear":
+            level = spread("exponential", table[-1], table[0], steps + 1)[:-1]
+        return t, level
+    if not np.isfinite(table[-1]):  # no level to start from: nearly pure noise will do
+        table[-1] = 2.0**12
+    ends = table[[-1, 0]] if rule.spare else process.level(t[[0, -1]])
+    level = spread(levels, ends[0], ends[1], steps)
+    level = np.clip(level, table[0], table[-1])
+    t = process.t(level)
+    if rule.spare:  # keep the levels, and tell the network whole times
+        cosine = config.beta_schedule == "squaredcos_cap_v2" and process.scheduler != "unipc"
+        whole = levels == "karras" or (levels == "exponential" and config.use_lu_lambdas)
+        t = t.round() if whole and not cosine else np.floor(t)
+    return t, level
 
 
-def _ends_clean(config: SchedulerConfig, rule: Rule) -> bool:
-    """Whether the last step goes to a clean sample, or to the first entry of the table."""
-    if rule.final == "set_alpha_to_one":
-        return config.set_alpha_to_one is not False
-    if rule.final == "final_sigmas_type" and config.final_sigmas_type != "zero":
-        if config.final_sigmas_type == "sigma_min":
-            return False
-        raise ValueError(
-            f'final_sigmas_type {config.final_sigmas_type!r} is unknown; known are "zero" and "sigma_min".'
-        )
-    return True
+def _flow_points(process: Process, steps: int, base: str, levels: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Times t = T sigma and levels [N] of a rectified flow.
 
-
-def _flow_grid(config: SchedulerConfig, steps: int, rule: Rule, spacing: str, karras: bool) -> Time:
-    """Grid of a rectified flow, t = T sigma.
-
-    linspace is that of FlowMatchEulerDiscreteScheduler; dpmpp_2m's, of DPMSolverMultistepScheduler with flow sigmas.
+    linspace is that of FlowMatchEulerDiscreteScheduler; dpmpp_2m's and unipc's, of their classes with flow sigmas.
     """
-    total = float(config.num_train_timesteps)
-    if spacing == "leading":
+    config, total = process.config, float(process.config.num_train_timesteps)
+    if config.use_dynamic_shifting:
+        raise ValueError("use_dynamic_shifting (scheduler_config.json) is not implemented: set it to false, and shift.")
+    if base == "leading":
         raise ValueError('spacing "leading" does not start from pure noise, as a flow must: take linspace or trailing.')
-    if spacing == "trailing":
+    if base == "trailing":
         t = total * (1 - np.arange(steps) / steps)
-    elif rule.spare:
+    elif process.scheduler == "unipc":
+        t = total * np.linspace(1, 1 / total, steps + 1)[:-1]
+    elif process.rule.spare:
         t = total * (1 - np.linspace(1, 1 / total, steps + 1))[:0:-1]
     else:
         # The class shifts its range at construction and the points of it again.
         t = np.linspace(total, shift_time(1.0, config), steps)
     t = shift_time(t, config)
-    if karras:
-        t = total * _karras(t[0] / total, t[-1] / total, steps)
-    sigma = np.append(t, 0) / total
-    t = np.floor(t) if rule.spare else t
-    return Time(np.append(t, 0).astype(np.float32), (1 - sigma).astype(np.float32), sigma.astype(np.float32))
+    if levels is not None:
+        if levels not in ("karras", "exponential", "beta"):
+            raise ValueError(f'spacing "{levels}" is a table for Stable Diffusion, not for a flow: take linspace.')
+        t = total * spread(levels, t[0] / total, t[-1] / total, steps)
+    if process.scheduler == "unipc":
+        t = np.minimum(t, total * (1 - 1e-6))
+    return np.floor(t) if process.rule.spare else t, process.level(t)
+
+
+def _with_stops(process: Process, times: Time, t: np.ndarray, level: np.ndarray, steps: int, by_time: bool) -> Time:
+    """The grid with the times that some schedulers visit besides its entries.
+
+    Given whatever the spacing, so that compiled programs do not depend on it.
+    """
+    name, step = process.scheduler, process.config.num_train_timesteps // steps
+    table_times = by_time and not process.flow  # the entries are entries of the table
+
+    def at(t: np.ndarray) -> Time:
+        return process.time(t, process.level(t))
+
+    if name == "dpmpp_sde":
+        high = np.minimum(level, process.level(np.array(process.config.num_train_timesteps - 1.0)))
+        middle = np.sqrt(high * np.append(level[1:], 0.0))
+        return times._replace(middle=process.time(process.t(middle)[:, None], middle[:, None]))
+    if name == "tcd":
+        below = (1 - GAMMA) * np.append(t[1:], 0.0)
+        return times._replace(arrival=at(np.floor(below) if table_times else below))
+    if name not in ("ddim", "pndm"):
+        return times
+    arrival = Time(times.t[1:], times.alpha[1:], times.sigma[1:])
+    if table_times:  # the classes step down by floor(T / N) whatever the spacing, and go on as if from entry i + 1
+        down = t - step
+        arrival = process.time(np.maximum(down, 0), np.where(down < 0, process.final(), process.level(down)))
+    if name == "ddim":
+        return times._replace(arrival=arrival)
+    following = np.append(t[1:], t[-1:])
+    if not skips_prk(process.config):
+        half = [following + step // 2, t - step // 2] if table_times else [(t + following) / 2] * 2
+        middle = at(np.stack(half, 1))
+    elif table_times:
+        middle = at((following + step)[:, None])
+    else:
+        middle = Time(times.t[:-1, None], times.alpha[:-1, None], times.sigma[:-1, None])
+    return times._replace(arrival=arrival, middle=middle)
