@@ -78,12 +78,19 @@ def as_mask(mask: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
     return np.broadcast_to(mask, (count, *shape))[..., None]
 
 
-def first_step(steps: int, strength: float) -> int:
+def first_step(steps: int, strength: float, name: str = "strength") -> int:
     """How many of the steps are left out at the beginning, so that the part `strength` of them is taken."""
     start = steps - min(int(steps * strength), steps)
     if not 0 < strength <= 1 or start == steps:
-        raise ValueError(f"strength {strength} must be in (0, 1] and leave at least one of {steps} steps.")
+        raise ValueError(f"{name} {strength} must be in (0, 1] and leave at least one of {steps} steps.")
     return start
+
+
+def small_shape(shape: tuple[int, int, int], hires: float) -> tuple[int, int, int]:
+    """The latents' shape (h, w, C) of a picture drawn `hires` times smaller."""
+    if not hires > 1 or min(shape[:2]) < hires:
+        raise ValueError(f"hires {hires} must be above 1, and leave something of {list(shape[:2])} latents.")
+    return round(shape[0] / hires), round(shape[1] / hires), shape[2]
 
 
 def as_noise(noise: Array, count: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -129,7 +136,7 @@ def most_noise(model: Model) -> int:
     return min(model.options.max_noise_level, classes - 1)
 
 
-def check_task(model: Model, image: Array | None, mask: Array | None) -> None:
+def check_task(model: Model, image: Array | None, mask: Array | None, hires: float | None, hires_upscale: str) -> None:
     """Raise ValueError where the model and the pictures given do not make a task."""
     if mask is not None and image is None:
         raise ValueError("mask needs the image that it is laid over: give image as well.")
@@ -137,3 +144,7 @@ def check_task(model: Model, image: Array | None, mask: Array | None) -> None:
         raise ValueError("this model is for inpainting: give image and mask (white is redrawn).")
     if model.family == "upscaler" and (image is None or mask is not None):
         raise ValueError("this model is for upscaling: give the small picture as image, and no mask.")
+    if hires is not None and (image is not None or model.inpaints or model.family == "upscaler"):
+        raise ValueError("hires draws from text alone: leave out image, or hires.")
+    if hires_upscale not in ("pixel", "latent"):
+        raise ValueError(f"hires_upscale {hires_upscale!r} is unknown; known are pixel and latent.")

@@ -22,14 +22,20 @@ from jaxdiff.arguments import (
     latent_shape,
     most_noise,
     settle_size,
+    small_shape,
 )
 from jaxdiff.denoiser import denoiser
-from jaxdiff.diffusion.sampling import sample
-from jaxdiff.diffusion.schedulers import get_scheduler
+from jaxdiff.diffusion.prediction import add_noise, expand
+from jaxdiff.diffusion.sampling import sample, step_keys
+from jaxdiff.diffusion.schedulers import get_scheduler, moment
 from jaxdiff.diffusion.times import default_scheduler, time_grid
 from jaxdiff.models.model import Model, decode, encode_text
-from jaxdiff.tasks import Inputs, Shared, extra_channels, starting_point
+from jaxdiff.models.tiling import decode_tiled
+from jaxdiff.models.tiny_vae import preview
+from jaxdiff.tasks import Inputs, Shared, enlarged, extra_channels, resized, slerp, starting_point
 from jaxdiff.typing import Array, Key, Params
+
+HIRES = 2**30  # folded into the keys of a second stage; steps take small numbers
 
 
 def tokenize(model: Model, prompts: Sequence[str | None]) -> text.Tokens | Array:
@@ -42,57 +48,85 @@ def tokenize(model: Model, prompts: Sequence[str | None]) -> text.Tokens | Array
 
 
 def encoder_inputs(
-    model: Model,
-    prompts: list[str],
-    negative: list[str | None],
-    second: list[str | None],
-    guided: bool,
-    emphasis: bool,
-) -> tuple[text.Tokens, text.Tokens | None]:
-    """Tokens of prompts and, if guided, of negative prompts, in as many chunks as any of them needs.
+    model: Model, groups: list[tuple[list[str | None], list[str | None]] | None], emphasis: bool
+) -> list[text.Tokens | None]:
+    """Tokens of each group of prompts, such as the negative ones, in as many chunks as any prompt of any group needs.
 
-    `second` is what SDXL's second encoder reads for the first and then for the others, None where it is the same.
+    A group is B prompts and what SDXL's second encoder reads instead, None where it is the same. A group that is None
+    stays None.
     """
+    given = [group for group in groups if group is not None]
+    first, second = ([p for group in given for p in group[i]] for i in (0, 1))
     if model.tokenizer_2 is None and any(p is not None for p in second):
         raise ValueError("prompts_2 are for the second text encoder of SDXL, which this model has not.")
-    count = len(prompts)
-    if not guided:
-        return text.tokens(model, prompts, second[:count], emphasis=emphasis), None
-    both = text.tokens(model, [*prompts, *negative], second, emphasis=emphasis)
-    return jax.tree.map(lambda a: a[:count], both), jax.tree.map(lambda a: a[count:], both)
+    every = text.tokens(model, first, second, emphasis=emphasis)
+    parts = iter(range(0, len(first), len(first) // len(given)))
+
+    def part(i: int) -> text.Tokens:
+        return jax.tree.map(lambda a: a[i : i + len(first) // len(given)], every)
+
+    return [None if group is None else part(next(parts)) for group in groups]
 
 
 @functools.lru_cache(maxsize=64)
-def sampler(model: Model, scheduler: str, clip_skip: int, devices: tuple[jax.Device, ...]) -> parallel.Mapped:
+def sampler(
+    model: Model,
+    scheduler: str,
+    clip_skip: int,
+    upscale: str,
+    tile: int | None,
+    devices: tuple[jax.Device, ...],
+) -> parallel.Mapped:
     """The compiled program that draws: (params, Shared, Inputs) -> pictures in [0, 1], and frames where asked for.
 
     It is compiled anew for other shapes, types, or fields that are None; all values are traced.
     """
 
     def draw(params: Params, shared: Shared, each: Inputs):
-        cond = encode_text(model, params, each.tokens, clip_skip=clip_skip)
-        uncond = None if each.negative is None else encode_text(model, params, each.negative, clip_skip=clip_skip)
-        denoise = denoiser(
-            model,
-            params,
-            cond,
-            uncond,
-            each.guidance_scale,
-            guidance_rescale=each.guidance_rescale,
-            guidance_interval=shared.guidance_interval,
-            extra_channels=extra_channels(model, params, each),
-            class_labels=each.noise_level,
-            control_images=each.control_images,
-            controlnet_scale=each.controlnet_scale,
-        )
+        def encoded(tokens):
+            return encode_text(model, params, tokens, clip_skip=clip_skip)
+
+        cond, uncond = encoded(each.tokens), None if each.negative is None else encoded(each.negative)
+        if (blend := each.blend) is not None:
+            cond = jax.tree.map(lambda a, b: a + expand(blend, a) * (b - a), cond, encoded(each.blend_tokens))
         method = get_scheduler(scheduler, model.scheduler)
-        x, start, method = starting_point(model, params, shared, each, method)
+
+        def denoise(control_images):
+            return denoiser(
+                model,
+                params,
+                cond,
+                uncond,
+                each.guidance_scale,
+                guidance_rescale=each.guidance_rescale,
+                guidance_interval=shared.guidance_interval,
+                extra_channels=extra_channels(model, params, each),
+                class_labels=each.noise_level,
+                control_images=control_images,
+                controlnet_scale=each.controlnet_scale,
+            )
+
+        if each.small_noise is None:
+            x, start, method = starting_point(model, params, shared, each, method)
+            keys = each.keys
+        else:
+            small = each.small_noise
+            controls = resized(each.control_images, *(side * model.vae.config.factor for side in small.shape[1:3]))
+            low = sample(denoise(controls), shared.noise_scale * small, shared.times, method, each.keys)
+            start, keys = shared.start, step_keys(each.keys, HIRES)
+            original = enlarged(model, params, low, each.noise.shape, upscale)
+            x = add_noise(original, each.noise, moment(shared.times, start))
+        finished = functools.partial(decode, model, params)
+        if tile is not None:
+            finished = functools.partial(decode_tiled, model, params, tile=tile, overlap=tile // 4)
+        final = denoise(each.control_images)
         if shared.moments is None:
-            return decode(model, params, sample(denoise, x, shared.times, method, each.keys, start=start))
-        x0, steps = sample(denoise, x, shared.times, method, each.keys, start=start, trajectory=True)
+            return finished(sample(final, x, shared.times, method, keys, start=start))
+        x0, steps = sample(final, x, shared.times, method, keys, start=start, trajectory=True)
         chosen = steps[shared.moments]  # [F, B, h, w, C]
-        frames = decode(model, params, chosen.reshape(-1, *x0.shape[1:]))
-        return decode(model, params, x0), jnp.moveaxis(frames.reshape(*chosen.shape[:2], *frames.shape[1:]), 0, 1)
+        flat = chosen.reshape(-1, *x0.shape[1:])
+        frames = finished(flat) if model.tiny_vae is None else preview(model.tiny_vae, params["tiny_vae"], flat)
+        return finished(x0), jnp.moveaxis(frames.reshape(*chosen.shape[:2], *frames.shape[1:]), 0, 1)
 
     return parallel.pmap(draw, devices, shared=2)
 
@@ -117,7 +151,11 @@ def generate(
     *,
     prompts_2: str | Sequence[str | None] | None = None,
     negative_prompts_2: str | Sequence[str | None] | None = None,
+    blend_prompts: str | Sequence[str] | None = None,
+    blend: float | Sequence[float] = 0.5,
     seed: int | Sequence[int] = 0,
+    variation_seed: int | Sequence[int] | None = None,
+    variation_strength: float | Sequence[float] = 0.1,
     steps: int = 25,
     guidance_scale: float | Sequence[float] = 7.5,
     guidance_rescale: float | Sequence[float] = 0.0,
@@ -135,6 +173,10 @@ def generate(
     noise_level: int | Sequence[int] = 20,
     control_images: Array | Sequence[Array] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
+    hires: float | None = None,
+    hires_strength: float = 0.6,
+    hires_upscale: str = "pixel",
+    tile: int | None = None,
     frames: int = 0,
     devices: Sequence[jax.Device] | None = None,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
@@ -148,8 +190,12 @@ def generate(
         prompts: B prompts; brackets give emphasis, and long ones go in chunks (jaxdiff/prompts.py).
         negative_prompts: what to steer away from: none, one for all, or one a prompt.
         prompts_2, negative_prompts_2: what the second text encoder of SDXL reads instead; None: the same.
+        blend_prompts, blend: prompts towards which the text's encoding is moved, 0 to 1 of the way, for one or for each
+            picture: with many values, a film from one prompt to another.
         seed: picture i is drawn from key(seed + i), alone or in a batch, on one device or many (the batch a device
             draws changes the order of sums, so that a pixel may differ by one grey level); or a seed a picture.
+        variation_seed, variation_strength: noise drawn from another seed (counted up like `seed`), and how far, 0 to 1,
+            the noise is turned towards it: a little gives variations of a picture, many values a film between two.
         steps: length of the time grid.
         guidance_scale: weight of the prompt, for all or one a picture; 1 or less turns guidance off. Distilled models
             (LCM) are told of it, and need no second half of the batch.
@@ -170,6 +216,11 @@ def generate(
         noise_level: of an upscaling model: noise on the small picture, in steps, up to the model's max_noise_level.
         control_images: for each of the model's ControlNets the picture [H, W, 3] or pictures [B, H, W, 3] to follow.
         controlnet_scale: weight of the ControlNets, for all or one for each.
+        hires: draw so many times smaller first, enlarge, and redraw the part `hires_strength` of the steps at full
+            size: large pictures of models that were taught small ones. Enlarged is the picture, or as
+            `hires_upscale` says "latent", what the autoencoder makes of it, which is cheaper and blurrier.
+        tile: decode in overlapping tiles of this many latents (jaxdiff/models/tiling.py), for pictures whose decoding
+            does not fit memory.
         frames: how many predictions of the finished picture along the way are returned as well.
         devices: what to draw on, the batch divided over them; None takes all that this process has.
 
@@ -184,7 +235,7 @@ def generate(
         raise ValueError("prompts is empty: give at least one.")
     if steps < 1:
         raise ValueError(f"steps {steps} must be at least 1.")
-    check_task(model, image, mask)
+    check_task(model, image, mask, hires, hires_upscale)
     count, factor, upscaling = len(prompts), model.vae.config.factor, model.family == "upscaler"
     shape = latent_shape(model, *settle_size(model, height, width, noise, image))
     size = shape[0] * factor, shape[1] * factor
@@ -193,26 +244,52 @@ def generate(
     start = 0
     if image is not None and not upscaling:
         start = first_step(steps, strength if strength is not None else 0.6 if mask is None else 1.0)
+    if hires is not None:
+        start = first_step(steps, hires_strength, "hires_strength")
     moments = np.unique(np.linspace(start, len(times.t) - 2, frames).round().astype(np.int32)) if frames else None
     scales = as_numbers("guidance_scale", guidance_scale, count)
     rescale = as_numbers("guidance_rescale", guidance_rescale, count, 0.0, 1.0)
     guided = bool((scales > 1).any()) and model.unet.config.time_cond_proj_dim is None
-    negative = as_batch("negative_prompts", negative_prompts, count)
-    second = as_batch("prompts_2", prompts_2, count) + as_batch("negative_prompts_2", negative_prompts_2, count)
+    groups: list[tuple[list[str | None], list[str | None]] | None] = [
+        (as_batch("prompts", prompts, count), as_batch("prompts_2", prompts_2, count)),
+        (
+            as_batch("negative_prompts", negative_prompts, count),
+            as_batch("negative_prompts_2", negative_prompts_2, count),
+        )
+        if guided
+        else None,
+        None if blend_prompts is None else (as_batch("blend_prompts", blend_prompts, count), [None] * count),
+    ]
+    tokens, negative, blended = encoder_inputs(model, groups, emphasis)
+    assert tokens is not None
     keys = picture_keys(seed, count)
+    noise = initial_noise(keys, shape) if noise is None else as_noise(noise, count, shape)
+    small = None if hires is None else small_shape(shape, hires)
+    small_noise = None if small is None else initial_noise(keys, small)
+    if variation_seed is not None:
+        other, amount = (
+            picture_keys(variation_seed, count),
+            as_numbers("variation_strength", variation_strength, count, 0.0, 1.0),
+        )
+        noise = slerp(noise, initial_noise(other, shape), amount)
+        small_noise = None if small is None else slerp(small_noise, initial_noise(other, small), amount)
     each = Inputs(
-        *encoder_inputs(model, prompts, negative, second, guided, emphasis),
+        tokens,
+        negative,
         scales,
         rescale if rescale.any() else None,
-        initial_noise(keys, shape) if noise is None else as_noise(noise, count, shape),
+        noise,
         keys,
         None if image is None else as_images("image", image, count, shape[:2] if upscaling else size),
         None if mask is None else as_mask(mask, count, size),
         as_numbers("noise_level", noise_level, count, 0, most_noise(model), np.int32) if upscaling else None,
         *as_controls(model, control_images, controlnet_scale, count, size),
+        None if blended is None else as_numbers("blend", blend, count, 0.0, 1.0),
+        blended,
+        small_noise,
     )
     interval = as_interval(guidance_interval)
     shared = Shared(times, np.asarray(noise_scale), np.asarray(start, np.int32), interval, moments)
     devices = tuple(jax.local_devices() if devices is None else devices)
-    drawn = sampler(model, scheduler, clip_skip, devices[:count])(params, shared, each)
+    drawn = sampler(model, scheduler, clip_skip, hires_upscale, tile, devices[:count])(params, shared, each)
     return jax.tree.map(lambda x: np.asarray(jnp.round(255 * x).astype(jnp.uint8)), drawn)

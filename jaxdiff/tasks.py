@@ -9,7 +9,7 @@ from jaxdiff.diffusion.inpainting import keeping
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedulers import Scheduler, moment
 from jaxdiff.diffusion.schedules import Time, noise_schedule
-from jaxdiff.models.model import Model, encode
+from jaxdiff.models.model import Model, decode, encode
 from jaxdiff.prompts import Tokens
 from jaxdiff.typing import Array, Key, Params
 
@@ -40,6 +40,9 @@ class Inputs(NamedTuple):
     noise_level: Array | None = None  # int32 [B], the upscaler's
     control_images: tuple[Array, ...] = ()  # [B, H, W, 3] in [0, 1] for each ControlNet
     controlnet_scale: tuple[Array, ...] = ()  # [B] for each ControlNet
+    blend: Array | None = None  # [B], in [0, 1]: how far from the prompt to the other one
+    blend_tokens: Tokens | None = None
+    small_noise: Array | None = None  # [B, h', w', C]: drawn small from it first, then enlarged
 
 
 def small_mask(model: Model, mask: Array) -> Array:
@@ -66,6 +69,40 @@ def starting_point(
         if not model.inpaints:
             scheduler = keeping(scheduler, original, each.noise, small_mask(model, each.mask))
     return x, shared.start, scheduler
+
+
+def enlarged(model: Model, params: Params, latents: Array, shape: tuple[int, ...], upscale: str) -> Array:
+    """Clean latents [B, h', w', C] at another size, [B, h, w, C] = shape: resized as they are, or as a picture."""
+    if upscale == "latent":
+        return jax.image.resize(latents, shape, "cubic")
+    factor = model.vae.config.factor
+    size = (shape[0], shape[1] * factor, shape[2] * factor, model.vae.config.out_channels)
+    picture = jax.image.resize(decode(model, params, latents), size, "lanczos3")
+    return encode(model, params, jnp.clip(picture, 0.0, 1.0))
+
+
+def resized(images: tuple[Array, ...], height: int, width: int) -> tuple[Array, ...]:
+    """Pictures [B, H, W, 3] at another size."""
+    return tuple(jax.image.resize(x, (x.shape[0], height, width, x.shape[3]), "linear") for x in images)
+
+
+@jax.jit
+def slerp(a: Array, b: Array, weight: Array) -> Array:
+    """From a to b [B, ...] along the great circle between them, weight [B] in [0, 1] of the way (Shoemake 1985).
+
+    Between two draws of unit Gaussian noise it passes through vectors as long as such noise is.
+    """
+    axes = tuple(range(1, a.ndim))
+    norms = jnp.linalg.norm(a.reshape(len(a), -1), axis=-1) * jnp.linalg.norm(b.reshape(len(b), -1), axis=-1)
+    angle = jnp.arccos(jnp.clip(jnp.sum(a * b, axes) / norms, -1.0, 1.0))
+    near = jnp.sin(angle) < 1e-4  # one direction: the line is the circle
+    sine = jnp.where(near, 1.0, jnp.sin(angle))
+    parts = (
+        jnp.where(near, straight, jnp.sin(straight * angle) / sine).reshape(-1, *[1] * len(axes))
+        for straight in (1 - weight, weight)
+    )
+    first, second = parts
+    return first * a + second * b
 
 
 def extra_channels(model: Model, params: Params, each: Inputs) -> Array | None:

@@ -18,6 +18,7 @@ from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
 from jaxdiff.models.controlnet import check_fits
 from jaxdiff.models.text import Conditioning as Conditioning
 from jaxdiff.models.text import encode_text as encode_text
+from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.tokenizer import Tokenizer
@@ -37,6 +38,7 @@ class Model:
     text_encoder_2: CLIPTextModel | None = None  # SDXL: OpenCLIP's, with a projection
     tokenizer_2: Tokenizer | None = None
     controlnets: tuple[Any, ...] = ()  # their parameters are the list params["controlnet"], in the same order
+    tiny_vae: AutoencoderTiny | None = None  # draws previews, with params["tiny_vae"]
     options: PipelineOptions = dataclasses.field(default_factory=PipelineOptions)
 
     @property
