@@ -69,8 +69,8 @@ def _encode(
     if not 0 <= clip_skip <= layers - sdxl:
         raise ValueError(f"clip_skip {clip_skip} must be 0 to {layers - sdxl}: the text encoder has {layers} layers.")
     batch, total = ids.shape
-    chunks = max(1, total // length)
-    if total != chunks * length and chunks > 1:
+    chunks = -(-total // length)
+    if chunks > 1 and total != chunks * length:
         raise ValueError(f"{total} tokens are not a multiple of {length}, the length of a chunk.")
     output: Any = encoder.apply({"params": params}, ids.reshape(batch * chunks, -1), clip_skip=clip_skip)
     states = output.hidden_states[-2 - clip_skip] if sdxl else output.last_hidden_state
