@@ -1,7 +1,9 @@
-"""Diffusers folders in and out: `model_index.json`, and a folder of config and weights for each module."""
+"""Models in and out: diffusers folders, that is `model_index.json` and a folder of config and weights for each module,
+and by way of other files here single-file checkpoints and the Hugging Face hub."""
 
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,12 +16,14 @@ from jaxdiff.config import (
     CLIPVisionConfig,
     Config,
     ConfigError,
+    PipelineOptions,
     SchedulerConfig,
     UNetConfig,
     VAEConfig,
     read_json,
 )
 from jaxdiff.io.weights import WeightsError, load_tensors, save_tensors
+from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.model import Model, build, param_shapes
 from jaxdiff.tokenizer import Tokenizer
 from jaxdiff.typing import Params
@@ -27,30 +31,76 @@ from jaxdiff.typing import Params
 BUNDLED = Path(__file__).parent.parent / "bundled"
 CONFIGS: dict[str, type[Config]] = {
     "text_encoder": CLIPTextConfig,
+    "text_encoder_2": CLIPTextConfig,
     "unet": UNetConfig,
     "vae": VAEConfig,
     "vision_encoder": CLIPVisionConfig,
 }
-WEIGHTS = {  # file names as diffusers (first two) and transformers write them
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-    "vision_encoder": "model.safetensors",
+STEMS = {  # names of weights' files as diffusers (unet, vae) and transformers write them; other libraries' after them
+    "unet": ("diffusion_pytorch_model", "diffusion_flax_model"),
+    "vae": ("diffusion_pytorch_model", "diffusion_flax_model"),
+    "text_encoder": ("model", "pytorch_model", "flax_model"),
+    "text_encoder_2": ("model", "pytorch_model", "flax_model"),
+    "vision_encoder": ("model", "pytorch_model", "flax_model"),
 }
-COMPONENTS = (*CONFIGS, "tokenizer", "scheduler", "model_index.json")
+SUFFIXES = (  # of those files, {} the variant; the first found is read
+    ".safetensors.index{}.json",
+    "{}.safetensors",
+    ".bin.index{}.json",
+    "{}.bin",
+    "{}.msgpack",
+)
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
+TOKENIZERS, LOW_RES = ("tokenizer", "tokenizer_2"), "low_res_scheduler"
+COMPONENTS = (*CONFIGS, *TOKENIZERS, "scheduler", LOW_RES, "model_index.json")
+SCHEDULER = "scheduler_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The folder of a model: a path, or the name of a bundled model. Raises ConfigError naming what there is."""
-    path = Path(name_or_path)
-    if path.is_dir():
+    """A model's folder or file: a path, a bundled model's name, or "owner/name" on the hub, which is then fetched.
+
+    Raises:
+        ConfigError: it is none of these, or cannot be fetched; the sentence says what there is.
+    """
+    path, name = Path(name_or_path), str(name_or_path)
+    if path.is_dir() or (path.is_file() and path.suffix in SINGLE_FILES):
         return path
-    bundled = BUNDLED / str(name_or_path)
-    if str(name_or_path).isidentifier() and bundled.is_dir():
-        return bundled
+    if path.is_file():
+        raise ConfigError(f"{path} is no model's file: known are {', '.join(SINGLE_FILES)}, and diffusers folders.")
+    if name.isidentifier() and (BUNDLED / name).is_dir():
+        return BUNDLED / name
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and path.suffix not in SINGLE_FILES:
+        from jaxdiff.io.hub import fetch
+
+        return fetch(name)
     known = ", ".join(sorted(p.name for p in BUNDLED.glob("*/"))) or "none"
-    raise ConfigError(f"{name_or_path} is no folder and no bundled model (bundled: {known}): give a diffusers folder.")
+    raise ConfigError(
+        f"{name} is no folder and no bundled model (bundled: {known}): give a diffusers folder, a .safetensors or .ckpt "
+        "file, or owner/name on the Hugging Face hub."
+    )
+
+
+def find_weights(folder: Path, name: str, variant: str | None = None) -> Path:
+    """The file that holds a module's weights, or the index of several such files.
+
+    Args:
+        folder: the module's.
+        name: of the module, a key of `STEMS`.
+        variant: "fp16" reads `….fp16.safetensors`; None reads files without such a word, else the only ones there are.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    for middle in (f".{variant}",) if variant else ("", ".*"):
+        for stem in STEMS[name]:
+            for suffix in SUFFIXES:
+                found = sorted(folder.glob(stem + suffix.format(middle)))
+                if found:
+                    return found[0]
+    if variant:
+        raise WeightsError(f"{folder} holds no weights of the variant {variant!r}: leave it out, or name another.")
+    raise WeightsError(f"{folder / STEMS[name][0]}.safetensors is missing: is the folder a complete diffusers folder?")
 
 
 def check_dtype(dtype: Any) -> Any:
@@ -63,28 +113,61 @@ def check_dtype(dtype: Any) -> Any:
 
 def load_model(folder: Path, dtype: Any = None, *, remat: bool = False) -> Model:
     """The model of a folder without its weights; computes in `dtype`."""
-    read_json(folder / "model_index.json")
-    text, tokenizer = CLIPTextConfig.load(folder / "text_encoder" / "config.json"), Tokenizer.load(folder / "tokenizer")
-    length = min(tokenizer.max_length, text.max_position_embeddings)
-    vision = folder / "vision_encoder"
+    index = read_json(folder / "model_index.json")
+    if "transformer" in index:
+        raise ConfigError(
+            f"{folder} is of {index.get('_class_name')}, which has no UNet: take a Stable Diffusion model."
+        )
+
+    def listed(name: str) -> bool:
+        return isinstance(index.get(name), list) and None not in index[name]
+
+    two, low_res = listed("text_encoder_2"), folder / LOW_RES
+    present = {"text_encoder": listed("text_encoder") or not two, "text_encoder_2": two, "unet": True, "vae": True}
+    present["vision_encoder"] = (folder / "vision_encoder").is_dir()
+    configs: dict[str, Any] = {
+        name: cls.load(folder / name / "config.json") if present[name] else None for name, cls in CONFIGS.items()
+    }
+    options = PipelineOptions.from_dict(index)
+    if low_res.is_dir():
+        options = dataclasses.replace(options, low_res_scheduler=SchedulerConfig.load(low_res / SCHEDULER))
+    tokenizers = [
+        load_tokenizer(folder / name, configs[name.replace("tokenizer", "text_encoder")]) for name in TOKENIZERS
+    ]
     return build(
-        text,
-        UNetConfig.load(folder / "unet" / "config.json"),
-        VAEConfig.load(folder / "vae" / "config.json"),
-        dataclasses.replace(tokenizer, max_length=length),
-        SchedulerConfig.load(folder / "scheduler" / "scheduler_config.json"),
-        CLIPVisionConfig.load(vision / "config.json") if vision.is_dir() else None,
+        configs["text_encoder"],
+        configs["unet"],
+        configs["vae"],
+        tokenizers[0],
+        SchedulerConfig.load(folder / "scheduler" / SCHEDULER),
+        configs["vision_encoder"],
+        text_2=configs["text_encoder_2"],
+        tokenizer_2=tokenizers[1],
+        options=options,
         dtype=check_dtype(dtype),
         remat=remat,
     )
 
 
-def load(name_or_path: str | Path, *, dtype: Any = None, remat: bool = False) -> tuple[Model, Params]:
+def load_tokenizer(folder: Path, text: CLIPTextConfig | None) -> Tokenizer | None:
+    """The tokenizer of a text encoder, no longer than that reads; None where there is no encoder."""
+    if text is None:
+        return None
+    tokenizer = Tokenizer.load(folder)
+    return dataclasses.replace(tokenizer, max_length=min(tokenizer.max_length, text.max_position_embeddings))
+
+
+def load(
+    name_or_path: str | Path, *, dtype: Any = None, variant: str | None = None, remat: bool = False
+) -> tuple[Model, Params]:
     """Open a model.
 
     Args:
-        name_or_path: a diffusers folder, or the name of a bundled model ("icons").
+        name_or_path: a diffusers folder, a single-file checkpoint (.safetensors, .ckpt), the name of a bundled model
+            ("icons"), or "owner/name" on the Hugging Face hub.
         dtype: type to compute in and to hold the parameters in: "float32" (default), "bfloat16" or "float16".
+        variant: of a folder's weights: "fp16" reads its `*.fp16.safetensors`; None those without such a word, where
+            there are any.
         remat: recompute activations in the backward pass, for gradients through large models.
 
     Returns:
@@ -95,29 +178,67 @@ def load(name_or_path: str | Path, *, dtype: Any = None, remat: bool = False) ->
         ConfigError, WeightsError: one sentence naming the file and the mend.
     """
     folder, dtype = find(name_or_path), check_dtype(dtype)
+    if folder.is_file():
+        from jaxdiff.io.single_file import load_single_file
+
+        return load_single_file(folder, dtype, remat)
     model = load_model(folder, dtype, remat=remat)
     try:
         shapes = param_shapes(model)
     except (TypeError, ValueError, ZeroDivisionError) as e:
         raise ConfigError(f"the configs in {folder} do not make a model ({e}).") from None
-    return model, {name: load_tensors(folder / name / WEIGHTS[name], shapes[name], dtype) for name in shapes}
+    files = {name: find_weights(folder / name, name, variant) for name in shapes}
+    return model, {name: load_tensors(files[name], shapes[name], dtype) for name in shapes}
+
+
+def pipeline_class(model: Model) -> str:
+    """The class of PyTorch diffusers that draws with a model of this kind."""
+    if model.family == "upscaler":
+        return "StableDiffusionUpscalePipeline"
+    if model.scheduler.class_name == "LCMScheduler" and model.text_encoder_2 is None and not model.inpaints:
+        return "LatentConsistencyModelPipeline"
+    kind = "StableDiffusion" if model.text_encoder_2 is None else "StableDiffusionXL"
+    task = "Inpaint" if model.inpaints else "Img2Img" if model.family == "sdxl_refiner" else ""
+    return f"{kind}{task}Pipeline"
 
 
 def model_index(model: Model) -> dict[str, Any]:
     """`model_index.json`: the pipeline and the classes that PyTorch diffusers opens the folder with."""
-    return {
-        "_class_name": "StableDiffusionPipeline",
+    nothing, options, name = [None, None], model.options, pipeline_class(model)
+    index: dict[str, Any] = {
+        "_class_name": name,
         "_diffusers_version": "0.30.0",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
+        "feature_extractor": nothing,
         "scheduler": ["diffusers", model.scheduler.class_name],
-        "text_encoder": ["transformers", model.text_encoder and model.text_encoder.config.to_dict()["architectures"][0]],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": encoder_class(model.text_encoder),
+        "tokenizer": ["transformers", "CLIPTokenizer"] if model.tokenizer else nothing,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if model.text_encoder_2 is not None:
+        index |= {
+            "text_encoder_2": encoder_class(model.text_encoder_2),
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "image_encoder": nothing,
+            "force_zeros_for_empty_prompt": options.force_zeros_for_empty_prompt,
+        }
+        return index | (
+            {}
+            if name == "StableDiffusionXLPipeline"
+            else {"requires_aesthetics_score": options.requires_aesthetics_score}
+        )
+    index["safety_checker"] = nothing
+    if options.low_res_scheduler is not None:
+        return index | {
+            LOW_RES: ["diffusers", options.low_res_scheduler.class_name],
+            "watermarker": nothing,
+            "max_noise_level": options.max_noise_level,
+        }
+    return index | {"image_encoder": nothing, "requires_safety_checker": False}
+
+
+def encoder_class(encoder: CLIPTextModel | None) -> list[str | None]:
+    return [None, None] if encoder is None else ["transformers", encoder.config.to_dict()["architectures"][0]]
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -126,17 +247,21 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None) -> None:
-    """Write a diffusers folder that PyTorch diffusers and `load` open; whole or not at all.
+    """Write a diffusers folder that PyTorch diffusers and `load` open; whole or not at all. ControlNets are left out.
 
     Args:
         folder: made; if it is a model's folder already, its model is replaced and other files in it stay; any other
-            non-empty folder is refused.
+            non-empty folder is refused. A name that ends in .safetensors becomes a single-file checkpoint.
         dtype: type of the tensors written; as they are by default.
 
     Raises:
         WeightsError: the folder cannot be written, or holds something else.
     """
     folder = Path(folder)
+    if folder.suffix == ".safetensors":
+        from jaxdiff.io.single_file import save_single_file
+
+        return save_single_file(folder, model, params, dtype)
     if folder.exists() and not (folder / "model_index.json").exists() and (folder.is_file() or any(folder.iterdir())):
         raise WeightsError(f"{folder} exists and is no model's folder: name another one to save to.")
     dtype = None if dtype is None else check_dtype(dtype)
@@ -172,10 +297,15 @@ def exchange(folder: Path, new: Path, old: Path) -> None:
 def write_model(folder: Path, model: Model, params: Params, dtype: Any) -> None:
     for name, module in model.modules.items():
         write_json(folder / name / "config.json", module.config.to_dict())
-        save_tensors(folder / name / WEIGHTS[name], params[name], dtype)
-    assert model.tokenizer is not None
-    model.tokenizer.save(folder / "tokenizer")
-    write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler.to_dict())
+        # transformers 4 wants the prefix, 5 reads either.
+        prefix = "text_model." if name.startswith("text_encoder") else ""
+        save_tensors(folder / name / f"{STEMS[name][0]}.safetensors", params[name], dtype, prefix)
+    for name in TOKENIZERS:
+        if (tokenizer := getattr(model, name)) is not None:
+            tokenizer.save(folder / name)
+    write_json(folder / "scheduler" / SCHEDULER, model.scheduler.to_dict())
+    if model.options.low_res_scheduler is not None:
+        write_json(folder / LOW_RES / SCHEDULER, model.options.low_res_scheduler.to_dict())
     write_json(folder / "model_index.json", model_index(model))
 
 

@@ -8,7 +8,7 @@ and `weight` for what Flax calls kernel, scale or embedding. Layouts differ in t
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxdiff.io.sources import TensorSource as TensorSource
+from jaxdiff.io.sources import WeightsError as WeightsError
+from jaxdiff.io.sources import open_tensors
 from jaxdiff.typing import Params
 
 LISTS = (
@@ -65,10 +67,6 @@ IGNORED = ("position_ids",)  # buffers that older files carry as if they were we
 PREFIXES = ("text_model.", "vision_model.")
 
 
-class WeightsError(ValueError):
-    """Weights that are missing, unreadable, or do not fit the model's configuration."""
-
-
 def tensor_name(path: tuple[str, ...]) -> str:
     """The PyTorch name of a parameter.
 
@@ -105,30 +103,11 @@ def from_torch_layout(path: tuple[str, ...], x: np.ndarray) -> np.ndarray:
     return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
 
 
-def read_tensors(path: Path) -> tuple[dict[str, list[int]], Callable[[str], np.ndarray]]:
-    """Names and shapes in a safetensors file, and a function that reads one tensor.
-
-    The file is memory-mapped anew for each tensor, so that pages already copied leave memory at once.
-    """
-
-    def opened(action: Callable) -> Any:
-        try:
-            with safe_open(path, framework="np") as file:
-                return action(file)
-        except FileNotFoundError:
-            raise WeightsError(f"{path} is missing: is the folder a complete diffusers folder?") from None
-        except (SafetensorError, OSError) as e:
-            raise WeightsError(f"{path} is damaged or no safetensors file ({e}): fetch it again.") from None
-
-    shapes = opened(lambda file: {name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
-    return shapes, lambda name: opened(lambda file: file.get_tensor(name))
-
-
-def load_tensors(path: Path, target: Params, dtype: Any) -> Params:
+def load_tensors(path: Path | TensorSource, target: Params, dtype: Any) -> Params:
     """Read a file of PyTorch's weights into the tree `target` (of arrays or shapes).
 
     Args:
-        path: a safetensors file.
+        path: a file of any format that `open_tensors` knows, or what it returned.
         target: the tree expected, as `param_shapes` gives it for one module.
         dtype: type of the parameters returned.
 
@@ -138,7 +117,8 @@ def load_tensors(path: Path, target: Params, dtype: Any) -> Params:
     Raises:
         WeightsError: the file is missing or damaged, lacks a tensor, has one too many, or one of another shape.
     """
-    shapes, read = read_tensors(path)
+    source = path if isinstance(path, TensorSource) else open_tensors(path)
+    path, shapes = source.path, source.shapes
     names = {current_name(name): name for name in shapes if not name.endswith(IGNORED)}
     params = {}
     for leaf_path, leaf in flatten_dict(target).items():
@@ -154,7 +134,7 @@ def load_tensors(path: Path, target: Params, dtype: Any) -> Params:
                 f"{path}: tensor {name} has shape {list(found)}, its config.json calls for {list(expected)}: "
                 "the config and the weights are of different models."
             )
-        x = from_torch_layout(leaf_path, read(names.pop(name)))
+        x = from_torch_layout(leaf_path, source.read(names.pop(name)))
         params[leaf_path] = jnp.asarray(np.array(x, dtype=dtype, order="C"))  # a copy: the file may change later
     if names:
         raise WeightsError(
@@ -163,16 +143,19 @@ def load_tensors(path: Path, target: Params, dtype: Any) -> Params:
     return unflatten_dict(params)
 
 
-def named_tensors(params: Params, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters by their PyTorch names and in PyTorch's layouts."""
+def named_tensors(params: Params, dtype: Any = None, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters by their PyTorch names and in PyTorch's layouts; `prefix` is that of a CLIP model's own names."""
     for path, leaf in flatten_dict(params).items():
-        x = to_torch_layout(path, np.asarray(jax.device_get(leaf)))
-        yield tensor_name(path), np.ascontiguousarray(x if dtype is None else x.astype(dtype))
+        x, name = to_torch_layout(path, np.asarray(jax.device_get(leaf))), tensor_name(path)
+        yield (
+            name if path[0] == "text_projection" else prefix + name,
+            np.ascontiguousarray(x if dtype is None else x.astype(dtype)),
+        )
 
 
-def save_tensors(path: Path, params: Params, dtype: Any = None) -> None:
+def save_tensors(path: Path, params: Params, dtype: Any = None, prefix: str = "") -> None:
     """Write one module's parameters as a safetensors file that PyTorch diffusers reads; whole or not at all."""
-    _write(path, dict(named_tensors(params, dtype)))
+    _write(path, dict(named_tensors(params, dtype, prefix)))
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:

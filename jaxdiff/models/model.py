@@ -93,11 +93,13 @@ def build(
     remat: bool = False,
 ) -> Model:
     """A model of these configs that computes in `dtype`; `remat` recomputes activations in the backward pass."""
-    rest = remat, jnp.dtype(dtype)
+    dtype = jnp.dtype(dtype)
+    rest = remat, dtype
+    vae_dtype = jnp.dtype("float32") if vae.force_upcast and dtype == jnp.float16 else dtype
     return Model(
         None if text is None else CLIPTextModel(text, *rest),
         UNet2DConditionModel(unet, *rest),
-        AutoencoderKL(vae, *rest),
+        AutoencoderKL(vae, remat, vae_dtype),  # in float16 it may overflow
         tokenizer,
         scheduler,
         None if vision is None else CLIPVisionModel(vision, *rest),

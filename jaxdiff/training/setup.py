@@ -12,13 +12,13 @@ import numpy as np
 
 from jaxdiff.config import CLIPTextConfig, ConfigError, SchedulerConfig
 from jaxdiff.data.folder import Example, examples
-from jaxdiff.io.pretrained import CONFIGS, WEIGHTS, find, load_model, replace_config
+from jaxdiff.io.pretrained import CONFIGS, find, find_weights, load_model, replace_config
 from jaxdiff.io.weights import load_tensors
 from jaxdiff.models.model import Model, build, encode, init_params, param_shapes
 from jaxdiff.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Key, Params
 
-PARTS = tuple(CONFIGS)  # text_encoder, unet, vae, vision_encoder
+PARTS = ("text_encoder", "unet", "vae", "vision_encoder")
 
 
 def starting_model(
@@ -67,7 +67,7 @@ def starting_model(
     model = build(text, unet, vae, tokenizer, scheduler, vision, dtype=dtype, remat=remat)
     shapes = param_shapes(model)
     read = {
-        name: load_tensors(folder / name / WEIGHTS[name], shapes[name], jnp.float32)
+        name: load_tensors(find_weights(folder / name, name), shapes[name], jnp.float32)
         for name, (folder, _) in given.items()
     }
     return model, {**_fresh(model, set(shapes) - set(given), key), **jax.device_get(read)}
