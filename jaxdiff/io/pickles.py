@@ -1,0 +1,307 @@
+"""Tensors out of PyTorch's pickled files (`.bin`, `.ckpt`, `.pt`), without PyTorch and without running anything.
+
+A pickle is a program. This reader runs it on a machine that has few instructions, and on which the names of classes
+and functions mean what GLOBALS says and nothing else: every other name ends the reading. No module is imported and no
+object of the file's choice is made or called. The numbers themselves lie outside the program: in members of a zip file
+(PyTorch 1.6 and later) or behind it (before), and are mapped into memory when they are asked for.
+"""
+
+import dataclasses
+import io
+import math
+import mmap
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+CONVERT = "if you trust it, convert it to .safetensors with PyTorch."
+DAMAGED = "is damaged or no file of PyTorch's ({}): fetch it again."
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # at the start of the files before PyTorch 1.6
+
+
+class PickleError(ValueError):
+    """What is wrong with a file, as the rest of a sentence that begins with its path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """Numbers in a row; several tensors may share them."""
+
+    dtype: np.dtype
+    key: str
+    size: int  # numbers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tensor:
+    """A view of a storage; offset and strides count numbers."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Nothing:
+    """What a name stands for that may occur beside the weights but is not needed: calling it gives another nothing."""
+
+    def __call__(self, *args: Any) -> "_Nothing":
+        return self
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    counts = (offset, *shape, *strides)
+    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in counts):
+        raise PickleError(DAMAGED.format("a tensor without numbers"))
+    # The last number that the view reaches, and how many it has: a stride of 0 could make terabytes out of one.
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if math.prod(shape) and (last >= storage.size or math.prod(shape) > storage.size):
+        raise PickleError(DAMAGED.format("a tensor reaches beyond its storage"))
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+def _rebuild_dict(items: Any = ()) -> dict:
+    return _fill({}, [x for pair in items for x in pair])
+
+
+def _fill(target: Any, items: list) -> dict:
+    keys, values = items[::2], items[1::2]
+    # No tuples for keys: hashing one that is nested in itself many times takes for ever.
+    if not isinstance(target, dict) or not all(isinstance(k, str | int | _Nothing) for k in keys):
+        raise PickleError(DAMAGED.format("an odd dictionary"))
+    target.update(zip(keys, values, strict=True))
+    return target
+
+
+GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means here
+    "collections.OrderedDict": _rebuild_dict,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch.LongStorage": np.dtype(np.int64),
+    "torch.IntStorage": np.dtype(np.int32),
+    "torch.ShortStorage": np.dtype(np.int16),
+    "torch.CharStorage": np.dtype(np.int8),
+    "torch.ByteStorage": np.dtype(np.uint8),
+    "torch.BoolStorage": np.dtype(np.bool_),
+    # What the trainer of the published Stable Diffusion 1.x left beside the weights.
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": _Nothing(),
+    "numpy.core.multiarray.scalar": _Nothing(),
+    "numpy.dtype": _Nothing(),
+    "_codecs.encode": _Nothing(),
+}
+CALLABLE = (_rebuild_dict, _rebuild_tensor, _rebuild_parameter)
+
+# Instructions that put plain values, lists, tuples and dictionaries together. Those that make instances (NEWOBJ, OBJ,
+# INST, EXT …) are not among them.
+_VALUES = (
+    "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 "
+    "FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES UNICODE BINUNICODE SHORT_BINUNICODE "
+    "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT "
+    "GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL BINPERSID"
+)
+
+
+def _code(name: str) -> int:
+    return getattr(pickle, name)[0]
+
+
+class _Instructions(dict[int, Callable]):
+    def __missing__(self, code: int) -> NoReturn:
+        raise PickleError(f"holds more than tensors (instruction {bytes([code])!r} of its pickle); {CONVERT}")
+
+
+class _Machine(pickle._Unpickler):  # the one written in Python, whose table of instructions can be cut down
+    """Runs the program of a file; `run` is the only way in."""
+
+    dispatch = _Instructions({c: pickle._Unpickler.dispatch[c] for c in map(_code, _VALUES.split())})
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full not in GLOBALS:
+            raise PickleError(f"holds more than tensors: it asks for {full}, which is not run; {CONVERT}")
+        return GLOBALS[full]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, size, *view = pid
+        known = kind == "storage" and isinstance(dtype, np.dtype) and isinstance(key, str) and type(size) is int
+        if not known or any(view):
+            raise PickleError(DAMAGED.format("a storage of an unknown kind"))
+        return _Storage(dtype, key, size)
+
+    def run(self) -> Any:
+        try:
+            return self.load()
+        except PickleError:
+            raise
+        except Exception as e:  # a program that ends too early, or that puts together what does not fit
+            raise PickleError(DAMAGED.format(f"{type(e).__name__}: {e}")) from None
+
+
+def _reduce(machine: Any) -> None:
+    """Call a function of ours. Nothing else that may be called gets onto the stack, but make sure."""
+    args, function = machine.stack.pop(), machine.stack.pop()
+    if not isinstance(function, _Nothing) and not any(function is f for f in CALLABLE):
+        raise PickleError(DAMAGED.format("a call of no function"))
+    machine.stack.append(function(*args))
+
+
+def _build(machine: Any) -> None:
+    machine.stack.pop()  # an object's state: that of a state_dict is the versions of PyTorch's modules
+
+
+def _setitem(machine: Any) -> None:
+    value, key = machine.stack.pop(), machine.stack.pop()
+    _fill(machine.stack[-1], [key, value])
+
+
+def _setitems(machine: Any) -> None:
+    items = machine.pop_mark()
+    _fill(machine.stack[-1], items)
+
+
+def _dict(machine: Any) -> None:
+    machine.stack.append(_fill({}, machine.pop_mark()))
+
+
+_Machine.dispatch |= {
+    pickle.REDUCE[0]: _reduce,
+    pickle.BUILD[0]: _build,
+    pickle.SETITEM[0]: _setitem,
+    pickle.SETITEMS[0]: _setitems,
+    pickle.DICT[0]: _dict,
+}
+
+
+def open_pickle(path: Path) -> tuple[dict[str, list[int]], Callable[[str], np.ndarray]]:
+    """Names and shapes of the tensors in a PyTorch file, and a function that maps one into memory.
+
+    The file is a dictionary from names to tensors, or holds one under "state_dict", as Lightning's checkpoints do.
+
+    Raises:
+        PickleError: the file is damaged or holds what is no tensor.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(2)
+    content, offsets = _open_zip(path) if start == b"PK" else _open_legacy(path)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    tensors = _tensors(content)
+    if not tensors:
+        raise PickleError("holds no dictionary of tensors: it is no checkpoint that can be read here.")
+    for name, tensor in tensors.items():
+        _, size = offsets.get(tensor.storage.key, (0, -1))
+        if tensor.storage.size * tensor.storage.dtype.itemsize > size:
+            raise PickleError(DAMAGED.format(f"the numbers of {name} are missing or cut short"))
+
+    def read(name: str) -> np.ndarray:
+        x = tensors[name]
+        if not math.prod(x.shape):
+            return np.empty(x.shape, x.storage.dtype)
+        row = np.memmap(path, x.storage.dtype, "r", offsets[x.storage.key][0], x.storage.size)[x.offset :]
+        strides = [stride * row.itemsize for stride in x.strides]
+        return np.lib.stride_tricks.as_strided(np.asarray(row), x.shape, strides, writeable=False)
+
+    return {name: list(x.shape) for name, x in tensors.items()}, read
+
+
+def _tensors(content: Any) -> dict[str, _Tensor]:
+    """The tensors of a dictionary and, under "outer.inner", of dictionaries in it; other values are passed over."""
+    found: dict[str, _Tensor] = {}
+    for name, value in content.items() if isinstance(content, dict) else ():
+        inner = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {str(name): value}
+        found |= {k: v for k, v in inner.items() if isinstance(v, _Tensor)}
+    return found
+
+
+Offsets = dict[str, tuple[int, int]]  # storage's key -> first byte and bytes in the file
+
+
+def _open_zip(path: Path) -> tuple[Any, Offsets]:
+    """PyTorch 1.6 and later: `NAME/data.pkl` is the program, `NAME/data/KEY` are the storages, uncompressed."""
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            members = {info.filename.partition("/")[2]: _member(info, file) for info in archive.infolist()}
+            total = path.stat().st_size
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as e:
+        if isinstance(e, PickleError):
+            raise
+        raise PickleError(DAMAGED.format(e)) from None
+    if any(offset + size > total for offset, size in members.values()):
+        raise PickleError(DAMAGED.format("it ends too early"))
+    if "data.pkl" not in members:
+        raise PickleError(DAMAGED.format("a zip file without data.pkl"))
+
+    def content(name: str) -> bytes:
+        with path.open("rb") as file:
+            file.seek(members[name][0])
+            return file.read(members[name][1])
+
+    if "byteorder" in members and content("byteorder") != b"little":
+        raise PickleError(f"was written on a machine of another byte order: {CONVERT}")
+    storages = {name[len("data/") :]: place for name, place in members.items() if name.startswith("data/")}
+    return _Machine(io.BytesIO(content("data.pkl"))).run(), storages
+
+
+def _member(info: zipfile.ZipInfo, file: io.BufferedReader) -> tuple[int, int]:
+    """Where a member's bytes lie. The list at the end of the zip says where its header is, which has two lengths."""
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise PickleError(f"is a compressed zip file, as PyTorch writes none: {CONVERT}")
+    file.seek(info.header_offset)
+    header = file.read(30)
+    if header[:4] != b"PK\3\4":
+        raise ValueError("no header where its list of contents says")
+    name, extra = struct.unpack("<HH", header[26:])
+    return info.header_offset + 30 + name + extra, info.file_size
+
+
+def _open_legacy(path: Path) -> tuple[Any, Offsets]:
+    """Before PyTorch 1.6: five programs one after the other, then each storage's length and numbers."""
+
+    def damaged(reason: str) -> NoReturn:
+        raise PickleError(DAMAGED.format(reason))
+
+    if not path.stat().st_size:
+        damaged("it is empty")
+    # Mapped, so that a length that the file only claims to have is never allocated.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        magic, protocol, system = (_Machine(data).run() for _ in range(3))
+        if magic != MAGIC or protocol != PROTOCOL or not isinstance(system, dict):
+            damaged("it does not begin as one")
+        if not system.get("little_endian", True):
+            raise PickleError(f"was written on a machine of another byte order: {CONVERT}")
+        machine = _Machine(data)
+        sizes: dict[str, int] = {}
+        load = machine.persistent_load
+
+        def persistent_load(pid: Any) -> _Storage:
+            storage = load(pid)
+            sizes[storage.key] = storage.dtype.itemsize
+            return storage
+
+        machine.persistent_load = persistent_load  # type: ignore[method-assign]
+        content, keys = machine.run(), _Machine(data).run()
+        offsets, position = {}, data.tell()
+        for key in keys if isinstance(keys, list) else damaged("it lacks its list of storages"):
+            if len(head := data[position : position + 8]) < 8 or key not in sizes:
+                damaged("its storages are cut short")
+            size = struct.unpack("<q", head)[0] * sizes[key]
+            if size < 0 or position + 8 + size > len(data):
+                damaged("its storages are cut short")
+            offsets[key] = (position + 8, size)
+            position += 8 + size
+    return content, offsets
