@@ -76,8 +76,8 @@ def find(name_or_path: str | Path) -> Path:
         return fetch(name)
     known = ", ".join(sorted(p.name for p in BUNDLED.glob("*/"))) or "none"
     raise ConfigError(
-        f"{name} is no folder and no bundled model (bundled: {known}): give a diffusers folder, a .safetensors or .ckpt "
-        "file, or owner/name on the Hugging Face hub."
+        f"{name} is no folder and no bundled model (bundled: {known}): give a diffusers folder, a .safetensors or "
+        ".ckpt file, or owner/name on the Hugging Face hub."
     )
 
 
