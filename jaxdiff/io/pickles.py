@@ -220,8 +220,12 @@ def open_pickle(path: Path) -> tuple[dict[str, list[int]], Callable[[str], np.nd
 
 
 def _tensors(content: Any) -> dict[str, _Tensor]:
-    """The tensors of a dictionary and, under "outer.inner", of dictionaries in it; other values are passed over."""
+    """The tensors of a dictionary and, under "outer.inner", of dictionaries in it; other values are passed over.
+
+    Those of a list go by their numbers: "0", "1" …
+    """
     found: dict[str, _Tensor] = {}
+    content = dict(enumerate(content)) if isinstance(content, list) else content
     for name, value in content.items() if isinstance(content, dict) else ():
         inner = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {str(name): value}
         found |= {k: v for k, v in inner.items() if isinstance(v, _Tensor)}
