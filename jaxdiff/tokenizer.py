@@ -24,7 +24,8 @@ DEFAULT_LENGTH = 77  # tokens: what every published CLIP text encoder takes
 
 # Hub folders of transformers 4 hold the first four, those saved by transformers 5 the third and the last.
 _VOCAB, _MERGES, _CONFIG, _JSON = "vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"
-_FILES = (_VOCAB, _MERGES, _CONFIG, "special_tokens_map.json", "added_tokens.json", _JSON)
+_ADDED = "added_tokens.json"  # may lie in either
+_FILES = (_VOCAB, _MERGES, _CONFIG, "special_tokens_map.json", _ADDED, _JSON)
 
 # How CLIP cuts text into words before merging (Radford et al. 2021, the published `simple_tokenizer`).
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -90,6 +91,44 @@ class Tokenizer:
             except Exception as e:  # whatever the version of transformers at hand raises
                 raise ConfigError(f"The tokenizer's files cannot be opened by transformers ({e}).") from e
 
+    def with_tokens(self, tokens: Sequence[str]) -> Self:
+        """A tokenizer that knows more words, each with the next id; prompts may have them anywhere, in any case.
+
+        Where `token`, `token_1`, `token_2` … are added, `token` in a prompt stands for all of them in that order.
+
+        Raises:
+          ConfigError: a token is blank, given twice or known already.
+        """
+        known = set(self._clip.get_vocab())
+        known |= {token.lower() for token in self._clip.added_tokens_encoder}  # which match in any case
+        for token in tokens:
+            if not token.strip() or not token.isprintable():
+                raise ConfigError(f"{token!r} cannot be a token: give it a visible name, such as '<cat-toy>'.")
+            if {token, token.lower()} & known:
+                raise ConfigError(f"The tokenizer has a token {token!r} already: give another name.")
+            known.add(token.lower())
+        first = self.vocab_size
+        added = json.loads(self.files.get(_ADDED, b"{}")) | {token: first + i for i, token in enumerate(tokens)}
+        return type(self)({**self.files, _ADDED: json.dumps(added, indent=2).encode()}, self.max_length)
+
+    def added_ids(self, token: str) -> list[int]:
+        """The ids that an added token stands for, one a vector; empty where there is no such token."""
+        first = self._clip.added_tokens_encoder.get(token)
+        return [] if first is None else self._expanded([first])
+
+    @functools.cached_property
+    def _vectors(self) -> dict[int, list[int]]:
+        """Added tokens that stand for several: id of `token` -> ids of `token`, `token_1` …"""
+        added = self._clip.added_tokens_encoder
+        groups = {}
+        for token, first in added.items():
+            group = [first]
+            while (following := added.get(f"{token}_{len(group)}")) is not None:
+                group.append(following)
+            if len(group) > 1:
+                groups[first] = group
+        return groups
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
@@ -123,6 +162,8 @@ class Tokenizer:
         texts = [_readable(p) for p in prompts]
         encoded = self._clip(texts, return_offsets_mapping=True, verbose=False)
         for row, text, tokens, spans in zip(ids, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            spans = [span for token, span in zip(tokens, spans, strict=True) for _ in self._vectors.get(token, (0,))]
+            tokens = self._expanded(tokens)
             if len(tokens) > self.max_length:
                 _warn_cut(text[spans[self.max_length - 1][0] :], text, self.max_length)
                 tokens = [*tokens[: self.max_length - 1], self.eos_id]
@@ -133,7 +174,11 @@ class Tokenizer:
         """Token ids of each text alone: no start, end or padding, and not cut."""
         if not len(texts):
             return []
-        return self._clip([_readable(t) for t in texts], add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = self._clip([_readable(t) for t in texts], add_special_tokens=False, verbose=False)
+        return [self._expanded(ids) for ids in encoded["input_ids"]]
+
+    def _expanded(self, ids: list[int]) -> list[int]:
+        return [vector for i in ids for vector in self._vectors.get(i, (i,))]
 
 
 def _readable(text: str) -> str:

@@ -238,3 +238,78 @@ def test_training_is_reproducible_and_bounded():
         train_bpe(CORPUS, 513, 16)
     with pytest.raises(ConfigError, match="max_length must be 3"):
         train_bpe(CORPUS, 600, 2)
+
+
+ADDED = ["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "Easy-Negative"]
+
+
+@pytest.fixture(scope="module", params=["vocab.json", "tokenizer.json"])
+def extended(trained, request, tmp_path_factory):
+    """(tokenizer, the same with more tokens, transformers' with the same tokens), from either form of a folder."""
+    from transformers import CLIPTokenizer
+
+    folder = old_folder(trained, tmp_path_factory.mktemp("tokenizer"), "!")
+    if request.param == "tokenizer.json":
+        CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
+        for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+            (folder / name).unlink()
+    clip = CLIPTokenizer.from_pretrained(folder)
+    clip.add_tokens(ADDED)
+    tokenizer = Tokenizer.load(folder)
+    return tokenizer, tokenizer.with_tokens(ADDED), clip
+
+
+def test_added_tokens_equal_transformers(extended, tmp_path):
+    old, new, clip = extended
+    assert new.vocab_size == old.vocab_size + 4
+    assert (new.bos_id, new.eos_id, new.pad_id) == (old.bos_id, old.eos_id, old.pad_id)
+    np.testing.assert_array_equal(new(TRICKY), old(TRICKY))
+    prompts = ["a <cat-toy>, easy-negative", "a<Cat-Toy>b EASY-NEGATIVE.", "<cat-toy>_1 alone"]
+    # What diffusers hands to transformers for a token of several vectors.
+    written_out = [p.replace("toy>,", "toy> <cat-toy>_1 <cat-toy>_2,") for p in prompts]
+    written_out[1] = written_out[1].replace("Toy>", "Toy> <cat-toy>_1 <cat-toy>_2 ")
+    expected = clip(written_out, padding="max_length", max_length=77, return_tensors="np")["input_ids"]
+    np.testing.assert_array_equal(new(prompts), expected)
+    assert new.encode(prompts[:1]) == [[int(i) for i in expected[0, 1:] if i][:-1]]
+    assert new.added_ids("<cat-toy>") == [old.vocab_size, old.vocab_size + 1, old.vocab_size + 2]
+    assert new.added_ids("<dog>") == []
+    new.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again == new != old
+    np.testing.assert_array_equal(again(prompts), new(prompts))
+    np.testing.assert_array_equal(oracle(tmp_path, written_out, 77), expected)  # and PyTorch's side opens it
+
+
+def test_tokens_are_added_to_added_ones(extended):
+    old, new, _ = extended
+    more = new.with_tokens(["<dog>"])
+    prompt = ["<dog> <cat-toy>"]
+    assert list(more(prompt)[0][1:5]) == [old.vocab_size + i for i in (4, 0, 1, 2)]
+    np.testing.assert_array_equal(more(TRICKY), new(TRICKY))
+
+
+def test_several_vectors_count_when_a_prompt_is_cut(extended, caplog):
+    _, new, _ = extended
+    short = Tokenizer(new.files, 6)
+    prompt = f"a <cat-toy> castle {len(new.files)}"  # not one that has been warned of
+    row = short([prompt])[0]
+    assert list(row[2:5]) == new.added_ids("<cat-toy>")
+    assert row[5] == short.eos_id
+    assert "'castle" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["a</w>"], "has a token 'a</w>' already"),
+        (["<cat-toy>"], "has a token '<cat-toy>' already"),
+        (["<CAT-toy>_2"], "has a token '<CAT-toy>_2' already"),
+        (["<new>", "<New>"], "has a token '<New>' already"),
+        ([" "], "' ' cannot be a token"),
+        ([""], "'' cannot be a token"),
+        (["a\nb"], "cannot be a token"),
+    ],
+)
+def test_tokens_that_cannot_be_added(extended, tokens, message):
+    with pytest.raises(ConfigError, match=message):
+        extended[1].with_tokens(tokens)
