@@ -1,0 +1,72 @@
+"""Guidance of one's own: projected guidance keeps colours natural at scales where the usual one burns them.
+
+    python examples/custom_guidance.py [OUTPUT.png]
+
+Of the step from the unguided to the guided prediction, the part along the prediction raises contrast and saturation,
+the part across it brings the subject: the first is left out (Sadat et al. 2025, "Eliminating Oversaturation and
+Artifacts of High Guidance Scales in Diffusion Models", algorithm 1 without momentum and radius). Directions are taken
+from the background, the prediction's median over the picture, because white is not 0 in this autoencoder.
+
+Cost: 16 s on two CPU cores, compilation included; peak memory 0.9 GB.
+Expect: at scale 10 the mean saturation is 0.150 with classifier-free guidance, with heavy outlines and darkened
+colours, and 0.139 projected, where it is 0.138 at scale 2. Neither is as clean as scale 2 with this model.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxdiff
+from jaxdiff.io.images import strip, write_png
+
+PROMPTS = ("a castle", "a dog", "a rocket, 3d render", "a teddy bear")
+
+
+def projected(cond, uncond, scale, along=0.0):
+    """Predictions [B, h, w, C] of the clean latents -> the guided one; with `along` = 1, classifier-free guidance."""
+
+    def dot(a, b):
+        return jnp.sum(a * b, axis=(1, 2, 3), keepdims=True)
+
+    step, picture = cond - uncond, cond - jnp.median(cond, axis=(1, 2), keepdims=True)
+    parallel = dot(step, picture) / dot(picture, picture) * picture
+    return cond + (scale - 1) * (step - (1 - along) * parallel)
+
+
+def saturation(images):
+    """Mean over pixels of the largest minus the smallest channel, of images [B, H, W, 3]."""
+    return float(np.mean(images.max(-1) - images.min(-1)))
+
+
+def main(output="custom_guidance.png", prompts=PROMPTS, scale=10.0, steps=20, seed=0):
+    """Write rows of classifier-free guidance at 2, at `scale`, and of the projected; returns them [3, B, H, W, 3]."""
+    model, params = jaxdiff.load("icons")
+    tokens, empty = (jaxdiff.tokenize(model, texts) for texts in (list(prompts), [""] * len(prompts)))
+    times, noise_scale = jaxdiff.time_grid(model.scheduler, steps, "dpmpp_2m")
+    keys = jax.random.split(jax.random.key(seed), len(prompts))
+    noise = noise_scale * jaxdiff.initial_noise(keys, (16, 16, 4))
+
+    @jax.jit
+    def draw(params, scale, along):
+        given, without = (
+            jaxdiff.denoiser(model, params, jaxdiff.encode_text(model, params, ids)) for ids in (tokens, empty)
+        )
+
+        def denoise(x, time):
+            return projected(given(x, time), without(x, time), scale, along)
+
+        x0 = jaxdiff.sample(denoise, noise, times, jaxdiff.get_scheduler("dpmpp_2m"), keys)
+        return jaxdiff.decode(model, params, x0)
+
+    rows = np.stack([draw(params, *options) for options in ((2.0, 1.0), (scale, 1.0), (scale, 0.0))])
+    names = ("classifier-free at 2", f"classifier-free at {scale:g}", f"projected at {scale:g}")
+    for name, row in zip(names, rows, strict=True):
+        print(f"{name}: saturation {saturation(row):.3f}, {np.mean((row - rows[0]) ** 2):.4f} from the first row")
+    write_png(output, np.concatenate([strip(row) for row in rows]))
+    return rows
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

@@ -1,0 +1,74 @@
+"""A sampling method of one's own in 20 lines, against DDIM at the same cost.
+
+    python examples/custom_scheduler.py [OUTPUT.png]
+
+It is DEIS of second order (Zhang & Chen 2023, "Fast Sampling of Diffusion Models with Exponential Integrator"): in
+x / alpha the process is d(x / alpha) = eps d(rho) with rho = sigma / alpha, and eps is taken to go on as the line
+through its last two values over log(rho). DDIM takes it to stay as it is.
+
+Cost: 26 s on two CPU cores, compilation included; peak memory 0.8 GB.
+Expect: after 20 network calls the latents are 0.012 (relative) from those of 250 calls with DEIS, 0.040 with DDIM. The
+three pictures [reference, DEIS, DDIM] can hardly be told apart.
+"""
+
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxdiff
+from jaxdiff.io.images import strip, write_png
+
+
+class State(NamedTuple):
+    x: jax.Array  # [B, ...]
+    denoised: jax.Array
+    eps: jax.Array  # of the step before
+
+
+def deis():
+    def step(denoise, state, times, i, keys):
+        before, now, then = (jax.tree.map(lambda a, j=j: a[j], times) for j in (jnp.maximum(i - 1, 0), i, i + 1))
+        x0 = denoise(state.x, now)
+        eps = (state.x - now.alpha * x0) / now.sigma
+        rho_before, rho, rho_then = (t.sigma / t.alpha for t in (before, now, then))
+        # The integral of log(r / rho) over r from rho to rho_then, which may be 0.
+        area = jax.scipy.special.xlogy(rho_then, rho_then / rho) - (rho_then - rho)
+        bend = jnp.where(i > 0, area / jnp.log(rho_before / rho), 0.0)
+        x = then.alpha * x0 + then.sigma * eps + then.alpha * bend * (state.eps - eps)
+        return State(x, x0, eps)
+
+    return jaxdiff.Scheduler(lambda x: State(x, x, x), step)
+
+
+def main(output="custom_scheduler.png", prompt="a castle", steps=20, reference_steps=250, seed=0):
+    """Write [reference, deis, ddim]; returns each method's relative error against the reference's latents."""
+    model, params = jaxdiff.load("icons")
+    tokens, empty = (jaxdiff.tokenize(model, [text]) for text in (prompt, ""))
+    key = jax.random.key(seed)
+    noise = jaxdiff.initial_noise(key[None], (16, 16, 4))
+
+    def draw(scheduler, steps):
+        times, _ = jaxdiff.time_grid(model.scheduler, steps, "dpmpp_2m", "karras")  # one grid, from unit noise, for all
+
+        @jax.jit
+        def latents(params):
+            cond, uncond = (jaxdiff.encode_text(model, params, ids) for ids in (tokens, empty))
+            denoise = jaxdiff.denoiser(model, params, cond, uncond, 2.0)
+            return jaxdiff.sample(denoise, noise, times, scheduler, key)
+
+        return latents(params)
+
+    drawn, errors = [draw(jaxdiff.get_scheduler("dpmpp_2m"), reference_steps)], {}
+    for name, scheduler in (("deis", deis()), ("ddim", jaxdiff.get_scheduler("ddim"))):
+        drawn.append(draw(scheduler, steps))
+        errors[name] = float(jnp.linalg.norm(drawn[-1] - drawn[0]) / jnp.linalg.norm(drawn[0]))
+        print(f"{name}, {steps} network calls: {errors[name]:.4f} from the reference of {reference_steps}")
+    write_png(output, strip(np.asarray(jaxdiff.decode(model, params, jnp.concatenate(drawn)))))
+    return errors
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])
