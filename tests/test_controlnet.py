@@ -165,6 +165,24 @@ def test_files_round_trip(small, tmp_path):
     assert load_controlnet(tmp_path / "b", dtype="bfloat16")[0].dtype == jnp.bfloat16
 
 
+def test_published_folders_of_other_kinds_open(small, tmp_path):
+    """A variant in half precision, and a file of PyTorch's own in place of safetensors."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    controlnet, variables = small
+    save_controlnet(tmp_path / "a", controlnet, variables["params"])
+    theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "a")
+    theirs.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    theirs.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    for path, kwargs in ((tmp_path / "bin", {}), (tmp_path / "half", {"variant": "fp16"}), (tmp_path / "half", {})):
+        again, params = load_controlnet(path, **kwargs)
+        assert again == controlnet
+        # float16 keeps 11 bits, or steps of 2**-24 near zero.
+        exact = path.name == "bin"
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(variables["params"]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0 if exact else 2**-11, atol=0 if exact else 2**-25)
+
+
 def test_pytorch_opens_what_was_saved(small, tmp_path):
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")

@@ -9,17 +9,18 @@ from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.typing import Params
 
 
-def load_controlnet(path: str | Path, *, dtype: Any = None) -> tuple[ControlNet, Params]:
+def load_controlnet(path: str | Path, *, dtype: Any = None, variant: str | None = None) -> tuple[ControlNet, Params]:
     """A ControlNet and its parameters.
 
     Args:
-        path: a folder as diffusers writes it, or its .safetensors file beside its `config.json`.
+        path: a folder as diffusers writes it, or its file of weights with `config.json` beside it.
         dtype: type to compute in and to hold the parameters in, "float32" by default.
+        variant: of a folder's weights, such as "fp16".
 
     Raises:
         ConfigError, WeightsError: one sentence naming the file and the mend.
     """
-    return load_module(path, ControlNetConfig, ControlNet, example_inputs, dtype)
+    return load_module(path, ControlNetConfig, ControlNet, example_inputs, dtype, variant)
 
 
 def save_controlnet(folder: str | Path, controlnet: ControlNet, params: Params, *, dtype: Any = None) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.config import Config, ConfigError, TinyVAEConfig, read_json
-from jaxdiff.io.pretrained import check_dtype, write_json
+from jaxdiff.io.pretrained import check_dtype, find_weights, write_json
 from jaxdiff.io.weights import WeightsError, load_tensors, save_tensors
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.typing import Array, Params
@@ -32,14 +32,16 @@ def load_module(
     module_class: Callable[..., Any],
     inputs: Callable[[Any], tuple[Array, ...]],
     dtype: Any = None,
+    variant: str | None = None,
 ) -> tuple[Any, Params]:
     """One network and its parameters.
 
     Args:
-        path: a folder as diffusers' `save_pretrained` writes it, or the weights' file with `config.json` beside it.
+        path: a folder as diffusers' `save_pretrained` writes it, or its file of weights with `config.json` beside it.
         config_class, module_class: what `config.json` is read as, and the module made of it.
         inputs: from the config to inputs that the module can be initialised with.
         dtype: type to compute in and to hold the parameters in, "float32" by default.
+        variant: of a folder's weights, such as "fp16".
 
     Raises:
         ConfigError, WeightsError: one sentence naming the file and the mend.
@@ -54,7 +56,7 @@ def load_module(
         raise ConfigError(f"{file} is of a {found}: give the folder of a {config_class.CLASS_NAME}.")
     module = module_class(config_class.from_dict(values), dtype=dtype)
     shapes = module_shapes(module, inputs, file)
-    return module, load_tensors(path / WEIGHTS if path.is_dir() else path, shapes, dtype)
+    return module, load_tensors(find_weights(path, "unet", variant) if path.is_dir() else path, shapes, dtype)
 
 
 def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any = None) -> None:
@@ -80,10 +82,10 @@ def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any =
         ) from None
 
 
-def load_tiny_vae(path: str | Path, *, dtype: Any = None) -> tuple[AutoencoderTiny, Params]:
+def load_tiny_vae(path: str | Path, *, dtype: Any = None, variant: str | None = None) -> tuple[AutoencoderTiny, Params]:
     """A tiny autoencoder (TAESD) for previews, and its parameters: see `load_module`."""
 
     def inputs(c: TinyVAEConfig) -> tuple[Array, ...]:
         return (jnp.zeros((1, c.factor, c.factor, c.in_channels)),)
 
-    return load_module(path, TinyVAEConfig, AutoencoderTiny, inputs, dtype)
+    return load_module(path, TinyVAEConfig, AutoencoderTiny, inputs, dtype, variant)
