@@ -10,7 +10,9 @@ from jaxdiff.diffusion.sampling import sample
 from jaxdiff.diffusion.schedulers import SCHEDULERS, Scheduler, get_scheduler
 from jaxdiff.diffusion.times import Time, time_grid
 from jaxdiff.generate import generate, initial_noise, tokenize
+from jaxdiff.io.lora import load_lora, merge_lora, read_lora, save_lora
 from jaxdiff.io.pretrained import load, save
+from jaxdiff.io.textual_inversion import load_textual_inversion, save_textual_inversion
 from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text
 from jaxdiff.version import __version__
 
@@ -29,8 +31,14 @@ __all__ = [
     "get_scheduler",
     "initial_noise",
     "load",
+    "load_lora",
+    "load_textual_inversion",
+    "merge_lora",
+    "read_lora",
     "sample",
     "save",
+    "save_lora",
+    "save_textual_inversion",
     "time_grid",
     "tokenize",
 ]

@@ -1,0 +1,227 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) in and out of files, and into parameters.
+
+A LoRA adds to a layer's kernel the product of two thin matrices (section 4.1),
+
+    kernel + scale * alpha / rank * down @ up                                                            (1)
+
+with down [..., in, rank] and up [rank, out]; for a convolution, down keeps the kernel's height and width. It is merged
+into the parameters rather than applied beside them: a pure function of params, LoRAs and scales, which may be traced.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxdiff.io.lora_names import find, layers, written_name
+from jaxdiff.io.sources import TensorSource, open_tensors
+from jaxdiff.io.weights import WeightsError, from_torch_layout, to_torch_layout, write_tensors
+from jaxdiff.models.model import Model, param_shapes
+from jaxdiff.typing import Array, Key, Params
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("down", "up"), meta_fields=("alpha",))
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The change of one layer; `alpha` is no leaf of the tree, so that optimizers leave it alone."""
+
+    down: Array  # [in, rank], or [H, W, in, rank] for a convolution
+    up: Array  # [rank, out]
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[0]
+
+
+Lora = Mapping[str, Factors]  # by module and PyTorch name of a layer: "unet.mid_block.attentions.0.proj_in"
+KERNEL = ("kernel",)  # what the factors are laid out as
+
+
+def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) -> Params:
+    """Parameters with LoRAs added, equation (1). Pure: may be jitted, differentiated, and mapped over the scales.
+
+    Args:
+        params: the model's parameters; they stay as they are.
+        loras: one, or several to be added together.
+        scales: one number for all, or one for each; 0 changes nothing.
+
+    Returns:
+        A tree like `params`, in its types; sums are in float32.
+
+    Raises:
+        WeightsError: a layer that the parameters have not, or not as many scales as LoRAs.
+    """
+    loras = [loras] if isinstance(loras, Mapping) else list(loras)
+    if not isinstance(scales, Sequence) and jnp.ndim(scales) == 0:
+        scales = [scales] * len(loras)
+    if len(scales) != len(loras):
+        raise WeightsError(f"{len(loras)} LoRAs have {len(scales)} scales: give one for all, or one for each.")
+    flat, paths = flatten_dict(params), {layer.name: layer.path for layer in layers(params)}
+    changes: dict[str, Array] = {}
+    for lora, scale in zip(loras, scales, strict=True):
+        for name, f in lora.items():
+            if name not in paths:
+                raise WeightsError(f"the LoRA changes {name}, which the model has not: read it with this model.")
+            down, up = (jnp.asarray(x, jnp.float32) for x in (f.down, f.up))
+            change = scale * (f.alpha / f.rank) * jnp.matmul(down, up, precision="highest")
+            changes[name] = changes[name] + change if name in changes else change
+    for name, change in changes.items():
+        old = flat[paths[name]]
+        flat[paths[name]] = (jnp.asarray(old, jnp.float32) + change).astype(old.dtype)
+    return unflatten_dict(flat)
+
+
+_shapes = functools.lru_cache(maxsize=4)(param_shapes)  # a second or two of tracing for a model of full size
+
+
+def load_lora(model: Model, params: Params, paths: Any, scale: Any = 1.0) -> Params:
+    """Parameters with the LoRAs of one file or several added.
+
+    Args:
+        paths: a file, or a list of files: see `read_lora`.
+        scale: one number for all, or a list with one for each; 1 is the strength that the LoRA was trained at.
+
+    Raises:
+        WeightsError: one sentence that names the file and what does not fit.
+    """
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    return merge_lora(params, [read_lora(model, path) for path in paths], scale)
+
+
+def read_lora(model: Model, path: str | Path) -> Lora:
+    """The LoRA in a file, for the UNet and the text encoders.
+
+    Args:
+        path: safetensors, or PyTorch's .pt and .bin, in the names of diffusers, peft, kohya (for SDXL also those of
+            the original layout) or in the lists of cloneofsimo/lora. Factors keep the file's type.
+
+    Raises:
+        WeightsError: the file is missing or damaged, holds anything but a LoRA, or one for another model.
+    """
+    source = open_tensors(path)
+    config = _adapter_config(source)
+    lora = {}
+    for layer, tensors in find(source, list(layers(_shapes(model)))):
+        down, up = (source.read(tensors[role]) for role in ("down", "up"))
+        rank = len(down)
+        written = tensors.get("alpha")
+        alpha = _alpha(source, written) if written else _config_alpha(source, config, layer.name, rank)
+        down = from_torch_layout(KERNEL, down).reshape(*layer.shape[:-1], rank)
+        # Copies, in a layout of their own: what was read may be a view into the file.
+        down, up = (jnp.asarray(np.array(x, order="C")) for x in (down, up.reshape(-1, rank).T))
+        lora[layer.name] = Factors(down, up, alpha)
+    return lora
+
+
+def _alpha(source: TensorSource, tensor: str) -> float:
+    value = np.asarray(source.read(tensor), np.float64)
+    if value.size != 1 or not np.isfinite(value).all():
+        raise WeightsError(f"{source.path}: {tensor} must be one finite number: the file is damaged, fetch it again.")
+    return float(value.reshape(()))
+
+
+def _adapter_config(source: TensorSource) -> dict[str, Any]:
+    """peft's configuration, which diffusers writes into a safetensors file's metadata; often there is none."""
+    try:
+        config = json.loads(source.metadata.get("lora_adapter_metadata", "{}"))
+        return {k: v for k, v in config.items() if v}
+    except (AttributeError, ValueError) as e:
+        raise WeightsError(f"{source.path} has damaged metadata ({e}): fetch it again.") from None
+
+
+def _config_alpha(source: TensorSource, config: dict[str, Any], name: str, rank: int) -> float:
+    """A layer's alpha by peft's configuration; its rank where there is none, so that the product counts as it is."""
+    module, _, name = name.partition(".")
+    if config.get(f"{module}.use_dora"):
+        raise WeightsError(f"{source.path} is of the kind DoRA; only plain LoRA is supported.")
+    try:
+        alpha = float(config.get(f"{module}.lora_alpha", rank))
+        for ending, value in config.get(f"{module}.alpha_pattern", {}).items():
+            if f".{name}".endswith(f".{ending.removeprefix('text_model.')}"):
+                alpha = float(value)
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha {alpha}")
+    except (AttributeError, TypeError, ValueError) as e:
+        raise WeightsError(f"{source.path} has damaged metadata ({e}): fetch it again.") from None
+    return alpha * math.sqrt(rank) if config.get(f"{module}.use_rslora") else alpha
+
+
+def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffusers", "kohya"] = "diffusers") -> None:
+    """Write a LoRA as a safetensors file that `read_lora` and PyTorch diffusers open; whole or not at all.
+
+    Args:
+        layout: "diffusers", whose files have no alpha, so that up is multiplied by alpha / rank; or "kohya", which
+            other programs read too.
+
+    Raises:
+        WeightsError: the layout is unknown, the model has no such layer, or the file cannot be written.
+    """
+    if layout not in ("diffusers", "kohya"):
+        raise WeightsError(f"layout {layout!r} is unknown; known are diffusers, kohya.")
+    known = {layer.name: layer for layer in layers(_shapes(model))}
+    tensors: dict[str, np.ndarray] = {}
+    for name, f in lora.items():
+        if name not in known:
+            raise WeightsError(f"the LoRA changes {name}, which the model has not: save it with its own model.")
+        down = to_torch_layout(KERNEL, np.asarray(jax.device_get(f.down)))
+        up = np.asarray(jax.device_get(f.up)).T.reshape(*f.up.shape[::-1], *(1,) * (down.ndim - 2))
+        stem = written_name(known[name], layout, double="text_encoder_2" in model.modules)
+        if layout == "kohya":
+            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+            tensors[f"{stem}.alpha"] = np.asarray(f.alpha, np.float32)
+        else:
+            up = (up * np.float32(f.alpha / f.rank)).astype(up.dtype)
+            tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    write_tensors(Path(path), tensors)
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def init_lora(
+    model: Model,
+    params: Params,
+    rank: int = 4,
+    alpha: float | None = None,
+    targets: Sequence[str] = ("unet",),
+    *,
+    key: Key,
+    endings: Sequence[str] = ATTENTION,
+) -> Lora:
+    """A fresh LoRA that changes nothing yet: down Gaussian of deviation 1 / rank, up zero (section 4.1).
+
+    Train it by differentiating a loss of `merge_lora(params, lora)` for `lora`.
+
+    Args:
+        rank: columns of the thin matrices.
+        alpha: see equation (1); the rank by default, so that the product counts as it is.
+        targets: modules to change: of "unet", "text_encoder", "text_encoder_2".
+        endings: how the PyTorch names of the layers to change end; the projections of attention by default.
+
+    Returns:
+        Float32 factors by layer.
+
+    Raises:
+        WeightsError: the rank is not positive, or no layer of a target ends like that.
+    """
+    if rank < 1:
+        raise WeightsError(f"rank {rank} must be 1 or more.")
+    chosen = [layer for layer in layers(params) if layer.module in targets and layer.name.endswith(tuple(endings))]
+    for target in targets:
+        if not any(layer.module == target for layer in chosen):
+            raise WeightsError(f"no layer of {target} ends in {' or '.join(endings)}: see `layers` for their names.")
+    lora = {}
+    for i, layer in enumerate(chosen):
+        down = jax.random.normal(jax.random.fold_in(key, i), (*layer.shape[:-1], rank)) / rank
+        lora[layer.name] = Factors(down, jnp.zeros((rank, layer.shape[-1])), float(rank if alpha is None else alpha))
+    return lora

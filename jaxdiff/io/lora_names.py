@@ -1,0 +1,302 @@
+"""What LoRA files call the layers that they change.
+
+No name is parsed: every spelling of every layer is computed from the model's own parameters, and a file's name is
+looked up among them. The spellings, here of the UNet's `down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q`:
+
+    diffusers, peft      unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q
+    attention processor  unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.processor.to_q
+    kohya                lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q
+    kohya, SDXL          lora_unet_input_blocks_2_1_transformer_blocks_0_attn1_to_q
+
+and of the text encoder's `encoder.layers.0.self_attn.q_proj`:
+
+    diffusers, peft      text_encoder.text_model.encoder.layers.0.self_attn.q_proj
+    attention processor  text_encoder.text_model.encoder.layers.0.self_attn.to_q
+    kohya                lora_te_text_model_encoder_layers_0_self_attn_q_proj (SDXL: lora_te1_, lora_te2_)
+
+Files of cloneofsimo/lora hold no names but a list, in the order in which PyTorch visits the layers: see `list_orders`.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from flax.traverse_util import flatten_dict
+
+from jaxdiff.io.sources import TensorSource
+from jaxdiff.io.weights import WeightsError, tensor_name
+from jaxdiff.typing import Params
+
+Tensors = dict[str, str]  # "down", "up" and perhaps "alpha" -> the tensor's name in the file
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+KOHYA = {  # the prefix that is written first
+    "unet": ("lora_unet_",),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+}
+SUFFIXES = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".alpha": "alpha",
+}
+OTHER_KINDS = {  # pattern in a tensor's name -> the kind of adapter that has it
+    r"dora_scale|lora_magnitude_vector": "DoRA",
+    r"hada_w": "LoHa",
+    r"lokr_w": "LoKr",
+    r"oft_": "OFT",
+    r"lora_mid": "LoCon (Tucker decomposition)",
+    r"\.diff(_b)?$": "LyCORIS (full difference)",
+    r"lora_(B|up)\.bias$": "LoRA-with-bias",
+}
+PROCESSOR = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+
+ORIGINAL = {  # part of a layer's name in the UNet -> the same in latent diffusion's code
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+FAMILIES = {  # width of the text that the UNet attends to -> whose
+    768: "Stable Diffusion 1.x",
+    1024: "Stable Diffusion 2.x",
+    2048: "SDXL",
+    1280: "the SDXL refiner",
+}
+
+
+class Layer(NamedTuple):
+    """A layer that a LoRA may change."""
+
+    module: str  # "unet", "text_encoder" or "text_encoder_2"
+    name: str  # with the module: "unet.mid_block.attentions.0.proj_in"
+    path: tuple[str, ...]  # of its kernel in the parameters
+    shape: tuple[int, ...]  # of its kernel: [in, out] or [H, W, in, out]
+
+
+def layers(params: Params) -> Iterator[Layer]:
+    """Every dense layer and convolution of the UNet and the text encoders, from the parameters or their shapes."""
+    for module in KOHYA:
+        for path, leaf in flatten_dict(params.get(module, {})).items():
+            if path[-1] == "kernel":
+                yield Layer(module, f"{module}.{tensor_name(path[:-1])}", (module, *path), tuple(leaf.shape))
+
+
+def written_name(layer: Layer, layout: str, *, double: bool) -> str:
+    """What diffusers or kohya write for a layer; `double` where the model has two text encoders."""
+    if layout == "diffusers":
+        return spellings(layer)[0]
+    return spellings(layer)[2 if double and layer.module == "text_encoder" else 1]
+
+
+def original_name(name: str, depth: int) -> str:
+    """A layer of the UNet as latent diffusion's code named it, from its name in diffusers.
+
+    Args:
+        depth: resnets of a block on the way down.
+
+    >>> original_name("down_blocks.1.attentions.0.proj_in", 2), original_name("up_blocks.0.resnets.2.conv1", 2)
+    ('input_blocks.4.1.proj_in', 'output_blocks.2.0.in_layers.2')
+    """
+    for ours, theirs in ORIGINAL.items():
+        name = name.replace(ours, theirs)
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name)
+    if match is None:
+        return name
+    side, block, kind, number, rest = match.groups()
+    number = str(int(block) * (depth + 1) + (depth if kind.endswith("samplers") else int(number)) + (side == "down"))
+    if kind == "upsamplers":  # in SDXL always after an attention
+        return f"output_blocks.{number}.2.{rest}"
+    part = f"{'input' if side == 'down' else 'output'}_blocks.{number}.{int(kind == 'attentions')}"
+    return f"{part}.op" if kind == "downsamplers" else f"{part}.{rest}"
+
+
+def spellings(layer: Layer, depth: int = 2) -> list[str]:
+    """What files call a layer: first as diffusers writes it, then as kohya does. See `original_name` for `depth`."""
+    module, name = layer.module, layer.name.removeprefix(f"{layer.module}.")
+    if module == "unet":
+        original = original_name(name, depth).replace(".", "_")
+        old = re.sub(r"\.(attn\d)\.(\w+)(\.0)?$", r".\1.processor.\2", name)
+        more = [name, old, f"unet.{old}", f"base_model.model.{name}", f"lora_unet_{original}"]
+        full = name
+    else:
+        stem, _, last = name.rpartition(".")
+        more = [layer.name, f"{module}.text_model.{stem}.{PROCESSOR.get(last, last)}"]
+        full = name if name == "text_projection" else f"text_model.{name}"
+    return [f"{module}.{full}", *(prefix + full.replace(".", "_") for prefix in KOHYA[module]), *more]
+
+
+def split(path: object, name: str) -> tuple[str, str]:
+    """A tensor's name in a file -> what the file calls the layer, and "down", "up" or "alpha".
+
+    Raises:
+        WeightsError: the tensor belongs to no LoRA, or to a kind of adapter that is not built here.
+
+    >>> split("x", "lora_unet_conv_in.lora_down.weight"), split("x", "attn1.processor.to_q_lora.up.weight")
+    (('lora_unet_conv_in', 'down'), ('attn1.processor.to_q', 'up'))
+    """
+    for pattern, kind in OTHER_KINDS.items():
+        if re.search(pattern, name):
+            raise WeightsError(f"{path} is of the kind {kind} (tensor {name}); only plain LoRA is supported.")
+    for suffix, role in SUFFIXES.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), role
+    raise WeightsError(f"{path}: tensor {name} is no part of a LoRA: is it a LoRA's file?")
+
+
+def find(source: TensorSource, model: list[Layer]) -> list[tuple[Layer, Tensors]]:
+    """The layers of a model that a file changes, with its tensors for each, of the right shapes.
+
+    Raises:
+        WeightsError: something in the file is no LoRA, or none of this model; the sentence names the first such tensor.
+    """
+    found = _listed(source, model) or _named(source, model)
+    if not found:
+        raise WeightsError(f"{source.path} holds no LoRA: it has no tensors.")
+    return found
+
+
+def _named(source: TensorSource, model: list[Layer]) -> list[tuple[Layer, Tensors]]:
+    depth = sum(bool(re.fullmatch(r"unet\.down_blocks\.0\.resnets\.\d+\.conv1", layer.name)) for layer in model)
+    known = {spelling: layer for layer in model for spelling in spellings(layer, depth)}
+    found: dict[str, Tensors] = {}  # by what the file calls the layer
+    for tensor in sorted(source.shapes):
+        stem, role = split(source.path, tensor)
+        found.setdefault(stem, {})[role] = tensor
+    called: dict[Layer, str] = {}
+    for stem, tensors in found.items():
+        if stem not in known:
+            raise _misfit(source, model, f"it changes {stem}, which the model has not")
+        layer = known[stem]
+        if other := called.get(layer):
+            raise WeightsError(f"{source.path} changes {layer.name} twice, as {other} and {stem}: keep one of them.")
+        called[layer] = stem
+        if missing := sorted({"down", "up"} - tensors.keys()):
+            raise WeightsError(f"{source.path} has no {missing[0]} matrix for {stem}: the file is incomplete.")
+        if not _fits(source, layer, tensors):
+            raise _misfit(source, model, _mismatch(source, layer, tensors))
+    return [(layer, found[stem]) for layer, stem in called.items()]
+
+
+def _torch(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    return (kernel[3], kernel[2], *kernel[:2]) if len(kernel) == 4 else kernel[::-1]
+
+
+def _fits(source: TensorSource, layer: Layer, tensors: Tensors) -> bool:
+    """Whether down is [rank, in, ...] and up [out, rank]; dense layers and 1x1 convolutions may pass for each other."""
+
+    def stripped(shape) -> tuple[int, ...]:
+        return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
+
+    down, up = (stripped(source.shapes[tensors[role]]) for role in ("down", "up"))
+    wide = stripped(_torch(layer.shape))
+    return len(up) == 2 and up[1] > 0 and down == (up[1], *wide[1:]) and up[0] == wide[0]
+
+
+def _mismatch(source: TensorSource, layer: Layer, tensors: Tensors) -> str:
+    shapes = " and ".join(str(list(source.shapes[tensors[role]])) for role in ("down", "up"))
+    return f"for {layer.name} it has matrices of shapes {shapes}, the model a weight of {list(_torch(layer.shape))}"
+
+
+def _listed(source: TensorSource, model: list[Layer]) -> list[tuple[Layer, Tensors]]:
+    """As `_named`, for the numbered tensors of cloneofsimo/lora; empty where the file has names."""
+    found: list[tuple[Layer, Tensors]] = []
+    for module, parts in _numbered(source).items():
+        orders = [o for o in list_orders(model) if len(o) == len(parts) and module in ("", o[0].module)]
+        misfits = []
+        for order in orders:
+            pairs = list(zip(order, parts, strict=True))
+            wrong = [pair for pair in pairs if not _fits(source, *pair)]
+            if not wrong:
+                found += pairs
+                break
+            misfits.append(_mismatch(source, *wrong[0]))
+        else:
+            number = f"its list changes {len(parts)} layers, the attentions of no part of the model are as many"
+            raise _misfit(source, model, misfits[0] if misfits else number)
+    return found
+
+
+def _numbered(source: TensorSource) -> dict[str, list[Tensors]]:
+    """Pairs of a file without names by module, or by "" where it does not say: `0`, `1` or `unet:0:up`, `unet:0:down`.
+
+    Such files may carry embeddings beside: see `load_textual_inversion`.
+    """
+    names = set(source.shapes)
+    if names and names == {str(i) for i in range(len(names))}:
+        return {"": [{"up": str(i), "down": str(i + 1)} for i in range(0, len(names) - 1, 2)]}
+    lists: dict[str, list[Tensors]] = {}
+    for module in KOHYA:
+        while {up := f"{module}:{len(lists.get(module, ()))}:up", down := up.removesuffix("up") + "down"} <= names:
+            lists.setdefault(module, []).append({"up": up, "down": down})
+    return lists
+
+
+def list_orders(model: list[Layer]) -> Iterator[list[Layer]]:
+    """The layers in each order in which a file of cloneofsimo/lora may list them (its `_find_modules_v2`).
+
+    The UNet's middle block comes last, since PyTorch registers it last. Of a transformer block come the attentions
+    with or without the gated feed-forward, which diffusers registered between them at first and after them today;
+    the shapes tell which. CLIP's attention has keys and values before queries.
+    """
+    blocks = ("down_blocks", "up_blocks", "mid_block")
+    projections = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj")
+    for inner in (("attn1", "attn2"), ("attn1", "ff", "attn2"), ("attn1", "attn2", "ff")):
+        yield _sorted(model, r"unet\.(\w+)(.*)\.(attn1|attn2|ff)\.(.*)", (blocks, None, inner, projections))
+    for module in ("text_encoder", "text_encoder_2"):
+        yield _sorted(model, rf"{module}\.(.*)\.(\w+)", (None, ("k_proj", "v_proj", "q_proj", "out_proj")))
+
+
+def _sorted(model: list[Layer], pattern: str, orders: tuple[tuple[str, ...] | None, ...]) -> list[Layer]:
+    """Layers whose names match, sorted by each group's place in its order, which must have it, or by its numbers."""
+    found = []
+    for layer in model:
+        match = re.fullmatch(pattern, layer.name)
+        pairs = list(zip(match.groups(), orders, strict=True)) if match else []
+        if pairs and all(order is None or group in order for group, order in pairs):
+            place = [order.index(g) if order else [int(n) for n in re.findall(r"\d+", g)] for g, order in pairs]
+            found.append((place, layer))
+    return [layer for _, layer in sorted(found)]
+
+
+def _misfit(source: TensorSource, model: list[Layer], what: str) -> WeightsError:
+    """The error for a LoRA of another model, with a guess of whose it is."""
+    ours = next((FAMILIES.get(layer.shape[0]) for layer in model if layer.name.endswith("attn2.to_k")), None)
+    theirs = guess_family(source)
+    if theirs is None or theirs == ours:
+        return WeightsError(f"{source.path} does not fit this model: {what}.")
+    return WeightsError(f"{source.path} is a LoRA for {theirs}, this model is {ours or 'of no such family'}: {what}.")
+
+
+def guess_family(source: TensorSource) -> str | None:
+    """Whose LoRA a file seems to be, from its names and from widths that only ever go into a layer: the text's."""
+    for part, family in (("te2_", "SDXL"), ("text_encoder_2", "SDXL"), ("double_blocks", "Flux")):
+        if any(part in name for name in source.shapes):
+            return family
+    unet = [s for n, s in source.shapes.items() if len(s) >= 2 and not n.startswith(("text_encoder", "lora_te"))]
+    matrices = unet or [s for s in source.shapes.values() if len(s) >= 2]
+    inputs = {shape[1] for shape in matrices if shape[0] < shape[1]}
+    outputs = {shape[0] for shape in matrices if shape[0] > shape[1]}
+    # A text encoder's widths are inputs and outputs, and none is less than that of its text.
+    widths = inputs - outputs or {min(inputs, default=0)}
+    return next((FAMILIES[width] for width in (2048, 1024, 768, 1280) if width in widths), None)
