@@ -1,0 +1,495 @@
+"""Prompts: emphasis, chunks, files, styles, wildcards, and text that nobody should have written."""
+
+import contextlib
+import itertools
+import json
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxdiff.prompts import (
+    BACKTRACK,
+    MAX_CHUNKS,
+    MAX_WEIGHT,
+    PromptError,
+    PromptLine,
+    parse_emphasis,
+    read_prompts,
+    tokens,
+)
+from jaxdiff.styles import STYLES_FILE, apply_style, read_styles
+from jaxdiff.tokenizer import train_bpe
+from jaxdiff.wildcards import MAX_DEPTH, expand
+
+LENGTH = 77
+CORPUS = ["a photo of a red castle, a green dragon and a blue house", "word at night"] * 3
+HOSTILE = {
+    "nothing": "",
+    "blanks": " \t\n\u00a0 ",
+    "emoji": "🎉👩‍👩‍👧🏳️‍🌈" * 20,
+    "brackets": "([)]]((" * 50,
+    "deep": "(a" * 3000 + ")" * 3000,
+    "open": "(" * 3000 + "a",
+    "weights": "(a:99999999999999999999)" + "(b:-7)" + "(c:" + "9" * 400 + ")" + "(d:1.2.3)" + "(e:)",
+    "zero times much": "((a:0):" + "9" * 400 + ")",
+    "nul": "a \x00 (castle\x00:1.2)",
+    "surrogates": "a \udcff ([\ud800])",
+    "backslashes": "\\" * 501 + "(a)\\",
+    "colons": ":1" * 3000 + ":" + " " * 20000 + "1" * 20000,
+    "breaks": "BREAK " * 100 + "(BREAK:1.3)",
+    "specials": "<|endoftext|> (<|startoftext|>)",
+}
+
+
+def model(tokenizer, tokenizer_2=None, force=True):
+    return SimpleNamespace(
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        options=SimpleNamespace(force_zeros_for_empty_prompt=force),
+    )
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return train_bpe(CORPUS, 640, LENGTH)
+
+
+def content(clip, given, row=0) -> list[list[int]]:
+    """Token ids of each chunk of a prompt between its start and its end; checks both, and the padding."""
+    chunks = []
+    for chunk in given.ids[row].reshape(-1, clip.max_length).tolist():
+        end = chunk.index(clip.eos_id)
+        assert chunk[0] == clip.bos_id
+        assert set(chunk[end + 1 :]) <= {clip.pad_id}
+        chunks.append(chunk[1:end])
+    return chunks
+
+
+# Emphasis
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("a castle", [("a castle", 1)]),
+        ("a (castle)", [("a ", 1), ("castle", 1.1)]),
+        ("((castle)) [at [night]]", [("castle", 1.21), (" ", 1), ("at ", 1 / 1.1), ("night", 1 / 1.21)]),
+        ("(red:1.3) (green: .5 )(blue:-2.)", [("red", 1.3), (" ", 1), ("green", 0.5), ("blue", -2)]),
+        ("(a (red:2) castle:0.5)", [("a ", 0.5), ("red", 1.0), (" castle", 0.5)]),
+        ("([castle])", [("castle", 1)]),
+        ("cas(tle)(s)", [("cas", 1), ("tles", 1.1)]),
+        (r"\(red\) \[castle\] (\)\\:1.2)", [("(red) [castle] ", 1), (")\\", 1.2)]),
+        ("time 10:30) (ratio 4:3:2)", [("time 10:30) ", 1), ("ratio 4:3", 2)]),
+        ("(a:b:1.5) (c:1.5", [("a:b", 1.5), (" ", 1), ("c:1.5", 1.1)]),
+        ("castle] at) night", [("castle] at) night", 1)]),
+        ("red [green:1.5] blue", [("red ", 1), ("green:1.5", 1 / 1.1), (" blue", 1)]),
+        ("a (red castle", [("a ", 1), ("red castle", 1.1)]),
+        ("red BREAK blue BREAKS", [("red ", 1), (None, 1), (" blue BREAKS", 1)]),
+        ("(red BREAK blue:1.5)", [("red ", 1.5), (None, 1), (" blue", 1.5)]),
+        (r"back\slash \\ a", [(r"back\slash \\ a", 1)]),
+        ("()", []),
+        ("", []),
+    ],
+)
+def test_emphasis(prompt, pieces):
+    ours = parse_emphasis(prompt)
+    assert [p.text for p in ours] == [text for text, _ in pieces]
+    np.testing.assert_allclose([p.weight for p in ours], [weight for _, weight in pieces])
+
+
+def characters(prompt: str) -> list[tuple[str, float]]:
+    """The rule of emphasis written once more: character by character, each with the product of its brackets."""
+    out: list[list] = []
+    starts = {"(": [], "[": []}
+    i = 0
+
+    def close(bracket, factor):
+        for item in out[starts[bracket].pop() :]:
+            item[1] *= factor
+
+    while i < len(prompt):
+        c = prompt[i]
+        if c == "\\" and prompt[i + 1 : i + 2] and prompt[i + 1] in "()[]\\":
+            out.append([prompt[i + 1], 1.0])
+            i += 2
+            continue
+        if c == ":" and ")" in prompt[i:]:
+            inside, number = prompt[i + 1 : i + prompt[i:].index(")")], None
+            if set(inside) <= set("0123456789.+- ") and any(d.isdigit() for d in inside):
+                try:
+                    number = float(inside)
+                except ValueError:
+                    number = None
+            if number is not None:
+                if starts["("]:
+                    close("(", number)
+                else:
+                    out.extend([d, 1.0] for d in f":{inside})")
+                i += len(inside) + 2
+                continue
+        if c in starts:
+            starts[c].append(len(out))
+        elif c == ")" and starts["("]:
+            close("(", 1.1)
+        elif c == "]" and starts["["]:
+            close("[", 1 / 1.1)
+        else:
+            out.append([c, 1.0])
+        i += 1
+    for bracket, factor in (("(", 1.1), ("[", 1 / 1.1)):
+        while starts[bracket]:
+            close(bracket, factor)
+    return [(c, w) for c, w in out]
+
+
+def test_emphasis_equals_the_rule_written_once_more():
+    rng = np.random.default_rng(0)
+    parts = ["(", "(", ")", ")", "[", "]", "a", "b ", ":", ":1.3)", ":0.5)", ": 2 )", "\\", ", ", "1", ".5"]
+    for _ in range(3000):
+        prompt = "(" * int(rng.integers(2)) + "".join(rng.choice(parts, rng.integers(1, 14))) + "()"
+        ours = [(c, p.weight) for p in parse_emphasis(prompt) for c in p.text]
+        reference = characters(prompt)
+        assert [c for c, _ in ours] == [c for c, _ in reference], prompt
+        np.testing.assert_allclose([w for _, w in ours], [w for _, w in reference], err_msg=prompt)
+
+
+def test_weights_stand_at_their_tokens(clip):
+    given = tokens(model(clip), ["a (red:1.5) castle, [green] dragon", "a house"])
+    ids = clip(["a red castle, green dragon", "a house"])
+    np.testing.assert_array_equal(given.ids, ids)
+    expected = np.ones((2, LENGTH), np.float32)
+    sizes = [len(clip.encode([text])[0]) for text in ("a", "red", "castle,", "green")]
+    starts = np.cumsum([1, *sizes])
+    expected[0, starts[1] : starts[2]] = 1.5
+    expected[0, starts[3] : starts[4]] = 1 / 1.1
+    np.testing.assert_allclose(given.weights, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["", "a castle", "it's 12 o'clock, café!", "日本語 🎉", "back\\slash \\\\", "x" * 60])
+def test_text_without_brackets_is_plain(clip, text):
+    for emphasis in (True, False):
+        given = tokens(model(clip), [text], emphasis=emphasis)
+        np.testing.assert_array_equal(given.ids, clip([text]))
+        assert given[1:] == (None,) * 4
+
+
+def test_emphasis_off_is_plain_text(clip):
+    text = r"a (red:1.3) [castle] \(photo\) BREAK night"
+    given = tokens(model(clip), [text], emphasis=False)
+    np.testing.assert_array_equal(given.ids, clip([text]))
+    assert given.weights is None
+
+
+# Chunks
+
+
+def test_a_long_prompt_goes_on_in_the_next_chunk(clip):
+    words = ["castle", "dragon", "house", "night"] * 50
+    given = tokens(model(clip), [" ".join(words), "a"])
+    (ids,) = clip.encode([" ".join(words)])
+    first, second = content(clip, given), content(clip, given, 1)
+    assert list(itertools.chain(*first)) == ids
+    assert [len(c) for c in first[:-1]] == [LENGTH - 2] * (len(first) - 1)
+    assert second == [clip.encode(["a"])[0], *[[]] * (len(first) - 1)]
+    assert given.weights is None
+
+
+def test_exactly_one_chunk_is_one_chunk(clip):
+    (one,) = clip.encode(["a"])
+    assert len(one) == 1
+    assert tokens(model(clip), ["a " * 75]).ids.shape == (1, LENGTH)
+    assert tokens(model(clip), ["a " * 76]).ids.shape == (1, 2 * LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("before", "kept"),  # single tokens before the only comma; tokens of the first chunk
+    [(73, 74), (75 - BACKTRACK, 76 - BACKTRACK), (74 - BACKTRACK, 75), (74, 75), (75, 75)],
+)
+def test_a_chunk_is_cut_after_a_comma_near_its_end(clip, before, kept):
+    chunks = content(clip, tokens(model(clip), ["a " * before + ", " + "a " * 75]))
+    assert len(chunks[0]) == kept
+    assert sum(map(len, chunks)) == before + 1 + 75
+
+
+def test_break_starts_a_chunk(clip):
+    chunks = content(clip, tokens(model(clip), ["red castle BREAK blue BREAK(green:1.2)"]))
+    assert chunks == clip.encode(["red castle", "blue", "green"])
+
+
+def test_chunks_asked_for(clip):
+    assert tokens(model(clip), ["a"], chunks=3).ids.shape == (1, 3 * LENGTH)
+    for wrong in (0, MAX_CHUNKS + 1):
+        with pytest.raises(ValueError, match=f"chunks {wrong} must be 1 to {MAX_CHUNKS}"):
+            tokens(model(clip), ["a"], chunks=wrong)
+
+
+def test_one_chunk_cuts_where_the_tokenizer_does(clip, caplog):
+    text = "a " * 70 + ", " + "castle " * 20
+    np.testing.assert_array_equal(tokens(model(clip), [text], chunks=1).ids, clip([text]))
+    assert "after the first 1 is left out" in caplog.records[0].getMessage()
+
+
+def test_ten_thousand_words_are_cut_with_one_warning(clip, caplog):
+    text = "a castle, " * 5000
+    begin = time.perf_counter()
+    for _ in range(2):
+        given = tokens(model(clip, clip), [text, text])
+    assert time.perf_counter() - begin < 10
+    assert given.ids.shape == given.ids_2.shape == (2, MAX_CHUNKS * LENGTH)
+    (record,) = caplog.records
+    assert f"after the first {MAX_CHUNKS} is left out" in record.getMessage()
+    assert len(record.getMessage()) < 200
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_gives_tokens_and_finite_weights(clip, name):
+    begin = time.perf_counter()
+    given = tokens(model(clip), [HOSTILE[name], "a"])
+    assert time.perf_counter() - begin < 5
+    assert given.ids.shape[1] % LENGTH == 0
+    assert given.ids.min() >= 0
+    assert given.ids.max() < clip.vocab_size
+    if given.weights is not None:
+        assert np.all(np.abs(given.weights) <= MAX_WEIGHT)  # false for NaN
+
+
+# Two encoders
+
+
+def test_second_prompts_go_to_the_second_encoder(clip):
+    short = train_bpe(CORPUS, 600, 20)
+    given = tokens(model(clip, short), ["red castle", "(house)", None], ["a (dragon:1.2)", None, None])
+    np.testing.assert_array_equal(given.ids, clip(["red castle", "house", ""]))
+    np.testing.assert_array_equal(given.ids_2, short(["a dragon", "house", ""]))
+    assert given.weights[0].max() == 1
+    assert given.weights_2[0].max() == np.float32(1.2)
+    assert given.zeros.tolist() == [False, False, True]
+
+
+def test_both_encoders_have_the_same_number_of_chunks(clip):
+    given = tokens(model(clip, clip), ["a"], ["a BREAK castle BREAK house"])
+    assert given.ids.shape == given.ids_2.shape == (1, 3 * LENGTH)
+
+
+def test_the_refiner_reads_the_first_prompts(clip):
+    given = tokens(model(None, clip, force=False), ["red castle"], ["a dragon"])
+    np.testing.assert_array_equal(given.ids, clip(["red castle"]))
+    assert given.ids_2 is None
+    assert given.zeros is None
+
+
+def test_zeros_are_for_two_encoders_that_want_them(clip):
+    assert tokens(model(clip), [None]).zeros is None
+    assert tokens(model(clip, clip, force=False), [None]).zeros is None
+    assert tokens(model(clip, clip), [""]).zeros.tolist() == [False]
+
+
+@pytest.mark.parametrize("wrong", ["a castle", [1], [b"a"], None])
+def test_prompts_must_be_strings(clip, wrong):
+    with pytest.raises(TypeError):
+        tokens(model(clip), wrong)
+
+
+def test_second_prompts_are_as_many(clip):
+    with pytest.raises(ValueError, match="2 prompts_2 for 1 prompts"):
+        tokens(model(clip, clip), ["a"], ["a", "b"])
+
+
+# Files
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def test_prompts_file(tmp_path):
+    text = "\ufeff# two of them\r\na castle, café \r\n\ta (dragon:1.2)\r\n\r\n"
+    assert read_prompts(write(tmp_path / "p.txt", text)) == [PromptLine("a castle, café"), PromptLine("a (dragon:1.2)")]
+
+
+def test_prompts_file_of_json_lines(tmp_path):
+    lines = ['{"prompt": "a castle", "seed": 7}', "# none", '{"prompt": "", "negative_prompt": "blurry"}']
+    assert read_prompts(write(tmp_path / "p.jsonl", "\n".join(lines))) == [
+        PromptLine("a castle", None, 7),
+        PromptLine("", "blurry"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "sentence"),
+    [
+        (
+            "p.txt",
+            "a castle\n  \na dragon\n",
+            r"^Line 2 of \S*p.txt is empty: write a prompt there, or delete the line\.$",
+        ),
+        ("p.txt", "\na castle", r"^Line 1 of \S*p.txt is empty"),
+        ("p.txt", "", r"^\S*p.txt holds no prompt: write one a line\.$"),
+        ("p.txt", "# nothing\n\n\n", r"^\S*p.txt holds no prompt"),
+        ("p.txt", b"a caf\xe9", r"^The prompts file \S*p.txt is not UTF-8 text \(byte 5\): save it as UTF-8\.$"),
+        ("p.jsonl", "a castle", r"^Line 1 of \S*p.jsonl is not JSON: write \{"),
+        ("p.jsonl", "[" * 100_000, r"^Line 1 of \S*p.jsonl is not JSON"),
+        ("p.jsonl", '["a"]', r'^Line 1 of \S*p.jsonl is not a JSON object with a text under "prompt"\.$'),
+        ("p.jsonl", '{"prompt": 1}', r'not a JSON object with a text under "prompt"\.$'),
+        ("p.jsonl", '{"prompt": "a", "steps": 1}', r"has the key 'steps'; known are prompt, negative_prompt, seed\.$"),
+        ("p.jsonl", '{"prompt": "a", "seed": true}', r"has a seed that is not a whole number\.$"),
+        ("p.jsonl", '{"prompt": "a", "negative_prompt": 1}', r"has a negative_prompt that is not text\.$"),
+    ],
+)
+def test_unusable_prompts_file(tmp_path, name, data, sentence):
+    with pytest.raises(PromptError, match=sentence):
+        read_prompts(write(tmp_path / name, data))
+
+
+def test_prompts_file_that_is_none(tmp_path):
+    with pytest.raises(PromptError, match=r"^The prompts file \S*none.txt does not exist\.$"):
+        read_prompts(tmp_path / "none.txt")
+    with pytest.raises(PromptError, match=r"^The prompts file \S* cannot be read"):
+        read_prompts(tmp_path)
+    with pytest.raises(PromptError, match="cannot be read"):
+        read_prompts("a\x00b")
+
+
+# Styles
+
+
+def test_styles_that_come_with_the_package():
+    styles = read_styles()
+    assert len(styles) >= 20
+    assert list(styles) == sorted(styles)
+    for name, style in styles.items():
+        assert name == name.lower().strip()
+        assert style.prompt.count("{prompt}") == 1
+        assert style.negative_prompt
+        assert all(p.weight == 1 for text in style for p in parse_emphasis(text))
+    assert json.loads(STYLES_FILE.read_text("utf-8")).keys() == styles.keys()
+
+
+def test_apply_style(tmp_path):
+    styles = {"ink": {"prompt": "ink, {prompt}, {prompt}", "negative_prompt": "photo"}, "bare": {}}
+    path = write(tmp_path / "s.json", json.dumps(styles))
+    assert apply_style("a {red} castle", "blurry", "ink", path) == (
+        "ink, a {red} castle, a {red} castle",
+        "blurry, photo",
+    )
+    assert apply_style("{prompt}", None, "ink", path) == ("ink, {prompt}, {prompt}", "photo")
+    assert apply_style("a", None, "bare", path) == ("a", None)
+    assert apply_style("a", "", "bare", path) == ("a", "")
+    with pytest.raises(PromptError, match=r"^The style 'oil' is unknown; known are bare, ink\.$"):
+        apply_style("a", None, "oil", path)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ("", r"^The styles file \S*s.json is not JSON \("),
+        ("{", r"^The styles file \S*s.json is not JSON \("),
+        ("[" * 100_000, r"^The styles file \S*s.json is not JSON \("),
+        ("[]", r"^The styles file \S*s.json must be a JSON object of styles"),
+        ("{}", r"^The styles file \S*s.json must be a JSON object of styles"),
+        ('{"a": "ink"}', r"^The style 'a' of \S*s.json must be an object of texts"),
+        ('{"a": {"prompt": 1}}', r"^The style 'a' of \S*s.json must be an object of texts"),
+        ('{"a": {"prompt": "ink"}}', r"^The style 'a' of \S*s.json lacks \"{prompt}\""),
+        (
+            '{"a": {"name": "a"}}',
+            r"^The style 'a' of \S*s.json has the key 'name'; known are prompt, negative_prompt\.",
+        ),
+        (b"\xff", r"^The styles file \S*s.json is not UTF-8"),
+    ],
+)
+def test_unusable_styles_file(tmp_path, data, sentence):
+    with pytest.raises(PromptError, match=sentence):
+        read_styles(write(tmp_path / "s.json", data))
+
+
+# Wildcards and grids
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "colour.txt", "# some\nred\n\n green \nblue {x|y}\n")
+    (tmp_path / "wild").mkdir()
+    write(tmp_path / "wild" / "big_cat.txt", "lion\ntiger\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts", "axes"),
+    [
+        ("a castle", ["a castle"], []),
+        ("", [""], []),
+        ("{red|green} castle", ["red castle", "green castle"], [["red", "green"]]),
+        ("{a|b}{1|2|3}", ["a1", "a2", "a3", "b1", "b2", "b3"], [["a", "b"], ["1", "2", "3"]]),
+        ("a{ red|} castle", ["a red castle", "a castle"], [[" red", ""]]),
+        ("{one} {}", ["one "], []),
+        ("{a|{b|c} d|e}", ["a", "b d", "c d", "e"], [["a", "b d", "c d", "e"]]),
+        ("a | b } c", ["a | b } c"], []),
+        (r"\{a\|b\} {c\|d|e}", ["{a|b} c|d", "{a|b} e"], [["c|d", "e"]]),
+        (r"\(a\) \\ \_\_x\_\_", [r"\(a\) \\ __x__"], []),
+        ("snake_case __ __-x__ ___", ["snake_case __ __-x__ ___"], []),
+        ("{same|same}", ["same", "same"], [["same", "same"]]),
+    ],
+)
+def test_expand(prompt, prompts, axes):
+    assert expand(prompt) == (prompts, axes)
+
+
+def test_a_grid_has_the_shape_of_its_axes():
+    prompts, axes = expand("a {red|green|blue} {castle|dragon} {at night|}")
+    assert len(prompts) == np.prod([len(axis) for axis in axes])
+    for index, labels in zip(np.ndindex(3, 2, 2), itertools.product(*axes), strict=True):
+        assert prompts[np.ravel_multi_index(index, (3, 2, 2))] == "a " + " ".join(labels)
+
+
+def test_wildcards_draw_a_line_by_the_seed(folder):
+    lines = {"red", "green", "blue {x|y}"}
+    drawn = [expand("__colour__ __colour__", folder, seed=seed) for seed in range(100)]
+    assert drawn == [expand("__colour__ __colour__", folder, seed=seed) for seed in range(100)]
+    assert {d.prompts[0] for d in drawn} == {f"{a} {b}" for a in lines for b in lines}
+    assert all(not d.axes for d in drawn)
+    assert expand("{a|b} __wild/big_cat__", folder, seed=1).prompts in (["a lion", "b lion"], ["a tiger", "b tiger"])
+
+
+def test_wildcards_as_an_axis(folder):
+    prompts, axes = expand("a {__wild/big_cat__|dog} __colour__", folder, matrix=True)
+    assert axes == [["lion", "tiger", "dog"], ["red", "green", "blue {x|y}"]]
+    assert prompts == [f"a {a} {b}" for a, b in itertools.product(*axes)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ("{a|b", r"^The prompt has a { that is not closed: add }, or write \\{ for the character itself\.$"),
+        ("{" * (MAX_DEPTH + 1) + "}" * (MAX_DEPTH + 1), f"^The prompt has braces more than {MAX_DEPTH} deep"),
+        ("{" * 100_000, f"^The prompt has braces more than {MAX_DEPTH} deep"),
+        ("{a|b}" * 10, r"^The prompt stands for 1024 prompts, more than 1000: leave out alternatives\.$"),
+        ("{{a|b}{a|b}{a|b}|c}" * 4, r"^The prompt stands for 6561 prompts, more than 1000"),
+        ("{a|b|c}" * 10_000, r"^The prompt stands for over a million million prompts, more than 1000"),
+        ("__other__", r"^The wildcard file \S*other.txt does not exist\.$"),
+        ("__empty__", r"^The wildcard file \S*empty.txt holds no alternative: write one a line\.$"),
+        ("__latin__", r"^The wildcard file \S*latin.txt is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_expanded(folder, prompt, sentence):
+    write(folder / "empty.txt", "# nothing")
+    write(folder / "latin.txt", b"caf\xe9")
+    with pytest.raises(PromptError, match=sentence):
+        expand(prompt, folder)
+
+
+def test_a_wildcard_needs_a_folder_and_stays_in_it(folder):
+    with pytest.raises(PromptError, match=r"^The prompt has the wildcard __colour__ and there is no wildcards folder"):
+        expand("a __colour__ castle")
+    for path in ("../colour", "/etc/hosts", "wild/../colour", "colour."):
+        assert expand(f"__{path}__", folder).prompts == [f"__{path}__"]
+
+
+@pytest.mark.parametrize("text", ["__a" * 30_000, "__a-" * 30_000, "_" * 100_000, "\\" * 100_001, "a_" * 50_000])
+def test_long_odd_text_is_expanded_in_time(folder, text):
+    begin = time.perf_counter()
+    with contextlib.suppress(PromptError):
+        expand(text, folder)
+    assert time.perf_counter() - begin < 5
