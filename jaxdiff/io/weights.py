@@ -158,19 +158,19 @@ def save_tensors(path: Path, params: Params, dtype: Any = None, prefix: str = ""
     _write(path, dict(named_tensors(params, dtype, prefix)))
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all. Raises WeightsError: it cannot be written."""
     try:
-        _write(path, {name: np.ascontiguousarray(x) for name, x in tensors.items()})
+        _write(path, {name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
     except OSError as e:
         raise WeightsError(f"{path} cannot be written ({e.strerror or e}): choose another place or free it.") from None
 
 
-def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
         Path(temporary).chmod(0o644)
         os.replace(temporary, path)
     finally:

@@ -1,0 +1,238 @@
+"""The configs of a checkpoint that has none: sizes from its tensors' shapes, the rest from what was published.
+
+What no shape tells (the number of heads, activations, the noise schedule) is as in the Stable Diffusion that the
+checkpoint is built like.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from jaxdiff.config import CLIPTextConfig, PipelineOptions, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX
+from jaxdiff.io.sources import TensorSource, WeightsError
+
+# family -> where its text encoders stand: text_encoder, text_encoder_2
+TEXTS: dict[str, dict[str, str]] = {
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.text_model.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    "sdxl_refiner": {"text_encoder_2": "conditioner.embedders.0.model."},
+    "sd2": {"text_encoder": "cond_stage_model.model."},  # and "upscaler"
+    "sd1": {"text_encoder": "cond_stage_model.transformer.text_model."},
+}
+SAMPLE_SIZES = {"sd1": 64, "sd2": 64, "sdxl": 128, "sdxl_refiner": 128, "upscaler": 128}  # latents along a side
+SCALING = {"sdxl": 0.13025, "sdxl_refiner": 0.13025, "upscaler": 0.08333}
+HEAD_WIDTH, CLIP_HEAD_WIDTH = 64, 64
+USED_LAYERS = 23  # of OpenCLIP-H's 24, in SD 2.x
+_SD: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+_WIDE = _SD | {"beta_start": 0.0001, "beta_end": 0.02}
+SCHEDULERS: dict[str, dict[str, Any]] = {  # scheduler_config.json of the published folders
+    "sd1": _SD | {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
+    "sd2": _SD | {"_class_name": "DDIMScheduler"},
+    "sdxl": _SD | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+    "sdxl_refiner": _SD | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+    "upscaler": _WIDE | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+}
+LOW_RES = {
+    "_class_name": "DDPMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "clip_sample": True,
+    "variance_type": "fixed_small",
+}
+
+
+class Shapes(dict[str, list[int]]):
+    """The shapes of one network's tensors by their names after a prefix; a missing one is an error that names it."""
+
+    def __init__(self, source: TensorSource, prefix: str):
+        super().__init__((n.removeprefix(prefix), s) for n, s in source.shapes.items() if n.startswith(prefix))
+        self.path, self.prefix = source.path, prefix
+
+    def __missing__(self, name: str) -> list[int]:
+        raise WeightsError(
+            f"{self.path} lacks the tensor {self.prefix}{name}: is it a whole Stable Diffusion checkpoint in the "
+            "original layout?"
+        )
+
+    def count(self, pattern: str) -> int:
+        """How many of `pattern`, with 0, 1, 2 … for its {}, begin a name."""
+        starts = (pattern.format(i) for i in itertools.count())
+        return next(i for i, start in enumerate(starts) if not any(n.startswith(start) for n in self))
+
+
+def detect(source: TensorSource) -> str:
+    """The family of a one-file checkpoint by its tensors' names, as `Model.family` calls it."""
+    shapes = source.shapes
+    for family, texts in TEXTS.items():
+        if all(any(n.startswith(p.removesuffix("text_model.")) for n in shapes) for p in texts.values()):
+            upscales = family == "sd2" and f"{UNET_PREFIX}label_emb.weight" in shapes
+            return "upscaler" if upscales else family
+    Shapes(source, UNET_PREFIX)["input_blocks.0.0.weight"]  # for its error, where the file is something else altogether
+    raise WeightsError(f"{source.path} has no text encoder of Stable Diffusion 1.x, 2.x or XL: fetch the whole file.")
+
+
+def text_prefixes(source: TensorSource, family: str) -> dict[str, str]:
+    """Where each text encoder stands in this file; some leave out transformers' `text_model.`."""
+    found = TEXTS["sd2" if family == "upscaler" else family]
+    return {
+        n: p if any(s.startswith(p) for s in source.shapes) else p.removesuffix("text_model.") for n, p in found.items()
+    }
+
+
+def infer_configs(source: TensorSource, family: str, prediction_type: str | None = None) -> dict[str, Any]:
+    """The configs of every part, by its name: the networks', "scheduler" and "options".
+
+    Args:
+        prediction_type: of the UNet, which no tensor tells: "epsilon" or "v_prediction". By default as in the
+            published models: v in SD 2.x (but its 512-pixel base and its inpainting) and the upscaler, else epsilon.
+
+    Raises:
+        WeightsError: a tensor is missing or has the wrong number of axes.
+    """
+    try:
+        configs: dict[str, Any] = {
+            name: text_config(Shapes(source, prefix), openclip=prefix.endswith(".model."), project=name.endswith("2"))
+            for name, prefix in text_prefixes(source, family).items()
+        }
+        pooled = configs["text_encoder_2"].projection_dim if "text_encoder_2" in configs else None
+        unet = unet_config(Shapes(source, UNET_PREFIX), family, pooled)
+        vae = vae_config(Shapes(source, VAE_PREFIX), family)
+    except (IndexError, ZeroDivisionError, ValueError) as e:
+        if isinstance(e, WeightsError):
+            raise
+        raise WeightsError(f"{source.path} has tensors of odd shapes ({e}): fetch it again.") from None
+    scheduler = dict(SCHEDULERS[family])
+    if family == "sd2" and unet.in_channels == vae.latent_channels:
+        scheduler["prediction_type"] = "v_prediction"
+    if "v_pred" in source.shapes:  # how fine-tuned SDXL checkpoints say it, by tensors without numbers
+        scheduler["prediction_type"] = "v_prediction"
+    scheduler |= {"rescale_betas_zero_snr": True} if "ztsnr" in source.shapes else {}
+    scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
+    if family == "sd2" and scheduler.get("prediction_type") == "v_prediction":
+        unet = dataclasses.replace(unet, sample_size=96)  # the one for 768 pixels
+    refines, upscales = family == "sdxl_refiner", family == "upscaler"
+    return configs | {
+        "unet": unet,
+        "vae": vae,
+        "scheduler": SchedulerConfig.from_dict(scheduler),
+        "options": PipelineOptions(
+            force_zeros_for_empty_prompt=not refines,
+            requires_aesthetics_score=refines,
+            low_res_scheduler=SchedulerConfig.from_dict(LOW_RES) if upscales else None,
+        ),
+    }
+
+
+def _same(values: Iterable[Any]) -> Any:
+    """A setting given per level, or once if it is the same everywhere, as the published configs have it."""
+    values = tuple(values)
+    return values[0] if len(set(values)) == 1 else values
+
+
+def unet_config(shapes: Shapes, family: str, pooled: int | None = None) -> UNetConfig:
+    """The UNet's config from the shapes of its tensors; `pooled` is the width of SDXL's pooled text."""
+    levels: list[list[int]] = [[]]  # for each, its blocks
+    for block in itertools.count(1):
+        if f"input_blocks.{block}.0.op.weight" in shapes:
+            levels.append([])
+        elif f"input_blocks.{block}.0.in_layers.2.weight" in shapes:
+            levels[-1].append(block)
+        else:
+            break
+    parts = [f"input_blocks.{blocks[0]}" for blocks in levels]
+    widths = tuple(shapes[f"{part}.0.out_layers.3.weight"][0] for part in parts)
+    attend = [f"{part}.1.proj_in.weight" in shapes for part in parts]
+    depths = [shapes.count(f"{part}.1.transformer_blocks.{{}}.") or 1 for part in parts]
+    if not attend[-1]:  # the middle goes by the last level's depth
+        depths[-1] = shapes.count("middle_block.1.transformer_blocks.{}.")
+    cross = "middle_block.1.transformer_blocks.0.attn{}.to_k.weight"
+    only = [
+        yes and shapes[f"{part}.1.transformer_blocks.0.attn1.to_k.weight"][1] != width
+        for part, yes, width in zip(parts, attend, widths, strict=True)
+    ]
+    linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
+    return UNetConfig(
+        sample_size=SAMPLE_SIZES[family],
+        in_channels=shapes["input_blocks.0.0.weight"][1],
+        out_channels=shapes["out.2.weight"][0],
+        down_block_types=tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attend),
+        up_block_types=tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in attend[::-1]),
+        block_out_channels=widths,
+        layers_per_block=_same(len(blocks) for blocks in levels),
+        transformer_layers_per_block=_same(depths),
+        attention_head_dim=_same(max(1, w // HEAD_WIDTH) for w in widths) if linear and family != "upscaler" else 8,
+        only_cross_attention=_same(only),
+        cross_attention_dim=shapes[cross.format(2)][1],
+        use_linear_projection=linear,
+        **_extra_embeddings(shapes, family, pooled),
+    )
+
+
+def _extra_embeddings(shapes: Shapes, family: str, pooled: int | None) -> dict[str, Any]:
+    """What is added to the time embedding: noise levels, sizes and crops, the guidance of distilled models."""
+    extra: dict[str, Any] = {}
+    if "label_emb.weight" in shapes:
+        extra["num_class_embeds"] = shapes["label_emb.weight"][0]
+    if "label_emb.0.0.weight" in shapes:
+        width = shapes["label_emb.0.0.weight"][1]
+        extra["projection_class_embeddings_input_dim"] = width
+        if pooled is None:
+            extra["class_embed_type"] = "projection"
+        else:
+            numbers = 5 if family == "sdxl_refiner" else 6  # sizes and crops, each as sinusoids
+            extra |= {"addition_embed_type": "text_time", "addition_time_embed_dim": (width - pooled) // numbers}
+    if "time_embed.cond_proj.weight" in shapes:
+        extra["time_cond_proj_dim"] = shapes["time_embed.cond_proj.weight"][1]
+    return extra
+
+
+def vae_config(shapes: Shapes, family: str) -> VAEConfig:
+    """The autoencoder's config from the shapes of its tensors."""
+    levels = shapes.count("encoder.down.{}.")
+    widths = tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels))
+    return VAEConfig(
+        in_channels=shapes["encoder.conv_in.weight"][1],
+        out_channels=shapes["decoder.conv_out.weight"][0],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=widths,
+        layers_per_block=shapes.count("encoder.down.0.block.{}."),
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+        sample_size=SAMPLE_SIZES[family] * 2 ** (levels - 1),
+        scaling_factor=SCALING.get(family, 0.18215),
+        use_quant_conv="quant_conv.weight" in shapes,
+        use_post_quant_conv="post_quant_conv.weight" in shapes,
+        mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes,
+    )
+
+
+def text_config(shapes: Shapes, *, openclip: bool, project: bool) -> CLIPTextConfig:
+    """A text encoder's config from the shapes of its tensors."""
+    token = "token_embedding.weight" if openclip else "embeddings.token_embedding.weight"
+    position = "positional_embedding" if openclip else "embeddings.position_embedding.weight"
+    layer = "transformer.resblocks.{}." if openclip else "encoder.layers.{}."
+    inner = "mlp.c_fc.weight" if openclip else "mlp.fc1.weight"
+    (vocab_size, width), layers = shapes[token], shapes.count(layer)
+    return CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=shapes[layer.format(0) + inner][0],
+        num_hidden_layers=min(layers, USED_LAYERS) if openclip and not project else layers,
+        num_attention_heads=max(1, width // CLIP_HEAD_WIDTH),
+        max_position_embeddings=shapes[position][0],
+        hidden_act="gelu" if openclip else "quick_gelu",
+        projection_dim=shapes["text_projection"][1] if project else width,
+        with_projection=project,
+    )

@@ -1,0 +1,252 @@
+"""One-file checkpoints in the original layout of latent diffusion (`.safetensors`, `.ckpt`), in and out.
+
+The names are translated by the tables of `layouts`; configs are inferred from the tensors, or read from the file's
+metadata where jaxdiff wrote it. Loading reads tensor by tensor.
+"""
+
+import dataclasses
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from jaxdiff.config import (
+    CLIPTextConfig,
+    Config,
+    ConfigError,
+    PipelineOptions,
+    SchedulerConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from jaxdiff.io.inference import TEXTS, detect, infer_configs, text_prefixes
+from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX, Place, Table, openclip_table, place, unet_table, vae_table
+from jaxdiff.io.pretrained import BUNDLED, check_dtype
+from jaxdiff.io.sources import TensorSource, WeightsError, open_tensors
+from jaxdiff.io.weights import load_tensors, named_tensors, tensor_name, write_tensors
+from jaxdiff.models.model import Model, build, param_shapes
+from jaxdiff.tokenizer import Tokenizer
+from jaxdiff.typing import Params
+
+METADATA = "jaxdiff"  # key in the file's metadata
+CONFIGS: dict[str, type[Config]] = {
+    "text_encoder": CLIPTextConfig,
+    "text_encoder_2": CLIPTextConfig,
+    "unet": UNetConfig,
+    "vae": VAEConfig,
+    "scheduler": SchedulerConfig,
+    "options": PipelineOptions,
+    "low_res_scheduler": SchedulerConfig,
+}
+# Tensors beside those of the networks, which published files hold and drawing does not need.
+IGNORED = re.compile(
+    r"""
+    model_ema\..*                                             # a second copy of the UNet: its moving average
+    | ((low_scale_model|noise_augmentor)\.)?(betas|\w*alphas_cumprod(_prev)?|posterior_\w+|logvar|lvlb_weights)
+    | denoiser\.\w+ | global_step | scale_factor              # the noise schedule and what else training knew
+    | v_pred | ztsnr                                          # marks, read by `infer_configs`
+    | first_stage_model\.loss\..*                             # the autoencoder's discriminator
+    | .*\.(position_ids|logit_scale)                          # counts 0, 1, 2 …; CLIP's temperature
+    | (cond_stage_model|conditioner\.embedders\.0\.transformer)\.(.*\.)?text_projection(\.weight)?  # not applied
+    | cond_stage_model\.model\.transformer\.resblocks\.23\..* # the last layer of SD 2.x, which its text passes by
+    """,
+    re.VERBOSE,
+)
+
+
+def load_single_file(
+    path: str | Path,
+    dtype: Any = None,
+    remat: bool = False,
+    *,
+    prediction_type: str | None = None,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[Model, Params]:
+    """Open a one-file checkpoint of Stable Diffusion 1.x, 2.x, XL, XL's refiner or the x4 upscaler.
+
+    Args:
+        path: a file of tensors in any format that `open_tensors` knows.
+        dtype: type to compute in and to hold the parameters in, "float32" by default.
+        remat: recompute activations in the backward pass.
+        prediction_type: "epsilon" or "v_prediction", which the tensors do not tell. By default that of the published
+            model: v for SD 2.x, but for its inpainting, and for the upscaler. The 512-pixel base of SD 2.x needs
+            "epsilon" here.
+        configs: for models of unpublished shapes, values of configs that no tensor tells:
+            {"unet": {"attention_head_dim": 4, "norm_num_groups": 8}}; keys as in `params`, and "scheduler", "options".
+
+    Returns:
+        The model and its parameters, as `load` does.
+
+    Raises:
+        ConfigError, WeightsError: one sentence naming the file and, where one is missing or unknown, the tensor.
+    """
+    source, dtype = open_tensors(path), check_dtype(dtype)
+    family = detect(source)
+    found, tokenizers = _read_metadata(source) or (infer_configs(source, family, prediction_type), {})
+    if prediction_type is not None:
+        found["scheduler"] = dataclasses.replace(found["scheduler"], prediction_type=prediction_type)
+    try:
+        for name, values in (configs or {}).items():
+            found[name] = dataclasses.replace(found[name], **values)
+        for name in text_prefixes(source, family):
+            key = name.replace("text_encoder", "tokenizer")
+            tokenizers.setdefault(key, clip_tokenizer(found[name]))
+        model = _build(found, tokenizers, dtype, remat)
+        shapes = param_shapes(model)
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as e:
+        raise ConfigError(f"the configs of {source.path} do not make a model ({e}).") from None
+    places = {name: _places(model, name, family, shapes[name], source) for name in shapes}
+    used = {at.name for network in places.values() for at in network.values()}
+    unknown = sorted(n for n in source.shapes if n not in used and not IGNORED.fullmatch(n))
+    if unknown:
+        raise WeightsError(
+            f"{source.path} holds {len(unknown)} tensors that a model of the family {family} has no place for, first "
+            f"{unknown[0]}."
+        )
+    return model, {name: load_tensors(_renamed(source, places[name]), shapes[name], dtype) for name in shapes}
+
+
+def _build(configs: dict[str, Any], tokenizers: dict[str, Tokenizer], dtype: Any, remat: bool) -> Model:
+    return build(
+        configs.get("text_encoder"),
+        configs["unet"],
+        configs["vae"],
+        tokenizers.get("tokenizer"),
+        configs["scheduler"],
+        text_2=configs.get("text_encoder_2"),
+        tokenizer_2=tokenizers.get("tokenizer_2"),
+        options=configs["options"],
+        dtype=dtype,
+        remat=remat,
+    )
+
+
+def clip_tokenizer(text: CLIPTextConfig) -> Tokenizer:
+    """CLIP's tokenizer for a text encoder; OpenCLIP's encoders were trained with padding of id 0, the token `!`."""
+    tokenizer = Tokenizer.load(BUNDLED / "clip_tokenizer")
+    files = dict(tokenizer.files)
+    if text.hidden_act == "gelu":
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            files[name] = json.dumps(json.loads(files[name]) | {"pad_token": "!"}, indent=2).encode()
+    return Tokenizer(files, min(tokenizer.max_length, text.max_position_embeddings))
+
+
+def _table(model: Model, name: str, prefix: str) -> Table | None:
+    """The names of one network in the original layout; None where they are ours."""
+    config = model.modules[name].config
+    if name == "unet":
+        return unet_table(config)
+    if name == "vae":
+        return vae_table(config)
+    return openclip_table(config) if prefix.endswith(".model.") else None
+
+
+def _places(
+    model: Model, name: str, family: str, params: Params, source: TensorSource | None = None
+) -> dict[str, Place]:
+    """Our name of each of a network's tensors -> where the file has it, or would have it if there is no file yet."""
+    texts = text_prefixes(source, family) if source else TEXTS["sd2" if family == "upscaler" else family]
+    prefix = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **texts}[name]
+    table, places = _table(model, name, prefix), {}
+    for path in flatten_dict(params):
+        ours = tensor_name(path)
+        at = Place(prefix + ours) if table is None else place(ours, table, prefix)
+        if at is None:
+            raise WeightsError(f"The original layout has no place for the {name}'s {ours}: save a folder instead.")
+        if source is not None and at.name not in source.shapes:
+            raise WeightsError(f"{source.path} lacks the tensor {at.name}: fetch the whole file again.")
+        places[ours] = at
+    return places
+
+
+def _renamed(source: TensorSource, places: dict[str, Place]) -> TensorSource:
+    """One network's tensors under our names and in diffusers' shapes."""
+
+    def shape(at: Place) -> list[int]:
+        size = list(source.shapes[at.name])
+        if at.third is not None and size:
+            size[0] //= 3
+        return size[::-1] if at.transposed else size[:2] if at.squeezed and set(size[2:]) == {1} else size
+
+    def read(name: str) -> np.ndarray:
+        at = places[name]
+        x = source.read(at.name)
+        if at.third is not None:
+            rows = len(x) // 3
+            x = x[at.third * rows : (at.third + 1) * rows]
+        return x.T if at.transposed else x.reshape(shape(at)) if at.squeezed else x
+
+    return TensorSource(source.path, {name: shape(at) for name, at in places.items()}, read)
+
+
+def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any = None) -> None:
+    """Write a one-file checkpoint in the original layout, which other programs open as well; whole or not at all.
+
+    Its metadata, which other programs pass over, keep the configs and the tokenizer, so that the same model comes back
+    whatever its sizes.
+
+    Args:
+        path: ends in `.safetensors`.
+        dtype: type of the tensors written; as they are by default.
+
+    Raises:
+        WeightsError: it cannot be written, or the layout has no place for a part of the model.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path} does not end in .safetensors, the one format written here: name it so.")
+    dtype, tensors = None if dtype is None else check_dtype(dtype), {}
+    for name in model.modules:
+        if name == "vision_encoder":
+            raise WeightsError("One file has no place for a vision encoder: save a folder, or the model without it.")
+        places = _places(model, name, model.family, params[name])
+        thirds: dict[str, dict[int, np.ndarray]] = {}
+        for ours, x in named_tensors(params[name], dtype):
+            at = places[ours]
+            if at.third is not None:
+                thirds.setdefault(at.name, {})[at.third] = x
+            else:
+                tensors[at.name] = x.T if at.transposed else x[..., None, None] if at.squeezed else x
+        tensors |= {name: np.concatenate([x[i] for i in range(3)]) for name, x in thirds.items()}
+    write_tensors(path, tensors, {METADATA: json.dumps(_metadata(model))})
+
+
+def _metadata(model: Model) -> dict[str, Any]:
+    values: dict[str, Any] = {name: module.config.to_dict() for name, module in model.modules.items()}
+    values["scheduler"] = model.scheduler.to_dict()
+    values["options"] = dataclasses.asdict(dataclasses.replace(model.options, low_res_scheduler=None))
+    if model.options.low_res_scheduler is not None:
+        values["low_res_scheduler"] = model.options.low_res_scheduler.to_dict()
+    for name, text in (("tokenizer", model.text_encoder), ("tokenizer_2", model.text_encoder_2)):
+        tokenizer = getattr(model, name)
+        if text is not None and tokenizer is not None and tokenizer != clip_tokenizer(text.config):
+            files = {n: data.decode("utf-8") for n, data in tokenizer.files.items()}
+            values[name] = {"files": files, "max_length": tokenizer.max_length}
+    return values
+
+
+def _read_metadata(source: TensorSource) -> tuple[dict[str, Any], dict[str, Tokenizer]] | None:
+    """Configs and tokenizers that `save_single_file` wrote into the file, if it did."""
+    if METADATA not in source.metadata:
+        return None
+    try:
+        values = json.loads(source.metadata[METADATA])
+        configs: dict[str, Any] = {n: cls.from_dict(values[n]) for n, cls in CONFIGS.items() if n in values}
+        low_res = configs.pop("low_res_scheduler", None)
+        configs["options"] = dataclasses.replace(configs["options"], low_res_scheduler=low_res)
+        tokenizers = {n: _tokenizer(values[n]) for n in ("tokenizer", "tokenizer_2") if n in values}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ConfigError(f"the configs in the metadata of {source.path} are damaged ({e}): fetch it again.") from None
+    return configs, tokenizers
+
+
+def _tokenizer(values: dict[str, Any]) -> Tokenizer:
+    files = {name: text.encode("utf-8") for name, text in values["files"].items()}
+    with tempfile.TemporaryDirectory() as folder:
+        Tokenizer(files).save(folder)
+        return dataclasses.replace(Tokenizer.load(folder), max_length=int(values["max_length"]))
