@@ -59,11 +59,15 @@ def as_numbers(
 def as_images(name: str, image: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
     """One picture or a batch, uint8 or float in [0, 1], as float32 [B, H, W, 3] of the size drawn."""
     image = np.asarray(image)
-    image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image.astype(np.float32)
     if image.ndim not in (3, 4) or image.shape[-3:] != (*shape, 3):
         raise ValueError(f"{name} has shape {list(image.shape)[-3:]}, drawn are {[*shape, 3]}: resize it first.")
     if image.ndim == 4 and len(image) not in (1, count):
         raise ValueError(f"{name} holds {len(image)} pictures for {count} prompts: give one, or one a prompt.")
+    kind, image = image.dtype, image.astype(np.float32)
+    if kind == np.uint8:
+        image = image / 255
+    elif not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):  # true of not-a-number too
+        raise ValueError(f"{name} is {kind} from {image.min():g} to {image.max():g}: give uint8, or float in [0, 1].")
     return np.broadcast_to(image, (count, *image.shape[-3:]))
 
 

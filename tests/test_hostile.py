@@ -1,0 +1,236 @@
+"""Input that nobody wants: each case is handled, or ends in one sentence."""
+
+import io
+import json
+import random
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxdiff
+from jaxdiff.io.images import ImageError, fit, read_image
+from jaxdiff.io.weights import WeightsError
+from tests.tiny import SIDE
+
+PNG = b"\x89PNG\r\n\x1a\n"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int, height: int, depth: int, colour_type: int, rows: bytes, *extra: bytes) -> bytes:
+    """A PNG file byte by byte: Pillow writes no 16-bit colours."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    return PNG + header + b"".join(extra) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def read(tmp_path, data: bytes) -> np.ndarray:
+    path = tmp_path / "picture"
+    path.write_bytes(data)
+    return read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("colour_type", "values", "expected"),
+    [
+        (2, (65535, 257 * 100, 0), (255, 100, 0)),
+        (6, (65535, 257 * 100, 0, 65535), (255, 100, 0)),
+        (6, (0, 0, 0, 257 * 51), (204, 204, 204)),  # a fifth of black over white
+        (4, (0, 257 * 51), (204, 204, 204)),
+    ],
+)
+def test_sixteen_bit_colours_with_and_without_alpha(colour_type, values, expected, tmp_path):
+    row = b"\0" + struct.pack(f">{len(values)}H", *values)
+    np.testing.assert_array_equal(read(tmp_path, png(1, 1, 16, colour_type, row)), [[expected]])
+
+
+def test_cmyk_photograph(tmp_path):
+    """Adobe's JPEG files hold inverted inks; a wrong reading gives the complementary colour."""
+    image = read(tmp_path, encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
+    assert np.abs(image.astype(int) - [255, 0, 0]).max() <= 3  # what JPEG loses
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.swapaxes(0, 1)),
+        (6, lambda a: a.swapaxes(0, 1)[:, ::-1]),
+        (7, lambda a: a[::-1, ::-1].swapaxes(0, 1)),
+        (8, lambda a: a.swapaxes(0, 1)[::-1]),
+        (9, lambda a: a),  # there is no ninth
+    ],
+)
+def test_every_camera_orientation(kind, orientation, upright, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    data = encoded(Image.fromarray(pixels), kind, exif=exif, **options)
+    np.testing.assert_array_equal(read(tmp_path, data), upright(pixels))
+
+
+def test_numbers_that_are_none_are_black(tmp_path):
+    data = encoded(Image.fromarray(np.array([[np.nan, np.inf, -np.inf]], np.float32)), "TIFF")
+    np.testing.assert_array_equal(read(tmp_path, data)[0, :, 0], [0, 255, 0])
+
+
+def test_a_file_that_would_unpack_to_gigabytes_is_refused(tmp_path):
+    with pytest.raises(ImageError, match=r"picture cannot be read as a picture \(Image size \(3600000000 pixels\)"):
+        read(tmp_path, png(60000, 60000, 8, 2, b"\0"))
+
+
+@pytest.mark.parametrize("tag", [0x013D, 0x011B])  # a number, and a fraction, given as text
+def test_exif_of_wrong_types_is_one_sentence(tag, tmp_path):
+    text = struct.pack(">HHII", tag, 2, 6, 38)
+    turned = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"MM\0*" + struct.pack(">IH", 8, 2) + min(text, turned) + max(text, turned) + bytes(4) + b"hel\xafo\0"
+    with pytest.raises(ImageError, match="cannot be read as a picture"):
+        read(tmp_path, png(1, 1, 8, 2, b"\0abc", chunk(b"eXIf", exif)))
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged EXIF and TIFF tags and reads on
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "GIF"])
+def test_damaged_files_are_read_or_refused(kind, tmp_path):
+    """Random bytes anywhere near the head, where sizes, types and EXIF stand; checksums made right in half the PNGs."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "hello"
+    options = {} if kind == "GIF" else {"exif": exif}
+    whole = encoded(Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)), kind, **options)
+    rng, read_on = random.Random(0), 0
+    for n in range(400):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(min(len(data), 400))] = rng.randrange(256)
+        if kind == "PNG" and n % 2:
+            data = mended(data)
+        try:
+            image = read(tmp_path, bytes(data))
+        except ImageError:  # no other error gets out
+            continue
+        read_on += 1
+        assert image.dtype == np.uint8
+        assert image.ndim == 3
+        assert image.shape[2] == 3
+    assert 0 < read_on < 400
+
+
+def mended(data: bytearray) -> bytearray:
+    """A PNG with right checksums, as far as its chunks can be followed."""
+    at = len(PNG)
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if end + 4 > len(data):
+            break
+        data[end : end + 4] = struct.pack(">I", zlib.crc32(data[at + 4 : end]))
+        at = end + 4
+    return data
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 1000), (1000, 1), (2, 5000), (3, 2)])
+@pytest.mark.parametrize("size", [(1, 1), (128, 128), (8, 512)])
+def test_pictures_of_any_shape_fit(shape, size):
+    np.testing.assert_array_equal(fit(np.full((*shape, 3), 77, np.uint8), *size), np.full((*size, 3), 77))
+
+
+def test_one_pixel_is_enough_to_start_from(tiny, tmp_path):
+    dot = read(tmp_path, png(1, 1, 8, 2, b"\0" + bytes([200, 30, 90])))
+    assert dot.shape == (1, 1, 3)
+    drawn = jaxdiff.generate(*tiny, "a castle", image=fit(dot, SIDE, SIDE), strength=0.5, steps=2)
+    assert drawn.shape == (1, SIDE, SIDE, 3)
+    with pytest.raises(ValueError, match=rf"image has shape \[1, 1, 3\], drawn are \[{SIDE}, {SIDE}, 3\]"):
+        jaxdiff.generate(*tiny, "a castle", image=dot, steps=2)
+
+
+@pytest.mark.parametrize("shape", [(SIDE, SIDE, 4), (SIDE, SIDE, 1), (SIDE, SIDE), (SIDE, 3)])
+def test_arrays_that_are_no_rgb_pictures_are_named(tiny, shape):
+    with pytest.raises(ValueError, match=r"image has shape \[[\d, ]+\], drawn are"):
+        jaxdiff.generate(*tiny, "a castle", image=np.zeros(shape, np.uint8), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("image", "complaint"),
+    [
+        (np.full((SIDE, SIDE, 3), 40000, np.uint16), "uint16 from 40000 to 40000"),
+        (np.full((SIDE, SIDE, 3), 128.0, np.float32), "float32 from 128 to 128"),
+        (np.full((SIDE, SIDE, 3), -1.0), "float64 from -1 to -1"),
+        (np.full((SIDE, SIDE, 3), np.nan), "float64 from nan to nan"),
+    ],
+)
+def test_arrays_that_are_not_in_zero_to_one_are_named(tiny, image, complaint):
+    with pytest.raises(ValueError, match=rf"image is {complaint}: give uint8, or float in \[0, 1\]"):
+        jaxdiff.generate(*tiny, "a castle", image=image, steps=2)
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def test_weights_cut_off_anywhere_are_named(folder):
+    path = folder / WEIGHTS
+    whole = path.read_bytes()
+    for part in (*np.linspace(0, 0.999, 25), 1 - 1 / len(whole)):
+        path.write_bytes(whole[: int(part * len(whole))])
+        with pytest.raises(WeightsError, match=rf"{WEIGHTS} is damaged or no safetensors file \(.*\): fetch it again"):
+            jaxdiff.load(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"[]",
+        b'{"conv_in.weight": 7}',
+        b'{"conv_in.weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 9999999999999]}}',
+        b'{"conv_in.weight": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}}',
+        b'{"conv_in.weight": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 16]}}',
+        b'{"conv_in.weight": {"dtype": "X7", "shape": [4], "data_offsets": [0, 16]}}',
+        b'{"a": ' * 100_000,
+        json.dumps({"__metadata__": {"a": 3}}).encode(),
+        b"\xff" * 64,
+    ],
+)
+def test_lying_headers_of_weights_are_named(header, folder):
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    with pytest.raises(WeightsError, match=rf"{WEIGHTS} is damaged or no safetensors file"):
+        jaxdiff.load(folder)
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9])
+def test_a_header_longer_than_the_file_allocates_nothing(length, folder):
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", length) + b"{}")
+    with pytest.raises(WeightsError, match=rf"{WEIGHTS} is damaged or no safetensors file"):
+        jaxdiff.load(folder)
+
+
+def test_emoji_and_other_scripts_are_prompts(tiny):
+    prompts = ["🎉👩‍👩‍👧🏰", "城の絵", "قلعة", "\u202e\u0000\ufeff", "a\udcffb", "((((", ""]
+    drawn = jaxdiff.generate(*tiny, prompts, steps=1, seed=[0] * len(prompts))
+    assert drawn.shape == (len(prompts), SIDE, SIDE, 3)
+    assert (drawn[0] != drawn[1]).any()  # both are read, not dropped
+
+
+def test_ten_thousand_words_are_cut_with_a_warning(tiny, caplog):
+    words = " ".join(f"castle{i}" for i in range(10_000))
+    long = jaxdiff.generate(*tiny, words, steps=1)
+    assert long.shape == (1, SIDE, SIDE, 3)
+    (record,) = caplog.records
+    assert len(record.getMessage()) < 2_000  # shows what was cut, not all of it
+    np.testing.assert_array_equal(jaxdiff.generate(*tiny, words + " and a dog", steps=1), long)
