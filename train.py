@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,11 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from jaxdiff.commands import errors
+from jaxdiff.commands.errors import UsageError
+from jaxdiff.commands.outputs import make_folder
+
 STAGES = ("clip", "vae", "unet")
-
-
-class UsageError(Exception):
-    """Flags or settings that cannot be right: one sentence naming them and the mend."""
-
-
-class Failure(Exception):
-    """What went wrong with flags that could be right, in one sentence."""
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -68,16 +63,6 @@ def config_error(error: Exception) -> str:
     if isinstance(error, LookupError):
         return f"--config has no setting {text.strip(chr(34))}; configs/common.py lists all."
     return f"--config: {re.split(r'Error: |.Errno [0-9]+. ', text)[-1]}"
-
-
-def make_workdir(path: str) -> Path:
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e:
-        raise Failure(f"--workdir: {folder} cannot be written ({e.strerror or e}): choose another place.") from None
-    return folder
 
 
 def write_config(config: Any, folder: Path) -> None:
@@ -247,7 +232,8 @@ def run(f: flags.FlagValues) -> None:
     from jaxdiff.io.cache import cache_compilations
     from jaxdiff.training.state import OptionsError
 
-    workdir = make_workdir(f.workdir)
+    workdir = Path(f.workdir)
+    make_folder(workdir, "--workdir")
     if f.distributed:
         jax.distributed.initialize()
     cache_compilations()
@@ -259,14 +245,12 @@ def run(f: flags.FlagValues) -> None:
     this.train()
 
 
-def message(error: BaseException) -> str:
-    """An error in one sentence."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        return "Memory is too small: lower config.batch_size, raise config.accumulate, or use config.remat=True."
-    if isinstance(error, UsageError | Failure | ValueError | RuntimeError):
-        return text
-    return f"{type(error).__name__}: {text}; --verbose shows where."
+def command(argv: list[str]) -> None:
+    f = parse(argv)
+    if f.help:
+        print(__doc__, f.get_help(), sep="\n")
+    else:
+        run(f)
 
 
 def main(argv: list[str]) -> int:
@@ -275,22 +259,13 @@ def main(argv: list[str]) -> int:
     logging.getLogger().setLevel(logging.INFO)
     for noisy in ("jax", "orbax", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    verbose = any(a.lstrip("-") == "verbose" for a in argv[1:])
-    try:
-        f = parse(argv)
-        if f.help:
-            print(__doc__, f.get_help(), sep="\n")
-        else:
-            run(f)
-        return 0
-    except KeyboardInterrupt:
-        print("train.py: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    except Exception as e:
-        if verbose:
-            logging.exception("traceback")
-        print(f"train.py: error: {message(e)}", file=sys.stderr)
-        return 2 if isinstance(e, UsageError) else 1
+    return errors.run(
+        "train.py",
+        argv,
+        command,
+        smaller="lower config.batch_size, raise config.accumulate, or use config.remat=True",
+        stopped="the same command goes on from the last checkpoint",
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Each house may import those after it; files of one house may import each other.
 HOUSES = (
     ("sample", "train", "configs"),
+    ("jaxdiff.commands",),
     ("jaxdiff", "jaxdiff.generate", "jaxdiff.tasks", "jaxdiff.arguments"),  # the package itself only re-exports
     ("jaxdiff.denoiser",),
     ("jaxdiff.training",),

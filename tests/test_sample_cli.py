@@ -11,6 +11,9 @@ import pytest
 from PIL import Image
 
 import sample
+from jaxdiff.commands import flags
+from jaxdiff.commands.errors import UsageError
+from jaxdiff.commands.outputs import name_of, output_paths
 from jaxdiff.io import cache
 from jaxdiff.io.images import ImageError, read_image, read_metadata, write_png
 from jaxdiff.io.pretrained import DTYPES
@@ -94,8 +97,8 @@ def test_uneven_batches_are_filled_up(cli, monkeypatch):
     """Five pictures by three: the second batch has the first one's size, and nothing of its filling is written."""
     sizes = []
 
-    def generate(model, params, prompts, negative, **options):
-        sizes.append((len(prompts), options["seed"]))
+    def generate(model, params, **options):
+        sizes.append((len(options["prompts"]), options["seed"]))
         return np.array(options["seed"], np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
 
     monkeypatch.setattr("jaxdiff.generate", generate)
@@ -129,15 +132,15 @@ PICTURES = [{"prompt": p, "seed": s} for p, s in (("a castle", 3), ("Ein Schloß
     ],
 )
 def test_where_pictures_go(output, count, names, sheet):
-    paths, sheet_path = sample.output_paths(output, PICTURES[:count])
+    paths, sheet_path = output_paths(output, PICTURES[:count])
     assert [str(p) for p in paths] == names
     assert str(sheet_path) == sheet
 
 
 @pytest.mark.parametrize("output", ["{what}.png", "{index.png", "{0}.png", "{index:q}.png", "{prompt.x}.png"])
 def test_patterns_that_name_something_else(output):
-    with pytest.raises(sample.UsageError, match=r"may name \{prompt\}, \{seed\} and \{index\} only"):
-        sample.output_paths(output, PICTURES)
+    with pytest.raises(UsageError, match=r"may name \{prompt\}, \{seed\} and \{index\} only"):
+        output_paths(output, PICTURES)
 
 
 @pytest.mark.parametrize(
@@ -149,19 +152,19 @@ def test_patterns_that_name_something_else(output):
     ],
 )
 def test_outputs_that_cannot_be(output, sentence):
-    with pytest.raises(sample.UsageError, match=sentence):
-        sample.output_paths(output, PICTURES[:1] * 2)
+    with pytest.raises(UsageError, match=sentence):
+        output_paths(output, PICTURES[:1] * 2)
 
 
 @pytest.mark.parametrize(
     ("prompt", "name"), [("A  cat_dog!", "a-cat-dog"), ("../../etc", "etc"), ("", "picture"), ("火", "火")]
 )
 def test_names_of_prompts(prompt, name):
-    assert sample.name_of(prompt) == name
+    assert name_of(prompt) == name
 
 
 def test_long_prompts_make_names_that_file_systems_take():
-    assert len(sample.name_of("火" * 500).encode()) < 200
+    assert len(name_of("火" * 500).encode()) < 200
 
 
 CASTLE = "--prompt=a castle"
@@ -189,7 +192,7 @@ CASTLE = "--prompt=a castle"
         ([CASTLE, "--image=a.png", "--strength=0.1", STEPS], "--strength 0.1 leaves none of --steps 3"),
         # These need the model's configuration.
         ([CASTLE, "--height=17"], "height 17 must be a positive multiple of 2"),
-        ([CASTLE, "--scheduler=eulr"], "scheduler 'eulr' is unknown; known are ddim, ddpm, euler, "),
+        ([CASTLE, "--scheduler=eulr"], "scheduler 'eulr' is unknown; known are "),
         ([CASTLE, "--spacing=even"], "spacing 'even' is unknown; known are "),
         ([CASTLE, "--output=a.jpg"], "--output a.jpg"),
     ],
@@ -204,7 +207,7 @@ def test_flags_that_cannot_be_right(flags, sentence, cli):
 
 
 def test_known_dtypes_are_the_packages():
-    parser = sample.define_flags()["dtype"].parser
+    parser = flags.define()["dtype"].parser
     assert tuple(parser.enum_values) == DTYPES
 
 
@@ -220,7 +223,8 @@ def test_damaged_weights_leave_no_output(cli, tiny_folder, tmp_path):
         (tmp_path / "bad" / name).write_bytes((tiny_folder / name).read_bytes())
     for name in ("tokenizer", "scheduler"):
         (tmp_path / "bad" / name).symlink_to(tiny_folder / name)
-    (tmp_path / "bad/text_encoder/model.safetensors").write_bytes(b"\x08")
+    for name in ("text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"):
+        (tmp_path / f"bad/{name}.safetensors").write_bytes(b"\x08")
     code, out, err = cli(CASTLE, "--output=out/castle.png", model=tmp_path / "bad")
     assert (code, out) == (1, [])
     assert "bad/text_encoder/model.safetensors is damaged or no safetensors file" in err
@@ -289,7 +293,7 @@ def test_an_image_to_start_from_is_cut_and_resized(cli):
     write_png("start.png", np.random.default_rng(0).random((20, 40, 3)))
     code, out, err = cli(CASTLE, STEPS, "--image=start.png", "--strength=0.7", "--output=castle.png")
     assert (code, out) == (0, ["castle.png"])
-    assert f"start.png is 40 x 20: cut at its centre and resized to {SIDE} x {SIDE}" in err
+    assert f"--image start.png is 40 x 20: cut at its centre and resized to {SIDE} x {SIDE}" in err
     flags = read_metadata("castle.png")
     assert (flags["image"], flags["strength"]) == ("start.png", 0.7)
     write_png("square.png", np.zeros((SIDE, SIDE, 3)))
@@ -333,7 +337,7 @@ def process(*args, cwd, cache_home):
 
 def test_as_a_process_in_a_pipe(tiny_folder, tmp_path, cache_home):
     """Paths alone on stdout, the cut prompt on stderr, and the compiled program kept for the next run."""
-    prompt = "a castle " * 10 + "and the end"
+    prompt = "a castle " * 100 + "and the end"
     flags = [
         f"--model={tiny_folder}",
         f"--prompt={prompt}",
@@ -344,15 +348,9 @@ def test_as_a_process_in_a_pipe(tiny_folder, tmp_path, cache_home):
     done = process(*flags, cwd=tmp_path, cache_home=cache_home)
     assert (done.returncode, done.stdout) == (0, "castle.png\n")
     (warning,) = done.stderr.splitlines()
-    assert warning.startswith("sample.py: WARNING: The text encoder reads 12 tokens")
-    assert "and the end" in warning
+    assert warning.startswith("sample.py: WARNING: The prompt 'a castle a castle")
+    assert "the text after the first 16 is left out" in warning
     assert any("program" in p.name for p in (tmp_path / "c").iterdir())
-
-
-def test_mistakes_are_found_without_importing_the_package(tmp_path, cache_home):
-    code = "import sys, sample; print(sample.main(['', '--prompt=a', '--steps=0']), 'jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "2 False\n"
 
 
 def test_help_names_every_flag(cli, capsys):

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,45 @@ def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.array(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS))
 
 
+def fit_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A mask uint8 [H, W] cut and resized as `fit` does with its picture, but to the nearest pixel: no greys appear."""
+    if mask.shape[:2] == (height, width):
+        return mask
+    return np.array(ImageOps.fit(Image.fromarray(mask), (width, height), Image.Resampling.NEAREST))
+
+
+SEAM = 8  # pixels of the old picture beside a new margin that are drawn anew with it
+
+
+def extend(image: np.ndarray, left: int, top: int, right: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture on a larger canvas, and the mask of what is to be drawn there: outpainting as inpainting.
+
+    Args:
+        image: uint8 [H, W, 3].
+        left, top, right, bottom: pixels added at each side, at least 0.
+
+    Returns:
+        uint8 [H + top + bottom, W + left + right, 3], the margins mirrored from the picture, and the mask uint8 of that
+        height and width: 255 in the margins and SEAM pixels into the picture, else 0.
+
+    Raises:
+        ValueError: nothing is added, or less than nothing.
+
+    >>> canvas, mask = extend(np.zeros((32, 32, 3), np.uint8), 16, 0, 0, 0)
+    >>> canvas.shape, (mask[0] == 255).sum()
+    ((32, 48, 3), np.int64(24))
+    """
+    sides: tuple[int, ...] = (left, top, right, bottom)
+    if min(sides) < 0 or not any(sides):
+        raise ValueError(f"outpaint {sides} must add pixels at one side at least, and take none away.")
+    canvas = np.pad(image, ((top, bottom), (left, right), (0, 0)), mode="symmetric")
+    height, width = canvas.shape[:2]
+    mask = np.full((height, width), 255, np.uint8)
+    x, y, x_end, y_end = (n + SEAM * (n > 0) for n in sides)
+    mask[y : height - y_end, x : width - x_end] = 0
+    return canvas, mask
+
+
 def grid(
     images: np.ndarray | Sequence[np.ndarray], columns: int, gap: int = 2, background: tuple[int, int, int] = WHITE
 ) -> np.ndarray:
@@ -128,9 +167,24 @@ def write_png(
         readable = "\n\n".join(describe(flags) for flags in each)
         # Lone surrogates (undecodable bytes of a command line) fit no PNG text.
         text.add_text("parameters", readable.encode("utf-8", "replace").decode())
+    _write(path, lambda file: Image.fromarray(to_uint8(image)).save(file, format="png", pnginfo=text))
+
+
+def write_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float) -> None:
+    """Write pictures [H, W, 3], uint8 or float in [0, 1], as an endless film of so many seconds a frame.
+
+    Whole or not at all; raises ImageError if the file cannot be written.
+    """
+    first, *rest = (Image.fromarray(to_uint8(frame)) for frame in frames)
+    options = {"append_images": rest, "duration": round(1000 * seconds), "loop": 0}
+    _write(Path(path), lambda file: first.save(file, format="gif", save_all=True, **options))
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    """Let `save` write a temporary file, then give it the name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        Image.fromarray(to_uint8(image)).save(temporary, format="png", pnginfo=text)
+        save(temporary)
         os.replace(temporary, path)
     except OSError as e:
         raise ImageError(f"{path} cannot be written ({e.strerror or e}): free it or choose another place.") from None

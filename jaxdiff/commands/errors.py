@@ -1,0 +1,53 @@
+"""How a command ends: its exit code, and one sentence on stderr for whatever went wrong."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+
+class UsageError(Exception):
+    """Flags or settings that cannot be right: one sentence naming them and the mend."""
+
+
+class Failure(Exception):
+    """What went wrong with flags that could be right, in one sentence."""
+
+
+def message(error: BaseException, smaller: str) -> str:
+    """An error in one sentence; `smaller` says what to lower when memory is short."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return f"Memory is too small: {smaller}."
+    if isinstance(error, ValueError) or type(error).__module__.startswith("jaxdiff."):  # sentences already
+        return text
+    return f"{type(error).__name__}: {text}; --verbose shows where."
+
+
+def run(name: str, argv: list[str], command: Callable[[list[str]], None], *, smaller: str, stopped: str) -> int:
+    """Run a command on its arguments.
+
+    Args:
+        name: of the program, before each line on stderr.
+        command: raises UsageError, Failure or anything else.
+        smaller: what to lower when memory is short.
+        stopped: what holds when the user stopped it.
+
+    Returns:
+        The exit code: 0; 2 for a UsageError; 130 if stopped; 1 for any other failure. With --verbose among the
+        arguments the traceback is shown.
+    """
+    try:
+        command(argv)
+        return 0
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; {stopped}.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as e:
+        if any(a.lstrip("-") == "verbose" for a in argv[1:]):
+            logging.exception("traceback")
+        print(f"{name}: error: {message(e, smaller)}", file=sys.stderr)
+        return 2 if isinstance(e, UsageError) else 1

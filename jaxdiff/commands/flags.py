@@ -1,0 +1,161 @@
+"""The flags of sample.py, and what can be said of them without a model."""
+
+import math
+
+from absl import flags
+
+from jaxdiff.commands.errors import UsageError
+
+SEEDS = 2**32
+
+
+def define() -> flags.FlagValues:
+    """The flags, apart from absl's global ones, so that any program may import this module."""
+    f = flags.FlagValues()
+
+    def text(name: str, default: str | None, help: str) -> None:
+        flags.DEFINE_string(name, default, help, f)
+
+    def texts(name: str, help: str) -> None:
+        flags.DEFINE_multi_string(name, [], help, f)
+
+    def whole(name: str, default: int | None, help: str, low: int = 1, high: int | None = None) -> None:
+        flags.DEFINE_integer(name, default, help, low, high, f)
+
+    def number(name: str, default: float | None, help: str, low: float | None = None, high: float | None = None):
+        flags.DEFINE_float(name, default, help, low, high, f)
+
+    def switch(name: str, help: str, default: bool = False) -> None:
+        flags.DEFINE_bool(name, default, help, f)
+
+    text("model", "icons", "A diffusers folder, a one-file checkpoint, a hub id, or the name of a bundled model.")
+    texts("lora", "A LoRA file; path:0.8 sets its weight. Give the flag again for more.")
+    texts("embedding", "A textual-inversion file; token=path names its token. Give the flag again for more.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Type to compute in.", flag_values=f)
+
+    texts("prompt", "What to draw; give the flag again for more prompts.")
+    text("prompts_file", None, "A file of prompts: one a line, or .jsonl with prompt, negative_prompt, seed.")
+    text("negative_prompt", None, "What to steer away from.")
+    text("prompt_2", None, "What SDXL's second text encoder reads; default: the prompt.")
+    text("style", None, "A preset that adds words to prompt and negative prompt: watercolor, photo, …")
+    text("styles_file", None, "A JSON file of presets in place of the package's own.")
+    switch("matrix", "Expand {red|green} and every line of __wildcards__ in prompts, one picture for each combination.")
+    text("wildcards", None, "Folder of text files: __colour__ in a prompt becomes a line of colour.txt.")
+    switch("emphasis", "Read (word:1.3), [word] and BREAK in prompts as emphasis and chunks.", True)
+    whole("clip_skip", 0, "Text encoder layers left out at the end.", 0)
+
+    whole("seed", 0, "Seed of the first picture; the next ones count up.", 0, SEEDS - 1)
+    whole("variation_seed", None, "Mixes the noise of this seed in, for a variation of the picture.", 0, SEEDS - 1)
+    number("variation_strength", 0.1, "How much of it: 0 is the seed's own picture, 1 the other's.", 0.0, 1.0)
+    whole("interpolate", None, "Frames from each prompt to the next (from one: seed to seed), also as a GIF.", 2)
+    whole("num_images", 1, "Pictures of each prompt.")
+    whole("steps", 25, "Number of denoising steps.")
+    number("guidance_scale", 7.5, "Weight of the prompt; 1 or less turns guidance off.")
+    number("guidance_rescale", 0.0, "How much of the contrast that guidance adds is taken back.", 0.0, 1.0)
+    flags.DEFINE_list("guidance_interval", None, "Two noise levels, low,high: guidance only between them.", f)
+    text("scheduler", None, "ddim, euler, dpmpp_2m, unipc, …; default: what the model's config says.")
+    text("spacing", None, "Spacing of the steps: leading, trailing, linspace, karras, …; default: as above.")
+    whole("height", None, "Pixels; default: the model's own.")
+    whole("width", None, "Pixels; default: the model's own.")
+
+    text("image", None, "Picture to start from; cut at its centre and resized to height and width.")
+    number("strength", None, "With --image: how much is redrawn, in (0, 1]; default 0.6, with a mask 1.")
+    text("mask", None, "With --image: a picture, white where the image is to be redrawn.")
+    flags.DEFINE_list("outpaint", None, "With --image: pixels added at left,top,right,bottom, and drawn.", f)
+    whole("noise_level", 20, "Of an upscaling model: noise put on the small picture.", 0)
+    number("hires", None, "Draw this many times smaller first, enlarge, and draw the details.", 1.0)
+    number("hires_strength", 0.6, "With --hires: how much is redrawn at full size.", 0.0, 1.0)
+    flags.DEFINE_enum("hires_upscale", "pixel", ["pixel", "latent"], "With --hires: what is enlarged.", flag_values=f)
+    texts("controlnet", "A ControlNet, a folder or file; again for more, one --control_image for each.")
+    texts("control_image", "What a ControlNet follows.")
+    flags.DEFINE_multi_float("controlnet_scale", [], "Weight of each ControlNet; default 1.", flag_values=f)
+    switch("control_edges", "Find the edges (Canny) of each --control_image first.")
+    whole("tile", None, "Decode in tiles of this many latents, for large pictures.", 8)
+
+    whole("batch_size", None, "Pictures drawn at once; the last batch is filled up, so that one compiled program draws "
+          "all. Default: batches of equal size, at most 4 pictures a device.")  # fmt: skip
+    text("output", "outputs", "A .png (castle.png; several: castle-000.png …), a folder (files are "
+         "named by prompt and seed), or a pattern of {prompt}, {seed}, {index}: 'o/{prompt}-{index}.png'.")  # fmt: skip
+    switch("grid", "Also write all pictures on one sheet (…grid.png): one row a prompt; near to a square with one "
+           "picture a prompt.")  # fmt: skip
+    switch("preview", "Also write how each picture came about, as a strip (…-preview.png).")
+    text("preview_vae", None, "A tiny autoencoder (TAESD) that draws the strip in place of the model's.")
+    text("cache_dir", None, "Folder of compiled programs; default: jaxdiff in your cache folder.")
+    switch("verbose", "Show the traceback of an error.")
+    flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
+    return f
+
+
+NEEDS = {  # flags that mean something with another one only
+    "strength": "image",
+    "mask": "image",
+    "outpaint": "image",
+    "styles_file": "style",
+    "preview_vae": "preview",
+    "control_image": "controlnet",
+    "controlnet_scale": "controlnet",
+    "control_edges": "controlnet",
+}
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """Flags of a command line, checked as far as that goes without the model. Raises UsageError."""
+    f = define()
+    try:
+        rest = f(argv)[1:]
+    except flags.Error as e:
+        raise UsageError(f"{e}; --help shows all flags.") from None
+    if f.help:
+        return f
+    if rest:
+        raise UsageError(f"{rest[0]!r} belongs to no flag: put each prompt in quotes after its own --prompt.")
+    if not f.prompt and not f.prompts_file:
+        raise UsageError('--prompt is missing: say what to draw, such as --prompt "a castle".')
+    for name, needed in NEEDS.items():
+        if f[name].present and not f[needed].value:
+            raise UsageError(f"--{name} goes with --{needed}: give that too, or leave --{name} out.")
+    for name in ("guidance_scale", "hires"):
+        if not math.isfinite(getattr(f, name) or 0.0):
+            raise UsageError(f"--{name} {getattr(f, name)} must be a finite number, such as {f[name].default or 2}.")
+    f["guidance_interval"].value = numbers(f, "guidance_interval", 2, float)
+    f["outpaint"].value = numbers(f, "outpaint", 4, int)
+    check_tasks(f)
+    return f
+
+
+def numbers(f: flags.FlagValues, name: str, count: int, kind: type) -> tuple | None:
+    """A flag's list as so many numbers, none below 0."""
+    given: list[str] | None = f[name].value
+    if given is None:
+        return None
+    try:
+        values = tuple(kind(v) for v in given)
+        if len(values) != count or not all(v >= 0 for v in values):
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"--{name} {','.join(given)} must be {count} numbers, none below 0, with commas between."
+        ) from None
+    return values
+
+
+def check_tasks(f: flags.FlagValues) -> None:
+    """Raise UsageError for flags that do not go together."""
+    if f.image is not None:
+        f["strength"].value = (1.0 if f.mask or f.outpaint else 0.6) if f.strength is None else f.strength
+        if not 0 < f.strength <= 1:
+            raise UsageError(f"--strength {f.strength} must be above 0 and at most 1.")
+        if int(f.steps * f.strength) < 1:
+            raise UsageError(f"--strength {f.strength} leaves none of --steps {f.steps}: raise one of the two.")
+    if f.mask is not None and f.outpaint is not None:
+        raise UsageError("--mask and --outpaint both say what is drawn: give one of them.")
+    if f.hires is not None and f.image is not None:
+        raise UsageError("--hires draws from text alone: leave out --image, or --hires.")
+    if f.hires is not None and int(f.steps * f.hires_strength) < 1:
+        raise UsageError(f"--hires_strength {f.hires_strength} leaves none of --steps {f.steps}: raise one of the two.")
+    if f.interpolate is not None and f.variation_seed is not None:
+        raise UsageError("--interpolate goes from seed to seed by itself: leave out --variation_seed.")
+    if len(f.control_image) != len(f.controlnet):
+        raise UsageError(f"{len(f.controlnet)} --controlnet and {len(f.control_image)} --control_image: one for each.")
+    if f.controlnet_scale and len(f.controlnet_scale) != len(f.controlnet):
+        raise UsageError(f"{len(f.controlnet_scale)} --controlnet_scale for {len(f.controlnet)} --controlnet.")

@@ -1,0 +1,67 @@
+"""Where the pictures of a command go."""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jaxdiff.commands.errors import Failure, UsageError
+
+NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def name_of(prompt: str) -> str:
+    """A prompt as part of a file's name."""
+    return re.sub(r"[\W_]+", "-", prompt.lower())[:50].strip("-") or "picture"
+
+
+def output_paths(output: str, pictures: list[dict[str, Any]]) -> tuple[list[Path], Path]:
+    """Where each picture goes, and the sheet of all.
+
+    Raises:
+        UsageError: `output` is no PNG, or a pattern of something else or without a name for each picture.
+    """
+    path = Path(output)
+    if "{" in output:
+        try:
+            names = [
+                output.format(index=i, seed=p["seed"], prompt=name_of(p["prompt"])) for i, p in enumerate(pictures)
+            ]
+        except (LookupError, ValueError, AttributeError):
+            raise UsageError(f"--output {output} may name {{prompt}}, {{seed}} and {{index}} only.") from None
+        if len(set(names)) < len(names):
+            raise UsageError(f"--output {output} gives several pictures one name: add {{index}} to it.")
+        if not output.lower().endswith(".png"):
+            raise UsageError(f"--output {output} is a pattern, and pictures are PNG: end it in .png.")
+        paths = [Path(name) for name in names]
+        return paths, paths[0].parent / "grid.png"
+    if path.suffix.lower() in NOT_PNG:
+        raise UsageError(f"--output {output}: pictures are written as PNG: name a .png file or a folder.")
+    if path.suffix.lower() != ".png" or path.is_dir():
+        names = [f"{name_of(p['prompt'])}-{p['seed']:03d}" for p in pictures]
+        if len(set(names)) < len(names):  # a seed of a prompts file, or frames of an interpolation
+            names = [f"{name}-{i:03d}" for i, name in enumerate(names)]
+        return [path / f"{name}.png" for name in names], path / "grid.png"
+    sheet = path.with_name(f"{path.stem}-grid.png")
+    if len(pictures) == 1:
+        return [path], sheet
+    return [path.with_name(f"{path.stem}-{i:03d}.png") for i in range(len(pictures))], sheet
+
+
+def check_folder(folder: Path) -> None:
+    """Raise Failure where pictures plainly cannot be written, without making anything."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise Failure(f"--output: {existing} is a file, not a folder: choose another place.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise Failure(f"--output: the folder {existing} is not writable: choose another place.")
+
+
+def make_folder(folder: Path, flag: str = "--output") -> None:
+    """Make a folder that can be written to; raises Failure."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise Failure(f"{flag}: {folder} cannot be written to ({e.strerror or e}): choose another place.") from None

@@ -1,0 +1,95 @@
+"""From the flags of sample.py to the pictures to draw: each one's prompt, seed, and the flags that draw it again."""
+
+import itertools
+import math
+from typing import Any
+
+from absl import flags
+
+from jaxdiff.commands.errors import UsageError
+from jaxdiff.commands.flags import SEEDS
+from jaxdiff.prompts import PromptError, PromptLine, read_prompts
+from jaxdiff.styles import apply_style
+from jaxdiff.wildcards import expand
+
+# Arguments of `generate` that all pictures of a call share, and those that each has for itself.
+SHARED = ("steps", "guidance_rescale", "guidance_interval", "clip_skip", "emphasis", "scheduler", "spacing", "height",
+          "width", "strength", "noise_level", "hires", "hires_strength", "hires_upscale", "tile")  # fmt: skip
+EACH = ("seed", "guidance_scale", "prompt_2", "blend_prompt", "blend", "variation_seed", "variation_strength")
+# What draws a picture again beside them. The batch size is one of them, and so is the preview: other shapes and other
+# programs may round otherwise.
+REST = ("negative_prompt", "image", "mask", "outpaint", "controlnet", "control_image", "controlnet_scale",
+        "control_edges", "lora", "embedding", "model", "dtype", "batch_size", "preview", "preview_vae")  # fmt: skip
+ARGUMENTS = {"prompt_2": "prompts_2", "blend_prompt": "blend_prompts"}  # what `generate` calls a flag
+Picture = dict[str, Any]
+
+
+def lines(f: flags.FlagValues) -> list[PromptLine]:
+    """The prompts of all flags and files, expanded and in style; raises UsageError."""
+    try:
+        given = [PromptLine(p) for p in f.prompt] + (read_prompts(f.prompts_file) if f.prompts_file else [])
+        if f.matrix or f.wildcards:
+            given = [
+                line._replace(prompt=prompt)
+                for i, line in enumerate(given)
+                for prompt in expand(line.prompt, f.wildcards, seed=f.seed + i, matrix=f.matrix).prompts
+            ]
+        negative = [line.negative_prompt or f.negative_prompt for line in given]
+        if f.style is None:
+            return [line._replace(negative_prompt=n) for line, n in zip(given, negative, strict=True)]
+        styled = [apply_style(line.prompt, n, f.style, f.styles_file) for line, n in zip(given, negative, strict=True)]
+        return [PromptLine(*texts, line.seed) for texts, line in zip(styled, given, strict=True)]
+    except PromptError as e:
+        raise UsageError(str(e)) from None
+
+
+def plan(f: flags.FlagValues, given: list[PromptLine]) -> list[Picture]:
+    """The pictures in order: what tells each from the others, and the flags that draw it again, to the byte.
+
+    Seeds count up over all pictures; a line of a prompts file that has a seed starts its own.
+    """
+    shared = {name: f[name].value for name in (*EACH, *SHARED, *REST) if name in f and name != "seed"}
+    for flag, needed in {"variation_strength": "variation_seed", "hires_strength": "hires", "hires_upscale": "hires",
+                         "strength": "image", "controlnet_scale": "controlnet"}.items():  # fmt: skip
+        if not shared[needed] and shared[needed] != 0:
+            shared[flag] = None
+    if f["emphasis"].value:
+        shared["emphasis"] = None  # as by default
+    for name in ("guidance_rescale", "clip_skip"):
+        shared[name] = shared[name] or None
+    if not f["noise_level"].present:
+        shared["noise_level"] = None
+    shared = {name: value for name, value in shared.items() if value not in (None, False, [])}
+    pictures: list[Picture] = []
+    for line in given:
+        for k in range(f.num_images):
+            seed = f.seed + len(pictures) if line.seed is None else line.seed + k
+            negative = {} if line.negative_prompt is None else {"negative_prompt": line.negative_prompt}
+            pictures.append({"prompt": line.prompt, "seed": seed % SEEDS, **shared, **negative})
+    return film(pictures, f.interpolate) if f.interpolate else pictures
+
+
+def film(pictures: list[Picture], frames: int) -> list[Picture]:
+    """So many pictures from each one to the next; from a single one, to the picture of the next seed."""
+    if len(pictures) == 1:
+        pictures = [*pictures, pictures[0] | {"seed": (pictures[0]["seed"] + 1) % SEEDS}]
+    between = []
+    for a, b in itertools.pairwise(pictures):
+        for k in range(frames):
+            part = {"blend_prompt": b["prompt"], "blend": k / frames}
+            between.append(a | part | {"variation_seed": b["seed"], "variation_strength": k / frames})
+    return [*between, between[-1] | {"blend": 1.0, "variation_strength": 1.0}]
+
+
+def arguments(batch: list[Picture]) -> dict[str, Any]:
+    """The arguments of `generate` that draw a batch, but for pictures."""
+    first = batch[0]
+    options = {name: first[name] for name in SHARED if name in first}
+    options |= {ARGUMENTS.get(name, name): [p[name] for p in batch] for name in EACH if name in first}
+    negative = [p.get("negative_prompt") for p in batch]
+    return {"prompts": [p["prompt"] for p in batch], "negative_prompts": negative, **options}
+
+
+def batch_size(total: int, devices: int) -> int:
+    """Batches of equal size, of at most 4 pictures a device."""
+    return math.ceil(total / math.ceil(total / (4 * devices)))

@@ -1,0 +1,137 @@
+"""Two-stage drawing, variations, blends of prompts, tiled decoding and tiny previews through `generate`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdiff
+from jaxdiff.config import TinyVAEConfig
+from jaxdiff.generate import picture_keys
+from jaxdiff.models.tiny_vae import AutoencoderTiny
+from jaxdiff.tasks import slerp
+from tests.test_generate import levels
+from tests.tiny import LATENT, SIDE
+
+STEPS, LEVEL = 3, 1  # LEVEL: see test_generate
+
+
+@pytest.fixture(scope="module")
+def draw(tiny):
+    return functools.partial(jaxdiff.generate, *tiny, steps=STEPS)
+
+
+def noise(seed: int, shape=LATENT):
+    return np.asarray(jaxdiff.initial_noise(picture_keys(seed, 1), shape))
+
+
+def test_slerp_keeps_length_and_turns_evenly():
+    """At 90 degrees a third of the way is 30 degrees: cos and sin of it."""
+    a, b = jnp.array([[2.0, 0.0], [1.0, 1.0]]), jnp.array([[0.0, 2.0], [1.0, 1.0]])
+    turned = slerp(a, b, jnp.array([1 / 3, 0.4]))
+    np.testing.assert_allclose(turned[0], 2 * np.array([np.cos(np.pi / 6), np.sin(np.pi / 6)]), atol=1e-6)
+    np.testing.assert_allclose(turned[1], [1, 1], atol=1e-6)  # of one direction
+    x, y = (np.random.default_rng(i).standard_normal((1, 64, 64, 4), np.float32) for i in range(2))
+    assert np.std(slerp(x, y, jnp.array([0.5]))) == pytest.approx(1, abs=0.02)  # the mean of both would have 0.71
+
+
+def test_a_variation_is_drawn_from_noise_between_two_seeds(draw):
+    mixed = slerp(noise(3), noise(9), jnp.array([0.25]))
+    a = draw(["a castle"], seed=3, variation_seed=9, variation_strength=0.25)
+    assert levels(a, draw(["a castle"], noise=mixed)) <= LEVEL
+    assert levels(a, draw(["a castle"], seed=3)) > LEVEL
+    assert (
+        levels(draw(["a castle"], seed=3, variation_seed=9, variation_strength=0), draw(["a castle"], seed=3)) <= LEVEL
+    )
+    assert (
+        levels(draw(["a castle"], seed=3, variation_seed=9, variation_strength=1), draw(["a castle"], seed=9)) <= LEVEL
+    )
+
+
+def test_a_film_goes_from_one_prompt_to_the_other(draw):
+    ends = [draw([p], seed=3) for p in ("a castle", "a red dragon")]
+    first, middle, last = np.split(
+        draw(["a castle"] * 3, seed=[3] * 3, blend_prompts="a red dragon", blend=[0.0, 0.5, 1.0]), 3
+    )
+    assert levels(first, ends[0]) <= LEVEL
+    assert levels(last, ends[1]) <= LEVEL
+    assert min(levels(middle, end) for end in ends) > LEVEL
+
+
+@pytest.mark.parametrize("upscale", ["pixel", "latent"])
+def test_two_stages_are_the_small_picture_enlarged_and_redrawn(upscale, tiny, draw):
+    """Against the same put together from the pure pieces."""
+    model, params = tiny
+    drawn = draw(["a castle"], seed=3, hires=2, hires_strength=0.7, hires_upscale=upscale, guidance_scale=1.0)
+    times, scale = jaxdiff.time_grid(model.scheduler, STEPS)
+    denoise = jaxdiff.denoiser(model, params, jaxdiff.encode_text(model, params, jaxdiff.tokenize(model, ["a castle"])))
+    take = functools.partial(jaxdiff.sample, denoise, scheduler=jaxdiff.get_scheduler("ddim"), key=jax.random.key(0))
+    height, width, channels = LATENT
+    low = take(scale * noise(3, (height // 2, width // 2, channels)), times=times)
+    if upscale == "latent":
+        large = jax.image.resize(low, (1, *LATENT), "cubic")
+    else:
+        picture = jax.image.resize(jaxdiff.decode(model, params, low), (1, SIDE, SIDE, 3), "lanczos3")
+        large = jaxdiff.encode(model, params, jnp.clip(picture, 0, 1))
+    start = STEPS - int(STEPS * 0.7)
+    x = times.alpha[start] * large + times.sigma[start] * noise(3)
+    expected = jaxdiff.decode(model, params, take(x, times=times, start=start))
+    assert levels(drawn, np.asarray(jnp.round(255 * expected).astype(jnp.uint8))) <= LEVEL
+
+
+def test_strength_of_the_second_stage_is_traced(draw):
+    from jaxdiff.generate import sampler
+
+    draw(["a castle"], hires=2)
+    before = sampler.cache_info().misses
+    assert (
+        levels(draw(["a castle"], hires=2, hires_strength=0.9), draw(["a castle"], hires=2, hires_strength=0.4)) > LEVEL
+    )
+    assert sampler.cache_info().misses == before
+
+
+def test_tiles_of_the_whole_change_nothing_and_smaller_ones_little(draw):
+    """One tile that covers the picture is the picture; of smaller ones, the group norms and the seams differ."""
+    whole = draw(["a castle"], seed=3)
+    assert levels(draw(["a castle"], seed=3, tile=LATENT[0]), whole) <= LEVEL
+    tiles = draw(["a castle"], seed=3, tile=LATENT[0] - 2)
+    assert tiles.shape == whole.shape
+    assert levels(tiles, whole) > LEVEL
+
+
+def test_frames_are_drawn_by_a_tiny_autoencoder_where_there_is_one(tiny, draw):
+    model, params = tiny
+    config = TinyVAEConfig(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=4,
+    )  # fmt: skip
+    module = AutoencoderTiny(config)
+    own = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    with_tiny = dataclasses.replace(model, tiny_vae=module), params | {"tiny_vae": own}
+    picture, frames = jaxdiff.generate(*with_tiny, ["a castle"], seed=3, steps=STEPS, frames=2)
+    other, plain = draw(["a castle"], seed=3, frames=2)
+    assert levels(picture, other) <= LEVEL
+    assert frames.shape == plain.shape == (1, 2, SIDE, SIDE, 3)
+    assert levels(frames, plain) > LEVEL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"hires": 1.0}, "hires 1.0 must be above 1"),
+        ({"hires": 100.0}, "hires 100.0 must be above 1, and leave something"),
+        ({"hires": 2, "hires_strength": 0.0}, "hires_strength 0.0 must be in"),
+        ({"hires": 2, "hires_upscale": "esrgan"}, "known are pixel and latent"),
+        ({"hires": 2, "image": np.zeros((SIDE, SIDE, 3))}, "hires draws from text alone"),
+        ({"blend_prompts": "x", "blend": 1.5}, "blend 1.5 must be from 0.0 to 1.0"),
+        ({"variation_seed": 1, "variation_strength": -0.1}, "variation_strength -0.1 must be from 0.0 to 1.0"),
+        ({"blend_prompts": ["x", "y"]}, "2 blend_prompts for 1 prompts"),
+        ({"tile": 0}, "tile 0 must be at least 1"),
+    ],
+)
+def test_arguments_that_cannot_be_right(arguments, sentence, draw):
+    with pytest.raises(ValueError, match=sentence):
+        draw(["a castle"], **arguments)
