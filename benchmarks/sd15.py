@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from jaxdiff.io.pretrained import BUNDLED
 
 UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # 860 M parameters
 VAE = {  # 84 M
@@ -37,3 +39,23 @@ def make(name: str, folder: Path) -> tuple[torch.nn.Module, Path]:
     model.eval().save_pretrained(folder, safe_serialization=True, max_shard_size="100GB")
     (weights,) = folder.glob("*.safetensors")
     return model, weights
+
+
+def pipeline(folder: Path) -> StableDiffusionPipeline:
+    """The whole pipeline, random weights and CLIP's own vocabulary, also saved in `folder`."""
+    parts = {name: make(name, folder / name)[0] for name in ("unet", "vae", "text_encoder")}
+    tokenizer = CLIPTokenizer.from_pretrained(BUNDLED / "clip_tokenizer")
+    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    pipe = StableDiffusionPipeline(
+        **parts,
+        tokenizer=tokenizer,
+        scheduler=DPMSolverMultistepScheduler(**schedule),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    pipe.save_config(folder)
+    return pipe
