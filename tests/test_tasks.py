@@ -126,8 +126,8 @@ def test_sdxl(prediction, tmp_path):
 def test_sizes_other_than_square(tmp_path):
     """SDXL is told the size drawn; latents are half of it here."""
     pipeline, loaded = built("sdxl", tmp_path)
-    noise = normal(2, 6, 10, 4)
-    assert_same(ours(loaded, noise=noise), theirs(pipeline, latents=oracle.nchw(noise), height=2 * 6, width=2 * 10))
+    noise = normal(2, 4, 12, 4)
+    assert_same(ours(loaded, noise=noise), theirs(pipeline, latents=oracle.nchw(noise), height=2 * 4, width=2 * 12))
 
 
 @predictions("v_prediction")
@@ -180,7 +180,7 @@ def test_guidance_embedding(prediction, tmp_path):
     assert np.abs(ours(loaded, guidance_scale=8.0).astype(int) - ours(loaded)).max() > LEVELS
 
 
-@pytest.mark.parametrize("scheduler", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("scheduler", ["euler", pytest.param("dpmpp_2m", marks=pytest.mark.slow)])
 def test_blending_under_other_schedulers(scheduler, image, mask, tmp_path, monkeypatch):
     pipeline, loaded = built("blend", tmp_path)
     cls = {"euler": diffusers.EulerDiscreteScheduler, "dpmpp_2m": diffusers.DPMSolverMultistepScheduler}[scheduler]

@@ -57,6 +57,11 @@ SCHEDULER = "scheduler_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def bundled() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
+
+
 def find(name_or_path: str | Path) -> Path:
     """A model's folder or file: a path, a bundled model's name, or "owner/name" on the hub, which is then fetched.
 
@@ -68,13 +73,13 @@ def find(name_or_path: str | Path) -> Path:
         return path
     if path.is_file():
         raise ConfigError(f"{path} is no model's file: known are {', '.join(SINGLE_FILES)}, and diffusers folders.")
-    if name.isidentifier() and (BUNDLED / name).is_dir():
+    if name in bundled():
         return BUNDLED / name
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and path.suffix not in SINGLE_FILES:
         from jaxdiff.io.hub import fetch
 
         return fetch(name)
-    known = ", ".join(sorted(p.name for p in BUNDLED.glob("*/"))) or "none"
+    known = ", ".join(bundled()) or "none"
     raise ConfigError(
         f"{name} is no folder and no bundled model (bundled: {known}): give a diffusers folder, a .safetensors or "
         ".ckpt file, or owner/name on the Hugging Face hub."
