@@ -170,7 +170,7 @@ def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] 
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        save_file(tensors, temporary, metadata=metadata or {"format": "pt"})  # one key: several come in any order
         Path(temporary).chmod(0o644)
         os.replace(temporary, path)
     finally:
