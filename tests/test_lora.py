@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from jaxdiff.config import CLIPTextConfig, UNetConfig
+from jaxdiff.io.layouts import unet_table
 from jaxdiff.io.lora import init_lora, load_lora, merge_lora, read_lora, save_lora
 from jaxdiff.io.lora_names import layers, list_orders, spellings
 from jaxdiff.io.weights import WeightsError, from_torch_layout, tensor_name, to_torch_layout
@@ -367,10 +368,10 @@ def test_lists_without_names(block, embeddings, sd1, tmp_path):
 
 
 def test_every_layer_has_spellings_of_its_own(sd1, sdxl):
-    for _, params in (sd1, sdxl):
+    for model, params in (sd1, sdxl):
         found = {}
         for layer in layers(params):
-            for spelling in spellings(layer, depth=2):
+            for spelling in spellings(layer, unet_table(model.unet.config)):
                 assert found.setdefault(spelling, layer) == layer, spelling
 
 

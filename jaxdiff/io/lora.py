@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxdiff.io.layouts import unet_table
 from jaxdiff.io.lora_names import find, layers, written_name
 from jaxdiff.io.sources import TensorSource, open_tensors
 from jaxdiff.io.weights import WeightsError, from_torch_layout, to_torch_layout, write_tensors
@@ -111,15 +112,15 @@ def read_lora(model: Model, path: str | Path) -> Lora:
     source = open_tensors(path)
     config = _adapter_config(source)
     lora = {}
-    for layer, tensors in find(source, list(layers(_shapes(model)))):
+    for layer, tensors in find(source, list(layers(_shapes(model))), unet_table(model.unet.config)):
         down, up = (source.read(tensors[role]) for role in ("down", "up"))
         rank = len(down)
         written = tensors.get("alpha")
         alpha = _alpha(source, written) if written else _config_alpha(source, config, layer.name, rank)
         down = from_torch_layout(KERNEL, down).reshape(*layer.shape[:-1], rank)
         # Copies, in a layout of their own: what was read may be a view into the file.
-        down, up = (jnp.asarray(np.array(x, order="C")) for x in (down, up.reshape(-1, rank).T))
-        lora[layer.name] = Factors(down, up, alpha)
+        factors = [jnp.asarray(np.array(x, order="C")) for x in (down, up.reshape(-1, rank).T)]
+        lora[layer.name] = Factors(factors[0], factors[1], alpha)
     return lora
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from flax.traverse_util import flatten_dict
 
+from jaxdiff.io.layouts import Table, place
 from jaxdiff.io.sources import TensorSource
 from jaxdiff.io.weights import WeightsError, tensor_name
 from jaxdiff.typing import Params
@@ -62,21 +63,6 @@ OTHER_KINDS = {  # pattern in a tensor's name -> the kind of adapter that has it
 PROCESSOR = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
-ORIGINAL = {  # part of a layer's name in the UNet -> the same in latent diffusion's code
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
 FAMILIES = {  # width of the text that the UNet attends to -> whose
     768: "Stable Diffusion 1.x",
     1024: "Stable Diffusion 2.x",
@@ -109,35 +95,14 @@ def written_name(layer: Layer, layout: str, *, double: bool) -> str:
     return spellings(layer)[2 if double and layer.module == "text_encoder" else 1]
 
 
-def original_name(name: str, depth: int) -> str:
-    """A layer of the UNet as latent diffusion's code named it, from its name in diffusers.
-
-    Args:
-        depth: resnets of a block on the way down.
-
-    >>> original_name("down_blocks.1.attentions.0.proj_in", 2), original_name("up_blocks.0.resnets.2.conv1", 2)
-    ('input_blocks.4.1.proj_in', 'output_blocks.2.0.in_layers.2')
-    """
-    for ours, theirs in ORIGINAL.items():
-        name = name.replace(ours, theirs)
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name)
-    if match is None:
-        return name
-    side, block, kind, number, rest = match.groups()
-    number = str(int(block) * (depth + 1) + (depth if kind.endswith("samplers") else int(number)) + (side == "down"))
-    if kind == "upsamplers":  # in SDXL always after an attention
-        return f"output_blocks.{number}.2.{rest}"
-    part = f"{'input' if side == 'down' else 'output'}_blocks.{number}.{int(kind == 'attentions')}"
-    return f"{part}.op" if kind == "downsamplers" else f"{part}.{rest}"
-
-
-def spellings(layer: Layer, depth: int = 2) -> list[str]:
-    """What files call a layer: first as diffusers writes it, then as kohya does. See `original_name` for `depth`."""
+def spellings(layer: Layer, original: Table | None = None) -> list[str]:
+    """What files call a layer: first as diffusers writes it, then as kohya does; `original` is `unet_table`'s."""
     module, name = layer.module, layer.name.removeprefix(f"{layer.module}.")
     if module == "unet":
-        original = original_name(name, depth).replace(".", "_")
         old = re.sub(r"\.(attn\d)\.(\w+)(\.0)?$", r".\1.processor.\2", name)
-        more = [name, old, f"unet.{old}", f"base_model.model.{name}", f"lora_unet_{original}"]
+        more = [name, old, f"unet.{old}", f"base_model.model.{name}"]
+        if found := place(name, original or {}, "lora_unet_"):
+            more.append(found.name.replace(".", "_"))
         full = name
     else:
         stem, _, last = name.rpartition(".")
@@ -164,21 +129,25 @@ def split(path: object, name: str) -> tuple[str, str]:
     raise WeightsError(f"{path}: tensor {name} is no part of a LoRA: is it a LoRA's file?")
 
 
-def find(source: TensorSource, model: list[Layer]) -> list[tuple[Layer, Tensors]]:
+def find(source: TensorSource, model: list[Layer], original: Table) -> list[tuple[Layer, Tensors]]:
     """The layers of a model that a file changes, with its tensors for each, of the right shapes.
+
+    Args:
+        source: the file.
+        model: the model's layers.
+        original: its UNet's names in the original layout, by `unet_table`.
 
     Raises:
         WeightsError: something in the file is no LoRA, or none of this model; the sentence names the first such tensor.
     """
-    found = _listed(source, model) or _named(source, model)
+    found = _listed(source, model) or _named(source, model, original)
     if not found:
         raise WeightsError(f"{source.path} holds no LoRA: it has no tensors.")
     return found
 
 
-def _named(source: TensorSource, model: list[Layer]) -> list[tuple[Layer, Tensors]]:
-    depth = sum(bool(re.fullmatch(r"unet\.down_blocks\.0\.resnets\.\d+\.conv1", layer.name)) for layer in model)
-    known = {spelling: layer for layer in model for spelling in spellings(layer, depth)}
+def _named(source: TensorSource, model: list[Layer], original: Table) -> list[tuple[Layer, Tensors]]:
+    known = {spelling: layer for layer in model for spelling in spellings(layer, original)}
     found: dict[str, Tensors] = {}  # by what the file calls the layer
     for tensor in sorted(source.shapes):
         stem, role = split(source.path, tensor)
