@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from jaxdiff.config import SchedulerConfig
+from jaxdiff.diffusion.base import normal
 from jaxdiff.diffusion.sampling import sample_keys, step_keys
 
-SHAPE = (2, 6)  # [B, D]
+SHAPE = (2, 3, 2)  # [B, ...]
 KEY = 7
 SD1 = SchedulerConfig(
     beta_schedule="scaled_linear",
@@ -18,6 +19,7 @@ SD1 = SchedulerConfig(
     steps_offset=1,
     set_alpha_to_one=False,
     clip_sample=False,
+    skip_prk_steps=True,
 )
 ZERO_SNR = dataclasses.replace(SD1, rescale_betas_zero_snr=True, prediction_type="v_prediction")
 FLOW = SchedulerConfig(
@@ -40,23 +42,79 @@ CONFIGS = {
     "karras_cosine": SchedulerConfig(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", use_karras_sigmas=True
     ),
+    "exponential": dataclasses.replace(SD1, use_exponential_sigmas=True),
+    "beta": dataclasses.replace(SD1, use_beta_sigmas=True),
+    "lu": dataclasses.replace(SD1, use_lu_lambdas=True),
+    "log_linear": dataclasses.replace(SD1, interpolation_type="log_linear"),
+    "threshold": dataclasses.replace(
+        SD1, thresholding=True, dynamic_thresholding_ratio=0.7, sample_max_value=1.2, prediction_type="sample"
+    ),
     "fixed_large": dataclasses.replace(SD1, variance_type="fixed_large"),
+    "order_1": dataclasses.replace(SD1, solver_order=1, solver_type="bh1", final_sigmas_type="sigma_min"),
+    "order_3": dataclasses.replace(SD1, solver_order=3),
+    "order_3_open": dataclasses.replace(
+        SD1, solver_order=3, final_sigmas_type="sigma_min", lower_order_final=False, prediction_type="v_prediction"
+    ),
+    "heun_type": dataclasses.replace(SD1, solver_type="heun"),
+    "bh1": dataclasses.replace(SD1, solver_type="bh1", disable_corrector=(0, 3), final_sigmas_type="sigma_min"),
+    "noise": dataclasses.replace(
+        SD1, predict_x0=False, algorithm_type="dpmsolver", final_sigmas_type="sigma_min", solver_order=3
+    ),
+    "prk": dataclasses.replace(SD1, skip_prk_steps=False),
+    "prk_v": dataclasses.replace(SD1, skip_prk_steps=False, prediction_type="v_prediction", set_alpha_to_one=True),
+    "distilled": dataclasses.replace(SD1, original_inference_steps=30, timestep_scaling=0.01, set_alpha_to_one=None),
     "flow": FLOW,
     "flow_shift": dataclasses.replace(FLOW, shift=3.0),
     "flow_karras": dataclasses.replace(FLOW, use_karras_sigmas=True),
+    "flow_exponential": dataclasses.replace(FLOW, use_exponential_sigmas=True),
+    "flow_beta": dataclasses.replace(FLOW, use_beta_sigmas=True, shift=2.0),
 }
+SOLVERS = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
 ONLY = {  # configs that say something to some schedulers only
-    "sigma_min": ("euler", "dpmpp_2m"),
-    "euler_at_final": ("dpmpp_2m",),
-    "clipped": ("ddim", "ddpm", "heun"),
-    "karras": ("euler", "heun", "dpmpp_2m"),
-    "karras_cosine": ("euler", "heun", "dpmpp_2m"),
+    "sigma_min": ("euler", *SOLVERS),
+    "euler_at_final": ("dpmpp_2m", "dpmpp_2m_sde"),
+    "clipped": ("ddim", "ddpm", "heun", "lcm"),
+    "karras": ("euler", "heun", "lms", "dpmpp_sde", *SOLVERS),
+    "karras_cosine": ("euler", "heun", *SOLVERS),
+    "exponential": ("euler", "lms", "dpmpp_2m", "unipc"),
+    "beta": ("heun", "dpmpp_sde", "dpmpp_2m", "unipc"),
+    "lu": ("dpmpp_2m",),
+    "log_linear": ("euler",),
+    "threshold": ("ddim", "ddpm", "lcm", *SOLVERS),
     "fixed_large": ("ddpm",),
-    "flow": ("euler", "dpmpp_2m"),
-    "flow_shift": ("euler", "dpmpp_2m"),
+    "order_1": SOLVERS,
+    "order_3": ("dpmpp_2m", "unipc"),
+    "order_3_open": ("dpmpp_2m", "unipc"),
+    "heun_type": ("dpmpp_2m", "dpmpp_2m_sde"),
+    "bh1": ("unipc",),
+    "noise": ("dpmpp_2m", "unipc"),
+    "prk": ("pndm",),
+    "prk_v": ("pndm",),
+    "distilled": ("lcm", "tcd"),
+    "flow": ("euler", "heun", *SOLVERS),
+    "flow_shift": ("euler", "heun", *SOLVERS),
     "flow_karras": ("euler",),
+    "flow_exponential": ("euler",),
+    "flow_beta": ("euler",),
 }
-NAMES = ("ddim", "ddpm", "euler", "euler_ancestral", "heun", "dpmpp_2m")
+CLASSES = {  # diffusers' class of each scheduler; dpmpp_2s_ancestral has none
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "dpmpp_sde": "DPMSolverSDEScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
+}
+NAMES = (*CLASSES, "dpmpp_2s_ancestral")
+NOT_RESCALED = ("heun", "pndm", "lms", "dpmpp_sde")  # their classes know no zero SNR
+NO_SAMPLE = ("euler_ancestral", "pndm", "dpmpp_sde")  # nor that prediction type
 
 
 class Case(NamedTuple):
@@ -71,17 +129,31 @@ class Case(NamedTuple):
 
     @property
     def values(self) -> SchedulerConfig:
+        """The config, of the scheduler's own class but for a flow."""
         config = CONFIGS[self.config]
+        if config.beta_schedule != "flow":
+            config = dataclasses.replace(config, class_name=CLASSES[self.scheduler])
+        if self.scheduler == "dpmpp_2m_sde":
+            config = dataclasses.replace(config, algorithm_type="sde-dpmsolver++")
         return config if self.spacing is None else dataclasses.replace(config, timestep_spacing=self.spacing)
 
 
 def comparable(config: str, scheduler: str) -> bool:
     """Whether diffusers knows the pair, and it is not the same as another."""
-    if config in ONLY:
-        return scheduler in ONLY[config]
-    if scheduler == "euler_ancestral" and CONFIGS[config].prediction_type == "sample":
-        return False  # not implemented there
-    return (scheduler, config) != ("heun", "zero_snr")  # its class has no rescaling
+    if scheduler not in CLASSES or scheduler not in ONLY.get(config, CLASSES):
+        return False
+    if CONFIGS[config].prediction_type == "sample" and scheduler in NO_SAMPLE:
+        return False
+    if config == "trained" and scheduler in ("lcm", "tcd"):
+        return False  # distillations have more steps than that
+    return config != "zero_snr" or scheduler not in NOT_RESCALED
+
+
+def spacings(config: str, scheduler: str) -> tuple[str | None, ...]:
+    """Those whose grids differ, None for the class's own; one for configs that say nothing of the grid."""
+    one = scheduler in ("lcm", "tcd") or (config in ONLY and config not in ("prk", "karras", "sigma_min"))
+    one |= config == "karras" and scheduler in SOLVERS
+    return (None,) if one else (None, "leading", "trailing", "linspace")
 
 
 def cases() -> list[Case]:
@@ -89,13 +161,14 @@ def cases() -> list[Case]:
     for config in CONFIGS:
         for name in NAMES:
             # diffusers' float32 x / alpha keeps four digits at cosine's first sigma / alpha, 2e4: grids are compared.
-            if not comparable(config, name) or ("cosine" in config and name in ("euler", "heun")):
+            steep = "cosine" in config and name in ("euler", "heun", "lms")
+            if not comparable(config, name) or steep:
                 continue
-            if config == "karras_cosine":
-                continue  # dpmpp_2m is told t = 998 first, by a rounding error there
-            spacings = (None,) if config.startswith("flow") else (None, "leading", "trailing", "linspace")
             # Under and over the 15 steps of `lower_order_final`; 7 does not divide the steps of training.
-            found += [Case(config, name, s, steps) for s in spacings for steps in (7, 20)]
+            found += [Case(config, name, s, 7) for s in spacings(config, name)]
+            if config in ("sd1", "sd2", "zero_snr", "prk", "order_3", "order_3_open", "sigma_min", "noise", "flow"):
+                found += [Case(config, name, None, 20)]
+    found += [Case("sd1", name, s, 20) for name in ("ddim", "pndm", "euler") for s in spacings("sd1", name)[1:]]
     found += [Case(config, "ddim", "trailing", 7, eta) for config in ("sd1", "defaults") for eta in (0.4, 1.0)]
     return found
 
@@ -109,11 +182,11 @@ def network(x, t, xp):
 
 
 def start() -> np.ndarray:
-    """Unit noise [B, D] to start from."""
+    """Unit noise [B, ...] to start from."""
     return np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
 
 
-def noise(step: int) -> np.ndarray:
-    """The noise [B, D] that `sample` under the key `KEY` draws at a step."""
+def noise(step: int, count: int | None = None) -> np.ndarray:
+    """The noise [B, ...] (with a count [count, B, ...]) that `sample` under the key `KEY` draws at a step."""
     keys = step_keys(sample_keys(jax.random.key(KEY), SHAPE[0]), step)
-    return np.array(jax.vmap(lambda key: jax.random.normal(key, SHAPE[1:]))(keys))
+    return np.array(normal(keys, np.zeros(SHAPE), count))

@@ -3,7 +3,11 @@
 Imported only by tests that have asked for diffusers with `pytest.importorskip`, and by `make_golden_schedulers.py`.
 """
 
+import importlib
 import inspect
+import sys
+import types
+from collections.abc import Callable
 from unittest import mock
 
 import diffusers
@@ -11,66 +15,112 @@ import numpy as np
 import torch
 
 from jaxdiff.config import SchedulerConfig
-from tests.scheduler_cases import Case, network, noise, start
+from tests.scheduler_cases import CLASSES, Case, network, noise, start
 
-CLASSES = {
-    "ddim": diffusers.DDIMScheduler,
-    "ddpm": diffusers.DDPMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    "heun": diffusers.HeunDiscreteScheduler,
-    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
-}
+SIGMAS = ("EulerDiscrete", "EulerAncestral", "HeunDiscrete", "LMSDiscrete", "DPMSolverSDE")  # of sigma / alpha
+
+
+def diffusers_class(name: str) -> type:
+    if name == "DPMSolverSDEScheduler":  # refused without torchsde, whose noise is replaced here
+        with mock.patch.dict(sys.modules, {"torchsde": types.ModuleType("torchsde")}):
+            return importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde").DPMSolverSDEScheduler
+    return getattr(diffusers, name)
 
 
 def build(config: SchedulerConfig, name: str):
     """The diffusers scheduler of a config; keys that the config leaves open take the defaults of the class."""
     cls, values = CLASSES[name], config.to_dict()
     if config.beta_schedule == "flow":
-        values |= {"beta_schedule": "linear", "use_flow_sigmas": True, "flow_shift": config.shift}
-        cls = diffusers.FlowMatchEulerDiscreteScheduler if name == "euler" else cls
-    known = inspect.signature(cls.__init__).parameters
+        if name in ("euler", "heun"):
+            cls = f"FlowMatch{cls}"
+        else:
+            values |= {"use_flow_sigmas": True, "flow_shift": config.shift, "prediction_type": "flow_prediction"}
+    made = diffusers_class(cls)
+    known = inspect.signature(made.__init__).parameters
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k in known}
-    return cls(**values)
+    return made(**values)
+
+
+def entries(name: str, calls: int) -> list[int]:
+    """Which calls of the network are those at the grid's entries, and none between."""
+    if name in ("heun", "dpmpp_sde"):
+        return [0, *range(1 if name == "heun" else 2, calls, 2)]
+    return list(range(calls))
 
 
 def grid(config: SchedulerConfig, name: str, steps: int):
     """(t [N], sigma [N + 1] or None, scale of the first noise) of the class."""
     scheduler = build(config, name)
     scheduler.set_timesteps(steps)
-    t = scheduler.timesteps.numpy()
-    sigma = scheduler.sigmas.numpy() if name not in ("ddim", "ddpm") else None
-    if name == "heun":  # the second call of each step is interleaved
-        t, sigma = np.append(t[0], t[1::2]), np.concatenate([sigma[:1], sigma[1:-1:2], sigma[-1:]])
+    t = scheduler.timesteps.numpy().astype(np.float64)
+    sigma = scheduler.sigmas.numpy() if hasattr(scheduler, "sigmas") else None
+    if scheduler.order == 2:  # the second call of each step is interleaved
+        t, sigma = t[entries(name, len(t))], np.concatenate([sigma[:1], sigma[1:-1:2], sigma[-1:]])
+    if name == "pndm":
+        t = np.unique(t)[::-1] if config.skip_prk_steps else scheduler._timesteps[::-1].astype(np.float64)
+    if config.interpolation_type == "log_linear":
+        sigma = sigma[:-1]
     scale = getattr(scheduler, "init_noise_sigma", 1.0)
-    return t.astype(np.float64), sigma, float(scale)
+    return t, sigma, float(scale)
 
 
 def alphas(scheduler, steps: int) -> np.ndarray:
     """The factors [N + 1] that turn the class's x at each time into alpha x0 + sigma eps."""
-    if isinstance(scheduler, tuple(CLASSES[name] for name in ("euler", "euler_ancestral", "heun"))):
+    if type(scheduler).__name__.startswith(SIGMAS):
         sigma = scheduler.sigmas.numpy().astype(np.float64)
         if scheduler.order == 2:
             sigma = np.concatenate([sigma[:1], sigma[1:-1:2], sigma[-1:]])
-        return 1 / np.sqrt(sigma**2 + 1)
+        return 1 / np.sqrt(sigma[: steps + 1] ** 2 + 1)  # log_linear has a level too many
     return np.ones(steps + 1)
 
 
+def ends(scheduler, steps: int) -> list[int]:
+    """The calls of the network after which a step is done."""
+    calls = len(scheduler.timesteps)
+    if scheduler.order == 2:
+        return [*range(1, calls, 2), calls - 1]
+    if calls == steps + 9:  # PNDM's first three steps have four calls
+        return [3, 7, *range(11, calls)]
+    return list(range(calls - steps, calls))
+
+
+def brownian() -> Callable:
+    """The noise of DPMSolverSDEScheduler: of half a step, then of the whole, from one path."""
+    halves: list = []
+
+    def sampler(*args):
+        def draw(start, end):
+            step, second = divmod(len(halves), 2)
+            first, other = noise(step, 2)
+            halves.append((start, end))
+            if not second:
+                return torch.from_numpy(first)
+            middle = halves[-2][1]
+            part = float((start - middle) / (start - end))
+            return torch.from_numpy(np.float32(part**0.5 * first + (1 - part) ** 0.5 * other))
+
+        return draw
+
+    return sampler
+
+
 def run(case: Case) -> np.ndarray:
-    """x after each step, [N, B, D] float32, in the scale alpha x0 + sigma eps."""
+    """x after each step, [N, B, ...] float32, in the scale alpha x0 + sigma eps."""
     scheduler = build(case.values, case.scheduler)
     scheduler.set_timesteps(case.steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else a whole time that comes twice at the start skips a step
     x = torch.from_numpy(start()) * getattr(scheduler, "init_noise_sigma", 1.0)
     drawn = (torch.from_numpy(noise(i)) for i in range(case.steps))
-    states = []
-    with mock.patch(f"{type(scheduler).__module__}.randn_tensor", create=True, side_effect=drawn):
-        for i, t in enumerate(scheduler.timesteps):
+    states, module = [], type(scheduler).__module__
+    with (
+        mock.patch(f"{module}.randn_tensor", create=True, side_effect=drawn),
+        mock.patch(f"{module}.BrownianTreeNoiseSampler", brownian(), create=True),
+    ):
+        for t in scheduler.timesteps:
             scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             options = {"eta": case.eta} if case.eta else {}
             x = scheduler.step(network(scaled, t, torch), t, x, **options).prev_sample
-            if scheduler.order == 1 or i % 2 == 1 or i == len(scheduler.timesteps) - 1:
-                states.append(x.numpy())
-    scale = alphas(scheduler, case.steps)[1:, None, None]
-    return (np.stack(states) * scale).astype(np.float32)
+            states.append(x.numpy())
+    scale = alphas(scheduler, case.steps)[1:].reshape(-1, *[1] * x.ndim)
+    return (np.stack([states[i] for i in ends(scheduler, case.steps)]) * scale).astype(np.float32)

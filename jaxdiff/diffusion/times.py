@@ -230,7 +230,8 @@ def _points(process: Process, steps: int, base: str, levels: str | None) -> tupl
     if rule.spare:  # keep the levels, and tell the network whole times
         cosine = config.beta_schedule == "squaredcos_cap_v2" and process.scheduler != "unipc"
         whole = levels == "karras" or (levels == "exponential" and config.use_lu_lambdas)
-        t = t.round() if whole and not cosine else np.floor(t)
+        # On the tables of Stable Diffusion, diffusers' arithmetic falls just short of the last entry.
+        t = t.round() if whole and not cosine else np.floor(np.maximum(t - 1e-6, 0))
     return t, level
 
 
