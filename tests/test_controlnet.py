@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxdiff.config import ConfigError, ControlNetConfig, UNetConfig
-from jaxdiff.io.controlnet import load_controlnet, save_controlnet
-from jaxdiff.io.weights import WeightsError
+from jaxdiff.io.controlnet import controlnet_table, load_controlnet, save_controlnet
+from jaxdiff.io.layouts import place
+from jaxdiff.io.weights import WeightsError, named_tensors
 from jaxdiff.models.controlnet import ControlNet, check_fits, combine, example_inputs, from_unet
 from jaxdiff.models.unet import UNet2DConditionModel
 from tests import networks
@@ -181,6 +183,59 @@ def test_published_folders_of_other_kinds_open(small, tmp_path):
         exact = path.name == "bin"
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(variables["params"]), strict=True):
             np.testing.assert_allclose(a, b, rtol=0 if exact else 2**-11, atol=0 if exact else 2**-25)
+
+
+def as_original(controlnet: ControlNet, params, prefix: str) -> dict[str, np.ndarray]:
+    """The tensors under the names of the original layout."""
+    table = controlnet_table(controlnet.config)
+    return {place(name, table, prefix).name: tensor for name, tensor in named_tensors(params)}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "change"),
+    [
+        ("control_model.", {"attention_head_dim": 8}),
+        ("", {"attention_head_dim": 1, "use_linear_projection": True, "layers_per_block": 1}),
+    ],
+)
+def test_original_layout_opens(prefix, change, tmp_path):
+    """As PyTorch diffusers renames it; the config from the tensors alone; the rest of a model beside it is left."""
+    controlnet = ControlNet(ControlNetConfig.from_dict(SMALL | {"norm_num_groups": 32} | change))
+    params = drawn(controlnet, example_inputs(controlnet.config))["params"]
+    tensors = as_original(controlnet, params, prefix)
+    beside = {"model.diffusion_model.out.2.bias": np.zeros(4, np.float32)} if prefix else {}
+    save_file(tensors | beside, tmp_path / "canny.safetensors")
+    opened, read = load_controlnet(tmp_path / "canny.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    assert opened.config.to_dict() == controlnet.config.to_dict()
+    pytest.importorskip("torch")
+    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+    theirs = utils.convert_controlnet_checkpoint(dict(tensors), controlnet.config.to_dict())
+    ours = dict(named_tensors(params))
+    assert set(theirs) == set(ours)
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, theirs[name])
+
+
+def test_bad_files_in_the_original_layout_end_in_one_sentence(tmp_path):
+    controlnet = ControlNet(ControlNetConfig.from_dict(SMALL | {"norm_num_groups": 32, "attention_head_dim": 8}))
+    tensors = as_original(controlnet, drawn(controlnet, example_inputs(controlnet.config))["params"], "")
+
+    def opened(**changes):
+        changed = {k: v for k, v in (tensors | changes).items() if v is not None}
+        save_file(changed, tmp_path / "canny.safetensors")
+        load_controlnet(tmp_path / "canny.safetensors")
+
+    with pytest.raises(WeightsError, match=r"canny.safetensors lacks the tensor controlnet_mid_block.weight"):
+        opened(**{"middle_block_out.0.weight": None})
+    with pytest.raises(WeightsError, match=r"canny.safetensors holds 1 tensors .* first surplus"):
+        opened(surplus=np.zeros(3, np.float32))
+    with pytest.raises(WeightsError, match=r"canny.safetensors lacks the tensor input_blocks.0.0.weight"):
+        opened(**{"input_blocks.0.0.weight": None})
+    with pytest.raises(WeightsError, match=r"canny.safetensors has tensors of odd shapes"):
+        opened(**{"input_hint_block.0.weight": np.zeros(3, np.float32)})
+    with pytest.raises(WeightsError, match=r"controlnet_down_blocks.1.weight has shape \[3, 3, 1, 1\]"):
+        opened(**{"zero_convs.1.0.weight": np.zeros((3, 3, 1, 1), np.float32)})
 
 
 def test_pytorch_opens_what_was_saved(small, tmp_path):
