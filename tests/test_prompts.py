@@ -213,6 +213,11 @@ def test_a_chunk_is_cut_after_a_comma_near_its_end(clip, before, kept):
     assert sum(map(len, chunks)) == before + 1 + 75
 
 
+def test_a_phrase_that_just_fits_is_not_cut_for_the_comma_after_it(clip):
+    chunks = content(clip, tokens(model(clip), ["a " * 60 + ", " + "a " * 14 + ", a"]))
+    assert [len(c) for c in chunks] == [75, 2]
+
+
 def test_break_starts_a_chunk(clip):
     chunks = content(clip, tokens(model(clip), ["red castle BREAK blue BREAK(green:1.2)"]))
     assert chunks == clip.encode(["red castle", "blue", "green"])
