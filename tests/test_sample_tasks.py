@@ -1,0 +1,214 @@
+"""sample.py's flags beyond the plain prompt: where prompts come from, and every task by flags."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxdiff
+from jaxdiff.commands.flags import parse
+from jaxdiff.commands.pictures import lines, plan
+from jaxdiff.config import ControlNetConfig, TinyVAEConfig
+from jaxdiff.io.controlnet import save_controlnet
+from jaxdiff.io.images import extend, read_image, read_metadata, write_gif, write_png
+from jaxdiff.io.lora import init_lora
+from jaxdiff.io.modules import save_module
+from jaxdiff.models.controlnet import ControlNet, example_inputs
+from jaxdiff.models.tiny_vae import AutoencoderTiny
+from tests.test_sample_cli import CASTLE, STEPS, cache_home, cli, existing  # noqa: F401  (fixtures)
+from tests.tiny import LATENT, SIDE
+
+
+def planned(*args):
+    f = parse(["sample.py", *args])
+    return plan(f, lines(f))
+
+
+def test_prompts_of_flags_and_files_in_order(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "b", "negative_prompt": "n", "seed": 50}\n{"prompt": "c"}\n')
+    pictures = planned("--prompt=a", f"--prompts_file={tmp_path}/p.jsonl", "--num_images=2", "--negative_prompt=x", "--seed=3")  # fmt: skip
+    drawn = [(p["prompt"], p["negative_prompt"], p["seed"]) for p in pictures]
+    assert drawn == [("a", "x", 3), ("a", "x", 4), ("b", "n", 50), ("b", "n", 51), ("c", "x", 7), ("c", "x", 8)]
+
+
+def test_a_matrix_is_expanded_and_its_flag_is_not_needed_to_draw_one_of_it_again(tmp_path):
+    (tmp_path / "colour.txt").write_text("red\nblue\n")
+    pictures = planned("--prompt={a|the} __colour__ cat", "--matrix", f"--wildcards={tmp_path}")
+    assert [p["prompt"] for p in pictures] == ["a red cat", "a blue cat", "the red cat", "the blue cat"]
+    assert not {"matrix", "wildcards"} & set(pictures[0])
+    (one,) = planned("--prompt=a __colour__ cat", f"--wildcards={tmp_path}", "--seed=1")
+    assert one["prompt"] in ("a red cat", "a blue cat")
+    (plain,) = planned("--prompt={a|the} __colour__ cat")
+    assert plain["prompt"] == "{a|the} __colour__ cat"
+
+
+def test_a_style_goes_around_prompt_and_negative_prompt(tmp_path):
+    styles = {"blue": {"prompt": "{prompt} in blue", "negative_prompt": "red"}}
+    (tmp_path / "s.json").write_text(json.dumps(styles))
+    (picture,) = planned("--prompt=a cat", "--negative_prompt=dog", "--style=blue", f"--styles_file={tmp_path}/s.json")
+    assert (picture["prompt"], picture["negative_prompt"]) == ("a cat in blue", "dog, red")
+    assert "style" not in picture
+
+
+def test_a_film_of_two_prompts_and_of_one():
+    frames = planned("--prompt=a", "--prompt=b", "--interpolate=4", "--seed=7")
+    assert [f["blend"] for f in frames] == [f["variation_strength"] for f in frames] == [0, 0.25, 0.5, 0.75, 1]
+    assert {(f["prompt"], f["blend_prompt"], f["seed"], f["variation_seed"]) for f in frames} == {("a", "b", 7, 8)}
+    frames = planned("--prompt=a", "--interpolate=2", "--seed=7")
+    assert [(f["prompt"], f["blend_prompt"], f["variation_seed"]) for f in frames] == [("a", "a", 8)] * 3
+
+
+def test_only_what_differs_from_the_defaults_is_kept():
+    (picture,) = planned("--prompt=a")
+    assert set(picture) == {"prompt", "seed", "steps", "guidance_scale", "model", "dtype"}
+    (picture,) = planned("--prompt=a", "--noemphasis", "--hires=2", "--variation_seed=0", "--clip_skip=1")
+    assert (picture["hires_strength"], picture["variation_strength"], picture["clip_skip"]) == (0.6, 0.1, 1)
+
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def test_a_mask_is_drawn_and_the_rest_kept(cli):  # noqa: F811
+    write_png("start.png", PICTURE)
+    mask = np.zeros((SIDE, SIDE, 3), np.uint8)
+    mask[:, SIDE // 2 :] = 255
+    write_png("mask.png", mask)
+    flags = (CASTLE, STEPS, "--image=start.png", "--mask=mask.png", "--output=out.png")
+    code, out, err = cli(*flags)
+    assert (code, out, err) == (0, ["out.png"], "")
+    kept = read_metadata("out.png")
+    assert (kept["mask"], kept["strength"]) == ("mask.png", 1.0)
+    first = read_image("out.png")
+    assert cli(*flags, "--seed=1")[0] == 0
+    second = read_image("out.png")
+    assert (first[:, -2:] != second[:, -2:]).any()  # drawn from another seed
+    change = np.abs(first.astype(int) - second).mean((0, 2))
+    assert change[:4].mean() < change[-4:].mean() / 2  # kept, but for what the autoencoder lets through
+
+
+def test_outpainting_makes_the_picture_larger(cli):  # noqa: F811
+    write_png("start.png", PICTURE)
+    code, out, err = cli(CASTLE, STEPS, "--image=start.png", "--outpaint=0,0,8,4", "--output=out.png")
+    assert (code, out, err) == (0, ["out.png"], "")
+    assert read_image("out.png").shape == (SIDE + 4, SIDE + 8, 3)
+
+
+def test_the_canvas_and_its_mask():
+    canvas, mask = extend(PICTURE, 0, 3, 0, 0)
+    np.testing.assert_array_equal(canvas[3:], PICTURE)
+    np.testing.assert_array_equal(canvas[:3], PICTURE[2::-1])
+    assert mask[: 3 + 8].all()
+    assert not mask[3 + 8 :].any()
+
+
+def test_two_stages_variations_and_films(cli):  # noqa: F811
+    code, out, err = cli(CASTLE, STEPS, "--hires=2", "--tile=8", "--variation_seed=4", "--output=hires.png")
+    assert (code, out, err) == (0, ["hires.png"], "")
+    again = [f"--{name}={value}" for name, value in read_metadata("hires.png").items()]
+    assert cli(*again, "--output=again.png")[0] == 0
+    assert Path("again.png").read_bytes() == Path("hires.png").read_bytes()
+    code, out, err = cli(CASTLE, "--prompt=a red dragon", STEPS, "--interpolate=2", "--output=f/")
+    assert (code, err) == (0, "")
+    frames = [f"a-castle-000-{i:03d}.png" for i in range(3)]
+    assert [Path(p).name for p in out] == [*frames, "film.gif"]
+    with Image.open("f/film.gif") as film:
+        assert (film.n_frames, film.info["duration"], film.size) == (3, 100, (SIDE, SIDE))
+
+
+def test_a_film_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"no/film.gif cannot be written"):
+        write_gif(tmp_path / "no/film.gif", [PICTURE], 0.1)
+    assert existing(tmp_path) == []
+
+
+def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
+    """A LoRA, a token, a ControlNet on edges and a tiny autoencoder for the strip, each of which shows."""
+    model, params = tiny
+    lora = init_lora(model, params, 2, 2.0, key=jax.random.key(0))
+    lora = jax.tree.map(lambda x: x + 0.5, lora)
+    jaxdiff.save_lora("style.safetensors", model, lora)
+    config = ControlNetConfig.from_dict(
+        dataclasses.asdict(model.unet.config) | {"conditioning_embedding_out_channels": (8, 16)}
+    )
+    net = ControlNet(config)
+    tree = jax.tree.map(lambda x: x + 0.1, net.init(jax.random.key(0), *example_inputs(config))["params"])
+    save_controlnet("net", net, tree)
+    small = AutoencoderTiny(
+        TinyVAEConfig(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+                      num_decoder_blocks=(1, 1), latent_channels=LATENT[-1])
+    )  # fmt: skip
+    save_module("taesd", small, small.init(jax.random.key(0), PICTURE[None] / 255.0)["params"])
+    write_png("hint.png", PICTURE)
+    plain = cli(CASTLE, STEPS, "--output=plain.png")
+    more = {
+        "lora": ("--lora=style.safetensors:0.5",),
+        "net": ("--controlnet=net", "--control_image=hint.png", "--controlnet_scale=0.7", "--control_edges"),
+        "strip": ("--preview", "--preview_vae=taesd"),
+    }
+    assert plain[0] == 0
+    for name, flags in more.items():
+        code, _, err = cli(CASTLE, STEPS, *flags, f"--output={name}.png")
+        assert (code, err) == (0, "")
+        same = (read_image(f"{name}.png") == read_image("plain.png")).all()
+        assert same == (name == "strip")
+    assert read_metadata("net.png")["controlnet"] == ["net"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([CASTLE, "--mask=m.png"], "--mask goes with --image"),
+        ([CASTLE, "--outpaint=1,1,1,1"], "--outpaint goes with --image"),
+        ([CASTLE, "--image=a.png", "--outpaint=1,1"], "--outpaint 1,1 must be 4 numbers"),
+        ([CASTLE, "--image=a.png", "--outpaint=1,1,1,-1"], "none below 0"),
+        ([CASTLE, "--image=a.png", "--outpaint=1,1,1,x"], "must be 4 numbers"),
+        ([CASTLE, "--guidance_interval=1"], "--guidance_interval 1 must be 2 numbers"),
+        ([CASTLE, "--guidance_interval=0.1,nan"], "must be 2 numbers"),
+        ([CASTLE, "--control_image=a.png"], "--control_image goes with --controlnet"),
+        ([CASTLE, "--controlnet=a"], "1 --controlnet and 0 --control_image"),
+        ([CASTLE, "--hires=2", "--image=a.png"], "--hires draws from text alone"),
+        ([CASTLE, "--hires=nan"], "--hires nan"),
+        ([CASTLE, "--hires=2", "--hires_strength=0.1", STEPS], "--hires_strength 0.1 leaves none"),
+        ([CASTLE, "--interpolate=1"], "--interpolate=1"),
+        ([CASTLE, "--interpolate=3", "--variation_seed=1"], "--interpolate goes from seed to seed"),
+        ([CASTLE, "--style=nope"], "The style 'nope' is unknown; known are"),
+        ([CASTLE, "--styles_file=x.json"], "--styles_file goes with --style"),
+        (["--prompts_file=none.txt"], "The prompts file none.txt does not exist"),
+        (["--prompt={a|b", "--matrix"], "The prompt has a { that is not closed"),
+        ([CASTLE, "--preview_vae=x"], "--preview_vae goes with --preview"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, sentence, cli):  # noqa: F811
+    code, out, err = cli(*flags)
+    assert (code, out) == (2, [])
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert existing() == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--lora=none.safetensors"], "none.safetensors"),
+        (["--embedding=<x>=none.safetensors"], "none.safetensors"),
+        (["--controlnet=none", "--control_image=hint.png"], "none"),
+        (["--image=none.png"], "none.png is missing"),
+    ],
+)
+def test_files_that_are_not_there(flags, sentence, cli):  # noqa: F811
+    write_png("hint.png", PICTURE)
+    code, out, err = cli(CASTLE, *flags)
+    assert (code, out) == (1, [])
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_an_empty_line_in_a_prompts_file_is_named(cli):  # noqa: F811
+    Path("p.txt").write_text("a castle\n\na dog\n")
+    code, out, err = cli("--prompts_file=p.txt")
+    assert (code, out) == (2, [])
+    assert "Line 2 of p.txt is empty" in err
