@@ -30,7 +30,8 @@ def planned(*args):
 
 def test_prompts_of_flags_and_files_in_order(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "b", "negative_prompt": "n", "seed": 50}\n{"prompt": "c"}\n')
-    pictures = planned("--prompt=a", f"--prompts_file={tmp_path}/p.jsonl", "--num_images=2", "--negative_prompt=x", "--seed=3")  # fmt: skip
+    flags = ("--num_images=2", "--negative_prompt=x", "--seed=3")
+    pictures = planned("--prompt=a", f"--prompts_file={tmp_path}/p.jsonl", *flags)
     drawn = [(p["prompt"], p["negative_prompt"], p["seed"]) for p in pictures]
     assert drawn == [("a", "x", 3), ("a", "x", 4), ("b", "n", 50), ("b", "n", 51), ("c", "x", 7), ("c", "x", 8)]
 
