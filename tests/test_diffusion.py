@@ -12,7 +12,8 @@ from jaxdiff.diffusion.guidance import classifier_free
 from jaxdiff.diffusion.losses import diffusion_loss, min_snr_weight
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES, add_noise, target, to_denoised
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule, shift_time
-from jaxdiff.diffusion.times import SPACINGS, time_grid
+from jaxdiff.diffusion.spacing import AYS, SPACINGS
+from jaxdiff.diffusion.times import time_grid
 from tests.scheduler_cases import CONFIGS, FLOW, NAMES, SD1, ZERO_SNR
 
 # A handful of float32 operations on numbers of order 1, 2**-24 each; divided by alpha or sigma where that is small.
@@ -105,8 +106,10 @@ def test_shift_multiplies_the_noise_to_signal_ratio():
 def test_grid_falls_from_noise_to_picture(config, name):
     values = CONFIGS[config]
     for spacing in (None, *SPACINGS):
-        if config == "flow_shift" and spacing == "leading":
+        if config == "flow_shift" and spacing in ("leading", *AYS):
             continue
+        if config == "trained" and (spacing in AYS or name in ("lcm", "tcd")):
+            continue  # a process without those levels, or that many times
         for steps in (1, 5, 30):
             times, scale = time_grid(values, steps, name, spacing)
             assert times.t.shape == times.alpha.shape == times.sigma.shape == (steps + 1,)
@@ -129,7 +132,7 @@ def test_spacing_overrides_the_config():
 
     assert t(karras) == t(plain, "karras") == t(karras, "karras")
     assert t(karras, "trailing") == t(plain)
-    assert len({tuple(t(plain, s)) for s in SPACINGS}) == 4
+    assert len({tuple(t(plain, s)) for s in SPACINGS}) == len(SPACINGS)
 
 
 def test_program_does_not_depend_on_the_spacing():
@@ -150,6 +153,10 @@ def test_program_does_not_depend_on_the_spacing():
         (SD1, 1000, "dpmpp_2m", "linspace", "1000 steps are more than linspace spacing"),
         (SD1, 1000, "ddim", None, "1000 steps with steps_offset 1 reach beyond the 1000 of training"),
         (FLOW, 10, "euler", "leading", "does not start from pure noise"),
+        (FLOW, 10, "euler", "ays", "a table for Stable Diffusion, not for a flow"),
+        (dataclasses.replace(FLOW, use_dynamic_shifting=True), 10, "euler", None, "use_dynamic_shifting"),
+        (SD1, 51, "lcm", None, "51 steps are more than the 50 of the distillation"),
+        (dataclasses.replace(SD1, original_inference_steps=0), 4, "tcd", None, "original_inference_steps 0 must be"),
         (dataclasses.replace(SD1, final_sigmas_type="half"), 10, "euler", None, "final_sigmas_type 'half' is unknown"),
         (
             dataclasses.replace(SD1, rescale_betas_zero_snr=True),
@@ -163,6 +170,28 @@ def test_program_does_not_depend_on_the_spacing():
 def test_bad_grids_say_what_is_wrong(config, steps, name, spacing, message):
     with pytest.raises(ValueError, match=message):
         time_grid(config, steps, name, spacing)
+
+
+def test_ays_is_the_published_table():
+    """Levels and times as Sabour et al. 2024 publish both; other numbers of steps lie between its points."""
+    published = {
+        "ays": [999, 850, 736, 645, 545, 455, 343, 233, 124, 24],
+        "ays_sdxl": [999, 845, 730, 587, 443, 310, 193, 116, 53, 13],
+    }
+    for spacing, t in published.items():
+        times, _ = time_grid(SD1, 10, "dpmpp_2m", spacing)
+        # Rounded to three digits, levels say the time to some 1e-3 / 0.003.
+        np.testing.assert_allclose(times.t[:-1], t, atol=1.5)
+        np.testing.assert_allclose(times.sigma[1:-1] / times.alpha[1:-1], AYS[spacing][1:-1], rtol=1e-5)
+        double = time_grid(SD1, 20, "dpmpp_2m", spacing)[0]
+        np.testing.assert_allclose(double.sigma[2::2], times.sigma[1:], atol=ROUNDING)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])
+def test_levels_keep_the_ends_of_the_grid(spacing):
+    plain, spread = time_grid(SD1, 9, "euler")[0], time_grid(SD1, 9, "euler", spacing)[0]
+    for a, b in zip(plain[:3], spread[:3], strict=True):
+        np.testing.assert_allclose(a[[0, -2, -1]], b[[0, -2, -1]], rtol=1e-5)
 
 
 # ---- predictions

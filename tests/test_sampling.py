@@ -1,5 +1,6 @@
 """The sampling loop under jit, vmap and grad; whose noise is whose; leaving out steps."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,11 +13,12 @@ from jaxdiff.diffusion.prediction import to_denoised
 from jaxdiff.diffusion.sampling import sample, sample_keys, step_keys
 from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
 from jaxdiff.diffusion.schedules import Time
-from jaxdiff.diffusion.times import SPACINGS, time_grid
+from jaxdiff.diffusion.spacing import SPACINGS
+from jaxdiff.diffusion.times import calls, time_grid
 from tests.scheduler_cases import NAMES, SD1, ZERO_SNR, network
 
 KEY = jax.random.key(5)
-STOCHASTIC = ("ddpm", "euler_ancestral")
+STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "dpmpp_2s_ancestral", "lcm", "tcd")
 # Two compilations of the same float32 arithmetic, and x0 of up to some 10.
 ROUNDING = 1e-5
 
@@ -57,7 +59,7 @@ def test_vmap_over_a_parameter_is_the_loop_over_it(name):
 @pytest.mark.parametrize(
     ("name", "config"),
     [pytest.param(name, SD1, id=name) for name in NAMES]
-    + [pytest.param(name, ZERO_SNR, id=f"{name}-zero_snr") for name in ("ddim", "heun")],
+    + [pytest.param(name, ZERO_SNR, id=f"{name}-zero_snr") for name in ("ddim", "heun", "unipc", "dpmpp_sde")],
 )
 def test_gradient_is_the_finite_difference(name, config):
     """With respect to a parameter of the network and to the starting noise."""
@@ -161,7 +163,9 @@ def test_trajectory_holds_the_prediction_of_each_step(name):
     np.testing.assert_allclose(last, sample(denoise, x, times, scheduler, KEY), atol=ROUNDING)
     with jax.disable_jit():
         sample(spy, x, times, scheduler, KEY)
-    first_calls = seen[::2] if name == "heun" else seen
+    # The calls within a step: the second of each, or of the first alone.
+    between = {"pndm": [1]}.get(name, range(1, 9, 2) if calls(SD1, 5, name) == 9 else [])
+    first_calls = [call for i, call in enumerate(seen) if i not in between]
     np.testing.assert_allclose(predictions, [x0 for _, x0 in first_calls], atol=ROUNDING)
     np.testing.assert_array_equal([t for t, _ in first_calls], times.t[:-1])
     if times.sigma[-1] == 0:
@@ -170,19 +174,20 @@ def test_trajectory_holds_the_prediction_of_each_step(name):
     np.testing.assert_array_equal(tail[:2], jnp.stack([x, x]))
 
 
-@pytest.mark.parametrize("name", ["dpmpp_2m", "heun"])
+@pytest.mark.parametrize("name", [*NAMES, "prk"])
 def test_calls_of_the_network(name):
-    """One a step; Heun's 2 N - 1."""
-    calls = []
+    """As many as `calls` says: 2 N - 1 for Heun's and its like, N + 1 or N + 9 for PNDM, one a step for the others."""
+    config = dataclasses.replace(SD1, skip_prk_steps=name != "prk")
+    name, made = "pndm" if name == "prk" else name, []
 
     def counting(x, time):
-        jax.debug.callback(lambda: calls.append(None))
+        jax.debug.callback(lambda: made.append(None))
         return denoise(x, time)
 
-    times = time_grid(SD1, 6, name)[0]
-    sample(counting, noise(1, 2), times, get_scheduler(name), KEY).block_until_ready()
+    times = time_grid(config, 6, name)[0]
+    sample(counting, noise(1, 2), times, get_scheduler(name, config), KEY).block_until_ready()
     jax.effects_barrier()
-    assert len(calls) == (11 if name == "heun" else 6)
+    assert len(made) == calls(config, 6, name)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "heun", "dpmpp_2m"])

@@ -111,7 +111,8 @@ def _in_lambda(time: Time, then: Time) -> Array:
 
 
 def _in_sigma(time: Time, then: Time) -> Array:
-    return then.sigma / then.alpha - time.sigma / time.alpha
+    start, end = (m.sigma / jnp.maximum(m.alpha, 1e-6) for m in (time, then))
+    return end - start
 
 
 def _phi(k: Array) -> tuple[Array, Array, Array, Array]:
@@ -158,9 +159,13 @@ def lms() -> Scheduler:
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
         time, then = moment(times, i), moment(times, i + 1)
         x0 = predict(denoise, state.x, time)
-        past = jnp.concatenate([_as("epsilon", state.x, x0, time)[None], state.past[:-1]])
+        eps = noise_in(state.x, x0, time)
+        past = jnp.concatenate([eps[None], state.past[:-1]])
         ahead = _average(weights(times, i, jnp.minimum(state.taken + 1, keep)), past)
-        x = _carry(state.x, ahead, "epsilon", time, then)
+        # Equation (3) and what the average adds to it: nothing at the first step, which may leave pure noise.
+        some = time.alpha > 0
+        gain = jnp.where(some, then.sigma - time.sigma * then.alpha / jnp.where(some, time.alpha, 1.0), 0.0)
+        x = first_order(x0, eps, time, then) + gain * (ahead - eps)
         return History(x, x0, state.taken + 1, past, state.x)
 
     return Scheduler(_start(keep), step)
