@@ -1,10 +1,14 @@
 """Every family and task draws what PyTorch diffusers draws with the same weights and noise."""
 
+import jax
 import numpy as np
 import pytest
 
 import jaxdiff
+from jaxdiff.diffusion.sampling import step_keys
 from jaxdiff.generate import picture_keys
+from jaxdiff.io.controlnet import load_controlnet
+from jaxdiff.models.model import with_controlnets
 from jaxdiff.tasks import low_res_noise
 
 torch = pytest.importorskip("torch")
@@ -16,9 +20,11 @@ from diffusers.pipelines.stable_diffusion import (  # noqa: E402
     pipeline_stable_diffusion_upscale,
 )
 from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl_img2img  # noqa: E402
+from diffusers.schedulers import scheduling_lcm  # noqa: E402
 
 from tests import oracle, pipelines  # noqa: E402
 from tests.pipelines import LATENT, SIDE  # noqa: E402
+from tests.test_generate import compilations  # noqa: E402, F401
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -189,3 +195,53 @@ def test_blending_under_other_schedulers(scheduler, image, mask, tmp_path, monke
     drawn = theirs(pipeline, image=image / 255.0, mask_image=mask[..., None] / 255.0, strength=0.75)
     options = {"scheduler": scheduler, "spacing": "trailing", "strength": 0.75}
     assert_same(ours(loaded, image=image, mask=mask, **options), drawn)
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_controlnets(count, image, tmp_path):
+    pipeline, (model, params) = built("sd1", tmp_path)
+    config = {k: v for k, v in pipelines.UNET.items() if k not in ("sample_size", "up_block_types")}
+    widths = {"conditioning_embedding_out_channels": (8, 12)}
+    nets = [oracle.drawn(diffusers.ControlNetModel(**config, **widths)) for _ in range(count)]
+    for i, net in enumerate(nets):
+        net.save_pretrained(tmp_path / f"net{i}")
+    loaded = with_controlnets(model, params, *(load_controlnet(tmp_path / f"net{i}") for i in range(count)))
+    parts = {k: v for k, v in pipeline.components.items() if k != "image_encoder"}
+    pipeline = diffusers.StableDiffusionControlNetPipeline(
+        **parts, controlnet=nets if count > 1 else nets[0], requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    hints, scales = [image, image[::-1]][:count], [0.8, 0.3][:count]
+    pictures = [oracle.nchw(hint / np.float32(255)) for hint in hints]
+    single = count == 1
+    drawn = theirs(
+        pipeline,
+        image=pictures[0] if single else pictures,
+        controlnet_conditioning_scale=scales[0] if single else scales,
+        latents=latents(),
+    )
+    control = {"control_images": hints[0] if single else hints, "controlnet_scale": scales}
+    assert_same(ours(loaded, **control), drawn)
+    assert np.abs(ours(loaded).astype(int) - ours(loaded, **control)).max() > LEVELS
+
+
+@pytest.mark.slow
+def test_lcm(tmp_path, monkeypatch):
+    """The noise of each step is that of our keys; the last step draws none."""
+    pipeline, loaded = built("lcm", tmp_path)
+    keys = picture_keys(7, 2)
+    steps = [jax.vmap(lambda key: jax.random.normal(key, NOISE.shape[1:]))(step_keys(keys, i)) for i in range(STEPS)]
+    pipelines.inject(monkeypatch, scheduling_lcm, *steps)
+    assert_same(ours(loaded, seed=7), theirs(pipeline, latents=latents()))
+
+
+def test_nothing_compiles_for_other_values(image, tmp_path, compilations):  # noqa: F811
+    """Scales, levels and intervals are traced."""
+    loaded = built("upscaler", tmp_path)[1]
+    small = image[:, ::2, ::2]
+    first = {"image": small, "noise_level": 3, "guidance_rescale": 0.2, "guidance_interval": (0.1, 5)}
+    other = {"image": small, "noise_level": [4, 40], "guidance_rescale": [0, 0.9], "guidance_interval": (0, 100)}
+    drawn = ours(loaded, **first)
+    compilations.clear()
+    assert np.abs(drawn.astype(int) - ours(loaded, **other)).max() > LEVELS
+    assert compilations == []
