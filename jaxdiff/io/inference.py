@@ -113,26 +113,32 @@ def infer_configs(source: TensorSource, family: str, prediction_type: str | None
         if isinstance(e, WeightsError):
             raise
         raise WeightsError(f"{source.path} has tensors of odd shapes ({e}): fetch it again.") from None
-    scheduler = dict(SCHEDULERS[family])
-    if family == "sd2" and unet.in_channels == vae.latent_channels:
-        scheduler["prediction_type"] = "v_prediction"
-    if "v_pred" in source.shapes:  # how fine-tuned SDXL checkpoints say it, by tensors without numbers
-        scheduler["prediction_type"] = "v_prediction"
-    scheduler |= {"rescale_betas_zero_snr": True} if "ztsnr" in source.shapes else {}
-    scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
-    if family == "sd2" and scheduler.get("prediction_type") == "v_prediction":
+    marked = "v_pred" in source.shapes  # by fine-tuned SDXL: a tensor without numbers
+    if prediction_type is None and (marked or (family == "sd2" and unet.in_channels == vae.latent_channels)):
+        prediction_type = "v_prediction"
+    if family == "sd2" and prediction_type == "v_prediction":
         unet = dataclasses.replace(unet, sample_size=96)  # the one for 768 pixels
-    refines, upscales = family == "sdxl_refiner", family == "upscaler"
     return configs | {
         "unet": unet,
         "vae": vae,
-        "scheduler": SchedulerConfig.from_dict(scheduler),
-        "options": PipelineOptions(
-            force_zeros_for_empty_prompt=not refines,
-            requires_aesthetics_score=refines,
-            low_res_scheduler=SchedulerConfig.from_dict(LOW_RES) if upscales else None,
-        ),
+        "scheduler": scheduler_config(family, prediction_type, zero_snr="ztsnr" in source.shapes),
+        "options": pipeline_options(family),
     }
+
+
+def scheduler_config(family: str, prediction_type: str | None = None, *, zero_snr: bool = False) -> SchedulerConfig:
+    """The noise schedule and the default method of a published family."""
+    values = SCHEDULERS[family] | ({"prediction_type": prediction_type} if prediction_type else {})
+    return SchedulerConfig.from_dict(values | ({"rescale_betas_zero_snr": True} if zero_snr else {}))
+
+
+def pipeline_options(family: str) -> PipelineOptions:
+    """What a published family's model_index.json says beside its networks."""
+    refines = family == "sdxl_refiner"
+    low_res = SchedulerConfig.from_dict(LOW_RES) if family == "upscaler" else None
+    return PipelineOptions(
+        force_zeros_for_empty_prompt=not refines, requires_aesthetics_score=refines, low_res_scheduler=low_res
+    )
 
 
 def _same(values: Iterable[Any]) -> Any:

@@ -115,7 +115,7 @@ def _torch_name(keys: tuple[str, ...]) -> str:
     *parts, last = keys
     # A number after an underscore counts the members of a list, save in names that end so themselves.
     dotted = [
-        f"{stem}.{n}" if n.isdigit() and stem != "linear" else part
+        f"{stem}.{n}" if n.isdigit() and stem not in ("", "linear") else part
         for part in parts
         for stem, _, n in [part.rpartition("_")]
     ]

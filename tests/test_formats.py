@@ -1,0 +1,424 @@
+"""Files of tensors in every format read alike; hostile ones are refused and run nothing."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import struct
+import sys
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from flax.serialization import msgpack_serialize
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
+
+from jaxdiff.config import ConfigError
+from jaxdiff.io import hub
+from jaxdiff.io.pickles import GLOBALS
+from jaxdiff.io.sources import WeightsError, open_tensors
+from jaxdiff.io.weights import load_tensors
+from jaxdiff.models.model import param_shapes
+
+
+def drawn() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    types = (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.int16, np.int8, np.uint8)
+    return {f"x.{np.dtype(t)}": (10 * rng.standard_normal((3, 4))).astype(t) for t in types} | {
+        "scalar": np.float32(3),
+        "empty": np.zeros((0, 3), np.float32),
+        "bool": np.array([True, False]),
+    }
+
+
+def assert_same(source, tensors):
+    assert source.shapes == {n: list(x.shape) for n, x in tensors.items()}
+    for name, x in tensors.items():
+        found = source.read(name)
+        assert found.dtype == x.dtype
+        np.testing.assert_array_equal(found, x, err_msg=name)
+
+
+# Formats.
+
+
+def test_safetensors_in_shards(tmp_path):
+    tensors = drawn()
+    names = list(tensors)
+    places = {n: f"model-{i % 2}.safetensors" for i, n in enumerate(names)}
+    for shard in set(places.values()):
+        save_file({n: np.asarray(tensors[n]) for n in names if places[n] == shard}, tmp_path / shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert_same(open_tensors(index), tensors)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({}, "has no weight_map"),
+        ({"weight_map": {"a": "../../x.safetensors"}}, r"names '\.\./\.\./x\.safetensors', which is no file"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "which is no file of weights beside it"),
+        ({"weight_map": {"a": "model.safetensors.index.json"}}, "which is no file of weights beside it"),
+        ({"weight_map": {"a": "gone.safetensors"}}, r"gone\.safetensors is missing"),
+        ({"weight_map": {"b": "x.safetensors"}}, r"places the tensor b in x\.safetensors, which lacks it"),
+    ],
+)
+def test_damaged_index(index, message, tmp_path):
+    save_file({"a": np.zeros(2)}, tmp_path / "x.safetensors")
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=message):
+        open_tensors(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_files_of_pytorch(legacy, wrapped, tmp_path):
+    """Of 1.6 and later and of before; bare, and as Lightning writes them."""
+    torch = pytest.importorskip("torch")
+
+    def tensor(x):
+        x = np.asarray(x)
+        if x.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(x.astype(np.float32)).bfloat16()
+        return torch.from_numpy(x.copy())
+
+    state = {n: tensor(x) for n, x in drawn().items()}
+    shared = torch.arange(24.0).reshape(4, 6)
+    views = {"columns": shared[:, 1::2], "transposed": shared.T, "tail": shared[2:], "expanded": shared[:1, :1]}
+    views["parameter"] = torch.nn.Parameter(shared)
+    content = {"state_dict": state | views, "epoch": 3, "hyper_parameters": {"lr": 0.1}} if wrapped else state | views
+    torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not legacy)
+    views = {n: x.detach().numpy() for n, x in views.items()}
+    assert_same(open_tensors(tmp_path / "x.ckpt"), drawn() | views)
+
+
+def test_state_of_a_module(tmp_path):
+    """An ordered dictionary with the modules' versions as its state."""
+    torch = pytest.importorskip("torch")
+    layer = torch.nn.Linear(2, 3)
+    torch.save(layer.state_dict(), tmp_path / "x.bin")
+    assert_same(open_tensors(tmp_path / "x.bin"), {n: x.detach().numpy() for n, x in layer.named_parameters()})
+
+
+def test_reading_maps_the_file_and_no_more(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"x": torch.zeros(1000)}, tmp_path / "x.pt")
+    base = open_tensors(tmp_path / "x.pt").read("x")
+    while not isinstance(base, np.memmap):
+        base = base.base
+    assert base.base is not None
+
+
+def test_folders_of_flax(tiny, tmp_path):
+    """The networks of Hugging Face's Flax models: their names, their layouts."""
+    model, params = tiny
+    for name in ("unet", "vae", "text_encoder"):
+        tree = {}
+        for path, x in flatten_dict(params[name]).items():
+            tree[tuple(FLAX_PATHS.get(part, (part,)) for part in path)] = np.asarray(x)
+        tree = {tuple(p for part in path for p in part): x for path, x in tree.items()}
+        if name == "text_encoder":
+            tree = {("text_model", *path): x for path, x in tree.items()}
+        path = tmp_path / f"{name}.msgpack"
+        path.write_bytes(msgpack_serialize(unflatten_dict(tree)))
+        loaded = flatten_dict(load_tensors(path, param_shapes(model)[name], np.float32))
+        for key, x in flatten_dict(params[name]).items():
+            np.testing.assert_array_equal(loaded[key], x, err_msg=str(key))
+
+
+FLAX_PATHS = {  # part of a path here -> in Hugging Face's Flax models, where they differ
+    "net_0_proj": ("net_0", "proj"),
+    **{f"self_attn_{n}_proj": ("self_attn", f"{n}_proj") for n in ("q", "k", "v", "out")},
+    **{f"mlp_{n}": ("mlp", n) for n in ("fc1", "fc2")},
+    **{f"embeddings_{n}_embedding": ("embeddings", f"{n}_embedding") for n in ("token", "position")},
+    **{f"layers_{i}": ("layers", str(i)) for i in range(3)},
+}
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"\x81\xa1a\xc7\xff\x01\x93"])
+def test_damaged_flax_file(content, tmp_path):
+    (tmp_path / "flax_model.msgpack").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"flax_model\.msgpack is damaged or no Flax file"):
+        open_tensors(tmp_path / "flax_model.msgpack")
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "x", "x.onnx"])
+def test_unknown_format(name, tmp_path):
+    with pytest.raises(WeightsError, match=rf"{name} is in no format known here"):
+        open_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "bin", "msgpack"])
+def test_missing_file(suffix, tmp_path):
+    with pytest.raises(WeightsError, match=rf"x\.{suffix} is missing"):
+        open_tensors(tmp_path / f"x.{suffix}")
+
+
+# Hostile pickles.
+
+
+def torch_zip(program: bytes, storages: dict[str, bytes] | None = None, compression=zipfile.ZIP_STORED) -> bytes:
+    """A file as PyTorch writes it, with a program of ours."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", program)
+        for key, content in (storages or {"0": bytes(16)}).items():
+            archive.writestr(f"archive/data/{key}", content)
+    return data.getvalue()
+
+
+def tensor_program(*, offset=0, shape=(4,), strides=(1,), count=4, key="0") -> bytes:
+    """The program of {"x": a tensor of float32}, which may lie about its storage."""
+
+    def short(text):
+        return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+    def number(n):
+        return b"\x8a\x09" + n.to_bytes(9, "little", signed=True)
+
+    def numbers(values):
+        return b"(" + b"".join(map(number, values)) + b"t"
+
+    storage = b"(" + short("storage") + b"ctorch\nFloatStorage\n" + short(key) + short("cpu") + number(count) + b"tQ"
+    arguments = b"(" + storage + number(offset) + numbers(shape) + numbers(strides) + b"\x89}t"
+    return b"\x80\x02}" + short("x") + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"Rs."
+
+
+class Runs:
+    """Pickled, it calls a function when it is read."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+class State:
+    """Pickled, it calls what its class says with a state."""
+
+    def __reduce__(self):
+        return (list, (), {"state": Runs(os.system, "touch ran")})
+
+
+def programs() -> dict[str, bytes]:
+    touch = "__import__('pathlib').Path('ran').touch()"
+    spoilt = b"\x80\x02ccollections\nOrderedDict\n}X\x08\x00\x00\x00__code__Nsb."  # sets an attribute of a function
+    return {
+        "system": pickle.dumps({"x": Runs(os.system, "touch ran")}, 2),
+        "eval": pickle.dumps({"x": Runs(eval, touch)}, 2),
+        "exec": pickle.dumps({"x": Runs(exec, touch)}, 4),
+        "nested": pickle.dumps({"state_dict": {"x": [({"y": Runs(exec, touch)},)]}}, 5),
+        "as a key": pickle.dumps({Runs(os.system, "touch ran"): 1}, 3),
+        "getattr": pickle.dumps(Runs(getattr, Path("ran"), "touch"), 4),
+        "dotted": b"\x80\x04\x8c\x0bcollections\x8c\x1aOrderedDict.fromkeys.x\x93)R."[:-3] + b".",
+        "state": pickle.dumps({"x": State()}, 4),
+        "instance": b"(S'touch ran'\nios\nsystem\n.",
+        "object": b"(cos\nsystem\nS'touch ran'\no.",
+        "new object": b"\x80\x02cos\nsystem\nX\x09\x00\x00\x00touch ran\x85\x81.",
+        "through numpy": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n.",
+        "registered": b"\x80\x02\x82\x01.",
+        "spoilt function": spoilt,
+        "call of text": b"\x80\x02X\x01\x00\x00\x00a)R.",
+        "call of a type": b"\x80\x02ctorch\nFloatStorage\n)R.",
+    }
+
+
+def legacy(program: bytes) -> bytes:
+    start = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    return b"".join([*start, program, pickle.dumps([], 2)])
+
+
+@pytest.mark.parametrize("kind", programs())
+@pytest.mark.parametrize("pack", [torch_zip, legacy])
+def test_a_hostile_pickle_is_not_run(kind, pack, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    modules = set(sys.modules)
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(pack(programs()[kind]))
+    with pytest.raises(WeightsError, match=r"x\.ckpt (holds|is damaged)") as error:
+        open_tensors(path)
+    assert "\n" not in str(error.value)
+    assert sorted(os.listdir()) == ["x.ckpt"]
+    assert {m for m in set(sys.modules) - modules if not m.startswith("encodings.")} == set()
+
+
+def test_the_hostile_pickles_would_run(tmp_path, monkeypatch):
+    """Python's own reader runs them: the test above tests something."""
+    monkeypatch.chdir(tmp_path)
+    for kind in ("system", "eval", "exec", "nested", "state", "instance", "object"):
+        with contextlib.suppress(TypeError, AttributeError):
+            pickle.loads(programs()[kind])
+        assert Path("ran").exists(), kind
+        Path("ran").unlink()
+
+
+def test_the_refused_name_is_told(tmp_path):
+    (tmp_path / "x.bin").write_bytes(torch_zip(pickle.dumps({"x": Runs(os.system, "true")}, 2)))
+    with pytest.raises(WeightsError, match=r"it asks for (posix|nt)\.system, which is not run; .* convert it"):
+        open_tensors(tmp_path / "x.bin")
+
+
+def test_no_name_means_anything_outside_the_reader():
+    for name, meaning in GLOBALS.items():
+        kind = meaning if isinstance(meaning, type) else type(meaning)
+        ours = getattr(meaning, "__module__", kind.__module__)
+        assert isinstance(meaning, np.dtype) or ours == "jaxdiff.io.pickles", name
+
+
+def test_what_lightning_leaves_is_passed_over(tmp_path):
+    """The published files of SD 1.x hold the state of a callback, and a number of numpy's."""
+    program = b"\x80\x02}(X\x09\x00\x00\x00callbacks}cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
+    program += b"cnumpy.core.multiarray\nscalar\n)RsX\x0a\x00\x00\x00state_dict" + tensor_program()[2:-1] + b"u."
+    (tmp_path / "x.ckpt").write_bytes(torch_zip(program))
+    assert open_tensors(tmp_path / "x.ckpt").shapes == {"x": [4]}
+
+
+# Damaged files.
+
+
+def test_the_honest_tensor_is_read(tmp_path):
+    (tmp_path / "x.pt").write_bytes(torch_zip(tensor_program(), {"0": np.arange(4, dtype="<f4").tobytes()}))
+    np.testing.assert_array_equal(open_tensors(tmp_path / "x.pt").read("x"), [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"count": 5},  # the member has 4
+        {"count": 2**40},
+        {"offset": 1},
+        {"offset": -1},
+        {"offset": 2**62},
+        {"shape": (5,)},
+        {"shape": (2**40,), "strides": (0,)},  # terabytes out of one number
+        {"shape": (2, 2), "strides": (3, 1)},
+        {"strides": (2,)},
+        {"strides": (-1,)},
+        {"shape": (-4,)},
+        {"shape": (2, 2), "strides": (1,)},
+        {"key": "1"},
+        {"key": "../../etc/passwd"},
+    ],
+    ids=str,
+)
+def test_tensors_beyond_their_storage(lie, tmp_path):
+    (tmp_path / "x.pt").write_bytes(torch_zip(tensor_program(**lie)))
+    with pytest.raises(WeightsError, match=r"x\.pt is damaged or no file of PyTorch's"):
+        open_tensors(tmp_path / "x.pt")
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path):
+    """PyTorch compresses nothing: a compressed member is refused before it is read."""
+    packed = torch_zip(tensor_program(count=2**24, shape=(2**24,)), {"0": bytes(2**26)}, zipfile.ZIP_DEFLATED)
+    assert len(packed) < 2**18
+    (tmp_path / "x.ckpt").write_bytes(packed)
+    with pytest.raises(WeightsError, match="is a compressed zip file"):
+        open_tensors(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("pack", [lambda p: torch_zip(p, {"0": bytes(16)}), legacy])
+def test_every_truncation_is_refused(pack, tmp_path):
+    whole = pack(tensor_program())
+    path = tmp_path / "x.ckpt"
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(WeightsError, match=r"x\.ckpt is damaged|x\.ckpt holds more than tensors"):
+            open_tensors(path)
+
+
+def test_every_changed_byte_is_read_or_refused(tmp_path):
+    """A file with any one byte changed gives tensors or one sentence, never another error."""
+    path, rng = tmp_path / "x.ckpt", np.random.default_rng(0)
+    for whole in (torch_zip(tensor_program()), legacy(tensor_program())):
+        for position in range(len(whole)):
+            damaged = bytearray(whole)
+            damaged[position] = rng.integers(256)
+            path.write_bytes(damaged)
+            try:
+                source = open_tensors(path)
+                [source.read(name) for name in source.shapes]
+            except WeightsError:
+                pass
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x02X\xff\xff\xff\xffabc.",  # a text of four gigabytes
+        b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7fabc.",
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # the two-thousand-millionth thing to remember
+        b"\x80\x02)" + b"\x86" * 10,
+        b"\x80\x02(" + b"q\x00h\x00\x86" * 60 + b".",
+        b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"Ns.",  # a key that takes 2**60 steps to hash
+    ],
+)
+def test_programs_that_want_much(program, tmp_path):
+    """Of memory or time: refused at once."""
+    (tmp_path / "x.bin").write_bytes(torch_zip(program))
+    with pytest.raises(WeightsError):
+        open_tensors(tmp_path / "x.bin")
+
+
+def test_big_endian_is_refused(tmp_path):
+    data = io.BytesIO(torch_zip(tensor_program()))
+    with zipfile.ZipFile(data, "a") as archive:
+        archive.writestr("archive/byteorder", "big")
+    (tmp_path / "x.bin").write_bytes(data.getvalue())
+    with pytest.raises(WeightsError, match="another byte order"):
+        open_tensors(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("cut", [0, 4, 8, 100, -1])
+def test_truncated_safetensors(cut, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": np.zeros((10, 10))}, path)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(WeightsError, match=r"x\.safetensors is damaged or no safetensors file"):
+        open_tensors(path)
+
+
+# The hub, without a network.
+
+
+def test_hub_gives_a_folder(tmp_path, monkeypatch):
+    """Configs and safetensors of the folder are asked for; half precision only where there is nothing else."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    calls = []
+
+    def snapshot_download(repo_id, **kwargs):
+        calls.append((repo_id, kwargs))
+        (tmp_path / "unet").mkdir(exist_ok=True)
+        if "*.fp16.*" not in kwargs["ignore_patterns"]:
+            (tmp_path / "unet" / "x.fp16.safetensors").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert hub.fetch("owner/name", "v1") == tmp_path
+    assert [c[0] for c in calls] == ["owner/name"] * 2
+    assert calls[0][1]["revision"] == "v1"
+    assert not any("bin" in p or "ckpt" in p or "py" in p for p in calls[0][1]["allow_patterns"])
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host"), ValueError("a\nb"), TimeoutError()])
+def test_hub_offline(error, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ConfigError, match=r"^owner/name is no folder here, and it cannot be fetched .*local folder\.$"):
+        hub.fetch("owner/name")
+
+
+def test_hub_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match="pip install huggingface_hub"):
+        hub.fetch("owner/name")
