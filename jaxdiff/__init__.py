@@ -10,10 +10,11 @@ from jaxdiff.diffusion.sampling import sample
 from jaxdiff.diffusion.schedulers import SCHEDULERS, Scheduler, get_scheduler
 from jaxdiff.diffusion.times import Time, time_grid
 from jaxdiff.generate import generate, initial_noise, tokenize
+from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.lora import load_lora, merge_lora, read_lora, save_lora
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import load_textual_inversion, save_textual_inversion
-from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text
+from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text, with_controlnets
 from jaxdiff.version import __version__
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "get_scheduler",
     "initial_noise",
     "load",
+    "load_controlnet",
     "load_lora",
     "load_textual_inversion",
     "merge_lora",
@@ -41,4 +43,5 @@ __all__ = [
     "save_textual_inversion",
     "time_grid",
     "tokenize",
+    "with_controlnets",
 ]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
@@ -135,7 +134,8 @@ def load_tensors(path: Path | TensorSource, target: Params, dtype: Any) -> Param
                 "the config and the weights are of different models."
             )
         x = from_torch_layout(leaf_path, source.read(names.pop(name)))
-        params[leaf_path] = jnp.asarray(np.array(x, dtype=dtype, order="C"))  # a copy: the file may change later
+        # A copy, since the file may change later; device_put compiles nothing, which jnp.asarray does for each shape.
+        params[leaf_path] = jax.device_put(np.array(x, dtype=dtype, order="C"))
     if names:
         raise WeightsError(
             f"{path} holds {len(names)} tensors that its config.json has no place for, first {min(names)}."
