@@ -85,8 +85,8 @@ def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple
         files = [weighted(given) for given in f.lora]
         params = jaxdiff.load_lora(model, params, [path for path, _ in files], [scale for _, scale in files])
     if f.controlnet:
-        nets, trees = zip(*(load_controlnet(path, dtype=f.dtype) for path in f.controlnet), strict=True)
-        model, params = dataclasses.replace(model, controlnets=nets), params | {"controlnet": list(trees)}
+        nets = [load_controlnet(path, dtype=f.dtype) for path in f.controlnet]
+        model, params = jaxdiff.with_controlnets(model, params, *nets)
     if f.preview_vae:
         tiny, tree = load_tiny_vae(f.preview_vae, dtype=f.dtype)
         model, params = dataclasses.replace(model, tiny_vae=tiny), params | {"tiny_vae": tree}

@@ -32,7 +32,7 @@ def attention(q: Array, k: Array, v: Array, heads: int, *, causal: bool = False)
     shape = q.shape
     q, k, v = (split_heads(x, heads) for x in (q, k, v))
     fused = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
-    if causal or shape[1] < CHUNK_FROM or shape[1] % CHUNK:
+    if causal or shape[1] < CHUNK_FROM:
         out = fused(q, k, v)
     else:
         out = jax.lax.platform_dependent(q, k, v, cpu=_chunked, default=fused)
@@ -46,8 +46,8 @@ def _chunked(q: Array, k: Array, v: Array) -> Array:
     CHUNK * M floats instead of B * H * N * M. Checkpointed, so that the gradient is bounded in the same way.
     """
     b, n, h, d = q.shape
-    q = q * jnp.asarray(d**-0.5, q.dtype)
-    rows = q.transpose(0, 2, 1, 3).reshape(b * h, n // CHUNK, CHUNK, d)
+    q = jnp.pad(q * jnp.asarray(d**-0.5, q.dtype), ((0, 0), (0, -n % CHUNK), (0, 0), (0, 0)))
+    rows = q.transpose(0, 2, 1, 3).reshape(b * h, -1, CHUNK, d)
     keys, values = (x.transpose(0, 2, 1, 3).reshape(b * h, -1, d) for x in (k, v))
 
     @jax.checkpoint
@@ -63,4 +63,4 @@ def _chunked(q: Array, k: Array, v: Array) -> Array:
         return jax.lax.map(lambda chunk: one_chunk(chunk, key, value), chunks)
 
     out = jax.lax.map(one_head, (rows, keys, values))  # [B*H, N/CHUNK, CHUNK, d]
-    return out.reshape(b, h, n, d).transpose(0, 2, 1, 3)
+    return out.reshape(b, h, -1, d)[:, :, :n].transpose(0, 2, 1, 3)
