@@ -21,11 +21,14 @@ def base() -> ConfigDict:
             "clip_norm": 1.0,  # 0: off
             "ema_decay": 0.999,
             "seed": 0,
-            "fsdp": 1,  # devices that each parameter is split over
+            # The devices are a mesh ("data", "fsdp", "tensor"); "data" is what the other two leave.
+            "fsdp": 1,  # devices that each parameter is kept split over
+            "tensor": 1,  # devices that the layers themselves are split over
             "log_every": 50,
             "eval_every": 1000,  # 0: at the end only
             "checkpoint_every": 1000,
             "keep_checkpoints": 2,
+            "max_skipped": 10,  # updates in a row that may be left out because loss or gradient is not finite
             "dtype": "float32",  # type to compute in; parameters are float32
             "remat": False,  # compute activations again in the backward pass, to save memory
             # Diffusers folders, or names of bundled models, that parts come from with weights and sizes; "model" stands

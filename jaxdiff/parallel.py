@@ -1,29 +1,68 @@
-"""Devices: meshes and shardings. No other module knows how many there are."""
+"""Devices: meshes and shardings. No other module knows how many there are.
 
+Training lays its devices out as a mesh ("data", "fsdp", "tensor"). One rule, `param_spec`, says from a parameter's path
+and shape how it is divided, and its gradient, moments and average with it:
+
+- over "tensor", the layers that come in pairs are divided by columns, then by rows (Shoeybi et al. 2019, section 3), so
+  that what lies between the two stays divided and each pair needs one sum forward and one backward;
+- over "fsdp", matrices and kernels are divided along their largest axis that is left, and put together again for the
+  time of the step that uses them (Zhao et al. 2023; Rajbhandari et al. 2020, section 5.3). Vectors stay whole: they are
+  too small to be worth a message.
+
+Examples are divided over "data" and "fsdp" alike.
+"""
+
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor")
+EXAMPLES = ("data", "fsdp")  # the axes that a batch is divided over
+# Single-head attention, the autoencoder's, is not among them: there is no head to divide it by.
+COLUMNS = re.compile(
+    r"(attn\d+/to_[qkv]|ff/net_0_proj|self_attn_[qkv]_proj|mlp_fc1|resnets_\d+/(conv1|time_emb_proj|norm2))/\w+$"
+)
+ROWS = re.compile(r"(attn\d+/to_out_0|ff/net_2|self_attn_out_proj|mlp_fc2|resnets_\d+/conv2)/kernel$")
 
 
-def mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices of all hosts as a mesh over ("data", "fsdp") for training.
+def mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices of all hosts as a mesh over ("data", "fsdp", "tensor") for training; "data" is what is left.
+
+    Neighbours in the mesh are neighbours in a TPU's network, and only "data" goes from slice to slice.
 
     Args:
-        fsdp: over how many devices each parameter is split (Zhao et al. 2023); 1 keeps a whole copy on each.
+        fsdp: over how many devices each parameter is kept divided; 1 keeps a whole copy on each.
+        tensor: over how many devices the layers themselves are divided.
         devices: what the mesh is made of; None takes all.
 
     Raises:
-        ValueError: `fsdp` does not divide the number of devices.
+        ValueError: `fsdp` times `tensor` does not divide the number of devices, or "tensor" would reach over hosts.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if fsdp < 1 or len(devices) % fsdp:
-        raise ValueError(f"fsdp {fsdp} must divide the number of devices, {len(devices)}.")
-    return Mesh(np.asarray(devices).reshape(-1, fsdp), AXES)
+    if fsdp < 1 or tensor < 1 or len(devices) % (fsdp * tensor):
+        product = f"fsdp {fsdp}" + (f" x tensor {tensor}" if tensor != 1 else "")
+        raise ValueError(f"{product} must divide the number of devices, {len(devices)}.")
+    shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
+    laid_out = _lay_out(shape, devices)
+    for row in laid_out.reshape(-1, tensor):
+        if len({d.process_index for d in row}) > 1:  # each host reads its own examples, so that these would differ
+            raise ValueError(f"tensor {tensor} must divide the devices of one host.")
+    return Mesh(laid_out, AXES)
+
+
+def _lay_out(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    if slices > 1 and shape[0] % slices == 0:
+        within = (shape[0] // slices, *shape[1:])
+        return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -31,31 +70,107 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Examples along `axis` divided over every device."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXES))
+    """Examples along `axis` divided over "data" and "fsdp"."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, EXAMPLES))
 
 
-def param_spec(shape: Sequence[int], fsdp: int) -> PartitionSpec:
-    """How one parameter is split: along its largest axis that `fsdp` divides, else not at all.
+def param_spec(path: str, shape: Sequence[int], fsdp: int = 1, tensor: int = 1) -> PartitionSpec:
+    """How one parameter is divided: the rule at the top of this module.
 
-    >>> tuple(param_spec((3, 3, 64, 128), fsdp=4))
+    Args:
+        path: its keys joined by "/"; only the end matters, so that moments and averages go by the same rule.
+        shape: its shape.
+        fsdp, tensor: sizes of these axes of the mesh.
+
+    >>> tuple(param_spec("conv_in/kernel", (3, 3, 64, 128), fsdp=4))
     (None, None, None, 'fsdp')
-    >>> tuple(param_spec((6, 64), fsdp=4)), tuple(param_spec((6,), fsdp=4)), tuple(param_spec((128,), fsdp=1))
-    ((None, 'fsdp'), (), ())
+    >>> tuple(param_spec("attn1/to_q/kernel", (320, 320), fsdp=4, tensor=2))
+    ('fsdp', 'tensor')
+    >>> tuple(param_spec("ff/net_2/kernel", (1280, 320), fsdp=4, tensor=2))
+    ('tensor', 'fsdp')
+    >>> tuple(param_spec("conv_in/bias", (64,), fsdp=4)), tuple(param_spec("mlp_fc1/bias", (64,), tensor=2))
+    ((), ('tensor',))
     """
-    divisible = [i for i, size in enumerate(shape) if size >= fsdp and size % fsdp == 0]
-    if fsdp == 1 or not divisible:
-        return PartitionSpec()
-    largest = max(divisible, key=lambda i: shape[i])
-    return PartitionSpec(*[None] * largest, "fsdp")
+    axes: list[str | None] = [None] * len(shape)
+    if tensor > 1 and shape:
+        vector = len(shape) == 1
+        place = -1 if COLUMNS.search(path) else -2 if ROWS.search(path) and not vector else None
+        if place is not None and shape[place] % tensor == 0:
+            axes[place] = "tensor"
+    left = [i for i, size in enumerate(shape) if axes[i] is None and size % fsdp == 0 and size >= fsdp]
+    if fsdp > 1 and len(shape) > 1 and left:
+        axes[max(left, key=lambda i: shape[i])] = "fsdp"
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
 
 
-def param_sharding(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for each array (or shape) of a tree: whole along "data", split along "fsdp" by `param_spec`.
+def param_sharding(mesh: Mesh | AbstractMesh, tree: Any, *, gathered: bool = False) -> Any:
+    """A sharding for each array (or shape) of a tree: of parameters, an optimizer's moments, an average.
 
-    It looks at shapes only, so an optimizer's moments and an average are split as the parameters they belong to.
+    Args:
+        gathered: as a step computes with them, divided over "tensor" only.
     """
-    return jax.tree.map(lambda x: NamedSharding(mesh, param_spec(x.shape, mesh.shape["fsdp"])), tree)
+    fsdp = 1 if gathered else mesh.shape["fsdp"]
+
+    def one(path: tuple, x: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, param_spec(name, x.shape, fsdp, mesh.shape["tensor"]))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def gather(mesh: Mesh, params: Any) -> Any:
+    """Inside a program: parameters as a step computes with them; gradients come back divided as they are kept."""
+
+    @jax.custom_vjp
+    def gathered(params: Any) -> Any:
+        return jax.lax.with_sharding_constraint(params, param_sharding(mesh, params, gathered=True))
+
+    def backward(_: None, grads: Any) -> tuple[Any]:
+        return (jax.lax.with_sharding_constraint(grads, param_sharding(mesh, grads)),)
+
+    gathered.defvjp(lambda params: (gathered(params), None), backward)
+    return gathered(params)
+
+
+class Part(NamedTuple):
+    """Parameters of one kind and how they are divided, a row of `table`."""
+
+    name: str  # the module and the end of the path, numbers as *
+    spec: PartitionSpec
+    arrays: int
+    size: int  # bytes in all
+    each: int  # bytes a device
+
+
+def parts(mesh: Mesh | AbstractMesh, params: Any) -> list[Part]:
+    """How parameters (or their shapes) are divided, one row for those of a kind; the largest first."""
+    rows: dict[tuple[str, PartitionSpec], list[int]] = {}
+    shardings = jax.tree.leaves(param_sharding(mesh, params))
+    for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(params), shardings, strict=True):
+        keys = re.sub(r"_\d+", "_*", jax.tree_util.keystr(path, simple=True, separator="/")).split("/")
+        row = rows.setdefault(("/".join([keys[0], *keys[max(1, len(keys) - 3) :]]), sharding.spec), [0, 0, 0])
+        width = np.dtype(x.dtype).itemsize
+        each = int(np.prod(sharding.shard_shape(x.shape), dtype=np.int64)) * width
+        for i, value in enumerate((1, int(np.prod(x.shape, dtype=np.int64)) * width, each)):
+            row[i] += value
+    found = [Part(name, spec, *values) for (name, spec), values in rows.items()]
+    return sorted(found, key=lambda part: -part.size)
+
+
+def table(mesh: Mesh | AbstractMesh, params: Any) -> str:
+    """`parts` as lines of text: what, how many arrays, how divided, megabytes in all and a device."""
+    rows = parts(mesh, params)
+    arrays, size, each = (sum(getattr(row, name) for row in rows) for name in ("arrays", "size", "each"))
+    rows = [*rows, Part("all", PartitionSpec(), arrays, size, each)]
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'parameters':{width}}  arrays       MB  MB/device  divided over"]
+    for row in rows:
+        spec = ", ".join(str(axis or "-") for axis in row.spec)
+        line = f"{row.name:{width}}  {row.arrays:6}  {row.size / 1e6:7.1f}  {row.each / 1e6:9.2f}  {spec}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
 def place(tree: Any, sharding: Any) -> Any:
@@ -63,8 +178,15 @@ def place(tree: Any, sharding: Any) -> Any:
     return jax.device_put(tree, sharding)
 
 
+def fetch(tree: Any) -> Any:
+    """Divided arrays in full as numpy arrays, on every host."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+
+
 def global_batch(mesh: Mesh, batch: Any) -> Any:
-    """The examples that each host has read [b, ...], as global arrays [b * hosts, ...] divided over all devices."""
+    """The examples that each host has read [b, ...], as global arrays [b * hosts, ...] divided over data and fsdp."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 

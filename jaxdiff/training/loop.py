@@ -1,22 +1,27 @@
 """The one loop that every stage is trained by."""
 
+import dataclasses
+import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxdiff import parallel
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.training.report import Report
+from jaxdiff.training.speed import Speed, flops, peak_flops
 from jaxdiff.training.state import Batch, Loss, Options, TrainState, init_state, make_train_step, optimizer
-from jaxdiff.typing import Params
+from jaxdiff.training.trackers import JsonLines, TensorBoard, Tracker
+from jaxdiff.typing import Array, Params
 
 
 class TrainingError(RuntimeError):
@@ -50,15 +55,20 @@ class Result(NamedTuple):
 
 
 class Stop:
-    """Turns SIGTERM and the first Ctrl-C into a wish to stop after the step at hand. A context manager."""
+    """Turns SIGTERM, also the notice that a machine is taken back, and the first Ctrl-C into a wish to stop.
 
-    def __init__(self, every: int) -> None:
-        self._wished, self._every = False, every
+    A context manager. With several hosts SIGTERM is left to JAX, which tells all of them and agrees on a step.
+    """
+
+    def __init__(self) -> None:
+        self._wished = False
+        self._several = jax.process_count() > 1
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+            signals = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+            self._before = {s: signal.signal(s, self._handle) for s in signals}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -68,14 +78,60 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._wished = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def wished(self, step: int) -> bool:
-        """The same answer on every host, else some would wait for ever for the others; they agree `every` steps."""
-        if jax.process_count() == 1:
-            return self._wished
-        if step % self._every:
-            return False
-        return bool(multihost_utils.process_allgather(np.asarray(self._wished)).any())
+        """Whether to stop before `step`, to be asked before each; the same answer on every host."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._wished
+
+
+class Streak:
+    """Counts the updates skipped one after the other."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self.length = limit, 0
+
+    def see(self, step: int, metrics: Mapping[str, Any], checkpoint: int | None) -> None:
+        """Take in the metrics of a step, waiting for it.
+
+        Raises:
+            TrainingError: too many in a row were skipped; `checkpoint` is the step of the last one.
+        """
+        self.length = self.length + 1 if int(metrics["skipped"]) else 0
+        if self.length >= self._limit:
+            kept = (
+                "there is no checkpoint yet" if checkpoint is None else f"the last checkpoint is of step {checkpoint}"
+            )
+            raise TrainingError(
+                f"Loss or gradient was not finite in {self.length} updates in a row, up to step {step} (loss "
+                f"{float(metrics['loss']):.4g}, grad_norm {float(metrics['grad_norm']):.4g}); {kept}: begin anew in "
+                "another workdir with a lower learning_rate, or look for what is wrong in the data."
+            )
+
+
+class Trace:
+    """Writes a trace of some steps, for TensorBoard or Perfetto, beginning with the third that this process makes."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        self._folder, self._first, self._last, self._made = folder, 2, 2 + steps, 0
+        self._on = False
+
+    def step(self, metrics: Any) -> None:
+        """Called after every step."""
+        self._made += 1
+        if self._first == self._made < self._last:
+            jax.block_until_ready(metrics)
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+        elif self._made == self._last:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
 
 
 def fit(
@@ -87,66 +143,106 @@ def fit(
     *,
     mesh: Mesh | None = None,
     on_eval: Callable[[int, Params], Mapping[str, float]] | None = None,
+    trackers: Sequence[Tracker] = (),
+    profile: int = 0,
 ) -> Result:
-    """Train one stage, going on from the last checkpoint in `workdir` where there is one.
+    """Train one stage, going on from the last intact checkpoint in `workdir` where there is one.
 
     Args:
         stage: what is trained and how.
         params: all parameters that the loss needs, by module, held in full by every host.
         batches: of this host, batch_size / hosts examples each.
         options: optimisation.
-        workdir: checkpoints go to its folder `checkpoints`, TensorBoard files to `tb`.
-        mesh: devices over ("data", "fsdp"); None takes all.
+        workdir: checkpoints go to its folder `checkpoints`, numbers to `metrics.jsonl` and TensorBoard files to `tb`.
+        mesh: devices over ("data", "fsdp", "tensor"); None takes all.
         on_eval: called as on_eval(step, params) every `eval_every` steps and at the end, with the moving average of
             the parameters as numpy arrays; the numbers it returns are reported. On every host.
+        trackers: more places for the numbers, of the first host; closed in the end.
+        profile: steps of which a trace is written to the folder `profile`.
 
     Returns:
         The parameters with the moving average of those trained. SIGTERM and Ctrl-C save a checkpoint and return early.
 
     Raises:
         OptionsError: options that do not fit each other or the devices.
-        CheckpointError: a checkpoint that cannot be written or is of another model.
-        TrainingError: the loss is no longer a number.
+        CheckpointError: a checkpoint that cannot be written or is of another model, or none is intact.
+        TrainingError: parameters are not finite, or `max_skipped` updates in a row were not.
     """
     options.check(jax.device_count() if mesh is None else mesh.size)
-    mesh = parallel.mesh(options.fsdp) if mesh is None else mesh
+    mesh = parallel.mesh(options.fsdp, options.tensor) if mesh is None else mesh
     workdir, iterator = Path(workdir), iter(batches)
     trained = {k: params[k] for k in stage.trainable}
-    frozen = parallel.place({k: v for k, v in params.items() if k not in trained}, parallel.replicated(mesh))
+    frozen = {k: v for k, v in params.items() if k not in trained}
+    frozen = parallel.place(frozen, parallel.param_sharding(mesh, frozen))
     state = init_state(trained, optimizer(options), mesh)
 
     def whole(state: TrainState) -> Params:
-        return {**params, **jax.device_get(parallel.place(state.ema, parallel.replicated(mesh)))}
+        return {**params, **parallel.fetch(state.ema)}
 
-    with Checkpoints(workdir / "checkpoints", options.keep_checkpoints) as checkpoints, Stop(options.log_every) as stop:
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", options.keep_checkpoints))
+        stop = stack.enter_context(Stop())
         if checkpoints.latest is not None:
             state, position = checkpoints.restore(state)
             iterator.set_state(position)
+        if not all_finite(state):
+            raise TrainingError(f"The parameters of {', '.join(stage.trainable)} to start from are not all finite.")
         start = step = int(state.step)
         train_step = make_train_step(stage.loss, options, mesh, state)
-        with Report(workdir / "tb", stage.name, start, options.steps, options.batch_size, options.log_every) as report:
-            if start:
-                report.say(f"goes on from step {start}.")
-            while step < options.steps and not stop.wished(step):
-                batch = parallel.global_batch(mesh, stage.prepare(next(iterator)))
-                # The host runs one step ahead: while the devices compute one, the next batch is read.
-                jax.block_until_ready(state.step)
-                state, metrics = train_step(state, frozen, batch)
-                step += 1
-                means = report.step(step, metrics)
-                if means is not None and not np.isfinite(means["loss"]):
-                    raise TrainingError(
-                        f"The loss is {means['loss']} at step {step}: lower learning_rate, or go on from the last "
-                        "checkpoint with another seed."
-                    )
-                last = step == options.steps
-                if last or step % options.checkpoint_every == 0:
-                    checkpoints.save(step, state, iterator.get_state())
-                if on_eval is not None and (last or (options.eval_every and step % options.eval_every == 0)):
-                    if values := on_eval(step, whole(state)):
-                        report.show(step, values)
-                    report.restart_clock()
-            if step < options.steps:
+        report = stack.enter_context(open_report(workdir, stage.name, start, options, trackers))
+        trace = stack.enter_context(closing(Trace(workdir / "profile", profile)))
+        if start:
+            report.say(f"goes on from step {start}.")
+        streak, metrics, due = Streak(options.max_skipped), None, False
+        while step < options.steps and not stop.wished(step):
+            batch = parallel.global_batch(mesh, stage.prepare(next(iterator)))
+            # The host runs one step ahead: while the devices compute one, the next batch is read.
+            if metrics is not None:
+                streak.see(step, metrics, checkpoints.latest)
+            state, metrics = train_step(state, frozen, batch)
+            step += 1
+            if report.speed is None:
+                report.speed = speed_of(stage, options, mesh, state, frozen, batch)
+            report.step(step, metrics)
+            trace.step(metrics)
+            last = step == options.steps
+            due = due or step % options.checkpoint_every == 0
+            if last or (due and not int(metrics["skipped"])):  # in a bad time the last good one is kept
                 checkpoints.save(step, state, iterator.get_state())
-                report.say(f"stopped at step {step} of {options.steps}; the same command goes on from there.")
+                due = False
+            if on_eval is not None and (last or (options.eval_every and step % options.eval_every == 0)):
+                if values := on_eval(step, whole(state)):
+                    report.show(step, values)
+                report.restart_clock()
+        if step < options.steps:
+            checkpoints.save(step, state, iterator.get_state())
+            report.say(f"stopped at step {step} of {options.steps}; the same command goes on from there.")
         return Result(whole(state), step)
+
+
+@jax.jit
+def _finite(tree: Any) -> Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.asarray([jnp.isfinite(x).all() for x in floats]))
+
+
+def all_finite(tree: Any) -> bool:
+    """Whether every floating-point number of a tree of arrays is finite."""
+    return bool(_finite(tree))
+
+
+def open_report(workdir: Path, name: str, start: int, options: Options, trackers: Sequence[Tracker]) -> Report:
+    """A report to the workdir and to further trackers, on the first host; on the others one that is quiet."""
+    if jax.process_index():
+        trackers = ()
+    else:
+        trackers = (JsonLines(workdir / "metrics.jsonl", start), TensorBoard(workdir / "tb", start), *trackers)
+    return Report(trackers, name, start, options.steps, options.batch_size, options.log_every)
+
+
+def speed_of(stage: Stage, options: Options, mesh: Mesh, state: TrainState, frozen: Params, batch: Batch) -> Speed:
+    """What the report needs to tell FLOP/s by; XLA counts loops once, so that the batch is taken in one part."""
+    whole = make_train_step(stage.loss, dataclasses.replace(options, accumulate=1), mesh, state)
+    devices = tuple(mesh.devices.flat)
+    here = tuple(d for d in devices if d.process_index == jax.process_index())
+    return Speed(flops(whole, state, frozen, batch), peak_flops(devices), here)

@@ -38,21 +38,35 @@ class Options:
     clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
     ema_decay: float = 0.999  # of the average of parameters that is evaluated and exported; 0 keeps no past
     seed: int = 0
-    fsdp: int = 1  # devices that each parameter is split over
+    fsdp: int = 1  # devices that each parameter is kept split over
+    tensor: int = 1  # devices that the layers themselves are split over
     log_every: int = 20  # steps
     eval_every: int = 1000  # steps; 0 evaluates at the end only
     checkpoint_every: int = 1000  # steps
     keep_checkpoints: int = 2
+    max_skipped: int = 10  # updates in a row that may be left out because loss or gradient is not finite
 
     def check(self, devices: int) -> None:
         """Raises OptionsError, one sentence naming the option."""
-        for name in ("steps", "batch_size", "accumulate", "fsdp", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "fsdp",
+            "tensor",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_skipped",
+        ):
             if getattr(self, name) < 1:
                 raise OptionsError(f"{name} {getattr(self, name)} must be at least 1.")
-        if self.batch_size % (devices * self.accumulate):
+        parts = max(devices // self.tensor, 1) * self.accumulate
+        if self.batch_size % parts:
+            divided = f"devices {devices}" + (f" / tensor {self.tensor}" if self.tensor > 1 else "")
             raise OptionsError(
-                f"batch_size {self.batch_size} must be divisible by the number of devices times accumulate, "
-                f"{devices} x {self.accumulate} = {devices * self.accumulate}."
+                f"batch_size {self.batch_size} must be divisible by the number of {divided} x accumulate "
+                f"{self.accumulate} = {parts}."
             )
         if self.schedule not in ("constant", "cosine"):
             raise OptionsError(f"schedule {self.schedule!r} must be constant or cosine.")
@@ -114,7 +128,7 @@ def init_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> 
         )
 
     shardings = parallel.param_sharding(mesh, jax.eval_shape(init, params))
-    return jax.jit(init, out_shardings=shardings)(parallel.place(params, parallel.replicated(mesh)))
+    return jax.jit(init, out_shardings=shardings)(parallel.place(params, parallel.param_sharding(mesh, params)))
 
 
 def accumulated_grad(loss: Loss, params: Params, frozen: Params, batch: Batch, keys: Key, parts: int, mesh: Mesh):
@@ -128,7 +142,10 @@ def accumulated_grad(loss: Loss, params: Params, frozen: Params, batch: Batch, k
     """
 
     def grad(batch: Batch, keys: Key):
-        (value, metrics), grads = jax.value_and_grad(lambda p: loss({**frozen, **p}, batch, keys), has_aux=True)(params)
+        def of(trained: Params):
+            return loss(parallel.gather(mesh, {**frozen, **trained}), batch, keys)
+
+        (value, metrics), grads = jax.value_and_grad(of, has_aux=True)(params)
         return grads, {"loss": value, **metrics}
 
     if parts == 1:
@@ -152,6 +169,9 @@ def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState)
 
     The new state is divided as `state` is.
 
+    A step whose loss, gradient or update is not finite leaves all of the state but `step` as it was, and the metric
+    "skipped" is 1 instead of 0.
+
     Every example has its own key, from the seed, the step and its place in the batch; so neither the number of
     devices nor `accumulate` changes what is drawn.
     """
@@ -163,7 +183,11 @@ def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = ema_update(state.ema, params, options.ema_decay, state.step)
-        extra = {"grad_norm": norm(grads), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, params, ema, opt_state), {**metrics, **extra}
+        grad_norm = norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(norm(updates))
+        new = TrainState(state.step, params, ema, opt_state)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        extra = {"grad_norm": grad_norm, "learning_rate": schedule(state.step), "skipped": 1 - finite.astype(jnp.int32)}
+        return new._replace(step=state.step + 1), {**metrics, **extra}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
