@@ -19,6 +19,7 @@ from jaxdiff.io.checkpoint import CheckpointError, Checkpoints
 from jaxdiff.training.latents import FromMemory, cached
 from jaxdiff.training.loop import Stage, TrainingError, fit
 from jaxdiff.training.report import Report
+from jaxdiff.training.state import init_state, make_train_step, optimizer
 from tests.test_training import options
 from tests.tiny import SIDE
 
@@ -28,14 +29,13 @@ def same(a, b) -> bool:
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b)))
 
 
-def linear_stage(fail_at: int = 10**9) -> Stage:
+def linear_stage() -> Stage:
     """A stage that is quick to compile: fit w to noisy targets, through each kind of state that there is."""
 
     def loss(params, batch, keys):
         noise = jax.vmap(lambda key: jax.random.normal(key, ()))(keys)
         error = batch["x"] @ params["line"]["w"] + params["offset"] - batch["y"] + 0.1 * noise
-        bad = jnp.where((batch["index"] >= fail_at).any(), jnp.nan, 0.0)
-        return (error**2).mean() + bad, {"bias": params["offset"]}
+        return (error**2).mean(), {"bias": params["offset"]}
 
     return Stage("line", ("line",), loss, lambda batch: batch)
 
@@ -164,7 +164,7 @@ def test_a_terminal_gets_a_bar_with_the_numbers(tmp_path, capsys, monkeypatch):
 
 def test_the_clock_stands_still_between_intervals(tmp_path, capsys):
     """Images a second are those of the steps, not of evaluations."""
-    report = Report(tmp_path, "line", 0, 6, batch_size=10, log_every=3)
+    report = Report((), "line", 0, 6, batch_size=10, log_every=3)
     means = []
     with report:
         for step in range(1, 7):
@@ -180,16 +180,66 @@ def test_the_clock_stands_still_between_intervals(tmp_path, capsys):
     assert "left" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
-    with pytest.raises(TrainingError, match="learning_rate"):
-        fit(
-            linear_stage(fail_at=0),
-            LINE,
-            FromMemory(line_data(), 3, 7),
-            options(batch_size=3),
-            tmp_path,
-            mesh=one_device(),
-        )
+def spoilt_line(steps: range, key: str = "x") -> FromMemory:
+    """Batches of which those of some steps, counted from 1, hold what is no number."""
+
+    class Spoilt(FromMemory):
+        def __iter__(self):
+            return Spoilt(line_data(), 3, 7)
+
+        def __next__(self):
+            batch = super().__next__()
+            if self.get_state()["next"] in steps:
+                batch[key] = np.full_like(batch[key], np.inf)
+            return batch
+
+    return Spoilt(line_data(), 3, 7)
+
+
+def test_an_update_that_is_not_finite_leaves_the_state_but_for_the_step(tmp_path, capsys):
+    o = options(steps=5, batch_size=3, log_every=5)
+    clean = fit(linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path / "a", mesh=one_device())
+    capsys.readouterr()
+    spoilt = fit(linear_stage(), LINE, spoilt_line(range(3, 4)), o, tmp_path / "b", mesh=one_device())
+    assert "1 of the 5 updates up to step 5 skipped" in capsys.readouterr().out
+    assert np.isfinite(spoilt.params["line"]["w"]).all()
+    assert not same(clean, spoilt)
+    line = json.loads((tmp_path / "b" / "metrics.jsonl").read_text())
+    assert line["skipped"] == 1
+    assert np.isfinite([line["loss"], line["grad_norm"]]).all()  # means of the others
+
+    mesh = one_device()
+    state = init_state({"line": LINE["line"]}, optimizer(o), mesh)
+    before = jax.device_get(state)
+    step = make_train_step(linear_stage().loss, o, mesh, state)
+    batch = {**{k: v[:3] for k, v in line_data().items()}, "y": np.asarray([np.nan, 0, 0], np.float32)}
+    after, metrics = step(state, {"offset": LINE["offset"]}, batch)
+    assert (int(after.step), int(metrics["skipped"])) == (1, 1)
+    assert same(after._replace(step=before.step), before)
+
+
+def test_too_many_updates_that_are_not_finite_end_the_run_and_keep_the_last_good_checkpoint(tmp_path):
+    o = options(steps=20, batch_size=3, checkpoint_every=1, keep_checkpoints=2, max_skipped=4)
+    with pytest.raises(TrainingError, match=r"4 updates in a row, up to step 9 .* last checkpoint is of step 5"):
+        fit(linear_stage(), LINE, spoilt_line(range(6, 99)), o, tmp_path, mesh=one_device())
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest == 5
+
+
+def test_a_run_that_starts_from_what_is_not_finite_is_refused(tmp_path):
+    bad = {**LINE, "line": {"w": np.asarray([0, np.nan, 0], np.float32)}}
+    with pytest.raises(TrainingError, match="line to start from"):
+        fit(linear_stage(), bad, FromMemory(line_data(), 3, 7), options(batch_size=3), tmp_path, mesh=one_device())
+
+
+def test_a_leap_of_the_loss_is_told(capsys):
+    with Report((), "line", 0, 60, batch_size=1, log_every=10) as report:
+        for step in range(1, 61):
+            loss = 9.0 if step == 47 else 1.0 + 0.1 * np.sin(step)
+            report.step(step, {"loss": jnp.float32(loss)})
+    told = [line for line in capsys.readouterr().out.splitlines() if "leaps" in line]
+    assert len(told) == 1
+    assert "leaps to 9 at step 47" in told[0]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

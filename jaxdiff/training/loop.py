@@ -90,7 +90,7 @@ class Streak:
     """Counts the updates skipped one after the other."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self.length = limit, 0
+        self._limit, self._seen, self.length = limit, -1, 0
 
     def see(self, step: int, metrics: Mapping[str, Any], checkpoint: int | None) -> None:
         """Take in the metrics of a step, waiting for it.
@@ -98,7 +98,9 @@ class Streak:
         Raises:
             TrainingError: too many in a row were skipped; `checkpoint` is the step of the last one.
         """
-        self.length = self.length + 1 if int(metrics["skipped"]) else 0
+        if step == self._seen:
+            return
+        self._seen, self.length = step, self.length + 1 if int(metrics["skipped"]) else 0
         if self.length >= self._limit:
             kept = (
                 "there is no checkpoint yet" if checkpoint is None else f"the last checkpoint is of step {checkpoint}"
@@ -207,9 +209,11 @@ def fit(
             trace.step(metrics)
             last = step == options.steps
             due = due or step % options.checkpoint_every == 0
-            if last or (due and not int(metrics["skipped"])):  # in a bad time the last good one is kept
-                checkpoints.save(step, state, iterator.get_state())
-                due = False
+            if last or due:
+                streak.see(step, metrics, checkpoints.latest)
+                if last or not streak.length:  # in a bad time the last good one is kept
+                    checkpoints.save(step, state, iterator.get_state())
+                    due = False
             if on_eval is not None and (last or (options.eval_every and step % options.eval_every == 0)):
                 if values := on_eval(step, whole(state)):
                     report.show(step, values)

@@ -1,35 +1,50 @@
-"""What a run says while it goes on: a bar on a terminal, a line an interval otherwise, and TensorBoard files."""
+"""What a run says while it goes on: a bar on a terminal, a line an interval otherwise, and its numbers to trackers."""
 
+import collections
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxdiff.training.speed import Speed
+from jaxdiff.training.trackers import Tracker
+
+# A loss is a spike when it is above the median of so many before it by so many times their median distance from it.
+SPIKE_WINDOW, SPIKE_DISTANCE = 100, 10.0
+HIDDEN = ("flops_per_second", "memory_peak_bytes")  # of the lines of text
+
 
 class Report:
     """Collects the metrics of steps and shows their means every `log_every` steps. A context manager.
 
-    Only the first host shows anything.
+    Only the first host shows anything. Steps that were skipped do not count in the means; "skipped" is their number.
+
+    Args:
+        trackers: closed in the end; none on other hosts.
+        name: of what is trained.
+        start, steps: updates made already, and in all.
+        speed: what the metrics of speed hang on; may be set later.
     """
 
-    def __init__(self, folder: str | Path, name: str, start: int, steps: int, batch_size: int, log_every: int) -> None:
+    def __init__(
+        self, trackers: Sequence[Tracker], name: str, start: int, steps: int, batch_size: int, log_every: int
+    ) -> None:
+        self._trackers = trackers
         self._name, self._batch_size, self._log_every, self._steps = name, batch_size, log_every, steps
+        self.speed: Speed | None = None
         self._collected: list[Mapping[str, Any]] = []
+        self._losses: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
         self._since: float | None = None
         self._timed = 0  # steps since then
         self._quiet = jax.process_index() != 0
-        self._writer = self._bar = None
+        self._bar = None
         if self._quiet:
             return
-        from tensorboardX import SummaryWriter  # half a second, on the first host only
-
-        self._writer = SummaryWriter(str(folder), purge_step=start if start else None)
         if sys.stdout.isatty():
             text = TextColumn("{task.fields[text]}")
             columns = (
@@ -50,8 +65,8 @@ class Report:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float] | None:
         """Take in the metrics of one step, still on the devices.
@@ -67,13 +82,35 @@ class Report:
         if step % self._log_every and step != self._steps:
             return None
         collected = jax.device_get(self._collected)
-        means = {k: float(np.mean([m[k] for m in collected])) for k in collected[0]}
         now = time.perf_counter()
+        means = self._means(step, collected)
         if self._timed:
-            means["images_per_second"] = self._batch_size * self._timed / (now - self._since)
+            rate = self._timed / (now - self._since)
+            means["images_per_second"] = self._batch_size * rate
+            means |= self.speed.values(rate) if self.speed else {}
         self._collected, self._since, self._timed = [], now, 0
         self.show(step, means)
         return means
+
+    def _means(self, step: int, collected: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        good = [m for m in collected if not m.get("skipped", 0)]
+        means = {k: float(np.mean([m[k] for m in good or collected])) for k in collected[0] if k != "skipped"}
+        if skipped := len(collected) - len(good):
+            self.say(f"{skipped} of the {len(collected)} updates up to step {step} skipped: not finite.")
+            means["skipped"] = float(skipped)
+        for i, metrics in enumerate(collected, step - len(collected) + 1):
+            if not metrics.get("skipped", 0):
+                self._watch(i, float(metrics["loss"]))
+        return means
+
+    def _watch(self, step: int, loss: float) -> None:
+        """Say so when a loss is far above those before it."""
+        if len(self._losses) >= SPIKE_WINDOW // 4:
+            median = float(np.median(self._losses))
+            distance = float(np.median(np.abs(np.asarray(self._losses) - median)))
+            if loss > median + SPIKE_DISTANCE * distance and loss > 2 * median:
+                self.say(f"the loss leaps to {loss:.4g} at step {step}, from a median of {median:.4g}.")
+        self._losses.append(loss)
 
     def restart_clock(self) -> None:
         """Do not count the time until the next step."""
@@ -88,10 +125,9 @@ class Report:
         """Write these values now."""
         if self._quiet:
             return
-        assert self._writer is not None
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        for tracker in self._trackers:
+            tracker.write(step, values)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in HIDDEN)
         if self._bar is None:
             print(f"step {step}/{self._steps}: {text}{self._left(step, values)}", flush=True)
         elif "loss" in values:

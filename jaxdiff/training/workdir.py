@@ -1,0 +1,178 @@
+"""The folder of a run: one process at a time, one config as long as there are checkpoints, and what it was run with."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from absl import logging
+
+PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# Settings that change nothing of what is learnt, or only how it is divided; a name stands for all below it.
+FREE = (
+    "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "eval", "wandb", "fsdp", "tensor",
+    "remat", "data.threads", "data.workers", "data.eval_split",
+)  # fmt: skip
+MAX_SIZES = 10_000  # files whose size is looked at
+
+
+class WorkdirError(ValueError):
+    """A workdir that is in use, cannot be written to, or belongs to another config."""
+
+
+class Lock:
+    """Keeps a second run out of a folder for as long as this one lives, however it ends. A context manager.
+
+    Raises:
+        WorkdirError: another run holds it, or the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "lock"
+
+    def __enter__(self) -> "Lock":
+        try:
+            self._file = self._path.open("a+", encoding="utf-8")
+        except OSError as e:
+            raise WorkdirError(f"{self._path} cannot be written ({e.strerror or e}): choose another workdir.") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise WorkdirError(
+                f"The workdir {self._path.parent} is in use by another run (process {holder}): "
+                "wait for it, or choose another workdir."
+            ) from None
+        except OSError as e:  # file systems without locks, as some that are mounted over a network
+            logging.warning("%s cannot be locked (%s): let no second run use this workdir.", self._path, e.strerror)
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()} on {platform.node()}")
+        self._file.flush()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()  # the lock goes with it
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # used from its source folder
+            continue
+    return found
+
+
+def data_fingerprint(path: str | Path) -> dict[str, Any]:
+    """What tells one data set from another without reading pictures: the files' names, some sizes, and the captions.
+
+    Args:
+        path: a folder, or a file.
+
+    Returns:
+        {"files": their number, "digest": of all names in order, the sizes of at most MAX_SIZES of them evenly spread,
+        and the bytes of every metadata.jsonl}.
+    """
+    path, digest = Path(path), hashlib.sha256()
+    names = sorted(_names(path)) if path.is_dir() else [str(path)]
+    for name in names:
+        digest.update(name.encode() + b"\n")
+        if name.endswith("metadata.jsonl"):
+            digest.update((path / name).read_bytes())
+    for name in names[:: -(-len(names) // MAX_SIZES) or 1]:
+        if (path / name).exists():
+            digest.update(str((path / name).stat().st_size).encode() + b"\n")
+    return {"files": len(names), "digest": digest.hexdigest()[:16]}
+
+
+def _names(folder: Path) -> Iterator[str]:
+    for root, _, files in os.walk(folder):
+        inside = os.path.relpath(root, folder)
+        yield from (name if inside == "." else f"{inside}/{name}" for name in files)
+
+
+def settle(
+    folder: Path, config: Mapping[str, Any], data: Mapping[str, Any], defaults: Mapping[str, Any], write: bool = True
+) -> None:
+    """Write `run.json` {"config", "data", "versions"}, having compared it with the one that is there.
+
+    Args:
+        folder: the workdir. As long as it holds no checkpoint, anything may still change.
+        config: all settings, as JSON.
+        data: the fingerprint of the data.
+        defaults: what settings were worth that an older `run.json` does not have yet.
+        write: False only compares, as all hosts but the first do.
+
+    Raises:
+        WorkdirError: a setting has changed that is not in FREE ("steps" may grow), or the data have; the sentence
+            shows each as old -> new. Other versions are only warned of.
+    """
+    path = folder / "run.json"
+    now = {"config": config, "data": dict(data), "versions": versions()}
+    now = json.loads(json.dumps(now))
+    if path.exists() and any(p.name.isdigit() for p in (folder / "checkpoints").glob("*")):
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            old = {**flat(json.loads(json.dumps(defaults))), **flat(before["config"])}
+            changed = _refused(old, flat(now["config"]))
+            changed += _changes({"data": before["data"]}, {"data": now["data"]})
+            others = _changes(before["versions"], now["versions"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise WorkdirError(f"{path} cannot be read ({e}): choose another workdir.") from None
+        if changed:
+            raise WorkdirError(
+                f"The workdir {folder} belongs to another config ({'; '.join(changed)}): go on with its own, or choose "
+                f"another workdir; free to change are steps (upwards) and {', '.join(FREE)}."
+            )
+        if others:
+            logging.warning("The run goes on with other versions than before: %s.", "; ".join(others))
+    if not write:
+        return
+    partial = folder / f"run.json.tmp-{os.getpid()}"
+    try:
+        partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as e:
+        raise WorkdirError(f"{path} cannot be written ({e.strerror or e}): choose another workdir.") from None
+
+
+def _refused(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Changes of settings that are not free."""
+
+    def free(name: str) -> bool:
+        grows = name == "steps" and new.get(name, 0) >= old.get(name, 0)
+        return grows or any(f"{name}.".startswith(f"{allowed}.") for allowed in FREE)
+
+    return _changes({k: v for k, v in old.items() if not free(k)}, {k: v for k, v in new.items() if not free(k)})
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [f"{name}: {json.dumps(old.get(name))} -> {json.dumps(new.get(name))}" for name in names]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their whole name.
+
+    >>> flat({"data": {"path": "a", "filter": {}}, "steps": 3})
+    {'data.path': 'a', 'steps': 3}
+    """
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
