@@ -168,7 +168,7 @@ def test_trajectory_holds_the_prediction_of_each_step(name):
     first_calls = [call for i, call in enumerate(seen) if i not in between]
     np.testing.assert_allclose(predictions, [x0 for _, x0 in first_calls], atol=ROUNDING)
     np.testing.assert_array_equal([t for t, _ in first_calls], times.t[:-1])
-    if times.sigma[-1] == 0:
+    if times.sigma[-1] == 0 and name != "lms":  # whose last step is of order 4 too
         np.testing.assert_allclose(last, predictions[-1], atol=ROUNDING)
     _, tail = sample(denoise, x, times, scheduler, KEY, start=2, trajectory=True)
     np.testing.assert_array_equal(tail[:2], jnp.stack([x, x]))
@@ -205,7 +205,7 @@ def test_half_precision_networks_leave_the_state_in_float32(name):
     np.testing.assert_allclose(low, sample(denoise, x, times, get_scheduler(name), KEY), atol=0.1)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["ddpm", "heun", "dpmpp_2m", "unipc", "pndm", "dpmpp_sde"])
 def test_sampling_maps_over_devices(name):
     """The program may be mapped over a mesh axis: keys and noise of each device's own samples."""
     times, keys, x = time_grid(SD1, 4, name)[0], jax.vmap(jax.random.key)(jnp.arange(2)), noise(2, 4)

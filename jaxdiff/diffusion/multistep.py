@@ -48,7 +48,7 @@ class History(NamedTuple):
 def _start(keep: int) -> Callable[[Array], History]:
     def init(x: Array) -> History:
         x, denoised, taken = initial(x)
-        return History(x, denoised, taken, jnp.zeros((keep, *x.shape), x.dtype), x)
+        return History(x, denoised, taken, jnp.stack([x] * keep), x)  # of no weight yet
 
     return init
 
