@@ -10,10 +10,10 @@ from jaxdiff.diffusion.prediction import to_denoised
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.models.controlnet import combine
 from jaxdiff.models.layers import timestep_embedding
-from jaxdiff.models.model import Conditioning, Model, apply
+from jaxdiff.models.model import Conditioning, Model, apply, with_time_ids
 from jaxdiff.typing import Array, Denoise, Params
 
-AESTHETIC_SCORE, NEGATIVE_SCORE = 6.0, 2.5  # what the SDXL refiner is told of the picture wanted, and of the other
+NEGATIVE_SCORE = 2.5  # what the SDXL refiner is told of the picture that is not wanted
 
 
 def denoiser(
@@ -101,20 +101,6 @@ def guided(
         scale = jnp.where(in_interval(time, *interval), scale, 1.0)
     output = classifier_free(given, without, scale)
     return output if factor is None else rescale(output, given, factor)
-
-
-def with_time_ids(model: Model, cond: Conditioning, x: Array, score: float = AESTHETIC_SCORE) -> Conditioning:
-    """The conditioning of a model of the SDXL family with time ids [B, 6 or 5] for latents x [B, h, w, C].
-
-    They are the picture's original height and width, where it was cut (0, 0), and the size drawn; or for the refiner
-    an aesthetic score in place of that size (Podell et al. 2023, sections 2.2 and 2.5). Ids given are kept.
-    """
-    if model.unet.config.addition_embed_type != "text_time" or cond.time_ids is not None:
-        return cond
-    size = [n * model.vae.config.factor for n in x.shape[1:3]]
-    last = [score] if model.options.requires_aesthetics_score else size
-    ids = jnp.asarray([*size, 0, 0, *last], jnp.float32)
-    return cond._replace(time_ids=jnp.broadcast_to(ids, (x.shape[0], len(ids))))
 
 
 def guidance_embedding(scale: Array | float, batch: int, dim: int) -> Array:

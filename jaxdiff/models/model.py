@@ -24,6 +24,8 @@ from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Key, Params
 
+AESTHETIC_SCORE = 6.0  # what the SDXL refiner is told of the picture wanted
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -167,6 +169,20 @@ def param_shapes(model: Model) -> Params:
 def apply(model: Model, params: Params, name: str, *args: Any, method: str | None = None) -> Any:
     """One module of the model, by its key in `params`, on its own parameters."""
     return model.modules[name].apply({"params": params[name]}, *args, method=method)
+
+
+def with_time_ids(model: Model, cond: Conditioning, x: Array, score: float = AESTHETIC_SCORE) -> Conditioning:
+    """The conditioning of a model of the SDXL family with time ids [B, 6 or 5] for latents x [B, h, w, C].
+
+    They are the picture's original height and width, where it was cut (0, 0), and the size drawn; or for the refiner
+    an aesthetic score in place of that size (Podell et al. 2023, sections 2.2 and 2.5). Ids given are kept.
+    """
+    if model.unet.config.addition_embed_type != "text_time" or cond.time_ids is not None:
+        return cond
+    size = [n * model.vae.config.factor for n in x.shape[1:3]]
+    last = [score] if model.options.requires_aesthetics_score else size
+    ids = jnp.asarray([*size, 0, 0, *last], jnp.float32)
+    return cond._replace(time_ids=jnp.broadcast_to(ids, (x.shape[0], len(ids))))
 
 
 def encode(model: Model, params: Params, images: Array, key: Key | None = None) -> Array:

@@ -1,6 +1,7 @@
 """The stages of a text-to-image model: CLIP and the autoencoder, then the UNet, which needs both."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,11 +11,12 @@ import numpy as np
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.losses import diffusion_loss
 from jaxdiff.diffusion.prediction import add_noise
-from jaxdiff.diffusion.schedules import at, is_flow, noise_schedule, shift_time
-from jaxdiff.models.model import Model, apply, encode, encode_text
+from jaxdiff.diffusion.schedules import Time, at, is_flow, noise_schedule, shift_time
+from jaxdiff.models.model import Conditioning, Model, apply, encode, encode_text, with_time_ids
+from jaxdiff.prompts import Tokens
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.losses import contrastive_loss, kl_divergence, reconstruction_loss
-from jaxdiff.training.state import Batch, Metrics
+from jaxdiff.training.state import Batch, Metrics, OptionsError
 from jaxdiff.typing import Array, Key, Params
 
 # Of the pixels that CLIP was trained on (Radford et al. 2021), by which its vision encoder's input is normalised.
@@ -71,14 +73,18 @@ def clip_stage(model: Model) -> Stage:
     return Stage("clip", ("text_encoder", "vision_encoder", "logit_scale"), loss, prepare_pairs(model))
 
 
-def prepare_pairs(model: Model):
-    """{"image", "text"} as the folder gives them -> {"image": uint8 [b, H, W, 3], "tokens": int32 [b, L]}."""
+TOKENS = ("tokens", "tokens_2")  # of each text encoder that the model has
+PASSED = ("image", "hint", "time_ids", "weight")  # arrays of a batch that are what the losses read
 
-    tokenizer = model.tokenizer
-    assert tokenizer is not None  # but for the SDXL refiner, which is not trained here
+
+def prepare_pairs(model: Model):
+    """Batches with "text" as the input gives them -> the same with token ids int32 [b, L] instead, for each encoder."""
+    tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
 
     def prepare(batch: Mapping[str, Any]) -> Batch:
-        return {"image": batch["image"], "tokens": tokenizer(list(batch["text"]))}
+        texts = list(batch["text"])
+        tokens = {name: tokenizer(texts) for name, tokenizer in zip(TOKENS, tokenizers, strict=False)}
+        return {name: batch[name] for name in PASSED if name in batch} | tokens
 
     return prepare
 
@@ -112,49 +118,115 @@ def vae_stage(model: Model, *, kl_weight: float = 1e-3, edge_weight: float = 1.0
 
 # --- the UNet
 
+Network = Callable[[Params, Array, Time, Conditioning, Batch, Key], Array]  # see `plain_network`
+TIMES = ("uniform", "logit_normal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Noising:
+    """How noise, times and captions are drawn while a denoiser learns, and how its errors are weighed."""
+
+    caption_dropout: float = 0.1
+    """Share of examples that see the empty prompt, which guidance needs (Ho & Salimans 2022, algorithm 1)."""
+    min_snr_gamma: float = 0.0
+    """Bounds the weight of easy times (Hang et al. 2023, equation 5; 5 in the paper). 0 weighs all alike, as a
+    v-prediction with zero terminal signal-to-noise wants it: there the bound is a weight of 0."""
+    offset_noise: float = 0.0
+    """Deviation of a noise that is one number for each channel of a picture, added to that of each pixel, so that the
+    model learns to make whole pictures darker or lighter (0.1 is usual). 0: off."""
+    input_perturbation: float = 0.0
+    """Deviation of more noise that is in the input and not in the target (Ning et al. 2023, algorithm 1; 0.1)."""
+    times: str = "uniform"
+    """Or "logit_normal": the middle times more often (Esser et al. 2024, equation 19)."""
+    logit_mean: float = 0.0
+    """Of the logit of t / T; above 0 means more noise."""
+    logit_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("caption_dropout", "min_snr_gamma", "offset_noise", "input_perturbation"):
+            if getattr(self, name) < 0:
+                raise OptionsError(f"{name} {getattr(self, name)} must be 0 or more.")
+        if self.times not in TIMES:
+            raise OptionsError(f"times {self.times!r} must be one of {', '.join(TIMES)}.")
+        if self.logit_std <= 0:
+            raise OptionsError(f"logit_std {self.logit_std} must be above 0.")
+
+
+def plain_network(model: Model) -> Network:
+    """The UNet by itself: (params, x [B, h, w, C], time, conditioning, batch, keys [B]) -> output [B, h, w, C]."""
+    return lambda params, x, time, cond, batch, keys: apply(model, params, "unet", x, time.t, *cond)
+
 
 def diffusion_stage(
     model: Model,
     *,
     trainable: Sequence[str] = ("unet",),
-    caption_dropout: float = 0.1,
-    min_snr_gamma: float = 0.0,
+    name: str = "unet",
+    network: Network | None = None,
+    whole: Callable[[Params], Params] = lambda params: params,
+    **noising: Any,
 ) -> Stage:
     """Latent diffusion conditioned on text (Rombach et al. 2022, equation 3), as the model's scheduler config says.
 
-    Batches hold "tokens" [B, L] and either "image" uint8 [B, H, W, 3], encoded by the frozen autoencoder, or "latents"
-    [B, h, w, C] that are already.
+    Batches hold the tokens [B, L] of each text encoder, "tokens" and for SDXL "tokens_2", and either "image" uint8
+    [B, H, W, 3], encoded by the frozen autoencoder, or "latents" [B, h, w, C] that are already. They may hold
+    "time_ids" [B, 6] (SDXL; else the pictures count as whole), and "weight" [B] of each example's loss.
 
     Args:
-        trainable: "unet", and "text_encoder" if it is to learn as well.
-        caption_dropout: share of examples that see the empty prompt instead, which guidance needs (Ho & Salimans 2022,
-            algorithm 1).
-        min_snr_gamma: bounds the weight of easy times (Hang et al. 2023, equation 5; 5 in the paper). 0 weighs all
-            alike, as a v-prediction with zero terminal signal-to-noise wants it: there the bound is a weight of 0.
+        trainable: "unet", and the text encoders if they are to learn as well; or what else `whole` makes use of.
+        name: of the stage.
+        network: what denoises; `plain_network` by default.
+        whole: all parameters -> those of the model's modules, where something else is trained.
+        noising: fields of `Noising`.
     """
-    schedule = noise_schedule(model.scheduler)
-    assert model.tokenizer is not None
-    empty = model.tokenizer([""])  # [1, L]
+    how, schedule, network = Noising(**noising), noise_schedule(model.scheduler), network or plain_network(model)
+    empty = prepare_pairs(model)({"text": [""]})
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
+        params = whole(params)
         time_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
-        drop = each(jax.random.uniform, drop_keys, ()) < caption_dropout
-        cond = encode_text(model, params, jnp.where(drop[:, None], empty, batch["tokens"]))
         x0 = latents_of(model, params, batch)
-        eps = each(jax.random.normal, noise_keys, x0.shape[1:])
-        time = at(schedule, random_times(model.scheduler, time_keys))
-        x = add_noise(x0, eps, time)
-        output = apply(model, params, "unet", x, time.t, *cond)
-        return diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, min_snr_gamma or None).mean(), {}
+        drop = each(jax.random.uniform, drop_keys, ()) < how.caption_dropout
+        cond = with_time_ids(model, conditioning(model, params, batch, empty, drop), x0)
+        eps = random_noise(noise_keys, x0.shape[1:], how.offset_noise)
+        time = at(schedule, random_times(model.scheduler, time_keys, how))
+        more = how.input_perturbation and how.input_perturbation * random_noise(folded(noise_keys, 2), x0.shape[1:])
+        output = network(params, add_noise(x0, eps + more, time), time, cond, batch, folded(keys, 1))
+        errors = diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, how.min_snr_gamma or None)
+        return (errors * batch.get("weight", 1.0)).mean(), {}
 
-    return Stage("unet", tuple(trainable), loss, prepare_diffusion(model))
+    return Stage(name, tuple(trainable), loss, prepare_diffusion(model))
 
 
-def random_times(scheduler: SchedulerConfig, keys: Key) -> Array:
-    """A uniform time an example, float32 [B]: of the T steps, or of the continuum [0, T] that a flow is."""
-    steps = scheduler.num_train_timesteps
-    u = each(jax.random.uniform, keys, ())
-    return shift_time(steps * u, scheduler) if is_flow(scheduler) else jnp.floor(steps * u)
+def folded(keys: Key, number: int) -> Key:
+    """Other keys [B], for another purpose."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def conditioning(model: Model, params: Params, batch: Batch, empty: Batch, drop: Array) -> Conditioning:
+    """What the UNet is told of the captions, or of the empty one (SDXL: zeros) where `drop` [B] says so."""
+    ids = [jnp.where(drop[:, None], empty[name], batch[name]) for name in TOKENS if name in batch]
+    zeros = drop if model.tokenizer_2 is not None and model.options.force_zeros_for_empty_prompt else None
+    cond = encode_text(model, params, Tokens(ids[0], ids_2=ids[1] if len(ids) > 1 else None, zeros=zeros))
+    return cond._replace(time_ids=batch.get("time_ids"))
+
+
+def random_times(scheduler: SchedulerConfig, keys: Key, how: Noising | None = None) -> Array:
+    """A time an example, float32 [B]: of the T steps, or of the continuum [0, T] that a flow is; uniform by default."""
+    how, steps = how or Noising(), scheduler.num_train_timesteps
+    if how.times == "uniform":
+        u = each(jax.random.uniform, keys, ())
+    else:
+        u = jax.nn.sigmoid(how.logit_mean + how.logit_std * each(jax.random.normal, keys, ()))
+    return shift_time(steps * u, scheduler) if is_flow(scheduler) else jnp.minimum(jnp.floor(steps * u), steps - 1)
+
+
+def random_noise(keys: Key, shape: tuple[int, ...], offset: float = 0.0) -> Array:
+    """Unit Gaussian noise [B, *shape], plus `offset` times that of each channel."""
+    noise = each(jax.random.normal, keys, shape)
+    if not offset:
+        return noise
+    return noise + offset * each(jax.random.normal, folded(keys, 1), (*[1] * (len(shape) - 1), shape[-1]))
 
 
 def latents_of(model: Model, params: Params, batch: Batch) -> Array:
