@@ -77,7 +77,7 @@ def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple
     from jaxdiff.io.modules import load_tiny_vae
 
     params: Any
-    model, params = opened or jaxdiff.load(f.model, dtype=f.dtype)
+    model, params = opened or jaxdiff.load(f.model, dtype=f.dtype, prediction_type=f.prediction_type)
     for given in f.embedding:
         token, _, path = given.rpartition("=")
         model, params = jaxdiff.load_textual_inversion(model, params, path, token or None)
@@ -172,9 +172,11 @@ def run(f: flags.FlagValues) -> None:
     given = lines(f)
     path, opened = pretrained.find(f.model), None
     if path.is_dir():
-        model = pretrained.load_model(path, f.dtype)  # configs alone: weights are slow to read
+        model = pretrained.load_model(
+            path, f.dtype, prediction_type=f.prediction_type
+        )  # configs alone: weights are slow to read
     else:  # of a one-file checkpoint the tensors tell the configs
-        opened = jaxdiff.load(path, dtype=f.dtype)
+        opened = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type)
         model = opened[0]
     settle(f, model, total=len(given) * f.num_images)
     pictures = plan(f, given)

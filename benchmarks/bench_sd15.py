@@ -28,11 +28,11 @@ from jaxdiff.models.model import apply
 
 PARTS = ("load", "text", "unet", "decode", "picture")
 PROMPT, NEGATIVE, GUIDANCE = "a photo of a cat", "blurry", 7.5
-LOADING = """
-import resource, sys, time
+LOADING = r"""
+import re, sys, time
 import jax, jaxdiff
 jax.devices()
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak(): return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 before, start = peak(), time.perf_counter()
 jax.block_until_ready(jaxdiff.load(sys.argv[1])[1])
 print(time.perf_counter() - start, peak() - before)

@@ -204,7 +204,7 @@ def generate(
         clip_skip: how many of the text encoder's layers are left out at its end, beyond those always left out.
         emphasis: whether brackets and BREAK in prompts mean something.
         scheduler: a name of `SCHEDULERS`; None takes what the model's scheduler_config.json says.
-        spacing: of the time grid, see `time_grid`; None takes what the config says.
+        spacing: of the time grid, see `time_grid`; None takes what the config says. "ays" is SDXL's own table for it.
         height, width: pixels, multiples of the VAE's factor; None takes the model's own size.
         noise: unit Gaussian latents [B, h, w, C] to start from instead of those drawn from the seeds.
         image: picture or pictures [B, H, W, 3] (uint8, or float in [0, 1]) to start from instead of pure noise; with
@@ -240,6 +240,7 @@ def generate(
     shape = latent_shape(model, *settle_size(model, height, width, noise, image))
     size = shape[0] * factor, shape[1] * factor
     scheduler = default_scheduler(model.scheduler) if scheduler is None else scheduler
+    spacing = "ays_sdxl" if spacing == "ays" and model.family.startswith("sdxl") else spacing
     times, noise_scale = time_grid(model.scheduler, steps, scheduler, spacing)
     start = 0
     if image is not None and not upscaling:

@@ -30,6 +30,7 @@ UNETS = {  # name -> config: every branch of the architecture once
     },
     "upscaler": SMALL_UNET
     | {"in_channels": 7, "num_class_embeds": 10, "only_cross_attention": (True, False), "use_linear_projection": True},
+    "only_cross": SMALL_UNET | {"only_cross_attention": True},
     "inpainting": SMALL_UNET | {"in_channels": 9},
     "distilled": SMALL_UNET | {"time_cond_proj_dim": 16, "flip_sin_to_cos": False, "freq_shift": 1},
     "class_timestep": SMALL_UNET | {"class_embed_type": "timestep"},

@@ -291,3 +291,10 @@ def test_we_open_a_folder_of_diffusers_and_draw_the_same(tiny, tmp_path):
 def ddim_config(config):
     names = ("beta_start", "beta_end", "beta_schedule", "clip_sample", "set_alpha_to_one", "steps_offset")
     return {name: value for name, value in dataclasses.asdict(config).items() if name in names}
+
+
+def test_the_prediction_type_may_be_said(tiny_folder):
+    assert load(tiny_folder)[0].scheduler.prediction_type == "epsilon"
+    assert load(tiny_folder, prediction_type="v_prediction")[0].scheduler.prediction_type == "v_prediction"
+    with pytest.raises(ConfigError, match=r"prediction_type 'v' is unknown; known are epsilon, "):
+        load(tiny_folder, prediction_type="v")

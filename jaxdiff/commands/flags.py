@@ -29,6 +29,8 @@ def define() -> flags.FlagValues:
         flags.DEFINE_bool(name, default, help, f)
 
     text("model", "icons", "A diffusers folder, a one-file checkpoint, a hub id, or the name of a bundled model.")
+    flags.DEFINE_enum("prediction_type", None, ["epsilon", "v_prediction", "sample", "flow_prediction"],
+                      "What the UNet predicts; default: what the checkpoint says.", flag_values=f)  # fmt: skip
     texts("lora", "A LoRA file; path:0.8 sets its weight. Give the flag again for more.")
     texts("embedding", "A textual-inversion file; token=path names its token. Give the flag again for more.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Type to compute in.", flag_values=f)
@@ -54,7 +56,7 @@ def define() -> flags.FlagValues:
     number("guidance_rescale", 0.0, "How much of the contrast that guidance adds is taken back.", 0.0, 1.0)
     flags.DEFINE_list("guidance_interval", None, "Two noise levels, low,high: guidance only between them.", f)
     text("scheduler", None, "ddim, euler, dpmpp_2m, unipc, …; default: what the model's config says.")
-    text("spacing", None, "Spacing of the steps: leading, trailing, linspace, karras, …; default: as above.")
+    text("spacing", None, "Spacing of the steps: leading, trailing, linspace, karras, ays, …; default: as above.")
     whole("height", None, "Pixels; default: the model's own.")
     whole("width", None, "Pixels; default: the model's own.")
 

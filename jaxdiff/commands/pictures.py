@@ -19,7 +19,8 @@ EACH = ("seed", "guidance_scale", "prompt_2", "blend_prompt", "blend", "variatio
 # What draws a picture again beside them. The batch size is one of them, and so is the preview: other shapes and other
 # programs may round otherwise.
 REST = ("negative_prompt", "image", "mask", "outpaint", "controlnet", "control_image", "controlnet_scale",
-        "control_edges", "lora", "embedding", "model", "dtype", "batch_size", "preview", "preview_vae")  # fmt: skip
+        "control_edges", "lora", "embedding", "model", "prediction_type", "dtype", "batch_size", "preview",
+        "preview_vae")  # fmt: skip
 ARGUMENTS = {"prompt_2": "prompts_2", "blend_prompt": "blend_prompts"}  # what `generate` calls a flag
 Picture = dict[str, Any]
 

@@ -22,6 +22,7 @@ from jaxdiff.config import (
     VAEConfig,
     read_json,
 )
+from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.io.weights import WeightsError, load_tensors, save_tensors
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.model import Model, build, param_shapes
@@ -116,8 +117,11 @@ def check_dtype(dtype: Any) -> Any:
     return jnp.dtype(name)
 
 
-def load_model(folder: Path, dtype: Any = None, *, remat: bool = False) -> Model:
-    """The model of a folder without its weights; computes in `dtype`."""
+def load_model(folder: Path, dtype: Any = None, *, prediction_type: str | None = None, remat: bool = False) -> Model:
+    """The model of a folder without its weights; computes in `dtype`. See `load`."""
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        known = ", ".join(PREDICTION_TYPES)
+        raise ConfigError(f"prediction_type {prediction_type!r} is unknown; known are {known}.")
     index = read_json(folder / "model_index.json")
     if "transformer" in index:
         raise ConfigError(
@@ -136,6 +140,9 @@ def load_model(folder: Path, dtype: Any = None, *, remat: bool = False) -> Model
     options = PipelineOptions.from_dict(index)
     if low_res.is_dir():
         options = dataclasses.replace(options, low_res_scheduler=SchedulerConfig.load(low_res / SCHEDULER))
+    scheduler = SchedulerConfig.load(folder / "scheduler" / SCHEDULER)
+    if prediction_type is not None:
+        scheduler = dataclasses.replace(scheduler, prediction_type=prediction_type)
     tokenizers = [
         load_tokenizer(folder / name, configs[name.replace("tokenizer", "text_encoder")]) for name in TOKENIZERS
     ]
@@ -144,7 +151,7 @@ def load_model(folder: Path, dtype: Any = None, *, remat: bool = False) -> Model
         configs["unet"],
         configs["vae"],
         tokenizers[0],
-        SchedulerConfig.load(folder / "scheduler" / SCHEDULER),
+        scheduler,
         configs["vision_encoder"],
         text_2=configs["text_encoder_2"],
         tokenizer_2=tokenizers[1],
@@ -163,7 +170,12 @@ def load_tokenizer(folder: Path, text: CLIPTextConfig | None) -> Tokenizer | Non
 
 
 def load(
-    name_or_path: str | Path, *, dtype: Any = None, variant: str | None = None, remat: bool = False
+    name_or_path: str | Path,
+    *,
+    dtype: Any = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    remat: bool = False,
 ) -> tuple[Model, Params]:
     """Open a model.
 
@@ -173,6 +185,8 @@ def load(
         dtype: type to compute in and to hold the parameters in: "float32" (default), "bfloat16" or "float16".
         variant: of a folder's weights: "fp16" reads its `*.fp16.safetensors`; None those without such a word, where
             there are any.
+        prediction_type: what the UNet was trained to predict, "epsilon", "v_prediction", …, where the file does not say
+            so or says it wrong: of one-file checkpoints of SD 2.x those for 512 pixels predict epsilon.
         remat: recompute activations in the backward pass, for gradients through large models.
 
     Returns:
@@ -186,8 +200,8 @@ def load(
     if folder.is_file():
         from jaxdiff.io.single_file import load_single_file
 
-        return load_single_file(folder, dtype, remat)
-    model = load_model(folder, dtype, remat=remat)
+        return load_single_file(folder, dtype, remat, prediction_type=prediction_type)
+    model = load_model(folder, dtype, prediction_type=prediction_type, remat=remat)
     try:
         shapes = param_shapes(model)
     except (TypeError, ValueError, ZeroDivisionError) as e:

@@ -88,7 +88,7 @@ class UNetMidBlock(nn.Module):
         if not attends(c.mid_block_type):
             return x
         last = len(c.block_out_channels) - 1
-        x = transformer(c, last, "attentions_0", self.remat, self.dtype)(x, context)
+        x = transformer(c, last, "attentions_0", self.remat, self.dtype, middle=True)(x, context)
         return resnet(c, x.shape[-1], "resnets_1", self.remat, self.dtype)(x, temb)
 
 
@@ -97,7 +97,8 @@ def resnet(c: UNetConfig, features: int, name: str, remat: bool, dtype) -> Resne
     return cls(features, c.norm_num_groups, c.norm_eps, c.act_fn, zero_init=True, dtype=dtype, name=name)
 
 
-def transformer(c: UNetConfig, level: int, name: str, remat: bool, dtype) -> Transformer2D:
+def transformer(c: UNetConfig, level: int, name: str, remat: bool, dtype, *, middle: bool = False) -> Transformer2D:
+    """The transformer of a level, or of the middle, where diffusers has self-attention whatever the config says."""
     levels = len(c.block_out_channels)
     cls = nn.remat(Transformer2D) if remat else Transformer2D
     return cls(
@@ -105,7 +106,7 @@ def transformer(c: UNetConfig, level: int, name: str, remat: bool, dtype) -> Tra
         per_level(c.transformer_layers_per_block, levels)[level],
         c.norm_num_groups,
         c.use_linear_projection,
-        per_level(c.only_cross_attention, levels)[level],
+        per_level(c.only_cross_attention, levels)[level] and not middle,
         dtype=dtype,
         name=name,
     )
