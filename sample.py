@@ -11,7 +11,6 @@ and picture i is drawn from the seed --seed + i. Its PNG holds the flags that dr
 
 import dataclasses
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from jaxdiff.commands import errors
 from jaxdiff.commands.errors import UsageError
 from jaxdiff.commands.flags import parse
 from jaxdiff.commands.outputs import check_folder, make_folder, output_paths
-from jaxdiff.commands.pictures import Picture, arguments, batch_size, lines, plan
+from jaxdiff.commands.pictures import Picture, arguments, batch_size, columns, lines, plan
 from jaxdiff.io import images
 
 FRAMES = 8  # of a --preview
@@ -202,8 +201,7 @@ def run(f: flags.FlagValues) -> None:
         if f.grid or f.interpolate:
             kept.append(picture)
     if f.grid:
-        columns = f.num_images if f.num_images > 1 else math.ceil(math.sqrt(len(kept)))
-        write(sheet, images.grid(kept, columns), pictures)
+        write(sheet, images.grid(kept, columns(f, len(kept))), pictures)
     if f.interpolate:
         film = sheet.with_name(sheet.name.replace("grid.png", "film.gif"))
         images.write_gif(film, kept, FRAME_SECONDS)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import jaxdiff
 from jaxdiff.commands.flags import parse
-from jaxdiff.commands.pictures import lines, plan
+from jaxdiff.commands.pictures import columns, lines, plan
 from jaxdiff.config import ControlNetConfig, TinyVAEConfig
 from jaxdiff.io.controlnet import save_controlnet
 from jaxdiff.io.images import extend, read_image, read_metadata, write_gif, write_png
@@ -45,6 +45,20 @@ def test_a_matrix_is_expanded_and_its_flag_is_not_needed_to_draw_one_of_it_again
     assert one["prompt"] in ("a red cat", "a blue cat")
     (plain,) = planned("--prompt={a|the} __colour__ cat")
     assert plain["prompt"] == "{a|the} __colour__ cat"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--prompt={a|b} {1|2|3} cat", "--matrix"), 3),
+        (("--prompt=a cat", "--matrix"), 1),
+        (("--prompt=a", "--num_images=5"), 5),
+        (("--prompt=a", "--prompt=b", "--prompt=c"), 2),
+    ],
+)
+def test_columns_of_the_sheet(flags, expected):
+    f = parse(["sample.py", *flags])
+    assert columns(f, len(plan(f, lines(f)))) == expected
 
 
 def test_a_style_goes_around_prompt_and_negative_prompt(tmp_path):

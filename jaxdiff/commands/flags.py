@@ -78,8 +78,8 @@ def define() -> flags.FlagValues:
           "all. Default: batches of equal size, at most 4 pictures a device.")  # fmt: skip
     text("output", "outputs", "A .png (castle.png; several: castle-000.png …), a folder (files are "
          "named by prompt and seed), or a pattern of {prompt}, {seed}, {index}: 'o/{prompt}-{index}.png'.")  # fmt: skip
-    switch("grid", "Also write all pictures on one sheet (…grid.png): one row a prompt; near to a square with one "
-           "picture a prompt.")  # fmt: skip
+    switch("grid", "Also write all pictures on one sheet (…grid.png): one row a prompt, or one for each of the "
+           "last alternatives of a --matrix; near to a square with one picture a prompt.")  # fmt: skip
     switch("preview", "Also write how each picture came about, as a strip (…-preview.png).")
     text("preview_vae", None, "A tiny autoencoder (TAESD) that draws the strip in place of the model's.")
     text("cache_dir", None, "Folder of compiled programs; default: jaxdiff in your cache folder.")

@@ -82,6 +82,16 @@ def film(pictures: list[Picture], frames: int) -> list[Picture]:
     return [*between, between[-1] | {"blend": 1.0, "variation_strength": 1.0}]
 
 
+def columns(f: flags.FlagValues, count: int) -> int:
+    """Of the sheet of `count` pictures: a prompt's in a row, else a matrix's last alternatives, else near a square."""
+    if f.num_images > 1:
+        return f.num_images
+    if f.matrix and len(f.prompt) == 1:
+        axes = expand(f.prompt[0], f.wildcards, seed=f.seed, matrix=True).axes
+        return len(axes[-1]) if axes else 1
+    return math.ceil(math.sqrt(count))
+
+
 def arguments(batch: list[Picture]) -> dict[str, Any]:
     """The arguments of `generate` that draw a batch, but for pictures."""
     first = batch[0]
