@@ -12,6 +12,7 @@ and shape how it is divided, and its gradient, moments and average with it:
 Examples are divided over "data" and "fsdp" alike.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -118,6 +119,11 @@ def param_sharding(mesh: Mesh | AbstractMesh, tree: Any, *, gathered: bool = Fal
         return NamedSharding(mesh, param_spec(name, x.shape, fsdp, mesh.shape["tensor"]))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def tracing(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Inside a program: lets the networks know that what they compute with is divided, if it is."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def gather(mesh: Mesh, params: Any) -> Any:

@@ -32,7 +32,8 @@ def attention(q: Array, k: Array, v: Array, heads: int, *, causal: bool = False)
     shape = q.shape
     q, k, v = (split_heads(x, heads) for x in (q, k, v))
     fused = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
-    if causal or shape[1] < CHUNK_FROM:
+    # One head after the other would bring all heads and examples together on each device, were they divided by a mesh.
+    if causal or shape[1] < CHUNK_FROM or jax.sharding.get_abstract_mesh().auto_axes:
         out = fused(q, k, v)
     else:
         out = jax.lax.platform_dependent(q, k, v, cpu=_chunked, default=fused)

@@ -143,7 +143,8 @@ def accumulated_grad(loss: Loss, params: Params, frozen: Params, batch: Batch, k
 
     def grad(batch: Batch, keys: Key):
         def of(trained: Params):
-            return loss(parallel.gather(mesh, {**frozen, **trained}), batch, keys)
+            with parallel.tracing(mesh):
+                return loss(parallel.gather(mesh, {**frozen, **trained}), batch, keys)
 
         (value, metrics), grads = jax.value_and_grad(of, has_aux=True)(params)
         return grads, {"loss": value, **metrics}
