@@ -3,24 +3,26 @@
     python train.py --config=configs/icons/vae.py --workdir=runs/vae
     python train.py --config=configs/icons/unet.py:cpu --workdir=runs/unet --config.batch_size=64
 
-The config says what, see configs/; any of its settings may be given as a flag. In the workdir come to lie config.json,
-checkpoints, TensorBoard files (tb), samples, and in the end the model as a diffusers folder (export). The same command
-goes on from the last checkpoint; SIGTERM or Ctrl-C saves one first. Exit code: 0, also when stopped so; 2 for flags or
-settings that cannot be right; 1 for any other failure.
+The config says what, see configs/; any of its settings may be given as a flag. In the workdir come to lie run.json (the
+config, the versions of packages and a fingerprint of the data), checkpoints, metrics.jsonl, TensorBoard files (tb),
+samples, and in the end the model as a diffusers folder (export). The same command goes on from the last checkpoint,
+whatever ended the run; SIGTERM or Ctrl-C saves one first. Another config is refused there. Exit code: 0, also when
+stopped so; 2 for flags or settings that cannot be right; 1 for any other failure.
 """
 
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
+from configs.common import base
 from jaxdiff.commands import errors
 from jaxdiff.commands.errors import UsageError
 from jaxdiff.commands.outputs import make_folder
@@ -35,10 +37,20 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_bool(
         "distributed", False, "This is one of several processes, on a TPU pod or under Slurm: find the others.", f
     )
+    flags.DEFINE_string("coordinator_address", None, "Where the first of several processes listens, host:port.", f)
+    flags.DEFINE_integer(
+        "num_processes", None, "How many processes there are, with --coordinator_address.", flag_values=f
+    )
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=f)
+    flags.DEFINE_string("plan", None, "Print memory and messages of each device instead of training; or =quick.", f)
+    flags.DEFINE_integer("plan_devices", 0, "Devices to plan for; 0: those of this machine.", flag_values=f)
+    flags.DEFINE_integer(
+        "profile", 0, "Write a trace of this many steps to the workdir's folder profile.", 0, flag_values=f
+    )
     flags.DEFINE_bool("verbose", False, "Show the traceback of an error.", f)
     flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
     try:
-        rest = f(argv)[1:]
+        rest = f([f"{a}=full" if a.lstrip("-") == "plan" else a for a in argv])[1:]
         stage = f.config is not None and f.config.stage  # raises where the file could not be read
     except (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as e:
         raise UsageError(config_error(e)) from None
@@ -48,11 +60,16 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UsageError(f"{rest[0]!r} belongs to no flag; --help shows all.")
     if f.config is None:
         raise UsageError("--config is missing: name the experiment, such as --config=configs/icons/vae.py.")
-    if not f.workdir:
+    if not f.workdir and not f.plan:
         raise UsageError("--workdir is missing: name a folder for the run, such as --workdir=runs/vae.")
+    among = f.num_processes, f.process_id
+    if f.coordinator_address and (None in among or not 0 <= f.process_id < f.num_processes):
+        raise UsageError("--coordinator_address needs --num_processes and a --process_id from 0 to one less.")
+    if among != (None, None) and not f.coordinator_address:
+        raise UsageError("--num_processes and --process_id need --coordinator_address=host:port.")
     if stage not in STAGES:
         raise UsageError(f"config.stage {stage!r} must be one of {', '.join(STAGES)}.")
-    if not f.config.data.path:
+    if not f.config.data.path and not f.plan:
         raise UsageError("config.data.path is missing: name a captioned folder, --config.data.path=pictures/.")
     return f
 
@@ -63,12 +80,6 @@ def config_error(error: Exception) -> str:
     if isinstance(error, LookupError):
         return f"--config has no setting {text.strip(chr(34))}; configs/common.py lists all."
     return f"--config: {re.split(r'Error: |.Errno [0-9]+. ', text)[-1]}"
-
-
-def write_config(config: Any, folder: Path) -> None:
-    partial = folder / f"config.json.tmp-{os.getpid()}"
-    partial.write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / "config.json")
 
 
 class Run:
@@ -129,12 +140,21 @@ class Run:
             found.append(batch)
         return found
 
-    def train(self) -> None:
+    def trackers(self):
+        from jaxdiff.training.trackers import WandB
+
+        w = self.config.wandb
+        if not w.project or self.host["host_index"]:
+            return ()
+        return (WandB(w.project, w.name, as_json(self.config), self.workdir),)
+
+    def train(self, profile: int) -> None:
         from jaxdiff.io.pretrained import save
         from jaxdiff.training.loop import fit
 
         stage, params, batches, on_eval = getattr(self, f"_{self.config.stage}")()
-        result = fit(stage, params, batches, self.options, self.workdir, on_eval=on_eval)
+        more = {"on_eval": on_eval, "trackers": self.trackers(), "profile": profile}
+        result = fit(stage, params, batches, self.options, self.workdir, **more)
         if result.step < self.options.steps:
             return
         model = self.model
@@ -191,7 +211,24 @@ class Run:
             self.model, trainable=c.trainable, caption_dropout=c.caption_dropout, min_snr_gamma=c.min_snr_gamma
         )
         batches = self.cached_batches() if c.cache_latents else self.batches()
-        return stage, self.params, batches, self.draw if c.eval.prompts else None
+        return stage, self.params, batches, self.evaluation(stage)
+
+    def evaluation(self, stage: Any):
+        """Of the UNet: the loss by noise level where pictures are set aside, and drawings where there are prompts."""
+        from jaxdiff.training.evaluate import noise_levels
+
+        c = self.config
+        if not (c.data.eval_split or c.eval.prompts):
+            return None
+        held_out = [stage.prepare(b) for b in self.held_out()] if c.data.eval_split else []
+        measure = noise_levels(self.model, held_out, seed=c.eval.seed) if held_out else None
+
+        def on_eval(step: int, params: Any) -> Mapping[str, float]:
+            if c.eval.prompts:
+                self.draw(step, params)
+            return measure(params) if measure else {}
+
+        return on_eval
 
     def cached_batches(self):
         from jaxdiff.data.folder import examples
@@ -208,7 +245,7 @@ class Run:
         arrays = cached(self.workdir / f"latents-{self.host['host_index']}.npz", mark, make)
         return FromMemory(arrays, self.options.batch_size // self.host["host_count"], c.seed + self.host["host_index"])
 
-    def draw(self, step: int, params: Any) -> Mapping[str, float]:
+    def draw(self, step: int, params: Any) -> None:
         import jaxdiff
 
         e = self.config.eval
@@ -216,7 +253,6 @@ class Run:
             names = ("seed", "steps", "guidance_scale", "scheduler")
             pictures = jaxdiff.generate(self.model, params, list(e.prompts), **{n: e[n] for n in names})
             self.write_sheet(step, pictures, columns=min(len(pictures), 8))
-        return {}
 
     def write_sheet(self, step: int, pictures: Any, columns: int) -> None:
         from jaxdiff.io.images import grid, write_png
@@ -231,24 +267,41 @@ def run(f: flags.FlagValues) -> None:
 
     from jaxdiff.io.cache import cache_compilations
     from jaxdiff.training.state import OptionsError
+    from jaxdiff.training.workdir import Lock, data_fingerprint, settle
 
     workdir = Path(f.workdir)
     make_folder(workdir, "--workdir")
-    if f.distributed:
-        jax.distributed.initialize()
+    if f.distributed or f.coordinator_address:
+        # What is not given comes from the environment of a TPU pod, Slurm or Open MPI.
+        jax.distributed.initialize(f.coordinator_address, f.num_processes, f.process_id)
     cache_compilations()
-    try:
-        this = Run(f.config, workdir)
-    except OptionsError as e:
-        raise UsageError(f"config: {e}") from None
-    write_config(f.config, workdir)
-    this.train()
+    first = jax.process_index() == 0
+    with Lock(workdir) if first else nullcontext():
+        settle(workdir, as_json(f.config), data_fingerprint(f.config.data.path), as_json(base()), write=first)
+        try:
+            this = Run(f.config, workdir)
+        except OptionsError as e:
+            raise UsageError(f"config: {e}") from None
+        this.train(f.profile)
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    return json.loads(config.to_json_best_effort())
+
+
+def from_jaxdiff(record: logging.LogRecord) -> bool:
+    """What orbax logs comes as an error as well, if it is one."""
+    return "orbax" not in Path(record.pathname).parts
 
 
 def command(argv: list[str]) -> None:
     f = parse(argv)
     if f.help:
         print(__doc__, f.get_help(), sep="\n")
+    elif f.plan:
+        from jaxdiff.commands import plan
+
+        plan.run(f.config, f.plan, f.plan_devices, [__file__, *argv[1:]])
     else:
         run(f)
 
@@ -259,6 +312,7 @@ def main(argv: list[str]) -> int:
     logging.getLogger().setLevel(logging.INFO)
     for noisy in ("jax", "orbax", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("absl").addFilter(from_jaxdiff)
     return errors.run(
         "train.py",
         argv,

@@ -7,7 +7,8 @@ def base() -> ConfigDict:
     """All settings of train.py. Each may be changed on the command line: --config.batch_size=64."""
     return ConfigDict(
         {
-            "stage": "",  # "clip", "vae" or "unet"
+            # "clip", "vae" or "unet"; "lora", "textual_inversion", "controlnet", "inpainting", "upscaler"
+            "stage": "",
             # Optimisation: jaxdiff.training.state.Options.
             "steps": 10_000,
             "batch_size": 64,  # over all devices and hosts
@@ -41,6 +42,7 @@ def base() -> ConfigDict:
                 "image_size": 128,  # pixels of a side; 0: the model's own
                 "background": "random",  # of see-through pictures: random (and named in the caption) or white
                 "flip": False,  # mirror at random
+                "captions": (),  # of all pictures, in place of metadata.jsonl; {} stands for word.token
                 "threads": 8,  # that read pictures
                 "workers": 0,  # processes that read pictures; 0: the threads of this process
                 # Allowed values by column of metadata.jsonl; an empty tuple allows all, max_subjects 0 as well.
@@ -53,13 +55,33 @@ def base() -> ConfigDict:
             "crop": 0,  # pixels of random squares to train on; 0: whole pictures
             "kl_weight": 1e-3,
             "edge_weight": 1.0,
-            # Stage "unet".
-            "trainable": ("unet",),  # or ("unet", "text_encoder")
+            # Stage "unet" and those after it.
+            "trainable": (
+                "unet",
+            ),  # or ("unet", "text_encoder", "text_encoder_2"): what learns, or what a LoRA changes
+            "prediction_type": "",  # epsilon, v_prediction, sample or flow_prediction; "": the model's own
+            "zero_terminal_snr": False,  # no signal at all at the last step; True turns it on
+            # jaxdiff.training.stages.Noising.
             "caption_dropout": 0.1,
             "min_snr_gamma": 0.0,  # 0: off
+            "offset_noise": 0.0,  # 0: off
+            "input_perturbation": 0.0,  # 0: off
+            "times": "uniform",  # or "logit_normal", of this mean and deviation
+            "logit_mean": 0.0,
+            "logit_std": 1.0,
+            # Class pictures beside one's own, so that the class is not forgotten (DreamBooth): a captioned folder.
+            "prior": {"path": "", "weight": 1.0},
+            # Stage "lora"; alpha 0 is the rank; endings of the layers' names, () for the projections of attention.
+            "lora": {"rank": 8, "alpha": 0.0, "layers": ()},
+            # Stage "textual_inversion": the new word, the words that it starts from, and how many vectors it has.
+            "word": {"token": "<word>", "initial": "", "vectors": 1},
+            # Stage "controlnet": a ControlNet to go on from, "" for the UNet's own way down; thresholds of the edges.
+            "controlnet": {"init_from": "", "canny_low": 100.0, "canny_high": 200.0},
             "cache_latents": 0,  # encode so many views of every picture beforehand; 0: encode as they are read
+            # Numbers also go to Weights & Biases (pip install jaxdiff[wandb]) where a project is named.
+            "wandb": {"project": "", "name": ""},
             "eval": {
-                "pictures": 64,  # reconstructed or searched through
+                "pictures": 64,  # reconstructed, searched through or, if there is a data.eval_split, denoised
                 "prompts": (),
                 "steps": 20,
                 "guidance_scale": 4.0,

@@ -81,7 +81,7 @@ def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_p
     assert code == 0, err
 
     work = tmp_path / "unet"
-    assert json.loads((work / "config.json").read_text())["cache_latents"] == 2
+    assert json.loads((work / "run.json").read_text())["config"]["cache_latents"] == 2
     assert read_image(work / "samples" / "step-000004.png").shape == (16, 16, 3)
     with np.load(work / "latents-0.npz") as latents:
         assert latents["latents"].shape == (2 * 6, 8, 8, 4)  # two views of six pictures

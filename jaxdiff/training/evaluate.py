@@ -1,4 +1,4 @@
-"""How good the encoders are while they are trained, on pictures set aside."""
+"""How good a model is while it is trained, on pictures set aside."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.models.model import Model, decode, encode
-from jaxdiff.training.stages import clip_embeddings
-from jaxdiff.typing import Array, Params
+from jaxdiff.diffusion.losses import diffusion_loss
+from jaxdiff.diffusion.prediction import add_noise
+from jaxdiff.diffusion.schedules import at, noise_schedule
+from jaxdiff.models.model import Model, apply, decode, encode, encode_text
+from jaxdiff.training.stages import clip_embeddings, each, latents_of
+from jaxdiff.training.state import Batch
+from jaxdiff.typing import Array, Key, Params
 
 
 def reconstructions(model: Model, images: np.ndarray):
@@ -49,4 +53,45 @@ def retrieval(model: Model, batches: Sequence[Mapping[str, Any]]):
         return {"eval_accuracy": float((found == own.reshape(-1)).mean())}
 
     assert len(images)
+    return evaluate
+
+
+def noise_levels(model: Model, batches: Sequence[Mapping[str, Any]], *, levels: int = 10, seed: int = 0):
+    """A function params -> {"eval_loss", "eval_loss_t050", …}: the UNet's squared error at each of some times.
+
+    The times are the middles of `levels` equal parts of [0, T); every caption is kept and no time weighs more than
+    another. Each picture has the same noise at all times and whenever it is asked, so that two values differ by the
+    parameters alone.
+
+    Args:
+        batches: as the UNet's stage prepares them, at least one.
+    """
+    schedule = noise_schedule(model.scheduler)
+    total = model.scheduler.num_train_timesteps
+    times = (np.arange(levels) + 0.5) * total / levels  # [levels]
+    names = [f"eval_loss_t{round(t):03d}" for t in times]
+
+    @jax.jit
+    def run(params: Params, batch: Batch, keys: Key) -> Array:  # [levels]: sums over the batch
+        cond = encode_text(model, params, batch["tokens"])
+        x0 = latents_of(model, params, batch)
+        eps = each(jax.random.normal, keys, x0.shape[1:])
+
+        def at_time(t: Array) -> Array:
+            time = at(schedule, jnp.full(len(x0), jnp.floor(t)))
+            output = apply(model, params, "unet", add_noise(x0, eps, time), time.t, *cond)
+            return diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, None).sum()
+
+        return jax.lax.map(at_time, jnp.asarray(times, jnp.float32))
+
+    def evaluate(params: Params) -> dict[str, float]:
+        kept = jax.device_put({name: params[name] for name in model.modules})
+        sums, count = np.zeros(levels), 0
+        for i, batch in enumerate(batches):
+            size = len(batch["tokens"])
+            sums += run(kept, dict(batch), jax.random.split(jax.random.fold_in(jax.random.key(seed), i), size))
+            count += size
+        values = sums / count
+        return {"eval_loss": float(values.mean()), **dict(zip(names, map(float, values), strict=True))}
+
     return evaluate

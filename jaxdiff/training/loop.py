@@ -204,7 +204,7 @@ def fit(
             state, metrics = train_step(state, frozen, batch)
             step += 1
             if report.speed is None:
-                report.speed = speed_of(stage, options, mesh, state, frozen, batch)
+                report.speed = speed_of(train_step, stage, options, mesh, state, frozen, batch)
             report.step(step, metrics)
             trace.step(metrics)
             last = step == options.steps
@@ -244,9 +244,12 @@ def open_report(workdir: Path, name: str, start: int, options: Options, trackers
     return Report(trackers, name, start, options.steps, options.batch_size, options.log_every)
 
 
-def speed_of(stage: Stage, options: Options, mesh: Mesh, state: TrainState, frozen: Params, batch: Batch) -> Speed:
-    """What the report needs to tell FLOP/s by; XLA counts loops once, so that the batch is taken in one part."""
-    whole = make_train_step(stage.loss, dataclasses.replace(options, accumulate=1), mesh, state)
+def speed_of(
+    train_step: Callable, stage: Stage, options: Options, mesh: Mesh, state: TrainState, frozen: Params, batch: Batch
+) -> Speed:
+    """What the report needs to tell FLOP/s by."""
+    if options.accumulate > 1:  # XLA counts a loop once: as if the batch were taken in one part
+        train_step = make_train_step(stage.loss, dataclasses.replace(options, accumulate=1), mesh, state)
     devices = tuple(mesh.devices.flat)
     here = tuple(d for d in devices if d.process_index == jax.process_index())
-    return Speed(flops(whole, state, frozen, batch), peak_flops(devices), here)
+    return Speed(flops(train_step, state, frozen, batch), peak_flops(devices), here)

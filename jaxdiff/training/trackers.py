@@ -3,11 +3,13 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from jaxdiff.config import ConfigError
+from jaxdiff.training.workdir import WorkdirError
 
 
 class Tracker(Protocol):
@@ -22,9 +24,17 @@ class JsonLines:
 
     Args:
         start: the run goes on from this step: later lines, and one that was being written when it was killed, go.
+
+    Raises:
+        WorkdirError: it cannot be written, now or later.
     """
 
     def __init__(self, path: Path, start: int) -> None:
+        self._path = path
+        with self._explained():
+            self._begin(path, start)
+
+    def _begin(self, path: Path, start: int) -> None:
         kept = []
         if path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -40,11 +50,23 @@ class JsonLines:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        with self._explained():
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with self._explained():
+            self._file.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise WorkdirError(
+                f"{self._path} cannot be written ({e.strerror or e}): once it can, the same command goes on from "
+                "the last checkpoint."
+            ) from None
 
 
 class TensorBoard:
