@@ -1,4 +1,4 @@
-"""Train one stage of a text-to-image model: clip, vae or unet.
+"""Train a text-to-image model, one stage at a time, or fine-tune one: fully, by LoRA, ControlNet and more.
 
     python train.py --config=configs/icons/vae.py --workdir=runs/vae
     python train.py --config=configs/icons/unet.py:cpu --workdir=runs/unet --config.batch_size=64
@@ -27,7 +27,7 @@ from jaxdiff.commands import errors
 from jaxdiff.commands.errors import UsageError
 from jaxdiff.commands.outputs import make_folder
 
-STAGES = ("clip", "vae", "unet")
+STAGES = ("clip", "vae", "unet", "lora", "textual_inversion", "controlnet", "inpainting", "upscaler")
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -88,7 +88,7 @@ class Run:
     def __init__(self, config: Any, workdir: Path) -> None:
         import jax
 
-        from jaxdiff.training import setup
+        from jaxdiff.training import personalise, setup
         from jaxdiff.training.state import Options
 
         self.config, self.workdir = config, workdir
@@ -99,7 +99,12 @@ class Run:
             raise UsageError(f"config.batch_size {self.options.batch_size} must be divisible by {hosts} hosts.")
         self.host = {"host_index": jax.process_index(), "host_count": hosts}
         data = config.data
-        self.data = setup.subset(data.path, data.split, data.filter.to_dict(), workdir / "data")
+        self.target: Any = None  # of a stage that teaches a denoiser
+        path = data.path
+        if data.captions:
+            captions = [c.replace("{}", config.word.token) for c in data.captions]
+            path = personalise.captioned(path, captions, workdir / "captioned")
+        self.data = setup.subset(path, data.split, data.filter.to_dict(), workdir / "data")
         self.model, self.params = setup.starting_model(
             config.model.to_dict(), config.init_from.to_dict(), self.make_tokenizer,
             jax.random.key(config.seed), dtype=config.dtype, remat=config.remat,
@@ -152,17 +157,18 @@ class Run:
         from jaxdiff.io.pretrained import save
         from jaxdiff.training.loop import fit
 
-        stage, params, batches, on_eval = getattr(self, f"_{self.config.stage}")()
+        stage, params, batches, on_eval = getattr(self, f"_{self.config.stage}", self._denoiser)()
         more = {"on_eval": on_eval, "trackers": self.trackers(), "profile": profile}
         result = fit(stage, params, batches, self.options, self.workdir, **more)
         if result.step < self.options.steps:
             return
-        model = self.model
-        if self.config.stage == "vae":
-            model = self.scaled(result.params)
+        model = self.scaled(result.params) if self.config.stage == "vae" else self.model
         if self.host["host_index"] == 0:
-            save(self.workdir / "export", model, {name: result.params[name] for name in model.modules})
-            logging.info("The model is in %s.", self.workdir / "export")
+            if self.target:
+                self.target.export(self.workdir / "export", result.params)
+            else:
+                save(self.workdir / "export", model, {name: result.params[name] for name in model.modules})
+            logging.info("What was trained is in %s.", self.workdir / "export")
 
     def scaled(self, params: Any):
         from jaxdiff.training.setup import measured
@@ -201,29 +207,37 @@ class Run:
         stage = vae_stage(self.model, kl_weight=c.kl_weight, edge_weight=c.edge_weight)
         return stage, self.params, self.batches(crop=c.crop or None), on_eval
 
-    def _unet(self):
-        from jaxdiff.training.stages import diffusion_stage
+    def _denoiser(self):
+        from jaxdiff.training import personalise, targets
+        from jaxdiff.training.state import OptionsError
 
         c = self.config
-        if unknown := set(c.trainable) - {"unet", "text_encoder"} or not c.trainable:
-            raise UsageError(f"config.trainable {unknown or ()} must be ('unet',) or ('unet', 'text_encoder').")
-        stage = diffusion_stage(
-            self.model, trainable=c.trainable, caption_dropout=c.caption_dropout, min_snr_gamma=c.min_snr_gamma
-        )
+        self.target = targets.make(c, self.model, self.params)
+        self.model = self.target.model
+        if c.cache_latents and (c.prior.path or not self.target.draws):
+            raise OptionsError(f"cache_latents {c.cache_latents}: this stage needs the pictures themselves, hence 0.")
         batches = self.cached_batches() if c.cache_latents else self.batches()
-        return stage, self.params, batches, self.evaluation(stage)
+        if c.prior.path:
+            share = self.options.batch_size // self.host["host_count"] // 2
+            if not share:
+                raise OptionsError("batch_size must be 2 or more on each host, for the class pictures of prior.path.")
+            own = self.batches(batch_size=self.options.batch_size // self.host["host_count"] - share)
+            prior = self.batches(path=c.prior.path, split="train", batch_size=share, seed=c.seed + 3)
+            batches = personalise.WithPrior(own, prior, c.prior.weight)
+        return self.target.stage, self.target.params, batches, self.evaluation(self.target)
 
-    def evaluation(self, stage: Any):
-        """Of the UNet: the loss by noise level where pictures are set aside, and drawings where there are prompts."""
+    def evaluation(self, target: Any):
+        """Of what draws from a prompt: the loss by noise level on pictures set aside, and drawings of the prompts."""
         from jaxdiff.training.evaluate import noise_levels
 
         c = self.config
-        if not (c.data.eval_split or c.eval.prompts):
+        if not (c.data.eval_split or c.eval.prompts) or not target.draws:
             return None
-        held_out = [stage.prepare(b) for b in self.held_out()] if c.data.eval_split else []
+        held_out = [target.stage.prepare(b) for b in self.held_out()] if c.data.eval_split else []
         measure = noise_levels(self.model, held_out, seed=c.eval.seed) if held_out else None
 
         def on_eval(step: int, params: Any) -> Mapping[str, float]:
+            params = target.whole(params)
             if c.eval.prompts:
                 self.draw(step, params)
             return measure(params) if measure else {}
@@ -279,10 +293,9 @@ def run(f: flags.FlagValues) -> None:
     with Lock(workdir) if first else nullcontext():
         settle(workdir, as_json(f.config), data_fingerprint(f.config.data.path), as_json(base()), write=first)
         try:
-            this = Run(f.config, workdir)
+            Run(f.config, workdir).train(f.profile)
         except OptionsError as e:
             raise UsageError(f"config: {e}") from None
-        this.train(f.profile)
 
 
 def as_json(config: Any) -> dict[str, Any]:
@@ -317,7 +330,7 @@ def main(argv: list[str]) -> int:
         "train.py",
         argv,
         command,
-        smaller="lower config.batch_size, raise config.accumulate, or use config.remat=True",
+        smaller="lower config.batch_size, raise config.accumulate, or use config.remat=full",
         stopped="the same command goes on from the last checkpoint",
     )
 

@@ -19,8 +19,14 @@ def base() -> ConfigDict:
             "weight_decay": 0.01,
             "b1": 0.9,
             "b2": 0.99,
+            "optimizer": "adamw",  # or adafactor, lion, muon
+            "moments": "float32",  # of the optimizer: or bfloat16 (the first), int8 (both, adamw)
+            "rates": (),  # factors of learning_rate by the start of a parameter's path: (("text_encoder", 0.1),)
             "clip_norm": 1.0,  # 0: off
             "ema_decay": 0.999,
+            # Averages of which snapshots are kept, for one of any length after training: (0.05, 0.1).
+            "ema_sigmas": (),
+            "snapshot_every": 1000,
             "seed": 0,
             # The devices are a mesh ("data", "fsdp", "tensor"); "data" is what the other two leave.
             "fsdp": 1,  # devices that each parameter is kept split over
@@ -31,7 +37,7 @@ def base() -> ConfigDict:
             "keep_checkpoints": 2,
             "max_skipped": 10,  # updates in a row that may be left out because loss or gradient is not finite
             "dtype": "float32",  # type to compute in; parameters are float32
-            "remat": False,  # compute activations again in the backward pass, to save memory
+            "remat": "",  # compute activations again in the backward pass, to save memory: full, dots or dots_no_batch
             # Diffusers folders, or names of bundled models, that parts come from with weights and sizes; "model" stands
             # for every part.
             "init_from": {"model": "", "text_encoder": "", "vision_encoder": "", "vae": "", "unet": ""},

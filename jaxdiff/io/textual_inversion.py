@@ -100,14 +100,18 @@ def load_textual_inversion(
     for word, vectors in read_textual_inversion(model, path, token).items():
         for encoder, rows in vectors.items():
             try:
-                model, params[encoder] = _extend(model, params[encoder], encoder, word, rows)
+                model, params[encoder] = extend(model, params[encoder], encoder, word, rows)
             except ConfigError as e:
                 raise WeightsError(f"{path}: {str(e)[0].lower()}{str(e)[1:]}") from None
     return model, params
 
 
-def _extend(model: Model, params: Params, encoder: str, word: str, rows: np.ndarray) -> tuple[Model, Params]:
-    """One text encoder, its tokenizer and its parameters with one word more."""
+def extend(model: Model, params: Params, encoder: str, word: str, rows: np.ndarray) -> tuple[Model, Params]:
+    """One text encoder, its tokenizer and its parameters with one word more, of vectors `rows` [n, D].
+
+    Raises:
+        ConfigError: the tokenizer knows the word already.
+    """
     old = getattr(model, TOKENIZERS[encoder])
     tokenizer = old.with_tokens([word, *(f"{word}_{i}" for i in range(1, len(rows)))])
     table = params[TABLE]["embedding"]

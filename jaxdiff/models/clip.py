@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, ConfigError
 from jaxdiff.models.attention import attention
-from jaxdiff.models.layers import ACTIVATIONS
+from jaxdiff.models.layers import ACTIVATIONS, rematerialised
 from jaxdiff.typing import Array
 
 
@@ -42,14 +42,14 @@ class CLIPEncoder(nn.Module):
 
     config: CLIPTextConfig | CLIPVisionConfig
     causal: bool
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
         if self.config.hidden_act not in ACTIVATIONS:
             raise ConfigError(f"hidden_act {self.config.hidden_act!r} is unknown; known are {', '.join(ACTIVATIONS)}.")
-        cls = nn.remat(CLIPLayer) if self.remat else CLIPLayer
+        cls = rematerialised(CLIPLayer, self.remat)
         states = [x]
         for i in range(self.config.num_hidden_layers):
             states.append(cls(self.config, self.causal, self.dtype, name=f"layers_{i}")(states[-1]))
@@ -60,7 +60,7 @@ class CLIPTextModel(nn.Module):
     """Token ids -> one vector a token, each seeing only the tokens before it (causal)."""
 
     config: CLIPTextConfig
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -92,7 +92,7 @@ class CLIPVisionModel(nn.Module):
     """Pictures -> one vector a picture in the space shared with the text (Dosovitskiy et al. 2021)."""
 
     config: CLIPVisionConfig
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact

@@ -117,9 +117,16 @@ def example_inputs(c: ControlNetConfig) -> tuple[Array, ...]:
     return tuple(jnp.zeros(shape) for shape in shapes)
 
 
-def from_unet(unet: UNet2DConditionModel, params: Params, key: Key) -> tuple[ControlNet, Params]:
-    """A ControlNet to train: the UNet's own way down (`params` are the UNet's), fresh where it has no counterpart."""
-    config = ControlNetConfig.from_dict(dataclasses.asdict(unet.config))
+def from_unet(unet: UNet2DConditionModel, params: Params, key: Key, factor: int = 8) -> tuple[ControlNet, Params]:
+    """A ControlNet to train: the UNet's own way down (`params` are the UNet's), fresh where it has no counterpart.
+
+    Args:
+        factor: pixels of the steering picture to a latent along one side, a power of 2: the autoencoder's.
+    """
+    usual = ControlNetConfig().conditioning_embedding_out_channels
+    widths = tuple(usual[min(i, len(usual) - 1)] for i in range(factor.bit_length()))
+    values = {**dataclasses.asdict(unet.config), "conditioning_embedding_out_channels": widths}
+    config = ControlNetConfig.from_dict(values)
     controlnet = ControlNet(config, unet.remat, unet.dtype)
     fresh = jax.jit(controlnet.init)(key, *example_inputs(config))["params"]  # jit: computes no activation
     return controlnet, {name: params.get(name, value) for name, value in fresh.items()}

@@ -1,11 +1,13 @@
 """The pieces that the UNet and the autoencoder share. Submodules bear the names of the PyTorch checkpoints."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxdiff.config import ConfigError
 from jaxdiff.models.attention import attention
 from jaxdiff.typing import Array
 
@@ -16,6 +18,32 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
 }
+
+
+# What a layer keeps for the backward pass: nothing, or the results of products, convolutions included ("dots"), or of
+# those whose factors are not both of the batch, which leaves out attention's ("dots_no_batch").
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def rematerialised(cls: Any, remat: bool | str) -> Any:
+    """The class of a layer that computes its activations again in the backward pass; False or "" keeps them all.
+
+    Args:
+        remat: a name of `REMAT_POLICIES`; True is "full" (Chen et al. 2016).
+
+    Raises:
+        ConfigError: an unknown policy.
+    """
+    if not remat:
+        return cls
+    name = "full" if remat is True else remat
+    if name not in REMAT_POLICIES:
+        raise ConfigError(f"remat {name!r} is unknown; known are {', '.join(REMAT_POLICIES)}.")
+    return nn.remat(cls, policy=REMAT_POLICIES[name])
 
 
 def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Array:
@@ -51,7 +79,8 @@ def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **kwargs) -> jax
     b, h, w, c = x.shape
     s = strides[0]
     usual = kernel.shape[:2] == (3, 3) and strides[0] == strides[1] and tuple(map(tuple, padding)) == ((1, 1), (1, 1))
-    if not usual or b * h * w > FEW_POSITIONS or c < MANY_CHANNELS:
+    divided = jax.sharding.get_abstract_mesh().auto_axes  # then the reshaped kernel would be brought together first
+    if not usual or b * h * w > FEW_POSITIONS or c < MANY_CHANNELS or divided:
         return general(x, kernel)
 
     def gathered(x, kernel):

@@ -92,9 +92,9 @@ def build(
     tokenizer_2: Tokenizer | None = None,
     options: PipelineOptions | None = None,
     dtype=jnp.float32,
-    remat: bool = False,
+    remat: bool | str = False,
 ) -> Model:
-    """A model of these configs that computes in `dtype`; `remat` recomputes activations in the backward pass."""
+    """A model of these configs that computes in `dtype`; `remat` recomputes activations, see `rematerialised`."""
     dtype = jnp.dtype(dtype)
     rest = remat, dtype
     vae_dtype = jnp.dtype("float32") if vae.force_upcast and dtype == jnp.float16 else dtype

@@ -12,6 +12,7 @@ from jaxdiff.models.layers import (
     Transformer2D,
     Upsample,
     conv,
+    rematerialised,
     timestep_embedding,
 )
 from jaxdiff.typing import Array
@@ -51,7 +52,7 @@ class UNetBlock(nn.Module):
     attend: bool
     up: bool = False
     resample: bool = True  # whether a down- or up-sampling layer ends the level
-    remat: bool = False  # recompute activations in the backward pass
+    remat: bool | str = False  # recompute activations in the backward pass
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -78,7 +79,7 @@ class UNetMidBlock(nn.Module):
     """The lowest level: resnet, transformer, resnet; the first resnet alone where the level does not attend."""
 
     config: UNetConfig
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -92,15 +93,17 @@ class UNetMidBlock(nn.Module):
         return resnet(c, x.shape[-1], "resnets_1", self.remat, self.dtype)(x, temb)
 
 
-def resnet(c: UNetConfig, features: int, name: str, remat: bool, dtype) -> ResnetBlock:
-    cls = nn.remat(ResnetBlock) if remat else ResnetBlock
+def resnet(c: UNetConfig, features: int, name: str, remat: bool | str, dtype) -> ResnetBlock:
+    cls = rematerialised(ResnetBlock, remat)
     return cls(features, c.norm_num_groups, c.norm_eps, c.act_fn, zero_init=True, dtype=dtype, name=name)
 
 
-def transformer(c: UNetConfig, level: int, name: str, remat: bool, dtype, *, middle: bool = False) -> Transformer2D:
+def transformer(
+    c: UNetConfig, level: int, name: str, remat: bool | str, dtype, *, middle: bool = False
+) -> Transformer2D:
     """The transformer of a level, or of the middle, where diffusers has self-attention whatever the config says."""
     levels = len(c.block_out_channels)
-    cls = nn.remat(Transformer2D) if remat else Transformer2D
+    cls = rematerialised(Transformer2D, remat)
     return cls(
         per_level(c.heads, levels)[level],
         per_level(c.transformer_layers_per_block, levels)[level],
@@ -116,7 +119,7 @@ class UNetEncoder(nn.Module):
     """What the UNet and a ControlNet have in common: the embeddings, and the way down to the middle."""
 
     config: UNetConfig
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     def rest(self) -> dict:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxdiff.config import VAEConfig
-from jaxdiff.models.layers import ACTIVATIONS, Attention, Downsample, ResnetBlock, Upsample, conv
+from jaxdiff.models.layers import ACTIVATIONS, Attention, Downsample, ResnetBlock, Upsample, conv, rematerialised
 from jaxdiff.typing import Array
 
 EPS = 1e-6  # of every norm here
@@ -17,7 +17,7 @@ class VAEBlock(nn.Module):
     features: int
     layers: int
     resample: type[Downsample] | type[Upsample] | None
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -35,7 +35,7 @@ class VAEMidBlock(nn.Module):
     """The lowest level: resnet, attention of one head over all positions, resnet."""
 
     config: VAEConfig
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -60,8 +60,8 @@ class VAEAttention(nn.Module):
         return attend(tokens).reshape(b, h, w, c)
 
 
-def resnet(c: VAEConfig, features: int, name: str, remat: bool, dtype) -> ResnetBlock:
-    cls = nn.remat(ResnetBlock) if remat else ResnetBlock
+def resnet(c: VAEConfig, features: int, name: str, remat: bool | str, dtype) -> ResnetBlock:
+    cls = rematerialised(ResnetBlock, remat)
     return cls(features, c.norm_num_groups, EPS, c.act_fn, dtype=dtype, name=name)
 
 
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
     """Pictures [B, H, W, 3] -> mean and log-variance side by side [B, h, w, 2 * latent_channels]."""
 
     config: VAEConfig
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
     """Latents [B, h, w, latent_channels] -> pictures [B, H, W, 3]."""
 
     config: VAEConfig
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -107,7 +107,7 @@ class AutoencoderKL(nn.Module):
     """Encoder to a diagonal Gaussian and decoder. Pictures are in [-1, 1]; latents here are unscaled."""
 
     config: VAEConfig
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):

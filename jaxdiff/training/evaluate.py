@@ -10,8 +10,8 @@ import numpy as np
 from jaxdiff.diffusion.losses import diffusion_loss
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import at, noise_schedule
-from jaxdiff.models.model import Model, apply, decode, encode, encode_text
-from jaxdiff.training.stages import clip_embeddings, each, latents_of
+from jaxdiff.models.model import Model, apply, decode, encode, with_time_ids
+from jaxdiff.training.stages import clip_embeddings, conditioning, each, latents_of
 from jaxdiff.training.state import Batch
 from jaxdiff.typing import Array, Key, Params
 
@@ -73,8 +73,9 @@ def noise_levels(model: Model, batches: Sequence[Mapping[str, Any]], *, levels: 
 
     @jax.jit
     def run(params: Params, batch: Batch, keys: Key) -> Array:  # [levels]: sums over the batch
-        cond = encode_text(model, params, batch["tokens"])
         x0 = latents_of(model, params, batch)
+        kept = jnp.zeros(len(x0), bool)  # no caption is dropped
+        cond = with_time_ids(model, conditioning(model, params, batch, batch, kept), x0)
         eps = each(jax.random.normal, keys, x0.shape[1:])
 
         def at_time(t: Array) -> Array:

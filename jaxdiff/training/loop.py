@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from jaxdiff import parallel
 from jaxdiff.io.checkpoint import Checkpoints
+from jaxdiff.training import ema
 from jaxdiff.training.report import Report
 from jaxdiff.training.speed import Speed, flops, peak_flops
 from jaxdiff.training.state import Batch, Loss, Options, TrainState, init_state, make_train_step, optimizer
@@ -214,6 +215,8 @@ def fit(
                 if last or not streak.length:  # in a bad time the last good one is kept
                     checkpoints.save(step, state, iterator.get_state())
                     due = False
+            if options.ema_sigmas and (last or step % options.snapshot_every == 0):
+                ema.snapshot(workdir / "ema", options.ema_sigmas, state.opt_state)
             if on_eval is not None and (last or (options.eval_every and step % options.eval_every == 0)):
                 if values := on_eval(step, whole(state)):
                     report.show(step, values)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxdiff.config import CLIPTextConfig, ConfigError, SchedulerConfig
 from jaxdiff.data.folder import Example, examples
-from jaxdiff.io.pretrained import CONFIGS, find, find_weights, load_model, replace_config
+from jaxdiff.io.pretrained import CONFIGS, find, find_weights, load, load_model, replace_config
 from jaxdiff.io.weights import load_tensors
 from jaxdiff.models.model import Model, build, encode, init_params, param_shapes
 from jaxdiff.tokenizer import Tokenizer, train_bpe
@@ -28,15 +28,15 @@ def starting_model(
     key: Key,
     *,
     dtype: Any = "float32",
-    remat: bool = False,
+    remat: bool | str = False,
 ) -> tuple[Model, Params]:
     """The model that training starts from.
 
     Args:
         sizes: the config of each fresh part ("text_encoder", "unet", "vae", "vision_encoder") and of the "scheduler".
         init_from: diffusers folders, or names of bundled models, by the part that is taken from them, config and
-            weights; "model" stands for all parts that the folder has. The tokenizer comes with the text encoder, the
-            scheduler with "model" alone.
+            weights; "model" stands for all parts that the folder has, and without others beside it may be of any family
+            or a single file. The tokenizer comes with the text encoder, the scheduler with "model" alone.
         make_tokenizer: makes one where the text encoder is fresh.
         key: of the fresh parameters.
 
@@ -46,6 +46,33 @@ def starting_model(
     Raises:
         ConfigError, WeightsError: one sentence naming the entry or file.
     """
+    if [name for name, folder in init_from.items() if folder] == ["model"]:
+        return _whole(init_from["model"], dtype, remat)
+    model, given = _described(sizes, init_from, make_tokenizer, dtype, remat)
+    shapes = param_shapes(model)
+    read = {
+        name: load_tensors(find_weights(folder / name, name), shapes[name], jnp.float32)
+        for name, (folder, _) in given.items()
+    }
+    return model, {**_fresh(model, set(shapes) - set(given), key), **jax.device_get(read)}
+
+
+def described_model(
+    sizes: Mapping[str, Mapping[str, Any]],
+    init_from: Mapping[str, str],
+    make_tokenizer: Callable[[], Tokenizer],
+    *,
+    dtype: Any = "float32",
+    remat: bool | str = False,
+) -> Model:
+    """The model of `starting_model` alone: configs and vocabularies are read, no weights."""
+    if [name for name, folder in init_from.items() if folder] != ["model"]:
+        return _described(sizes, init_from, make_tokenizer, dtype, remat)[0]
+    return _rebuilt(_open("model", init_from["model"])[1], dtype, remat)
+
+
+def _described(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, dict[str, tuple[Path, Model]]]:
+    """The model, and the folder and model that each part comes from which is not fresh."""
     given = {name: _open(name, folder) for name, folder in init_from.items() if folder}
     scheduler = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", **sizes.get("scheduler", {})})
     if "model" in given:
@@ -64,13 +91,25 @@ def starting_model(
         configs["text_encoder"] = _fit_tokenizer(configs["text_encoder"], tokenizer)
     text, unet, vae = (configs[name] for name in ("text_encoder", "unet", "vae"))
     vision = configs.get("vision_encoder")
-    model = build(text, unet, vae, tokenizer, scheduler, vision, dtype=dtype, remat=remat)
-    shapes = param_shapes(model)
-    read = {
-        name: load_tensors(find_weights(folder / name, name), shapes[name], jnp.float32)
-        for name, (folder, _) in given.items()
-    }
-    return model, {**_fresh(model, set(shapes) - set(given), key), **jax.device_get(read)}
+    return build(text, unet, vae, tokenizer, scheduler, vision, dtype=dtype, remat=remat), given
+
+
+def _whole(path: str, dtype: Any, remat: bool | str) -> tuple[Model, Params]:
+    """A model of any family as it is, with float32 parameters, that computes in `dtype`."""
+    try:
+        found = find(path)
+    except ConfigError as e:
+        raise ConfigError(f"init_from.model: {e}") from None
+    m, params = load(found)
+    return _rebuilt(m, dtype, remat), jax.device_get(params)
+
+
+def _rebuilt(m: Model, dtype: Any, remat: bool | str) -> Model:
+    text = m.text_encoder.config if m.text_encoder else None
+    text_2 = m.text_encoder_2.config if m.text_encoder_2 else None
+    vision = m.vision_encoder.config if m.vision_encoder else None
+    more: Any = {"text_2": text_2, "tokenizer_2": m.tokenizer_2, "options": m.options, "dtype": dtype, "remat": remat}
+    return build(text, m.unet.config, m.vae.config, m.tokenizer, m.scheduler, vision, **more)
 
 
 def _fresh(model: Model, names: set[str], key: Key) -> Params:

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxdiff import parallel
+from jaxdiff.training.optimizer import MOMENTS, OPTIMIZERS, learning_rate, optimizer
 from jaxdiff.typing import Array, Key, Params
 
 Batch = Mapping[str, Any]  # arrays [B, ...] by name
@@ -35,8 +36,13 @@ class Options:
     weight_decay: float = 0.01  # of matrices and kernels; biases, norms and scalars are left alone
     b1: float = 0.9
     b2: float = 0.999
+    optimizer: str = "adamw"  # or "adafactor", "lion", "muon"
+    moments: str = "float32"  # type of the optimizer's moments: or "bfloat16" (the first), "int8" (both)
+    rates: tuple[tuple[str, float], ...] = ()  # (start of a parameter's path, factor of its learning rate)
     clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
     ema_decay: float = 0.999  # of the average of parameters that is evaluated and exported; 0 keeps no past
+    ema_sigmas: tuple[float, ...] = ()  # lengths of averages to keep snapshots of, as shares of the training
+    snapshot_every: int = 1000  # steps
     seed: int = 0
     fsdp: int = 1  # devices that each parameter is kept split over
     tensor: int = 1  # devices that the layers themselves are split over
@@ -58,6 +64,7 @@ class Options:
             "checkpoint_every",
             "keep_checkpoints",
             "max_skipped",
+            "snapshot_every",
         ):
             if getattr(self, name) < 1:
                 raise OptionsError(f"{name} {getattr(self, name)} must be at least 1.")
@@ -70,6 +77,11 @@ class Options:
             )
         if self.schedule not in ("constant", "cosine"):
             raise OptionsError(f"schedule {self.schedule!r} must be constant or cosine.")
+        if self.optimizer not in OPTIMIZERS:
+            raise OptionsError(f"optimizer {self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}.")
+        if self.optimizer not in MOMENTS.get(self.moments, ()):
+            known = ", ".join(f"{name} (with {', '.join(who)})" for name, who in MOMENTS.items())
+            raise OptionsError(f"moments {self.moments!r} of {self.optimizer} must be one of {known}.")
         if not 0 <= self.ema_decay < 1:
             raise OptionsError(f"ema_decay {self.ema_decay} must be in [0, 1).")
 
@@ -79,29 +91,6 @@ class TrainState(NamedTuple):
     params: Params  # what is trained, float32
     ema: Params  # its moving average
     opt_state: Any
-
-
-def learning_rate(options: Options) -> optax.Schedule:
-    """Linear warm-up, then constant or cosine decay to 0 (Loshchilov & Hutter 2017, equation 5)."""
-    peak, warmup = options.learning_rate, options.warmup_steps
-    if options.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(options.steps - warmup, 1))
-    else:
-        after = optax.constant_schedule(peak)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
-
-
-def optimizer(options: Options) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) on clipped gradients."""
-    clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
-    adamw = optax.adamw(
-        learning_rate(options),
-        options.b1,
-        options.b2,
-        weight_decay=options.weight_decay,
-        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-    )
-    return optax.chain(clip, adamw)
 
 
 def ema_update(ema: Params, params: Params, decay: float, step: Array) -> Params:

@@ -1,0 +1,30 @@
+"""Teach a model one subject by three to ten pictures of it, without forgetting its class (Ruiz et al. 2023).
+
+    python sample.py --model my-sd15/ --prompt "a photo of a dog" --num_images 200 --output class/
+    python train.py --config=configs/finetune/dreambooth.py --workdir=runs/dog \
+        --config.data.path=my-dog/ --config.data.captions="('a photo of sks dog',)" \
+        --config.prior.path=class/ --config.init_from.model=my-sd15/ --config.eval.prompts="('sks dog on a beach',)"
+
+my-dog/ is a folder of pictures; class/ must be a captioned one: write class/metadata.jsonl with a line
+{"file_name": "…", "text": "a photo of a dog"} for each picture. Half of each batch comes from there, and its loss
+counts config.prior.weight times. Without prior.path the class is not kept. Cost: as configs/finetune/full.py;
+--config.stage=lora trains a LoRA instead, at a rate of 1e-4.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import base
+
+
+def get_config() -> ConfigDict:
+    config = base()
+    config.stage = "unet"
+    config.init_from.model = "icons"
+    config.trainable = ("unet", "text_encoder")
+    config.data.image_size = 0  # the model's own
+    config.data.background = "white"
+    config.eval.guidance_scale = 7.5
+    config.update({"steps": 800, "batch_size": 4, "learning_rate": 2e-6, "warmup_steps": 0, "caption_dropout": 0.0})
+    config.update({"schedule": "constant", "ema_decay": 0.0, "remat": "full", "dtype": "bfloat16"})
+    config.update({"log_every": 10, "eval_every": 200, "checkpoint_every": 200})
+    return config

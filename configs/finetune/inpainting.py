@@ -1,0 +1,24 @@
+"""Make an inpainting model: a UNet that also sees a mask and what is left of the picture (Rombach et al. 2022, 4.5).
+
+    python train.py --config=configs/finetune/inpainting.py --workdir=runs/inpainting \
+        --config.data.path=pictures/ --config.init_from.model=my-sd15/
+    python sample.py --model runs/inpainting/export --image room.png --mask mask.png --prompt "a red sofa"
+
+From a plain model, whose UNet gets five channels more that begin without weight, or from an inpainting model. The masks
+are random: up to four rectangles, and everything for a quarter of the pictures. Cost: as configs/finetune/full.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import base
+
+
+def get_config() -> ConfigDict:
+    config = base()
+    config.stage = "inpainting"
+    config.init_from.model = "icons"
+    config.data.image_size = 0  # the model's own
+    config.data.background = "white"
+    config.update({"steps": 50_000, "batch_size": 32, "accumulate": 2, "learning_rate": 1e-5, "warmup_steps": 1000})
+    config.update({"schedule": "constant", "ema_decay": 0.9995, "remat": "full", "dtype": "bfloat16"})
+    return config

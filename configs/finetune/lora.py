@@ -1,0 +1,29 @@
+"""Teach a model a style or a subject by a LoRA: a file of some megabytes, in an evening on one GPU.
+
+    python train.py --config=configs/finetune/lora.py --workdir=runs/lora \
+        --config.data.path=pictures/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"
+    python sample.py --model my-sd15/ --lora runs/lora/export/pytorch_lora_weights.safetensors --prompt "a castle"
+
+In runs/lora/export are pytorch_lora_weights.safetensors, which PyTorch diffusers opens, and kohya.safetensors for other
+programs. Cost: beside the model itself (4 bytes a parameter) only the LoRA's few million parameters have moments and an
+average. --config.trainable="('unet','text_encoder')" changes the text encoder as well; --config.lora.rank is its size.
+For a folder without captions: --config.data.captions="('a picture in the style of sks',)".
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import base
+
+
+def get_config() -> ConfigDict:
+    config = base()
+    config.stage = "lora"
+    config.init_from.model = "icons"
+    config.data.image_size = 0  # the model's own
+    config.data.background = "white"
+    config.rates = (("lora/text_encoder", 0.5),)
+    config.eval.guidance_scale = 7.5
+    config.update({"steps": 2000, "batch_size": 4, "learning_rate": 1e-4, "warmup_steps": 100, "weight_decay": 0.0})
+    config.update({"schedule": "cosine", "ema_decay": 0.99, "remat": "full", "dtype": "bfloat16"})
+    config.update({"log_every": 10, "eval_every": 250, "checkpoint_every": 250})
+    return config

@@ -1,0 +1,30 @@
+"""Teach a model a new word by a few pictures of what it means; nothing else changes (Gal et al. 2022).
+
+    python train.py --config=configs/finetune/textual_inversion.py --workdir=runs/cat \
+        --config.data.path=my-cat/ --config.word.token="<my-cat>" --config.word.initial=cat \
+        --config.init_from.model=my-sd15/ --config.eval.prompts="('a painting of <my-cat>',)"
+
+my-cat/ is a folder of pictures, which needs no captions. In runs/cat/export is learned_embeds.safetensors, a few
+kilobytes, which PyTorch diffusers opens and `jaxdiff.load_textual_inversion` reads. --config.word.vectors=4 gives the
+word more room. Cost: gradients go through the whole UNet, but only the word has moments.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import base
+from jaxdiff.training.personalise import TEMPLATES
+
+
+def get_config() -> ConfigDict:
+    config = base()
+    config.stage = "textual_inversion"
+    config.init_from.model = "icons"
+    config.word.initial = "picture"
+    config.data.captions = TEMPLATES
+    config.data.image_size = 0  # the model's own
+    config.data.background = "white"
+    config.eval.guidance_scale = 7.5
+    config.update({"steps": 3000, "batch_size": 4, "learning_rate": 5e-3, "warmup_steps": 0, "weight_decay": 0.0})
+    config.update({"schedule": "constant", "ema_decay": 0.0, "caption_dropout": 0.0, "clip_norm": 0.0})
+    config.update({"remat": "full", "dtype": "bfloat16", "log_every": 10, "eval_every": 500, "checkpoint_every": 500})
+    return config

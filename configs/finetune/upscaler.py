@@ -1,0 +1,25 @@
+"""Make or teach an upscaler: a UNet that also sees a small picture with noise on it, and how much (Ho et al. 2022).
+
+    python train.py --config=configs/finetune/upscaler.py --workdir=runs/upscaler \
+        --config.data.path=pictures/ --config.init_from.model=stable-diffusion-x4-upscaler/ --config.data.image_size=512
+    python sample.py --model runs/upscaler/export --image small.png --prompt "a castle"
+
+The small picture has the size of the latents, so that the autoencoder's factor is that of the enlargement: 4 for the
+published upscaler, 8 from a plain model, whose UNet then gets three channels more and a table of noise levels that
+begin without weight. Cost: as configs/finetune/full.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import base
+
+
+def get_config() -> ConfigDict:
+    config = base()
+    config.stage = "upscaler"
+    config.init_from.model = "icons"
+    config.data.image_size = 0  # the model's own
+    config.data.background = "white"
+    config.update({"steps": 50_000, "batch_size": 32, "accumulate": 2, "learning_rate": 1e-5, "warmup_steps": 1000})
+    config.update({"schedule": "constant", "ema_decay": 0.9995, "remat": "full", "dtype": "bfloat16"})
+    return config

@@ -1,0 +1,141 @@
+"""Moving averages of any length after training, from snapshots of two (Karras et al. 2024, section 3).
+
+The average of length gamma weighs the parameters theta(tau) of each time by a power,
+
+    p(tau; t, gamma) = (gamma + 1) tau^gamma / t^(gamma + 1),   0 <= tau <= t                                 (1)
+    theta_hat <- beta theta_hat + (1 - beta) theta,   beta = (1 - 1/t)^(gamma + 1)                            (2)
+
+whose deviation, as a share of the training, is sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)). Snapshots i of it,
+taken at times t_i, are combined so that their weighted profiles come nearest to that of another length: with
+
+    <p_i, p_j> = (gamma_i + 1)(gamma_j + 1) min(t_i, t_j)^(gamma_i + gamma_j + 1)
+                 / ((gamma_i + gamma_j + 1) t_i^(gamma_i + 1) t_j^(gamma_j + 1))                              (3)
+
+the weights x solve  sum_j <p_i, p_j> x_j = <p_i, p>  (their appendix C.2, algorithm 3). Two lengths and some ten
+snapshots are enough for any length between.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxdiff import parallel
+from jaxdiff.config import ConfigError
+from jaxdiff.io.sources import open_tensors
+from jaxdiff.io.weights import write_tensors
+from jaxdiff.typing import Array, Params
+
+COUNT = "updates"  # name of the tensor that says when a snapshot was taken
+
+
+class PowerAverages(NamedTuple):
+    """The averages of equation (2), part of the optimizer's state."""
+
+    count: Array  # [] int32, t: updates made
+    averages: tuple[Params, ...]  # one for each length
+
+
+def gamma(sigma: float) -> float:
+    """The exponent of the average whose deviation is `sigma` of the training.
+
+    >>> [round(gamma(sigma), 2) for sigma in (0.05, 0.1)]
+    [16.97, 6.94]
+
+    Raises:
+        ConfigError: no such average: sigma must be above 0 and below 0.289, that of a plain mean.
+    """
+    if not 0 < sigma < 12**-0.5:
+        raise ConfigError(f"the length {sigma} of an average must be above 0 and below {12**-0.5:.3f}.")
+    return float(np.roots([1, 7, 16 - sigma**-2, 12 - sigma**-2]).real.max())
+
+
+def track(sigmas: Sequence[float]) -> optax.GradientTransformation:
+    """Keeps averages of these lengths; changes no update. The last link of a chain, so that it sees what is applied."""
+    powers = [gamma(sigma) + 1 for sigma in sigmas]
+
+    def init(params: Params) -> PowerAverages:
+        return PowerAverages(jnp.zeros((), jnp.int32), tuple(jax.tree.map(jnp.copy, params) for _ in powers))
+
+    def update(updates: Params, state: PowerAverages, params: Params | None = None) -> tuple[Params, PowerAverages]:
+        count = state.count + 1
+        new = optax.apply_updates(params, updates)
+
+        def one(average: Params, power: float) -> Params:
+            beta = (1 - 1 / count) ** power
+            return jax.tree.map(lambda a, p: p + beta * (a - p), average, new)
+
+        return updates, PowerAverages(count, tuple(map(one, state.averages, powers)))
+
+    return optax.GradientTransformation(init, update)
+
+
+def snapshot(folder: Path, sigmas: Sequence[float], opt_state: Any) -> None:
+    """Write the averages that an optimizer's state holds as `folder`/<updates>.safetensors. To be called on every host.
+
+    Raises:
+        WeightsError: it cannot be written.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PowerAverages))
+    state = parallel.fetch(next(x for x in leaves if isinstance(x, PowerAverages)))
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{sigma}:{path}": np.asarray(value)
+            for sigma, average in zip(sigmas, state.averages, strict=True)
+            for path, value in flatten_dict(average, sep="/").items()
+        }
+        write_tensors(folder / f"{int(state.count)}.safetensors", {**tensors, COUNT: np.asarray(state.count)})
+
+
+def inner(t: np.ndarray, g: np.ndarray, t_2: np.ndarray, g_2: np.ndarray) -> np.ndarray:
+    """Inner products of profiles, equation (3); [I], [I], [J], [J] float64 -> [I, J]."""
+    t, g = t[:, None], g[:, None]
+    ratio = np.minimum(t, t_2)
+    return (g + 1) * (g_2 + 1) / (g + g_2 + 1) * (ratio / t) ** g * (ratio / t_2) ** g_2 * ratio / (t * t_2)
+
+
+def weights(times: np.ndarray, gammas: np.ndarray, time: float, wanted: float) -> np.ndarray:
+    """How much of each snapshot [N] makes the average of exponent `wanted` at `time`."""
+    times, gammas = np.asarray(times, np.float64), np.asarray(gammas, np.float64)
+    right = inner(times, gammas, np.asarray([time], np.float64), np.asarray([wanted]))
+    return np.linalg.lstsq(inner(times, gammas, times, gammas), right[:, 0], rcond=None)[0]
+
+
+def reconstructed(folder: str | Path, sigma: float, updates: int | None = None) -> Params:
+    """What was trained, averaged over another length.
+
+    Args:
+        folder: of snapshots, a run's `ema`.
+        sigma: deviation of the average's profile as a share of the training.
+        updates: the end of the training to be averaged over; the last snapshot by default.
+
+    Returns:
+        The trained part of the parameters, float32 numpy arrays.
+
+    Raises:
+        ConfigError: there are no snapshots up to there, or no such length.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"), key=lambda p: int(p.stem))
+    files = [p for p in files if updates is None or int(p.stem) <= updates]
+    if not files:
+        raise ConfigError(f"{folder} holds no snapshots of averages: set ema_sigmas when training.")
+    wanted, sources = gamma(sigma), [open_tensors(p) for p in files]
+    names = sorted({name.split(":")[0] for name in sources[0].shapes if ":" in name})
+    times = np.repeat([int(source.read(COUNT)) for source in sources], len(names))
+    lengths = np.tile([gamma(float(name)) for name in names], len(sources))
+    shares = iter(weights(times, lengths, times[-1] if updates is None else updates, wanted))
+    total: dict[str, np.ndarray] = {}
+    for source in sources:
+        for name in names:
+            share = next(shares)
+            for tensor in (t for t in source.shapes if t.startswith(f"{name}:")):
+                value = share * np.asarray(source.read(tensor), np.float64)
+                path = tensor.split(":", 1)[1]
+                total[path] = total[path] + value if path in total else value
+    return unflatten_dict({path: value.astype(np.float32) for path, value in total.items()}, sep="/")

@@ -1,0 +1,154 @@
+"""Denoisers that see more than a prompt: ControlNets, inpainting and upscaling UNets."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff.config import ConfigError, SchedulerConfig
+from jaxdiff.diffusion.prediction import add_noise
+from jaxdiff.diffusion.schedules import Time, at, noise_schedule
+from jaxdiff.io.edges import canny
+from jaxdiff.io.pretrained import replace_config
+from jaxdiff.models.model import Conditioning, Model, apply, encode
+from jaxdiff.training.stages import Network, each, folded, plain_network
+from jaxdiff.training.state import Batch
+from jaxdiff.typing import Array, Key, Params
+
+RECTANGLES = 4  # of a random mask, at most
+WHOLE_SHARE = 0.25  # of masks that cover the whole picture, so that drawing from nothing is not forgotten
+LOW_RES_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.02}  # of the published x4 upscaler
+
+
+def network_of(model: Model) -> Network:
+    """What the model's UNet is given beside the prompt while it learns."""
+    if model.inpaints:
+        return inpainting_network(model)
+    return upscaler_network(model) if model.family == "upscaler" else plain_network(model)
+
+
+# --- ControlNet
+
+
+def controlled_network(model: Model) -> Network:
+    """The UNet steered by the model's only ControlNet (Zhang et al. 2023, equation 5), which sees batch["hint"]."""
+    (net,) = model.controlnets
+
+    def network(params: Params, x: Array, time: Time, cond: Conditioning, batch: Batch, keys: Key) -> Array:
+        hint = batch["hint"].astype(jnp.float32) / 255.0
+        inputs = (x, time.t, cond.embeddings, hint, cond.pooled, cond.time_ids)
+        residuals = net.apply({"params": params["controlnet"][0]}, *inputs)
+        return apply(model, params, "unet", x, time.t, *cond, None, None, residuals)
+
+    return network
+
+
+def with_edges(batch: Mapping[str, Any], low: float, high: float) -> Mapping[str, Any]:
+    """A batch with "hint" uint8 [b, H, W, 3], the edges of its pictures, unless it has one already. On the host."""
+    if "hint" in batch:
+        return batch
+    return {**batch, "hint": np.stack([canny(image, low, high) for image in batch["image"]])}
+
+
+# --- more channels
+
+
+def extended(model: Model, params: Params, channels: int) -> tuple[Model, Params]:
+    """The model with a UNet of so many input channels; the new ones have no weight yet, so that it draws as before.
+
+    Raises:
+        ConfigError: the UNet has neither as many channels already nor the latents' alone.
+    """
+    had, latent = model.unet.config.in_channels, model.vae.config.latent_channels
+    if had == channels:
+        return model, params
+    if had != latent:
+        raise ConfigError(f"the UNet has {had} input channels: start from one with {latent} or {channels}.")
+    kernel = np.asarray(params["unet"]["conv_in"]["kernel"])  # [3, 3, in, out]
+    conv_in = {**params["unet"]["conv_in"], "kernel": np.pad(kernel, ((0, 0),) * 2 + ((0, channels - had), (0, 0)))}
+    return replace_config(model, "unet", in_channels=channels), {
+        **params,
+        "unet": {**params["unet"], "conv_in": conv_in},
+    }
+
+
+# --- inpainting
+
+
+def inpainting_model(model: Model, params: Params) -> tuple[Model, Params]:
+    """The model with a UNet that sees a mask and the masked picture's latents; see `extended`."""
+    return extended(model, params, 2 * model.vae.config.latent_channels + 1)
+
+
+def random_masks(keys: Key, height: int, width: int) -> Array:
+    """What is to be redrawn, bool [B, height, width, 1]: a few rectangles, or for WHOLE_SHARE everything."""
+    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
+
+    def one(key: Key) -> Array:
+        key_corners, key_count, key_whole = jax.random.split(key, 3)
+        corners = jnp.sort(jax.random.uniform(key_corners, (RECTANGLES, 2, 2)), axis=1)  # [n, (from, to), (y, x)]
+        (top, left), (bottom, right) = ((corners[:, i] * jnp.array([height, width])).T[..., None, None] for i in (0, 1))
+        inside = (rows >= jnp.floor(top)) & (rows <= bottom) & (columns >= jnp.floor(left)) & (columns <= right)
+        used = jnp.arange(RECTANGLES) < jax.random.randint(key_count, (), 1, RECTANGLES + 1)
+        mask = (inside & used[:, None, None]).any(0)
+        return (mask | (jax.random.uniform(key_whole) < WHOLE_SHARE))[..., None]
+
+    return jax.vmap(one)(keys)
+
+
+def inpainting_network(model: Model) -> Network:
+    """The UNet that sees a random mask and the picture without it (Rombach et al. 2022, section 4.5).
+
+    As `jaxdiff.generate` has it: the mask at the latents' size, by the nearest pixel, and latents of the picture with
+    grey in the mask. Batches hold "image".
+    """
+    factor = model.vae.config.factor
+
+    def network(params: Params, x: Array, time: Time, cond: Conditioning, batch: Batch, keys: Key) -> Array:
+        images = batch["image"].astype(jnp.float32) / 255.0
+        mask = random_masks(keys, *images.shape[1:3])
+        masked = jax.lax.stop_gradient(encode(model, params, jnp.where(mask, 0.5, images)))
+        small = mask[:, ::factor, ::factor].astype(masked.dtype)
+        return apply(model, params, "unet", jnp.concatenate([x, small, masked], -1), time.t, *cond)
+
+    return network
+
+
+# --- upscaling
+
+
+def upscaler_model(model: Model, params: Params) -> tuple[Model, Params]:
+    """The model with a UNet that sees a small picture and how much noise is on it; see `extended`."""
+    model, params = extended(model, params, model.vae.config.latent_channels + 3)
+    if model.options.low_res_scheduler is None:
+        process = SchedulerConfig.from_dict({"_class_name": "DDPMScheduler", **LOW_RES_BETAS})
+        options = dataclasses.replace(model.options, low_res_scheduler=process)
+        model = dataclasses.replace(model, options=options)
+    if model.unet.config.num_class_embeds is None:
+        levels = model.options.max_noise_level + 1
+        table = np.zeros((levels, 4 * model.unet.config.block_out_channels[0]), np.float32)
+        model = replace_config(model, "unet", num_class_embeds=levels)
+        params = {**params, "unet": {**params["unet"], "class_embedding": {"embedding": table}}}
+    return model, params
+
+
+def upscaler_network(model: Model) -> Network:
+    """The UNet that sees the picture at the size of the latents, with noise of a random level that it is told of.
+
+    (Ho et al. 2022, Cascaded Diffusion Models, section 4: conditioning augmentation.) Batches hold "image".
+    """
+    assert model.options.low_res_scheduler is not None
+    schedule = noise_schedule(model.options.low_res_scheduler)
+
+    def network(params: Params, x: Array, time: Time, cond: Conditioning, batch: Batch, keys: Key) -> Array:
+        images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        small = jax.image.resize(images, (*x.shape[:3], 3), "cubic")  # antialiased
+        last = model.options.max_noise_level
+        level = jax.vmap(lambda key: jax.random.randint(key, (), 0, last + 1))(folded(keys, 1))
+        noised = add_noise(small, each(jax.random.normal, keys, small.shape[1:]), at(schedule, level))
+        return apply(model, params, "unet", jnp.concatenate([x, noised], -1), time.t, *cond, level)
+
+    return network

@@ -1,0 +1,145 @@
+"""How a gradient becomes an update: the optimizers to choose from, their moments' types, and rates by group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdiff.training.ema import track
+from jaxdiff.typing import Array, Params
+
+if TYPE_CHECKING:
+    from jaxdiff.training.state import Options
+
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+MOMENTS = {"float32": OPTIMIZERS, "bfloat16": ("adamw", "lion", "muon"), "int8": ("adamw",)}  # and who can keep them so
+SMALL = 4096  # elements: smaller arrays keep float32 moments (Dettmers et al. 2022, section 2)
+MUON_RMS = 0.2  # of an update of Muon's at rate 1, which is AdamW's (Liu et al. 2025, section 2.2)
+
+
+def learning_rate(options: Options) -> optax.Schedule:
+    """Linear warm-up, then constant or cosine decay to 0 (Loshchilov & Hutter 2017, equation 5)."""
+    peak, warmup = options.learning_rate, options.warmup_steps
+    if options.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(options.steps - warmup, 1))
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+
+
+def decayed(params: Params) -> Any:
+    """Whether weight decay is for an array: matrices and kernels; biases, norms and scalars are left alone."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def optimizer(options: Options) -> optax.GradientTransformation:
+    """What `options.optimizer` names, on clipped gradients, at each group's rate.
+
+    AdamW (Loshchilov & Hutter 2019), Adafactor (Shazeer & Stern 2018, without momentum, at a given rate), Lion (Chen et
+    al. 2023), or Muon for matrices and kernels with AdamW for the rest (Jordan et al. 2024).
+    """
+    clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
+    rate, b1, b2, decay = learning_rate(options), options.b1, options.b2, options.weight_decay
+    dtype = jnp.bfloat16 if options.moments == "bfloat16" else None
+    last = [group_rates(options.rates)] + ([track(options.ema_sigmas)] if options.ema_sigmas else [])
+    if options.optimizer == "muon":
+        update = optax.contrib.muon(
+            rate, weight_decay=decay, weight_decay_mask=decayed, adam_weight_decay=decay, mu_dtype=dtype,
+            adam_b1=b1, adam_b2=b2, consistent_rms=MUON_RMS, muon_weight_dimension_numbers=_kernels,
+        )  # fmt: skip
+        return optax.chain(clip, update, *last)
+    adam = scale_by_adam_int8(b1, b2) if options.moments == "int8" else optax.scale_by_adam(b1, b2, mu_dtype=dtype)
+    scale = {
+        "adamw": adam,
+        "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+        "lion": optax.scale_by_lion(b1, b2, mu_dtype=dtype),
+    }[options.optimizer]
+    decays = optax.add_decayed_weights(decay, decayed)
+    return optax.chain(clip, scale, decays, optax.scale_by_learning_rate(rate), *last)
+
+
+def _kernels(params: Params) -> Any:
+    """Which arrays Muon takes: dense kernels [in, out] and those of convolutions [H, W, in, out] as matrices."""
+
+    def one(path: tuple, p: Array) -> Any:
+        if p.ndim < 2 or getattr(path[-1], "key", "") == "embedding":
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def group_rates(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+    """Updates times the factor of their group: the longest prefix of an array's path, its keys joined by "/"; else 1.
+
+    >>> tx = group_rates((("unet", 0.5), ("unet/conv_in", 0.0)))
+    >>> params = {"unet": {"conv_in": jnp.ones(1), "conv_out": jnp.ones(1)}, "vae": jnp.ones(1)}
+    >>> updates, _ = tx.update(params, tx.init(params))
+    >>> [float(x[0]) for x in jax.tree.leaves(updates)]
+    [0.0, 0.5, 1.0]
+    """
+    if not rates:
+        return optax.identity()
+    longest = sorted(rates, key=lambda pair: -len(pair[0]))
+
+    def scaled(path: tuple, update: Array) -> Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return update * next((factor for prefix, factor in longest if name.startswith(prefix)), 1.0)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+
+
+class AdamInt8(NamedTuple):
+    """Moments in 8 bits, each with the scale of its row; both trees are like the parameters."""
+
+    count: Array
+    mu: Any  # int8: sign(m) sqrt(|m| / scale) 127
+    mu_scale: Any  # float32 [..., 1]: the largest |m| of a row
+    nu: Any  # uint8: (v / scale)^(1/4) 255, rounded up
+    nu_scale: Any
+
+
+def scale_by_adam_int8(b1: float, b2: float, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Adam with moments in 8 bits, quantised row by row (after Dettmers et al. 2022, section 2).
+
+    Roots spread the levels over many magnitudes, as their dynamic tree does. The second moment is rounded up, so
+    that no step is larger than Adam's. Arrays of fewer than SMALL elements keep float32.
+    """
+
+    def packed(x: Array, root: int, levels: int, rounded: Callable, dtype: Any) -> tuple[Array, Array]:
+        if x.size < SMALL:
+            return x, jnp.ones((1,) * x.ndim)
+        scale = jnp.max(jnp.abs(x), -1, keepdims=True)
+        share = jnp.abs(x) / jnp.where(scale == 0, 1.0, scale)
+        return (jnp.sign(x) * rounded(levels * share ** (1 / root))).astype(dtype), scale
+
+    def unpacked(x: Array, scale: Array, root: int, levels: int) -> Array:
+        x, whole = x.astype(jnp.float32), x.dtype == jnp.float32
+        return x if whole else jnp.sign(x) * (jnp.abs(x) / levels) ** root * scale
+
+    def pack(mu: list[Array], nu: list[Array], count: Array, tree: Any) -> AdamInt8:
+        firsts = [packed(m, 2, 127, jnp.round, jnp.int8) for m in mu]
+        seconds = [packed(v, 4, 255, jnp.ceil, jnp.uint8) for v in nu]
+        parts = [[pair[i] for pair in pairs] for pairs in (firsts, seconds) for i in (0, 1)]
+        return AdamInt8(count, *(jax.tree.unflatten(tree, part) for part in parts))
+
+    def init(params: Params) -> AdamInt8:
+        leaves, tree = jax.tree.flatten(params)
+        zeros = [jnp.zeros(p.shape) for p in leaves]
+        return pack(zeros, zeros, jnp.zeros((), jnp.int32), tree)
+
+    def update(grads: Params, state: AdamInt8, params: Params | None = None) -> tuple[Params, AdamInt8]:
+        leaves, tree = jax.tree.flatten(grads)
+        moments = [jax.tree.leaves(part) for part in state[1:]]
+        mu = [b1 * unpacked(m, s, 2, 127) + (1 - b1) * g for g, m, s in zip(leaves, *moments[:2], strict=True)]
+        nu = [b2 * unpacked(v, s, 4, 255) + (1 - b2) * g * g for g, v, s in zip(leaves, *moments[2:], strict=True)]
+        count = state.count + 1
+        first, second = 1 - b1**count, 1 - b2**count
+        updates = [(m / first) / (jnp.sqrt(v / second) + eps) for m, v in zip(mu, nu, strict=True)]
+        return jax.tree.unflatten(tree, updates), pack(mu, nu, count, tree)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,400 @@
+"""What can be taught to a finished model: each target learns, moves what it should alone, and comes out as files."""
+
+import dataclasses
+import functools
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+from PIL import Image
+
+import train
+from configs.common import base
+from jaxdiff import parallel
+from jaxdiff.config import ConfigError
+from jaxdiff.data.folder import captioned_folder
+from jaxdiff.io.lora import load_lora
+from jaxdiff.io.pretrained import load
+from jaxdiff.io.textual_inversion import TABLE, load_textual_inversion
+from jaxdiff.models.model import build
+from jaxdiff.training import finetune, personalise
+from jaxdiff.training.stages import Noising
+from jaxdiff.training.state import Options, OptionsError, init_state, make_train_step, optimizer
+from jaxdiff.training.targets import LORA_FILES, TARGETS, WORD_FILE, make, process
+from tests.test_train_cli import ROOT, cache_home, cli  # noqa: F401
+from tests.test_training import BATCH, keys, pictures, quick_compilation  # noqa: F401
+from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
+
+TEXTS = ["a castle", "a red dragon", "a blue house", "blurry"]
+
+
+def settings(stage: str, **changes) -> ConfigDict:
+    config = base()
+    config.stage = stage
+    config.word.update({"token": "<cat>", "initial": "castle", "vectors": 2})
+    for name, value in {"caption_dropout": 0.0, **changes}.items():
+        config[name].update(value) if isinstance(value, dict) else config.update({name: value})
+    return config
+
+
+@pytest.fixture(scope="module")
+def target_of(tiny):
+    """The target of a config, and a batch for it; each made once."""
+
+    @functools.cache
+    def make_once(stage, *changes):
+        texts = [f"{t} <cat>" for t in TEXTS] if stage == "textual_inversion" else TEXTS
+        target = make(settings(stage, **dict(changes)), *tiny)
+        return target, target.stage.prepare({"image": pictures(BATCH), "text": texts})
+
+    return make_once
+
+
+def trained(target, batch, steps: int = 12, rate: float = 3e-3):
+    """(all parameters after some steps, the loss at the same times and noises before and after)."""
+    o = Options(steps, BATCH, learning_rate=rate, weight_decay=0.0, ema_decay=0.0)
+    mesh = parallel.mesh(devices=jax.devices()[:1])
+    state = init_state({k: target.params[k] for k in target.stage.trainable}, optimizer(o), mesh)
+    step = make_train_step(target.stage.loss, o, mesh, state)
+    frozen = {k: v for k, v in target.params.items() if k not in target.stage.trainable}
+    loss = jax.jit(lambda p: target.stage.loss(p, batch, keys())[0])
+    before = float(loss(target.params))
+    for _ in range(steps):
+        state, _ = step(state, frozen, batch)
+    params = jax.device_get({**frozen, **state.params})
+    return params, before, float(loss(params))
+
+
+def moved(old, new) -> set[str]:
+    """The names of arrays that differ."""
+    old, new = flatten_dict(old, sep="/"), flatten_dict(new, sep="/")
+    assert old.keys() == new.keys()
+    return {name for name in old if not np.array_equal(old[name], new[name])}
+
+
+# --- every target
+
+
+@pytest.fixture(scope="module")
+def results(target_of):
+    rates = {"textual_inversion": 0.1, "lora": 3e-2, "controlnet": 1e-2}
+
+    @functools.cache
+    def run(stage, *changes):
+        return trained(*target_of(stage, *changes), rate=rates.get(stage, 3e-3))
+
+    return run
+
+
+@pytest.mark.parametrize("stage", ["unet", "lora", "textual_inversion", "controlnet", "inpainting", "upscaler"])
+def test_the_loss_of_every_target_falls(results, stage):
+    _, before, after = results(stage)
+    # A word can only change what the text says, so that it gains the least.
+    assert after < before * (0.999 if stage == "textual_inversion" else 0.95)
+
+
+def test_a_lora_changes_the_layers_it_names_alone(results, target_of, tiny):
+    both = (("trainable", ("unet", "text_encoder")),)
+    params, before, after = results("lora", *both)
+    assert after < before
+    target, _ = target_of("lora", *both)
+    whole = target.whole(params)
+    changed = moved(tiny[1], whole)
+    assert {name.split("/")[0] for name in changed} == {"unet", "text_encoder"}
+    assert all(name.split("/")[-2].endswith(("to_q", "to_k", "to_v", "to_out_0", "_proj")) for name in changed)
+    assert moved(tiny[1], {k: v for k, v in params.items() if k != "lora"}) == set()
+    only = results("lora")[0]
+    assert {name.split(".")[0] for name in only["lora"]} == {"unet"}
+
+
+def test_only_the_new_rows_of_the_table_move(results, target_of, tiny):
+    params, _, _ = results("textual_inversion")
+    target, _ = target_of("textual_inversion")
+    whole = jax.device_get(target.whole(params))
+    table = whole["text_encoder"].pop(TABLE)["embedding"]
+    assert moved({k: v for k, v in tiny[1]["text_encoder"].items() if k != TABLE}, whole["text_encoder"]) == set()
+    assert moved(tiny[1]["unet"], whole["unet"]) == set()
+    old = tiny[1]["text_encoder"][TABLE]["embedding"]
+    np.testing.assert_array_equal(table[: len(old)], old)
+    start = target.params["words"]["text_encoder"]
+    assert table.shape == (len(old) + 2, old.shape[1])
+    np.testing.assert_array_equal(table[len(old) :], params["words"]["text_encoder"])
+    (ids,) = tokenizer().encode(["castle"])
+    np.testing.assert_allclose(start, np.tile(np.asarray(old)[ids].mean(0), (2, 1)), rtol=1e-6)
+    assert (table[len(old) :] != start).all()
+
+
+def test_a_controlnet_starts_as_no_change_and_learns_from_its_picture(results, target_of, tiny):
+    target, batch = target_of("controlnet")
+    plain, plain_batch = target_of("unet")
+    at_first = target.stage.loss(target.params, batch, keys())[0]
+    np.testing.assert_allclose(at_first, plain.stage.loss(plain.params, plain_batch, keys())[0], rtol=1e-5)
+    params, _, _ = results("controlnet")
+    assert moved(tiny[1], {k: v for k, v in params.items() if k != "controlnet"}) == set()
+    blank = {**batch, "hint": np.zeros_like(batch["hint"])}
+    assert target.stage.loss(params, batch, keys())[0] != target.stage.loss(params, blank, keys())[0]
+
+
+def test_edges_are_found_unless_a_picture_of_them_is_given(target_of):
+    _, batch = target_of("controlnet")
+    assert set(np.unique(batch["hint"])) == {0, 255}
+    given = np.full((BATCH, SIDE, SIDE, 3), 7, np.uint8)
+    target, _ = target_of("controlnet")
+    again = target.stage.prepare({"image": pictures(BATCH), "hint": given, "text": TEXTS})
+    np.testing.assert_array_equal(again["hint"], given)
+
+
+@pytest.mark.parametrize("stage", ["inpainting", "upscaler"])
+def test_new_channels_start_without_weight(target_of, tiny, stage):
+    target, batch = target_of(stage)
+    plain, plain_batch = target_of("unet")
+    first, second = (t.stage.loss(t.params, b, keys())[0] for t, b in ((target, batch), (plain, plain_batch)))
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+    assert target.model.unet.config.in_channels == {"inpainting": 9, "upscaler": 7}[stage]
+    again, params = getattr(finetune, f"{stage}_model")(target.model, target.params)
+    assert again is target.model or again == target.model
+    assert moved(target.params, params) == set()
+
+
+def test_new_channels_are_used(results, target_of):
+    for stage, count in (("inpainting", 9), ("upscaler", 7)):
+        params, _, _ = results(stage)
+        new = params["unet"]["conv_in"]["kernel"][:, :, 4:]
+        assert new.shape[2] == count - 4
+        assert (np.abs(new).max((0, 1, 3)) > 0).all()
+    table = results("upscaler")[0]["unet"]["class_embedding"]["embedding"]
+    assert 0 < (np.abs(table).max(1) > 0).sum() < len(table)  # of the noise levels that were drawn
+
+
+def test_masks_are_rectangles_and_sometimes_everything():
+    masks = np.asarray(finetune.random_masks(keys(256), 32, 24))
+    assert masks.shape == (256, 32, 24, 1)
+    shares = masks.mean((1, 2, 3))
+    assert shares.min() > 0
+    # Everything for a quarter of them, a deviation of sqrt(3/16/256) = 0.027; five of them.
+    assert abs((shares == 1).mean() - finetune.WHOLE_SHARE) < 0.14
+    assert 0.1 < shares[shares < 1].mean() < 0.8
+    assert len(np.unique(shares)) > 100
+
+
+def test_a_model_of_other_channels_is_refused(tiny):
+    model, params = finetune.extended(*tiny, 5)
+    with pytest.raises(ConfigError, match="5 input channels"):
+        finetune.inpainting_model(model, params)
+
+
+# --- files
+
+
+@pytest.mark.filterwarnings("ignore")  # diffusers' own
+def test_a_trained_lora_opens_in_diffusers(results, target_of, tiny, tiny_folder, tmp_path):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    both = (("trainable", ("unet", "text_encoder")),)
+    params, _, _ = results("lora", *both)
+    target, _ = target_of("lora", *both)
+    target.export(tmp_path, params)
+    x, t = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32), 400
+    ids = tokenizer()(["a red dragon"])
+    whole = target.whole(params)
+    states = target.model.text_encoder.apply({"params": whole["text_encoder"]}, ids).last_hidden_state
+    ours = target.model.unet.apply({"params": whole["unet"]}, x.transpose(0, 2, 3, 1), t, states)
+    for name in LORA_FILES.values():
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder)
+        pipe.load_lora_weights(str(tmp_path), weight_name=name)
+        with torch.no_grad():
+            theirs = pipe.text_encoder(torch.from_numpy(ids).long())[0]
+            output = pipe.unet(torch.from_numpy(x), t, theirs).sample.numpy().transpose(0, 2, 3, 1)
+        # Values near 1 after some twenty layers, at 6e-8 each; the LoRA itself changes them by 0.1 and more.
+        np.testing.assert_allclose(theirs, states, atol=2e-5)
+        np.testing.assert_allclose(output, ours, atol=1e-4)
+        read = load_lora(*tiny, tmp_path / name)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), read["unet"], whole["unet"])
+    plain = tiny[0].unet.apply({"params": tiny[1]["unet"]}, x.transpose(0, 2, 3, 1), t, states)
+    assert np.abs(plain - ours).max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trained_word_opens_in_diffusers(results, target_of, tiny, tiny_folder, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    params, _, _ = results("textual_inversion")
+    target, _ = target_of("textual_inversion")
+    target.export(tmp_path, params)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder)
+    pipe.load_textual_inversion(str(tmp_path), weight_name=WORD_FILE)
+    theirs = pipe.text_encoder.get_input_embeddings().weight.detach().numpy()
+    np.testing.assert_array_equal(theirs, target.whole(params)["text_encoder"][TABLE]["embedding"])
+    model, read = load_textual_inversion(*tiny, tmp_path / WORD_FILE)
+    assert model.tokenizer.added_ids("<cat>") == target.model.tokenizer.added_ids("<cat>")
+    np.testing.assert_array_equal(read["text_encoder"][TABLE]["embedding"], theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trained_controlnet_opens_in_diffusers(results, target_of, tmp_path):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    params, _, _ = results("controlnet")
+    target, batch = target_of("controlnet")
+    target.export(tmp_path / "net", params)
+    net = diffusers.ControlNetModel.from_pretrained(tmp_path / "net")
+    rng = np.random.default_rng(0)
+    x, states = (rng.standard_normal(s).astype(np.float32) for s in ((1, 8, 8, 4), (1, 12, 16)))
+    hint = batch["hint"][:1].astype(np.float32) / 255
+    (ours_net,) = target.model.controlnets
+    down, mid = ours_net.apply({"params": params["controlnet"][0]}, x, jnp.float32(300), states, hint)
+    with torch.no_grad():
+        nchw = [torch.from_numpy(v.transpose(0, 3, 1, 2).copy()) for v in (x, hint)]
+        theirs = net(nchw[0], 300, torch.from_numpy(states), nchw[1])
+    for a, b in zip([*down, mid], [*theirs.down_block_res_samples, theirs.mid_block_res_sample], strict=True):
+        np.testing.assert_allclose(a, b.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+    assert np.abs(mid).max() > 1e-4
+
+
+def test_whole_models_come_out_as_folders(results, target_of, tmp_path):
+    for stage in ("inpainting", "upscaler"):
+        params, _, _ = results(stage)
+        target, _ = target_of(stage)
+        target.export(tmp_path / stage, params)
+        model, read = load(tmp_path / stage)
+        assert model.unet.config == target.model.unet.config
+        assert model.inpaints == (stage == "inpainting")
+        assert (model.family == "upscaler") == (stage == "upscaler")
+        assert moved(read["unet"], jax.tree.map(np.asarray, params["unet"])) == set()
+
+
+# --- SDXL
+
+
+def test_sdxl_learns_with_its_sizes_and_both_encoders(tmp_path):
+    text_2 = dataclasses.replace(text_config(), with_projection=True, projection_dim=20, hidden_act="gelu")
+    unet = dataclasses.replace(
+        UNET, cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=20 + 6 * 4,
+    )  # fmt: skip
+    model = build(text_config(), unet, VAE, tokenizer(), SCHEDULER, text_2=text_2, tokenizer_2=tokenizer())
+    assert model.family == "sdxl"
+    params = tiny_params(model)
+    target = make(settings("unet", trainable=("unet", "text_encoder_2")), model, params)
+    batch = target.stage.prepare({"image": pictures(BATCH), "text": TEXTS})
+    loss = jax.jit(target.stage.loss)
+    whole = np.tile(np.float32([SIDE, SIDE, 0, 0, SIDE, SIDE]), (BATCH, 1))
+    first = loss(params, batch, keys())[0]
+    assert first == loss(params, {**batch, "time_ids": whole}, keys())[0]
+    assert first != loss(params, {**batch, "time_ids": whole / 2}, keys())[0]
+    other = {**batch, "tokens_2": batch["tokens_2"][::-1]}
+    assert first != loss(params, other, keys())[0]
+    # Without their captions examples are told zeros: what differs has no effect left.
+    dropped = jax.jit(make(settings("unet", caption_dropout=1.0), model, params).stage.loss)
+    assert dropped(params, batch, keys())[0] == dropped(params, other, keys())[0]
+
+
+# --- one's own pictures
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A folder of three pictures without captions, and a captioned one of four others."""
+    for name, count in (("mine", 3), ("class", 4)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.fromarray(pictures(1, seed=i)[0]).save(tmp_path / name / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": "a house"}) for i in range(4)]
+    (tmp_path / "class" / "metadata.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_pictures_without_captions_get_those_of_the_config(folders):
+    for _ in range(2):  # a second run finds the first one's folder
+        path = personalise.captioned(folders / "mine", ("a photo of <cat>", "<cat>"), folders / "run")
+    batches = iter(captioned_folder(path, 3, SIDE, seed=0, threads=1))
+    found = [next(batches) for _ in range(4)]
+    assert {t for b in found for t in b["text"]} == {"a photo of <cat>", "<cat>"}
+    assert len({b["image"][i].tobytes() for b in found for i in range(3)}) == 3
+    with pytest.raises(ConfigError, match="holds no picture"):
+        personalise.captioned(folders, ("x",), folders / "other")
+
+
+def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, target_of):
+    own = captioned_folder(
+        personalise.captioned(folders / "mine", ("mine",), folders / "run"), 2, SIDE, seed=0, threads=1
+    )
+    batches = personalise.WithPrior(own, captioned_folder(folders / "class", 2, SIDE, seed=1, threads=1), 0.25)
+    iterator = iter(batches)
+    first, position, second = next(iterator), json.loads(json.dumps(iterator.get_state())), next(iterator)
+    assert first["text"] == ["mine", "mine", "a house", "a house"]
+    np.testing.assert_array_equal(first["weight"], np.float32([1, 1, 0.25, 0.25]))
+    again = iter(batches)
+    again.set_state(position)
+    np.testing.assert_array_equal(next(again)["image"], second["image"])
+    target, _ = target_of("unet")
+    batch = target.stage.prepare(first)
+    loss = jax.jit(lambda b: target.stage.loss(target.params, b, keys())[0])
+    each = [float(loss({**batch, "weight": np.eye(4, dtype=np.float32)[i]})) for i in range(4)]
+    np.testing.assert_allclose(loss(batch), np.dot(each, [1, 1, 0.25, 0.25]), rtol=1e-5)
+
+
+# --- the command
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_dreambooth_by_lora_from_the_command_line(cli, folders, tiny, tiny_folder):  # noqa: F811
+    command = [
+        f"--config={ROOT}/configs/finetune/dreambooth.py", f"--workdir={folders}/run", "--config.stage=lora",
+        f"--config.data.path={folders}/mine", "--config.data.captions=('a photo of sks castle',)",
+        f"--config.prior.path={folders}/class", f"--config.init_from.model={tiny_folder}", "--config.batch_size=2",
+        "--config.dtype=float32", "--config.remat=", "--config.learning_rate=0.01", "--config.data.threads=1",
+        "--config.rates=(('lora/text_encoder', 0.0),)", "--config.log_every=1",
+    ]  # fmt: skip
+    code, out, err = cli(*command, "--config.steps=2")
+    assert code == 0, err
+    code, out, err = cli(*command, "--config.steps=3")
+    assert code == 0, err
+    assert "goes on from step 2" in out
+    read = load_lora(*tiny, folders / "run" / "export" / LORA_FILES["diffusers"])
+    assert moved(tiny[1]["unet"], jax.device_get(read["unet"]))
+    assert moved(tiny[1]["text_encoder"], jax.device_get(read["text_encoder"])) == set()  # its rate is 0
+    code, _, err = cli(*command, f"--workdir={folders}/other", "--config.cache_latents=1")
+    assert code == 2
+    assert "cache_latents 1" in err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_is_one_of_a_target(path):
+    assert ("clip", "vae", *TARGETS) == train.STAGES
+    config = importlib.import_module(f"configs.finetune.{path.stem}").get_config()
+    assert config.stage in TARGETS
+    assert path.name in importlib.import_module(f"configs.finetune.{path.stem}").__doc__  # its command
+    Options(**{name: config[name] for name in Options.__dataclass_fields__}).check(1)
+    Noising(**{name: config[name] for name in Noising.__dataclass_fields__})
+
+
+# --- what is predicted
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+def test_every_prediction_type_is_learnt(tiny, kind, target_of):
+    target, batch = target_of("unet", ("prediction_type", kind))
+    assert target.model.scheduler.prediction_type == kind
+    assert (target.model.scheduler.beta_schedule == "flow") == (kind == "flow_prediction")
+    losses = {k: float(target_of("unet", ("prediction_type", k))[0].stage.loss(tiny[1], batch, keys())[0])
+              for k in ("epsilon", kind)}  # fmt: skip
+    assert kind == "epsilon" or losses[kind] != losses["epsilon"]
+
+
+def test_zero_terminal_snr_is_asked_for(target_of):
+    target, _ = target_of("unet", ("prediction_type", "v_prediction"), ("zero_terminal_snr", True))
+    scheduler = target.model.scheduler
+    assert scheduler.rescale_betas_zero_snr
+    assert scheduler.timestep_spacing == "trailing"
+    with pytest.raises(OptionsError, match="zero_terminal_snr"):
+        process(settings("unet", zero_terminal_snr=True), SCHEDULER)
+    with pytest.raises(OptionsError, match="prediction_type 'x0'"):
+        process(settings("unet", prediction_type="x0"), SCHEDULER)
+    with pytest.raises(OptionsError, match="trainable"):
+        make(settings("unet", trainable=("vae",)), tiny_model(), {})
