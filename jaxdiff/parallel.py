@@ -70,7 +70,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, axis: int = 0) -> NamedSharding:
     """Examples along `axis` divided over "data" and "fsdp"."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, EXAMPLES))
 

@@ -119,8 +119,8 @@ def _axes(line: str, mesh: Mapping[str, int]) -> tuple[str, ...]:
 def _group(line: str, devices: int) -> np.ndarray:
     """The devices of the first group that a collective names, in any of the three ways that HLO has."""
     if match := _IOTA.search(line):
-        groups, *order = match.groups()
-        return _permuted(*order).reshape(_numbers(groups))[0].ravel()
+        groups, dims, order = match.groups()
+        return _permuted(dims, order).reshape(_numbers(groups))[0].ravel()
     if match := _NAMED.search(line):
         sizes, dims, order, chosen = match.groups()
         names = dict(re.findall(r"'(\w+)'=(\d+)", sizes))

@@ -1,0 +1,97 @@
+"""train.py --plan: the memory and the messages of a run, on a mesh that may be larger than the machine."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+from jaxdiff.commands.errors import UsageError
+
+QUICK, FULL = "quick", "full"
+
+
+def run(config: Any, kind: str, devices: int, argv: list[str]) -> int:
+    """Print the plan of a config of train.py; returns the exit code.
+
+    Args:
+        config: of configs/common.py.
+        kind: "quick", or "full" with what the compiled step takes and sends.
+        devices: of the whole mesh; 0 takes those of this machine.
+        argv: the command line, run again with simulated devices where this machine has fewer.
+    """
+    import jax
+
+    if kind not in (QUICK, FULL):
+        raise UsageError(f"--plan={kind} must be {QUICK} or {FULL}.")
+    devices = devices or jax.device_count()
+    if devices < 1:
+        raise UsageError(f"--plan_devices={devices} must be at least 1.")
+    if kind == FULL and devices > jax.device_count():
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        # What is compiled never runs: making it fast would be wasted.
+        flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        return subprocess.run(
+            [sys.executable, *argv], env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        ).returncode
+    print(text(config, kind, devices))
+    return 0
+
+
+def text(config: Any, kind: str, devices: int) -> str:
+    """The plan of a config; `devices` must be there for a full one."""
+    import jax
+
+    from jaxdiff import parallel
+    from jaxdiff.training import plan
+    from jaxdiff.training.state import Options, OptionsError
+
+    options = Options(**{name: config[name] for name in Options.__dataclass_fields__})
+    try:
+        options.check(devices)
+        mesh: Any = plan.abstract_mesh(devices, options.fsdp, options.tensor)
+        if kind == FULL:
+            mesh = parallel.mesh(options.fsdp, options.tensor, jax.devices()[:devices])
+    except OptionsError as e:
+        raise UsageError(f"config: {e}") from None
+    stage, shapes, example = described(config)
+    trained = {name: shapes[name] for name in stage.trainable}
+    state = plan.abstract_state(trained, options, mesh)
+    frozen = plan.sharded(mesh, {name: x for name, x in shapes.items() if name not in trained})
+    batch = plan.abstract_batch(stage, example, options.batch_size, mesh)
+    step = plan.compiled_step(stage, state, frozen, batch, options, mesh) if kind == FULL else None
+    return plan.report(plan.memory(state, frozen, batch), step, mesh, trained)
+
+
+def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """(stage, shapes of all parameters, one example as it is read) of a config; no weights and no pictures are read."""
+    import jax
+    import numpy as np
+
+    from jaxdiff.io.pretrained import replace_config
+    from jaxdiff.models.model import param_shapes
+    from jaxdiff.tokenizer import train_bpe
+    from jaxdiff.training.setup import described_model
+    from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage, vae_stage
+
+    sizes = config.tokenizer
+    model = described_model(
+        config.model.to_dict(), config.init_from.to_dict(), lambda: train_bpe(["a"], 520, sizes.max_length),
+        dtype=config.dtype, remat=config.remat,
+    )  # fmt: skip
+    if not (config.init_from.model or config.init_from.text_encoder):
+        model = replace_config(model, "text_encoder", vocab_size=sizes.vocab_size)
+    side = config.data.image_size or model.unet.config.sample_size * model.vae.config.factor
+    shapes = param_shapes(model)
+    example: dict[str, Any] = {"image": np.zeros((1, side, side, 3), np.uint8), "text": [""]}
+    if config.stage == "clip":
+        return clip_stage(model), jax.eval_shape(clip_params, shapes), example
+    if config.stage == "vae":
+        crop = config.crop or side
+        return vae_stage(model), shapes, {**example, "image": example["image"][:, :crop, :crop]}
+    if config.stage != "unet":
+        raise UsageError(f"--plan knows the stages clip, vae and unet; config.stage is {config.stage!r}.")
+    stage = diffusion_stage(model, trainable=config.trainable)
+    if config.cache_latents:
+        latents = np.zeros((1, *[side // model.vae.config.factor] * 2, model.vae.config.latent_channels), np.float16)
+        example = {**{k: v for k, v in stage.prepare(example).items() if k != "image"}, "latents": latents}
+    return stage, shapes, example

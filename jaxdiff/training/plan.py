@@ -1,0 +1,116 @@
+"""What a run will hold and send on each device, known before anything is allocated."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from jaxdiff import parallel
+from jaxdiff.training import collectives
+from jaxdiff.training.loop import Stage
+from jaxdiff.training.state import Options, OptionsError, TrainState, make_train_step, optimizer
+from jaxdiff.typing import Params
+
+
+class Memory(NamedTuple):
+    """Bytes of one device."""
+
+    params: int  # those trained
+    optimizer: int
+    average: int  # of the parameters trained
+    frozen: int  # parameters that the loss needs but does not train
+    gradients: int  # for a while in each step
+    batch: int
+
+
+class Step(NamedTuple):
+    """What compiling the step tells."""
+
+    temporary: int  # bytes of one device at the fullest moment: activations, gradients, gathered parameters
+    flops: float  # of one device
+    sent: list[collectives.Collective]
+
+
+def abstract_mesh(devices: int, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """The mesh of `parallel.mesh` over devices that need not be there.
+
+    Raises:
+        OptionsError: `fsdp` times `tensor` does not divide `devices`.
+    """
+    if devices % (fsdp * tensor):
+        raise OptionsError(f"fsdp {fsdp} x tensor {tensor} must divide the number of devices, {devices}.")
+    return AbstractMesh((devices // (fsdp * tensor), fsdp, tensor), parallel.AXES)
+
+
+def abstract_state(params: Params, options: Options, mesh: Mesh | AbstractMesh) -> TrainState:
+    """`init_state` as shapes with their shardings; `params` are those trained, arrays or shapes."""
+    tx = optimizer(options)
+
+    def init(params: Params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, params, tx.init(params))
+
+    return sharded(mesh, jax.eval_shape(init, params))
+
+
+def sharded(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """Shapes of parameters with their shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, parallel.param_sharding(mesh, tree)
+    )
+
+
+def abstract_batch(stage: Stage, read: Mapping[str, Any], size: int, mesh: Mesh | AbstractMesh) -> Any:
+    """The arrays of a batch of `size` examples as shapes, from one example as it is read, {"image": [1, …], …}."""
+    sharding = parallel.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding), dict(stage.prepare(read))
+    )
+
+
+def bytes_each(tree: Any) -> int:
+    """Bytes that one device holds of arrays or shapes with shardings."""
+    sizes = (np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return int(sum(sizes))
+
+
+def memory(state: TrainState, frozen: Params, batch: Any) -> Memory:
+    """What one device holds of a state, arrays or shapes with shardings."""
+    params = bytes_each(state.params)
+    return Memory(
+        params, bytes_each(state.opt_state), bytes_each(state.ema), bytes_each(frozen), params, bytes_each(batch)
+    )
+
+
+def compiled_step(stage: Stage, state: TrainState, frozen: Params, batch: Any, options: Options, mesh: Mesh) -> Step:
+    """The step of these shapes, compiled for the devices of the mesh; nothing is allocated."""
+    step: Any = make_train_step(stage.loss, options, mesh, state)
+    compiled = step.lower(state, frozen, batch).compile()
+    sent = collectives.collectives(compiled.as_text(), mesh.shape)
+    return Step(compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"], sent)
+
+
+def report(held: Memory, step: Step | None, mesh: Mesh | AbstractMesh, params: Params) -> str:
+    """The plan as text: how parameters are divided, bytes a device, and what a step sends."""
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    # Gradients are part of what the compiled step takes besides the state.
+    while_running = held.gradients if step is None else step.temporary
+    rows = {
+        "parameters": held.params,
+        "optimizer": held.optimizer,
+        "moving average": held.average,
+        "frozen parameters": held.frozen,
+        "batch": held.batch,
+        "gradients": held.gradients,
+    }
+    if step is not None:
+        rows["activations and gathered parameters"] = max(step.temporary - held.gradients, 0)
+    total = sum(held) - held.gradients + max(while_running, held.gradients)
+    rows["all" if step is not None else "all but activations"] = total
+    lines = [parallel.table(mesh, params), "", f"GB a device, of {mesh.size} devices ({shape})"]
+    lines += [f"  {name:36} {size / 1e9:8.3f}" for name, size in rows.items()]
+    if step is not None:
+        lines += ["", f"One step: {step.flops / 1e12:.3f} TFLOP a device", collectives.table(step.sent)]
+    return "\n".join(lines)
