@@ -133,7 +133,8 @@ def accumulated_grad(loss: Loss, params: Params, frozen: Params, batch: Batch, k
     def grad(batch: Batch, keys: Key):
         def of(trained: Params):
             with parallel.tracing(mesh):
-                return loss(parallel.gather(mesh, {**frozen, **trained}), batch, keys)
+                # One by one, so that what is frozen gets no gradient: a LoRA is a small part of what it changes.
+                return loss({**parallel.gather(mesh, frozen), **parallel.gather(mesh, trained)}, batch, keys)
 
         (value, metrics), grads = jax.value_and_grad(of, has_aux=True)(params)
         return grads, {"loss": value, **metrics}
