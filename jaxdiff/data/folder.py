@@ -1,27 +1,28 @@
-"""Captioned pictures of a folder as batches, through grain: reproducible by seed, resumable, shared out between hosts.
+"""Captioned folders and what becomes of their pictures.
 
 The layout is Hugging Face datasets' "imagefolder", `path/[split/]metadata.jsonl` beside the pictures, a line for each:
 
     {"file_name": "castle.webp", "text": ["a castle", "a castle with two towers"], "license": "CC0"}
 
-`text` is one caption or a list, of which one is drawn whenever the picture comes up.
-
-The pipeline is source -> shuffle -> repeat -> decode -> this host's share -> threads or processes -> drop bad -> batch.
-Randomness hangs on the seed and the position in the whole stream alone. So neither the number of hosts, nor of threads
-or workers, nor a restart changes what a position holds. With H hosts, host h reads positions h, h + H, ...
+`text` is one caption or a list, of which one is drawn whenever the picture comes up. `jaxdiff.data.captioned`
+reads other kinds of data too.
 """
 
 import dataclasses
+import hashlib
+import inspect
+import io
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
-from absl import flags, logging
 from PIL import Image, ImageOps
 
 from jaxdiff.config import ConfigError
+from jaxdiff.data import pipeline
+from jaxdiff.data.pipeline import CaptionedData
+from jaxdiff.data.source import Record, Source
 
 # Colours that see-through pictures are laid on, by the name that goes into the caption: sRGB in 0..255.
 BACKGROUNDS = {
@@ -114,54 +115,22 @@ def _example(metadata: Path, number: int, line: bytes) -> Example:
     return Example(f"{metadata.parent}/{name}", captions, values)
 
 
-class Skipped:
-    """The pictures that could not be read so far.
+class FolderSource:
+    """The examples of a captioned folder as a `Source`."""
 
-    Attributes:
-      count: how many times a picture was left out.
-      reasons: path -> what was wrong with it.
-    """
+    blocks: np.ndarray | None = None
 
-    def __init__(self, path: str, limit: int):
-        self.count = 0
-        self.reasons: dict[str, str] = {}
-        self._path, self._limit, self._in_a_row = path, limit, 0
+    def __init__(self, path: str | Path, split: str = "train") -> None:
+        self.name, self._examples = str(path), examples(path, split)
+        listed = [(e.path, e.captions) for e in self._examples]
+        self.digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
 
-    def keep(self, element: dict[str, Any]) -> bool:
-        """Whether the element is a picture. One that is not is counted, and named the first time.
+    def __len__(self) -> int:
+        return len(self._examples)
 
-        Raises:
-          ConfigError: there were only bad ones for the length of an epoch.
-        """
-        if "image" in element:
-            self._in_a_row = 0
-            return True
-        self.count += 1
-        self._in_a_row += 1
-        path, reason = element["skipped"], element["reason"]
-        if path not in self.reasons:
-            self.reasons[path] = reason
-            logging.warning("The picture %s is skipped: %s", path, reason)
-        if self._in_a_row >= self._limit:
-            raise ConfigError(f"No picture of {self._path} can be read; the last one, {path}: {reason}.")
-        return False
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptionedFolder:
-    """Batches of a captioned folder; each `iter` starts anew.
-
-    An iterator has `get_state()`, small and JSON, and `set_state(state)`, after which the batches that followed come
-    again, bit for bit. A state fits folders opened with the same arguments; `threads` may differ, `workers` not.
-    Worker processes end with the iterator, or its `close()`.
-    """
-
-    dataset: grain.IterDataset  # of batches: {"image": uint8 [b, H, W, 3], "text": list of b strings}
-    size: int  # pictures in the whole folder
-    skipped: Skipped  # by all iterators together
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return iter(self.dataset)
+    def read(self, index: int, image: bool = True) -> Record:
+        path, captions, extras = self._examples[index]
+        return Record(path, path, captions, extras)
 
 
 def captioned_folder(
@@ -181,7 +150,7 @@ def captioned_folder(
     host_count: int = 1,
     workers: int = 0,
     threads: int = 8,
-) -> CaptionedFolder:
+) -> CaptionedData:
     """Batches {"image": uint8 [b, H, W, 3], "text": list of b strings} of the pictures and captions of a folder.
 
     Args:
@@ -204,34 +173,18 @@ def captioned_folder(
 
     Raises:
       ConfigError: an argument or the metadata is wrong; while iterating, when no picture at all can be read. Single
-        pictures that cannot be read, are too large or missing are left out, see `CaptionedFolder.skipped`.
+        pictures that cannot be read, are too large or missing are left out, see `CaptionedData.skipped`.
     """
-    _check_arguments(locals())
-    found = examples(path, split)
-    order_seed, draw_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
-    stream = grain.MapDataset.source([(e.path, e.captions) for e in found])
-    if shuffle:
-        stream = stream.shuffle(seed=order_seed)
-    stream = stream.repeat(epochs).random_map(_Decode(image_size, crop, flip, background), seed=draw_seed)
-    stream = stream[host_index::host_count]
-    if drop_remainder and len(stream) < batch_size:
-        raise ConfigError(
-            f"batch_size {batch_size} is more than the {len(stream)} pictures this host reads from {path}: lower it."
-        )
-    # Room for two batches in all; a picture more for every thread, so that none waits.
-    buffer = 2 * batch_size // max(workers, 1) + threads
-    dataset = stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
-    if workers:
-        if not flags.FLAGS.is_parsed():  # outside of absl's `app.run`, where grain reads its flags all the same
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=buffer))
-    # In this process, whatever decodes: here the warnings and the count are seen.
-    skipped = Skipped(str(path), min(len(found), len(stream)))
-    dataset = dataset.filter(skipped.keep).batch(batch_size, drop_remainder=drop_remainder, batch_fn=_collate)
-    return CaptionedFolder(dataset, len(found), skipped)
+    arguments = locals()
+    check_arguments(arguments)
+    source = FolderSource(path, split)
+    decode = Decode(source, image_size, crop, flip, background)
+    of_pipeline = inspect.signature(pipeline.batches).parameters
+    rest = {k: v for k, v in arguments.items() if k in of_pipeline and k != "batch_size"}
+    return pipeline.batches(source.name, len(source), decode, batch_size, **rest)
 
 
-def _check_arguments(given: dict[str, Any]) -> None:
+def check_arguments(given: dict[str, Any]) -> None:
     for name in ("batch_size", "image_size", "host_count"):
         if given[name] < 1:
             raise ConfigError(f"{name} must be 1 or more, not {given[name]}.")
@@ -250,26 +203,28 @@ def _check_arguments(given: dict[str, Any]) -> None:
         raise ConfigError(f"host_index must be from 0 to host_count - 1, not {given['host_index']}.")
 
 
-def _collate(elements: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"image": np.stack([e["image"] for e in elements]), "text": [e["text"] for e in elements]}
-
-
 @dataclasses.dataclass(frozen=True)
-class _Decode:
-    """(path, captions), generator -> {"image": uint8 [H, W, 3], "text": str}, or {"skipped": path, "reason": str}."""
+class Decode:
+    """Turns numbers of a source, alone or with a size (height, width), into examples.
 
+    (entry, generator) -> {"image": uint8 [H, W, 3], "text": str}, or {"skipped": name, "reason": str}.
+    """
+
+    source: Source
     image_size: int
-    crop: int | None
-    flip: bool
-    background: str
+    crop: int | None = None
+    flip: bool = False
+    background: str = "random"
 
-    def __call__(self, example: tuple[str, tuple[str, ...]], rng: np.random.Generator) -> dict[str, Any]:
-        path, captions = example
-        text = captions[rng.integers(len(captions))]
+    def __call__(self, entry: int | tuple[int, tuple[int, int]], rng: np.random.Generator) -> dict[str, Any]:
+        index, size = entry if isinstance(entry, tuple) else (entry, (self.image_size, self.image_size))
+        name = f"{self.source.name}: example {index}"
         try:
-            image = _square(read_image(path, self.image_size), self.image_size, self.crop, rng)
+            name, picture, captions, _ = self.source.read(index)
+            text = captions[rng.integers(len(captions))]
+            image = _cut(read_image(picture, max(size)), size, self.crop, rng)
         except Exception as e:  # a damaged file makes Pillow raise almost anything
-            return {"skipped": path, "reason": str(e) or type(e).__name__}
+            return {"skipped": name, "reason": str(e) or type(e).__name__}
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if image.mode == "RGBA":
@@ -280,18 +235,18 @@ class _Decode:
         return {"image": np.array(image), "text": text}
 
 
-def read_image(path: str | Path, min_side: int | None = None) -> Image.Image:
+def read_image(path: str | Path | bytes, min_side: int | None = None) -> Image.Image:
     """A picture as RGB, or RGBA when it has transparency; upright by its EXIF orientation, 8 bits a channel.
 
     Args:
-      path: a PNG, JPEG, WebP, GIF, BMP or TIFF file; of an animation the first frame is read.
+      path: a PNG, JPEG, WebP, GIF, BMP or TIFF file, or its bytes; of an animation the first frame is read.
       min_side: pixels wanted of each side: a much larger JPEG is read at a half, quarter or eighth of its size.
 
     Raises:
       ValueError: the picture is larger than `MAX_PIXELS`, or of floating-point pixels.
       Exception: whatever Pillow raises on a damaged or missing file.
     """
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
         if min_side:
@@ -305,20 +260,21 @@ def read_image(path: str | Path, min_side: int | None = None) -> Image.Image:
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-def _square(image: Image.Image, side: int, crop: int | None, rng: np.random.Generator) -> Image.Image:
-    """Resize the shorter side to `side`, then cut the central square, or one of `crop` pixels at random.
+def _cut(image: Image.Image, size: tuple[int, int], crop: int | None, rng: np.random.Generator) -> Image.Image:
+    """Resize until (height, width) `size` is covered, then cut its centre, or a square of `crop` pixels at random.
 
-    Only the square is computed, so a long strip does not grow into a huge picture.
+    Only what is cut is computed, so a long strip does not grow into a huge picture.
     """
-    scale = min(image.size) / side
-    sizes = [max(side, int(n / scale + 1e-6)) for n in image.size]
-    out = crop or side
-    left, top = (int(rng.integers(n - out + 1)) if crop else (n - out) // 2 for n in sizes)
+    covers = size[1], size[0]  # as Pillow counts: width, height
+    scale = min(n / side for n, side in zip(image.size, covers, strict=True))
+    sizes = [max(side, int(n / scale + 1e-6)) for n, side in zip(image.size, covers, strict=True)]
+    out = (crop, crop) if crop else covers
+    left, top = (int(rng.integers(n - o + 1)) if crop else (n - o) // 2 for n, o in zip(sizes, out, strict=True))
     if scale == 1:
-        return image.crop((left, top, left + out, top + out))
+        return image.crop((left, top, left + out[0], top + out[1]))
     width, height = image.size
-    box = (left * scale, top * scale, min((left + out) * scale, width), min((top + out) * scale, height))
-    return image.resize((out, out), Image.Resampling.LANCZOS, box)
+    box = (left * scale, top * scale, min((left + out[0]) * scale, width), min((top + out[1]) * scale, height))
+    return image.resize(out, Image.Resampling.LANCZOS, box)
 
 
 def _colour(image: Image.Image, rng: np.random.Generator) -> str:

@@ -1,0 +1,160 @@
+"""Captioned pictures of any kind that is read here: the path says which.
+
+    pictures/                          a captioned folder: [split/]metadata.jsonl beside the pictures
+    shards/, shards-{00000..00099}.tar webdataset tar shards
+    table/, table.parquet              Parquet files with the bytes of pictures
+    records/, data.array_record        ArrayRecord files of tf.train.Example messages
+    saved/                             what Hugging Face `datasets` wrote with save_to_disk
+    latents/                           what `jaxdiff.training.precompute` wrote
+
+Of a folder of files the split's are those in its subfolder `split`, or whose names begin with the split's, there or in
+a subfolder `data`; "train" takes all where no file is named so.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxdiff.config import ConfigError
+from jaxdiff.data import pipeline
+from jaxdiff.data.buckets import BucketOrder, Buckets
+from jaxdiff.data.folder import Decode, FolderSource, check_arguments
+from jaxdiff.data.latents import LatentShards
+from jaxdiff.data.pipeline import BlockOrder, CaptionedData
+from jaxdiff.data.records import ArrayRecords
+from jaxdiff.data.shards import TarShards
+from jaxdiff.data.source import Source
+from jaxdiff.data.tables import ArrowTable, ParquetTable
+
+KINDS = {".tar": "tar", ".parquet": "parquet", ".array_record": "records", ".arrayrecord": "records"}
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+MAX_FILES = 2_000_000
+
+
+def open_source(
+    path: str | Path,
+    split: str = "train",
+    *,
+    cache: Path | None = None,
+    image_column: str = "",
+    text_column: str = "",
+    host_index: int = 0,
+    host_count: int = 1,
+) -> Source:
+    """What lies at a path as a source of captioned pictures.
+
+    Args:
+      path: see above.
+      split: "train", "validation", …
+      cache: folder for what is made once, such as the index of tar shards, shared by all hosts; None keeps it in
+        memory.
+      image_column, text_column: of tables and records; "" looks for a usual name.
+      host_index, host_count: hosts that share `cache` divide that work.
+
+    Raises:
+      ConfigError: it is of no kind known, missing, damaged or empty; one sentence.
+    """
+    name, path = str(path), Path(path)
+    columns = {"image_column": image_column, "text_column": text_column}
+    if (path / "state.json").is_file():
+        return ArrowTable(path, **columns)
+    if (path / "dataset_dict.json").is_file():
+        if not (path / split / "state.json").is_file():
+            splits = ", ".join(sorted(p.parent.name for p in path.glob("*/state.json"))) or "none"
+            raise ConfigError(f"{path} has no split {split!r}; its splits are {splits}.")
+        return ArrowTable(path / split, **columns)
+    files = (
+        [] if any((path / p).is_file() for p in ("metadata.jsonl", f"{split}/metadata.jsonl")) else _files(name, split)
+    )
+    if not files:
+        return FolderSource(path, split)
+    kinds = {KINDS[p.suffix] for p in files}
+    if len(kinds) > 1:
+        raise ConfigError(f"{name} holds files of several kinds ({', '.join(sorted(kinds))}): give one of them.")
+    if kinds == {"tar"}:
+        return TarShards(name, files, cache, host_index, host_count)
+    return (ParquetTable if kinds == {"parquet"} else ArrayRecords)(name, files, **columns)
+
+
+def _files(name: str, split: str) -> list[Path]:
+    """The files of known kinds that a path stands for, sorted by name."""
+    path = Path(name)
+    if braces := BRACES.search(name):
+        first, last = braces.groups()
+        if int(last) - int(first) >= MAX_FILES:
+            raise ConfigError(f"{name} stands for more than {MAX_FILES} files.")
+        numbers = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
+        found = [Path(name[: braces.start()] + n + name[braces.end() :]) for n in numbers]
+        if missing := [p for p in found if not p.is_file()]:
+            raise ConfigError(f"{name}: the file {missing[0]} does not exist.")
+        return [p for p in found if p.suffix in KINDS]
+    if path.is_file():
+        if path.suffix not in KINDS:
+            raise ConfigError(f"{name} is of no kind that is read: {', '.join(KINDS)}, or a folder.")
+        return [path]
+    own = [p for f in (path / split, path / "data" / split) for p in _known(f)]
+    named = [p for f in (path, path / "data") for p in _known(f) if re.match(rf"{re.escape(split)}[-_.0-9]", p.name)]
+    rest = [p for f in (path, path / "data") for p in _known(f)] if split == "train" else []
+    return sorted(own or named or rest)
+
+
+def _known(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if p.suffix in KINDS and p.is_file()] if folder.is_dir() else []
+
+
+def captioned_data(
+    source: str | Path | Source | LatentShards,
+    batch_size: int,
+    image_size: int,
+    *,
+    seed: int,
+    split: str = "train",
+    buckets: Buckets | None = None,
+    crop: int | None = None,
+    flip: bool = False,
+    background: str = "random",
+    host_index: int = 0,
+    host_count: int = 1,
+    **rest: Any,
+) -> CaptionedData:
+    """Batches {"image": uint8 [b, H, W, 3], "text": list of b strings} of captioned pictures of any kind.
+
+    Args:
+      source: a path, see `open_source`, or what is open already. Of precomputed latents the batches hold "latents" and
+        the like instead, and what concerns pictures has no meaning.
+      buckets: sizes to cut pictures to, a batch at one size, and which of them each example has; None cuts squares.
+
+    Others as for `jaxdiff.data.folder.captioned_folder`.
+
+    Raises:
+      ConfigError: see `open_source` and `captioned_folder`.
+    """
+    arguments: dict[str, Any] = {
+        "batch_size": batch_size, "image_size": image_size, "seed": seed, "crop": crop, "background": background,
+        "host_index": host_index, "host_count": host_count, "epochs": None, "workers": 0, "threads": 8, **rest,
+    }  # fmt: skip
+    check_arguments(arguments)
+    if isinstance(source, str | Path):
+        is_latents = (Path(source) / "latents.json").is_file()
+        source = LatentShards(Path(source)) if is_latents else open_source(source, split)
+    if buckets is not None and crop:
+        raise ConfigError("crop and buckets do not go together: leave one of them out.")
+    decode: pipeline.Decode
+    if isinstance(source, LatentShards):
+        decode, buckets = source, source.buckets
+    else:
+        decode = Decode(source, image_size, crop, flip, background)
+    shares = {"shuffle": rest.get("shuffle", True), "epochs": rest.get("epochs"), "host_index": host_index}
+    shares["host_count"] = host_count
+    blocks = getattr(source, "blocks", None)
+    order: Callable[[int], pipeline.Order] | None = None
+    if buckets is not None:
+        chosen = buckets
+        order = lambda seed: BucketOrder(chosen, batch_size, seed=seed, **shares)  # noqa: E731
+    elif blocks is not None:
+        order = lambda seed: BlockOrder(blocks, seed=seed, **shares)  # noqa: E731
+    return pipeline.batches(
+        source.name, len(source), decode, batch_size, seed=seed, order=order, fixed=buckets is not None,
+        host_index=host_index, host_count=host_count, **rest,
+    )  # fmt: skip

@@ -1,0 +1,207 @@
+"""Which examples are trained on: by metadata, size, caption length, scores and likeness to others.
+
+What must be known of each example is found in one pass, in parts that hosts divide and that stay in the cache.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from jaxdiff.config import ConfigError
+from jaxdiff.data import store
+from jaxdiff.data.folder import FORMATS, read_image
+from jaxdiff.data.hashes import content_hash, dhash, near_duplicates
+from jaxdiff.data.source import Chosen, Source
+
+PART = 2**14  # examples looked at at a time
+SETTINGS = (
+    "min_side",
+    "max_aspect",
+    "min_caption",
+    "max_caption",
+    "where",
+    "duplicates",
+    "duplicate_bits",
+    "max_subjects",
+)
+CONDITION = re.compile(r"\s*([^<>=\s]+)\s*(>=|<=|>|<)\s*([-+0-9.eE]+)\s*")
+COMPARE: Mapping[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    ">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less,
+}  # fmt: skip
+
+
+def scan(
+    source: Source,
+    *,
+    sizes: bool = False,
+    columns: Sequence[str] = (),
+    hashes: str = "",
+    cache: Path | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+    threads: int = 8,
+) -> dict[str, np.ndarray]:
+    """What is to be known of each example, as arrays [N].
+
+    Args:
+      sizes: "width" and "height" in pixels, upright; taken from metadata of those names where there is such, else from
+        the picture's header. 0 for a picture that cannot be read.
+      columns: metadata, as "column:<name>": JSON text, which tells 1 from "1" and nothing from anything.
+      hashes: "exact" or "near" for "hash" uint64, of the file or of what it shows.
+      cache: folder that keeps the result; hosts that share it divide the work.
+
+    Returns:
+      Those, and "caption" int32: characters of the shortest caption.
+    """
+    asked = json.dumps([source.digest, sizes, list(columns), hashes, PART])
+    starts = range(0, len(source), PART)
+
+    def look(index: int) -> dict[str, Any]:
+        return _look(source, index, sizes, columns, hashes)
+
+    def make(part: int) -> dict[str, np.ndarray]:
+        start = starts[part]
+        with ThreadPoolExecutor(threads) as pool:
+            found = list(pool.map(look, range(start, min(start + PART, len(source)))))
+        return {name: np.asarray([f[name] for f in found]) for name in found[0]}
+
+    if cache is None:
+        parts: list[Mapping[str, np.ndarray]] = [make(i) for i in range(len(starts))]
+    else:
+        folder = cache / f"scan-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+        names = [f"{i:06d}" for i in range(len(starts))]
+        store.fill(folder, names, make, host_index=host_index, host_count=host_count)
+        parts = [store.read_part(folder / name) for name in names]
+    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+
+def _look(source: Source, index: int, sizes: bool, columns: Sequence[str], hashes: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"caption": np.int32(0), **{f"column:{c}": "null" for c in columns}}
+    found |= {"width": np.int32(0), "height": np.int32(0)} if sizes else {}
+    found |= {"hash": np.uint64(0)} if hashes else {}
+    try:
+        record = source.read(index, image=bool(hashes))
+        found["caption"] = np.int32(min(map(len, record.captions)))
+        found |= {f"column:{c}": json.dumps(record.extras.get(c), default=str) for c in columns}
+        given: Any = record.extras.get("width"), record.extras.get("height")
+        known = all(isinstance(n, int) and 0 < n < 2**31 for n in given)
+        if (sizes and not known) or hashes:
+            picture = (record if hashes else source.read(index)).image
+            data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+            if sizes and not known:
+                given = _size(data)
+            if hashes:
+                found["hash"] = np.uint64(content_hash(data) if hashes == "exact" else dhash(read_image(data, 9)))
+        if sizes:
+            found |= {"width": np.int32(given[0]), "height": np.int32(given[1])}
+    except Exception as e:  # damaged in whatever way; it is named when it comes up in training
+        logging.log_first_n(logging.WARNING, "Example %d of %s cannot be read: %s", 10, index, source.name, e)
+    return found
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    """Width and height of an encoded picture, upright."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        # Pillow decodes a PNG before it looks for what hardly any PNG has.
+        turned = image.format != "PNG" and image.getexif().get(0x0112, 1) >= 5
+        return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def select(
+    source: Source, wanted: Mapping[str, Any], *, cache: Path | None = None, host_index: int = 0, host_count: int = 1,
+    threads: int = 8,
+) -> Source:  # fmt: skip
+    """The examples of a source that pass all filters; how many each of them drops is logged.
+
+    Args:
+      wanted: any of
+        min_side: pixels of the shorter side, at least; 0: off.
+        max_aspect: longer side by shorter, at most; 0: off.
+        min_caption, max_caption: characters of the shortest caption; 0: off.
+        where: conditions such as "aesthetic>=5" on columns of numbers; an example without the number is dropped.
+        duplicates: "exact" keeps the first of equal files, "near" the first of those that differ in at most
+          `duplicate_bits` of 64 bits of a hash of what they show; "": off.
+        max_subjects: examples of that many values of the column "subject", the commonest; 0: all.
+        anything else: allowed values of the column of that name; () allows all.
+
+    Raises:
+      ConfigError: a filter that cannot be, or nothing is left.
+    """
+    conditions = [_condition(text) for text in wanted.get("where", ())]
+    if (kind := wanted.get("duplicates", "")) not in ("", "exact", "near"):
+        raise ConfigError(f'data.filter.duplicates must be "exact", "near" or "", not {kind!r}.')
+    if not 0 <= (bits := wanted.get("duplicate_bits", 4)) <= 16:
+        raise ConfigError(f"data.filter.duplicate_bits must be from 0 to 16, not {bits}.")
+    allowed = {k: tuple(v) for k, v in wanted.items() if k not in SETTINGS and v}
+    sizes = bool(wanted.get("min_side") or wanted.get("max_aspect"))
+    subjects = int(wanted.get("max_subjects", 0))
+    columns = sorted({*allowed, *(name for name, _, _ in conditions), *(["subject"] if subjects else [])})
+    if not (columns or sizes or kind or wanted.get("min_caption") or wanted.get("max_caption")):
+        return source
+    hosts: Any = {"cache": cache, "host_index": host_index, "host_count": host_count, "threads": threads}
+    found = scan(source, sizes=sizes, columns=columns, hashes=kind, **hosts)
+    kept = np.ones(len(source), bool)
+    dropped: dict[str, int] = {}
+
+    def drop(reason: str, bad: np.ndarray) -> None:
+        if count := int((bad & kept).sum()):
+            dropped[reason] = count
+        kept[bad] = False
+
+    for name, values in allowed.items():
+        drop(name, ~np.isin(found[f"column:{name}"], [json.dumps(v) for v in values]))
+    for name, sign, bound in conditions:
+        numbers = np.asarray([_as_number(v) for v in found[f"column:{name}"]])
+        drop(f"{name}{sign}{bound:g}", ~COMPARE[sign](numbers, bound))  # nan compares as false
+    if sizes:
+        short, long = (f(found["width"], found["height"]) for f in (np.minimum, np.maximum))
+        drop("unreadable", short == 0)
+        drop("min_side", short < wanted.get("min_side", 0))
+        drop("max_aspect", long > (wanted.get("max_aspect") or np.inf) * np.maximum(short, 1))
+    drop("min_caption", found["caption"] < wanted.get("min_caption", 0))
+    drop("max_caption", found["caption"] > (wanted.get("max_caption") or np.inf))
+    if kind:
+        left = np.flatnonzero(kept & (found["hash"] != 0))
+        bad = np.zeros(len(kept), bool)
+        bad[left[near_duplicates(found["hash"][left], bits if kind == "near" else 0)]] = True
+        drop("duplicates", bad)
+    if subjects:
+        drop("max_subjects", ~_commonest(found["column:subject"], kept, subjects))
+    if not kept.any():
+        raise ConfigError(f"data.filter leaves no picture of {source.name}: {json.dumps(dict(wanted), default=list)}.")
+    if kept.all():
+        return source
+    reasons = ", ".join(f"{name} {count}" for name, count in dropped.items())
+    logging.info("Of %d pictures of %s %d are left; dropped: %s.", len(kept), source.name, kept.sum(), reasons)
+    return Chosen(source, np.flatnonzero(kept))
+
+
+def _condition(text: str) -> tuple[str, str, float]:
+    match = CONDITION.fullmatch(str(text))
+    try:
+        assert match is not None
+        return match[1], match[2], float(match[3])
+    except (AssertionError, ValueError):
+        raise ConfigError(
+            f'data.filter.where: {text!r} must be like "aesthetic>=5", with one of >=, <=, >, <.'
+        ) from None
+
+
+def _as_number(text: str) -> float:
+    value = json.loads(text)
+    return float(value) if isinstance(value, int | float) else np.nan
+
+
+def _commonest(values: np.ndarray, kept: np.ndarray, most: int) -> np.ndarray:
+    """Whether each value is among the `most` commonest of those kept; ties by name, so that the set alone decides."""
+    names, counts = np.unique(values[kept], return_counts=True)
+    return np.isin(values, names[np.lexsort((names, -counts))[:most]])

@@ -1,0 +1,56 @@
+"""Precomputed latents and text as examples; `jaxdiff.training.precompute` writes them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdiff.config import ConfigError
+from jaxdiff.data import store
+from jaxdiff.data.buckets import Buckets
+
+INFO = "latents.json"  # {"fingerprint": str, "parts": [names], "sizes": [[h, w] of each part's latents]}
+
+
+class LatentShards:
+    """Examples {"latents": [h, w, C], "tokens": [L], …} out of a folder of parts, each of one size.
+
+    Attributes:
+      buckets: sizes of latents and the one of each example; None where all are of one size.
+      fingerprint: of what they were computed from; model: of the autoencoder and tokenizer alone.
+      names: of the arrays of an example.
+
+    Raises:
+      ConfigError: the folder is missing, unfinished or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        try:
+            info = json.loads((path / INFO).read_bytes())
+            parts, of_parts = [str(p) for p in info["parts"]], [(int(h), int(w)) for h, w in info["sizes"]]
+            self.fingerprint, self.model = str(info["fingerprint"]), str(info["model"])
+        except OSError as e:
+            raise ConfigError(
+                f"{path / INFO} cannot be read ({e.strerror}): write it with train.py --precompute."
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path / INFO} is damaged: delete it and run train.py --precompute again.") from None
+        if missing := [p for p in parts if "/" in p or not (path / p).is_dir()]:
+            raise ConfigError(f"{path / missing[0]} is missing: run train.py --precompute again.")
+        self._rows = store.Rows([str(path / p) for p in parts])
+        sizes = tuple(sorted(set(of_parts)))
+        numbers = np.repeat([sizes.index(s) for s in of_parts], self._rows.counts)
+        self.buckets = Buckets(sizes, numbers) if len(sizes) > 1 else None
+        if not len(self._rows):
+            raise ConfigError(f"{path} holds no examples.")
+        self.names = tuple(self._rows[0][1])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __call__(self, entry: int | tuple[int, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """An entry of an order as arrays."""
+        _, row = self._rows[entry[0] if isinstance(entry, tuple) else int(entry)]
+        return {name: np.array(values) for name, values in row.items()}

@@ -1,0 +1,91 @@
+"""What a source of captioned pictures is: so many records, each read by its number, in any order."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+MAX_BYTES = 2**28  # of one encoded picture: more is an attack or a mistake
+MAX_TEXT = 2**20  # bytes of one caption or of one example's metadata
+# The names that data sets in the field give to these two.
+IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "img", "pixel_values")
+TEXT_NAMES = ("text", "caption", "captions", "txt", "prompt")
+
+
+class Record(NamedTuple):
+    """One captioned picture, not yet decoded."""
+
+    name: str  # where it lies, for messages
+    image: str | bytes  # path of the file, or the bytes of one; b"" where it was not asked for
+    captions: tuple[str, ...]  # at least one
+    extras: Mapping[str, Any]  # other metadata
+
+
+class Source(Protocol):
+    """Records 0 … len - 1. Read by many threads at once, and pickled for worker processes without its data.
+
+    Attributes:
+      name: of the whole, for messages.
+      digest: of what it holds; another one for other data.
+      blocks: records in each of the blocks that are only read as a whole; None where every record can be read alone.
+    """
+
+    name: str
+    digest: str
+
+    @property
+    def blocks(self) -> np.ndarray | None: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, image: bool = True) -> Record:
+        """Record `index`, without its picture where that is not needed.
+
+        Raises:
+          ValueError, OSError: it is damaged.
+        """
+        ...
+
+
+def files_digest(paths: Iterable[str | Path]) -> str:
+    """Of the names, sizes and times of files, which are not read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        status = os.stat(path)
+        digest.update(f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def text_of(values: Any, where: str) -> tuple[str, ...]:
+    """One caption or a list of them as a tuple.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    captions = (values,) if isinstance(values, str) else tuple(values) if isinstance(values, list | tuple) else ()
+    if not captions or not all(isinstance(c, str) for c in captions):
+        raise ValueError(f"{where} has no caption that is text")
+    return captions
+
+
+class Chosen:
+    """Some records of another source, by their numbers, in that order."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self._source, self._indices = source, indices
+        self.name = source.name
+        self.blocks: np.ndarray | None = None
+        self.digest = hashlib.sha256(source.digest.encode() + indices.astype(np.int64).tobytes()).hexdigest()[:32]
+        if source.blocks is not None:  # those that are left of each
+            borders = np.concatenate([[0], np.cumsum(source.blocks)])
+            counts = np.diff(np.searchsorted(indices, borders))
+            self.blocks = counts[counts > 0]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, index: int, image: bool = True) -> Record:
+        return self._source.read(int(self._indices[index]), image)

@@ -1,0 +1,121 @@
+"""Arrays kept in parts on disk, each part made once by some host and mapped into memory by all.
+
+A part is a folder of .npy files, one an array, all of one length [n, ...]. It is written under another name and renamed
+when whole. So the work goes on where it was killed, and several hosts that see the same folder divide it.
+"""
+
+import functools
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from jaxdiff.config import ConfigError
+
+Arrays = Mapping[str, np.ndarray]
+OPEN_PARTS = 256  # mapped at a time by a process; a system allows some ten thousand maps
+PATIENCE = 3600.0  # seconds without any new part after which the other hosts count as dead
+
+
+def fill(
+    folder: Path,
+    names: Sequence[str],
+    make: Callable[[int], Arrays],
+    *,
+    host_index: int = 0,
+    host_count: int = 1,
+    threads: int = 1,
+) -> None:
+    """Make what is missing of the parts `names`, this host's share of it, and wait until the others have made theirs.
+
+    Args:
+      make: part i as arrays; must give the same on every host.
+
+    Raises:
+      ConfigError: the folder cannot be written, or nothing came from the other hosts for `PATIENCE` seconds.
+    """
+    mine = [i for i in range(host_index, len(names), host_count) if not (folder / names[i]).is_dir()]
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda i: write_part(folder / names[i], make(i)), mine):
+            pass
+    missing, since = list(names), time.monotonic()
+    while missing := [name for name in missing if not (folder / name).is_dir()]:
+        if time.monotonic() - since > PATIENCE:
+            raise ConfigError(f"{folder / missing[0]} was not written by its host within {PATIENCE:.0f} s.")
+        logging.log_every_n_seconds(logging.INFO, "Waiting for other hosts: %d parts of %s.", 60, len(missing), folder)
+        before = len(missing)
+        time.sleep(0.1)
+        since = time.monotonic() if len(missing) < before else since
+
+
+def write_part(path: Path, arrays: Arrays) -> None:
+    """Write a part; one that is there already stays.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array, allow_pickle=False)
+        try:
+            partial.rename(path)
+        except OSError:
+            if not path.is_dir():  # another host was faster
+                raise
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be written ({e.strerror or e}).") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_part(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of a part, mapped into memory.
+
+    Raises:
+      ConfigError: it is missing or damaged.
+    """
+    try:
+        arrays = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
+    except (OSError, ValueError, EOFError) as e:
+        raise ConfigError(f"{path} is damaged ({e}): delete that folder, and it is made anew.") from None
+    if not arrays or len({len(a) for a in arrays.values()}) != 1:
+        raise ConfigError(f"{path} holds no arrays of one length: delete that folder, and it is made anew.")
+    return arrays
+
+
+_mapped = functools.lru_cache(OPEN_PARTS)(read_part)
+
+
+class Rows:
+    """The rows of all parts one after the other. Pickled without them, but for those given as arrays.
+
+    Args:
+      parts: folders, or arrays in memory.
+    """
+
+    def __init__(self, parts: Sequence[str | Arrays]) -> None:
+        self._parts = list(parts)
+        with ThreadPoolExecutor(16) as pool:  # opening is waiting, on a file system of a network
+            self.counts = np.asarray(list(pool.map(lambda p: len(next(iter(self._open(p).values()))), self._parts)))
+        self._ends = np.cumsum(self.counts)
+
+    @staticmethod
+    def _open(part: str | Arrays) -> Arrays:
+        return _mapped(part) if isinstance(part, str) else part
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, np.ndarray]]:
+        """(number of the part, row `index` of each of its arrays)."""
+        part = int(np.searchsorted(self._ends, index, "right"))
+        row = index - int(self._ends[part]) + int(self.counts[part])
+        return part, {name: array[row] for name, array in self._open(self._parts[part]).items()}

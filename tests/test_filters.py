@@ -1,0 +1,169 @@
+"""Which examples are trained on, and which pictures count as the same."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdiff.config import ConfigError
+from jaxdiff.data import filters
+from jaxdiff.data.captioned import captioned_data, open_source
+from jaxdiff.data.filters import scan, select
+from jaxdiff.data.hashes import content_hash, dhash, near_duplicates
+from tests.datasets_of_pictures import WRITERS, numbers, write_folder
+
+
+def photo(seed: int, side: int = 96) -> Image.Image:
+    """Smooth noise, as photographs are."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (7, 7, 3)).astype(np.uint8)
+    return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def kept(source) -> list[int]:
+    return [int(source.read(i).captions[0]) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+def test_columns_of_numbers_of_every_kind_of_data(tmp_path, kind, caplog):
+    if kind in ("parquet", "arrow"):
+        pytest.importorskip("pyarrow")
+    caplog.set_level("INFO")
+    source = open_source(WRITERS[kind](tmp_path / "d", 12))
+    chosen = select(source, {"where": ("score>=0.25", "score<1")})
+    assert kept(chosen) == [3, 4, 5, 6, 7, 8, 9]
+    assert "Of 12 pictures" in caplog.text
+    assert "score>=0.25 3" in caplog.text
+    assert "score<1 2" in caplog.text
+    assert chosen.digest != source.digest
+    seen = [n for b in captioned_data(chosen, 1, 8, seed=0, epochs=1, threads=1) for n in numbers(b)]
+    assert sorted(seen) == [3, 4, 5, 6, 7, 8, 9]
+
+
+def test_sizes_captions_and_categories(tmp_path, caplog):
+    caplog.set_level("INFO")
+    sides = [(8, 8), (8, 40), (64, 32), (32, 32)]
+    path = write_folder(tmp_path, 8, sizes=sides, bad=(7,))
+    lines = [json.loads(line) for line in (path / "metadata.jsonl").read_text().split("\n")]
+    for i, line in enumerate(lines):
+        line |= {"text": "x" * i, "style": "flat" if i % 2 else "oil", "subject": "abbbcccc"[i]}
+    (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = open_source(path)
+
+    def left(**wanted):
+        return [len(select(source, wanted).read(i).captions[0]) for i in range(len(select(source, wanted)))]
+
+    assert left(min_side=9) == [2, 3, 6, 7]
+    assert left(max_aspect=2) == [0, 2, 3, 4, 6, 7]
+    assert left(min_caption=3, max_caption=5) == [3, 4, 5]
+    assert left(style=("flat",)) == [1, 3, 5, 7]
+    assert left(max_subjects=1) == [4, 5, 6, 7]
+    assert left(max_subjects=1, max_caption=3) == [1, 2, 3]
+    assert left(style=("oil",), min_side=9, max_caption=3) == [2]
+    assert select(source, {"min_side": 0, "style": ()}) is source
+    with pytest.raises(ConfigError, match="filter leaves no picture"):
+        left(style=("gone",))
+
+
+def test_a_value_that_is_missing_or_no_number(tmp_path):
+    path = write_folder(tmp_path, 4)
+    lines = [json.loads(line) for line in (path / "metadata.jsonl").read_text().split("\n")]
+    lines[0]["score"], lines[1]["score"] = None, "high"
+    del lines[2]["score"]
+    (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = open_source(path)
+    assert kept(select(source, {"where": ("score>-1",)})) == [3]
+    assert kept(select(source, {"score": (None,)})) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"where": ("score",)}, "'score' must be like"),
+        ({"where": ("score>=much",)}, "must be like"),
+        ({"where": ("score>=1e",)}, "must be like"),
+        ({"duplicates": "all"}, "duplicates must be"),
+        ({"duplicate_bits": 17}, "duplicate_bits must be from 0 to 16"),
+    ],
+)
+def test_filters_that_cannot_be(tmp_path, wanted, said):
+    with pytest.raises(ConfigError, match=said):
+        select(open_source(write_folder(tmp_path, 2)), wanted)
+
+
+def test_hashes_of_likeness():
+    """The same picture resized or compressed differs in few bits; another one in about half of them."""
+    for seed in range(5):
+        image, first = photo(seed), dhash(photo(seed))
+        small = image.resize((50, 50), Image.Resampling.LANCZOS)
+        assert (first ^ dhash(small)).bit_count() <= 4
+        # 64 fair bits differ in 32, with a deviation of 4: five deviations.
+        assert (first ^ dhash(photo(seed + 100))).bit_count() >= 12
+    left_to_right = Image.fromarray(np.tile(np.arange(90, dtype=np.uint8), (80, 1)))
+    assert dhash(left_to_right) == 2**64 - 1
+    assert dhash(left_to_right.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) == 0
+    assert content_hash(b"a") != content_hash(b"b")
+
+
+@pytest.mark.parametrize("distance", [0, 1, 3, 4, 8])
+def test_no_near_duplicate_is_missed(distance):
+    """Against the comparison of all with all, on clusters around random hashes."""
+    rng = np.random.default_rng(distance)
+    centres = rng.integers(0, 2**64, 40, dtype=np.uint64)
+    hashes = rng.choice(centres, 300)
+    for _ in range(distance + 2):
+        hashes = hashes ^ (np.uint64(1) << rng.integers(0, 64, 300, dtype=np.uint64)) * rng.integers(0, 2, 300).astype(
+            np.uint64
+        )
+    expected, kept = [], []
+    for h in map(int, hashes):
+        expected.append(any((h ^ k).bit_count() <= distance for k in kept))
+        if not expected[-1]:
+            kept.append(h)
+    assert near_duplicates(hashes, distance).tolist() == expected
+    assert any(expected)
+
+
+def test_duplicates_are_dropped(tmp_path, caplog):
+    caplog.set_level("INFO")
+    images = [photo(0), photo(0), photo(0, 60), photo(1), photo(2)]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"{i}"}) for i in range(5)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    source = open_source(tmp_path)
+    assert kept(select(source, {"duplicates": "exact"})) == [0, 2, 3, 4]
+    assert kept(select(source, {"duplicates": "near", "duplicate_bits": 4})) == [0, 3, 4]
+    assert "duplicates 2" in caplog.text
+
+
+def test_a_scan_is_kept_and_divided(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr(filters, "PART", 4)
+    source = open_source(write_folder(tmp_path / "d", 11))
+    alone = scan(source, sizes=True, columns=("score",), hashes="near")
+    looked, look = [], filters._look
+    monkeypatch.setattr(filters, "_look", lambda *a: looked.append(a[1]) or look(*a))
+
+    def of(host):
+        kwargs = {"cache": tmp_path / "cache", "host_index": host, "host_count": 2}
+        return scan(source, sizes=True, columns=("score",), hashes="near", **kwargs)
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in [*pool.map(of, range(2)), of(0)]:
+            assert found.keys() == alone.keys()
+            for name in alone:
+                np.testing.assert_array_equal(found[name], alone[name])
+    assert sorted(looked) == list(range(11))
+
+
+def test_sizes_are_upright_and_may_come_from_metadata(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "0.jpg", exif=exif)
+    lines = [{"file_name": "0.jpg", "text": "a"}, {"file_name": "gone.jpg", "text": "b", "width": 7, "height": 9}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = scan(open_source(tmp_path), sizes=True)
+    assert found["width"].tolist() == [20, 7]
+    assert found["height"].tolist() == [30, 9]
