@@ -51,9 +51,9 @@ def text(config: Any, kind: str, devices: int) -> str:
         mesh: Any = plan.abstract_mesh(devices, options.fsdp, options.tensor)
         if kind == FULL:
             mesh = parallel.mesh(options.fsdp, options.tensor, jax.devices()[:devices])
+        stage, shapes, example = described(config)
     except OptionsError as e:
         raise UsageError(f"config: {e}") from None
-    stage, shapes, example = described(config)
     trained = {name: shapes[name] for name in stage.trainable}
     state = plan.abstract_state(trained, options, mesh)
     frozen = plan.sharded(mesh, {name: x for name, x in shapes.items() if name not in trained})
@@ -71,7 +71,8 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     from jaxdiff.models.model import param_shapes
     from jaxdiff.tokenizer import train_bpe
     from jaxdiff.training.setup import described_model
-    from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage, vae_stage
+    from jaxdiff.training.stages import clip_params, clip_stage, vae_stage
+    from jaxdiff.training.targets import make
 
     sizes = config.tokenizer
     model = described_model(
@@ -88,9 +89,9 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     if config.stage == "vae":
         crop = config.crop or side
         return vae_stage(model), shapes, {**example, "image": example["image"][:, :crop, :crop]}
-    if config.stage != "unet":
-        raise UsageError(f"--plan knows the stages clip, vae and unet; config.stage is {config.stage!r}.")
-    stage = diffusion_stage(model, trainable=config.trainable)
+    # Parameters of one number each, repeated without memory, for what is made of them.
+    target = make(config, model, jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes))
+    stage, shapes = target.stage, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), target.params)
     if config.cache_latents:
         latents = np.zeros((1, *[side // model.vae.config.factor] * 2, model.vae.config.latent_channels), np.float16)
         example = {**{k: v for k, v in stage.prepare(example).items() if k != "image"}, "latents": latents}
