@@ -15,8 +15,12 @@ from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.diffusion.spacing import SPACINGS
 from jaxdiff.diffusion.times import calls, time_grid
-from tests.scheduler_cases import NAMES, SD1, ZERO_SNR, network
+from tests.scheduler_cases import NAMES as ALL
+from tests.scheduler_cases import SD1, ZERO_SNR, network
 
+# One of each kind of scheduler in every run, the others in `make test-all`: each is compiled in several forms.
+QUICK = ("ddim", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "dpmpp_sde")
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 KEY = jax.random.key(5)
 STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "dpmpp_2s_ancestral", "lcm", "tcd")
 # Two compilations of the same float32 arithmetic, and x0 of up to some 10.
@@ -58,7 +62,7 @@ def test_vmap_over_a_parameter_is_the_loop_over_it(name):
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [pytest.param(name, SD1, id=name) for name in NAMES]
+    [pytest.param(name, SD1, id=name, marks=() if name in QUICK else pytest.mark.slow) for name in ALL]
     + [pytest.param(name, ZERO_SNR, id=f"{name}-zero_snr") for name in ("ddim", "heun", "unipc", "dpmpp_sde")],
 )
 def test_gradient_is_the_finite_difference(name, config):

@@ -22,6 +22,7 @@ from jaxdiff.diffusion.singlestep import ddim, ddpm, heun
 from jaxdiff.diffusion.times import time_grid
 from tests.scheduler_cases import FLOW, NAMES, SD1, ZERO_SNR
 
+SLOW = pytest.mark.slow  # hundreds of small compilations: one process in every run, the others in `make test-all`
 MEAN, SPREAD = 0.7, 0.4
 # Methods and their orders. A single step of low order at the start costs one order less than a whole path of them: the
 # order of lms and pndm (of 4 once under way) is 2 at worst. UniPC's corrector adds one to its predictor's.
@@ -75,7 +76,9 @@ def error(scheduler, times: Time) -> float:
     return float(np.abs(sample(denoise, x, times, scheduler, jax.random.key(0)) - exact(x, times)).max())
 
 
-@pytest.mark.parametrize("kind", ["preserving", "flow", "exploding"])
+@pytest.mark.parametrize(
+    "kind", ["preserving", pytest.param("flow", marks=SLOW), pytest.param("exploding", marks=SLOW)]
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_order_of_convergence(name, kind):
     """Twice the steps divide the error by 2**order; halving 3 times over, the slope is seen to a tenth or two."""
@@ -88,7 +91,11 @@ def test_order_of_convergence(name, kind):
     assert errors[-1] < 0.03 / 10 ** (order - 1)
 
 
-@pytest.mark.parametrize("config", [SD1, ZERO_SNR, FLOW], ids=["sd1", "zero_snr", "flow"])
+@pytest.mark.parametrize(
+    "config",
+    [SD1, pytest.param(ZERO_SNR, marks=SLOW), pytest.param(FLOW, marks=SLOW)],
+    ids=["sd1", "zero_snr", "flow"],
+)
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_real_grids_converge(name, config):
     """From noise, or pure noise, to a clean sample, where every method's last step is of first order."""
@@ -144,7 +151,7 @@ def drawn(times: Time, scheduler, count: int = 40_000) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-@pytest.mark.parametrize("kind", ["sd1", "zero_snr", "flow"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("zero_snr", marks=SLOW), pytest.param("flow", marks=SLOW)])
 def test_stochastic_schedulers_draw_the_chain(name, kind):
     """The samples' mean and spread are those of the chain, to five standard errors."""
     times = time_grid({"sd1": SD1, "zero_snr": ZERO_SNR, "flow": FLOW}[kind], 12, "ddpm", "trailing")[0]
