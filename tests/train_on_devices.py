@@ -1,6 +1,7 @@
-"""Run with simulated devices: a few updates on one device, on all, and with every parameter split.
+"""Run with simulated devices: the losses of some updates, and what the compiled step sends, on several meshes.
 
-Usage: python -m tests.train_on_devices FILE, with XLA_FLAGS=--xla_force_host_platform_device_count=8.
+Usage: python -m tests.train_on_devices FILE [PORT PROCESS PROCESSES], with as many devices as XLA_FLAGS simulates. With
+a port it is one of several processes that share their devices, and writes FILE of its own.
 """
 
 import json
@@ -11,41 +12,85 @@ import jax
 import numpy as np
 
 from jaxdiff import parallel
-from jaxdiff.training.stages import clip_params, clip_stage, vae_stage
-from jaxdiff.training.state import Options, init_state, make_train_step, optimizer
-from tests.test_training import pairs, whole_model
-from tests.tiny import tiny_params
+from jaxdiff.training import collectives, plan
+from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage
+from jaxdiff.training.state import Options, init_state, make_train_step, norm, optimizer
+
+BATCH, STEPS = 8, 20
+MESHES = {"one": (1, 1), "data": (1, 1), "fsdp": (8, 1), "all": (2, 2)}  # name -> sizes of fsdp and tensor
 
 
-def losses(stage, params, mesh, options) -> tuple[list[float], set[str]]:
-    """Of some updates; and how parameters, averages and moments are divided, before and after."""
-    state = init_state({k: params[k] for k in stage.trainable}, optimizer(options), mesh)
+def model_and_params():
+    """A tiny model whose axes the meshes divide; more of its UNet attends than that of tests/tiny.py."""
+    from tests.test_training import whole_model
+    from tests.tiny import tiny_params
+
+    model = whole_model()
+    return model, clip_params(tiny_params(model))
+
+
+def batches(steps: int):
+    """The same examples of the whole batch on every host, each host its part of them."""
+    from tests.test_training import pairs
+
+    rng = np.random.default_rng(0)
+    rows = BATCH // jax.process_count()
+    mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    for i in range(steps):
+        batch = {"latents": rng.normal(size=(BATCH, 8, 8, 4)).astype(np.float32), **pairs(BATCH)}
+        yield {k: np.roll(v, i, axis=0)[mine] for k, v in batch.items()}
+
+
+def train(stage, params, mesh, steps: int) -> dict:
+    """Losses, how parameters, averages and moments are divided, and what one step sends."""
+    options = Options(steps=steps, batch_size=BATCH, learning_rate=1e-3)
+    trained = {k: params[k] for k in stage.trainable}
+    frozen = {k: v for k, v in params.items() if k not in stage.trainable}
+    state = init_state(trained, optimizer(options), mesh)
+    frozen = parallel.place(frozen, parallel.param_sharding(mesh, frozen))
+    before, losses = specs(state), []
     step = make_train_step(stage.loss, options, mesh, state)
-    found, before = [], specs(state)
-    for i in range(3):
-        batch = {k: np.roll(v, i, axis=0) for k, v in pairs(8).items()}
-        state, metrics = step(state, params, parallel.global_batch(mesh, batch))
-        found.append(float(metrics["loss"]))
+    first = parallel.global_batch(mesh, next(batches(1)))
+    compiled = step.lower(state, frozen, first).compile()
+    for batch in batches(steps):
+        state, metrics = compiled(state, frozen, parallel.global_batch(mesh, batch))
+        losses.append(float(metrics["loss"]))
     assert specs(state) == before
-    return found, set(before)
+    rows = collectives.collectives(compiled.as_text(), mesh.shape)
+    sizes = {f"{r.kind} {','.join(r.axes)}": r.size for r in rows}
+    planned = plan.bytes_each(plan.abstract_state(trained, options, mesh))
+    assert planned == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    rows = parallel.parts(mesh, {**trained, **frozen})
+    return {
+        "losses": losses,
+        "specs": sorted(set(before)),
+        "sends": sizes,
+        "trained": sum(x.nbytes for x in jax.tree.leaves(trained)),
+        "divided": sum(row.size for row in rows if "fsdp" in row.spec),
+        "norm": float(norm(parallel.fetch(state.params))),
+    }
 
 
 def specs(state) -> list[str]:
     return [str(x.sharding.spec) for x in jax.tree.leaves(state)]
 
 
-def main(file: Path) -> None:
-    model = whole_model()
-    params = clip_params(tiny_params(model))
-    options = Options(steps=3, batch_size=8, learning_rate=1e-2)
-    meshes = {"one": parallel.mesh(devices=jax.devices()[:1]), "eight": parallel.mesh(), "split": parallel.mesh(fsdp=4)}
+def main(file: Path, port: str = "", process: str = "0", processes: str = "1") -> None:
+    if port:
+        jax.distributed.initialize(f"localhost:{port}", int(processes), int(process))
+    model, params = model_and_params()
+    unet = diffusion_stage(model, trainable=("unet", "text_encoder"))
     report: dict = {"devices": jax.device_count()}
-    for stage in (clip_stage(model), vae_stage(model)):
-        for name, mesh in meshes.items():
-            values, divisions = losses(stage, params, mesh, options)
-            report[f"{stage.name} {name}"] = {"losses": values, "specs": sorted(divisions)}
+    if port:
+        report["hosts"] = train(unet, params, parallel.mesh(fsdp=4, tensor=2), STEPS)  # parameters reach over both
+    else:
+        for name, (fsdp, tensor) in MESHES.items():
+            mesh = parallel.mesh(fsdp, tensor, jax.devices()[:1] if name == "one" else None)
+            report[name] = train(unet, params, mesh, STEPS)
+            if name in ("one", "all"):
+                report[f"clip {name}"] = train(clip_stage(model), params, mesh, 3)
     file.write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,136 @@
+"""Plans say what a run then holds."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from jaxdiff import parallel
+from jaxdiff.config import UNetConfig
+from jaxdiff.models.unet import UNet2DConditionModel
+from jaxdiff.training import plan
+from jaxdiff.training.stages import diffusion_stage
+from jaxdiff.training.state import Options, OptionsError, init_state, optimizer
+from tests.tiny import SIDE
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "tests" / "training_config.py"
+SDXL = UNetConfig(
+    sample_size=128,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+
+
+def test_planned_bytes_are_those_of_a_real_state(tiny):
+    model, params = tiny
+    stage, options = diffusion_stage(model), Options(steps=1, batch_size=2)
+    mesh = parallel.mesh(devices=jax.devices()[:1])
+    trained = {k: params[k] for k in stage.trainable}
+    frozen = plan.sharded(mesh, {k: v for k, v in params.items() if k not in trained})
+    read = {"image": np.zeros((1, SIDE, SIDE, 3), np.uint8), "text": [""]}
+    held = plan.memory(plan.abstract_state(trained, options, mesh), frozen, plan.abstract_batch(stage, read, 2, mesh))
+    state = init_state(trained, optimizer(options), mesh)
+    for found, tree in ((held.params, state.params), (held.optimizer, state.opt_state), (held.average, state.ema)):
+        assert found == sum(x.nbytes for x in jax.tree.leaves(tree))
+    assert held.frozen == sum(x.nbytes for k in frozen for x in jax.tree.leaves(params[k]))
+    assert held.batch == 2 * (SIDE * SIDE * 3 + 4 * model.tokenizer.max_length)
+    assert held.gradients == held.params
+
+
+def test_sdxl_is_planned_on_a_pod_without_allocating_it():
+    unet = UNet2DConditionModel(SDXL)
+    array = jax.ShapeDtypeStruct
+    inputs = [array(s, np.float32) for s in ((1, 8, 8, 4), (1,), (1, 2, 2048), (1, 1280), (1, 6))]
+    params = {"unet": jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]}
+    count = sum(x.size for x in jax.tree.leaves(params))
+    assert count == 2_567_463_684  # as diffusers has it
+    options = Options(steps=1, batch_size=64, fsdp=64)
+    held = plan.memory(plan.abstract_state(params, options, plan.abstract_mesh(64, fsdp=64)), {}, {})
+    vectors = sum(x.size for x in jax.tree.leaves(params) if x.ndim < 2)
+    odd = sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1 and not any(n % 64 == 0 for n in x.shape))
+    assert odd == 0
+    assert held.params == 4 * ((count - vectors) / 64 + vectors)
+    assert held.average == held.params
+    # Two moments, and the counts of Adam and of the schedule.
+    assert 0 <= held.optimizer - 2 * held.params <= 16
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(OptionsError, match="fsdp 3 x tensor 1 must divide the number of devices, 8"):
+        plan.abstract_mesh(8, fsdp=3)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    def run(*args: object) -> tuple[int, str, str]:
+        argv = ["train.py", *map(str, args)]
+        monkeypatch.setattr(sys, "argv", argv)
+        return train.main(argv), *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("stage", ["clip", "vae", "unet"])
+def test_train_prints_a_plan_without_data_or_a_workdir(cli, stage):
+    code, out, err = cli(
+        f"--config={CONFIG}:{stage}", "--plan=quick", "--plan_devices=4", "--config.fsdp=2", "--config.tensor=2"
+    )
+    assert code == 0, err
+    assert "GB a device, of 4 devices (data 1 x fsdp 2 x tensor 2)" in out
+    assert "all but activations" in out
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plan=small"], "--plan=small must be quick or full"),
+        (["--plan=quick", "--plan_devices=3"], "batch_size 4 must be divisible"),
+        (["--plan=quick", "--plan_devices=4", "--config.fsdp=3"], "fsdp 3 x tensor 1 must divide"),
+        (["--plan=quick", "--plan_devices=-1"], "--plan_devices=-1 must be at least 1"),
+        (["--workdir=x", "--coordinator_address=localhost:1"], "--coordinator_address needs --num_processes"),
+        (["--workdir=x", "--process_id=1"], "need --coordinator_address"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_a_sentence(cli, flags, message):
+    code, _, err = cli(f"--config={CONFIG}:unet", *flags)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_full_plan_compiles_for_devices_that_are_not_there(capfd, monkeypatch):
+    argv = ["train.py", f"--config={CONFIG}:unet", "--plan", "--plan_devices=4", "--config.fsdp=4"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert train.main(argv) == 0
+    out = capfd.readouterr().out
+    assert "activations and gathered parameters" in out
+    assert "| all-gather | fsdp | 4 |" in out
+    assert "TFLOP a device" in out
+
+
+def test_the_report_is_of_the_state_that_is_trained(tiny):
+    _, params = tiny
+    mesh = plan.abstract_mesh(8, fsdp=4)
+    trained = {"unet": params["unet"]}
+    held = plan.memory(plan.abstract_state(trained, Options(steps=1, batch_size=8), mesh), {}, {})
+    step = plan.Step(temporary=10**9 + held.gradients, flops=1e12, sent=[])
+    text = plan.report(held, step, mesh, trained)
+    total = (held.params + held.optimizer + held.average + held.gradients + 10**9) / 1e9
+    assert f"  {'all':36} {total:8.3f}" in text.splitlines()
+    assert "1.000 TFLOP a device" in text
