@@ -25,14 +25,14 @@ from jaxdiff.commands import errors
 from jaxdiff.commands.errors import UsageError
 from jaxdiff.commands.flags import parse
 from jaxdiff.commands.outputs import check_folder, make_folder, output_paths
-from jaxdiff.commands.pictures import Picture, arguments, batch_size, columns, lines, plan
+from jaxdiff.commands.pictures import Picture, arguments, batch_size, columns, how_many, lines, plan
 from jaxdiff.io import images
 
 FRAMES = 8  # of a --preview
 FRAME_SECONDS = 0.1  # of an --interpolate film
 
 
-def settle(f: flags.FlagValues, model: jaxdiff.Model, total: int) -> None:
+def settle(f: flags.FlagValues, model: jaxdiff.Model, count: int) -> None:
     """Give every flag left open the value that the model and the machine decide; raise UsageError if one cannot be."""
     import jax
 
@@ -50,7 +50,7 @@ def settle(f: flags.FlagValues, model: jaxdiff.Model, total: int) -> None:
     except ValueError as e:
         raise UsageError(str(e)) from None
     f["height"].value, f["width"].value = (side * model.vae.config.factor for side in latent[:2])
-    f["batch_size"].value = f.batch_size or batch_size(total, jax.local_device_count())
+    f["batch_size"].value = f.batch_size or batch_size(count, jax.local_device_count())
 
 
 def settle_size(f: flags.FlagValues, model: jaxdiff.Model) -> None:
@@ -177,7 +177,7 @@ def run(f: flags.FlagValues) -> None:
     else:  # of a one-file checkpoint the tensors tell the configs
         opened = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type)
         model = opened[0]
-    settle(f, model, total=len(given) * f.num_images)
+    settle(f, model, how_many(f, given))
     pictures = plan(f, given)
     paths, sheet = output_paths(f.output, pictures)
     check_folder(paths[0].parent)

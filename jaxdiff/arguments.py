@@ -51,6 +51,8 @@ def as_numbers(
     numbers = np.asarray(value, dtype)
     if numbers.shape not in ((), (count,)):
         raise ValueError(f"{name} has shape {list(numbers.shape)} for {count} prompts: give one, or one a prompt.")
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name} {value} must be finite.")
     if not ((numbers >= low) & (numbers <= high)).all():
         raise ValueError(f"{name} {value} must be from {low} to {high}.")
     return np.broadcast_to(numbers, (count,))
@@ -78,16 +80,18 @@ def as_mask(mask: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"mask has shape {list(mask.shape)[-2:]}, the image {list(shape)}: make them of one size.")
     if mask.ndim == 3 and len(mask) not in (1, count):
         raise ValueError(f"mask holds {len(mask)} masks for {count} prompts: give one, or one a prompt.")
+    if mask.dtype == np.uint8 and mask.max() == 1:
+        raise ValueError("mask is uint8 and nowhere above 1: white is 255; or give it as bool.")
     mask = mask if mask.dtype == bool else mask >= (128 if mask.dtype == np.uint8 else 0.5)
     return np.broadcast_to(mask, (count, *shape))[..., None]
 
 
 def first_step(steps: int, strength: float, name: str = "strength") -> int:
     """How many of the steps are left out at the beginning, so that the part `strength` of them is taken."""
-    start = steps - min(int(steps * strength), steps)
-    if not 0 < strength <= 1 or start == steps:
+    taken = int(steps * strength) if 0 < strength <= 1 else 0
+    if not taken:
         raise ValueError(f"{name} {strength} must be in (0, 1] and leave at least one of {steps} steps.")
-    return start
+    return steps - taken
 
 
 def small_shape(shape: tuple[int, int, int], hires: float) -> tuple[int, int, int]:

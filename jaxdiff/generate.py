@@ -133,7 +133,10 @@ def sampler(
 
 def picture_keys(seed: int | Sequence[int], count: int) -> Key:
     """One key a picture: picture i of a call with seed s has key(s + i); a sequence of seeds is taken as it is."""
-    seeds = np.arange(count) + seed if isinstance(seed, int | np.integer) else np.asarray(seed)
+    seeds = np.asarray(seed)
+    if seeds.dtype.kind not in "iu" or seeds.shape not in ((), (count,)):
+        raise ValueError(f"seed {seed} must be a whole number below 2**64, or one for each of {count} prompts.")
+    seeds = seeds.astype(np.int64) + (np.arange(count) if seeds.ndim == 0 else 0)
     return jax.vmap(jax.random.key)(jnp.asarray(seeds % 2**32, jnp.uint32))
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import jaxdiff
 from jaxdiff.commands.flags import parse
-from jaxdiff.commands.pictures import columns, lines, plan
+from jaxdiff.commands.pictures import arguments, columns, how_many, lines, plan
 from jaxdiff.config import ControlNetConfig, TinyVAEConfig
 from jaxdiff.io.controlnet import save_controlnet
 from jaxdiff.io.images import extend, read_image, read_metadata, write_gif, write_png
@@ -82,6 +82,21 @@ def test_only_what_differs_from_the_defaults_is_kept():
     assert set(picture) == {"prompt", "seed", "steps", "guidance_scale", "model", "dtype"}
     (picture,) = planned("--prompt=a", "--noemphasis", "--hires=2", "--variation_seed=0", "--clip_skip=1")
     assert (picture["hires_strength"], picture["variation_strength"], picture["clip_skip"]) == (0.6, 0.1, 1)
+
+
+def test_zero_and_off_are_said_to_generate():
+    (picture,) = planned("--prompt=a", "--noemphasis", "--variation_seed=0", "--guidance_scale=0", "--noise_level=0")
+    told = arguments([picture])
+    assert told["emphasis"] is False
+    assert (told["variation_seed"], told["guidance_scale"], told["noise_level"]) == ([0], [0.0], 0)
+    (picture,) = planned("--prompt=a", "--variation_seed=3", "--variation_strength=0")
+    assert arguments([picture])["variation_strength"] == [0.0]
+
+
+@pytest.mark.parametrize("more", [(), ("--interpolate=4",), ("--prompt=b", "--num_images=3", "--interpolate=2")])
+def test_the_pictures_are_counted_before_they_are_planned(more):
+    f = parse(["sample.py", "--prompt=a", *more])
+    assert how_many(f, lines(f)) == len(plan(f, lines(f)))
 
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)

@@ -130,8 +130,19 @@ def test_frames_are_drawn_by_a_tiny_autoencoder_where_there_is_one(tiny, draw):
         ({"variation_seed": 1, "variation_strength": -0.1}, "variation_strength -0.1 must be from 0.0 to 1.0"),
         ({"blend_prompts": ["x", "y"]}, "2 blend_prompts for 1 prompts"),
         ({"tile": 0}, "tile 0 must be at least 1"),
+        ({"seed": [1, 2]}, r"seed \[1, 2\] must be a whole number .* for each of 1 prompts"),
+        ({"seed": 1.5}, "seed 1.5 must be a whole number"),
+        ({"seed": 2**70}, "seed .* must be a whole number below"),
+        ({"guidance_scale": float("inf")}, "guidance_scale inf must be finite"),
+        ({"hires": 2, "hires_strength": float("nan")}, "hires_strength nan must be in"),
+        ({"image": np.zeros((SIDE, SIDE, 3)), "mask": np.ones((SIDE, SIDE), np.uint8)}, "white is 255"),
     ],
 )
 def test_arguments_that_cannot_be_right(arguments, sentence, draw):
     with pytest.raises(ValueError, match=sentence):
         draw(["a castle"], **arguments)
+
+
+@pytest.mark.parametrize("seed", [np.asarray(3), np.int32(3), 3 + 2**32, 3 - 2**32, [3]])
+def test_a_seed_is_any_whole_number(seed):
+    assert (picture_keys(seed, 1) == picture_keys(3, 1)).all()

@@ -56,11 +56,11 @@ def plan(f: flags.FlagValues, given: list[PromptLine]) -> list[Picture]:
             shared[flag] = None
     if f["emphasis"].value:
         shared["emphasis"] = None  # as by default
-    for name in ("guidance_rescale", "clip_skip"):
+    for name in ("guidance_rescale", "clip_skip", "control_edges", "preview"):  # switched off
         shared[name] = shared[name] or None
     if not f["noise_level"].present:
         shared["noise_level"] = None
-    shared = {name: value for name, value in shared.items() if value not in (None, False, [])}
+    shared = {name: value for name, value in shared.items() if value not in (None, [])}
     pictures: list[Picture] = []
     for line in given:
         for k in range(f.num_images):
@@ -80,6 +80,12 @@ def film(pictures: list[Picture], frames: int) -> list[Picture]:
             part = {"blend_prompt": b["prompt"], "blend": k / frames}
             between.append(a | part | {"variation_seed": b["seed"], "variation_strength": k / frames})
     return [*between, between[-1] | {"blend": 1.0, "variation_strength": 1.0}]
+
+
+def how_many(f: flags.FlagValues, given: list[PromptLine]) -> int:
+    """How many pictures `plan` will have."""
+    count = len(given) * f.num_images
+    return count if f.interpolate is None else max(count - 1, 1) * f.interpolate + 1
 
 
 def columns(f: flags.FlagValues, count: int) -> int:
