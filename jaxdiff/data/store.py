@@ -61,7 +61,8 @@ def write_part(path: Path, arrays: Arrays) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array, allow_pickle=False)

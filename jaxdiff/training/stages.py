@@ -170,7 +170,8 @@ def diffusion_stage(
 
     Batches hold the tokens [B, L] of each text encoder, "tokens" and for SDXL "tokens_2", and either "image" uint8
     [B, H, W, 3], encoded by the frozen autoencoder, or "latents" [B, h, w, C] that are already. They may hold
-    "time_ids" [B, 6] (SDXL; else the pictures count as whole), and "weight" [B] of each example's loss.
+    "time_ids" [B, 6] (SDXL; else the pictures count as whole), "weight" [B] of each example's loss, and instead of
+    encoding the tokens precomputed "embeddings" [B, L, D] and "pooled" [B, P].
 
     Args:
         trainable: "unet", and the text encoders if they are to learn as well; or what else `whole` makes use of.
@@ -205,6 +206,14 @@ def folded(keys: Key, number: int) -> Key:
 
 def conditioning(model: Model, params: Params, batch: Batch, empty: Batch, drop: Array) -> Conditioning:
     """What the UNet is told of the captions, or of the empty one (SDXL: zeros) where `drop` [B] says so."""
+    if "embeddings" in batch:  # precomputed
+        none = conditioning(model, params, empty, empty, jnp.ones(1, bool))
+
+        def chosen(stored: Array, other: Array) -> Array:
+            return jnp.where(drop.reshape(-1, *[1] * (stored.ndim - 1)), other, stored.astype(other.dtype))
+
+        pooled = None if none.pooled is None else chosen(batch["pooled"], none.pooled)
+        return Conditioning(chosen(batch["embeddings"], none.embeddings), pooled, batch.get("time_ids"))
     ids = [jnp.where(drop[:, None], empty[name], batch[name]) for name in TOKENS if name in batch]
     zeros = drop if model.tokenizer_2 is not None and model.options.force_zeros_for_empty_prompt else None
     cond = encode_text(model, params, Tokens(ids[0], ids_2=ids[1] if len(ids) > 1 else None, zeros=zeros))

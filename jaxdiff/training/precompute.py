@@ -1,0 +1,185 @@
+"""Latents and text embeddings of a whole source, computed once: no decoding of pictures while the UNet is trained.
+
+They come in parts of a folder, each of one size, which hosts divide; a part is renamed when whole, so that the same
+call goes on where it was killed. `jaxdiff.data.captioned` reads the folder.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from jaxdiff.config import ConfigError
+from jaxdiff.data import pipeline, store
+from jaxdiff.data.buckets import Buckets
+from jaxdiff.data.folder import Decode
+from jaxdiff.data.latents import INFO, LatentShards
+from jaxdiff.data.source import Source
+from jaxdiff.models.model import Model, encode, encode_text
+from jaxdiff.prompts import Tokens
+from jaxdiff.training.latents import fingerprint
+from jaxdiff.training.stages import TOKENS, prepare_pairs
+from jaxdiff.typing import Params
+
+PART = 2048  # examples of a part
+
+
+class _Views:
+    """All views of all pictures of a bucket, then of the next; an entry is what `Decode` takes."""
+
+    def __init__(self, buckets: Buckets, views: int) -> None:
+        members = [np.flatnonzero(buckets.numbers == b) for b in range(len(buckets.sizes))]
+        self.indices = np.concatenate([np.tile(m, views) for m in members])
+        self.counts = [len(m) * views for m in members]
+        self._ends, self._sizes, self.size = np.cumsum(self.counts), buckets.sizes, len(self.indices)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, position: int) -> tuple[int, tuple[int, int]]:
+        return int(self.indices[position]), self._sizes[int(np.searchsorted(self._ends, position, "right"))]
+
+
+def precompute(
+    model: Model,
+    params: Params,
+    source: Source,
+    folder: Path,
+    *,
+    image_size: int,
+    seed: int,
+    views: int = 1,
+    buckets: Buckets | None = None,
+    flip: bool = False,
+    background: str = "random",
+    embeddings: bool = False,
+    batch_size: int = 32,
+    part: int = PART,
+    host_index: int = 0,
+    host_count: int = 1,
+    threads: int = 8,
+) -> None:
+    """Write the latents' means, tokens and, if asked for, embeddings of every picture, as its first epochs see it.
+
+    Args:
+        folder: made where it is missing; every host must see it.
+        views: of each picture, with other backgrounds, mirrored or not, and under other captions.
+        embeddings: those of the captions as well, float16, for training without the text encoder; at length 77 and
+            width 768 they are four times as large as the latents of 512 x 512 pixels.
+
+    Others as for `captioned_data`. Pictures that cannot be read are left out.
+
+    Raises:
+        ConfigError: the folder holds latents of something else, or cannot be written.
+    """
+    buckets = buckets or Buckets(((image_size, image_size),), np.zeros(len(source), np.int16))
+    description = [source.digest, image_size, seed, views, flip, background, embeddings, part, buckets.sizes]
+    mark = fingerprint(model, params, [*description, buckets.numbers.tobytes().hex()[:64]])
+    order = _Views(buckets, views)
+    decode = Decode(source, image_size, None, flip, background)
+    data = pipeline.batches(
+        source.name, len(source), decode, 1, seed=seed, order=lambda _: order, epochs=1, threads=threads
+    )
+    spans = _spans(order.counts, part)
+    names = [f"{i:06d}" for i in range(len(spans))]
+    _check_same(folder, mark)
+    run = encoder(model, params, embeddings, batch_size)
+
+    def make(i: int) -> Mapping[str, np.ndarray]:
+        rows = list(filter(data.skipped.keep, pipeline.examples(data, *spans[i])))
+        logging.info("Part %d of %d: %d pictures encoded.", i + 1, len(spans), len(rows))
+        return run(rows) if rows else {"latents": np.zeros((0, 1, 1, 1), np.float16)}
+
+    if host_index == 0:
+        _write(folder / f".{INFO}", {"fingerprint": mark})
+    store.fill(folder, names, make, host_index=host_index, host_count=host_count)
+    if host_index == 0:
+        shapes = {n: np.load(folder / n / "latents.npy", mmap_mode="r").shape for n in names}
+        whole = [n for n in names if shapes[n][0]]
+        if not whole:
+            raise ConfigError(f"No picture of {source.name} could be encoded.")
+        sizes = [list(shapes[n][1:3]) for n in whole]
+        made_by = {"fingerprint": mark, "model": fingerprint(model, params, None)}
+        _write(folder / INFO, {**made_by, "parts": whole, "sizes": sizes})
+
+
+def open_latents(path: Path, model: Model, params: Params, trainable: Sequence[str]) -> LatentShards:
+    """What `precompute` wrote, for training on it.
+
+    Raises:
+        ConfigError: it was written with another autoencoder or tokenizer, or holds embeddings of what is to learn.
+    """
+    shards = LatentShards(path)
+    if shards.model != fingerprint(model, params, None):
+        raise ConfigError(f"{path} was written with another autoencoder or tokenizer: run train.py --precompute again.")
+    if "embeddings" in shards.names and any(name.startswith("text_encoder") for name in trainable):
+        raise ConfigError(f"{path} holds text embeddings, but the text encoder is to learn: write it without them.")
+    return shards
+
+
+def encoder(
+    model: Model, params: Params, embeddings: bool, batch_size: int
+) -> Callable[[list[dict[str, Any]]], dict[str, np.ndarray]]:
+    """A function from examples {"image", "text"} of one size to {"latents": float16 [n, h, w, C], "tokens", …}."""
+    prepare = prepare_pairs(model)
+    names = [n for n in params if n == "vae" or (embeddings and n.startswith("text_encoder"))]
+    placed = jax.device_put({n: params[n] for n in names})
+
+    @jax.jit
+    def run(params: Params, batch: Mapping[str, Any]) -> dict[str, Any]:
+        found = {"latents": encode(model, params, batch["image"].astype(np.float32) / 255.0)}
+        if embeddings:
+            ids = [batch[name] for name in TOKENS if name in batch]
+            cond = encode_text(model, params, Tokens(ids[0], ids_2=ids[1] if len(ids) > 1 else None))
+            found |= {"embeddings": cond.embeddings} | ({} if cond.pooled is None else {"pooled": cond.pooled})
+        return {name: x.astype(np.float16) for name, x in found.items()}
+
+    def every(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        parts = []
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            padded = [chosen[i % len(chosen)] for i in range(batch_size)]  # one shape, compiled once
+            batch = dict(prepare(pipeline.collate(padded)))
+            found = {**{k: v for k, v in batch.items() if k != "image"}, **jax.device_get(run(placed, batch))}
+            parts.append({k: np.asarray(v)[: len(chosen)] for k, v in found.items()})
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+    return every
+
+
+def _spans(counts: list[int], part: int) -> list[tuple[int, int]]:
+    """Runs of at most `part` positions, none over the border of a bucket."""
+    spans, start = [], 0
+    for count in counts:
+        spans += [(start + i, start + min(i + part, count)) for i in range(0, count, part)]
+        start += count
+    return spans
+
+
+def _check_same(folder: Path, mark: str) -> None:
+    for name in (INFO, f".{INFO}"):
+        try:
+            same = json.loads((folder / name).read_bytes()).get("fingerprint") == mark
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError):
+            same = False
+        if not same:
+            raise ConfigError(
+                f"{folder} holds latents of other pictures, settings or models: choose another folder, or delete it."
+            )
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(values), encoding="utf-8")
+        partial.replace(path)
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be written ({e.strerror}).") from None

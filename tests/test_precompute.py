@@ -1,0 +1,180 @@
+"""Latents and embeddings written beforehand: the same as computed on the way, whoever writes them."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.config import ConfigError
+from jaxdiff.data.buckets import Buckets
+from jaxdiff.data.captioned import captioned_data, open_source
+from jaxdiff.data.latents import LatentShards
+from jaxdiff.models.model import encode, encode_text
+from jaxdiff.training import precompute as module
+from jaxdiff.training.precompute import precompute
+from jaxdiff.training.stages import diffusion_stage
+from tests.datasets_of_pictures import write_tars
+from tests.tiny import SIDE, tiny_model, tiny_params
+
+COUNT = 11
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """What is compiled here runs a few times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return tiny_params(model)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return open_source(write_tars(tmp_path_factory.mktemp("data") / "d", COUNT, bad=(4,)))
+
+
+def write(model, params, source, folder, **kwargs):
+    given = {"image_size": SIDE, "seed": 3, "views": 2, "part": 5, "batch_size": 4, "threads": 2, "embeddings": True}
+    precompute(model, params, source, folder, **(given | kwargs))
+    return LatentShards(folder)
+
+
+@pytest.fixture(scope="module")
+def written(model, params, source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    write(model, params, source, folder)
+    return folder
+
+
+def test_equals_encoding_on_the_way(model, params, source, written):
+    shards = LatentShards(written)
+    assert len(shards) == 2 * (COUNT - 1)
+    views = captioned_data(source, 2 * (COUNT - 1), SIDE, seed=3, epochs=2, shuffle=False, threads=1)
+    batch = next(iter(views))
+    rows = [shards(i, None) for i in range(len(shards))]
+    tokens = model.tokenizer(batch["text"])
+    np.testing.assert_array_equal([r["tokens"] for r in rows], tokens)
+    expected = {
+        "latents": jax.jit(lambda p, x: encode(model, p, x / 255.0))(params, batch["image"].astype(np.float32)),
+        "embeddings": jax.jit(lambda p, t: encode_text(model, p, t).embeddings)(params, tokens),
+    }
+    for name, values in expected.items():
+        values = np.asarray(values)
+        # float16 rounds by 2**-11 of each value; sums in another order err by less, at the largest value's scale.
+        np.testing.assert_allclose(
+            np.stack([r[name] for r in rows]).astype(np.float32), values, rtol=2**-11, atol=1e-5 * np.abs(values).max()
+        )
+
+
+def test_training_reads_them_like_any_data(model, params, written):
+    def batches(**kwargs):
+        return iter(captioned_data(written, 4, SIDE, seed=0, threads=2, **kwargs))
+
+    first = batches()
+    batch = next(first)
+    assert {k: v.shape[0] for k, v in batch.items()} == dict.fromkeys(batch, 4)
+    state = json.loads(json.dumps(first.get_state()))
+    expected = [next(first)["latents"] for _ in range(6)]
+    again = batches()
+    again.set_state(state)
+    for latents in expected:
+        np.testing.assert_array_equal(next(again)["latents"], latents)
+    shares = [
+        np.concatenate([b["latents"] for b in batches(epochs=1, drop_remainder=False, host_index=h, host_count=3)])
+        for h in range(3)
+    ]
+    assert sum(map(len, shares)) == 20
+
+    stage = diffusion_stage(model, caption_dropout=0.5)
+    keys = jax.random.split(jax.random.key(0), 4)
+    loss = jax.jit(lambda batch: stage.loss(params, stage.prepare(batch), keys)[0])
+    without = {k: v for k, v in batch.items() if k in ("latents", "tokens")}
+    # Embeddings rounded by 2**-11, through some ten layers; those of the dropped captions are exact.
+    np.testing.assert_allclose(loss(batch), loss(without), rtol=5e-3)
+    changed = {**batch, "embeddings": np.asarray(batch["embeddings"]) + np.float16(1)}
+    assert abs(loss(changed) - loss(without)) > 1e-4  # they are what is used
+
+
+class Killed(BaseException):
+    """Not an exception that anything would handle."""
+
+
+def test_killed_and_called_again_goes_on(model, params, source, written, tmp_path, monkeypatch):
+    made, encoder = [], module.encoder
+
+    def counting(*args):
+        run = encoder(*args)
+
+        def every(rows):
+            if len(made) == 2:
+                raise Killed
+            made.append(len(rows))
+            return run(rows)
+
+        return every
+
+    monkeypatch.setattr(module, "encoder", counting)
+    with pytest.raises(Killed):
+        write(model, params, source, tmp_path)
+    with pytest.raises(ConfigError, match="--precompute"):
+        LatentShards(tmp_path)  # unfinished
+    (tmp_path / ".000003.1").mkdir()  # what a kill in the middle of writing leaves
+    monkeypatch.undo()
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("0*")}
+    assert len(before) == 2
+    shards = write(model, params, source, tmp_path)
+    assert {n: (tmp_path / n).stat().st_mtime_ns for n in before} == before
+    assert not list(tmp_path.glob(".000*"))
+    expected = LatentShards(written)
+    for i in range(len(expected)):
+        for name, values in expected(i, None).items():
+            np.testing.assert_array_equal(shards(i, None)[name], values)
+
+
+def test_hosts_write_together(model, params, source, written, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2) as pool:
+        second = pool.submit(module.precompute, model, params, source, tmp_path, image_size=SIDE, seed=3, views=2,
+                             part=5, batch_size=4, threads=2, embeddings=True, host_index=1, host_count=2)  # fmt: skip
+        shards = write(model, params, source, tmp_path, host_index=0, host_count=2)
+        second.result()
+    expected = LatentShards(written)
+    assert len(shards) == len(expected)
+    np.testing.assert_array_equal(shards(13, None)["latents"], expected(13, None)["latents"])
+
+
+def test_latents_of_something_else_are_refused(model, params, source, written, tmp_path):
+    with pytest.raises(ConfigError, match="other pictures, settings or models"):
+        write(model, params, source, written, seed=4)
+    other = {**params, "vae": jax.tree.map(lambda x: x + 1e-3, params["vae"])}
+    with pytest.raises(ConfigError, match="other pictures, settings or models"):
+        write(model, other, source, written)
+    for text, said in (
+        ("{", "is damaged"),
+        ('{"parts": ["x"], "sizes": [[1, 1]], "fingerprint": "", "model": ""}', "x is missing"),
+    ):
+        (tmp_path / "latents.json").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            LatentShards(tmp_path)
+
+
+def test_buckets_stay_apart(model, params, source, tmp_path):
+    buckets = Buckets(((16, 16), (8, 24)), np.arange(COUNT) % 2)
+    shards = write(model, params, source, tmp_path, buckets=buckets, views=1, embeddings=False)
+    assert shards.buckets.sizes == ((4, 12), (8, 8))
+    shapes = {b["latents"].shape for b in itertools.islice(captioned_data(tmp_path, 2, SIDE, seed=0, threads=1), 9)}
+    assert shapes == {(2, 8, 8, 4), (2, 4, 12, 4)}
+    assert jnp.isfinite(shards(0, None)["latents"]).all()
