@@ -47,6 +47,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_integer(
         "profile", 0, "Write a trace of this many steps to the workdir's folder profile.", 0, flag_values=f
     )
+    flags.DEFINE_bool(
+        "precompute", False, "Only write the latents of all pictures to WORKDIR/latents, for config.latents.path.", f
+    )
     flags.DEFINE_bool("verbose", False, "Show the traceback of an error.", f)
     flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
     try:
@@ -88,6 +91,7 @@ class Run:
     def __init__(self, config: Any, workdir: Path) -> None:
         import jax
 
+        from jaxdiff.data.filters import select
         from jaxdiff.training import personalise, setup
         from jaxdiff.training.state import Options
 
@@ -104,12 +108,20 @@ class Run:
         if data.captions:
             captions = [c.replace("{}", config.word.token) for c in data.captions]
             path = personalise.captioned(path, captions, workdir / "captioned")
-        self.data = setup.subset(path, data.split, data.filter.to_dict(), workdir / "data")
+        self.data = select(self.open(path, data.split), data.filter.to_dict(), cache=workdir / "data", **self.host)
         self.model, self.params = setup.starting_model(
             config.model.to_dict(), config.init_from.to_dict(), self.make_tokenizer,
             jax.random.key(config.seed), dtype=config.dtype, remat=config.remat,
         )  # fmt: skip
         self.image_size = data.image_size or self.model.unet.config.sample_size * self.model.vae.config.factor
+        self.buckets = setup.buckets(self.data, data, self.image_size, workdir / "data", **self.host)
+        if self.buckets and (config.cache_latents or config.prior.path or config.crop):
+            raise UsageError("config.data.buckets go with neither cache_latents (use --precompute), prior nor crop.")
+
+    def open(self, path: str | Path, split: str):
+        from jaxdiff.training.setup import open_data
+
+        return open_data(path, split, self.config.data, self.workdir / "data", **self.host)
 
     def make_tokenizer(self):
         from jaxdiff.data.folder import BACKGROUNDS
@@ -118,26 +130,27 @@ class Run:
         # Of the whole set, so that every subset of it gets the same vocabulary.
         names = [f"on a {name} background" for name in BACKGROUNDS] * 2
         data, tokenizer = self.config.data, self.config.tokenizer
-        return corpus_tokenizer(data.path, data.split, tokenizer.vocab_size, tokenizer.max_length, names)
+        return corpus_tokenizer(self.open(data.path, data.split), tokenizer.vocab_size, tokenizer.max_length, names)
 
     def batches(self, **changes: Any):
-        """Training batches of this host; changes as arguments of `captioned_folder`."""
-        from jaxdiff.data.folder import captioned_folder
+        """Training batches of this host; changes as arguments of `captioned_data`."""
+        from jaxdiff.data.captioned import captioned_data
 
         d = self.config.data
         arguments = {
-            "path": self.data, "batch_size": self.options.batch_size // self.host["host_count"],
-            "image_size": self.image_size, "seed": self.config.seed, "split": d.split, "background": d.background,
-            "flip": d.flip, "threads": d.threads, "workers": d.workers, **self.host,
+            "source": self.data, "batch_size": self.options.batch_size // self.host["host_count"],
+            "image_size": self.image_size, "seed": self.config.seed, "background": d.background,
+            "flip": d.flip, "buckets": self.buckets, "threads": d.threads, "workers": d.workers, **self.host,
         }  # fmt: skip
-        return captioned_folder(**(arguments | changes))
+        return captioned_data(**(arguments | changes))
 
     def held_out(self) -> list[Mapping[str, Any]]:
         """Pictures set aside, the same on every host and each time."""
         d = self.config.data
-        split = {"path": d.path, "split": d.eval_split} if d.eval_split else {}
+        split = {"source": self.open(d.path, d.eval_split)} if d.eval_split else {}
         count = self.config.eval.pictures
         sizes = {"batch_size": min(count, 32), "epochs": 1, "drop_remainder": False, "workers": 0, "flip": False}
+        sizes["buckets"] = None
         # Another order than in training, background colours included.
         stream = iter(self.batches(seed=self.config.seed + 1, host_index=0, host_count=1, **split, **sizes))
         found: list[Mapping[str, Any]] = []
@@ -173,7 +186,8 @@ class Run:
     def scaled(self, params: Any):
         from jaxdiff.training.setup import measured
 
-        stream = iter(self.batches(seed=self.config.seed + 2, batch_size=32, host_index=0, host_count=1, workers=0))
+        alone = {"host_index": 0, "host_count": 1, "workers": 0, "buckets": None}
+        stream = iter(self.batches(seed=self.config.seed + 2, batch_size=32, **alone))
         return measured(self.model, params, (next(stream)["image"] for _ in range(16)))
 
     def _clip(self):
@@ -216,13 +230,16 @@ class Run:
         self.model = self.target.model
         if c.cache_latents and (c.prior.path or not self.target.draws):
             raise OptionsError(f"cache_latents {c.cache_latents}: this stage needs the pictures themselves, hence 0.")
-        batches = self.cached_batches() if c.cache_latents else self.batches()
+        if c.latents.path:
+            batches = self.batches(source=self.precomputed(), buckets=None)
+        else:
+            batches = self.cached_batches() if c.cache_latents else self.batches()
         if c.prior.path:
             share = self.options.batch_size // self.host["host_count"] // 2
             if not share:
                 raise OptionsError("batch_size must be 2 or more on each host, for the class pictures of prior.path.")
             own = self.batches(batch_size=self.options.batch_size // self.host["host_count"] - share)
-            prior = self.batches(path=c.prior.path, split="train", batch_size=share, seed=c.seed + 3)
+            prior = self.batches(source=self.open(c.prior.path, "train"), batch_size=share, seed=c.seed + 3)
             batches = personalise.WithPrior(own, prior, c.prior.weight)
         return self.target.stage, self.target.params, batches, self.evaluation(self.target)
 
@@ -244,13 +261,32 @@ class Run:
 
         return on_eval
 
+    def precompute(self) -> None:
+        from jaxdiff.training.precompute import precompute
+
+        c, folder = self.config, self.workdir / "latents"
+        how = {"views": c.latents.views, "embeddings": c.latents.embeddings, "buckets": self.buckets}
+        how |= {"flip": c.data.flip, "background": c.data.background, "threads": c.data.threads, **self.host}
+        precompute(self.model, self.params, self.data, folder, image_size=self.image_size, seed=c.seed, **how)
+        logging.info("The latents are in %s; --config.latents.path=%s trains on them.", folder, folder)
+
+    def precomputed(self):
+        from jaxdiff.training.precompute import open_latents
+
+        c = self.config
+        if c.cache_latents or c.prior.path or not self.target.draws:
+            raise UsageError(
+                "config.latents.path goes with neither cache_latents, prior nor a stage that needs pictures."
+            )
+        return open_latents(Path(c.latents.path), self.model, self.params, c.trainable)
+
     def cached_batches(self):
-        from jaxdiff.data.folder import examples
         from jaxdiff.training.latents import FromMemory, cached, encode_all, fingerprint
 
         c = self.config
-        names = [(e.path, e.captions) for e in examples(self.data, c.data.split)]
-        mark = fingerprint(self.model, self.params, [c.cache_latents, c.seed, c.data.to_dict(), self.host, names])
+        mark = fingerprint(
+            self.model, self.params, [c.cache_latents, c.seed, c.data.to_dict(), self.host, self.data.digest]
+        )
 
         def make():
             views = self.batches(batch_size=32, epochs=c.cache_latents, drop_remainder=False)
@@ -293,7 +329,8 @@ def run(f: flags.FlagValues) -> None:
     with Lock(workdir) if first else nullcontext():
         settle(workdir, as_json(f.config), data_fingerprint(f.config.data.path), as_json(base()), write=first)
         try:
-            Run(f.config, workdir).train(f.profile)
+            this = Run(f.config, workdir)
+            this.precompute() if f.precompute else this.train(f.profile)
         except OptionsError as e:
             raise UsageError(f"config: {e}") from None
 

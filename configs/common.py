@@ -51,9 +51,28 @@ def base() -> ConfigDict:
                 "captions": (),  # of all pictures, in place of metadata.jsonl; {} stands for word.token
                 "threads": 8,  # that read pictures
                 "workers": 0,  # processes that read pictures; 0: the threads of this process
-                # Allowed values by column of metadata.jsonl; an empty tuple allows all, max_subjects 0 as well.
+                "image_column": "",  # of Parquet, Arrow and ArrayRecord data; "": a usual name
+                "text_column": "",
+                # Sizes of one area at the pictures' own aspects, in multiples of so many pixels (64); 0: squares.
+                "buckets": 0,
+                "max_aspect": 2.0,
+                # Allowed values by column of the metadata; an empty tuple allows all, max_subjects 0 as well.
                 # (None,) allows those without the column, such as pictures of the icons set that were not recoloured.
-                "filter": {"style": (), "source": (), "subject": (), "color": (), "max_subjects": 0},
+                # The others: jaxdiff.data.filters.select.
+                "filter": {
+                    "style": (),
+                    "source": (),
+                    "subject": (),
+                    "color": (),
+                    "max_subjects": 0,
+                    "min_side": 0,  # pixels
+                    "max_aspect": 0.0,
+                    "min_caption": 0,  # characters
+                    "max_caption": 0,
+                    "where": (),  # conditions on columns of numbers: ("aesthetic>=5", "clip_score>0.28")
+                    "duplicates": "",  # "exact": equal files; "near": alike in all but duplicate_bits of 64
+                    "duplicate_bits": 4,
+                },
             },
             "tokenizer": {"vocab_size": 4096, "max_length": 24},  # of a fresh text encoder
             "model": {},  # sizes of fresh parts: text_encoder, vision_encoder, vae, unet, scheduler
@@ -83,6 +102,8 @@ def base() -> ConfigDict:
             "word": {"token": "<word>", "initial": "", "vectors": 1},
             # Stage "controlnet": a ControlNet to go on from, "" for the UNet's own way down; thresholds of the edges.
             "controlnet": {"init_from": "", "canny_low": 100.0, "canny_high": 200.0},
+            # What train.py --precompute wrote, and how it writes: views of every picture, the text embeddings too.
+            "latents": {"path": "", "views": 1, "embeddings": False},
             "cache_latents": 0,  # encode so many views of every picture beforehand; 0: encode as they are read
             # Numbers also go to Weights & Biases (pip install jaxdiff[wandb]) where a project is named.
             "wandb": {"project": "", "name": ""},

@@ -13,9 +13,10 @@ from PIL import Image
 import jaxdiff
 import train
 from jaxdiff.config import ConfigError
+from jaxdiff.data.captioned import open_source
+from jaxdiff.data.filters import select
 from jaxdiff.data.folder import examples
 from jaxdiff.io.images import read_image
-from jaxdiff.training.setup import subset
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "tests" / "training_config.py"
@@ -166,15 +167,31 @@ def test_it_runs_as_a_program():
     assert "--workdir" in done.stdout
 
 
-def test_a_subset_names_the_same_pictures_and_nothing_else(data, tmp_path):
-    assert subset(data, "train", {"style": (), "max_subjects": 0}, tmp_path / "a") == data
-    for _ in range(2):  # a second run finds the first one's folder
-        folder = subset(data, "train", {"style": ("flat", "oil"), "max_subjects": 2}, tmp_path / "b")
-    found = examples(folder)
-    assert {(e.extras["style"], e.extras["subject"]) for e in found} == {
+def test_a_selection_has_the_same_pictures_and_nothing_else(data):
+    source = open_source(data)
+    chosen = select(source, {"style": ("flat", "oil"), "max_subjects": 2})
+    found = [chosen.read(i) for i in range(len(chosen))]
+    assert {(r.extras["style"], r.extras["subject"]) for r in found} == {
         (style, subject) for style in ("flat", "oil") for subject in ("blue", "green")
     }  # by name, for each subject has as many pictures
     originals = {e.captions: e.path for e in examples(data)}
-    assert all(Path(e.path).read_bytes() == Path(originals[e.captions]).read_bytes() for e in found)
+    assert all(r.image == originals[r.captions] for r in found)
     with pytest.raises(ConfigError, match=r"data\.filter"):
-        subset(data, "train", {"style": ("watercolour",)}, tmp_path / "c")
+        select(source, {"style": ("watercolour",)})
+
+
+def test_latents_are_written_and_trained_on(cli, data, tiny_folder, tmp_path):
+    """At the pictures' own aspects, filtered; and with a model that they do not fit."""
+    settings = [f"--config={ROOT}/configs/folder.py", f"--config.data.path={data}", "--config.cache_latents=0"]
+    settings += [f"--config.init_from.model={tiny_folder}", "--config.steps=2", "--config.batch_size=4"]
+    more = ["--config.data.buckets=4", "--config.data.filter.min_side=10", "--config.latents.embeddings=True"]
+    code, _, err = cli(*settings, *more, f"--workdir={tmp_path}/a", "--precompute")
+    assert code == 0, err
+    assert (tmp_path / "a" / "latents" / "latents.json").is_file()
+    latents = f"--config.latents.path={tmp_path}/a/latents"
+    code, out, err = cli(*settings, latents, f"--workdir={tmp_path}/b")
+    assert code == 0, err
+    assert "step 2/2:" in out or (tmp_path / "b" / "export").is_dir()
+    code, _, err = cli(*settings, latents, f"--workdir={tmp_path}/c", "--config.trainable=('unet', 'text_encoder')")
+    assert code == 1
+    assert "holds text embeddings" in err

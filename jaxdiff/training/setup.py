@@ -1,7 +1,6 @@
 """What a run starts from: a model of given sizes, some of whose parts come from folders of earlier stages."""
 
-import json
-import os
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.config import CLIPTextConfig, ConfigError, SchedulerConfig
-from jaxdiff.data.folder import Example, examples
+from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
+from jaxdiff.data.captioned import open_source
+from jaxdiff.data.filters import scan
+from jaxdiff.data.source import Source
 from jaxdiff.io.pretrained import CONFIGS, find, find_weights, load, load_model, replace_config
 from jaxdiff.io.weights import load_tensors
 from jaxdiff.models.model import Model, build, encode, init_params, param_shapes
 from jaxdiff.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Key, Params
 
+MAX_CAPTIONS = 1_000_000  # examples that a tokenizer is learnt from
 PARTS = ("text_encoder", "unet", "vae", "vision_encoder")
 
 
@@ -186,61 +189,29 @@ def measured(model: Model, params: Params, images: Iterable[np.ndarray]) -> Mode
     return replace_config(model, "vae", scaling_factor=float(np.round(1.0 / latents.std(), 5)))
 
 
-def subset(path: str | Path, split: str, wanted: Mapping[str, Any], folder: Path) -> Path:
-    """A captioned folder that names some examples of another one; the pictures stay where they are.
+def open_data(path: str | Path, split: str, data: Mapping[str, Any], cache: Path, **hosts: Any) -> Source:
+    """What lies at a path, with the columns that the config's `data` names; see `open_source`."""
+    columns = {name: data[name] for name in ("image_column", "text_column")}
+    return open_source(path, split, cache=cache, **columns, **hosts)
 
-    Args:
-        path, split: the captioned folder.
-        wanted: allowed values by key of the metadata ("style", "source", "subject", …); an empty list allows all.
-            "max_subjects" keeps the examples of that many subjects, the ones drawn most often (0: all).
-        folder: made; its `metadata.jsonl` points at the pictures through a link.
 
-    Returns:
-        `path` itself when nothing is filtered out, else `folder`.
+def buckets(source: Source, data: Mapping[str, Any], image_size: int, cache: Path, **hosts: Any) -> Buckets | None:
+    """The sizes that the pictures of a source are cut to, by their aspect ratios; None where all become squares.
 
     Raises:
-        ConfigError: nothing is left.
+        ConfigError: `data.buckets` that no size is a multiple of.
     """
-    found = examples(path, split)
-    allowed = {k: set(v) for k, v in wanted.items() if k != "max_subjects" and v}
-    kept = [e for e in found if all(e.extras.get(k) in values for k, values in allowed.items())]
-    if limit := wanted.get("max_subjects"):
-        counts: dict[str, int] = {}
-        for e in kept:
-            counts[e.extras.get("subject", "")] = counts.get(e.extras.get("subject", ""), 0) + 1
-        # Ties by name, so that the choice hangs on the set alone.
-        chosen = set(sorted(counts, key=lambda s: (-counts[s], s))[:limit])
-        kept = [e for e in kept if e.extras.get("subject", "") in chosen]
-    if not kept:
-        raise ConfigError(f"data.filter leaves no picture of {path}: {json.dumps(dict(wanted), default=list)}.")
-    if len(kept) == len(found):
-        return Path(path)
-    return _linked(path, split, kept, folder)
+    if not data["buckets"]:
+        return None
+    sizes = bucket_sizes(image_size, data["buckets"], data["max_aspect"])
+    found = scan(source, sizes=True, cache=cache, **hosts)
+    return Buckets(sizes, assign(sizes, found["width"], found["height"]))
 
 
-def _linked(path: str | Path, split: str, kept: list[Example], folder: Path) -> Path:
-    inside = Path(path) / split
-    root = (inside if (inside / "metadata.jsonl").is_file() else Path(path)).absolute()
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    link = folder / split / "pictures"
-    if not link.is_symlink():
-        link.symlink_to(root)
-    lines = [
-        {
-            "file_name": f"pictures/{os.path.relpath(os.path.abspath(e.path), root)}",
-            "text": list(e.captions),
-            **e.extras,
-        }
-        for e in kept
-    ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    partial = folder / split / f"metadata.jsonl.tmp-{os.getpid()}"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / split / "metadata.jsonl")
-    return folder
-
-
-def corpus_tokenizer(path: str | Path, split: str, vocab_size: int, max_length: int, extra: Iterable[str]) -> Tokenizer:
-    """A tokenizer learnt from the captions of a folder and some more texts, such as the names of backgrounds."""
-    captions = [c for e in examples(path, split) for c in e.captions]
+def corpus_tokenizer(source: Source, vocab_size: int, max_length: int, extra: Iterable[str]) -> Tokenizer:
+    """A tokenizer learnt from the captions of a source and some more texts, such as the names of backgrounds."""
+    captions: list[str] = []
+    for i in range(0, len(source), -(-len(source) // MAX_CAPTIONS)):
+        with contextlib.suppress(ValueError, OSError):  # a damaged example is named when it comes up in training
+            captions += source.read(i, image=False).captions
     return train_bpe([*captions, *extra], vocab_size, max_length)
