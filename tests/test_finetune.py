@@ -24,12 +24,13 @@ from jaxdiff.io.textual_inversion import TABLE, load_textual_inversion
 from jaxdiff.models.model import build
 from jaxdiff.training import finetune, personalise
 from jaxdiff.training.stages import Noising
-from jaxdiff.training.state import Options, OptionsError, init_state, make_train_step, optimizer
+from jaxdiff.training.state import Options, OptionsError, accumulated_grad, init_state, make_train_step, optimizer
 from jaxdiff.training.targets import LORA_FILES, TARGETS, WORD_FILE, make, process
 from tests.test_train_cli import ROOT, cache_home, cli  # noqa: F401
 from tests.test_training import BATCH, keys, pictures, quick_compilation  # noqa: F401
 from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
 
+BOTH = (("trainable", ("unet", "text_encoder")),)
 TEXTS = ["a castle", "a red dragon", "a blue house", "blurry"]
 
 
@@ -62,12 +63,13 @@ def trained(target, batch, steps: int = 12, rate: float = 3e-3):
     state = init_state({k: target.params[k] for k in target.stage.trainable}, optimizer(o), mesh)
     step = make_train_step(target.stage.loss, o, mesh, state)
     frozen = {k: v for k, v in target.params.items() if k not in target.stage.trainable}
-    loss = jax.jit(lambda p: target.stage.loss(p, batch, keys())[0])
-    before = float(loss(target.params))
+    losses = []
     for _ in range(steps):
-        state, _ = step(state, frozen, batch)
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
     params = jax.device_get({**frozen, **state.params})
-    return params, before, float(loss(params))
+    _, again = step(state._replace(step=jnp.zeros((), jnp.int32)), frozen, batch)  # at the first times and noises
+    return params, losses[0], float(again["loss"])
 
 
 def moved(old, new) -> set[str]:
@@ -93,23 +95,21 @@ def results(target_of):
 
 @pytest.mark.parametrize("stage", ["unet", "lora", "textual_inversion", "controlnet", "inpainting", "upscaler"])
 def test_the_loss_of_every_target_falls(results, stage):
-    _, before, after = results(stage)
+    _, before, after = results(stage, *(BOTH if stage == "lora" else ()))
     # A word can only change what the text says, so that it gains the least.
     assert after < before * (0.999 if stage == "textual_inversion" else 0.95)
 
 
 def test_a_lora_changes_the_layers_it_names_alone(results, target_of, tiny):
-    both = (("trainable", ("unet", "text_encoder")),)
-    params, before, after = results("lora", *both)
-    assert after < before
-    target, _ = target_of("lora", *both)
+    params, _, _ = results("lora", *BOTH)
+    target, _ = target_of("lora", *BOTH)
     whole = target.whole(params)
     changed = moved(tiny[1], whole)
     assert {name.split("/")[0] for name in changed} == {"unet", "text_encoder"}
     assert all(name.split("/")[-2].endswith(("to_q", "to_k", "to_v", "to_out_0", "_proj")) for name in changed)
     assert moved(tiny[1], {k: v for k, v in params.items() if k != "lora"}) == set()
-    only = results("lora")[0]
-    assert {name.split(".")[0] for name in only["lora"]} == {"unet"}
+    only, _ = target_of("lora")
+    assert {name.split(".")[0] for name in only.params["lora"]} == {"unet"}
 
 
 def test_only_the_new_rows_of_the_table_move(results, target_of, tiny):
@@ -130,14 +130,14 @@ def test_only_the_new_rows_of_the_table_move(results, target_of, tiny):
 
 
 def test_a_controlnet_starts_as_no_change_and_learns_from_its_picture(results, target_of, tiny):
-    target, batch = target_of("controlnet")
-    plain, plain_batch = target_of("unet")
-    at_first = target.stage.loss(target.params, batch, keys())[0]
-    np.testing.assert_allclose(at_first, plain.stage.loss(plain.params, plain_batch, keys())[0], rtol=1e-5)
-    params, _, _ = results("controlnet")
+    target, _ = target_of("controlnet")
+    params, before, _ = results("controlnet")
+    np.testing.assert_allclose(before, results("unet")[1], rtol=1e-5)
     assert moved(tiny[1], {k: v for k, v in params.items() if k != "controlnet"}) == set()
-    blank = {**batch, "hint": np.zeros_like(batch["hint"])}
-    assert target.stage.loss(params, batch, keys())[0] != target.stage.loss(params, blank, keys())[0]
+    # Its gradient is made of the steering picture's features.
+    assert "controlnet_cond_embedding/conv_out/kernel" in moved(
+        jax.device_get(target.params["controlnet"][0]), params["controlnet"][0]
+    )
 
 
 def test_edges_are_found_unless_a_picture_of_them_is_given(target_of):
@@ -150,11 +150,9 @@ def test_edges_are_found_unless_a_picture_of_them_is_given(target_of):
 
 
 @pytest.mark.parametrize("stage", ["inpainting", "upscaler"])
-def test_new_channels_start_without_weight(target_of, tiny, stage):
-    target, batch = target_of(stage)
-    plain, plain_batch = target_of("unet")
-    first, second = (t.stage.loss(t.params, b, keys())[0] for t, b in ((target, batch), (plain, plain_batch)))
-    np.testing.assert_allclose(first, second, rtol=1e-5)
+def test_new_channels_start_without_weight(results, target_of, stage):
+    np.testing.assert_allclose(results(stage)[1], results("unet")[1], rtol=1e-5)
+    target, _ = target_of(stage)
     assert target.model.unet.config.in_channels == {"inpainting": 9, "upscaler": 7}[stage]
     again, params = getattr(finetune, f"{stage}_model")(target.model, target.params)
     assert again is target.model or again == target.model
@@ -188,6 +186,20 @@ def test_a_model_of_other_channels_is_refused(tiny):
         finetune.inpainting_model(model, params)
 
 
+def test_what_is_frozen_gets_no_gradient(target_of):
+    """Counted in the program before anything is optimised away."""
+    mesh = parallel.mesh(devices=jax.devices()[:1])
+
+    def work(stage: str) -> float:
+        target, batch = target_of(stage)
+        trained = {k: target.params[k] for k in target.stage.trainable}
+        frozen = {k: v for k, v in target.params.items() if k not in trained}
+        grad = jax.jit(lambda p: accumulated_grad(target.stage.loss, p, frozen, batch, keys(), 1, mesh)[0])
+        return grad.lower(trained).cost_analysis()["flops"]
+
+    assert work("lora") < 0.85 * work("unet")
+
+
 # --- files
 
 
@@ -196,9 +208,8 @@ def test_a_trained_lora_opens_in_diffusers(results, target_of, tiny, tiny_folder
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    both = (("trainable", ("unet", "text_encoder")),)
-    params, _, _ = results("lora", *both)
-    target, _ = target_of("lora", *both)
+    params, _, _ = results("lora", *BOTH)
+    target, _ = target_of("lora", *BOTH)
     target.export(tmp_path, params)
     x, t = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32), 400
     ids = tokenizer()(["a red dragon"])
@@ -337,6 +348,26 @@ def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, ta
     loss = jax.jit(lambda b: target.stage.loss(target.params, b, keys())[0])
     each = [float(loss({**batch, "weight": np.eye(4, dtype=np.float32)[i]})) for i in range(4)]
     np.testing.assert_allclose(loss(batch), np.dot(each, [1, 1, 0.25, 0.25]), rtol=1e-5)
+
+
+def test_steering_pictures_of_the_metadata_are_cut_like_their_own(folders):
+    folder = folders / "class"
+    big = np.random.default_rng(0).integers(0, 255, (3 * SIDE, 2 * SIDE, 3), np.uint8)
+    Image.fromarray(big).save(folder / "picture.png")
+    Image.fromarray(255 - big).save(folder / "hint.png")
+    line = {"file_name": "picture.png", "text": "a house", "conditioning_file": "hint.png"}
+    (folder / "metadata.jsonl").write_text(json.dumps(line))
+    batches = captioned_folder(folder, 1, 2 * SIDE, seed=0, crop=SIDE, flip=True, threads=1)
+    found = [batch for batch, _ in zip(iter(batches), range(6), strict=False)]
+    for batch in found:
+        np.testing.assert_array_equal(batch["hint"], 255 - batch["image"])
+    assert len({batch["image"].tobytes() for batch in found}) > 3
+    (folder / "metadata.jsonl").write_text(json.dumps({**line, "conditioning_file": "../hint.png"}))
+    with pytest.raises(ConfigError, match="outside of the folder"):
+        captioned_folder(folder, 1, SIDE, seed=0)
+    (folder / "metadata.jsonl").write_text(f'{json.dumps(line)}\n{{"file_name": "0.png", "text": "a house"}}')
+    with pytest.raises(ConfigError, match="give one to all"):
+        captioned_folder(folder, 1, SIDE, seed=0)
 
 
 # --- the command

@@ -4,8 +4,8 @@ The layout is Hugging Face datasets' "imagefolder", `path/[split/]metadata.jsonl
 
     {"file_name": "castle.webp", "text": ["a castle", "a castle with two towers"], "license": "CC0"}
 
-`text` is one caption or a list, of which one is drawn whenever the picture comes up. `jaxdiff.data.captioned`
-reads other kinds of data too.
+`text` is one caption or a list, of which one is drawn whenever the picture comes up. A line may name a
+"conditioning_file", a picture that steers a ControlNet. `jaxdiff.data.captioned` reads other kinds of data too.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ BACKGROUNDS = {
     "pink": (250, 150, 190),
     "brown": (130, 80, 45),
 }
+HINT = "conditioning_file"  # the metadata's key for the picture that steers a ControlNet
 WHITE_SHARE = 0.5  # of the pictures under background="random"
 MIN_BACKGROUND = 0.02  # a background that covers less of the picture is white: nobody would mention it
 # Black ink vanishes on black: this share of the subject must differ by more than so much in some channel of 0..255,
@@ -75,6 +76,8 @@ def examples(path: str | Path, split: str = "train") -> list[Example]:
     except OSError as e:
         raise ConfigError(f"{metadata} cannot be read ({e.strerror}).") from None
     found = [_example(metadata, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if len({HINT in e.extras for e in found}) > 1:
+        raise ConfigError(f'{metadata} gives some pictures a "{HINT}" and others none: give one to all, or to none.')
     if not found:
         raise ConfigError(f'{metadata} is empty: give it a line {{"file_name": …, "text": …}} for each picture.')
     return found
@@ -107,8 +110,11 @@ def _example(metadata: Path, number: int, line: bytes) -> Example:
     name, text = values.pop("file_name"), values.pop("text")
     if not isinstance(name, str) or not name:
         raise ConfigError(f'{where}: "file_name" must be the name of a picture, not {name!r}.')
-    if name.startswith("/") or ".." in name.split("/"):
-        raise ConfigError(f"{where}: the picture {name!r} lies outside of the folder: name one within.")
+    for inside in (name, values.get(HINT, "")):
+        if not isinstance(inside, str) or inside.startswith("/") or ".." in inside.split("/"):
+            raise ConfigError(f"{where}: the picture {inside!r} lies outside of the folder: name one within.")
+    if HINT in values:
+        values[HINT] = f"{metadata.parent}/{values[HINT]}"
     captions = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list) else ()
     if not captions or not all(isinstance(c, str) for c in captions):
         raise ConfigError(f'{where}: "text" must be a caption or a list of captions, not {text!r}.')
@@ -207,7 +213,8 @@ def check_arguments(given: dict[str, Any]) -> None:
 class Decode:
     """Turns numbers of a source, alone or with a size (height, width), into examples.
 
-    (entry, generator) -> {"image": uint8 [H, W, 3], "text": str}, or {"skipped": name, "reason": str}.
+    (entry, generator) -> {"image": uint8 [H, W, 3], "text": str}, or {"skipped": name, "reason": str}; with "hint" like
+    the image where the metadata names a picture HINT, of the image's own size.
     """
 
     source: Source
@@ -220,19 +227,25 @@ class Decode:
         index, size = entry if isinstance(entry, tuple) else (entry, (self.image_size, self.image_size))
         name = f"{self.source.name}: example {index}"
         try:
-            name, picture, captions, _ = self.source.read(index)
+            name, picture, captions, extras = self.source.read(index)
             text = captions[rng.integers(len(captions))]
+            before = rng.bit_generator.state
             image = _cut(read_image(picture, max(size)), size, self.crop, rng)
+            hint = None
+            if isinstance(extras.get(HINT), str):
+                rng.bit_generator.state = before  # so that it is cut at the same place
+                hint = _cut(read_image(extras[HINT], max(size)).convert("RGB"), size, self.crop, rng)
         except Exception as e:  # a damaged file makes Pillow raise almost anything
             return {"skipped": name, "reason": str(e) or type(e).__name__}
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            hint = hint and hint.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if image.mode == "RGBA":
             colour = _colour(image, rng) if self.background == "random" else "white"
             image = _lay_on(image, colour)
             if colour != "white":
                 text = f"{text}, on {'an' if colour[0] in 'aeiou' else 'a'} {colour} background"
-        return {"image": np.array(image), "text": text}
+        return {"image": np.array(image), "text": text, **({"hint": np.array(hint)} if hint else {})}
 
 
 def read_image(path: str | Path | bytes, min_side: int | None = None) -> Image.Image:

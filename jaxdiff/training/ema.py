@@ -31,13 +31,11 @@ from jaxdiff.io.sources import open_tensors
 from jaxdiff.io.weights import write_tensors
 from jaxdiff.typing import Array, Params
 
-COUNT = "updates"  # name of the tensor that says when a snapshot was taken
-
 
 class PowerAverages(NamedTuple):
     """The averages of equation (2), part of the optimizer's state."""
 
-    count: Array  # [] int32, t: updates made
+    updates: Array  # [] int32, t: how many were made
     averages: tuple[Params, ...]  # one for each length
 
 
@@ -63,7 +61,7 @@ def track(sigmas: Sequence[float]) -> optax.GradientTransformation:
         return PowerAverages(jnp.zeros((), jnp.int32), tuple(jax.tree.map(jnp.copy, params) for _ in powers))
 
     def update(updates: Params, state: PowerAverages, params: Params | None = None) -> tuple[Params, PowerAverages]:
-        count = state.count + 1
+        count = state.updates + 1
         new = optax.apply_updates(params, updates)
 
         def one(average: Params, power: float) -> Params:
@@ -90,7 +88,7 @@ def snapshot(folder: Path, sigmas: Sequence[float], opt_state: Any) -> None:
             for sigma, average in zip(sigmas, state.averages, strict=True)
             for path, value in flatten_dict(average, sep="/").items()
         }
-        write_tensors(folder / f"{int(state.count)}.safetensors", {**tensors, COUNT: np.asarray(state.count)})
+        write_tensors(folder / f"{int(state.updates)}.safetensors", tensors)
 
 
 def inner(t: np.ndarray, g: np.ndarray, t_2: np.ndarray, g_2: np.ndarray) -> np.ndarray:
@@ -126,8 +124,8 @@ def reconstructed(folder: str | Path, sigma: float, updates: int | None = None) 
     if not files:
         raise ConfigError(f"{folder} holds no snapshots of averages: set ema_sigmas when training.")
     wanted, sources = gamma(sigma), [open_tensors(p) for p in files]
-    names = sorted({name.split(":")[0] for name in sources[0].shapes if ":" in name})
-    times = np.repeat([int(source.read(COUNT)) for source in sources], len(names))
+    names = sorted({name.split(":")[0] for name in sources[0].shapes})
+    times = np.repeat([int(p.stem) for p in files], len(names))
     lengths = np.tile([gamma(float(name)) for name in names], len(sources))
     shares = iter(weights(times, lengths, times[-1] if updates is None else updates, wanted))
     total: dict[str, np.ndarray] = {}

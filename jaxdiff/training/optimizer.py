@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -47,9 +47,10 @@ def optimizer(options: Options) -> optax.GradientTransformation:
     dtype = jnp.bfloat16 if options.moments == "bfloat16" else None
     last = [group_rates(options.rates)] + ([track(options.ema_sigmas)] if options.ema_sigmas else [])
     if options.optimizer == "muon":
+        # Its kernels decay; what Adam takes there does not: biases, norms and tables of embeddings.
         update = optax.contrib.muon(
-            rate, weight_decay=decay, weight_decay_mask=decayed, adam_weight_decay=decay, mu_dtype=dtype,
-            adam_b1=b1, adam_b2=b2, consistent_rms=MUON_RMS, muon_weight_dimension_numbers=_kernels,
+            rate, weight_decay=decay, mu_dtype=dtype, adam_b1=b1, adam_b2=b2, consistent_rms=MUON_RMS,
+            muon_weight_dimension_numbers=_kernels,
         )  # fmt: skip
         return optax.chain(clip, update, *last)
     adam = scale_by_adam_int8(b1, b2) if options.moments == "int8" else optax.scale_by_adam(b1, b2, mu_dtype=dtype)
@@ -96,7 +97,7 @@ def group_rates(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransform
 class AdamInt8(NamedTuple):
     """Moments in 8 bits, each with the scale of its row; both trees are like the parameters."""
 
-    count: Array
+    updates: Array  # [] int32, how many were made
     mu: Any  # int8: sign(m) sqrt(|m| / scale) 127
     mu_scale: Any  # float32 [..., 1]: the largest |m| of a row
     nu: Any  # uint8: (v / scale)^(1/4) 255, rounded up
@@ -121,7 +122,7 @@ def scale_by_adam_int8(b1: float, b2: float, eps: float = 1e-8) -> optax.Gradien
         x, whole = x.astype(jnp.float32), x.dtype == jnp.float32
         return x if whole else jnp.sign(x) * (jnp.abs(x) / levels) ** root * scale
 
-    def pack(mu: list[Array], nu: list[Array], count: Array, tree: Any) -> AdamInt8:
+    def pack(mu: Sequence[Array], nu: Sequence[Array], count: Array, tree: Any) -> AdamInt8:
         firsts = [packed(m, 2, 127, jnp.round, jnp.int8) for m in mu]
         seconds = [packed(v, 4, 255, jnp.ceil, jnp.uint8) for v in nu]
         parts = [[pair[i] for pair in pairs] for pairs in (firsts, seconds) for i in (0, 1)]
@@ -137,7 +138,7 @@ def scale_by_adam_int8(b1: float, b2: float, eps: float = 1e-8) -> optax.Gradien
         moments = [jax.tree.leaves(part) for part in state[1:]]
         mu = [b1 * unpacked(m, s, 2, 127) + (1 - b1) * g for g, m, s in zip(leaves, *moments[:2], strict=True)]
         nu = [b2 * unpacked(v, s, 4, 255) + (1 - b2) * g * g for g, v, s in zip(leaves, *moments[2:], strict=True)]
-        count = state.count + 1
+        count = state.updates + 1
         first, second = 1 - b1**count, 1 - b2**count
         updates = [(m / first) / (jnp.sqrt(v / second) + eps) for m, v in zip(mu, nu, strict=True)]
         return jax.tree.unflatten(tree, updates), pack(mu, nu, count, tree)
