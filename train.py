@@ -239,7 +239,10 @@ class Run:
             if not share:
                 raise OptionsError("batch_size must be 2 or more on each host, for the class pictures of prior.path.")
             own = self.batches(batch_size=self.options.batch_size // self.host["host_count"] - share)
-            prior = self.batches(source=self.open(c.prior.path, "train"), batch_size=share, seed=c.seed + 3)
+            path = c.prior.path
+            if c.prior.captions:
+                path = personalise.captioned(path, c.prior.captions, self.workdir / "class")
+            prior = self.batches(source=self.open(path, "train"), batch_size=share, seed=c.seed + 3)
             batches = personalise.WithPrior(own, prior, c.prior.weight)
         return self.target.stage, self.target.params, batches, self.evaluation(self.target)
 

@@ -94,8 +94,9 @@ def base() -> ConfigDict:
             "times": "uniform",  # or "logit_normal", of this mean and deviation
             "logit_mean": 0.0,
             "logit_std": 1.0,
-            # Class pictures beside one's own, so that the class is not forgotten (DreamBooth): a captioned folder.
-            "prior": {"path": "", "weight": 1.0},
+            # Class pictures beside one's own, so that the class is not forgotten (DreamBooth): a folder, captioned, or
+            # with these captions for all.
+            "prior": {"path": "", "captions": (), "weight": 1.0},
             # Stage "lora"; alpha 0 is the rank; endings of the layers' names, () for the projections of attention.
             "lora": {"rank": 8, "alpha": 0.0, "layers": ()},
             # Stage "textual_inversion": the new word, the words that it starts from, and how many vectors it has.

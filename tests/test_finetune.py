@@ -378,7 +378,8 @@ def test_dreambooth_by_lora_from_the_command_line(cli, folders, tiny, tiny_folde
     command = [
         f"--config={ROOT}/configs/finetune/dreambooth.py", f"--workdir={folders}/run", "--config.stage=lora",
         f"--config.data.path={folders}/mine", "--config.data.captions=('a photo of sks castle',)",
-        f"--config.prior.path={folders}/class", f"--config.init_from.model={tiny_folder}", "--config.batch_size=2",
+        f"--config.prior.path={folders}/class", "--config.prior.captions=('a castle',)",
+        f"--config.init_from.model={tiny_folder}", "--config.batch_size=2",
         "--config.dtype=float32", "--config.remat=", "--config.learning_rate=0.01", "--config.data.threads=1",
         "--config.rates=(('lora/text_encoder', 0.0),)", "--config.log_every=1",
     ]  # fmt: skip

@@ -3,12 +3,11 @@
     python sample.py --model my-sd15/ --prompt "a photo of a dog" --num_images 200 --output class/
     python train.py --config=configs/finetune/dreambooth.py --workdir=runs/dog \
         --config.data.path=my-dog/ --config.data.captions="('a photo of sks dog',)" \
-        --config.prior.path=class/ --config.init_from.model=my-sd15/ --config.eval.prompts="('sks dog on a beach',)"
+        --config.prior.path=class/ --config.prior.captions="('a photo of a dog',)" \
+        --config.init_from.model=my-sd15/ --config.eval.prompts="('sks dog on a beach',)"
 
-my-dog/ is a folder of pictures; class/ must be a captioned one: write class/metadata.jsonl with a line
-{"file_name": "…", "text": "a photo of a dog"} for each picture. Half of each batch comes from there, and its loss
-counts config.prior.weight times. Without prior.path the class is not kept. Cost: as configs/finetune/full.py;
---config.stage=lora trains a LoRA instead, at a rate of 1e-4.
+Half of each batch are class pictures, and their loss counts config.prior.weight times; without prior.path the class is
+not kept. Cost: as configs/finetune/full.py; --config.stage=lora trains a LoRA instead, at a rate of 1e-4.
 """
 
 from ml_collections import ConfigDict
