@@ -22,7 +22,7 @@ from absl import flags
 
 import jaxdiff
 from jaxdiff.commands import errors
-from jaxdiff.commands.errors import UsageError
+from jaxdiff.commands.errors import Failure, UsageError
 from jaxdiff.commands.flags import parse
 from jaxdiff.commands.outputs import check_folder, make_folder, output_paths
 from jaxdiff.commands.pictures import Picture, arguments, batch_size, columns, how_many, lines, plan
@@ -114,6 +114,10 @@ def sources(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]:
         shrink = model.vae.config.factor if model.family == "upscaler" else 1
         found["image"] = fitted("--image", f.image, f.height // shrink, f.width // shrink)
     if f.mask:
+        sizes = [images.read_image(path).shape[:2] for path in (f.image, f.mask)]
+        if sizes[0] != sizes[1]:
+            shown = " and ".join(f"{width} x {height}" for height, width in sizes)
+            raise Failure(f"--image and --mask are {shown}: make the mask as large as the picture.")
         found["mask"] = fitted("--mask", f.mask, f.height, f.width).mean(-1) / 255
     if f.control_image:
         given = [fitted("--control_image", path, f.height, f.width) for path in f.control_image]

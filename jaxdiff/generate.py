@@ -29,10 +29,9 @@ from jaxdiff.diffusion.prediction import add_noise, expand
 from jaxdiff.diffusion.sampling import sample, step_keys
 from jaxdiff.diffusion.schedulers import get_scheduler, moment
 from jaxdiff.diffusion.times import default_scheduler, time_grid
-from jaxdiff.models.model import Model, decode, encode_text
-from jaxdiff.models.tiling import decode_tiled
+from jaxdiff.models.model import Model, encode_text
 from jaxdiff.models.tiny_vae import preview
-from jaxdiff.tasks import Inputs, Shared, enlarged, extra_channels, resized, slerp, starting_point
+from jaxdiff.tasks import Inputs, Shared, codec, enlarged, extra_channels, resized, slerp, starting_point
 from jaxdiff.typing import Array, Key, Params
 
 HIRES = 2**30  # folded into the keys of a second stage; steps take small numbers
@@ -89,7 +88,7 @@ def sampler(
         cond, uncond = encoded(each.tokens), None if each.negative is None else encoded(each.negative)
         if (blend := each.blend) is not None:
             cond = jax.tree.map(lambda a, b: a + expand(blend, a) * (b - a), cond, encoded(each.blend_tokens))
-        method = get_scheduler(scheduler, model.scheduler)
+        method, vae = get_scheduler(scheduler, model.scheduler), codec(model, params, tile)
 
         def denoise(control_images):
             return denoiser(
@@ -100,33 +99,30 @@ def sampler(
                 each.guidance_scale,
                 guidance_rescale=each.guidance_rescale,
                 guidance_interval=shared.guidance_interval,
-                extra_channels=extra_channels(model, params, each),
+                extra_channels=extra_channels(model, vae, each),
                 class_labels=each.noise_level,
                 control_images=control_images,
                 controlnet_scale=each.controlnet_scale,
             )
 
         if each.small_noise is None:
-            x, start, method = starting_point(model, params, shared, each, method)
+            x, start, method = starting_point(model, vae, shared, each, method)
             keys = each.keys
         else:
             small = each.small_noise
             controls = resized(each.control_images, *(side * model.vae.config.factor for side in small.shape[1:3]))
             low = sample(denoise(controls), shared.noise_scale * small, shared.times, method, each.keys)
             start, keys = shared.start, step_keys(each.keys, HIRES)
-            original = enlarged(model, params, low, each.noise.shape, upscale)
+            original = enlarged(model, vae, low, each.noise.shape, upscale)
             x = add_noise(original, each.noise, moment(shared.times, start))
-        finished = functools.partial(decode, model, params)
-        if tile is not None:
-            finished = functools.partial(decode_tiled, model, params, tile=tile, overlap=tile // 4)
         final = denoise(each.control_images)
         if shared.moments is None:
-            return finished(sample(final, x, shared.times, method, keys, start=start))
+            return vae.decode(sample(final, x, shared.times, method, keys, start=start))
         x0, steps = sample(final, x, shared.times, method, keys, start=start, trajectory=True)
         chosen = steps[shared.moments]  # [F, B, h, w, C]
         flat = chosen.reshape(-1, *x0.shape[1:])
-        frames = finished(flat) if model.tiny_vae is None else preview(model.tiny_vae, params["tiny_vae"], flat)
-        return finished(x0), jnp.moveaxis(frames.reshape(*chosen.shape[:2], *frames.shape[1:]), 0, 1)
+        frames = vae.decode(flat) if model.tiny_vae is None else preview(model.tiny_vae, params["tiny_vae"], flat)
+        return vae.decode(x0), jnp.moveaxis(frames.reshape(*chosen.shape[:2], *frames.shape[1:]), 0, 1)
 
     return parallel.pmap(draw, devices, shared=2)
 
@@ -209,7 +205,8 @@ def generate(
         scheduler: a name of `SCHEDULERS`; None takes what the model's scheduler_config.json says.
         spacing: of the time grid, see `time_grid`; None takes what the config says. "ays" is SDXL's own table for it.
         height, width: pixels, multiples of the VAE's factor; None takes the model's own size.
-        noise: unit Gaussian latents [B, h, w, C] to start from instead of those drawn from the seeds.
+        noise: unit Gaussian latents [B, h, w, C] to start from instead of those drawn from the seeds; with `hires`,
+            those of the second stage.
         image: picture or pictures [B, H, W, 3] (uint8, or float in [0, 1]) to start from instead of pure noise; with
             an upscaling model, the small one [B, H / factor, W / factor, 3].
         strength: in (0, 1], the part of the steps that an `image` goes through (Meng et al. 2022, SDEdit); None is
@@ -222,9 +219,9 @@ def generate(
         hires: draw so many times smaller first, enlarge, and redraw the part `hires_strength` of the steps at full
             size: large pictures of models that were taught small ones. Enlarged is the picture, or as
             `hires_upscale` says "latent", what the autoencoder makes of it, which is cheaper and blurrier.
-        tile: decode in overlapping tiles of this many latents (jaxdiff/models/tiling.py), for pictures whose decoding
-            does not fit memory.
-        frames: how many predictions of the finished picture along the way are returned as well.
+        tile: encode and decode in overlapping tiles of this many latents (jaxdiff/models/tiling.py), for pictures that
+            the autoencoder has no memory for.
+        frames: how many predictions of the finished picture along the way are returned as well, at most one a step.
         devices: what to draw on, the batch divided over them; None takes all that this process has.
 
     Returns:

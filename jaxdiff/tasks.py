@@ -1,5 +1,7 @@
 """What a picture is drawn from beside its prompt: a picture redrawn, inpainted, enlarged. Pure functions, traced."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,6 +12,7 @@ from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedulers import Scheduler, moment
 from jaxdiff.diffusion.schedules import Time, noise_schedule
 from jaxdiff.models.model import Model, decode, encode
+from jaxdiff.models.tiling import decode_tiled, encode_tiled
 from jaxdiff.prompts import Tokens
 from jaxdiff.typing import Array, Key, Params
 
@@ -45,6 +48,24 @@ class Inputs(NamedTuple):
     small_noise: Array | None = None  # [B, h', w', C]: drawn small from it first, then enlarged
 
 
+class Codec(NamedTuple):
+    """The autoencoder with its parameters: images [B, H, W, 3] in [0, 1] <-> scaled latents [B, h, w, C]."""
+
+    encode: Callable[[Array], Array]
+    decode: Callable[[Array], Array]
+
+
+def codec(model: Model, params: Params, tile: int | None) -> Codec:
+    """In one piece, or in tiles of so many latents that overlap by a quarter."""
+    if tile is None:
+        return Codec(functools.partial(encode, model, params), functools.partial(decode, model, params))
+    overlap = tile // 4
+    return Codec(
+        lambda images: encode_tiled(model, params, images, tile, overlap),
+        lambda latents: decode_tiled(model, params, latents, tile, overlap),
+    )
+
+
 def small_mask(model: Model, mask: Array) -> Array:
     """A mask [B, H, W, 1] at the size of the latents, by the nearest (upper left) pixel as PyTorch's resizing does."""
     factor = model.vae.config.factor
@@ -52,7 +73,7 @@ def small_mask(model: Model, mask: Array) -> Array:
 
 
 def starting_point(
-    model: Model, params: Params, shared: Shared, each: Inputs, scheduler: Scheduler
+    model: Model, vae: Codec, shared: Shared, each: Inputs, scheduler: Scheduler
 ) -> tuple[Array, Array | None, Scheduler]:
     """The latents [B, h, w, C] to start from, the first step (None: all are taken), and what takes the steps.
 
@@ -62,7 +83,7 @@ def starting_point(
     noise = shared.noise_scale * each.noise
     if each.image is None or model.family == "upscaler":
         return noise, None, scheduler
-    original = encode(model, params, each.image)
+    original = vae.encode(each.image)
     x = add_noise(original, each.noise, moment(shared.times, shared.start))
     if each.mask is not None:
         x = jnp.where(shared.start == 0, noise, x)
@@ -71,14 +92,14 @@ def starting_point(
     return x, shared.start, scheduler
 
 
-def enlarged(model: Model, params: Params, latents: Array, shape: tuple[int, ...], upscale: str) -> Array:
+def enlarged(model: Model, vae: Codec, latents: Array, shape: tuple[int, ...], upscale: str) -> Array:
     """Clean latents [B, h', w', C] at another size, [B, h, w, C] = shape: resized as they are, or as a picture."""
     if upscale == "latent":
         return jax.image.resize(latents, shape, "cubic")
     factor = model.vae.config.factor
     size = (shape[0], shape[1] * factor, shape[2] * factor, model.vae.config.out_channels)
-    picture = jax.image.resize(decode(model, params, latents), size, "lanczos3")
-    return encode(model, params, jnp.clip(picture, 0.0, 1.0))
+    picture = jax.image.resize(vae.decode(latents), size, "lanczos3")
+    return vae.encode(jnp.clip(picture, 0.0, 1.0))
 
 
 def resized(images: tuple[Array, ...], height: int, width: int) -> tuple[Array, ...]:
@@ -105,7 +126,7 @@ def slerp(a: Array, b: Array, weight: Array) -> Array:
     return first * a + second * b
 
 
-def extra_channels(model: Model, params: Params, each: Inputs) -> Array | None:
+def extra_channels(model: Model, vae: Codec, each: Inputs) -> Array | None:
     """What the UNet sees beside the latents, [B, h, w, c], if it has channels for more.
 
     Inpainting models: the mask, and the latents of the picture with grey in the mask (Rombach et al. 2022, section
@@ -114,7 +135,7 @@ def extra_channels(model: Model, params: Params, each: Inputs) -> Array | None:
     if model.inpaints:
         assert each.image is not None
         assert each.mask is not None
-        masked = encode(model, params, jnp.where(each.mask, 0.5, each.image))
+        masked = vae.encode(jnp.where(each.mask, 0.5, each.image))
         return jnp.concatenate([small_mask(model, each.mask).astype(masked.dtype), masked], -1)
     if model.family == "upscaler":
         assert each.image is not None

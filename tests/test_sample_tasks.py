@@ -71,10 +71,12 @@ def test_a_style_goes_around_prompt_and_negative_prompt(tmp_path):
 
 def test_a_film_of_two_prompts_and_of_one():
     frames = planned("--prompt=a", "--prompt=b", "--interpolate=4", "--seed=7")
-    assert [f["blend"] for f in frames] == [f["variation_strength"] for f in frames] == [0, 0.25, 0.5, 0.75, 1]
-    assert {(f["prompt"], f["blend_prompt"], f["seed"], f["variation_seed"]) for f in frames} == {("a", "b", 7, 8)}
+    assert [f["blend"] for f in frames] == [f["variation_strength"] for f in frames] == [0, 0.25, 0.5, 0.75, 0]
+    ends = [(f["prompt"], f["blend_prompt"], f["seed"], f["variation_seed"]) for f in frames]
+    assert ends == [("a", "b", 7, 8)] * 4 + [("b", "b", 8, 8)]  # in the end, the second picture itself
     frames = planned("--prompt=a", "--interpolate=2", "--seed=7")
     assert [(f["prompt"], f["blend_prompt"], f["variation_seed"]) for f in frames] == [("a", "a", 8)] * 3
+    assert frames[-1]["seed"] == 8
 
 
 def test_only_what_differs_from_the_defaults_is_kept():
@@ -120,6 +122,14 @@ def test_a_mask_is_drawn_and_the_rest_kept(cli):  # noqa: F811
     assert change[:4].mean() < change[-4:].mean() / 2  # kept, but for what the autoencoder lets through
 
 
+def test_a_mask_of_another_size(cli):  # noqa: F811
+    write_png("start.png", PICTURE)
+    write_png("mask.png", PICTURE[:-2])
+    code, out, err = cli(CASTLE, STEPS, "--image=start.png", "--mask=mask.png")
+    assert (code, out) == (1, [])
+    assert f"--image and --mask are {SIDE} x {SIDE} and {SIDE} x {SIDE - 2}: make the mask as large" in err
+
+
 def test_outpainting_makes_the_picture_larger(cli):  # noqa: F811
     write_png("start.png", PICTURE)
     code, out, err = cli(CASTLE, STEPS, "--image=start.png", "--outpaint=0,0,8,4", "--output=out.png")
@@ -143,7 +153,7 @@ def test_two_stages_variations_and_films(cli):  # noqa: F811
     assert Path("again.png").read_bytes() == Path("hires.png").read_bytes()
     code, out, err = cli(CASTLE, "--prompt=a red dragon", STEPS, "--interpolate=2", "--output=f/")
     assert (code, err) == (0, "")
-    frames = [f"a-castle-000-{i:03d}.png" for i in range(3)]
+    frames = ["a-castle-000-000.png", "a-castle-000-001.png", "a-red-dragon-001-002.png"]
     assert [Path(p).name for p in out] == [*frames, "film.gif"]
     with Image.open("f/film.gif") as film:
         assert (film.n_frames, film.info["duration"], film.size) == (3, 100, (SIDE, SIDE))
@@ -198,6 +208,7 @@ def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
         ([CASTLE, "--image=a.png", "--outpaint=1,1,1,x"], "must be 4 numbers"),
         ([CASTLE, "--guidance_interval=1"], "--guidance_interval 1 must be 2 numbers"),
         ([CASTLE, "--guidance_interval=0.1,nan"], "must be 2 numbers"),
+        ([CASTLE, "--guidance_interval=5,1"], "must name the lower noise level first"),
         ([CASTLE, "--control_image=a.png"], "--control_image goes with --controlnet"),
         ([CASTLE, "--controlnet=a"], "1 --controlnet and 0 --control_image"),
         ([CASTLE, "--hires=2", "--image=a.png"], "--hires draws from text alone"),

@@ -120,6 +120,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         if not math.isfinite(getattr(f, name) or 0.0):
             raise UsageError(f"--{name} {getattr(f, name)} must be a finite number, such as {f[name].default or 2}.")
     f["guidance_interval"].value = numbers(f, "guidance_interval", 2, float)
+    if f.guidance_interval is not None and f.guidance_interval[0] >= f.guidance_interval[1]:
+        raise UsageError("--guidance_interval must name the lower noise level first, such as 0.3,5.")
     f["outpaint"].value = numbers(f, "outpaint", 4, int)
     check_tasks(f)
     return f

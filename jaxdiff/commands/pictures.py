@@ -79,7 +79,9 @@ def film(pictures: list[Picture], frames: int) -> list[Picture]:
         for k in range(frames):
             part = {"blend_prompt": b["prompt"], "blend": k / frames}
             between.append(a | part | {"variation_seed": b["seed"], "variation_strength": k / frames})
-    return [*between, between[-1] | {"blend": 1.0, "variation_strength": 1.0}]
+    last = pictures[-1]
+    still = {"blend_prompt": last["prompt"], "blend": 0.0, "variation_seed": last["seed"], "variation_strength": 0.0}
+    return [*between, last | still]
 
 
 def how_many(f: flags.FlagValues, given: list[PromptLine]) -> int:
