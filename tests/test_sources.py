@@ -181,6 +181,16 @@ def shard_of(*entries, tail=b"") -> bytes:
 PAIR = (("a.png", picture(1)), ("a.txt", b"one"))
 
 
+def test_no_metadata_in_a_shard_opens_files_beside_it(tmp_path):
+    """A "conditioning_file" is for folders, where it is known to lie inside."""
+    (tmp_path / "secret.png").write_bytes(picture(2))
+    (tmp_path / "data").mkdir()
+    metadata = json.dumps({"conditioning_file": str(tmp_path / "secret.png")}).encode()
+    (tmp_path / "data/0.tar").write_bytes(shard_of(*PAIR, ("a.json", metadata)))
+    batch = next(iter(captioned_data(tmp_path / "data", 1, 8, seed=0, threads=1)))
+    assert set(batch) == {"image", "text"}
+
+
 def absurd(size: bytes) -> bytes:
     """The second sample's picture claims another size, with a right checksum."""
     data = bytearray(shard_of(*PAIR, ("b.png", picture(2)), ("b.txt", b"two")))

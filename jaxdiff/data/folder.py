@@ -214,7 +214,7 @@ class Decode:
     """Turns numbers of a source, alone or with a size (height, width), into examples.
 
     (entry, generator) -> {"image": uint8 [H, W, 3], "text": str}, or {"skipped": name, "reason": str}; with "hint" like
-    the image where the metadata names a picture HINT, of the image's own size.
+    the image where the metadata of a folder names a picture HINT, of the image's own size.
     """
 
     source: Source
@@ -232,7 +232,8 @@ class Decode:
             before = rng.bit_generator.state
             image = _cut(read_image(picture, max(size)), size, self.crop, rng)
             hint = None
-            if isinstance(extras.get(HINT), str):
+            # In folders, where names were checked: the metadata of a shard must not name files of this machine.
+            if isinstance(picture, str) and isinstance(extras.get(HINT), str):
                 rng.bit_generator.state = before  # so that it is cut at the same place
                 hint = _cut(read_image(extras[HINT], max(size)).convert("RGB"), size, self.crop, rng)
         except Exception as e:  # a damaged file makes Pillow raise almost anything
