@@ -186,7 +186,8 @@ def _chunks(tokenizer: Tokenizer, prompt: str, emphasis: bool, limit: int) -> li
     if chunk or not done:
         done.append(chunk)
     if len(done) > limit:
-        _warn_cut(prompt, len(done), limit)
+        left = tokenizer.decode([token for chunk in done[limit:] for token, _ in chunk])
+        _warn_cut(prompt, len(done), limit, left)
     return done[:limit]
 
 
@@ -213,9 +214,13 @@ def _arrays(tokenizer: Tokenizer, prompts: list[list[Chunk]], count: int) -> tup
 
 
 @functools.lru_cache(maxsize=4096)
-def _warn_cut(prompt: str, chunks: int, limit: int) -> None:
+def _warn_cut(prompt: str, chunks: int, limit: int, left: str) -> None:
     logging.warning(
-        "The prompt %.60r… fills %d chunks; the text after the first %d is left out.", prompt, chunks, limit
+        "The prompt %.60r… fills %d chunks; the text after the first %d is left out: %s",
+        prompt,
+        chunks,
+        limit,
+        left if len(left) <= 200 else f"{left[:100]} … {left[-99:]}",
     )
 
 

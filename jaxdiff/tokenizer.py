@@ -177,6 +177,10 @@ class Tokenizer:
         encoded = self._clip([_readable(t) for t in texts], add_special_tokens=False, verbose=False)
         return [self._expanded(ids) for ids in encoded["input_ids"]]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids: in lower case, and with single spaces between words, as CLIP sees it."""
+        return self._clip.decode(list(ids)).strip()
+
     def _expanded(self, ids: list[int]) -> list[int]:
         return [vector for i in ids for vector in self._vectors.get(i, (i,))]
 

@@ -349,7 +349,8 @@ def test_as_a_process_in_a_pipe(tiny_folder, tmp_path, cache_home):
     assert (done.returncode, done.stdout) == (0, "castle.png\n")
     (warning,) = done.stderr.splitlines()
     assert warning.startswith("sample.py: WARNING: The prompt 'a castle a castle")
-    assert "the text after the first 16 is left out" in warning
+    assert "the text after the first 16 is left out: " in warning
+    assert warning.endswith("and the end")
     assert any("program" in p.name for p in (tmp_path / "c").iterdir())
 
 
