@@ -112,7 +112,8 @@ def test_a_resumed_run_goes_on_in_the_folder_of_pictures(tmp_path):
 
 def test_sigterm_saves_and_the_same_call_goes_on(tmp_path):
     def stop(step, params):
-        os.kill(os.getpid(), signal.SIGTERM)
+        if step:
+            os.kill(os.getpid(), signal.SIGTERM)
         return {}
 
     before = signal.getsignal(signal.SIGTERM)
@@ -146,7 +147,7 @@ def test_evaluation_gets_every_parameter_and_is_reported(tmp_path, capsys):
 
     o = options(steps=5, batch_size=3, eval_every=2, log_every=100)
     fit(linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path, mesh=one_device(), on_eval=on_eval)
-    assert seen == [(step, ["line", "offset"]) for step in (2, 4, 5)]
+    assert seen == [(step, ["line", "offset"]) for step in (0, 2, 4, 5)]
     assert "score 0.5" in capsys.readouterr().out
 
 

@@ -158,8 +158,9 @@ def fit(
         options: optimisation.
         workdir: checkpoints go to its folder `checkpoints`, numbers to `metrics.jsonl` and TensorBoard files to `tb`.
         mesh: devices over ("data", "fsdp", "tensor"); None takes all.
-        on_eval: called as on_eval(step, params) every `eval_every` steps and at the end, with the moving average of
-            the parameters as numpy arrays; the numbers it returns are reported. On every host.
+        on_eval: called as on_eval(step, params) before the first step, every `eval_every` steps and at the end (0: only
+            there), with the moving average of the parameters as numpy arrays; the numbers it returns are reported. On
+            every host.
         trackers: more places for the numbers, of the first host; closed in the end.
         profile: steps of which a trace is written to the folder `profile`.
 
@@ -196,6 +197,13 @@ def fit(
         trace = stack.enter_context(closing(Trace(workdir / "profile", profile)))
         if start:
             report.say(f"goes on from step {start}.")
+
+        def evaluate(step: int) -> None:
+            if on_eval is not None and (values := on_eval(step, whole(state))):
+                report.show(step, values)
+
+        if options.eval_every and not start:  # what it starts from; and mistakes show now
+            evaluate(0)
         streak, metrics, due = Streak(options.max_skipped), None, False
         while step < options.steps and not stop.wished(step):
             batch = parallel.global_batch(mesh, stage.prepare(next(iterator)))
@@ -217,9 +225,8 @@ def fit(
                     due = False
             if options.ema_sigmas and (last or step % options.snapshot_every == 0):
                 ema.snapshot(workdir / "ema", options.ema_sigmas, state.opt_state)
-            if on_eval is not None and (last or (options.eval_every and step % options.eval_every == 0)):
-                if values := on_eval(step, whole(state)):
-                    report.show(step, values)
+            if last or (options.eval_every and step % options.eval_every == 0):
+                evaluate(step)
                 report.restart_clock()
         if step < options.steps:
             checkpoints.save(step, state, iterator.get_state())
