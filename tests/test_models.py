@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, ConfigError, UNetConfig, VAEConfig
 from jaxdiff.io.weights import from_torch_layout, load_tensors, tensor_name, to_torch_layout
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
-from jaxdiff.models.layers import convolve, timestep_embedding
+from jaxdiff.models.convolution import convolve
+from jaxdiff.models.layers import timestep_embedding
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
 from tests import networks
@@ -150,16 +151,33 @@ def test_half_precision_stays_near_float32(dtype):
     assert error(rounded, exact) < 8 * float(jnp.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
-def test_gathered_convolution_equals_xla(strides):
-    """Sums of 9 * 512 products, in two orders: float32 rounding of some 1e-6."""
+@pytest.mark.parametrize(
+    ("shape", "features", "stride", "chunk"),
+    [
+        pytest.param((2, 3, 5, 512), 7, 1, 8192, id="gathered"),
+        pytest.param((2, 3, 5, 512), 7, 2, 8192, id="gathered-strided"),
+        pytest.param((2, 30, 20, 320), 324, 1, 8192, id="winograd"),
+        pytest.param((2, 30, 20, 320), 324, 1, 500, id="winograd-chunks"),
+    ],
+)
+def test_convolution_as_products_equals_xla(shape, features, stride, chunk, monkeypatch):
+    """Values and gradients: sums of 9 * 512 products in two orders, float32 rounding of some 1e-6.
+
+    Winograd's transforms add twice two numbers before and twice three after, each of which rounds once more.
+    """
+    monkeypatch.setattr("jaxdiff.models.convolution.CHUNK_POSITIONS", chunk)
     rng = np.random.default_rng(0)
-    x, kernel = rng.standard_normal((2, 3, 5, 512), np.float32), rng.standard_normal((3, 3, 512, 7), np.float32)
-    args = {"padding": ((1, 1), (1, 1)), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    text = jax.jit(lambda x, k: convolve(x, k, strides, **args)).lower(x, kernel).as_text()
+    x, kernel = rng.standard_normal(shape, np.float32), rng.standard_normal((3, 3, shape[-1], features), np.float32)
+    rest = (stride, stride), ((1, 1), (1, 1))
+    args = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    text = jax.jit(lambda x, k: convolve(x, k, *rest, **args)).lower(x, kernel).as_text()
     assert jax.default_backend() != "cpu" or "convolution" not in text
-    reference = jax.lax.conv_general_dilated(x, kernel, strides, **args)
-    assert error(convolve(x, kernel, strides, **args), reference) < TOLERANCE
+    assert chunk != 500 or "while" in text
+    reference, pull = jax.vjp(lambda x, k: jax.lax.conv_general_dilated(x, k, *rest, **args), x, kernel)
+    computed, our_pull = jax.vjp(lambda x, k: convolve(x, k, *rest, **args), x, kernel)
+    assert error(computed, reference) < TOLERANCE
+    for ours, theirs in zip(our_pull(computed), pull(computed), strict=True):
+        assert error(ours, theirs) < TOLERANCE
 
 
 def test_timestep_embedding_of_zero_and_one():

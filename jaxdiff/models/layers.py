@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from jaxdiff.config import ConfigError
 from jaxdiff.models.attention import attention
+from jaxdiff.models.convolution import convolve
 from jaxdiff.typing import Array
 
 ACTIVATIONS = {
@@ -63,32 +64,6 @@ def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq
     angles = jnp.asarray(t, jnp.float32)[:, None] * frequencies
     pair = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
     return jnp.concatenate(pair, -1)
-
-
-# On a CPU, products of this few rows and this many columns beat XLA's convolution, up to threefold where SD 1.5's
-# UNet is narrowest; outside these bounds they lose.
-FEW_POSITIONS, MANY_CHANNELS = 1024, 512
-
-
-def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **kwargs) -> jax.Array:
-    """`lax.conv_general_dilated` in NHWC; small wide ones on a CPU as one matrix product over gathered neighbours."""
-
-    def general(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
-
-    b, h, w, c = x.shape
-    s = strides[0]
-    usual = kernel.shape[:2] == (3, 3) and strides[0] == strides[1] and tuple(map(tuple, padding)) == ((1, 1), (1, 1))
-    divided = jax.sharding.get_abstract_mesh().auto_axes  # then the reshaped kernel would be brought together first
-    if not usual or b * h * w > FEW_POSITIONS or c < MANY_CHANNELS or divided:
-        return general(x, kernel)
-
-    def gathered(x, kernel):
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        neighbours = jnp.concatenate([padded[:, i : i + h : s, j : j + w : s] for i in range(3) for j in range(3)], -1)
-        return (neighbours.reshape(-1, 9 * c) @ kernel.reshape(9 * c, -1)).reshape(*neighbours.shape[:3], -1)
-
-    return jax.lax.platform_dependent(x, kernel, cpu=gathered, default=general)
 
 
 def conv(features: int, dtype, name: str, *, size: int = 3, strides: int = 1, padding: int = 1, zero: bool = False):
