@@ -24,7 +24,7 @@ import jaxdiff
 from jaxdiff.commands import errors
 from jaxdiff.commands.errors import Failure, UsageError
 from jaxdiff.commands.flags import parse
-from jaxdiff.commands.outputs import check_folder, make_folder, output_paths
+from jaxdiff.commands.outputs import check_folder, make_folder, output_files
 from jaxdiff.commands.pictures import Picture, arguments, batch_size, columns, how_many, lines, plan
 from jaxdiff.io import images
 
@@ -41,6 +41,8 @@ def settle(f: flags.FlagValues, model: jaxdiff.Model, count: int) -> None:
 
     try:
         f["scheduler"].value = f.scheduler or default_scheduler(model.scheduler)
+        if f.guidance_scale is None:
+            f["guidance_scale"].value = model.options.guidance_scale
         jaxdiff.get_scheduler(f.scheduler, model.scheduler)
         jaxdiff.time_grid(model.scheduler, f.steps, f.scheduler, f.spacing)
         settle_size(f, model)
@@ -137,7 +139,7 @@ def fitted(flag: str, path: str, height: int, width: int) -> np.ndarray:
 
 def draw(model: jaxdiff.Model, params: Any, pictures: list[Picture], given: dict[str, Any]) -> Iterator[list[tuple]]:
     """Batch by batch: [(picture [H, W, 3], frames [F, H, W, 3] or None), …]."""
-    size, frames = pictures[0]["batch_size"], FRAMES if pictures[0].get("preview") else 0
+    size, frames = pictures[0]["batch_size"], min(FRAMES, pictures[0]["steps"]) if pictures[0].get("preview") else 0
     for i in range(0, len(pictures), size):
         batch = pictures[i : i + size]
         filled = batch + batch[-1:] * (size - len(batch))
@@ -183,13 +185,13 @@ def run(f: flags.FlagValues) -> None:
         model = opened[0]
     settle(f, model, how_many(f, given))
     pictures = plan(f, given)
-    paths, sheet = output_paths(f.output, pictures)
-    check_folder(paths[0].parent)
+    files = output_files(f, pictures)
+    check_folder(files.pictures[0].parent)
     started = sources(f, model)
     jaxdiff.tokenize(model, [p["prompt"] for p in pictures])  # warns of what is cut before anything is drawn
     cache.cache_compilations(f.cache_dir)
     model, params = load(f, opened)
-    for folder in {p.parent for p in paths}:
+    for folder in {p.parent for p in files.pictures}:
         make_folder(folder)
 
     def write(path: Path, picture: np.ndarray, metadata: Any) -> None:
@@ -197,19 +199,18 @@ def run(f: flags.FlagValues) -> None:
         print(path, flush=True)
 
     kept: list[np.ndarray] = []
-    drawn = with_progress(draw(model, params, pictures, started), len(paths))
-    for path, metadata, (picture, frames) in zip(paths, pictures, drawn, strict=True):
-        write(path, picture, metadata)
+    drawn = with_progress(draw(model, params, pictures, started), len(pictures))
+    for i, (metadata, (picture, frames)) in enumerate(zip(pictures, drawn, strict=True)):
+        write(files.pictures[i], picture, metadata)
         if f.preview:
-            write(path.with_name(f"{path.stem}-preview.png"), images.strip(frames), metadata)
+            write(files.previews[i], images.strip(frames), metadata)
         if f.grid or f.interpolate:
             kept.append(picture)
     if f.grid:
-        write(sheet, images.grid(kept, columns(f, len(kept))), pictures)
+        write(files.sheet, images.grid(kept, columns(f, len(kept))), pictures)
     if f.interpolate:
-        film = sheet.with_name(sheet.name.replace("grid.png", "film.gif"))
-        images.write_gif(film, kept, FRAME_SECONDS)
-        print(film, flush=True)
+        images.write_gif(files.film, kept, FRAME_SECONDS)
+        print(files.film, flush=True)
 
 
 def command(argv: list[str]) -> None:

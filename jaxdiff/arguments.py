@@ -1,7 +1,9 @@
 """What `generate` is given, checked and brought into form: one row a picture, numpy arrays, errors in one sentence."""
 
+import operator
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from jaxdiff.models.controlnet import check_fits
@@ -9,15 +11,44 @@ from jaxdiff.models.model import Model
 from jaxdiff.typing import Array
 
 
+def as_whole(name: str, value: int, low: int, high: int | None = None) -> int:
+    """A whole number from low to high."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if number < low or (high is not None and number > high):
+        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} {value} must be a whole number {allowed}.")
+    return number
+
+
+def as_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """One prompt or more as a list."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one.")
+    return prompts
+
+
+def as_devices(devices: Sequence[jax.Device] | None, count: int) -> tuple[jax.Device, ...]:
+    """What `count` pictures are drawn on: no more devices than pictures."""
+    devices = tuple(jax.local_devices() if devices is None else devices)
+    if not devices:
+        raise ValueError("devices is empty: give at least one, or None for all of this process.")
+    return devices[:count]
+
+
 def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[int, int, int]:
     """(h, w, C) of a picture's latents; raises ValueError if the VAE's factor does not divide height or width."""
-    unet, factor = model.unet.config, model.vae.config.factor
+    own, factor = model.unet.config.sample_size, model.vae.config.factor
     sizes = []
-    for name, pixels in (("height", height), ("width", width)):
-        pixels = unet.sample_size * factor if pixels is None else pixels
-        if pixels < factor or pixels % factor:
+    for i, (name, pixels) in enumerate((("height", height), ("width", width))):
+        if pixels is None:
+            pixels = (own if isinstance(own, int) else own[i]) * factor
+        if not isinstance(pixels, int | np.integer) or pixels < factor or pixels % factor:
             raise ValueError(f"{name} {pixels} must be a positive multiple of {factor}, the VAE's factor.")
-        sizes.append(pixels // factor)
+        sizes.append(int(pixels) // factor)
     return sizes[0], sizes[1], model.vae.config.latent_channels
 
 
@@ -62,15 +93,24 @@ def as_images(name: str, image: Array, count: int, shape: tuple[int, int]) -> np
     """One picture or a batch, uint8 or float in [0, 1], as float32 [B, H, W, 3] of the size drawn."""
     image = np.asarray(image)
     if image.ndim not in (3, 4) or image.shape[-3:] != (*shape, 3):
-        raise ValueError(f"{name} has shape {list(image.shape)[-3:]}, drawn are {[*shape, 3]}: resize it first.")
+        raise ValueError(
+            f"{name} has shape {list(image.shape)[-3:]}, drawn are {[*shape, 3]}: resize it to height {shape[0]} and "
+            f"width {shape[1]} in RGB, or give the height and width that fit it."
+        )
     if image.ndim == 4 and len(image) not in (1, count):
         raise ValueError(f"{name} holds {len(image)} pictures for {count} prompts: give one, or one a prompt.")
-    kind, image = image.dtype, image.astype(np.float32)
-    if kind == np.uint8:
-        image = image / 255
-    elif not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):  # true of not-a-number too
-        raise ValueError(f"{name} is {kind} from {image.min():g} to {image.max():g}: give uint8, or float in [0, 1].")
-    return np.broadcast_to(image, (count, *image.shape[-3:]))
+    values = image.astype(np.float32) / 255 if image.dtype == np.uint8 else in_unit(name, image)
+    return np.broadcast_to(values, (count, *image.shape[-3:]))
+
+
+def in_unit(name: str, values: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1], or past it by no more than resampling rounds, as float32."""
+    if not (values.min() >= -1e-3 and values.max() <= 1 + 1e-3):  # true of not-a-number too
+        kind, low, high = values.dtype, values.min(), values.max()
+        raise ValueError(
+            f"{name} is {kind} from {low:g} to {high:g}: give uint8 from 0 to 255, or numbers from 0 to 1."
+        )
+    return values.astype(np.float32)
 
 
 def as_mask(mask: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
@@ -80,9 +120,12 @@ def as_mask(mask: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"mask has shape {list(mask.shape)[-2:]}, the image {list(shape)}: make them of one size.")
     if mask.ndim == 3 and len(mask) not in (1, count):
         raise ValueError(f"mask holds {len(mask)} masks for {count} prompts: give one, or one a prompt.")
-    if mask.dtype == np.uint8 and mask.max() == 1:
-        raise ValueError("mask is uint8 and nowhere above 1: white is 255; or give it as bool.")
-    mask = mask if mask.dtype == bool else mask >= (128 if mask.dtype == np.uint8 else 0.5)
+    if mask.dtype == np.uint8:
+        if mask.max() == 1:
+            raise ValueError("mask is uint8 and nowhere above 1: white is 255; or give it as bool.")
+        mask = mask >= 128
+    elif mask.dtype != bool:
+        mask = in_unit("mask", mask) >= 0.5
     return np.broadcast_to(mask, (count, *shape))[..., None]
 
 
@@ -92,6 +135,25 @@ def first_step(steps: int, strength: float, name: str = "strength") -> int:
     if not taken:
         raise ValueError(f"{name} {strength} must be in (0, 1] and leave at least one of {steps} steps.")
     return steps - taken
+
+
+def first_steps(
+    model: Model,
+    steps: int,
+    image: Array | None,
+    mask: Array | None,
+    strength: float | None,
+    hires: float | None,
+    hires_strength: float,
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The first step taken, and that of a small picture that is drawn first; None where all are, from noise alone."""
+    start = second = None
+    if image is not None and model.family != "upscaler":
+        start = first_step(steps, (0.6 if mask is None else 1.0) if strength is None else strength)
+    if hires is not None:
+        start, second = first_step(steps, hires_strength, "hires_strength"), start
+    first, small = (None if n is None else np.asarray(n, np.int32) for n in (start, second))
+    return first, small
 
 
 def small_shape(shape: tuple[int, int, int], hires: float) -> tuple[int, int, int]:
@@ -112,10 +174,10 @@ def as_interval(interval: tuple[float, float] | None) -> tuple[np.ndarray, np.nd
     """(low, high) as numbers that may be traced."""
     if interval is None:
         return None
-    low, high = interval
-    if not 0 <= low < high:
+    values = np.asarray(interval, np.float32)
+    if values.shape != (2,) or not 0 <= values[0] < values[1]:
         raise ValueError(f"guidance_interval {interval} must be two noise levels, the lower one first and at least 0.")
-    return np.asarray(low, np.float32), np.asarray(high, np.float32)
+    return values[0], values[1]
 
 
 def as_controls(
@@ -152,7 +214,7 @@ def check_task(model: Model, image: Array | None, mask: Array | None, hires: flo
         raise ValueError("this model is for inpainting: give image and mask (white is redrawn).")
     if model.family == "upscaler" and (image is None or mask is not None):
         raise ValueError("this model is for upscaling: give the small picture as image, and no mask.")
-    if hires is not None and (image is not None or model.inpaints or model.family == "upscaler"):
-        raise ValueError("hires draws from text alone: leave out image, or hires.")
+    if hires is not None and model.family == "upscaler":
+        raise ValueError("this model is for upscaling, which hires is not for: leave out hires.")
     if hires_upscale not in ("pixel", "latent"):
         raise ValueError(f"hires_upscale {hires_upscale!r} is unknown; known are pixel and latent.")

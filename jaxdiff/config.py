@@ -6,6 +6,7 @@ PyTorch needs are ignored, so that every published file of a supported architect
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -313,7 +314,12 @@ class PipelineOptions(Config):
     requires_aesthetics_score: bool = False  # SDXL refiner: its time ids end in a score, not in the target size
     max_noise_level: int = 350  # x4 upscaler: the most noise on the small picture, in steps of low_res_scheduler
     low_res_scheduler: SchedulerConfig | None = None  # x4 upscaler: the process of that noise; a folder of its own
+    guidance_scale: float = 7.5  # what suits the model; "_guidance_scale" in the file, which diffusers passes over
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        return super().from_dict({k: v for k, v in values.items() if k != "low_res_scheduler"})
+        scale = values.get("_guidance_scale", cls.guidance_scale)
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ConfigError(f"_guidance_scale {scale!r} in model_index.json must be a number, such as 7.5.")
+        given = {k: v for k, v in values.items() if k != "low_res_scheduler"}
+        return super().from_dict(given | {"guidance_scale": float(scale)})

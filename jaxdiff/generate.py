@@ -1,7 +1,8 @@
 """From prompts to pictures: `generate` puts the pure pieces under one compiled program a device."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +13,28 @@ from jaxdiff import prompts as text
 from jaxdiff.arguments import (
     as_batch,
     as_controls,
+    as_devices,
     as_images,
     as_interval,
     as_mask,
     as_noise,
     as_numbers,
+    as_prompts,
+    as_whole,
     check_task,
-    first_step,
+    first_steps,
     latent_shape,
     most_noise,
     settle_size,
     small_shape,
 )
 from jaxdiff.denoiser import denoiser
-from jaxdiff.diffusion.prediction import add_noise, expand
 from jaxdiff.diffusion.sampling import sample, step_keys
-from jaxdiff.diffusion.schedulers import get_scheduler, moment
+from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.times import default_scheduler, time_grid
-from jaxdiff.models.model import Model, encode_text
+from jaxdiff.models.model import Model
 from jaxdiff.models.tiny_vae import preview
-from jaxdiff.tasks import Inputs, Shared, codec, enlarged, extra_channels, resized, slerp, starting_point
+from jaxdiff.tasks import Inputs, Shared, codec, conditions, enlarged, extra_channels, shrunk, slerp, starting_point
 from jaxdiff.typing import Array, Key, Params
 
 HIRES = 2**30  # folded into the keys of a second stage; steps take small numbers
@@ -46,25 +49,39 @@ def tokenize(model: Model, prompts: Sequence[str | None]) -> text.Tokens | Array
     return tokens.ids if all(field is None for field in tokens[1:]) else tokens
 
 
+Texts = str | Sequence[str | None] | None
+
+
 def encoder_inputs(
-    model: Model, groups: list[tuple[list[str | None], list[str | None]] | None], emphasis: bool
+    model: Model, given: dict[str, tuple[Texts, Texts] | None], count: int, emphasis: bool
 ) -> list[text.Tokens | None]:
     """Tokens of each group of prompts, such as the negative ones, in as many chunks as any prompt of any group needs.
 
-    A group is B prompts and what SDXL's second encoder reads instead, None where it is the same. A group that is None
-    stays None.
+    A group, by its name, is what the first text encoder reads and what SDXL's second one reads instead, None where it
+    is the same. A group that is None stays None.
     """
-    given = [group for group in groups if group is not None]
-    first, second = ([p for group in given for p in group[i]] for i in (0, 1))
+    groups = {
+        name: None if pair is None else (as_batch(name, pair[0], count), as_batch(f"{name}_2", pair[1], count))
+        for name, pair in given.items()
+    }
+    first, second = ([p for pair in groups.values() if pair for p in pair[i]] for i in (0, 1))
     if model.tokenizer_2 is None and any(p is not None for p in second):
         raise ValueError("prompts_2 are for the second text encoder of SDXL, which this model has not.")
     every = text.tokens(model, first, second, emphasis=emphasis)
-    parts = iter(range(0, len(first), len(first) // len(given)))
+    starts = iter(range(0, len(first), count))
 
     def part(i: int) -> text.Tokens:
-        return jax.tree.map(lambda a: a[i : i + len(first) // len(given)], every)
+        return jax.tree.map(lambda a: a[i : i + count], every)
 
-    return [None if group is None else part(next(parts)) for group in groups]
+    return [None if pair is None else part(next(starts)) for pair in groups.values()]
+
+
+class Drawn(NamedTuple):
+    """What the compiled program returns of B pictures."""
+
+    pictures: Array  # uint8 [B, H, W, 3]
+    finite: Array  # bool [B]: whether every pixel came out as a number
+    frames: Array | None  # uint8 [B, F, H, W, 3], where asked for
 
 
 @functools.lru_cache(maxsize=64)
@@ -76,22 +93,20 @@ def sampler(
     tile: int | None,
     devices: tuple[jax.Device, ...],
 ) -> parallel.Mapped:
-    """The compiled program that draws: (params, Shared, Inputs) -> pictures in [0, 1], and frames where asked for.
+    """The compiled program that draws: (params, Shared, Inputs) -> Drawn.
 
     It is compiled anew for other shapes, types, or fields that are None; all values are traced.
     """
 
-    def draw(params: Params, shared: Shared, each: Inputs):
-        def encoded(tokens):
-            return encode_text(model, params, tokens, clip_skip=clip_skip)
-
-        cond, uncond = encoded(each.tokens), None if each.negative is None else encoded(each.negative)
-        if (blend := each.blend) is not None:
-            cond = jax.tree.map(lambda a, b: a + expand(blend, a) * (b - a), cond, encoded(each.blend_tokens))
+    def draw(params: Params, shared: Shared, each: Inputs) -> Drawn:
+        cond, uncond = conditions(model, params, each, clip_skip)
         method, vae = get_scheduler(scheduler, model.scheduler), codec(model, params, tile)
 
-        def denoise(control_images):
-            return denoiser(
+        def stage(
+            each: Inputs, keys: Key, start: Array | None, drawn: Array | None = None, trajectory: bool = False
+        ) -> Any:
+            """Latents drawn from noise, or from what was `drawn` before; with `trajectory` each step's prediction."""
+            denoise = denoiser(
                 model,
                 params,
                 cond,
@@ -101,30 +116,53 @@ def sampler(
                 guidance_interval=shared.guidance_interval,
                 extra_channels=extra_channels(model, vae, each),
                 class_labels=each.noise_level,
-                control_images=control_images,
+                control_images=each.control_images,
                 controlnet_scale=each.controlnet_scale,
             )
+            x, steps = starting_point(model, vae, shared, each, start, drawn, method)
+            return sample(denoise, x, shared.times, steps, keys, start=start, trajectory=trajectory)
 
-        if each.small_noise is None:
-            x, start, method = starting_point(model, vae, shared, each, method)
-            keys = each.keys
-        else:
-            small = each.small_noise
-            controls = resized(each.control_images, *(side * model.vae.config.factor for side in small.shape[1:3]))
-            low = sample(denoise(controls), shared.noise_scale * small, shared.times, method, each.keys)
-            start, keys = shared.start, step_keys(each.keys, HIRES)
-            original = enlarged(model, vae, low, each.noise.shape, upscale)
-            x = add_noise(original, each.noise, moment(shared.times, start))
-        final = denoise(each.control_images)
+        keys, drawn = each.keys, None
+        if each.small_noise is not None:
+            small = stage(shrunk(model, each), keys, shared.small_start)
+            drawn, keys = enlarged(model, vae, small, each.noise.shape, upscale), step_keys(keys, HIRES)
         if shared.moments is None:
-            return vae.decode(sample(final, x, shared.times, method, keys, start=start))
-        x0, steps = sample(final, x, shared.times, method, keys, start=start, trajectory=True)
-        chosen = steps[shared.moments]  # [F, B, h, w, C]
-        flat = chosen.reshape(-1, *x0.shape[1:])
-        frames = vae.decode(flat) if model.tiny_vae is None else preview(model.tiny_vae, params["tiny_vae"], flat)
-        return vae.decode(x0), jnp.moveaxis(frames.reshape(*chosen.shape[:2], *frames.shape[1:]), 0, 1)
+            x0, frames = stage(each, keys, shared.start, drawn), None
+        else:
+            x0, steps = stage(each, keys, shared.start, drawn, trajectory=True)
+            frames = as_bytes(frames_of(model, params, vae.decode, steps[shared.moments]))
+        pictures = vae.decode(x0)
+        return Drawn(as_bytes(pictures), jnp.isfinite(pictures).all((1, 2, 3)), frames)
 
     return parallel.pmap(draw, devices, shared=2)
+
+
+def frames_of(model: Model, params: Params, decode: Callable[[Array], Array], steps: Array) -> Array:
+    """Predictions of latents [F, B, h, w, C] as pictures [B, F, H, W, 3], by the tiny autoencoder if there is one."""
+    flat = steps.reshape(-1, *steps.shape[2:])
+    frames = decode(flat) if model.tiny_vae is None else preview(model.tiny_vae, params["tiny_vae"], flat)
+    return jnp.moveaxis(frames.reshape(*steps.shape[:2], *frames.shape[1:]), 0, 1)
+
+
+def as_bytes(pictures: Array) -> Array:
+    """Pictures in [0, 1] as uint8."""
+    return jnp.round(255 * pictures).astype(jnp.uint8)
+
+
+def check_finite(finite: Array, prompts: list[str], model: Model) -> None:
+    """Raise FloatingPointError for pictures of which some pixel is no number."""
+    bad = np.flatnonzero(~np.asarray(finite))
+    if bad.size:
+        half = model.unet.dtype == jnp.float16
+        mend = (
+            "float16 overflows in this model, so load it with dtype bfloat16 or float32"
+            if half
+            else "lower guidance_scale and the scales of LoRAs and ControlNets, or fetch damaged weights again"
+        )
+        raise FloatingPointError(
+            f"{bad.size} of {len(prompts)} pictures, the first {prompts[bad[0]]!r:.60}, came out as not-a-number "
+            f"(NaN): {mend}."
+        )
 
 
 def picture_keys(seed: int | Sequence[int], count: int) -> Key:
@@ -142,6 +180,44 @@ def initial_noise(keys: Key, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
 
 
+def noises(
+    keys: Key,
+    shape: tuple[int, int, int],
+    hires: float | None,
+    given: Array | None,
+    variation_seed: int | Sequence[int] | None,
+    variation_strength: float | Sequence[float],
+) -> tuple[Array, Array | None]:
+    """The unit Gaussian latents [B, *shape] that pictures start from, and those of a small picture drawn first."""
+    count, small = len(keys), None if hires is None else small_shape(shape, hires)
+    noise = initial_noise(keys, shape) if given is None else as_noise(given, count, shape)
+    small_noise = None if small is None else initial_noise(keys, small)
+    if variation_seed is None:
+        return noise, small_noise
+    other = picture_keys(variation_seed, count)
+    amount = as_numbers("variation_strength", variation_strength, count, 0.0, 1.0)
+    noise = slerp(noise, initial_noise(other, shape), amount)
+    return noise, None if small is None else slerp(small_noise, initial_noise(other, small), amount)
+
+
+def schedule(
+    model: Model,
+    scheduler: str,
+    spacing: str | None,
+    steps: int,
+    starts: tuple[np.ndarray | None, np.ndarray | None],
+    guidance_interval: tuple[float, float] | None,
+    frames: int,
+) -> Shared:
+    """The time grid, the first steps taken on it (see `first_steps`), and the steps whose predictions are shown."""
+    spacing = "ays_sdxl" if spacing == "ays" and model.family.startswith("sdxl") else spacing
+    times, noise_scale = time_grid(model.scheduler, steps, scheduler, spacing)
+    start, small_start = starts
+    shown = np.linspace(0 if start is None else start, len(times.t) - 2, frames)
+    moments = np.unique(shown.round().astype(np.int32)) if frames else None
+    return Shared(times, np.asarray(noise_scale), start, small_start, as_interval(guidance_interval), moments)
+
+
 def generate(
     model: Model,
     params: Params,
@@ -151,12 +227,13 @@ def generate(
     prompts_2: str | Sequence[str | None] | None = None,
     negative_prompts_2: str | Sequence[str | None] | None = None,
     blend_prompts: str | Sequence[str] | None = None,
+    blend_negative_prompts: str | Sequence[str | None] | None = None,
     blend: float | Sequence[float] = 0.5,
     seed: int | Sequence[int] = 0,
     variation_seed: int | Sequence[int] | None = None,
     variation_strength: float | Sequence[float] = 0.1,
     steps: int = 25,
-    guidance_scale: float | Sequence[float] = 7.5,
+    guidance_scale: float | Sequence[float] | None = None,
     guidance_rescale: float | Sequence[float] = 0.0,
     guidance_interval: tuple[float, float] | None = None,
     clip_skip: int = 0,
@@ -188,16 +265,18 @@ def generate(
     Args:
         prompts: B prompts; brackets give emphasis, and long ones go in chunks (jaxdiff/prompts.py).
         negative_prompts: what to steer away from: none, one for all, or one a prompt.
-        prompts_2, negative_prompts_2: what the second text encoder of SDXL reads instead; None: the same.
-        blend_prompts, blend: prompts towards which the text's encoding is moved, 0 to 1 of the way, for one or for each
-            picture: with many values, a film from one prompt to another.
+        prompts_2, negative_prompts_2: what the second text encoder of SDXL reads instead, at both ends of a blend;
+            None: the same.
+        blend_prompts, blend_negative_prompts, blend: prompts towards which the text's encoding is moved, 0 to 1 of the
+            way, for one or for each picture: with many values, a film from one prompt to another. None: those of
+            `prompts` and `negative_prompts`.
         seed: picture i is drawn from key(seed + i), alone or in a batch, on one device or many (the batch a device
             draws changes the order of sums, so that a pixel may differ by one grey level); or a seed a picture.
         variation_seed, variation_strength: noise drawn from another seed (counted up like `seed`), and how far, 0 to 1,
             the noise is turned towards it: a little gives variations of a picture, many values a film between two.
         steps: length of the time grid.
-        guidance_scale: weight of the prompt, for all or one a picture; 1 or less turns guidance off. Distilled models
-            (LCM) are told of it, and need no second half of the batch.
+        guidance_scale: weight of the prompt, for all or one a picture; 1 or less turns guidance off. None takes what
+            the model recommends, else 7.5. Distilled models (LCM) are told of it, and need no second half of the batch.
         guidance_rescale: in [0, 1], how much of the contrast that guidance adds is taken back (Lin et al. 2023).
         guidance_interval: (low, high) of sigma / alpha, the noise levels with guidance (Kynkäänniemi et al. 2024).
         clip_skip: how many of the text encoder's layers are left out at its end, beyond those always left out.
@@ -218,10 +297,12 @@ def generate(
         controlnet_scale: weight of the ControlNets, for all or one for each.
         hires: draw so many times smaller first, enlarge, and redraw the part `hires_strength` of the steps at full
             size: large pictures of models that were taught small ones. Enlarged is the picture, or as
-            `hires_upscale` says "latent", what the autoencoder makes of it, which is cheaper and blurrier.
+            `hires_upscale` says "latent", what the autoencoder makes of it, which is cheaper and blurrier. An image,
+            mask and control images are resized for the small picture; `strength` is of its steps.
         tile: encode and decode in overlapping tiles of this many latents (jaxdiff/models/tiling.py), for pictures that
             the autoencoder has no memory for.
-        frames: how many predictions of the finished picture along the way are returned as well, at most one a step.
+        frames: how many predictions of the finished picture along the way are returned as well, at most `steps`; where
+            fewer steps are taken, one for each.
         devices: what to draw on, the batch divided over them; None takes all that this process has.
 
     Returns:
@@ -229,68 +310,60 @@ def generate(
 
     Raises:
         ValueError: one sentence naming the argument and what it may be.
+        FloatingPointError: a picture came out as not-a-number, as float16 may overflow.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one.")
-    if steps < 1:
-        raise ValueError(f"steps {steps} must be at least 1.")
+    prompts = as_prompts(prompts)
     check_task(model, image, mask, hires, hires_upscale)
     count, factor, upscaling = len(prompts), model.vae.config.factor, model.family == "upscaler"
     shape = latent_shape(model, *settle_size(model, height, width, noise, image))
     size = shape[0] * factor, shape[1] * factor
     scheduler = default_scheduler(model.scheduler) if scheduler is None else scheduler
-    spacing = "ays_sdxl" if spacing == "ays" and model.family.startswith("sdxl") else spacing
-    times, noise_scale = time_grid(model.scheduler, steps, scheduler, spacing)
-    start = 0
-    if image is not None and not upscaling:
-        start = first_step(steps, strength if strength is not None else 0.6 if mask is None else 1.0)
-    if hires is not None:
-        start = first_step(steps, hires_strength, "hires_strength")
-    moments = np.unique(np.linspace(start, len(times.t) - 2, frames).round().astype(np.int32)) if frames else None
+    steps = as_whole("steps", steps, 1)
+    starts = first_steps(model, steps, image, mask, strength, hires, hires_strength)
+    shared = schedule(model, scheduler, spacing, steps, starts, guidance_interval, as_whole("frames", frames, 0, steps))
+    guidance_scale = model.options.guidance_scale if guidance_scale is None else guidance_scale
     scales = as_numbers("guidance_scale", guidance_scale, count)
     rescale = as_numbers("guidance_rescale", guidance_rescale, count, 0.0, 1.0)
     guided = bool((scales > 1).any()) and model.unet.config.time_cond_proj_dim is None
-    groups: list[tuple[list[str | None], list[str | None]] | None] = [
-        (as_batch("prompts", prompts, count), as_batch("prompts_2", prompts_2, count)),
-        (
-            as_batch("negative_prompts", negative_prompts, count),
-            as_batch("negative_prompts_2", negative_prompts_2, count),
-        )
-        if guided
-        else None,
-        None if blend_prompts is None else (as_batch("blend_prompts", blend_prompts, count), [None] * count),
-    ]
-    tokens, negative, blended = encoder_inputs(model, groups, emphasis)
-    assert tokens is not None
-    keys = picture_keys(seed, count)
-    noise = initial_noise(keys, shape) if noise is None else as_noise(noise, count, shape)
-    small = None if hires is None else small_shape(shape, hires)
-    small_noise = None if small is None else initial_noise(keys, small)
-    if variation_seed is not None:
-        other, amount = (
-            picture_keys(variation_seed, count),
-            as_numbers("variation_strength", variation_strength, count, 0.0, 1.0),
-        )
-        noise = slerp(noise, initial_noise(other, shape), amount)
-        small_noise = None if small is None else slerp(small_noise, initial_noise(other, small), amount)
-    each = Inputs(
-        tokens,
-        negative,
-        scales,
-        rescale if rescale.any() else None,
-        noise,
-        keys,
-        None if image is None else as_images("image", image, count, shape[:2] if upscaling else size),
-        None if mask is None else as_mask(mask, count, size),
-        as_numbers("noise_level", noise_level, count, 0, most_noise(model), np.int32) if upscaling else None,
-        *as_controls(model, control_images, controlnet_scale, count, size),
-        None if blended is None else as_numbers("blend", blend, count, 0.0, 1.0),
-        blended,
-        small_noise,
+    tokens, negative, blend_tokens, blend_negative = encoder_inputs(
+        model,
+        {
+            "prompts": (prompts, prompts_2),
+            "negative_prompts": (negative_prompts, negative_prompts_2) if guided else None,
+            "blend_prompts": None if blend_prompts is None else (blend_prompts, prompts_2),
+            "blend_negative_prompts": None
+            if blend_negative_prompts is None or not guided
+            else (blend_negative_prompts, negative_prompts_2),
+        },
+        count,
+        emphasis,
     )
-    interval = as_interval(guidance_interval)
-    shared = Shared(times, np.asarray(noise_scale), np.asarray(start, np.int32), interval, moments)
-    devices = tuple(jax.local_devices() if devices is None else devices)
-    drawn = sampler(model, scheduler, clip_skip, hires_upscale, tile, devices[:count])(params, shared, each)
-    return jax.tree.map(lambda x: np.asarray(jnp.round(255 * x).astype(jnp.uint8)), drawn)
+    keys = picture_keys(seed, count)
+    noise, small_noise = noises(keys, shape, hires, noise, variation_seed, variation_strength)
+    control_images, controlnet_scale = as_controls(model, control_images, controlnet_scale, count, size)
+    each = Inputs(
+        tokens=tokens,
+        negative=negative,
+        guidance_scale=scales,
+        guidance_rescale=rescale if rescale.any() else None,
+        noise=noise,
+        keys=keys,
+        image=None if image is None else as_images("image", image, count, shape[:2] if upscaling else size),
+        mask=None if mask is None else as_mask(mask, count, size),
+        noise_level=as_numbers("noise_level", noise_level, count, 0, most_noise(model), np.int32)
+        if upscaling
+        else None,
+        control_images=control_images,
+        controlnet_scale=controlnet_scale,
+        blend=as_numbers("blend", blend, count, 0.0, 1.0),
+        blend_tokens=blend_tokens,
+        blend_negative=blend_negative,
+        small_noise=small_noise,
+    )
+    tile = None if tile is None else as_whole("tile", tile, 1)
+    program = sampler(
+        model, scheduler, as_whole("clip_skip", clip_skip, 0), hires_upscale, tile, as_devices(devices, count)
+    )
+    drawn = jax.tree.map(np.asarray, program(params, shared, each))
+    check_finite(drawn.finite, prompts, model)
+    return drawn.pictures if drawn.frames is None else (drawn.pictures, drawn.frames)

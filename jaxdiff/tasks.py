@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.diffusion.inpainting import keeping
-from jaxdiff.diffusion.prediction import add_noise
+from jaxdiff.diffusion.prediction import add_noise, expand
 from jaxdiff.diffusion.schedulers import Scheduler, moment
 from jaxdiff.diffusion.schedules import Time, noise_schedule
-from jaxdiff.models.model import Model, decode, encode
+from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text
 from jaxdiff.models.tiling import decode_tiled, encode_tiled
 from jaxdiff.prompts import Tokens
 from jaxdiff.typing import Array, Key, Params
@@ -24,7 +24,8 @@ class Shared(NamedTuple):
 
     times: Time  # grid of N + 1 times
     noise_scale: Array  # of the noise at the first of them
-    start: Array  # int32, the first step taken
+    start: Array | None  # int32, the first step taken; None: all are, from noise alone
+    small_start: Array | None  # the same of a small picture that is drawn first
     guidance_interval: tuple[Array, Array] | None
     moments: Array | None  # int32 [F], the steps whose predictions are decoded as well
 
@@ -38,13 +39,14 @@ class Inputs(NamedTuple):
     guidance_rescale: Array | None  # [B]
     noise: Array  # [B, h, w, C], unit Gaussian
     keys: Key  # [B]
+    blend: Array  # [B], in [0, 1]: how far from the prompts to those of a blend
     image: Array | None = None  # [B, H, W, 3] in [0, 1]; for the upscaler [B, h, w, 3]
     mask: Array | None = None  # bool [B, H, W, 1], true where the image is to be redrawn
     noise_level: Array | None = None  # int32 [B], the upscaler's
     control_images: tuple[Array, ...] = ()  # [B, H, W, 3] in [0, 1] for each ControlNet
     controlnet_scale: tuple[Array, ...] = ()  # [B] for each ControlNet
-    blend: Array | None = None  # [B], in [0, 1]: how far from the prompt to the other one
     blend_tokens: Tokens | None = None
+    blend_negative: Tokens | None = None
     small_noise: Array | None = None  # [B, h', w', C]: drawn small from it first, then enlarged
 
 
@@ -72,24 +74,52 @@ def small_mask(model: Model, mask: Array) -> Array:
     return mask[:, ::factor, ::factor]
 
 
-def starting_point(
-    model: Model, vae: Codec, shared: Shared, each: Inputs, scheduler: Scheduler
-) -> tuple[Array, Array | None, Scheduler]:
-    """The latents [B, h, w, C] to start from, the first step (None: all are taken), and what takes the steps.
+def conditions(model: Model, params: Params, each: Inputs, clip_skip: int) -> tuple[Conditioning, Conditioning | None]:
+    """What the UNet is told of the prompts and of the negative ones (None: without guidance)."""
 
-    From text alone, and for the upscaler, noise. Else the image with the noise of the first step taken, but pure noise
-    where all steps are taken and a mask says what is to be redrawn. Ordinary models keep the rest by `keeping`.
+    def encoded(tokens: Tokens | None, other: Tokens | None) -> Conditioning | None:
+        if tokens is None:
+            return None
+        cond = encode_text(model, params, tokens, clip_skip=clip_skip)
+        if other is None:
+            return cond
+        towards = encode_text(model, params, other, clip_skip=clip_skip)
+        return jax.tree.map(lambda a, b: a + expand(each.blend, a) * (b - a), cond, towards)
+
+    cond = encoded(each.tokens, each.blend_tokens)
+    assert cond is not None
+    return cond, encoded(each.negative, each.blend_negative)
+
+
+def starting_point(
+    model: Model,
+    vae: Codec,
+    shared: Shared,
+    each: Inputs,
+    start: Array | None,
+    drawn: Array | None,
+    scheduler: Scheduler,
+) -> tuple[Array, Scheduler]:
+    """The latents [B, h, w, C] at the first step taken, and what takes the steps.
+
+    Where all steps are taken (`start` is None), noise. Else the image, or what a first stage has `drawn`, with the
+    noise of that step; but pure noise where step 0 is the first and a mask says what of the image is to be redrawn.
+    Ordinary models keep the rest of it by `keeping`.
     """
     noise = shared.noise_scale * each.noise
-    if each.image is None or model.family == "upscaler":
-        return noise, None, scheduler
-    original = vae.encode(each.image)
-    x = add_noise(original, each.noise, moment(shared.times, shared.start))
-    if each.mask is not None:
-        x = jnp.where(shared.start == 0, noise, x)
-        if not model.inpaints:
-            scheduler = keeping(scheduler, original, each.noise, small_mask(model, each.mask))
-    return x, shared.start, scheduler
+    if start is None:
+        return noise, scheduler
+    clean = drawn
+    if each.image is not None:
+        image = vae.encode(each.image)
+        clean = image if drawn is None else drawn
+        if each.mask is not None and not model.inpaints:
+            scheduler = keeping(scheduler, image, each.noise, small_mask(model, each.mask))
+    assert clean is not None
+    x = add_noise(clean, each.noise, moment(shared.times, start))
+    if each.mask is not None and drawn is None:
+        x = jnp.where(start == 0, noise, x)
+    return x, scheduler
 
 
 def enlarged(model: Model, vae: Codec, latents: Array, shape: tuple[int, ...], upscale: str) -> Array:
@@ -102,9 +132,21 @@ def enlarged(model: Model, vae: Codec, latents: Array, shape: tuple[int, ...], u
     return vae.encode(jnp.clip(picture, 0.0, 1.0))
 
 
-def resized(images: tuple[Array, ...], height: int, width: int) -> tuple[Array, ...]:
-    """Pictures [B, H, W, 3] at another size."""
-    return tuple(jax.image.resize(x, (x.shape[0], height, width, x.shape[3]), "linear") for x in images)
+def shrunk(model: Model, each: Inputs) -> Inputs:
+    """What the small picture of a first stage is drawn from: its own noise, and every picture given at its size."""
+    assert each.small_noise is not None
+    size = [side * model.vae.config.factor for side in each.small_noise.shape[1:3]]
+
+    def resized(x: Array) -> Array:
+        return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "linear")
+
+    return each._replace(
+        noise=each.small_noise,
+        small_noise=None,
+        image=None if each.image is None else resized(each.image),
+        mask=None if each.mask is None else resized(each.mask.astype(jnp.float32)) >= 0.5,
+        control_images=tuple(resized(x) for x in each.control_images),
+    )
 
 
 @jax.jit

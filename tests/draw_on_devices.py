@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxdiff import generate, parallel
 from jaxdiff.generate import sampler
-from tests.tiny import tiny_model, tiny_params
+from jaxdiff.models.model import with_controlnets
+from tests.tiny import SIDE, tiny_controlnet, tiny_model, tiny_params
 
 COLLECTIVE = re.compile(
     r"\b(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter|ragged-all-to-all)"
@@ -61,7 +62,19 @@ def main(folder: Path) -> None:
     with recorded_programs() as texts:
         sixteen = draw(16, 8)
     sampler.cache_clear()
-    pictures = {"one": draw(9, 1), "sixteen": sixteen, "nine": draw(9, 8), "five": draw(5, 8)}
+    controlled = with_controlnets(model, params, tiny_controlnet(model))
+    rng = np.random.default_rng(0)
+    given = {
+        "image": rng.random((3, SIDE, SIDE, 3)),
+        "mask": rng.random((3, SIDE, SIDE)) > 0.5,
+        "control_images": rng.random((3, SIDE, SIDE, 3)),
+    }
+
+    def draw_from_pictures(devices):
+        return generate(*controlled, ["a castle"] * 3, steps=2, devices=jax.devices()[:devices], **given)
+
+    pictures = {"from_pictures": draw_from_pictures(8), "from_pictures_one": draw_from_pictures(1)}
+    pictures |= {"one": draw(9, 1), "sixteen": sixteen, "nine": draw(9, 8), "five": draw(5, 8)}
     np.savez(folder / "pictures.npz", **pictures)
     report = {
         "device_count": jax.device_count(),

@@ -1,6 +1,7 @@
 """`generate` and the pure pieces: reproducible pictures, no needless compilation, gradients and transformations."""
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff.generate import picture_keys
-from tests.tiny import LATENT, SIDE
+from jaxdiff.generate import check_finite, picture_keys
+from tests.tiny import LATENT, SIDE, tiny_model
 
 PROMPTS = ["a castle", "a red dragon", "a blue house"]
 STEPS = 3
@@ -147,14 +148,23 @@ def test_frames_lead_to_the_picture(draw):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"steps": 0}, "steps 0 must be at least 1"),
+        ({"steps": 0}, "steps 0 must be a whole number of at least 1"),
+        ({"steps": 4.0}, "steps 4.0 must be a whole number"),
+        ({"frames": -1}, "frames -1 must be a whole number from 0 to 3"),
+        ({"frames": 4}, "frames 4 must be a whole number from 0 to 3"),
+        ({"devices": []}, "devices is empty: give at least one"),
+        ({"guidance_interval": 0.5}, "guidance_interval 0.5 must be two noise levels"),
+        ({"height": 16.0}, "height 16.0 must be a positive multiple of 2"),
         ({"height": SIDE + 1}, f"height {SIDE + 1} must be a positive multiple of 2"),
         ({"width": -2}, "width -2 must be a positive multiple of 2"),
         ({"scheduler": "eulr"}, "scheduler 'eulr' is unknown; known are ddim, "),
         ({"spacing": "even"}, "spacing 'even' is unknown; known are "),
         ({"negative_prompts": ["a", "b", "c"]}, "3 negative_prompts for 2 prompts"),
         ({"noise": np.zeros((2, 8, 8, 3))}, r"noise has shape \[2, 8, 8, 3\], drawn from are \[2, 8, 8, 4\]"),
-        ({"image": np.zeros((8, 8, 3))}, r"image has shape \[8, 8, 3\], drawn are \[16, 16, 3\]"),
+        (
+            {"image": np.zeros((8, 8, 3))},
+            r"shape \[8, 8, 3\], drawn are \[16, 16, 3\]: resize it to height 16 and width",
+        ),
         ({"image": np.zeros((SIDE, SIDE, 3)), "strength": 0.0}, "strength 0.0 must be in"),
         ({"image": np.zeros((SIDE, SIDE, 3)), "strength": 1.1}, "strength 1.1 must be in"),
         ({"image": np.zeros((SIDE, SIDE, 3)), "strength": 0.2}, "leave at least one of 3 steps"),
@@ -163,6 +173,15 @@ def test_frames_lead_to_the_picture(draw):
 def test_bad_arguments_are_named(tiny, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         jaxdiff.generate(*tiny, ["a", "b"], **{"steps": STEPS} | options)
+
+
+def test_pictures_that_are_no_numbers_are_not_drawn_black(tiny, three):
+    model, params = tiny
+    broken = params | {"vae": jax.tree.map(lambda x: x * np.nan, params["vae"])}
+    with pytest.raises(FloatingPointError, match=r"3 of 3 pictures, the first 'a castle', came out as .*: lower guid"):
+        jaxdiff.generate(model, broken, PROMPTS, seed=7, steps=STEPS)
+    with pytest.raises(FloatingPointError, match=r"1 of 2 pictures, the first 'b', .*float16 overflows"):
+        check_finite(np.array([True, False]), ["a", "b"], tiny_model(dtype=jnp.float16))
 
 
 def test_no_prompts_are_refused(draw):
@@ -260,6 +279,9 @@ def test_devices_do_not_change_pictures(eight_devices):
     assert levels(eight_devices["sixteen"][:9], eight_devices["one"]) <= LEVEL
     assert levels(eight_devices["nine"], eight_devices["one"]) <= LEVEL
     assert levels(eight_devices["five"], eight_devices["one"][:5]) <= LEVEL
+    drawn, one = eight_devices["from_pictures"], eight_devices["from_pictures_one"]
+    assert levels(drawn, one) <= LEVEL  # images, masks and control images go to where their picture is drawn
+    assert min(levels(a, b) for a, b in itertools.combinations(one, 2)) > 10
 
 
 def test_devices_draw_without_talking_to_each_other(eight_devices):

@@ -86,9 +86,13 @@ def test_every_camera_orientation(kind, orientation, upright, tmp_path):
     np.testing.assert_array_equal(read(tmp_path, data), upright(pixels))
 
 
-def test_numbers_that_are_none_are_black(tmp_path):
-    data = encoded(Image.fromarray(np.array([[np.nan, np.inf, -np.inf]], np.float32)), "TIFF")
-    np.testing.assert_array_equal(read(tmp_path, data)[0, :, 0], [0, 255, 0])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1.1, 255, -0.1])
+def test_greys_that_are_no_numbers_or_no_greys_are_named(bad, tmp_path):
+    data = encoded(Image.fromarray(np.array([[0.5, bad]], np.float32)), "TIFF")
+    with pytest.raises(
+        ImageError, match=r"picture cannot be read as a picture \(its values are float32 from .* 0 to 1"
+    ):
+        read(tmp_path, data)
 
 
 def test_a_file_that_would_unpack_to_gigabytes_is_refused(tmp_path):
@@ -174,8 +178,21 @@ def test_arrays_that_are_no_rgb_pictures_are_named(tiny, shape):
     ],
 )
 def test_arrays_that_are_not_in_zero_to_one_are_named(tiny, image, complaint):
-    with pytest.raises(ValueError, match=rf"image is {complaint}: give uint8, or float in \[0, 1\]"):
+    with pytest.raises(ValueError, match=rf"image is {complaint}: give uint8 from 0 to 255, or numbers from 0 to 1"):
         jaxdiff.generate(*tiny, "a castle", image=image, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("mask", "complaint"),
+    [
+        (np.full((SIDE, SIDE), np.nan), "float64 from nan to nan: give uint8"),
+        (np.full((SIDE, SIDE), 255.0), "float64 from 255 to 255: give uint8"),
+        (np.full((SIDE, SIDE), 1, np.uint8), "uint8 and nowhere above 1: white is 255"),
+    ],
+)
+def test_masks_that_are_not_black_to_white_are_named(tiny, mask, complaint):
+    with pytest.raises(ValueError, match=rf"mask is {complaint}"):
+        jaxdiff.generate(*tiny, "a castle", image=np.zeros((SIDE, SIDE, 3)), mask=mask, steps=2)
 
 
 @pytest.fixture

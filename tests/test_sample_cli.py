@@ -1,5 +1,6 @@
 """sample.py: flags to files, one sentence for every mistake, and pictures that say how to draw them again."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jaxdiff
 import sample
 from jaxdiff.commands import flags
 from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.outputs import name_of, output_paths
+from jaxdiff.commands.outputs import name_of, output_files, output_paths
+from jaxdiff.commands.pictures import lines, plan
 from jaxdiff.io import cache
 from jaxdiff.io.images import ImageError, read_image, read_metadata, write_png
 from jaxdiff.io.pretrained import DTYPES
@@ -21,6 +24,7 @@ from tests.tiny import SIDE
 
 ROOT = Path(__file__).parent.parent
 STEPS = "--steps=3"
+CASTLE = "--prompt=a castle"
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +97,53 @@ def test_any_picture_is_drawn_again_from_its_metadata(six, cli):
     assert Path("again.png").read_bytes() == six[8].read_bytes()
 
 
-def test_uneven_batches_are_filled_up(cli, monkeypatch):
-    """Five pictures by three: the second batch has the first one's size, and nothing of its filling is written."""
-    sizes = []
+@pytest.fixture
+def told(monkeypatch):
+    """What `generate` was told of each batch; it draws planes as dark as their seed."""
+    batches = []
 
     def generate(model, params, **options):
-        sizes.append((len(options["prompts"]), options["seed"]))
+        batches.append(options)
         return np.array(options["seed"], np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
 
     monkeypatch.setattr("jaxdiff.generate", generate)
+    return batches
+
+
+def test_uneven_batches_are_filled_up(cli, told):
+    """Five pictures by three: the second batch has the first one's size, and nothing of its filling is written."""
     code, out, _ = cli("--prompt=x", "--num_images=5", "--batch_size=3", "--output={seed}.png")
     assert (code, out) == (0, [f"{i}.png" for i in range(5)])
-    assert sizes == [(3, [0, 1, 2]), (3, [3, 4, 4])]
+    assert [(len(b["prompts"]), b["seed"]) for b in told] == [(3, [0, 1, 2]), (3, [3, 4, 4])]
     assert [read_image(path)[0, 0, 0] for path in out] == [0, 1, 2, 3, 4]
+
+
+def test_a_file_of_prompts_as_a_matrix_in_a_style_on_one_sheet(cli, told):
+    Path("p.txt").write_text("a {red|green} cat\na {big|small} dog\n")
+    Path("s.json").write_text('{"blue": {"prompt": "{prompt} in blue", "negative_prompt": "red"}}')
+    style = ("--style=blue", "--styles_file=s.json")
+    code, out, _ = cli("--prompts_file=p.txt", "--matrix", *style, "--num_images=3", "--grid", "--output=o")
+    assert code == 0
+    subjects = ["a-red-cat", "a-green-cat", "a-big-dog", "a-small-dog"]
+    assert [Path(p).stem for p in out] == [f"{subjects[i // 3]}-in-blue-{i:03d}" for i in range(12)] + ["grid"]
+    assert {n for b in told for n in b["negative_prompts"]} == {"red"}
+    sheet = read_image(out[-1])
+    assert sheet.shape == (4 * 6 - 2, 3 * 6 - 2, 3)  # one row a prompt
+    assert sheet[::6, ::6, 0].tolist() == np.arange(12).reshape(4, 3).tolist()
+
+
+def test_a_model_recommends_its_guidance_scale(cli, told, tiny):
+    model, params = tiny
+    options = dataclasses.replace(model.options, guidance_scale=2.0)
+    jaxdiff.save("recommends", dataclasses.replace(model, options=options), params)
+    assert cli(CASTLE, "--output=a.png", model="recommends")[0] == 0
+    assert cli(CASTLE, "--output=b.png", "--guidance_scale=3", model="recommends")[0] == 0
+    assert cli(CASTLE, "--output=c.png")[0] == 0
+    assert [b["guidance_scale"] for b in told] == [[2.0], [3.0], [7.5]]
+    assert read_metadata("a.png")["guidance_scale"] == 2.0  # for whoever draws it with another version of the model
+    Path("recommends/model_index.json").write_text('{"_guidance_scale": "much"}')
+    assert "_guidance_scale 'much' in model_index.json must be a number" in cli(CASTLE, model="recommends")[2]
+    assert jaxdiff.load("icons")[0].options.guidance_scale == 2
 
 
 def test_metadata_for_people(six):
@@ -146,7 +184,6 @@ def test_patterns_that_name_something_else(output):
 @pytest.mark.parametrize(
     ("output", "sentence"),
     [
-        ("same-{prompt}.png", r"several pictures one name: add \{index\}"),
         ("{index}.jpg", r"end it in \.png"),
         ("castle.jpg", r"pictures are written as PNG"),
     ],
@@ -154,6 +191,25 @@ def test_patterns_that_name_something_else(output):
 def test_outputs_that_cannot_be(output, sentence):
     with pytest.raises(UsageError, match=sentence):
         output_paths(output, PICTURES[:1] * 2)
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (["--prompt=a", "--prompt=A!"], "a.png"),
+        (["--prompt=a", "--num_images=2"], "a.png"),
+        (["--prompt=a", "--interpolate=2"], "a.png"),
+        (["--prompt=Grid", "--prompt=a", "--grid"], "grid.png"),
+        (["--prompt=a", "--prompt=a preview", "--preview"], "a-preview.png"),
+    ],
+)
+def test_no_file_is_written_over_another_of_the_same_command(args, name):
+    f = flags.parse(["sample.py", *args, "--output=o/{prompt}.png"])
+    with pytest.raises(UsageError, match=rf"gives two files the name {name}: add \{{index\}} to it"):
+        output_files(f, plan(f, lines(f)))
+    f = flags.parse(["sample.py", *args, "--output=o/{prompt}-{index}.png"])
+    files = output_files(f, plan(f, lines(f)))
+    assert len({*files.pictures, *files.previews, files.sheet, files.film}) == 2 * len(files.pictures) + 2
 
 
 @pytest.mark.parametrize(
@@ -165,9 +221,6 @@ def test_names_of_prompts(prompt, name):
 
 def test_long_prompts_make_names_that_file_systems_take():
     assert len(name_of("火" * 500).encode()) < 200
-
-
-CASTLE = "--prompt=a castle"
 
 
 @pytest.mark.parametrize(
@@ -187,6 +240,7 @@ CASTLE = "--prompt=a castle"
         ([CASTLE, "--height=-8"], "--height=-8"),
         ([CASTLE, "--strength=0.5"], "--strength goes with --image"),
         ([CASTLE, "--image=a.png", "--strength=0"], "--strength 0.0 must be above 0"),
+        ([CASTLE, "--image=a.png", "--strength=-0.5"], "--strength -0.5 must be above 0"),
         ([CASTLE, "--image=a.png", "--strength=1.01"], "--strength 1.01"),
         ([CASTLE, "--image=a.png", "--strength=nan"], "--strength nan"),
         ([CASTLE, "--image=a.png", "--strength=0.1", STEPS], "--strength 0.1 leaves none of --steps 3"),
@@ -275,6 +329,7 @@ def test_a_full_disk_leaves_no_half_picture(cli, monkeypatch):
             1,
             "Memory is too small: lower --batch_size",
         ),
+        (FloatingPointError("1 of 1 pictures is no number."), 1, "error: 1 of 1 pictures is no number."),
         (RuntimeError("something\nodd"), 1, "RuntimeError: something odd; --verbose shows where."),
     ],
 )

@@ -1,6 +1,5 @@
 """sample.py's flags beyond the plain prompt: where prompts come from, and every task by flags."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -12,15 +11,14 @@ from PIL import Image
 import jaxdiff
 from jaxdiff.commands.flags import parse
 from jaxdiff.commands.pictures import arguments, columns, how_many, lines, plan
-from jaxdiff.config import ControlNetConfig, TinyVAEConfig
+from jaxdiff.config import TinyVAEConfig
 from jaxdiff.io.controlnet import save_controlnet
 from jaxdiff.io.images import extend, read_image, read_metadata, write_gif, write_png
 from jaxdiff.io.lora import init_lora
 from jaxdiff.io.modules import save_module
-from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from tests.test_sample_cli import CASTLE, STEPS, cache_home, cli, existing  # noqa: F401  (fixtures)
-from tests.tiny import LATENT, SIDE
+from tests.tiny import LATENT, SIDE, tiny_controlnet
 
 
 def planned(*args):
@@ -69,11 +67,17 @@ def test_a_style_goes_around_prompt_and_negative_prompt(tmp_path):
     assert "style" not in picture
 
 
-def test_a_film_of_two_prompts_and_of_one():
+def test_a_film_of_two_prompts_and_of_one(tmp_path):
     frames = planned("--prompt=a", "--prompt=b", "--interpolate=4", "--seed=7")
     assert [f["blend"] for f in frames] == [f["variation_strength"] for f in frames] == [0, 0.25, 0.5, 0.75, 0]
     ends = [(f["prompt"], f["blend_prompt"], f["seed"], f["variation_seed"]) for f in frames]
     assert ends == [("a", "b", 7, 8)] * 4 + [("b", "b", 8, 8)]  # in the end, the second picture itself
+    assert "blend_negative_prompt" not in frames[0]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "negative_prompt": "n"}\n')
+    frames = planned(f"--prompts_file={tmp_path}/p.jsonl", "--interpolate=2")
+    negatives = [(f.get("negative_prompt"), f["blend_negative_prompt"]) for f in frames]
+    assert negatives == [(None, "n")] * 2 + [("n", "n")]
+    assert arguments(frames[:2])["blend_negative_prompts"] == ["n", "n"]
     frames = planned("--prompt=a", "--interpolate=2", "--seed=7")
     assert [(f["prompt"], f["blend_prompt"], f["variation_seed"]) for f in frames] == [("a", "a", 8)] * 3
     assert frames[-1]["seed"] == 8
@@ -81,7 +85,7 @@ def test_a_film_of_two_prompts_and_of_one():
 
 def test_only_what_differs_from_the_defaults_is_kept():
     (picture,) = planned("--prompt=a")
-    assert set(picture) == {"prompt", "seed", "steps", "guidance_scale", "model", "dtype"}
+    assert set(picture) == {"prompt", "seed", "steps", "model", "dtype"}
     (picture,) = planned("--prompt=a", "--noemphasis", "--hires=2", "--variation_seed=0", "--clip_skip=1")
     assert (picture["hires_strength"], picture["variation_strength"], picture["clip_skip"]) == (0.6, 0.1, 1)
 
@@ -171,12 +175,7 @@ def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
     lora = init_lora(model, params, 2, 2.0, key=jax.random.key(0))
     lora = jax.tree.map(lambda x: x + 0.5, lora)
     jaxdiff.save_lora("style.safetensors", model, lora)
-    config = ControlNetConfig.from_dict(
-        dataclasses.asdict(model.unet.config) | {"conditioning_embedding_out_channels": (8, 16)}
-    )
-    net = ControlNet(config)
-    tree = jax.tree.map(lambda x: x + 0.1, net.init(jax.random.key(0), *example_inputs(config))["params"])
-    save_controlnet("net", net, tree)
+    save_controlnet("net", *tiny_controlnet(model))
     small = AutoencoderTiny(
         TinyVAEConfig(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
                       num_decoder_blocks=(1, 1), latent_channels=LATENT[-1])
@@ -211,7 +210,6 @@ def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
         ([CASTLE, "--guidance_interval=5,1"], "must name the lower noise level first"),
         ([CASTLE, "--control_image=a.png"], "--control_image goes with --controlnet"),
         ([CASTLE, "--controlnet=a"], "1 --controlnet and 0 --control_image"),
-        ([CASTLE, "--hires=2", "--image=a.png"], "--hires draws from text alone"),
         ([CASTLE, "--hires=nan"], "--hires nan"),
         ([CASTLE, "--hires=2", "--hires_strength=0.1", STEPS], "--hires_strength 0.1 leaves none"),
         ([CASTLE, "--interpolate=1"], "--interpolate=1"),

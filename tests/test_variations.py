@@ -10,11 +10,13 @@ import pytest
 
 import jaxdiff
 from jaxdiff.config import TinyVAEConfig
+from jaxdiff.diffusion.inpainting import keeping
 from jaxdiff.generate import picture_keys
+from jaxdiff.models.model import with_controlnets
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.tasks import slerp
 from tests.test_generate import levels
-from tests.tiny import LATENT, SIDE
+from tests.tiny import LATENT, SIDE, tiny_controlnet
 
 STEPS, LEVEL = 3, 1  # LEVEL: see test_generate
 
@@ -52,10 +54,10 @@ def test_a_variation_is_drawn_from_noise_between_two_seeds(draw):
 
 
 def test_a_film_goes_from_one_prompt_to_the_other(draw):
-    ends = [draw([p], seed=3) for p in ("a castle", "a red dragon")]
-    first, middle, last = np.split(
-        draw(["a castle"] * 3, seed=[3] * 3, blend_prompts="a red dragon", blend=[0.0, 0.5, 1.0]), 3
-    )
+    """And from the one's negative prompt to the other's."""
+    ends = [draw([p], n, seed=3) for p, n in (("a castle", "blurry"), ("a red dragon", "a blue house"))]
+    other = {"blend_prompts": "a red dragon", "blend_negative_prompts": "a blue house", "blend": [0.0, 0.5, 1.0]}
+    first, middle, last = np.split(draw(["a castle"] * 3, "blurry", seed=[3] * 3, **other), 3)
     assert levels(first, ends[0]) <= LEVEL
     assert levels(last, ends[1]) <= LEVEL
     assert min(levels(middle, end) for end in ends) > LEVEL
@@ -80,6 +82,39 @@ def test_two_stages_are_the_small_picture_enlarged_and_redrawn(upscale, tiny, dr
     x = times.alpha[start] * large + times.sigma[start] * noise(3)
     expected = jaxdiff.decode(model, params, take(x, times=times, start=start))
     assert levels(drawn, np.asarray(jnp.round(255 * expected).astype(jnp.uint8))) <= LEVEL
+
+
+def test_two_stages_from_a_picture_with_a_mask_under_a_controlnet(tiny):
+    """Both stages keep what the mask covers and follow the control image at their own size: from the pure pieces."""
+    model, params = with_controlnets(*tiny, tiny_controlnet(tiny[0]))
+    rng = np.random.default_rng(0)
+    image, hint = (rng.random((1, SIDE, SIDE, 3), np.float32) for _ in range(2))
+    mask = np.zeros((1, SIDE, SIDE, 1), np.float32)
+    mask[:, :, 4:] = 1  # along the latents' borders at both sizes
+    options = {"strength": 0.7, "hires_strength": 0.4, "steps": 5, "guidance_scale": 1.0}
+    given = {"image": image, "mask": mask[..., 0], "control_images": hint}
+    drawn = jaxdiff.generate(model, params, ["a castle"], seed=3, hires=2, **options, **given)
+    times, _ = jaxdiff.time_grid(model.scheduler, 5)
+    cond = jaxdiff.encode_text(model, params, jaxdiff.tokenize(model, ["a castle"]))
+
+    def stage(side, start, eps, clean):
+        pixels = side * SIDE // LATENT[0]
+        at_size = [jax.image.resize(x, (1, pixels, pixels, x.shape[-1]), "linear") for x in (image, mask, hint)]
+        denoise = jaxdiff.denoiser(model, params, cond, control_images=at_size[2:], controlnet_scale=(1.0,))
+        original = jaxdiff.encode(model, params, at_size[0])
+        small_mask = at_size[1][:, :: SIDE // LATENT[0], :: SIDE // LATENT[0]]
+        scheduler = keeping(jaxdiff.get_scheduler("ddim"), original, eps, small_mask >= 0.5)
+        x = times.alpha[start] * (original if clean is None else clean) + times.sigma[start] * eps
+        return jaxdiff.sample(denoise, x, times, scheduler, jax.random.key(0), start=start)
+
+    @jax.jit
+    def expected():
+        low = stage(LATENT[0] // 2, 2, noise(3, (LATENT[0] // 2, LATENT[1] // 2, LATENT[2])), None)
+        picture = jax.image.resize(jaxdiff.decode(model, params, low), (1, SIDE, SIDE, 3), "lanczos3")
+        large = jaxdiff.encode(model, params, jnp.clip(picture, 0, 1))
+        return jaxdiff.decode(model, params, stage(LATENT[0], 3, noise(3), large))
+
+    assert levels(drawn, np.asarray(jnp.round(255 * expected()).astype(jnp.uint8))) <= LEVEL
 
 
 def test_strength_of_the_second_stage_is_traced(draw):
@@ -125,17 +160,15 @@ def test_frames_are_drawn_by_a_tiny_autoencoder_where_there_is_one(tiny, draw):
         ({"hires": 100.0}, "hires 100.0 must be above 1, and leave something"),
         ({"hires": 2, "hires_strength": 0.0}, "hires_strength 0.0 must be in"),
         ({"hires": 2, "hires_upscale": "esrgan"}, "known are pixel and latent"),
-        ({"hires": 2, "image": np.zeros((SIDE, SIDE, 3))}, "hires draws from text alone"),
         ({"blend_prompts": "x", "blend": 1.5}, "blend 1.5 must be from 0.0 to 1.0"),
         ({"variation_seed": 1, "variation_strength": -0.1}, "variation_strength -0.1 must be from 0.0 to 1.0"),
         ({"blend_prompts": ["x", "y"]}, "2 blend_prompts for 1 prompts"),
-        ({"tile": 0}, "tile 0 must be at least 1"),
+        ({"tile": 0}, "tile 0 must be a whole number of at least 1"),
         ({"seed": [1, 2]}, r"seed \[1, 2\] must be a whole number .* for each of 1 prompts"),
         ({"seed": 1.5}, "seed 1.5 must be a whole number"),
         ({"seed": 2**70}, "seed .* must be a whole number below"),
         ({"guidance_scale": float("inf")}, "guidance_scale inf must be finite"),
         ({"hires": 2, "hires_strength": float("nan")}, "hires_strength nan must be in"),
-        ({"image": np.zeros((SIDE, SIDE, 3)), "mask": np.ones((SIDE, SIDE), np.uint8)}, "white is 255"),
     ],
 )
 def test_arguments_that_cannot_be_right(arguments, sentence, draw):

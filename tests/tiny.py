@@ -1,12 +1,14 @@
 """A whole text-to-image model of some thousand random parameters, for tests of what surrounds the networks."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, ControlNetConfig, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.models.model import Model, build, param_shapes
 from jaxdiff.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Params
@@ -70,3 +72,12 @@ def tiny_params(model: Model, seed: int = 0) -> Params:
         return jnp.asarray(offset + rng.standard_normal(shape.shape) / np.sqrt(fan_in), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, param_shapes(model))
+
+
+def tiny_controlnet(model: Model) -> tuple[ControlNet, Params]:
+    """A ControlNet for the tiny model, none of whose parameters are zero, and they."""
+    widths = {"conditioning_embedding_out_channels": (8, 16)}
+    config = ControlNetConfig.from_dict(dataclasses.asdict(model.unet.config) | widths)
+    net = ControlNet(config, dtype=model.unet.dtype)
+    params = net.init(jax.random.key(0), *example_inputs(config))["params"]
+    return net, jax.tree.map(lambda x: x + 0.1, params)

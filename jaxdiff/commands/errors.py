@@ -19,7 +19,9 @@ def message(error: BaseException, smaller: str) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return f"Memory is too small: {smaller}."
-    if isinstance(error, ValueError) or type(error).__module__.startswith("jaxdiff."):  # sentences already
+    if isinstance(error, ValueError | FloatingPointError) or type(error).__module__.startswith(
+        "jaxdiff."
+    ):  # sentences already
         return text
     return f"{type(error).__name__}: {text}; --verbose shows where."
 

@@ -52,7 +52,9 @@ def define() -> flags.FlagValues:
     whole("interpolate", None, "Frames from each prompt to the next (from one: seed to seed), also as a GIF.", 2)
     whole("num_images", 1, "Pictures of each prompt.")
     whole("steps", 25, "Number of denoising steps.")
-    number("guidance_scale", 7.5, "Weight of the prompt; 1 or less turns guidance off.")
+    number(
+        "guidance_scale", None, "Weight of the prompt, 1 or less turns guidance off; default: the model's, else 7.5."
+    )
     number("guidance_rescale", 0.0, "How much of the contrast that guidance adds is taken back.", 0.0, 1.0)
     flags.DEFINE_list("guidance_interval", None, "Two noise levels, low,high: guidance only between them.", f)
     text("scheduler", None, "ddim, euler, dpmpp_2m, unipc, …; default: what the model's config says.")
@@ -118,7 +120,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
             raise UsageError(f"--{name} goes with --{needed}: give that too, or leave --{name} out.")
     for name in ("guidance_scale", "hires"):
         if not math.isfinite(getattr(f, name) or 0.0):
-            raise UsageError(f"--{name} {getattr(f, name)} must be a finite number, such as {f[name].default or 2}.")
+            raise UsageError(f"--{name} {getattr(f, name)} must be a finite number, such as 2.")
     f["guidance_interval"].value = numbers(f, "guidance_interval", 2, float)
     if f.guidance_interval is not None and f.guidance_interval[0] >= f.guidance_interval[1]:
         raise UsageError("--guidance_interval must name the lower noise level first, such as 0.3,5.")
@@ -153,8 +155,6 @@ def check_tasks(f: flags.FlagValues) -> None:
             raise UsageError(f"--strength {f.strength} leaves none of --steps {f.steps}: raise one of the two.")
     if f.mask is not None and f.outpaint is not None:
         raise UsageError("--mask and --outpaint both say what is drawn: give one of them.")
-    if f.hires is not None and f.image is not None:
-        raise UsageError("--hires draws from text alone: leave out --image, or --hires.")
     if f.hires is not None and int(f.steps * f.hires_strength) < 1:
         raise UsageError(f"--hires_strength {f.hires_strength} leaves none of --steps {f.steps}: raise one of the two.")
     if f.interpolate is not None and f.variation_seed is not None:

@@ -1,10 +1,13 @@
 """Where the pictures of a command go."""
 
+import collections
 import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from absl import flags
 
 from jaxdiff.commands.errors import Failure, UsageError
 
@@ -30,8 +33,6 @@ def output_paths(output: str, pictures: list[dict[str, Any]]) -> tuple[list[Path
             ]
         except (LookupError, ValueError, AttributeError):
             raise UsageError(f"--output {output} may name {{prompt}}, {{seed}} and {{index}} only.") from None
-        if len(set(names)) < len(names):
-            raise UsageError(f"--output {output} gives several pictures one name: add {{index}} to it.")
         if not output.lower().endswith(".png"):
             raise UsageError(f"--output {output} is a pattern, and pictures are PNG: end it in .png.")
         paths = [Path(name) for name in names]
@@ -47,6 +48,29 @@ def output_paths(output: str, pictures: list[dict[str, Any]]) -> tuple[list[Path
     if len(pictures) == 1:
         return [path], sheet
     return [path.with_name(f"{path.stem}-{i:03d}.png") for i in range(len(pictures))], sheet
+
+
+class Files(NamedTuple):
+    """Where everything goes that a command writes."""
+
+    pictures: list[Path]
+    previews: list[Path]  # one a picture
+    sheet: Path
+    film: Path
+
+
+def output_files(f: flags.FlagValues, pictures: list[dict[str, Any]]) -> Files:
+    """Where the files go that the flags ask for. Raises UsageError where two of them have one name."""
+    paths, sheet = output_paths(f.output, pictures)
+    previews = [path.with_name(f"{path.stem}-preview.png") for path in paths]
+    files = Files(paths, previews, sheet, sheet.with_name(f"{sheet.stem.removesuffix('grid')}film.gif"))
+    written = [*paths, *(previews if f.preview else ()), *([sheet] if f.grid else ())]
+    # Some file systems take names for one that differ in capitals alone.
+    counts = collections.Counter(str(path).casefold() for path in written)
+    for path in written:
+        if counts[str(path).casefold()] > 1:
+            raise UsageError(f"--output {f.output} gives two files the name {path.name}: add {{index}} to it.")
+    return files
 
 
 def check_folder(folder: Path) -> None:

@@ -15,13 +15,18 @@ from jaxdiff.wildcards import expand
 # Arguments of `generate` that all pictures of a call share, and those that each has for itself.
 SHARED = ("steps", "guidance_rescale", "guidance_interval", "clip_skip", "emphasis", "scheduler", "spacing", "height",
           "width", "strength", "noise_level", "hires", "hires_strength", "hires_upscale", "tile")  # fmt: skip
-EACH = ("seed", "guidance_scale", "prompt_2", "blend_prompt", "blend", "variation_seed", "variation_strength")
+EACH = ("seed", "guidance_scale", "prompt_2", "blend_prompt", "blend_negative_prompt", "blend", "variation_seed",
+        "variation_strength")  # fmt: skip
 # What draws a picture again beside them. The batch size is one of them, and so is the preview: other shapes and other
 # programs may round otherwise.
 REST = ("negative_prompt", "image", "mask", "outpaint", "controlnet", "control_image", "controlnet_scale",
         "control_edges", "lora", "embedding", "model", "prediction_type", "dtype", "batch_size", "preview",
         "preview_vae")  # fmt: skip
-ARGUMENTS = {"prompt_2": "prompts_2", "blend_prompt": "blend_prompts"}  # what `generate` calls a flag
+ARGUMENTS = {  # what `generate` calls a flag
+    "prompt_2": "prompts_2",
+    "blend_prompt": "blend_prompts",
+    "blend_negative_prompt": "blend_negative_prompts",
+}
 Picture = dict[str, Any]
 
 
@@ -74,14 +79,16 @@ def film(pictures: list[Picture], frames: int) -> list[Picture]:
     """So many pictures from each one to the next; from a single one, to the picture of the next seed."""
     if len(pictures) == 1:
         pictures = [*pictures, pictures[0] | {"seed": (pictures[0]["seed"] + 1) % SEEDS}]
-    between = []
-    for a, b in itertools.pairwise(pictures):
-        for k in range(frames):
-            part = {"blend_prompt": b["prompt"], "blend": k / frames}
-            between.append(a | part | {"variation_seed": b["seed"], "variation_strength": k / frames})
-    last = pictures[-1]
-    still = {"blend_prompt": last["prompt"], "blend": 0.0, "variation_seed": last["seed"], "variation_strength": 0.0}
-    return [*between, last | still]
+    negative = len({p.get("negative_prompt") for p in pictures}) > 1
+
+    def frame(a: Picture, b: Picture, part: float) -> Picture:
+        text = {"blend_prompt": b["prompt"], "blend": part}
+        if negative:
+            text["blend_negative_prompt"] = b.get("negative_prompt")
+        return a | text | {"variation_seed": b["seed"], "variation_strength": part}
+
+    between = [frame(a, b, k / frames) for a, b in itertools.pairwise(pictures) for k in range(frames)]
+    return [*between, frame(pictures[-1], pictures[-1], 0.0)]
 
 
 def how_many(f: flags.FlagValues, given: list[PromptLine]) -> int:

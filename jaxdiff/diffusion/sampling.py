@@ -31,6 +31,7 @@ def sample(
     key: Key,
     *,
     start: Array | int | None = None,
+    stop: Array | int | None = None,
     trajectory: Literal[False] = False,
 ) -> Array: ...
 @overload
@@ -42,6 +43,7 @@ def sample(
     key: Key,
     *,
     start: Array | int | None = None,
+    stop: Array | int | None = None,
     trajectory: Literal[True],
 ) -> tuple[Array, Array]: ...
 def sample(
@@ -52,6 +54,7 @@ def sample(
     key: Key,
     *,
     start: Array | int | None = None,
+    stop: Array | int | None = None,
     trajectory: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Follow the process from noise to a clean sample: one `lax.scan` over the time grid.
@@ -65,10 +68,12 @@ def sample(
         times: grid with fields [N + 1], from noise to picture, as `time_grid` makes it.
         key: a scalar, or one a sample, [B]. The noise of sample b depends on its own key, the step and b alone.
         start: number of steps left out at the beginning: x is then at times[start]. May be traced, never recompiles.
+        stop: the first step left out at the end: what is returned is then at times[stop], for another network to go on
+            from with `start`, as SDXL's refiner does from the base. May be traced.
         trajectory: whether the prediction of x0 at each step is returned as well.
 
     Returns:
-        x [B, ...] float32 at the last time; with `trajectory`, also [N, B, ...] (x itself at steps left out).
+        x [B, ...] float32 at the last time reached; with `trajectory`, also [N, B, ...] (x itself at steps left out).
     """
     times = jax.tree.map(jnp.asarray, times)
     keys = sample_keys(key, x.shape[0])
@@ -77,7 +82,11 @@ def sample(
         def step(state):
             return scheduler.step(denoise, state, times, i, step_keys(keys, i))
 
-        state = step(state) if start is None else jax.lax.cond(i >= start, step, lambda state: state, state)
+        if start is None and stop is None:
+            state = step(state)
+        else:
+            taken = (i >= (0 if start is None else start)) & (i < (len(times.t) if stop is None else stop))
+            state = jax.lax.cond(taken, step, lambda state: state, state)
         return state, state.denoised if trajectory else None
 
     state, denoised = jax.lax.scan(body, scheduler.init(x), jnp.arange(len(times.t) - 1))

@@ -22,13 +22,13 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np
     """A picture file of any kind as RGB.
 
     The camera's orientation (EXIF) is applied, transparency laid over `background`, 16-bit greys are scaled to 8,
-    floating-point greys are taken to be in [0, 1], not-a-number as 0; of an animation the first frame is read.
+    floating-point greys must be in [0, 1]; of an animation the first frame is read.
 
     Returns:
         uint8 [H, W, 3].
 
     Raises:
-        ImageError: the file is missing, damaged, or no picture.
+        ImageError: the file is missing, damaged, no picture, or of floating-point greys outside of [0, 1].
     """
     try:
         with Image.open(path) as opened:
@@ -41,7 +41,7 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode == "F":
-        image = Image.fromarray(to_uint8(np.clip(np.nan_to_num(np.asarray(image)), 0, 1)))
+        image = Image.fromarray(to_uint8(np.asarray(image)))
     elif image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips instead of scaling
         image = Image.fromarray(to_uint8(np.clip(np.asarray(image) / 65535, 0, 1)))
     if not image.has_transparency_data:
@@ -51,13 +51,19 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] as bytes: round(255 x). Bytes stay as they are.
+    """Values in [0, 1] as bytes: round(255 x). Bytes stay as they are. Others raise ImageError.
 
     >>> to_uint8(np.array([0.0, 0.5, 1.0])), to_uint8(np.array([7], np.uint8))
     (array([  0, 128, 255], dtype=uint8), array([7], dtype=uint8))
     """
     image = np.asarray(image)
-    return image if image.dtype == np.uint8 else np.round(255 * image.astype(np.float64)).astype(np.uint8)
+    if image.dtype == np.uint8:
+        return image
+    levels = np.round(255 * image.astype(np.float64))
+    if not (levels.min() >= 0 and levels.max() <= 255):  # true of not-a-number too
+        found = f"{image.dtype} from {image.min():g} to {image.max():g}"
+        raise ImageError(f"its values are {found}, and must be uint8 or from 0 to 1")
+    return levels.astype(np.uint8)
 
 
 def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -234,6 +234,8 @@ def model_index(model: Model) -> dict[str, Any]:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if options.guidance_scale != PipelineOptions.guidance_scale:
+        index["_guidance_scale"] = options.guidance_scale
     if model.text_encoder_2 is not None:
         index |= {
             "text_encoder_2": encoder_class(model.text_encoder_2),
