@@ -102,10 +102,8 @@ def sampler(
         cond, uncond = conditions(model, params, each, clip_skip)
         method, vae = get_scheduler(scheduler, model.scheduler), codec(model, params, tile)
 
-        def stage(
-            each: Inputs, keys: Key, start: Array | None, drawn: Array | None = None, trajectory: bool = False
-        ) -> Any:
-            """Latents drawn from noise, or from what was `drawn` before; with `trajectory` each step's prediction."""
+        def stage(each: Inputs, keys: Key, start: Array | None, drawn: Array | None = None) -> Callable[..., Any]:
+            """`sample` of these inputs, from noise or from the latents `drawn` before."""
             denoise = denoiser(
                 model,
                 params,
@@ -120,16 +118,16 @@ def sampler(
                 controlnet_scale=each.controlnet_scale,
             )
             x, steps = starting_point(model, vae, shared, each, start, drawn, method)
-            return sample(denoise, x, shared.times, steps, keys, start=start, trajectory=trajectory)
+            return functools.partial(sample, denoise, x, shared.times, steps, keys, start=start)
 
         keys, drawn = each.keys, None
         if each.small_noise is not None:
-            small = stage(shrunk(model, each), keys, shared.small_start)
+            small = stage(shrunk(model, each), keys, shared.small_start)()
             drawn, keys = enlarged(model, vae, small, each.noise.shape, upscale), step_keys(keys, HIRES)
         if shared.moments is None:
-            x0, frames = stage(each, keys, shared.start, drawn), None
+            x0, frames = stage(each, keys, shared.start, drawn)(), None
         else:
-            x0, steps = stage(each, keys, shared.start, drawn, trajectory=True)
+            x0, steps = stage(each, keys, shared.start, drawn)(trajectory=True)
             frames = as_bytes(frames_of(model, params, vae.decode, steps[shared.moments]))
         pictures = vae.decode(x0)
         return Drawn(as_bytes(pictures), jnp.isfinite(pictures).all((1, 2, 3)), frames)
@@ -338,9 +336,10 @@ def generate(
         count,
         emphasis,
     )
+    assert tokens is not None
     keys = picture_keys(seed, count)
     noise, small_noise = noises(keys, shape, hires, noise, variation_seed, variation_strength)
-    control_images, controlnet_scale = as_controls(model, control_images, controlnet_scale, count, size)
+    hints, weights = as_controls(model, control_images, controlnet_scale, count, size)
     each = Inputs(
         tokens=tokens,
         negative=negative,
@@ -353,8 +352,8 @@ def generate(
         noise_level=as_numbers("noise_level", noise_level, count, 0, most_noise(model), np.int32)
         if upscaling
         else None,
-        control_images=control_images,
-        controlnet_scale=controlnet_scale,
+        control_images=hints,
+        controlnet_scale=weights,
         blend=as_numbers("blend", blend, count, 0.0, 1.0),
         blend_tokens=blend_tokens,
         blend_negative=blend_negative,
