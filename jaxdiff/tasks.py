@@ -116,7 +116,7 @@ def starting_point(
         if each.mask is not None and not model.inpaints:
             scheduler = keeping(scheduler, image, each.noise, small_mask(model, each.mask))
     assert clean is not None
-    x = add_noise(clean, each.noise, moment(shared.times, start))
+    x = add_noise(clean, each.noise, moment(shared.times, scheduler.entry(start)))
     if each.mask is not None and drawn is None:
         x = jnp.where(start == 0, noise, x)
     return x, scheduler

@@ -25,10 +25,12 @@ class Scheduler(NamedTuple):
 
     init(x [B, ...]) -> state, and step(denoise, state, times, i, keys [B]) -> state after step i, from entry i of the
     grid `times` (fields [N + 1]) to entry i + 1; i may be traced. A state has the fields x and denoised at least.
+    entry(start) is the entry of the grid whose noise x has where `start` steps are left out: `start`, but for pndm.
     """
 
     init: Callable[[Array], Any]
     step: Callable[[Denoise, Any, Time, Array, Key], Any]
+    entry: Callable[[Array | int], Array | int] = lambda start: start
 
 
 def moment(times: Time, i: Array | int | tuple[Array | int, int]) -> Time:
@@ -106,4 +108,4 @@ def clipped(scheduler: Scheduler, clip: Clip | None) -> Scheduler:
     def step(denoise: Denoise, state: Any, times: Time, i: Array, keys: Key) -> Any:
         return scheduler.step(lambda x, time: clip(predict(denoise, x, time)), state, times, i, keys)
 
-    return Scheduler(scheduler.init, step)
+    return scheduler._replace(step=step)

@@ -48,7 +48,7 @@ class History(NamedTuple):
 def _start(keep: int) -> Callable[[Array], History]:
     def init(x: Array) -> History:
         x, denoised, taken = initial(x)
-        return History(x, denoised, taken, jnp.stack([x] * keep), x)  # of no weight yet
+        return History(x, denoised, taken, jnp.stack([0 * x] * keep), x)  # made of x: on the devices where x is
 
     return init
 
@@ -150,7 +150,11 @@ def _length(times: Time, i: Array) -> Array:
 
 
 def lms() -> Scheduler:
-    """Linear multistep of order 4 (Crowson 2022, k-diffusion's `sample_lms`): (6) with eps in s = sigma / alpha."""
+    """Linear multistep of order 4 (Crowson 2022, k-diffusion's `sample_lms`): (6) with eps in s = sigma / alpha.
+
+    Where steps are left out at the beginning, the order is that of the step's number all the same, and the predictions
+    that were never made count as zero: diffusers' class does so, and its pictures are followed.
+    """
     keep = 4
 
     def weights(times: Time, i: Array, order: Array) -> Array:
@@ -161,7 +165,7 @@ def lms() -> Scheduler:
         x0 = predict(denoise, state.x, time)
         eps = noise_in(state.x, x0, time)
         past = jnp.concatenate([eps[None], state.past[:-1]])
-        ahead = _average(weights(times, i, jnp.minimum(state.taken + 1, keep)), past)
+        ahead = _average(weights(times, i, jnp.minimum(i + 1, keep)), past)
         # Equation (3) and what the average adds to it: nothing at the first step, which may leave pure noise.
         some = time.alpha > 0
         gain = jnp.where(some, then.sigma - time.sigma * then.alpha / jnp.where(some, time.alpha, 1.0), 0.0)
@@ -182,8 +186,9 @@ def dpmpp_2m(
     """DPM-Solver++ (Lu et al. 2022, algorithm 2 and appendix B; DPM-Solver, appendix D), one network call a step.
 
     Moments (7), but mu_1 = 1/2 at order 2 with "midpoint", and half of mu_2 at order 3, as in the authors' code: order
-    3 is thus more accurate than 2, but not of third order. The first steps have lower orders, and so has the last where
-    it ends in a clean sample (sigma' = 0).
+    3 is thus more accurate than 2, but not of third order. (Of the SDE their code has another sign in that
+    half, and here it is the solution's.) The first steps have lower orders, and so has the last where it ends in a
+    clean sample (sigma' = 0).
 
     Args:
         lower_order_final: whether the last two of fewer than 15 steps are of order 2 and 1 at most.
@@ -279,8 +284,12 @@ def unipc(
 def pndm(skip_prk_steps: bool = True, kind: str = "epsilon") -> Scheduler:
     """Pseudo linear multistep (Liu et al. 2022, PNDM, equation 13 and algorithm 2), of order 4 after its first steps.
 
-    Its first step is Heun's (a second network call; order 1 where it is the last one too), or its first three are
-    those of Runge and Kutta (three further calls each), if there are four or more.
+    Its first step is Heun's (a second network call; order 1 where the grid has no other), or its first three are those
+    of Runge and Kutta (three further calls each), if there are four or more.
+
+    diffusers lists the second call of Heun's step among the times, and leaves out of that list what is to be left out
+    of the steps. So with start > 0 steps left out, x has the noise of entry start - 1 (for start = 1, of entry 1);
+    Heun's step, numbered `start`, goes from there to entry `start`; and the next one sets out from entry start + 1.
 
     Args:
         skip_prk_steps: whether to start by Heun's step.
@@ -288,21 +297,26 @@ def pndm(skip_prk_steps: bool = True, kind: str = "epsilon") -> Scheduler:
     """
     keep = 4
 
+    def entry(start: Array | int) -> Array | int:
+        return start - (start > 1) if skip_prk_steps else start
+
     def again(denoise: Denoise, x: Array, first: Array, times: Time, i: Array, prk: bool) -> Array:
         """A step of a method that looks ahead: to some times, told some, with weights, out of a sum of weights."""
-        time, then, middle = moment(times, i), moment(times, i + 1), times.middle
+        before = jnp.maximum(i - 1, 0) if skip_prk_steps else i  # the step ends at the entry after
+        time, then, middle = moment(times, before), moment(times, before + 1), times.middle
+        here = moment(times, entry(i))
         if prk:
             if middle is None:
                 raise ValueError("pndm needs the middle of each step: give it a grid that time_grid has made for it.")
             told, to = moment(middle, (i, 0)), moment(middle, (i, 1))
             ways, leave = [(to, told, 2.0), (told, told, 2.0), (then, then, 1.0)], time
         else:
-            ways = [(arrival(times, i), then, 1.0)]
-            leave = time if middle is None else moment(middle, (i, 0))
+            ways = [(arrival(times, entry(i)), then, 1.0)]
+            leave = time if middle is None else moment(middle, (before, 0))
 
         def look(carry: tuple[Array, Array], way: tuple[Time, Time, Array]) -> tuple[tuple[Array, Array], None]:
             there, told, weight = way
-            there_x = _carry(x, carry[0], kind, time, there)
+            there_x = _carry(x, carry[0], kind, here, there)
             m = _as(kind, there_x, predict(denoise, there_x, told), told)
             return (m, carry[1] + weight * m), None
 
@@ -311,17 +325,18 @@ def pndm(skip_prk_steps: bool = True, kind: str = "epsilon") -> Scheduler:
         return _carry(x, total / (6 if prk else 2), kind, leave, then)
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
-        time, steps = moment(times, i), len(times.t) - 1
+        steps = len(times.t) - 1
+        prk = not skip_prk_steps and steps >= 4
+        looks = (state.taken < (3 if prk else 1)) & (steps > 1 if skip_prk_steps else i < steps - 1)
+        time = moment(times, jnp.where(looks, entry(i), i))
         x0 = predict(denoise, state.x, time)
         past = jnp.concatenate([_as(kind, state.x, x0, time)[None], state.past[:-1]])
-        prk = not skip_prk_steps and steps >= 4
 
         def plain(x: Array) -> Array:
             weights = _weights(jnp.minimum(state.taken + 1, keep), [0.0, -1.0, -2.0, -3.0], CONSTANT)
             return _carry(x, _average(weights, past), kind, time, arrival(times, i))
 
-        starts = (state.taken < (3 if prk else 1)) & (i < steps - 1)
-        x = jax.lax.cond(starts, lambda x: again(denoise, x, past[0], times, i, prk), plain, state.x)
+        x = jax.lax.cond(looks, lambda x: again(denoise, x, past[0], times, i, prk), plain, state.x)
         return History(x, x0, state.taken + 1, past, state.x)
 
-    return Scheduler(_start(keep), step)
+    return Scheduler(_start(keep), step, entry)

@@ -67,7 +67,8 @@ def sample(
         x: [B, ...] at the first time, of standard deviation near 1 (see `time_grid` for its scale); kept in float32.
         times: grid with fields [N + 1], from noise to picture, as `time_grid` makes it.
         key: a scalar, or one a sample, [B]. The noise of sample b depends on its own key, the step and b alone.
-        start: number of steps left out at the beginning: x is then at times[start]. May be traced, never recompiles.
+        start: number of steps left out at the beginning: x is then at times[scheduler.entry(start)], which is
+            times[start] but for pndm. May be traced, never recompiles.
         stop: the first step left out at the end: what is returned is then at times[stop], for another network to go on
             from with `start`, as SDXL's refiner does from the base. May be traced.
         trajectory: whether the prediction of x0 at each step is returned as well.
