@@ -19,7 +19,7 @@ from jaxdiff.commands.outputs import name_of, output_files, output_paths
 from jaxdiff.commands.pictures import lines, plan
 from jaxdiff.io import cache
 from jaxdiff.io.images import ImageError, read_image, read_metadata, write_png
-from jaxdiff.io.pretrained import DTYPES
+from jaxdiff.io.pretrained import DTYPES, find, load_model
 from tests.tiny import SIDE
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +143,7 @@ def test_a_model_recommends_its_guidance_scale(cli, told, tiny):
     assert read_metadata("a.png")["guidance_scale"] == 2.0  # for whoever draws it with another version of the model
     Path("recommends/model_index.json").write_text('{"_guidance_scale": "much"}')
     assert "_guidance_scale 'much' in model_index.json must be a number" in cli(CASTLE, model="recommends")[2]
-    assert jaxdiff.load("icons")[0].options.guidance_scale == 2
+    assert load_model(find("icons")).options.guidance_scale == 2
 
 
 def test_metadata_for_people(six):
