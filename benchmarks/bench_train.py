@@ -39,6 +39,7 @@ def time_jaxdiff(side: int, steps: int) -> dict:
     from benchmarks.sd15 import UNET
     from jaxdiff.config import UNetConfig
     from jaxdiff.models.unet import UNet2DConditionModel
+    from jaxdiff.training.optimizer import clip_by_global_norm
 
     rate = matmul_rate()
     unet = UNet2DConditionModel(UNetConfig(**UNET))
@@ -47,7 +48,7 @@ def time_jaxdiff(side: int, steps: int) -> dict:
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(0.02 * rng.standard_normal(s.shape, np.float32)), shapes)
     adamw = optax.adamw(RATE, weight_decay=DECAY, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
-    tx = optax.chain(optax.clip_by_global_norm(CLIP), adamw)
+    tx = optax.chain(clip_by_global_norm(CLIP), adamw)
     opt_state = jax.jit(tx.init)(params)
 
     def step(params, opt_state, x, noise, text):

@@ -11,7 +11,7 @@ from jaxdiff.config import ConfigError, SchedulerConfig
 from jaxdiff.models.layers import REMAT_POLICIES, Transformer2D, rematerialised
 from jaxdiff.training import ema
 from jaxdiff.training.loop import Stage, fit
-from jaxdiff.training.optimizer import SMALL, AdamInt8, optimizer
+from jaxdiff.training.optimizer import SMALL, AdamInt8, clip_by_global_norm, optimizer
 from jaxdiff.training.stages import Noising, diffusion_stage, random_noise, random_times
 from jaxdiff.training.state import Options, OptionsError, init_state, make_train_step
 from tests.test_training import BATCH, keys, options, pairs, quick_compilation  # noqa: F401
@@ -230,26 +230,31 @@ def test_an_average_of_another_length_comes_out_of_snapshots(tmp_path):
     params = {"unet": {"w": jnp.asarray(walk[0])}}
     state, direct = tx.init(params), asked.init(params)
     both = jax.jit(lambda u, p, a, b: (tx.update(u, a, p)[1], asked.update(u, b, p)[1]))
+    snapshots = ema.Snapshots(tmp_path, sigmas)
     for step in range(1, steps + 1):
         updates = {"unet": {"w": jnp.asarray(walk[step] - walk[step - 1])}}
         state, direct = both(updates, params, state, direct)
         params = {"unet": {"w": jnp.asarray(walk[step])}}
         if step % 50 == 0:
-            ema.snapshot(tmp_path, sigmas, (optax.EmptyState(), state))
+            snapshots.save((optax.EmptyState(), state))
+    with snapshots:  # leaving waits for what is being written
+        pass
     spread = np.std(walk[-1] - np.asarray(state.averages[1]["unet"]["w"]))
     for sigma, average in zip(wanted, direct.averages, strict=True):
-        found = ema.reconstructed(tmp_path, sigma)["unet"]["w"]
+        found = ema.reconstructed(tmp_path, sigma, params)["unet"]["w"]
         error = np.abs(found - average["unet"]["w"]).max() / spread
         assert error < 0.12, (sigma, error)
         if sigma not in sigmas:  # nearer than what was tracked, by far
             for tracked in state.averages:
                 assert error < 0.3 * np.abs(tracked["unet"]["w"] - average["unet"]["w"]).max() / spread
     # The end of the training may be chosen too.
-    earlier = ema.reconstructed(tmp_path, 0.05, updates=200)["unet"]["w"]
+    earlier = ema.reconstructed(tmp_path, 0.05, params, updates=200)["unet"]["w"]
     again = ema.open_tensors(tmp_path / "200.safetensors").read("0.05:unet/w")
     np.testing.assert_allclose(earlier, again, atol=1e-3 * spread)
     with pytest.raises(ConfigError, match="no snapshots"):
-        ema.reconstructed(tmp_path / "none", 0.1)
+        ema.reconstructed(tmp_path / "none", 0.1, params)
+    with pytest.raises(ConfigError, match="another model: it has no unet/w"):
+        ema.reconstructed(tmp_path, 0.1, {"unet": {"v": walk[0]}})
 
 
 def test_training_leaves_snapshots(tmp_path):
@@ -280,7 +285,7 @@ def test_training_leaves_snapshots(tmp_path):
         mesh=parallel.mesh(devices=jax.devices()[:1]),
     )
     assert sorted(p.stem for p in (tmp_path / "ema").iterdir()) == ["2", "4", "6"]
-    average = ema.reconstructed(tmp_path / "ema", 0.1)["unet"]["w"]
+    average = ema.reconstructed(tmp_path / "ema", 0.1, result.params)["unet"]["w"]
     assert ((average > 0) & (average < result.params["unet"]["w"])).all()
 
 
@@ -327,3 +332,27 @@ def test_a_step_obeys_each_of_these_options():
     b1_moment = jax.tree.leaves(step(clip_norm=0.1)[0].opt_state)
     assert any(x.shape == (3,) and np.allclose(x, 0.1 * 0.1 / np.sqrt(3), rtol=1e-4) for x in b1_moment)
     assert isinstance(Options(1, 1), Options)
+
+
+def test_clipping_is_that_of_optax_and_keeps_no_second_gradient():
+    grads = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.full(4, -3.0)}
+    for limit in (1.0, 100.0):
+        ours, theirs = (
+            tx.update(grads, tx.init(grads))[0] for tx in (clip_by_global_norm(limit), optax.clip_by_global_norm(limit))
+        )
+        for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6)
+    assert not np.any(clip_by_global_norm(1.0).update(jax.tree.map(jnp.zeros_like, grads), optax.EmptyState())[0]["a"])
+
+    def temporaries(clip):
+        """Bytes of a program that makes a gradient of 1 MiB and updates AdamW's moments with it."""
+        tx = optax.chain(clip(1.0), optax.adam(1.0))
+        params = {"w": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+
+        def step(params, state, x):
+            return tx.update(jax.grad(lambda p: ((x @ p["w"]) ** 2).sum())(params), state)
+
+        args = params, jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((8, 512), jnp.float32)
+        return jax.jit(step, donate_argnums=1).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(clip_by_global_norm) <= temporaries(optax.clip_by_global_norm) - 2**19

@@ -42,7 +42,7 @@ def optimizer(options: Options) -> optax.GradientTransformation:
     AdamW (Loshchilov & Hutter 2019), Adafactor (Shazeer & Stern 2018, without momentum, at a given rate), Lion (Chen et
     al. 2023), or Muon for matrices and kernels with AdamW for the rest (Jordan et al. 2024).
     """
-    clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
+    clip = clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
     rate, b1, b2, decay = learning_rate(options), options.b1, options.b2, options.weight_decay
     dtype = jnp.bfloat16 if options.moments == "bfloat16" else None
     last = [group_rates(options.rates)] + ([track(options.ema_sigmas)] if options.ema_sigmas else [])
@@ -61,6 +61,20 @@ def optimizer(options: Options) -> optax.GradientTransformation:
     }[options.optimizer]
     decays = optax.add_decayed_weights(decay, decayed)
     return optax.chain(clip, scale, decays, optax.scale_by_learning_rate(rate), *last)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Updates times min(1, max_norm / their norm) (Pascanu et al. 2013, algorithm 1).
+
+    optax's divides by the norm, which XLA does not fuse into the moments' updates: the clipped gradients then lie in
+    memory beside the gradients. A product is fused.
+    """
+
+    def clip(updates: Params, _: Params | None) -> Params:
+        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
+        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+
+    return optax.stateless(clip)
 
 
 def _kernels(params: Params) -> Any:
