@@ -109,7 +109,8 @@ def base() -> ConfigDict:
             # Numbers also go to Weights & Biases (pip install jaxdiff[wandb]) where a project is named.
             "wandb": {"project": "", "name": ""},
             "eval": {
-                "pictures": 64,  # reconstructed, searched through or, if there is a data.eval_split, denoised
+                # Reconstructed, searched through or, if there is a data.eval_split, denoised; or drawn from.
+                "pictures": 64,
                 "prompts": (),
                 "steps": 20,
                 "guidance_scale": 4.0,

@@ -17,7 +17,7 @@ from jaxdiff.io.pretrained import replace_config
 from jaxdiff.io.sources import TensorSource, open_tensors
 from jaxdiff.io.weights import WeightsError, write_tensors
 from jaxdiff.models.model import Model
-from jaxdiff.typing import Params
+from jaxdiff.typing import Array, Params
 
 TABLE = "embeddings_token_embedding"
 SDXL_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -106,7 +106,7 @@ def load_textual_inversion(
     return model, params
 
 
-def extend(model: Model, params: Params, encoder: str, word: str, rows: np.ndarray) -> tuple[Model, Params]:
+def extend(model: Model, params: Params, encoder: str, word: str, rows: Array) -> tuple[Model, Params]:
     """One text encoder, its tokenizer and its parameters with one word more, of vectors `rows` [n, D].
 
     Raises:

@@ -10,8 +10,16 @@ import numpy as np
 from jaxdiff.diffusion.losses import diffusion_loss
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import at, noise_schedule
-from jaxdiff.models.model import Model, apply, decode, encode, with_time_ids
-from jaxdiff.training.stages import clip_embeddings, conditioning, each, latents_of
+from jaxdiff.models.model import Model, decode, encode, with_time_ids
+from jaxdiff.training.stages import (
+    Network,
+    clip_embeddings,
+    conditioning,
+    each,
+    folded,
+    latents_of,
+    plain_network,
+)
 from jaxdiff.training.state import Batch
 from jaxdiff.typing import Array, Key, Params
 
@@ -56,17 +64,25 @@ def retrieval(model: Model, batches: Sequence[Mapping[str, Any]]):
     return evaluate
 
 
-def noise_levels(model: Model, batches: Sequence[Mapping[str, Any]], *, levels: int = 10, seed: int = 0):
+def noise_levels(
+    model: Model,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    network: Network | None = None,
+    levels: int = 10,
+    seed: int = 0,
+):
     """A function params -> {"eval_loss", "eval_loss_t050", …}: the UNet's squared error at each of some times.
 
     The times are the middles of `levels` equal parts of [0, T); every caption is kept and no time weighs more than
     another. Each picture has the same noise at all times and whenever it is asked, so that two values differ by the
-    parameters alone.
+    parameters alone; so are masks and other noise that a network draws.
 
     Args:
         batches: as the UNet's stage prepares them, at least one.
+        network: what denoises, see `diffusion_stage`.
     """
-    schedule = noise_schedule(model.scheduler)
+    schedule, denoise = noise_schedule(model.scheduler), network or plain_network(model)
     total = model.scheduler.num_train_timesteps
     times = (np.arange(levels) + 0.5) * total / levels  # [levels]
     names = [f"eval_loss_t{round(t):03d}" for t in times]
@@ -80,13 +96,13 @@ def noise_levels(model: Model, batches: Sequence[Mapping[str, Any]], *, levels: 
 
         def at_time(t: Array) -> Array:
             time = at(schedule, jnp.full(len(x0), jnp.floor(t)))
-            output = apply(model, params, "unet", add_noise(x0, eps, time), time.t, *cond)
+            output = denoise(params, add_noise(x0, eps, time), time, cond, batch, folded(keys, 1))
             return diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, None).sum()
 
         return jax.lax.map(at_time, jnp.asarray(times, jnp.float32))
 
     def evaluate(params: Params) -> dict[str, float]:
-        kept = jax.device_put({name: params[name] for name in model.modules})
+        kept = jax.device_put({name: params[name] for name in (*model.modules, "controlnet") if name in params})
         sums, count = np.zeros(levels), 0
         for i, batch in enumerate(batches):
             size = len(batch["tokens"])

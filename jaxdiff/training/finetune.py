@@ -19,7 +19,10 @@ from jaxdiff.training.state import Batch
 from jaxdiff.typing import Array, Key, Params
 
 RECTANGLES = 4  # of a random mask, at most
+# Arguments of `jaxdiff.generate` beside prompts, and pictures uint8 [B, H, W, 3] to show of them.
+Given = tuple[dict[str, Any], np.ndarray]
 WHOLE_SHARE = 0.25  # of masks that cover the whole picture, so that drawing from nothing is not forgotten
+NOISE_LEVEL = 20  # of the small pictures that an upscaler is tried on
 LOW_RES_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.02}  # of the published x4 upscaler
 
 
@@ -46,6 +49,12 @@ def controlled_network(model: Model) -> Network:
     return network
 
 
+def drawn_by_hint(batch: Mapping[str, Any]) -> Given:
+    """What draws pictures that follow batch["hint"]."""
+    height, width = batch["hint"].shape[1:3]
+    return {"control_images": [batch["hint"]], "height": height, "width": width}, batch["hint"]
+
+
 def with_edges(batch: Mapping[str, Any], low: float, high: float) -> Mapping[str, Any]:
     """A batch with "hint" uint8 [b, H, W, 3], the edges of its pictures, unless it has one already. On the host."""
     if "hint" in batch:
@@ -67,8 +76,8 @@ def extended(model: Model, params: Params, channels: int) -> tuple[Model, Params
         return model, params
     if had != latent:
         raise ConfigError(f"the UNet has {had} input channels: start from one with {latent} or {channels}.")
-    kernel = np.asarray(params["unet"]["conv_in"]["kernel"])  # [3, 3, in, out]
-    conv_in = {**params["unet"]["conv_in"], "kernel": np.pad(kernel, ((0, 0),) * 2 + ((0, channels - had), (0, 0)))}
+    kernel = params["unet"]["conv_in"]["kernel"]  # [3, 3, in, out]
+    conv_in = {**params["unet"]["conv_in"], "kernel": jnp.pad(kernel, ((0, 0),) * 2 + ((0, channels - had), (0, 0)))}
     return replace_config(model, "unet", in_channels=channels), {
         **params,
         "unet": {**params["unet"], "conv_in": conv_in},
@@ -117,6 +126,16 @@ def inpainting_network(model: Model) -> Network:
     return network
 
 
+def drawn_around(batch: Mapping[str, Any]) -> Given:
+    """What draws the middle of the pictures anew: a square of half their sides."""
+    images = batch["image"]
+    height, width = images.shape[1:3]
+    mask = np.zeros((height, width), bool)
+    mask[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
+    shown = np.where(mask[..., None], np.uint8(127), images)
+    return {"image": images, "mask": mask, "height": height, "width": width}, shown
+
+
 # --- upscaling
 
 
@@ -129,10 +148,20 @@ def upscaler_model(model: Model, params: Params) -> tuple[Model, Params]:
         model = dataclasses.replace(model, options=options)
     if model.unet.config.num_class_embeds is None:
         levels = model.options.max_noise_level + 1
-        table = np.zeros((levels, 4 * model.unet.config.block_out_channels[0]), np.float32)
+        table = jnp.zeros((levels, 4 * model.unet.config.block_out_channels[0]), jnp.float32)
         model = replace_config(model, "unet", num_class_embeds=levels)
         params = {**params, "unet": {**params["unet"], "class_embedding": {"embedding": table}}}
     return model, params
+
+
+def drawn_larger(model: Model, batch: Mapping[str, Any]) -> Given:
+    """What enlarges small copies of the pictures, of the size of the latents."""
+    images, factor = batch["image"], model.vae.config.factor
+    size = (len(images), images.shape[1] // factor, images.shape[2] // factor, 3)
+    small = np.asarray(jnp.clip(jax.image.resize(images.astype(np.float32), size, "cubic"), 0, 255)).round()
+    small = small.astype(np.uint8)
+    level = min(NOISE_LEVEL, model.options.max_noise_level)
+    return {"image": small, "noise_level": level}, small.repeat(factor, 1).repeat(factor, 2)
 
 
 def upscaler_network(model: Model) -> Network:

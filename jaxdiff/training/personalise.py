@@ -80,8 +80,8 @@ def with_word(model: Model, params: Params, word: str, initial: str, vectors: in
         (ids,) = tokenizer.encode([initial])
         if not ids or vectors < 1:
             raise ConfigError(f"{vectors} vectors that start from {initial!r}: name a word, and 1 vector or more.")
-        start = np.asarray(params[encoder][TABLE]["embedding"])[ids].mean(0)
-        words[encoder] = np.tile(start, (vectors, 1)).astype(np.float32)
+        start = jnp.asarray(params[encoder][TABLE]["embedding"][np.asarray(ids)], jnp.float32).mean(0)
+        words[encoder] = jnp.tile(start, (vectors, 1))
         model, params[encoder] = extend(model, params[encoder], encoder, word, words[encoder])
         places[encoder] = np.asarray(getattr(model, TOKENIZERS[encoder]).added_ids(word))
 

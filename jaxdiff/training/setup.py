@@ -134,6 +134,11 @@ def _open(name: str, folder: str) -> tuple[Path, Model]:
         path = find(folder)
     except ConfigError as e:
         raise ConfigError(f"init_from.{name}: {e}") from None
+    if path.is_file():
+        raise ConfigError(
+            f"init_from.{name}: {folder} is one file, which is opened as a whole: for --plan, or beside other parts, "
+            "save it as a folder with jaxdiff.save."
+        )
     model = load_model(path)
     if name != "model" and name not in model.modules:
         raise ConfigError(f"init_from.{name}: the folder {folder} has no {name}.")

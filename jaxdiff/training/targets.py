@@ -1,6 +1,7 @@
 """What train.py can teach a denoiser: from a config to a stage, its parameters, and the files that come out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from jaxdiff.io.textual_inversion import encoders, save_textual_inversion
 from jaxdiff.models.controlnet import from_unet
 from jaxdiff.models.model import Model, with_controlnets
 from jaxdiff.training import finetune, personalise
+from jaxdiff.training.finetune import Given
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.personalise import Whole
 from jaxdiff.training.stages import Network, Noising, diffusion_stage
@@ -35,7 +37,8 @@ class Target(NamedTuple):
     model: Model  # as it is in the end
     whole: Whole  # params of the loss -> those that `model` draws with
     export: Callable[[Path, Params], None]  # writes what was trained, of params of the loss, into a folder
-    draws: bool  # from a prompt alone
+    network: Network  # what denoises, of `whole` parameters
+    given: Callable[[Mapping[str, Any]], Given] | None  # where a prompt alone draws nothing: what does, of a batch read
 
 
 def make(config: Any, model: Model, params: Params) -> Target:
@@ -45,9 +48,29 @@ def make(config: Any, model: Model, params: Params) -> Target:
         config: all settings, see configs/common.py.
         model, params: what training starts from.
 
+    Returns:
+        A target whose parameters are numpy arrays, which take no memory of a device.
+
     Raises:
         ConfigError, OptionsError, WeightsError: one sentence naming the setting.
     """
+    target = _made(config, model, params)
+    return target._replace(params=jax.device_get(target.params))
+
+
+def described(config: Any, model: Model, shapes: Params) -> Target:
+    """The target of `make` with the shapes of its parameters, from those of the model's; nothing is allocated."""
+    made: list[Target] = []
+
+    def run(params: Params) -> Params:
+        made.append(_made(config, model, params))
+        return made[-1].params
+
+    shapes = jax.eval_shape(run, shapes)
+    return made[-1]._replace(params=shapes)
+
+
+def _made(config: Any, model: Model, params: Params) -> Target:
     model = dataclasses.replace(model, scheduler=process(config, model.scheduler))
     return TARGETS[config.stage](config, model, params)
 
@@ -101,13 +124,18 @@ def _save_model(model: Model) -> Callable[[Path, Params], None]:
     return lambda folder, params: save(folder, model, {name: params[name] for name in model.modules})
 
 
-def _draws(model: Model) -> bool:
-    return not model.inpaints and model.family in ("sd1", "sd2", "sdxl")
+def _seen(model: Model) -> tuple[Network, Callable[[Mapping[str, Any]], Given] | None]:
+    """The network of a model without ControlNets, and what it draws from beside a prompt."""
+    network = finetune.network_of(model)
+    if model.inpaints:
+        return network, finetune.drawn_around
+    return network, functools.partial(finetune.drawn_larger, model) if model.family == "upscaler" else None
 
 
 def _unet(config: Any, model: Model, params: Params, name: str = "unet") -> Target:
-    stage = _stage(config, model, name, _modules(config, model), finetune.network_of(model))
-    return Target(stage, params, model, _same, _save_model(model), _draws(model))
+    network, given = _seen(model)
+    stage = _stage(config, model, name, _modules(config, model), network)
+    return Target(stage, params, model, _same, _save_model(model), network, given)
 
 
 def _lora(config: Any, model: Model, params: Params) -> Target:
@@ -115,26 +143,28 @@ def _lora(config: Any, model: Model, params: Params) -> Target:
     alpha = float(c.alpha or c.rank)
     chosen = {"targets": _modules(config, model), "endings": tuple(c.layers) or ATTENTION}
     params, whole = personalise.with_lora(model, params, c.rank, alpha, jax.random.key(config.seed), **chosen)
-    stage = _stage(config, model, "lora", ("lora",), finetune.network_of(model), whole)
+    network, given = _seen(model)
+    stage = _stage(config, model, "lora", ("lora",), network, whole)
 
     def export(folder: Path, params: Params) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for layout, name in LORA_FILES.items():
             save_lora(folder / name, model, personalise.lora_of(params, alpha), layout)  # type: ignore[arg-type]
 
-    return Target(stage, params, model, whole, export, _draws(model))
+    return Target(stage, params, model, whole, export, network, given)
 
 
 def _textual_inversion(config: Any, model: Model, params: Params) -> Target:
     c = config.word
     model, params, whole = personalise.with_word(model, params, c.token, c.initial, c.vectors)
-    stage = _stage(config, model, "word", ("words",), finetune.network_of(model), whole)
+    network, given = _seen(model)
+    stage = _stage(config, model, "word", ("words",), network, whole)
 
     def export(folder: Path, params: Params) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_textual_inversion(folder / WORD_FILE, model, whole(params), c.token)
 
-    return Target(stage, params, model, whole, export, _draws(model))
+    return Target(stage, params, model, whole, export, network, given)
 
 
 def _controlnet(config: Any, model: Model, params: Params) -> Target:
@@ -144,15 +174,20 @@ def _controlnet(config: Any, model: Model, params: Params) -> Target:
         net = net.copy(dtype=model.unet.dtype, remat=model.unet.remat)
     else:
         net, values = from_unet(model.unet, params["unet"], jax.random.key(config.seed), model.vae.config.factor)
-    model, params = with_controlnets(model, params, (net, jax.device_get(values)))
-    stage = _stage(config, model, "controlnet", ("controlnet",), finetune.controlled_network(model))
+    model, params = with_controlnets(model, params, (net, values))
+    network = finetune.controlled_network(model)
+    stage = _stage(config, model, "controlnet", ("controlnet",), network)
     prepare = stage.prepare
-    stage = stage._replace(prepare=lambda batch: prepare(finetune.with_edges(batch, c.canny_low, c.canny_high)))
+
+    def steered(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return finetune.with_edges(batch, c.canny_low, c.canny_high)
+
+    stage = stage._replace(prepare=lambda batch: prepare(steered(batch)))
 
     def export(folder: Path, params: Params) -> None:
         save_controlnet(folder, net, params["controlnet"][0])
 
-    return Target(stage, params, model, _same, export, False)
+    return Target(stage, params, model, _same, export, network, lambda batch: finetune.drawn_by_hint(steered(batch)))
 
 
 def _inpainting(config: Any, model: Model, params: Params) -> Target:

@@ -1,0 +1,82 @@
+"""What train.py looks at while a denoiser learns: the loss on pictures set aside, and sheets of drawn prompts."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import jaxdiff
+from jaxdiff.training.evaluate import noise_levels
+from jaxdiff.training.targets import Target
+
+Batch = Mapping[str, Any]
+# (step, pictures uint8 [N, H, W, 3], columns, captions)
+WriteSheet = Callable[[int, np.ndarray, int, Sequence[str]], None]
+GIVEN = 4  # pictures drawn of what needs more than a prompt, where no prompts are given
+
+
+def evaluation(
+    config: Any, target: Target, held_out: Sequence[Batch], write: WriteSheet | None
+) -> Callable[[int, Any], Mapping[str, float]]:
+    """A function (step, params of the loss) -> the loss by noise level; each call writes a sheet as well.
+
+    Args:
+        config: of train.py; without `data.eval_split` there is no loss, and without `eval.prompts` only what draws from
+            more than a prompt has sheets.
+        target: what is trained.
+        held_out: batches as they are read.
+        write: None draws nothing, on all hosts but the first.
+    """
+    measure = None
+    if config.data.eval_split:
+        batches = [target.stage.prepare(batch) for batch in held_out]
+        measure = noise_levels(target.model, batches, network=target.network, seed=config.eval.seed)
+    draw = None if write is None else drawing(config.eval, target, held_out, write)
+
+    def on_eval(step: int, params: Any) -> Mapping[str, float]:
+        params = target.whole(params)
+        if draw:
+            draw(step, params)
+        return measure(params) if measure else {}
+
+    return on_eval
+
+
+def drawing(
+    config: Any, target: Target, held_out: Sequence[Batch], write: WriteSheet
+) -> Callable[[int, Any], None] | None:
+    """A function (step, params) that draws the prompts of `config`, None where there are none.
+
+    What needs more than a prompt is given a picture set aside with each; a row of its sheet is what is given, what is
+    drawn, and the picture itself. Without prompts it draws the captions of some pictures.
+    """
+    prompts: list[str] = list(config.prompts)
+    given: dict[str, Any] = {}
+    beside = None
+    if target.given:
+        texts = [text for batch in held_out for text in batch["text"]]
+        prompts = prompts or texts[:GIVEN]
+        chosen = [i % len(texts) for i in range(len(prompts))]
+        names = [name for name in ("image", "hint") if name in held_out[0]]
+        pictures = {name: np.concatenate([batch[name] for batch in held_out])[chosen] for name in names}
+        given, shown = target.given(pictures)
+        beside = shown, pictures["image"]
+    if not prompts:
+        return None
+    options = {name: config[name] for name in ("seed", "steps", "guidance_scale", "scheduler")}
+
+    def draw(step: int, params: Any) -> None:
+        try:
+            drawn: Any = jaxdiff.generate(target.model, params, prompts, **options, **given)
+        except FloatingPointError as error:  # no reason to end a run
+            logging.warning("No sheet of step %d: %s", step, error)
+            return
+        if beside is None:
+            write(step, drawn, min(len(drawn), 8), prompts)
+        else:
+            rows = np.stack([beside[0], drawn, beside[1]], 1)
+            captions = [f"{what}: {p}" for p in prompts for what in ("given", "drawn", "picture")]
+            write(step, rows.reshape(-1, *drawn.shape[1:]), 3, captions)
+
+    return draw
