@@ -266,6 +266,8 @@ class SchedulerConfig(Config):
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
     use_lu_lambdas: bool = False
+    sigma_max: float | None = None  # ends of the levels that the three above spread; None: those of the table
+    sigma_min: float | None = None
     original_inference_steps: int = 50  # LCM, TCD: steps of the distillation, out of which those of drawing are chosen
     # Bounds on the prediction of x0.
     clip_sample: bool | None = None
@@ -284,6 +286,12 @@ class SchedulerConfig(Config):
     disable_corrector: tuple[int, ...] = ()  # UniPC: steps after which nothing is corrected
     skip_prk_steps: bool | None = None  # PNDM: whether it starts by a step of Heun's, not three of Runge and Kutta's
     timestep_scaling: float = 10.0  # LCM
+    # Known so that anything but these values is refused where it would change the picture: diffusion/times.py.
+    timestep_type: str = "discrete"
+    lambda_min_clipped: float = float("-inf")
+    invert_sigmas: bool = False
+    shift_terminal: float | None = None
+    stochastic_sampling: bool = False
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -11,6 +11,7 @@ from jaxdiff.diffusion.base import normal
 from jaxdiff.diffusion.sampling import sample_keys, step_keys
 
 SHAPE = (2, 3, 2)  # [B, ...]
+MASK = np.array([[True, False], [False, True], [True, True]])  # of a sample, true where it is redrawn
 KEY = 7
 SD1 = SchedulerConfig(
     beta_schedule="scaled_linear",
@@ -44,6 +45,7 @@ CONFIGS = {
     ),
     "exponential": dataclasses.replace(SD1, use_exponential_sigmas=True),
     "beta": dataclasses.replace(SD1, use_beta_sigmas=True),
+    "ends": dataclasses.replace(SD1, use_karras_sigmas=True, sigma_max=20.0, sigma_min=0.01),
     "lu": dataclasses.replace(SD1, use_lu_lambdas=True),
     "log_linear": dataclasses.replace(SD1, interpolation_type="log_linear"),
     "threshold": dataclasses.replace(
@@ -78,13 +80,14 @@ ONLY = {  # configs that say something to some schedulers only
     "karras_cosine": ("euler", "heun", *SOLVERS),
     "exponential": ("euler", "lms", "dpmpp_2m", "unipc"),
     "beta": ("heun", "dpmpp_sde", "dpmpp_2m", "unipc"),
+    "ends": ("euler", "unipc"),
     "lu": ("dpmpp_2m",),
     "log_linear": ("euler",),
     "threshold": ("ddim", "ddpm", "lcm", *SOLVERS),
     "fixed_large": ("ddpm",),
     "order_1": SOLVERS,
-    "order_3": ("dpmpp_2m", "unipc"),
-    "order_3_open": ("dpmpp_2m", "unipc"),
+    "order_3": SOLVERS,
+    "order_3_open": SOLVERS,
     "heun_type": ("dpmpp_2m", "dpmpp_2m_sde"),
     "bh1": ("unipc",),
     "noise": ("dpmpp_2m", "unipc"),
@@ -123,9 +126,12 @@ class Case(NamedTuple):
     spacing: str | None
     steps: int
     eta: float = 0.0  # ddim only
+    start: int = 0  # steps left out at the beginning, as of a picture that is redrawn
+    masked: bool = False  # the picture is kept where `MASK` is false
 
     def __str__(self) -> str:
-        return "-".join(str(v) for v in self)
+        redrawn = f"-{self.start}" * (self.start > 0) + "-masked" * self.masked
+        return "-".join(str(v) for v in self[:5]) + redrawn
 
     @property
     def values(self) -> SchedulerConfig:
@@ -170,6 +176,18 @@ def cases() -> list[Case]:
                 found += [Case(config, name, None, 20)]
     found += [Case("sd1", name, s, 20) for name in ("ddim", "pndm", "euler") for s in spacings("sd1", name)[1:]]
     found += [Case(config, "ddim", "trailing", 7, eta) for config in ("sd1", "defaults") for eta in (0.4, 1.0)]
+    return found + starts()
+
+
+def starts() -> list[Case]:
+    """Pictures redrawn: strengths 0.9, 0.75, 0.5 and 0.3 of 20 steps, and what is odd about few."""
+    found = [Case("sd1", name, None, 20, start=start) for name in CLASSES for start in (2, 5, 10, 14)]
+    found += [Case("sd1", name, None, 7, start=1) for name in CLASSES]
+    found += [Case("sd1", "pndm", s, 7, start=start) for s in ("trailing", "linspace") for start in (1, 2, 6)]
+    for config in ("sd2", "order_3", "order_3_open", "noise", "bh1", "zero_snr", "flow"):
+        found += [Case(config, name, None, 7, start=2) for name in CLASSES if comparable(config, name)]
+    for name in ("heun", "pndm", "euler", "unipc", "lcm"):
+        found += [Case("sd1", name, None, 7, start=start, masked=True) for start in (0, 2)]
     return found
 
 
@@ -181,9 +199,19 @@ def network(x, t, xp):
     return 0.9 * xp.tanh(0.8 * x) + 0.2 * xp.sin(0.013 * t + 3 * x)
 
 
+def mixing(x, t, xp):
+    """Another, that sees the neighbours of each value too."""
+    return network(x + 0.5 * x.mean(-1)[..., None], t, xp)
+
+
 def start() -> np.ndarray:
     """Unit noise [B, ...] to start from."""
     return np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+
+
+def original() -> np.ndarray:
+    """Clean latents [B, ...] of a picture that is redrawn."""
+    return np.random.default_rng(1).uniform(-1, 1, SHAPE).astype(np.float32)
 
 
 def noise(step: int, count: int | None = None) -> np.ndarray:

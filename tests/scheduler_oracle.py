@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from jaxdiff.config import SchedulerConfig
-from tests.scheduler_cases import CLASSES, Case, network, noise, start
+from tests.scheduler_cases import CLASSES, MASK, Case, mixing, network, noise, original, start
 
 SIGMAS = ("EulerDiscrete", "EulerAncestral", "HeunDiscrete", "LMSDiscrete", "DPMSolverSDE")  # of sigma / alpha
 
@@ -74,9 +74,8 @@ def alphas(scheduler, steps: int) -> np.ndarray:
     return np.ones(steps + 1)
 
 
-def ends(scheduler, steps: int) -> list[int]:
+def ends(scheduler, calls: int, steps: int) -> list[int]:
     """The calls of the network after which a step is done."""
-    calls = len(scheduler.timesteps)
     if scheduler.order == 2:
         return [*range(1, calls, 2), calls - 1]
     if calls == steps + 9:  # PNDM's first three steps have four calls
@@ -84,14 +83,14 @@ def ends(scheduler, steps: int) -> list[int]:
     return list(range(calls - steps, calls))
 
 
-def brownian() -> Callable:
+def brownian(skipped: int) -> Callable:
     """The noise of DPMSolverSDEScheduler: of half a step, then of the whole, from one path."""
     halves: list = []
 
     def sampler(*args):
         def draw(start, end):
             step, second = divmod(len(halves), 2)
-            first, other = noise(step, 2)
+            first, other = noise(skipped + step, 2)
             halves.append((start, end))
             if not second:
                 return torch.from_numpy(first)
@@ -104,23 +103,66 @@ def brownian() -> Callable:
     return sampler
 
 
+def beginning(scheduler, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """The times that are left, and x at the first of them, as the pipeline that redraws pictures has them."""
+    x, taken = torch.from_numpy(start()), case.steps - case.start
+    pipeline = types.SimpleNamespace(scheduler=scheduler)
+    redraw = diffusers.StableDiffusionImg2ImgPipeline
+    times, left = redraw.get_timesteps(pipeline, case.steps, (taken + 0.5) / case.steps, "cpu")
+    assert left == taken
+    if not case.start:
+        return times, x * getattr(scheduler, "init_noise_sigma", 1.0)
+    clean, first = torch.from_numpy(original()), times[:1].repeat(len(x))
+    if hasattr(scheduler, "scale_noise"):  # of flows
+        return times, scheduler.scale_noise(clean, first, x)
+    return times, scheduler.add_noise(clean, x, first)
+
+
+def with_the_right_sign(scheduler) -> None:
+    """Mend the third term of sde-dpmsolver++ of order 3, which has -1/2 where the solution has +1/2.
+
+    Its factor is alpha' ((1 - e^(-2h) - 2h) / (2h)^2 + 1/2), that is 2h alpha' phi_3(-2h), as -2h stands for -h in
+    the term of dpmsolver++.
+    """
+    theirs = scheduler.multistep_dpm_solver_third_order_update
+
+    def update(outputs, *args, sample, noise):
+        sigmas = scheduler.sigmas[scheduler.step_index - 2 : scheduler.step_index + 2]
+        alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigmas)
+        h_1, h_0, h = torch.diff(torch.log(alpha) - torch.log(sigma))
+        slopes = (outputs[-1] - outputs[-2]) * h / h_0, (outputs[-2] - outputs[-3]) * h / h_1
+        return theirs(outputs, *args, sample=sample, noise=noise) + alpha[-1] * (slopes[0] - slopes[1]) * h / (
+            h_0 + h_1
+        )
+
+    scheduler.multistep_dpm_solver_third_order_update = update
+
+
 def run(case: Case) -> np.ndarray:
-    """x after each step, [N, B, ...] float32, in the scale alpha x0 + sigma eps."""
+    """x after each step that is taken, [N, B, ...] float32, in the scale alpha x0 + sigma eps."""
     scheduler = build(case.values, case.scheduler)
     scheduler.set_timesteps(case.steps)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else a whole time that comes twice at the start skips a step
-    x = torch.from_numpy(start()) * getattr(scheduler, "init_noise_sigma", 1.0)
-    drawn = (torch.from_numpy(noise(i)) for i in range(case.steps))
+    if case.scheduler == "dpmpp_2m_sde":
+        with_the_right_sign(scheduler)
+    # The pipeline says which time is the first: else a whole time that comes twice at the start skips a step.
+    timesteps, x = beginning(scheduler, case)
+    drawn = (torch.from_numpy(noise(i)) for i in range(case.start, case.steps))
     states, module = [], type(scheduler).__module__
     with (
         mock.patch(f"{module}.randn_tensor", create=True, side_effect=drawn),
-        mock.patch(f"{module}.BrownianTreeNoiseSampler", brownian(), create=True),
+        mock.patch(f"{module}.BrownianTreeNoiseSampler", brownian(case.start), create=True),
     ):
-        for t in scheduler.timesteps:
+        for t, following in zip(timesteps, [*timesteps[1:], None], strict=True):
             scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             options = {"eta": case.eta} if case.eta else {}
-            x = scheduler.step(network(scaled, t, torch), t, x, **options).prev_sample
+            output = (mixing if case.masked else network)(scaled, t, torch)
+            x = scheduler.step(output, t, x, **options).prev_sample
+            if case.masked:  # as StableDiffusionInpaintPipeline does
+                kept = torch.from_numpy(original())
+                if following is not None:
+                    kept = scheduler.add_noise(kept, torch.from_numpy(start()), following[None])
+                x = torch.where(torch.from_numpy(MASK), x, kept)
             states.append(x.numpy())
-    scale = alphas(scheduler, case.steps)[1:].reshape(-1, *[1] * x.ndim)
-    return (np.stack([states[i] for i in ends(scheduler, case.steps)]) * scale).astype(np.float32)
+    scale = alphas(scheduler, case.steps)[case.start + 1 :].reshape(-1, *[1] * x.ndim)
+    done = ends(scheduler, len(states), case.steps - case.start)
+    return (np.stack([states[i] for i in done]) * scale).astype(np.float32)

@@ -11,7 +11,8 @@ import pytest
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion import prediction, sampling
 from jaxdiff.diffusion.base import clip_to
-from jaxdiff.diffusion.schedulers import get_scheduler
+from jaxdiff.diffusion.inpainting import keeping
+from jaxdiff.diffusion.schedulers import get_scheduler, moment
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.diffusion.singlestep import ddim
 from jaxdiff.diffusion.times import RULES, default_scheduler, skips_prk, time_grid
@@ -20,12 +21,15 @@ from tests.scheduler_cases import (
     CLASSES,
     CONFIGS,
     KEY,
+    MASK,
     NAMES,
     SOLVERS,
     Case,
     cases,
     comparable,
+    mixing,
     network,
+    original,
     spacings,
     start,
 )
@@ -45,23 +49,29 @@ RELATIVE = 1e-5  # for the few paths of Heun's that go astray at 7 steps, to x o
 SIGMA_TOLERANCE = 1e-3
 
 
-@functools.partial(jax.jit, static_argnames=("config", "name", "eta", "whole"))
-def states(x, times: Time, key, config: SchedulerConfig, name: str, eta: float, whole: bool):
-    """x after each step, [N, B, D], and what `sample` makes of it."""
+@functools.partial(jax.jit, static_argnames=("config", "name", "eta", "masked", "whole"))
+def states(x, first, times: Time, key, config: SchedulerConfig, name: str, eta: float, masked: bool, whole: bool):
+    """x after each step from the first one taken, [N, B, D], and what `sample` makes of it."""
     scheduler = get_scheduler(name, config)
     if eta:
         scheduler = ddim(eta, clip_to(config.clip_sample_range) if config.clip_sample is None else None)
 
+    if masked:
+        scheduler = keeping(scheduler, original(), start(), MASK)
+
     def denoise(x, time):
-        return prediction.to_denoised(network(x, time.t, jnp), x, time, config.prediction_type)
+        output = (mixing if masked else network)(x, time.t, jnp)
+        return prediction.to_denoised(output, x, time, config.prediction_type)
 
     def body(state, i):
         keys = sampling.step_keys(sampling.sample_keys(key, x.shape[0]), i)
-        state = scheduler.step(denoise, state, times, i, keys)
+        state = jax.lax.cond(
+            i >= first, lambda state: scheduler.step(denoise, state, times, i, keys), lambda state: state, state
+        )
         return state, state.x
 
     path = jax.lax.scan(body, scheduler.init(x), jnp.arange(len(times.t) - 1))[1]
-    return path, sampling.sample(denoise, x, times, scheduler, key) if whole else path[-1]
+    return path, sampling.sample(denoise, x, times, scheduler, key, start=first) if whole else path[-1]
 
 
 def ours(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -71,10 +81,14 @@ def ours(case: Case) -> tuple[np.ndarray, np.ndarray]:
     grid_only = ("timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "shift")
     silent = {name: getattr(SchedulerConfig(), name) for name in grid_only}
     config = dataclasses.replace(config, **silent)
-    x = scale * jnp.asarray(start())
     times = jax.tree.map(jnp.asarray, times)
-    path, last = states(x, times, jax.random.key(KEY), config, case.scheduler, case.eta, case.config == "sd1")
-    return np.asarray(path), np.asarray(last)
+    x = scale * jnp.asarray(start())
+    if case.start:
+        entry = get_scheduler(case.scheduler, config).entry(case.start)
+        x = prediction.add_noise(original(), start(), moment(times, entry))
+    whole, key = case.config == "sd1", jax.random.key(KEY)
+    path, last = states(x, case.start, times, key, config, case.scheduler, case.eta, case.masked, whole)
+    return np.asarray(path)[case.start :], np.asarray(last)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -167,9 +181,28 @@ def test_own_class_names_the_scheduler():
     assert default_scheduler(SchedulerConfig(class_name="KDPM2DiscreteScheduler")) == "dpmpp_2m"
 
 
+# What scheduler_config.json may say that is no field of ours.
+ELSEWHERE = {
+    *("self", "noise_sampler_seed", "solver_p"),  # PyTorch objects and seeds
+    *("use_flow_sigmas", "flow_shift"),  # read as beta_schedule and shift
+    *("time_shift_type", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),  # dynamic shifting
+}
+
+
+def test_no_key_of_flows_is_passed_over():
+    pytest.importorskip("diffusers")
+    import inspect
+
+    import diffusers
+
+    known = {*dataclasses.asdict(SchedulerConfig()), *ELSEWHERE}
+    for cls in (diffusers.FlowMatchEulerDiscreteScheduler, diffusers.FlowMatchHeunDiscreteScheduler):
+        assert set(inspect.signature(cls.__init__).parameters) <= known
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_defaults_of_each_class(name):
-    """Spacing, clipping and the end of the last step where scheduler_config.json says nothing; the betas."""
+    """Every key is known; spacing, clipping, betas and the end of the last step where the config says nothing."""
     pytest.importorskip("diffusers")
     import inspect
 
@@ -183,6 +216,7 @@ def test_defaults_of_each_class(name):
     assert rule.levels == ("use_karras_sigmas" in defaults)
     if name == "pndm":
         assert skips_prk(silent) == defaults["skip_prk_steps"]
+    assert set(defaults) <= {*dataclasses.asdict(silent), *ELSEWHERE}
     for key in set(dataclasses.asdict(silent)) & set(defaults) - set(own):
         assert (getattr(silent, key) or None) == (defaults[key] or None) or key == "variance_type", key
     far = Time(jnp.float32([999.0, 0.0]), jnp.float32([0.1, 1.0]), jnp.float32([0.99, 0.0]))

@@ -115,6 +115,8 @@ def _options(name: str, config: SchedulerConfig) -> dict[str, Any]:
         solver_type = "bh1" if config.solver_type == "bh1" else "bh2"
         return {**solver, "solver_type": solver_type, "kind": kind, "disable_corrector": config.disable_corrector}
     if name in ("dpmpp_2m", "dpmpp_2m_sde"):
+        if (config.variance_type or "").startswith("learned"):
+            raise ValueError(f'variance_type "{config.variance_type}" (scheduler_config.json) is not implemented.')
         if config.algorithm_type == "sde-dpmsolver":
             raise ValueError('algorithm_type "sde-dpmsolver" is not implemented: take "sde-dpmsolver++".')
         kind = "epsilon" if config.algorithm_type == "dpmsolver" and name == "dpmpp_2m" else "sample"

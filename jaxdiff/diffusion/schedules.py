@@ -32,6 +32,8 @@ from jaxdiff.config import SchedulerConfig
 from jaxdiff.typing import Array
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "flow")
+# Beginnings of the names of diffusers' scheduler classes whose process is neither made from betas nor the flow (7).
+OTHER = ("Amused", "CMStochastic", "CogVideoX", "Cosine", "DDPMWuerstchen", "EDM", "IPNDM", "SCM", "ScoreSde", "VQ")
 
 
 class Time(NamedTuple):
@@ -79,12 +81,20 @@ def betas(config: SchedulerConfig) -> np.ndarray:
 def noise_schedule(config: SchedulerConfig) -> NoiseSchedule:
     """The tables of a config, computed in float64 and rounded once to float32.
 
+    Raises:
+        ValueError: a class whose process is another, or an unknown `beta_schedule`.
+
     >>> schedule = noise_schedule(SchedulerConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
     >>> [round(float(table[-1]), 4) for table in schedule]
     [0.0683, 0.9977]
     >>> noise_schedule(SchedulerConfig(beta_schedule="flow", num_train_timesteps=4)).sigma.tolist()
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
+    if config.class_name.startswith(OTHER):
+        raise ValueError(
+            f"{config.class_name} (scheduler_config.json) is of another process than is known here: take a model whose "
+            "scheduler has betas or is a flow."
+        )
     if is_flow(config):
         sigma = np.arange(config.num_train_timesteps + 1) / config.num_train_timesteps
         alpha = 1 - sigma

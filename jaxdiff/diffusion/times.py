@@ -129,6 +129,7 @@ def time_grid(
     base = (None if spacing in LEVELS else spacing) or _base(config, rule)
     if base not in (*STEPS, "distilled"):
         raise ValueError(f"spacing {base!r} is unknown; known are {', '.join(SPACINGS)} (levels: use_…_sigmas).")
+    process.check(by_time=levels is None)
     t, level = (_flow_points if process.flow else _points)(process, steps, base, levels)
     final = process.final()
     times = process.time(np.append(t, 0), np.append(level, final))
@@ -174,6 +175,26 @@ class Process:
         with np.errstate(divide="ignore"):
             self.table = sigma / alpha
         self.index = np.arange(len(self.table))
+
+    def check(self, by_time: bool) -> None:
+        """Raise ValueError naming the first key of the config that would change the grid, and is not implemented."""
+        config, flow = self.config, self.flow
+        with np.errstate(divide="ignore"):
+            clipped = -np.log(self.table[-1]) < config.lambda_min_clipped
+        changing = {
+            "timestep_type": config.timestep_type != "discrete" and config.prediction_type == "v_prediction",
+            "lambda_min_clipped": clipped and by_time and not flow and self.scheduler.startswith("dpmpp_2m"),
+            "final_sigmas_type": flow and self.rule.spare and config.final_sigmas_type != "zero",
+            "invert_sigmas": flow and config.invert_sigmas,
+            "shift_terminal": flow and config.shift_terminal,
+            "stochastic_sampling": flow and self.scheduler == "euler" and config.stochastic_sampling,
+        }
+        for key, changes in changing.items():
+            if changes:
+                raise ValueError(
+                    f"{key} {getattr(config, key)!r} (scheduler_config.json) is not implemented for {self.scheduler}: "
+                    f"set it to {getattr(SchedulerConfig(), key)!r}, if the model was not made for it."
+                )
 
     def level(self, t: np.ndarray) -> np.ndarray:
         """By interpolating the table linearly, a flow's sigma."""
@@ -223,9 +244,11 @@ def _points(process: Process, steps: int, base: str, levels: str | None) -> tupl
         return t, level
     if not np.isfinite(table[-1]):  # no level to start from: nearly pure noise will do
         table[-1] = 2.0**12
-    ends = table[[-1, 0]] if rule.spare else process.level(t[[0, -1]])
-    level = spread(levels, ends[0], ends[1], steps)
-    level = np.clip(level, table[0], table[-1])
+    first, last = table[[-1, 0]] if rule.spare else process.level(t[[0, -1]])
+    if not (levels == "exponential" and config.use_lu_lambdas):
+        first, last = config.sigma_max or first, config.sigma_min or last
+    level = spread(levels, first, last, steps)
+    level = np.clip(level, min(table[0], last), max(table[-1], first))
     t = process.t(level)
     if rule.spare:  # keep the levels, and tell the network whole times
         cosine = config.beta_schedule == "squaredcos_cap_v2" and process.scheduler != "unipc"
