@@ -147,7 +147,7 @@ def test_one_program_for_every_grid(name):
         traced.append(None)
         return sample(functools.partial(denoise, push=push), scale * x, times, scheduler, key)
 
-    for count, steps in enumerate((1, 2, 3, 5, 20), 1):
+    for count, steps in enumerate((1, 2, 3, 20), 1):
         results = [program(*time_grid(SD1, steps, name, s), jax.random.key(i), 0.1 * i) for i, s in enumerate(SPACINGS)]
         assert np.isfinite(results).all()
         assert len(traced) == count
