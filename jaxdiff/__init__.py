@@ -12,6 +12,7 @@ from jaxdiff.diffusion.times import Time, time_grid
 from jaxdiff.generate import generate, initial_noise, tokenize
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.lora import load_lora, merge_lora, read_lora, save_lora
+from jaxdiff.io.modules import load_vae
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import load_textual_inversion, save_textual_inversion
 from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text, with_controlnets
@@ -35,6 +36,7 @@ __all__ = [
     "load_controlnet",
     "load_lora",
     "load_textual_inversion",
+    "load_vae",
     "merge_lora",
     "read_lora",
     "sample",

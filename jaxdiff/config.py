@@ -112,12 +112,59 @@ class CLIPVisionConfig(Config):
         }
 
 
+# What a UNet's config may also say -> the one value of it that is built here, which is diffusers' default.
+FIXED_UNET: dict[str, Any] = {
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_scale_factor": 1,
+    "resnet_out_scale_factor": 1,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+}
+FIXED_VAE: dict[str, Any] = {"latents_mean": None, "latents_std": None}
+# Value of a UNet's config that adds an embedding -> the sizes that it needs.
+EMBEDDINGS: dict[str, dict[str | None, tuple[str, ...]]] = {
+    "addition_embed_type": {
+        None: (),
+        "text_time": ("addition_time_embed_dim", "projection_class_embeddings_input_dim"),
+    },
+    "class_embed_type": {
+        None: (),
+        "timestep": (),
+        "identity": (),
+        "projection": ("projection_class_embeddings_input_dim",),
+        "simple_projection": ("projection_class_embeddings_input_dim",),
+    },
+}
+
+
+def _check_fixed(name: str, values: dict[str, Any], fixed: dict[str, Any]) -> None:
+    """Raises ConfigError naming the first entry of a config that asks for what is not built here."""
+    for key, usual in fixed.items():
+        if values.get(key) not in (None, usual):
+            raise ConfigError(
+                f"The {name}'s config says {key}: {values[key]!r}, which is not built here (known is {usual!r}): take "
+                "a model of Stable Diffusion's architecture."
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(Config):
     """Denoising UNet of latent diffusion (Rombach et al. 2022, appendix E); defaults are diffusers' own."""
 
     CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
-    sample_size: int = 64  # latent height and width drawn by default
+    sample_size: int | tuple[int, int] = 64  # latents drawn by default: of a square's side, or height and width
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -140,12 +187,36 @@ class UNetConfig(Config):
     freq_shift: int = 0
     center_input_sample: bool = False
     # Extra conditions added to the time embedding.
-    class_embed_type: str | None = None  # None with num_class_embeds: a table; "timestep", "identity", "projection"
+    class_embed_type: str | None = None  # see `EMBEDDINGS`; None with num_class_embeds: a table
     num_class_embeds: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     addition_embed_type: str | None = None  # "text_time": SDXL's pooled text and time ids
     addition_time_embed_dim: int | None = None
     time_cond_proj_dim: int | None = None  # guidance embedding of distilled models
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        _check_fixed(cls.CLASS_NAME, values, FIXED_UNET)
+        for key, known in EMBEDDINGS.items():
+            kind = values.get(key)
+            if kind not in list(known):
+                names = ", ".join(map(repr, known))
+                raise ConfigError(f"The {cls.CLASS_NAME}'s config says {key}: {kind!r}; known are {names}.")
+            if lacking := [size for size in known[kind] if not values.get(size)]:
+                raise ConfigError(f"The {cls.CLASS_NAME}'s config says {key}: {kind!r} but not {lacking[0]}.")
+        text = values.get("cross_attention_dim")
+        if isinstance(text, list | tuple):
+            if len(set(text)) != 1:
+                raise ConfigError(
+                    f"The {cls.CLASS_NAME}'s config says cross_attention_dim: {text}; known is one width."
+                )
+            values = {**values, "cross_attention_dim": text[0]}
+        return super().from_dict(values)
+
+    @property
+    def side(self) -> int:
+        """Latents along a side of the square that is trained on by default: the shorter one of `sample_size`."""
+        return self.sample_size if isinstance(self.sample_size, int) else min(self.sample_size)
 
     @property
     def heads(self) -> int | tuple[int, ...]:
@@ -173,6 +244,11 @@ class VAEConfig(Config):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        _check_fixed(cls.CLASS_NAME, values, FIXED_VAE)
+        return super().from_dict(values)
 
     @property
     def factor(self) -> int:

@@ -38,6 +38,8 @@ UNETS = {
     | SDXL
     | {"cross_attention_dim": TEXT_WIDTH, "projection_class_embeddings_input_dim": 5 * 8 + PROJECTION},
     "inpaint": UNET | {"in_channels": 9},
+    "xl_inpaint": UNET | SDXL | {"in_channels": 9, "projection_class_embeddings_input_dim": 6 * 8 + PROJECTION},
+    "xl_controls": UNET | SDXL | {"projection_class_embeddings_input_dim": 6 * 8 + PROJECTION},
     "upscaler": UNET
     | {"in_channels": 7, "num_class_embeds": 50, "only_cross_attention": (True, False), "use_linear_projection": True},
     "distilled": UNET | {"time_cond_proj_dim": 16},
@@ -48,6 +50,12 @@ VAE = {
     "norm_num_groups": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
+TINY_VAE = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
 }
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DDIM = BETAS | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
@@ -70,8 +78,18 @@ def open_clip() -> torch.nn.Module:
     return text_encoder(CLIPTextModelWithProjection, "gelu")
 
 
+def controlnet(unet: dict, seed: float = 0) -> diffusers.ControlNetModel:
+    """One for a UNet of this config; `seed` makes the weights of several differ."""
+    config = {k: v for k, v in unet.items() if k not in ("sample_size", "up_block_types", "in_channels")}
+    net = oracle.drawn(diffusers.ControlNetModel(**config, conditioning_embedding_out_channels=(8, 16)))
+    with torch.no_grad():
+        for p in net.parameters():
+            p += seed
+    return net
+
+
 def pipeline(name: str, folder: Path, prediction: str = "epsilon", **scheduler) -> diffusers.DiffusionPipeline:
-    """A pipeline of a family: sd1, sd2, sdxl, refiner, inpaint, blend (ordinary network), img2img, upscaler, lcm."""
+    """A pipeline of a family: sd1, sd2, sdxl, refiner, inpaint, blend (ordinary network), img2img, upscaler, lcm …"""
     unet = UNETS.get(name, UNET)
     parts = {
         "unet": oracle.drawn(diffusers.UNet2DConditionModel(**unet)),
@@ -80,8 +98,19 @@ def pipeline(name: str, folder: Path, prediction: str = "epsilon", **scheduler) 
     }
     first = {"text_encoder": text_encoder(), "tokenizer": tokenizer(folder / "first")}
     second = {"text_encoder_2": open_clip(), "tokenizer_2": tokenizer(folder / "second", "!")}
+    if name == "taesd":
+        parts["vae"] = oracle.drawn(diffusers.AutoencoderTiny(**TINY_VAE))
+    if name == "control":
+        parts["controlnet"] = controlnet(unet)
     if name == "sdxl":
         return diffusers.StableDiffusionXLPipeline(**parts, **first, **second, add_watermarker=False)
+    if name == "xl_inpaint":
+        return diffusers.StableDiffusionXLInpaintPipeline(**parts, **first, **second, add_watermarker=False)
+    if name == "xl_controls":
+        nets = [controlnet(unet), controlnet(unet, 0.1)]
+        return diffusers.StableDiffusionXLControlNetPipeline(
+            **parts, **first, **second, controlnet=nets, add_watermarker=False
+        )
     if name == "refiner":
         none = {"text_encoder": None, "tokenizer": None}
         options = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False, "add_watermarker": False}
@@ -98,6 +127,7 @@ def pipeline(name: str, folder: Path, prediction: str = "epsilon", **scheduler) 
         "blend": diffusers.StableDiffusionInpaintPipeline,
         "img2img": diffusers.StableDiffusionImg2ImgPipeline,
         "lcm": diffusers.LatentConsistencyModelPipeline,
+        "control": diffusers.StableDiffusionControlNetPipeline,
     }.get(name, diffusers.StableDiffusionPipeline)
     rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return cls(**parts, **first, **rest)

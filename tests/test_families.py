@@ -35,6 +35,10 @@ CLASSES = {
     "upscaler": "StableDiffusionUpscalePipeline",
     "distilled": "StableDiffusionPipeline",
     "lcm": "LatentConsistencyModelPipeline",
+    "xl_inpaint": "StableDiffusionXLInpaintPipeline",
+    "taesd": "StableDiffusionPipeline",
+    "control": "StableDiffusionControlNetPipeline",
+    "xl_controls": "StableDiffusionXLControlNetPipeline",
 }
 
 
@@ -63,7 +67,7 @@ def assert_same_tensors(a, b):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_there_and_back(name, folders, tmp_path):
-    """The tensors' bytes, the model and what PyTorch makes of the folder come back."""
+    """The tensors' bytes, the model, its ControlNets and what PyTorch makes of the folder come back."""
     model, params = jaxdiff.load(folders / name)
     jaxdiff.save(tmp_path / "ours", model, params)
     assert_same_tensors(tensors(tmp_path / "ours"), tensors(folders / name))
@@ -83,6 +87,29 @@ def test_there_and_back(name, folders, tmp_path):
     if name == "upscaler":
         assert model.options.low_res_scheduler.beta_schedule == "squaredcos_cap_v2"
         assert pipeline.low_res_scheduler.config.beta_schedule == "squaredcos_cap_v2"
+
+
+def test_controlnets_are_saved_where_params_has_them(folders, tmp_path):
+    """One less leaves no folder behind, and one that the model never listed stays."""
+    model, params = jaxdiff.load(folders / "xl_controls")
+    jaxdiff.save(tmp_path / "model", model, params)
+    assert {p.name for p in tmp_path.glob("model/controlnet*")} == {"controlnet", "controlnet_1"}
+    fewer = dataclasses.replace(model, controlnets=model.controlnets[:1])
+    jaxdiff.save(tmp_path / "model", fewer, params | {"controlnet": params["controlnet"][:1]})
+    assert {p.name for p in tmp_path.glob("model/controlnet*")} == {"controlnet"}
+    with pytest.raises(WeightsError, match="One file has no place for ControlNets"):
+        jaxdiff.save(tmp_path / "model.safetensors", model, params)
+    without = {name: x for name, x in params.items() if name != "controlnet"}
+    jaxdiff.save(tmp_path / "model", model, without)
+    assert not list(tmp_path.glob("model/controlnet*"))
+    (tmp_path / "model/controlnet").mkdir()
+    jaxdiff.save(tmp_path / "model", model, without)
+    assert (tmp_path / "model/controlnet").is_dir()
+    index = json.loads((tmp_path / "model/model_index.json").read_text())
+    (tmp_path / "model/controlnet").rmdir()
+    (tmp_path / "model/model_index.json").write_text(json.dumps(index | {"controlnet": ["diffusers", "x"]}))
+    with pytest.raises(ConfigError, match="controlnet is missing: give a ControlNetModel's folder"):
+        jaxdiff.load(tmp_path / "model")
 
 
 def test_one_file_there_and_back(folders, tmp_path):
@@ -138,6 +165,16 @@ def test_shards(variant, tiny, folder):
         places |= dict.fromkeys(part, file)
     index = path.with_name(f"diffusion_pytorch_model.safetensors.index{variant}.json")
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    jax.tree.map(np.testing.assert_array_equal, jaxdiff.load(folder)[1], dict(tiny[1]))
+
+
+def test_links_as_in_the_hubs_cache(tiny, folder):
+    """A snapshot is a folder of links to files named by their content."""
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for i, path in enumerate(p for p in sorted(folder.rglob("*")) if p.is_file()):
+        path.rename(blobs / str(i))
+        path.symlink_to(f"{'../' * len(path.relative_to(folder.parent).parents[:-1])}blobs/{i}")
     jax.tree.map(np.testing.assert_array_equal, jaxdiff.load(folder)[1], dict(tiny[1]))
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxdiff.arguments import latent_shape
 from jaxdiff.config import ConfigError
-from jaxdiff.io.pretrained import load, save
+from jaxdiff.io.pretrained import load, load_model, save
 from jaxdiff.io.weights import WeightsError
 from tests.tiny import LATENT, MAX_LENGTH
 
@@ -161,6 +162,61 @@ def test_unknown_block_is_named(folder):
     (folder / "unet/config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="'KDownBlock2D'; known are"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "sentence"),
+    [
+        (
+            "vae",
+            {"_class_name": "AsymmetricAutoencoderKL"},
+            "is of a AsymmetricAutoencoderKL, where AutoencoderKL or AutoencoderTiny is",
+        ),
+        (
+            "vae",
+            {"latents_mean": [0.1] * 4},
+            r"AutoencoderKL's config says latents_mean: \[0.1, 0.1, 0.1, 0.1\], which",
+        ),
+        (
+            "unet",
+            {"_class_name": "UNetMotionModel"},
+            r"unet/config\.json is of a UNetMotionModel, where UNet2DConditionModel is read",
+        ),
+        ("unet", {"time_embedding_type": "fourier"}, "config says time_embedding_type: 'fourier', which is not built"),
+        ("unet", {"resnet_out_scale_factor": 1.4}, "config says resnet_out_scale_factor: 1.4, which is not built here"),
+        ("unet", {"encoder_hid_dim_type": "image_proj"}, "config says encoder_hid_dim_type: 'image_proj', which"),
+        ("unet", {"addition_embed_type": "image"}, "says addition_embed_type: 'image'; known are None, 'text_time'"),
+        ("unet", {"addition_embed_type": "text_time"}, "says addition_embed_type: 'text_time' but not addition_time_e"),
+        (
+            "unet",
+            {"class_embed_type": []},
+            r"says class_embed_type: \[\]; known are None, 'timestep', 'identity', 'proj",
+        ),
+        ("unet", {"class_embed_type": "projection"}, "but not projection_class_embeddings_input_dim"),
+        ("unet", {"cross_attention_dim": [16, 24]}, r"says cross_attention_dim: \[16, 24\]; known is one width"),
+        (
+            "text_encoder",
+            {"model_type": "roberta_series"},
+            "config.json is of a roberta_series, where CLIPTextModel is read",
+        ),
+    ],
+)
+def test_what_is_not_built_is_named(part, change, sentence, folder):
+    config = json.loads((folder / part / "config.json").read_text()) | change
+    (folder / part / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=sentence):
+        load_model(folder)
+
+
+def test_lists_in_configs_are_honoured(folder):
+    path = folder / "unet/config.json"
+    config = json.loads(path.read_text())
+    changes = {"sample_size": [8, 12], "cross_attention_dim": [16], "attention_head_dim": [2], "encoder_hid_dim": None}
+    path.write_text(json.dumps(config | changes | {"resnet_out_scale_factor": 1.0}))
+    model = load_model(folder)
+    assert latent_shape(model, None, None) == (8, 12, 4)
+    assert model.unet.config.side == 8
+    assert (model.unet.config.cross_attention_dim, model.unet.config.heads) == (16, (2,))
 
 
 def test_save_replaces_a_model_and_keeps_what_is_no_part_of_it(tiny, folder):

@@ -9,6 +9,7 @@ import pytest
 
 from jaxdiff.config import TinyVAEConfig
 from jaxdiff.io.modules import load_tiny_vae, save_module
+from jaxdiff.io.weights import WeightsError
 from jaxdiff.models.model import decode, encode
 from jaxdiff.models.tiny_vae import AutoencoderTiny, from_unit, preview, to_unit
 from tests import networks
@@ -69,6 +70,69 @@ def test_pytorch_opens_what_was_saved(tmp_path):
     again, params = load_tiny_vae(tmp_path / "b")
     assert again == module
     jax.tree.map(np.testing.assert_array_equal, params, variables["params"])
+
+
+def authors(torch, width: int = 8, latents: int = 4):
+    """(encoder, decoder) as the author of TAESD writes them, of two levels."""
+    nn = torch.nn
+
+    def conv(i, o, **kwargs):
+        return nn.Conv2d(i, o, 3, padding=1, **kwargs)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            convs = [conv(width, width) for _ in range(3)]
+            self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+
+        def forward(self, x):
+            return nn.functional.relu(self.conv(x) + x)
+
+    class Clamp(nn.Module):
+        def forward(self, x):
+            return torch.tanh(x / 3) * 3
+
+    narrow = conv(width, width, stride=2, bias=False)
+    encoder = nn.Sequential(conv(3, width), Block(), narrow, Block(), Block(), conv(width, latents))
+    wide = [nn.Upsample(scale_factor=2), conv(width, width, bias=False)]
+    decoder = nn.Sequential(Clamp(), conv(latents, width), nn.ReLU(), Block(), *wide, Block(), conv(width, 3))
+    return encoder, decoder
+
+
+def test_the_authors_files_open_and_go_on_as_a_folder(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    from tests.oracle import nchw, nhwc
+
+    torch.manual_seed(0)
+    pair = dict(zip(("encoder", "decoder"), authors(torch), strict=True))
+    for part, net in pair.items():
+        save_file(net.state_dict(), tmp_path / f"taesd_{part}.safetensors")
+        torch.save(net.state_dict(), tmp_path / f"taesd_{part}.pth")
+    tiny, params = load_tiny_vae(tmp_path / "taesd_decoder.safetensors")
+    assert tiny.config.num_encoder_blocks == (1, 2)
+    assert tiny.config.num_decoder_blocks == (1, 1)
+    other, same = load_tiny_vae(tmp_path / "taesd_encoder.pth")
+    assert other == tiny
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    images = networks.uniform_images(2, 8, 6, 3)
+    latents = jax.jit(lambda p, x: tiny.apply({"params": p}, x, method="encode")[0])(params, images)
+    decoded = jax.jit(lambda p, z: tiny.apply({"params": p}, z, method="decode"))(params, latents)
+    with torch.no_grad():
+        assert error(latents, nhwc(pair["encoder"](nchw(images / 2 + 0.5)))) < TOLERANCE
+        expected = nhwc(pair["decoder"](nchw(np.asarray(latents))))
+    assert error(decoded / 2 + 0.5, expected) < TOLERANCE
+    save_module(tmp_path / "folder", tiny, params)
+    again, read = load_tiny_vae(tmp_path / "folder")
+    assert again == tiny
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    (tmp_path / "taesd_encoder.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"taesd_decoder\.safetensors is the decoder .*: put the encoder beside it"):
+        load_tiny_vae(tmp_path / "taesd_decoder.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "taesd_encoder.safetensors")
+    with pytest.raises(WeightsError, match=r"taesd_encoder\.safetensors is no encoder of a tiny autoencoder"):
+        load_tiny_vae(tmp_path / "taesd_decoder.safetensors")
 
 
 def test_preview_takes_the_unets_latents():

@@ -8,12 +8,12 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.config import ControlNetConfig
-from jaxdiff.io.inference import Shapes, unet_config
+from jaxdiff.io.inference import Shapes, odd_shapes, unet_config
 from jaxdiff.io.layouts import Table, place, unet_table
 from jaxdiff.io.modules import load_module, module_shapes, save_module
 from jaxdiff.io.pretrained import check_dtype
 from jaxdiff.io.sources import TensorSource, open_tensors
-from jaxdiff.io.weights import WeightsError, load_tensors, tensor_name
+from jaxdiff.io.weights import load_tensors, tensor_name
 from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.models.unet import per_level
 from jaxdiff.typing import Params
@@ -69,17 +69,13 @@ def infer_config(source: TensorSource, prefix: str) -> ControlNetConfig:
     """The config of a ControlNet in the original layout: sizes from its tensors, heads as in Stable Diffusion."""
     shapes = Shapes(source, prefix)
     shapes["out.2.weight"] = [0]  # the UNet's way up, which a ControlNet lacks
-    try:
+    with odd_shapes(source):
         unet = unet_config(shapes, "sd1")
         hints = [shapes[HINT.format(i)] for i in takewhile(lambda i: HINT.format(i) in shapes, count(0, 2))]
         own = {
             "conditioning_channels": hints[0][1],
             "conditioning_embedding_out_channels": tuple(shape[0] for shape in hints[:-1:2]),  # each second one widens
         }
-    except (IndexError, ValueError) as e:
-        if isinstance(e, WeightsError):
-            raise
-        raise WeightsError(f"{source.path} has tensors of odd shapes ({e}): fetch it again.") from None
     return ControlNetConfig.from_dict(dataclasses.asdict(unet) | own)
 
 

@@ -4,9 +4,10 @@ What no shape tells (the number of heads, activations, the noise schedule) is as
 checkpoint is built like.
 """
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxdiff.config import CLIPTextConfig, PipelineOptions, SchedulerConfig, UNetConfig, VAEConfig
@@ -41,6 +42,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {  # scheduler_config.json of the publis
     "sd2": _SD | {"_class_name": "DDIMScheduler"},
     "sdxl": _SD | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
     "sdxl_refiner": _SD | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+    "lcm": _SD | {"_class_name": "LCMScheduler", "set_alpha_to_one": True, "steps_offset": 0},
     "upscaler": _WIDE | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
 }
 LOW_RES = {
@@ -72,15 +74,53 @@ class Shapes(dict[str, list[int]]):
         return next(i for i, start in enumerate(starts) if not any(n.startswith(start) for n in self))
 
 
+@contextlib.contextmanager
+def odd_shapes(source: TensorSource) -> Iterator[None]:
+    """Turns what shapes that make no network raise into a WeightsError naming the file."""
+    try:
+        yield
+    except (IndexError, ZeroDivisionError, ValueError) as e:
+        if isinstance(e, WeightsError):
+            raise
+        raise WeightsError(f"{source.path} has tensors of odd shapes ({e}): fetch it again.") from None
+
+
+PARTS = {  # what a file that is no whole checkpoint may hold: how its names begin -> what that is, and how it is used
+    "encoder.conv_in.": "an autoencoder alone: load a model, then give the file to jaxdiff.load_vae",
+    "lora_": "a LoRA: load a model, then give the file to jaxdiff.load_lora",
+    "control_model.": "a ControlNet: give it to jaxdiff.load_controlnet",
+    "input_hint_block.": "a ControlNet: give it to jaxdiff.load_controlnet",
+    "down_blocks.": "a UNet of a diffusers folder: put it into one, beside the other parts",
+}
+
+
 def detect(source: TensorSource) -> str:
-    """The family of a one-file checkpoint by its tensors' names, as `Model.family` calls it."""
+    """The family of a one-file checkpoint by its tensors' names, as `Model.family` calls it.
+
+    Raises:
+        WeightsError: it is no whole checkpoint; the sentence says what it seems to be.
+    """
     shapes = source.shapes
+    has_unet, has_vae = (any(n.startswith(p) for n in shapes) for p in (UNET_PREFIX, VAE_PREFIX))
+    if not has_unet:
+        names = [n.removeprefix(VAE_PREFIX) for n in shapes]
+        for start, what in PARTS.items():
+            if any(n.startswith(start) for n in names):
+                raise WeightsError(f"{source.path} holds {what}.")
     for family, texts in TEXTS.items():
         if all(any(n.startswith(p.removesuffix("text_model.")) for n in shapes) for p in texts.values()):
+            if not has_vae:
+                raise WeightsError(
+                    f"{source.path} has no autoencoder ({VAE_PREFIX}…): it was pruned, fetch the whole file."
+                )
             upscales = family == "sd2" and f"{UNET_PREFIX}label_emb.weight" in shapes
             return "upscaler" if upscales else family
     Shapes(source, UNET_PREFIX)["input_blocks.0.0.weight"]  # for its error, where the file is something else altogether
-    raise WeightsError(f"{source.path} has no text encoder of Stable Diffusion 1.x, 2.x or XL: fetch the whole file.")
+    more = "" if has_vae else " and no autoencoder"
+    raise WeightsError(
+        f"{source.path} has no text encoder of Stable Diffusion 1.x, 2.x or XL{more}: it was pruned, fetch the whole "
+        "file."
+    )
 
 
 def text_prefixes(source: TensorSource, family: str) -> dict[str, str]:
@@ -101,7 +141,7 @@ def infer_configs(source: TensorSource, family: str, prediction_type: str | None
     Raises:
         WeightsError: a tensor is missing or has the wrong number of axes.
     """
-    try:
+    with odd_shapes(source):
         configs: dict[str, Any] = {
             name: text_config(Shapes(source, prefix), openclip=prefix.endswith(".model."), project=name.endswith("2"))
             for name, prefix in text_prefixes(source, family).items()
@@ -109,10 +149,6 @@ def infer_configs(source: TensorSource, family: str, prediction_type: str | None
         pooled = configs["text_encoder_2"].projection_dim if "text_encoder_2" in configs else None
         unet = unet_config(Shapes(source, UNET_PREFIX), family, pooled)
         vae = vae_config(Shapes(source, VAE_PREFIX), family)
-    except (IndexError, ZeroDivisionError, ValueError) as e:
-        if isinstance(e, WeightsError):
-            raise
-        raise WeightsError(f"{source.path} has tensors of odd shapes ({e}): fetch it again.") from None
     marked = "v_pred" in source.shapes  # by fine-tuned SDXL: a tensor without numbers
     if prediction_type is None and (marked or (family == "sd2" and unet.in_channels == vae.latent_channels)):
         prediction_type = "v_prediction"
@@ -121,13 +157,15 @@ def infer_configs(source: TensorSource, family: str, prediction_type: str | None
     return configs | {
         "unet": unet,
         "vae": vae,
-        "scheduler": scheduler_config(family, prediction_type, zero_snr="ztsnr" in source.shapes),
+        "scheduler": scheduler_config(
+            family if unet.time_cond_proj_dim is None else "lcm", prediction_type, zero_snr="ztsnr" in source.shapes
+        ),
         "options": pipeline_options(family),
     }
 
 
 def scheduler_config(family: str, prediction_type: str | None = None, *, zero_snr: bool = False) -> SchedulerConfig:
-    """The noise schedule and the default method of a published family."""
+    """The noise schedule and the default method of a published family, or of "lcm", the distilled ones."""
     values = SCHEDULERS[family] | ({"prediction_type": prediction_type} if prediction_type else {})
     return SchedulerConfig.from_dict(values | ({"rescale_betas_zero_snr": True} if zero_snr else {}))
 

@@ -1,5 +1,6 @@
 """Single networks in and out: a folder of `config.json` and weights, as diffusers writes one for each network."""
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
@@ -9,9 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.config import Config, ConfigError, TinyVAEConfig, read_json
-from jaxdiff.io.pretrained import check_dtype, find_weights, write_json
+from jaxdiff.config import Config, ConfigError, TinyVAEConfig, VAEConfig
+from jaxdiff.io import taesd
+from jaxdiff.io.layouts import VAE_PREFIX
+from jaxdiff.io.pretrained import VAES, check_dtype, find_weights, read_config, write_json
+from jaxdiff.io.single_file import load_original_vae
+from jaxdiff.io.sources import open_tensors
 from jaxdiff.io.weights import WeightsError, load_tensors, save_tensors
+from jaxdiff.models.model import Model, autoencoder
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.typing import Array, Params
 
@@ -50,11 +56,7 @@ def load_module(
     if not path.exists():
         raise ConfigError(f"{path} is missing: give a {config_class.CLASS_NAME}'s folder or its .safetensors file.")
     file = (path if path.is_dir() else path.parent) / CONFIG
-    values = read_json(file)
-    found = values.get("_class_name", config_class.CLASS_NAME)
-    if found != config_class.CLASS_NAME:
-        raise ConfigError(f"{file} is of a {found}: give the folder of a {config_class.CLASS_NAME}.")
-    module = module_class(config_class.from_dict(values), dtype=dtype)
+    module = module_class(read_config(file, config_class), dtype=dtype)
     shapes = module_shapes(module, inputs, file)
     return module, load_tensors(find_weights(path, "unet", variant) if path.is_dir() else path, shapes, dtype)
 
@@ -83,9 +85,62 @@ def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any =
 
 
 def load_tiny_vae(path: str | Path, *, dtype: Any = None, variant: str | None = None) -> tuple[AutoencoderTiny, Params]:
-    """A tiny autoencoder (TAESD) for previews, and its parameters: see `load_module`."""
+    """A tiny autoencoder (TAESD) for previews, and its parameters.
 
-    def inputs(c: TinyVAEConfig) -> tuple[Array, ...]:
-        return (jnp.zeros((1, c.factor, c.factor, c.in_channels)),)
+    Args:
+        path: a folder or file as `load_module` has it; or one of its author's pair of files, `taesd_encoder` and
+            `taesd_decoder`, which lie side by side as .safetensors or .pth: the config follows from their tensors.
+        dtype, variant: see `load_module`.
 
-    return load_module(path, TinyVAEConfig, AutoencoderTiny, inputs, dtype, variant)
+    Raises:
+        ConfigError, WeightsError: one sentence naming the file and the mend.
+    """
+    if Path(path).is_file() and (pair := taesd.open_pair(path)):
+        config, source = pair
+        tiny = AutoencoderTiny(config, dtype=check_dtype(dtype))
+        return tiny, load_tensors(source, module_shapes(tiny, picture, source.path), tiny.dtype)
+    return load_module(path, TinyVAEConfig, AutoencoderTiny, picture, dtype, variant)
+
+
+def picture(c: VAEConfig | TinyVAEConfig) -> tuple[Array, ...]:
+    """The smallest input of an autoencoder."""
+    return (jnp.zeros((1, c.factor, c.factor, c.in_channels)),)
+
+
+def load_vae(model: Model, params: Params, path: str | Path, *, variant: str | None = None) -> tuple[Model, Params]:
+    """A model with another autoencoder in the place of its own, and parameters to match; those given stay as they are.
+
+    Args:
+        path: an autoencoder's folder, or its file of weights with `config.json` beside it; a file in the original
+            layout (with or without `first_stage_model.`; a whole checkpoint too), whose latents are then taken to be
+            scaled as the model's own; or a tiny autoencoder as `load_tiny_vae` has it.
+        variant: of a folder's weights, such as "fp16".
+
+    Raises:
+        ConfigError, WeightsError: one sentence naming the file and the mend; it may be of latents that do not fit.
+    """
+    path, own, dtype = Path(path), model.vae.config, model.unet.dtype
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: give an autoencoder's folder or file.")
+    vae: Any = None
+    tree: Params = {}
+    if path.is_file():
+        if taesd.open_pair(path):
+            vae, tree = load_tiny_vae(path, dtype=dtype)
+        source = open_tensors(path)
+        for prefix in (VAE_PREFIX, ""):
+            if f"{prefix}encoder.down.0.block.0.conv1.weight" in source.shapes:
+                like = own if isinstance(own, VAEConfig) else VAEConfig(scaling_factor=own.scaling_factor)
+                config, tree = load_original_vae(source, prefix, like, dtype)
+                vae = autoencoder(config, dtype, model.vae.remat)
+    if vae is None:
+        folder = path if path.is_dir() else path.parent
+        kind = type(read_config(folder / CONFIG, *VAES))
+        vae, tree = load_module(path, kind, lambda c, dtype: autoencoder(c, dtype), picture, dtype, variant)
+    found = vae.config
+    if (found.factor, found.latent_channels) != (own.factor, own.latent_channels):
+        raise ConfigError(
+            f"{path} has {found.latent_channels} latent channels, each of {found.factor} pixels, the model "
+            f"{own.latent_channels} of {own.factor}: take an autoencoder of its family."
+        )
+    return dataclasses.replace(model, vae=vae), {**params, "vae": tree}

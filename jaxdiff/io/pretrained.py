@@ -1,7 +1,9 @@
 """Models in and out: diffusers folders, that is `model_index.json` and a folder of config and weights for each module,
 and by way of other files here single-file checkpoints and the Hugging Face hub."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -18,6 +20,7 @@ from jaxdiff.config import (
     ConfigError,
     PipelineOptions,
     SchedulerConfig,
+    TinyVAEConfig,
     UNetConfig,
     VAEConfig,
     read_json,
@@ -25,7 +28,7 @@ from jaxdiff.config import (
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.io.weights import WeightsError, load_tensors, save_tensors
 from jaxdiff.models.clip import CLIPTextModel
-from jaxdiff.models.model import Model, build, param_shapes
+from jaxdiff.models.model import Model, build, param_shapes, with_controlnets
 from jaxdiff.tokenizer import Tokenizer
 from jaxdiff.typing import Params
 
@@ -37,6 +40,7 @@ CONFIGS: dict[str, type[Config]] = {
     "vae": VAEConfig,
     "vision_encoder": CLIPVisionConfig,
 }
+VAES: tuple[type[Config], ...] = (VAEConfig, TinyVAEConfig)  # what may stand in the folder `vae`
 STEMS = {  # names of weights' files as diffusers (unet, vae) and transformers write them; other libraries' after them
     "unet": ("diffusion_pytorch_model", "diffusion_flax_model"),
     "vae": ("diffusion_pytorch_model", "diffusion_flax_model"),
@@ -52,7 +56,7 @@ SUFFIXES = (  # of those files, {} the variant; the first found is read
     "{}.msgpack",
 )
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
-TOKENIZERS, LOW_RES = ("tokenizer", "tokenizer_2"), "low_res_scheduler"
+TOKENIZERS, LOW_RES, CONTROLNET = ("tokenizer", "tokenizer_2"), "low_res_scheduler", "controlnet"
 COMPONENTS = (*CONFIGS, *TOKENIZERS, "scheduler", LOW_RES, "model_index.json")
 SCHEDULER = "scheduler_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,8 +67,12 @@ def bundled() -> list[str]:
     return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
 
 
-def find(name_or_path: str | Path) -> Path:
+def find(name_or_path: str | Path, variant: str | None = None) -> Path:
     """A model's folder or file: a path, a bundled model's name, or "owner/name" on the hub, which is then fetched.
+
+    Args:
+        name_or_path: "owner/name@v1.0" is the hub's model at that branch, tag or commit.
+        variant: of the weights to be fetched, see `load`.
 
     Raises:
         ConfigError: it is none of these, or cannot be fetched; the sentence says what there is.
@@ -76,10 +84,10 @@ def find(name_or_path: str | Path) -> Path:
         raise ConfigError(f"{path} is no model's file: known are {', '.join(SINGLE_FILES)}, and diffusers folders.")
     if name in bundled():
         return BUNDLED / name
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and path.suffix not in SINGLE_FILES:
+    if (hub := re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", name)) and path.suffix not in SINGLE_FILES:
         from jaxdiff.io.hub import fetch
 
-        return fetch(name)
+        return fetch(hub[1], hub[2], variant)
     known = ", ".join(bundled()) or "none"
     raise ConfigError(
         f"{name} is no folder and no bundled model (bundled: {known}): give a diffusers folder, a .safetensors or "
@@ -109,6 +117,21 @@ def find_weights(folder: Path, name: str, variant: str | None = None) -> Path:
     raise WeightsError(f"{folder / STEMS[name][0]}.safetensors is missing: is the folder a complete diffusers folder?")
 
 
+def read_config(path: Path, *known: type[Config]) -> Config:
+    """A network's `config.json`, as the one of the `known` classes that it names; as the first where it names none.
+
+    Raises:
+        ConfigError: the file is missing or damaged, or of another class.
+    """
+    values = read_json(path)
+    found = str(values.get("_class_name", known[0].CLASS_NAME)).removeprefix("Flax")
+    for cls in known:
+        if found == cls.CLASS_NAME and str(values.get("model_type", "clip")).startswith("clip"):
+            return cls.from_dict(values)
+    names = " or ".join(cls.CLASS_NAME for cls in known)
+    raise ConfigError(f"{path} is of a {values.get('model_type', found)}, where {names} is read: take another.")
+
+
 def check_dtype(dtype: Any) -> Any:
     """A floating type by name or as a type. Raises ConfigError listing the known."""
     name = "float32" if dtype is None else dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
@@ -135,7 +158,10 @@ def load_model(folder: Path, dtype: Any = None, *, prediction_type: str | None =
     present = {"text_encoder": listed("text_encoder") or not two, "text_encoder_2": two, "unet": True, "vae": True}
     present["vision_encoder"] = (folder / "vision_encoder").is_dir()
     configs: dict[str, Any] = {
-        name: cls.load(folder / name / "config.json") if present[name] else None for name, cls in CONFIGS.items()
+        name: read_config(folder / name / "config.json", *(VAES if name == "vae" else (cls,)))
+        if present[name]
+        else None
+        for name, cls in CONFIGS.items()
     }
     options = PipelineOptions.from_dict(index)
     if low_res.is_dir():
@@ -181,7 +207,7 @@ def load(
 
     Args:
         name_or_path: a diffusers folder, a single-file checkpoint (.safetensors, .ckpt), the name of a bundled model
-            ("icons"), or "owner/name" on the Hugging Face hub.
+            ("icons"), or "owner/name" on the Hugging Face hub ("owner/name@v1.0" at a branch, tag or commit).
         dtype: type to compute in and to hold the parameters in: "float32" (default), "bfloat16" or "float16".
         variant: of a folder's weights: "fp16" reads its `*.fp16.safetensors`; None those without such a word, where
             there are any.
@@ -190,13 +216,14 @@ def load(
         remat: recompute activations in the backward pass, for gradients through large models.
 
     Returns:
-        The model, static under `jit`, and its parameters on the default device. Each tensor goes from the
+        The model, static under `jit`, with the ControlNets that its folder lists, and its parameters on the default
+        device. Each tensor goes from the
         memory-mapped file straight to its place, so that the peak is the parameters and one tensor.
 
     Raises:
         ConfigError, WeightsError: one sentence naming the file and the mend.
     """
-    folder, dtype = find(name_or_path), check_dtype(dtype)
+    folder, dtype = find(name_or_path, variant), check_dtype(dtype)
     if folder.is_file():
         from jaxdiff.io.single_file import load_single_file
 
@@ -207,16 +234,34 @@ def load(
     except (TypeError, ValueError, ZeroDivisionError) as e:
         raise ConfigError(f"the configs in {folder} do not make a model ({e}).") from None
     files = {name: find_weights(folder / name, name, variant) for name in shapes}
-    return model, {name: load_tensors(files[name], shapes[name], dtype) for name in shapes}
+    params = {name: load_tensors(files[name], shapes[name], dtype) for name in shapes}
+    if not (names := controlnets(folder)):
+        return model, params
+    from jaxdiff.io.controlnet import load_controlnet
+
+    nets = [load_controlnet(folder / name, dtype=dtype, variant=variant) for name in names]
+    return with_controlnets(model, params, *nets)
+
+
+def controlnets(folder: Path) -> list[str]:
+    """Folders of a model's ControlNets, where `model_index.json` lists any: `controlnet`, `controlnet_1`, …"""
+    if not any(read_json(folder / "model_index.json").get(CONTROLNET) or ()):
+        return []
+    more = (f"{CONTROLNET}_{i}" for i in itertools.count(1))
+    return [CONTROLNET, *itertools.takewhile(lambda name: (folder / name).is_dir(), more)]
 
 
 def pipeline_class(model: Model) -> str:
     """The class of PyTorch diffusers that draws with a model of this kind."""
+    control = "ControlNet" if model.controlnets else ""
     if model.family == "upscaler":
+        if control:
+            raise WeightsError("PyTorch diffusers has no pipeline of an upscaler under ControlNets: save them alone.")
         return "StableDiffusionUpscalePipeline"
-    if model.scheduler.class_name == "LCMScheduler" and model.text_encoder_2 is None and not model.inpaints:
+    sd1 = model.text_encoder_2 is None
+    if model.scheduler.class_name == "LCMScheduler" and sd1 and not model.inpaints and not control:
         return "LatentConsistencyModelPipeline"
-    kind = "StableDiffusion" if model.text_encoder_2 is None else "StableDiffusionXL"
+    kind = f"StableDiffusion{control}" if sd1 else f"StableDiffusionXL{control}"
     task = "Inpaint" if model.inpaints else "Img2Img" if model.family == "sdxl_refiner" else ""
     return f"{kind}{task}Pipeline"
 
@@ -232,8 +277,11 @@ def model_index(model: Model) -> dict[str, Any]:
         "text_encoder": encoder_class(model.text_encoder),
         "tokenizer": ["transformers", "CLIPTokenizer"] if model.tokenizer else nothing,
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", model.vae.config.CLASS_NAME],
     }
+    if model.controlnets:
+        several = len(model.controlnets) > 1
+        index[CONTROLNET] = ["diffusers", "MultiControlNetModel" if several else "ControlNetModel"]
     if options.guidance_scale != PipelineOptions.guidance_scale:
         index["_guidance_scale"] = options.guidance_scale
     if model.text_encoder_2 is not None:
@@ -244,9 +292,9 @@ def model_index(model: Model) -> dict[str, Any]:
             "force_zeros_for_empty_prompt": options.force_zeros_for_empty_prompt,
         }
         return index | (
-            {}
-            if name == "StableDiffusionXLPipeline"
-            else {"requires_aesthetics_score": options.requires_aesthetics_score}
+            {"requires_aesthetics_score": options.requires_aesthetics_score}
+            if "Inpaint" in name or "Img2Img" in name
+            else {}
         )
     index["safety_checker"] = nothing
     if options.low_res_scheduler is not None:
@@ -268,7 +316,9 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None) -> None:
-    """Write a diffusers folder that PyTorch diffusers and `load` open; whole or not at all. ControlNets are left out.
+    """Write a diffusers folder that PyTorch diffusers and `load` open; whole or not at all.
+
+    ControlNets go along where `params` holds theirs, as "controlnet".
 
     Args:
         folder: made; if it is a model's folder already, its model is replaced and other files in it stay; any other
@@ -279,6 +329,8 @@ def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None)
         WeightsError: the folder cannot be written, or holds something else.
     """
     folder = Path(folder)
+    if CONTROLNET not in params:
+        model = dataclasses.replace(model, controlnets=())
     if folder.suffix == ".safetensors":
         from jaxdiff.io.single_file import save_single_file
 
@@ -303,8 +355,11 @@ def exchange(folder: Path, new: Path, old: Path) -> None:
     if not folder.exists():
         new.rename(folder)
         return
+    parts = {*COMPONENTS, *(p.name for p in new.iterdir())}
+    with contextlib.suppress(ConfigError):  # a damaged model is replaced as well
+        parts.update(controlnets(folder))
     for other in folder.iterdir():  # a model card, samples
-        if other.name not in COMPONENTS:
+        if other.name not in parts:
             copy = shutil.copytree if other.is_dir() else shutil.copy2
             copy(other, new / other.name)
     folder.rename(old)
@@ -316,11 +371,15 @@ def exchange(folder: Path, new: Path, old: Path) -> None:
 
 
 def write_model(folder: Path, model: Model, params: Params, dtype: Any) -> None:
-    for name, module in model.modules.items():
+    networks = [(name, module, params[name]) for name, module in model.modules.items()]
+    for i, (net, own) in enumerate(zip(model.controlnets, params.get(CONTROLNET, ()), strict=True)):
+        networks.append((f"{CONTROLNET}_{i}" if i else CONTROLNET, net, own))
+    for name, module, own in networks:
         write_json(folder / name / "config.json", module.config.to_dict())
         # transformers 4 wants the prefix, 5 reads either.
         prefix = "text_model." if name.startswith("text_encoder") else ""
-        save_tensors(folder / name / f"{STEMS[name][0]}.safetensors", params[name], dtype, prefix)
+        stem = STEMS.get(name, STEMS["unet"])[0]
+        save_tensors(folder / name / f"{stem}.safetensors", own, dtype, prefix)
     for name in TOKENIZERS:
         if (tokenizer := getattr(model, name)) is not None:
             tokenizer.save(folder / name)

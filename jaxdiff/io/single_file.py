@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -21,15 +23,17 @@ from jaxdiff.config import (
     ConfigError,
     PipelineOptions,
     SchedulerConfig,
+    TinyVAEConfig,
     UNetConfig,
     VAEConfig,
 )
-from jaxdiff.io.inference import TEXTS, detect, infer_configs, text_prefixes
+from jaxdiff.io.inference import TEXTS, Shapes, detect, infer_configs, odd_shapes, text_prefixes, vae_config
 from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX, Place, Table, openclip_table, place, unet_table, vae_table
 from jaxdiff.io.pretrained import BUNDLED, check_dtype
 from jaxdiff.io.sources import TensorSource, WeightsError, open_tensors
 from jaxdiff.io.weights import load_tensors, named_tensors, tensor_name, write_tensors
 from jaxdiff.models.model import Model, build, param_shapes
+from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.tokenizer import Tokenizer
 from jaxdiff.typing import Params
 
@@ -50,7 +54,8 @@ IGNORED = re.compile(
     | ((low_scale_model|noise_augmentor)\.)?(betas|\w*alphas_cumprod(_prev)?|posterior_\w+|logvar|lvlb_weights)
     | denoiser\.\w+ | global_step | scale_factor              # the noise schedule and what else training knew
     | v_pred | ztsnr                                          # marks, read by `infer_configs`
-    | first_stage_model\.loss\..*                             # the autoencoder's discriminator
+    | (first_stage_model\.)?(loss|model_ema)\..*              # the autoencoder's discriminator, its average
+    | embedding_manager\..*                                   # of textual inversion's own program
     | .*\.(position_ids|logit_scale)                          # counts 0, 1, 2 …; CLIP's temperature
     | (cond_stage_model|conditioner\.embedders\.0\.transformer)\.(.*\.)?text_projection(\.weight)?  # not applied
     | cond_stage_model\.model\.transformer\.resblocks\.23\..* # the last layer of SD 2.x, which its text passes by
@@ -184,6 +189,30 @@ def _renamed(source: TensorSource, places: dict[str, Place]) -> TensorSource:
     return TensorSource(source.path, {name: shape(at) for name, at in places.items()}, read)
 
 
+def load_original_vae(source: TensorSource, prefix: str, like: VAEConfig, dtype: Any) -> tuple[VAEConfig, Params]:
+    """The autoencoder in a file of the original layout whose names start with `prefix`.
+
+    Args:
+        like: the config of the autoencoder whose place it takes: what no tensor tells is as there.
+        dtype: type to hold the parameters in.
+    """
+    with odd_shapes(source):
+        found = vae_config(Shapes(source, prefix), "sd1")
+    untold = ("act_fn", "norm_num_groups", "sample_size", "scaling_factor", "shift_factor", "force_upcast")
+    config = dataclasses.replace(found, **{name: getattr(like, name) for name in untold})
+    picture = jnp.zeros((1, config.factor, config.factor, config.in_channels))
+    with odd_shapes(source):
+        shapes = jax.eval_shape(lambda: AutoencoderKL(config).init(jax.random.key(0), picture)["params"])
+    table, places = vae_table(config), {}
+    for path in flatten_dict(shapes):
+        at = place(tensor_name(path), table, prefix)
+        assert at is not None
+        if at.name not in source.shapes:
+            raise WeightsError(f"{source.path} lacks the tensor {at.name}: fetch the whole file again.")
+        places[tensor_name(path)] = at
+    return config, load_tensors(_renamed(source, places), shapes, dtype)
+
+
 def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any = None) -> None:
     """Write a one-file checkpoint in the original layout, which other programs open as well; whole or not at all.
 
@@ -200,6 +229,10 @@ def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any 
     path = Path(path)
     if path.suffix != ".safetensors":
         raise WeightsError(f"{path} does not end in .safetensors, the one format written here: name it so.")
+    if model.controlnets:
+        raise WeightsError("One file has no place for ControlNets: save a folder, or leave them out of params.")
+    if isinstance(model.vae.config, TinyVAEConfig):
+        raise WeightsError("One file has no place for a tiny autoencoder: save a folder, or load a large one first.")
     dtype, tensors = None if dtype is None else check_dtype(dtype), {}
     for name in model.modules:
         if name == "vision_encoder":

@@ -5,10 +5,12 @@ into memory anew, so that pages already copied leave memory at once.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
@@ -65,16 +67,39 @@ def _open_safetensors(path: Path) -> TensorSource:
                 return action(file)
         except FileNotFoundError:
             raise
-        except (SafetensorError, OSError, TypeError) as e:  # TypeError: a type of number that numpy lacks
+        except (SafetensorError, OSError, TypeError, AttributeError) as e:  # the last two: numbers that numpy lacks
             raise WeightsError(f"{path} is damaged or no safetensors file ({e}): fetch it again.") from None
 
-    shapes = opened(lambda file: {name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
-    return TensorSource(
-        path,
-        shapes,
-        lambda name: opened(lambda file: file.get_tensor(name)),
-        opened(lambda file: file.metadata()) or {},
-    )
+    def described(file: Any) -> dict[str, tuple[list[int], str]]:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
+
+    tensors = opened(described)
+
+    def read(name: str) -> np.ndarray:
+        shape, kind = tensors[name]
+        if kind in EIGHT_BITS:
+            return _read_eight_bits(path, name, shape, EIGHT_BITS[kind])
+        return opened(lambda file: file.get_tensor(name))
+
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    return TensorSource(path, shapes, read, opened(lambda file: file.metadata()) or {})
+
+
+EIGHT_BITS = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}  # which safetensors' numpy side lacks
+
+
+def _read_eight_bits(path: Path, name: str, shape: list[int], dtype: Any) -> np.ndarray:
+    """A tensor of 8-bit floats, out of a file whose header safetensors has found to be right."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[name]["data_offsets"]
+    if begin == end:
+        return np.empty(shape, dtype)
+    return np.memmap(path, np.uint8, "r", 8 + length + begin, (end - begin,)).view(dtype).reshape(shape)
 
 
 def _open_index(path: Path) -> TensorSource:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
@@ -133,7 +134,12 @@ def load_tensors(path: Path | TensorSource, target: Params, dtype: Any) -> Param
                 f"{path}: tensor {name} has shape {list(found)}, its config.json calls for {list(expected)}: "
                 "the config and the weights are of different models."
             )
-        x = from_torch_layout(leaf_path, source.read(names.pop(name)))
+        x = source.read(names.pop(name))
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise WeightsError(
+                f"{path}: tensor {name} holds {x.dtype}, no floating numbers: it is quantised or damaged."
+            )
+        x = from_torch_layout(leaf_path, x)
         # A copy, since the file may change later; device_put compiles nothing, which jnp.asarray does for each shape.
         params[leaf_path] = jax.device_put(np.array(x, dtype=dtype, order="C"))
     if names:

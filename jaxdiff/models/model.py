@@ -11,6 +11,7 @@ from jaxdiff.config import (
     CLIPVisionConfig,
     PipelineOptions,
     SchedulerConfig,
+    TinyVAEConfig,
     UNetConfig,
     VAEConfig,
 )
@@ -33,7 +34,7 @@ class Model:
 
     text_encoder: CLIPTextModel | None  # None: the SDXL refiner, which has the second one alone
     unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    vae: AutoencoderKL | AutoencoderTiny
     tokenizer: Tokenizer | None
     scheduler: SchedulerConfig
     vision_encoder: CLIPVisionModel | None = None  # for contrastive training and scoring; never drawn with
@@ -83,7 +84,7 @@ def with_controlnets(model: Model, params: Params, *controlnets: tuple[Any, Para
 def build(
     text: CLIPTextConfig | None,
     unet: UNetConfig,
-    vae: VAEConfig,
+    vae: VAEConfig | TinyVAEConfig,
     tokenizer: Tokenizer | None,
     scheduler: SchedulerConfig,
     vision: CLIPVisionConfig | None = None,
@@ -97,11 +98,10 @@ def build(
     """A model of these configs that computes in `dtype`; `remat` recomputes activations, see `rematerialised`."""
     dtype = jnp.dtype(dtype)
     rest = remat, dtype
-    vae_dtype = jnp.dtype("float32") if vae.force_upcast and dtype == jnp.float16 else dtype
     return Model(
         None if text is None else CLIPTextModel(text, *rest),
         UNet2DConditionModel(unet, *rest),
-        AutoencoderKL(vae, remat, vae_dtype),  # in float16 it may overflow
+        autoencoder(vae, dtype, remat),
         tokenizer,
         scheduler,
         None if vision is None else CLIPVisionModel(vision, *rest),
@@ -109,6 +109,16 @@ def build(
         tokenizer_2,
         options=options or PipelineOptions(),
     )
+
+
+def autoencoder(
+    config: VAEConfig | TinyVAEConfig, dtype: Any, remat: bool | str = False
+) -> AutoencoderKL | AutoencoderTiny:
+    """The autoencoder of a config; the large one in float32 where it is said to overflow in float16."""
+    if isinstance(config, TinyVAEConfig):
+        return AutoencoderTiny(config, bool(remat), dtype)
+    upcast = config.force_upcast and dtype == jnp.float16
+    return AutoencoderKL(config, remat, jnp.dtype("float32") if upcast else dtype)
 
 
 def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
@@ -127,7 +137,7 @@ def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
     }
     extra: list[jax.ShapeDtypeStruct | None] = [None] * 4  # pooled, time_ids, class_labels, guidance
     if unet.addition_embed_type == "text_time":
-        assert unet.projection_class_embeddings_input_dim
+        assert unet.projection_class_embeddings_input_dim  # `UNetConfig.from_dict` sees to it
         assert unet.addition_time_embed_dim
         ids = time_id_count(model)
         pooled = unet.projection_class_embeddings_input_dim - ids * unet.addition_time_embed_dim

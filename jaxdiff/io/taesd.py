@@ -1,0 +1,76 @@
+"""The tiny autoencoder (TAESD) in its author's own layout: an encoder and a decoder, each a file of numbered layers.
+
+The files count the layers of a `torch.nn.Sequential`: `0.weight` is the encoder's first convolution, `1.conv.0.weight`
+the first one of its first block. The decoder's count begins with the clipping of its input, which diffusers does not
+count: its layer 3 is `decoder.layers.2` there.
+"""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+from jaxdiff.config import TinyVAEConfig
+from jaxdiff.io.inference import Shapes, odd_shapes
+from jaxdiff.io.sources import TensorSource, open_tensors
+from jaxdiff.io.weights import WeightsError
+
+FIRST = {"encoder": 0, "decoder": 1}  # the number of each one's first convolution
+
+
+def open_pair(path: str | Path) -> tuple[TinyVAEConfig, TensorSource] | None:
+    """The config and, under diffusers' names, the tensors of the pair that a file is of; None if it is of none.
+
+    Raises:
+        WeightsError: the other file is not beside it, or the shapes of the two make no autoencoder.
+    """
+    path, source = Path(path), open_tensors(path)
+    if not numbered(source):
+        return None
+    side = "encoder" if "0.weight" in source.shapes else "decoder"
+    other = "decoder" if side == "encoder" else "encoder"
+    beside = path.with_name(path.name.replace(side, other))
+    if side not in path.name or not beside.is_file():
+        raise WeightsError(f"{path} is the {side} of a tiny autoencoder: put the {other} beside it, named alike.")
+    sources = {side: source, other: open_tensors(beside)}
+    if not numbered(sources[other]):
+        raise WeightsError(
+            f"{beside} is no {other} of a tiny autoencoder, as {path} beside it needs one: fetch it again."
+        )
+    names = {  # diffusers' -> (which file, its name there)
+        f"{part}.layers.{int(number) - FIRST[part]}.{rest}": (part, name)
+        for part in FIRST
+        for name in sources[part].shapes
+        for number, _, rest in [name.partition(".")]
+    }
+    shapes = {ours: sources[part].shapes[name] for ours, (part, name) in names.items()}
+    merged = TensorSource(path, shapes, lambda ours: sources[names[ours][0]].read(names[ours][1]))
+    with odd_shapes(merged):
+        return infer_config(merged), merged
+
+
+def numbered(source: TensorSource) -> bool:
+    return bool(source.shapes) and all(re.fullmatch(r"\d+\.(conv\.\d+\.)?(weight|bias)", n) for n in source.shapes)
+
+
+def infer_config(source: TensorSource) -> TinyVAEConfig:
+    """The config of a tiny autoencoder from the shapes of its tensors under diffusers' names."""
+    found = {part: Shapes(source, f"{part}.layers.") for part in FIRST}
+    # Convolutions bound the levels of blocks; the decoder's layers without a tensor enlarge.
+    convs = {
+        part: sorted(int(n.split(".")[0]) for n in s if n.count(".") == 1 and n.endswith("weight"))
+        for part, s in found.items()
+    }
+    blocks = {
+        part: tuple(sum(f"{i}.conv.0.weight" in found[part] for i in range(a, b)) for a, b in pairwise(at))
+        for part, at in convs.items()
+    }
+    encoder, decoder = found["encoder"], found["decoder"]
+    return TinyVAEConfig(
+        in_channels=encoder[f"{convs['encoder'][0]}.weight"][1],
+        out_channels=decoder[f"{convs['decoder'][-1]}.weight"][0],
+        encoder_block_out_channels=tuple(encoder[f"{i}.weight"][0] for i in convs["encoder"][:-1]),
+        decoder_block_out_channels=tuple(decoder[f"{i}.weight"][1] for i in convs["decoder"][1:]),
+        num_encoder_blocks=blocks["encoder"],
+        num_decoder_blocks=blocks["decoder"],
+        latent_channels=decoder[f"{convs['decoder'][0]}.weight"][1],
+    )
