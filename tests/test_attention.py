@@ -16,11 +16,12 @@ def inputs(queries: int, keys: int, width: int = 16):
     return [rng.standard_normal((2, n, width)).astype(np.float32) for n in (queries, keys, keys)]
 
 
-def formula(q, k, v, heads=HEADS):
+def formula(q, k, v, heads=HEADS, causal=False):
     """softmax(q kᵀ / sqrt(d)) v, head by head."""
     out = []
     for one in zip(*(np.split(x.astype(np.float64), heads, -1) for x in (q, k, v)), strict=True):
         scores = one[0] @ one[1].transpose(0, 2, 1) / np.sqrt(one[0].shape[-1])
+        scores = np.where(np.tri(*scores.shape[1:]), scores, -np.inf) if causal else scores
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out.append(weights / weights.sum(-1, keepdims=True) @ one[2])
     return np.concatenate(out, -1)
@@ -31,6 +32,17 @@ def test_attention_is_the_formula(queries, keys):
     """Rounding of sums of at most 1,024 float32 products: some 1e-6. The last shape fills its last chunk in part."""
     q, k, v = inputs(queries, keys)
     assert error(attention(q, k, v, HEADS), formula(q, k, v)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("queries", "causal"), [(7, False), (7, True), (CHUNK_FROM, False)])
+def test_half_precision_is_the_formula_of_its_inputs(queries, causal, dtype):
+    """But for the rounding of the weights and of the result, each by half a unit in the last place at most."""
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs(queries, queries if causal else 5))
+    ours = jax.jit(lambda *x: attention(*x, HEADS, causal=causal))(q, k, v)
+    assert ours.dtype == dtype
+    exact = (np.asarray(x, np.float32) for x in (q, k, v))
+    assert error(np.asarray(ours, np.float32), formula(*exact, causal=causal)) < 2 * jnp.finfo(dtype).eps
 
 
 def test_chunked_gradients_are_those_of_the_whole():

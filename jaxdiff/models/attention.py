@@ -31,13 +31,23 @@ def attention(q: Array, k: Array, v: Array, heads: int, *, causal: bool = False)
     """
     shape = q.shape
     q, k, v = (split_heads(x, heads) for x in (q, k, v))
-    fused = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+    fused = functools.partial(_float16 if q.dtype == jnp.float16 else jax.nn.dot_product_attention, is_causal=causal)
     # One head after the other would bring all heads and examples together on each device, were they divided by a mesh.
     if causal or shape[1] < CHUNK_FROM or jax.sharding.get_abstract_mesh().auto_axes:
         out = fused(q, k, v)
     else:
         out = jax.lax.platform_dependent(q, k, v, cpu=_chunked, default=fused)
     return out.reshape(shape)
+
+
+def _float16(q: Array, k: Array, v: Array, is_causal: bool) -> Array:
+    """The same function of float16 [B, N, H, d]: XLA has its products with sums in float32 on GPUs alone."""
+    fused = functools.partial(jax.nn.dot_product_attention, is_causal=is_causal)
+
+    def widened(*args: Array) -> Array:
+        return fused(*(x.astype(jnp.float32) for x in args)).astype(jnp.float16)
+
+    return jax.lax.platform_dependent(q, k, v, cuda=fused, rocm=fused, default=widened)
 
 
 def _chunked(q: Array, k: Array, v: Array) -> Array:

@@ -1,0 +1,75 @@
+"""Every task in float16 and bfloat16 ends in pictures: `generate` raises where a pixel is no number."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdiff
+from jaxdiff.models.model import build, with_controlnets
+from tests import tiny
+from tests.tiny import SIDE
+
+PICTURE = np.random.default_rng(0).random((SIDE, SIDE, 3), np.float32)
+MASK = np.arange(SIDE) > np.full((SIDE, 1), SIDE // 2)
+SDXL = {
+    "cross_attention_dim": 32,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 16,
+}
+EVERYTHING = {  # that an ordinary model does at once
+    "negative_prompts": "blurry",
+    "blend_prompts": "a red dragon",
+    "blend_negative_prompts": "a blue house",
+    "variation_seed": 3,
+    "guidance_rescale": 0.5,
+    "guidance_interval": (0.0, 5.0),
+    "image": PICTURE,
+    "mask": MASK,
+    "control_images": PICTURE,
+    "hires": 2,
+    "tile": 8,
+    "frames": 2,
+    "scheduler": "dpmpp_2m",
+}
+TASKS = {
+    "ordinary": ({}, EVERYTHING),
+    "inpainting": ({"in_channels": 9}, {"image": PICTURE, "mask": MASK}),
+    "upscaling": ({"in_channels": 7, "num_class_embeds": 50}, {"image": PICTURE[::2, ::2]}),
+    "sdxl": (SDXL, {"image": PICTURE}),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """What is compiled here runs once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+CASES = [(task, dtype) for task in TASKS for dtype in ("float16", "bfloat16")]
+QUICK = ("upscaling", "float16"), ("inpainting", "float16"), ("sdxl", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("task", "dtype"), [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES]
+)
+def test_every_task_ends_in_pictures(task, dtype):
+    changes, given = TASKS[task]
+    text, tokenizer = tiny.text_config(), tiny.tokenizer()
+    second = {"text_2": dataclasses.replace(text, with_projection=True), "tokenizer_2": tokenizer}
+    unet = dataclasses.replace(tiny.UNET, **changes)
+    model = build(text, unet, tiny.VAE, tokenizer, tiny.SCHEDULER, dtype=dtype, **second if task == "sdxl" else {})
+    params = jax.tree.map(lambda x: x.astype(dtype), tiny.tiny_params(model))
+    if "control_images" in given:
+        net, net_params = tiny.tiny_controlnet(model)
+        model, params = with_controlnets(model, params, (net, jax.tree.map(lambda x: x.astype(dtype), net_params)))
+    assert model.unet.dtype == dtype
+    assert model.vae.dtype == (jnp.float32 if dtype == "float16" else dtype)  # it overflows in float16
+    drawn = jaxdiff.generate(model, params, ["a castle"], steps=2, **given)
+    for pictures in drawn if "frames" in given else [drawn]:
+        assert pictures.std() > 10  # of 255: no plane
