@@ -1,5 +1,7 @@
 """Plans say what a run then holds."""
 
+import importlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,15 +11,19 @@ import pytest
 
 import train
 from jaxdiff import parallel
+from jaxdiff.commands import plan as plan_command
+from jaxdiff.commands.plan import described
 from jaxdiff.config import UNetConfig
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.training import plan
 from jaxdiff.training.stages import diffusion_stage
 from jaxdiff.training.state import Options, OptionsError, init_state, optimizer
+from jaxdiff.training.targets import make
 from tests.tiny import SIDE
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "tests" / "training_config.py"
+ONE_FILE = ROOT / "jaxdiff" / "bundled" / "icons" / "unet" / "diffusion_pytorch_model.safetensors"
 SDXL = UNetConfig(
     sample_size=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -47,6 +53,48 @@ def test_planned_bytes_are_those_of_a_real_state(tiny):
     assert held.frozen == sum(x.nbytes for k in frozen for x in jax.tree.leaves(params[k]))
     assert held.batch == 2 * (SIDE * SIDE * 3 + 4 * model.tokenizer.max_length)
     assert held.gradients == held.params
+
+
+@pytest.fixture(scope="module")
+def configs_alone(tiny_folder, tmp_path_factory):
+    """The tiny model's folder without its weights."""
+    folder = tmp_path_factory.mktemp("configs") / "tiny"
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "finetune").glob("*.py")))
+def test_what_is_planned_for_fine_tuning_is_what_is_made(name, configs_alone, tiny):
+    config = importlib.import_module(f"configs.finetune.{name}").get_config()
+    config.init_from.model, config.word.initial = str(configs_alone), "castle"
+    if name == "controlnet":
+        config.controlnet.init_from = "elsewhere"  # whose weights are not read either
+    stage, shapes, _ = described(config)
+    config.controlnet.init_from = ""
+    target = make(config, *tiny)
+    made = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), target.params)
+    assert shapes == made
+    assert stage.trainable == target.stage.trainable
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(target.params))  # no memory of a device
+    assert "all but activations" in plan_command.text(config, "quick", 4)
+
+
+def test_of_a_lora_the_frozen_weights_are_held_once_and_have_no_optimizer(configs_alone, tiny):
+    config = importlib.import_module("configs.finetune.lora").get_config()
+    config.init_from.model = str(configs_alone)
+    stage, shapes, _ = described(config)
+    options = Options(**{name: config[name] for name in Options.__dataclass_fields__})
+    mesh = parallel.mesh(devices=jax.devices()[:1])
+    frozen = plan.sharded(mesh, {k: v for k, v in shapes.items() if k not in stage.trainable})
+    held = plan.memory(plan.abstract_state({"lora": shapes["lora"]}, options, mesh), frozen, {})
+
+    target = make(config, *tiny)
+    state = init_state({"lora": target.params["lora"]}, optimizer(options), mesh)
+    assert held.params == held.gradients == sum(x.nbytes for x in jax.tree.leaves(state.params))
+    assert held.optimizer == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+    assert held.average == sum(x.nbytes for x in jax.tree.leaves(state.ema))
+    assert held.frozen == sum(x.nbytes for x in jax.tree.leaves(tiny[1]))
+    assert held.optimizer < 3 * held.params < held.frozen
 
 
 def test_sdxl_is_planned_on_a_pod_without_allocating_it():
@@ -100,6 +148,7 @@ def test_train_prints_a_plan_without_data_or_a_workdir(cli, stage):
         (["--plan=small"], "--plan=small must be quick or full"),
         (["--plan=quick", "--plan_devices=3"], "batch_size 4 must be divisible"),
         (["--plan=quick", "--plan_devices=4", "--config.fsdp=3"], "fsdp 3 x tensor 1 must divide"),
+        (["--plan=quick", f"--config.init_from.model={ONE_FILE}"], "is one file, which is opened as a whole"),
         (["--plan=quick", "--plan_devices=-1"], "--plan_devices=-1 must be at least 1"),
         (["--workdir=x", "--coordinator_address=localhost:1"], "--coordinator_address needs --num_processes"),
         (["--workdir=x", "--process_id=1"], "need --coordinator_address"),
@@ -107,7 +156,7 @@ def test_train_prints_a_plan_without_data_or_a_workdir(cli, stage):
 )
 def test_what_cannot_be_planned_is_said_in_a_sentence(cli, flags, message):
     code, _, err = cli(f"--config={CONFIG}:unet", *flags)
-    assert code == 2
+    assert code == (1 if "init_from" in flags[1] else 2)
     assert message in err
     assert "Traceback" not in err
 

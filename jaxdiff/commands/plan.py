@@ -70,9 +70,9 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     from jaxdiff.io.pretrained import replace_config
     from jaxdiff.models.model import param_shapes
     from jaxdiff.tokenizer import train_bpe
+    from jaxdiff.training import targets
     from jaxdiff.training.setup import described_model
     from jaxdiff.training.stages import clip_params, clip_stage, vae_stage
-    from jaxdiff.training.targets import make
 
     sizes = config.tokenizer
     model = described_model(
@@ -81,7 +81,7 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     )  # fmt: skip
     if not (config.init_from.model or config.init_from.text_encoder):
         model = replace_config(model, "text_encoder", vocab_size=sizes.vocab_size)
-    side = config.data.image_size or model.unet.config.sample_size * model.vae.config.factor
+    side = config.data.image_size or model.unet.config.side * model.vae.config.factor
     shapes = param_shapes(model)
     example: dict[str, Any] = {"image": np.zeros((1, side, side, 3), np.uint8), "text": [""]}
     if config.stage == "clip":
@@ -89,9 +89,10 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     if config.stage == "vae":
         crop = config.crop or side
         return vae_stage(model), shapes, {**example, "image": example["image"][:, :crop, :crop]}
-    # Parameters of one number each, repeated without memory, for what is made of them.
-    target = make(config, model, jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes))
-    stage, shapes = target.stage, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), target.params)
+    alone = config.copy_and_resolve_references()
+    alone.controlnet.init_from = ""  # it has the UNet's shape, so that its weights need not be read
+    target = targets.described(alone, model, shapes)
+    stage, shapes = target.stage, target.params
     if config.cache_latents:
         latents = np.zeros((1, *[side // model.vae.config.factor] * 2, model.vae.config.latent_channels), np.float16)
         example = {**{k: v for k, v in stage.prepare(example).items() if k != "image"}, "latents": latents}
