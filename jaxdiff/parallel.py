@@ -197,6 +197,25 @@ def global_batch(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
+def rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which row of the batch, the hosts' one after the other, lies at each place of `global_batch`, [B]."""
+    owner = np.empty(batch_size, int)
+    for device, (index,) in batch_sharding(mesh).devices_indices_map((batch_size,)).items():
+        owner[index] = device.process_index
+    return _rows(owner)
+
+
+def _rows(owner: np.ndarray) -> np.ndarray:
+    """`rows`, from the host that has each place: in order, but where a mesh that follows the network has them by turns.
+
+    >>> _rows(np.asarray([0, 1, 0, 1])).tolist()
+    [0, 2, 1, 3]
+    """
+    found = np.empty(len(owner), int)
+    found[np.argsort(owner, kind="stable")] = np.arange(len(owner))
+    return found
+
+
 class Mapped(NamedTuple):
     """What `pmap` returns: call it as a function."""
 

@@ -47,21 +47,19 @@ def order(counts, batch_size, **kwargs):
     return labels, BucketOrder(Buckets(sizes, labels), batch_size, seed=3, **kwargs)
 
 
-@pytest.mark.parametrize("hosts", [1, 2])
-def test_an_epoch_is_every_example_once_but_for_the_remainders(hosts):
+@pytest.mark.parametrize("batch", [4, 8])
+def test_an_epoch_is_every_example_once_but_for_the_remainders(batch):
     counts = [2, 17, 3, 40]  # the first are left out by -1
-    shares = [order(counts, 4, host_index=h, host_count=hosts) for h in range(hosts)]
-    labels = shares[0][0]
-    size = shares[0][1].size
-    assert size * hosts == sum(c - c % (4 * hosts) for c in counts[1:])
+    labels, ordered = order(counts, batch)
+    assert ordered.size == sum(c - c % batch for c in counts[1:])
     epochs = []
     for epoch in range(3):
-        entries = [[o[epoch * size + i] for i in range(size)] for _, o in shares]
-        for start in range(0, size, 4):  # all hosts have one size at a time
-            assert len({shape for e in entries for _, shape in e[start : start + 4]}) == 1
-        found = [i for e in entries for i, _ in e]
+        entries = [ordered[epoch * ordered.size + i] for i in range(ordered.size)]
+        for start in range(0, ordered.size, batch):  # one size at a time
+            assert len({shape for _, shape in entries[start : start + batch]}) == 1
+        found = [i for i, _ in entries]
         assert len(set(found)) == len(found)
-        assert all(shape == (8 * (labels[i] + 1), 8) for e in entries for i, shape in e)
+        assert all(shape == (8 * (labels[i] + 1), 8) for i, shape in entries)
         epochs.append(found)
     assert epochs[0] != epochs[1]
     # Other remainders each time: of 17, one of 4 or of 8 that is left out once is in another epoch.

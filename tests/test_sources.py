@@ -68,6 +68,39 @@ def test_hosts_share_an_epoch(written, kind, hosts):
 
 
 @kinds
+def test_other_hosts_go_on_with_the_same_batches(written, kind):
+    """Two hosts, then one and three, in the middle of an epoch."""
+
+    def hosts(count, state=None):
+        shares = [{"host_index": h, "host_count": count} for h in range(count)]
+        found = [
+            iter(captioned_data(written(kind), 6 // count, SIZE, seed=5, flip=True, threads=1, **s)) for s in shares
+        ]
+        for iterator in found:
+            if state:
+                iterator.set_state(state)
+        return found
+
+    def batch(iterators):
+        parts = [next(iterator) for iterator in iterators]
+        return [t for part in parts for t in part["text"]], np.concatenate([part["image"] for part in parts])
+
+    two = hosts(2)
+    for _ in range(3):
+        batch(two)
+    states = [json.loads(json.dumps(iterator.get_state())) for iterator in two]
+    assert states[0] == states[1]
+    assert states[0]["examples"] == 18
+    others = [hosts(1, states[0]), hosts(3, states[0])]
+    for _ in range(5):
+        texts, images = batch(two)
+        for iterators in others:
+            again, same_images = batch(iterators)
+            assert again == texts
+            np.testing.assert_array_equal(same_images, images)
+
+
+@kinds
 def test_resumes_exactly_with_other_threads(written, kind):
     first = iter(captioned_data(written(kind), 3, SIZE, seed=5, flip=True, threads=1))
     for _ in range(4):
@@ -120,8 +153,8 @@ def test_blocks_are_read_by_one_host_and_few_at_a_time():
     counts = np.random.default_rng(0).integers(1, 9, 23)
     ends = np.cumsum(counts)
     seen = []
-    for host in range(3):
-        order = BlockOrder(counts, seed=1, shuffle=True, epochs=None, host_index=host, host_count=3)
+    for lane in range(3):
+        order = BlockOrder(counts, seed=1, shuffle=True, epochs=None, lane=lane, lanes=3)
         for epoch in range(2):
             found = [order[epoch * order.size + i] for i in range(order.size)]
             blocks = np.searchsorted(ends, found, "right")
@@ -132,7 +165,7 @@ def test_blocks_are_read_by_one_host_and_few_at_a_time():
         seen += found
     assert sorted(seen) == list(range(counts.sum()))
     with pytest.raises(ConfigError, match="2 row groups cannot be shared by 3 hosts"):
-        BlockOrder(counts[:2], seed=0, shuffle=True, epochs=1, host_index=0, host_count=3)
+        BlockOrder(counts[:2], seed=0, shuffle=True, epochs=1, lane=0, lanes=3)
 
 
 # Tar

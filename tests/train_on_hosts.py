@@ -1,27 +1,51 @@
-"""One of several processes that train together, each with its own examples.
+"""One of several processes that train together on a folder of pictures.
 
-Usage: python -m tests.train_on_hosts PORT PROCESS PROCESSES WORKDIR STEPS
+Usage: python -m tests.train_on_hosts PORT PROCESS PROCESSES DATA WORKDIR STEPS
 """
 
+import json
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
+
+BATCH = 8  # of all processes together
 
 
-def main(port: int, process: int, processes: int, workdir: Path, steps: int) -> None:
-    jax.distributed.initialize(f"localhost:{port}", processes, process)
-    from jaxdiff.training.latents import FromMemory
+def write_pictures(folder: Path, count: int = 13) -> Path:
+    """A captioned folder of plain squares, one of which cannot be read."""
+    folder.mkdir()
+    lines = []
+    for i in range(count):
+        lines.append({"file_name": f"{i}.png", "text": [f"{i}", f"number {i}"]})
+        Image.fromarray(np.full((8, 8, 3), (19 * i, 255 - 19 * i, 7 * i), np.uint8)).save(folder / f"{i}.png")
+    (folder / "3.png").write_bytes(b"no picture")
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def prepare(batch):
+    colours = (batch["image"][:, 0, 0] / 255.0).astype(np.float32)
+    lengths = np.asarray([len(text) for text in batch["text"]], np.float32)  # which of the captions was drawn
+    return {"x": colours, "y": colours[:, 0] + 0.1 * lengths, "index": np.arange(len(colours))}
+
+
+def main(port: int, process: int, processes: int, data: Path, workdir: Path, steps: int) -> None:
+    if processes > 1:
+        jax.distributed.initialize(f"localhost:{port}", processes, process)
+    from jaxdiff.data.folder import captioned_folder
     from jaxdiff.training.loop import fit
     from tests.test_training import options
-    from tests.test_training_loop import LINE, line_data, linear_stage
+    from tests.test_training_loop import LINE, linear_stage
 
-    data = {k: v[process::processes] for k, v in line_data(12).items()}
-    chosen = options(steps=steps, batch_size=4 * processes, checkpoint_every=2, eval_every=3, fsdp=1)
-    result = fit(linear_stage(), LINE, FromMemory(data, 4, seed=process), chosen, workdir)
+    hosts = {"host_index": process, "host_count": processes}
+    batches = captioned_folder(data, BATCH // processes, 8, seed=5, threads=1, **hosts)
+    chosen = options(steps=steps, batch_size=BATCH, checkpoint_every=2, learning_rate=0.05)
+    result = fit(linear_stage()._replace(prepare=prepare), LINE, batches, chosen, workdir)
     np.savez(workdir / f"result-{process}.npz", w=result.params["line"]["w"], step=result.step)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))
+    main(*map(int, sys.argv[1:4]), *map(Path, sys.argv[4:6]), int(sys.argv[6]))

@@ -10,6 +10,7 @@ import grain
 import numpy as np
 
 from jaxdiff.config import ConfigError
+from jaxdiff.data.pipeline import ENDLESS
 
 
 class Buckets(NamedTuple):
@@ -56,31 +57,32 @@ def assign(sizes: tuple[tuple[int, int], ...], widths: np.ndarray, heights: np.n
 
 
 class BucketOrder:
-    """Entries (number of an example, (height, width)), `batch_size` after each other of one size on every host.
+    """Entries (number of an example, (height, width)), `batch` after each other of one size.
 
     The batches of all hosts together are parts of one bucket, in an order of their own each epoch. No permutation is
     held: grain's shuffle computes one index at a time.
+
+    Args:
+      batch: examples, of all hosts together.
 
     Raises:
       ConfigError: no bucket fills a batch.
     """
 
     def __init__(
-        self, buckets: Buckets, batch_size: int, *, seed: int, shuffle: bool = True, epochs: int | None = None,
-        host_index: int = 0, host_count: int = 1,
-    ) -> None:  # fmt: skip
-        whole = batch_size * host_count
-        self._batch_size, self._host, self._epochs = (batch_size, whole), (host_index, host_count), epochs
+        self, buckets: Buckets, batch: int, *, seed: int, shuffle: bool = True, epochs: int | None = None
+    ) -> None:
+        self._batch, self._epochs = batch, epochs
         numbers = buckets.numbers
         by_bucket = np.argsort(numbers, kind="stable")
         counts = np.bincount(numbers[numbers >= 0], minlength=len(buckets.sizes))
         ends = np.cumsum(counts) + np.count_nonzero(numbers < 0)
         self._sizes = buckets.sizes
         self._members = [by_bucket[e - c : e] for e, c in zip(ends, counts, strict=True)]
-        self._last_batch = np.cumsum(counts // whole)  # of each bucket, in an epoch
+        self._last_batch = np.cumsum(counts // batch)  # of each bucket, in an epoch
         self._steps = int(self._last_batch[-1])
         if not self._steps:
-            raise ConfigError(f"No bucket of sizes holds {whole} pictures, one batch: lower batch_size.")
+            raise ConfigError(f"No bucket of sizes holds {batch} pictures, one batch: lower batch_size.")
         seeds = np.random.SeedSequence(seed).generate_state(len(counts) + 1)
 
         def permuted(count: int, seed: int) -> grain.MapDataset:
@@ -89,19 +91,18 @@ class BucketOrder:
 
         self._batches = permuted(self._steps, seeds[-1])
         self._within = [permuted(int(c), s) for c, s in zip(counts, seeds[:-1], strict=True)]
-        self.size = self._steps * batch_size
+        self.size = self._steps * batch
 
     def __len__(self) -> int:
-        return self.size * self._epochs if self._epochs else 2**62
+        return self.size * self._epochs if self._epochs else ENDLESS
 
     def __getitem__(self, position: int) -> tuple[int, tuple[int, int]]:
-        (mine, whole), (host, hosts) = self._batch_size, self._host
-        step, row = divmod(position, mine)
+        step, row = divmod(position, self._batch)
         epoch = step // self._steps
         batch = self._batches[step]
         bucket = int(np.searchsorted(self._last_batch, batch, "right"))
         first = int(self._last_batch[bucket - 1]) if bucket else 0
         members = self._members[bucket]
-        place = (batch - first) * whole + row * hosts + host
+        place = (batch - first) * self._batch + row
         # grain gives the second pass over a shuffled range another order.
         return int(members[self._within[bucket][epoch * len(members) + place]]), self._sizes[bucket]

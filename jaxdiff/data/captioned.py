@@ -21,7 +21,7 @@ from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import BucketOrder, Buckets
 from jaxdiff.data.folder import Decode, FolderSource, check_arguments
 from jaxdiff.data.latents import LatentShards
-from jaxdiff.data.pipeline import BlockOrder, CaptionedData
+from jaxdiff.data.pipeline import BlockOrder, CaptionedData, Lanes
 from jaxdiff.data.records import ArrayRecords
 from jaxdiff.data.shards import TarShards
 from jaxdiff.data.source import Source
@@ -145,16 +145,18 @@ def captioned_data(
         decode, buckets = source, source.buckets
     else:
         decode = Decode(source, image_size, crop, flip, background)
-    shares = {"shuffle": rest.get("shuffle", True), "epochs": rest.get("epochs"), "host_index": host_index}
-    shares["host_count"] = host_count
-    blocks = getattr(source, "blocks", None)
-    order: Callable[[int], pipeline.Order] | None = None
+    how = {"shuffle": rest.get("shuffle", True), "epochs": rest.get("epochs")}
+    blocks, whole = getattr(source, "blocks", None), batch_size * host_count
+    order: Callable[[int, int], pipeline.Order] | None = None
     if buckets is not None:
         chosen = buckets
-        order = lambda seed: BucketOrder(chosen, batch_size, seed=seed, **shares)  # noqa: E731
+        order = lambda seed, _: BucketOrder(chosen, whole, seed=seed, **how)  # noqa: E731
     elif blocks is not None:
-        order = lambda seed: BlockOrder(blocks, seed=seed, **shares)  # noqa: E731
+        order = lambda seed, n: Lanes(  # noqa: E731
+            [BlockOrder(blocks, seed=seed, lane=i, lanes=n, **how) for i in range(n)], whole
+        )
     return pipeline.batches(
-        source.name, len(source), decode, batch_size, seed=seed, order=order, fixed=buckets is not None,
+        source.name, len(source), decode, batch_size, seed=seed, order=order, replace=buckets is not None,
+        lanes=host_count if blocks is not None and rest.get("epochs") is None else 1,
         host_index=host_index, host_count=host_count, **rest,
     )  # fmt: skip

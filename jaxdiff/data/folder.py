@@ -172,14 +172,15 @@ def captioned_folder(
         adds ", on a blue background" to the caption; what would vanish on its colour gets white, or black. "white" is
         white for all.
       drop_remainder: leave out the last batch of the last epoch unless it is full.
-      host_index, host_count: this host reads one position in `host_count` of the common stream.
+      host_index, host_count: this host reads its rows of each batch of host_count * b positions of the common stream.
       workers: processes that decode; 0 decodes in threads of this process. They import the package anew: scripts need
         `if __name__ == "__main__":`.
       threads: that decode, in each process.
 
     Raises:
       ConfigError: an argument or the metadata is wrong; while iterating, when no picture at all can be read. Single
-        pictures that cannot be read, are too large or missing are left out, see `CaptionedData.skipped`.
+        pictures that cannot be read, are too large or missing are left out (with `epochs`) or replaced by the next
+        (without), see `CaptionedData.skipped`.
     """
     arguments = locals()
     check_arguments(arguments)

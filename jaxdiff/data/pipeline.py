@@ -1,18 +1,20 @@
 """From a source to batches, through grain: reproducible by seed, resumable, shared out between hosts.
 
-The pipeline is order -> decode -> this host's share -> threads or processes -> drop bad -> batch. An order says which
-example stands at a position of the endless stream; there are three:
+The pipeline is order -> this host's rows of each batch -> decode -> threads or processes -> batch. An order says which
+example stands at a position of the endless stream that all hosts read together; there are three:
 
-  - every example by itself (folders, tar shards, Arrow, ArrayRecord): host h of H reads positions h, h + H, ... of one
-    stream, which is the same whatever H is;
-  - blocks that are only read as a whole (Parquet): each host has blocks of its own, see `BlockOrder`;
+  - every example by itself (folders, tar shards, Arrow, ArrayRecord): `Shuffled`;
+  - blocks that are only read as a whole (Parquet): lanes of blocks side by side in each batch, one for each host that
+    the run began with, see `BlockOrder`;
   - buckets of sizes: each batch comes from one of them, see `buckets.BucketOrder`.
 
-Randomness hangs on the seed and the position alone. So neither the number of threads or workers nor a restart changes
-what a position holds, and the state of an iterator is one number.
+Randomness hangs on the seed and the position alone, and host h of H reads rows h b … (h + 1) b - 1 of each batch of H b
+positions. So neither the number of hosts, threads or workers nor a restart changes what a batch holds, and the state of
+an iterator is the number of examples that all hosts together have had.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,12 +25,14 @@ from absl import flags, logging
 from jaxdiff.config import ConfigError
 
 WINDOW = 4  # blocks whose examples are mixed
+ENDLESS = 2**62  # positions; `len` allows no more than twice as many
+STAND_INS = 1000  # examples that are tried in place of a bad one
 # (an order's entry, generator) -> an example as arrays and text, or {"skipped": name, "reason": sentence}
 Decode = Callable[[Any, np.random.Generator], dict[str, Any]]
 
 
 class Order(Protocol):
-    """What this host reads, position after position; an entry is what `Decode` takes."""
+    """What all hosts together read, position after position; an entry is what `Decode` takes."""
 
     size: int  # entries in the first epoch
 
@@ -36,25 +40,42 @@ class Order(Protocol):
     def __getitem__(self, position: int) -> Any: ...
 
 
+class Shuffled:
+    """Numbers of examples, each by itself, every epoch in an order of its own."""
+
+    def __init__(self, size: int, *, seed: int, shuffle: bool, epochs: int | None) -> None:
+        numbers = grain.MapDataset.range(size)  # no permutation is held: grain computes one index at a time
+        self._numbers = (numbers.shuffle(seed=seed) if shuffle else numbers).repeat(epochs)
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, position: int) -> int:
+        return int(self._numbers[position])
+
+
 class BlockOrder:
     """Numbers of examples: whole blocks in random order, and the examples within every `WINDOW` of them mixed.
 
-    Each host has blocks of its own, the same every epoch, so that it reads no others; hosts whose blocks are smaller
-    begin the next epoch earlier.
+    Each lane has blocks of its own, the same every epoch, so that who reads one lane reads no others; lanes whose
+    blocks are smaller begin the next epoch earlier.
 
     >>> order = BlockOrder(np.asarray([2, 3, 1]), seed=0, shuffle=True, epochs=None)
     >>> [sorted(order[6 * epoch + i] for i in range(6)) for epoch in (0, 7)]
     [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
+
+    Raises:
+      ConfigError: there are fewer blocks than lanes.
     """
 
     def __init__(
-        self, counts: np.ndarray, *, seed: int, shuffle: bool, epochs: int | None, host_index: int = 0,
-        host_count: int = 1,
-    ) -> None:  # fmt: skip
-        if len(counts) < host_count:
-            raise ConfigError(f"{len(counts)} row groups cannot be shared by {host_count} hosts: write smaller ones.")
+        self, counts: np.ndarray, *, seed: int, shuffle: bool, epochs: int | None, lane: int = 0, lanes: int = 1
+    ) -> None:
+        if len(counts) < lanes:
+            raise ConfigError(f"{len(counts)} row groups cannot be shared by {lanes} hosts: write smaller ones.")
         shared = np.random.default_rng(seed).permutation(len(counts)) if shuffle else np.arange(len(counts))
-        mine = shared[host_index::host_count]
+        mine = shared[lane::lanes]
         self._starts, self._counts = (np.cumsum(counts) - counts)[mine], np.asarray(counts)[mine]
         self.size, self._epochs = int(self._counts.sum()), epochs
         self._seed, self._shuffle = seed, shuffle
@@ -62,7 +83,7 @@ class BlockOrder:
         self._window: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0))
 
     def __len__(self) -> int:
-        return self.size * self._epochs if self._epochs else 2**62
+        return self.size * self._epochs if self._epochs else ENDLESS
 
     def __getitem__(self, position: int) -> int:
         epoch, at = divmod(position, self.size)
@@ -85,6 +106,30 @@ class BlockOrder:
         return int(window[1][at - (int(ends[number - 1]) if number else 0)])
 
 
+class Lanes:
+    """Orders side by side: of each batch the first rows come from the first, and so on; all have as many.
+
+    Raises:
+      ConfigError: the batch cannot be divided so.
+    """
+
+    def __init__(self, lanes: Sequence[Order], batch: int) -> None:
+        self._lanes, self._batch, self._rows = lanes, batch, batch // len(lanes)
+        if batch % len(lanes):
+            raise ConfigError(
+                f"The batch of {batch} must be divisible by {len(lanes)}, the number of hosts that the run began with."
+            )
+        self.size = min(lane.size for lane in lanes) * len(lanes)
+
+    def __len__(self) -> int:
+        return min(min(map(len, self._lanes)) * len(self._lanes), ENDLESS)
+
+    def __getitem__(self, position: int) -> Any:
+        batch, row = divmod(position, self._batch)
+        lane, within = divmod(row, self._rows)
+        return self._lanes[lane][batch * self._rows + within]
+
+
 class Skipped:
     """The pictures that could not be read so far.
 
@@ -99,53 +144,109 @@ class Skipped:
         self._path, self._limit, self._in_a_row = path, limit, 0
 
     def keep(self, element: dict[str, Any]) -> bool:
-        """Whether the element is a picture. One that is not is counted, and named the first time.
+        """Whether the element holds an example, its own or one in its place. A bad one is counted, and named once.
 
         Raises:
-          ConfigError: there were only bad ones for the length of an epoch.
+          ConfigError: there were `limit` elements in a row that hold none.
         """
-        if "skipped" not in element:
-            self._in_a_row = 0
-            return True
-        self.count += 1
-        self._in_a_row += 1
-        path, reason = element["skipped"], element["reason"]
-        if path not in self.reasons:
-            self.reasons[path] = reason
-            logging.warning("The picture %s is skipped: %s", path, reason)
+        path, reason = element.pop("skipped", None), element.pop("reason", None)
+        self._in_a_row = 0 if element else self._in_a_row + 1
+        if path is not None:
+            self.count += 1
+            if path not in self.reasons:
+                self.reasons[path] = reason
+                logging.warning("The picture %s is skipped: %s", path, reason)
         if self._in_a_row >= self._limit:
             raise ConfigError(f"No picture of {self._path} can be read; the last one, {path}: {reason}.")
-        return False
+        return bool(element)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The examples of all hosts, by position."""
+
+    order: Order
+    decode: Decode
+    seed: int
+    replace: bool  # whether the next good example stands in for a bad one
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """The example at a position; where it is bad, {"skipped", "reason"}, beside what stands in for it if any."""
+        entry = self.order[position]
+        found = self._decoded(entry, position)
+        if "skipped" in found and self.replace:
+            size = entry[1] if isinstance(entry, tuple) else None
+            for following in range(position + 1, position + 1 + min(self.order.size, STAND_INS)):
+                entry = self.order[following % len(self.order)]
+                if isinstance(entry, tuple) and entry[1] != size:
+                    continue  # of another bucket
+                if "skipped" not in (other := self._decoded(entry, position)):
+                    return other | found
+        return found
+
+    def _decoded(self, entry: Any, position: int) -> dict[str, Any]:
+        return self.decode(entry, np.random.default_rng([self.seed, position]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Rows `first` … `first + rows - 1` of each batch of a stream, from a position on."""
+
+    stream: Stream
+    start: int
+    batch: int
+    first: int
+    rows: int
+
+    def __len__(self) -> int:
+        whole, rest = divmod(max(len(self.stream.order) - self.start, 0), self.batch)
+        return whole * self.rows + min(max(rest - self.first, 0), self.rows)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        batch, row = divmod(int(index), self.rows)
+        return self.stream[self.start + batch * self.batch + self.first + row]
+
+    def __repr__(self) -> str:  # in grain's own messages
+        return type(self.stream.order).__name__
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionedData:
     """Batches of captioned pictures; each `iter` starts anew.
 
-    An iterator has `get_state()`, small and JSON, and `set_state(state)`, after which the batches that followed come
-    again, bit for bit. A state fits data opened with the same arguments; `threads` and `workers` may differ. They may
-    also be changed on the way: `resize(workers=…, threads=…)` changes no batch. Worker processes end with the
+    An iterator has `get_state()`, small and JSON and the same on every host, and `set_state(state)`, after which the
+    batches that followed come again, bit for bit. A state fits data opened with the same arguments; `threads`,
+    `workers` and the number of hosts may differ, as long as the batch of all hosts together stays. Threads and workers
+    may also be changed on the way: `resize(workers=…, threads=…)` changes no batch. Worker processes end with the
     iterator, or its `close()`.
     """
 
-    stream: grain.MapDataset  # of single examples, this host's share
+    order: Callable[[int], Order]  # of so many lanes
+    decode: Decode
+    seed: int  # of what is drawn in decoding
+    lanes: int  # of a run that begins
+    replace: bool  # see `Stream`; else bad examples are left out
     size: int  # pictures in the whole source
     skipped: Skipped  # by all iterators together
-    batch_size: int
+    batch_size: int  # of this host
+    host_index: int
+    host_count: int
     drop_remainder: bool
-    fixed: bool  # whether batches are fixed parts of the stream, in which bad examples are replaced
     workers: int
     threads: int
 
     def __iter__(self) -> "Batches":
         return Batches(self)
 
+    def stream(self, lanes: int) -> Stream:
+        return Stream(self.order(lanes), self.decode, self.seed, self.replace)
+
 
 class Batches:
     """See `CaptionedData`."""
 
     def __init__(self, data: CaptionedData) -> None:
-        self._data, self._position = data, 0
+        self._data, self._lanes, self._start, self._read = data, data.lanes, 0, 0
         self._workers, self._threads = data.workers, data.threads
         self._examples: Any = None
 
@@ -154,34 +255,33 @@ class Batches:
 
     def __next__(self) -> dict[str, Any]:
         """The next batch: {"image": uint8 [b, H, W, 3], "text": list of b strings}, or what else is decoded."""
-        data = self._data
+        data, rows = self._data, self._data.batch_size
         if self._examples is None:
-            self._examples = iter(
-                _read_ahead(data.stream[self._position :], data.batch_size, self._workers, self._threads)
-            )
+            self._start, self._read = self._consumed(), 0
+            stream, batch = data.stream(self._lanes), rows * data.host_count
+            share = grain.MapDataset.source(Share(stream, self._start, batch, data.host_index * rows, rows))
+            self._examples = iter(_read_ahead(share, rows, self._workers, self._threads))
         kept: list[dict[str, Any]] = []
-        for _ in range(data.batch_size) if data.fixed else iter(int, 1):
-            if len(kept) == data.batch_size or (element := next(self._examples, None)) is None:
-                break
-            self._position += 1
+        while len(kept) < rows and (element := next(self._examples, None)) is not None:
+            self._read += 1
             if data.skipped.keep(element):
                 kept.append(element)
-        if data.fixed and kept:
-            kept = [kept[i % len(kept)] for i in range(data.batch_size)]
-        elif data.fixed and element is not None:
-            raise ConfigError(f"No picture of a whole batch can be read; the last one: {element['reason']}.")
-        if not kept or (data.drop_remainder and len(kept) < data.batch_size):
+        if not kept or (data.drop_remainder and len(kept) < rows):
             raise StopIteration
         return collate(kept)
 
+    def _consumed(self) -> int:
+        return self._start + self._read * self._data.host_count
+
     def get_state(self) -> dict[str, int]:
-        return {"position": self._position}
+        """{"examples": those that all hosts together have had, "lanes"}."""
+        return {"examples": self._consumed(), "lanes": self._lanes}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        if not isinstance(state, Mapping) or not isinstance(state.get("position"), int):
+        if not isinstance(state, Mapping) or not all(isinstance(state.get(k), int) for k in ("examples", "lanes")):
             raise ConfigError("The position in the data was saved by another version of the input: begin a new run.")
         self.close()
-        self._position = state["position"]
+        self._start, self._read, self._lanes = state["examples"], 0, state["lanes"]
 
     def resize(self, *, workers: int | None = None, threads: int | None = None) -> None:
         """Read on with another number of worker processes or threads; what was read ahead is read again."""
@@ -203,8 +303,9 @@ def batches(
     batch_size: int,
     *,
     seed: int,
-    order: Callable[[int], Order] | None = None,
-    fixed: bool = False,
+    order: Callable[[int, int], Order] | None = None,
+    lanes: int = 1,
+    replace: bool = False,
     shuffle: bool = True,
     epochs: int | None = None,
     drop_remainder: bool = True,
@@ -218,8 +319,10 @@ def batches(
     Args:
       name, size: of the source.
       decode: sees the numbers 0 … size - 1, or the entries of `order`.
-      order: called with a seed, the order of this host's share; None reads every example by itself.
-      fixed: see `CaptionedData`.
+      order: called with a seed and a number of lanes; None reads every example by itself.
+      lanes: those of a run that begins.
+      replace: whether the next good example stands in for a bad one; endless streams do so anyway, so that all hosts
+        stay at one position.
 
     Others as for `captioned_folder`.
 
@@ -227,45 +330,30 @@ def batches(
       ConfigError: the batch is larger than this host's share.
     """
     order_seed, draw_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
-    if order is None:
-        stream = grain.MapDataset.range(size)
-        if shuffle:
-            stream = stream.shuffle(seed=order_seed)
-        stream = stream.repeat(epochs).random_map(decode, seed=draw_seed)[host_index::host_count]
-        epoch = min(size, len(stream))
-    else:
-        of_host = order(order_seed)
-        if host_count > 1:  # no two hosts may draw alike at one position
-            draw_seed = int(np.random.SeedSequence([draw_seed, host_index]).generate_state(1)[0])
-        stream = grain.MapDataset.source(_Entries(of_host)).random_map(decode, seed=draw_seed)
-        epoch = of_host.size
-    if drop_remainder and len(stream) < batch_size:
+
+    @functools.cache
+    def ordered(lanes: int) -> Order:
+        if order is None:
+            return Shuffled(size, seed=order_seed, shuffle=shuffle, epochs=epochs)
+        return order(order_seed, lanes)
+
+    first, replace = ordered(lanes), replace or epochs is None
+    share = len(first) // host_count
+    if drop_remainder and share < batch_size:
         raise ConfigError(
-            f"batch_size {batch_size} is more than the {len(stream)} pictures this host reads from {name}: lower it."
+            f"batch_size {batch_size} is more than the {share} pictures this host reads from {name}: lower it."
         )
-    return CaptionedData(stream, size, Skipped(name, epoch), batch_size, drop_remainder, fixed, workers, threads)
+    skipped = Skipped(name, 1 if replace else first.size)
+    return CaptionedData(
+        ordered, decode, draw_seed, lanes, replace, size, skipped, batch_size, host_index, host_count, drop_remainder,
+        workers, threads,
+    )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entries:
-    """An order as grain wants a source: with a name for its own messages."""
-
-    order: Order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, position: Any) -> Any:
-        return self.order[int(position)]
-
-    def __repr__(self) -> str:
-        return type(self.order).__name__
-
-
-def _read_ahead(stream: grain.MapDataset, batch_size: int, workers: int, threads: int) -> grain.IterDataset:
+def _read_ahead(examples: grain.MapDataset, batch_size: int, workers: int, threads: int) -> grain.IterDataset:
     # Room for two batches in all; a picture more for every thread, so that none waits.
     buffer = 2 * batch_size // max(workers, 1) + threads
-    dataset = stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
+    dataset = examples.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
     if workers:
         if not flags.FLAGS.is_parsed():  # outside of absl's `app.run`, where grain reads its flags all the same
             flags.FLAGS.mark_as_parsed()
@@ -281,5 +369,6 @@ def collate(elements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def examples(data: CaptionedData, start: int, stop: int) -> Iterator[dict[str, Any]]:
-    """Examples at positions start … stop - 1 of a stream, bad ones among them."""
-    return iter(_read_ahead(data.stream[start:stop], stop - start, data.workers, data.threads))
+    """Examples at positions start … stop - 1 of the stream of all hosts, bad ones among them."""
+    whole = grain.MapDataset.source(Share(data.stream(data.lanes), 0, 1, 0, 1))
+    return iter(_read_ahead(whole[start:stop], stop - start, data.workers, data.threads))

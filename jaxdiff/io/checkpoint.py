@@ -80,10 +80,15 @@ class Checkpoints:
         if step == self.latest:
             return
         items = {STATE: ocp.args.StandardSave(state), DATA: ocp.args.JsonSave({"hosts": _gather(position)})}
+        self.wait()
         with self._explained():
-            self._manager.wait_until_finished()
             self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def wait(self) -> None:
+        """Until the last one is written. Raises CheckpointError: it cannot be."""
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def restore(self, like: Any) -> tuple[Any, Any]:
         """The newest checkpoint as (state, this host's position in the data).
@@ -93,7 +98,7 @@ class Checkpoints:
                 whatever they were when the checkpoint was written.
 
         Raises:
-            CheckpointError: the checkpoint is of another model or number of hosts.
+            CheckpointError: the checkpoint is of another model; or of another number of hosts, whose positions differ.
         """
         step = self.latest
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
@@ -106,12 +111,14 @@ class Checkpoints:
                 "go on with the config it was begun with, or choose another workdir."
             ) from None
         hosts = restored[DATA]["hosts"]
-        if len(hosts) != jax.process_count():
+        if len(hosts) == jax.process_count():
+            return restored[STATE], hosts[jax.process_index()]
+        if any(position != hosts[0] for position in hosts):
             raise CheckpointError(
-                f"The checkpoint {self._folder}/{step} was written by {len(hosts)} hosts, this run has "
-                f"{jax.process_count()}: the position in the data cannot be divided anew."
+                f"The checkpoint {self._folder}/{step} was written by {len(hosts)} hosts, each at its own position "
+                f"in the data, which the {jax.process_count()} of this run cannot share: go on with {len(hosts)}."
             )
-        return restored[STATE], hosts[jax.process_index()]
+        return restored[STATE], hosts[0]
 
     def _seal(self) -> None:
         """On the first host, once all have written."""

@@ -163,13 +163,15 @@ def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState)
     A step whose loss, gradient or update is not finite leaves all of the state but `step` as it was, and the metric
     "skipped" is 1 instead of 0.
 
-    Every example has its own key, from the seed, the step and its place in the batch; so neither the number of
+    Every example has its own key, from the seed, the step and its row in the batch; so neither the number of hosts or
     devices nor `accumulate` changes what is drawn.
     """
-    tx, schedule = optimizer(options), learning_rate(options)
+    tx, schedule, rows = optimizer(options), learning_rate(options), parallel.rows(mesh, options.batch_size)
+    in_order = bool((rows == range(options.batch_size)).all())
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), state.step), options.batch_size)
+        keys = keys if in_order else keys[rows]
         grads, metrics = accumulated_grad(loss, state.params, frozen, batch, keys, options.accumulate, mesh)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
