@@ -12,77 +12,21 @@ stopped so; 2 for flags or settings that cannot be right; 1 for any other failur
 
 import json
 import logging
-import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from configs.common import base
 from jaxdiff.commands import errors
 from jaxdiff.commands.errors import UsageError
 from jaxdiff.commands.outputs import make_folder
+from jaxdiff.commands.train_flags import STAGES, parse
 
-STAGES = ("clip", "vae", "unet", "lora", "textual_inversion", "controlnet", "inpainting", "upscaler")
-
-
-def parse(argv: list[str]) -> flags.FlagValues:
-    f = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.", flag_values=f)
-    flags.DEFINE_string("workdir", None, "Folder of all that the run writes.", f)
-    flags.DEFINE_bool(
-        "distributed", False, "This is one of several processes, on a TPU pod or under Slurm: find the others.", f
-    )
-    flags.DEFINE_string("coordinator_address", None, "Where the first of several processes listens, host:port.", f)
-    flags.DEFINE_integer(
-        "num_processes", None, "How many processes there are, with --coordinator_address.", flag_values=f
-    )
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=f)
-    flags.DEFINE_string("plan", None, "Print memory and messages of each device instead of training; or =quick.", f)
-    flags.DEFINE_integer("plan_devices", 0, "Devices to plan for; 0: those of this machine.", flag_values=f)
-    flags.DEFINE_integer(
-        "profile", 0, "Write a trace of this many steps to the workdir's folder profile.", 0, flag_values=f
-    )
-    flags.DEFINE_bool(
-        "precompute", False, "Only write the latents of all pictures to WORKDIR/latents, for config.latents.path.", f
-    )
-    flags.DEFINE_bool("verbose", False, "Show the traceback of an error.", f)
-    flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
-    try:
-        rest = f([f"{a}=full" if a.lstrip("-") == "plan" else a for a in argv])[1:]
-        stage = f.config is not None and f.config.stage  # raises where the file could not be read
-    except (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as e:
-        raise UsageError(config_error(e)) from None
-    if f.help:
-        return f
-    if rest:
-        raise UsageError(f"{rest[0]!r} belongs to no flag; --help shows all.")
-    if f.config is None:
-        raise UsageError("--config is missing: name the experiment, such as --config=configs/icons/vae.py.")
-    if not f.workdir and not f.plan:
-        raise UsageError("--workdir is missing: name a folder for the run, such as --workdir=runs/vae.")
-    among = f.num_processes, f.process_id
-    if f.coordinator_address and (None in among or not 0 <= f.process_id < f.num_processes):
-        raise UsageError("--coordinator_address needs --num_processes and a --process_id from 0 to one less.")
-    if among != (None, None) and not f.coordinator_address:
-        raise UsageError("--num_processes and --process_id need --coordinator_address=host:port.")
-    if stage not in STAGES:
-        raise UsageError(f"config.stage {stage!r} must be one of {', '.join(STAGES)}.")
-    if not f.config.data.path and not f.plan:
-        raise UsageError("config.data.path is missing: name a captioned folder, --config.data.path=pictures/.")
-    return f
-
-
-def config_error(error: Exception) -> str:
-    """One sentence out of what ml_collections says, which may hold a whole traceback."""
-    text = " ".join(str(error).split())
-    if isinstance(error, LookupError):
-        return f"--config has no setting {text.strip(chr(34))}; configs/common.py lists all."
-    return f"--config: {re.split(r'Error: |.Errno [0-9]+. ', text)[-1]}"
+__all__ = ["STAGES", "main"]
 
 
 class Run:
@@ -92,7 +36,7 @@ class Run:
         import jax
 
         from jaxdiff.data.filters import select
-        from jaxdiff.training import personalise, setup
+        from jaxdiff.training import setup
         from jaxdiff.training.state import Options
 
         self.config, self.workdir = config, workdir
@@ -104,24 +48,33 @@ class Run:
         self.host = {"host_index": jax.process_index(), "host_count": hosts}
         data = config.data
         self.target: Any = None  # of a stage that teaches a denoiser
-        path = data.path
-        if data.captions:
-            captions = [c.replace("{}", config.word.token) for c in data.captions]
-            path = personalise.captioned(path, captions, workdir / "captioned")
-        self.data = select(self.open(path, data.split), data.filter.to_dict(), cache=workdir / "data", **self.host)
+        self.data = select(self.pictures(data.split), data.filter.to_dict(), cache=workdir / "data", **self.host)
         self.model, self.params = setup.starting_model(
             config.model.to_dict(), config.init_from.to_dict(), self.make_tokenizer,
-            jax.random.key(config.seed), dtype=config.dtype, remat=config.remat,
+            jax.random.key(config.seed), dtype=config.dtype, remat=config.remat or False,
         )  # fmt: skip
-        self.image_size = data.image_size or self.model.unet.config.sample_size * self.model.vae.config.factor
+        self.image_size = data.image_size or self.model.unet.config.side * self.model.vae.config.factor
         self.buckets = setup.buckets(self.data, data, self.image_size, workdir / "data", **self.host)
-        if self.buckets and (config.cache_latents or config.prior.path or config.crop):
-            raise UsageError("config.data.buckets go with neither cache_latents (use --precompute), prior nor crop.")
+        if self.buckets and (config.prior.path or config.crop):
+            raise UsageError("config.data.buckets go with neither prior nor crop.")
+        self.sheet: Any = None  # the pictures drawn last
 
     def open(self, path: str | Path, split: str):
         from jaxdiff.training.setup import open_data
 
         return open_data(path, split, self.config.data, self.workdir / "data", **self.host)
+
+    def pictures(self, split: str):
+        """The pictures of a split, under the captions of the config where it has some."""
+        from jaxdiff.training import personalise
+
+        data, folder = self.config.data, Path(self.config.data.path)
+        if not data.captions:
+            return self.open(data.path, split)
+        if split != data.split or (folder / split).is_dir():
+            folder /= split
+        captions = [c.replace("{}", self.config.word.token) for c in data.captions]
+        return self.open(personalise.captioned(folder, captions, self.workdir / "captioned" / split), split)
 
     def make_tokenizer(self):
         from jaxdiff.data.folder import BACKGROUNDS
@@ -147,7 +100,7 @@ class Run:
     def held_out(self) -> list[Mapping[str, Any]]:
         """Pictures set aside, the same on every host and each time."""
         d = self.config.data
-        split = {"source": self.open(d.path, d.eval_split)} if d.eval_split else {}
+        split = {"source": self.pictures(d.eval_split)} if d.eval_split else {}
         count = self.config.eval.pictures
         sizes = {"batch_size": min(count, 32), "epochs": 1, "drop_remainder": False, "workers": 0, "flip": False}
         sizes["buckets"] = None
@@ -166,22 +119,41 @@ class Run:
             return ()
         return (WandB(w.project, w.name, as_json(self.config), self.workdir),)
 
+    def parts(self):
+        """(stage, its parameters, batches, what is called to evaluate) of the config's stage."""
+        return getattr(self, f"_{self.config.stage}", self._denoiser)()
+
     def train(self, profile: int) -> None:
-        from jaxdiff.io.pretrained import save
         from jaxdiff.training.loop import fit
 
-        stage, params, batches, on_eval = getattr(self, f"_{self.config.stage}", self._denoiser)()
-        more = {"on_eval": on_eval, "trackers": self.trackers(), "profile": profile}
+        stage, params, batches, on_eval = self.parts()
+
+        def evaluated(step: int, params: Any) -> Mapping[str, Any]:
+            self.sheet = None
+            values = on_eval(step, params)
+            return values if self.sheet is None else {**values, "samples": self.sheet}
+
+        more = {"on_eval": on_eval and evaluated, "trackers": self.trackers(), "profile": profile}
         result = fit(stage, params, batches, self.options, self.workdir, **more)
-        if result.step < self.options.steps:
-            return
-        model = self.scaled(result.params) if self.config.stage == "vae" else self.model
+        if result.step == self.options.steps:
+            self.export("export", result.params)
+
+    def posthoc_ema(self, sigma: float) -> None:
+        from jaxdiff.training.ema import reconstructed
+
+        _, params, *_ = self.parts()
+        self.export(f"export-ema-{sigma:g}", reconstructed(self.workdir / "ema", sigma, params))
+
+    def export(self, name: str, params: Any) -> None:
+        from jaxdiff.io.pretrained import save
+
+        model = self.scaled(params) if self.config.stage == "vae" else self.model
         if self.host["host_index"] == 0:
             if self.target:
-                self.target.export(self.workdir / "export", result.params)
+                self.target.export(self.workdir / name, params)
             else:
-                save(self.workdir / "export", model, {name: result.params[name] for name in model.modules})
-            logging.info("What was trained is in %s.", self.workdir / "export")
+                save(self.workdir / name, model, {part: params[part] for part in model.modules})
+            logging.info("What was trained is in %s.", self.workdir / name)
 
     def scaled(self, params: Any):
         from jaxdiff.training.setup import measured
@@ -215,7 +187,7 @@ class Run:
         def on_eval(step: int, params: Any) -> Mapping[str, float]:
             pictures, values = evaluate(params)
             pairs = np.stack([images, pictures], 1)[:16].reshape(-1, *images.shape[1:])
-            self.write_sheet(step, pairs, columns=8)
+            self.write_sheet(step, pairs, 8, ["given", "reconstructed"] * (len(pairs) // 2))
             return values
 
         stage = vae_stage(self.model, kl_weight=c.kl_weight, edge_weight=c.edge_weight)
@@ -228,12 +200,14 @@ class Run:
         c = self.config
         self.target = targets.make(c, self.model, self.params)
         self.model = self.target.model
-        if c.cache_latents and (c.prior.path or not self.target.draws):
+        if c.cache_latents and (c.prior.path or self.target.given):
             raise OptionsError(f"cache_latents {c.cache_latents}: this stage needs the pictures themselves, hence 0.")
         if c.latents.path:
-            batches = self.batches(source=self.precomputed(), buckets=None)
+            batches = self.batches(source=self.latents(), buckets=None)
+        elif c.cache_latents:
+            batches = self.batches(source=self.cached_latents(), buckets=None)
         else:
-            batches = self.cached_batches() if c.cache_latents else self.batches()
+            batches = self.batches()
         if c.prior.path:
             share = self.options.batch_size // self.host["host_count"] // 2
             if not share:
@@ -247,69 +221,47 @@ class Run:
         return self.target.stage, self.target.params, batches, self.evaluation(self.target)
 
     def evaluation(self, target: Any):
-        """Of what draws from a prompt: the loss by noise level on pictures set aside, and drawings of the prompts."""
-        from jaxdiff.training.evaluate import noise_levels
+        from jaxdiff.commands.evaluation import evaluation
 
         c = self.config
-        if not (c.data.eval_split or c.eval.prompts) or not target.draws:
+        if not (c.data.eval_split or c.eval.prompts):
             return None
-        held_out = [target.stage.prepare(b) for b in self.held_out()] if c.data.eval_split else []
-        measure = noise_levels(self.model, held_out, seed=c.eval.seed) if held_out else None
+        held_out = self.held_out() if c.data.eval_split or target.given else []
+        return evaluation(c, target, held_out, None if self.host["host_index"] else self.write_sheet)
 
-        def on_eval(step: int, params: Any) -> Mapping[str, float]:
-            params = target.whole(params)
-            if c.eval.prompts:
-                self.draw(step, params)
-            return measure(params) if measure else {}
-
-        return on_eval
-
-    def precompute(self) -> None:
+    def precompute(self, folder: Path, views: int, embeddings: bool) -> None:
         from jaxdiff.training.precompute import precompute
 
-        c, folder = self.config, self.workdir / "latents"
-        how = {"views": c.latents.views, "embeddings": c.latents.embeddings, "buckets": self.buckets}
+        c = self.config
+        how = {"views": views, "embeddings": embeddings, "buckets": self.buckets}
         how |= {"flip": c.data.flip, "background": c.data.background, "threads": c.data.threads, **self.host}
         precompute(self.model, self.params, self.data, folder, image_size=self.image_size, seed=c.seed, **how)
-        logging.info("The latents are in %s; --config.latents.path=%s trains on them.", folder, folder)
 
-    def precomputed(self):
+    def latents(self):
         from jaxdiff.training.precompute import open_latents
 
         c = self.config
-        if c.cache_latents or c.prior.path or not self.target.draws:
+        if c.cache_latents or c.prior.path or self.target.given:
             raise UsageError(
                 "config.latents.path goes with neither cache_latents, prior nor a stage that needs pictures."
             )
         return open_latents(Path(c.latents.path), self.model, self.params, c.trainable)
 
-    def cached_batches(self):
-        from jaxdiff.training.latents import FromMemory, cached, encode_all, fingerprint
+    def cached_latents(self):
+        from jaxdiff.training.precompute import fingerprint, open_latents
 
         c = self.config
-        mark = fingerprint(
-            self.model, self.params, [c.cache_latents, c.seed, c.data.to_dict(), self.host, self.data.digest]
-        )
+        data = {name: x for name, x in c.data.to_dict().items() if name not in ("threads", "workers")}
+        mark = fingerprint(self.model, self.params, [c.cache_latents, c.seed, data, self.data.digest])
+        folder = self.workdir / f"latents-{mark[:8]}"  # of other settings, another
+        self.precompute(folder, c.cache_latents, embeddings=False)
+        return open_latents(folder, self.model, self.params, c.trainable)
 
-        def make():
-            views = self.batches(batch_size=32, epochs=c.cache_latents, drop_remainder=False)
-            return encode_all(self.model, self.params, views)
-
-        arrays = cached(self.workdir / f"latents-{self.host['host_index']}.npz", mark, make)
-        return FromMemory(arrays, self.options.batch_size // self.host["host_count"], c.seed + self.host["host_index"])
-
-    def draw(self, step: int, params: Any) -> None:
-        import jaxdiff
-
-        e = self.config.eval
-        if self.host["host_index"] == 0:
-            names = ("seed", "steps", "guidance_scale", "scheduler")
-            pictures = jaxdiff.generate(self.model, params, list(e.prompts), **{n: e[n] for n in names})
-            self.write_sheet(step, pictures, columns=min(len(pictures), 8))
-
-    def write_sheet(self, step: int, pictures: Any, columns: int) -> None:
+    def write_sheet(self, step: int, pictures: Any, columns: int, captions: Sequence[str]) -> None:
         from jaxdiff.io.images import grid, write_png
+        from jaxdiff.training.trackers import Pictures
 
+        self.sheet = Pictures(pictures, captions)
         if self.host["host_index"] == 0:
             (self.workdir / "samples").mkdir(exist_ok=True)
             write_png(self.workdir / "samples" / f"step-{step:06d}.png", grid(pictures, columns))
@@ -323,6 +275,8 @@ def run(f: flags.FlagValues) -> None:
     from jaxdiff.training.workdir import Lock, data_fingerprint, settle
 
     workdir = Path(f.workdir)
+    if f.posthoc_ema is not None:
+        return Run(f.config or stored(workdir), workdir).posthoc_ema(f.posthoc_ema)
     make_folder(workdir, "--workdir")
     if f.distributed or f.coordinator_address:
         # What is not given comes from the environment of a TPU pod, Slurm or Open MPI.
@@ -333,9 +287,23 @@ def run(f: flags.FlagValues) -> None:
         settle(workdir, as_json(f.config), data_fingerprint(f.config.data.path), as_json(base()), write=first)
         try:
             this = Run(f.config, workdir)
-            this.precompute() if f.precompute else this.train(f.profile)
+            if not f.precompute:
+                return this.train(f.profile)
+            folder, how = workdir / "latents", f.config.latents
+            this.precompute(folder, how.views, how.embeddings)
+            logging.info("The latents are in %s; --config.latents.path=%s trains on them.", folder, folder)
         except OptionsError as e:
             raise UsageError(f"config: {e}") from None
+
+
+def stored(workdir: Path) -> Any:
+    """The config that a run was begun with."""
+    from jaxdiff.training.workdir import stored_config
+
+    config = base()
+    with config.unlocked(), config.ignore_type():
+        config.update(stored_config(workdir))
+    return config
 
 
 def as_json(config: Any) -> dict[str, Any]:

@@ -1,22 +1,30 @@
 """What the loop costs beside the compiled step: input, numbers, TensorBoard and asynchronous checkpoints.
 
-    python -m benchmarks.bench_loop [--steps 40] [--repeats 5] [--side 32] [--channels 64]
+    python -m benchmarks.bench_loop [--blocks 16] [--block 20] [--checkpoint_every 1000] [--side 32] [--channels 64]
 
-Times `fit`, as train.py calls it, against the bare compiled step on one batch that stays on the device, for a small
-UNet on pictures read from a folder. `fit` reads and decodes each batch, logs every 10 steps and writes a checkpoint in
-the middle and at the end. The two take turns, so that a busy machine slows both; the median of the repeats is told.
-Steps are timed from the fourth on (compilation is not the loop's). Then `fit` again with a step that computes nothing:
-what is left is the loop itself, a figure that other work on the machine hardly moves.
+One run of `fit`, as train.py calls it, of a small UNet on pictures read from a folder: it reads and decodes each
+batch, logs every 10 steps, and writes a checkpoint in every fourth block of steps. Between two blocks the run stands
+still while the same compiled step is made as many times on one batch that stays on the device, so that each block has a
+bare one right before and right after it, and a machine that is slower for a while slows both:
+
+    overhead of a block = (its time - the mean of the bare blocks around it) / its time
+
+A block ends when the devices are done and no checkpoint is being written any more; so what a checkpoint costs, blocking
+or not, counts. Told are the median of blocks without a checkpoint, what a checkpoint adds, and both together for one
+checkpoint in `checkpoint_every` steps. Then `fit` runs with a step that computes nothing: what is left is the loop.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +42,7 @@ from jaxdiff.training.stages import diffusion_stage
 from jaxdiff.training.state import Options, TrainState, init_state, make_train_step, optimizer
 from tests.tiny import SCHEDULER, VAE, text_config, tiny_params, tokenizer
 
-FIRST = 3  # the step from which is timed
+FIRST = 3  # steps before the first block; compilation is not the loop's
 
 
 def pictures(folder: Path, side: int, count: int = 64) -> Path:
@@ -60,34 +68,64 @@ def model_of(side: int, channels: int) -> Model:
     return build(text_config(), unet, dataclasses.replace(VAE, sample_size=side), tokenizer(), SCHEDULER)
 
 
-class Times:
-    """When each step of `fit` began, seen through the stage's `prepare`."""
+class Watched:
+    """A compiled step that remembers what it gave last."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.began: list[float] = []
+    def __init__(self, step: Any) -> None:
+        self._step, self.lower, self.metrics = step, step.lower, None
+
+    def __call__(self, *args: Any) -> Any:
+        state, self.metrics = self._step(*args)
+        return state, self.metrics
+
+
+class Blocks:
+    """Times blocks of steps of `fit`, seen through the stage's `prepare`, and `between` them something else.
+
+    Attributes:
+        stage: to be trained.
+        times: (first step, seconds) of each block.
+    """
+
+    def __init__(self, stage: Stage, step: Watched, size: int, between: Callable[[], None]) -> None:
+        self.times: list[tuple[int, float]] = []
         self.stage = stage._replace(prepare=self._prepare)
-        self._real = stage.prepare
+        self._real, self._step, self._size, self._between = stage.prepare, step, size, between
+        self._made, self._began = 0, 0.0
+        self.checkpoints: Checkpoints | None = None
 
-    def _prepare(self, batch):
-        self.began.append(time.perf_counter())
+    def _prepare(self, batch: Any) -> Any:
+        """Called by `fit` with each batch that it has read."""
+        if self._made >= FIRST and (self._made - FIRST) % self._size == 0:
+            jax.block_until_ready(self._step.metrics)
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+            if self._made > FIRST:
+                self.times.append((self._made - self._size, time.perf_counter() - self._began))
+            self._between()
+            self._began = time.perf_counter()
+        self._made += 1
         return self._real(batch)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in {"steps": 40, "repeats": 5, "side": 32, "channels": 64, "batch": 16}.items():
+    sizes = {"blocks": 16, "block": 20, "checkpoint_every": 1000, "side": 32, "channels": 64, "batch": 16}
+    for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     model = model_of(args.side, args.channels)
     params, stage, mesh = tiny_params(model), diffusion_stage(model), parallel.mesh()
+    every = 4 * args.block
     options = Options(
-        steps=args.steps, batch_size=args.batch, log_every=10, eval_every=0, checkpoint_every=args.steps // 2
-    )
+        steps=FIRST + args.blocks * args.block + 1, batch_size=args.batch, log_every=10, eval_every=0,
+        checkpoint_every=every,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         data = pictures(work, args.side)
 
-        def batches():
+        def batches() -> Any:
             return captioned_folder(data, args.batch, args.side, seed=0, threads=2)
 
         trained = {k: params[k] for k in stage.trainable}
@@ -95,52 +133,61 @@ def main() -> None:
         state = init_state(trained, optimizer(options), mesh)
         step = make_train_step(stage.loss, options, mesh, state)
         batch = parallel.global_batch(mesh, stage.prepare(next(iter(batches()))))
+        bare: list[float] = []
 
-        def bare() -> float:
+        def make_bare() -> None:
             nonlocal state
-            for i in range(args.steps):
-                if i == FIRST:
-                    jax.block_until_ready(state)
-                    start = time.perf_counter()
+            start = time.perf_counter()
+            for _ in range(args.block):
                 state, _ = step(state, frozen, batch)
             jax.block_until_ready(state)
-            return (time.perf_counter() - start) / (args.steps - FIRST)
+            bare.append(time.perf_counter() - start)
 
-        def whole(name: str, compiled) -> float:
-            """Seconds from the beginning of one step of `fit` to that of the next, with all that lies between."""
-            loop.make_train_step = lambda *_: compiled  # type: ignore[attr-defined]
-            times = Times(stage)
-            fit(times.stage, params, batches(), options, work / name, mesh=mesh)
-            return (times.began[-1] - times.began[FIRST]) / (len(times.began) - 1 - FIRST)
+        def run(name: str, step: Watched, between: Callable[[], None]) -> Blocks:
+            loop.make_train_step = lambda *_: step  # type: ignore[attr-defined]
+            blocks = Blocks(stage, step, args.block, between)
+            save = Checkpoints.save
 
-        bare()
-        found = [(bare(), whole(f"run-{i}", step), bare()) for i in range(args.repeats)]
-        blocked: list[float] = []
-        save = Checkpoints.save
+            def seen(self: Checkpoints, *rest: Any) -> None:
+                blocks.checkpoints = self
+                save(self, *rest)
 
-        def timed_save(*args):
-            start = time.perf_counter()
-            save(*args)
-            blocked.append(time.perf_counter() - start)
+            Checkpoints.save = seen  # type: ignore[method-assign]
+            try:
+                fit(blocks.stage, params, batches(), options, work / name, mesh=mesh)
+            finally:
+                Checkpoints.save = save  # type: ignore[method-assign]
+            return blocks
 
-        Checkpoints.save = timed_save  # type: ignore[method-assign]
-        alone = [whole(f"idle-{i}", idle_step) for i in range(args.repeats)]
-        step_time = statistics.median([x for row in found for x in (row[0], row[2])])
-        ratios = [row[1] / ((row[0] + row[2]) / 2) for row in found]
-        size = sum(p.stat().st_size for p in (work / "run-0" / "checkpoints").rglob("*") if p.is_file()) / 2**20
-        count = sum(x.size for x in jax.tree.leaves(trained))
-        own, saving = statistics.median(alone), statistics.median(blocked)
-        print(f"{count / 1e6:.1f} million parameters, {size / 2:.0f} MB a checkpoint, batch {args.batch}")
-        print(f"bare step {1e3 * step_time:.1f} ms, step of fit {1e3 * statistics.median(r[1] for r in found):.1f} ms")
-        print(f"cost of the loop {100 * (statistics.median(ratios) - 1):+.1f}% of a step; each repeat:", end=" ")
-        print(", ".join(f"{100 * (r - 1):+.1f}%" for r in ratios))
-        share = 100 * own / step_time
-        print(f"fit with a step that computes nothing: {1e3 * own:.1f} ms a step = {share:.1f}% of a step,")
-        print(f"in which a checkpoint blocks it for {1e3 * saving:.0f} ms every {args.steps // 2} steps")
+        make_bare()  # compiles
+        bare.clear()
+        times = run("run", Watched(step), make_bare).times
+        alone = run("idle", Watched(idle_step), lambda: None).times
+        size = sum(p.stat().st_size for p in (work / "run" / "checkpoints").rglob("*") if p.is_file()) / 2**20
+
+    around = [(a + b) / 2 for a, b in itertools.pairwise(bare)]
+    found = [(any(s % every == 0 for s in range(first + 1, first + args.block + 1)), t, b)
+             for (first, t), b in zip(times, around, strict=True)]  # fmt: skip
+    plain = [(t - b) / t for saved, t, b in found if not saved]
+    step_time = statistics.median(bare) / args.block
+    share = statistics.median(plain)
+    saving = statistics.median(t - b for saved, t, b in found if saved) - share * statistics.median(
+        t for saved, t, _ in found if not saved
+    )
+    every_so_often = saving / (args.checkpoint_every * step_time)
+    count = sum(x.size for x in jax.tree.leaves(trained))
+    print(f"{count / 1e6:.1f} million parameters, {size / 2:.0f} MB a checkpoint, batch {args.batch}")
+    print(f"bare step {1e3 * step_time:.2f} ms; slowest block of them / fastest {max(bare) / min(bare):.2f}")
+    print(f"overhead without checkpoints: {100 * share:+.2f}% (median; each block: ", end="")
+    print(", ".join(f"{100 * x:+.1f}" for x in plain) + ")")
+    print(f"a checkpoint adds {1e3 * saving:.0f} ms, written in the background until done")
+    print(f"overhead with a checkpoint every {args.checkpoint_every} steps: {100 * (share + every_so_often):+.2f}%")
+    own = statistics.median(t for _, t in alone) / args.block
+    print(f"fit with a step that computes nothing: {1e3 * own:.2f} ms a step = {100 * own / step_time:.1f}% of a step")
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def idle_step(state: TrainState, frozen, batch):
+def idle_step(state: TrainState, frozen: Any, batch: Any) -> Any:
     metrics = {name: jnp.zeros(()) for name in ("loss", "grad_norm", "learning_rate", "skipped")}
     return state._replace(step=state.step + 1), metrics
 

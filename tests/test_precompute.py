@@ -2,6 +2,12 @@
 
 import itertools
 import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +19,14 @@ from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.captioned import captioned_data, open_source
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.models.model import encode, encode_text
-from jaxdiff.training import precompute as module
 from jaxdiff.training.precompute import precompute
 from jaxdiff.training.stages import diffusion_stage
 from tests.datasets_of_pictures import write_tars
+from tests.precompute_in_parts import HOW
 from tests.tiny import SIDE, tiny_model, tiny_params
 
 COUNT = 11
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,13 +48,17 @@ def params(model):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return open_source(write_tars(tmp_path_factory.mktemp("data") / "d", COUNT, bad=(4,)))
+def pictures(tmp_path_factory):
+    return write_tars(tmp_path_factory.mktemp("data") / "d", COUNT, bad=(4,))
+
+
+@pytest.fixture(scope="module")
+def source(pictures):
+    return open_source(pictures)
 
 
 def write(model, params, source, folder, **kwargs):
-    given = {"image_size": SIDE, "seed": 3, "views": 2, "part": 5, "batch_size": 4, "threads": 2, "embeddings": True}
-    precompute(model, params, source, folder, **(given | kwargs))
+    precompute(model, params, source, folder, **({"image_size": SIDE} | HOW | kwargs))
     return LatentShards(folder)
 
 
@@ -107,53 +118,35 @@ def test_training_reads_them_like_any_data(model, params, written):
     assert abs(loss(changed) - loss(without)) > 1e-4  # they are what is used
 
 
-class Killed(BaseException):
-    """Not an exception that anything would handle."""
+def start(data: Path, folder: Path, *args: object) -> subprocess.Popen:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-m", "tests.precompute_in_parts", data, folder, *args]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
-def test_killed_and_called_again_goes_on(model, params, source, written, tmp_path, monkeypatch):
-    made, encoder = [], module.encoder
-
-    def counting(*args):
-        run = encoder(*args)
-
-        def every(rows):
-            if len(made) == 2:
-                raise Killed
-            made.append(len(rows))
-            return run(rows)
-
-        return every
-
-    monkeypatch.setattr(module, "encoder", counting)
-    with pytest.raises(Killed):
-        write(model, params, source, tmp_path)
+def test_killed_in_the_middle_two_processes_go_on_and_share_the_rest(pictures, written, tmp_path):
+    killed = start(pictures, tmp_path, 0, 1, 0.5)
+    while killed.poll() is None and not list(tmp_path.glob("0*")):
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
     with pytest.raises(ConfigError, match="--precompute"):
         LatentShards(tmp_path)  # unfinished
     (tmp_path / ".000003.1").mkdir()  # what a kill in the middle of writing leaves
-    monkeypatch.undo()
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("0*")}
-    assert len(before) == 2
-    shards = write(model, params, source, tmp_path)
-    assert {n: (tmp_path / n).stat().st_mtime_ns for n in before} == before
-    assert not list(tmp_path.glob(".000*"))
-    expected = LatentShards(written)
-    for i in range(len(expected)):
-        for name, values in expected(i, None).items():
-            np.testing.assert_array_equal(shards(i, None)[name], values)
+    assert 1 <= len(before) < 5
+    two = [start(pictures, tmp_path, i, 2, 0) for i in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in two]
+    assert [process.returncode for process in two] == [0, 0], said
+    assert {n: (tmp_path / n).stat().st_mtime_ns for n in before} == before  # what was there is not written again
+    made = [{int(n) - 1 for n in re.findall(r"Part (\d) of 5", text)} for text in said]
+    missing = set(range(5)) - {int(n) for n in before}
+    assert made == [{i for i in missing if i % 2 == process} for process in range(2)]  # none twice
+    assert files(tmp_path) == files(written)
 
 
-def test_hosts_write_together(model, params, source, written, tmp_path):
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(2) as pool:
-        second = pool.submit(module.precompute, model, params, source, tmp_path, image_size=SIDE, seed=3, views=2,
-                             part=5, batch_size=4, threads=2, embeddings=True, host_index=1, host_count=2)  # fmt: skip
-        shards = write(model, params, source, tmp_path, host_index=0, host_count=2)
-        second.result()
-    expected = LatentShards(written)
-    assert len(shards) == len(expected)
-    np.testing.assert_array_equal(shards(13, None)["latents"], expected(13, None)["latents"])
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_latents_of_something_else_are_refused(model, params, source, written, tmp_path):

@@ -16,7 +16,9 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import open_source
 from jaxdiff.data.filters import select
 from jaxdiff.data.folder import examples
+from jaxdiff.data.latents import LatentShards
 from jaxdiff.io.images import read_image
+from jaxdiff.io.sources import open_tensors
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "tests" / "training_config.py"
@@ -76,6 +78,8 @@ def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_p
         "--config.cache_latents=2",
         "--config.data.filter.style=('flat', '3d')",
         "--config.eval.prompts=('a square',)",
+        "--config.ema_sigmas=(0.05, 0.1)",
+        "--config.snapshot_every=1",
     ]
     command = [f"--config={CONFIG}:unet", f"--workdir={tmp_path}/unet", path, *parts, *more]
     code, out, err = cli(*command)
@@ -84,8 +88,11 @@ def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_p
     work = tmp_path / "unet"
     assert json.loads((work / "run.json").read_text())["config"]["cache_latents"] == 2
     assert read_image(work / "samples" / "step-000004.png").shape == (16, 16, 3)
-    with np.load(work / "latents-0.npz") as latents:
-        assert latents["latents"].shape == (2 * 6, 8, 8, 4)  # two views of six pictures
+    (latents,) = (LatentShards(folder) for folder in work.glob("latents-*"))
+    assert len(latents) == 2 * 6  # two views of six pictures
+    events = b"".join(p.read_bytes() for p in (work / "tb").iterdir())
+    assert b"samples/0" in events
+    assert b"a square" in events
     model, params = jaxdiff.load(work / "export")
     vae, clip = (jaxdiff.load(tmp_path / stage / "export") for stage in ("vae", "clip"))
     assert model.vae.config == vae[0].vae.config
@@ -98,6 +105,14 @@ def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_p
     # Measured on other backgrounds than these; the factor of a random autoencoder would be off by more.
     assert 0.5 < scaled.std() < 2
     assert model.vae.config.scaling_factor != 0.18215
+
+    code, _, err = cli(f"--workdir={work}", "--posthoc_ema=0.1")  # a length that was tracked, hence the same
+    assert code == 0, err
+    tracked = open_tensors(work / "ema" / "4.safetensors").read("0.1:unet/conv_in/kernel")
+    kernel = jaxdiff.load(work / "export-ema-0.1")[1]["unet"]["conv_in"]["kernel"]
+    # Weights of up to some ten, each rounded in the solution of a system that is nearly singular.
+    np.testing.assert_allclose(kernel, tracked, atol=1e-5 * np.abs(tracked).max())
+    assert np.abs(kernel - params["unet"]["conv_in"]["kernel"]).max() > 1e-4 * np.abs(tracked).max()
 
     before = (work / "export" / "unet" / "config.json").stat().st_mtime_ns
     code, out, err = cli(*command, "--config.steps=6")  # goes on
@@ -127,6 +142,8 @@ def test_a_pretrained_model_learns_a_folder(cli, data, tiny_folder, tmp_path):
         ((), 2, "--config is missing"),
         (("--config=nowhere.py", "--workdir={tmp}"), 2, "nowhere.py"),
         (("--config={config}",), 2, "--workdir is missing"),
+        (("--workdir={tmp}", "--posthoc_ema=0.3"), 2, "--posthoc_ema=0.3 must be above 0 and below 0.289"),
+        (("--workdir={tmp}", "--posthoc_ema=0.1"), 1, "run.json cannot be read"),
         (("--config={config}", "--workdir={tmp}"), 2, "config.data.path is missing"),
         (("--config={config}", "--workdir={tmp}", "--config.stpes=3"), 2, "stpes"),
         (("--config={config}", "--workdir={tmp}", "--config.steps=many"), 2, "many"),

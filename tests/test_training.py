@@ -13,8 +13,8 @@ from jaxdiff.config import CLIPVisionConfig, SchedulerConfig
 from jaxdiff.diffusion.losses import min_snr_weight
 from jaxdiff.diffusion.schedules import at, noise_schedule
 from jaxdiff.models.model import Model, build
-from jaxdiff.training.latents import encode_all, fingerprint
 from jaxdiff.training.losses import contrastive_loss, kl_divergence, reconstruction_loss
+from jaxdiff.training.precompute import encoder, fingerprint
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage, random_times, vae_stage
 from jaxdiff.training.state import (
     Options,
@@ -265,7 +265,8 @@ def test_no_gradient_flows_into_the_autoencoder(gradients):
 def test_cached_latents_give_the_loss_of_their_pictures(params, denoising_loss):
     model, batch = whole_model(), pairs(BATCH)
     texts = ["castle", "red", "dragon", "blue"]
-    stored = encode_all(model, params, [{"image": batch["image"], "text": texts}])
+    rows = [{"image": image, "text": text} for image, text in zip(batch["image"], texts, strict=True)]
+    stored = encoder(model, params, embeddings=False, batch_size=3)(rows)
     assert stored["latents"].dtype == np.float16
     np.testing.assert_array_equal(stored["tokens"], batch["tokens"])
     # Latents are rounded to float16: 2**-11 = 5e-4.

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.train_on_devices import MESHES
+from tests.train_on_devices import MESHES, OPTIMIZERS
+from tests.train_on_hosts import write_pictures
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,17 +102,33 @@ def test_the_tensor_axis_adds_sums_of_activations_and_the_halves_of_gated_layers
     assert {"all-gather"} == {kind for kind, axes in kinds if kind.startswith("all-g")}
 
 
-def test_hosts_train_together_and_go_on_together(tmp_path):
-    def run(folder: str, steps: int) -> np.ndarray:
-        workdir = tmp_path / folder
-        workdir.mkdir(exist_ok=True)
-        port = free_port()
-        finish(*(start("tests.train_on_hosts", port, i, 2, workdir, steps, devices=2) for i in range(2)))
-        results = [np.load(workdir / f"result-{i}.npz") for i in range(2)]
-        assert [int(r["step"]) for r in results] == [steps, steps]
-        np.testing.assert_array_equal(results[0]["w"], results[1]["w"])
-        return results[0]["w"]
+def test_hosts_train_together_and_others_go_on(tmp_path):
+    """Two processes, then one of as many devices, then two: as if it had always been one. A picture is damaged."""
+    data = write_pictures(tmp_path / "data")
 
-    unbroken = run("a", 6)
-    run("b", 4)
-    np.testing.assert_array_equal(run("b", 6), unbroken)
+    def run(folder: str, steps: int, processes: int) -> np.ndarray:
+        workdir, port = tmp_path / folder, free_port()
+        workdir.mkdir(exist_ok=True)
+        rest = (processes, data, workdir, steps)
+        finish(*(start("tests.train_on_hosts", port, i, *rest, devices=8 // processes) for i in range(processes)))
+        results = [np.load(workdir / f"result-{i}.npz") for i in range(processes)]
+        assert [int(r["step"]) for r in results] == [steps] * processes
+        assert all((r["w"] == results[0]["w"]).all() for r in results)
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return np.asarray([line["loss"] for line in lines])
+
+    unbroken = run("a", 9, 1)  # 72 examples of 13: the borders of epochs are within batches
+    assert len(set(unbroken.tolist())) == 9
+    for steps, processes in ((3, 2), (6, 1), (9, 2)):
+        broken = run("b", steps, processes)
+    np.testing.assert_allclose(broken, unbroken, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS)
+def test_every_optimizer_is_divided_and_goes_on_on_another_mesh(report, case):
+    one, moved = report["optimizers"][case]
+    assert moved["restored"]  # bit for bit, on a mesh of another shape
+    assert {"fsdp", "tensor"} <= {axis for axis in ("fsdp", "tensor") if axis in str(moved["specs"])}
+    np.testing.assert_allclose(moved["losses"], one["losses"], rtol=1e-5)
+    np.testing.assert_allclose(moved["norm"], one["norm"], rtol=1e-4)
+    assert one["losses"][-1] < one["losses"][0]

@@ -16,10 +16,10 @@ from PIL import Image
 from jaxdiff import parallel
 from jaxdiff.data.folder import captioned_folder
 from jaxdiff.io.checkpoint import CheckpointError, Checkpoints
-from jaxdiff.training.latents import FromMemory, cached
 from jaxdiff.training.loop import Stage, TrainingError, fit
 from jaxdiff.training.report import Report
 from jaxdiff.training.state import init_state, make_train_step, optimizer
+from tests.batches import FromMemory
 from tests.test_training import options
 from tests.tiny import SIDE
 
@@ -257,32 +257,3 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     o = options(steps=6, batch_size=3, checkpoint_every=1, keep_checkpoints=2)
     fit(linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path, mesh=one_device())
     assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()} == {"5", "6"}
-
-
-# --- latents in memory
-
-
-def test_batches_from_memory_go_on_where_they_were():
-    batches = iter(FromMemory(line_data(), 3, seed=1))
-    for _ in range(5):
-        next(batches)
-    state = json.loads(json.dumps(batches.get_state()))
-    again = iter(FromMemory(line_data(), 3, seed=1))
-    again.set_state(state)
-    for _ in range(6):
-        np.testing.assert_array_equal(next(batches)["index"], next(again)["index"])
-    other = iter(FromMemory(line_data(), 10, seed=2))
-    assert next(other)["index"].tolist() != next(other)["index"].tolist()  # another order each epoch
-
-
-def test_latents_are_made_once_for_each_mark(tmp_path):
-    made = []
-
-    def make():
-        made.append(1)
-        return {"latents": np.full((2, 1, 1, 1), len(made), np.float16)}
-
-    file = tmp_path / "latents.npz"
-    for mark, value in (("a", 1), ("a", 1), ("b", 2), ("b", 2)):
-        assert cached(file, mark, make)["latents"][0] == value
-    assert [p.name for p in tmp_path.iterdir()] == ["latents.npz"]

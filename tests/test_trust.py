@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -24,16 +25,17 @@ from jaxdiff.config import ConfigError
 from jaxdiff.io import checkpoint
 from jaxdiff.io.checkpoint import SUMS, CheckpointError, Checkpoints, damage
 from jaxdiff.training.evaluate import noise_levels
-from jaxdiff.training.latents import FromMemory
 from jaxdiff.training.loop import fit
 from jaxdiff.training.report import Report
 from jaxdiff.training.speed import PEAKS, Speed, flops, peak_flops
-from jaxdiff.training.trackers import JsonLines, WandB
+from jaxdiff.training.trackers import JsonLines, Pictures, WandB
 from jaxdiff.training.workdir import Lock, WorkdirError, data_fingerprint, settle
+from tests.batches import FromMemory
 from tests.test_training import options
 from tests.test_training_devices import finish, start
 from tests.test_training_loop import LINE, line_data, linear_stage, one_device, same
 from tests.tiny import LATENT, SIDE, tiny_model, tiny_params, tokenizer
+from tests.train_on_hosts import write_pictures
 
 ROOT = Path(__file__).parent.parent
 
@@ -225,6 +227,27 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_the_last_checkpoint_stays(tm
     assert same(run(8), unbroken)
 
 
+def test_what_the_system_refuses_to_write_leaves_the_last_checkpoint(written, tmp_path):
+    """As on a full disk, the system itself says no in the middle of a file."""
+    shutil.copytree(written, tmp_path / "c")
+
+    def save() -> None:
+        before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with Checkpoints(tmp_path / "c") as checkpoints:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))  # bytes; the numbers take 25,600
+            try:
+                checkpoints.save(4, tree(4), {"next": 4})
+                checkpoints.save(5, tree(5), {"next": 5})  # waits for the one before
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+
+    with pytest.raises(CheckpointError, match=r"c/4 cannot be written \(.*File too large.*\): free space"):
+        save()
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.latest == 3
+        assert same(checkpoints.restore(tree(0))[0], tree(3))
+
+
 def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file/checkpoints cannot be written"):
@@ -251,7 +274,8 @@ def test_a_notice_to_one_host_stops_all_at_the_same_step(tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    processes = [start("tests.train_on_hosts", port, i, 2, tmp_path, 10**6, devices=1) for i in range(2)]
+    data = write_pictures(tmp_path / "data")
+    processes = [start("tests.train_on_hosts", port, i, 2, data, tmp_path, 10**6, devices=1) for i in range(2)]
     while not metrics(tmp_path) and all(p.poll() is None for p in processes):
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
@@ -365,12 +389,15 @@ def test_flops_are_those_of_the_products_and_peaks_of_the_device():
     assert peak_flops([device("TPU v5")]) == 459e12
     assert peak_flops([device("NVIDIA H100 80GB HBM3", "gpu")]) == PEAKS["NVIDIA H100"]
     assert peak_flops([device("NVIDIA H100 PCIe", "gpu")]) == 756e12
-    assert peak_flops([device("something", "gpu")]) is None
+    assert peak_flops([device("Tesla V100-SXM2-16GB", "gpu")]) == 125e12
+    assert peak_flops([device("NVIDIA L40", "gpu")]) == 181e12
+    for unknown in ("NVIDIA L400", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
+        assert peak_flops([device(unknown, "gpu")]) is None
     assert peak_flops(jax.devices()) > 1e8  # measured
-    busy = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7})
+    busy = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7, "bytes_in_use": 5})
     idle = types.SimpleNamespace(memory_stats=lambda: None)
     values = Speed(100.0, 1000.0, (busy, idle)).values(2.0)
-    assert values == {"flops_per_second": 200.0, "mfu": 0.2, "memory_peak_bytes": 7.0}
+    assert values == {"flops_per_second": 200.0, "mfu": 0.2, "memory_bytes": 5.0, "memory_peak_bytes": 7.0}
     assert Speed(None, None, (idle,)).values(2.0) == {}
 
 
@@ -386,8 +413,9 @@ def test_metrics_of_a_killed_run_are_cut_where_it_goes_on(tmp_path):
     ]
 
 
-def test_weights_and_biases_get_the_numbers_and_the_same_run_goes_on(tmp_path, monkeypatch):
+def test_weights_and_biases_get_numbers_and_pictures_and_the_same_run_goes_on(tmp_path, monkeypatch):
     calls = []
+    drawn = Pictures(np.zeros((2, 4, 4, 3), np.uint8), ("a", "b"))
 
     def init(**kwargs):
         calls.append(kwargs)
@@ -398,10 +426,12 @@ def test_weights_and_biases_get_the_numbers_and_the_same_run_goes_on(tmp_path, m
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"jaxdiff\[wandb\]"):
         WandB("p", "", {}, tmp_path)
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    wandb = types.SimpleNamespace(init=init, Image=lambda image, caption: (image.shape, caption))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     with Report((WandB("p", "", {"steps": 3}, tmp_path),), "line", 0, 2, 1, 2) as report:
-        report.show(2, {"loss": 0.5})
-    assert calls[1:] == [(2, {"loss": 0.5}), "finished"]
+        report.show(2, {"loss": 0.5, "samples": drawn})
+    shown = [((4, 4, 3), "a"), ((4, 4, 3), "b")]
+    assert calls[1:] == [(2, {"samples": shown}), (2, {"loss": 0.5}), "finished"]
     assert (calls[0]["project"], calls[0]["name"], calls[0]["id"]) == ("p", None, None)
     WandB("p", "", {}, tmp_path)
     assert calls[-1]["id"] == "r1"

@@ -9,14 +9,25 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff import parallel
+from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.training import collectives, plan
+from jaxdiff.training.loop import Stage
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage
 from jaxdiff.training.state import Options, init_state, make_train_step, norm, optimizer
 
 BATCH, STEPS = 8, 20
+WIDTH = 128  # of the kernels that optimizers are tried on: Adafactor factors from here on, 8 bits from 4096 elements
+OPTIMIZERS: dict[str, dict] = {
+    "int8": {"moments": "int8"},
+    "bfloat16": {"moments": "bfloat16"},
+    "adafactor": {"optimizer": "adafactor"},
+    "lion": {"optimizer": "lion"},
+    "muon": {"optimizer": "muon"},
+}
 MESHES = {"one": (1, 1), "data": (1, 1), "fsdp": (8, 1), "all": (2, 2)}  # name -> sizes of fsdp and tensor
 
 
@@ -71,6 +82,45 @@ def train(stage, params, mesh, steps: int) -> dict:
     }
 
 
+def squares() -> tuple[Stage, dict, list[dict]]:
+    """A stage that compiles in no time, with kernels that every mesh divides: (stage, parameters, batches)."""
+    rng = np.random.default_rng(0)
+    kernels = rng.normal(size=(2, WIDTH, WIDTH)).astype(np.float32) / np.sqrt(WIDTH)
+    to_q = {"kernel": kernels[0], "bias": np.zeros(WIDTH, np.float32)}
+    params = {"net": {"attn1": {"to_q": to_q}, "ff": {"net_2": {"kernel": kernels[1]}}}}
+
+    def loss(params, batch, keys):
+        q, out = params["net"]["attn1"]["to_q"], params["net"]["ff"]["net_2"]
+        return ((jnp.tanh(batch["x"] @ q["kernel"] + q["bias"]) @ out["kernel"] - batch["y"]) ** 2).mean(), {}
+
+    drawn = rng.normal(size=(4, 2, BATCH, WIDTH)).astype(np.float32)
+    return Stage("net", ("net",), loss), params, [{"x": x, "y": y} for x, y in drawn]
+
+
+def moved(changes: dict, meshes: list, folder: Path) -> dict:
+    """Four updates, half of them on each mesh, with a checkpoint in between."""
+    (stage, params, steps), report = squares(), {"losses": [], "restored": True}
+    options = Options(steps=4, batch_size=BATCH, learning_rate=1e-3, ema_sigmas=(0.05, 0.1), **changes)
+    state = init_state(params, optimizer(options), meshes[0])
+    for i, mesh in enumerate(meshes):
+        if i:
+            before, like = jax.device_get(state), init_state(params, optimizer(options), mesh)
+            with Checkpoints(folder) as checkpoints:
+                checkpoints.save(2, state, 0)
+            with Checkpoints(folder) as checkpoints:
+                state, _ = checkpoints.restore(like)
+            same = jax.tree.map(lambda a, b: bool((a == np.asarray(b)).all()), before, state)
+            alike = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), like, state)
+            report["restored"] = all(jax.tree.leaves((same, alike)))
+        step = make_train_step(stage.loss, options, mesh, state)
+        chosen = steps if len(meshes) == 1 else steps[2 * i : 2 * i + 2]
+        for batch in chosen:
+            state, metrics = step(state, {}, parallel.global_batch(mesh, batch))
+            report["losses"].append(float(metrics["loss"]))
+    floats = [x for x in jax.tree.leaves(parallel.fetch(state)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return report | {"specs": sorted(set(specs(state.opt_state))), "norm": float(norm(floats))}
+
+
 def specs(state) -> list[str]:
     return [str(x.sharding.spec) for x in jax.tree.leaves(state)]
 
@@ -89,6 +139,13 @@ def main(file: Path, port: str = "", process: str = "0", processes: str = "1") -
             report[name] = train(unet, params, mesh, STEPS)
             if name in ("one", "all"):
                 report[f"clip {name}"] = train(clip_stage(model), params, mesh, 3)
+        one, *others = (
+            parallel.mesh(*MESHES[n], jax.devices()[:1] if n == "one" else None) for n in ("one", "fsdp", "all")
+        )
+        report["optimizers"] = {
+            name: [moved(changes, meshes, file.parent / name) for meshes in ([one], others)]
+            for name, changes in OPTIMIZERS.items()
+        }
     file.write_text(json.dumps(report))
 
 

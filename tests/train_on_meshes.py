@@ -12,9 +12,9 @@ import numpy as np
 
 from jaxdiff import parallel
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.training.latents import FromMemory
 from jaxdiff.training.loop import fit
 from jaxdiff.training.state import init_state, optimizer
+from tests.batches import FromMemory
 from tests.test_training import options
 from tests.test_training_loop import linear_stage
 

@@ -16,6 +16,7 @@ snapshots are enough for any length between.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdiff import parallel
 from jaxdiff.config import ConfigError
@@ -73,22 +73,54 @@ def track(sigmas: Sequence[float]) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def snapshot(folder: Path, sigmas: Sequence[float], opt_state: Any) -> None:
-    """Write the averages that an optimizer's state holds as `folder`/<updates>.safetensors. To be called on every host.
+class Snapshots:
+    """Writes the averages that an optimizer's state holds to `folder`/<updates>.safetensors. A context manager.
+
+    Files are written in the background, one at a time; leaving waits for the last.
 
     Raises:
-        WeightsError: it cannot be written.
+        WeightsError: one cannot be written; by the next call, or on leaving.
     """
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PowerAverages))
-    state = parallel.fetch(next(x for x in leaves if isinstance(x, PowerAverages)))
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def __init__(self, folder: Path, sigmas: Sequence[float]) -> None:
+        self._folder, self._sigmas = folder, sigmas
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future | None = None
+
+    def __enter__(self) -> "Snapshots":
+        return self
+
+    def __exit__(self, kind: Any, *exception: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def save(self, opt_state: Any) -> None:
+        """To be called on every host; the first one writes."""
+        self._wait()
+        leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PowerAverages))
+        state = parallel.fetch(next(x for x in leaves if isinstance(x, PowerAverages)))
+        if jax.process_index() == 0:
+            self._writing = self._pool.submit(self._write, state)
+
+    def _write(self, state: PowerAverages) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{sigma}:{path}": np.asarray(value)
-            for sigma, average in zip(sigmas, state.averages, strict=True)
-            for path, value in flatten_dict(average, sep="/").items()
+            for sigma, average in zip(self._sigmas, state.averages, strict=True)
+            for path, value in _named(average)
         }
-        write_tensors(folder / f"{int(state.updates)}.safetensors", tensors)
+        write_tensors(self._folder / f"{int(state.updates)}.safetensors", tensors)
+
+
+def _named(tree: Params) -> list[tuple[str, Any]]:
+    """The arrays of a tree by their paths, such as unet/conv_in/kernel."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), value) for path, value in found]
 
 
 def inner(t: np.ndarray, g: np.ndarray, t_2: np.ndarray, g_2: np.ndarray) -> np.ndarray:
@@ -105,25 +137,27 @@ def weights(times: np.ndarray, gammas: np.ndarray, time: float, wanted: float) -
     return np.linalg.lstsq(inner(times, gammas, times, gammas), right[:, 0], rcond=None)[0]
 
 
-def reconstructed(folder: str | Path, sigma: float, updates: int | None = None) -> Params:
-    """What was trained, averaged over another length.
+def reconstructed(folder: str | Path, sigma: float, params: Params, updates: int | None = None) -> Params:
+    """Parameters of which those that were trained are averaged over another length.
 
     Args:
         folder: of snapshots, a run's `ema`.
         sigma: deviation of the average's profile as a share of the training.
+        params: all parameters, as the run has them; values of those trained do not matter.
         updates: the end of the training to be averaged over; the last snapshot by default.
 
     Returns:
-        The trained part of the parameters, float32 numpy arrays.
+        The same tree; what was trained as float32 numpy arrays.
 
     Raises:
-        ConfigError: there are no snapshots up to there, or no such length.
+        ConfigError: there are no snapshots up to there, they are of other parameters, or there is no such length.
     """
     files = sorted(Path(folder).glob("*.safetensors"), key=lambda p: int(p.stem))
     files = [p for p in files if updates is None or int(p.stem) <= updates]
+    wanted = gamma(sigma)
     if not files:
         raise ConfigError(f"{folder} holds no snapshots of averages: set ema_sigmas when training.")
-    wanted, sources = gamma(sigma), [open_tensors(p) for p in files]
+    sources = [open_tensors(p) for p in files]
     names = sorted({name.split(":")[0] for name in sources[0].shapes})
     times = np.repeat([int(p.stem) for p in files], len(names))
     lengths = np.tile([gamma(float(name)) for name in names], len(sources))
@@ -136,4 +170,7 @@ def reconstructed(folder: str | Path, sigma: float, updates: int | None = None) 
                 value = share * np.asarray(source.read(tensor), np.float64)
                 path = tensor.split(":", 1)[1]
                 total[path] = total[path] + value if path in total else value
-    return unflatten_dict({path: value.astype(np.float32) for path, value in total.items()}, sep="/")
+    found = [total.pop(path).astype(np.float32) if path in total else value for path, value in _named(params)]
+    if total:
+        raise ConfigError(f"The snapshots of {folder} are of another model: it has no {next(iter(total))}.")
+    return jax.tree.unflatten(jax.tree.structure(params), found)

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -17,11 +18,11 @@ from jax.sharding import Mesh
 
 from jaxdiff import parallel
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.training import ema
+from jaxdiff.training.ema import Snapshots
 from jaxdiff.training.report import Report
 from jaxdiff.training.speed import Speed, flops, peak_flops
 from jaxdiff.training.state import Batch, Loss, Options, TrainState, init_state, make_train_step, optimizer
-from jaxdiff.training.trackers import JsonLines, TensorBoard, Tracker
+from jaxdiff.training.trackers import JsonLines, Pictures, TensorBoard, Tracker
 from jaxdiff.typing import Array, Params
 
 
@@ -91,7 +92,7 @@ class Streak:
     """Counts the updates skipped one after the other."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._seen, self.length = limit, -1, 0
+        self._limit, self.length = limit, 0
 
     def see(self, step: int, metrics: Mapping[str, Any], checkpoint: int | None) -> None:
         """Take in the metrics of a step, waiting for it.
@@ -99,9 +100,7 @@ class Streak:
         Raises:
             TrainingError: too many in a row were skipped; `checkpoint` is the step of the last one.
         """
-        if step == self._seen:
-            return
-        self._seen, self.length = step, self.length + 1 if int(metrics["skipped"]) else 0
+        self.length = self.length + 1 if int(metrics["skipped"]) else 0
         if self.length >= self._limit:
             kept = (
                 "there is no checkpoint yet" if checkpoint is None else f"the last checkpoint is of step {checkpoint}"
@@ -145,7 +144,7 @@ def fit(
     workdir: str | Path,
     *,
     mesh: Mesh | None = None,
-    on_eval: Callable[[int, Params], Mapping[str, float]] | None = None,
+    on_eval: Callable[[int, Params], Mapping[str, float | Pictures]] | None = None,
     trackers: Sequence[Tracker] = (),
     profile: int = 0,
 ) -> Result:
@@ -159,9 +158,9 @@ def fit(
         workdir: checkpoints go to its folder `checkpoints`, numbers to `metrics.jsonl` and TensorBoard files to `tb`.
         mesh: devices over ("data", "fsdp", "tensor"); None takes all.
         on_eval: called as on_eval(step, params) before the first step, every `eval_every` steps and at the end (0: only
-            there), with the moving average of the parameters as numpy arrays; the numbers it returns are reported. On
-            every host.
-        trackers: more places for the numbers, of the first host; closed in the end.
+            there), with the moving average of the parameters as numpy arrays; the numbers and pictures it returns are
+            reported. On every host.
+        trackers: more places for them, of the first host; closed in the end.
         profile: steps of which a trace is written to the folder `profile`.
 
     Returns:
@@ -185,6 +184,8 @@ def fit(
 
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", options.keep_checkpoints))
+        sigmas = options.ema_sigmas
+        snapshots = stack.enter_context(Snapshots(workdir / "ema", sigmas)) if sigmas else None
         stop = stack.enter_context(Stop())
         if checkpoints.latest is not None:
             state, position = checkpoints.restore(state)
@@ -204,30 +205,38 @@ def fit(
 
         if options.eval_every and not start:  # what it starts from; and mistakes show now
             evaluate(0)
-        streak, metrics, due = Streak(options.max_skipped), None, False
+        streak, due = Streak(options.max_skipped), False
+        computing: deque[tuple[int, Any]] = deque()  # steps and their metrics, not yet waited for
+
+        def look_back(left: int) -> None:
+            """Wait for steps, but for the last so many, and report them."""
+            while len(computing) > left:
+                seen, metrics = computing.popleft()
+                streak.see(seen, metrics, checkpoints.latest)
+                report.step(seen, metrics)
+
         while step < options.steps and not stop.wished(step):
             batch = parallel.global_batch(mesh, stage.prepare(next(iterator)))
-            # The host runs one step ahead: while the devices compute one, the next batch is read.
-            if metrics is not None:
-                streak.see(step, metrics, checkpoints.latest)
             state, metrics = train_step(state, frozen, batch)
             step += 1
             if report.speed is None:
                 report.speed = speed_of(train_step, stage, options, mesh, state, frozen, batch)
-            report.step(step, metrics)
+            computing.append((step, metrics))
             trace.step(metrics)
             last = step == options.steps
+            evaluated = last or (options.eval_every and step % options.eval_every == 0)
             due = due or step % options.checkpoint_every == 0
-            if last or due:
-                streak.see(step, metrics, checkpoints.latest)
-                if last or not streak.length:  # in a bad time the last good one is kept
-                    checkpoints.save(step, state, iterator.get_state())
-                    due = False
-            if options.ema_sigmas and (last or step % options.snapshot_every == 0):
-                ema.snapshot(workdir / "ema", options.ema_sigmas, state.opt_state)
-            if last or (options.eval_every and step % options.eval_every == 0):
+            # The devices have this step to do while the host sees to the one before, and reads the next batch.
+            look_back(0 if last or due or evaluated else 1)
+            if last or (due and not streak.length):  # in a bad time the last good one is kept
+                checkpoints.save(step, state, iterator.get_state())
+                due = False
+            if snapshots and (last or step % options.snapshot_every == 0):
+                snapshots.save(state.opt_state)
+            if evaluated:
                 evaluate(step)
                 report.restart_clock()
+        look_back(0)
         if step < options.steps:
             checkpoints.save(step, state, iterator.get_state())
             report.say(f"stopped at step {step} of {options.steps}; the same command goes on from there.")

@@ -4,6 +4,7 @@ They come in parts of a folder, each of one size, which hosts divide; a part is 
 call goes on where it was killed. `jaxdiff.data.captioned` reads the folder.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +23,19 @@ from jaxdiff.data.latents import INFO, LatentShards
 from jaxdiff.data.source import Source
 from jaxdiff.models.model import Model, encode, encode_text
 from jaxdiff.prompts import Tokens
-from jaxdiff.training.latents import fingerprint
 from jaxdiff.training.stages import TOKENS, prepare_pairs
 from jaxdiff.typing import Params
 
 PART = 2048  # examples of a part
+
+
+def fingerprint(model: Model, params: Params, description: Any) -> str:
+    """Of all that cached latents depend on: the autoencoder, the tokenizer, and what `description` (JSON) says."""
+    words = "".join(t.digest for t in (model.tokenizer, model.tokenizer_2) if t is not None)
+    digest = hashlib.sha256(json.dumps([str(model.vae.config), words, description]).encode())
+    for leaf in jax.tree.leaves(params["vae"]):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 class _Views:
@@ -83,7 +92,7 @@ def precompute(
     order = _Views(buckets, views)
     decode = Decode(source, image_size, None, flip, background)
     data = pipeline.batches(
-        source.name, len(source), decode, 1, seed=seed, order=lambda _: order, epochs=1, threads=threads
+        source.name, len(source), decode, 1, seed=seed, order=lambda *_: order, epochs=1, threads=threads
     )
     spans = _spans(order.counts, part)
     names = [f"{i:06d}" for i in range(len(spans))]

@@ -12,11 +12,11 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxdiff.training.speed import Speed
-from jaxdiff.training.trackers import Tracker
+from jaxdiff.training.trackers import Pictures, Tracker
 
 # A loss is a spike when it is above the median of so many before it by so many times their median distance from it.
 SPIKE_WINDOW, SPIKE_DISTANCE = 100, 10.0
-HIDDEN = ("flops_per_second", "memory_peak_bytes")  # of the lines of text
+HIDDEN = ("flops_per_second", "memory_bytes", "memory_peak_bytes")  # of the lines of text
 
 
 class Report:
@@ -121,10 +121,19 @@ class Report:
         if not self._quiet:
             (print if self._bar is None else self._bar.console.print)(f"{self._name}: {text}")
 
-    def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Write these values now."""
+    def show(self, step: int, values: Mapping[str, float | Pictures]) -> None:
+        """Write these values, and draw these pictures, now."""
         if self._quiet:
             return
+        for tracker in self._trackers:
+            for name, pictures in values.items():
+                if isinstance(pictures, Pictures):
+                    tracker.draw(step, name, pictures)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, Pictures)}
+        if numbers:
+            self._show_numbers(step, numbers)
+
+    def _show_numbers(self, step: int, values: Mapping[str, float]) -> None:
         for tracker in self._trackers:
             tracker.write(step, values)
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in HIDDEN)

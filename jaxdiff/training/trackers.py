@@ -1,21 +1,31 @@
-"""Where the numbers of a run are written: lines of JSON, TensorBoard, Weights & Biases."""
+"""Where the numbers and pictures of a run are written: lines of JSON, TensorBoard, Weights & Biases."""
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from jaxdiff.config import ConfigError
 from jaxdiff.training.workdir import WorkdirError
 
 
+class Pictures(NamedTuple):
+    """What is drawn while training."""
+
+    images: np.ndarray  # uint8 [N, H, W, 3]
+    captions: Sequence[str] = ()  # of each, or none
+
+
 class Tracker(Protocol):
-    """A place that takes values by name at a step, steps ascending."""
+    """A place that takes values and pictures by name at a step, steps ascending."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def draw(self, step: int, name: str, pictures: Pictures) -> None: ...
     def close(self) -> None: ...
 
 
@@ -54,6 +64,9 @@ class JsonLines:
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
 
+    def draw(self, step: int, name: str, pictures: Pictures) -> None:
+        """Pictures have no place in lines of JSON."""
+
     def close(self) -> None:
         with self._explained():
             self._file.close()
@@ -82,6 +95,12 @@ class TensorBoard:
             if math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
 
+    def draw(self, step: int, name: str, pictures: Pictures) -> None:
+        for i, image in enumerate(pictures.images):
+            self._writer.add_image(f"{name}/{i}", image, step, dataformats="HWC")
+        if pictures.captions:
+            self._writer.add_text(name, "\n".join(f"{i}. {c}" for i, c in enumerate(pictures.captions)), step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -105,7 +124,7 @@ class WandB:
             raise ConfigError(
                 "wandb.project is set but wandb is not installed: pip install jaxdiff[wandb], or leave it empty."
             ) from None
-        stored = folder / "wandb-id"
+        self._image, stored = wandb.Image, folder / "wandb-id"
         id = stored.read_text(encoding="utf-8").strip() if stored.exists() else None
         self._run = wandb.init(
             project=project, name=name or None, config=dict(config), dir=str(folder), id=id, resume="allow"
@@ -114,6 +133,11 @@ class WandB:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+    def draw(self, step: int, name: str, pictures: Pictures) -> None:
+        captions = pictures.captions or [None] * len(pictures.images)
+        shown = [self._image(image, caption=c) for image, c in zip(pictures.images, captions, strict=True)]
+        self._run.log({name: shown}, step=step)
 
     def close(self) -> None:
         self._run.finish()

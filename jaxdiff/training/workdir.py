@@ -148,6 +148,25 @@ def settle(
         raise WorkdirError(f"{path} cannot be written ({e.strerror or e}): choose another workdir.") from None
 
 
+def stored_config(folder: Path) -> dict[str, Any]:
+    """The settings that a run was begun with; lists as tuples.
+
+    Raises:
+        WorkdirError: there are none.
+    """
+    path = folder / "run.json"
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: tuples(x) for name, x in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    try:
+        return dict(tuples(json.loads(path.read_text(encoding="utf-8"))["config"]))
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise WorkdirError(f"{path} cannot be read ({e}): name the workdir of a run, or its --config.") from None
+
+
 def _refused(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Changes of settings that are not free."""
 
