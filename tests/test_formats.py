@@ -1,6 +1,7 @@
 """Files of tensors in every format read alike; hostile ones are refused and run nothing."""
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 from jaxdiff.config import ConfigError
 from jaxdiff.io import hub
 from jaxdiff.io.pickles import GLOBALS
+from jaxdiff.io.pretrained import find
 from jaxdiff.io.sources import WeightsError, open_tensors
 from jaxdiff.io.weights import load_tensors
 from jaxdiff.models.model import param_shapes
@@ -384,26 +386,115 @@ def test_truncated_safetensors(cut, tmp_path):
         open_tensors(path)
 
 
+def safetensors(header: bytes | dict, data: bytes = bytes(16)) -> bytes:
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def entry(begin: int, end: int, shape=(2,), dtype="F32") -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": entry(0, 8), "b": entry(4, 12)},  # overlapping
+        {"a": entry(0, 8), "b": entry(0, 8)},
+        {"a": entry(-8, 0)},
+        {"a": entry(8, 0)},
+        {"a": entry(8, 16)},  # a hole before it
+        {"a": entry(0, 8)},  # bytes of no tensor
+        {"a": entry(0, 16, (3,))},
+        {"a": entry(0, 2**62, (2**60,))},
+        {"a": entry(0, 16, (2**33, 2**33))},
+    ],
+    ids=str,
+)
+def test_lying_headers_of_safetensors(header, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(safetensors(header))
+    with pytest.raises(WeightsError, match=r"x\.safetensors is damaged or no safetensors file"):
+        open_tensors(tmp_path / "x.safetensors")
+
+
+def test_a_name_twice_in_a_header_is_one_tensor_or_refused(tmp_path):
+    one, two = (json.dumps(entry(*at)) for at in ((0, 8), (8, 16)))
+    (tmp_path / "x.safetensors").write_bytes(safetensors(f'{{"a": {one}, "a": {two}}}'.encode()))
+    with pytest.raises(WeightsError, match=r"x\.safetensors is damaged or no safetensors file"):
+        open_tensors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.bool_])
+def test_weights_of_whole_numbers_are_named(dtype, tmp_path):
+    save_file({"conv.weight": np.ones((2, 2), dtype)}, tmp_path / "x.safetensors")
+    target = {"conv": {"kernel": np.zeros((2, 2), np.float32)}}
+    with pytest.raises(WeightsError, match=rf"tensor conv\.weight holds {np.dtype(dtype)}, no floating numbers: it is"):
+        load_tensors(tmp_path / "x.safetensors", target, np.float32)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("F8_E4M3", ml_dtypes.float8_e4m3fn), ("F8_E5M2", ml_dtypes.float8_e5m2)])
+def test_eight_bit_floats_are_read_as_what_they_stand_for(name, dtype, tmp_path):
+    numbers = np.arange(-2, 2, 0.5).astype(dtype)
+    (tmp_path / "x.safetensors").write_bytes(safetensors({"conv.weight": entry(0, 8, (2, 4), name)}, numbers.tobytes()))
+    target = {"conv": {"kernel": np.zeros((4, 2), np.float32)}}
+    found = load_tensors(tmp_path / "x.safetensors", target, np.float32)["conv"]["kernel"]
+    np.testing.assert_array_equal(found, numbers.astype(np.float32).reshape(2, 4).T)
+
+
 # The hub, without a network.
 
 
-def test_hub_gives_a_folder(tmp_path, monkeypatch):
-    """Configs and safetensors of the folder are asked for; half precision only where there is nothing else."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    calls = []
+CONFIGS = {"model_index.json", "unet/config.json", "text_encoder/config.json", "tokenizer/vocab.json",
+           "tokenizer/merges.txt", "scheduler/scheduler_config.json"}  # fmt: skip
+BESIDE = {"README.md", "v1-5.safetensors", "v1-5.ckpt", "safety_checker/model.safetensors", "unet/model.onnx",
+          "unet/diffusion_flax_model.msgpack", "vae_1_0/diffusion_pytorch_model.safetensors", "pipeline.py",
+          "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/openvino/model.bin"}  # fmt: skip
 
-    def snapshot_download(repo_id, **kwargs):
-        calls.append((repo_id, kwargs))
-        (tmp_path / "unet").mkdir(exist_ok=True)
-        if "*.fp16.*" not in kwargs["ignore_patterns"]:
-            (tmp_path / "unet" / "x.fp16.safetensors").touch()
+
+def weights(end: str) -> set[str]:
+    return {f"unet/diffusion_pytorch_model.{end}", f"text_encoder/model.{end}"}
+
+
+SHARDS = {f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)} | {
+    "unet/diffusion_pytorch_model.safetensors.index.json"
+}
+
+
+@pytest.mark.parametrize(
+    ("there", "variant", "fetched"),
+    [
+        (weights("safetensors") | weights("fp16.safetensors") | weights("bin"), None, weights("safetensors")),
+        (weights("safetensors") | weights("fp16.safetensors") | weights("bin"), "fp16", weights("fp16.safetensors")),
+        (weights("fp16.safetensors") | weights("fp16.bin"), None, weights("fp16.safetensors")),
+        (weights("bin") | weights("fp16.bin"), None, weights("bin")),
+        (weights("fp16.bin"), "fp16", weights("fp16.bin")),
+        (weights("safetensors"), "fp16", set()),
+        (SHARDS | weights("bin"), None, SHARDS),
+    ],
+)
+def test_hub_gives_a_folder_of_one_set_of_weights(there, variant, fetched, tmp_path, monkeypatch):
+    """By the package's own signature and its own filter; as `load` asks, with a revision after the name."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    signature = inspect.signature(huggingface_hub.snapshot_download)
+    revisions = set()
+
+    def snapshot_download(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        assert given["repo_id"] == "owner/name"
+        revisions.add(given["revision"])
+        for path in huggingface_hub.utils.filter_repo_objects(
+            sorted(there | CONFIGS | BESIDE),
+            allow_patterns=given["allow_patterns"],
+            ignore_patterns=given["ignore_patterns"],
+        ):
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert hub.fetch("owner/name", "v1") == tmp_path
-    assert [c[0] for c in calls] == ["owner/name"] * 2
-    assert calls[0][1]["revision"] == "v1"
-    assert not any("bin" in p or "ckpt" in p or "py" in p for p in calls[0][1]["allow_patterns"])
+    assert find("owner/name@refs/pr/3", variant) == tmp_path
+    assert find("owner/name", variant) == tmp_path
+    assert revisions == {"refs/pr/3", None}
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == CONFIGS | fetched
 
 
 @pytest.mark.parametrize("error", [OSError("no route to host"), ValueError("a\nb"), TimeoutError()])

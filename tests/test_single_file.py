@@ -14,12 +14,14 @@ from safetensors.numpy import load_file, save_file
 from jaxdiff.config import CLIPTextConfig, ConfigError, UNetConfig, VAEConfig
 from jaxdiff.io.inference import SCALING, TEXTS, detect, infer_configs, pipeline_options, scheduler_config
 from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX, openclip_table, place, unet_table, vae_table
-from jaxdiff.io.pretrained import BUNDLED, save
+from jaxdiff.io.modules import load_vae, save_module
+from jaxdiff.io.pretrained import BUNDLED, replace_config, save
 from jaxdiff.io.single_file import IGNORED, _metadata, clip_tokenizer, load_single_file, save_single_file
-from jaxdiff.io.sources import TensorSource, WeightsError
+from jaxdiff.io.sources import TensorSource, WeightsError, open_tensors
 from jaxdiff.io.weights import named_tensors
 from jaxdiff.models.model import build
 from tests import tiny
+from tests.tiny import tiny_params
 
 SD1 = UNetConfig(cross_attention_dim=768)
 SD2 = UNetConfig(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
@@ -102,6 +104,11 @@ FULL = {  # family or variant -> UNet, VAE, text_encoder, text_encoder_2 as publ
 }
 FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner", "upscaler")
 BESIDE = {  # what published files hold beside the networks
+    "model_ema.num_updates": [],
+    "sqrt_recipm1_alphas_cumprod": [1000],
+    "first_stage_model.model_ema.decay": [],
+    "cond_stage_model.logit_scale": [],
+    "cond_stage_model.transformer.text_projection.weight": [8, 8],
     "model_ema.diffusion_modelinput_blocks00weight": [2],
     "model_ema.decay": [],
     "alphas_cumprod": [1000],
@@ -193,6 +200,19 @@ def test_a_foreign_file_of_the_same_tensors(small, tmp_path):
     assert_equal(loaded, params)
     assert reopened.modules == model.modules
     assert (reopened.scheduler, reopened.options, reopened.family) == (model.scheduler, model.options, family)
+
+
+def test_a_distilled_model_there_and_back(tmp_path):
+    """With the guidance embedding under a name of our own, and without our metadata with LCM's scheduler."""
+    model = replace_config(tiny.tiny_model(), "unet", time_cond_proj_dim=16)
+    model = dataclasses.replace(model, scheduler=scheduler_config("lcm"))
+    params = tiny.tiny_params(model)
+    save_single_file(tmp_path / "lcm.safetensors", model, params)
+    again, loaded = load_single_file(tmp_path / "lcm.safetensors")
+    assert again == model
+    assert_equal(loaded, params)
+    found = infer_configs(open_tensors(tmp_path / "lcm.safetensors"), "sd1")
+    assert (found["scheduler"], found["unet"].time_cond_proj_dim) == (model.scheduler, 16)
 
 
 def test_prediction_type_is_overridden(small):
@@ -322,37 +342,45 @@ def test_sd2_leaves_out_the_layer_that_its_text_passes_by():
     assert all(IGNORED.fullmatch(n) for n in layer)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_diffusers_opens_the_file(family, tmp_path):
+PIPELINES = {
+    "sd1": "StableDiffusionPipeline",
+    "sd1 inpainting": "StableDiffusionInpaintPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl inpainting": "StableDiffusionXLInpaintPipeline",
+    "sdxl_refiner": "StableDiffusionXLImg2ImgPipeline",
+    "upscaler": "StableDiffusionUpscalePipeline",
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_diffusers_opens_the_file(name, tmp_path):
     """The whole pipeline by diffusers' own loader, with the configs of the same model's folder."""
     diffusers = pytest.importorskip("diffusers")
     torch = pytest.importorskip("torch")
+    family, _, inpaints = name.partition(" ")
     model = small_model(family)
-    if family == "sdxl":  # their loader wants a projection as wide as the encoder, and layer 9
-        text = dataclasses.replace(model.text_encoder_2.config, projection_dim=16, num_hidden_layers=10)
-        unet = dataclasses.replace(model.unet.config, projection_class_embeddings_input_dim=16 + 24)
-        model = dataclasses.replace(
-            model, text_encoder_2=model.text_encoder_2.copy(config=text), unet=model.unet.copy(config=unet)
-        )
-        wider = dataclasses.replace(model.text_encoder.config, hidden_size=24)
-        unet = dataclasses.replace(unet, cross_attention_dim=40)
-        model = dataclasses.replace(
-            model, text_encoder=model.text_encoder.copy(config=wider), unet=model.unet.copy(config=unet)
-        )
+    if family.startswith("sdxl"):  # their loader wants a projection as wide as the encoder, and layer 9
+        model = replace_config(model, "text_encoder_2", projection_dim=16, num_hidden_layers=10)
+        width = model.unet.config.projection_class_embeddings_input_dim + 16 - 8
+        model = replace_config(model, "unet", projection_class_embeddings_input_dim=width)
+    if family == "sdxl":
+        model = replace_config(model, "text_encoder", hidden_size=24)
+        model = replace_config(model, "unet", cross_attention_dim=40)
+    if inpaints:
+        model = replace_config(model, "unet", in_channels=9)
     params = tiny.tiny_params(model)
     save(tmp_path / "folder", model, params)
     save_single_file(tmp_path / "x.safetensors", model, params)
-    cls = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
-    pipeline = cls.from_single_file(
+    pipeline = getattr(diffusers, PIPELINES[name]).from_single_file(
         str(tmp_path / "x.safetensors"),
         config=str(tmp_path / "folder"),
         local_files_only=True,
         torch_dtype=torch.float32,
     )
-    for name in model.modules:
-        theirs = {n.removeprefix("text_model."): x for n, x in getattr(pipeline, name).state_dict().items()}
-        for n, x in named_tensors(params[name]):
-            np.testing.assert_array_equal(theirs[n].numpy(), x, err_msg=f"{name} {n}")
+    for part in model.modules:
+        theirs = {n.removeprefix("text_model."): x for n, x in getattr(pipeline, part).state_dict().items()}
+        for n, x in named_tensors(params[part]):
+            np.testing.assert_array_equal(theirs[n].numpy(), x, err_msg=f"{part} {n}")
 
 
 @pytest.fixture
@@ -391,16 +419,67 @@ def test_a_tensor_of_another_shape_is_named(tensors, write):
         load_single_file(write(tensors))
 
 
-def test_a_lora_is_no_checkpoint(tmp_path):
-    save_file({"lora_unet_down_blocks_0.alpha": np.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match=r"lacks the tensor .*input_blocks\.0\.0\.weight: is it a whole Stable Diff"):
-        load_single_file(tmp_path / "x.safetensors")
-
-
 def test_a_unet_alone_is_no_checkpoint(tensors, tmp_path):
     save_file({n: x for n, x in tensors.items() if n.startswith(UNET_PREFIX)}, tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match=r"has no text encoder of Stable Diffusion"):
+    with pytest.raises(WeightsError, match=r"has no text encoder of .* and no autoencoder: it was pruned"):
         load_single_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sentence"),
+    [
+        ("lora_unet_conv_in.alpha", "holds a LoRA: load a model, then give the file to jaxdiff.load_lora"),
+        (f"{VAE_PREFIX}encoder.conv_in.weight", "holds an autoencoder alone: .* give the file to jaxdiff.load_vae"),
+        ("encoder.conv_in.weight", "holds an autoencoder alone"),
+        ("control_model.input_hint_block.0.weight", "holds a ControlNet: give it to jaxdiff.load_controlnet"),
+        ("down_blocks.0.resnets.0.conv1.weight", "holds a UNet of a diffusers folder"),
+        ("something.else", r"lacks the tensor .*input_blocks\.0\.0\.weight: is it a whole Stable Diffusion checkpoint"),
+    ],
+)
+def test_what_is_no_whole_checkpoint_is_named(tensor, sentence, tmp_path):
+    save_file({tensor: np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=sentence):
+        load_single_file(tmp_path / "x.safetensors")
+
+
+def test_a_checkpoint_without_autoencoder_is_named(tensors, write):
+    with pytest.raises(WeightsError, match=r"has no autoencoder \(first_stage_model\.…\): it was pruned"):
+        load_single_file(write({n: x for n, x in tensors.items() if not n.startswith(VAE_PREFIX)}))
+
+
+def test_another_autoencoder_takes_the_models_place(tiny, tensors, tmp_path):
+    """One-file checkpoints' autoencoders, alone or in a whole file, and a folder; the model's scale stays."""
+    model, params = tiny
+    other = tiny_params(model, seed=1)
+    model = replace_config(model, "vae", scaling_factor=0.5)
+    whole = _tensors(model, other)
+    alone = {n: x for n, x in whole.items() if n.startswith(VAE_PREFIX)}
+    beside = {f"{VAE_PREFIX}loss.logvar": np.zeros(1, np.float32), "model_ema.decay": np.zeros(1, np.float32)}
+    save_file(alone | beside, tmp_path / "prefix.safetensors")
+    save_file({n.removeprefix(VAE_PREFIX): x for n, x in alone.items()}, tmp_path / "bare.safetensors")
+    save_file(whole, tmp_path / "whole.safetensors")
+    save_module(tmp_path / "folder", model.vae, other["vae"])
+    for name in ("prefix.safetensors", "bare.safetensors", "whole.safetensors", "folder"):
+        found, both = load_vae(model, params, tmp_path / name)
+        assert found == model
+        assert_equal(both, params | {"vae": other["vae"]})
+    save_module(tmp_path / "half", model.vae, other["vae"], dtype="float16")
+    assert {x.dtype.name for x in jax.tree.leaves(load_vae(model, params, tmp_path / "half")[1]["vae"])} == {"float32"}
+    wide = json.loads((tmp_path / "folder/config.json").read_text()) | {"latent_channels": 8}
+    (tmp_path / "folder/config.json").write_text(json.dumps(wide))
+    with pytest.raises(WeightsError, match=r"has shape .* calls for"):
+        load_vae(model, params, tmp_path / "folder")
+    narrow = replace_config(model, "vae", latent_channels=8)
+    with pytest.raises(
+        ConfigError, match=r"half has 4 latent channels, each of 2 pixels, the model 8 of 2: take an aut"
+    ):
+        load_vae(narrow, params, tmp_path / "half")
+    del alone[f"{VAE_PREFIX}decoder.mid.attn_1.k.bias"]
+    save_file(alone, tmp_path / "prefix.safetensors")
+    with pytest.raises(WeightsError, match=r"lacks the tensor first_stage_model\.decoder\.mid\.attn_1\.k\.bias"):
+        load_vae(model, params, tmp_path / "prefix.safetensors")
+    with pytest.raises(ConfigError, match="nothing is missing"):
+        load_vae(model, params, tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(

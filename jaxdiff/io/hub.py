@@ -4,18 +4,33 @@ from pathlib import Path
 
 from jaxdiff.config import ConfigError
 
-# A diffusers folder's configs, vocabularies and weights without code in them; not the one-file copies beside it.
-PATTERNS = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
-UNUSED = ["safety_checker/*", "*.non_ema.*"]
-VARIANTS = ["*.fp16.*", "*.bf16.*"]  # fetched only where there is nothing else
+# The folders of a diffusers model that are read: configs, vocabularies, weights. Not the one-file copies beside them,
+# nor what else may lie there (a safety checker, ONNX copies, older autoencoders).
+WEIGHED = ["unet", "vae", "text_encoder", "text_encoder_2", "vision_encoder", "controlnet", "controlnet_?"]
+PLAIN = ["scheduler", "low_res_scheduler", "tokenizer", "tokenizer_2"]
+CONFIGS = ["model_index.json", *(f"{f}/*.json" for f in WEIGHED + PLAIN), *(f"{f}/*.txt" for f in PLAIN)]
+FORMATS = ("safetensors", "bin")  # the second, of which no code is run, only where the first is not there
+UNUSED = ["*.non_ema*", "*/*/*"]
+VARIANTS = ["*.fp16*", "*.bf16*"]
 
 
-def fetch(repo_id: str, revision: str | None = None) -> Path:
+def attempts(variant: str | None) -> list[tuple[list[str], list[str]]]:
+    """Patterns of the files to fetch and of those to leave, each for one set of weights, in the order of preference."""
+    wanted, tries = [f"*.{variant}*"] if variant else VARIANTS, []
+    for suffix in FORMATS:
+        if not variant:
+            tries.append(([f"{f}/*.{suffix}" for f in WEIGHED], UNUSED + VARIANTS))
+        tries.append(([f"{f}/{w}.{suffix}" for f in WEIGHED for w in wanted], UNUSED))
+    return [(CONFIGS + weights, unwanted) for weights, unwanted in tries]
+
+
+def fetch(repo_id: str, revision: str | None = None, variant: str | None = None) -> Path:
     """The folder of a hub's model, fetched if it is not yet on this machine.
 
     Args:
         repo_id: "owner/name".
         revision: a branch, tag or commit; the main branch by default.
+        variant: "fp16" fetches the weights `*.fp16.*`; None those without such a word, or others where there are none.
 
     Raises:
         ConfigError: the package or the network is missing, or the hub has no such model.
@@ -27,11 +42,11 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
             f"{repo_id} is no folder here, and fetching it needs a package: pip install huggingface_hub."
         ) from None
     try:
-        for unwanted in (UNUSED + VARIANTS, UNUSED):
+        for wanted, unwanted in attempts(variant):
             folder = Path(
-                snapshot_download(repo_id, revision=revision, allow_patterns=PATTERNS, ignore_patterns=unwanted)
+                snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
             )
-            if any(folder.glob("unet/*.safetensors")):
+            if any(found.suffix != ".json" for found in folder.glob("unet/*.*")):
                 break
         return folder
     except Exception as e:  # the package's own errors, those of its HTTP client, and of the disk
