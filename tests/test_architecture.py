@@ -25,7 +25,7 @@ HOUSES = (
     ("jaxdiff.tokenizer", "jaxdiff.config", "jaxdiff.typing", "jaxdiff.version"),
 )
 ORACLES = ("torch", "diffusers", "tensorflow")  # of tests alone
-LAZY = ("transformers", "tokenizers", *ORACLES)  # never on `import jaxdiff`
+LAZY = ("transformers", "tokenizers", "scipy", *ORACLES)  # never on `import jaxdiff`
 
 
 def module_name(path: Path) -> str:

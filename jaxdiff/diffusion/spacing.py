@@ -19,7 +19,6 @@ The others spread noise levels, s = sigma / alpha (on a flow, s = sigma), from s
 """
 
 import numpy as np
-from scipy.special import betaincinv
 
 from jaxdiff.config import SchedulerConfig
 
@@ -42,6 +41,8 @@ def spread(name: str, first: float, last: float, steps: int) -> np.ndarray:
         return (first ** (1 / 7) + u * (last ** (1 / 7) - first ** (1 / 7))) ** 7
     if name == "exponential":
         return np.exp(np.log(first) + u * (np.log(last) - np.log(first)))
+    from scipy.special import betaincinv  # here, for importing it takes longer than all else of this module
+
     return last + betaincinv(0.6, 0.6, 1 - u) * (first - last)
 
 
