@@ -74,7 +74,8 @@ class Run:
         if split != data.split or (folder / split).is_dir():
             folder /= split
         captions = [c.replace("{}", self.config.word.token) for c in data.captions]
-        return self.open(personalise.captioned(folder, captions, self.workdir / "captioned" / split), split)
+        personalise.captioned(folder, captions, self.workdir / "captioned" / split)
+        return self.open(self.workdir / "captioned", split)
 
     def make_tokenizer(self):
         from jaxdiff.data.folder import BACKGROUNDS
