@@ -150,7 +150,10 @@ def test_the_canvas_and_its_mask():
 
 
 def test_two_stages_variations_and_films(cli):  # noqa: F811
-    code, out, err = cli(CASTLE, STEPS, "--hires=2", "--tile=8", "--variation_seed=4", "--output=hires.png")
+    write_png("start.png", PICTURE)
+    write_png("mask.png", PICTURE // 128 * 255)
+    given = ("--hires=2", "--tile=8", "--variation_seed=4", "--image=start.png", "--mask=mask.png")
+    code, out, err = cli(CASTLE, STEPS, *given, "--output=hires.png")
     assert (code, out, err) == (0, ["hires.png"], "")
     again = [f"--{name}={value}" for name, value in read_metadata("hires.png").items()]
     assert cli(*again, "--output=again.png")[0] == 0

@@ -84,6 +84,7 @@ def test_two_stages_are_the_small_picture_enlarged_and_redrawn(upscale, tiny, dr
     assert levels(drawn, np.asarray(jnp.round(255 * expected).astype(jnp.uint8))) <= LEVEL
 
 
+@pytest.mark.slow
 def test_two_stages_from_a_picture_with_a_mask_under_a_controlnet(tiny):
     """Both stages keep what the mask covers and follow the control image at their own size: from the pure pieces."""
     model, params = with_controlnets(*tiny, tiny_controlnet(tiny[0]))
