@@ -247,6 +247,90 @@ def test_peft_metadata_gives_alpha(sd1, oracle, tmp_path):
     assert_close(run(model, merged), torch_outputs(oracle, pipe), run(model, params))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_dora_equals_peft(sd1, oracle, tmp_path):
+    """Magnitudes of dense layers and convolutions, as peft applies them and diffusers writes them."""
+    import diffusers
+    import peft as library
+    import torch
+    from peft.utils import get_peft_model_state_dict
+
+    model, params = sd1
+    pipe = pipeline(oracle)
+    for name, layers_of in (("unet", ["to_q", "conv1", "proj_in"]), ("text_encoder", ["q_proj", "fc1"])):
+        network = getattr(pipe, name)
+        network.add_adapter(
+            library.LoraConfig(r=3, lora_alpha=2.0, use_dora=True, init_lora_weights=False, target_modules=layers_of)
+        )
+        with torch.no_grad():
+            for key, x in network.named_parameters():
+                if "lora_magnitude_vector" in key:
+                    x *= torch.linspace(0.5, 1.5, x.numel()).reshape(x.shape)
+    adapters = {n: get_peft_model_state_dict(getattr(pipe, n)) for n in ("unet", "text_encoder")}
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=adapters["unet"],
+        text_encoder_lora_layers=adapters["text_encoder"],
+        **{f"{n}_lora_adapter_metadata": getattr(pipe, n).peft_config["default"].to_dict() for n in adapters},
+    )
+    lora = read_lora(model, tmp_path / "pytorch_lora_weights.safetensors")
+    assert all(f.magnitude is not None for f in lora.values())
+    assert_close(run(model, merge(params, lora)), torch_outputs(oracle, pipe), run(model, params))
+
+
+def convolution(params, name: str = "conv_in"):
+    """PyTorch's weight [out, in, 3, 3] of one of the UNet's convolutions."""
+    return to_torch_layout(("kernel",), np.asarray(params["unet"][name]["kernel"]))
+
+
+@pytest.mark.parametrize("shape", [(32, 1, 1, 1), (32, 1), (32,), (1, 4, 1, 1), (1, 4)])
+def test_dora_by_output_and_by_input(shape, sd1, tmp_path):
+    """The equation written out in PyTorch's layout; half the scale is half the way."""
+    model, params = sd1
+    rng = np.random.default_rng(0)
+    down, up, scale = (rng.uniform(0.5, 2, size).astype(np.float32) for size in ((2, 4, 3, 3), (32, 2, 1, 1), shape))
+    stem = "lora_unet_conv_in"
+    file = tmp_path / "dora.safetensors"
+    save_file({f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.dora_scale": scale}, file)
+    old = convolution(params).astype(np.float64)
+    whole = old + np.einsum("or,rihw->oihw", up[..., 0, 0], down)
+    by_input = shape[0] == 1
+    norm = np.sqrt((whole**2).sum((0, 2, 3) if by_input else (1, 2, 3), keepdims=True))
+    new = whole / norm * scale.reshape((1, -1, 1, 1) if by_input else (-1, 1, 1, 1))
+    lora = read_lora(model, file)
+    for strength in (1.0, 0.5, 0.0):
+        merged = convolution(merge(params, lora, strength))
+        np.testing.assert_allclose(merged, old + strength * (new - old), rtol=1e-5, atol=1e-6)
+    for layout in ("kohya", "diffusers"):
+        if layout == "diffusers" and by_input:
+            with pytest.raises(
+                WeightsError, match="a magnitude for each input, which the layout diffusers has no place"
+            ):
+                save_lora(tmp_path / "again.safetensors", model, lora, layout)
+            continue
+        save_lora(tmp_path / "again.safetensors", model, lora, layout)
+        jax.tree.map(np.testing.assert_array_equal, read_lora(model, tmp_path / "again.safetensors"), lora)
+
+
+def test_locon_is_three_convolutions(sd1, tmp_path):
+    torch = pytest.importorskip("torch")
+    model, params = sd1
+    rng = np.random.default_rng(0)
+    sizes = {"down": (2, 4, 1, 1), "mid": (2, 2, 3, 3), "up": (32, 2, 1, 1)}
+    parts = {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+    stem = "lora_unet_conv_in"
+    tensors = {f"{stem}.lora_{name}.weight": x for name, x in parts.items()}
+    save_file(tensors | {f"{stem}.alpha": np.array(1.0, np.float32)}, tmp_path / "locon.safetensors")
+    merged = load_lora(model, params, tmp_path / "locon.safetensors")
+    x = torch.from_numpy(rng.standard_normal((1, 4, 6, 6)).astype(np.float32))
+    conv = torch.nn.functional.conv2d
+    down, mid, up = (torch.from_numpy(parts[name]) for name in sizes)
+    expected = conv(x, torch.from_numpy(convolution(params).copy()), padding=1)
+    expected = expected + 0.5 * conv(conv(conv(x, down), mid, padding=1), up)
+    found = conv(x, torch.from_numpy(convolution(merged).copy()), padding=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 SGM = {  # the small SDXL's layers in the names of the original code, written out by hand
     "down_blocks.0.resnets.0.conv1": "input_blocks_1_0_in_layers_2",
     "down_blocks.0.downsamplers.0.conv": "input_blocks_2_0_op",
@@ -495,8 +579,19 @@ STEM = "unet.conv_in"
         ),
         ({"lora_unet_conv_in.hada_w1_a": (2, 2)}, "is of the kind LoHa"),
         ({"lora_unet_conv_in.lokr_w1": (2, 2)}, "is of the kind LoKr"),
-        ({"lora_unet_conv_in.dora_scale": (2, 2)}, "is of the kind DoRA"),
-        ({"unet.conv_in.lora_magnitude_vector": (2,)}, "is of the kind DoRA"),
+        ({"lora_unet_conv_in.dora_scale": (32, 1, 1, 1)}, "has no down matrix for lora_unet_conv_in"),
+        (
+            {f"{STEM}.lora_A.weight": (2, 4, 3, 3), f"{STEM}.lora_B.weight": (32, 2), f"{STEM}.dora_scale": (5, 1)},
+            r"has matrices of shapes \[2, 4, 3, 3\] and \[32, 2\] and \[5, 1\], the model a weight of",
+        ),
+        (
+            {
+                f"{STEM}.lora_down.weight": (2, 4, 1, 1),
+                f"{STEM}.lora_up.weight": (32, 2),
+                f"{STEM}.lora_mid.weight": (2, 3, 3, 3),
+            },
+            r"has matrices of shapes \[2, 4, 1, 1\] and \[2, 3, 3, 3\] and \[32, 2\], the model a weight of",
+        ),
         ({"lora_unet_conv_in.diff": (2, 2)}, "is of the kind LyCORIS"),
         (
             {
@@ -527,7 +622,7 @@ def test_damaged_metadata(metadata, sd1, tmp_path):
     with pytest.raises(WeightsError, match=r"bad\.safetensors has damaged metadata"):
         read_lora(sd1[0], file)
     written(file, peft, found, {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})})
-    with pytest.raises(WeightsError, match="is of the kind DoRA"):
+    with pytest.raises(WeightsError, match="is of the kind DoRA but lacks the magnitude of unet"):
         read_lora(sd1[0], file)
 
 

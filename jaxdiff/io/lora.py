@@ -4,8 +4,13 @@ A LoRA adds to a layer's kernel the product of two thin matrices (section 4.1),
 
     kernel + scale * alpha / rank * down @ up                                                            (1)
 
-with down [..., in, rank] and up [rank, out]; for a convolution, down keeps the kernel's height and width. It is merged
-into the parameters rather than applied beside them: a pure function of params, LoRAs and scales, which may be traced.
+with down [..., in, rank] and up [rank, out]; for a convolution, down keeps the kernel's height and width. DoRA (Liu et
+al. 2024, arXiv:2402.09353, equation 5) gives each output, or each input, of that sum a learned magnitude m,
+
+    kernel + scale * (m * (kernel + alpha / rank * down @ up) / norm - kernel)                           (2)
+
+with the norms over all other axes. LoRAs are merged into the parameters rather than applied beside them: a pure
+function of params, LoRAs and scales, which may be traced.
 """
 
 import dataclasses
@@ -23,14 +28,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdiff.io.layouts import unet_table
-from jaxdiff.io.lora_names import find, layers, written_name
+from jaxdiff.io.lora_names import Layer, find, layers, written_name
 from jaxdiff.io.sources import TensorSource, open_tensors
 from jaxdiff.io.weights import WeightsError, from_torch_layout, to_torch_layout, write_tensors
 from jaxdiff.models.model import Model, param_shapes
 from jaxdiff.typing import Array, Key, Params
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("down", "up"), meta_fields=("alpha",))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("down", "up", "magnitude"), meta_fields=("alpha",))
 @dataclasses.dataclass(frozen=True)
 class Factors:
     """The change of one layer; `alpha` is no leaf of the tree, so that optimizers leave it alone."""
@@ -38,6 +43,7 @@ class Factors:
     down: Array  # [in, rank], or [H, W, in, rank] for a convolution
     up: Array  # [rank, out]
     alpha: float
+    magnitude: Array | None = None  # of DoRA: [out], or [in, 1] for one an input
 
     @property
     def rank(self) -> int:
@@ -49,7 +55,7 @@ KERNEL = ("kernel",)  # what the factors are laid out as
 
 
 def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) -> Params:
-    """Parameters with LoRAs added, equation (1). Pure: may be jitted, differentiated, and mapped over the scales.
+    """Parameters with LoRAs added, equations (1) and (2). Pure: may be jitted, differentiated, mapped over the scales.
 
     Args:
         params: the model's parameters; they stay as they are.
@@ -74,12 +80,24 @@ def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) 
             if name not in paths:
                 raise WeightsError(f"the LoRA changes {name}, which the model has not: read it with this model.")
             down, up = (jnp.asarray(x, jnp.float32) for x in (f.down, f.up))
-            change = scale * (f.alpha / f.rank) * jnp.matmul(down, up, precision="highest")
+            change = (f.alpha / f.rank) * jnp.matmul(down, up, precision="highest")
+            if f.magnitude is not None:
+                change = decomposed(jnp.asarray(flat[paths[name]], jnp.float32), change, f.magnitude)
+            change = scale * change
             changes[name] = changes[name] + change if name in changes else change
     for name, change in changes.items():
         old = flat[paths[name]]
         flat[paths[name]] = (jnp.asarray(old, jnp.float32) + change).astype(old.dtype)
     return unflatten_dict(flat)
+
+
+def decomposed(kernel: jax.Array, change: jax.Array, magnitude: Array) -> jax.Array:
+    """What DoRA changes a kernel [..., in, out] by, at full strength: equation (2)."""
+    whole = kernel + change
+    kept = whole.ndim - 1 if magnitude.ndim == 1 else whole.ndim - 2
+    others = tuple(axis for axis in range(whole.ndim) if axis != kept)
+    norm = jnp.sqrt(jnp.sum(whole**2, others, keepdims=True))
+    return whole * (jnp.asarray(magnitude, jnp.float32) / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)) - kernel
 
 
 _shapes = functools.lru_cache(maxsize=4)(param_shapes)  # a second or two of tracing for a model of full size
@@ -104,7 +122,7 @@ def read_lora(model: Model, path: str | Path) -> Lora:
 
     Args:
         path: safetensors, or PyTorch's .pt and .bin, in the names of diffusers, peft, kohya (for SDXL also those of
-            the original layout) or in the lists of cloneofsimo/lora. Factors keep the file's type.
+            the original layout) or in the lists of cloneofsimo/lora; LoCon and DoRA too. Factors keep the file's type.
 
     Raises:
         WeightsError: the file is missing or damaged, holds anything but a LoRA, or one for another model.
@@ -114,14 +132,29 @@ def read_lora(model: Model, path: str | Path) -> Lora:
     lora = {}
     for layer, tensors in find(source, list(layers(_shapes(model))), unet_table(model.unet.config)):
         down, up = (source.read(tensors[role]) for role in ("down", "up"))
+        if "mid" in tensors:  # a 1x1 convolution followed by one of the kernel's size is one of that size
+            first, then = (np.asarray(x, np.float32) for x in (down, source.read(tensors["mid"])))
+            down = np.einsum("abhw,bi->aihw", then, first.reshape(len(first), -1)).astype(down.dtype)
         rank = len(down)
         written = tensors.get("alpha")
         alpha = _alpha(source, written) if written else _config_alpha(source, config, layer.name, rank)
         down = from_torch_layout(KERNEL, down).reshape(*layer.shape[:-1], rank)
         # Copies, in a layout of their own: what was read may be a view into the file.
         factors = [jnp.asarray(np.array(x, order="C")) for x in (down, up.reshape(-1, rank).T)]
-        lora[layer.name] = Factors(factors[0], factors[1], alpha)
+        lora[layer.name] = Factors(factors[0], factors[1], alpha, _magnitude(source, config, layer, tensors))
     return lora
+
+
+def _magnitude(source: TensorSource, config: dict[str, Any], layer: Layer, tensors: Mapping[str, str]) -> Array | None:
+    """A layer's magnitudes as `Factors` has them: [out, 1 …] in the file or for one an input [1, in, …]."""
+    if "magnitude" not in tensors:
+        if config.get(f"{layer.module}.use_dora"):
+            raise WeightsError(f"{source.path} is of the kind DoRA but lacks the magnitude of {layer.name}.")
+        return None
+    x = np.asarray(source.read(tensors["magnitude"]))
+    # peft's has one an output whatever its shape, [1, out, 1, 1] for a convolution.
+    by_input = tensors["magnitude"].endswith("dora_scale") and x.shape[:2] == (1, layer.shape[-2])
+    return jnp.asarray(np.array(x.reshape(-1, 1) if by_input else x.reshape(-1), order="C"))
 
 
 def _alpha(source: TensorSource, tensor: str) -> float:
@@ -143,8 +176,6 @@ def _adapter_config(source: TensorSource) -> dict[str, Any]:
 def _config_alpha(source: TensorSource, config: dict[str, Any], name: str, rank: int) -> float:
     """A layer's alpha by peft's configuration; its rank where there is none, so that the product counts as it is."""
     module, _, name = name.partition(".")
-    if config.get(f"{module}.use_dora"):
-        raise WeightsError(f"{source.path} is of the kind DoRA; only plain LoRA is supported.")
     try:
         alpha = float(config.get(f"{module}.lora_alpha", rank))
         for ending, value in config.get(f"{module}.alpha_pattern", {}).items():
@@ -177,6 +208,8 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
         down = to_torch_layout(KERNEL, np.asarray(jax.device_get(f.down)))
         up = np.asarray(jax.device_get(f.up)).T.reshape(*f.up.shape[::-1], *(1,) * (down.ndim - 2))
         stem = written_name(known[name], layout, double="text_encoder_2" in model.modules)
+        if f.magnitude is not None:
+            tensors |= _written_magnitude(stem, np.asarray(jax.device_get(f.magnitude)), layout, down.ndim)
         if layout == "kohya":
             tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
             tensors[f"{stem}.alpha"] = np.asarray(f.alpha, np.float32)
@@ -184,6 +217,16 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
             up = (up * np.float32(f.alpha / f.rank)).astype(up.dtype)
             tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
     write_tensors(Path(path), tensors)
+
+
+def _written_magnitude(stem: str, x: np.ndarray, layout: str, axes: int) -> dict[str, np.ndarray]:
+    """The magnitudes of a layer whose kernel has so many axes, as a file has them."""
+    ones = (1,) * (axes - 2)
+    if layout == "kohya":
+        return {f"{stem}.dora_scale": x.reshape((-1, 1, *ones) if x.ndim == 1 else (1, -1, *ones))}
+    if x.ndim > 1:
+        raise WeightsError(f"{stem} has a magnitude for each input, which the layout diffusers has no place for.")
+    return {f"{stem}.lora_magnitude_vector": x.reshape(1, -1, *ones) if ones else x}
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")

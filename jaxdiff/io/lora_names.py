@@ -28,7 +28,7 @@ from jaxdiff.io.sources import TensorSource
 from jaxdiff.io.weights import WeightsError, tensor_name
 from jaxdiff.typing import Params
 
-Tensors = dict[str, str]  # "down", "up" and perhaps "alpha" -> the tensor's name in the file
+Tensors = dict[str, str]  # "down", "up", perhaps "alpha", "mid", "magnitude" -> the tensor's name in the file
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 KOHYA = {  # the prefix that is written first
@@ -50,13 +50,16 @@ SUFFIXES = {
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
     ".alpha": "alpha",
+    ".lora_mid.weight": "mid",  # LoCon's, between down and up
+    ".dora_scale": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector.default.weight": "magnitude",
 }
 OTHER_KINDS = {  # pattern in a tensor's name -> the kind of adapter that has it
-    r"dora_scale|lora_magnitude_vector": "DoRA",
     r"hada_w": "LoHa",
     r"lokr_w": "LoKr",
     r"oft_": "OFT",
-    r"lora_mid": "LoCon (Tucker decomposition)",
     r"\.diff(_b)?$": "LyCORIS (full difference)",
     r"lora_(B|up)\.bias$": "LoRA-with-bias",
 }
@@ -112,7 +115,7 @@ def spellings(layer: Layer, original: Table | None = None) -> list[str]:
 
 
 def split(path: object, name: str) -> tuple[str, str]:
-    """A tensor's name in a file -> what the file calls the layer, and "down", "up" or "alpha".
+    """A tensor's name in a file -> what the file calls the layer, and the tensor's role: see `Tensors`.
 
     Raises:
         WeightsError: the tensor belongs to no LoRA, or to a kind of adapter that is not built here.
@@ -122,7 +125,7 @@ def split(path: object, name: str) -> tuple[str, str]:
     """
     for pattern, kind in OTHER_KINDS.items():
         if re.search(pattern, name):
-            raise WeightsError(f"{path} is of the kind {kind} (tensor {name}); only plain LoRA is supported.")
+            raise WeightsError(f"{path} is of the kind {kind} (tensor {name}); LoRA, LoCon and DoRA are read here.")
     for suffix, role in SUFFIXES.items():
         if name.endswith(suffix):
             return name.removesuffix(suffix), role
@@ -172,18 +175,35 @@ def _torch(kernel: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _fits(source: TensorSource, layer: Layer, tensors: Tensors) -> bool:
-    """Whether down is [rank, in, ...] and up [out, rank]; dense layers and 1x1 convolutions may pass for each other."""
+    """Whether down is [rank, in, ...] and up [out, rank]; dense layers and 1x1 convolutions may pass for each other.
+
+    Down may be [rank, in, 1, 1] and mid [rank, rank, ...]; magnitudes are [out], [1, in], or these among further ones.
+    """
 
     def stripped(shape) -> tuple[int, ...]:
         return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
 
     down, up = (stripped(source.shapes[tensors[role]]) for role in ("down", "up"))
     wide = stripped(_torch(layer.shape))
+    if "mid" in tensors:
+        mid = tuple(source.shapes[tensors["mid"]])
+        if len(down) != 2 or len(mid) != 4 or mid[1] != down[0]:
+            return False
+        down = stripped((mid[0], down[1], *mid[2:]))
+    if "magnitude" in tensors:
+        size = tuple(source.shapes[tensors["magnitude"]])
+        ones = (1,) * (len(size) - 1)
+        allowed = [(wide[0], *ones), (1, wide[0], *ones[1:])]
+        if tensors["magnitude"].endswith("dora_scale"):
+            allowed.append((1, wide[1], *ones[1:]))
+        if size not in allowed:
+            return False
     return len(up) == 2 and up[1] > 0 and down == (up[1], *wide[1:]) and up[0] == wide[0]
 
 
 def _mismatch(source: TensorSource, layer: Layer, tensors: Tensors) -> str:
-    shapes = " and ".join(str(list(source.shapes[tensors[role]])) for role in ("down", "up"))
+    roles = [role for role in ("down", "mid", "up", "magnitude") if role in tensors]
+    shapes = " and ".join(str(list(source.shapes[tensors[role]])) for role in roles)
     return f"for {layer.name} it has matrices of shapes {shapes}, the model a weight of {list(_torch(layer.shape))}"
 
 
