@@ -74,7 +74,7 @@ def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) 
     if len(scales) != len(loras):
         raise WeightsError(f"{len(loras)} LoRAs have {len(scales)} scales: give one for all, or one for each.")
     flat, paths = flatten_dict(params), {layer.name: layer.path for layer in layers(params)}
-    changes: dict[str, Array] = {}
+    changes: dict[str, jax.Array] = {}
     for lora, scale in zip(loras, scales, strict=True):
         for name, f in lora.items():
             if name not in paths:
