@@ -26,7 +26,7 @@ from jaxdiff.training import finetune, personalise
 from jaxdiff.training.stages import Noising
 from jaxdiff.training.state import Options, OptionsError, accumulated_grad, init_state, make_train_step, optimizer
 from jaxdiff.training.targets import LORA_FILES, TARGETS, WORD_FILE, make, process
-from tests.test_train_cli import ROOT, cache_home, cli  # noqa: F401
+from tests.test_train_cli import ROOT
 from tests.test_training import BATCH, keys, pictures, quick_compilation  # noqa: F401
 from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
 
@@ -370,30 +370,7 @@ def test_steering_pictures_of_the_metadata_are_cut_like_their_own(folders):
         captioned_folder(folder, 1, SIDE, seed=0)
 
 
-# --- the command
-
-
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
-def test_dreambooth_by_lora_from_the_command_line(cli, folders, tiny, tiny_folder):  # noqa: F811
-    command = [
-        f"--config={ROOT}/configs/finetune/dreambooth.py", f"--workdir={folders}/run", "--config.stage=lora",
-        f"--config.data.path={folders}/mine", "--config.data.captions=('a photo of sks castle',)",
-        f"--config.prior.path={folders}/class", "--config.prior.captions=('a castle',)",
-        f"--config.init_from.model={tiny_folder}", "--config.batch_size=2",
-        "--config.dtype=float32", "--config.remat=", "--config.learning_rate=0.01", "--config.data.threads=1",
-        "--config.rates=(('lora/text_encoder', 0.0),)", "--config.log_every=1",
-    ]  # fmt: skip
-    code, out, err = cli(*command, "--config.steps=2")
-    assert code == 0, err
-    code, out, err = cli(*command, "--config.steps=3")
-    assert code == 0, err
-    assert "goes on from step 2" in out
-    read = load_lora(*tiny, folders / "run" / "export" / LORA_FILES["diffusers"])
-    assert moved(tiny[1]["unet"], jax.device_get(read["unet"]))
-    assert moved(tiny[1]["text_encoder"], jax.device_get(read["text_encoder"])) == set()  # its rate is 0
-    code, _, err = cli(*command, f"--workdir={folders}/other", "--config.cache_latents=1")
-    assert code == 2
-    assert "cache_latents 1" in err
+# --- the configs
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.py")), ids=lambda p: p.stem)

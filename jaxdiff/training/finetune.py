@@ -22,6 +22,7 @@ RECTANGLES = 4  # of a random mask, at most
 # Arguments of `jaxdiff.generate` beside prompts, and pictures uint8 [B, H, W, 3] to show of them.
 Given = tuple[dict[str, Any], np.ndarray]
 WHOLE_SHARE = 0.25  # of masks that cover the whole picture, so that drawing from nothing is not forgotten
+UPSCALER_SCALE = 0.08333  # scaling_factor of the published x4 upscaler; PyTorch's pipeline puts it into any other
 NOISE_LEVEL = 20  # of the small pictures that an upscaler is tried on
 LOW_RES_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.02}  # of the published x4 upscaler
 
@@ -139,8 +140,28 @@ def drawn_around(batch: Mapping[str, Any]) -> Given:
 # --- upscaling
 
 
+def rescaled(model: Model, params: Params, scale: float) -> tuple[Model, Params]:
+    """The model with another scaling_factor and an autoencoder that makes up for it: scaled latents are what they were.
+
+    Its convolutions next to the latents take in the quotient. An autoencoder without them stays as it is.
+    """
+    c = model.vae.config
+    if c.scaling_factor == scale or c.shift_factor or not (c.use_quant_conv and c.use_post_quant_conv):
+        return model, params
+    quotient, n = c.scaling_factor / scale, c.latent_channels
+    quant, post = params["vae"]["quant_conv"], params["vae"]["post_quant_conv"]
+    factors = jnp.repeat(jnp.asarray([quotient, 1.0]), n)  # of means and of log-variances
+    quant = {
+        "kernel": quant["kernel"] * factors,
+        "bias": quant["bias"] * factors + jnp.repeat(jnp.asarray([0.0, 2 * np.log(quotient)]), n),
+    }
+    vae = {**params["vae"], "quant_conv": quant, "post_quant_conv": {**post, "kernel": post["kernel"] / quotient}}
+    return replace_config(model, "vae", scaling_factor=scale), {**params, "vae": vae}
+
+
 def upscaler_model(model: Model, params: Params) -> tuple[Model, Params]:
     """The model with a UNet that sees a small picture and how much noise is on it; see `extended`."""
+    model, params = rescaled(model, params, UPSCALER_SCALE)
     model, params = extended(model, params, model.vae.config.latent_channels + 3)
     if model.options.low_res_scheduler is None:
         process = SchedulerConfig.from_dict({"_class_name": "DDPMScheduler", **LOW_RES_BETAS})
