@@ -188,6 +188,8 @@ def as_controls(
     nets = model.controlnets
     if not images:
         return (), ()
+    if not nets:
+        raise ValueError("control_images are for ControlNets, and this model has none: give one, as --controlnet does.")
     if len(images) != len(nets):
         raise ValueError(f"{len(images)} control_images for {len(nets)} ControlNets: give one for each.")
     for net in nets:

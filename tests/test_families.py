@@ -221,7 +221,7 @@ MASK = np.ones((SIDE, SIDE), bool)
         ("sd1", {"guidance_scale": [1, 2, 3]}, r"guidance_scale has shape \[3\] for 2 prompts"),
         ("sd1", {"prompts_2": "a castle"}, "prompts_2 are for the second text encoder of SDXL"),
         ("sd1", {"clip_skip": 9}, "clip_skip 9 must be 0 to 3"),
-        ("sd1", {"control_images": PICTURE}, "1 control_images for 0 ControlNets"),
+        ("sd1", {"control_images": PICTURE}, "this model has none"),
         ("inpaint", {}, "this model is for inpainting: give image and mask"),
         ("upscaler", {}, "this model is for upscaling: give the small picture as image"),
         ("upscaler", {"image": SMALL, "noise_level": 41}, "noise_level 41 must be from 0 to 40"),

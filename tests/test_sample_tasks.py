@@ -211,8 +211,8 @@ def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
         ([CASTLE, "--guidance_interval=1"], "--guidance_interval 1 must be 2 numbers"),
         ([CASTLE, "--guidance_interval=0.1,nan"], "must be 2 numbers"),
         ([CASTLE, "--guidance_interval=5,1"], "must name the lower noise level first"),
-        ([CASTLE, "--control_image=a.png"], "--control_image goes with --controlnet"),
-        ([CASTLE, "--controlnet=a"], "1 --controlnet and 0 --control_image"),
+        ([CASTLE, "--controlnet=a"], "--controlnet goes with --control_image"),
+        ([CASTLE, "--controlnet=a", "--control_image=a", "--control_image=b"], "1 --controlnet and 2 --control_image"),
         ([CASTLE, "--hires=nan"], "--hires nan"),
         ([CASTLE, "--hires=2", "--hires_strength=0.1", STEPS], "--hires_strength 0.1 leaves none"),
         ([CASTLE, "--interpolate=1"], "--interpolate=1"),
@@ -238,6 +238,7 @@ def test_flags_that_do_not_go_together(flags, sentence, cli):  # noqa: F811
         (["--lora=none.safetensors"], "none.safetensors"),
         (["--embedding=<x>=none.safetensors"], "none.safetensors"),
         (["--controlnet=none", "--control_image=hint.png"], "none"),
+        (["--control_image=hint.png"], "this model has none"),
         (["--image=none.png"], "none.png is missing"),
     ],
 )

@@ -96,9 +96,9 @@ NEEDS = {  # flags that mean something with another one only
     "outpaint": "image",
     "styles_file": "style",
     "preview_vae": "preview",
-    "control_image": "controlnet",
-    "controlnet_scale": "controlnet",
-    "control_edges": "controlnet",
+    "controlnet": "control_image",
+    "controlnet_scale": "control_image",
+    "control_edges": "control_image",
 }
 
 
@@ -159,7 +159,7 @@ def check_tasks(f: flags.FlagValues) -> None:
         raise UsageError(f"--hires_strength {f.hires_strength} leaves none of --steps {f.steps}: raise one of the two.")
     if f.interpolate is not None and f.variation_seed is not None:
         raise UsageError("--interpolate goes from seed to seed by itself: leave out --variation_seed.")
-    if len(f.control_image) != len(f.controlnet):
+    if f.controlnet and len(f.control_image) != len(f.controlnet):  # else the model's own are meant
         raise UsageError(f"{len(f.controlnet)} --controlnet and {len(f.control_image)} --control_image: one for each.")
-    if f.controlnet_scale and len(f.controlnet_scale) != len(f.controlnet):
-        raise UsageError(f"{len(f.controlnet_scale)} --controlnet_scale for {len(f.controlnet)} --controlnet.")
+    if f.controlnet_scale and len(f.controlnet_scale) != len(f.control_image):
+        raise UsageError(f"{len(f.controlnet_scale)} --controlnet_scale for {len(f.control_image)} --control_image.")

@@ -56,7 +56,7 @@ def plan(f: flags.FlagValues, given: list[PromptLine]) -> list[Picture]:
     """
     shared = {name: f[name].value for name in (*EACH, *SHARED, *REST) if name in f and name != "seed"}
     for flag, needed in {"variation_strength": "variation_seed", "hires_strength": "hires", "hires_upscale": "hires",
-                         "strength": "image", "controlnet_scale": "controlnet"}.items():  # fmt: skip
+                         "strength": "image", "controlnet_scale": "control_image"}.items():  # fmt: skip
         if not shared[needed] and shared[needed] != 0:
             shared[flag] = None
     if f["emphasis"].value:
