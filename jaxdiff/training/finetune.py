@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.config import ConfigError, SchedulerConfig
+from jaxdiff.config import ConfigError, SchedulerConfig, VAEConfig
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.io.edges import canny
@@ -146,7 +146,8 @@ def rescaled(model: Model, params: Params, scale: float) -> tuple[Model, Params]
     Its convolutions next to the latents take in the quotient. An autoencoder without them stays as it is.
     """
     c = model.vae.config
-    if c.scaling_factor == scale or c.shift_factor or not (c.use_quant_conv and c.use_post_quant_conv):
+    known = isinstance(c, VAEConfig) and not c.shift_factor and c.use_quant_conv and c.use_post_quant_conv
+    if c.scaling_factor == scale or not known:
         return model, params
     quotient, n = c.scaling_factor / scale, c.latent_channels
     quant, post = params["vae"]["quant_conv"], params["vae"]["post_quant_conv"]
