@@ -1,0 +1,178 @@
+"""Every config of configs/finetune from the command line: trained, evaluated, and its export drawn by diffusers."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxdiff
+import sample
+from jaxdiff.generate import initial_noise, picture_keys
+from jaxdiff.io.controlnet import load_controlnet
+from jaxdiff.io.images import read_image
+from jaxdiff.models.model import with_controlnets
+from jaxdiff.training.targets import LORA_FILES, WORD_FILE
+from tests.test_train_cli import ROOT, cache_home, cli  # noqa: F401
+from tests.test_training import pictures
+from tests.tiny import LATENT, SIDE
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from diffusers.pipelines.stable_diffusion import (  # noqa: E402
+    pipeline_stable_diffusion_inpaint,
+    pipeline_stable_diffusion_upscale,
+)
+
+from jaxdiff.tasks import low_res_noise  # noqa: E402
+from tests import oracle, pipelines  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and ml_collections' own
+STEPS, SCALE, LEVELS = 2, 7.5, 2  # LEVELS: see tests/test_tasks.py
+PROMPT = {"textual_inversion": "a <cat>"}
+RATE = {"textual_inversion": 0.3, "lora": 0.1, "controlnet": 0.05}
+MORE = {
+    "lora": ["--config.trainable=('unet', 'text_encoder')", "--config.rates=(('lora/text_encoder', 0.0),)"],
+    "dreambooth": ["--config.data.captions=('a photo of sks castle',)", "--config.prior.captions=('a castle',)"],
+    "textual_inversion": [
+        "--config.word.token=<cat>",
+        "--config.word.initial=castle",
+        "--config.data.captions=('a {}',)",  # the tiny model reads 12 tokens
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three pictures to learn and two set aside."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 3), ("validation", 2)):
+        (folder / split).mkdir()
+        for i, picture in enumerate(pictures(count, seed=count)):
+            Image.fromarray(picture).save(folder / split / f"{i}.png")
+        lines = [json.dumps({"file_name": f"{i}.png", "text": "a house"}) for i in range(count)]
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def command(kind, data, tiny_folder, workdir):
+    """The config's own command, for two updates of a tiny model on a CPU."""
+    return [
+        f"--config={ROOT}/configs/finetune/{kind}.py", f"--workdir={workdir}", f"--config.data.path={data}",
+        f"--config.init_from.model={tiny_folder}", "--config.data.eval_split=validation", "--config.data.threads=1",
+        f"--config.eval.prompts=('{PROMPT.get(kind, 'a castle')}',)", f"--config.eval.steps={STEPS}",
+        "--config.eval.scheduler=ddim", f"--config.eval.guidance_scale={SCALE}", "--config.eval.pictures=2",
+        "--config.steps=2", "--config.batch_size=2", "--config.accumulate=1", "--config.warmup_steps=0",
+        f"--config.learning_rate={RATE.get(kind, 1e-2)}", "--config.schedule=constant", "--config.ema_decay=0.0",
+        "--config.dtype=float32", "--config.remat=", "--config.eval_every=2", "--config.log_every=1",
+        *MORE.get(kind, []),
+    ]  # fmt: skip
+
+
+def sheet(workdir, step, given):
+    """The drawing of a sheet, and for what needs more than a prompt what it was given and the picture itself."""
+    image = read_image(workdir / "samples" / f"step-{step:06d}.png")
+    row = [image[:, x : x + SIDE] for x in range(0, image.shape[1], SIDE + 2)]
+    assert len(row) == (3 if given else 1)
+    return (row[1], row[0], row[2]) if given else (row[0], None, None)
+
+
+def opened(kind, base, export):
+    """The model of an export, alone or on what it was trained from."""
+    if kind in ("full", "dreambooth", "inpainting", "upscaler"):
+        return jaxdiff.load(export)
+    model, params = jaxdiff.load(base)
+    if kind == "lora":
+        changed = jaxdiff.load_lora(model, params, export / LORA_FILES["kohya"])
+        jax.tree.map(np.testing.assert_array_equal, changed["text_encoder"], params["text_encoder"])  # its rate is 0
+        return model, changed
+    if kind == "textual_inversion":
+        return jaxdiff.load_textual_inversion(model, params, export / WORD_FILE)
+    return with_controlnets(model, params, load_controlnet(export))
+
+
+def torch_pipeline(kind, base, export):
+    if kind in ("full", "dreambooth", "inpainting", "upscaler"):
+        return diffusers.DiffusionPipeline.from_pretrained(export)
+    if kind == "controlnet":
+        net = diffusers.ControlNetModel.from_pretrained(export)
+        return diffusers.StableDiffusionControlNetPipeline.from_pretrained(base, controlnet=net)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base)
+    if kind == "lora":
+        pipe.load_lora_weights(str(export), weight_name=LORA_FILES["diffusers"])
+    else:
+        pipe.load_textual_inversion(str(export), weight_name=WORD_FILE)
+    return pipe
+
+
+@pytest.mark.parametrize("kind", sorted(path.stem for path in (ROOT / "configs" / "finetune").glob("*.py")))
+def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
+    kind,
+    cli,  # noqa: F811
+    data,
+    tiny_folder,
+    tmp_path,
+    monkeypatch,
+):
+    run = command(kind, data, tiny_folder, tmp_path)
+    if kind == "dreambooth":  # beside pictures of the class that the model draws itself; and stopped on the way
+        flags = [f"--model={tiny_folder}", "--prompt=a castle", f"--steps={STEPS}", f"--guidance_scale={SCALE}"]
+        argv = ["sample.py", *flags, "--scheduler=ddim", f"--output={tmp_path}/class/castle.png"]
+        monkeypatch.setattr(sys, "argv", argv)
+        (tmp_path / "class").mkdir()
+        assert sample.main(argv) == 0
+        run.append(f"--config.prior.path={tmp_path}/class")
+        code, _, err = cli(*run, "--config.steps=1")
+        assert code == 0, err
+    code, out, err = cli(*run)
+    assert code == 0, err
+    assert ("goes on from step 1" in out) == (kind == "dreambooth")
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    before, *_, after = [line for line in lines if "eval_loss" in line]
+    assert (before["step"], after["step"]) == (0, 2)
+    assert sum(name.startswith("eval_loss_t") for name in after) == 10
+    assert before["eval_loss"] != after["eval_loss"]
+
+    needs_more = kind in ("controlnet", "inpainting", "upscaler")
+    first, given, original = sheet(tmp_path, 0, needs_more)
+    drawn, _, _ = sheet(tmp_path, 2, needs_more)
+    assert np.abs(drawn.astype(int) - first).max() > 2 * LEVELS
+    ours, theirs = {}, {"latents": oracle.nchw(np.asarray(initial_noise(picture_keys(0, 1), LATENT)))}
+    middle = np.zeros((SIDE, SIDE), bool)
+    middle[SIDE // 4 : -SIDE // 4, SIDE // 4 : -SIDE // 4] = True
+    if kind == "controlnet":
+        ours, theirs["image"] = {"control_images": [given]}, oracle.nchw(given[None] / np.float32(255))
+    elif kind == "inpainting":
+        np.testing.assert_array_equal(given, np.where(middle[..., None], np.uint8(127), original))
+        ours = {"image": original, "mask": middle}
+        pipelines.inject(monkeypatch, pipeline_stable_diffusion_inpaint, oracle.nhwc(theirs.pop("latents")))
+        theirs |= {"image": original[None] / 255.0, "mask_image": middle[None, ..., None] / 1.0, "strength": 1.0}
+    elif kind == "upscaler":
+        small = given[::2, ::2]
+        ours = {"image": small, "noise_level": 20}
+        noise = low_res_noise(picture_keys(0, 1), (SIDE // 2, SIDE // 2, 3))
+        pipelines.inject(monkeypatch, pipeline_stable_diffusion_upscale, noise)
+        theirs |= {"image": small[None] / 255.0, "noise_level": 20}
+    prompt, options = PROMPT.get(kind, "a castle"), {"guidance_scale": SCALE}
+    loaded = opened(kind, tiny_folder, tmp_path / "export")
+    again = jaxdiff.generate(*loaded, prompt, **options, **ours, steps=STEPS, scheduler="ddim")[0]
+    assert np.abs(again.astype(int) - drawn).max() <= 1  # a LoRA's file holds rounded products
+    pipe = torch_pipeline(kind, tiny_folder, tmp_path / "export")
+    pipe.check_inputs = lambda *args, **kwargs: None  # it wants multiples of 8 whatever the autoencoder's factor
+    pipe.set_progress_bar_config(disable=True)
+    if kind in ("full", "dreambooth", "lora", "textual_inversion", "inpainting"):
+        theirs |= {"height": SIDE, "width": SIDE}
+    theirs = pipe(prompt, **options, **theirs, num_inference_steps=STEPS, output_type="np").images[0]
+    assert np.abs(drawn / 255.0 - theirs).max() <= LEVELS / 255
+
+
+def test_what_needs_pictures_takes_no_latents(cli, data, tiny_folder, tmp_path):  # noqa: F811
+    run = command("controlnet", data, tiny_folder, tmp_path)
+    code, _, err = cli(*run, "--config.cache_latents=1")
+    assert code == 2
+    assert "cache_latents 1" in err
