@@ -234,7 +234,7 @@ class Run:
         from jaxdiff.training.precompute import precompute
 
         c = self.config
-        how = {"views": views, "embeddings": embeddings, "buckets": self.buckets}
+        how: dict[str, Any] = {"views": views, "embeddings": embeddings, "buckets": self.buckets}
         how |= {"flip": c.data.flip, "background": c.data.background, "threads": c.data.threads, **self.host}
         precompute(self.model, self.params, self.data, folder, image_size=self.image_size, seed=c.seed, **how)
 

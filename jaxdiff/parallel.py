@@ -14,7 +14,7 @@ Examples are divided over "data" and "fsdp" alike.
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -200,7 +200,8 @@ def global_batch(mesh: Mesh, batch: Any) -> Any:
 def rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which row of the batch, the hosts' one after the other, lies at each place of `global_batch`, [B]."""
     owner = np.empty(batch_size, int)
-    for device, (index,) in batch_sharding(mesh).devices_indices_map((batch_size,)).items():
+    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((batch_size,))
+    for device, (index,) in places.items():
         owner[index] = device.process_index
     return _rows(owner)
 

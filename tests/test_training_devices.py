@@ -128,7 +128,7 @@ def test_hosts_train_together_and_others_go_on(tmp_path):
 def test_every_optimizer_is_divided_and_goes_on_on_another_mesh(report, case):
     one, moved = report["optimizers"][case]
     assert moved["restored"]  # bit for bit, on a mesh of another shape
-    assert {"fsdp", "tensor"} <= {axis for axis in ("fsdp", "tensor") if axis in str(moved["specs"])}
+    assert all(axis in str(moved["specs"]) for axis in ("fsdp", "tensor"))
     np.testing.assert_allclose(moved["losses"], one["losses"], rtol=1e-5)
-    np.testing.assert_allclose(moved["norm"], one["norm"], rtol=1e-4)
-    assert one["losses"][-1] < one["losses"][0]
+    np.testing.assert_allclose(moved["norm"], one["norm"], rtol=1e-5)
+    assert len(set(one["losses"])) == 4

@@ -23,9 +23,8 @@ BATCH, STEPS = 8, 20
 WIDTH = 128  # of the kernels that optimizers are tried on: Adafactor factors from here on, 8 bits from 4096 elements
 OPTIMIZERS: dict[str, dict] = {
     "int8": {"moments": "int8"},
-    "bfloat16": {"moments": "bfloat16"},
     "adafactor": {"optimizer": "adafactor"},
-    "lion": {"optimizer": "lion"},
+    "lion, bfloat16": {"optimizer": "lion", "moments": "bfloat16"},
     "muon": {"optimizer": "muon"},
 }
 MESHES = {"one": (1, 1), "data": (1, 1), "fsdp": (8, 1), "all": (2, 2)}  # name -> sizes of fsdp and tensor

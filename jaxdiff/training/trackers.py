@@ -135,7 +135,7 @@ class WandB:
         self._run.log(dict(values), step=step)
 
     def draw(self, step: int, name: str, pictures: Pictures) -> None:
-        captions = pictures.captions or [None] * len(pictures.images)
+        captions: Sequence[str | None] = pictures.captions or [None] * len(pictures.images)
         shown = [self._image(image, caption=c) for image, c in zip(pictures.images, captions, strict=True)]
         self._run.log({name: shown}, step=step)
 
