@@ -18,14 +18,12 @@ from configs.common import base
 from jaxdiff import parallel
 from jaxdiff.config import ConfigError
 from jaxdiff.data.folder import captioned_folder
-from jaxdiff.io.lora import load_lora
-from jaxdiff.io.pretrained import load
-from jaxdiff.io.textual_inversion import TABLE, load_textual_inversion
+from jaxdiff.io.textual_inversion import TABLE
 from jaxdiff.models.model import build
 from jaxdiff.training import finetune, personalise
 from jaxdiff.training.stages import Noising
 from jaxdiff.training.state import Options, OptionsError, accumulated_grad, init_state, make_train_step, optimizer
-from jaxdiff.training.targets import LORA_FILES, TARGETS, WORD_FILE, make, process
+from jaxdiff.training.targets import TARGETS, make, process
 from tests.test_train_cli import ROOT
 from tests.test_training import BATCH, keys, pictures, quick_compilation  # noqa: F401
 from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
@@ -198,85 +196,6 @@ def test_what_is_frozen_gets_no_gradient(target_of):
         return grad.lower(trained).cost_analysis()["flops"]
 
     assert work("lora") < 0.85 * work("unet")
-
-
-# --- files
-
-
-@pytest.mark.filterwarnings("ignore")  # diffusers' own
-def test_a_trained_lora_opens_in_diffusers(results, target_of, tiny, tiny_folder, tmp_path):
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
-    pytest.importorskip("peft")
-    params, _, _ = results("lora", *BOTH)
-    target, _ = target_of("lora", *BOTH)
-    target.export(tmp_path, params)
-    x, t = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32), 400
-    ids = tokenizer()(["a red dragon"])
-    whole = target.whole(params)
-    states = target.model.text_encoder.apply({"params": whole["text_encoder"]}, ids).last_hidden_state
-    ours = target.model.unet.apply({"params": whole["unet"]}, x.transpose(0, 2, 3, 1), t, states)
-    for name in LORA_FILES.values():
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder)
-        pipe.load_lora_weights(str(tmp_path), weight_name=name)
-        with torch.no_grad():
-            theirs = pipe.text_encoder(torch.from_numpy(ids).long())[0]
-            output = pipe.unet(torch.from_numpy(x), t, theirs).sample.numpy().transpose(0, 2, 3, 1)
-        # Values near 1 after some twenty layers, at 6e-8 each; the LoRA itself changes them by 0.1 and more.
-        np.testing.assert_allclose(theirs, states, atol=2e-5)
-        np.testing.assert_allclose(output, ours, atol=1e-4)
-        read = load_lora(*tiny, tmp_path / name)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), read["unet"], whole["unet"])
-    plain = tiny[0].unet.apply({"params": tiny[1]["unet"]}, x.transpose(0, 2, 3, 1), t, states)
-    assert np.abs(plain - ours).max() > 1e-2
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_trained_word_opens_in_diffusers(results, target_of, tiny, tiny_folder, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    params, _, _ = results("textual_inversion")
-    target, _ = target_of("textual_inversion")
-    target.export(tmp_path, params)
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder)
-    pipe.load_textual_inversion(str(tmp_path), weight_name=WORD_FILE)
-    theirs = pipe.text_encoder.get_input_embeddings().weight.detach().numpy()
-    np.testing.assert_array_equal(theirs, target.whole(params)["text_encoder"][TABLE]["embedding"])
-    model, read = load_textual_inversion(*tiny, tmp_path / WORD_FILE)
-    assert model.tokenizer.added_ids("<cat>") == target.model.tokenizer.added_ids("<cat>")
-    np.testing.assert_array_equal(read["text_encoder"][TABLE]["embedding"], theirs)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_trained_controlnet_opens_in_diffusers(results, target_of, tmp_path):
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
-    params, _, _ = results("controlnet")
-    target, batch = target_of("controlnet")
-    target.export(tmp_path / "net", params)
-    net = diffusers.ControlNetModel.from_pretrained(tmp_path / "net")
-    rng = np.random.default_rng(0)
-    x, states = (rng.standard_normal(s).astype(np.float32) for s in ((1, 8, 8, 4), (1, 12, 16)))
-    hint = batch["hint"][:1].astype(np.float32) / 255
-    (ours_net,) = target.model.controlnets
-    down, mid = ours_net.apply({"params": params["controlnet"][0]}, x, jnp.float32(300), states, hint)
-    with torch.no_grad():
-        nchw = [torch.from_numpy(v.transpose(0, 3, 1, 2).copy()) for v in (x, hint)]
-        theirs = net(nchw[0], 300, torch.from_numpy(states), nchw[1])
-    for a, b in zip([*down, mid], [*theirs.down_block_res_samples, theirs.mid_block_res_sample], strict=True):
-        np.testing.assert_allclose(a, b.numpy().transpose(0, 2, 3, 1), atol=1e-5)
-    assert np.abs(mid).max() > 1e-4
-
-
-def test_whole_models_come_out_as_folders(results, target_of, tmp_path):
-    for stage in ("inpainting", "upscaler"):
-        params, _, _ = results(stage)
-        target, _ = target_of(stage)
-        target.export(tmp_path / stage, params)
-        model, read = load(tmp_path / stage)
-        assert model.unet.config == target.model.unet.config
-        assert model.inpaints == (stage == "inpainting")
-        assert (model.family == "upscaler") == (stage == "upscaler")
-        assert moved(read["unet"], jax.tree.map(np.asarray, params["unet"])) == set()
 
 
 # --- SDXL

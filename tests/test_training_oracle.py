@@ -55,7 +55,9 @@ def distance(a, b):
     return np.sqrt(square / sum(float((b[n] ** 2).sum()) for n in b))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sd1", "v_prediction"), ("sdxl", "epsilon")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [pytest.param("sd1", "v_prediction", marks=pytest.mark.slow), ("sdxl", "epsilon")]
+)
 def test_loss_and_gradients_equal_pytorchs(name, kind, tmp_path):
     """Of a LoRA of the UNet and all text encoders, and of the UNet's own weights beneath it, as in full training."""
     pipe = pipelines.pipeline(name, tmp_path / "parts", kind)
