@@ -128,6 +128,7 @@ def test_text_encoder_is_causal():
     assert np.all(np.abs(gradient[jnp.array([598, 5, 9])]).sum(-1) > 0)
 
 
+@pytest.mark.slow  # a training step with and without it is compared in every run
 def test_rematerialisation_changes_no_gradient():
     module, args, _ = case("unet/sd1")
     variables = drawn(module, args)
@@ -140,7 +141,7 @@ def test_rematerialisation_changes_no_gradient():
         assert error(b, a) < TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_half_precision_stays_near_float32(dtype):
     """Rounding to 8 (bfloat16) or 11 (float16) bits at every operation: within eight roundings of the whole."""
     module, args, _ = case("unet/sd1")
