@@ -1,8 +1,26 @@
-"""Small networks of every kind: their configs, inputs and weights, which need no PyTorch to be made again."""
+"""Networks of every kind: their configs, and of small ones inputs and weights too, which need no PyTorch to be made."""
 
 import zlib
 
 import numpy as np
+
+from jaxdiff.config import UNetConfig
+
+# SDXL's own shapes.
+XL_LEVELS = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+SDXL = UNetConfig(
+    sample_size=128,
+    down_block_types=XL_LEVELS,
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
 
 SMALL_UNET = {
     "sample_size": 8,

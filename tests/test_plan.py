@@ -13,30 +13,17 @@ import train
 from jaxdiff import parallel
 from jaxdiff.commands import plan as plan_command
 from jaxdiff.commands.plan import described
-from jaxdiff.config import UNetConfig
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.training import plan
 from jaxdiff.training.stages import diffusion_stage
 from jaxdiff.training.state import Options, OptionsError, init_state, optimizer
 from jaxdiff.training.targets import make
+from tests.networks import SDXL
 from tests.tiny import SIDE
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "tests" / "training_config.py"
 ONE_FILE = ROOT / "jaxdiff" / "bundled" / "icons" / "unet" / "diffusion_pytorch_model.safetensors"
-SDXL = UNetConfig(
-    sample_size=128,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(320, 640, 1280),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
 
 
 def test_planned_bytes_are_those_of_a_real_state(tiny):

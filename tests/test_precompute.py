@@ -23,18 +23,11 @@ from jaxdiff.training.precompute import precompute
 from jaxdiff.training.stages import diffusion_stage
 from tests.datasets_of_pictures import write_tars
 from tests.precompute_in_parts import HOW
+from tests.test_training import quick_compilation  # noqa: F401
 from tests.tiny import SIDE, tiny_model, tiny_params
 
 COUNT = 11
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is compiled here runs a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

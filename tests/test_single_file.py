@@ -21,24 +21,11 @@ from jaxdiff.io.sources import TensorSource, WeightsError, open_tensors
 from jaxdiff.io.weights import named_tensors
 from jaxdiff.models.model import build
 from tests import tiny
+from tests.networks import SDXL, XL_LEVELS
 from tests.tiny import tiny_params
 
 SD1 = UNetConfig(cross_attention_dim=768)
 SD2 = UNetConfig(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
-XL_LEVELS = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
-SDXL = UNetConfig(
-    sample_size=128,
-    down_block_types=XL_LEVELS,
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(320, 640, 1280),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
 REFINER = dataclasses.replace(
     SDXL,
     down_block_types=(*XL_LEVELS, "DownBlock2D"),
