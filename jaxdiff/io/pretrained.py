@@ -18,8 +18,6 @@ from jaxdiff.config import (
     CLIPVisionConfig,
     Config,
     ConfigError,
-    PipelineOptions,
-    SchedulerConfig,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
@@ -29,6 +27,7 @@ from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.io.weights import WeightsError, load_tensors, save_tensors
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.model import Model, build, param_shapes, with_controlnets
+from jaxdiff.scheduler_config import PipelineOptions, SchedulerConfig
 from jaxdiff.tokenizer import Tokenizer
 from jaxdiff.typing import Params
 

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.config import ConfigError, SchedulerConfig, VAEConfig
+from jaxdiff.config import ConfigError, VAEConfig
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.io.edges import canny
 from jaxdiff.io.pretrained import replace_config
 from jaxdiff.models.model import Conditioning, Model, apply, encode
+from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training.stages import Network, each, folded, plain_network
 from jaxdiff.training.state import Batch
 from jaxdiff.typing import Array, Key, Params

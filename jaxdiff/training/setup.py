@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.config import CLIPTextConfig, ConfigError, SchedulerConfig
+from jaxdiff.config import CLIPTextConfig, ConfigError
 from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
 from jaxdiff.data.captioned import open_source
 from jaxdiff.data.filters import scan
@@ -17,6 +17,7 @@ from jaxdiff.data.source import Source
 from jaxdiff.io.pretrained import CONFIGS, find, find_weights, load, load_model, replace_config
 from jaxdiff.io.weights import load_tensors
 from jaxdiff.models.model import Model, build, encode, init_params, param_shapes
+from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Key, Params
 

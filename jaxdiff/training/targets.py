@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.diffusion.schedules import is_flow
 from jaxdiff.io.controlnet import load_controlnet, save_controlnet
@@ -17,6 +16,7 @@ from jaxdiff.io.pretrained import save
 from jaxdiff.io.textual_inversion import encoders, save_textual_inversion
 from jaxdiff.models.controlnet import from_unet
 from jaxdiff.models.model import Model, with_controlnets
+from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training import finetune, personalise
 from jaxdiff.training.finetune import Given
 from jaxdiff.training.loop import Stage

@@ -1,0 +1,112 @@
+"""The configuration of the noise and of the way it is taken back, and what a pipeline says beside its networks."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Self
+
+from jaxdiff.config import Config, ConfigError
+
+_FLOW = {"prediction_type": "flow_prediction", "beta_schedule": "flow"}
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+CLASS_DEFAULTS: dict[str, dict[str, Any]] = {  # of scheduler classes whose defaults differ from the others'
+    "FlowMatchEulerDiscreteScheduler": _FLOW,
+    "FlowMatchHeunDiscreteScheduler": _FLOW,
+    "HeunDiscreteScheduler": _SD_BETAS,
+    "DPMSolverSDEScheduler": _SD_BETAS,
+    "KDPM2DiscreteScheduler": _SD_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _SD_BETAS,
+    "LCMScheduler": {**_SD_BETAS, "beta_schedule": "scaled_linear"},
+    "TCDScheduler": {**_SD_BETAS, "beta_schedule": "scaled_linear"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig(Config):
+    """`scheduler_config.json`. None means that the default of the scheduler's class holds: see diffusion/times.py."""
+
+    CLASS_NAME: ClassVar[str] = "DDIMScheduler"
+    class_name: str = "DDIMScheduler"  # the file's `_class_name`
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"  # "linear", "scaled_linear", "squaredcos_cap_v2"; "flow" for rectified flow
+    trained_betas: tuple[float, ...] | None = None
+    prediction_type: str = "epsilon"  # "epsilon", "v_prediction", "sample", "flow_prediction"
+    rescale_betas_zero_snr: bool = False
+    shift: float = 1.0  # rectified flow: t -> shift t / (1 + (shift - 1) t)
+    use_dynamic_shifting: bool = False  # of flows, by the size of the picture: refused
+    # The time grid.
+    timestep_spacing: str | None = None  # "leading", "trailing", "linspace"
+    steps_offset: int = 0
+    set_alpha_to_one: bool | None = None  # DDIM, PNDM: whether the last step goes to alpha 1
+    final_sigmas_type: str = "zero"  # or "sigma_min"
+    interpolation_type: str = "linear"  # Euler: "log_linear" spreads the levels evenly in log sigma
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    use_lu_lambdas: bool = False
+    sigma_max: float | None = None  # ends of the levels that the three above spread; None: those of the table
+    sigma_min: float | None = None
+    original_inference_steps: int = 50  # LCM, TCD: steps of the distillation, out of which those of drawing are chosen
+    # Bounds on the prediction of x0.
+    clip_sample: bool | None = None
+    clip_sample_range: float = 1.0
+    thresholding: bool = False  # dynamic (Saharia et al. 2022), instead of clipping
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    # The method.
+    variance_type: str | None = None  # DDPM
+    algorithm_type: str = "dpmsolver++"  # DPM-Solver: "dpmsolver++", "sde-dpmsolver++", "dpmsolver"
+    solver_type: str | None = None  # DPM-Solver: "midpoint", "heun"; UniPC: "bh1", "bh2"
+    solver_order: int = 2  # DPM-Solver, UniPC: 1 to 3
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    predict_x0: bool = True  # UniPC
+    disable_corrector: tuple[int, ...] = ()  # UniPC: steps after which nothing is corrected
+    skip_prk_steps: bool | None = None  # PNDM: whether it starts by a step of Heun's, not three of Runge and Kutta's
+    timestep_scaling: float = 10.0  # LCM
+    # Known so that anything but these values is refused where it would change the picture: diffusion/times.py.
+    timestep_type: str = "discrete"
+    lambda_min_clipped: float = float("-inf")
+    invert_sigmas: bool = False
+    shift_terminal: float | None = None
+    stochastic_sampling: bool = False
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        name = values.get("_class_name", cls.class_name)
+        if values.get("use_flow_sigmas"):  # how classes that are not of flows only say it
+            values = {**values, "beta_schedule": "flow", "shift": values.get("flow_shift", 1.0)}
+        return super().from_dict({"class_name": name, **CLASS_DEFAULTS.get(name, {}), **values})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a file needs to say: the process, and what differs from the defaults of its class."""
+        values, silent = dataclasses.asdict(self), dataclasses.asdict(self.from_dict({"_class_name": self.class_name}))
+        betas = () if self.beta_schedule == "flow" else ("beta_start", "beta_end", "beta_schedule", "prediction_type")
+        always = ("num_train_timesteps", *betas)
+        said = {k: v for k, v in values.items() if v is not None and (k in always or v != silent[k])}
+        said.pop("class_name", None)
+        if self.beta_schedule == "flow":
+            said = {k: v for k, v in said.items() if not k.startswith("beta_")}
+            if not self.class_name.startswith("FlowMatch"):
+                said |= {"use_flow_sigmas": True, "flow_shift": said.pop("shift", 1.0)}
+        return {"_class_name": self.class_name, **said}
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineOptions(Config):
+    """What `model_index.json` says beside the names of the networks."""
+
+    force_zeros_for_empty_prompt: bool = True  # SDXL: no negative prompt is zeros, not the embedding of ""
+    requires_aesthetics_score: bool = False  # SDXL refiner: its time ids end in a score, not in the target size
+    max_noise_level: int = 350  # x4 upscaler: the most noise on the small picture, in steps of low_res_scheduler
+    low_res_scheduler: SchedulerConfig | None = None  # x4 upscaler: the process of that noise; a folder of its own
+    guidance_scale: float = 7.5  # what suits the model; "_guidance_scale" in the file, which diffusers passes over
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        scale = values.get("_guidance_scale", cls.guidance_scale)
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ConfigError(f"_guidance_scale {scale!r} in model_index.json must be a number, such as 7.5.")
+        given = {k: v for k, v in values.items() if k != "low_res_scheduler"}
+        return super().from_dict(given | {"guidance_scale": float(scale)})
