@@ -9,7 +9,7 @@ check:
 	$(PYTHON) -m mypy
 
 test:
-	$(PYTHON) -m pytest -m "not slow" -n auto -q --durations=15
+	$(PYTHON) -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder -q --durations=15
 
 test-all:
 	$(PYTHON) -m pytest -q --durations=20

@@ -36,7 +36,8 @@ def base() -> ConfigDict:
             "checkpoint_every": 1000,
             "keep_checkpoints": 2,
             "max_skipped": 10,  # updates in a row that may be left out because loss or gradient is not finite
-            "dtype": "float32",  # type to compute in; parameters are float32
+            "dtype": "float32",  # type to compute in; parameters that learn are float32
+            "frozen_dtype": "float32",  # of those that do not learn: or bfloat16, float16, half the memory
             "remat": "",  # compute activations again in the backward pass, to save memory: full, dots or dots_no_batch
             # Diffusers folders, or names of bundled models, that parts come from with weights and sizes; "model" stands
             # for every part.
@@ -113,7 +114,7 @@ def base() -> ConfigDict:
                 "pictures": 64,
                 "prompts": (),
                 "steps": 20,
-                "guidance_scale": 4.0,
+                "guidance_scale": 4.0,  # 0: the model's own
                 "scheduler": "dpmpp_2m",
                 "seed": 0,
             },

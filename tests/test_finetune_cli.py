@@ -109,8 +109,8 @@ def torch_pipeline(kind, base, export):
     return pipe
 
 
-# Those in long runs alone have no code that the others have not.
-LONG = ("full", "dreambooth", "inpainting")
+# In long runs alone: what these have of their own is also tested in test_finetune.py.
+LONG = ("full", "dreambooth", "inpainting", "controlnet", "upscaler")
 KINDS = sorted(path.stem for path in (ROOT / "configs" / "finetune").glob("*.py"))
 
 

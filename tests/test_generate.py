@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jaxdiff
+from jaxdiff.diffusion.spacing import SPACINGS
 from jaxdiff.generate import check_finite, picture_keys
 from tests.tiny import LATENT, SIDE, tiny_model
 
@@ -112,8 +113,10 @@ def test_nothing_compiles_for_other_prompts_seeds_scales_noise_or_spacing(draw, 
     compilations.clear()
     draw(["x", "y", "a house"], "blurry", seed=[5, 2, 2**32 - 1], guidance_scale=[2.0, 3.0, 4.5])
     draw(PROMPTS, seed=3, guidance_scale=12.0, noise=noise)
-    draw(PROMPTS, seed=3, spacing="trailing")
+    drawn = [draw(PROMPTS, seed=3, spacing=spacing) for spacing in SPACINGS]
     assert compilations == []
+    assert min(pictures.std() for pictures in drawn) > 20
+    assert len({pictures.tobytes() for pictures in drawn}) == len(SPACINGS)
     draw([*PROMPTS[:2], "a prompt of two chunks"], seed=7)  # what does compile is counted
     assert any("program" in name for name in compilations)
 

@@ -52,7 +52,7 @@ def quick_compilation():
 
 
 CASES = [(task, dtype) for task in TASKS for dtype in ("float16", "bfloat16")]
-QUICK = ("upscaling", "float16"), ("inpainting", "float16"), ("sdxl", "bfloat16")
+QUICK = ("upscaling", "float16"), ("sdxl", "bfloat16")
 
 
 @pytest.mark.parametrize(

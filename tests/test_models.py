@@ -141,7 +141,8 @@ def test_rematerialisation_changes_no_gradient():
         assert error(b, a) < TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_stays_near_float32(dtype):
     """Rounding to 8 (bfloat16) or 11 (float16) bits at every operation: within eight roundings of the whole."""
     module, args, _ = case("unet/sd1")

@@ -78,6 +78,9 @@ def test_a_film_of_two_prompts_and_of_one(tmp_path):
     negatives = [(f.get("negative_prompt"), f["blend_negative_prompt"]) for f in frames]
     assert negatives == [(None, "n")] * 2 + [("n", "n")]
     assert arguments(frames[:2])["blend_negative_prompts"] == ["n", "n"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "negative_prompt": "n"}\n{"prompt": "b"}\n')
+    frames = planned(f"--prompts_file={tmp_path}/p.jsonl", "--interpolate=2")
+    assert [f["blend_negative_prompt"] for f in frames] == ["", "", ""]
     frames = planned("--prompt=a", "--interpolate=2", "--seed=7")
     assert [(f["prompt"], f["blend_prompt"], f["variation_seed"]) for f in frames] == [("a", "a", 8)] * 3
     assert frames[-1]["seed"] == 8
@@ -162,6 +165,9 @@ def test_two_stages_variations_and_films(cli):  # noqa: F811
     assert (code, err) == (0, "")
     frames = ["a-castle-000-000.png", "a-castle-000-001.png", "a-red-dragon-001-002.png"]
     assert [Path(p).name for p in out] == [*frames, "film.gif"]
+    again = [f"--{name}={value}" for name, value in read_metadata(out[1]).items()]  # between the two prompts
+    assert cli(*again, "--output=frame.png")[0] == 0
+    assert Path("frame.png").read_bytes() == Path(out[1]).read_bytes()
     with Image.open("f/film.gif") as film:
         assert (film.n_frames, film.info["duration"], film.size) == (3, 100, (SIDE, SIDE))
 
@@ -216,7 +222,9 @@ def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
         ([CASTLE, "--hires=nan"], "--hires nan"),
         ([CASTLE, "--hires=2", "--hires_strength=0.1", STEPS], "--hires_strength 0.1 leaves none"),
         ([CASTLE, "--interpolate=1"], "--interpolate=1"),
-        ([CASTLE, "--interpolate=3", "--variation_seed=1"], "--interpolate goes from seed to seed"),
+        ([CASTLE, "--interpolate=3", "--blend_prompt=a dog"], "leave out --blend_prompt"),
+        ([CASTLE, "--blend=0.3"], "--blend goes with --blend_prompt"),
+        ([CASTLE, "--interpolate=3", "--variation_seed=1"], "--interpolate goes from picture to picture"),
         ([CASTLE, "--style=nope"], "The style 'nope' is unknown; known are"),
         ([CASTLE, "--styles_file=x.json"], "--styles_file goes with --style"),
         (["--prompts_file=none.txt"], "The prompts file none.txt does not exist"),

@@ -317,7 +317,7 @@ def test_unknown_options_are_named():
     for name in ("dpmpp_2m", "unipc"):
         with pytest.raises(ValueError, match="solver_order 4 must be 1, 2 or 3"):
             get_scheduler(name, SD1.__class__(solver_order=4))
-    with pytest.raises(ValueError, match='"sde-dpmsolver" is not implemented'):
+    with pytest.raises(ValueError, match='"sde-dpmsolver" is refused'):
         get_scheduler("dpmpp_2m", SD1.__class__(algorithm_type="sde-dpmsolver"))
     with pytest.raises(ValueError, match='"dpmsolver" needs final_sigmas_type "sigma_min"'):
         get_scheduler("dpmpp_2m", SD1.__class__(algorithm_type="dpmsolver"))

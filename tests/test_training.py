@@ -188,7 +188,7 @@ def test_decay_spares_vectors():
     assert updates["scale"] == 0
 
 
-@pytest.mark.parametrize("stage", [vae_stage, diffusion_stage])
+@pytest.mark.parametrize("stage", [pytest.param(vae_stage, marks=pytest.mark.slow), diffusion_stage])
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole(stage, params):
     stage, batch, mesh = stage(whole_model()), pairs(BATCH), parallel.mesh(devices=jax.devices()[:1])
     trained = {k: params[k] for k in stage.trainable}

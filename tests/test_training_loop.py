@@ -63,6 +63,22 @@ def test_fit_learns_and_leaves_what_is_frozen(tmp_path, capsys):
     assert list((tmp_path / "tb").iterdir())
 
 
+def test_what_is_frozen_may_be_kept_in_half_of_the_memory(tmp_path):
+    """1 + 2**-12 is 1 in bfloat16, so that the first step's bias tells the type; exports have it as it was."""
+    params = {**LINE, "offset": np.float32([1 + 2**-12])}
+    batches = FromMemory(line_data(), 5, 0)
+
+    def bias(**kept) -> float:
+        folder = tmp_path / str(len(kept))
+        o = options(steps=1, batch_size=5, log_every=1, **kept)
+        result = fit(linear_stage(), params, batches, o, folder, mesh=one_device())
+        assert result.params["offset"] is params["offset"]
+        return json.loads((folder / "metrics.jsonl").read_text())["bias"]
+
+    assert bias() == 1 + 2**-12
+    assert bias(frozen_dtype="bfloat16") == 1
+
+
 def one_device():
     return parallel.mesh(devices=jax.devices()[:1])
 

@@ -25,4 +25,5 @@ def get_config() -> ConfigDict:
     config.caption_dropout = 0.5  # so that it learns to read the steering picture by itself (section 3.3)
     config.update({"steps": 20_000, "batch_size": 32, "accumulate": 4, "learning_rate": 1e-5, "warmup_steps": 500})
     config.update({"schedule": "constant", "ema_decay": 0.999, "remat": "full", "dtype": "bfloat16"})
+    config.frozen_dtype = config.get_ref("dtype")
     return config

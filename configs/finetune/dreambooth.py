@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.trainable = ("unet", "text_encoder")
     config.data.image_size = 0  # the model's own
     config.data.background = "white"
-    config.eval.guidance_scale = 7.5
+    config.eval.guidance_scale = 0.0
     config.update({"steps": 800, "batch_size": 4, "learning_rate": 2e-6, "warmup_steps": 0, "caption_dropout": 0.0})
     config.update({"schedule": "constant", "ema_decay": 0.0, "remat": "full", "dtype": "bfloat16"})
     config.update({"log_every": 10, "eval_every": 200, "checkpoint_every": 200})

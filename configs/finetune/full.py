@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.data.image_size = 0  # the model's own
     config.data.background = "white"
     config.rates = (("text_encoder", 0.1),)
-    config.eval.guidance_scale = 7.5
+    config.eval.guidance_scale = 0.0
     config.update({"steps": 10_000, "batch_size": 16, "accumulate": 1, "learning_rate": 1e-5, "warmup_steps": 500})
     config.update({"schedule": "constant", "ema_decay": 0.9995, "remat": "full", "dtype": "bfloat16"})
     return config

@@ -5,7 +5,7 @@
     python sample.py --model my-sd15/ --lora runs/lora/export/pytorch_lora_weights.safetensors --prompt "a castle"
 
 In runs/lora/export are pytorch_lora_weights.safetensors, which PyTorch diffusers opens, and kohya.safetensors for other
-programs. Cost: beside the model itself (4 bytes a parameter) only the LoRA's few million parameters have moments and an
+programs. Cost: beside the model itself (2 bytes a parameter) only the LoRA's few million parameters have moments and an
 average. --config.trainable="('unet','text_encoder')" changes the text encoder as well; --config.lora.rank is its size.
 For a folder without captions: --config.data.captions="('a picture in the style of sks',)".
 """
@@ -22,8 +22,9 @@ def get_config() -> ConfigDict:
     config.data.image_size = 0  # the model's own
     config.data.background = "white"
     config.rates = (("lora/text_encoder", 0.5),)
-    config.eval.guidance_scale = 7.5
+    config.eval.guidance_scale = 0.0
     config.update({"steps": 2000, "batch_size": 4, "learning_rate": 1e-4, "warmup_steps": 100, "weight_decay": 0.0})
     config.update({"schedule": "cosine", "ema_decay": 0.99, "remat": "full", "dtype": "bfloat16"})
+    config.frozen_dtype = config.get_ref("dtype")
     config.update({"log_every": 10, "eval_every": 250, "checkpoint_every": 250})
     return config

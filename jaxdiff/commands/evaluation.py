@@ -64,7 +64,8 @@ def drawing(
         beside = shown, pictures["image"]
     if not prompts:
         return None
-    options = {name: config[name] for name in ("seed", "steps", "guidance_scale", "scheduler")}
+    options = {name: config[name] for name in ("seed", "steps", "scheduler")}
+    options["guidance_scale"] = config.guidance_scale or None  # the model's own
 
     def draw(step: int, params: Any) -> None:
         try:

@@ -76,6 +76,10 @@ def define() -> flags.FlagValues:
     switch("control_edges", "Find the edges (Canny) of each --control_image first.")
     whole("tile", None, "Decode in tiles of this many latents, for large pictures.", 8)
 
+    text("blend_prompt", None, "Move what the prompt is read as towards this one, as in the middle of a film.")
+    text("blend_negative_prompt", None, "With --blend_prompt: what to keep out, moved along.")
+    number("blend", 0.5, "With --blend_prompt: how far, from 0 to 1.", 0.0, 1.0)
+
     whole("batch_size", None, "Pictures drawn at once; the last batch is filled up, so that one compiled program draws "
           "all. Default: batches of equal size, at most 4 pictures a device.")  # fmt: skip
     text("output", "outputs", "A .png (castle.png; several: castle-000.png …), a folder (files are "
@@ -96,6 +100,8 @@ NEEDS = {  # flags that mean something with another one only
     "outpaint": "image",
     "styles_file": "style",
     "preview_vae": "preview",
+    "blend_negative_prompt": "blend_prompt",
+    "blend": "blend_prompt",
     "controlnet": "control_image",
     "controlnet_scale": "control_image",
     "control_edges": "control_image",
@@ -157,8 +163,9 @@ def check_tasks(f: flags.FlagValues) -> None:
         raise UsageError("--mask and --outpaint both say what is drawn: give one of them.")
     if f.hires is not None and int(f.steps * f.hires_strength) < 1:
         raise UsageError(f"--hires_strength {f.hires_strength} leaves none of --steps {f.steps}: raise one of the two.")
-    if f.interpolate is not None and f.variation_seed is not None:
-        raise UsageError("--interpolate goes from seed to seed by itself: leave out --variation_seed.")
+    for name in ("variation_seed", "blend_prompt"):
+        if f.interpolate is not None and f[name].value is not None:
+            raise UsageError(f"--interpolate goes from picture to picture by itself: leave out --{name}.")
     if f.controlnet and len(f.control_image) != len(f.controlnet):  # else the model's own are meant
         raise UsageError(f"{len(f.controlnet)} --controlnet and {len(f.control_image)} --control_image: one for each.")
     if f.controlnet_scale and len(f.controlnet_scale) != len(f.control_image):

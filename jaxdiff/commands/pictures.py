@@ -56,6 +56,7 @@ def plan(f: flags.FlagValues, given: list[PromptLine]) -> list[Picture]:
     """
     shared = {name: f[name].value for name in (*EACH, *SHARED, *REST) if name in f and name != "seed"}
     for flag, needed in {"variation_strength": "variation_seed", "hires_strength": "hires", "hires_upscale": "hires",
+                         "blend": "blend_prompt",
                          "strength": "image", "controlnet_scale": "control_image"}.items():  # fmt: skip
         if not shared[needed] and shared[needed] != 0:
             shared[flag] = None
@@ -84,7 +85,7 @@ def film(pictures: list[Picture], frames: int) -> list[Picture]:
     def frame(a: Picture, b: Picture, part: float) -> Picture:
         text = {"blend_prompt": b["prompt"], "blend": part}
         if negative:
-            text["blend_negative_prompt"] = b.get("negative_prompt")
+            text["blend_negative_prompt"] = b.get("negative_prompt") or ""
         return a | text | {"variation_seed": b["seed"], "variation_strength": part}
 
     between = [frame(a, b, k / frames) for a, b in itertools.pairwise(pictures) for k in range(frames)]

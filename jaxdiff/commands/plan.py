@@ -43,7 +43,7 @@ def text(config: Any, kind: str, devices: int) -> str:
 
     from jaxdiff import parallel
     from jaxdiff.training import plan
-    from jaxdiff.training.state import Options, OptionsError
+    from jaxdiff.training.state import Options, OptionsError, kept
 
     options = Options(**{name: config[name] for name in Options.__dataclass_fields__})
     try:
@@ -56,7 +56,8 @@ def text(config: Any, kind: str, devices: int) -> str:
         raise UsageError(f"config: {e}") from None
     trained = {name: shapes[name] for name in stage.trainable}
     state = plan.abstract_state(trained, options, mesh)
-    frozen = plan.sharded(mesh, {name: x for name, x in shapes.items() if name not in trained})
+    frozen = {name: x for name, x in shapes.items() if name not in trained}
+    frozen = plan.sharded(mesh, jax.eval_shape(lambda params: kept(params, options), frozen))
     batch = plan.abstract_batch(stage, example, options.batch_size, mesh)
     step = plan.compiled_step(stage, state, frozen, batch, options, mesh) if kind == FULL else None
     return plan.report(plan.memory(state, frozen, batch), step, mesh, trained)

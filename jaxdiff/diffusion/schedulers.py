@@ -79,7 +79,7 @@ def get_scheduler(name: str, config: SchedulerConfig | None = None) -> Scheduler
     (dpmpp_2m, unipc), the first steps (pndm) and the boundary (lcm). Without a config x0 is not bounded.
 
     Raises:
-        ValueError: an unknown name, or an option of the config that is not implemented.
+        ValueError: an unknown name, or an option of the config that is refused.
     """
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler {name!r} is unknown; known are {', '.join(SCHEDULERS)}.")
@@ -116,9 +116,11 @@ def _options(name: str, config: SchedulerConfig) -> dict[str, Any]:
         return {**solver, "solver_type": solver_type, "kind": kind, "disable_corrector": config.disable_corrector}
     if name in ("dpmpp_2m", "dpmpp_2m_sde"):
         if (config.variance_type or "").startswith("learned"):
-            raise ValueError(f'variance_type "{config.variance_type}" (scheduler_config.json) is not implemented.')
+            raise ValueError(
+                f'variance_type "{config.variance_type}" (scheduler_config.json) is refused: take "fixed_small".'
+            )
         if config.algorithm_type == "sde-dpmsolver":
-            raise ValueError('algorithm_type "sde-dpmsolver" is not implemented: take "sde-dpmsolver++".')
+            raise ValueError('algorithm_type "sde-dpmsolver" is refused: take "sde-dpmsolver++".')
         kind = "epsilon" if config.algorithm_type == "dpmsolver" and name == "dpmpp_2m" else "sample"
         if kind == "epsilon" and config.final_sigmas_type == "zero":
             raise ValueError('algorithm_type "dpmsolver" needs final_sigmas_type "sigma_min" in scheduler_config.json.')

@@ -177,7 +177,7 @@ class Process:
         self.index = np.arange(len(self.table))
 
     def check(self, by_time: bool) -> None:
-        """Raise ValueError naming the first key of the config that would change the grid, and is not implemented."""
+        """Raise ValueError naming the first key of the config that would change the grid in a way not known here."""
         config, flow = self.config, self.flow
         with np.errstate(divide="ignore"):
             clipped = -np.log(self.table[-1]) < config.lambda_min_clipped
@@ -187,12 +187,14 @@ class Process:
             "final_sigmas_type": flow and self.rule.spare and config.final_sigmas_type != "zero",
             "invert_sigmas": flow and config.invert_sigmas,
             "shift_terminal": flow and config.shift_terminal,
+            "interpolation_type": self.scheduler == "euler"
+            and config.interpolation_type not in ("linear", "log_linear"),
             "stochastic_sampling": flow and self.scheduler == "euler" and config.stochastic_sampling,
         }
         for key, changes in changing.items():
             if changes:
                 raise ValueError(
-                    f"{key} {getattr(config, key)!r} (scheduler_config.json) is not implemented for {self.scheduler}: "
+                    f"{key} {getattr(config, key)!r} (scheduler_config.json) is refused by {self.scheduler}: "
                     f"set it to {getattr(SchedulerConfig(), key)!r}, if the model was not made for it."
                 )
 
@@ -265,7 +267,7 @@ def _flow_points(process: Process, steps: int, base: str, levels: str | None) ->
     """
     config, total = process.config, float(process.config.num_train_timesteps)
     if config.use_dynamic_shifting:
-        raise ValueError("use_dynamic_shifting (scheduler_config.json) is not implemented: set it to false, and shift.")
+        raise ValueError("use_dynamic_shifting (scheduler_config.json) is refused: set it to false, and shift.")
     if base == "leading":
         raise ValueError('spacing "leading" does not start from pure noise, as a flow must: take linspace or trailing.')
     if base == "trailing":

@@ -9,7 +9,7 @@ from jaxdiff.typing import Array
 
 # From this many queries on, the scores of one head no longer fit the cache of a CPU and are made a chunk at a time.
 CHUNK_FROM = 1024
-CHUNK = 256
+CHUNK = 512
 
 
 def split_heads(x: Array, heads: int) -> Array:

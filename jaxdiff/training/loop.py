@@ -21,7 +21,7 @@ from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.training.ema import Snapshots
 from jaxdiff.training.report import Report
 from jaxdiff.training.speed import Speed, flops, peak_flops
-from jaxdiff.training.state import Batch, Loss, Options, TrainState, init_state, make_train_step, optimizer
+from jaxdiff.training.state import Batch, Loss, Options, TrainState, init_state, kept, make_train_step, optimizer
 from jaxdiff.training.trackers import JsonLines, Pictures, TensorBoard, Tracker
 from jaxdiff.typing import Array, Params
 
@@ -175,7 +175,7 @@ def fit(
     mesh = parallel.mesh(options.fsdp, options.tensor) if mesh is None else mesh
     workdir, iterator = Path(workdir), iter(batches)
     trained = {k: params[k] for k in stage.trainable}
-    frozen = {k: v for k, v in params.items() if k not in trained}
+    frozen = kept({k: v for k, v in params.items() if k not in trained}, options)
     frozen = parallel.place(frozen, parallel.param_sharding(mesh, frozen))
     state = init_state(trained, optimizer(options), mesh)
 

@@ -39,6 +39,7 @@ class Options:
     optimizer: str = "adamw"  # or "adafactor", "lion", "muon"
     moments: str = "float32"  # type of the optimizer's moments: or "bfloat16" (the first), "int8" (both)
     rates: tuple[tuple[str, float], ...] = ()  # (start of a parameter's path, factor of its learning rate)
+    frozen_dtype: str = "float32"  # type in which the devices keep what is not trained: or "bfloat16", "float16"
     clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
     ema_decay: float = 0.999  # of the average of parameters that is evaluated and exported; 0 keeps no past
     ema_sigmas: tuple[float, ...] = ()  # lengths of averages to keep snapshots of, as shares of the training
@@ -82,6 +83,8 @@ class Options:
         if self.optimizer not in MOMENTS.get(self.moments, ()):
             known = ", ".join(f"{name} (with {', '.join(who)})" for name, who in MOMENTS.items())
             raise OptionsError(f"moments {self.moments!r} of {self.optimizer} must be one of {known}.")
+        if self.frozen_dtype not in ("float32", "bfloat16", "float16"):
+            raise OptionsError(f"frozen_dtype {self.frozen_dtype!r} must be float32, bfloat16 or float16.")
         if not 0 <= self.ema_decay < 1:
             raise OptionsError(f"ema_decay {self.ema_decay} must be in [0, 1).")
 
@@ -100,6 +103,16 @@ def ema_update(ema: Params, params: Params, decay: float, step: Array) -> Params
     """
     d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: e + (1.0 - d) * (p - e), ema, params)
+
+
+def kept(frozen: Params, options: Options) -> Params:
+    """Parameters that are not trained in the type that the devices keep them in; others than numbers stay."""
+
+    def cast(x: Any) -> Any:
+        stays = x.dtype == options.frozen_dtype or not jnp.issubdtype(x.dtype, jnp.floating)
+        return x if stays else x.astype(options.frozen_dtype)  # numpy would copy what stays
+
+    return jax.tree.map(cast, frozen)
 
 
 def norm(tree: Any) -> Array:
