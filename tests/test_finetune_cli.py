@@ -110,7 +110,7 @@ def torch_pipeline(kind, base, export):
 
 
 # In long runs alone: what these have of their own is also tested in test_finetune.py.
-LONG = ("full", "dreambooth", "inpainting", "controlnet", "upscaler")
+LONG = ("full", "dreambooth", "inpainting", "controlnet", "upscaler", "textual_inversion")
 KINDS = sorted(path.stem for path in (ROOT / "configs" / "finetune").glob("*.py"))
 
 

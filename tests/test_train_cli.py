@@ -122,6 +122,7 @@ def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_p
     assert (work / "export" / "unet" / "config.json").stat().st_mtime_ns != before
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_learns_a_folder(cli, data, tiny_folder, tmp_path):
     code, _, err = cli(
         f"--config={ROOT}/configs/folder.py", f"--workdir={tmp_path}", f"--config.data.path={data}",

@@ -274,6 +274,7 @@ def test_cached_latents_give_the_loss_of_their_pictures(params, denoising_loss):
     np.testing.assert_allclose(denoising_loss(params, stored, keys()), denoising_loss(params, batch, keys()), rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient_and_bfloat16_little(gradients):
     value, grads = gradients()
     again, regrads = gradients(remat=True)

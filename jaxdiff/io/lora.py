@@ -100,9 +100,6 @@ def decomposed(kernel: jax.Array, change: jax.Array, magnitude: Array) -> jax.Ar
     return whole * (jnp.asarray(magnitude, jnp.float32) / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)) - kernel
 
 
-_shapes = functools.lru_cache(maxsize=4)(param_shapes)  # a second or two of tracing for a model of full size
-
-
 def load_lora(model: Model, params: Params, paths: Any, scale: Any = 1.0) -> Params:
     """Parameters with the LoRAs of one file or several added.
 
@@ -130,7 +127,7 @@ def read_lora(model: Model, path: str | Path) -> Lora:
     source = open_tensors(path)
     config = _adapter_config(source)
     lora = {}
-    for layer, tensors in find(source, list(layers(_shapes(model))), unet_table(model.unet.config)):
+    for layer, tensors in find(source, list(layers(param_shapes(model))), unet_table(model.unet.config)):
         down, up = (source.read(tensors[role]) for role in ("down", "up"))
         if "mid" in tensors:  # a 1x1 convolution followed by one of the kernel's size is one of that size
             first, then = (np.asarray(x, np.float32) for x in (down, source.read(tensors["mid"])))
@@ -200,7 +197,7 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
     """
     if layout not in ("diffusers", "kohya"):
         raise WeightsError(f"layout {layout!r} is unknown; known are diffusers, kohya.")
-    known = {layer.name: layer for layer in layers(_shapes(model))}
+    known = {layer.name: layer for layer in layers(param_shapes(model))}
     tensors: dict[str, np.ndarray] = {}
     for name, f in lora.items():
         if name not in known:

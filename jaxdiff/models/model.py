@@ -1,6 +1,7 @@
 """A whole text-to-image model as one static value, and the pure functions of its encoders and decoder."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -166,7 +167,14 @@ def init_params(model: Model, key: Key) -> Params:
 
 def param_shapes(model: Model) -> Params:
     """The tree of `init_params` as shapes and types, without allocating anything."""
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    found = {name: _module_shapes(model.modules[name], x) for name, x in sorted(example_inputs(model).items())}
+    return jax.tree.map(lambda x: x, found)  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=64)
+def _module_shapes(module: Any, inputs: tuple[jax.ShapeDtypeStruct | None, ...]) -> Params:
+    """Shapes of one module's parameters; tracing it takes a second or two for a network of full size."""
+    return jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x)["params"], *inputs)
 
 
 def apply(model: Model, params: Params, name: str, *args: Any, method: str | None = None) -> Any:
