@@ -312,8 +312,10 @@ def as_json(config: Any) -> dict[str, Any]:
 
 
 def from_jaxdiff(record: logging.LogRecord) -> bool:
-    """What orbax logs comes as an error as well, if it is one."""
-    return "orbax" not in Path(record.pathname).parts
+    """Of absl's log: what jaxdiff says, and others' warnings; orbax's come as errors as well, if they are such."""
+    path = Path(record.pathname)
+    ours = Path(__file__).parent / "jaxdiff" in path.parents
+    return ours or (record.levelno >= logging.WARNING and "orbax" not in path.parts)
 
 
 def command(argv: list[str]) -> None:
@@ -332,8 +334,9 @@ def main(argv: list[str]) -> int:
     """Run a command line; returns the exit code."""
     logging.basicConfig(format="train.py: %(message)s", level=logging.WARNING)
     logging.getLogger().setLevel(logging.INFO)
-    for noisy in ("jax", "orbax", "absl"):
+    for noisy in ("jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.INFO)
     logging.getLogger("absl").addFilter(from_jaxdiff)
     return errors.run(
         "train.py",

@@ -179,6 +179,16 @@ def test_every_mistake_is_one_sentence(cli, data, tmp_path, args, code, named):
     assert named in err
 
 
+def test_it_says_which_pictures_are_left_out(data, tmp_path):
+    """In a process of its own: here pytest has the log."""
+    command = [sys.executable, "train.py", f"--config={CONFIG}:vae", f"--workdir={tmp_path}", "--config.steps=1"]
+    filters = [f"--config.data.path={data}", "--config.data.filter.max_caption=18"]
+    done = subprocess.run([*command, *filters], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "train.py: Of 12 pictures" in done.stderr
+    assert "orbax" not in done.stderr
+
+
 def test_it_runs_as_a_program():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0

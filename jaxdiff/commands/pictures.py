@@ -73,7 +73,9 @@ def plan(f: flags.FlagValues, given: list[PromptLine]) -> list[Picture]:
             seed = f.seed + len(pictures) if line.seed is None else line.seed + k
             negative = {} if line.negative_prompt is None else {"negative_prompt": line.negative_prompt}
             pictures.append({"prompt": line.prompt, "seed": seed % SEEDS, **shared, **negative})
-    return film(pictures, f.interpolate) if f.interpolate else pictures
+    pictures = film(pictures, f.interpolate) if f.interpolate else pictures
+    # In one order, so that a picture drawn again from its flags is the same file.
+    return [{name: p[name] for name in ("prompt", *EACH, *SHARED, *REST) if name in p} for p in pictures]
 
 
 def film(pictures: list[Picture], frames: int) -> list[Picture]:
