@@ -52,9 +52,7 @@ def define() -> flags.FlagValues:
     whole("interpolate", None, "Frames from each prompt to the next (from one: seed to seed), also as a GIF.", 2)
     whole("num_images", 1, "Pictures of each prompt.")
     whole("steps", 25, "Number of denoising steps.")
-    number(
-        "guidance_scale", None, "Weight of the prompt, 1 or less turns guidance off; default: the model's, else 7.5."
-    )
+    number("guidance_scale", None, "Weight of the prompt, 1 or less: off; default: the model's, else 7.5.")
     number("guidance_rescale", 0.0, "How much of the contrast that guidance adds is taken back.", 0.0, 1.0)
     flags.DEFINE_list("guidance_interval", None, "Two noise levels, low,high: guidance only between them.", f)
     text("scheduler", None, "ddim, euler, dpmpp_2m, unipc, …; default: what the model's config says.")
@@ -75,7 +73,6 @@ def define() -> flags.FlagValues:
     flags.DEFINE_multi_float("controlnet_scale", [], "Weight of each ControlNet; default 1.", flag_values=f)
     switch("control_edges", "Find the edges (Canny) of each --control_image first.")
     whole("tile", None, "Decode in tiles of this many latents, for large pictures.", 8)
-
     text("blend_prompt", None, "Move what the prompt is read as towards this one, as in the middle of a film.")
     text("blend_negative_prompt", None, "With --blend_prompt: what to keep out, moved along.")
     number("blend", 0.5, "With --blend_prompt: how far, from 0 to 1.", 0.0, 1.0)
