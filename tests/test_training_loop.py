@@ -18,7 +18,7 @@ from jaxdiff.data.folder import captioned_folder
 from jaxdiff.io.checkpoint import CheckpointError, Checkpoints
 from jaxdiff.training.loop import Stage, TrainingError, fit
 from jaxdiff.training.report import Report
-from jaxdiff.training.state import init_state, make_train_step, optimizer
+from jaxdiff.training.state import init_state, kept, make_train_step, optimizer
 from tests.batches import FromMemory
 from tests.test_training import options
 from tests.tiny import SIDE
@@ -77,6 +77,8 @@ def test_what_is_frozen_may_be_kept_in_half_of_the_memory(tmp_path):
 
     assert bias() == 1 + 2**-12
     assert bias(frozen_dtype="bfloat16") == 1
+    half = {"w": np.zeros(2, np.float16), "count": np.zeros(2, np.int32)}
+    assert {k: v.dtype for k, v in kept(half, options()).items()} == {"w": np.float16, "count": np.int32}
 
 
 def one_device():

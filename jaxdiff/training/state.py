@@ -106,11 +106,12 @@ def ema_update(ema: Params, params: Params, decay: float, step: Array) -> Params
 
 
 def kept(frozen: Params, options: Options) -> Params:
-    """Parameters that are not trained in the type that the devices keep them in; others than numbers stay."""
+    """Parameters that are not trained in the type that the devices keep them in; what is no wider stays as it is."""
+    dtype = jnp.dtype(options.frozen_dtype)
 
     def cast(x: Any) -> Any:
-        stays = x.dtype == options.frozen_dtype or not jnp.issubdtype(x.dtype, jnp.floating)
-        return x if stays else x.astype(options.frozen_dtype)  # numpy would copy what stays
+        wider = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > dtype.itemsize
+        return x.astype(dtype) if wider else x
 
     return jax.tree.map(cast, frozen)
 
