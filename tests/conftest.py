@@ -1,9 +1,18 @@
 """Fixtures that many tests share."""
 
 import os
+from importlib.metadata import version
 
 import pytest
 
+# Most of the tests' time is compilation of what then runs once or twice. Without optimisations and with XLA's older
+# emitter of fused loops, where this jaxlib has both, it takes a third. `make test-all` sets the first to 0 and so tests
+# what users run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
+if QUICK and version("jaxlib").startswith(("0.10.", "0.11.")):  # XLA ends the process at a flag that it does not know
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+RUN_LONG = ("test_bundled", "test_examples")  # longer than they compile
 if "PYTEST_XDIST_WORKER" in os.environ:  # PyTorch's threads would wait in turns for cores that other workers have
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -17,6 +26,21 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     names = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: names.get(item.path.stem, len(names)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimised(request):
+    """All optimisations for the files that run longer than they compile."""
+    import jax
+
+    if not QUICK or request.path.stem not in RUN_LONG:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # of programs that a test starts
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

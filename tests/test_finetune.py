@@ -25,7 +25,7 @@ from jaxdiff.training.stages import Noising
 from jaxdiff.training.state import Options, OptionsError, accumulated_grad, init_state, make_train_step, optimizer
 from jaxdiff.training.targets import TARGETS, make, process
 from tests.test_train_cli import ROOT
-from tests.test_training import BATCH, keys, pictures, quick_compilation  # noqa: F401
+from tests.test_training import BATCH, keys, pictures
 from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
 
 BOTH = (("trainable", ("unet", "text_encoder")),)

@@ -43,14 +43,6 @@ TASKS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """What is compiled here runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 CASES = [(task, dtype) for task in TASKS for dtype in ("float16", "bfloat16")]
 QUICK = ("upscaling", "float16"), ("sdxl", "bfloat16")
 

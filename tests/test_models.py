@@ -1,5 +1,6 @@
 """Every network equals PyTorch's on the same weights: live where torch is installed, by golden outputs everywhere."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -37,8 +38,14 @@ def error(ours, reference) -> float:
     return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
 
 
+@functools.cache
 def case(name: str):
-    """(module, inputs, a function of (module, variables) that gives the named outputs) of one comparison."""
+    """(module, inputs, a compiled function of the variables that gives the named outputs) of one comparison."""
+    module, args, run = written_out(name)
+    return module, args, jax.jit(run)
+
+
+def written_out(name: str):
     kind, variant = name.split("/")[:2]
     if kind == "unet":
         side = int(name.split("/")[2]) if name.count("/") == 2 else 8
@@ -94,7 +101,7 @@ def test_network_equals_golden_outputs(name):
     module, args, run = case(name)
     with np.load(GOLDEN) as golden:
         reference = {k.split(":")[1]: golden[k] for k in golden.files if k.split(":")[0] == name}
-    check(jax.jit(run)(drawn(module, args)), reference)
+    check(run(drawn(module, args)), reference)
 
 
 @pytest.mark.parametrize("name", [c for c in CASES if c.count("/") == 1])
@@ -107,9 +114,9 @@ def test_network_read_from_files_equals_pytorch(name, tmp_path):
     reference = build()
     weights = oracle.save(reference, tmp_path)
     module, args, run = case(name)
-    module = module.copy(config=type(module.config).load(tmp_path / "config.json"))
+    assert module.config == type(module.config).load(tmp_path / "config.json")
     variables = {"params": load_tensors(weights, shapes_of(module, args), jnp.float32)}
-    check(jax.jit(run)(variables), run_reference(reference, inputs))
+    check(run(variables), run_reference(reference, inputs))
 
 
 def test_text_encoder_is_causal():

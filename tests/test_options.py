@@ -15,7 +15,7 @@ from jaxdiff.training.loop import Stage, fit
 from jaxdiff.training.optimizer import SMALL, AdamInt8, clip_by_global_norm, optimizer
 from jaxdiff.training.stages import Noising, diffusion_stage, random_noise, random_times
 from jaxdiff.training.state import Options, OptionsError, init_state, make_train_step
-from tests.test_training import BATCH, keys, options, pairs, quick_compilation  # noqa: F401
+from tests.test_training import BATCH, keys, options, pairs
 from tests.tiny import SCHEDULER, tiny_model
 
 # --- noise and times

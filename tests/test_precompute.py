@@ -23,7 +23,6 @@ from jaxdiff.training.precompute import precompute
 from jaxdiff.training.stages import diffusion_stage
 from tests.datasets_of_pictures import write_tars
 from tests.precompute_in_parts import HOW
-from tests.test_training import quick_compilation  # noqa: F401
 from tests.tiny import SIDE, tiny_model, tiny_params
 
 COUNT = 11
@@ -112,7 +111,7 @@ def test_training_reads_them_like_any_data(model, params, written):
 
 
 def start(data: Path, folder: Path, *args: object) -> subprocess.Popen:
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.precompute_in_parts", data, folder, *args]
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 

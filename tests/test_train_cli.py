@@ -52,7 +52,6 @@ def cli(monkeypatch, capsys, cache_home):
     """Runs a command line: (exit code, stdout, stderr)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_disable_most_optimizations", True)  # what is compiled here runs a few times
 
     def run(*args) -> tuple[int, str, str]:
         argv = ["train.py", *map(str, args)]
@@ -64,7 +63,6 @@ def cli(monkeypatch, capsys, cache_home):
 
     yield run
     jax.config.update("jax_compilation_cache_dir", before)
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_path):
@@ -183,10 +181,14 @@ def test_it_says_which_pictures_are_left_out(data, tmp_path):
     """In a process of its own: here pytest has the log."""
     command = [sys.executable, "train.py", f"--config={CONFIG}:vae", f"--workdir={tmp_path}", "--config.steps=1"]
     filters = [f"--config.data.path={data}", "--config.data.filter.max_caption=18"]
-    done = subprocess.run([*command, *filters], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "train.py: Of 12 pictures" in done.stderr
-    assert "orbax" not in done.stderr
+    with subprocess.Popen([*command, *filters], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "train.py: Of 12 pictures" in line:  # nothing more is wanted
+                process.kill()
+    assert "train.py: Of 12 pictures" in "".join(lines)
+    assert "orbax" not in "".join(lines)
 
 
 def test_it_runs_as_a_program():

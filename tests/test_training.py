@@ -52,14 +52,6 @@ def whole_model(scheduler: SchedulerConfig = SCHEDULER, **kwargs) -> Model:
     return build(text_config(), UNET, VAE, tokenizer(), scheduler, VISION, **kwargs)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is compiled here runs a few times: optimising it takes longer."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def params():
     return clip_params(tiny_params(whole_model()))

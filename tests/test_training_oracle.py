@@ -12,7 +12,6 @@ from jaxdiff.training import personalise
 from jaxdiff.training.stages import Noising, random_noise, random_times
 from jaxdiff.training.targets import make
 from tests.test_finetune import settings
-from tests.test_training import quick_compilation  # noqa: F401
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

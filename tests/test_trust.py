@@ -227,6 +227,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_the_last_checkpoint_stays(tm
     assert same(run(8), unbroken)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore's other writes
 def test_what_the_system_refuses_to_write_leaves_the_last_checkpoint(written, tmp_path):
     """As on a full disk, the system itself says no in the middle of a file."""
     shutil.copytree(written, tmp_path / "c")
