@@ -173,7 +173,9 @@ def test_every_damage_of_any_file_is_noticed(written, tmp_path, how):
     for file in files:
         shutil.copytree(written / "3", tmp_path / "3")
         spoil(tmp_path / "3" / file, how)
-        assert str(file) in damage(tmp_path / "3")
+        named = damage(tmp_path / "3")
+        assert named
+        assert file.name == SUMS or str(file) in named  # sums that changed accuse the file that they are of
         shutil.rmtree(tmp_path / "3")
 
 
@@ -364,11 +366,9 @@ def test_the_loss_by_noise_level_is_the_same_each_time_and_knows_the_level():
     rng = np.random.default_rng(0)
     tokens = tokenizer()(["a castle"] * 2)
     batches = [{"latents": rng.normal(size=(2, *LATENT)).astype(np.float32), "tokens": tokens} for _ in range(2)]
-    jax.config.update("jax_disable_most_optimizations", True)  # what is compiled here runs a few times
     measure = noise_levels(model, batches)
     values, again, of_nothing = measure(params), measure(params), measure(silent)
     other = noise_levels(model, batches[:1], seed=1)(params)
-    jax.config.update("jax_disable_most_optimizations", False)
     assert values == again
     assert [name for name in values if name != "eval_loss"] == [f"eval_loss_t{t:03d}" for t in range(50, 1000, 100)]
     np.testing.assert_allclose(values["eval_loss"], np.mean([v for k, v in values.items() if k != "eval_loss"]))
