@@ -46,6 +46,7 @@ def case(name: str):
 
 
 def written_out(name: str):
+    """The same before compilation."""
     kind, variant = name.split("/")[:2]
     if kind == "unet":
         side = int(name.split("/")[2]) if name.count("/") == 2 else 8

@@ -173,9 +173,7 @@ def test_every_damage_of_any_file_is_noticed(written, tmp_path, how):
     for file in files:
         shutil.copytree(written / "3", tmp_path / "3")
         spoil(tmp_path / "3" / file, how)
-        named = damage(tmp_path / "3")
-        assert named
-        assert file.name == SUMS or str(file) in named  # sums that changed accuse the file that they are of
+        assert str(file) in damage(tmp_path / "3")
         shutil.rmtree(tmp_path / "3")
 
 
@@ -229,7 +227,9 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_the_last_checkpoint_stays(tm
     assert same(run(8), unbroken)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore's other writes
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
+)  # tensorstore's
 def test_what_the_system_refuses_to_write_leaves_the_last_checkpoint(written, tmp_path):
     """As on a full disk, the system itself says no in the middle of a file."""
     shutil.copytree(written, tmp_path / "c")

@@ -163,9 +163,9 @@ def damage(folder: Path) -> str | None:
         return f"{SUMS} holds no sums"
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
-            return f"{name} is missing"
+            return f"{name} is missing, which {SUMS} lists"
         if wanted.get(name) != found[name]:
-            return f"{name} holds other bytes than were written"
+            return f"{name} holds other bytes than {SUMS} says"
     return None
 
 
