@@ -227,9 +227,8 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_the_last_checkpoint_stays(tm
     assert same(run(8), unbroken)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
-)  # tensorstore's
+# Writes of tensorstore that come after the refused one find nobody waiting for them.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 def test_what_the_system_refuses_to_write_leaves_the_last_checkpoint(written, tmp_path):
     """As on a full disk, the system itself says no in the middle of a file."""
     shutil.copytree(written, tmp_path / "c")
