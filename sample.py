@@ -73,7 +73,6 @@ def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple
     """The model (`opened` already, or to be) with all that is laid onto it, and its parameters wherever is drawn."""
     import jax
 
-    from jaxdiff import parallel
     from jaxdiff.io.controlnet import load_controlnet
     from jaxdiff.io.modules import load_tiny_vae
 
@@ -91,8 +90,7 @@ def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple
     if f.preview_vae:
         tiny, tree = load_tiny_vae(f.preview_vae, dtype=f.dtype)
         model, params = dataclasses.replace(model, tiny_vae=tiny), params | {"tiny_vae": tree}
-    devices = jax.local_devices()[: f.batch_size]
-    return model, parallel.place(params, parallel.replicated(parallel.mesh(devices=devices)))
+    return model, jaxdiff.replicate(params, jax.local_devices()[: f.batch_size])
 
 
 def weighted(given: str) -> tuple[str, float]:

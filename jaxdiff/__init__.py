@@ -16,6 +16,7 @@ from jaxdiff.io.modules import load_vae
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import load_textual_inversion, save_textual_inversion
 from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text, with_controlnets
+from jaxdiff.parallel import replicate
 from jaxdiff.version import __version__
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "load_vae",
     "merge_lora",
     "read_lora",
+    "replicate",
     "sample",
     "save",
     "save_lora",

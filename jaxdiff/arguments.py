@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from jaxdiff import parallel
 from jaxdiff.models.controlnet import check_fits
 from jaxdiff.models.model import Model
-from jaxdiff.typing import Array
+from jaxdiff.typing import Array, Params
 
 
 def as_whole(name: str, value: int, low: int, high: int | None = None) -> int:
@@ -31,12 +32,16 @@ def as_prompts(prompts: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def as_devices(devices: Sequence[jax.Device] | None, count: int) -> tuple[jax.Device, ...]:
-    """What `count` pictures are drawn on: no more devices than pictures."""
-    devices = tuple(jax.local_devices() if devices is None else devices)
-    if not devices:
+def as_devices(devices: Sequence[jax.Device] | None, count: int, params: Params) -> tuple[jax.Device, ...]:
+    """What `count` pictures are drawn on: where the parameters were put, else no more devices than pictures."""
+    placed = parallel.committed(params)
+    if devices is not None and not len(devices):
         raise ValueError("devices is empty: give at least one, or None for all of this process.")
-    return devices[:count]
+    if placed:
+        if devices is not None and set(devices) != set(placed):
+            raise ValueError(f"devices are not the {len(placed)} that params were put on: leave out devices.")
+        return placed
+    return tuple(jax.local_devices() if devices is None else devices)[:count]
 
 
 def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[int, int, int]:

@@ -301,7 +301,8 @@ def generate(
             the autoencoder has no memory for.
         frames: how many predictions of the finished picture along the way are returned as well, at most `steps`; where
             fewer steps are taken, one for each.
-        devices: what to draw on, the batch divided over them; None takes all that this process has.
+        devices: what to draw on, the batch divided over them; None takes those that `params` were put on, as by
+            `replicate`, else all that this process has.
 
     Returns:
         uint8 [B, H, W, 3]; with `frames` = F > 0 also uint8 [B, F, H, W, 3], from first (rough) to last.
@@ -361,7 +362,7 @@ def generate(
     )
     tile = None if tile is None else as_whole("tile", tile, 1)
     program = sampler(
-        model, scheduler, as_whole("clip_skip", clip_skip, 0), hires_upscale, tile, as_devices(devices, count)
+        model, scheduler, as_whole("clip_skip", clip_skip, 0), hires_upscale, tile, as_devices(devices, count, params)
     )
     drawn = jax.tree.map(np.asarray, program(params, shared, each))
     check_finite(drawn.finite, prompts, model)

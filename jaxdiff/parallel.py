@@ -227,6 +227,29 @@ class Mapped(NamedTuple):
         return self.run(*args)
 
 
+def line(devices: Sequence[jax.Device]) -> Mesh:
+    """Devices in the order given, over one axis "data": nothing is sent along it, so that any order will do."""
+    return Mesh(np.asarray(devices), ("data",))
+
+
+def replicate(params: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+    """A whole copy of the parameters on each device, so that `generate` draws there and copies nothing at each call.
+
+    Args:
+        params: a tree of arrays.
+        devices: None takes all that this process has.
+    """
+    return jax.device_put(params, replicated(line(jax.local_devices() if devices is None else devices)))
+
+
+def committed(tree: Any) -> tuple[jax.Device, ...]:
+    """The devices that the arrays of a tree were put on, in their order; none where jax is free to choose."""
+    for x in jax.tree.leaves(tree):
+        if getattr(x, "committed", False):
+            return tuple(x.sharding.devices_indices_map(x.shape))
+    return ()
+
+
 def pmap(function: Callable, devices: Sequence[jax.Device], shared: int = 0) -> Mapped:
     """Map one program over devices, each with its part of a batch, as `jax.pmap` did; see docs/adr/001-devices.md.
 
@@ -241,13 +264,13 @@ def pmap(function: Callable, devices: Sequence[jax.Device], shared: int = 0) -> 
         last row, and the results of the filling are cut off. The compiled program of a function that treats its rows
         independently holds no communication.
     """
-    line = Mesh(np.asarray(devices), ("data",))
+    mesh = line(devices)
     whole, divided = PartitionSpec(), PartitionSpec("data")
 
     @jax.jit
     def program(*args):
         specs = (whole,) * shared + (divided,) * (len(args) - shared)
-        return jax.shard_map(function, mesh=line, in_specs=specs, out_specs=divided, check_vma=False)(*args)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=divided, check_vma=False)(*args)
 
     def mapped(*args):
         each = args[shared:]

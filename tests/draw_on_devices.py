@@ -12,8 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxdiff import generate, parallel
+import sample
+from jaxdiff import generate, parallel, replicate, save
 from jaxdiff.generate import sampler
+from jaxdiff.io.images import read_image
 from jaxdiff.models.model import with_controlnets
 from tests.tiny import SIDE, tiny_controlnet, tiny_model, tiny_params
 
@@ -26,6 +28,11 @@ COLLECTIVE = re.compile(
 def collectives(text: str) -> list[str]:
     """The kinds of communication between devices in a compiled program."""
     return sorted(set(COLLECTIVE.findall(text)))
+
+
+def partitions(texts: list[str]) -> list[int]:
+    """Over how many devices each compiled program is divided."""
+    return [int(re.search(r"num_partitions=(\d+)", text).group(1)) for text in texts]
 
 
 @contextlib.contextmanager
@@ -43,6 +50,16 @@ def recorded_programs():
     parallel.pmap = pmap
 
 
+def from_the_command_line(folder: Path, model, params, count: int) -> np.ndarray:
+    """Pictures that sample.py draws; a mesh is laid out in another order than the devices', as on TPUs."""
+    save(folder / "model", model, params)
+    parallel._lay_out = lambda shape, devices: np.asarray(devices)[::-1].reshape(shape)
+    flags = [f"--model={folder}/model", "--seed=3", "--steps=2", f"--batch_size={count}", f"--cache_dir={folder}/cache"]
+    prompts = [f"--prompt=picture {i}" for i in range(count)]
+    assert sample.main(["sample.py", *flags, *prompts, f"--output={folder}/{{index}}.png"]) == 0
+    return np.stack([read_image(folder / f"{i}.png") for i in range(count)])
+
+
 def sum_program() -> str:
     mesh = parallel.mesh()
     x = parallel.place(np.ones(8), parallel.batch_sharding(mesh))
@@ -55,9 +72,10 @@ def main(folder: Path) -> None:
     model = tiny_model()
     params = tiny_params(model)
 
-    def draw(count, devices):
+    def draw(count, devices, params=params):
         prompts = [f"picture {i}" for i in range(count)]
-        return generate(model, params, prompts, seed=3, steps=2, devices=jax.devices()[:devices])
+        devices = devices and jax.devices()[:devices]
+        return generate(model, params, prompts, seed=3, steps=2, devices=devices)
 
     with recorded_programs() as texts:
         sixteen = draw(16, 8)
@@ -75,10 +93,14 @@ def main(folder: Path) -> None:
 
     pictures = {"from_pictures": draw_from_pictures(8), "from_pictures_one": draw_from_pictures(1)}
     pictures |= {"one": draw(9, 1), "sixteen": sixteen, "nine": draw(9, 8), "five": draw(5, 8)}
+    pictures["five_replicated"] = draw(5, None, replicate(params, jax.devices()[::-1]))
+    with recorded_programs() as commanded:
+        pictures["commanded"] = from_the_command_line(folder, model, params, 16)
     np.savez(folder / "pictures.npz", **pictures)
     report = {
         "device_count": jax.device_count(),
-        "partitions": [int(re.search(r"num_partitions=(\d+)", text).group(1)) for text in texts],
+        "partitions": partitions(texts),
+        "partitions_commanded": partitions(commanded),
         "collectives": [collectives(text) for text in texts],
         "collectives_of_a_sum": collectives(sum_program()),
     }

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jaxdiff
+from jaxdiff.arguments import as_devices
 from jaxdiff.diffusion.spacing import SPACINGS
 from jaxdiff.generate import check_finite, picture_keys
 from tests.tiny import LATENT, SIDE, tiny_model
@@ -285,6 +286,24 @@ def test_devices_do_not_change_pictures(eight_devices):
     drawn, one = eight_devices["from_pictures"], eight_devices["from_pictures_one"]
     assert levels(drawn, one) <= LEVEL  # images, masks and control images go to where their picture is drawn
     assert min(levels(a, b) for a, b in itertools.combinations(one, 2)) > 10
+
+
+def test_parameters_are_drawn_from_where_they_were_put(eight_devices):
+    """On all those devices even if the pictures are fewer; and sample.py does, in whatever order a mesh has them."""
+    assert eight_devices["partitions_commanded"] == [8]
+    assert levels(eight_devices["five_replicated"], eight_devices["five"]) <= LEVEL
+    assert levels(eight_devices["commanded"], eight_devices["sixteen"]) <= LEVEL
+
+
+def test_parameters_put_elsewhere_than_is_drawn(tiny):
+    model, params = tiny
+    device = jax.devices()[0]
+    np.testing.assert_array_equal(
+        jaxdiff.generate(model, jaxdiff.replicate(params), PROMPTS[0], steps=STEPS),
+        jaxdiff.generate(model, params, PROMPTS[0], steps=STEPS, devices=[device]),
+    )
+    with pytest.raises(ValueError, match="devices are not the 1 that params were put on: leave out devices"):
+        as_devices([device, object()], 2, jaxdiff.replicate(params))
 
 
 def test_devices_draw_without_talking_to_each_other(eight_devices):
