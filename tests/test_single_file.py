@@ -15,7 +15,7 @@ from jaxdiff.config import CLIPTextConfig, ConfigError, UNetConfig, VAEConfig
 from jaxdiff.io.inference import SCALING, TEXTS, detect, infer_configs, pipeline_options, scheduler_config
 from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX, openclip_table, place, unet_table, vae_table
 from jaxdiff.io.modules import load_vae, save_module
-from jaxdiff.io.pretrained import BUNDLED, replace_config, save
+from jaxdiff.io.pretrained import BUNDLED, load, replace_config, save
 from jaxdiff.io.single_file import IGNORED, _metadata, clip_tokenizer, load_single_file, save_single_file
 from jaxdiff.io.sources import TensorSource, WeightsError, open_tensors
 from jaxdiff.io.weights import named_tensors
@@ -168,25 +168,49 @@ def test_what_is_saved_comes_back(small, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
+def untold(model) -> dict[str, dict]:
+    """What no tensor of a small model tells."""
+    fields = ("num_attention_heads", "eos_token_id", "bos_token_id", "pad_token_id", "projection_dim")
+    texts = {name: module.config for name, module in model.modules.items() if name.startswith("text_encoder")}
+    return {name: {f: getattr(config, f) for f in fields} for name, config in texts.items()} | {
+        "unet": {"attention_head_dim": 2, "norm_num_groups": 4},
+        "vae": {"norm_num_groups": 4, "sample_size": tiny.SIDE},
+    }
+
+
 def test_a_foreign_file_of_the_same_tensors(small, tmp_path):
     """Without our metadata, sizes come from the shapes, and the caller says what no shape tells."""
     family, model, params, path = small
     foreign = tmp_path / "foreign.safetensors"
     save_file(load_file(path) | {name: np.zeros(shape, np.float32) for name, shape in BESIDE.items()}, foreign)
-    fields = ("num_attention_heads", "eos_token_id", "bos_token_id", "pad_token_id", "projection_dim")
-    changes = {
-        name: {f: getattr(module.config, f) for f in fields}
-        for name, module in model.modules.items()
-        if name.startswith("text_encoder")
-    }
-    changes |= {
-        "unet": {"attention_head_dim": 2, "norm_num_groups": 4},
-        "vae": {"norm_num_groups": 4, "sample_size": tiny.SIDE},
-    }
-    reopened, loaded = load_single_file(foreign, configs=changes)
+    reopened, loaded = load_single_file(foreign, configs=untold(model))
     assert_equal(loaded, params)
     assert reopened.modules == model.modules
     assert (reopened.scheduler, reopened.options, reopened.family) == (model.scheduler, model.options, family)
+
+
+def test_sd_turbo_has_the_layout_of_sdxl(tmp_path):
+    """An SD 2.1 whose text encoder stands where the SDXL refiner has its own: the file reads as the folder does."""
+    model = replace_config(small_model("sd2"), "unet", sample_size=64)
+    model = dataclasses.replace(model, scheduler=scheduler_config("turbo"))
+    params = tiny.tiny_params(model)
+    save(tmp_path / "folder", model, params)
+    moved = {n.replace("cond_stage_model.", "conditioner.embedders.0."): x for n, x in _tensors(model, params).items()}
+    text = "conditioner.embedders.0.model."
+    beside = {f"{text}text_projection": [16, 16], f"{text}logit_scale": [], "denoiser.sigmas": [1000]}
+    assert any(n.startswith(text) for n in moved)
+    save_file(moved | {n: np.zeros(shape, np.float32) for n, shape in beside.items()}, tmp_path / "turbo.safetensors")
+    reopened, loaded = load_single_file(tmp_path / "turbo.safetensors", configs=untold(model))
+    folder, expected = load(tmp_path / "folder")
+    assert_equal(loaded, expected)
+    assert (reopened.modules, reopened.scheduler) == (folder.modules, folder.scheduler)
+    assert (reopened.family, reopened.options) == ("sd2", folder.options)
+    said = reopened.scheduler
+    assert (said.class_name, said.timestep_spacing, said.prediction_type) == (
+        "EulerDiscreteScheduler",
+        "trailing",
+        "epsilon",
+    )
 
 
 def test_a_distilled_model_there_and_back(tmp_path):
@@ -327,6 +351,11 @@ def test_sd2_leaves_out_the_layer_that_its_text_passes_by():
     source = TensorSource(Path("file"), shapes | layer, lambda _: np.zeros(0))
     assert infer_configs(source, "sd2")["text_encoder"] == VIT_H
     assert all(IGNORED.fullmatch(n) for n in layer)
+    turbo = {n.replace("cond_stage_model.", "conditioner.embedders.0."): s for n, s in (shapes | layer).items()}
+    source = TensorSource(Path("file"), turbo, lambda _: np.zeros(0))
+    found = infer_configs(source, detect(source))
+    assert (found["text_encoder"], found["unet"], found["scheduler"]) == (VIT_H, SD2, scheduler_config("turbo"))
+    assert all(IGNORED.fullmatch(n) for n in turbo if "resblocks.23." in n)
 
 
 PIPELINES = {

@@ -25,6 +25,7 @@ TEXTS: dict[str, dict[str, str]] = {
     "sd2": {"text_encoder": "cond_stage_model.model."},  # and "upscaler"
     "sd1": {"text_encoder": "cond_stage_model.transformer.text_model."},
 }
+TURBO = {"text_encoder": "conditioner.embedders.0.model."}  # SD-Turbo: "sd2" in SDXL's layout
 SAMPLE_SIZES = {"sd1": 64, "sd2": 64, "sdxl": 128, "sdxl_refiner": 128, "upscaler": 128}  # latents along a side
 SCALING = {"sdxl": 0.13025, "sdxl_refiner": 0.13025, "upscaler": 0.08333}
 HEAD_WIDTH, CLIP_HEAD_WIDTH = 64, 64
@@ -41,6 +42,7 @@ _WIDE = _SD | {"beta_start": 0.0001, "beta_end": 0.02}
 SCHEDULERS: dict[str, dict[str, Any]] = {  # scheduler_config.json of the published folders
     "sd1": _SD | {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
     "sd2": _SD | {"_class_name": "DDIMScheduler"},
+    "turbo": _SD | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
     "sdxl": _SD | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
     "sdxl_refiner": _SD | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
     "lcm": _SD | {"_class_name": "LCMScheduler", "set_alpha_to_one": True, "steps_offset": 0},
@@ -114,6 +116,8 @@ def detect(source: TensorSource) -> str:
                 raise WeightsError(
                     f"{source.path} has no autoencoder ({VAE_PREFIX}…): it was pruned, fetch the whole file."
                 )
+            if family == "sdxl_refiner" and f"{UNET_PREFIX}label_emb.0.0.weight" not in shapes:
+                return "sd2"  # SD-Turbo, whose UNet is told no sizes
             upscales = family == "sd2" and f"{UNET_PREFIX}label_emb.weight" in shapes
             return "upscaler" if upscales else family
     Shapes(source, UNET_PREFIX)["input_blocks.0.0.weight"]  # for its error, where the file is something else altogether
@@ -126,10 +130,15 @@ def detect(source: TensorSource) -> str:
 
 def text_prefixes(source: TensorSource, family: str) -> dict[str, str]:
     """Where each text encoder stands in this file; some leave out transformers' `text_model.`."""
-    found = TEXTS["sd2" if family == "upscaler" else family]
+    found = TURBO if is_turbo(source, family) else TEXTS["sd2" if family == "upscaler" else family]
     return {
         n: p if any(s.startswith(p) for s in source.shapes) else p.removesuffix("text_model.") for n, p in found.items()
     }
+
+
+def is_turbo(source: TensorSource, family: str) -> bool:
+    """Whether this is SD-Turbo: an SD 2.1 distilled to few steps, the one of its family in the layout of SDXL."""
+    return family == "sd2" and any(n.startswith(TURBO["text_encoder"]) for n in source.shapes)
 
 
 def infer_configs(source: TensorSource, family: str, prediction_type: str | None = None) -> dict[str, Any]:
@@ -137,7 +146,8 @@ def infer_configs(source: TensorSource, family: str, prediction_type: str | None
 
     Args:
         prediction_type: of the UNet, which no tensor tells: "epsilon" or "v_prediction". By default as in the
-            published models: v in SD 2.x (but its 512-pixel base and its inpainting) and the upscaler, else epsilon.
+            published models: v in SD 2.x (but its 512-pixel base, its inpainting and SD-Turbo) and the upscaler, else
+            epsilon.
 
     Raises:
         WeightsError: a tensor is missing or has the wrong number of axes.
@@ -151,22 +161,23 @@ def infer_configs(source: TensorSource, family: str, prediction_type: str | None
         unet = unet_config(Shapes(source, UNET_PREFIX), family, pooled)
         vae = vae_config(Shapes(source, VAE_PREFIX), family)
     marked = "v_pred" in source.shapes  # by fine-tuned SDXL: a tensor without numbers
-    if prediction_type is None and (marked or (family == "sd2" and unet.in_channels == vae.latent_channels)):
+    turbo = is_turbo(source, family)
+    v_family = family == "sd2" and not turbo and unet.in_channels == vae.latent_channels
+    if prediction_type is None and (marked or v_family):
         prediction_type = "v_prediction"
     if family == "sd2" and prediction_type == "v_prediction":
         unet = dataclasses.replace(unet, sample_size=96)  # the one for 768 pixels
+    published = "turbo" if turbo else family if unet.time_cond_proj_dim is None else "lcm"
     return configs | {
         "unet": unet,
         "vae": vae,
-        "scheduler": scheduler_config(
-            family if unet.time_cond_proj_dim is None else "lcm", prediction_type, zero_snr="ztsnr" in source.shapes
-        ),
+        "scheduler": scheduler_config(published, prediction_type, zero_snr="ztsnr" in source.shapes),
         "options": pipeline_options(family),
     }
 
 
 def scheduler_config(family: str, prediction_type: str | None = None, *, zero_snr: bool = False) -> SchedulerConfig:
-    """The noise schedule and the default method of a published family, or of "lcm", the distilled ones."""
+    """The noise schedule and the default method of a published family, or of "turbo" and "lcm", the distilled ones."""
     values = SCHEDULERS[family] | ({"prediction_type": prediction_type} if prediction_type else {})
     return SchedulerConfig.from_dict(values | ({"rescale_betas_zero_snr": True} if zero_snr else {}))
 

@@ -49,8 +49,8 @@ IGNORED = re.compile(
     | (first_stage_model\.)?(loss|model_ema)\..*              # the autoencoder's discriminator, its average
     | embedding_manager\..*                                   # of textual inversion's own program
     | .*\.(position_ids|logit_scale)                          # counts 0, 1, 2 …; CLIP's temperature
-    | (cond_stage_model|conditioner\.embedders\.0\.transformer)\.(.*\.)?text_projection(\.weight)?  # not applied
-    | cond_stage_model\.model\.transformer\.resblocks\.23\..* # the last layer of SD 2.x, which its text passes by
+    | (cond_stage_model|conditioner\.embedders\.0)\.(.*\.)?text_projection(\.weight)?  # where it is not applied
+    | (cond_stage_model|conditioner\.embedders\.0)\.model\.transformer\.resblocks\.23\..*  # SD 2.x: the last, passed by
     """,
     re.VERBOSE,
 )
@@ -71,8 +71,8 @@ def load_single_file(
         dtype: type to compute in and to hold the parameters in, "float32" by default.
         remat: recompute activations in the backward pass.
         prediction_type: "epsilon" or "v_prediction", which the tensors do not tell. By default that of the published
-            model: v for SD 2.x, but for its inpainting, and for the upscaler. The 512-pixel base of SD 2.x needs
-            "epsilon" here.
+            model: v for SD 2.x, but for its inpainting and SD-Turbo, and for the upscaler. The 512-pixel base of SD 2.x
+            needs "epsilon" here.
         configs: for models of unpublished shapes, values of configs that no tensor tells:
             {"unet": {"attention_head_dim": 4, "norm_num_groups": 8}}; keys as in `params`, and "scheduler", "options".
 
