@@ -285,7 +285,9 @@ def run(f: flags.FlagValues) -> None:
     cache_compilations()
     first = jax.process_index() == 0
     with Lock(workdir) if first else nullcontext():
-        settle(workdir, as_json(f.config), data_fingerprint(f.config.data.path), as_json(base()), write=first)
+        data = f.config.data
+        mark = data_fingerprint(data.path, data.split, bool(data.captions))
+        settle(workdir, as_json(f.config), mark, as_json(base()), write=first)
         try:
             this = Run(f.config, workdir)
             if not f.precompute:

@@ -31,6 +31,7 @@ from jaxdiff.training.speed import PEAKS, Speed, flops, peak_flops
 from jaxdiff.training.trackers import JsonLines, Pictures, WandB
 from jaxdiff.training.workdir import Lock, WorkdirError, data_fingerprint, settle
 from tests.batches import FromMemory
+from tests.datasets_of_pictures import write_tars
 from tests.test_training import options
 from tests.test_training_devices import finish, start
 from tests.test_training_loop import LINE, line_data, linear_stage, one_device, same
@@ -319,6 +320,18 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     assert {"python", "jax", "flax", "optax", "orbax-checkpoint"} <= stored["versions"].keys()
 
 
+def test_a_batch_may_be_taken_in_other_parts_unless_its_loss_is_contrastive(tmp_path):
+    """Another number of devices may need it; CLIP's negatives are those of a part."""
+    for stage in ("unet", "clip"):
+        work = tmp_path / stage
+        work.mkdir()
+        settle(work, settings(stage=stage, accumulate=4), {}, settings())
+        (work / "checkpoints" / "10").mkdir(parents=True)
+    settle(tmp_path / "unet", settings(stage="unet", accumulate=2), {}, settings())
+    with pytest.raises(WorkdirError, match=r"accumulate: 4 -> 2(?!.*accumulate)"):
+        settle(tmp_path / "clip", settings(stage="clip", accumulate=2), {}, settings())
+
+
 def test_a_setting_that_is_new_has_had_its_default(tmp_path, caplog):
     settle(tmp_path, settings(), {}, settings())
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
@@ -346,6 +359,36 @@ def test_the_fingerprint_knows_names_sizes_and_captions(data, tmp_path):
     (copy / "metadata.jsonl").write_text(text.replace("number", "Number"))
     seen.append(data_fingerprint(copy))
     assert len({str(s) for s in seen}) == 4
+
+
+def test_the_fingerprint_is_of_what_is_read_and_of_nothing_beside_it(data, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    mark, plain = data_fingerprint(copy), data_fingerprint(copy, captions=True)
+    assert mark["files"] == 10
+    assert plain["files"] == 9
+    (copy / "run" / "samples").mkdir(parents=True)  # a workdir
+    for name in ("run/run.json", "run/samples/step-000001.png", ".DS_Store", "._0.png", "notes.txt"):
+        (copy / name).write_bytes(b"1")
+    assert data_fingerprint(copy) == mark
+    assert data_fingerprint(copy, captions=True) == plain
+    (copy / "more.png").write_bytes(b"1")  # not in the metadata
+    assert data_fingerprint(copy) == mark
+    assert data_fingerprint(copy, captions=True) != plain
+
+
+def test_the_fingerprint_knows_the_sizes_of_shards_however_they_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("shards", "shards/{00000..00001}.tar", "shards/00000.tar", Path("shards/00000.tar"))
+    marks = []
+    for longer in (0, 512):  # bytes: blocks of zeros after the end
+        write_tars(Path("shards"), 9)
+        with open("shards/00000.tar", "ab") as file:
+            file.write(bytes(longer))
+        marks.append([data_fingerprint(name) for name in names])
+    assert all(a != b for a, b in zip(*marks, strict=True))
+    (Path("shards") / "._00000.tar").write_bytes(b"no tar")
+    assert [data_fingerprint(name)["files"] for name in names] == [2, 2, 1, 1]
 
 
 def test_a_second_run_in_a_workdir_is_refused(tmp_path):

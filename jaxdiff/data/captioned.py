@@ -19,7 +19,7 @@ from typing import Any
 from jaxdiff.config import ConfigError
 from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import BucketOrder, Buckets
-from jaxdiff.data.folder import Decode, FolderSource, check_arguments
+from jaxdiff.data.folder import HINT, METADATA, Decode, FolderSource, check_arguments, examples, find_metadata
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.data.pipeline import BlockOrder, CaptionedData, Lanes
 from jaxdiff.data.records import ArrayRecords
@@ -30,6 +30,7 @@ from jaxdiff.data.tables import ArrowTable, ParquetTable
 KINDS = {".tar": "tar", ".parquet": "parquet", ".array_record": "records", ".arrayrecord": "records"}
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_FILES = 2_000_000
+STATE = "state.json"  # of what save_to_disk wrote
 
 
 def open_source(
@@ -55,26 +56,52 @@ def open_source(
     Raises:
       ConfigError: it is of no kind known, missing, damaged or empty; one sentence.
     """
-    name, path = str(path), Path(path)
+    kind, files = _resolved(path, split)
     columns = {"image_column": image_column, "text_column": text_column}
-    if (path / "state.json").is_file():
-        return ArrowTable(path, **columns)
-    if (path / "dataset_dict.json").is_file():
-        if not (path / split / "state.json").is_file():
-            splits = ", ".join(sorted(p.parent.name for p in path.glob("*/state.json"))) or "none"
-            raise ConfigError(f"{path} has no split {split!r}; its splits are {splits}.")
-        return ArrowTable(path / split, **columns)
-    files = (
-        [] if any((path / p).is_file() for p in ("metadata.jsonl", f"{split}/metadata.jsonl")) else _files(name, split)
-    )
-    if not files:
+    if kind == "folder":
         return FolderSource(path, split)
+    if kind == "arrow":
+        return ArrowTable(files[0].parent, **columns)
+    if kind == "tar":
+        return TarShards(str(path), files, cache, host_index, host_count)
+    return (ParquetTable if kind == "parquet" else ArrayRecords)(str(path), files, **columns)
+
+
+def source_files(path: str | Path, split: str = "train") -> list[Path]:
+    """The files that `open_source` reads, those that a folder's metadata name among them, whether they exist or not.
+
+    Raises:
+      ConfigError: the path or its metadata are missing, empty or damaged; one sentence.
+    """
+    kind, files = _resolved(path, split)
+    if kind != "folder":
+        return files
+    found = examples(path, split)
+    hints = [e.extras[HINT] for e in found if HINT in e.extras]
+    return [find_metadata(Path(path), split), *(Path(p) for p in (*(e.path for e in found), *hints))]
+
+
+def _resolved(path: str | Path, split: str) -> tuple[str, list[Path]]:
+    """The kind of what lies at a path, and its files; none of a captioned folder, the default."""
+    name, path = str(path), Path(path)
+    if (path / STATE).is_file():
+        return "arrow", _saved(path)
+    if (path / "dataset_dict.json").is_file():
+        if not (path / split / STATE).is_file():
+            splits = ", ".join(sorted(p.parent.name for p in path.glob(f"*/{STATE}"))) or "none"
+            raise ConfigError(f"{path} has no split {split!r}; its splits are {splits}.")
+        return "arrow", _saved(path / split)
+    if any((path / p).is_file() for p in (METADATA, f"{split}/{METADATA}")):
+        return "folder", []
+    files = _files(name, split)
     kinds = {KINDS[p.suffix] for p in files}
     if len(kinds) > 1:
         raise ConfigError(f"{name} holds files of several kinds ({', '.join(sorted(kinds))}): give one of them.")
-    if kinds == {"tar"}:
-        return TarShards(name, files, cache, host_index, host_count)
-    return (ParquetTable if kinds == {"parquet"} else ArrayRecords)(name, files, **columns)
+    return (kinds.pop() if kinds else "folder"), files
+
+
+def _saved(folder: Path) -> list[Path]:
+    return [folder / STATE, *sorted(p for p in folder.glob("*.arrow") if not p.name.startswith("."))]
 
 
 def _files(name: str, split: str) -> list[Path]:
@@ -100,7 +127,10 @@ def _files(name: str, split: str) -> list[Path]:
 
 
 def _known(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if p.suffix in KINDS and p.is_file()] if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    # Names with a dot in front are other programs' own, such as macOS's beside each file.
+    return [p for p in folder.iterdir() if p.suffix in KINDS and not p.name.startswith(".") and p.is_file()]
 
 
 def captioned_data(

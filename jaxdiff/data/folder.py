@@ -39,6 +39,7 @@ BACKGROUNDS = {
     "pink": (250, 150, 190),
     "brown": (130, 80, 45),
 }
+METADATA = "metadata.jsonl"  # names the pictures of a split and their captions
 HINT = "conditioning_file"  # the metadata's key for the picture that steers a ControlNet
 WHITE_SHARE = 0.5  # of the pictures under background="random"
 MIN_BACKGROUND = 0.02  # a background that covers less of the picture is white: nobody would mention it
@@ -50,6 +51,7 @@ MIN_SUBJECT, MIN_CONTRAST = 0.2, 48
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
 # What Pillow may read: some of its other formats start programs (Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Example(NamedTuple):
@@ -70,7 +72,7 @@ def examples(path: str | Path, split: str = "train") -> list[Example]:
     Raises:
       ConfigError: folder, split or metadata are missing, empty or damaged; the sentence names the line.
     """
-    metadata = _find_metadata(Path(path), split)
+    metadata = find_metadata(Path(path), split)
     try:
         lines = metadata.read_bytes().split(b"\n")
     except OSError as e:
@@ -83,17 +85,23 @@ def examples(path: str | Path, split: str = "train") -> list[Example]:
     return found
 
 
-def _find_metadata(path: Path, split: str) -> Path:
+def pictures(folder: Path) -> list[Path]:
+    """The files of a folder that are pictures by their names, in order; not those of its subfolders."""
+    return sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES and not p.name.startswith("."))
+
+
+def find_metadata(path: Path, split: str) -> Path:
+    """The file that lists the pictures of a split. Raises ConfigError where there is none."""
     if not path.is_dir():
         raise ConfigError(f"The data folder {path} does not exist.")
-    inside, beside = path / split / "metadata.jsonl", path / "metadata.jsonl"
+    inside, beside = path / split / METADATA, path / METADATA
     if inside.is_file():
         return inside
     if split == "train" and beside.is_file():
         return beside
-    splits = sorted(p.parent.name for p in path.glob("*/metadata.jsonl"))
+    splits = sorted(p.parent.name for p in path.glob(f"*/{METADATA}"))
     there = f"; its splits are {', '.join(splits)}" if splits else ""
-    raise ConfigError(f"The data folder {path} has no {split}/metadata.jsonl{there}.")
+    raise ConfigError(f"The data folder {path} has no {split}/{METADATA}{there}.")
 
 
 def _example(metadata: Path, number: int, line: bytes) -> Example:

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.config import ConfigError
+from jaxdiff.data.folder import PICTURES, pictures
 from jaxdiff.io.lora import Factors, Lora, init_lora, merge_lora
 from jaxdiff.io.textual_inversion import TABLE, TOKENIZERS, encoders, extend
 from jaxdiff.models.model import Model
 from jaxdiff.training.loop import Batches, BatchIterator
 from jaxdiff.typing import Array, Key, Params
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Whole = Callable[[Params], Params]  # all parameters with what is trained -> those of the model's modules
 
 # Of a folder of pictures without captions, {} the word; after Gal et al. 2022, supplement B.
@@ -106,7 +106,7 @@ def captioned(path: str | Path, captions: Sequence[str], folder: Path) -> Path:
         ConfigError: there is no picture.
     """
     path = Path(path).absolute()
-    names = sorted(p.name for p in path.glob("*") if p.suffix.lower() in PICTURES)
+    names = [p.name for p in pictures(path)]
     if not names:
         raise ConfigError(f"The folder {path} holds no picture ({', '.join(PICTURES)}).")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,24 +1,29 @@
 """The folder of a run: one process at a time, one config as long as there are checkpoints, and what it was run with."""
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from absl import logging
 
+from jaxdiff.data.captioned import source_files
+from jaxdiff.data.folder import METADATA, pictures
+
 PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Settings that change nothing of what is learnt, or only how it is divided; a name stands for all below it.
 FREE = (
     "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "eval", "wandb", "fsdp", "tensor",
-    "remat", "data.threads", "data.workers", "data.eval_split",
+    "accumulate", "remat", "data.threads", "data.workers", "data.eval_split",
 )  # fmt: skip
+CONTRASTIVE = "clip"  # the stage that `accumulate` is not free for: its negatives are those of one part of the batch
 MAX_SIZES = 10_000  # files whose size is looked at
 
 
@@ -75,32 +80,34 @@ def versions() -> dict[str, str]:
     return found
 
 
-def data_fingerprint(path: str | Path) -> dict[str, Any]:
+def data_fingerprint(path: str | Path, split: str = "train", captions: bool = False) -> dict[str, Any]:
     """What tells one data set from another without reading pictures: the files' names, some sizes, and the captions.
 
+    Only files that are read count: a workdir or other folders and files beside them do not.
+
     Args:
-        path: a folder, or a file.
+        path, split: see `jaxdiff.data.captioned.open_source`.
+        captions: whether all pictures get the config's captions, so that the folder needs no metadata.
 
     Returns:
         {"files": their number, "digest": of all names in order, the sizes of at most MAX_SIZES of them evenly spread,
         and the bytes of every metadata.jsonl}.
+
+    Raises:
+        ConfigError: there are no such data.
     """
     path, digest = Path(path), hashlib.sha256()
-    names = sorted(_names(path)) if path.is_dir() else [str(path)]
-    for name in names:
-        digest.update(name.encode() + b"\n")
-        if name.endswith("metadata.jsonl"):
-            digest.update((path / name).read_bytes())
-    for name in names[:: -(-len(names) // MAX_SIZES) or 1]:
-        if (path / name).exists():
-            digest.update(str((path / name).stat().st_size).encode() + b"\n")
-    return {"files": len(names), "digest": digest.hexdigest()[:16]}
-
-
-def _names(folder: Path) -> Iterator[str]:
-    for root, _, files in os.walk(folder):
-        inside = os.path.relpath(root, folder)
-        yield from (name if inside == "." else f"{inside}/{name}" for name in files)
+    folder = path if path.is_dir() else path.parent
+    alone = path / split if (path / split).is_dir() else path
+    files = pictures(alone) if captions else source_files(path, split)
+    for file in files:
+        digest.update(os.path.relpath(file, folder).encode() + b"\n")
+        if file.name == METADATA:
+            digest.update(file.read_bytes())
+    for file in files[:: -(-len(files) // MAX_SIZES) or 1]:
+        with contextlib.suppress(OSError):  # a missing picture is named when it comes up
+            digest.update(str(file.stat().st_size).encode() + b"\n")
+    return {"files": len(files), "digest": digest.hexdigest()[:16]}
 
 
 def settle(
@@ -116,7 +123,7 @@ def settle(
         write: False only compares, as all hosts but the first do.
 
     Raises:
-        WorkdirError: a setting has changed that is not in FREE ("steps" may grow), or the data have; the sentence
+        WorkdirError: a setting has changed that is not `free` ("steps" may grow), or the data have; the sentence
             shows each as old -> new. Other versions are only warned of.
     """
     path = folder / "run.json"
@@ -134,7 +141,7 @@ def settle(
         if changed:
             raise WorkdirError(
                 f"The workdir {folder} belongs to another config ({'; '.join(changed)}): go on with its own, or choose "
-                f"another workdir; free to change are steps (upwards) and {', '.join(FREE)}."
+                f"another workdir; free to change are steps (upwards) and {', '.join(free(now['config']))}."
             )
         if others:
             logging.warning("The run goes on with other versions than before: %s.", "; ".join(others))
@@ -167,14 +174,19 @@ def stored_config(folder: Path) -> dict[str, Any]:
         raise WorkdirError(f"{path} cannot be read ({e}): name the workdir of a run, or its --config.") from None
 
 
+def free(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of FREE that may change in a run of this config."""
+    return tuple(name for name in FREE if name != "accumulate" or config.get("stage") != CONTRASTIVE)
+
+
 def _refused(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Changes of settings that are not free."""
 
-    def free(name: str) -> bool:
+    def allowed(name: str) -> bool:
         grows = name == "steps" and new.get(name, 0) >= old.get(name, 0)
-        return grows or any(f"{name}.".startswith(f"{allowed}.") for allowed in FREE)
+        return grows or any(f"{name}.".startswith(f"{known}.") for known in free(new))
 
-    return _changes({k: v for k, v in old.items() if not free(k)}, {k: v for k, v in new.items() if not free(k)})
+    return _changes(*({k: v for k, v in settings.items() if not allowed(k)} for settings in (old, new)))
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
