@@ -42,6 +42,8 @@ class Run:
         self.config, self.workdir = config, workdir
         self.options = Options(**{name: config[name] for name in Options.__dataclass_fields__})
         self.options.check(jax.device_count())
+        # Pictures that one device is given at a time outside of training, as many as in a part of a step.
+        self.at_once = max(1, self.options.batch_size // (jax.device_count() * self.options.accumulate))
         hosts = jax.process_count()
         if self.options.batch_size % hosts:
             raise UsageError(f"config.batch_size {self.options.batch_size} must be divisible by {hosts} hosts.")
@@ -102,14 +104,14 @@ class Run:
         """Pictures set aside, the same on every host and each time."""
         d = self.config.data
         split = {"source": self.pictures(d.eval_split)} if d.eval_split else {}
-        count = self.config.eval.pictures
-        sizes = {"batch_size": min(count, 32), "epochs": 1, "drop_remainder": False, "workers": 0, "flip": False}
-        sizes["buckets"] = None
+        left, found = self.config.eval.pictures, list[Mapping[str, Any]]()
+        sizes = {"batch_size": min(left, self.at_once), "epochs": 1, "drop_remainder": False, "workers": 0}
         # Another order than in training, background colours included.
-        stream = iter(self.batches(seed=self.config.seed + 1, host_index=0, host_count=1, **split, **sizes))
-        found: list[Mapping[str, Any]] = []
-        while sum(len(b["text"]) for b in found) < count and (batch := next(stream, None)) is not None:
-            found.append(batch)
+        how = {"seed": self.config.seed + 1, "flip": False, "buckets": None, "host_index": 0, "host_count": 1}
+        stream = iter(self.batches(**split, **sizes, **how))
+        while left > 0 and (batch := next(stream, None)) is not None:
+            found.append({name: values[:left] for name, values in batch.items()})
+            left -= len(batch["text"])
         return found
 
     def trackers(self):
@@ -160,8 +162,8 @@ class Run:
         from jaxdiff.training.setup import measured
 
         alone = {"host_index": 0, "host_count": 1, "workers": 0, "buckets": None}
-        stream = iter(self.batches(seed=self.config.seed + 2, batch_size=32, **alone))
-        return measured(self.model, params, (next(stream)["image"] for _ in range(16)))
+        stream = iter(self.batches(seed=self.config.seed + 2, batch_size=self.at_once, **alone))
+        return measured(self.model, params, (next(stream)["image"] for _ in range(-(-512 // self.at_once))))
 
     def _clip(self):
         from jaxdiff.training.evaluate import retrieval
@@ -182,8 +184,8 @@ class Run:
         from jaxdiff.training.stages import vae_stage
 
         c = self.config
-        images = np.concatenate([b["image"] for b in self.held_out()])
-        evaluate = reconstructions(self.model, images)
+        held_out = [b["image"] for b in self.held_out()]
+        images, evaluate = np.concatenate(held_out), reconstructions(self.model, held_out)
 
         def on_eval(step: int, params: Any) -> Mapping[str, float]:
             pictures, values = evaluate(params)

@@ -16,11 +16,13 @@ from PIL import Image
 import train
 from configs.common import base
 from jaxdiff import parallel
+from jaxdiff.commands.evaluation import placed
 from jaxdiff.config import ConfigError
 from jaxdiff.data.folder import captioned_folder
 from jaxdiff.io.textual_inversion import TABLE
 from jaxdiff.models.model import build
 from jaxdiff.training import finetune, personalise
+from jaxdiff.training.evaluate import noise_levels, reconstructions
 from jaxdiff.training.stages import Noising
 from jaxdiff.training.state import Options, OptionsError, accumulated_grad, init_state, make_train_step, optimizer
 from jaxdiff.training.targets import TARGETS, make, process
@@ -196,6 +198,53 @@ def test_what_is_frozen_gets_no_gradient(target_of):
         return grad.lower(trained).cost_analysis()["flops"]
 
     assert work("lora") < 0.85 * work("unet")
+
+
+# --- how it is evaluated
+
+
+def test_the_loss_by_noise_level_does_not_depend_on_the_batches(target_of):
+    """Nor do the masks drawn for it."""
+    target, batch = target_of("inpainting")
+    how = {"network": target.network, "levels": 2}
+    found = []
+    for sizes in ([4], [3, 1], [2, 2]):
+        ends = np.cumsum(sizes)
+        batches = [{k: v[e - n : e] for k, v in batch.items()} for n, e in zip(sizes, ends, strict=True)]
+        found.append(list(noise_levels(target.model, batches, **how)(target.params).values()))
+    np.testing.assert_allclose(found[1:], found[:1] * 2, rtol=1e-5)  # sums in another order
+    images = batch["image"]
+    whole, psnr = reconstructions(target.model, [images])(target.params)
+    parts, psnr_of_parts = reconstructions(target.model, [images[:3], images[3:]])(target.params)
+    assert np.abs(whole.astype(int) - parts).max() <= 1  # what lies next to a half may be rounded the other way
+    np.testing.assert_allclose(psnr_of_parts["eval_psnr"], psnr["eval_psnr"], rtol=1e-5)
+
+
+def test_it_is_evaluated_as_it_is_trained(target_of, results):
+    """In the types of a training step, what is trained being merged within it."""
+    target, batch = target_of("lora", *BOTH)
+    params, _, _ = results("lora", *BOTH)
+    on_device = placed(params, target, settings("lora", frozen_dtype="bfloat16"))
+    assert {str(x.dtype) for x in jax.tree.leaves(on_device["lora"])} == {"float32"}
+    assert {str(x.dtype) for name in ("unet", "vae") for x in jax.tree.leaves(on_device[name])} == {"bfloat16"}
+    measure = noise_levels(target.model, [batch], network=target.network, whole=target.whole, levels=2)
+    merged = noise_levels(target.model, [batch], network=target.network, levels=2)
+    values = measure(placed(params, target, settings("lora")))
+    np.testing.assert_allclose(list(values.values()), list(merged(target.whole(params)).values()), rtol=1e-5)
+    # bfloat16 keeps 8 bits (4e-3), through some ten layers.
+    np.testing.assert_allclose(measure(on_device)["eval_loss"], values["eval_loss"], rtol=0.05)
+
+
+def test_a_device_is_given_no_more_pictures_than_in_a_step(folders, tiny_folder):
+    config = settings("unet", batch_size=4, accumulate=2, dtype="float32", remat="")
+    config.init_from.model = str(tiny_folder)
+    config.data.update({"path": str(folders / "class"), "image_size": SIDE, "threads": 1})
+    devices = jax.device_count()
+    config.batch_size *= devices
+    for pictures_wanted, sizes in ((3, [2, 1]), (9, [2, 2])):
+        config.eval.pictures = pictures_wanted
+        held_out = train.Run(config, folders / "run").held_out()
+        assert [len(b["image"]) for b in held_out] == [len(b["text"]) for b in held_out] == sizes
 
 
 # --- SDXL

@@ -1,13 +1,16 @@
 """What train.py looks at while a denoiser learns: the loss on pictures set aside, and sheets of drawn prompts."""
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 import jaxdiff
 from jaxdiff.training.evaluate import noise_levels
+from jaxdiff.training.state import kept
 from jaxdiff.training.targets import Target
 
 Batch = Mapping[str, Any]
@@ -25,22 +28,37 @@ def evaluation(
         config: of train.py; without `data.eval_split` there is no loss, and without `eval.prompts` only what draws from
             more than a prompt has sheets.
         target: what is trained.
-        held_out: batches as they are read.
+        held_out: batches as they are read; so many pictures are denoised at a time.
         write: None draws nothing, on all hosts but the first.
     """
     measure = None
     if config.data.eval_split:
         batches = [target.stage.prepare(batch) for batch in held_out]
-        measure = noise_levels(target.model, batches, network=target.network, seed=config.eval.seed)
+        how = {"network": target.network, "whole": target.whole, "seed": config.eval.seed}
+        measure = noise_levels(target.model, batches, **how)
     draw = None if write is None else drawing(config.eval, target, held_out, write)
 
     def on_eval(step: int, params: Any) -> Mapping[str, float]:
-        params = target.whole(params)
+        if not draw and not measure:
+            return {}
+        params = placed(params, target, config)
         if draw:
-            draw(step, params)
+            draw(step, target.whole(params))
         return measure(params) if measure else {}
 
     return on_eval
+
+
+def placed(params: Any, target: Target, config: Any) -> Any:
+    """What the loss reads of its parameters on a device, in the types of a training step, see `config.frozen_dtype`."""
+    trained = target.stage.trainable
+    read = {*target.model.modules, "controlnet", *trained} & set(params)
+
+    def one(name: str, x: Any) -> Any:  # array by array, so that no more than one is there in float32 as well
+        x = jax.device_put(x)
+        return x if name in trained else kept(x, config)
+
+    return {name: jax.tree.map(functools.partial(one, name), params[name]) for name in sorted(read)}
 
 
 def drawing(

@@ -1,6 +1,6 @@
 """How good a model is while it is trained, on pictures set aside."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,22 +21,41 @@ from jaxdiff.training.stages import (
     plain_network,
 )
 from jaxdiff.training.state import Batch
-from jaxdiff.typing import Array, Key, Params
+from jaxdiff.typing import Array, Params
 
 
-def reconstructions(model: Model, images: np.ndarray):
-    """A function params -> (pictures after the autoencoder uint8 [B, H, W, 3], their mean PSNR in dB)."""
+def for_each(run: Callable[[Any], Any], batches: Sequence[Any]) -> Any:
+    """What `run` returns, arrays [b, ...], of all batches (trees of arrays [b, ...]) together as numpy arrays [N, ...].
+
+    A batch smaller than the first is filled up, so that one compiled program does for all.
+    """
+    full, found = len(jax.tree.leaves(batches[0])[0]), []
+    for batch in batches:
+        size = len(jax.tree.leaves(batch)[0])
+        rows = np.minimum(np.arange(full), size - 1)
+        out = run(jax.tree.map(lambda x, rows=rows: x[rows], batch))
+        found.append(jax.tree.map(lambda x, size=size: np.asarray(x)[:size], out))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+
+def reconstructions(model: Model, batches: Sequence[np.ndarray]):
+    """A function params -> (pictures after the autoencoder uint8 [N, H, W, 3], their mean PSNR in dB).
+
+    Args:
+        batches: pictures uint8 [b, H, W, 3], taken through the autoencoder one batch after the other.
+    """
 
     @jax.jit
     def run(vae: Params, images: Array) -> tuple[Array, Array]:
         x = images.astype(jnp.float32) / 255.0
         y = decode(model, {"vae": vae}, encode(model, {"vae": vae}, x))
         errors = jnp.maximum(((x - y) ** 2).mean((1, 2, 3)), 1e-10)
-        return jnp.round(255 * y).astype(jnp.uint8), -10 * jnp.log10(errors).mean()
+        return jnp.round(255 * y).astype(jnp.uint8), -10 * jnp.log10(errors)
 
     def evaluate(params: Params) -> tuple[np.ndarray, dict[str, float]]:
-        pictures, psnr = run(params["vae"], images)
-        return np.asarray(pictures), {"eval_psnr": float(psnr)}
+        vae = jax.device_put(params["vae"])
+        pictures, psnr = for_each(lambda images: run(vae, images), batches)
+        return pictures, {"eval_psnr": float(psnr.mean())}
 
     return evaluate
 
@@ -46,21 +65,18 @@ def retrieval(model: Model, batches: Sequence[Mapping[str, Any]]):
 
     Captions that several pictures share are one candidate, so that any of the pictures may find it.
     """
-    images = [batch["image"] for batch in batches]
-    tokens = np.concatenate([batch["tokens"] for batch in batches])
-    candidates, own = np.unique(tokens, axis=0, return_inverse=True)
+    pairs = [(batch["image"], batch["tokens"]) for batch in batches]
+    candidates, own = np.unique(np.concatenate([tokens for _, tokens in pairs]), axis=0, return_inverse=True)
+    own = own.reshape(-1)
+    first = [int(np.flatnonzero(own == i)[0]) for i in range(len(candidates))]
     run = jax.jit(lambda params, images, tokens: clip_embeddings(model, params, images, tokens))
 
     def evaluate(params: Params) -> dict[str, float]:
-        encoders = {k: params[k] for k in ("text_encoder", "vision_encoder")}
-        pairs = [run(encoders, b["image"], b["tokens"]) for b in batches]
-        pictures, texts = (np.concatenate([np.asarray(pair[i]) for pair in pairs]) for i in range(2))
-        first = [int(np.flatnonzero(own.reshape(-1) == i)[0]) for i in range(len(candidates))]
+        encoders = jax.device_put({k: params[k] for k in ("text_encoder", "vision_encoder")})
+        pictures, texts = for_each(lambda pair: run(encoders, *pair), pairs)
         texts = texts[first] / np.linalg.norm(texts[first], axis=-1, keepdims=True)
-        found = np.argmax(pictures @ texts.T, 1)
-        return {"eval_accuracy": float((found == own.reshape(-1)).mean())}
+        return {"eval_accuracy": float((np.argmax(pictures @ texts.T, 1) == own).mean())}
 
-    assert len(images)
     return evaluate
 
 
@@ -69,26 +85,31 @@ def noise_levels(
     batches: Sequence[Mapping[str, Any]],
     *,
     network: Network | None = None,
+    whole: Callable[[Params], Params] = lambda params: params,
     levels: int = 10,
     seed: int = 0,
 ):
     """A function params -> {"eval_loss", "eval_loss_t050", …}: the UNet's squared error at each of some times.
 
     The times are the middles of `levels` equal parts of [0, T); every caption is kept and no time weighs more than
-    another. Each picture has the same noise at all times and whenever it is asked, so that two values differ by the
-    parameters alone; so are masks and other noise that a network draws.
+    another. Each picture has the same noise at all times, whenever it is asked and whatever batch it is in, so that two
+    values differ by the parameters alone; so are masks and other noise that a network draws.
 
     Args:
-        batches: as the UNet's stage prepares them, at least one.
-        network: what denoises, see `diffusion_stage`.
+        batches: as the UNet's stage prepares them, at least one; computed one after the other.
+        network, whole: see `diffusion_stage`; params are what `whole` takes.
     """
     schedule, denoise = noise_schedule(model.scheduler), network or plain_network(model)
     total = model.scheduler.num_train_timesteps
     times = (np.arange(levels) + 0.5) * total / levels  # [levels]
     names = [f"eval_loss_t{round(t):03d}" for t in times]
 
+    ends = np.cumsum([len(batch["tokens"]) for batch in batches])
+    numbered = [(np.arange(end - len(b["tokens"]), end), dict(b)) for end, b in zip(ends, batches, strict=True)]
+
     @jax.jit
-    def run(params: Params, batch: Batch, keys: Key) -> Array:  # [levels]: sums over the batch
+    def run(params: Params, numbers: Array, batch: Batch) -> Array:  # [B, levels]
+        params, keys = whole(params), jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
         x0 = latents_of(model, params, batch)
         kept = jnp.zeros(len(x0), bool)  # no caption is dropped
         cond = with_time_ids(model, conditioning(model, params, batch, batch, kept), x0)
@@ -97,18 +118,13 @@ def noise_levels(
         def at_time(t: Array) -> Array:
             time = at(schedule, jnp.full(len(x0), jnp.floor(t)))
             output = denoise(params, add_noise(x0, eps, time), time, cond, batch, folded(keys, 1))
-            return diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, None).sum()
+            return diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, None)
 
-        return jax.lax.map(at_time, jnp.asarray(times, jnp.float32))
+        return jax.lax.map(at_time, jnp.asarray(times, jnp.float32)).T
 
     def evaluate(params: Params) -> dict[str, float]:
-        kept = jax.device_put({name: params[name] for name in (*model.modules, "controlnet") if name in params})
-        sums, count = np.zeros(levels), 0
-        for i, batch in enumerate(batches):
-            size = len(batch["tokens"])
-            sums += run(kept, dict(batch), jax.random.split(jax.random.fold_in(jax.random.key(seed), i), size))
-            count += size
-        values = sums / count
+        placed = jax.device_put(params)
+        values = for_each(lambda numbers_and_batch: run(placed, *numbers_and_batch), numbered).mean(0)
         return {"eval_loss": float(values.mean()), **dict(zip(names, map(float, values), strict=True))}
 
     return evaluate
