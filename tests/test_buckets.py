@@ -11,7 +11,8 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data.buckets import BucketOrder, Buckets, assign, bucket_sizes
 from jaxdiff.data.captioned import captioned_data, open_source
 from jaxdiff.data.filters import scan
-from tests.datasets_of_pictures import numbers, write_folder, write_tars
+from jaxdiff.data.tables import KEPT_GROUPS
+from tests.datasets_of_pictures import numbers, write_folder, write_parquet, write_tars
 
 SIDES = [(16, 16), (32, 16), (16, 32), (24, 12), (15, 15)]  # (width, height) of the pictures
 
@@ -124,3 +125,15 @@ def test_crops_have_no_buckets(tmp_path):
     path = write_folder(tmp_path, 4)
     with pytest.raises(ConfigError, match="crop and buckets"):
         captioned_data(path, 2, 8, seed=0, crop=4, buckets=Buckets(((8, 8),), np.zeros(4, int)))
+
+
+def test_more_row_groups_than_are_kept_have_no_buckets(tmp_path):
+    """Their pictures would be read in any order, at the cost of a row group each."""
+    pytest.importorskip("pyarrow")
+    buckets = Buckets(((8, 8),), np.zeros(2 * KEPT_GROUPS + 1, int))
+    path = write_parquet(tmp_path / "many", 2 * KEPT_GROUPS + 1, shard=4, group=2)
+    with pytest.raises(ConfigError, match=r"whole row group .* latents\.path; or cache_latents.* tar shards"):
+        captioned_data(path, 2, 8, seed=0, buckets=buckets)
+    path, few = write_parquet(tmp_path / "few", 2 * KEPT_GROUPS, shard=4, group=2), buckets.numbers[:-1]
+    data = captioned_data(path, 2, 8, seed=0, buckets=buckets._replace(numbers=few), epochs=1, threads=1)
+    assert sorted(n for batch in data for n in numbers(batch)) == list(range(2 * KEPT_GROUPS))

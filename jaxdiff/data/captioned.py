@@ -25,7 +25,7 @@ from jaxdiff.data.pipeline import BlockOrder, CaptionedData, Lanes
 from jaxdiff.data.records import ArrayRecords
 from jaxdiff.data.shards import TarShards
 from jaxdiff.data.source import Source
-from jaxdiff.data.tables import ArrowTable, ParquetTable
+from jaxdiff.data.tables import KEPT_GROUPS, ArrowTable, ParquetTable
 
 KINDS = {".tar": "tar", ".parquet": "parquet", ".array_record": "records", ".arrayrecord": "records"}
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -154,6 +154,7 @@ def captioned_data(
       source: a path, see `open_source`, or what is open already. Of precomputed latents the batches hold "latents" and
         the like instead, and what concerns pictures has no meaning.
       buckets: sizes to cut pictures to, a batch at one size, and which of them each example has; None cuts squares.
+        Of Parquet files at most `tables.KEPT_GROUPS` row groups can be read so.
 
     Others as for `jaxdiff.data.folder.captioned_folder`.
 
@@ -179,6 +180,7 @@ def captioned_data(
     blocks, whole = getattr(source, "blocks", None), batch_size * host_count
     order: Callable[[int, int], pipeline.Order] | None = None
     if buckets is not None:
+        _check_buckets(source)
         chosen = buckets
         order = lambda seed, _: BucketOrder(chosen, whole, seed=seed, **how)  # noqa: E731
     elif blocks is not None:
@@ -190,3 +192,13 @@ def captioned_data(
         lanes=host_count if blocks is not None and rest.get("epochs") is None else 1,
         host_index=host_index, host_count=host_count, **rest,
     )  # fmt: skip
+
+
+def _check_buckets(source: Source | LatentShards) -> None:
+    """Raise ConfigError where pictures cannot be read in the order of buckets: each would cost a block of its own."""
+    blocks = getattr(source, "blocks", None)
+    if blocks is not None and len(blocks) > KEPT_GROUPS:
+        raise ConfigError(
+            f"buckets would read a whole row group of {source.name} for almost every picture: write its latents first "
+            "(train.py --precompute, then latents.path; or cache_latents), or take tar shards or an Arrow folder."
+        )
