@@ -19,6 +19,8 @@ from jaxdiff.io.checkpoint import CheckpointError, Checkpoints
 from jaxdiff.training.loop import Stage, TrainingError, fit
 from jaxdiff.training.report import Report
 from jaxdiff.training.state import init_state, kept, make_train_step, optimizer
+from jaxdiff.training.trackers import Pictures, TensorBoard
+from jaxdiff.training.workdir import WorkdirError
 from tests.batches import FromMemory
 from tests.test_training import options
 from tests.tiny import SIDE
@@ -197,6 +199,42 @@ def test_the_clock_stands_still_between_intervals(tmp_path, capsys):
     for mean in (means[2], means[5]):
         assert 60 < mean["images_per_second"] <= 500
     assert "left" in capsys.readouterr().out
+
+
+def events(folder) -> list:
+    """What lies in a folder of TensorBoard files: records of a length in 8 bytes, its sum in 4, the event, its sum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            found.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_gets_numbers_pictures_and_captions_at_once(tmp_path):
+    tracker = TensorBoard(tmp_path / "tb", 4)
+    tracker.write(5, {"loss": 0.5, "bad": float("nan")})
+    tracker.draw(6, "samples", Pictures(np.zeros((1, 8, 8, 3), np.uint8), ["a castle"]))
+    header, restart, loss, image, text = events(tmp_path / "tb")  # nothing waits for the end
+    tracker.close()
+    assert header.file_version == "brain.Event:2"
+    assert (restart.step, restart.session_log.status) == (5, restart.session_log.START)  # hides what came after 4
+    assert (loss.step, loss.summary.value[0].tag, loss.summary.value[0].simple_value) == (5, "loss", 0.5)
+    assert (image.step, image.summary.value[0].tag, image.summary.value[0].image.width) == (6, "samples/0", 8)
+    assert text.summary.value[0].tensor.string_val == [b"0. a castle"]
+
+
+def test_a_full_disk_under_tensorboards_files_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: open("/dev/full", "wb"))
+    tracker = TensorBoard(tmp_path / "tb", 0)
+    picture = Pictures(np.zeros((1, 8, 8, 3), np.uint8))
+    for call in (lambda: tracker.write(1, {"loss": 1.0}), lambda: tracker.draw(1, "x", picture), tracker.close):
+        with pytest.raises(WorkdirError, match=r"tb cannot be written \(No space left on device\): once it can"):
+            call()
 
 
 def spoilt_line(steps: range, key: str = "x") -> FromMemory:

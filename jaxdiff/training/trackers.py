@@ -3,7 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -29,6 +31,18 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """A file or folder of the workdir that cannot be written, in one sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise WorkdirError(
+            f"{path} cannot be written ({e.strerror or e}): once it can, the same command goes on from the last "
+            "checkpoint."
+        ) from None
+
+
 class JsonLines:
     """A file with a line {"step": …, "loss": …} for each report. What is not finite is null.
 
@@ -41,7 +55,7 @@ class JsonLines:
 
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
-        with self._explained():
+        with explained(path):
             self._begin(path, start)
 
     def _begin(self, path: Path, start: int) -> None:
@@ -60,7 +74,7 @@ class JsonLines:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self._explained():
+        with explained(self._path):
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
 
@@ -68,41 +82,56 @@ class JsonLines:
         """Pictures have no place in lines of JSON."""
 
     def close(self) -> None:
-        with self._explained():
+        with explained(self._path):
             self._file.close()
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:
-            raise WorkdirError(
-                f"{self._path} cannot be written ({e.strerror or e}): once it can, the same command goes on from "
-                "the last checkpoint."
-            ) from None
 
 
 class TensorBoard:
-    """A folder of TensorBoard's event files; what an earlier run wrote after `start` is not shown any more."""
+    """A folder of TensorBoard's event files; what an earlier run wrote after `start` is not shown any more.
+
+    Events are on the disk when a call returns. tensorboardX's own SummaryWriter hands them to a thread, which dies of
+    the first error while the run goes on, until the queue between the two is full and adding to it never returns.
+
+    Raises:
+        WorkdirError: it cannot be written, now or later.
+    """
 
     def __init__(self, folder: Path, start: int) -> None:
-        from tensorboardX import SummaryWriter  # half a second, on the first host only
+        # Half a second, on the first host only.
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        self._folder, self._event, self._summary = folder, Event, summary
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"  # ordered by time
+            self._file = RecordWriter(str(folder / name))
+            self._put(start + 1, file_version="brain.Event:2")
+            if start:
+                self._put(start + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _put(self, step: int, **event: Any) -> None:
+        self._file.write(self._event(step=step, wall_time=time.time(), **event).SerializeToString())
+
+    def _add(self, step: int, summaries: Iterable[Any]) -> None:
+        with explained(self._folder):
+            for summary in summaries:
+                self._put(step, summary=summary)
+            self._file.flush()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
+        self._add(step, [self._summary.scalar(name, value) for name, value in values.items() if math.isfinite(value)])
 
     def draw(self, step: int, name: str, pictures: Pictures) -> None:
-        for i, image in enumerate(pictures.images):
-            self._writer.add_image(f"{name}/{i}", image, step, dataformats="HWC")
+        shown = [self._summary.image(f"{name}/{i}", x, dataformats="HWC") for i, x in enumerate(pictures.images)]
         if pictures.captions:
-            self._writer.add_text(name, "\n".join(f"{i}. {c}" for i, c in enumerate(pictures.captions)), step)
+            shown.append(self._summary.text(name, "\n".join(f"{i}. {c}" for i, c in enumerate(pictures.captions))))
+        self._add(step, shown)
 
     def close(self) -> None:
-        self._writer.close()
+        with explained(self._folder):
+            self._file.close()
 
 
 class WandB:
