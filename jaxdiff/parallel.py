@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 AXES = ("data", "fsdp", "tensor")
 EXAMPLES = ("data", "fsdp")  # the axes that a batch is divided over
@@ -180,8 +180,22 @@ def table(mesh: Mesh | AbstractMesh, params: Any) -> str:
 
 
 def place(tree: Any, sharding: Any) -> Any:
-    """Put arrays that every host holds in full onto the devices; `sharding` is one for all or a tree of them."""
-    return jax.device_put(tree, sharding)
+    """Put arrays that every host holds in full onto the devices; `sharding` is one for all or a tree of them.
+
+    Each host gives its own devices their parts. `jax.device_put` would gather every host's copy of an array on every
+    device first, to see that they are equal.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def one(x: Any, sharding: Sharding) -> jax.Array:
+        if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    shardings = jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, Sharding) else sharding
+    return jax.tree.map(one, tree, shardings)
 
 
 def fetch(tree: Any) -> Any:

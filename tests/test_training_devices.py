@@ -75,6 +75,10 @@ def test_parameters_are_divided_where_the_mesh_says_so(report):
     assert axes == {"one": set(), "data": set(), "fsdp": {"fsdp"}, "all": {"fsdp", "tensor"}}
 
 
+def test_hosts_start_without_sending_each_other_their_parameters(report):
+    assert report["hosts"]["gathered"] == 0
+
+
 def test_one_device_sends_nothing(report):
     assert report["one"]["sends"] == {}
 

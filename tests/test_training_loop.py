@@ -229,7 +229,7 @@ def test_tensorboard_gets_numbers_pictures_and_captions_at_once(tmp_path):
 
 
 def test_a_full_disk_under_tensorboards_files_is_said_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: open("/dev/full", "wb"))
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda _: open("/dev/full", "wb"))  # noqa: SIM115
     tracker = TensorBoard(tmp_path / "tb", 0)
     picture = Pictures(np.zeros((1, 8, 8, 3), np.uint8))
     for call in (lambda: tracker.write(1, {"loss": 1.0}), lambda: tracker.draw(1, "x", picture), tracker.close):

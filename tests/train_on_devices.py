@@ -7,10 +7,12 @@ a port it is one of several processes that share their devices, and writes FILE 
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxdiff import parallel
 from jaxdiff.io.checkpoint import Checkpoints
@@ -56,8 +58,9 @@ def train(stage, params, mesh, steps: int) -> dict:
     options = Options(steps=steps, batch_size=BATCH, learning_rate=1e-3)
     trained = {k: params[k] for k in stage.trainable}
     frozen = {k: v for k, v in params.items() if k not in stage.trainable}
-    state = init_state(trained, optimizer(options), mesh)
-    frozen = parallel.place(frozen, parallel.param_sharding(mesh, frozen))
+    with mock.patch.object(multihost_utils, "process_allgather", wraps=multihost_utils.process_allgather) as gather:
+        state = init_state(trained, optimizer(options), mesh)
+        frozen = parallel.place(frozen, parallel.param_sharding(mesh, frozen))
     before, losses = specs(state), []
     step = make_train_step(stage.loss, options, mesh, state)
     first = parallel.global_batch(mesh, next(batches(1)))
@@ -78,6 +81,7 @@ def train(stage, params, mesh, steps: int) -> dict:
         "trained": sum(x.nbytes for x in jax.tree.leaves(trained)),
         "divided": sum(row.size for row in rows if "fsdp" in row.spec),
         "norm": float(norm(parallel.fetch(state.params))),
+        "gathered": gather.call_count,  # between hosts, to start
     }
 
 
