@@ -197,7 +197,7 @@ class Run:
         return stage, self.params, self.batches(crop=c.crop or None), on_eval
 
     def _denoiser(self):
-        from jaxdiff.training import personalise, targets
+        from jaxdiff.training import targets
         from jaxdiff.training.state import OptionsError
 
         c = self.config
@@ -212,16 +212,23 @@ class Run:
         else:
             batches = self.batches()
         if c.prior.path:
-            share = self.options.batch_size // self.host["host_count"] // 2
-            if not share:
-                raise OptionsError("batch_size must be 2 or more on each host, for the class pictures of prior.path.")
-            own = self.batches(batch_size=self.options.batch_size // self.host["host_count"] - share)
-            path = c.prior.path
-            if c.prior.captions:
-                path = personalise.captioned(path, c.prior.captions, self.workdir / "class")
-            prior = self.batches(source=self.open(path, "train"), batch_size=share, seed=c.seed + 3)
-            batches = personalise.WithPrior(own, prior, c.prior.weight)
+            batches = self.with_prior()
         return self.target.stage, self.target.params, batches, self.evaluation(self.target)
+
+    def with_prior(self):
+        """Batches of which half are pictures of the class, in the same order for any number of hosts."""
+        from jaxdiff.training import personalise
+        from jaxdiff.training.state import OptionsError
+
+        c, whole = self.config.prior, self.options.batch_size
+        if whole < 2:
+            raise OptionsError("batch_size must be 2 or more, for the class pictures of prior.path.")
+        path = personalise.captioned(c.path, c.captions, self.workdir / "class") if c.captions else c.path
+        alone = {"host_index": 0, "host_count": 1}
+        own = self.batches(batch_size=whole - whole // 2, **alone)
+        others = {"source": self.open(path, "train"), "seed": self.config.seed + 3}
+        prior = self.batches(batch_size=whole // 2, **others, **alone)
+        return personalise.with_prior(own, prior, c.weight, **self.host)
 
     def evaluation(self, target: Any):
         from jaxdiff.commands.evaluation import evaluation

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -303,7 +304,8 @@ def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, ta
     own = captioned_folder(
         personalise.captioned(folders / "mine", ("mine",), folders / "run"), 2, SIDE, seed=0, threads=1
     )
-    batches = personalise.WithPrior(own, captioned_folder(folders / "class", 2, SIDE, seed=1, threads=1), 0.25)
+    prior = captioned_folder(folders / "class", 2, SIDE, seed=1, threads=1)
+    batches = personalise.with_prior(own, prior, 0.25)
     iterator = iter(batches)
     first, position, second = next(iterator), json.loads(json.dumps(iterator.get_state())), next(iterator)
     assert first["text"] == ["mine", "mine", "a house", "a house"]
@@ -316,6 +318,37 @@ def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, ta
     loss = jax.jit(lambda b: target.stage.loss(target.params, b, keys())[0])
     each = [float(loss({**batch, "weight": np.eye(4, dtype=np.float32)[i]})) for i in range(4)]
     np.testing.assert_allclose(loss(batch), np.dot(each, [1, 1, 0.25, 0.25]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [(2, 2), (3, 3)])
+def test_class_pictures_come_in_the_same_order_for_any_number_of_hosts(folders, rows):
+    """Also where a host has an odd number of rows."""
+    path = personalise.captioned(folders / "mine", ("mine",), folders / "run")
+    own = captioned_folder(path, rows[0], SIDE, seed=0, threads=1)
+    prior = captioned_folder(folders / "class", rows[1], SIDE, seed=1, threads=1)
+    alone = iter(personalise.with_prior(own, prior, 0.25))
+    hosts = [iter(personalise.with_prior(own, prior, 0.25, host_index=i, host_count=2)) for i in range(2)]
+    plain = iter(own), iter(prior)
+    for _ in range(3):
+        batch, shares = next(alone), [next(host) for host in hosts]
+        for name in ("image", "weight"):
+            np.testing.assert_array_equal(np.concatenate([share[name] for share in shares]), batch[name])
+        assert shares[0]["text"] + shares[1]["text"] == batch["text"]
+        # Each as it would come by itself.
+        np.testing.assert_array_equal(batch["image"], np.concatenate([next(it)["image"] for it in plain]))
+    assert hosts[0].get_state() == hosts[1].get_state() == alone.get_state()
+
+
+def test_hosts_that_make_one_captioned_folder_agree(folders):
+    """At the same time, and of other pictures than those that an earlier run pointed at."""
+    personalise.captioned(folders / "class", ("x",), folders / "run")
+    with ThreadPoolExecutor(8) as pool:
+        done = [pool.submit(personalise.captioned, folders / "mine", ("y",), folders / "run") for _ in range(32)]
+        assert {future.result() for future in done} == {folders / "run"}
+    assert sorted(p.name for p in (folders / "run").iterdir()) == ["metadata.jsonl", "pictures"]
+    assert (folders / "run" / "pictures").resolve() == (folders / "mine").resolve()
+    batch = next(iter(captioned_folder(folders / "run", 3, SIDE, seed=0, threads=1)))
+    assert batch["text"] == ["y"] * 3
 
 
 def test_steering_pictures_of_the_metadata_are_cut_like_their_own(folders):
