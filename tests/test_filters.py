@@ -76,12 +76,57 @@ def test_a_value_that_is_missing_or_no_number(tmp_path):
     assert kept(select(source, {"score": (None,)})) == [0, 2]
 
 
+def with_lines(path, change):
+    """The folder with each line of its metadata changed by change(number, line)."""
+    lines = [json.loads(line) for line in (path / "metadata.jsonl").read_text().split("\n")]
+    for i, line in enumerate(lines):
+        change(i, line)
+    (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("condition", "left"),
+    [
+        ("license=CC0", [1]),
+        ("license == 'CC0'", [1]),
+        ("license=CC BY=4", [2]),
+        ("license=2020", [3, 4, 5]),
+        ("license='2020'", [3]),
+        ("license=true", [6]),
+        ("license='true'", []),
+        ("license=null", [0, 7]),
+        ("license=''", [8]),
+    ],
+)
+def test_any_column_may_be_asked_for_a_value(tmp_path, condition, left):
+    values = [None, "CC0", "CC BY=4", "2020", 2020, 2020.0, True, None, ""]
+    source = with_lines(write_folder(tmp_path, 9), lambda i, line: i == 7 or line.update(license=values[i]))
+    if left:
+        assert kept(select(source, {"where": (condition,)})) == left
+    else:
+        with pytest.raises(ConfigError, match="leaves no picture"):
+            select(source, {"where": (condition,)})
+
+
+def test_one_long_value_costs_no_memory_for_the_others(tmp_path):
+    """What is kept of an example is 8 bytes for each column and number, and at most 64 of a name."""
+    long = "x" * 100_000
+    source = with_lines(write_folder(tmp_path, 6), lambda i, line: line.update(subject=long if i == 3 else f"a{i % 2}"))
+    found = scan(source, columns=("subject", "score"), names=("subject",))
+    assert sum(x.nbytes for x in found.values()) <= 6 * (4 + 4 * 8 + 64)
+    assert kept(select(source, {"subject": (long,)})) == [3]
+    assert kept(select(source, {"max_subjects": 1})) == [0, 2, 4]
+
+
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
         ({"where": ("score",)}, "'score' must be like"),
         ({"where": ("score>=much",)}, "must be like"),
         ({"where": ("score>=1e",)}, "must be like"),
+        ({"where": ("score=",)}, "must be like"),
+        ({"where": ("score!=1",)}, "must be like"),
         ({"duplicates": "all"}, "duplicates must be"),
         ({"duplicate_bits": 17}, "duplicate_bits must be from 0 to 16"),
     ],

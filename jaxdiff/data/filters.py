@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -33,10 +33,23 @@ SETTINGS = (
     "duplicate_bits",
     "max_subjects",
 )
-CONDITION = re.compile(r"\s*([^<>=\s]+)\s*(>=|<=|>|<)\s*([-+0-9.eE]+)\s*")
+CONDITION = re.compile(r"([^<>=!\s]+)\s*(?:(>=|<=|>|<)\s*([-+0-9.eE]+)|==?\s*(.+))", re.DOTALL)
+QUOTED = re.compile(r"(['\"]).*\1", re.DOTALL)
 COMPARE: Mapping[str, Callable[[np.ndarray, float], np.ndarray]] = {
-    ">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less,
+    ">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less, "=": np.equal,
 }  # fmt: skip
+NAME_BYTES = 64  # of the value of a column that are kept, to order equally common ones by
+LAYOUT = 2  # of what a scan keeps on disk
+
+
+class Condition(NamedTuple):
+    """One of `where`."""
+
+    text: str
+    column: str
+    sign: str  # of COMPARE
+    bound: float  # nan where it is no number
+    values: tuple[str, ...]  # JSON of what "=" allows
 
 
 def scan(
@@ -44,6 +57,7 @@ def scan(
     *,
     sizes: bool = False,
     columns: Sequence[str] = (),
+    names: Sequence[str] = (),
     hashes: str = "",
     cache: Path | None = None,
     host_index: int = 0,
@@ -55,18 +69,21 @@ def scan(
     Args:
       sizes: "width" and "height" in pixels, upright; taken from metadata of those names where there is such, else from
         the picture's header. 0 for a picture that cannot be read.
-      columns: metadata, as "column:<name>": JSON text, which tells 1 from "1" and nothing from anything.
+      columns: metadata, as "column:<name>" uint64, a hash of the value's JSON, which tells 1 from "1" and nothing from
+        anything; and "number:<name>" float64, nan for what is no number. Of the values themselves, which may be long,
+        nothing is kept but:
+      names: columns of which "name:<name>" holds the first NAME_BYTES of the JSON.
       hashes: "exact" or "near" for "hash" uint64, of the file or of what it shows.
       cache: folder that keeps the result; hosts that share it divide the work.
 
     Returns:
       Those, and "caption" int32: characters of the shortest caption.
     """
-    asked = json.dumps([source.digest, sizes, list(columns), hashes, PART])
+    asked = json.dumps([LAYOUT, source.digest, sizes, list(columns), list(names), hashes, PART])
     starts = range(0, len(source), PART)
 
     def look(index: int) -> dict[str, Any]:
-        return _look(source, index, sizes, columns, hashes)
+        return _look(source, index, sizes, columns, names, hashes)
 
     def make(part: int) -> dict[str, np.ndarray]:
         start = starts[part]
@@ -78,20 +95,22 @@ def scan(
         parts: list[Mapping[str, np.ndarray]] = [make(i) for i in range(len(starts))]
     else:
         folder = cache / f"scan-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
-        names = [f"{i:06d}" for i in range(len(starts))]
-        store.fill(folder, names, make, host_index=host_index, host_count=host_count)
-        parts = [store.read_part(folder / name) for name in names]
+        files = [f"{i:06d}" for i in range(len(starts))]
+        store.fill(folder, files, make, host_index=host_index, host_count=host_count)
+        parts = [store.read_part(folder / file) for file in files]
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
-def _look(source: Source, index: int, sizes: bool, columns: Sequence[str], hashes: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"caption": np.int32(0), **{f"column:{c}": "null" for c in columns}}
+def _look(
+    source: Source, index: int, sizes: bool, columns: Sequence[str], names: Sequence[str], hashes: str
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"caption": np.int32(0), **_values({}, columns, names)}
     found |= {"width": np.int32(0), "height": np.int32(0)} if sizes else {}
     found |= {"hash": np.uint64(0)} if hashes else {}
     try:
         record = source.read(index, image=bool(hashes))
         found["caption"] = np.int32(min(map(len, record.captions)))
-        found |= {f"column:{c}": json.dumps(record.extras.get(c), default=str) for c in columns}
+        found |= _values(record.extras, columns, names)
         given: Any = record.extras.get("width"), record.extras.get("height")
         known = all(isinstance(n, int) and 0 < n < 2**31 for n in given)
         if (sizes and not known) or hashes:
@@ -106,6 +125,21 @@ def _look(source: Source, index: int, sizes: bool, columns: Sequence[str], hashe
     except Exception as e:  # damaged in whatever way; it is named when it comes up in training
         logging.log_first_n(logging.WARNING, "Example %d of %s cannot be read: %s", 10, index, source.name, e)
     return found
+
+
+def _values(extras: Mapping[str, Any], columns: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """What is kept of metadata."""
+    text = {name: json.dumps(extras.get(name), default=str) for name in (*columns, *names)}
+    numbers = {c: float(v) if isinstance(v := extras.get(c), int | float) else np.nan for c in columns}
+    return {
+        **{f"column:{c}": _hash(text[c]) for c in columns},
+        **{f"number:{c}": numbers[c] for c in columns},
+        **{f"name:{c}": text[c].encode()[:NAME_BYTES] for c in names},
+    }
+
+
+def _hash(text: str) -> np.uint64:
+    return np.uint64(content_hash(text.encode()))
 
 
 def _size(data: bytes) -> tuple[int, int]:
@@ -127,7 +161,9 @@ def select(
         min_side: pixels of the shorter side, at least; 0: off.
         max_aspect: longer side by shorter, at most; 0: off.
         min_caption, max_caption: characters of the shortest caption; 0: off.
-        where: conditions such as "aesthetic>=5" on columns of numbers; an example without the number is dropped.
+        where: conditions on columns: "aesthetic>=5", with one of >=, <=, > and <, drops an example without the
+          number; "license=CC0" (or ==) keeps those whose text, number, true, false or null it is, and in quotes,
+          "year='2020'", text alone.
         duplicates: "exact" keeps the first of equal files, "near" the first of those that differ in at most
           `duplicate_bits` of 64 bits of a hash of what they show; "": off.
         max_subjects: examples of that many values of the column "subject", the commonest; 0: all.
@@ -144,11 +180,12 @@ def select(
     allowed = {k: tuple(v) for k, v in wanted.items() if k not in SETTINGS and v}
     sizes = bool(wanted.get("min_side") or wanted.get("max_aspect"))
     subjects = int(wanted.get("max_subjects", 0))
-    columns = sorted({*allowed, *(name for name, _, _ in conditions), *(["subject"] if subjects else [])})
+    names = ["subject"] if subjects else []
+    columns = sorted({*allowed, *(condition.column for condition in conditions), *names})
     if not (columns or sizes or kind or wanted.get("min_caption") or wanted.get("max_caption")):
         return source
     hosts: Any = {"cache": cache, "host_index": host_index, "host_count": host_count, "threads": threads}
-    found = scan(source, sizes=sizes, columns=columns, hashes=kind, **hosts)
+    found = scan(source, sizes=sizes, columns=columns, names=names, hashes=kind, **hosts)
     kept = np.ones(len(source), bool)
     dropped: dict[str, int] = {}
 
@@ -158,10 +195,9 @@ def select(
         kept[bad] = False
 
     for name, values in allowed.items():
-        drop(name, ~np.isin(found[f"column:{name}"], [json.dumps(v) for v in values]))
-    for name, sign, bound in conditions:
-        numbers = np.asarray([_as_number(v) for v in found[f"column:{name}"]])
-        drop(f"{name}{sign}{bound:g}", ~COMPARE[sign](numbers, bound))  # nan compares as false
+        drop(name, ~np.isin(found[f"column:{name}"], [_hash(json.dumps(v)) for v in values]))
+    for condition in conditions:
+        drop(condition.text, ~_meets(condition, found))
     if sizes:
         short, long = (f(found["width"], found["height"]) for f in (np.minimum, np.maximum))
         drop("unreadable", short == 0)
@@ -175,7 +211,7 @@ def select(
         bad[left[near_duplicates(found["hash"][left], bits if kind == "near" else 0)]] = True
         drop("duplicates", bad)
     if subjects:
-        drop("max_subjects", ~_commonest(found["column:subject"], kept, subjects))
+        drop("max_subjects", ~_commonest(found["column:subject"], found["name:subject"], kept, subjects))
     if not kept.any():
         raise ConfigError(f"data.filter leaves no picture of {source.name}: {json.dumps(dict(wanted), default=list)}.")
     if kept.all():
@@ -185,23 +221,42 @@ def select(
     return Chosen(source, np.flatnonzero(kept))
 
 
-def _condition(text: str) -> tuple[str, str, float]:
-    match = CONDITION.fullmatch(str(text))
-    try:
-        assert match is not None
-        return match[1], match[2], float(match[3])
-    except (AssertionError, ValueError):
+def _condition(text: str) -> Condition:
+    text = str(text).strip()
+    match = CONDITION.fullmatch(text)
+    column, sign, bound, value = match.groups() if match else ("", "", "", "")
+    if value and QUOTED.fullmatch(value):
+        return Condition(text, column, "=", np.nan, (json.dumps(value[1:-1]),))
+    if value:  # which may be the JSON of a number, of true, false or null as it stands
+        return Condition(text, column, "=", _number(value), (json.dumps(value), value))
+    if np.isnan(_number(bound)):
         raise ConfigError(
-            f'data.filter.where: {text!r} must be like "aesthetic>=5", with one of >=, <=, >, <.'
-        ) from None
+            f'data.filter.where: {text!r} must be like "aesthetic>=5", with one of >=, <=, >, <, or like "license=CC0".'
+        )
+    return Condition(text, column, sign, _number(bound), ())
 
 
-def _as_number(text: str) -> float:
-    value = json.loads(text)
-    return float(value) if isinstance(value, int | float) else np.nan
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return np.nan
 
 
-def _commonest(values: np.ndarray, kept: np.ndarray, most: int) -> np.ndarray:
-    """Whether each value is among the `most` commonest of those kept; ties by name, so that the set alone decides."""
-    names, counts = np.unique(values[kept], return_counts=True)
-    return np.isin(values, names[np.lexsort((names, -counts))[:most]])
+def _meets(condition: Condition, found: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Whether each example meets a condition; nan compares as false."""
+    meets = COMPARE[condition.sign](found[f"number:{condition.column}"], condition.bound)
+    if condition.sign != "=":
+        return meets
+    return meets | np.isin(found[f"column:{condition.column}"], [_hash(v) for v in condition.values])
+
+
+def _commonest(values: np.ndarray, names: np.ndarray, kept: np.ndarray, most: int) -> np.ndarray:
+    """Whether each value [N] is among the `most` commonest of those kept; ties by name, so that the set alone decides.
+
+    Args:
+        values: hashes of them.
+        names: their beginnings.
+    """
+    unique, first, counts = np.unique(values[kept], return_index=True, return_counts=True)
+    return np.isin(values, unique[np.lexsort((unique, names[kept][first], -counts))[:most]])
