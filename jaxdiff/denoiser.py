@@ -10,7 +10,7 @@ from jaxdiff.diffusion.prediction import to_denoised
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.models.controlnet import combine
 from jaxdiff.models.layers import timestep_embedding
-from jaxdiff.models.model import Conditioning, Model, apply, with_time_ids
+from jaxdiff.models.model import Conditioning, Model, apply, in_unit, with_time_ids
 from jaxdiff.typing import Array, Denoise, Params
 
 NEGATIVE_SCORE = 2.5  # what the SDXL refiner is told of the picture that is not wanted
@@ -45,7 +45,8 @@ def denoiser(
         extra_channels: [B, h, w, c] that follow x's channels: an inpainting model's mask and masked latents, an
             upscaler's small picture.
         class_labels: int32 [B] or one for all, for a UNet with class embeddings: the upscaler's noise level.
-        control_images: for each of the model's ControlNets the picture [B, H, W, 3] in [0, 1] that steers.
+        control_images: for each of the model's ControlNets the picture [B, H, W, 3] that steers, in [0, 1] or of
+            whole numbers from 0 to 255.
         controlnet_scale: the weight of each, scalar or [B].
 
     Returns:
@@ -54,6 +55,7 @@ def denoiser(
     """
     schedule = noise_schedule(model.scheduler)
     copies = 1 if uncond is None else 2
+    hints = [in_unit(x) for x in control_images]
 
     def twice(x: Array) -> Array:
         return jnp.concatenate([x] * copies)
@@ -66,8 +68,8 @@ def denoiser(
             negative = with_time_ids(model, uncond, x, NEGATIVE_SCORE)
             both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), both, negative)
         x_in, labels, embedded, residuals = twice(x), None, None, None
-        if control_images:
-            nets = zip(model.controlnets, params["controlnet"], control_images, strict=True)
+        if hints:
+            nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
             each = [
                 net.apply({"params": p}, x_in, time.t, both.embeddings, twice(hint), both.pooled, both.time_ids)
                 for net, p, hint in nets

@@ -40,16 +40,35 @@ from jaxdiff.typing import Array, Key, Params
 HIRES = 2**30  # folded into the keys of a second stage; steps take small numbers
 
 
-def tokenize(model: Model, prompts: Sequence[str | None]) -> text.Tokens | Array:
+Texts = str | Sequence[str | None] | None
+
+
+def tokenize(
+    model: Model,
+    prompts: str | Sequence[str | None],
+    prompts_2: Texts = None,
+    *,
+    emphasis: bool = True,
+    chunks: int | None = None,
+) -> text.Tokens | Array:
     """Prompts to what `encode_text` reads: token ids int32 [B, K L], or `Tokens` where there is more to say. Host side.
 
-    K chunks of L tokens are as many as the longest prompt needs; see jaxdiff/prompts.py for emphasis and limits.
+    Prompts and negative prompts of one picture need the same number of chunks: give `chunks` for both where one of them
+    may be long.
+
+    Args:
+        prompts: one prompt or B of them; see jaxdiff/prompts.py for emphasis and limits.
+        prompts_2: what the second text encoder of SDXL reads instead, for all or one a prompt; None: the same.
+        emphasis: whether brackets and BREAK in prompts mean something.
+        chunks: K, of L tokens each; None takes as many as the longest prompt needs.
+
+    Raises:
+        ValueError: one sentence naming the argument and what it may be.
     """
-    tokens = text.tokens(model, list(prompts))
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    second = as_batch("prompts_2", prompts_2, len(prompts))
+    tokens = text.tokens(model, prompts, second, emphasis=emphasis, chunks=chunks)
     return tokens.ids if all(field is None for field in tokens[1:]) else tokens
-
-
-Texts = str | Sequence[str | None] | None
 
 
 def encoder_inputs(
@@ -65,8 +84,6 @@ def encoder_inputs(
         for name, pair in given.items()
     }
     first, second = ([p for pair in groups.values() if pair for p in pair[i]] for i in (0, 1))
-    if model.tokenizer_2 is None and any(p is not None for p in second):
-        raise ValueError("prompts_2 are for the second text encoder of SDXL, which this model has not.")
     every = text.tokens(model, first, second, emphasis=emphasis)
     starts = iter(range(0, len(first), count))
 

@@ -137,7 +137,8 @@ def tokens(
 
     Raises:
         TypeError: `prompts` is not a sequence of strings or Nones.
-        ValueError: as many `prompts_2` as `prompts` are needed, or none; `chunks` is not 1 to MAX_CHUNKS.
+        ValueError: as many `prompts_2` as `prompts` are needed, or none, and a second encoder that reads them;
+            `chunks` is not 1 to MAX_CHUNKS.
     """
     for name, given in (("prompts", prompts), ("prompts_2", prompts_2 or ())):
         if isinstance(given, str) or not all(p is None or isinstance(p, str) for p in given):
@@ -147,6 +148,8 @@ def tokens(
     if chunks is not None and not 1 <= chunks <= MAX_CHUNKS:
         raise ValueError(f"chunks {chunks} must be 1 to {MAX_CHUNKS}.")
     second = prompts if prompts_2 is None else [a if b is None else b for a, b in zip(prompts, prompts_2, strict=True)]
+    if model.tokenizer_2 is None and any(p is not None for p in prompts_2 or ()):
+        raise ValueError("prompts_2 are for the second text encoder of SDXL, which this model has not.")
     tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
     split = [
         [_chunks(tokenizer, prompt or "", emphasis, chunks or MAX_CHUNKS) for prompt in texts]

@@ -17,7 +17,7 @@ import jaxdiff
 from jaxdiff.arguments import as_devices
 from jaxdiff.diffusion.spacing import SPACINGS
 from jaxdiff.generate import check_finite, picture_keys
-from tests.tiny import LATENT, SIDE, tiny_model
+from tests.tiny import LATENT, SIDE, tiny_controlnet, tiny_model
 
 PROMPTS = ["a castle", "a red dragon", "a blue house"]
 STEPS = 3
@@ -259,6 +259,20 @@ def test_gradients_flow_through_sampling(pieces):
     assert np.linalg.norm(gradient) > 1e-3
     slope = (loss(at + h * direction) - loss(at - h * direction)) / (2 * h)
     np.testing.assert_allclose(np.vdot(gradient, direction), slope, rtol=2e-2)
+
+
+def test_the_pieces_take_bytes_as_generate_does(tiny, image):
+    model, params = jaxdiff.with_controlnets(*tiny, tiny_controlnet(tiny[0]))
+    cond = jaxdiff.encode_text(model, params, jaxdiff.tokenize(model, ["a castle"]))
+
+    @jax.jit
+    def pieces(x):
+        latents = jaxdiff.encode(model, params, x)
+        denoise = jaxdiff.denoiser(model, params, cond, control_images=[x], controlnet_scale=[1.0])
+        return latents, denoise(latents, 500.0)
+
+    for a, b in zip(pieces(image[None]), pieces(image[None] / np.float32(255)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())  # float32 in another program
 
 
 # Devices.

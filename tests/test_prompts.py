@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import jaxdiff
 from jaxdiff.prompts import (
     BACKTRACK,
     MAX_CHUNKS,
@@ -311,6 +312,18 @@ def write(path, data):
 
 
 def test_prompts_file(tmp_path):
+def test_tokenize_takes_one_prompt_and_every_keyword(clip):
+    np.testing.assert_array_equal(jaxdiff.tokenize(model(clip), "a castle"), clip(["a castle"]))
+    prompts = ["a (red) castle", None]
+    given = jaxdiff.tokenize(model(clip, clip), prompts, "a dragon", emphasis=False, chunks=2)
+    expected = tokens(model(clip, clip), prompts, ["a dragon"] * 2, emphasis=False, chunks=2)
+    for ours, theirs in zip(given, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert given.ids.shape == (2, 2 * LENGTH)
+    with pytest.raises(ValueError, match="prompts_2 are for the second text encoder of SDXL"):
+        jaxdiff.tokenize(model(clip), "a", "b")
+
+
     text = "\ufeff# two of them\r\na castle, café \r\n\ta (dragon:1.2)\r\n\r\n"
     assert read_prompts(write(tmp_path / "p.txt", text)) == [PromptLine("a castle, café"), PromptLine("a (dragon:1.2)")]
 

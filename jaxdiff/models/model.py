@@ -196,18 +196,24 @@ def with_time_ids(model: Model, cond: Conditioning, x: Array, score: float = AES
     return cond._replace(time_ids=jnp.broadcast_to(ids, (x.shape[0], len(ids))))
 
 
+def in_unit(images: Array) -> Array:
+    """Pictures as numbers in [0, 1]: whole numbers, such as uint8, are from 0 to 255."""
+    images = jnp.asarray(images)
+    return images / 255 if jnp.issubdtype(images.dtype, jnp.integer) else images
+
+
 def encode(model: Model, params: Params, images: Array, key: Key | None = None) -> Array:
     """Pictures to latents.
 
     Args:
-        images: [B, H, W, 3] in [0, 1]; H and W multiples of the VAE's factor.
+        images: [B, H, W, 3] in [0, 1], or of whole numbers from 0 to 255; H and W multiples of the VAE's factor.
         key: where given, latents are drawn from the encoder's Gaussian; else its mean is returned.
 
     Returns:
         [B, h, w, C] float32, scaled as the UNet expects them: (z - shift_factor) * scaling_factor.
     """
     c = model.vae.config
-    mean, logvar = apply(model, params, "vae", 2 * jnp.asarray(images) - 1, method="encode")
+    mean, logvar = apply(model, params, "vae", 2 * in_unit(images) - 1, method="encode")
     z = mean if key is None else mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
     return (z - (c.shift_factor or 0.0)) * c.scaling_factor
 
