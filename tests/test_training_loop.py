@@ -1,5 +1,6 @@
 """The loop: learning, going on, stopping, reporting; on a stage that compiles in no time."""
 
+import gc
 import json
 import os
 import re
@@ -17,12 +18,13 @@ from jaxdiff import parallel
 from jaxdiff.data.folder import captioned_folder
 from jaxdiff.io.checkpoint import CheckpointError, Checkpoints
 from jaxdiff.training.loop import Stage, TrainingError, fit
+from jaxdiff.training.plan import bytes_each
 from jaxdiff.training.report import Report
-from jaxdiff.training.state import init_state, kept, make_train_step, optimizer
+from jaxdiff.training.state import abstract_state, init_state, kept, make_train_step, optimizer
 from jaxdiff.training.trackers import Pictures, TensorBoard
 from jaxdiff.training.workdir import WorkdirError
 from tests.batches import FromMemory
-from tests.test_training import options
+from tests.test_training import BATCH, options
 from tests.tiny import SIDE
 
 
@@ -48,7 +50,8 @@ def line_data(count: int = 10) -> dict:
     return {"x": x, "y": x @ np.asarray([1.0, -2.0, 0.5], np.float32), "index": np.arange(count)}
 
 
-LINE = {"line": {"w": np.zeros(3, np.float32)}, "offset": np.zeros((), np.float32)}
+OFFSET = {"offset": np.zeros((), np.float32)}
+LINE = {"line": {"w": np.zeros(3, np.float32)}, **OFFSET}
 
 
 def test_fit_learns_and_leaves_what_is_frozen(tmp_path, capsys):
@@ -275,6 +278,34 @@ def test_an_update_that_is_not_finite_leaves_the_state_but_for_the_step(tmp_path
     assert same(after._replace(step=before.step), before)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_learning_rate_that_is_logged_is_the_one_used_though_updates_were_skipped(name):
+    o = options(optimizer=name, warmup_steps=2, learning_rate=0.5)
+    state = init_state({"w": np.ones((2, 2), np.float32), "b": np.ones(2, np.float32)}, optimizer(o), one_device())
+    step = make_train_step(
+        lambda p, batch, _: ((p["w"] * batch["x"]).mean() + p["b"].mean(), {}), o, one_device(), state
+    )
+    rates = []
+    for x in (np.nan, 1.0, 1.0, np.nan, 1.0):
+        before = jax.device_get(state.params)
+        state, metrics = step(state, {}, {"x": np.float32(x)})
+        rates.append(float(metrics["learning_rate"]))
+        assert same(before, state.params) == (np.isnan(x) or rates[-1] == 0)
+    assert rates == [0, 0, 0.25, 0.5, 0.5]
+
+
+def test_a_step_takes_its_batch_in_as_many_parts_as_it_is_told():
+    def seen(parts: int) -> float:
+        o = options(accumulate=parts)
+        state = init_state({"w": np.ones(2, np.float32)}, optimizer(o), one_device())
+        step = make_train_step(
+            lambda p, batch, keys: (p["w"].sum(), {"at_once": 1.0 * len(keys)}), o, one_device(), state
+        )
+        return float(step(state, {}, {"x": np.zeros(BATCH)})[1]["at_once"])
+
+    assert [seen(parts) for parts in (1, 2, BATCH)] == [BATCH, BATCH / 2, 1]
+
+
 def test_too_many_updates_that_are_not_finite_end_the_run_and_keep_the_last_good_checkpoint(tmp_path):
     o = options(steps=20, batch_size=3, checkpoint_every=1, keep_checkpoints=2, max_skipped=4)
     with pytest.raises(TrainingError, match=r"4 updates in a row, up to step 9 .* last checkpoint is of step 5"):
@@ -297,6 +328,33 @@ def test_a_leap_of_the_loss_is_told(capsys):
     told = [line for line in capsys.readouterr().out.splitlines() if "leaps" in line]
     assert len(told) == 1
     assert "leaps to 9 at step 47" in told[0]
+
+
+def test_going_on_holds_one_state_on_the_devices(tmp_path, monkeypatch):
+    params = {"line": {"w": np.zeros(3, np.float32), "unused": np.zeros((256, 256), np.float32)}, **OFFSET}
+    held: list[int] = []
+    restore = Checkpoints.restore
+
+    def watched(self, like):
+        held.append(live_bytes())
+        restored = restore(self, like)
+        held.append(live_bytes())
+        return restored
+
+    monkeypatch.setattr(Checkpoints, "restore", watched)
+    before = live_bytes()
+    for steps in (1, 2):
+        o = options(steps=steps, batch_size=3)
+        fit(linear_stage(), params, FromMemory(line_data(), 3, 7), o, tmp_path, mesh=one_device())
+    size = bytes_each(abstract_state({"line": params["line"]}, o, one_device()))
+    # Beside it what is frozen, and examples.
+    assert [round((bytes_then - before) / size, 2) for bytes_then in held] == [0, 1]
+
+
+def live_bytes() -> int:
+    """Of all arrays that are on devices."""
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -94,8 +94,8 @@ class Checkpoints:
         """The newest checkpoint as (state, this host's position in the data).
 
         Args:
-            like: a state of the same shapes and types, its values are not read; its shardings are those restored to,
-                whatever they were when the checkpoint was written.
+            like: a state of the same shapes and types, as arrays or `jax.ShapeDtypeStruct`s; its shardings are those
+                restored to, whatever they were when the checkpoint was written.
 
         Raises:
             CheckpointError: the checkpoint is of another model; or of another number of hosts, whose positions differ.

@@ -21,7 +21,17 @@ from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.training.ema import Snapshots
 from jaxdiff.training.report import Report
 from jaxdiff.training.speed import Speed, flops, peak_flops
-from jaxdiff.training.state import Batch, Loss, Options, TrainState, init_state, kept, make_train_step, optimizer
+from jaxdiff.training.state import (
+    Batch,
+    Loss,
+    Options,
+    TrainState,
+    abstract_state,
+    init_state,
+    kept,
+    make_train_step,
+    optimizer,
+)
 from jaxdiff.training.trackers import JsonLines, Pictures, TensorBoard, Tracker
 from jaxdiff.typing import Array, Params
 
@@ -177,7 +187,6 @@ def fit(
     trained = {k: params[k] for k in stage.trainable}
     frozen = kept({k: v for k, v in params.items() if k not in trained}, options)
     frozen = parallel.place(frozen, parallel.param_sharding(mesh, frozen))
-    state = init_state(trained, optimizer(options), mesh)
 
     def whole(state: TrainState) -> Params:
         return {**params, **parallel.fetch(state.ema)}
@@ -187,8 +196,10 @@ def fit(
         sigmas = options.ema_sigmas
         snapshots = stack.enter_context(Snapshots(workdir / "ema", sigmas)) if sigmas else None
         stop = stack.enter_context(Stop())
-        if checkpoints.latest is not None:
-            state, position = checkpoints.restore(state)
+        if checkpoints.latest is None:
+            state = init_state(trained, optimizer(options), mesh)
+        else:  # no state beside it, for which the devices may have no room
+            state, position = checkpoints.restore(abstract_state(trained, options, mesh))
             iterator.set_state(position)
         if not all_finite(state):
             raise TrainingError(f"The parameters of {', '.join(stage.trainable)} to start from are not all finite.")

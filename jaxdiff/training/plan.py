@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff import parallel
 from jaxdiff.training import collectives
 from jaxdiff.training.loop import Stage
-from jaxdiff.training.state import Options, OptionsError, TrainState, make_train_step, optimizer
+from jaxdiff.training.state import Options, OptionsError, TrainState, make_train_step
+from jaxdiff.training.state import abstract_state as abstract_state
+from jaxdiff.training.state import sharded as sharded
 from jaxdiff.typing import Params
 
 
@@ -43,23 +44,6 @@ def abstract_mesh(devices: int, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
     if devices % (fsdp * tensor):
         raise OptionsError(f"fsdp {fsdp} x tensor {tensor} must divide the number of devices, {devices}.")
     return AbstractMesh((devices // (fsdp * tensor), fsdp, tensor), parallel.AXES)
-
-
-def abstract_state(params: Params, options: Options, mesh: Mesh | AbstractMesh) -> TrainState:
-    """`init_state` as shapes with their shardings; `params` are those trained, arrays or shapes."""
-    tx = optimizer(options)
-
-    def init(params: Params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, params, tx.init(params))
-
-    return sharded(mesh, jax.eval_shape(init, params))
-
-
-def sharded(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """Shapes of parameters with their shardings."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, parallel.param_sharding(mesh, tree)
-    )
 
 
 def abstract_batch(stage: Stage, read: Mapping[str, Any], size: int, mesh: Mesh | AbstractMesh) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff import parallel
 from jaxdiff.training.optimizer import MOMENTS, OPTIMIZERS, learning_rate, optimizer
@@ -121,6 +121,23 @@ def norm(tree: Any) -> Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
 
 
+def abstract_state(params: Params, options: Options, mesh: Mesh | AbstractMesh) -> TrainState:
+    """`init_state` as shapes with their shardings; `params` are those trained, arrays or shapes."""
+    tx = optimizer(options)
+
+    def init(params: Params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, params, tx.init(params))
+
+    return sharded(mesh, jax.eval_shape(init, params))
+
+
+def sharded(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """Shapes of parameters with their shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, parallel.param_sharding(mesh, tree)
+    )
+
+
 def init_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A state that starts from these parameters, divided over the mesh. The parameters passed in stay usable."""
 
@@ -169,6 +186,13 @@ def accumulated_grad(loss: Loss, params: Params, frozen: Params, batch: Batch, k
     return jax.tree.map(lambda x: x / parts, total)
 
 
+def scheduled(opt_state: Any) -> Array:
+    """[] int32: how many updates the schedule of the learning rate has counted; it does not count those skipped."""
+    kind = optax.ScaleByScheduleState
+    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return next(x.count for x in states if isinstance(x, kind))
+
+
 def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState) -> Callable:
     """One update, compiled: (state (donated), frozen parameters, batch [B, ...]) -> (state, metrics).
 
@@ -194,7 +218,8 @@ def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(norm(updates))
         new = TrainState(state.step, params, ema, opt_state)
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        extra = {"grad_norm": grad_norm, "learning_rate": schedule(state.step), "skipped": 1 - finite.astype(jnp.int32)}
+        rate = schedule(scheduled(state.opt_state))
+        extra = {"grad_norm": grad_norm, "learning_rate": rate, "skipped": 1 - finite.astype(jnp.int32)}
         return new._replace(step=state.step + 1), {**metrics, **extra}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
