@@ -523,6 +523,24 @@ def test_merging_is_jitted_differentiated_and_mapped(fresh):
     np.testing.assert_allclose(slope, difference, rtol=1e-3)
 
 
+def test_one_layer_at_a_time_is_merged(fresh, monkeypatch):
+    """What is added is as large as the model and in float32: no more of it is held than one layer takes."""
+    params, lora = fresh
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    matmul = jnp.matmul
+
+    def in_float32() -> int:
+        return sum(x.nbytes for x in jax.live_arrays() if x.dtype == jnp.float32)
+
+    held, before = [], in_float32()
+    monkeypatch.setattr(jnp, "matmul", lambda *x, **kwargs: held.append(in_float32()) or matmul(*x, **kwargs))
+    merge_lora(params, [lora, lora], [0.5, 0.25])
+    sizes = sorted(4 * f.down.size // f.rank * f.up.shape[-1] for f in lora.values())
+    at_once = 2  # the kernel, and what the first of the two adds
+    assert sum(sizes) > 2 * at_once * sizes[-1]
+    assert max(held) - before <= at_once * sizes[-1]
+
+
 def test_fresh_lora_changes_nothing_and_leaves_alpha_alone(tiny):
     model, params = tiny
     lora = init_lora(model, params, 2, alpha=3.0, key=jax.random.key(0))

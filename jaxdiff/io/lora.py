@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,21 +75,29 @@ def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) 
     if len(scales) != len(loras):
         raise WeightsError(f"{len(loras)} LoRAs have {len(scales)} scales: give one for all, or one for each.")
     flat, paths = flatten_dict(params), {layer.name: layer.path for layer in layers(params)}
-    changes: dict[str, jax.Array] = {}
+    parts: dict[str, list[tuple[Factors, Any]]] = {}  # by layer, for one full-sized change at a time to be in memory
     for lora, scale in zip(loras, scales, strict=True):
-        for name, f in lora.items():
+        for name, factors in lora.items():
             if name not in paths:
                 raise WeightsError(f"the LoRA changes {name}, which the model has not: read it with this model.")
-            down, up = (jnp.asarray(x, jnp.float32) for x in (f.down, f.up))
-            change = (f.alpha / f.rank) * jnp.matmul(down, up, precision="highest")
-            if f.magnitude is not None:
-                change = decomposed(jnp.asarray(flat[paths[name]], jnp.float32), change, f.magnitude)
-            change = scale * change
-            changes[name] = changes[name] + change if name in changes else change
-    for name, change in changes.items():
-        old = flat[paths[name]]
-        flat[paths[name]] = (jnp.asarray(old, jnp.float32) + change).astype(old.dtype)
+            parts.setdefault(name, []).append((factors, scale))
+    for name, changes in parts.items():
+        flat[paths[name]] = _changed(flat[paths[name]], changes)
     return unflatten_dict(flat)
+
+
+def _changed(kernel: Array, changes: Sequence[tuple[Factors, Any]]) -> jax.Array:
+    """A kernel with the changes of several LoRAs at their scales added, each computed from the kernel as it is."""
+    old = jnp.asarray(kernel, jnp.float32)
+    change = functools.reduce(operator.add, (scale * _change(old, f) for f, scale in changes))
+    return (old + change).astype(kernel.dtype)
+
+
+def _change(kernel: jax.Array, f: Factors) -> jax.Array:
+    """What a LoRA adds to a kernel [..., in, out] at full strength."""
+    down, up = (jnp.asarray(x, jnp.float32) for x in (f.down, f.up))
+    change = (f.alpha / f.rank) * jnp.matmul(down, up, precision="highest")
+    return change if f.magnitude is None else decomposed(kernel, change, f.magnitude)
 
 
 def decomposed(kernel: jax.Array, change: jax.Array, magnitude: Array) -> jax.Array:
