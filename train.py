@@ -329,16 +329,17 @@ def from_jaxdiff(record: logging.LogRecord) -> bool:
     return ours or (record.levelno >= logging.WARNING and "orbax" not in path.parts)
 
 
-def command(argv: list[str]) -> None:
+def command(argv: list[str]) -> int:
     f = parse(argv)
     if f.help:
         print(__doc__, f.get_help(), sep="\n")
     elif f.plan:
         from jaxdiff.commands import plan
 
-        plan.run(f.config, f.plan, f.plan_devices, [__file__, *argv[1:]])
+        return plan.run(f.config, f.plan, f.plan_devices, [__file__, *argv[1:]])
     else:
         run(f)
+    return 0
 
 
 def main(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -147,6 +148,14 @@ def test_what_cannot_be_planned_is_said_in_a_sentence(cli, flags, message):
     assert code == (1 if any("init_from" in flag for flag in flags) else 2)
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_full_plan_that_fails_on_simulated_devices_ends_with_its_exit_code(cli, monkeypatch):
+    ended = subprocess.CompletedProcess([], 3)
+    monkeypatch.setattr(plan_command.subprocess, "run", lambda *args, **kwargs: ended)
+    code, *_ = cli(f"--config={CONFIG}:unet", "--plan", f"--plan_devices={jax.device_count() + 1}")
+    assert code == 3
 
 
 @pytest.mark.slow

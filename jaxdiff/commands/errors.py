@@ -26,22 +26,21 @@ def message(error: BaseException, smaller: str) -> str:
     return f"{type(error).__name__}: {text}; --verbose shows where."
 
 
-def run(name: str, argv: list[str], command: Callable[[list[str]], None], *, smaller: str, stopped: str) -> int:
+def run(name: str, argv: list[str], command: Callable[[list[str]], int | None], *, smaller: str, stopped: str) -> int:
     """Run a command on its arguments.
 
     Args:
         name: of the program, before each line on stderr.
-        command: raises UsageError, Failure or anything else.
+        command: raises UsageError, Failure or anything else; returns an exit code, None for 0.
         smaller: what to lower when memory is short.
         stopped: what holds when the user stopped it.
 
     Returns:
-        The exit code: 0; 2 for a UsageError; 130 if stopped; 1 for any other failure. With --verbose among the
-        arguments the traceback is shown.
+        The exit code: the command's; 2 for a UsageError; 130 if stopped; 1 for any other failure. With --verbose among
+        the arguments the traceback is shown.
     """
     try:
-        command(argv)
-        return 0
+        return command(argv) or 0
     except KeyboardInterrupt:
         print(f"{name}: stopped; {stopped}.", file=sys.stderr)
         return 130
