@@ -163,3 +163,6 @@ def test_buckets_stay_apart(model, params, source, tmp_path):
     shapes = {b["latents"].shape for b in itertools.islice(captioned_data(tmp_path, 2, SIDE, seed=0, threads=1), 9)}
     assert shapes == {(2, 8, 8, 4), (2, 4, 12, 4)}
     assert jnp.isfinite(shards(0, None)["latents"]).all()
+    others = buckets._replace(numbers=np.append(buckets.numbers[:-1], 1))  # of the last picture alone
+    with pytest.raises(ConfigError, match="other pictures, settings or models"):
+        write(model, params, source, tmp_path, buckets=others, views=1, embeddings=False)

@@ -4,7 +4,9 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -388,6 +390,37 @@ def test_hosts_divide_the_work_and_each_has_all_of_it(tmp_path):
         results = list(pool.map(work, range(3)))
     assert results == [[i // 2 for i in range(14)]] * 3
     assert sorted(made) == sorted((i % 3, i) for i in range(7))
+
+
+def test_the_folder_of_parts_is_looked_through_once(tmp_path, monkeypatch):
+    """However many parts there are; what a killed process left of this host's parts is gone, others' stays."""
+    for name in (".3.77", ".4.77"):
+        (tmp_path / name).mkdir()
+    looks, listdir = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda *a: looks.append(a) or listdir(*a))
+    monkeypatch.setattr(Path, "glob", lambda *a: pytest.fail("looked through again"))
+    names = [str(i) for i in range(50)]
+    for name in names[::2]:
+        store.write_part(tmp_path / name, {"x": np.zeros(1)})
+    store.fill(tmp_path, names, lambda i: {"x": np.full(1, i)}, host_index=1, host_count=2)
+    assert len(looks) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {*names, ".4.77"}
+
+
+def test_waiting_for_other_hosts_asks_ever_more_rarely(tmp_path, monkeypatch):
+    pauses = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 30:
+            store.write_part(tmp_path / "1", {"x": np.zeros(1)})
+
+    monkeypatch.setattr("time.sleep", sleep)
+    store.fill(tmp_path, ["0", "1"], lambda i: {"x": np.zeros(1)}, host_index=0, host_count=2)
+    assert pauses[0] <= 0.1
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == store.LONGEST_PAUSE
+    assert len(pauses) == 30
 
 
 def test_a_damaged_part_is_named(tmp_path):

@@ -20,6 +20,7 @@ from jaxdiff.config import ConfigError
 Arrays = Mapping[str, np.ndarray]
 OPEN_PARTS = 256  # mapped at a time by a process; a system allows some ten thousand maps
 PATIENCE = 3600.0  # seconds without any new part after which the other hosts count as dead
+LONGEST_PAUSE = 5.0  # seconds between two looks for what other hosts have written
 
 
 def fill(
@@ -39,18 +40,31 @@ def fill(
     Raises:
       ConfigError: the folder cannot be written, or nothing came from the other hosts for `PATIENCE` seconds.
     """
-    mine = [i for i in range(host_index, len(names), host_count) if not (folder / names[i]).is_dir()]
+    there = _listed(folder)
+    mine = {names[i]: i for i in range(host_index, len(names), host_count) if names[i] not in there}
+    for partial in there:  # of a process that was killed: its name is .PART.PROCESS
+        if partial.startswith(".") and partial[1:].rpartition(".")[0] in mine:
+            shutil.rmtree(folder / partial, ignore_errors=True)
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda i: write_part(folder / names[i], make(i)), mine):
+        for _ in pool.map(lambda name: write_part(folder / name, make(mine[name])), mine):
             pass
-    missing, since = list(names), time.monotonic()
-    while missing := [name for name in missing if not (folder / name).is_dir()]:
+    missing, since, pause = set(names), time.monotonic(), 0.1
+    while left := missing - _listed(folder):
+        if len(left) < len(missing):
+            missing, since = left, time.monotonic()
         if time.monotonic() - since > PATIENCE:
-            raise ConfigError(f"{folder / missing[0]} was not written by its host within {PATIENCE:.0f} s.")
-        logging.log_every_n_seconds(logging.INFO, "Waiting for other hosts: %d parts of %s.", 60, len(missing), folder)
-        before = len(missing)
-        time.sleep(0.1)
-        since = time.monotonic() if len(missing) < before else since
+            raise ConfigError(f"{folder / min(missing)} was not written by its host within {PATIENCE:.0f} s.")
+        logging.log_every_n_seconds(logging.INFO, "Waiting for other hosts: %d parts of %s.", 60, len(left), folder)
+        time.sleep(pause)
+        pause = min(1.5 * pause, LONGEST_PAUSE)
+
+
+def _listed(folder: Path) -> set[str]:
+    """The names in a folder, by one question to the file system."""
+    try:
+        return set(os.listdir(folder))
+    except OSError:  # no part is written yet, or writing one will say what is wrong
+        return set()
 
 
 def write_part(path: Path, arrays: Arrays) -> None:
@@ -61,8 +75,6 @@ def write_part(path: Path, arrays: Arrays) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        for stale in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
-            shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array, allow_pickle=False)

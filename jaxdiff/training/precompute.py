@@ -88,7 +88,8 @@ def precompute(
     """
     buckets = buckets or Buckets(((image_size, image_size),), np.zeros(len(source), np.int16))
     description = [source.digest, image_size, seed, views, flip, background, embeddings, part, buckets.sizes]
-    mark = fingerprint(model, params, [*description, buckets.numbers.tobytes().hex()[:64]])
+    numbers = hashlib.sha256(np.ascontiguousarray(buckets.numbers)).hexdigest()
+    mark = fingerprint(model, params, [*description, numbers])
     order = _Views(buckets, views)
     decode = Decode(source, image_size, None, flip, background)
     data = pipeline.batches(
