@@ -66,13 +66,12 @@ def denoiser(
         both = with_time_ids(model, cond, x)
         if uncond is not None:
             negative = with_time_ids(model, uncond, x, NEGATIVE_SCORE)
-            both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), both, negative)
+            both = stacked(both, negative)
         x_in, labels, embedded, residuals = twice(x), None, None, None
         if hints:
             nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
             each = [
-                net.apply({"params": p}, x_in, time.t, both.embeddings, twice(hint), both.pooled, both.time_ids)
-                for net, p, hint in nets
+                net.apply({"params": p}, x_in, time.t, both.embeddings, twice(hint), *both[1:]) for net, p, hint in nets
             ]
             residuals = combine(each, [twice(jnp.broadcast_to(s, (batch,))) for s in controlnet_scale])
         if extra_channels is not None:
@@ -87,6 +86,16 @@ def denoiser(
         return to_denoised(output, x, time, model.scheduler.prediction_type)
 
     return denoise
+
+
+def stacked(*conds: Conditioning) -> Conditioning:
+    """Several conditionings in one batch; all tokens count where only the others have a mask."""
+    if any(c.attention_mask is not None for c in conds):
+        conds = tuple(
+            c._replace(attention_mask=jnp.ones(c.embeddings.shape[:2])) if c.attention_mask is None else c
+            for c in conds
+        )
+    return jax.tree.map(lambda *fields: jnp.concatenate(fields), *conds)
 
 
 def guided(

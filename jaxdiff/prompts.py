@@ -42,6 +42,9 @@ class Tokens(NamedTuple):
     ids_2: Array | None = None  # the same for the second encoder (SDXL)
     weights_2: Array | None = None
     zeros: Array | None = None  # [B] bool: whose embeddings are zeros, as SDXL has it for no negative prompt at all
+    # [B, K L] float32: 1 in a prompt's own chunks and 0 in those that fill it up to the longest one's K, so that no
+    # picture depends on the prompts beside it. None where K is 1.
+    attention_mask: Array | None = None
 
 
 class Piece(NamedTuple):
@@ -145,22 +148,25 @@ def tokens(
             raise TypeError(f"{name} must be a list of strings, not {given!r}.")
     if prompts_2 is not None and len(prompts_2) != len(prompts):
         raise ValueError(f"{len(prompts_2)} prompts_2 for {len(prompts)} prompts: give one a prompt.")
+    if model.tokenizer_2 is None and any(p is not None for p in prompts_2 or ()):
+        raise ValueError("prompts_2 are for the second text encoder of SDXL, which this model has not.")
     if chunks is not None and not 1 <= chunks <= MAX_CHUNKS:
         raise ValueError(f"chunks {chunks} must be 1 to {MAX_CHUNKS}.")
     second = prompts if prompts_2 is None else [a if b is None else b for a, b in zip(prompts, prompts_2, strict=True)]
-    if model.tokenizer_2 is None and any(p is not None for p in prompts_2 or ()):
-        raise ValueError("prompts_2 are for the second text encoder of SDXL, which this model has not.")
     tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
     split = [
         [_chunks(tokenizer, prompt or "", emphasis, chunks or MAX_CHUNKS) for prompt in texts]
         for tokenizer, texts in zip(tokenizers, (prompts, second), strict=False)  # the refiner's only one reads prompts
     ]
-    count = chunks or max((len(parts) for rows in split for parts in rows), default=1)
+    own = np.array([[len(parts) for parts in rows] for rows in split]).max(0)  # [B]
+    count = chunks or int(own.max(initial=1))
     (ids, weights), *rest = [_arrays(t, rows, count) for t, rows in zip(tokenizers, split, strict=True)]
     ids_2, weights_2 = rest[0] if rest else (None, None)
     force = model.tokenizer_2 is not None and model.options.force_zeros_for_empty_prompt
     zeros = np.array([p is None for p in prompts], bool) if force else None
-    return Tokens(ids, weights, ids_2, weights_2, zeros)
+    filled = np.arange(count) < own[:, None]  # [B, K]
+    mask = None if count == 1 else filled.repeat(ids.shape[1] // count, axis=1).astype(np.float32)
+    return Tokens(ids, weights, ids_2, weights_2, zeros, mask)
 
 
 Chunk = list[tuple[int, float]]  # ids of the text with their weights, without start and end

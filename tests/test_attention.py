@@ -45,6 +45,20 @@ def test_half_precision_is_the_formula_of_its_inputs(queries, causal, dtype):
     assert error(np.asarray(ours, np.float32), formula(*exact, causal=causal)) < 2 * jnp.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("queries", [7, CHUNK_FROM])
+def test_a_bias_hides_keys_or_counts_them_in_part(queries, dtype):
+    """A key in two parts is that key, however each example divides it; a hidden one is not there."""
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs(queries, 5))
+    share = np.array([[0.3, 0.7, 0.0], [0.8, 0.2, 0.0]], np.float32)
+    bias = jnp.log(jnp.concatenate([jnp.ones((2, 4)), share], -1))
+    more = [jnp.concatenate([x, x[:, -1:], 9 + x[:, :1]], 1) for x in (k, v)]
+    ours = jax.jit(lambda q, k, v: attention(q, k, v, HEADS, bias=bias))(q, *more)
+    assert error(np.asarray(ours, np.float32), formula(*(np.asarray(x, np.float32) for x in (q, k, v)))) < 2 * max(
+        jnp.finfo(dtype).eps, 5e-6
+    )
+
+
 def test_chunked_gradients_are_those_of_the_whole():
     q, k, v = inputs(CHUNK_FROM + 3, 6)
 

@@ -51,7 +51,7 @@ def written_out(name: str):
     if kind == "unet":
         side = int(name.split("/")[2]) if name.count("/") == 2 else 8
         inputs = networks.unet_inputs(networks.UNETS[variant], side)
-        names = ("x", "t", "embeddings", "pooled", "time_ids", "class_labels", "guidance")
+        names = ("x", "t", "embeddings", "pooled", "time_ids", "attention_mask", "class_labels", "guidance")
         args = tuple(inputs.get(n) for n in names)
         module = UNet2DConditionModel(UNetConfig.from_dict(networks.UNETS[variant]))
         return module, args, lambda v: {"output": module.apply(v, *args)}
@@ -76,6 +76,19 @@ def written_out(name: str):
     pixels = networks.uniform_images(2, 32, 32, 3)
     module = CLIPVisionModel(CLIPVisionConfig.from_dict(networks.SMALL_VISION))
     return module, (pixels,), lambda v: {"image_embeds": module.apply(v, pixels)}
+
+
+@pytest.mark.parametrize("name", ["sd1", "only_cross"])
+def test_masked_tokens_are_not_there(name):
+    """Also where the picture's own tokens are never attended to; rounding of sums in another order."""
+    module, args, _ = written_out(f"unet/{name}")
+    variables, (x, t, embeddings, *_) = drawn(module, args), args
+    mask = np.repeat([[1.0, 0.0]], len(x), 0).repeat(embeddings.shape[1], 1)
+    longer = np.concatenate([embeddings, 3 - embeddings], 1)
+    apply = jax.jit(module.apply)
+    masked = apply(variables, x, t, longer, attention_mask=mask)
+    assert error(masked, apply(variables, x, t, embeddings)) < TOLERANCE
+    assert error(masked, apply(variables, x, t, longer)) > 100 * TOLERANCE
 
 
 def shapes_of(module, args):

@@ -173,7 +173,7 @@ def test_text_without_brackets_is_plain(clip, text):
     for emphasis in (True, False):
         given = tokens(model(clip), [text], emphasis=emphasis)
         np.testing.assert_array_equal(given.ids, clip([text]))
-        assert given[1:] == (None,) * 4
+        assert given[1:] == (None,) * 5
 
 
 def test_emphasis_off_is_plain_text(clip):
@@ -195,6 +195,15 @@ def test_a_long_prompt_goes_on_in_the_next_chunk(clip):
     assert [len(c) for c in first[:-1]] == [LENGTH - 2] * (len(first) - 1)
     assert second == [clip.encode(["a"])[0], *[[]] * (len(first) - 1)]
     assert given.weights is None
+
+
+def test_a_prompt_attends_to_its_own_chunks(clip):
+    """As many as the longer of the two texts that SDXL's encoders read; BREAKs with nothing between count too."""
+    given = tokens(model(clip, clip), ["a", "a BREAK b", "a BREAK BREAK b"], ["a BREAK b", None, None])
+    np.testing.assert_array_equal(given.attention_mask.reshape(3, 3, LENGTH)[..., 0], [[1, 1, 0], [1, 1, 0], [1, 1, 1]])
+    assert given.attention_mask.reshape(9, LENGTH).std(-1).max() == 0
+    assert tokens(model(clip), ["a", "b"]).attention_mask is None
+    np.testing.assert_array_equal(tokens(model(clip), ["a"], chunks=2).attention_mask, [[1] * LENGTH + [0] * LENGTH])
 
 
 def test_exactly_one_chunk_is_one_chunk(clip):
@@ -303,15 +312,6 @@ def test_second_prompts_are_as_many(clip):
         tokens(model(clip, clip), ["a"], ["a", "b"])
 
 
-# Files
-
-
-def write(path, data):
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
-def test_prompts_file(tmp_path):
 def test_tokenize_takes_one_prompt_and_every_keyword(clip):
     np.testing.assert_array_equal(jaxdiff.tokenize(model(clip), "a castle"), clip(["a castle"]))
     prompts = ["a (red) castle", None]
@@ -324,6 +324,15 @@ def test_tokenize_takes_one_prompt_and_every_keyword(clip):
         jaxdiff.tokenize(model(clip), "a", "b")
 
 
+# Files
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def test_prompts_file(tmp_path):
     text = "\ufeff# two of them\r\na castle, café \r\n\ta (dragon:1.2)\r\n\r\n"
     assert read_prompts(write(tmp_path / "p.txt", text)) == [PromptLine("a castle, café"), PromptLine("a (dragon:1.2)")]
 

@@ -63,6 +63,46 @@ def test_a_film_goes_from_one_prompt_to_the_other(draw):
     assert min(levels(middle, end) for end in ends) > LEVEL
 
 
+LONG = "a castle, " * 40  # a dozen chunks of the tiny tokenizer's
+
+
+def test_a_picture_does_not_depend_on_a_longer_prompt_beside_it(draw):
+    both = draw(["a castle", LONG], seed=3)
+    assert levels(both[:1], draw("a castle", seed=3)) <= LEVEL
+    assert levels(both[1:], draw(LONG, seed=4)) <= LEVEL
+
+
+def test_a_long_negative_prompt_leaves_the_prompt_alone(draw):
+    """The first picture has no use for its negative prompt, the second has a short one."""
+    drawn = draw(["a castle"] * 2, [LONG, "blurry"], seed=[3, 3], guidance_scale=[1.0, 7.5])
+    assert levels(drawn[:1], draw("a castle", seed=3, guidance_scale=1.0)) <= LEVEL
+    assert levels(drawn[1:], draw("a castle", "blurry", seed=3)) <= LEVEL
+
+
+def test_a_film_from_a_short_prompt_to_a_long_one(draw):
+    """The long one's other chunks come in smoothly: a step of 1e-4 in the blend changes little."""
+    other = {"blend_prompts": LONG, "blend": [0.0, 1e-4, 0.5, 1.0]}
+    first, near, middle, last = np.split(draw(["a red dragon"] * 4, seed=[3] * 4, **other), 4)
+    ends = [draw(prompt, seed=3) for prompt in ("a red dragon", LONG)]
+    assert levels(first, ends[0]) <= LEVEL
+    assert levels(last, ends[1]) <= LEVEL
+    assert levels(near, first) <= 2 * LEVEL
+    assert min(levels(middle, end) for end in ends) > 2 * LEVEL
+
+
+def test_a_mask_of_one_side_is_no_mask_of_the_other(tiny):
+    """Conditionings of the caller's own may have none: all of their tokens count."""
+    model, params = tiny
+    rng = np.random.default_rng(0)
+    x, embeddings, negative = (rng.standard_normal((1, *shape), np.float32) for shape in (LATENT, (24, 16), (24, 16)))
+    ones = np.ones((1, 24), np.float32)
+    denoised = [
+        jax.jit(jaxdiff.denoiser(model, params, cond, jaxdiff.Conditioning(negative), 3.0))(x, 500.0)
+        for cond in (jaxdiff.Conditioning(embeddings), jaxdiff.Conditioning(embeddings, attention_mask=ones))
+    ]
+    np.testing.assert_allclose(*denoised, atol=1e-5)
+
+
 @pytest.mark.parametrize("upscale", ["pixel", "latent"])
 def test_two_stages_are_the_small_picture_enlarged_and_redrawn(upscale, tiny, draw):
     """Against the same put together from the pure pieces."""

@@ -17,40 +17,47 @@ def split_heads(x: Array, heads: int) -> Array:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
-def attention(q: Array, k: Array, v: Array, heads: int, *, causal: bool = False) -> Array:
-    """softmax(q kᵀ / sqrt(d)) v for `heads` heads; softmax in float32.
+def attention(q: Array, k: Array, v: Array, heads: int, *, causal: bool = False, bias: Array | None = None) -> Array:
+    """softmax(q kᵀ / sqrt(d) + bias) v for `heads` heads; softmax in float32.
 
     Args:
         q: queries [B, N, heads * d].
         k, v: keys and values [B, M, heads * d].
         heads: number of heads, a divisor of the width.
         causal: whether query i sees keys 0..i only (then N = M).
+        bias: of the scores of each key, [B, M] float32; -inf hides a key.
 
     Returns:
         [B, N, heads * d] in the type of q.
     """
     shape = q.shape
     q, k, v = (split_heads(x, heads) for x in (q, k, v))
-    fused = functools.partial(_float16 if q.dtype == jnp.float16 else jax.nn.dot_product_attention, is_causal=causal)
+    fused = functools.partial(_float16 if q.dtype == jnp.float16 else _fused, causal=causal)
     # One head after the other would bring all heads and examples together on each device, were they divided by a mesh.
     if causal or shape[1] < CHUNK_FROM or jax.sharding.get_abstract_mesh().auto_axes:
-        out = fused(q, k, v)
+        out = fused(q, k, v, bias)
     else:
-        out = jax.lax.platform_dependent(q, k, v, cpu=_chunked, default=fused)
+        out = jax.lax.platform_dependent(q, k, v, bias, cpu=_chunked, default=fused)
     return out.reshape(shape)
 
 
-def _float16(q: Array, k: Array, v: Array, is_causal: bool) -> Array:
-    """The same function of float16 [B, N, H, d]: XLA has its products with sums in float32 on GPUs alone."""
-    fused = functools.partial(jax.nn.dot_product_attention, is_causal=is_causal)
-
-    def widened(*args: Array) -> Array:
-        return fused(*(x.astype(jnp.float32) for x in args)).astype(jnp.float16)
-
-    return jax.lax.platform_dependent(q, k, v, cuda=fused, rocm=fused, default=widened)
+def _fused(q: Array, k: Array, v: Array, bias: Array | None, causal: bool) -> Array:
+    """The same function of [B, N, H, d], all scores at once."""
+    bias = None if bias is None else bias[:, None, None]
+    return jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal)
 
 
-def _chunked(q: Array, k: Array, v: Array) -> Array:
+def _float16(q: Array, k: Array, v: Array, bias: Array | None, causal: bool) -> Array:
+    """The same of float16: XLA has its products with sums in float32 on GPUs alone."""
+    fused = functools.partial(_fused, causal=causal)
+
+    def widened(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+        return fused(*(x.astype(jnp.float32) for x in (q, k, v)), bias).astype(jnp.float16)
+
+    return jax.lax.platform_dependent(q, k, v, bias, cuda=fused, rocm=fused, default=widened)
+
+
+def _chunked(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     """The same function of [B, N, H, d] with scores of one head and CHUNK queries in memory at a time.
 
     Two-dimensional products run at a CPU's matrix speed, and the scores stay in its cache; the peak is
@@ -60,18 +67,20 @@ def _chunked(q: Array, k: Array, v: Array) -> Array:
     q = jnp.pad(q * jnp.asarray(d**-0.5, q.dtype), ((0, 0), (0, -n % CHUNK), (0, 0), (0, 0)))
     rows = q.transpose(0, 2, 1, 3).reshape(b * h, -1, CHUNK, d)
     keys, values = (x.transpose(0, 2, 1, 3).reshape(b * h, -1, d) for x in (k, v))
+    biases = None if bias is None else bias.repeat(h, 0)
 
     @jax.checkpoint
-    def one_chunk(chunk, key, value):
+    def one_chunk(chunk, key, value, bias):
         scores = jnp.matmul(chunk, key.T, preferred_element_type=jnp.float32)
+        scores = scores if bias is None else scores + bias
         # Unnormalised weights, divided after the product: d columns to divide instead of M.
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         out = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return (out / weights.sum(-1, keepdims=True)).astype(value.dtype)
 
     def one_head(head):
-        chunks, key, value = head
-        return jax.lax.map(lambda chunk: one_chunk(chunk, key, value), chunks)
+        chunks, *shared = head
+        return jax.lax.map(lambda chunk: one_chunk(chunk, *shared), chunks)
 
-    out = jax.lax.map(one_head, (rows, keys, values))  # [B*H, N/CHUNK, CHUNK, d]
+    out = jax.lax.map(one_head, (rows, keys, values, biases))  # [B*H, N/CHUNK, CHUNK, d]
     return out.reshape(b, h, -1, d)[:, :, :n].transpose(0, 2, 1, 3)

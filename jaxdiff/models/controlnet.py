@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from jaxdiff.config import ConfigError, ControlNetConfig, UNetConfig
 from jaxdiff.models.layers import conv
-from jaxdiff.models.unet import Residuals, UNet2DConditionModel, UNetEncoder, per_level
+from jaxdiff.models.unet import Residuals, UNet2DConditionModel, UNetEncoder, per_level, score_bias
 from jaxdiff.typing import Array, Key, Params
 
 
@@ -45,6 +45,7 @@ class ControlNet(UNetEncoder):
         hint: Array,
         pooled: Array | None = None,
         time_ids: Array | None = None,
+        attention_mask: Array | None = None,
     ) -> Residuals:
         """The residuals of one picture for one time or one time a sample.
 
@@ -54,6 +55,7 @@ class ControlNet(UNetEncoder):
             embeddings: text [B, L, cross_attention_dim], the UNet's.
             hint: the steering picture [B, H, W, 3] in [0, 1], `config.factor` times as high and wide as the latents.
             pooled, time_ids: as for the UNet, in the SDXL family.
+            attention_mask: of the text, as for the UNet.
 
         Returns:
             What `UNet2DConditionModel` takes as `residuals`, in the compute type.
@@ -76,7 +78,8 @@ class ControlNet(UNetEncoder):
         width = c.block_out_channels[0]
         x = conv(width, dtype, "conv_in")(x.astype(dtype))
         encoder = HintEncoder(width, c.conditioning_embedding_out_channels, dtype, name="controlnet_cond_embedding")
-        mid, skips = self.down(x + encoder(hint.astype(dtype)), temb, embeddings.astype(dtype))
+        context, bias = embeddings.astype(dtype), score_bias(attention_mask)
+        mid, skips = self.down(x + encoder(hint.astype(dtype)), temb, context, bias)
 
         def zero(x: Array, name: str) -> Array:
             return conv(x.shape[-1], dtype, name, size=1, padding=0, zero=True)(x)

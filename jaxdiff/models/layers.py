@@ -153,14 +153,15 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None = None) -> Array:
+    def __call__(self, x: Array, context: Array | None = None, score_bias: Array | None = None) -> Array:
+        """`score_bias` [B, M] float32 is added to the scores of the M keys."""
         context = x if context is None else context
         width = x.shape[-1]
         q, k, v = (
             nn.Dense(width, use_bias=self.bias, dtype=self.dtype, name=name)(source)
             for name, source in (("to_q", x), ("to_k", context), ("to_v", context))
         )
-        return nn.Dense(width, dtype=self.dtype, name="to_out_0")(attention(q, k, v, self.heads))
+        return nn.Dense(width, dtype=self.dtype, name="to_out_0")(attention(q, k, v, self.heads, bias=score_bias))
 
 
 class FeedForward(nn.Module):
@@ -183,13 +184,13 @@ class TransformerBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array) -> Array:
+    def __call__(self, x: Array, context: Array, bias: Array | None = None) -> Array:
         def norm(name):
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
-        first = context if self.only_cross_attention else None
-        x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1")(x), first)
-        x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(norm("norm2")(x), context)
+        first = (context, bias) if self.only_cross_attention else ()
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1")(x), *first)
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(norm("norm2")(x), context, bias)
         return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
 
 
@@ -204,8 +205,8 @@ class Transformer2D(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array) -> Array:
-        """x [B, H, W, C], context [B, L, D] -> [B, H, W, C]."""
+    def __call__(self, x: Array, context: Array, bias: Array | None = None) -> Array:
+        """x [B, H, W, C], context [B, L, D], bias [B, L] of the scores of its tokens or None -> [B, H, W, C]."""
         b, h, w, c = x.shape
         zeros = nn.initializers.zeros
 
@@ -220,5 +221,5 @@ class Transformer2D(nn.Module):
             block = TransformerBlock(
                 self.heads, self.only_cross_attention, dtype=self.dtype, name=f"transformer_blocks_{i}"
             )
-            tokens = block(tokens, context)
+            tokens = block(tokens, context, bias)
         return x + proj("proj_out", kernel_init=zeros)(tokens.reshape(b, h, w, c))

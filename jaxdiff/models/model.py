@@ -129,7 +129,7 @@ def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
         "unet": (array(1, side, side, unet.in_channels), array(1), array(1, 2, unet.cross_attention_dim)),
         "vae": (array(1, vae.factor, vae.factor, vae.in_channels),),
     }
-    extra: list[jax.ShapeDtypeStruct | None] = [None] * 4  # pooled, time_ids, class_labels, guidance
+    extra: list[jax.ShapeDtypeStruct | None] = [None] * 5  # pooled, time_ids, attention_mask, class_labels, guidance
     if unet.addition_embed_type == "text_time":
         assert unet.projection_class_embeddings_input_dim  # `UNetConfig.from_dict` sees to it
         assert unet.addition_time_embed_dim
@@ -137,13 +137,13 @@ def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
         pooled = unet.projection_class_embeddings_input_dim - ids * unet.addition_time_embed_dim
         extra[:2] = array(1, pooled), array(1, ids)
     if unet.class_embed_type is None and unet.num_class_embeds is not None:
-        extra[2] = array(1, dtype=jnp.int32)
+        extra[3] = array(1, dtype=jnp.int32)
     elif unet.class_embed_type is not None:
         wide = {"identity": 4 * unet.block_out_channels[0], "timestep": None}
         width = wide.get(unet.class_embed_type, unet.projection_class_embeddings_input_dim)
-        extra[2] = array(1) if width is None else array(1, width)
+        extra[3] = array(1) if width is None else array(1, width)
     if unet.time_cond_proj_dim is not None:
-        extra[3] = array(1, unet.time_cond_proj_dim)
+        extra[4] = array(1, unet.time_cond_proj_dim)
     inputs["unet"] += tuple(extra)
     if model.vision_encoder is not None:
         size = model.vision_encoder.config.image_size

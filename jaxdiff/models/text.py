@@ -20,6 +20,7 @@ class Conditioning(NamedTuple):
     embeddings: Array  # [B, L, D]
     pooled: Array | None = None  # [B, P], SDXL
     time_ids: Array | None = None  # [B, 6], SDXL: original height and width, crop top and left, target height and width
+    attention_mask: Array | None = None  # [B, L] in [0, 1], how much each token counts; None: all in full
 
 
 def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_skip: int = 0) -> Conditioning:
@@ -34,7 +35,7 @@ def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_sk
         clip_skip: through how many layers fewer than usual the text goes, at least 0.
 
     Returns:
-        embeddings [B, K L, D] and, for SDXL, pooled [B, P]; without time ids.
+        embeddings [B, K L, D], the tokens' attention mask and, for SDXL, pooled [B, P]; without time ids.
 
     Raises:
         ValueError: `clip_skip` is negative or leaves no layer; ids for one encoder where the model has two.
@@ -51,13 +52,13 @@ def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_sk
         length = encoder.config.max_position_embeddings if tokenizer is None else tokenizer.max_length
         states, pooled = _encode(encoder, params[name], ids, length, clip_skip, sdxl)
         embeddings.append(emphasise(states, weights, length))
-    cond = Conditioning(jnp.concatenate(embeddings, -1), pooled if sdxl else None)
+    cond = Conditioning(jnp.concatenate(embeddings, -1), pooled if sdxl else None, None, tokens.attention_mask)
     if tokens.zeros is None:
         return cond
     zeros = jnp.asarray(tokens.zeros)
-    return Conditioning(
-        jnp.where(zeros[:, None, None], 0, cond.embeddings),
-        None if cond.pooled is None else jnp.where(zeros[:, None], 0, cond.pooled),
+    return cond._replace(
+        embeddings=jnp.where(zeros[:, None, None], 0, cond.embeddings),
+        pooled=None if cond.pooled is None else jnp.where(zeros[:, None], 0, cond.pooled),
     )
 
 

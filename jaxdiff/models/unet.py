@@ -40,6 +40,14 @@ def per_level(value, levels: int) -> tuple:
     return tuple(value) if isinstance(value, tuple) else (value,) * levels
 
 
+def score_bias(attention_mask: Array | None) -> Array | None:
+    """What is added to the scores of keys [B, L] so that softmax counts each as that part of a key; 0 hides it.
+
+    Parts let a text come in smoothly, as in a blend of prompts of different lengths.
+    """
+    return None if attention_mask is None else jnp.log(attention_mask.astype(jnp.float32))
+
+
 class UNetBlock(nn.Module):
     """One level of the UNet, going down or up: resnets, each followed by a transformer if the level attends.
 
@@ -56,7 +64,7 @@ class UNetBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, temb: Array, context: Array, skips: list[Array]) -> Array:
+    def __call__(self, x: Array, temb: Array, context: Array, bias: Array | None, skips: list[Array]) -> Array:
         c = self.config
         features = c.block_out_channels[self.level]
         for j in range(self.layers):
@@ -64,7 +72,7 @@ class UNetBlock(nn.Module):
                 x = jnp.concatenate([x, skips.pop()], -1)
             x = resnet(c, features, f"resnets_{j}", self.remat, self.dtype)(x, temb)
             if self.attend:
-                x = transformer(c, self.level, f"attentions_{j}", self.remat, self.dtype)(x, context)
+                x = transformer(c, self.level, f"attentions_{j}", self.remat, self.dtype)(x, context, bias)
             if not self.up:
                 skips.append(x)
         if self.resample and self.up:
@@ -83,13 +91,13 @@ class UNetMidBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, temb: Array, context: Array) -> Array:
+    def __call__(self, x: Array, temb: Array, context: Array, bias: Array | None) -> Array:
         c = self.config
         x = resnet(c, x.shape[-1], "resnets_0", self.remat, self.dtype)(x, temb)
         if not attends(c.mid_block_type):
             return x
         last = len(c.block_out_channels) - 1
-        x = transformer(c, last, "attentions_0", self.remat, self.dtype, middle=True)(x, context)
+        x = transformer(c, last, "attentions_0", self.remat, self.dtype, middle=True)(x, context, bias)
         return resnet(c, x.shape[-1], "resnets_1", self.remat, self.dtype)(x, temb)
 
 
@@ -125,16 +133,16 @@ class UNetEncoder(nn.Module):
     def rest(self) -> dict:
         return {"remat": self.remat, "dtype": self.dtype}
 
-    def down(self, x: Array, temb: Array, context: Array) -> tuple[Array, list[Array]]:
+    def down(self, x: Array, temb: Array, context: Array, bias: Array | None) -> tuple[Array, list[Array]]:
         """What conv_in gave [B, h, w, C] -> the middle block's output, and what goes to the skip connections."""
         c, last = self.config, len(self.config.block_out_channels) - 1
         layers = per_level(c.layers_per_block, last + 1)
         skips = [x]
         for i, kind in enumerate(c.down_block_types):
             x = UNetBlock(c, i, layers[i], attends(kind), resample=i < last, **self.rest(), name=f"down_blocks_{i}")(
-                x, temb, context, skips
+                x, temb, context, bias, skips
             )
-        return UNetMidBlock(c, **self.rest(), name="mid_block")(x, temb, context), skips
+        return UNetMidBlock(c, **self.rest(), name="mid_block")(x, temb, context, bias), skips
 
     @nn.nowrap
     def sinusoids(self, t: Array, dim: int) -> Array:
@@ -192,6 +200,7 @@ class UNet2DConditionModel(UNetEncoder):
         embeddings: Array,
         pooled: Array | None = None,
         time_ids: Array | None = None,
+        attention_mask: Array | None = None,
         class_labels: Array | None = None,
         guidance: Array | None = None,
         residuals: Residuals | None = None,
@@ -203,6 +212,7 @@ class UNet2DConditionModel(UNetEncoder):
             t: time in training steps, scalar or [B], possibly fractional.
             embeddings: text [B, L, cross_attention_dim].
             pooled, time_ids: pooled text [B, P] and sizes and crops [B, 6], where `addition_embed_type` is "text_time".
+            attention_mask: how much each token of the text counts, [B, L] in [0, 1]; None: all in full.
             class_labels: [B], where the config has class embeddings (the x4 upscaler's noise level).
             guidance: guidance embedding [B, time_cond_proj_dim] of distilled models.
             residuals: what ControlNets add to the skip connections and to the middle block's output.
@@ -211,12 +221,12 @@ class UNet2DConditionModel(UNetEncoder):
             [B, h, w, out_channels] in the compute type.
         """
         c, dtype = self.config, self.dtype
-        context = embeddings.astype(dtype)
+        context, bias = embeddings.astype(dtype), score_bias(attention_mask)
         if c.center_input_sample:
             x = 2 * x - 1
         temb = self.embed(jnp.broadcast_to(t, x.shape[:1]), pooled, time_ids, class_labels, guidance)
         x = conv(c.block_out_channels[0], dtype, "conv_in")(x.astype(dtype))
-        x, skips = self.down(x, temb, context)
+        x, skips = self.down(x, temb, context, bias)
         if residuals is not None:
             down, mid = residuals
             skips = [skip + r.astype(dtype) for skip, r in zip(skips, down, strict=True)]
@@ -227,6 +237,6 @@ class UNet2DConditionModel(UNetEncoder):
             level = levels - 1 - i
             x = UNetBlock(
                 c, level, layers[level] + 1, attends(kind), True, level > 0, **self.rest(), name=f"up_blocks_{i}"
-            )(x, temb, context, skips)
+            )(x, temb, context, bias, skips)
         x = nn.GroupNorm(c.norm_num_groups, epsilon=c.norm_eps, dtype=dtype, name="conv_norm_out")(x)
         return conv(c.out_channels, dtype, "conv_out", zero=True)(ACTIVATIONS[c.act_fn](x))
