@@ -50,13 +50,17 @@ class Run:
         self.host = {"host_index": jax.process_index(), "host_count": hosts}
         data = config.data
         self.target: Any = None  # of a stage that teaches a denoiser
-        self.data = select(self.pictures(data.split), data.filter.to_dict(), cache=workdir / "data", **self.host)
+        self.data = self.pictures(data.split)
+        if not config.latents.path:  # which holds what was chosen and cut when it was written
+            self.data = select(self.data, data.filter.to_dict(), cache=workdir / "data", **self.host)
         self.model, self.params = setup.starting_model(
             config.model.to_dict(), config.init_from.to_dict(), self.make_tokenizer,
             jax.random.key(config.seed), dtype=config.dtype, remat=config.remat or False,
         )  # fmt: skip
         self.image_size = data.image_size or self.model.unet.config.side * self.model.vae.config.factor
-        self.buckets = setup.buckets(self.data, data, self.image_size, workdir / "data", **self.host)
+        self.buckets: Any = None
+        if not config.latents.path:
+            self.buckets = setup.buckets(self.data, data, self.image_size, workdir / "data", **self.host)
         if self.buckets and (config.prior.path or config.crop):
             raise UsageError("config.data.buckets go with neither prior nor crop.")
         self.sheet: Any = None  # the pictures drawn last
@@ -245,6 +249,7 @@ class Run:
         c = self.config
         how: dict[str, Any] = {"views": views, "embeddings": embeddings, "buckets": self.buckets}
         how |= {"flip": c.data.flip, "background": c.data.background, "threads": c.data.threads, **self.host}
+        how |= {"batch_size": c.latents.batch_size, "made": self.data_settings()}
         precompute(self.model, self.params, self.data, folder, image_size=self.image_size, seed=c.seed, **how)
 
     def latents(self):
@@ -255,7 +260,17 @@ class Run:
             raise UsageError(
                 "config.latents.path goes with neither cache_latents, prior nor a stage that needs pictures."
             )
-        return open_latents(Path(c.latents.path), self.model, self.params, c.trainable)
+        return open_latents(Path(c.latents.path), self.model, self.params, c.trainable, self.data_settings())
+
+    def data_settings(self) -> dict[str, Any]:
+        """What the config says of the pictures trained on, as JSON; they may lie elsewhere, but be no others."""
+        from jaxdiff.training.workdir import data_fingerprint, flat
+
+        d = as_json(self.config)["data"]
+        digest = data_fingerprint(d.pop("path"), d["split"], bool(d["captions"]))["digest"]
+        for name in ("threads", "workers", "eval_split"):
+            del d[name]
+        return {**flat({"data": d | {"image_size": self.image_size}}), "digest of data.path": digest}
 
     def cached_latents(self):
         from jaxdiff.training.precompute import fingerprint, open_latents
@@ -282,9 +297,11 @@ def run(f: flags.FlagValues) -> None:
 
     from jaxdiff.io.cache import cache_compilations
     from jaxdiff.training.state import OptionsError
-    from jaxdiff.training.workdir import Lock, data_fingerprint, settle
+    from jaxdiff.training.workdir import Lock, settle
 
     workdir = Path(f.workdir)
+    if f.precompute and f.config.latents.path:
+        raise UsageError("--precompute writes latents of pictures: leave out config.latents.path.")
     if f.posthoc_ema is not None:
         return Run(f.config or stored(workdir), workdir).posthoc_ema(f.posthoc_ema)
     make_folder(workdir, "--workdir")
@@ -294,9 +311,7 @@ def run(f: flags.FlagValues) -> None:
     cache_compilations()
     first = jax.process_index() == 0
     with Lock(workdir) if first else nullcontext():
-        data = f.config.data
-        mark = data_fingerprint(data.path, data.split, bool(data.captions))
-        settle(workdir, as_json(f.config), mark, as_json(base()), write=first)
+        settle(workdir, as_json(f.config), fingerprints(f.config), as_json(base()), write=first)
         try:
             this = Run(f.config, workdir)
             if not f.precompute:
@@ -306,6 +321,18 @@ def run(f: flags.FlagValues) -> None:
             logging.info("The latents are in %s; --config.latents.path=%s trains on them.", folder, folder)
         except OptionsError as e:
             raise UsageError(f"config: {e}") from None
+
+
+def fingerprints(config: Any) -> dict[str, Any]:
+    """What tells the data of a run from others: its pictures, those of their class, and latents written beforehand."""
+    from jaxdiff.data.latents import LatentShards
+    from jaxdiff.training.workdir import data_fingerprint
+
+    d, prior, latents = config.data, config.prior, config.latents.path
+    found = data_fingerprint(d.path, d.split, bool(d.captions))
+    if prior.path:
+        found["prior"] = data_fingerprint(prior.path, captions=bool(prior.captions))
+    return found | ({"latents": LatentShards(Path(latents)).fingerprint} if latents else {})
 
 
 def stored(workdir: Path) -> Any:
@@ -354,7 +381,8 @@ def main(argv: list[str]) -> int:
         "train.py",
         argv,
         command,
-        smaller="lower config.batch_size, raise config.accumulate, or use config.remat=full",
+        smaller="lower config.batch_size (of latents written beforehand: config.latents.batch_size), raise "
+        "config.accumulate, or use config.remat=full",
         stopped="the same command goes on from the last checkpoint",
     )
 

@@ -104,8 +104,9 @@ def base() -> ConfigDict:
             "word": {"token": "<word>", "initial": "", "vectors": 1},
             # Stage "controlnet": a ControlNet to go on from, "" for the UNet's own way down; thresholds of the edges.
             "controlnet": {"init_from": "", "canny_low": 100.0, "canny_high": 200.0},
-            # What train.py --precompute wrote, and how it writes: views of every picture, the text embeddings too.
-            "latents": {"path": "", "views": 1, "embeddings": False},
+            # What train.py --precompute wrote, and how it writes: views of every picture, the text embeddings too, and
+            # pictures that a device encodes at a time, as for cache_latents.
+            "latents": {"path": "", "views": 1, "embeddings": False, "batch_size": 8},
             "cache_latents": 0,  # encode so many views of every picture beforehand; 0: encode as they are read
             # Numbers also go to Weights & Biases (pip install jaxdiff[wandb]) where a project is named.
             "wandb": {"project": "", "name": ""},

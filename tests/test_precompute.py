@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import ConfigError
+from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.captioned import captioned_data, open_source
 from jaxdiff.data.latents import LatentShards
@@ -154,6 +155,32 @@ def test_latents_of_something_else_are_refused(model, params, source, written, t
         (tmp_path / "latents.json").write_text(text)
         with pytest.raises(ConfigError, match=said):
             LatentShards(tmp_path)
+
+
+def test_pictures_are_read_and_encoded_a_few_at_a_time(model, params, source, written, tmp_path, monkeypatch):
+    """Latents hang on the pictures alone, not on how many are encoded at once."""
+    seen, read, collate = [], [], pipeline.collate
+
+    class Counting:
+        name, digest, blocks = source.name, source.digest, source.blocks
+        __len__ = source.__len__
+
+        def read(self, index, image=True):
+            read.append(index)
+            return source.read(index, image)
+
+    monkeypatch.setattr(pipeline, "collate", lambda rows: seen.append((len(rows), len(read))) or collate(rows))
+    shards = write(model, params, Counting(), tmp_path, batch_size=1, threads=1, part=100)
+    assert len(seen) >= len(shards) / jax.local_device_count()
+    assert {count for count, _ in seen} == {jax.local_device_count()}
+    # Two batches and a picture a thread are read ahead, one more is on its way, and one is damaged.
+    assert seen[0][1] <= 3 * jax.local_device_count() + 3
+    for i in range(len(shards)):
+        for name, values in LatentShards(written)(i, None).items():
+            scale = 1e-5 * np.abs(values).max()
+            np.testing.assert_allclose(shards(i, None)[name], values, rtol=2**-10, atol=scale)  # float16, both
+    with pytest.raises(ConfigError, match="batch_size 0 must"):
+        write(model, params, source, tmp_path, batch_size=0)
 
 
 def test_buckets_stay_apart(model, params, source, tmp_path):

@@ -1,6 +1,7 @@
 """train.py: the stages one after the other on a folder of pictures, and one sentence for every mistake."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -215,9 +216,26 @@ def test_latents_are_written_and_trained_on(cli, data, tiny_folder, tmp_path):
     assert code == 0, err
     assert (tmp_path / "a" / "latents" / "latents.json").is_file()
     latents = f"--config.latents.path={tmp_path}/a/latents"
-    code, out, err = cli(*settings, latents, f"--workdir={tmp_path}/b")
+    code, out, err = cli(*settings, *more, latents, f"--workdir={tmp_path}/b")
     assert code == 0, err
     assert "step 2/2:" in out or (tmp_path / "b" / "export").is_dir()
-    code, _, err = cli(*settings, latents, f"--workdir={tmp_path}/c", "--config.trainable=('unet', 'text_encoder')")
-    assert code == 1
-    assert "holds text embeddings" in err
+    assert not (tmp_path / "b" / "data").exists()  # nothing is filtered again
+    mark = json.loads((tmp_path / "b" / "run.json").read_text())["data"]["latents"]
+    assert mark == LatentShards(tmp_path / "a" / "latents").fingerprint
+    copied = tmp_path / "copied"
+    shutil.copytree(data, copied)
+    refused = {
+        "--config.trainable=('unet', 'text_encoder')": "holds text embeddings",
+        "--config.data.filter.min_side=12": "data.filter.min_side: 10, now 12",
+        "--config.data.buckets=8": "data.buckets: 4, now 8",
+        "--config.data.image_size=12": "data.image_size: 16, now 12",
+        f"--config.data.path={copied}": "digest of data.path",
+    }
+    (copied / "metadata.jsonl").write_text((data / "metadata.jsonl").read_text().replace("square", "box"))
+    for i, (flag, said) in enumerate(refused.items()):
+        code, _, err = cli(*settings, *more, latents, f"--workdir={tmp_path}/c{i}", flag)
+        assert code == 1, flag
+        assert said in err
+    code, _, err = cli(*settings, *more, latents, f"--workdir={tmp_path}/a", "--precompute")
+    assert code == 2
+    assert "leave out config.latents.path" in err

@@ -10,7 +10,8 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data import store
 from jaxdiff.data.buckets import Buckets
 
-INFO = "latents.json"  # {"fingerprint": str, "parts": [names], "sizes": [[h, w] of each part's latents]}
+# {"fingerprint", "model", "parts": [names], "sizes": [[h, w] of each part's latents], "made": {setting: value}}
+INFO = "latents.json"
 
 
 class LatentShards:
@@ -19,6 +20,7 @@ class LatentShards:
     Attributes:
       buckets: sizes of latents and the one of each example; None where all are of one size.
       fingerprint: of what they were computed from; model: of the autoencoder and tokenizer alone.
+      made: the settings that they were written with, by name.
       names: of the arrays of an example.
 
     Raises:
@@ -31,6 +33,7 @@ class LatentShards:
             info = json.loads((path / INFO).read_bytes())
             parts, of_parts = [str(p) for p in info["parts"]], [(int(h), int(w)) for h, w in info["sizes"]]
             self.fingerprint, self.model = str(info["fingerprint"]), str(info["model"])
+            self.made = dict(info.get("made", {}))
         except OSError as e:
             raise ConfigError(
                 f"{path / INFO} cannot be read ({e.strerror}): write it with train.py --precompute."

@@ -369,6 +369,6 @@ def collate(elements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def examples(data: CaptionedData, start: int, stop: int) -> Iterator[dict[str, Any]]:
-    """Examples at positions start … stop - 1 of the stream of all hosts, bad ones among them."""
+    """Examples at positions start … stop - 1 of the stream of all hosts, bad ones among them; two batches are ahead."""
     whole = grain.MapDataset.source(Share(data.stream(data.lanes), 0, 1, 0, 1))
-    return iter(_read_ahead(whole[start:stop], stop - start, data.workers, data.threads))
+    return iter(_read_ahead(whole[start:stop], data.batch_size, data.workers, data.threads))

@@ -5,9 +5,10 @@ call goes on where it was killed. `jaxdiff.data.captioned` reads the folder.
 """
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from jaxdiff import parallel
 from jaxdiff.config import ConfigError
 from jaxdiff.data import pipeline, store
 from jaxdiff.data.buckets import Buckets
@@ -67,11 +69,12 @@ def precompute(
     flip: bool = False,
     background: str = "random",
     embeddings: bool = False,
-    batch_size: int = 32,
+    batch_size: int = 8,
     part: int = PART,
     host_index: int = 0,
     host_count: int = 1,
     threads: int = 8,
+    made: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the latents' means, tokens and, if asked for, embeddings of every picture, as its first epochs see it.
 
@@ -80,30 +83,35 @@ def precompute(
         views: of each picture, with other backgrounds, mirrored or not, and under other captions.
         embeddings: those of the captions as well, float16, for training without the text encoder; at length 77 and
             width 768 they are four times as large as the latents of 512 x 512 pixels.
+        batch_size: pictures that each device of this host encodes at a time.
+        made: settings as JSON, by name, that `open_latents` compares.
 
     Others as for `captioned_data`. Pictures that cannot be read are left out.
 
     Raises:
-        ConfigError: the folder holds latents of something else, or cannot be written.
+        ConfigError: the folder holds latents of something else, or cannot be written; or `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ConfigError(f"latents.batch_size {batch_size} must be at least 1.")
     buckets = buckets or Buckets(((image_size, image_size),), np.zeros(len(source), np.int16))
     description = [source.digest, image_size, seed, views, flip, background, embeddings, part, buckets.sizes]
     numbers = hashlib.sha256(np.ascontiguousarray(buckets.numbers)).hexdigest()
     mark = fingerprint(model, params, [*description, numbers])
     order = _Views(buckets, views)
     decode = Decode(source, image_size, None, flip, background)
-    data = pipeline.batches(
-        source.name, len(source), decode, 1, seed=seed, order=lambda *_: order, epochs=1, threads=threads
-    )
+    how = {"seed": seed, "epochs": 1, "drop_remainder": False, "threads": threads}
+    at_once = batch_size * jax.local_device_count()
+    data = pipeline.batches(source.name, len(source), decode, at_once, order=lambda *_: order, **how)
     spans = _spans(order.counts, part)
     names = [f"{i:06d}" for i in range(len(spans))]
     _check_same(folder, mark)
     run = encoder(model, params, embeddings, batch_size)
 
     def make(i: int) -> Mapping[str, np.ndarray]:
-        rows = list(filter(data.skipped.keep, pipeline.examples(data, *spans[i])))
-        logging.info("Part %d of %d: %d pictures encoded.", i + 1, len(spans), len(rows))
-        return run(rows) if rows else {"latents": np.zeros((0, 1, 1, 1), np.float16)}
+        found = run(filter(data.skipped.keep, pipeline.examples(data, *spans[i])))
+        found = found or {"latents": np.zeros((0, 1, 1, 1), np.float16)}
+        logging.info("Part %d of %d: %d pictures encoded.", i + 1, len(spans), len(found["latents"]))
+        return found
 
     if host_index == 0:
         _write(folder / f".{INFO}", {"fingerprint": mark})
@@ -115,18 +123,27 @@ def precompute(
             raise ConfigError(f"No picture of {source.name} could be encoded.")
         sizes = [list(shapes[n][1:3]) for n in whole]
         made_by = {"fingerprint": mark, "model": fingerprint(model, params, None)}
-        _write(folder / INFO, {**made_by, "parts": whole, "sizes": sizes})
+        _write(folder / INFO, {**made_by, "parts": whole, "sizes": sizes, "made": dict(made or {})})
 
 
-def open_latents(path: Path, model: Model, params: Params, trainable: Sequence[str]) -> LatentShards:
+def open_latents(
+    path: Path, model: Model, params: Params, trainable: Sequence[str], settings: Mapping[str, Any] | None = None
+) -> LatentShards:
     """What `precompute` wrote, for training on it.
 
+    Args:
+        settings: as `made` of `precompute`; None compares nothing.
+
     Raises:
-        ConfigError: it was written with another autoencoder or tokenizer, or holds embeddings of what is to learn.
+        ConfigError: it was written with another autoencoder or tokenizer or with other settings, or holds embeddings of
+            what is to learn.
     """
     shards = LatentShards(path)
     if shards.model != fingerprint(model, params, None):
         raise ConfigError(f"{path} was written with another autoencoder or tokenizer: run train.py --precompute again.")
+    if settings is not None and (other := [n for n in shards.made if shards.made[n] != settings.get(n)]):
+        said = "; ".join(f"{n}: {json.dumps(shards.made[n])}, now {json.dumps(settings.get(n))}" for n in other)
+        raise ConfigError(f"{path} was written with other settings ({said}): give the same, or another latents.path.")
     if "embeddings" in shards.names and any(name.startswith("text_encoder") for name in trainable):
         raise ConfigError(f"{path} holds text embeddings, but the text encoder is to learn: write it without them.")
     return shards
@@ -135,12 +152,17 @@ def open_latents(path: Path, model: Model, params: Params, trainable: Sequence[s
 def encoder(
     model: Model, params: Params, embeddings: bool, batch_size: int
 ) -> Callable[[list[dict[str, Any]]], dict[str, np.ndarray]]:
-    """A function from examples {"image", "text"} of one size to {"latents": float16 [n, h, w, C], "tokens", …}."""
-    prepare = prepare_pairs(model)
-    names = [n for n in params if n == "vae" or (embeddings and n.startswith("text_encoder"))]
-    placed = jax.device_put({n: params[n] for n in names})
+    """A function from examples {"image", "text"} of one size to {"latents": float16 [n, h, w, C], "tokens", …}.
 
-    @jax.jit
+    Without examples it returns nothing, {}.
+
+    Args:
+        batch_size: examples that each device of this process takes at a time.
+    """
+    prepare, at_once = prepare_pairs(model), batch_size * jax.local_device_count()
+    names = [n for n in params if n == "vae" or (embeddings and n.startswith("text_encoder"))]
+    placed = parallel.replicate({n: params[n] for n in names})
+
     def run(params: Params, batch: Mapping[str, Any]) -> dict[str, Any]:
         found = {"latents": encode(model, params, batch["image"].astype(np.float32) / 255.0)}
         if embeddings:
@@ -149,15 +171,16 @@ def encoder(
             found |= {"embeddings": cond.embeddings} | ({} if cond.pooled is None else {"pooled": cond.pooled})
         return {name: x.astype(np.float16) for name, x in found.items()}
 
-    def every(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-        parts = []
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            padded = [chosen[i % len(chosen)] for i in range(batch_size)]  # one shape, compiled once
-            batch = dict(prepare(pipeline.collate(padded)))
-            found = {**{k: v for k, v in batch.items() if k != "image"}, **jax.device_get(run(placed, batch))}
+    mapped = parallel.pmap(run, jax.local_devices(), shared=1)
+
+    def every(examples: Iterable[dict[str, Any]]) -> dict[str, np.ndarray]:
+        parts, rest = [], iter(examples)
+        while chosen := list(itertools.islice(rest, at_once)):
+            filled = [chosen[i % len(chosen)] for i in range(at_once)]  # one shape, compiled once
+            batch = dict(prepare(pipeline.collate(filled)))
+            found = {**{k: v for k, v in batch.items() if k != "image"}, **jax.device_get(mapped(placed, batch))}
             parts.append({k: np.asarray(v)[: len(chosen)] for k, v in found.items()})
-        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]} if parts else {}
 
     return every
 

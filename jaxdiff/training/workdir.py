@@ -21,7 +21,7 @@ PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 # Settings that change nothing of what is learnt, or only how it is divided; a name stands for all below it.
 FREE = (
     "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "eval", "wandb", "fsdp", "tensor",
-    "accumulate", "remat", "data.threads", "data.workers", "data.eval_split",
+    "accumulate", "remat", "data.threads", "data.workers", "data.eval_split", "latents.batch_size",
 )  # fmt: skip
 CONTRASTIVE = "clip"  # the stage that `accumulate` is not free for: its negatives are those of one part of the batch
 MAX_SIZES = 10_000  # files whose size is looked at
