@@ -12,7 +12,7 @@ from jaxdiff.models.layers import REMAT_POLICIES, Transformer2D, rematerialised
 from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training import ema
 from jaxdiff.training.loop import Stage, fit
-from jaxdiff.training.optimizer import SMALL, AdamInt8, clip_by_global_norm, optimizer
+from jaxdiff.training.optimizer import SMALL, AdamInt8, check_rates, clip_by_global_norm, group_rates, optimizer
 from jaxdiff.training.stages import Noising, diffusion_stage, random_noise, random_times
 from jaxdiff.training.state import Options, OptionsError, init_state, make_train_step
 from tests.test_training import BATCH, keys, options, pairs
@@ -175,6 +175,53 @@ def test_groups_have_their_own_rates(name):
     assert not moved(new)["unet"]["bias"].any()
     assert moved(plain)["unet"]["bias"].any()
     np.testing.assert_array_equal(new["text_encoder"]["kernel"], plain["text_encoder"]["kernel"])
+
+
+def lora_weights() -> dict:
+    layers = {"unet.conv.to_k": {"down": jnp.ones(2)}, "text_encoder.layers.0.q_proj": {"down": jnp.ones(2)}}
+    return {**weights(), "lora": layers}
+
+
+@pytest.mark.parametrize("prefix", ["text_encoder", "lora/text_encoder"])
+def test_rates_of_a_lora_count_from_its_module(prefix):
+    updates, _ = group_rates(((prefix, 0.0),)).update({"lora": lora_weights()["lora"]}, optax.EmptyState())
+    sums = {name: float(layer["down"].sum()) for name, layer in updates["lora"].items()}
+    assert sums == {"unet.conv.to_k": 2.0, "text_encoder.layers.0.q_proj": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "prefix", "good"),
+    [
+        (("unet",), "unet/ker", True),
+        (("unet",), "unet/kernels", False),
+        (("unet",), "uent", False),
+        (("unet",), "text_encoder", True),  # as configs/finetune/full.py has it, for when it learns
+        (("unet",), "text_encoder/gone", False),
+        (("lora",), "lora/text_encoder", True),
+        (("lora",), "unet.conv", True),
+        (("lora",), "unet/kernel", False),  # its layers are named otherwise
+    ],
+)
+def test_rates_of_nothing_are_refused(trainable, prefix, good):
+    params = lora_weights() if "lora" in trainable else weights()
+    if good:
+        check_rates(((prefix, 0.1),), params, trainable)
+    else:
+        with pytest.raises(OptionsError, match=f"rates: '{prefix}' is the start of no parameter that learns, such as"):
+            check_rates(((prefix, 0.1),), params, trainable)
+
+
+def test_rates_of_a_lora_that_the_text_encoder_has_none_of_wait():
+    params = lora_weights()
+    del params["lora"]["text_encoder.layers.0.q_proj"]  # as configs/finetune/lora.py has it
+    check_rates((("lora/text_encoder", 0.5),), params, ("lora",))
+
+
+def test_a_run_with_rates_of_nothing_is_refused(tmp_path):
+    stage = Stage("quadratic", ("unet",), lambda params, batch, keys: (params["unet"]["bias"].sum(), {}))
+    for rates, said in (((("unte", 0.1),), "'unte'"), (("unet", 0.1), "must be pairs")):
+        with pytest.raises(OptionsError, match=said):
+            fit(stage, weights(), [], options(rates=rates), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])

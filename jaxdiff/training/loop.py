@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxdiff import parallel
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.training.ema import Snapshots
+from jaxdiff.training.optimizer import check_rates
 from jaxdiff.training.report import Report
 from jaxdiff.training.speed import Speed, flops, peak_flops
 from jaxdiff.training.state import (
@@ -182,6 +183,7 @@ def fit(
         TrainingError: parameters are not finite, or `max_skipped` updates in a row were not.
     """
     options.check(jax.device_count() if mesh is None else mesh.size)
+    check_rates(options.rates, params, stage.trainable)
     mesh = parallel.mesh(options.fsdp, options.tensor) if mesh is None else mesh
     workdir, iterator = Path(workdir), iter(batches)
     trained = {k: params[k] for k in stage.trainable}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 MOMENTS = {"float32": OPTIMIZERS, "bfloat16": ("adamw", "lion", "muon"), "int8": ("adamw",)}  # and who can keep them so
 SMALL = 4096  # elements: smaller arrays keep float32 moments (Dettmers et al. 2022, section 2)
+LORA = "lora/"  # where the layers of a LoRA begin, "lora/unet.mid_block"
 MUON_RMS = 0.2  # of an update of Muon's at rate 1, which is AdamW's (Liu et al. 2025, section 2.2)
 
 
@@ -91,6 +93,8 @@ def _kernels(params: Params) -> Any:
 def group_rates(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
     """Updates times the factor of their group: the longest prefix of an array's path, its keys joined by "/"; else 1.
 
+    A LoRA's layers may be named without the "lora/" in front: ("text_encoder", 0.1) is of the text encoder or its LoRA.
+
     >>> tx = group_rates((("unet", 0.5), ("unet/conv_in", 0.0)))
     >>> params = {"unet": {"conv_in": jnp.ones(1), "conv_out": jnp.ones(1)}, "vae": jnp.ones(1)}
     >>> updates, _ = tx.update(params, tx.init(params))
@@ -102,10 +106,41 @@ def group_rates(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransform
     longest = sorted(rates, key=lambda pair: -len(pair[0]))
 
     def scaled(path: tuple, update: Array) -> Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return update * next((factor for prefix, factor in longest if name.startswith(prefix)), 1.0)
+        return update * next((factor for prefix, factor in longest if _starts(_name(path), prefix)), 1.0)
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+
+
+def check_rates(rates: Sequence[tuple[str, float]], params: Params, trainable: Sequence[str]) -> None:
+    """Refuse rates of nothing; those of a module that does not learn may wait in a config for one where it does.
+
+    Args:
+        params: all, arrays or shapes.
+        trainable: keys of those that are trained.
+
+    Raises:
+        OptionsError: one is no pair, or its prefix is the start of no parameter that learns or of such a module.
+    """
+    from jaxdiff.training.state import OptionsError  # which imports this module
+
+    pairs = [r for r in rates if isinstance(r, tuple | list) and len(r) == 2]
+    if len(pairs) < len(rates) or not all(isinstance(p, str) and isinstance(f, int | float) for p, f in pairs):
+        raise OptionsError(f"rates {tuple(rates)!r} must be pairs such as (('text_encoder', 0.1),).")
+    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    learn = [name for name in names if name.split("/")[0] in trainable]
+    modules = {re.split(r"[./]", name.removeprefix(LORA))[0] for name in learn}
+    known = learn + [name for name in names if name.split("/")[0] not in modules]
+    for prefix, _ in pairs:
+        if not any(_starts(name, prefix) for name in known):
+            raise OptionsError(f"rates: {prefix!r} is the start of no parameter that learns, such as {learn[0]!r}.")
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _starts(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) or name.removeprefix(LORA).startswith(prefix.removeprefix(LORA))
 
 
 class AdamInt8(NamedTuple):

@@ -20,6 +20,7 @@ from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training import finetune, personalise
 from jaxdiff.training.finetune import Given
 from jaxdiff.training.loop import Stage
+from jaxdiff.training.optimizer import check_rates
 from jaxdiff.training.personalise import Whole
 from jaxdiff.training.stages import Network, Noising, diffusion_stage
 from jaxdiff.training.state import OptionsError
@@ -72,7 +73,9 @@ def described(config: Any, model: Model, shapes: Params) -> Target:
 
 def _made(config: Any, model: Model, params: Params) -> Target:
     model = dataclasses.replace(model, scheduler=process(config, model.scheduler))
-    return TARGETS[config.stage](config, model, params)
+    target = TARGETS[config.stage](config, model, params)
+    check_rates(config.rates, target.params, target.stage.trainable)  # now, before latents are computed
+    return target
 
 
 def process(config: Any, given: SchedulerConfig) -> SchedulerConfig:
