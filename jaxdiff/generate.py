@@ -11,6 +11,7 @@ import numpy as np
 from jaxdiff import parallel
 from jaxdiff import prompts as text
 from jaxdiff.arguments import (
+    Start,
     as_batch,
     as_controls,
     as_devices,
@@ -22,11 +23,11 @@ from jaxdiff.arguments import (
     as_prompts,
     as_whole,
     check_task,
-    first_steps,
     latent_shape,
     most_noise,
     settle_size,
     small_shape,
+    start_of,
 )
 from jaxdiff.denoiser import denoiser
 from jaxdiff.diffusion.sampling import sample, step_keys
@@ -85,6 +86,7 @@ def encoder_inputs(
     }
     first, second = ([p for pair in groups.values() if pair for p in pair[i]] for i in (0, 1))
     every = text.tokens(model, first, second, emphasis=emphasis)
+    every = text.weighed(every) if emphasis else every
     starts = iter(range(0, len(first), count))
 
     def part(i: int) -> text.Tokens:
@@ -220,17 +222,16 @@ def schedule(
     scheduler: str,
     spacing: str | None,
     steps: int,
-    starts: tuple[np.ndarray | None, np.ndarray | None],
+    start: Start,
     guidance_interval: tuple[float, float] | None,
     frames: int,
 ) -> Shared:
-    """The time grid, the first steps taken on it (see `first_steps`), and the steps whose predictions are shown."""
+    """The time grid, where on it pictures start (see `start_of`), and the steps whose predictions are shown."""
     spacing = "ays_sdxl" if spacing == "ays" and model.family.startswith("sdxl") else spacing
-    times, noise_scale = time_grid(model.scheduler, steps, scheduler, spacing)
-    start, small_start = starts
-    shown = np.linspace(0 if start is None else start, len(times.t) - 2, frames)
+    times, noise_scale = time_grid(model.scheduler, steps, scheduler, spacing, strength=start.part)
+    shown = np.linspace(0 if start.first is None else start.first, len(times.t) - 2, frames)
     moments = np.unique(shown.round().astype(np.int32)) if frames else None
-    return Shared(times, np.asarray(noise_scale), start, small_start, as_interval(guidance_interval), moments)
+    return Shared(times, np.asarray(noise_scale), start.first, start.small, as_interval(guidance_interval), moments)
 
 
 def generate(
@@ -282,9 +283,9 @@ def generate(
         negative_prompts: what to steer away from: none, one for all, or one a prompt.
         prompts_2, negative_prompts_2: what the second text encoder of SDXL reads instead, at both ends of a blend;
             None: the same.
-        blend_prompts, blend_negative_prompts, blend: prompts towards which the text's encoding is moved, 0 to 1 of the
-            way, for one or for each picture: with many values, a film from one prompt to another. None: those of
-            `prompts` and `negative_prompts`.
+        blend_prompts, blend_negative_prompts, blend: prompts whose embeddings are interpolated with those of `prompts`
+            and `negative_prompts`; `blend` is the fraction from 0 to 1, one value or one per picture: many values make
+            a film from one prompt to another.
         seed: picture i is drawn from key(seed + i), alone or in a batch, on one device or many (the batch a device
             draws changes the order of sums, so that a pixel may differ by one grey level); or a seed a picture.
         variation_seed, variation_strength: noise drawn from another seed (counted up like `seed`), and how far, 0 to 1,
@@ -304,7 +305,8 @@ def generate(
         image: picture or pictures [B, H, W, 3] (uint8, or float in [0, 1]) to start from instead of pure noise; with
             an upscaling model, the small one [B, H / factor, W / factor, 3].
         strength: in (0, 1], the part of the steps that an `image` goes through (Meng et al. 2022, SDEdit); None is
-            0.6, and 1 with a mask. At 1 what a mask covers is drawn from noise alone.
+            0.6, and 1 with a mask. At 1 what a mask covers is drawn from noise alone. An LCM (without `mask` and
+            `hires`) takes all its steps, over that part of the ones that it was distilled of.
         mask: [H, W] or [B, H, W] (bool, uint8, or float in [0, 1]): white is redrawn, and black kept but for what the
             autoencoder changes. Any model inpaints; those with 9 channels were taught to.
         noise_level: of an upscaling model: noise on the small picture, in steps, up to the model's max_noise_level.
@@ -335,8 +337,8 @@ def generate(
     size = shape[0] * factor, shape[1] * factor
     scheduler = default_scheduler(model.scheduler) if scheduler is None else scheduler
     steps = as_whole("steps", steps, 1)
-    starts = first_steps(model, steps, image, mask, strength, hires, hires_strength)
-    shared = schedule(model, scheduler, spacing, steps, starts, guidance_interval, as_whole("frames", frames, 0, steps))
+    start = start_of(model, steps, scheduler, spacing, image, mask, strength, hires, hires_strength)
+    shared = schedule(model, scheduler, spacing, steps, start, guidance_interval, as_whole("frames", frames, 0, steps))
     guidance_scale = model.options.guidance_scale if guidance_scale is None else guidance_scale
     scales = as_numbers("guidance_scale", guidance_scale, count)
     rescale = as_numbers("guidance_rescale", guidance_rescale, count, 0.0, 1.0)

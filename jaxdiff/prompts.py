@@ -169,6 +169,16 @@ def tokens(
     return Tokens(ids, weights, ids_2, weights_2, zeros, mask)
 
 
+def weighed(tokens: Tokens) -> Tokens:
+    """The tokens with a weight each, 1 where no prompt has any: with brackets or without, one compiled program."""
+
+    def filled(ids: Array, weights: Array | None) -> Array:
+        return np.ones(ids.shape, np.float32) if weights is None else weights
+
+    second = None if tokens.ids_2 is None else filled(tokens.ids_2, tokens.weights_2)
+    return tokens._replace(weights=filled(tokens.ids, tokens.weights), weights_2=second)
+
+
 Chunk = list[tuple[int, float]]  # ids of the text with their weights, without start and end
 
 

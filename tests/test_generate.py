@@ -112,7 +112,7 @@ def test_nothing_compiles_for_other_prompts_seeds_scales_noise_or_spacing(draw, 
     noise = np.random.default_rng(0).standard_normal((3, *LATENT))
     draw(PROMPTS, seed=7)
     compilations.clear()
-    draw(["x", "y", "a house"], "blurry", seed=[5, 2, 2**32 - 1], guidance_scale=[2.0, 3.0, 4.5])
+    draw(["(x:1.3)", "y", "a [house]"], "((blurry))", seed=[5, 2, 2**32 - 1], guidance_scale=[2.0, 3.0, 4.5])
     draw(PROMPTS, seed=3, guidance_scale=12.0, noise=noise)
     drawn = [draw(PROMPTS, seed=3, spacing=spacing) for spacing in SPACINGS]
     assert compilations == []
@@ -164,10 +164,10 @@ def test_frames_lead_to_the_picture(draw):
         ({"scheduler": "eulr"}, "scheduler 'eulr' is unknown; known are ddim, "),
         ({"spacing": "even"}, "spacing 'even' is unknown; known are "),
         ({"negative_prompts": ["a", "b", "c"]}, "3 negative_prompts for 2 prompts"),
-        ({"noise": np.zeros((2, 8, 8, 3))}, r"noise has shape \[2, 8, 8, 3\], drawn from are \[2, 8, 8, 4\]"),
+        ({"noise": np.zeros((2, 8, 8, 3))}, r"noise has shape \[2, 8, 8, 3\], but must have \[2, 8, 8, 4\]"),
         (
             {"image": np.zeros((8, 8, 3))},
-            r"shape \[8, 8, 3\], drawn are \[16, 16, 3\]: resize it to height 16 and width",
+            r"shape \[8, 8, 3\], but the output is \[16, 16, 3\]: resize it to height 16 and width",
         ),
         ({"image": np.zeros((SIDE, SIDE, 3)), "strength": 0.0}, "strength 0.0 must be in"),
         ({"image": np.zeros((SIDE, SIDE, 3)), "strength": 1.1}, "strength 1.1 must be in"),

@@ -226,7 +226,8 @@ def weighted(states: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def test_emphasis_scales_tokens_and_keeps_each_chunks_mean(models, family):
     model = models[family]
     params = random_params(model)
-    given = tokens(model, ["(a:1.5) [red] BREAK (castle:0.3)", "blue"], ["a (dragon) BREAK house", "blue"])
+    second = ["a (dragon) BREAK house", "blue"] if family == "sdxl" else None
+    given = tokens(model, ["(a:1.5) [red] BREAK (castle:0.3)", "blue"], second)
     assert given.weights is not None
     assert (given.weights_2 is not None) == (family == "sdxl")
     plain = encode_text(model, params, given._replace(weights=None, weights_2=None))
@@ -252,10 +253,17 @@ def test_emphasis_does_not_depend_on_the_batch(models):
         assert error(both[i : i + 1], encode_text(model, params, tokens(model, [prompt])).embeddings) < TOLERANCE
 
 
-def test_weights_of_one_change_nothing():
-    states = jax.random.normal(jax.random.key(0), (2, 6, 4))
-    assert np.array_equal(emphasise(states, np.ones((2, 6), np.float32), 3), states)
-    assert emphasise(states, None, 3) is states
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_of_one_change_nothing(dtype):
+    """Not a bit: a chunk without emphasis is as it would be had no prompt any."""
+    states = jax.random.normal(jax.random.key(0), (64, 154, 96), dtype)
+    weights = np.ones((64, 154), np.float32)
+    weights[1, 3] = 1.2
+    for function in (emphasise, jax.jit(emphasise, static_argnums=2)):
+        ours = function(states, weights, 77)
+        changed = (ours != states).reshape(64, 2, -1).any(-1)
+        assert np.argwhere(changed).tolist() == [[1, 0]]
+    assert emphasise(states, None, 77) is states
 
 
 def test_emphasis_of_vectors_without_a_mean_is_finite():

@@ -82,7 +82,7 @@ def _encode(
 
 
 def emphasise(states: Array, weights: Array | None, length: int) -> Array:
-    """Every token's vector times its weight, then each chunk rescaled to the mean that it had.
+    """Every token's vector times its weight, then each chunk rescaled to the mean that it had; weights of 1 do nothing.
 
     As in the AUTOMATIC1111 web UI, but that there the mean is taken over the whole batch, so that a picture depends on
     the prompts beside it.
@@ -93,7 +93,10 @@ def emphasise(states: Array, weights: Array | None, length: int) -> Array:
     if weights is None:
         return states
     before = states.astype(jnp.float32).reshape(len(states), -1, min(length, states.shape[1]), states.shape[-1])
-    after = before * weights.reshape(*before.shape[:3], 1)
+    weights = jnp.asarray(weights).reshape(*before.shape[:3], 1)
+    after = before * weights
     old, new = (jnp.mean(x, (-2, -1), keepdims=True) for x in (before, after))
-    ratio = jnp.where(new == 0, 1, old / jnp.where(new == 0, 1, new))
+    # Without emphasis exactly 1, though the sums of both means may be taken in different orders.
+    kept = (new == 0) | (weights == 1).all(-2, keepdims=True)
+    ratio = jnp.where(kept, 1, old / jnp.where(new == 0, 1, new))
     return (after * ratio).reshape(states.shape).astype(states.dtype)
