@@ -131,6 +131,15 @@ FIXED_UNET: dict[str, Any] = {
     "time_embedding_type": "positional",
     "timestep_post_act": None,
 }
+PER_LEVEL = (  # of a UNet's config: where these are lists, they have a value for each level
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "attention_head_dim",
+    "num_attention_heads",
+    "only_cross_attention",
+)
 FIXED_VAE: dict[str, Any] = {"latents_mean": None, "latents_std": None}
 # Value of a UNet's config that adds an embedding -> the sizes that it needs.
 EMBEDDINGS: dict[str, dict[str | None, tuple[str, ...]]] = {
@@ -203,6 +212,13 @@ class UNetConfig(Config):
                 raise ConfigError(f"The {cls.CLASS_NAME}'s config says {key}: {kind!r}; known are {names}.")
             if lacking := [size for size in known[kind] if not values.get(size)]:
                 raise ConfigError(f"The {cls.CLASS_NAME}'s config says {key}: {kind!r} but not {lacking[0]}.")
+        levels = len(values.get("block_out_channels") or cls.block_out_channels)
+        for key in PER_LEVEL:
+            if isinstance(each := values.get(key), list | tuple) and len(each) != levels:
+                raise ConfigError(
+                    f"The {cls.CLASS_NAME}'s config says {key}: {list(each)}, but block_out_channels has length "
+                    f"{levels}: give a value for each level."
+                )
         text = values.get("cross_attention_dim")
         if isinstance(text, list | tuple):
             if len(set(text)) != 1:

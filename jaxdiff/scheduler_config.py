@@ -74,7 +74,7 @@ class SchedulerConfig(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        name = values.get("_class_name", cls.class_name)
+        name = str(values.get("_class_name") or cls.class_name).removeprefix("Flax")
         if values.get("use_flow_sigmas"):  # how classes that are not of flows only say it
             values = {**values, "beta_schedule": "flow", "shift": values.get("flow_shift", 1.0)}
         return super().from_dict({"class_name": name, **CLASS_DEFAULTS.get(name, {}), **values})

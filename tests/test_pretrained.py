@@ -14,9 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdiff.arguments import latent_shape
 from jaxdiff.config import ConfigError
-from jaxdiff.io.pretrained import load, load_model, save
+from jaxdiff.diffusion.times import default_scheduler
+from jaxdiff.io.pretrained import load, load_model, replace_config, save
 from jaxdiff.io.weights import WeightsError
-from tests.tiny import LATENT, MAX_LENGTH
+from tests.tiny import LATENT, MAX_LENGTH, tiny_params
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "text_encoder/model.safetensors"
@@ -156,6 +157,37 @@ def test_configs_that_make_no_model(folder):
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("channels", "sentence"),
+    [
+        (
+            8,
+            r"has a UNet that takes 8 channels, as InstructPix2Pix does; models of 4 for text to image, 9 for inp",
+        ),
+        (5, r"has a UNet that takes 5 channels, as depth-to-image models do; "),
+        (6, r"has a UNet that takes 6 channels; models of .*, 7 for upscaling are drawn with: choose"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(channels, sentence, tiny, tmp_path):
+    """Once opened, it would end in an error of the network's first layer."""
+    model = replace_config(tiny[0], "unet", in_channels=channels)
+    for name in ("folder", "x.safetensors"):
+        save(tmp_path / name, model, tiny_params(model))
+        with pytest.raises(ConfigError, match=rf"{name} {sentence}"):
+            load(tmp_path / name)
+
+
+def test_schedulers_of_flax_are_those_of_pytorch(tiny, folder):
+    """Folders of the former Flax models name their own classes, which PyTorch diffusers no longer has."""
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "FlaxPNDMScheduler"}))
+    model, params = load(folder)
+    assert model.scheduler == dataclasses.replace(tiny[0].scheduler, class_name="PNDMScheduler")
+    assert default_scheduler(model.scheduler) == "pndm"
+    save(folder, model, params)
+    assert json.loads((folder / "model_index.json").read_text())["scheduler"] == ["diffusers", "PNDMScheduler"]
+
+
 def test_unknown_block_is_named(folder):
     config = json.loads((folder / "unet/config.json").read_text())
     config["down_block_types"][0] = "KDownBlock2D"
@@ -170,7 +202,7 @@ def test_unknown_block_is_named(folder):
         (
             "vae",
             {"_class_name": "AsymmetricAutoencoderKL"},
-            "is of a AsymmetricAutoencoderKL, where AutoencoderKL or AutoencoderTiny is",
+            "describes a AsymmetricAutoencoderKL, but AutoencoderKL or AutoencoderTiny is needed: choose a",
         ),
         (
             "vae",
@@ -180,7 +212,7 @@ def test_unknown_block_is_named(folder):
         (
             "unet",
             {"_class_name": "UNetMotionModel"},
-            r"unet/config\.json is of a UNetMotionModel, where UNet2DConditionModel is read",
+            r"unet/config\.json describes a UNetMotionModel, but UNet2DConditionModel is needed",
         ),
         ("unet", {"time_embedding_type": "fourier"}, "config says time_embedding_type: 'fourier', which is not built"),
         ("unet", {"resnet_out_scale_factor": 1.4}, "config says resnet_out_scale_factor: 1.4, which is not built here"),
@@ -195,9 +227,27 @@ def test_unknown_block_is_named(folder):
         ("unet", {"class_embed_type": "projection"}, "but not projection_class_embeddings_input_dim"),
         ("unet", {"cross_attention_dim": [16, 24]}, r"says cross_attention_dim: \[16, 24\]; known is one width"),
         (
+            "unet",
+            {"attention_head_dim": [5, 10]},
+            r"unet/config\.json does not .* says attention_head_dim: \[5, 10\], but block_out_channels has length 1: give",
+        ),
+        ("unet", {"layers_per_block": [1, 1]}, r"unet/config\.json .* says layers_per_block: \[1, 1\], but"),
+        (
+            "unet",
+            {"cross_attention_dim": [[16], [16]]},
+            r"unet/config\.json does not describe a UNet2DConditionModel \(T",
+        ),
+        (
+            "unet",
+            {"act_fn": "mish"},
+            r"unet/config\.json does not describe .*: act_fn 'mish' is unknown; known are silu",
+        ),
+        ("vae", {"act_fn": 3}, r"vae/config\.json does not describe a AutoencoderKL: act_fn 3 is unknown"),
+        ("text_encoder", {"hidden_act": "mish"}, r"text_encoder/config\.json .*: hidden_act 'mish' is unknown"),
+        (
             "text_encoder",
             {"model_type": "roberta_series"},
-            "config.json is of a roberta_series, where CLIPTextModel is read",
+            "config.json describes a roberta_series, but CLIPTextModel is needed",
         ),
     ],
 )

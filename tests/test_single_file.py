@@ -226,6 +226,19 @@ def test_a_distilled_model_there_and_back(tmp_path):
     assert (found["scheduler"], found["unet"].time_cond_proj_dim) == (model.scheduler, 16)
 
 
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_sdxl_of_v_prediction_bears_its_marks(zero_snr, tmp_path):
+    """Tensors without numbers, by which other programs know it."""
+    model = small_model("sdxl")
+    model = dataclasses.replace(model, scheduler=scheduler_config("sdxl", "v_prediction", zero_snr=zero_snr))
+    path = tmp_path / "x.safetensors"
+    save_single_file(path, model, tiny.tiny_params(model))
+    marks = {name: x for name, x in load_file(path).items() if "." not in name}
+    assert {name: x.size for name, x in marks.items()} == {"v_pred": 0} | ({"ztsnr": 0} if zero_snr else {})
+    assert load_single_file(path)[0] == model
+    assert infer_configs(open_tensors(path), "sdxl")["scheduler"] == model.scheduler
+
+
 def test_prediction_type_is_overridden(small):
     _, model, _, path = small
     assert load_single_file(path, prediction_type="epsilon")[0].scheduler == dataclasses.replace(

@@ -8,9 +8,10 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.config import ControlNetConfig
+from jaxdiff.io.configs import module_shapes
 from jaxdiff.io.inference import Shapes, odd_shapes, unet_config
 from jaxdiff.io.layouts import Table, place, unet_table
-from jaxdiff.io.modules import load_module, module_shapes, save_module
+from jaxdiff.io.modules import load_module, save_module
 from jaxdiff.io.pretrained import check_dtype
 from jaxdiff.io.sources import TensorSource, open_tensors
 from jaxdiff.io.weights import load_tensors, tensor_name

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxdiff.config import Config, ConfigError, TinyVAEConfig, VAEConfig
 from jaxdiff.io import taesd
+from jaxdiff.io.configs import module_shapes, picture, read_config
 from jaxdiff.io.layouts import VAE_PREFIX
-from jaxdiff.io.pretrained import VAES, check_dtype, find_weights, read_config, write_json
+from jaxdiff.io.pretrained import VAES, check_dtype, find_weights, write_json
 from jaxdiff.io.single_file import load_original_vae
 from jaxdiff.io.sources import open_tensors
 from jaxdiff.io.weights import WeightsError, load_tensors, save_tensors
@@ -22,14 +20,6 @@ from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.typing import Array, Params
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-
-
-def module_shapes(module: Any, inputs: Callable[[Any], tuple[Array, ...]], source: Path) -> Params:
-    """The shapes of a module's parameters; raises ConfigError if its config, read from `source`, makes no network."""
-    try:
-        return jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs(module.config))["params"])
-    except (TypeError, ValueError, IndexError, ZeroDivisionError) as e:
-        raise ConfigError(f"{source} does not describe a {module.config.CLASS_NAME} ({e}).") from None
 
 
 def load_module(
@@ -100,11 +90,6 @@ def load_tiny_vae(path: str | Path, *, dtype: Any = None, variant: str | None = 
         tiny = AutoencoderTiny(config, dtype=check_dtype(dtype))
         return tiny, load_tensors(source, module_shapes(tiny, picture, source.path), tiny.dtype)
     return load_module(path, TinyVAEConfig, AutoencoderTiny, picture, dtype, variant)
-
-
-def picture(c: VAEConfig | TinyVAEConfig) -> tuple[Array, ...]:
-    """The smallest input of an autoencoder."""
-    return (jnp.zeros((1, c.factor, c.factor, c.in_channels)),)
 
 
 def load_vae(model: Model, params: Params, path: str | Path, *, variant: str | None = None) -> tuple[Model, Params]:

@@ -24,6 +24,7 @@ from jaxdiff.config import (
     read_json,
 )
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
+from jaxdiff.io.configs import check_drawn, making, read_config
 from jaxdiff.io.weights import WeightsError, load_tensors, save_tensors
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.model import Model, build, param_shapes, with_controlnets
@@ -114,21 +115,6 @@ def find_weights(folder: Path, name: str, variant: str | None = None) -> Path:
     if variant:
         raise WeightsError(f"{folder} holds no weights of the variant {variant!r}: leave it out, or name another.")
     raise WeightsError(f"{folder / STEMS[name][0]}.safetensors is missing: is the folder a complete diffusers folder?")
-
-
-def read_config(path: Path, *known: type[Config]) -> Config:
-    """A network's `config.json`, as the one of the `known` classes that it names; as the first where it names none.
-
-    Raises:
-        ConfigError: the file is missing or damaged, or of another class.
-    """
-    values = read_json(path)
-    found = str(values.get("_class_name", known[0].CLASS_NAME)).removeprefix("Flax")
-    for cls in known:
-        if found == cls.CLASS_NAME and str(values.get("model_type", "clip")).startswith("clip"):
-            return cls.from_dict(values)
-    names = " or ".join(cls.CLASS_NAME for cls in known)
-    raise ConfigError(f"{path} is of a {values.get('model_type', found)}, where {names} is read: take another.")
 
 
 def check_dtype(dtype: Any) -> Any:
@@ -228,10 +214,9 @@ def load(
 
         return load_single_file(folder, dtype, remat, prediction_type=prediction_type)
     model = load_model(folder, dtype, prediction_type=prediction_type, remat=remat)
-    try:
+    with making(f"the configs in {folder} do not make a model"):
         shapes = param_shapes(model)
-    except (TypeError, ValueError, ZeroDivisionError) as e:
-        raise ConfigError(f"the configs in {folder} do not make a model ({e}).") from None
+    check_drawn(model, folder)
     files = {name: find_weights(folder / name, name, variant) for name in shapes}
     params = {name: load_tensors(files[name], shapes[name], dtype) for name in shapes}
     if not (names := controlnets(folder)):

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.config import CLIPTextConfig, Config, ConfigError, TinyVAEConfig, UNetConfig, VAEConfig
+from jaxdiff.io.configs import check_drawn, making, module_shapes, picture
 from jaxdiff.io.inference import TEXTS, Shapes, detect, infer_configs, odd_shapes, text_prefixes, vae_config
 from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX, Place, Table, openclip_table, place, unet_table, vae_table
 from jaxdiff.io.pretrained import BUNDLED, check_dtype
@@ -30,6 +29,7 @@ from jaxdiff.tokenizer import Tokenizer
 from jaxdiff.typing import Params
 
 METADATA = "jaxdiff"  # key in the file's metadata
+PREFIXES = {"unet": UNET_PREFIX, "vae": VAE_PREFIX}  # of the tensors' names; the text encoders' are the family's
 CONFIGS: dict[str, type[Config]] = {
     "text_encoder": CLIPTextConfig,
     "text_encoder_2": CLIPTextConfig,
@@ -87,7 +87,7 @@ def load_single_file(
     found, tokenizers = _read_metadata(source) or (infer_configs(source, family, prediction_type), {})
     if prediction_type is not None:
         found["scheduler"] = dataclasses.replace(found["scheduler"], prediction_type=prediction_type)
-    try:
+    with making(f"the configs of {source.path} do not make a model"):
         for name, values in (configs or {}).items():
             found[name] = dataclasses.replace(found[name], **values)
         for name in text_prefixes(source, family):
@@ -95,9 +95,11 @@ def load_single_file(
             tokenizers.setdefault(key, clip_tokenizer(found[name]))
         model = _build(found, tokenizers, dtype, remat)
         shapes = param_shapes(model)
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as e:
-        raise ConfigError(f"the configs of {source.path} do not make a model ({e}).") from None
-    places = {name: _places(model, name, family, shapes[name], source) for name in shapes}
+    check_drawn(model, source.path)
+    places = {
+        name: _places(shapes[name], name, model.modules[name].config, prefix, source)
+        for name, prefix in (PREFIXES | text_prefixes(source, family)).items()
+    }
     used = {at.name for network in places.values() for at in network.values()}
     unknown = sorted(n for n in source.shapes if n not in used and not IGNORED.fullmatch(n))
     if unknown:
@@ -133,9 +135,8 @@ def clip_tokenizer(text: CLIPTextConfig) -> Tokenizer:
     return Tokenizer(files, min(tokenizer.max_length, text.max_position_embeddings))
 
 
-def _table(model: Model, name: str, prefix: str) -> Table | None:
+def _table(name: str, config: Any, prefix: str) -> Table | None:
     """The names of one network in the original layout; None where they are ours."""
-    config = model.modules[name].config
     if name == "unet":
         return unet_table(config)
     if name == "vae":
@@ -144,12 +145,10 @@ def _table(model: Model, name: str, prefix: str) -> Table | None:
 
 
 def _places(
-    model: Model, name: str, family: str, params: Params, source: TensorSource | None = None
+    params: Params, name: str, config: Any, prefix: str, source: TensorSource | None = None
 ) -> dict[str, Place]:
     """Our name of each of a network's tensors -> where the file has it, or would have it if there is no file yet."""
-    texts = text_prefixes(source, family) if source else TEXTS["sd2" if family == "upscaler" else family]
-    prefix = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **texts}[name]
-    table, places = _table(model, name, prefix), {}
+    table, places = _table(name, config, prefix), {}
     for path in flatten_dict(params):
         ours = tensor_name(path)
         at = Place(prefix + ours) if table is None else place(ours, table, prefix)
@@ -192,17 +191,8 @@ def load_original_vae(source: TensorSource, prefix: str, like: VAEConfig, dtype:
         found = vae_config(Shapes(source, prefix), "sd1")
     untold = ("act_fn", "norm_num_groups", "sample_size", "scaling_factor", "shift_factor", "force_upcast")
     config = dataclasses.replace(found, **{name: getattr(like, name) for name in untold})
-    picture = jnp.zeros((1, config.factor, config.factor, config.in_channels))
-    with odd_shapes(source):
-        shapes = jax.eval_shape(lambda: AutoencoderKL(config).init(jax.random.key(0), picture)["params"])
-    table, places = vae_table(config), {}
-    for path in flatten_dict(shapes):
-        at = place(tensor_name(path), table, prefix)
-        assert at is not None
-        if at.name not in source.shapes:
-            raise WeightsError(f"{source.path} lacks the tensor {at.name}: fetch the whole file again.")
-        places[tensor_name(path)] = at
-    return config, load_tensors(_renamed(source, places), shapes, dtype)
+    shapes = module_shapes(AutoencoderKL(config), picture, source.path)
+    return config, load_tensors(_renamed(source, _places(shapes, "vae", config, prefix, source)), shapes, dtype)
 
 
 def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any = None) -> None:
@@ -225,11 +215,12 @@ def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any 
         raise WeightsError("One file has no place for ControlNets: save a folder, or leave them out of params.")
     if isinstance(model.vae.config, TinyVAEConfig):
         raise WeightsError("One file has no place for a tiny autoencoder: save a folder, or load a large one first.")
+    if model.vision_encoder is not None:
+        raise WeightsError("One file has no place for a vision encoder: save a folder, or the model without it.")
     dtype, tensors = None if dtype is None else check_dtype(dtype), {}
-    for name in model.modules:
-        if name == "vision_encoder":
-            raise WeightsError("One file has no place for a vision encoder: save a folder, or the model without it.")
-        places = _places(model, name, model.family, params[name])
+    texts = TEXTS["sd2" if model.family == "upscaler" else model.family]
+    for name, prefix in (PREFIXES | texts).items():
+        places = _places(params[name], name, model.modules[name].config, prefix)
         thirds: dict[str, dict[int, np.ndarray]] = {}
         for ours, x in named_tensors(params[name], dtype):
             at = places[ours]
@@ -238,6 +229,9 @@ def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any 
             else:
                 tensors[at.name] = x.T if at.transposed else x[..., None, None] if at.squeezed else x
         tensors |= {name: np.concatenate([x[i] for i in range(3)]) for name, x in thirds.items()}
+    if model.text_encoder_2 is not None and model.scheduler.prediction_type == "v_prediction":
+        marks = {"v_pred": True, "ztsnr": model.scheduler.rescale_betas_zero_snr}  # by which programs know such an SDXL
+        tensors |= {name: np.zeros(0, np.float32) for name, holds in marks.items() if holds}
     write_tensors(path, tensors, {METADATA: json.dumps(_metadata(model))})
 
 

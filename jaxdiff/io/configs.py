@@ -1,0 +1,80 @@
+"""Configs out of files, and what they have to be before anything is built of them or drawn with it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.config import Config, ConfigError, TinyVAEConfig, VAEConfig, read_json
+from jaxdiff.models.layers import ACTIVATIONS
+from jaxdiff.models.model import Model
+from jaxdiff.typing import Array, Params
+
+
+@contextlib.contextmanager
+def making(sentence: str) -> Iterator[None]:
+    """Turns what a config of impossible values raises into a ConfigError: `sentence`, which names the file, and why."""
+    try:
+        yield
+    except ConfigError as e:
+        raise ConfigError(f"{sentence}: {e}") from None
+    except (ArithmeticError, LookupError, TypeError, ValueError) as e:
+        raise ConfigError(f"{sentence} ({e!r}).") from None
+
+
+def read_config(path: Path, *known: type[Config]) -> Config:
+    """A network's `config.json`, as the one of the `known` classes that it names; as the first where it names none.
+
+    Raises:
+        ConfigError: the file is missing or damaged, of another class, or asks for what is not built here.
+    """
+    values = read_json(path)
+    found = str(values.get("_class_name", known[0].CLASS_NAME)).removeprefix("Flax")
+    for cls in known:
+        if found == cls.CLASS_NAME and str(values.get("model_type", "clip")).startswith("clip"):
+            with making(f"{path} does not describe a {cls.CLASS_NAME}"):
+                config = cls.from_dict(values)
+                _check_activation(config)
+            return config
+    names = " or ".join(cls.CLASS_NAME for cls in known)
+    raise ConfigError(
+        f"{path} describes a {values.get('model_type', found)}, but {names} is needed: choose a model that has one."
+    )
+
+
+def _check_activation(config: Config) -> None:
+    for key in ("act_fn", "hidden_act"):
+        name = getattr(config, key, "silu")
+        if name not in tuple(ACTIVATIONS):
+            raise ConfigError(f"{key} {name!r} is unknown; known are {', '.join(ACTIVATIONS)}.")
+
+
+def module_shapes(module: Any, inputs: Callable[[Any], tuple[Array, ...]], source: Path) -> Params:
+    """The shapes of a module's parameters; raises ConfigError if its config, read from `source`, makes no network."""
+    with making(f"{source} does not describe a {module.config.CLASS_NAME}"):
+        return jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs(module.config))["params"])
+
+
+def picture(c: VAEConfig | TinyVAEConfig) -> tuple[Array, ...]:
+    """The smallest input of an autoencoder."""
+    return (jnp.zeros((1, c.factor, c.factor, c.in_channels)),)
+
+
+def check_drawn(model: Model, source: Path) -> None:
+    """Raises ConfigError where the UNet looks at more than is shown to it here, or at latents of another autoencoder.
+
+    Channels beside the latents are a mask and the masked picture's latents, or a small picture to be enlarged.
+    """
+    found, latent = model.unet.config.in_channels, model.vae.config.latent_channels
+    known = {latent: "text to image", 2 * latent + 1: "inpainting", latent + 3: "upscaling"}
+    if found in known:
+        return
+    others = {2 * latent: ", as InstructPix2Pix does", latent + 1: ", as depth-to-image models do"}
+    listed = ", ".join(f"{n} for {task}" for n, task in known.items())
+    raise ConfigError(
+        f"{source} has a UNet that takes {found} channels{others.get(found, '')}; models of {listed} are drawn with: "
+        "choose one of these."
+    )
