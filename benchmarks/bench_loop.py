@@ -33,7 +33,7 @@ from PIL import Image
 
 from jaxdiff import parallel
 from jaxdiff.config import UNetConfig
-from jaxdiff.data.folder import captioned_folder
+from jaxdiff.data.captioned import captioned_data
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.models.model import Model, build
 from jaxdiff.training import loop
@@ -126,7 +126,7 @@ def main() -> None:
         data = pictures(work, args.side)
 
         def batches() -> Any:
-            return captioned_folder(data, args.batch, args.side, seed=0, threads=2)
+            return captioned_data(data, args.batch, args.side, seed=0, threads=2)
 
         trained = {k: params[k] for k in stage.trainable}
         frozen = parallel.place({k: v for k, v in params.items() if k not in trained}, parallel.replicated(mesh))

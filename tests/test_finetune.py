@@ -19,7 +19,7 @@ from configs.common import base
 from jaxdiff import parallel
 from jaxdiff.commands.evaluation import placed
 from jaxdiff.config import ConfigError
-from jaxdiff.data.folder import captioned_folder
+from jaxdiff.data.captioned import captioned_data
 from jaxdiff.io.textual_inversion import TABLE
 from jaxdiff.models.model import build
 from jaxdiff.training import finetune, personalise
@@ -292,7 +292,7 @@ def folders(tmp_path):
 def test_pictures_without_captions_get_those_of_the_config(folders):
     for _ in range(2):  # a second run finds the first one's folder
         path = personalise.captioned(folders / "mine", ("a photo of <cat>", "<cat>"), folders / "run")
-    batches = iter(captioned_folder(path, 3, SIDE, seed=0, threads=1))
+    batches = iter(captioned_data(path, 3, SIDE, seed=0, threads=1))
     found = [next(batches) for _ in range(4)]
     assert {t for b in found for t in b["text"]} == {"a photo of <cat>", "<cat>"}
     assert len({b["image"][i].tobytes() for b in found for i in range(3)}) == 3
@@ -301,10 +301,10 @@ def test_pictures_without_captions_get_those_of_the_config(folders):
 
 
 def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, target_of):
-    own = captioned_folder(
+    own = captioned_data(
         personalise.captioned(folders / "mine", ("mine",), folders / "run"), 2, SIDE, seed=0, threads=1
     )
-    prior = captioned_folder(folders / "class", 2, SIDE, seed=1, threads=1)
+    prior = captioned_data(folders / "class", 2, SIDE, seed=1, threads=1)
     batches = personalise.with_prior(own, prior, 0.25)
     iterator = iter(batches)
     first, position, second = next(iterator), json.loads(json.dumps(iterator.get_state())), next(iterator)
@@ -324,8 +324,8 @@ def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, ta
 def test_class_pictures_come_in_the_same_order_for_any_number_of_hosts(folders, rows):
     """Also where a host has an odd number of rows."""
     path = personalise.captioned(folders / "mine", ("mine",), folders / "run")
-    own = captioned_folder(path, rows[0], SIDE, seed=0, threads=1)
-    prior = captioned_folder(folders / "class", rows[1], SIDE, seed=1, threads=1)
+    own = captioned_data(path, rows[0], SIDE, seed=0, threads=1)
+    prior = captioned_data(folders / "class", rows[1], SIDE, seed=1, threads=1)
     alone = iter(personalise.with_prior(own, prior, 0.25))
     hosts = [iter(personalise.with_prior(own, prior, 0.25, host_index=i, host_count=2)) for i in range(2)]
     plain = iter(own), iter(prior)
@@ -347,7 +347,7 @@ def test_hosts_that_make_one_captioned_folder_agree(folders):
         assert {future.result() for future in done} == {folders / "run"}
     assert sorted(p.name for p in (folders / "run").iterdir()) == ["metadata.jsonl", "pictures"]
     assert (folders / "run" / "pictures").resolve() == (folders / "mine").resolve()
-    batch = next(iter(captioned_folder(folders / "run", 3, SIDE, seed=0, threads=1)))
+    batch = next(iter(captioned_data(folders / "run", 3, SIDE, seed=0, threads=1)))
     assert batch["text"] == ["y"] * 3
 
 
@@ -358,17 +358,17 @@ def test_steering_pictures_of_the_metadata_are_cut_like_their_own(folders):
     Image.fromarray(255 - big).save(folder / "hint.png")
     line = {"file_name": "picture.png", "text": "a house", "conditioning_file": "hint.png"}
     (folder / "metadata.jsonl").write_text(json.dumps(line))
-    batches = captioned_folder(folder, 1, 2 * SIDE, seed=0, crop=SIDE, flip=True, threads=1)
+    batches = captioned_data(folder, 1, 2 * SIDE, seed=0, crop=SIDE, flip=True, threads=1)
     found = [batch for batch, _ in zip(iter(batches), range(6), strict=False)]
     for batch in found:
         np.testing.assert_array_equal(batch["hint"], 255 - batch["image"])
     assert len({batch["image"].tobytes() for batch in found}) > 3
     (folder / "metadata.jsonl").write_text(json.dumps({**line, "conditioning_file": "../hint.png"}))
     with pytest.raises(ConfigError, match="outside of the folder"):
-        captioned_folder(folder, 1, SIDE, seed=0)
+        captioned_data(folder, 1, SIDE, seed=0)
     (folder / "metadata.jsonl").write_text(f'{json.dumps(line)}\n{{"file_name": "0.png", "text": "a house"}}')
     with pytest.raises(ConfigError, match="give one to all"):
-        captioned_folder(folder, 1, SIDE, seed=0)
+        captioned_data(folder, 1, SIDE, seed=0)
 
 
 # --- the configs

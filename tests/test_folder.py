@@ -9,7 +9,8 @@ from PIL import Image
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data import folder as folder_module
-from jaxdiff.data.folder import BACKGROUNDS, captioned_folder, examples, read_image
+from jaxdiff.data.captioned import captioned_data
+from jaxdiff.data.folder import BACKGROUNDS, examples, read_image
 
 SIZE = 8  # pixels of the pictures drawn here
 
@@ -45,7 +46,7 @@ def numbers(batch):
 
 
 def stream(path, batches, batch_size=4, image_size=SIZE, seed=0, **kwargs):
-    data = captioned_folder(path, batch_size, image_size, seed=seed, **kwargs)
+    data = captioned_data(path, batch_size, image_size, seed=seed, **kwargs)
     return [n for batch in itertools.islice(data, batches) for n in numbers(batch)]
 
 
@@ -62,7 +63,7 @@ def twelve(tmp_path_factory):
 
 
 def test_batches(twelve):
-    data = captioned_folder(str(twelve), 4, SIZE, seed=0)
+    data = captioned_data(str(twelve), 4, SIZE, seed=0)
     batch = next(iter(data))
     assert batch["image"].shape == (4, SIZE, SIZE, 3)
     assert batch["image"].dtype == np.uint8
@@ -81,12 +82,12 @@ def test_seed_decides(twelve):
     assert stream(twelve, 6, seed=3) == stream(twelve, 6, seed=3)
     # Unlike a seed that the epoch is added to: the second epoch of seed 0 is not the first of seed 1.
     assert stream(twelve, 6, seed=0)[12:] != stream(twelve, 3, seed=1)
-    draws = [next(iter(captioned_folder(twelve, 12, SIZE, seed=s, shuffle=False)))["text"] for s in (0, 0, 1)]
+    draws = [next(iter(captioned_data(twelve, 12, SIZE, seed=s, shuffle=False)))["text"] for s in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
 
 
 def test_all_captions_of_a_list_are_drawn(twelve):
-    texts = [t for batch in itertools.islice(captioned_folder(twelve, 12, SIZE, seed=0), 20) for t in batch["text"]]
+    texts = [t for batch in itertools.islice(captioned_data(twelve, 12, SIZE, seed=0), 20) for t in batch["text"]]
     # 20 draws from two captions miss one of them for one of 12 pictures with probability 12 * 2**-19.
     assert set(texts) == {f"{prefix}{i}" for i in range(12) for prefix in ("", "number ")}
 
@@ -107,19 +108,19 @@ def test_remainder(twelve):
     assert len(stream(twelve, None, batch_size=5, epochs=2)) == 20  # batches span epochs
     assert len(stream(twelve, 2, batch_size=30)) == 60
     with pytest.raises(ConfigError, match="batch_size 13 is more than the 12 pictures"):
-        captioned_folder(twelve, 13, SIZE, seed=0, epochs=1)
+        captioned_data(twelve, 13, SIZE, seed=0, epochs=1)
 
 
 def test_resumes_exactly(tmp_path):
     """After three batches of five out of 12 pictures, two of them bad: in the middle of an epoch."""
     path = numbered(tmp_path, 12, bad=(2, 7))
     kwargs = {"seed": 5, "crop": 4, "flip": True}
-    first = iter(captioned_folder(path, 5, SIZE, **kwargs))
+    first = iter(captioned_data(path, 5, SIZE, **kwargs))
     for _ in range(3):
         next(first)
     state = json.loads(json.dumps(first.get_state()))
     expected = [next(first) for _ in range(6)]
-    second = iter(captioned_folder(path, 5, SIZE, **kwargs))
+    second = iter(captioned_data(path, 5, SIZE, **kwargs))
     next(second)  # so that pictures decoded ahead must be thrown away
     second.set_state(state)
     assert all(same(next(second), batch) for batch in expected)
@@ -135,7 +136,7 @@ def test_threads_change_nothing(twelve, threads):
 def test_worker_processes_change_nothing(tmp_path):
     """The same batches, the same count of bad pictures, and a state to resume from."""
     path = numbered(tmp_path, 12, bad=(2, 7))
-    plain, data = (captioned_folder(path, 5, SIZE, seed=1, epochs=5, workers=w, threads=1) for w in (0, 2))
+    plain, data = (captioned_data(path, 5, SIZE, seed=1, epochs=5, workers=w, threads=1) for w in (0, 2))
     expected = list(plain)
     batches = iter(data)
     assert all(same(next(batches), batch) for batch in expected[:4])
@@ -161,7 +162,7 @@ def ramp(width, height):
 def test_shorter_side_is_resized_and_the_centre_cut(tmp_path, size):
     noise = np.random.default_rng(0).integers(90, 160, (size[1], size[0], 3))  # so that nothing rings beyond 0..255
     image = Image.fromarray(noise.astype(np.uint8))
-    (got,) = next(iter(captioned_folder(single(tmp_path, image), 1, 15, seed=0)))["image"]
+    (got,) = next(iter(captioned_data(single(tmp_path, image), 1, 15, seed=0)))["image"]
     scale = 15 / min(size)
     whole = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.LANCZOS)
     left, top = (whole.width - 15) // 2, (whole.height - 15) // 2
@@ -172,7 +173,7 @@ def test_shorter_side_is_resized_and_the_centre_cut(tmp_path, size):
 
 
 def test_random_crops_are_windows_of_the_picture(tmp_path):
-    data = captioned_folder(single(tmp_path, ramp(40, 20)), 64, 20, seed=0, crop=8)
+    data = captioned_data(single(tmp_path, ramp(40, 20)), 64, 20, seed=0, crop=8)
     images = next(iter(data))["image"]
     corners = images[:, 0, 0].astype(int)
     window = np.asarray(ramp(8, 8)).astype(int)
@@ -185,7 +186,7 @@ def test_random_crops_are_windows_of_the_picture(tmp_path):
 
 def test_flip_mirrors_about_half(tmp_path):
     path = single(tmp_path, ramp(SIZE, SIZE))
-    images = next(iter(captioned_folder(path, 64, SIZE, seed=0, flip=True)))["image"]
+    images = next(iter(captioned_data(path, 64, SIZE, seed=0, flip=True)))["image"]
     mirrored = images[:, 0, 0, 0] == SIZE - 1
     assert 16 < mirrored.sum() < 48  # four standard deviations of 64 tosses are 16
     upright = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
@@ -194,13 +195,13 @@ def test_flip_mirrors_about_half(tmp_path):
 
 def test_a_strip_does_not_fill_the_memory(tmp_path):
     strip = Image.new("RGB", (20_000, 1), "red")  # resized whole: 512 x 10 million pixels
-    assert next(iter(captioned_folder(single(tmp_path, strip), 1, 512, seed=0)))["image"].shape == (1, 512, 512, 3)
+    assert next(iter(captioned_data(single(tmp_path, strip), 1, 512, seed=0)))["image"].shape == (1, 512, 512, 3)
 
 
 def test_backgrounds_are_drawn_and_named(tmp_path):
     image = Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 0))
     image.putpixel((0, 0), (0, 255, 255, 255))
-    batch = next(iter(captioned_folder(single(tmp_path, image), 400, SIZE, seed=0)))
+    batch = next(iter(captioned_data(single(tmp_path, image), 400, SIZE, seed=0)))
     names = []
     for picture, text in zip(batch["image"], batch["text"], strict=True):
         caption, _, background = text.partition(", on ")
@@ -212,7 +213,7 @@ def test_backgrounds_are_drawn_and_named(tmp_path):
         names.append(name)
     assert set(names) == set(BACKGROUNDS)  # misses one of 11 with probability 11 * (21/22)**400 = 1e-7
     assert 160 <= names.count("white") <= 240  # four standard deviations of 400 tosses are 40
-    white = next(iter(captioned_folder(tmp_path, 50, SIZE, seed=0, background="white")))
+    white = next(iter(captioned_data(tmp_path, 50, SIZE, seed=0, background="white")))
     assert set(white["text"]) == {"a cat"}
     assert (white["image"][:, -1, -1] == 255).all()
 
@@ -220,7 +221,7 @@ def test_backgrounds_are_drawn_and_named(tmp_path):
 def test_a_background_that_cannot_be_seen_is_unsaid(tmp_path):
     image = Image.new("RGBA", (16, 16), (9, 9, 9, 255))
     image.putpixel((0, 0), (0, 0, 0, 0))
-    batch = next(iter(captioned_folder(single(tmp_path, image), 32, 16, seed=0)))
+    batch = next(iter(captioned_data(single(tmp_path, image), 32, 16, seed=0)))
     assert set(batch["text"]) == {"a cat"}
     assert (batch["image"][:, 0, 0] == 255).all()
 
@@ -229,7 +230,7 @@ def test_a_background_that_cannot_be_seen_is_unsaid(tmp_path):
 def test_subjects_do_not_vanish_on_their_background(tmp_path, ink, never, instead):
     image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     image.paste(ink, (4, 4, 12, 12))
-    batch = next(iter(captioned_folder(single(tmp_path, image), 200, 16, seed=0)))
+    batch = next(iter(captioned_data(single(tmp_path, image), 200, 16, seed=0)))
     backgrounds = {tuple(c) for c in batch["image"][:, 0, 0].tolist()}
     assert backgrounds == {rgb for name, rgb in BACKGROUNDS.items() if name != never}
     unsaid = batch["text"].count("a cat") if instead == "white" else batch["text"].count("a cat, on a black background")
@@ -239,7 +240,7 @@ def test_subjects_do_not_vanish_on_their_background(tmp_path, ink, never, instea
 def test_half_transparent_edges_blend_without_their_hidden_colour(tmp_path):
     image = Image.new("RGBA", (32, 32), (255, 0, 0, 0))  # hidden red must not bleed in when resizing
     image.paste((0, 0, 0, 255), (0, 0, 16, 32))
-    batch = next(iter(captioned_folder(single(tmp_path, image), 1, SIZE, seed=0, background="white")))
+    batch = next(iter(captioned_data(single(tmp_path, image), 1, SIZE, seed=0, background="white")))
     red, green, blue = np.moveaxis(batch["image"][0].astype(int), -1, 0)
     assert max(np.abs(red - green).max(), np.abs(red - blue).max()) <= 1  # 8-bit rounding of premultiplied colours
 
@@ -314,7 +315,7 @@ def test_bad_pictures_are_skipped_counted_and_named_once(tmp_path, caplog, monke
     Image.new("RGB", (40, 40)).save(train / "5.png")
     Image.new("RGB", (SIZE, SIZE)).save(train / "6.png", "PPM")  # Pillow reads it, but it is not among FORMATS
     monkeypatch.setattr(folder_module, "MAX_PIXELS", 39 * 40)
-    data = captioned_folder(path, 1, SIZE, seed=0, epochs=3)
+    data = captioned_data(path, 1, SIZE, seed=0, epochs=3)
     seen = [n for batch in data for n in numbers(batch)]
     assert sorted(seen) == [0, 0, 0, 7, 7, 7]
     assert data.skipped.count == 18
@@ -327,7 +328,7 @@ def test_bad_pictures_are_skipped_counted_and_named_once(tmp_path, caplog, monke
 
 @pytest.mark.parametrize("epochs", [1, None])
 def test_nothing_readable_is_an_error(tmp_path, epochs):
-    data = captioned_folder(numbered(tmp_path, 3, bad=range(3)), 1, SIZE, seed=0, epochs=epochs)
+    data = captioned_data(numbered(tmp_path, 3, bad=range(3)), 1, SIZE, seed=0, epochs=epochs)
     with pytest.raises(ConfigError, match=r"No picture of .* can be read; the last one, .*png: "):
         next(iter(data))
 
@@ -396,4 +397,4 @@ WRONG += [("host_index", 1), ("host_count", 0), ("workers", -1), ("threads", -1)
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_bad_arguments_are_named(twelve, name, value):
     with pytest.raises(ConfigError, match=f"{name} must be"):
-        captioned_folder(twelve, **{"batch_size": 2, "image_size": SIZE, "seed": 0, name: value})
+        captioned_data(twelve, **{"batch_size": 2, "image_size": SIZE, "seed": 0, name: value})

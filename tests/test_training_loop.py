@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jaxdiff import parallel
-from jaxdiff.data.folder import captioned_folder
+from jaxdiff.data.captioned import captioned_data
 from jaxdiff.io.checkpoint import CheckpointError, Checkpoints
 from jaxdiff.training.loop import Stage, TrainingError, fit
 from jaxdiff.training.plan import bytes_each
@@ -120,7 +120,7 @@ def test_a_resumed_run_goes_on_in_the_folder_of_pictures(tmp_path):
             tones = batch["image"][:, 0, 0] / 255.0
             return {"x": tones.astype(np.float32), "y": tones[:, 0].astype(np.float32), "index": np.arange(len(tones))}
 
-        batches = captioned_folder(tmp_path, 3, SIDE, seed=5, threads=2)
+        batches = captioned_data(tmp_path, 3, SIDE, seed=5, threads=2)
         o = options(steps=steps, batch_size=3)
         return fit(
             linear_stage()._replace(prepare=prepare), LINE, batches, o, tmp_path / folder, mesh=one_device()

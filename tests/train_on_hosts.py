@@ -35,13 +35,13 @@ def prepare(batch):
 def main(port: int, process: int, processes: int, data: Path, workdir: Path, steps: int) -> None:
     if processes > 1:
         jax.distributed.initialize(f"localhost:{port}", processes, process)
-    from jaxdiff.data.folder import captioned_folder
+    from jaxdiff.data.captioned import captioned_data
     from jaxdiff.training.loop import fit
     from tests.test_training import options
     from tests.test_training_loop import LINE, linear_stage
 
     hosts = {"host_index": process, "host_count": processes}
-    batches = captioned_folder(data, BATCH // processes, 8, seed=5, threads=1, **hosts)
+    batches = captioned_data(data, BATCH // processes, 8, seed=5, threads=1, **hosts)
     chosen = options(steps=steps, batch_size=BATCH, checkpoint_every=2, learning_rate=0.05)
     result = fit(linear_stage()._replace(prepare=prepare), LINE, batches, chosen, workdir)
     np.savez(workdir / f"result-{process}.npz", w=result.params["line"]["w"], step=result.step)

@@ -140,32 +140,50 @@ def captioned_data(
     *,
     seed: int,
     split: str = "train",
+    shuffle: bool = True,
+    epochs: int | None = None,
     buckets: Buckets | None = None,
     crop: int | None = None,
     flip: bool = False,
     background: str = "random",
+    drop_remainder: bool = True,
     host_index: int = 0,
     host_count: int = 1,
-    **rest: Any,
+    workers: int = 0,
+    threads: int = 8,
 ) -> CaptionedData:
     """Batches {"image": uint8 [b, H, W, 3], "text": list of b strings} of captioned pictures of any kind.
 
     Args:
-      source: a path, see `open_source`, or what is open already. Of precomputed latents the batches hold "latents" and
-        the like instead, and what concerns pictures has no meaning.
+      source: a path, see `open_source`, also for `split`; or what is open already. Of precomputed latents the batches
+        hold "latents" and the like instead, and what concerns pictures has no meaning.
+      batch_size: pictures of a batch on this host, b.
+      image_size: pixels that the shorter side is resized to (Lanczos).
+      seed: of the order and of every random choice, 0 <= seed < 2**32. The same seed gives the same batches.
+      shuffle: a new order each epoch; otherwise that of the data.
+      epochs: passes over the data; None goes on for ever. Batches span the border between epochs.
       buckets: sizes to cut pictures to, a batch at one size, and which of them each example has; None cuts squares.
         Of Parquet files at most `tables.KEPT_GROUPS` row groups can be read so.
-
-    Others as for `jaxdiff.data.folder.captioned_folder`.
+      crop: pixels of a square cut out at random, H = W = crop; None takes the centre, H = W = image_size.
+      flip: mirror left and right at random. Captions are not changed.
+      background: "random" lays see-through pictures on white half of the time, else on a colour of
+        `folder.BACKGROUNDS`, and adds ", on a blue background" to the caption; what would vanish on its colour gets
+        white, or black. "white" is white for all.
+      drop_remainder: leave out the last batch of the last epoch unless it is full.
+      host_index, host_count: this host reads its rows of each batch of host_count * b positions of the common stream.
+      workers: processes that decode; 0 decodes in threads of this process. They import the package anew: scripts need
+        `if __name__ == "__main__":`.
+      threads: that decode, in each process.
 
     Raises:
-      ConfigError: see `open_source` and `captioned_folder`.
+      ConfigError: see `open_source`; an argument is wrong; while iterating, when no picture at all can be read. Single
+        pictures that cannot be read, are too large or missing are left out (with `epochs`) or replaced by the next
+        (without), see `CaptionedData.skipped`.
     """
-    arguments: dict[str, Any] = {
-        "batch_size": batch_size, "image_size": image_size, "seed": seed, "crop": crop, "background": background,
-        "host_index": host_index, "host_count": host_count, "epochs": None, "workers": 0, "threads": 8, **rest,
-    }  # fmt: skip
-    check_arguments(arguments)
+    check_arguments(
+        batch_size=batch_size, image_size=image_size, seed=seed, epochs=epochs, crop=crop, background=background,
+        host_index=host_index, host_count=host_count, workers=workers, threads=threads,
+    )  # fmt: skip
     if isinstance(source, str | Path):
         is_latents = (Path(source) / "latents.json").is_file()
         source = LatentShards(Path(source)) if is_latents else open_source(source, split)
@@ -176,7 +194,7 @@ def captioned_data(
         decode, buckets = source, source.buckets
     else:
         decode = Decode(source, image_size, crop, flip, background)
-    how = {"shuffle": rest.get("shuffle", True), "epochs": rest.get("epochs")}
+    how: dict[str, Any] = {"shuffle": shuffle, "epochs": epochs}
     blocks, whole = getattr(source, "blocks", None), batch_size * host_count
     order: Callable[[int, int], pipeline.Order] | None = None
     if buckets is not None:
@@ -189,8 +207,8 @@ def captioned_data(
         )
     return pipeline.batches(
         source.name, len(source), decode, batch_size, seed=seed, order=order, replace=buckets is not None,
-        lanes=host_count if blocks is not None and rest.get("epochs") is None else 1,
-        host_index=host_index, host_count=host_count, **rest,
+        lanes=host_count if blocks is not None and epochs is None else 1, drop_remainder=drop_remainder,
+        host_index=host_index, host_count=host_count, workers=workers, threads=threads, **how,
     )  # fmt: skip
 
 

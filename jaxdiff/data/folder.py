@@ -10,7 +10,6 @@ The layout is Hugging Face datasets' "imagefolder", `path/[split/]metadata.jsonl
 
 import dataclasses
 import hashlib
-import inspect
 import io
 import json
 from pathlib import Path
@@ -20,8 +19,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from jaxdiff.config import ConfigError
-from jaxdiff.data import pipeline
-from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.data.source import Record, Source
 
 # Colours that see-through pictures are laid on, by the name that goes into the caption: sRGB in 0..255.
@@ -147,59 +144,8 @@ class FolderSource:
         return Record(path, path, captions, extras)
 
 
-def captioned_folder(
-    path: str | Path,
-    batch_size: int,
-    image_size: int,
-    *,
-    seed: int,
-    split: str = "train",
-    shuffle: bool = True,
-    epochs: int | None = None,
-    crop: int | None = None,
-    flip: bool = False,
-    background: str = "random",
-    drop_remainder: bool = True,
-    host_index: int = 0,
-    host_count: int = 1,
-    workers: int = 0,
-    threads: int = 8,
-) -> CaptionedData:
-    """Batches {"image": uint8 [b, H, W, 3], "text": list of b strings} of the pictures and captions of a folder.
-
-    Args:
-      path: see `examples`, also for `split`.
-      batch_size: pictures of a batch on this host, b.
-      image_size: pixels that the shorter side is resized to (Lanczos).
-      seed: of the order and of every random choice, 0 <= seed < 2**32. The same seed gives the same batches.
-      shuffle: a new order each epoch; otherwise the metadata's.
-      epochs: passes over the folder; None goes on for ever. Batches span the border between epochs.
-      crop: pixels of a square cut out at random, H = W = crop; None takes the centre, H = W = image_size.
-      flip: mirror left and right at random. Captions are not changed.
-      background: "random" lays see-through pictures on white half of the time, else on a colour of `BACKGROUNDS`, and
-        adds ", on a blue background" to the caption; what would vanish on its colour gets white, or black. "white" is
-        white for all.
-      drop_remainder: leave out the last batch of the last epoch unless it is full.
-      host_index, host_count: this host reads its rows of each batch of host_count * b positions of the common stream.
-      workers: processes that decode; 0 decodes in threads of this process. They import the package anew: scripts need
-        `if __name__ == "__main__":`.
-      threads: that decode, in each process.
-
-    Raises:
-      ConfigError: an argument or the metadata is wrong; while iterating, when no picture at all can be read. Single
-        pictures that cannot be read, are too large or missing are left out (with `epochs`) or replaced by the next
-        (without), see `CaptionedData.skipped`.
-    """
-    arguments = locals()
-    check_arguments(arguments)
-    source = FolderSource(path, split)
-    decode = Decode(source, image_size, crop, flip, background)
-    of_pipeline = inspect.signature(pipeline.batches).parameters
-    rest = {k: v for k, v in arguments.items() if k in of_pipeline and k != "batch_size"}
-    return pipeline.batches(source.name, len(source), decode, batch_size, **rest)
-
-
-def check_arguments(given: dict[str, Any]) -> None:
+def check_arguments(**given: Any) -> None:
+    """Raise ConfigError where an argument of `jaxdiff.data.captioned.captioned_data` cannot be."""
     for name in ("batch_size", "image_size", "host_count"):
         if given[name] < 1:
             raise ConfigError(f"{name} must be 1 or more, not {given[name]}.")

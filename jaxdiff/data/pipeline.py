@@ -324,7 +324,7 @@ def batches(
       replace: whether the next good example stands in for a bad one; endless streams do so anyway, so that all hosts
         stay at one position.
 
-    Others as for `captioned_folder`.
+    Others as for `jaxdiff.data.captioned.captioned_data`.
 
     Raises:
       ConfigError: the batch is larger than this host's share.
