@@ -1,11 +1,13 @@
 """Attention against the formula in float64, and in bounded memory from the number of queries where it is chunked."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.models.attention import CHUNK, CHUNK_FROM, attention
+from jaxdiff.models.attention import CHUNK, CHUNK_FROM, SCORES, _bounded, _float16, _fused, attention, split_heads
 from tests.test_models import error
 
 HEADS = 2
@@ -82,3 +84,79 @@ def test_memory_is_a_chunks_not_the_squares():
     copies = 4 * 2 * 4096 * 320 * 4  # of queries, keys, values and output with the heads moved
     print(f"4,096-token attention: {memory / 1e6:.0f} MB of temporaries")
     assert memory < copies + 4 * CHUNK * 4096 * 4 * 2
+
+
+# Elsewhere than on a CPU
+
+
+def bounded(q, k, v, bias=None, budget=SCORES, heads=HEADS, fused=_fused):
+    """The form for GPUs and TPUs, of [B, N, H * d]."""
+    fused = functools.partial(fused, causal=False)
+    return _bounded(*(split_heads(x, heads) for x in (q, k, v)), bias, fused, budget).reshape(q.shape)
+
+
+@pytest.mark.parametrize("fused", [_fused, _float16])
+@pytest.mark.parametrize("budget", [1, 3000, 4 * 2 * HEADS * 77 * 9])  # a query at a time, 20, and all
+def test_queries_in_chunks_are_the_whole(fused, budget):
+    dtype = jnp.float16 if fused is _float16 else jnp.float32
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs(77, 9))
+    bias = jnp.log(jnp.tile(jnp.array([[1.0, 0.0, 0.5]]), (2, 3)))
+    exact = [np.asarray(x, np.float32) for x in (q, k, v)]
+    kept = [np.concatenate([x[:, i::3] for i in (0, 0, 2)], 1) for x in exact[1:]]  # weights 1 and 0.5 as 2 to 1
+    ours = jax.jit(functools.partial(bounded, budget=budget, fused=fused))(q, k, v, bias)
+    assert ours.dtype == dtype
+    assert error(np.asarray(ours, np.float32), formula(exact[0], *kept)) < 2 * max(jnp.finfo(dtype).eps, 5e-6)
+
+
+def test_gradients_of_queries_in_chunks_are_those_of_the_whole():
+    q, k, v = inputs(77, 9)
+
+    def gradient(budget):
+        return jax.grad(lambda *x: (bounded(*x, budget=budget) ** 2).sum(), (0, 1, 2))
+
+    for a, b in zip(*(jax.jit(gradient(budget))(q, k, v) for budget in (3000, SCORES)), strict=True):
+        assert error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_memory_of_queries_in_chunks_is_a_chunks(gradient):
+    """As above, with 32 MiB of scores at once; the weights are as many, and so are the gradients of both.
+
+    A gradient has copies of the inputs for the way forward and the way back, and of what it returns.
+    """
+    x = jax.ShapeDtypeStruct((2, 4096, 320), jnp.float32)
+
+    def function(q, k, v):
+        return bounded(q, k, v, budget=2**25, heads=8)
+
+    compiled = jax.jit(jax.grad(lambda *x: function(*x).sum(), (0, 1, 2)) if gradient else function)
+    memory = compiled.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+    copies = 4 * 2 * 4096 * 320 * 4 * (3 if gradient else 1)  # of queries, keys, values and output; see above
+    print(f"4,096-token attention, {gradient=}: {memory / 1e6:.0f} MB of temporaries")
+    assert memory < copies + 2**25 * (5 if gradient else 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_large_pictures_go_in_chunks_on_gpus_and_tpus(dtype):
+    """SD 1.5 with guidance: scores of 1 GiB at 512 x 512 are made at once, those of 16 GiB at 1,024 x 1,024 are not."""
+    for platform in ("cuda", "tpu"):
+        for tokens, loops in ((4096, 0), (16384, 1)):
+            x = jax.ShapeDtypeStruct((2, tokens, 320), dtype)
+            lowered = (
+                jax.jit(lambda q, k, v: attention(q, k, v, 8)).trace(x, x, x).lower(lowering_platforms=(platform,))
+            )
+            assert lowered.as_text().count("stablehlo.while") == loops
+
+
+def test_a_mesh_divides_the_scores():
+    """Eight examples on four devices are two a device, with scores of 1 GiB."""
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x = jax.ShapeDtypeStruct((8, 4096, 320), jnp.float32)
+
+    def chunks():
+        jaxpr = jax.make_jaxpr(lambda q, k, v: attention(q, k, v, 8))(x, x, x)
+        return [eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+
+    for devices, expected in ((mesh, []), (mesh.update(axis_sizes=(1, 2)), [2])):
+        with jax.sharding.use_abstract_mesh(devices):
+            assert chunks() == expected

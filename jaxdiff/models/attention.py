@@ -1,6 +1,12 @@
-"""Scaled dot-product attention (Vaswani et al. 2017, equation 1) in a form that suits each platform."""
+"""Scaled dot-product attention (Vaswani et al. 2017, equation 1) in a form that suits each platform.
+
+What is in memory of the scores, B * H * N * M float32 numbers, is bounded everywhere: on a CPU to CHUNK queries of one
+head, elsewhere and on the devices of a mesh to SCORES bytes a device. Gradients keep to the same bounds.
+"""
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +16,7 @@ from jaxdiff.typing import Array
 # From this many queries on, the scores of one head no longer fit the cache of a CPU and are made a chunk at a time.
 CHUNK_FROM = 1024
 CHUNK = 512
+SCORES = 2**30  # bytes; where all take more, queries go in chunks
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -33,12 +40,36 @@ def attention(q: Array, k: Array, v: Array, heads: int, *, causal: bool = False,
     shape = q.shape
     q, k, v = (split_heads(x, heads) for x in (q, k, v))
     fused = functools.partial(_float16 if q.dtype == jnp.float16 else _fused, causal=causal)
-    # One head after the other would bring all heads and examples together on each device, were they divided by a mesh.
-    if causal or shape[1] < CHUNK_FROM or jax.sharding.get_abstract_mesh().auto_axes:
+    bounded = functools.partial(_bounded, fused=fused)
+    if causal:  # texts are short
         out = fused(q, k, v, bias)
+    # One head after the other would bring all heads and examples together on each device, were they divided by a mesh.
+    elif shape[1] < CHUNK_FROM or jax.sharding.get_abstract_mesh().auto_axes:
+        out = bounded(q, k, v, bias)
     else:
-        out = jax.lax.platform_dependent(q, k, v, bias, cpu=_chunked, default=fused)
+        out = jax.lax.platform_dependent(q, k, v, bias, cpu=_chunked, default=bounded)
     return out.reshape(shape)
+
+
+def _bounded(
+    q: Array, k: Array, v: Array, bias: Array | None, fused: Callable[..., Array], budget: int = SCORES
+) -> Array:
+    """The same function of [B, N, H, d] by `fused`, of all queries or of as many as have scores of `budget` bytes.
+
+    The chunks are equal, of all heads and examples, so that a mesh divides each as it divides the whole. They are
+    checkpointed: the backward pass computes a chunk's scores again.
+    """
+    b, n, h, d = q.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
+    chunks = math.ceil(4 * b * h * n * k.shape[1] / (devices * budget))
+    if chunks <= 1:
+        return fused(q, k, v, bias)
+    size = math.ceil(n / 2 ** math.ceil(math.log2(chunks)))  # pictures' sides are divided by powers of 2
+    rows = jnp.pad(q, ((0, 0), (0, -n % size), (0, 0), (0, 0))).reshape(b, -1, size, h, d)
+    one_chunk = jax.checkpoint(lambda chunk: fused(chunk, k, v, bias), prevent_cse=False)  # no need of it in a loop
+    out = jax.lax.map(one_chunk, rows.swapaxes(0, 1))  # [chunks, B, size, H, d]
+    return out.swapaxes(0, 1).reshape(b, -1, h, d)[:, :n]
 
 
 def _fused(q: Array, k: Array, v: Array, bias: Array | None, causal: bool) -> Array:
