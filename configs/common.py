@@ -78,7 +78,7 @@ def base() -> ConfigDict:
             "tokenizer": {"vocab_size": 4096, "max_length": 24},  # of a fresh text encoder
             "model": {},  # sizes of fresh parts: text_encoder, vision_encoder, vae, unet, scheduler
             # Stage "vae".
-            "crop": 0,  # pixels of random squares to train on; 0: whole pictures
+            "crop": 0,  # pixels of random squares to train on; 0: whole pictures, as all other stages learn
             "kl_weight": 1e-3,
             "edge_weight": 1.0,
             # Stage "unet" and those after it.
@@ -111,14 +111,26 @@ def base() -> ConfigDict:
             # Numbers also go to Weights & Biases (pip install jaxdiff[wandb]) where a project is named.
             "wandb": {"project": "", "name": ""},
             "eval": {
-                # Reconstructed, searched through or, if there is a data.eval_split, denoised; or drawn from.
+                # Number of held-out pictures: reconstructed (vae), ranked (clip), denoised (others, with
+                # data.eval_split), or used as inputs for sample sheets.
                 "pictures": 64,
                 "prompts": (),
                 "steps": 20,
-                "guidance_scale": 4.0,  # 0: the model's own
+                "guidance_scale": 0.0,  # 0: the model's own
                 "scheduler": "dpmpp_2m",
                 "seed": 0,
             },
         },
         convert_dict=True,
     )
+
+
+def fine_tuning(stage: str) -> ConfigDict:
+    """`base` for a stage that starts from a finished model (config.init_from.model), in mixed precision."""
+    config = base()
+    config.stage = stage
+    config.init_from.model = "icons"
+    config.data.image_size = 0  # the model's own
+    config.data.background = "white"
+    config.update({"remat": "full", "dtype": "bfloat16"})
+    return config

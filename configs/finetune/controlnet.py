@@ -13,17 +13,13 @@ folder that PyTorch diffusers opens. Expect it to obey rather suddenly, after so
 
 from ml_collections import ConfigDict
 
-from configs.common import base
+from configs.common import fine_tuning
 
 
 def get_config() -> ConfigDict:
-    config = base()
-    config.stage = "controlnet"
-    config.init_from.model = "icons"
-    config.data.image_size = 0  # the model's own
-    config.data.background = "white"
+    config = fine_tuning("controlnet")
     config.caption_dropout = 0.5  # so that it learns to read the steering picture by itself (section 3.3)
     config.update({"steps": 20_000, "batch_size": 32, "accumulate": 4, "learning_rate": 1e-5, "warmup_steps": 500})
-    config.update({"schedule": "constant", "ema_decay": 0.999, "remat": "full", "dtype": "bfloat16"})
+    config.update({"schedule": "constant", "ema_decay": 0.999})
     config.frozen_dtype = config.get_ref("dtype")
     return config

@@ -12,18 +12,13 @@ not kept. Cost: as configs/finetune/full.py; --config.stage=lora trains a LoRA i
 
 from ml_collections import ConfigDict
 
-from configs.common import base
+from configs.common import fine_tuning
 
 
 def get_config() -> ConfigDict:
-    config = base()
-    config.stage = "unet"
-    config.init_from.model = "icons"
+    config = fine_tuning("unet")
     config.trainable = ("unet", "text_encoder")
-    config.data.image_size = 0  # the model's own
-    config.data.background = "white"
-    config.eval.guidance_scale = 0.0
     config.update({"steps": 800, "batch_size": 4, "learning_rate": 2e-6, "warmup_steps": 0, "caption_dropout": 0.0})
-    config.update({"schedule": "constant", "ema_decay": 0.0, "remat": "full", "dtype": "bfloat16"})
+    config.update({"schedule": "constant", "ema_decay": 0.0})
     config.update({"log_every": 10, "eval_every": 200, "checkpoint_every": 200})
     return config

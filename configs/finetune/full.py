@@ -11,17 +11,12 @@ runs/full/export is a diffusers folder.
 
 from ml_collections import ConfigDict
 
-from configs.common import base
+from configs.common import fine_tuning
 
 
 def get_config() -> ConfigDict:
-    config = base()
-    config.stage = "unet"
-    config.init_from.model = "icons"
-    config.data.image_size = 0  # the model's own
-    config.data.background = "white"
+    config = fine_tuning("unet")
     config.rates = (("text_encoder", 0.1),)
-    config.eval.guidance_scale = 0.0
     config.update({"steps": 10_000, "batch_size": 16, "accumulate": 1, "learning_rate": 1e-5, "warmup_steps": 500})
-    config.update({"schedule": "constant", "ema_decay": 0.9995, "remat": "full", "dtype": "bfloat16"})
+    config.update({"schedule": "constant", "ema_decay": 0.9995})
     return config

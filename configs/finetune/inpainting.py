@@ -10,15 +10,11 @@ are random: up to four rectangles, and everything for a quarter of the pictures.
 
 from ml_collections import ConfigDict
 
-from configs.common import base
+from configs.common import fine_tuning
 
 
 def get_config() -> ConfigDict:
-    config = base()
-    config.stage = "inpainting"
-    config.init_from.model = "icons"
-    config.data.image_size = 0  # the model's own
-    config.data.background = "white"
+    config = fine_tuning("inpainting")
     config.update({"steps": 50_000, "batch_size": 32, "accumulate": 2, "learning_rate": 1e-5, "warmup_steps": 1000})
-    config.update({"schedule": "constant", "ema_decay": 0.9995, "remat": "full", "dtype": "bfloat16"})
+    config.update({"schedule": "constant", "ema_decay": 0.9995})
     return config

@@ -12,19 +12,14 @@ For a folder without captions: --config.data.captions="('a picture in the style 
 
 from ml_collections import ConfigDict
 
-from configs.common import base
+from configs.common import fine_tuning
 
 
 def get_config() -> ConfigDict:
-    config = base()
-    config.stage = "lora"
-    config.init_from.model = "icons"
-    config.data.image_size = 0  # the model's own
-    config.data.background = "white"
+    config = fine_tuning("lora")
     config.rates = (("lora/text_encoder", 0.5),)
-    config.eval.guidance_scale = 0.0
     config.update({"steps": 2000, "batch_size": 4, "learning_rate": 1e-4, "warmup_steps": 100, "weight_decay": 0.0})
-    config.update({"schedule": "cosine", "ema_decay": 0.99, "remat": "full", "dtype": "bfloat16"})
+    config.update({"schedule": "cosine", "ema_decay": 0.99})
     config.frozen_dtype = config.get_ref("dtype")
     config.update({"log_every": 10, "eval_every": 250, "checkpoint_every": 250})
     return config

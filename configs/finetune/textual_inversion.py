@@ -11,21 +11,16 @@ word more room. Cost: gradients go through the whole UNet, but only the word has
 
 from ml_collections import ConfigDict
 
-from configs.common import base
+from configs.common import fine_tuning
 from jaxdiff.training.personalise import TEMPLATES
 
 
 def get_config() -> ConfigDict:
-    config = base()
-    config.stage = "textual_inversion"
-    config.init_from.model = "icons"
+    config = fine_tuning("textual_inversion")
     config.word.initial = "picture"
     config.data.captions = TEMPLATES
-    config.data.image_size = 0  # the model's own
-    config.data.background = "white"
-    config.eval.guidance_scale = 0.0
     config.update({"steps": 3000, "batch_size": 4, "learning_rate": 5e-3, "warmup_steps": 0, "weight_decay": 0.0})
     config.update({"schedule": "constant", "ema_decay": 0.0, "caption_dropout": 0.0, "clip_norm": 0.0})
-    config.update({"remat": "full", "dtype": "bfloat16", "log_every": 10, "eval_every": 500, "checkpoint_every": 500})
+    config.update({"log_every": 10, "eval_every": 500, "checkpoint_every": 500})
     config.frozen_dtype = config.get_ref("dtype")
     return config

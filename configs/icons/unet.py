@@ -29,6 +29,8 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     config.init_from.vae = "runs/vae/export"
     config.init_from.text_encoder = "runs/clip/export"
     config.data.path = "data/icons"
+    config.trainable = ("unet", "text_encoder")
+    config.eval.guidance_scale = 4.0
     config.eval.prompts = (
         "a castle",
         "a dog",
@@ -40,11 +42,9 @@ def get_config(scale: str = "gpu") -> ConfigDict:
         "a guitar, flat emoji",
     )
     if scale == "gpu":
-        config.trainable = ("unet", "text_encoder")
         config.update({"steps": 200_000, "batch_size": 256, "learning_rate": 2e-4, "dtype": "bfloat16"})
         config.update({"ema_decay": 0.9998, "eval_every": 5000, "checkpoint_every": 5000})
     else:
-        config.trainable = ("unet", "text_encoder")
         config.cache_latents = 4
         config.data.background = "white"
         config.data.filter.source = ("noto", "fluent-flat", "fluent-3d")
