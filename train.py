@@ -3,11 +3,12 @@
     python train.py --config=configs/icons/vae.py --workdir=runs/vae
     python train.py --config=configs/icons/unet.py:cpu --workdir=runs/unet --config.batch_size=64
 
-The config says what, see configs/; any of its settings may be given as a flag. In the workdir come to lie run.json (the
+The config says what, see configs/; any of its settings may be given as a flag. The workdir receives run.json (the
 config, the versions of packages and a fingerprint of the data), checkpoints, metrics.jsonl, TensorBoard files (tb),
 samples, and in the end the model as a diffusers folder (export). The same command goes on from the last checkpoint,
 whatever ended the run; SIGTERM or Ctrl-C saves one first. Another config is refused there. Exit code: 0, also when
-stopped so; 2 for flags or settings that cannot be right; 1 for any other failure.
+stopped so; 130 when Ctrl-C ends it before training or a second time; 2 for flags or settings that cannot be right; 1
+for any other failure.
 """
 
 import json
@@ -100,7 +101,8 @@ class Run:
         arguments = {
             "source": self.data, "batch_size": self.options.batch_size // self.host["host_count"],
             "image_size": self.image_size, "seed": self.config.seed, "background": d.background,
-            "flip": d.flip, "buckets": self.buckets, "threads": d.threads, "workers": d.workers, **self.host,
+            "flip": d.flip, "buckets": self.buckets, "threads": d.threads, "workers": d.workers,
+            "steer": self.target.steer if self.target else None, **self.host,
         }  # fmt: skip
         return captioned_data(**(arguments | changes))
 
@@ -304,6 +306,7 @@ def run(f: flags.FlagValues) -> None:
         raise UsageError("--precompute writes latents of pictures: leave out config.latents.path.")
     if f.posthoc_ema is not None:
         return Run(f.config or stored(workdir), workdir).posthoc_ema(f.posthoc_ema)
+    check_read(f.config)
     make_folder(workdir, "--workdir")
     if f.distributed or f.coordinator_address:
         # What is not given comes from the environment of a TPU pod, Slurm or Open MPI.
@@ -321,6 +324,19 @@ def run(f: flags.FlagValues) -> None:
             logging.info("The latents are in %s; --config.latents.path=%s trains on them.", folder, folder)
         except OptionsError as e:
             raise UsageError(f"config: {e}") from None
+
+
+def check_read(config: Any) -> None:
+    """Raise UsageError for settings of other stages, which this one would not read."""
+    given = {
+        "crop": config.crop,
+        "cache_latents": config.cache_latents,
+        "latents.path": config.latents.path,
+        "prior.path": config.prior.path,
+    }
+    read = {"vae": ("crop",), "clip": ()}.get(config.stage, ("cache_latents", "latents.path", "prior.path"))
+    if unread := [f"config.{name}={value}" for name, value in given.items() if value and name not in read]:
+        raise UsageError(f"{', '.join(unread)}: the stage {config.stage} does not read this; leave it out.")
 
 
 def fingerprints(config: Any) -> dict[str, Any]:

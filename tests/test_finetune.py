@@ -20,16 +20,17 @@ from jaxdiff import parallel
 from jaxdiff.commands.evaluation import placed
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data
+from jaxdiff.io.edges import canny
 from jaxdiff.io.textual_inversion import TABLE
-from jaxdiff.models.model import build
+from jaxdiff.models.model import apply, build
 from jaxdiff.training import finetune, personalise
 from jaxdiff.training.evaluate import noise_levels, reconstructions
-from jaxdiff.training.stages import Noising
+from jaxdiff.training.stages import Noising, vae_stage
 from jaxdiff.training.state import Options, OptionsError, accumulated_grad, init_state, make_train_step, optimizer
 from jaxdiff.training.targets import TARGETS, make, process
 from tests.test_train_cli import ROOT
 from tests.test_training import BATCH, keys, pictures
-from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
+from tests.tiny import LATENT, MAX_LENGTH, SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
 
 BOTH = (("trainable", ("unet", "text_encoder")),)
 TEXTS = ["a castle", "a red dragon", "a blue house", "blurry"]
@@ -236,16 +237,70 @@ def test_it_is_evaluated_as_it_is_trained(target_of, results):
     np.testing.assert_allclose(measure(on_device)["eval_loss"], values["eval_loss"], rtol=0.05)
 
 
-def test_a_device_is_given_no_more_pictures_than_in_a_step(folders, tiny_folder):
-    config = settings("unet", batch_size=4, accumulate=2, dtype="float32", remat="")
-    config.init_from.model = str(tiny_folder)
-    config.data.update({"path": str(folders / "class"), "image_size": SIDE, "threads": 1})
-    devices = jax.device_count()
-    config.batch_size *= devices
-    for pictures_wanted, sizes in ((3, [2, 1]), (9, [2, 2])):
-        config.eval.pictures = pictures_wanted
-        held_out = train.Run(config, folders / "run").held_out()
-        assert [len(b["image"]) for b in held_out] == [len(b["text"]) for b in held_out] == sizes
+@pytest.fixture
+def run_of(folders, tiny_folder):
+    """The run of train.py with these settings, of the class pictures."""
+
+    def make_run(stage, **changes):
+        config = settings(stage, **{"batch_size": 4 * jax.device_count(), **changes})
+        config.init_from.model = str(tiny_folder)
+        config.data.update({"path": str(folders / "class"), "image_size": SIDE, "threads": 1})
+        return train.Run(config, folders / "run")
+
+    return make_run
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(3, [2, 1]), (9, [2, 2])])
+def test_a_device_is_given_no_more_pictures_than_in_a_step(run_of, count, sizes):
+    held_out = run_of("unet", accumulate=2, eval={"pictures": count}).held_out()
+    assert [len(b["image"]) for b in held_out] == [len(b["text"]) for b in held_out] == sizes
+
+
+# --- settings of train.py reach what they are for
+
+
+def test_the_weight_of_class_pictures(run_of, folders):
+    _, _, batches, _ = run_of("unet", prior={"path": str(folders / "class"), "weight": 0.5}).parts()
+    weights = next(iter(batches))["weight"]
+    np.testing.assert_array_equal(weights, np.repeat(np.float32([1, 0.5]), len(weights) // 2))
+
+
+def test_edges_are_found_where_pictures_are_decoded(run_of):
+    for high, colours in ((200.0, {0, 255}), (2040.0, {0})):  # which no edge reaches
+        run = run_of("controlnet", controlnet={"canny_high": high}, data={"flip": True})
+        stage, _, batches, _ = run.parts()
+        batch = next(iter(batches))
+        edges = [canny(image, 100.0, high) for image in batch["image"]]
+        np.testing.assert_array_equal(batch["hint"], edges)
+        assert set(np.unique(batch["hint"])) == colours
+        np.testing.assert_array_equal(stage.prepare({**batch, "hint": batch["image"]})["hint"], batch["image"])
+        del batch["hint"]  # of data that come from elsewhere
+        np.testing.assert_array_equal(stage.prepare(batch)["hint"], edges)
+
+
+def test_weights_of_the_autoencoders_losses(run_of):
+    stage, params, batches, _ = run_of("vae", kl_weight=2.0, edge_weight=0.0, eval={"pictures": 2}).parts()
+    batch = stage.prepare(next(iter(batches)))
+    args = params, batch, keys(len(batch["image"]))
+    value, metrics = jax.jit(stage.loss)(*args)
+    np.testing.assert_allclose(value, metrics["reconstruction"] + 2 * metrics["kl"], rtol=1e-5)
+    _, with_edges = jax.jit(vae_stage(run_of("vae").model, edge_weight=1.0).loss)(*args)
+    assert with_edges["reconstruction"] > metrics["reconstruction"]
+    np.testing.assert_allclose(with_edges["kl"], metrics["kl"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["", "full"])
+def test_activations_are_computed_again_in_the_unet(run_of, tiny, remat):
+    model = run_of("unet", remat=remat).model
+    inputs = jnp.zeros((1, *LATENT)), jnp.zeros(1), jnp.zeros((1, MAX_LENGTH, UNET.cross_attention_dim))
+    program = jax.make_jaxpr(lambda params: apply(model, params, "unet", *inputs))(tiny[1])
+    assert ("checkpoint" in str(program) or "remat" in str(program)) == bool(remat)
+
+
+@pytest.mark.parametrize("stage", ["textual_inversion", "controlnet"])
+def test_what_a_stage_does_not_train_cannot_be_chosen(stage, tiny):
+    with pytest.raises(OptionsError, match=r"trainable .* means nothing"):
+        make(settings(stage, trainable=("unet", "text_encoder")), *tiny)
 
 
 # --- SDXL
@@ -382,6 +437,8 @@ def test_every_config_is_one_of_a_target(path):
     assert path.name in importlib.import_module(f"configs.finetune.{path.stem}").__doc__  # its command
     Options(**{name: config[name] for name in Options.__dataclass_fields__}).check(1)
     Noising(**{name: config[name] for name in Noising.__dataclass_fields__})
+    train.check_read(config)
+    assert config.eval.guidance_scale == 0  # sheets as the model itself recommends
 
 
 # --- what is predicted

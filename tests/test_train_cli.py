@@ -1,6 +1,7 @@
 """train.py: the stages one after the other on a folder of pictures, and one sentence for every mistake."""
 
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from jaxdiff.data.folder import examples
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.io.images import read_image
 from jaxdiff.io.sources import open_tensors
+from tests.training_config import get_config
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "tests" / "training_config.py"
@@ -160,6 +162,14 @@ def test_a_pretrained_model_learns_a_folder(cli, data, tiny_folder, tmp_path):
             1, "init_from.vae: gone is no folder",
         ),
         (
+            ("--config={config}:unet", "--workdir={tmp}", "--config.data.path={data}", "--config.crop=8"),
+            2, "config.crop=8: the stage unet does not read this",
+        ),
+        (
+            ("--config={config}:vae", "--workdir={tmp}", "--config.data.path={data}", "--config.latents.path=x"),
+            2, "config.latents.path=x: the stage vae",
+        ),
+        (
             ("--config={config}", "--workdir={tmp}", "--config.data.path={data}", "--config.data.filter.style=('x',)"),
             1, "data.filter leaves no picture",
         ),
@@ -176,6 +186,22 @@ def test_every_mistake_is_one_sentence(cli, data, tmp_path, args, code, named):
     assert err.count("\n") == 1
     assert err.startswith("train.py: error: ")
     assert named in err
+
+
+def test_workers_of_the_config_read_what_its_threads_read(data, tmp_path):
+    config = get_config("vae")
+    config.data.path = str(data)
+    run = train.Run(config, tmp_path)
+    expected = [batch for batch, _ in zip(run.batches(), range(3), strict=False)]
+    config.data.workers = 1
+    before, batches = set(multiprocessing.active_children()), iter(run.batches())
+    for batch in expected:
+        again = next(batches)
+        assert again["text"] == batch["text"]
+        np.testing.assert_array_equal(again["image"], batch["image"])
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 1
+    batches.close()
 
 
 def test_it_says_which_pictures_are_left_out(data, tmp_path):

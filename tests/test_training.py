@@ -236,6 +236,13 @@ def test_min_snr_weighs_each_example_by_its_time(params, denoising_loss):
     np.testing.assert_allclose(weighted / denoising_loss(params, one, first), weight[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("change", [{"offset_noise": 0.5}, {"input_perturbation": 0.5}, {"times": "logit_normal"}])
+def test_what_is_said_of_noise_and_times_reaches_the_loss(params, denoising_loss, change):
+    changed = jax.jit(diffusion_stage(whole_model(), caption_dropout=0.0, **change).loss)
+    plain = denoising_loss(params, pairs(BATCH), keys())
+    assert abs(changed(params, pairs(BATCH), keys())[0] / plain - 1) > 1e-3  # rounding changes less than 1e-4
+
+
 def test_times_cover_the_process():
     many = keys(4096)
     t = np.asarray(random_times(SchedulerConfig(num_train_timesteps=4), many))

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxdiff.config import ConfigError
 from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import BucketOrder, Buckets
@@ -146,6 +148,7 @@ def captioned_data(
     crop: int | None = None,
     flip: bool = False,
     background: str = "random",
+    steer: Callable[[np.ndarray], np.ndarray] | None = None,
     drop_remainder: bool = True,
     host_index: int = 0,
     host_count: int = 1,
@@ -169,6 +172,8 @@ def captioned_data(
       background: "random" lays see-through pictures on white half of the time, else on a colour of
         `folder.BACKGROUNDS`, and adds ", on a blue background" to the caption; what would vanish on its colour gets
         white, or black. "white" is white for all.
+      steer: makes "hint" uint8 [H, W, 3], what steers a ControlNet, out of each picture whose metadata name none. It
+        runs where pictures are decoded, and is pickled for worker processes.
       drop_remainder: leave out the last batch of the last epoch unless it is full.
       host_index, host_count: this host reads its rows of each batch of host_count * b positions of the common stream.
       workers: processes that decode; 0 decodes in threads of this process. They import the package anew: scripts need
@@ -193,7 +198,7 @@ def captioned_data(
     if isinstance(source, LatentShards):
         decode, buckets = source, source.buckets
     else:
-        decode = Decode(source, image_size, crop, flip, background)
+        decode = Decode(source, image_size, crop, flip, background, steer)
     how: dict[str, Any] = {"shuffle": shuffle, "epochs": epochs}
     blocks, whole = getattr(source, "blocks", None), batch_size * host_count
     order: Callable[[int, int], pipeline.Order] | None = None

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,7 +170,8 @@ class Decode:
     """Turns numbers of a source, alone or with a size (height, width), into examples.
 
     (entry, generator) -> {"image": uint8 [H, W, 3], "text": str}, or {"skipped": name, "reason": str}; with "hint" like
-    the image where the metadata of a folder names a picture HINT, of the image's own size.
+    the image where the metadata of a folder names a picture HINT, of the image's own size, or where `steer` makes one
+    out of the image.
     """
 
     source: Source
@@ -177,6 +179,7 @@ class Decode:
     crop: int | None = None
     flip: bool = False
     background: str = "random"
+    steer: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __call__(self, entry: int | tuple[int, tuple[int, int]], rng: np.random.Generator) -> dict[str, Any]:
         index, size = entry if isinstance(entry, tuple) else (entry, (self.image_size, self.image_size))
@@ -201,7 +204,12 @@ class Decode:
             image = _lay_on(image, colour)
             if colour != "white":
                 text = f"{text}, on {'an' if colour[0] in 'aeiou' else 'a'} {colour} background"
-        return {"image": np.array(image), "text": text, **({"hint": np.array(hint)} if hint else {})}
+        found = {"image": np.array(image), "text": text}
+        if hint:
+            found["hint"] = np.array(hint)
+        elif self.steer:
+            found["hint"] = self.steer(found["image"])
+        return found
 
 
 def read_image(path: str | Path | bytes, min_side: int | None = None) -> Image.Image:

@@ -20,10 +20,10 @@ from absl import logging
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data import store
+from jaxdiff.data.folder import PICTURES
 from jaxdiff.data.source import MAX_BYTES, MAX_TEXT, TEXT_NAMES, Record, files_digest, text_of
 
 BLOCK = 512  # bytes; everything in a tar is padded to it
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXT_SUFFIXES = ("txt", "text", "caption")
 FIELDS = ("image", "text", "json")  # of each offset and size are kept; size 0: the sample lacks it
 
@@ -141,7 +141,7 @@ def _split(name: str) -> tuple[str, str | None]:
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     suffix = suffix.lower()
-    field = "image" if suffix in IMAGE_SUFFIXES else "text" if suffix in TEXT_SUFFIXES else None
+    field = "image" if f".{suffix}" in PICTURES else "text" if suffix in TEXT_SUFFIXES else None
     return f"{folder}/{stem}", "json" if suffix == "json" else field
 
 

@@ -1,7 +1,7 @@
 """Denoisers that see more than a prompt: ControlNets, inpainting and upscaling UNets."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,10 +11,9 @@ import numpy as np
 from jaxdiff.config import ConfigError, VAEConfig
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
-from jaxdiff.io.edges import canny
+from jaxdiff.io import inference
 from jaxdiff.io.pretrained import replace_config
 from jaxdiff.models.model import Conditioning, Model, apply, encode
-from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training.stages import Network, each, folded, plain_network
 from jaxdiff.training.state import Batch
 from jaxdiff.typing import Array, Key, Params
@@ -23,9 +22,7 @@ RECTANGLES = 4  # of a random mask, at most
 # Arguments of `jaxdiff.generate` beside prompts, and pictures uint8 [B, H, W, 3] to show of them.
 Given = tuple[dict[str, Any], np.ndarray]
 WHOLE_SHARE = 0.25  # of masks that cover the whole picture, so that drawing from nothing is not forgotten
-UPSCALER_SCALE = 0.08333  # scaling_factor of the published x4 upscaler; PyTorch's pipeline puts it into any other
 NOISE_LEVEL = 20  # of the small pictures that an upscaler is tried on
-LOW_RES_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.02}  # of the published x4 upscaler
 
 
 def network_of(model: Model) -> Network:
@@ -57,11 +54,9 @@ def drawn_by_hint(batch: Mapping[str, Any]) -> Given:
     return {"control_images": [batch["hint"]], "height": height, "width": width}, batch["hint"]
 
 
-def with_edges(batch: Mapping[str, Any], low: float, high: float) -> Mapping[str, Any]:
-    """A batch with "hint" uint8 [b, H, W, 3], the edges of its pictures, unless it has one already. On the host."""
-    if "hint" in batch:
-        return batch
-    return {**batch, "hint": np.stack([canny(image, low, high) for image in batch["image"]])}
+def steered(batch: Mapping[str, Any], steer: Callable[[np.ndarray], np.ndarray]) -> Mapping[str, Any]:
+    """A batch with "hint" uint8 [b, H, W, 3], what `steer` makes of its pictures, unless it was read with one."""
+    return batch if "hint" in batch else {**batch, "hint": np.stack([steer(image) for image in batch["image"]])}
 
 
 # --- more channels
@@ -162,11 +157,14 @@ def rescaled(model: Model, params: Params, scale: float) -> tuple[Model, Params]
 
 
 def upscaler_model(model: Model, params: Params) -> tuple[Model, Params]:
-    """The model with a UNet that sees a small picture and how much noise is on it; see `extended`."""
-    model, params = rescaled(model, params, UPSCALER_SCALE)
+    """The model with a UNet that sees a small picture and how much noise is on it; see `extended`.
+
+    Latents are scaled as the published x4 upscaler's are, whose factor PyTorch's pipeline puts into any other.
+    """
+    model, params = rescaled(model, params, inference.SCALING["upscaler"])
     model, params = extended(model, params, model.vae.config.latent_channels + 3)
     if model.options.low_res_scheduler is None:
-        process = SchedulerConfig.from_dict({"_class_name": "DDPMScheduler", **LOW_RES_BETAS})
+        process = inference.pipeline_options("upscaler").low_res_scheduler
         options = dataclasses.replace(model.options, low_res_scheduler=process)
         model = dataclasses.replace(model, options=options)
     if model.unet.config.num_class_embeds is None:

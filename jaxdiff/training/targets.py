@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.diffusion.schedules import is_flow
 from jaxdiff.io.controlnet import load_controlnet, save_controlnet
+from jaxdiff.io.edges import canny
 from jaxdiff.io.lora import ATTENTION, save_lora
 from jaxdiff.io.pretrained import save
 from jaxdiff.io.textual_inversion import encoders, save_textual_inversion
@@ -27,6 +29,7 @@ from jaxdiff.training.state import OptionsError
 from jaxdiff.typing import Params
 
 LORA_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
+DEFAULT_TRAINABLE = ("unet",)
 WORD_FILE = "learned_embeds.safetensors"
 
 
@@ -40,6 +43,7 @@ class Target(NamedTuple):
     export: Callable[[Path, Params], None]  # writes what was trained, of params of the loss, into a folder
     network: Network  # what denoises, of `whole` parameters
     given: Callable[[Mapping[str, Any]], Given] | None  # where a prompt alone draws nothing: what does, of a batch read
+    steer: Callable[[np.ndarray], np.ndarray] | None = None  # see `jaxdiff.data.captioned.captioned_data`
 
 
 def make(config: Any, model: Model, params: Params) -> Target:
@@ -123,6 +127,15 @@ def _modules(config: Any, model: Model) -> tuple[str, ...]:
     return chosen
 
 
+def _check_no_choice(config: Any) -> None:
+    """Raises OptionsError where `config.trainable` names what a stage does not train, which only trains its own."""
+    if tuple(config.trainable) != DEFAULT_TRAINABLE:
+        raise OptionsError(
+            f"trainable {tuple(config.trainable)} means nothing to the stage {config.stage}, which trains nothing of "
+            "the model itself: leave it out."
+        )
+
+
 def _save_model(model: Model) -> Callable[[Path, Params], None]:
     return lambda folder, params: save(folder, model, {name: params[name] for name in model.modules})
 
@@ -158,6 +171,7 @@ def _lora(config: Any, model: Model, params: Params) -> Target:
 
 
 def _textual_inversion(config: Any, model: Model, params: Params) -> Target:
+    _check_no_choice(config)
     c = config.word
     model, params, whole = personalise.with_word(model, params, c.token, c.initial, c.vectors)
     network, given = _seen(model)
@@ -171,6 +185,7 @@ def _textual_inversion(config: Any, model: Model, params: Params) -> Target:
 
 
 def _controlnet(config: Any, model: Model, params: Params) -> Target:
+    _check_no_choice(config)
     c = config.controlnet
     if c.init_from:
         net, values = load_controlnet(c.init_from, dtype=None)
@@ -180,17 +195,16 @@ def _controlnet(config: Any, model: Model, params: Params) -> Target:
     model, params = with_controlnets(model, params, (net, values))
     network = finetune.controlled_network(model)
     stage = _stage(config, model, "controlnet", ("controlnet",), network)
-    prepare = stage.prepare
+    prepare, steer = stage.prepare, functools.partial(canny, low=c.canny_low, high=c.canny_high)
+    stage = stage._replace(prepare=lambda batch: prepare(finetune.steered(batch, steer)))
 
-    def steered(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        return finetune.with_edges(batch, c.canny_low, c.canny_high)
-
-    stage = stage._replace(prepare=lambda batch: prepare(steered(batch)))
+    def given(batch: Mapping[str, Any]) -> Given:
+        return finetune.drawn_by_hint(finetune.steered(batch, steer))
 
     def export(folder: Path, params: Params) -> None:
         save_controlnet(folder, net, params["controlnet"][0])
 
-    return Target(stage, params, model, _same, export, network, lambda batch: finetune.drawn_by_hint(steered(batch)))
+    return Target(stage, params, model, _same, export, network, given, steer)
 
 
 def _inpainting(config: Any, model: Model, params: Params) -> Target:
