@@ -15,7 +15,7 @@ test-all:
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTHON) -m pytest -q --durations=20
 
 bench:
-	for script in benchmarks/bench_*.py; do $(PYTHON) $$script || exit 1; done
+	for script in benchmarks/bench_*.py; do $(PYTHON) -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 golden:
 	$(PYTHON) -m tests.make_golden

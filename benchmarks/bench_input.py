@@ -1,6 +1,6 @@
 """How fast the input is by itself, and how long a training step waits for it.
 
-    python benchmarks/bench_input.py [--pictures=256]
+    python -m benchmarks.bench_input [--pictures=256]
 
 Synthetic JPEG pictures of 512 px (smooth noise, quality 90, 640 x 512) are written as a captioned folder, tar shards
 and Parquet. Each is read shuffled for two epochs; the first warms up the disk's cache. Then an

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5's shapes on random weights: jaxdiff against PyTorch diffusers, in turns, in one process.
 
-    python benchmarks/bench_sd15.py [--parts load text unet decode picture] [--batches 1 4] [--steps 20] [--repeats 5]
+    python -m benchmarks.bench_sd15 [--parts load text unet decode picture] [--batches 1 4] [--steps 20] [--repeats 5]
 
 Prints a line of the table in RESULTS.md for each part and batch: the median of each library, their ratio, the relative
 error between them, and the share of this machine's measured matrix product rate. "unet" is a guided step, twice the
@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import jaxdiff
 from benchmarks import sd15
 from jaxdiff.models.model import apply

@@ -1,6 +1,6 @@
 """Training step of Stable Diffusion 1.5's UNet shape: jaxdiff against PyTorch diffusers, each in a process of its own.
 
-    python benchmarks/bench_train.py [--side 32] [--steps 3] [--rounds 2]
+    python -m benchmarks.bench_train [--side 32] [--steps 3] [--rounds 2]
 
 Batch 1, float32, AdamW, gradient clipped at norm 1, no average: parameters, gradients and two moments are 14 GB, so
 that the two cannot be in memory together and take turns, `rounds` times. The noise, the times and the text embeddings
@@ -14,12 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 RATE, DECAY, CLIP = 1e-5, 0.01, 1.0
 
 
@@ -110,7 +107,8 @@ def main() -> None:
     found: dict = {}
     for _ in range(args.rounds):
         for name in LIBRARIES:
-            command = [sys.executable, __file__, "--only", name, "--side", str(args.side), "--steps", str(args.steps)]
+            command = [sys.executable, "-m", "benchmarks.bench_train", "--only", name]
+            command += ["--side", str(args.side), "--steps", str(args.steps)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             result = json.loads(done.stdout.splitlines()[-1])
             seconds[name] += result["seconds"]

@@ -1,6 +1,6 @@
 """What a training step of Stable Diffusion 1.5's UNet sends on 8 devices, and what that projects to on more.
 
-    python benchmarks/scaling.py [--meshes 1x1 8x1 2x2] [--side 64]
+    python -m benchmarks.scaling [--meshes 1x1 8x1 2x2] [--side 64]
 
 Compiles the step for simulated devices and allocates nothing; each mesh (fsdp x tensor) takes one or two minutes.
 docs/scaling.md holds the output and says what the projection takes for granted.
@@ -8,12 +8,9 @@ docs/scaling.md holds the output and says what the projection takes for granted.
 
 import argparse
 import os
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 DEVICES, TEXT = 8, (77, 768)
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 class Chip(NamedTuple):
