@@ -2,11 +2,13 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxdiff import parallel
+from jaxdiff.diffusion.times import is_distilled
 from jaxdiff.models.controlnet import check_fits
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
@@ -99,8 +101,8 @@ def as_images(name: str, image: Array, count: int, shape: tuple[int, int]) -> np
     image = np.asarray(image)
     if image.ndim not in (3, 4) or image.shape[-3:] != (*shape, 3):
         raise ValueError(
-            f"{name} has shape {list(image.shape)[-3:]}, drawn are {[*shape, 3]}: resize it to height {shape[0]} and "
-            f"width {shape[1]} in RGB, or give the height and width that fit it."
+            f"{name} has shape {list(image.shape)[-3:]}, but the output is {[*shape, 3]}: resize it to height "
+            f"{shape[0]} and width {shape[1]} in RGB, or give the height and width that fit it."
         )
     if image.ndim == 4 and len(image) not in (1, count):
         raise ValueError(f"{name} holds {len(image)} pictures for {count} prompts: give one, or one a prompt.")
@@ -142,23 +144,47 @@ def first_step(steps: int, strength: float, name: str = "strength") -> int:
     return steps - taken
 
 
-def first_steps(
+class Start(NamedTuple):
+    """Where on the time grid pictures start."""
+
+    first: np.ndarray | None  # int32, the first step taken; None: all are, from noise alone
+    small: np.ndarray | None  # the same of a small picture that is drawn first
+    part: float = 1.0  # of the steps of a distillation: those that the grid lies over
+
+
+def settle_strength(model: Model, image: Any, mask: Any, strength: float | None) -> float | None:
+    """How much of the image is redrawn; None without one, and where it is enlarged."""
+    if image is None or model.family == "upscaler":
+        return None
+    return (0.6 if mask is None else 1.0) if strength is None else strength
+
+
+def start_of(
     model: Model,
     steps: int,
-    image: Array | None,
-    mask: Array | None,
+    scheduler: str,
+    spacing: str | None,
+    image: Any,
+    mask: Any,
     strength: float | None,
     hires: float | None,
     hires_strength: float,
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The first step taken, and that of a small picture that is drawn first; None where all are, from noise alone."""
-    start = second = None
-    if image is not None and model.family != "upscaler":
-        start = first_step(steps, (0.6 if mask is None else 1.0) if strength is None else strength)
+) -> Start:
+    """Where pictures start: an LCM takes all its steps through an image, over a part of those that it was distilled of.
+
+    As in diffusers' LatentConsistencyModelImg2ImgPipeline; all else leaves out the first steps, as its other pipelines.
+    """
+    first = small = None
+    part, strength = 1.0, settle_strength(model, image, mask, strength)
+    plain = mask is None and hires is None and model.unet.config.time_cond_proj_dim is not None
+    if strength is not None and plain and is_distilled(model.scheduler, scheduler, spacing):
+        first_step(model.scheduler.original_inference_steps, strength)  # complains
+        first, part = 0, strength
+    elif strength is not None:
+        first = first_step(steps, strength)
     if hires is not None:
-        start, second = first_step(steps, hires_strength, "hires_strength"), start
-    first, small = (None if n is None else np.asarray(n, np.int32) for n in (start, second))
-    return first, small
+        first, small = first_step(steps, hires_strength, "hires_strength"), first
+    return Start(*(None if n is None else np.asarray(n, np.int32) for n in (first, small)), part)
 
 
 def small_shape(shape: tuple[int, int, int], hires: float) -> tuple[int, int, int]:
@@ -171,7 +197,7 @@ def small_shape(shape: tuple[int, int, int], hires: float) -> tuple[int, int, in
 def as_noise(noise: Array, count: int, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.asarray(noise, np.float32)
     if noise.shape != (count, *shape):
-        raise ValueError(f"noise has shape {list(noise.shape)}, drawn from are {[count, *shape]}.")
+        raise ValueError(f"noise has shape {list(noise.shape)}, but must have {[count, *shape]}.")
     return noise
 
 

@@ -227,7 +227,11 @@ MASK = np.ones((SIDE, SIDE), bool)
         ("upscaler", {}, "this model is for upscaling: give the small picture as image"),
         ("upscaler", {"image": SMALL, "noise_level": 41}, "noise_level 41 must be from 0 to 40"),
         ("upscaler", {"image": SMALL, "noise_level": -1}, "noise_level -1 must be from 0 to 40"),
-        ("upscaler", {"image": PICTURE, "height": SIDE}, r"image has shape \[16, 16, 3\], drawn are \[8, 16, 3\]"),
+        (
+            "upscaler",
+            {"image": PICTURE, "height": SIDE},
+            r"image has shape \[16, 16, 3\], but the output is \[8, 16, 3\]",
+        ),
     ],
 )
 def test_bad_arguments_are_named(name, options, sentence, folders):

@@ -158,13 +158,13 @@ def test_one_pixel_is_enough_to_start_from(tiny, tmp_path):
     assert dot.shape == (1, 1, 3)
     drawn = jaxdiff.generate(*tiny, "a castle", image=fit(dot, SIDE, SIDE), strength=0.5, steps=2)
     assert drawn.shape == (1, SIDE, SIDE, 3)
-    with pytest.raises(ValueError, match=rf"image has shape \[1, 1, 3\], drawn are \[{SIDE}, {SIDE}, 3\]"):
+    with pytest.raises(ValueError, match=rf"image has shape \[1, 1, 3\], but the output is \[{SIDE}, {SIDE}, 3\]"):
         jaxdiff.generate(*tiny, "a castle", image=dot, steps=2)
 
 
 @pytest.mark.parametrize("shape", [(SIDE, SIDE, 4), (SIDE, SIDE, 1), (SIDE, SIDE), (SIDE, 3)])
 def test_arrays_that_are_no_rgb_pictures_are_named(tiny, shape):
-    with pytest.raises(ValueError, match=r"image has shape \[[\d, ]+\], drawn are"):
+    with pytest.raises(ValueError, match=r"image has shape \[[\d, ]+\], but the output is"):
         jaxdiff.generate(*tiny, "a castle", image=np.zeros(shape, np.uint8), steps=2)
 
 

@@ -17,6 +17,7 @@ from jaxdiff.tasks import low_res_noise
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from diffusers.pipelines.latent_consistency_models import pipeline_latent_consistency_img2img  # noqa: E402
 from diffusers.pipelines.stable_diffusion import (  # noqa: E402
     pipeline_stable_diffusion_img2img,
     pipeline_stable_diffusion_inpaint,
@@ -260,6 +261,23 @@ def test_lcm(tmp_path, monkeypatch):
     steps = [jax.vmap(lambda key: jax.random.normal(key, NOISE.shape[1:]))(step_keys(keys, i)) for i in range(STEPS)]
     pipelines.inject(monkeypatch, scheduling_lcm, *steps)
     assert_same(ours(loaded, seed=7), theirs(pipeline, latents=latents()))
+
+
+def test_lcm_from_pictures(image, tmp_path, monkeypatch):
+    """All four steps are taken, over the part `strength` of the steps of the distillation."""
+    pipeline, loaded = built("lcm", tmp_path)
+    pipeline = diffusers.LatentConsistencyModelImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    keys = picture_keys(7, 2)
+    steps = [jax.vmap(lambda key: jax.random.normal(key, NOISE.shape[1:]))(step_keys(keys, i)) for i in range(STEPS)]
+    for strength in (0.5, 0.3):
+        pipelines.inject(monkeypatch, pipeline_latent_consistency_img2img, NOISE)
+        pipelines.inject(monkeypatch, scheduling_lcm, *steps)
+        drawn = theirs(pipeline, image=image / 255.0, strength=strength)
+        assert_same(ours(loaded, image=image, strength=strength, seed=7), drawn)
+    with pytest.raises(ValueError, match=r"4 steps are more than the 2 that strength 0.05 leaves of the distillation"):
+        ours(loaded, image=image, strength=0.05)
+    with pytest.raises(ValueError, match=r"strength 1.5 must be in \(0, 1\]"):
+        ours(loaded, image=image, strength=1.5)
 
 
 def test_nothing_compiles_for_other_values(image, tmp_path, compilations):  # noqa: F811

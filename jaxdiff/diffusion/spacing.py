@@ -69,14 +69,15 @@ def spaced(config: SchedulerConfig, steps: int, spacing: str, spare: int, fracti
     return t[:steps]
 
 
-def distilled(config: SchedulerConfig, steps: int) -> np.ndarray:
-    """Times [N] by equation (4)."""
+def distilled(config: SchedulerConfig, steps: int, strength: float = 1.0) -> np.ndarray:
+    """Times [N] by equation (4), over the part `strength` of the M steps that is nearest to the picture."""
     taught = config.original_inference_steps
     if not 1 <= taught <= config.num_train_timesteps:
         raise ValueError(f"original_inference_steps {taught} must be from 1 to {config.num_train_timesteps}.")
-    if steps > taught:
-        raise ValueError(
-            f"{steps} steps are more than the {taught} of the distillation (original_inference_steps): take fewer."
-        )
-    t = np.arange(taught, 0, -1.0) * (config.num_train_timesteps // taught) - 1
-    return t[np.floor(np.linspace(0, taught, steps, endpoint=False)).astype(int)]
+    left = int(taught * strength)
+    if steps > left:
+        of = "of the distillation (original_inference_steps)"
+        of = of if strength == 1 else f"that strength {strength} leaves {of}"
+        raise ValueError(f"{steps} steps are more than the {left} {of}: take fewer.")
+    t = np.arange(left, 0, -1.0) * (config.num_train_timesteps // taught) - 1
+    return t[np.floor(np.linspace(0, left, steps, endpoint=False)).astype(int)]

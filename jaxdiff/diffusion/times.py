@@ -99,7 +99,12 @@ def calls(config: SchedulerConfig, steps: int, scheduler: str) -> int:
 
 
 def time_grid(
-    config: SchedulerConfig, steps: int, scheduler: str = "ddim", spacing: str | None = None
+    config: SchedulerConfig,
+    steps: int,
+    scheduler: str = "ddim",
+    spacing: str | None = None,
+    *,
+    strength: float = 1.0,
 ) -> tuple[Time, np.float32]:
     """The grid of a scheduler, and the scale of the unit noise it starts from.
 
@@ -109,6 +114,8 @@ def time_grid(
         scheduler: a name of `SCHEDULERS`, whose diffusers class is followed.
         spacing: one of `SPACINGS`, those by noise level over the grid that the config names; None takes what the
             config says, else the default of the class.
+        strength: in (0, 1], for a grid over the steps of a distillation (see `is_distilled`): how many of those are
+            left, all N going through a picture that has the noise of the first.
 
     Returns:
         Time with float32 numpy fields [N + 1], from noise to picture, and the scale: sample from scale * noise.
@@ -126,11 +133,14 @@ def time_grid(
         raise ValueError(f"steps {steps} must be at least 1.")
     rule, process = RULES[scheduler], Process(config, RULES[scheduler], scheduler)
     levels = spacing if spacing in LEVELS else None if spacing else _levels(config, rule, scheduler)
-    base = (None if spacing in LEVELS else spacing) or _base(config, rule)
+    base = _base(config, rule, spacing)
     if base not in (*STEPS, "distilled"):
         raise ValueError(f"spacing {base!r} is unknown; known are {', '.join(SPACINGS)} (levels: use_…_sigmas).")
     process.check(by_time=levels is None)
-    t, level = (_flow_points if process.flow else _points)(process, steps, base, levels)
+    if process.flow:
+        t, level = _flow_points(process, steps, base, levels)
+    else:
+        t, level = _points(process, steps, base, levels, strength)
     final = process.final()
     times = process.time(np.append(t, 0), np.append(level, final))
     if not (np.diff(level) < 0).all():
@@ -158,7 +168,18 @@ def _levels(config: SchedulerConfig, rule: Rule, scheduler: str) -> str | None:
     return "exponential" if config.use_exponential_sigmas else "beta" if config.use_beta_sigmas else None
 
 
-def _base(config: SchedulerConfig, rule: Rule) -> str:
+def is_distilled(config: SchedulerConfig, scheduler: str, spacing: str | None = None) -> bool:
+    """Whether the grid of a scheduler lies over the steps of a distillation.
+
+    >>> is_distilled(SchedulerConfig(), "lcm"), is_distilled(SchedulerConfig(), "lcm", "trailing")
+    (True, False)
+    """
+    return scheduler in RULES and _base(config, RULES[scheduler], spacing) == "distilled"
+
+
+def _base(config: SchedulerConfig, rule: Rule, spacing: str | None) -> str:
+    if spacing and spacing not in LEVELS:
+        return spacing
     if is_flow(config):
         return config.timestep_spacing or "linspace"
     return rule.spacing if rule.spacing == "distilled" else config.timestep_spacing or rule.spacing
@@ -235,10 +256,15 @@ class Process:
         return 0.0 if clean else float(self.table[0])
 
 
-def _points(process: Process, steps: int, base: str, levels: str | None) -> tuple[np.ndarray, np.ndarray]:
+def _points(
+    process: Process, steps: int, base: str, levels: str | None, strength: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Times and levels [N] of a process given by betas."""
     config, rule, table = process.config, process.rule, process.table
-    t = distilled(config, steps) if base == "distilled" else spaced(config, steps, base, rule.spare, rule.fractional)
+    if base == "distilled":
+        t = distilled(config, steps, strength)
+    else:
+        t = spaced(config, steps, base, rule.spare, rule.fractional)
     level = process.level(t)
     if levels is None:
         if process.scheduler == "euler" and config.interpolation_type == "log_linear":
