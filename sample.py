@@ -1,12 +1,13 @@
 """Draw pictures from text.
 
     python sample.py --prompt "a castle"
-    python sample.py --prompt "a castle" --prompt "a red dragon" --num_images 4 --grid --output pictures/
+    python sample.py --prompt "a castle" --prompt "a dog" --num_images 4 --grid --output pictures/
     python sample.py --prompt "a castle at night" --image castle.png --strength 0.6 --output night.png
 
 Written paths go to stdout, one a line; progress, warnings and errors to stderr. Pictures are counted over all prompts,
 and picture i is drawn from the seed --seed + i. Its PNG holds the flags that draw it again, its own seed among them:
-`jaxdiff.io.images.read_metadata` reads them. Exit code: 0; 2 for flags that cannot be right; 1 for any other failure.
+`jaxdiff.io.images.read_metadata` reads them. Exit code: 0; 2 for flags that cannot be right; 130 after
+Ctrl-C; 1 for any other failure.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ def settle(f: flags.FlagValues, model: jaxdiff.Model, count: int) -> None:
     """Give every flag left open the value that the model and the machine decide; raise UsageError if one cannot be."""
     import jax
 
-    from jaxdiff.arguments import latent_shape
+    from jaxdiff.arguments import latent_shape, settle_strength, start_of
     from jaxdiff.diffusion.times import default_scheduler
 
     try:
@@ -44,29 +45,34 @@ def settle(f: flags.FlagValues, model: jaxdiff.Model, count: int) -> None:
         if f.guidance_scale is None:
             f["guidance_scale"].value = model.options.guidance_scale
         jaxdiff.get_scheduler(f.scheduler, model.scheduler)
-        jaxdiff.time_grid(model.scheduler, f.steps, f.scheduler, f.spacing)
-        settle_size(f, model)
-        latent = latent_shape(model, f.height, f.width)
+        mask = f.mask or f.outpaint
+        f["strength"].value = settle_strength(model, f.image, mask, f.strength)
+        task = f.image, mask, f.strength, f.hires, f.hires_strength
+        start = start_of(model, f.steps, f.scheduler, f.spacing, *task)
+        jaxdiff.time_grid(model.scheduler, f.steps, f.scheduler, f.spacing, strength=start.part)
+        latent = latent_shape(model, *size(f, model))
     except images.ImageError:
         raise
     except ValueError as e:
-        raise UsageError(str(e)) from None
+        name = str(e).split()[0]
+        raise UsageError(f"--{e}" if name in f else str(e)) from None
     f["height"].value, f["width"].value = (side * model.vae.config.factor for side in latent[:2])
     f["batch_size"].value = f.batch_size or batch_size(count, jax.local_device_count())
 
 
-def settle_size(f: flags.FlagValues, model: jaxdiff.Model) -> None:
-    """The size of a picture that is enlarged or extended, where the flags leave it open."""
+def size(f: flags.FlagValues, model: jaxdiff.Model) -> tuple[int | None, int | None]:
+    """Height and width, as far as the flags or a picture that is enlarged or extended say them."""
+    from jaxdiff.arguments import settle_size
+
     if f.image is None or not (f.outpaint or model.family == "upscaler"):
-        return
-    height, width = images.read_image(f.image).shape[:2]
-    factor = model.vae.config.factor
-    if f.outpaint:
-        left, top, right, bottom = f.outpaint
-        height, width = (side // factor * factor for side in (height + top + bottom, width + left + right))
-    else:
-        height, width = height * factor, width * factor
-    f["height"].value, f["width"].value = f.height or height, f.width or width
+        return f.height, f.width
+    image = images.read_image(f.image)
+    if not f.outpaint:
+        return settle_size(model, f.height, f.width, None, image)
+    left, top, right, bottom = f.outpaint
+    sides, factor = (image.shape[0] + top + bottom, image.shape[1] + left + right), model.vae.config.factor
+    height, width = (side // factor * factor for side in sides)
+    return f.height or height, f.width or width
 
 
 def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple[jaxdiff.Model, Any]:
@@ -78,9 +84,10 @@ def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple
 
     params: Any
     model, params = opened or jaxdiff.load(f.model, dtype=f.dtype, prediction_type=f.prediction_type)
+    if f.vae:
+        model, params = jaxdiff.load_vae(model, params, f.vae)
     for given in f.embedding:
-        token, _, path = given.rpartition("=")
-        model, params = jaxdiff.load_textual_inversion(model, params, path, token or None)
+        model, params = jaxdiff.load_textual_inversion(model, params, *named(given))
     if f.lora:
         files = [weighted(given) for given in f.lora]
         params = jaxdiff.load_lora(model, params, [path for path, _ in files], [scale for _, scale in files])
@@ -91,6 +98,12 @@ def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple
         tiny, tree = load_tiny_vae(f.preview_vae, dtype=f.dtype)
         model, params = dataclasses.replace(model, tiny_vae=tiny), params | {"tiny_vae": tree}
     return model, jaxdiff.replicate(params, jax.local_devices()[: f.batch_size])
+
+
+def named(given: str) -> tuple[str, str | None]:
+    """token=path as a path and a token; None where there is none. A path may have an = too."""
+    token, equals, path = given.partition("=")
+    return (path, token) if equals and "/" not in token and not Path(given).exists() else (given, None)
 
 
 def weighted(given: str) -> tuple[str, float]:

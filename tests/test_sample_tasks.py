@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import jaxdiff
+import sample
 from jaxdiff.commands.flags import parse
 from jaxdiff.commands.pictures import arguments, columns, how_many, lines, plan
 from jaxdiff.config import TinyVAEConfig
@@ -27,11 +28,12 @@ def planned(*args):
 
 
 def test_prompts_of_flags_and_files_in_order(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "b", "negative_prompt": "n", "seed": 50}\n{"prompt": "c"}\n')
+    lines = '{"prompt": "b", "negative_prompt": "n", "seed": 50}', '{"prompt": "c", "negative_prompt": ""}'
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
     flags = ("--num_images=2", "--negative_prompt=x", "--seed=3")
     pictures = planned("--prompt=a", f"--prompts_file={tmp_path}/p.jsonl", *flags)
     drawn = [(p["prompt"], p["negative_prompt"], p["seed"]) for p in pictures]
-    assert drawn == [("a", "x", 3), ("a", "x", 4), ("b", "n", 50), ("b", "n", 51), ("c", "x", 7), ("c", "x", 8)]
+    assert drawn == [("a", "x", 3), ("a", "x", 4), ("b", "n", 50), ("b", "n", 51), ("c", "", 7), ("c", "", 8)]
 
 
 def test_a_matrix_is_expanded_and_its_flag_is_not_needed_to_draw_one_of_it_again(tmp_path):
@@ -43,6 +45,36 @@ def test_a_matrix_is_expanded_and_its_flag_is_not_needed_to_draw_one_of_it_again
     assert one["prompt"] in ("a red cat", "a blue cat")
     (plain,) = planned("--prompt={a|the} __colour__ cat")
     assert plain["prompt"] == "{a|the} __colour__ cat"
+
+
+def test_wildcards_are_drawn_for_each_picture_by_its_seed(tmp_path):
+    colours = [f"colour {i}" for i in range(100)]
+    (tmp_path / "colour.txt").write_text("\n".join(colours))
+    flags = (f"--wildcards={tmp_path}", "--prompt={a|the} __colour__ cat")
+    pictures = planned(*flags, "--num_images=4", "--seed=3")
+    assert [p["seed"] for p in pictures] == list(range(3, 11))
+    assert [p["prompt"].split()[0] for p in pictures] == ["a"] * 4 + ["the"] * 4
+    drawn = [p["prompt"].split(" ", 1)[1] for p in pictures]
+    assert len(set(drawn)) > 4  # 8 of 100, each a draw of its own
+    assert planned(*flags, "--num_images=4", "--seed=3") == pictures
+    assert planned(*flags, "--seed=5")[0] == pictures[2]
+    (again,) = planned(*(f"--{name}={value}" for name, value in pictures[6].items()))
+    assert again == pictures[6]
+
+
+def test_what_the_second_encoder_is_to_steer_away_from():
+    (picture,) = planned("--prompt=a", "--negative_prompt=b", "--prompt_2=c", "--negative_prompt_2=d")
+    told = arguments([picture])
+    assert (told["prompts_2"], told["negative_prompts"], told["negative_prompts_2"]) == (["c"], ["b"], ["d"])
+
+
+def test_names_of_embeddings_and_paths_with_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1.safetensors").touch()
+    assert sample.named("t.safetensors") == ("t.safetensors", None)
+    assert sample.named("runs/lr=1e-4/t.safetensors") == ("runs/lr=1e-4/t.safetensors", None)
+    assert sample.named("lr=1.safetensors") == ("lr=1.safetensors", None)
+    assert sample.named("<x>=runs/lr=1e-4/t.safetensors") == ("runs/lr=1e-4/t.safetensors", "<x>")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +211,7 @@ def test_a_film_that_cannot_be_written_leaves_nothing(tmp_path):
 
 
 def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
-    """A LoRA, a token, a ControlNet on edges and a tiny autoencoder for the strip, each of which shows."""
+    """A LoRA, an autoencoder, a ControlNet on edges and a tiny autoencoder for the strip, each of which shows."""
     model, params = tiny
     lora = init_lora(model, params, 2, 2.0, key=jax.random.key(0))
     lora = jax.tree.map(lambda x: x + 0.5, lora)
@@ -195,6 +227,7 @@ def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
     more = {
         "lora": ("--lora=style.safetensors:0.5",),
         "net": ("--controlnet=net", "--control_image=hint.png", "--controlnet_scale=0.7", "--control_edges"),
+        "vae": ("--vae=taesd",),
         "strip": ("--preview", "--preview_vae=taesd"),
     }
     assert plain[0] == 0
@@ -204,6 +237,7 @@ def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
         same = (read_image(f"{name}.png") == read_image("plain.png")).all()
         assert same == (name == "strip")
     assert read_metadata("net.png")["controlnet"] == ["net"]
+    assert read_metadata("vae.png")["vae"] == "taesd"
 
 
 @pytest.mark.parametrize(
@@ -216,11 +250,20 @@ def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
         ([CASTLE, "--image=a.png", "--outpaint=1,1,1,x"], "must be 4 numbers"),
         ([CASTLE, "--guidance_interval=1"], "--guidance_interval 1 must be 2 numbers"),
         ([CASTLE, "--guidance_interval=0.1,nan"], "must be 2 numbers"),
-        ([CASTLE, "--guidance_interval=5,1"], "must name the lower noise level first"),
+        (
+            [CASTLE, "--guidance_interval=5,1"],
+            "--guidance_interval (5.0, 1.0) must be two noise levels, the lower one first",
+        ),
         ([CASTLE, "--controlnet=a"], "--controlnet goes with --control_image"),
         ([CASTLE, "--controlnet=a", "--control_image=a", "--control_image=b"], "1 --controlnet and 2 --control_image"),
         ([CASTLE, "--hires=nan"], "--hires nan"),
-        ([CASTLE, "--hires=2", "--hires_strength=0.1", STEPS], "--hires_strength 0.1 leaves none"),
+        ([CASTLE, "--hires=2", "--hires_strength=0.1", STEPS], "--hires_strength 0.1 must be in (0, 1] and leave"),
+        ([CASTLE, "--hires=2", "--hires_strength=nan"], "--hires_strength nan must be finite"),
+        ([CASTLE, "--control_image=a", "--controlnet_scale=inf"], "--controlnet_scale [inf] must be finite"),
+        ([CASTLE, "--hires_strength=0.5"], "--hires_strength goes with --hires"),
+        ([CASTLE, "--hires_upscale=latent"], "--hires_upscale goes with --hires"),
+        ([CASTLE, "--variation_strength=0.5"], "--variation_strength goes with --variation_seed"),
+        ([CASTLE, "--negative_prompt_2=a"], "--negative_prompt_2 goes with --negative_prompt"),
         ([CASTLE, "--interpolate=1"], "--interpolate=1"),
         ([CASTLE, "--interpolate=3", "--blend_prompt=a dog"], "leave out --blend_prompt"),
         ([CASTLE, "--blend=0.3"], "--blend goes with --blend_prompt"),

@@ -1,9 +1,11 @@
 """The flags of sample.py, and what can be said of them without a model."""
 
 import math
+from typing import Any
 
 from absl import flags
 
+from jaxdiff.arguments import as_interval
 from jaxdiff.commands.errors import UsageError
 
 SEEDS = 2**32
@@ -33,16 +35,23 @@ def define() -> flags.FlagValues:
                       "What the UNet predicts; default: what the checkpoint says.", flag_values=f)  # fmt: skip
     texts("lora", "A LoRA file; path:0.8 sets its weight. Give the flag again for more.")
     texts("embedding", "A textual-inversion file; token=path names its token. Give the flag again for more.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Type to compute in.", flag_values=f)
+    text("vae", None, "Another autoencoder in place of the model's: a folder or a file.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"],
+                      "Type to compute in and to hold the weights in.", flag_values=f)  # fmt: skip
 
     texts("prompt", "What to draw; give the flag again for more prompts.")
     text("prompts_file", None, "A file of prompts: one a line, or .jsonl with prompt, negative_prompt, seed.")
     text("negative_prompt", None, "What to steer away from.")
     text("prompt_2", None, "What SDXL's second text encoder reads; default: the prompt.")
+    text("negative_prompt_2", None, "What it reads as negative prompt; default: the negative prompt.")
     text("style", None, "A preset that adds words to prompt and negative prompt: watercolor, photo, …")
     text("styles_file", None, "A JSON file of presets in place of the package's own.")
     switch("matrix", "Expand {red|green} and every line of __wildcards__ in prompts, one picture for each combination.")
-    text("wildcards", None, "Folder of text files: __colour__ in a prompt becomes a line of colour.txt.")
+    text(
+        "wildcards",
+        None,
+        "Folder of text files: __colour__ in a prompt becomes a line of colour.txt, drawn by each picture's seed.",
+    )
     switch("emphasis", "Read (word:1.3), [word] and BREAK in prompts as emphasis and chunks.", True)
     whole("clip_skip", 0, "Text encoder layers left out at the end.", 0)
 
@@ -61,7 +70,7 @@ def define() -> flags.FlagValues:
     whole("width", None, "Pixels; default: the model's own.")
 
     text("image", None, "Picture to start from; cut at its centre and resized to height and width.")
-    number("strength", None, "With --image: how much is redrawn, in (0, 1]; default 0.6, with a mask 1.")
+    number("strength", None, "With --image: how much is redrawn, in (0, 1]; default 0.6, with a mask 1.", 0.0, 1.0)
     text("mask", None, "With --image: a picture, white where the image is to be redrawn.")
     flags.DEFINE_list("outpaint", None, "With --image: pixels added at left,top,right,bottom, and drawn.", f)
     whole("noise_level", 20, "Of an upscaling model: noise put on the small picture.", 0)
@@ -72,9 +81,9 @@ def define() -> flags.FlagValues:
     texts("control_image", "What a ControlNet follows.")
     flags.DEFINE_multi_float("controlnet_scale", [], "Weight of each ControlNet; default 1.", flag_values=f)
     switch("control_edges", "Find the edges (Canny) of each --control_image first.")
-    whole("tile", None, "Decode in tiles of this many latents, for large pictures.", 8)
-    text("blend_prompt", None, "Move what the prompt is read as towards this one, as in the middle of a film.")
-    text("blend_negative_prompt", None, "With --blend_prompt: what to keep out, moved along.")
+    whole("tile", None, "Encode and decode in tiles of this many latents, for large pictures.", 8)
+    text("blend_prompt", None, "Blend the prompt's embedding towards this prompt's; see --blend.")
+    text("blend_negative_prompt", None, "With --blend_prompt: the same for the negative prompt.")
     number("blend", 0.5, "With --blend_prompt: how far, from 0 to 1.", 0.0, 1.0)
 
     whole("batch_size", None, "Pictures drawn at once; the last batch is filled up, so that one compiled program draws "
@@ -95,7 +104,11 @@ NEEDS = {  # flags that mean something with another one only
     "strength": "image",
     "mask": "image",
     "outpaint": "image",
+    "negative_prompt_2": "negative_prompt",
     "styles_file": "style",
+    "variation_strength": "variation_seed",
+    "hires_strength": "hires",
+    "hires_upscale": "hires",
     "preview_vae": "preview",
     "blend_negative_prompt": "blend_prompt",
     "blend": "blend_prompt",
@@ -103,6 +116,11 @@ NEEDS = {  # flags that mean something with another one only
     "controlnet_scale": "control_image",
     "control_edges": "control_image",
 }
+
+
+def is_given(value: Any) -> bool:
+    """Whether a flag was given or has a default: not None, an empty list or a switch that is off."""
+    return value is not None and value is not False and value != []
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -119,14 +137,17 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if not f.prompt and not f.prompts_file:
         raise UsageError('--prompt is missing: say what to draw, such as --prompt "a castle".')
     for name, needed in NEEDS.items():
-        if f[name].present and not f[needed].value:
+        if f[name].present and not is_given(f[needed].value):
             raise UsageError(f"--{name} goes with --{needed}: give that too, or leave --{name} out.")
-    for name in ("guidance_scale", "hires"):
-        if not math.isfinite(getattr(f, name) or 0.0):
-            raise UsageError(f"--{name} {getattr(f, name)} must be a finite number, such as 2.")
+    for name, value in f.flag_values_dict().items():
+        numeric = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, float)]
+        if not all(map(math.isfinite, numeric)):
+            raise UsageError(f"--{name} {value} must be finite.")
     f["guidance_interval"].value = numbers(f, "guidance_interval", 2, float)
-    if f.guidance_interval is not None and f.guidance_interval[0] >= f.guidance_interval[1]:
-        raise UsageError("--guidance_interval must name the lower noise level first, such as 0.3,5.")
+    try:
+        as_interval(f.guidance_interval)
+    except ValueError as e:
+        raise UsageError(f"--{e}") from None
     f["outpaint"].value = numbers(f, "outpaint", 4, int)
     check_tasks(f)
     return f
@@ -150,16 +171,8 @@ def numbers(f: flags.FlagValues, name: str, count: int, kind: type) -> tuple | N
 
 def check_tasks(f: flags.FlagValues) -> None:
     """Raise UsageError for flags that do not go together."""
-    if f.image is not None:
-        f["strength"].value = (1.0 if f.mask or f.outpaint else 0.6) if f.strength is None else f.strength
-        if not 0 < f.strength <= 1:
-            raise UsageError(f"--strength {f.strength} must be above 0 and at most 1.")
-        if int(f.steps * f.strength) < 1:
-            raise UsageError(f"--strength {f.strength} leaves none of --steps {f.steps}: raise one of the two.")
     if f.mask is not None and f.outpaint is not None:
         raise UsageError("--mask and --outpaint both say what is drawn: give one of them.")
-    if f.hires is not None and int(f.steps * f.hires_strength) < 1:
-        raise UsageError(f"--hires_strength {f.hires_strength} leaves none of --steps {f.steps}: raise one of the two.")
     for name in ("variation_seed", "blend_prompt"):
         if f.interpolate is not None and f[name].value is not None:
             raise UsageError(f"--interpolate goes from picture to picture by itself: leave out --{name}.")

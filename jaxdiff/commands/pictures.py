@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.flags import SEEDS
+from jaxdiff.commands.flags import NEEDS, SEEDS, is_given
 from jaxdiff.prompts import PromptError, PromptLine, read_prompts
 from jaxdiff.styles import apply_style
 from jaxdiff.wildcards import expand
@@ -15,15 +15,16 @@ from jaxdiff.wildcards import expand
 # Arguments of `generate` that all pictures of a call share, and those that each has for itself.
 SHARED = ("steps", "guidance_rescale", "guidance_interval", "clip_skip", "emphasis", "scheduler", "spacing", "height",
           "width", "strength", "noise_level", "hires", "hires_strength", "hires_upscale", "tile")  # fmt: skip
-EACH = ("seed", "guidance_scale", "prompt_2", "blend_prompt", "blend_negative_prompt", "blend", "variation_seed",
-        "variation_strength")  # fmt: skip
+EACH = ("seed", "guidance_scale", "prompt_2", "negative_prompt_2", "blend_prompt", "blend_negative_prompt",
+        "blend", "variation_seed", "variation_strength")  # fmt: skip
 # What draws a picture again beside them. The batch size is one of them, and so is the preview: other shapes and other
 # programs may round otherwise.
 REST = ("negative_prompt", "image", "mask", "outpaint", "controlnet", "control_image", "controlnet_scale",
-        "control_edges", "lora", "embedding", "model", "prediction_type", "dtype", "batch_size", "preview",
+        "control_edges", "lora", "embedding", "vae", "model", "prediction_type", "dtype", "batch_size", "preview",
         "preview_vae")  # fmt: skip
 ARGUMENTS = {  # what `generate` calls a flag
     "prompt_2": "prompts_2",
+    "negative_prompt_2": "negative_prompts_2",
     "blend_prompt": "blend_prompts",
     "blend_negative_prompt": "blend_negative_prompts",
 }
@@ -31,35 +32,37 @@ Picture = dict[str, Any]
 
 
 def lines(f: flags.FlagValues) -> list[PromptLine]:
-    """The prompts of all flags and files, expanded and in style; raises UsageError."""
+    """The line of each picture, with its seed, of all flags and files, expanded and in style; raises UsageError.
+
+    Seeds count up over all pictures; a line of a prompts file that has a seed starts its own.
+    """
     try:
-        given = [PromptLine(p) for p in f.prompt] + (read_prompts(f.prompts_file) if f.prompts_file else [])
-        if f.matrix or f.wildcards:
-            given = [
-                line._replace(prompt=prompt)
-                for i, line in enumerate(given)
-                for prompt in expand(line.prompt, f.wildcards, seed=f.seed + i, matrix=f.matrix).prompts
-            ]
-        negative = [line.negative_prompt or f.negative_prompt for line in given]
+        found: list[PromptLine] = []
+        for line in [PromptLine(p) for p in f.prompt] + (read_prompts(f.prompts_file) if f.prompts_file else []):
+            negative = f.negative_prompt if line.negative_prompt is None else line.negative_prompt
+            for (i, prompt), k in itertools.product(enumerate(alternatives(f, line.prompt)), range(f.num_images)):
+                seed = (f.seed + len(found) if line.seed is None else line.seed + k) % SEEDS
+                drawn = alternatives(f, line.prompt, seed)[i] if f.wildcards and not f.matrix else prompt
+                found.append(PromptLine(drawn, negative, seed))
         if f.style is None:
-            return [line._replace(negative_prompt=n) for line, n in zip(given, negative, strict=True)]
-        styled = [apply_style(line.prompt, n, f.style, f.styles_file) for line, n in zip(given, negative, strict=True)]
-        return [PromptLine(*texts, line.seed) for texts, line in zip(styled, given, strict=True)]
+            return found
+        styled = [apply_style(line.prompt, line.negative_prompt, f.style, f.styles_file) for line in found]
+        return [PromptLine(*texts, line.seed) for texts, line in zip(styled, found, strict=True)]
     except PromptError as e:
         raise UsageError(str(e)) from None
 
 
-def plan(f: flags.FlagValues, given: list[PromptLine]) -> list[Picture]:
-    """The pictures in order: what tells each from the others, and the flags that draw it again, to the byte.
+def alternatives(f: flags.FlagValues, prompt: str, seed: int = 0) -> list[str]:
+    """The prompts that one of the flags' stands for; how many does not depend on the seed, which draws wildcards."""
+    return expand(prompt, f.wildcards, seed=seed, matrix=f.matrix).prompts if f.matrix or f.wildcards else [prompt]
 
-    Seeds count up over all pictures; a line of a prompts file that has a seed starts its own.
-    """
+
+def plan(f: flags.FlagValues, given: list[PromptLine]) -> list[Picture]:
+    """The pictures in order: what tells each from the others, and the flags that draw it again, to the byte."""
     shared = {name: f[name].value for name in (*EACH, *SHARED, *REST) if name in f and name != "seed"}
-    for flag, needed in {"variation_strength": "variation_seed", "hires_strength": "hires", "hires_upscale": "hires",
-                         "blend": "blend_prompt",
-                         "strength": "image", "controlnet_scale": "control_image"}.items():  # fmt: skip
-        if not shared[needed] and shared[needed] != 0:
-            shared[flag] = None
+    for name, needed in NEEDS.items():
+        if name in shared and not is_given(shared[needed]):
+            shared[name] = None
     if f["emphasis"].value:
         shared["emphasis"] = None  # as by default
     for name in ("guidance_rescale", "clip_skip", "control_edges", "preview"):  # switched off
@@ -69,10 +72,8 @@ def plan(f: flags.FlagValues, given: list[PromptLine]) -> list[Picture]:
     shared = {name: value for name, value in shared.items() if value not in (None, [])}
     pictures: list[Picture] = []
     for line in given:
-        for k in range(f.num_images):
-            seed = f.seed + len(pictures) if line.seed is None else line.seed + k
-            negative = {} if line.negative_prompt is None else {"negative_prompt": line.negative_prompt}
-            pictures.append({"prompt": line.prompt, "seed": seed % SEEDS, **shared, **negative})
+        negative: Picture = {} if line.negative_prompt is None else {"negative_prompt": line.negative_prompt}
+        pictures.append({"prompt": line.prompt, "seed": line.seed, **shared, **negative})
     pictures = film(pictures, f.interpolate) if f.interpolate else pictures
     # In one order, so that a picture drawn again from its flags is the same file.
     return [{name: p[name] for name in ("prompt", *EACH, *SHARED, *REST) if name in p} for p in pictures]
@@ -96,7 +97,7 @@ def film(pictures: list[Picture], frames: int) -> list[Picture]:
 
 def how_many(f: flags.FlagValues, given: list[PromptLine]) -> int:
     """How many pictures `plan` will have."""
-    count = len(given) * f.num_images
+    count = len(given)
     return count if f.interpolate is None else max(count - 1, 1) * f.interpolate + 1
 
 
