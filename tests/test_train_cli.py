@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from jaxdiff.data.folder import examples
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.io.images import read_image
 from jaxdiff.io.sources import open_tensors
+from tests.training_config import get_config
 from tests.training_config import get_config
 
 ROOT = Path(__file__).parent.parent
@@ -191,6 +193,22 @@ def test_every_mistake_is_one_sentence(cli, data, tmp_path, args, code, named):
 def test_workers_of_the_config_read_what_its_threads_read(data, tmp_path):
     config = get_config("vae")
     config.data.path = str(data)
+    run = train.Run(config, tmp_path)
+    expected = [batch for batch, _ in zip(run.batches(), range(3), strict=False)]
+    config.data.workers = 1
+    before, batches = set(multiprocessing.active_children()), iter(run.batches())
+    for batch in expected:
+        again = next(batches)
+        assert again["text"] == batch["text"]
+        np.testing.assert_array_equal(again["image"], batch["image"])
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 1
+    batches.close()
+
+
+def test_workers_of_the_config_read_what_its_threads_read(data, tiny_folder, tmp_path):
+    config = get_config("vae")
+    config.data.path, config.init_from.model = str(data), str(tiny_folder)
     run = train.Run(config, tmp_path)
     expected = [batch for batch, _ in zip(run.batches(), range(3), strict=False)]
     config.data.workers = 1
