@@ -9,10 +9,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import jaxdiff
-from jaxdiff.io.images import ImageError, fit, read_image
+from jaxdiff.io.images import ImageError, fit, read_image, read_metadata
 from jaxdiff.io.weights import WeightsError
 from tests.tiny import SIDE
 
@@ -93,6 +93,20 @@ def test_greys_that_are_no_numbers_or_no_greys_are_named(bad, tmp_path):
         ImageError, match=r"picture cannot be read as a picture \(its values are float32 from .* 0 to 1"
     ):
         read(tmp_path, data)
+
+
+def test_formats_that_start_programs_are_not_opened(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript; bytes decide what a file is, whatever it is called."""
+
+    def started(*args, **kwargs):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    postscript = encoded(Image.new("RGB", (4, 4)), "EPS")
+    with pytest.raises(ImageError, match=r"picture cannot be read as a picture \(cannot identify image file"):
+        read(tmp_path, postscript)
+    with pytest.raises(ImageError, match=r"cannot be read as a picture .* give a PNG as sample\.py wrote it"):
+        read_metadata(tmp_path / "picture")
 
 
 def test_a_file_that_would_unpack_to_gigabytes_is_refused(tmp_path):

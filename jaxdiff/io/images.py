@@ -1,4 +1,4 @@
-"""Pictures in files: any readable image in, PNG out together with what it takes to draw the picture again."""
+"""Pictures in files: images of common formats in, PNG out together with what it takes to draw the picture again."""
 
 import json
 import os
@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from jaxdiff.data.folder import FORMATS
+
 WHITE = (255, 255, 255)
 CHUNK = "jaxdiff"  # name of the PNG text chunk that holds the metadata as JSON
 
@@ -19,7 +21,7 @@ class ImageError(ValueError):
 
 
 def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np.ndarray:
-    """A picture file of any kind as RGB.
+    """A picture file as RGB, of the formats that training reads too: PNG, JPEG, WebP, GIF, BMP, TIFF.
 
     The camera's orientation (EXIF) is applied, transparency laid over `background`, 16-bit greys are scaled to 8,
     floating-point greys must be in [0, 1]; of an animation the first frame is read.
@@ -28,10 +30,10 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np
         uint8 [H, W, 3].
 
     Raises:
-        ImageError: the file is missing, damaged, no picture, or of floating-point greys outside of [0, 1].
+        ImageError: the file is missing, damaged, of no such format, or of floating-point greys outside of [0, 1].
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             return np.array(_to_rgb(ImageOps.exif_transpose(opened), background))
     except FileNotFoundError:
         raise ImageError(f"{path} is missing: give an existing picture.") from None
@@ -205,7 +207,7 @@ def read_metadata(path: str | Path) -> Any:
         ImageError: the file is no picture, or holds no metadata of this library.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return json.loads(image.info[CHUNK])
     except (KeyError, json.JSONDecodeError):
         raise ImageError(f"{path} does not say how it was drawn: give a PNG as sample.py wrote it.") from None
