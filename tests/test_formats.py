@@ -510,9 +510,3 @@ def test_hub_offline(error, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ConfigError, match=r"^owner/name is no folder here, and it cannot be fetched .*local folder\.$"):
         hub.fetch("owner/name")
-
-
-def test_hub_without_its_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match="pip install huggingface_hub"):
-        hub.fetch("owner/name")

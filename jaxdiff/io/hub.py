@@ -1,4 +1,4 @@
-"""Model folders from the Hugging Face hub, where the package `huggingface_hub` and the network are there."""
+"""Model folders from the Hugging Face hub, where the network is there."""
 
 from pathlib import Path
 
@@ -33,14 +33,10 @@ def fetch(repo_id: str, revision: str | None = None, variant: str | None = None)
         variant: "fp16" fetches the weights `*.fp16.*`; None those without such a word, or others where there are none.
 
     Raises:
-        ConfigError: the package or the network is missing, or the hub has no such model.
+        ConfigError: the network is missing, or the hub has no such model.
     """
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ConfigError(
-            f"{repo_id} is no folder here, and fetching it needs a package: pip install huggingface_hub."
-        ) from None
+    from huggingface_hub import snapshot_download  # transformers brings it
+
     try:
         for wanted, unwanted in attempts(variant):
             folder = Path(
