@@ -612,6 +612,10 @@ STEM = "unet.conv_in"
         ),
         ({"lora_unet_conv_in.diff": (2, 2)}, "is of the kind LyCORIS"),
         (
+            {"0": (32, 2), "1": (2, 32), "2": (32, 2), "3": (2, 32)},
+            "it lists 2 layers, which matches the attention layers of no part of this model",
+        ),
+        (
             {
                 "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_k.lora_down.weight": (4, 2048),
                 "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_k.lora_up.weight": (1280, 4),
@@ -620,7 +624,7 @@ STEM = "unet.conv_in"
         ),
         (
             {f"unet:{i}:{d}": x for i in range(9) for d, x in (("down", (1, 768)), ("up", (320, 1)))},
-            "is a LoRA for Stable Diffusion 1.x, .* its list changes 9 layers",
+            "is a LoRA for Stable Diffusion 1.x, .* it lists 9 layers",
         ),
     ],
 )

@@ -229,7 +229,7 @@ def test_unknown_block_is_named(folder):
         (
             "unet",
             {"attention_head_dim": [5, 10]},
-            r"unet/config\.json does not .* says attention_head_dim: \[5, 10\], but block_out_channels has length 1: give",
+            r"unet/config\.json .* says attention_head_dim: \[5, 10\], but block_out_channels has length 1: give",
         ),
         ("unet", {"layers_per_block": [1, 1]}, r"unet/config\.json .* says layers_per_block: \[1, 1\], but"),
         (

@@ -30,7 +30,6 @@ from jaxdiff.typing import Params
 
 Tensors = dict[str, str]  # "down", "up", perhaps "alpha", "mid", "magnitude" -> the tensor's name in the file
 
-ENCODERS = ("text_encoder", "text_encoder_2")
 KOHYA = {  # the prefix that is written first
     "unet": ("lora_unet_",),
     "text_encoder": ("lora_te_", "lora_te1_"),
@@ -221,7 +220,7 @@ def _listed(source: TensorSource, model: list[Layer]) -> list[tuple[Layer, Tenso
                 break
             misfits.append(_mismatch(source, *wrong[0]))
         else:
-            number = f"its list changes {len(parts)} layers, the attentions of no part of the model are as many"
+            number = f"it lists {len(parts)} layers, which matches the attention layers of no part of this model"
             raise _misfit(source, model, misfits[0] if misfits else number)
     return found
 

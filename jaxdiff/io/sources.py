@@ -124,7 +124,7 @@ def _open_flax(path: Path) -> TensorSource:
     """A file of Hugging Face's former Flax models, under PyTorch's names and in its layouts."""
     try:
         leaves = flatten_dict(msgpack_restore(path.read_bytes()))
-        tensors = {_torch_name(keys): _torch_layout(keys, leaf) for keys, leaf in leaves.items()}
+        tensors = {_torch_name(keys): to_torch_layout(keys, np.asarray(leaf)) for keys, leaf in leaves.items()}
     except OSError:
         raise
     except Exception as e:  # whatever msgpack, numpy or flax raise on bytes that are none
@@ -147,8 +147,8 @@ def _torch_name(keys: tuple[str, ...]) -> str:
     return ".".join([*dotted, "weight" if last in ("kernel", "scale", "embedding") else last])
 
 
-def _torch_layout(keys: tuple[str, ...], x: Any) -> np.ndarray:
-    x = np.asarray(x)
+def to_torch_layout(keys: tuple[str, ...], x: np.ndarray) -> np.ndarray:
+    """A parameter of this path in PyTorch's layout: of kernels, [out, in] or [out, in, H, W]."""
     if keys[-1] != "kernel":
         return x
     return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from jaxdiff.io.sources import TensorSource as TensorSource
 from jaxdiff.io.sources import WeightsError as WeightsError
 from jaxdiff.io.sources import open_tensors
+from jaxdiff.io.sources import to_torch_layout as to_torch_layout
 from jaxdiff.typing import Params
 
 LISTS = (
@@ -89,12 +90,6 @@ def current_name(name: str) -> str:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
-
-
-def to_torch_layout(path: tuple[str, ...], x: np.ndarray) -> np.ndarray:
-    if path[-1] != "kernel":
-        return x
-    return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
 
 
 def from_torch_layout(path: tuple[str, ...], x: np.ndarray) -> np.ndarray:
