@@ -24,12 +24,13 @@ class Config:
     """Base: reading from and writing to the dict of a `config.json`."""
 
     CLASS_NAME: ClassVar[str] = ""
+    NULLS: ClassVar[tuple[str, ...]] = ()  # fields of another default that may be None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         names = {f.name for f in dataclasses.fields(cls)}
-        # null means "the default" in these files, but for the few fields whose own default is None.
-        return cls(**{k: _frozen(v) for k, v in values.items() if k in names and v is not None})
+        # null means "the default" in these files, but for NULLS and the few fields whose own default is None.
+        return cls(**{k: _frozen(v) for k, v in values.items() if k in names and (v is not None or k in cls.NULLS)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -172,11 +173,12 @@ class UNetConfig(Config):
     """Denoising UNet of latent diffusion (Rombach et al. 2022, appendix E); defaults are diffusers' own."""
 
     CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
+    NULLS: ClassVar[tuple[str, ...]] = ("mid_block_type",)
     sample_size: int | tuple[int, int] = 64  # latents drawn by default: of a square's side, or height and width
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"  # None: no middle block, as in tiny distilled models
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int | tuple[int, ...] = 2
@@ -276,6 +278,7 @@ class ControlNetConfig(UNetConfig):
     """ControlNet (Zhang et al. 2023): the way down of a UNet, and an encoder of the picture that steers it."""
 
     CLASS_NAME: ClassVar[str] = "ControlNetModel"
+    NULLS: ClassVar[tuple[str, ...]] = ()  # that of a UNet without a middle block has one
     conditioning_channels: int = 3  # of the steering picture
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
     controlnet_conditioning_channel_order: str = "rgb"  # or "bgr"

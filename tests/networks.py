@@ -51,6 +51,7 @@ UNETS = {  # name -> config: every branch of the architecture once
     "only_cross": SMALL_UNET | {"only_cross_attention": True},
     "inpainting": SMALL_UNET | {"in_channels": 9},
     "distilled": SMALL_UNET | {"time_cond_proj_dim": 16, "flip_sin_to_cos": False, "freq_shift": 1},
+    "no_middle": SMALL_UNET | {"mid_block_type": None},  # segmind/tiny-sd
     "class_timestep": SMALL_UNET | {"class_embed_type": "timestep"},
 }
 VAES = {

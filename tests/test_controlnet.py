@@ -341,3 +341,11 @@ def test_config_of_a_unet_keeps_what_both_have():
     ours = ControlNetConfig.from_dict(dataclasses.asdict(unet))
     check_fits(ours, unet)
     assert not {"sample_size", "out_channels", "up_block_types"} & set(ours.to_dict())
+
+
+def test_a_unet_without_a_middle_block_is_steered_by_one_with():
+    """diffusers builds no other, and adds what its middle gives to what the UNet has in that place."""
+    unet = UNetConfig.from_dict(networks.UNETS["no_middle"])
+    ours = ControlNetConfig.from_dict(dataclasses.asdict(unet))
+    check_fits(ours, unet)
+    assert (unet.mid_block_type, ours.mid_block_type) == (None, "UNetMidBlock2DCrossAttn")

@@ -226,6 +226,23 @@ def test_a_distilled_model_there_and_back(tmp_path):
     assert (found["scheduler"], found["unet"].time_cond_proj_dim) == (model.scheduler, 16)
 
 
+def test_a_unet_without_a_middle_block_there_and_back(tmp_path):
+    """With our metadata and without; the folder of it says null, which is not the default."""
+    model = replace_config(small_model("sd1"), "unet", mid_block_type=None)
+    params = tiny.tiny_params(model)
+    assert "mid_block" not in params["unet"]
+    save_single_file(tmp_path / "ours.safetensors", model, params)
+    save_file(load_file(tmp_path / "ours.safetensors"), tmp_path / "foreign.safetensors")
+    save(tmp_path / "folder", model, params)
+    for again, loaded in (
+        load_single_file(tmp_path / "ours.safetensors"),
+        load_single_file(tmp_path / "foreign.safetensors", configs=untold(model)),
+        load(tmp_path / "folder"),
+    ):
+        assert again.unet == model.unet
+        assert_equal(loaded, params)
+
+
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_sdxl_of_v_prediction_bears_its_marks(zero_snr, tmp_path):
     """Tensors without numbers, by which other programs know it."""

@@ -211,26 +211,28 @@ def unet_config(shapes: Shapes, family: str, pooled: int | None = None) -> UNetC
     widths = tuple(shapes[f"{part}.0.out_layers.3.weight"][0] for part in parts)
     attend = [f"{part}.1.proj_in.weight" in shapes for part in parts]
     depths = [shapes.count(f"{part}.1.transformer_blocks.{{}}.") or 1 for part in parts]
-    if not attend[-1]:  # the middle goes by the last level's depth
+    middle = any(name.startswith("middle_block.") for name in shapes)
+    if middle and not attend[-1]:  # the middle goes by the last level's depth
         depths[-1] = shapes.count("middle_block.1.transformer_blocks.{}.")
-    cross = "middle_block.1.transformer_blocks.0.attn{}.to_k.weight"
+    attentive = "middle_block.1" if middle else f"{parts[attend.index(True)]}.1"
     only = [
         yes and shapes[f"{part}.1.transformer_blocks.0.attn1.to_k.weight"][1] != width
         for part, yes, width in zip(parts, attend, widths, strict=True)
     ]
-    linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
+    linear = len(shapes[f"{attentive}.proj_in.weight"]) == 2
     return UNetConfig(
         sample_size=SAMPLE_SIZES[family],
         in_channels=shapes["input_blocks.0.0.weight"][1],
         out_channels=shapes["out.2.weight"][0],
         down_block_types=tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attend),
+        mid_block_type="UNetMidBlock2DCrossAttn" if middle else None,
         up_block_types=tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in attend[::-1]),
         block_out_channels=widths,
         layers_per_block=_same(len(blocks) for blocks in levels),
         transformer_layers_per_block=_same(depths),
         attention_head_dim=_same(max(1, w // HEAD_WIDTH) for w in widths) if linear and family != "upscaler" else 8,
         only_cross_attention=_same(only),
-        cross_attention_dim=shapes[cross.format(2)][1],
+        cross_attention_dim=shapes[f"{attentive}.transformer_blocks.0.attn2.to_k.weight"][1],
         use_linear_projection=linear,
         **_extra_embeddings(shapes, family, pooled),
     )

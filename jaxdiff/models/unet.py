@@ -87,6 +87,7 @@ class UNetMidBlock(nn.Module):
     """The lowest level: resnet, transformer, resnet; the first resnet alone where the level does not attend."""
 
     config: UNetConfig
+    attend: bool
     remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
@@ -94,7 +95,7 @@ class UNetMidBlock(nn.Module):
     def __call__(self, x: Array, temb: Array, context: Array, bias: Array | None) -> Array:
         c = self.config
         x = resnet(c, x.shape[-1], "resnets_0", self.remat, self.dtype)(x, temb)
-        if not attends(c.mid_block_type):
+        if not self.attend:
             return x
         last = len(c.block_out_channels) - 1
         x = transformer(c, last, "attentions_0", self.remat, self.dtype, middle=True)(x, context, bias)
@@ -134,7 +135,7 @@ class UNetEncoder(nn.Module):
         return {"remat": self.remat, "dtype": self.dtype}
 
     def down(self, x: Array, temb: Array, context: Array, bias: Array | None) -> tuple[Array, list[Array]]:
-        """What conv_in gave [B, h, w, C] -> the middle block's output, and what goes to the skip connections."""
+        """What conv_in gave [B, h, w, C] -> the output after the middle block, and that of each skip connection."""
         c, last = self.config, len(self.config.block_out_channels) - 1
         layers = per_level(c.layers_per_block, last + 1)
         skips = [x]
@@ -142,7 +143,9 @@ class UNetEncoder(nn.Module):
             x = UNetBlock(c, i, layers[i], attends(kind), resample=i < last, **self.rest(), name=f"down_blocks_{i}")(
                 x, temb, context, bias, skips
             )
-        return UNetMidBlock(c, **self.rest(), name="mid_block")(x, temb, context, bias), skips
+        if c.mid_block_type is not None:
+            x = UNetMidBlock(c, attends(c.mid_block_type), **self.rest(), name="mid_block")(x, temb, context, bias)
+        return x, skips
 
     @nn.nowrap
     def sinusoids(self, t: Array, dim: int) -> Array:
