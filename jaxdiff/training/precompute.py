@@ -95,7 +95,7 @@ def precompute(
         raise ConfigError(f"latents.batch_size {batch_size} must be at least 1.")
     buckets = buckets or Buckets(((image_size, image_size),), np.zeros(len(source), np.int16))
     description = [source.digest, image_size, seed, views, flip, background, embeddings, part, buckets.sizes]
-    numbers = hashlib.sha256(np.ascontiguousarray(buckets.numbers)).hexdigest()
+    numbers = hashlib.sha256(np.ascontiguousarray(buckets.numbers).data).hexdigest()
     mark = fingerprint(model, params, [*description, numbers])
     order = _Views(buckets, views)
     decode = Decode(source, image_size, None, flip, background)
