@@ -306,7 +306,6 @@ def run(f: flags.FlagValues) -> None:
         raise UsageError("--precompute writes latents of pictures: leave out config.latents.path.")
     if f.posthoc_ema is not None:
         return Run(f.config or stored(workdir), workdir).posthoc_ema(f.posthoc_ema)
-    check_read(f.config)
     make_folder(workdir, "--workdir")
     if f.distributed or f.coordinator_address:
         # What is not given comes from the environment of a TPU pod, Slurm or Open MPI.
@@ -324,19 +323,6 @@ def run(f: flags.FlagValues) -> None:
             logging.info("The latents are in %s; --config.latents.path=%s trains on them.", folder, folder)
         except OptionsError as e:
             raise UsageError(f"config: {e}") from None
-
-
-def check_read(config: Any) -> None:
-    """Raise UsageError for settings of other stages, which this one would not read."""
-    given = {
-        "crop": config.crop,
-        "cache_latents": config.cache_latents,
-        "latents.path": config.latents.path,
-        "prior.path": config.prior.path,
-    }
-    read = {"vae": ("crop",), "clip": ()}.get(config.stage, ("cache_latents", "latents.path", "prior.path"))
-    if unread := [f"config.{name}={value}" for name, value in given.items() if value and name not in read]:
-        raise UsageError(f"{', '.join(unread)}: the stage {config.stage} does not read this; leave it out.")
 
 
 def fingerprints(config: Any) -> dict[str, Any]:

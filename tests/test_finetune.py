@@ -18,6 +18,7 @@ import train
 from configs.common import base
 from jaxdiff import parallel
 from jaxdiff.commands.evaluation import placed
+from jaxdiff.commands.train_flags import check_read
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data
 from jaxdiff.io.edges import canny
@@ -437,7 +438,7 @@ def test_every_config_is_one_of_a_target(path):
     assert path.name in importlib.import_module(f"configs.finetune.{path.stem}").__doc__  # its command
     Options(**{name: config[name] for name in Options.__dataclass_fields__}).check(1)
     Noising(**{name: config[name] for name in Noising.__dataclass_fields__})
-    train.check_read(config)
+    check_read(config)
     assert config.eval.guidance_scale == 0  # sheets as the model itself recommends
 
 

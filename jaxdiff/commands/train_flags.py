@@ -1,6 +1,7 @@
 """The flags of train.py."""
 
 import re
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -65,9 +66,23 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UsageError("--num_processes and --process_id need --coordinator_address=host:port.")
     if stage not in STAGES:
         raise UsageError(f"config.stage {stage!r} must be one of {', '.join(STAGES)}.")
+    check_read(f.config)
     if not f.config.data.path and not f.plan:
         raise UsageError("config.data.path is missing: name a captioned folder, --config.data.path=pictures/.")
     return f
+
+
+def check_read(config: Any) -> None:
+    """Raise UsageError for settings of other stages, which this one would not read."""
+    given = {
+        "crop": config.crop,
+        "cache_latents": config.cache_latents,
+        "latents.path": config.latents.path,
+        "prior.path": config.prior.path,
+    }
+    read = {"vae": ("crop",), "clip": ()}.get(config.stage, ("cache_latents", "latents.path", "prior.path"))
+    if unread := [f"config.{name}={value}" for name, value in given.items() if value and name not in read]:
+        raise UsageError(f"{', '.join(unread)}: the stage {config.stage} does not read this; leave it out.")
 
 
 def config_error(error: Exception) -> str:

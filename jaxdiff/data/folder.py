@@ -204,7 +204,7 @@ class Decode:
             image = _lay_on(image, colour)
             if colour != "white":
                 text = f"{text}, on {'an' if colour[0] in 'aeiou' else 'a'} {colour} background"
-        found = {"image": np.array(image), "text": text}
+        found: dict[str, Any] = {"image": np.array(image), "text": text}
         if hint:
             found["hint"] = np.array(hint)
         elif self.steer:

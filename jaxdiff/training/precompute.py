@@ -99,7 +99,7 @@ def precompute(
     mark = fingerprint(model, params, [*description, numbers])
     order = _Views(buckets, views)
     decode = Decode(source, image_size, None, flip, background)
-    how = {"seed": seed, "epochs": 1, "drop_remainder": False, "threads": threads}
+    how: dict[str, Any] = {"seed": seed, "epochs": 1, "drop_remainder": False, "threads": threads}
     at_once = batch_size * jax.local_device_count()
     data = pipeline.batches(source.name, len(source), decode, at_once, order=lambda *_: order, **how)
     spans = _spans(order.counts, part)
@@ -151,7 +151,7 @@ def open_latents(
 
 def encoder(
     model: Model, params: Params, embeddings: bool, batch_size: int
-) -> Callable[[list[dict[str, Any]]], dict[str, np.ndarray]]:
+) -> Callable[[Iterable[dict[str, Any]]], dict[str, np.ndarray]]:
     """A function from examples {"image", "text"} of one size to {"latents": float16 [n, h, w, C], "tokens", …}.
 
     Without examples it returns nothing, {}.
