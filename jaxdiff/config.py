@@ -275,18 +275,18 @@ class VAEConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class ControlNetConfig(UNetConfig):
-    """ControlNet (Zhang et al. 2023): the way down of a UNet, and an encoder of the picture that steers it."""
+    """ControlNet (Zhang et al. 2023): the encoder of a UNet, and one of the control image."""
 
     CLASS_NAME: ClassVar[str] = "ControlNetModel"
     NULLS: ClassVar[tuple[str, ...]] = ()  # that of a UNet without a middle block has one
-    conditioning_channels: int = 3  # of the steering picture
+    conditioning_channels: int = 3  # of the control image
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
     controlnet_conditioning_channel_order: str = "rgb"  # or "bgr"
     global_pool_conditions: bool = False
 
     @property
     def factor(self) -> int:
-        """Pixels of the steering picture to a latent along one side."""
+        """Pixels of the control image to a latent along one side."""
         return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
 
     def to_dict(self) -> dict[str, Any]:

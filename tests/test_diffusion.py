@@ -177,7 +177,7 @@ def test_program_does_not_depend_on_the_spacing():
             10,
             "ddim",
             "trailing",
-            'prediction_type "epsilon" says nothing of x0',
+            r'prediction_type "epsilon" cannot start from pure noise \(alpha = 0\)',
         ),
     ],
 )

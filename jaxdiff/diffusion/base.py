@@ -17,7 +17,6 @@ class State(NamedTuple):
 
     x: Array  # [B, ...] float32
     denoised: Array  # [B, ...] float32, the prediction of x0 of the step before; x itself before the first
-    taken: Array  # [] int32, steps taken
 
 
 class Scheduler(NamedTuple):
@@ -45,7 +44,7 @@ def arrival(times: Time, i: Array | int) -> Time:
 
 def initial(x: Array) -> State:
     x = jnp.asarray(x, jnp.float32)
-    return State(x, x, jnp.int32(0))
+    return State(x, x)
 
 
 def predict(denoise: Denoise, x: Array, time: Time) -> Array:

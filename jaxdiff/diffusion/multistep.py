@@ -47,8 +47,8 @@ class History(NamedTuple):
 
 def _start(keep: int) -> Callable[[Array], History]:
     def init(x: Array) -> History:
-        x, denoised, taken = initial(x)
-        return History(x, denoised, taken, jnp.stack([0 * x] * keep), x)  # made of x: on the devices where x is
+        x, denoised = initial(x)
+        return History(x, denoised, jnp.int32(0), jnp.stack([0 * x] * keep), x)  # made of x: on the devices where x is
 
     return init
 

@@ -35,7 +35,7 @@ def ddim(eta: float = 0.0, clip: Clip | None = None) -> Scheduler:
         eps = noise_in(state.x, x0, time)
         x0 = x0 if clip is None else clip(x0)
         noise = normal(keys, state.x) if eta else 0.0
-        return State(first_order(x0, eps, time, then, eta, noise), x0, state.taken + 1)
+        return State(first_order(x0, eps, time, then, eta, noise), x0)
 
     return Scheduler(initial, step)
 
@@ -70,7 +70,7 @@ def ddpm(variance_type: str = "fixed_small") -> Scheduler:
         # As in the paper's algorithm, nothing is drawn on leaving the first time of training.
         spread = jnp.where(time.t > 0, scale * jnp.sqrt(drawn(time, then)), 0.0)
         mean = then.alpha * x0 + then.sigma * ratio(time, then) * noise_in(state.x, x0, time)
-        return State(mean + spread * normal(keys, state.x), x0, state.taken + 1)
+        return State(mean + spread * normal(keys, state.x), x0)
 
     return Scheduler(initial, step)
 
@@ -96,7 +96,7 @@ def heun(flow: bool = False) -> Scheduler:
             return x + (then.sigma - time.sigma * s_then / s) * (slope_then - slope) / 2
 
         x = jax.lax.cond((then.sigma > 0) & (s > 0), correct, lambda x: x, x)
-        return State(x, x0, state.taken + 1)
+        return State(x, x0)
 
     return Scheduler(initial, step)
 
@@ -127,7 +127,7 @@ def dpmpp_sde() -> Scheduler:
             return first_order(x0_mid, noise_in(x, x0_mid, time), time, then, 1.0, noise)
 
         x = jax.lax.cond(then.sigma > 0, whole, lambda x: then.alpha * x0, state.x)
-        return State(x, x0, state.taken + 1)
+        return State(x, x0)
 
     return Scheduler(initial, step)
 
@@ -150,7 +150,7 @@ def dpmpp_2s_ancestral() -> Scheduler:
             x0_then = predict(denoise, x, then)
             return first_order(x0_then, noise_in(state.x, x0_then, time), time, then, 1.0, noise)
 
-        return State(jax.lax.cond(then.sigma > 0, again, lambda x: x, x), x0, state.taken + 1)
+        return State(jax.lax.cond(then.sigma > 0, again, lambda x: x, x), x0)
 
     return Scheduler(initial, step)
 
@@ -167,7 +167,7 @@ def lcm(timestep_scaling: float = 10.0) -> Scheduler:
         scaled = time.t * timestep_scaling
         skip, out = 0.25 / (scaled**2 + 0.25), scaled / jnp.sqrt(scaled**2 + 0.25)
         x0 = out * predict(denoise, state.x, time) + skip * state.x
-        return State(then.alpha * x0 + then.sigma * normal(keys, state.x), x0, state.taken + 1)
+        return State(then.alpha * x0 + then.sigma * normal(keys, state.x), x0)
 
     return Scheduler(initial, step)
 
@@ -185,6 +185,6 @@ def tcd() -> Scheduler:
         x = first_order(x0, noise_in(state.x, x0, time), time, below)
         up = then.alpha / below.alpha
         spread = jnp.sqrt(jnp.maximum(then.sigma**2 - (up * below.sigma) ** 2, 0.0))
-        return State(up * x + spread * normal(keys, state.x), x0, state.taken + 1)
+        return State(up * x + spread * normal(keys, state.x), x0)
 
     return Scheduler(initial, step)

@@ -149,8 +149,8 @@ def time_grid(
         )
     if times.alpha[0] == 0 and config.prediction_type == "epsilon":
         raise ValueError(
-            'prediction_type "epsilon" says nothing of x0 where the picture has no weight, at the first step of this '
-            'grid: take spacing "leading", or a model of another prediction type.'
+            'a model of prediction_type "epsilon" cannot start from pure noise (alpha = 0), as this grid does: take '
+            'spacing "leading", or a model of another prediction type.'
         )
     times = _with_stops(process, times, t, level, steps, by_time=levels is None)
     scale = np.float32(times.sigma[0]) if rule.scaled and base != "leading" else np.float32(1)

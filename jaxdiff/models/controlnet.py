@@ -1,4 +1,4 @@
-"""ControlNet (Zhang et al. 2023): a copy of the UNet's way down that steers it by a picture; layout of diffusers."""
+"""ControlNet (Zhang et al. 2023): a copy of the UNet's encoder that steers it by an image; layout of diffusers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from jaxdiff.typing import Array, Key, Params
 
 
 class HintEncoder(nn.Module):
-    """The steering picture at the latents' size: the tiny network E of Zhang et al. 2023, section 3.2."""
+    """The control image at the latents' size: the tiny network E of Zhang et al. 2023, section 3.2."""
 
     features: int
     widths: tuple[int, ...]
@@ -53,7 +53,7 @@ class ControlNet(UNetEncoder):
             x: noised latents [B, h, w, in_channels].
             t: time in training steps, scalar or [B].
             embeddings: text [B, L, cross_attention_dim], the UNet's.
-            hint: the steering picture [B, H, W, 3] in [0, 1], `config.factor` times as high and wide as the latents.
+            hint: the control image [B, H, W, 3] in [0, 1], `config.factor` times as high and wide as the latents.
             pooled, time_ids: as for the UNet, in the SDXL family.
             attention_mask: of the text, as for the UNet.
 
@@ -121,10 +121,10 @@ def example_inputs(c: ControlNetConfig) -> tuple[Array, ...]:
 
 
 def from_unet(unet: UNet2DConditionModel, params: Params, key: Key, factor: int = 8) -> tuple[ControlNet, Params]:
-    """A ControlNet to train: the UNet's own way down (`params` are the UNet's), fresh where it has no counterpart.
+    """A ControlNet to train: the UNet's own encoder (`params` are the UNet's), fresh where it has no counterpart.
 
     Args:
-        factor: pixels of the steering picture to a latent along one side, a power of 2: the autoencoder's.
+        factor: pixels of the control image to a latent along one side, a power of 2: the autoencoder's.
     """
     usual = ControlNetConfig().conditioning_embedding_out_channels
     widths = tuple(usual[min(i, len(usual) - 1)] for i in range(factor.bit_length()))

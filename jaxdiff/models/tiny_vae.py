@@ -107,13 +107,3 @@ def preview(tiny: AutoencoderTiny, params: Params, latents: Array) -> Array:
     z = jnp.asarray(latents, jnp.float32) / c.scaling_factor + c.shift_factor
     images = jnp.asarray(tiny.apply({"params": params}, z, method="decode"))
     return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
-
-
-def to_unit(c: TinyVAEConfig, latents: Array) -> Array:
-    """Latents to [0, 1], to be kept as a picture of bytes: within `latent_magnitude` of 0 nothing is cut."""
-    return jnp.clip(latents / (2 * c.latent_magnitude) + c.latent_shift, 0.0, 1.0)
-
-
-def from_unit(c: TinyVAEConfig, unit: Array) -> Array:
-    """The inverse of `to_unit` for values that were not cut."""
-    return (unit - c.latent_shift) * (2 * c.latent_magnitude)

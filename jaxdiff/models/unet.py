@@ -49,9 +49,9 @@ def score_bias(attention_mask: Array | None) -> Array | None:
 
 
 class UNetBlock(nn.Module):
-    """One level of the UNet, going down or up: resnets, each followed by a transformer if the level attends.
+    """One level of the encoder, or if `up` of the decoder: resnets, each followed by a transformer if `attend`.
 
-    Going down, `skips` collects every output; going up, each resnet first takes the last skip off the list.
+    In the encoder, `skips` collects every output; in the decoder, each resnet first takes the last skip off the list.
     """
 
     config: UNetConfig
@@ -125,7 +125,7 @@ def transformer(
 
 
 class UNetEncoder(nn.Module):
-    """What the UNet and a ControlNet have in common: the embeddings, and the way down to the middle."""
+    """What the UNet and a ControlNet have in common: the embeddings, the encoder and the middle block."""
 
     config: UNetConfig
     remat: bool | str = False
