@@ -83,7 +83,8 @@ def _float16(q: Array, k: Array, v: Array, bias: Array | None, causal: bool) -> 
     fused = functools.partial(_fused, causal=causal)
 
     def widened(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-        return fused(*(x.astype(jnp.float32) for x in (q, k, v)), bias).astype(jnp.float16)
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        return fused(q, k, v, bias).astype(jnp.float16)
 
     return jax.lax.platform_dependent(q, k, v, bias, cuda=fused, rocm=fused, default=widened)
 
