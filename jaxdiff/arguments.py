@@ -184,7 +184,8 @@ def start_of(
         first = first_step(steps, strength)
     if hires is not None:
         first, small = first_step(steps, hires_strength, "hires_strength"), first
-    return Start(*(None if n is None else np.asarray(n, np.int32) for n in (first, small)), part)
+    first_array, small_array = (None if n is None else np.asarray(n, np.int32) for n in (first, small))
+    return Start(first_array, small_array, part)
 
 
 def small_shape(shape: tuple[int, int, int], hires: float) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from jaxdiff.config import ConfigError, UNetConfig
 from jaxdiff.io.pretrained import find_weights, load_model, pipeline_class
 from jaxdiff.io.weights import WeightsError, tensor_name, to_torch_layout
 from jaxdiff.models.model import build, param_shapes
-from jaxdiff.scheduler_config import SchedulerConfig
+from jaxdiff.scheduler_config import PipelineOptions, SchedulerConfig
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -322,7 +322,7 @@ def test_published_sizes(name):
 
     text = dataclasses.replace(tiny.text_config(), **BIG_G, vocab_size=49408, max_position_embeddings=77)
     text = dataclasses.replace(text, with_projection=True)
-    options = jaxdiff.config.PipelineOptions(requires_aesthetics_score=name == "refiner")
+    options = PipelineOptions(requires_aesthetics_score=name == "refiner")
     model = build(
         None, UNetConfig.from_dict(FULL_UNETS[name]), tiny.VAE, None, SchedulerConfig(), text_2=text, options=options
     )
