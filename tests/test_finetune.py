@@ -203,6 +203,16 @@ def test_what_is_frozen_gets_no_gradient(target_of):
     assert work("lora") < 0.85 * work("unet")
 
 
+def test_only_what_networks_alone_read_may_be_gathered_in_their_type(target_of):
+    """A LoRA is merged, and a new word put in its table, in float32 whatever the network computes in."""
+    names = {
+        stage: set(target_of(stage)[0].stage.dtypes) for stage in ("unet", "controlnet", "lora", "textual_inversion")
+    }
+    assert names["lora"] == names["textual_inversion"] == set()
+    assert names["unet"] == {"text_encoder", "unet", "vae"}
+    assert names["controlnet"] == names["unet"] | {"controlnet"}
+
+
 # --- how it is evaluated
 
 

@@ -98,6 +98,14 @@ def test_divided_parameters_are_gathered_once_and_their_gradients_summed_once(re
     assert sum(sends.values()) < 1024  # examples change places
 
 
+def test_parameters_are_gathered_in_the_type_that_is_computed_in(report):
+    own, half = (report["half"][name] for name in ("float32", "bfloat16"))
+    assert half["losses"] == own["losses"]  # bit for bit
+    assert half["norm"] == own["norm"]
+    assert len(set(half["losses"])) == 3
+    assert own["gathers"] - half["gathers"] == own["divided"] / 2  # the rest is of examples, for the contrast
+
+
 def test_the_tensor_axis_adds_sums_of_activations_and_the_halves_of_gated_layers(report):
     kinds = {tuple(name.split()) for name in report["all"]["sends"]}
     across = {kind for kind, axes in kinds if "tensor" in axes.split(",")}

@@ -53,7 +53,7 @@ def batches(steps: int):
         yield {k: np.roll(v, i, axis=0)[mine] for k, v in batch.items()}
 
 
-def train(stage, params, mesh, steps: int) -> dict:
+def train(stage, params, mesh, steps: int, **compiler) -> dict:
     """Losses, how parameters, averages and moments are divided, and what one step sends."""
     options = Options(steps=steps, batch_size=BATCH, learning_rate=1e-3)
     trained = {k: params[k] for k in stage.trainable}
@@ -62,9 +62,9 @@ def train(stage, params, mesh, steps: int) -> dict:
         state = init_state(trained, optimizer(options), mesh)
         frozen = parallel.place(frozen, parallel.param_sharding(mesh, frozen))
     before, losses = specs(state), []
-    step = make_train_step(stage.loss, options, mesh, state)
+    step = make_train_step(stage.loss, options, mesh, state, stage.dtypes)
     first = parallel.global_batch(mesh, next(batches(1)))
-    compiled = step.lower(state, frozen, first).compile()
+    compiled = step.lower(state, frozen, first).compile(compiler)
     for batch in batches(steps):
         state, metrics = compiled(state, frozen, parallel.global_batch(mesh, batch))
         losses.append(float(metrics["loss"]))
@@ -83,6 +83,25 @@ def train(stage, params, mesh, steps: int) -> dict:
         "norm": float(norm(parallel.fetch(state.params))),
         "gathered": gather.call_count,  # between hosts, to start
     }
+
+
+def in_half_precision(folder: Path) -> dict:
+    """CLIP in bfloat16, its parameters gathered in their own type and in that, and what XLA's partitioner has gathered.
+
+    Not what the compiled program gathers: the compiler for CPUs widens every collective of bfloat16.
+    """
+    from tests.test_training import whole_model
+
+    stage, mesh, report = clip_stage(whole_model(dtype=jnp.bfloat16)), parallel.mesh(fsdp=8), {}
+    params = {name: x for name, x in model_and_params()[1].items() if name in stage.trainable}
+    for name, dtypes in (("float32", {}), ("bfloat16", stage.dtypes)):
+        dump = {"xla_dump_to": str(folder / name), "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        # What is rounded to bfloat16 stays rounded, so that two programs that round the same compute the same.
+        report[name] = train(stage._replace(dtypes=dtypes), params, mesh, 3, xla_allow_excess_precision=False, **dump)
+        (partitioned,) = (folder / name).glob("*jit_step*.after_spmd-partitioning*.txt")
+        rows = collectives.collectives(partitioned.read_text(), mesh.shape)
+        report[name]["gathers"] = sum(row.size for row in rows if row.kind == "all-gather")
+    return report
 
 
 def squares() -> tuple[Stage, dict, list[dict]]:
@@ -145,6 +164,7 @@ def main(file: Path, port: str = "", process: str = "0", processes: str = "1") -
         one, *others = (
             parallel.mesh(*MESHES[n], jax.devices()[:1] if n == "one" else None) for n in ("one", "fsdp", "all")
         )
+        report["half"] = in_half_precision(file.parent / "hlo")
         report["optimizers"] = {
             name: [moved(changes, meshes, file.parent / name) for meshes in ([one], others)]
             for name, changes in OPTIMIZERS.items()

@@ -23,7 +23,9 @@ from jaxdiff.training.optimizer import check_rates
 from jaxdiff.training.report import Report
 from jaxdiff.training.speed import Speed, flops, peak_flops
 from jaxdiff.training.state import (
+    AS_KEPT,
     Batch,
+    Dtypes,
     Loss,
     Options,
     TrainState,
@@ -48,6 +50,7 @@ class Stage(NamedTuple):
     trainable: tuple[str, ...]  # keys of `params`; the others stay as they are
     loss: Loss  # (all parameters, batch, keys [B]) -> (mean loss, metrics)
     prepare: Callable[[Mapping[str, Any]], Batch] = lambda batch: batch  # on the host: what is read -> arrays [b, ...]
+    dtypes: Dtypes = AS_KEPT  # of the networks, where nothing else reads matrices, kernels and tables of these keys
 
 
 class BatchIterator(Protocol):
@@ -206,7 +209,7 @@ def fit(
         if not all_finite(state):
             raise TrainingError(f"The parameters of {', '.join(stage.trainable)} to start from are not all finite.")
         start = step = int(state.step)
-        train_step = make_train_step(stage.loss, options, mesh, state)
+        train_step = make_train_step(stage.loss, options, mesh, state, stage.dtypes)
         report = stack.enter_context(open_report(workdir, stage.name, start, options, trackers))
         trace = stack.enter_context(closing(Trace(workdir / "profile", profile)))
         if start:
@@ -281,7 +284,8 @@ def speed_of(
 ) -> Speed:
     """What the report needs to tell FLOP/s by."""
     if options.accumulate > 1:  # XLA counts a loop once: as if the batch were taken in one part
-        train_step = make_train_step(stage.loss, dataclasses.replace(options, accumulate=1), mesh, state)
+        options = dataclasses.replace(options, accumulate=1)
+        train_step = make_train_step(stage.loss, options, mesh, state, stage.dtypes)
     devices = tuple(mesh.devices.flat)
     here = tuple(d for d in devices if d.process_index == jax.process_index())
     return Speed(flops(train_step, state, frozen, batch), peak_flops(devices), here)

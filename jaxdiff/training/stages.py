@@ -16,7 +16,7 @@ from jaxdiff.prompts import Tokens
 from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.losses import contrastive_loss, kl_divergence, reconstruction_loss
-from jaxdiff.training.state import Batch, Metrics, OptionsError
+from jaxdiff.training.state import AS_KEPT, Batch, Dtypes, Metrics, OptionsError
 from jaxdiff.typing import Array, Key, Params
 
 # Of the pixels that CLIP was trained on (Radford et al. 2021), by which its vision encoder's input is normalised.
@@ -29,6 +29,12 @@ FIRST_LOGIT_SCALE = float(np.log(1 / 0.07))
 def each(draw, keys: Key, shape: tuple[int, ...]) -> Array:
     """One draw an example: [B, *shape] of `draw(key, shape)`."""
     return jax.vmap(lambda key: draw(key, shape))(keys)
+
+
+def compute_dtypes(model: Model) -> Dtypes:
+    """The type that each network computes in, by the key of its parameters."""
+    networks = [*model.modules.items(), *(("controlnet", net) for net in model.controlnets)]
+    return {name: network.dtype for name, network in networks}
 
 
 # --- CLIP: which picture goes with which caption
@@ -70,7 +76,8 @@ def clip_stage(model: Model) -> Stage:
         value, accuracy = contrastive_loss(images, texts, scale, same)
         return value, {"accuracy": accuracy, "logit_scale": scale}
 
-    return Stage("clip", ("text_encoder", "vision_encoder", "logit_scale"), loss, prepare_pairs(model))
+    trainable = ("text_encoder", "vision_encoder", "logit_scale")
+    return Stage("clip", trainable, loss, prepare_pairs(model), compute_dtypes(model))
 
 
 TOKENS = ("tokens", "tokens_2")  # of each text encoder that the model has
@@ -113,7 +120,7 @@ def vae_stage(model: Model, *, kl_weight: float = 1e-3, edge_weight: float = 1.0
         psnr = 10 * jnp.log10(4.0 / jnp.maximum(error, 1e-10))  # dB; the range of [-1, 1] is 2
         return reconstruction + kl_weight * kl, {"reconstruction": reconstruction, "kl": kl, "psnr": psnr}
 
-    return Stage("vae", ("vae",), loss, lambda batch: {"image": batch["image"]})
+    return Stage("vae", ("vae",), loss, lambda batch: {"image": batch["image"]}, compute_dtypes(model))
 
 
 # --- the UNet
@@ -163,7 +170,7 @@ def diffusion_stage(
     trainable: Sequence[str] = ("unet",),
     name: str = "unet",
     network: Network | None = None,
-    whole: Callable[[Params], Params] = lambda params: params,
+    whole: Callable[[Params], Params] | None = None,
     **noising: Any,
 ) -> Stage:
     """Latent diffusion conditioned on text (Rombach et al. 2022, equation 3), as the model's scheduler config says.
@@ -184,7 +191,7 @@ def diffusion_stage(
     empty = prepare_pairs(model)({"text": [""]})
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
-        params = whole(params)
+        params = params if whole is None else whole(params)
         time_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
         x0 = latents_of(model, params, batch)
         drop = each(jax.random.uniform, drop_keys, ()) < how.caption_dropout
@@ -196,7 +203,9 @@ def diffusion_stage(
         errors = diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, how.min_snr_gamma or None)
         return (errors * batch.get("weight", 1.0)).mean(), {}
 
-    return Stage(name, tuple(trainable), loss, prepare_diffusion(model))
+    # What is made of parameters before a network reads them is made in their own type.
+    dtypes = compute_dtypes(model) if whole is None else AS_KEPT
+    return Stage(name, tuple(trainable), loss, prepare_diffusion(model), dtypes)
 
 
 def folded(keys: Key, number: int) -> Key:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ Batch = Mapping[str, Any]  # arrays [B, ...] by name
 Metrics = Mapping[str, Array]  # scalars by name
 # (all parameters, batch, keys [B], one an example) -> (mean loss over the batch, metrics)
 Loss = Callable[[Params, Batch, Key], tuple[Array, Metrics]]
+Dtypes = Mapping[str, Any]  # types that networks compute in, by the keys of their parameters
+AS_KEPT: Dtypes = MappingProxyType({})
 
 
 class OptionsError(ValueError):
@@ -151,11 +154,23 @@ def init_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> 
     return jax.jit(init, out_shardings=shardings)(parallel.place(params, parallel.param_sharding(mesh, params)))
 
 
-def accumulated_grad(loss: Loss, params: Params, frozen: Params, batch: Batch, keys: Key, parts: int, mesh: Mesh):
+def accumulated_grad(
+    loss: Loss,
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    keys: Key,
+    parts: int,
+    mesh: Mesh,
+    dtypes: Dtypes = AS_KEPT,
+):
     """Gradient of the mean loss, the batch taken in `parts` one after the other.
 
     Where the loss is a mean over independent examples this is the whole batch's gradient; a contrastive loss sees
     the negatives of a part only.
+
+    Args:
+        dtypes: see `jaxdiff.parallel.gather`, by key of the parameters.
 
     Returns:
         (gradient of `params`, metrics with "loss").
@@ -165,7 +180,8 @@ def accumulated_grad(loss: Loss, params: Params, frozen: Params, batch: Batch, k
         def of(trained: Params):
             with parallel.tracing(mesh):
                 # One by one, so that what is frozen gets no gradient: a LoRA is a small part of what it changes.
-                return loss({**parallel.gather(mesh, frozen), **parallel.gather(mesh, trained)}, batch, keys)
+                whole = {k: parallel.gather(mesh, x, dtypes.get(k)) for k, x in {**frozen, **trained}.items()}
+                return loss(whole, batch, keys)
 
         (value, metrics), grads = jax.value_and_grad(of, has_aux=True)(params)
         return grads, {"loss": value, **metrics}
@@ -193,10 +209,10 @@ def scheduled(opt_state: Any) -> Array:
     return next(x.count for x in states if isinstance(x, kind))
 
 
-def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState) -> Callable:
+def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState, dtypes: Dtypes = AS_KEPT) -> Callable:
     """One update, compiled: (state (donated), frozen parameters, batch [B, ...]) -> (state, metrics).
 
-    The new state is divided as `state` is.
+    The new state is divided as `state` is. `dtypes` are a stage's.
 
     A step whose loss, gradient or update is not finite leaves all of the state but `step` as it was, and the metric
     "skipped" is 1 instead of 0.
@@ -210,7 +226,7 @@ def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState)
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), state.step), options.batch_size)
         keys = keys if in_order else keys[rows]
-        grads, metrics = accumulated_grad(loss, state.params, frozen, batch, keys, options.accumulate, mesh)
+        grads, metrics = accumulated_grad(loss, state.params, frozen, batch, keys, options.accumulate, mesh, dtypes)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = ema_update(state.ema, params, options.ema_decay, state.step)

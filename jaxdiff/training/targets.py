@@ -113,7 +113,7 @@ def _same(params: Params) -> Params:
 
 
 def _stage(
-    config: Any, model: Model, name: str, trainable: tuple[str, ...], network: Network, whole: Whole = _same
+    config: Any, model: Model, name: str, trainable: tuple[str, ...], network: Network, whole: Whole | None = None
 ) -> Stage:
     noising = {name: config[name] for name in Noising.__dataclass_fields__}
     return diffusion_stage(model, trainable=trainable, name=name, network=network, whole=whole, **noising)
