@@ -12,7 +12,7 @@ def base() -> ConfigDict:
             # Optimisation: jaxdiff.training.state.Options.
             "steps": 10_000,
             "batch_size": 64,  # over all devices and hosts
-            "accumulate": 1,  # parts that a batch is taken in, to save memory
+            "accumulate": 1,  # parts that a batch is taken in, to save memory; may change on resuming, but for clip
             "learning_rate": 1e-4,
             "warmup_steps": 500,
             "schedule": "cosine",  # or "constant"
@@ -70,7 +70,7 @@ def base() -> ConfigDict:
                     "max_aspect": 0.0,
                     "min_caption": 0,  # characters
                     "max_caption": 0,
-                    "where": (),  # conditions on columns of numbers: ("aesthetic>=5", "clip_score>0.28")
+                    "where": (),  # conditions on columns: ("aesthetic>=5", "license=CC0")
                     "duplicates": "",  # "exact": equal files; "near": alike in all but duplicate_bits of 64
                     "duplicate_bits": 4,
                 },
