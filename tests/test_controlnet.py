@@ -276,7 +276,9 @@ def test_bad_files_end_in_one_sentence(small, tmp_path):
 
     with pytest.raises(ConfigError, match="no-such is missing: give a ControlNetModel's folder"):
         load_controlnet(tmp_path / "no-such")
-    with pytest.raises(ConfigError, match=r"config.json describes a UNet2DConditionModel, but ControlNetModel is needed"):
+    with pytest.raises(
+        ConfigError, match=r"config.json describes a UNet2DConditionModel, but ControlNetModel is needed"
+    ):
         load_controlnet(broken("unet", _class_name="UNet2DConditionModel"))
     with pytest.raises(ConfigError, match=r"config.json does not describe a ControlNetModel"):
         load_controlnet(broken("levels", down_block_types=["DownBlock2D"] * 5))
