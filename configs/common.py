@@ -47,7 +47,7 @@ def base() -> ConfigDict:
                 "split": "train",
                 "eval_split": "",  # pictures set aside; "": those of `split`
                 "image_size": 128,  # pixels of a side; 0: the model's own
-                "background": "random",  # of see-through pictures: random (and named in the caption) or white
+                "background": "random",  # of transparent pictures: random (and named in the caption) or white
                 "flip": False,  # mirror at random
                 "captions": (),  # of all pictures, in place of metadata.jsonl; {} stands for word.token
                 "threads": 8,  # that read pictures

@@ -169,7 +169,7 @@ def captioned_data(
         Of Parquet files at most `tables.KEPT_GROUPS` row groups can be read so.
       crop: pixels of a square cut out at random, H = W = crop; None takes the centre, H = W = image_size.
       flip: mirror left and right at random. Captions are not changed.
-      background: "random" lays see-through pictures on white half of the time, else on a colour of
+      background: "random" lays transparent pictures on white half of the time, else on a colour of
         `folder.BACKGROUNDS`, and adds ", on a blue background" to the caption; what would vanish on its colour gets
         white, or black. "white" is white for all.
       steer: makes "hint" uint8 [H, W, 3], what steers a ControlNet, out of each picture whose metadata name none. It

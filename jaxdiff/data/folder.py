@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from jaxdiff.config import ConfigError
 from jaxdiff.data.source import Record, Source
 
-# Colours that see-through pictures are laid on, by the name that goes into the caption: sRGB in 0..255.
+# Colours that transparent pictures are laid on, by the name that goes into the caption: sRGB in 0..255.
 BACKGROUNDS = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
