@@ -19,7 +19,9 @@ from jaxdiff.diffusion.times import calls
 from jaxdiff.generate import initial_noise, latent_shape, picture_keys
 from jaxdiff.io.cache import cache_compilations
 
-PROMPTS = ("a castle", "a dog", "a rocket", "an owl", "a house", "a cat", "a fish", "a guitar")  # it knows all of these
+PROMPTS = (
+    "a red car", "a castle", "a smiling face", "a green tree", "a blue fish", "a yellow star", "a house", "a cat",
+)  # fmt: skip
 BUDGETS = (5, 10, 20, 50)  # network calls
 STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "dpmpp_2s_ancestral", "lcm", "tcd")
 
