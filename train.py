@@ -243,7 +243,8 @@ class Run:
         if not (c.data.eval_split or c.eval.prompts):
             return None
         held_out = self.held_out() if c.data.eval_split or target.given else []
-        return evaluation(c, target, held_out, None if self.host["host_index"] else self.write_sheet)
+        write = None if self.host["host_index"] else self.write_sheet
+        return evaluation(c, target, held_out, write, self.at_once)
 
     def precompute(self, folder: Path, views: int, embeddings: bool) -> None:
         from jaxdiff.training.precompute import precompute

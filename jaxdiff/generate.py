@@ -143,11 +143,11 @@ def sampler(
         if each.small_noise is not None:
             small = stage(shrunk(model, each), keys, shared.small_start)()
             drawn, keys = enlarged(model, vae, small, each.noise.shape, upscale), step_keys(keys, HIRES)
-        if shared.moments is None:
+        if shared.shown is None:
             x0, frames = stage(each, keys, shared.start, drawn)(), None
         else:
             x0, steps = stage(each, keys, shared.start, drawn)(trajectory=True)
-            frames = as_bytes(frames_of(model, params, vae.decode, steps[shared.moments]))
+            frames = as_bytes(frames_of(model, params, vae.decode, steps[shared.shown]))
         pictures = vae.decode(x0)
         return Drawn(as_bytes(pictures), jnp.isfinite(pictures).all((1, 2, 3)), frames)
 
@@ -229,9 +229,9 @@ def schedule(
     """The time grid, where on it pictures start (see `start_of`), and the steps whose predictions are shown."""
     spacing = "ays_sdxl" if spacing == "ays" and model.family.startswith("sdxl") else spacing
     times, noise_scale = time_grid(model.scheduler, steps, scheduler, spacing, strength=start.part)
-    shown = np.linspace(0 if start.first is None else start.first, len(times.t) - 2, frames)
-    moments = np.unique(shown.round().astype(np.int32)) if frames else None
-    return Shared(times, np.asarray(noise_scale), start.first, start.small, as_interval(guidance_interval), moments)
+    spread = np.linspace(0 if start.first is None else start.first, len(times.t) - 2, frames)
+    shown = np.unique(spread.round().astype(np.int32)) if frames else None
+    return Shared(times, np.asarray(noise_scale), start.first, start.small, as_interval(guidance_interval), shown)
 
 
 def generate(

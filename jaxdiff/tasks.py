@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxdiff.diffusion.inpainting import keeping
 from jaxdiff.diffusion.prediction import add_noise, expand
-from jaxdiff.diffusion.schedulers import Scheduler, moment
+from jaxdiff.diffusion.schedulers import Scheduler, time_at
 from jaxdiff.diffusion.schedules import Time, noise_schedule
 from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text
 from jaxdiff.models.tiling import decode_tiled, encode_tiled
@@ -27,7 +27,7 @@ class Shared(NamedTuple):
     start: Array | None  # int32, the first step taken; None: all are, from noise alone
     small_start: Array | None  # the same of a small picture that is drawn first
     guidance_interval: tuple[Array, Array] | None
-    moments: Array | None  # int32 [F], the steps whose predictions are decoded as well
+    shown: Array | None  # int32 [F], the steps whose predictions are decoded as well
 
 
 class Inputs(NamedTuple):
@@ -116,7 +116,7 @@ def starting_point(
         if each.mask is not None and not model.inpaints:
             scheduler = keeping(scheduler, image, each.noise, small_mask(model, each.mask))
     assert clean is not None
-    x = add_noise(clean, each.noise, moment(shared.times, scheduler.entry(start)))
+    x = add_noise(clean, each.noise, time_at(shared.times, scheduler.entry(start)))
     if each.mask is not None and drawn is None:
         x = jnp.where(start == 0, noise, x)
     return x, scheduler

@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
-import json
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +9,20 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
-from PIL import Image
 
-import train
+import jaxdiff
 from configs.common import base
 from jaxdiff import parallel
-from jaxdiff.commands.evaluation import placed
-from jaxdiff.commands.train_flags import check_read
+from jaxdiff.commands.evaluation import drawing, placed
 from jaxdiff.config import ConfigError
-from jaxdiff.data.captioned import captioned_data
-from jaxdiff.io.edges import canny
 from jaxdiff.io.textual_inversion import TABLE
-from jaxdiff.models.model import apply, build
-from jaxdiff.training import finetune, personalise
+from jaxdiff.models.model import build
+from jaxdiff.training import finetune
 from jaxdiff.training.evaluate import noise_levels, reconstructions
-from jaxdiff.training.stages import Noising, vae_stage
 from jaxdiff.training.state import Options, OptionsError, accumulated_grad, init_state, make_train_step, optimizer
-from jaxdiff.training.targets import TARGETS, make, process
-from tests.test_train_cli import ROOT
+from jaxdiff.training.targets import make, process
 from tests.test_training import BATCH, keys, pictures
-from tests.tiny import LATENT, MAX_LENGTH, SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
+from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
 
 BOTH = (("trainable", ("unet", "text_encoder")),)
 TEXTS = ["a castle", "a red dragon", "a blue house", "blurry"]
@@ -248,64 +239,22 @@ def test_it_is_evaluated_as_it_is_trained(target_of, results):
     np.testing.assert_allclose(measure(on_device)["eval_loss"], values["eval_loss"], rtol=0.05)
 
 
-@pytest.fixture
-def run_of(folders, tiny_folder):
-    """The run of train.py with these settings, of the class pictures."""
-
-    def make_run(stage, **changes):
-        config = settings(stage, **{"batch_size": 4 * jax.device_count(), **changes})
-        config.init_from.model = str(tiny_folder)
-        config.data.update({"path": str(folders / "class"), "image_size": SIDE, "threads": 1})
-        return train.Run(config, folders / "run")
-
-    return make_run
-
-
-@pytest.mark.parametrize(("count", "sizes"), [(3, [2, 1]), (9, [2, 2])])
-def test_a_device_is_given_no_more_pictures_than_in_a_step(run_of, count, sizes):
-    held_out = run_of("unet", accumulate=2, eval={"pictures": count}).held_out()
-    assert [len(b["image"]) for b in held_out] == [len(b["text"]) for b in held_out] == sizes
-
-
-# --- settings of train.py reach what they are for
-
-
-def test_the_weight_of_class_pictures(run_of, folders):
-    _, _, batches, _ = run_of("unet", prior={"path": str(folders / "class"), "weight": 0.5}).parts()
-    weights = next(iter(batches))["weight"]
-    np.testing.assert_array_equal(weights, np.repeat(np.float32([1, 0.5]), len(weights) // 2))
-
-
-def test_edges_are_found_where_pictures_are_decoded(run_of):
-    for high, colours in ((200.0, {0, 255}), (2040.0, {0})):  # which no edge reaches
-        run = run_of("controlnet", controlnet={"canny_high": high}, data={"flip": True})
-        stage, _, batches, _ = run.parts()
-        batch = next(iter(batches))
-        edges = [canny(image, 100.0, high) for image in batch["image"]]
-        np.testing.assert_array_equal(batch["hint"], edges)
-        assert set(np.unique(batch["hint"])) == colours
-        np.testing.assert_array_equal(stage.prepare({**batch, "hint": batch["image"]})["hint"], batch["image"])
-        del batch["hint"]  # of data that come from elsewhere
-        np.testing.assert_array_equal(stage.prepare(batch)["hint"], edges)
-
-
-def test_weights_of_the_autoencoders_losses(run_of):
-    stage, params, batches, _ = run_of("vae", kl_weight=2.0, edge_weight=0.0, eval={"pictures": 2}).parts()
-    batch = stage.prepare(next(iter(batches)))
-    args = params, batch, keys(len(batch["image"]))
-    value, metrics = jax.jit(stage.loss)(*args)
-    np.testing.assert_allclose(value, metrics["reconstruction"] + 2 * metrics["kl"], rtol=1e-5)
-    _, with_edges = jax.jit(vae_stage(run_of("vae").model, edge_weight=1.0).loss)(*args)
-    assert with_edges["reconstruction"] > metrics["reconstruction"]
-    np.testing.assert_allclose(with_edges["kl"], metrics["kl"], rtol=1e-5)
-
-
-@pytest.mark.parametrize("remat", ["", "full"])
-def test_activations_are_computed_again_in_the_unet(run_of, tiny, remat):
-    model = run_of("unet", remat=remat).model
-    inputs = jnp.zeros((1, *LATENT)), jnp.zeros(1), jnp.zeros((1, MAX_LENGTH, UNET.cross_attention_dim))
-    program = jax.make_jaxpr(lambda params: apply(model, params, "unet", *inputs))(tiny[1])
-    assert ("checkpoint" in str(program) or "remat" in str(program)) == bool(remat)
+@pytest.mark.parametrize("stage", ["unet", "controlnet"])
+def test_a_device_draws_no_more_of_a_sheet_at_a_time_than_it_trains_on(target_of, stage, monkeypatch):
+    """And the sheet is the same: each picture from its own seed, and in the place of what it was given."""
+    target, _ = target_of(stage)
+    held_out = [{"image": pictures(2, seed=i), "text": TEXTS[2 * i : 2 * i + 2]} for i in range(2)]
+    config = settings(stage, eval={"prompts": tuple(TEXTS[:3]), "steps": 2}).eval
+    sizes, sheets, generate = [], [], jaxdiff.generate
+    monkeypatch.setattr(jaxdiff, "generate", lambda *args, **k: sizes.append(len(args[2])) or generate(*args, **k))
+    for at_once in (4, 2):
+        draw = drawing(config, target, held_out, lambda _, images, *__: sheets.append(images.astype(int)), at_once)
+        draw(0, target.whole(target.params))
+    devices = jax.local_device_count()
+    assert sizes == ([3, 2, 2] if devices == 1 else [3, 3])
+    assert np.abs(sheets[0] - sheets[1]).max() <= 1
+    # What is drawn differs from picture to picture; a row of a ControlNet's sheet has three.
+    assert len({image.tobytes() for image in sheets[0][1 if stage == "controlnet" else 0 :: len(sheets[0]) // 3]}) == 3
 
 
 @pytest.mark.parametrize("stage", ["textual_inversion", "controlnet"])
@@ -338,118 +287,6 @@ def test_sdxl_learns_with_its_sizes_and_both_encoders(tmp_path):
     # Without their captions examples are told zeros: what differs has no effect left.
     dropped = jax.jit(make(settings("unet", caption_dropout=1.0), model, params).stage.loss)
     assert dropped(params, batch, keys())[0] == dropped(params, other, keys())[0]
-
-
-# --- one's own pictures
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """A folder of three pictures without captions, and a captioned one of four others."""
-    for name, count in (("mine", 3), ("class", 4)):
-        (tmp_path / name).mkdir()
-        for i in range(count):
-            Image.fromarray(pictures(1, seed=i)[0]).save(tmp_path / name / f"{i}.png")
-    lines = [json.dumps({"file_name": f"{i}.png", "text": "a house"}) for i in range(4)]
-    (tmp_path / "class" / "metadata.jsonl").write_text("\n".join(lines))
-    return tmp_path
-
-
-def test_pictures_without_captions_get_those_of_the_config(folders):
-    for _ in range(2):  # a second run finds the first one's folder
-        path = personalise.captioned(folders / "mine", ("a photo of <cat>", "<cat>"), folders / "run")
-    batches = iter(captioned_data(path, 3, SIDE, seed=0, threads=1))
-    found = [next(batches) for _ in range(4)]
-    assert {t for b in found for t in b["text"]} == {"a photo of <cat>", "<cat>"}
-    assert len({b["image"][i].tobytes() for b in found for i in range(3)}) == 3
-    with pytest.raises(ConfigError, match="holds no picture"):
-        personalise.captioned(folders, ("x",), folders / "other")
-
-
-def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, target_of):
-    own = captioned_data(
-        personalise.captioned(folders / "mine", ("mine",), folders / "run"), 2, SIDE, seed=0, threads=1
-    )
-    prior = captioned_data(folders / "class", 2, SIDE, seed=1, threads=1)
-    batches = personalise.with_prior(own, prior, 0.25)
-    iterator = iter(batches)
-    first, position, second = next(iterator), json.loads(json.dumps(iterator.get_state())), next(iterator)
-    assert first["text"] == ["mine", "mine", "a house", "a house"]
-    np.testing.assert_array_equal(first["weight"], np.float32([1, 1, 0.25, 0.25]))
-    again = iter(batches)
-    again.set_state(position)
-    np.testing.assert_array_equal(next(again)["image"], second["image"])
-    target, _ = target_of("unet")
-    batch = target.stage.prepare(first)
-    loss = jax.jit(lambda b: target.stage.loss(target.params, b, keys())[0])
-    each = [float(loss({**batch, "weight": np.eye(4, dtype=np.float32)[i]})) for i in range(4)]
-    np.testing.assert_allclose(loss(batch), np.dot(each, [1, 1, 0.25, 0.25]), rtol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [(2, 2), (3, 3)])
-def test_class_pictures_come_in_the_same_order_for_any_number_of_hosts(folders, rows):
-    """Also where a host has an odd number of rows."""
-    path = personalise.captioned(folders / "mine", ("mine",), folders / "run")
-    own = captioned_data(path, rows[0], SIDE, seed=0, threads=1)
-    prior = captioned_data(folders / "class", rows[1], SIDE, seed=1, threads=1)
-    alone = iter(personalise.with_prior(own, prior, 0.25))
-    hosts = [iter(personalise.with_prior(own, prior, 0.25, host_index=i, host_count=2)) for i in range(2)]
-    plain = iter(own), iter(prior)
-    for _ in range(3):
-        batch, shares = next(alone), [next(host) for host in hosts]
-        for name in ("image", "weight"):
-            np.testing.assert_array_equal(np.concatenate([share[name] for share in shares]), batch[name])
-        assert shares[0]["text"] + shares[1]["text"] == batch["text"]
-        # Each as it would come by itself.
-        np.testing.assert_array_equal(batch["image"], np.concatenate([next(it)["image"] for it in plain]))
-    assert hosts[0].get_state() == hosts[1].get_state() == alone.get_state()
-
-
-def test_hosts_that_make_one_captioned_folder_agree(folders):
-    """At the same time, and of other pictures than those that an earlier run pointed at."""
-    personalise.captioned(folders / "class", ("x",), folders / "run")
-    with ThreadPoolExecutor(8) as pool:
-        done = [pool.submit(personalise.captioned, folders / "mine", ("y",), folders / "run") for _ in range(32)]
-        assert {future.result() for future in done} == {folders / "run"}
-    assert sorted(p.name for p in (folders / "run").iterdir()) == ["metadata.jsonl", "pictures"]
-    assert (folders / "run" / "pictures").resolve() == (folders / "mine").resolve()
-    batch = next(iter(captioned_data(folders / "run", 3, SIDE, seed=0, threads=1)))
-    assert batch["text"] == ["y"] * 3
-
-
-def test_steering_pictures_of_the_metadata_are_cut_like_their_own(folders):
-    folder = folders / "class"
-    big = np.random.default_rng(0).integers(0, 255, (3 * SIDE, 2 * SIDE, 3), np.uint8)
-    Image.fromarray(big).save(folder / "picture.png")
-    Image.fromarray(255 - big).save(folder / "hint.png")
-    line = {"file_name": "picture.png", "text": "a house", "conditioning_file": "hint.png"}
-    (folder / "metadata.jsonl").write_text(json.dumps(line))
-    batches = captioned_data(folder, 1, 2 * SIDE, seed=0, crop=SIDE, flip=True, threads=1)
-    found = [batch for batch, _ in zip(iter(batches), range(6), strict=False)]
-    for batch in found:
-        np.testing.assert_array_equal(batch["hint"], 255 - batch["image"])
-    assert len({batch["image"].tobytes() for batch in found}) > 3
-    (folder / "metadata.jsonl").write_text(json.dumps({**line, "conditioning_file": "../hint.png"}))
-    with pytest.raises(ConfigError, match="outside of the folder"):
-        captioned_data(folder, 1, SIDE, seed=0)
-    (folder / "metadata.jsonl").write_text(f'{json.dumps(line)}\n{{"file_name": "0.png", "text": "a house"}}')
-    with pytest.raises(ConfigError, match="give one to all"):
-        captioned_data(folder, 1, SIDE, seed=0)
-
-
-# --- the configs
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_is_one_of_a_target(path):
-    assert ("clip", "vae", *TARGETS) == train.STAGES
-    config = importlib.import_module(f"configs.finetune.{path.stem}").get_config()
-    assert config.stage in TARGETS
-    assert path.name in importlib.import_module(f"configs.finetune.{path.stem}").__doc__  # its command
-    Options(**{name: config[name] for name in Options.__dataclass_fields__}).check(1)
-    Noising(**{name: config[name] for name in Noising.__dataclass_fields__})
-    check_read(config)
-    assert config.eval.guidance_scale == 0  # sheets as the model itself recommends
 
 
 # --- what is predicted

@@ -11,7 +11,7 @@ import pytest
 from jaxdiff.diffusion import prediction, sampling
 from jaxdiff.diffusion.base import clip_to
 from jaxdiff.diffusion.inpainting import keeping
-from jaxdiff.diffusion.schedulers import get_scheduler, moment
+from jaxdiff.diffusion.schedulers import get_scheduler, time_at
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.diffusion.singlestep import ddim
 from jaxdiff.diffusion.times import RULES, default_scheduler, skips_prk, time_grid
@@ -85,7 +85,7 @@ def ours(case: Case) -> tuple[np.ndarray, np.ndarray]:
     x = scale * jnp.asarray(start())
     if case.start:
         entry = get_scheduler(case.scheduler, config).entry(case.start)
-        x = prediction.add_noise(original(), start(), moment(times, entry))
+        x = prediction.add_noise(original(), start(), time_at(times, entry))
     whole, key = case.config == "sd1", jax.random.key(KEY)
     path, last = states(x, case.start, times, key, config, case.scheduler, case.eta, case.masked, whole)
     return np.asarray(path)[case.start :], np.asarray(last)

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 import jaxdiff
-from jaxdiff.training.evaluate import noise_levels
+from jaxdiff.training.evaluate import for_each, noise_levels
+from jaxdiff.training.finetune import Given
 from jaxdiff.training.state import kept
 from jaxdiff.training.targets import Target
 
@@ -20,7 +21,7 @@ GIVEN = 4  # pictures drawn of what needs more than a prompt, where no prompts a
 
 
 def evaluation(
-    config: Any, target: Target, held_out: Sequence[Batch], write: WriteSheet | None
+    config: Any, target: Target, held_out: Sequence[Batch], write: WriteSheet | None, at_once: int
 ) -> Callable[[int, Any], Mapping[str, float]]:
     """A function (step, params of the loss) -> the loss by noise level; each call writes a sheet as well.
 
@@ -30,13 +31,14 @@ def evaluation(
         target: what is trained.
         held_out: batches as they are read; so many pictures are denoised at a time.
         write: None draws nothing, on all hosts but the first.
+        at_once: prompts that each device draws at a time.
     """
     measure = None
     if config.data.eval_split:
         batches = [target.stage.prepare(batch) for batch in held_out]
         how = {"network": target.network, "whole": target.whole, "seed": config.eval.seed}
         measure = noise_levels(target.model, batches, **how)
-    draw = None if write is None else drawing(config.eval, target, held_out, write)
+    draw = None if write is None else drawing(config.eval, target, held_out, write, at_once)
 
     def on_eval(step: int, params: Any) -> Mapping[str, float]:
         if not draw and not measure:
@@ -62,40 +64,50 @@ def placed(params: Any, target: Target, config: Any) -> Any:
 
 
 def drawing(
-    config: Any, target: Target, held_out: Sequence[Batch], write: WriteSheet
+    config: Any, target: Target, held_out: Sequence[Batch], write: WriteSheet, at_once: int
 ) -> Callable[[int, Any], None] | None:
     """A function (step, params) that draws the prompts of `config`, None where there are none.
 
     What needs more than a prompt is given a picture set aside with each; a row of its sheet is what is given, what is
     drawn, and the picture itself. Without prompts it draws the captions of some pictures.
+
+    Args: as for `evaluation`.
     """
     prompts: list[str] = list(config.prompts)
-    given: dict[str, Any] = {}
-    beside = None
+    pictures: dict[str, np.ndarray] = {}
     if target.given:
         texts = [text for batch in held_out for text in batch["text"]]
         prompts = prompts or texts[:GIVEN]
         chosen = [i % len(texts) for i in range(len(prompts))]
         names = [name for name in ("image", "hint") if name in held_out[0]]
         pictures = {name: np.concatenate([batch[name] for batch in held_out])[chosen] for name in names}
-        given, shown = target.given(pictures)
-        beside = shown, pictures["image"]
     if not prompts:
         return None
-    options = {name: config[name] for name in ("seed", "steps", "scheduler")}
+    options = {name: config[name] for name in ("steps", "scheduler")}
     options["guidance_scale"] = config.guidance_scale or None  # the model's own
+    at_once *= jax.local_device_count()
+    rows = [np.arange(i, min(i + at_once, len(prompts))) for i in range(0, len(prompts), at_once)]
+
+    def given(rows: np.ndarray) -> Given:
+        return target.given({name: x[rows] for name, x in pictures.items()}) if target.given else ({}, np.empty(0))
+
+    beside = given(np.arange(len(prompts)))[1]
 
     def draw(step: int, params: Any) -> None:
+        def drawn_of(rows: np.ndarray) -> np.ndarray:
+            more, chosen = given(rows)[0], [prompts[i] for i in rows]
+            return jaxdiff.generate(target.model, params, chosen, seed=config.seed + rows, **options, **more)
+
         try:
-            drawn: Any = jaxdiff.generate(target.model, params, prompts, **options, **given)
+            drawn = for_each(drawn_of, rows)
         except FloatingPointError as error:  # no reason to end a run
             logging.warning("No sheet of step %d: %s", step, error)
             return
-        if beside is None:
+        if not target.given:
             write(step, drawn, min(len(drawn), 8), prompts)
         else:
-            rows = np.stack([beside[0], drawn, beside[1]], 1)
+            sheet = np.stack([beside, drawn, pictures["image"]], 1)
             captions = [f"{what}: {p}" for p in prompts for what in ("given", "drawn", "picture")]
-            write(step, rows.reshape(-1, *drawn.shape[1:]), 3, captions)
+            write(step, sheet.reshape(-1, *drawn.shape[1:]), 3, captions)
 
     return draw

@@ -32,14 +32,14 @@ class Scheduler(NamedTuple):
     entry: Callable[[Array | int], Array | int] = lambda start: start
 
 
-def moment(times: Time, i: Array | int | tuple[Array | int, int]) -> Time:
+def time_at(times: Time, i: Array | int | tuple[Array | int, int]) -> Time:
     """Entry i of a grid, as a time with scalar fields; entry (i, k) of its `middle`."""
     return Time(times.t[i], times.alpha[i], times.sigma[i])
 
 
 def arrival(times: Time, i: Array | int) -> Time:
     """Where step i of a grid arrives: entry i + 1, unless the grid says otherwise."""
-    return moment(times, i + 1) if times.arrival is None else moment(times.arrival, i)
+    return time_at(times, i + 1) if times.arrival is None else time_at(times.arrival, i)
 
 
 def initial(x: Array) -> State:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from jaxdiff.diffusion.prediction import add_noise
-from jaxdiff.diffusion.schedulers import Scheduler, moment
+from jaxdiff.diffusion.schedulers import Scheduler, time_at
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.typing import Array, Denoise, Key
 
@@ -27,7 +27,7 @@ def keeping(scheduler: Scheduler, original: Array, noise: Array, mask: Array) ->
             return denoise(jnp.where(mask, x, kept), time)
 
         state = scheduler.step(blended, state, times, i, keys)
-        kept = add_noise(original, noise, moment(times, i + 1))
+        kept = add_noise(original, noise, time_at(times, i + 1))
         kept = jnp.where(i == len(times.t) - 2, original, kept)
         return state._replace(x=jnp.where(mask, state.x, kept))
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.diffusion.base import Scheduler, arrival, first_order, initial, moment, noise_in, normal, predict, ratio
+from jaxdiff.diffusion.base import Scheduler, arrival, first_order, initial, noise_in, normal, predict, ratio, time_at
 from jaxdiff.diffusion.prediction import target, to_denoised
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.typing import Array, Denoise, Key
@@ -95,11 +95,11 @@ def _weights(order: Array, places: Sequence[Array | float], moments: Moments) ->
 
 def _places(times: Time, i: Array, order: Array, keep: int, distance: Callable[[Time, Time], Array]) -> list:
     """r_0 = 0, r_1, … of (6); those that the order has no use for are harmless numbers."""
-    here = moment(times, i)
-    step = distance(here, moment(times, i + 1))
+    here = time_at(times, i)
+    step = distance(here, time_at(times, i + 1))
     found: list = [0.0]
     for k in range(1, keep):
-        r = -distance(moment(times, jnp.maximum(i - k, 0)), here) / jnp.where(order > k, step, 1.0)
+        r = -distance(time_at(times, jnp.maximum(i - k, 0)), here) / jnp.where(order > k, step, 1.0)
         # Infinitely far, after pure noise, is far enough; the bound keeps products of three in float32.
         found.append(jnp.where(order > k, jnp.maximum(r, -1e6), -100.0 * k))
     return found
@@ -136,13 +136,13 @@ def _exponential_order(times: Time, i: Array, taken: Array, order: int, fewer_at
     now = jnp.minimum(taken + 1, order)
     if fewer_at_end:
         now = jnp.minimum(now, len(times.t) - 1 - i)
-    r = ratio(moment(times, i), moment(times, i + 1))
+    r = ratio(time_at(times, i), time_at(times, i + 1))
     return jnp.where((r > 0) & (r < 1), jnp.maximum(now, 1), 1)
 
 
 def _length(times: Time, i: Array) -> Array:
     """h of step i; 1 where the order is 1 anyway."""
-    r = ratio(moment(times, i), moment(times, i + 1))
+    r = ratio(time_at(times, i), time_at(times, i + 1))
     return -jnp.log(jnp.where((r > 0) & (r < 1), r, 1 / jnp.e))
 
 
@@ -161,7 +161,7 @@ def lms() -> Scheduler:
         return _weights(order, _places(times, i, order, keep, _in_sigma), CONSTANT)
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
-        time, then = moment(times, i), moment(times, i + 1)
+        time, then = time_at(times, i), time_at(times, i + 1)
         x0 = predict(denoise, state.x, time)
         eps = noise_in(state.x, x0, time)
         past = jnp.concatenate([eps[None], state.past[:-1]])
@@ -214,7 +214,7 @@ def dpmpp_2m(
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
         steps = len(times.t) - 1
-        time, then = moment(times, i), moment(times, i + 1)
+        time, then = time_at(times, i), time_at(times, i + 1)
         x0 = predict(denoise, state.x, time)
         past = jnp.concatenate([_as(kind, state.x, x0, time)[None], state.past[:-1]])
         now = _exponential_order(times, i, state.taken, order, lower_order_final and steps < 15)
@@ -267,13 +267,13 @@ def unipc(
         return _exponential_order(times, i, taken, order, lower_order_final)
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
-        time, then, back = moment(times, i), moment(times, i + 1), jnp.maximum(i - 1, 0)
+        time, then, back = time_at(times, i), time_at(times, i + 1), jnp.maximum(i - 1, 0)
         x0 = predict(denoise, state.x, time)
         here = _as(kind, state.x, x0, time)[None]
         corrector = weights(times, back, orders(times, back, state.taken - 1), True)
         again = _average(corrector, jnp.concatenate([here, state.past]))
         corrects = (state.taken > 0) & ~jnp.isin(i - 1, jnp.array(disable_corrector, jnp.int32))
-        x = jnp.where(corrects, _carry(state.before, again, kind, moment(times, back), time), state.x)
+        x = jnp.where(corrects, _carry(state.before, again, kind, time_at(times, back), time), state.x)
         past = jnp.concatenate([here, state.past[:-1]])
         ahead = _average(weights(times, i, orders(times, i, state.taken), False), past)
         return History(_carry(x, ahead, kind, time, then), x0, state.taken + 1, past, x)
@@ -303,16 +303,16 @@ def pndm(skip_prk_steps: bool = True, kind: str = "epsilon") -> Scheduler:
     def again(denoise: Denoise, x: Array, first: Array, times: Time, i: Array, prk: bool) -> Array:
         """A step of a method that looks ahead: to some times, told some, with weights, out of a sum of weights."""
         before = jnp.maximum(i - 1, 0) if skip_prk_steps else i  # the step ends at the entry after
-        time, then, middle = moment(times, before), moment(times, before + 1), times.middle
-        here = moment(times, entry(i))
+        time, then, middle = time_at(times, before), time_at(times, before + 1), times.middle
+        here = time_at(times, entry(i))
         if prk:
             if middle is None:
                 raise ValueError("pndm needs the middle of each step: give it a grid that time_grid has made for it.")
-            told, to = moment(middle, (i, 0)), moment(middle, (i, 1))
+            told, to = time_at(middle, (i, 0)), time_at(middle, (i, 1))
             ways, leave = [(to, told, 2.0), (told, told, 2.0), (then, then, 1.0)], time
         else:
             ways = [(arrival(times, entry(i)), then, 1.0)]
-            leave = time if middle is None else moment(middle, (before, 0))
+            leave = time if middle is None else time_at(middle, (before, 0))
 
         def look(carry: tuple[Array, Array], way: tuple[Time, Time, Array]) -> tuple[tuple[Array, Array], None]:
             there, told, weight = way
@@ -328,7 +328,7 @@ def pndm(skip_prk_steps: bool = True, kind: str = "epsilon") -> Scheduler:
         steps = len(times.t) - 1
         prk = not skip_prk_steps and steps >= 4
         looks = (state.taken < (3 if prk else 1)) & (steps > 1 if skip_prk_steps else i < steps - 1)
-        time = moment(times, jnp.where(looks, entry(i), i))
+        time = time_at(times, jnp.where(looks, entry(i), i))
         x0 = predict(denoise, state.x, time)
         past = jnp.concatenate([_as(kind, state.x, x0, time)[None], state.past[:-1]])
 

@@ -27,7 +27,7 @@ predictions of several steps. This file knows them all by name.
 from collections.abc import Callable
 from typing import Any
 
-from jaxdiff.diffusion.base import Clip, Scheduler, State, clip_to, clipped, dynamic_threshold, moment
+from jaxdiff.diffusion.base import Clip, Scheduler, State, clip_to, clipped, dynamic_threshold, time_at
 from jaxdiff.diffusion.multistep import dpmpp_2m, lms, pndm, unipc
 from jaxdiff.diffusion.schedules import is_flow
 from jaxdiff.diffusion.singlestep import (
@@ -44,7 +44,7 @@ from jaxdiff.diffusion.singlestep import (
 from jaxdiff.diffusion.times import skips_prk
 from jaxdiff.scheduler_config import SchedulerConfig
 
-__all__ = ["SCHEDULERS", "Scheduler", "State", "get_scheduler", "moment"]
+__all__ = ["SCHEDULERS", "Scheduler", "State", "get_scheduler", "time_at"]
 
 
 def dpmpp_2m_sde(**options: Any) -> Scheduler:

@@ -11,11 +11,11 @@ from jaxdiff.diffusion.base import (
     drawn,
     first_order,
     initial,
-    moment,
     noise_in,
     normal,
     predict,
     ratio,
+    time_at,
 )
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.typing import Array, Denoise, Key
@@ -30,7 +30,7 @@ def ddim(eta: float = 0.0, clip: Clip | None = None) -> Scheduler:
     """
 
     def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
-        time, then = moment(times, i), arrival(times, i)
+        time, then = time_at(times, i), arrival(times, i)
         x0 = predict(denoise, state.x, time)
         eps = noise_in(state.x, x0, time)
         x0 = x0 if clip is None else clip(x0)
@@ -64,7 +64,7 @@ def ddpm(variance_type: str = "fixed_small") -> Scheduler:
         raise ValueError(f"variance_type {variance_type!r} is unknown; known are fixed_small and fixed_large.")
 
     def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
-        time, then = moment(times, i), moment(times, i + 1)
+        time, then = time_at(times, i), time_at(times, i + 1)
         x0 = predict(denoise, state.x, time)
         scale = time.sigma if variance_type == "fixed_large" else then.sigma
         # As in the paper's algorithm, nothing is drawn on leaving the first time of training.
@@ -85,7 +85,7 @@ def heun(flow: bool = False) -> Scheduler:
     """
 
     def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
-        time, then = moment(times, i), moment(times, i + 1)
+        time, then = time_at(times, i), time_at(times, i + 1)
         s, s_then = (m.alpha + m.sigma if flow else m.alpha for m in (time, then))
         x0 = predict(denoise, state.x, time)
         slope = (state.x - s * x0) / time.sigma
@@ -114,8 +114,8 @@ def dpmpp_sde() -> Scheduler:
     def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
         if times.middle is None:
             raise ValueError("dpmpp_sde needs the middle of each step: give it a grid that time_grid has made for it.")
-        time, then = moment(times, i), moment(times, i + 1)
-        mid = moment(times.middle, (i, 0))
+        time, then = time_at(times, i), time_at(times, i + 1)
+        mid = time_at(times.middle, (i, 0))
         first, second = normal(keys, state.x, 2)
         x0 = predict(denoise, state.x, time)
 
@@ -141,7 +141,7 @@ def dpmpp_2s_ancestral() -> Scheduler:
     """
 
     def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
-        time, then = moment(times, i), moment(times, i + 1)
+        time, then = time_at(times, i), time_at(times, i + 1)
         x0 = predict(denoise, state.x, time)
         noise = normal(keys, state.x)
         x = first_order(x0, noise_in(state.x, x0, time), time, then)
@@ -163,7 +163,7 @@ def lcm(timestep_scaling: float = 10.0) -> Scheduler:
     """
 
     def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
-        time, then = moment(times, i), moment(times, i + 1)
+        time, then = time_at(times, i), time_at(times, i + 1)
         scaled = time.t * timestep_scaling
         skip, out = 0.25 / (scaled**2 + 0.25), scaled / jnp.sqrt(scaled**2 + 0.25)
         x0 = out * predict(denoise, state.x, time) + skip * state.x
@@ -180,7 +180,7 @@ def tcd() -> Scheduler:
     """
 
     def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
-        time, below, then = moment(times, i), arrival(times, i), moment(times, i + 1)
+        time, below, then = time_at(times, i), arrival(times, i), time_at(times, i + 1)
         x0 = predict(denoise, state.x, time)
         x = first_order(x0, noise_in(state.x, x0, time), time, below)
         up = then.alpha / below.alpha

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdiff.models.model import Model, decode, encode
 from jaxdiff.typing import Array, Params
@@ -29,38 +30,48 @@ def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
     return [room * i // max(gaps, 1) for i in range(gaps + 1)]
 
 
-def joined(tiles: list[Array], starts: list[int], axis: int) -> Array:
-    """Tiles that start at these places of an axis as one array; each fades linearly into the next over their overlap.
+def fades(starts: list[int], tile: int) -> np.ndarray:
+    """What each place of each tile counts [tiles, tile], float32: each fades linearly into the next over their overlap.
 
-    >>> joined([jnp.zeros(4), jnp.ones(4)], [0, 2], 0).tolist()
-    [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
+    Of the tiles that cover a place the weights sum to one.
+
+    >>> fades([0, 2], 4).tolist()
+    [[1.0, 1.0, 1.0, 0.5], [0.0, 0.5, 1.0, 1.0]]
     """
-    out = jnp.asarray(tiles[0])
-    for tile, start in zip(tiles[1:], starts[1:], strict=True):
-        overlap = out.shape[axis] - start
-        before, old = jnp.split(out, [start], axis)
-        new, after = jnp.split(tile, [overlap], axis)
-        ramp = jnp.expand_dims(jnp.arange(overlap) / max(overlap, 1), tuple(range(1, out.ndim - axis)))
-        out = jnp.concatenate([before, old + ramp * (new - old), after], axis)
-    return out
+    weights = np.zeros((len(starts), starts[-1] + tile))
+    end = 0
+    for i, start in enumerate(starts):
+        ramp = np.arange(end - start) / max(end - start, 1)
+        weights[:i, start:end] *= 1 - ramp
+        weights[i, start : start + tile] = [*ramp, *np.ones(tile - len(ramp))]
+        end = start + tile
+    return np.stack([w[i : i + tile] for w, i in zip(weights, starts, strict=True)]).astype(np.float32)
 
 
 def tiled(function: Callable[[Array], Array], x: Array, starts: tuple[list[int], list[int]], tile: int, place) -> Array:
-    """`function` of tiles of x [B, H, W, C], mapped over them one by one, and joined again.
+    """`function` of tiles of x [B, H, W, C], one after the other, each added to the result with its weight.
 
     Args:
         starts: rows and columns where tiles start.
         tile: their side, cut where x is smaller.
         place: from a row or column of x to the one of the result that it becomes.
     """
-    rows, columns = starts
-    height, width = min(tile, x.shape[1]), min(tile, x.shape[2])
-    cut = [x[:, None, i : i + height, j : j + width] for i in rows for j in columns]
-    done = jax.lax.map(function, jnp.concatenate(cut))  # [tiles * B, 1, h, w, C]
-    done = done.reshape(len(rows), len(columns), x.shape[0], *done.shape[2:])
-    to_rows, to_columns = ([place(start) for start in each] for each in starts)
-    bands = [joined(list(band), to_columns, 2) for band in done]
-    return joined(bands, to_rows, 1)
+    cut = (1, min(tile, x.shape[1]), min(tile, x.shape[2]), x.shape[3])
+    done = jax.eval_shape(function, jax.ShapeDtypeStruct(cut, x.dtype))
+    to = [[place(start) for start in each] for each in starts]
+    weights = [jnp.asarray(fades(each, side)) for each, side in zip(to, done.shape[1:3], strict=True)]
+
+    def add(out: Array, at: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        i, row, column = at
+        corner, corner_out = ((i, jnp.asarray(y)[row], jnp.asarray(x)[column], 0) for y, x in (starts, to))
+        drawn = function(jax.lax.dynamic_slice(x, corner, cut))
+        counts = weights[0][row, :, None, None] * weights[1][column, :, None]
+        before = jax.lax.dynamic_slice(out, corner_out, done.shape)
+        return jax.lax.dynamic_update_slice(out, before + counts * drawn, corner_out), None
+
+    out = jnp.zeros((x.shape[0], *map(place, x.shape[1:3]), done.shape[3]), done.dtype)
+    every = jnp.indices((x.shape[0], *map(len, starts))).reshape(3, -1)
+    return jax.lax.scan(add, out, tuple(every))[0]
 
 
 def decode_tiled(

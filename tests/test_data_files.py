@@ -1,0 +1,212 @@
+"""Files of data: shards of tar, records, tables and splits, and what happens to damaged and hostile ones."""
+
+import contextlib
+import io
+import json
+import tarfile
+
+import pytest
+
+from jaxdiff.config import ConfigError
+from jaxdiff.data.captioned import captioned_data, open_source
+from jaxdiff.data.records import parse_example
+from jaxdiff.data.shards import index_shard
+from tests.datasets_of_pictures import add, example_class, picture, write_tars
+
+# Tar
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_of_every_format(tmp_path, format):
+    name = "/".join(["a" * 30] * (4 if format == tarfile.USTAR_FORMAT else 12)) + "/größe.x.jpg"
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        tar.addfile(tarfile.TarInfo("folder/"))
+        add(tar, name, picture(1))
+        add(tar, name.replace(".x.jpg", ".txt"), b"one")
+        add(tar, "other.png", picture(2))
+        add(tar, "other.txt", b"two")
+    index = index_shard(tmp_path / "a.tar")
+    assert len(index["image"]) == 1  # "größe.x.jpg" is of the kind "x.jpg"
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        add(tar, name.replace(".x", ""), picture(1))
+        add(tar, name.replace(".x.jpg", ".txt"), b"one")
+    source = open_source(tmp_path / "a.tar")
+    assert source.read(0).captions == ("one",)
+    assert source.read(0).image == picture(1)
+
+
+def test_an_index_is_made_once_and_anew_for_another_shard(tmp_path, monkeypatch):
+    path = write_tars(tmp_path / "data", 10)
+    first = open_source(path, cache=tmp_path / "cache")
+    monkeypatch.setattr("jaxdiff.data.shards.index_shard", lambda path: pytest.fail("indexed again"))
+    assert [open_source(path, cache=tmp_path / "cache").read(i) for i in range(10)] == [
+        first.read(i) for i in range(10)
+    ]
+    monkeypatch.undo()
+    write_tars(path, 7)
+    assert len(open_source(path, cache=tmp_path / "cache")) == 7
+    assert len(open_source(f"{path}/{{00000..00001}}.tar")) == 7
+
+
+def shard_of(*entries, tail=b"") -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in entries:
+            add(tar, name, data)
+    return file.getvalue() + tail
+
+
+PAIR = (("a.png", picture(1)), ("a.txt", b"one"))
+
+
+def test_no_metadata_in_a_shard_opens_files_beside_it(tmp_path):
+    """A "conditioning_file" is for folders, where it is known to lie inside."""
+    (tmp_path / "secret.png").write_bytes(picture(2))
+    (tmp_path / "data").mkdir()
+    metadata = json.dumps({"conditioning_file": str(tmp_path / "secret.png")}).encode()
+    (tmp_path / "data/0.tar").write_bytes(shard_of(*PAIR, ("a.json", metadata)))
+    batch = next(iter(captioned_data(tmp_path / "data", 1, 8, seed=0, threads=1)))
+    assert set(batch) == {"image", "text"}
+
+
+def absurd(size: bytes) -> bytes:
+    """The second sample's picture claims another size, with a right checksum."""
+    data = bytearray(shard_of(*PAIR, ("b.png", picture(2)), ("b.txt", b"two")))
+    at = 4 * 512  # header, picture, header, text
+    header = data[at : at + 512]
+    assert header[:5] == b"b.png"
+    header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    data[at : at + 512] = header
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (shard_of(("../b.png", picture(2)), ("../b.txt", b"b"), *PAIR), "'../b.png' lies outside of the archive"),
+        (shard_of(("/etc/b.png", picture(2)), *PAIR), "'/etc/b.png' lies outside"),
+        (absurd(b"77777777777\0"), "claims 8589934591 bytes"),
+        (absurd(b"\x80" + b"\x7f" * 11), "claims"),
+        (absurd(b"\xff" * 12), "claims -1 bytes"),
+        (absurd(b"12345678x9a\0"), "claims -1 bytes"),
+        (shard_of(*PAIR, ("b.png", picture(2)))[: 5 * 512 - 100], "ends in the middle of a header"),
+        (shard_of(*PAIR, ("b.png", picture(2)))[: 5 * 512 + 10], "bytes, of which 10 are there"),
+        (shard_of(*PAIR)[: 4 * 512] + b"rubbish" * 100, "no tar header at byte 2048"),
+        (shard_of(*PAIR, ("c.png", picture(2)), ("d.txt", b"d")), "2 of 3 samples lack a picture or a caption"),
+    ],
+)
+def test_damaged_shards_keep_what_is_whole_and_say_one_sentence(tmp_path, caplog, content, said):
+    (tmp_path / "a.tar").write_bytes(content)
+    source = open_source(tmp_path / "a.tar")
+    assert len(source) == 1
+    assert source.read(0).captions == ("one",)
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert said in message
+    assert "a.tar" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"not a tar" * 200, "is no tar file that can be read"),
+        (b"", "holds no picture"),
+        (b"\x1f\x8b" + b"x" * 600, "is compressed"),
+        (shard_of(("a.txt", b"a")), "holds no picture"),
+    ],
+)
+def test_what_is_no_shard_is_refused(tmp_path, content, said):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as error:
+        open_source(tmp_path)
+    assert "a.tar" in str(error.value) or str(tmp_path) in str(error.value)
+
+
+# Records
+
+
+def test_examples_are_parsed_as_protobuf_does():
+    e = example_class()()
+    e.features.feature["b"].b.value.extend([b"", b"x" * 300])
+    e.features.feature["f"].f.value.extend([0.5, -2.0])
+    e.features.feature["i"].i.value.extend([0, -1, 2**62])
+    e.features.feature["empty"].SetInParent()
+    data = e.SerializeToString()
+    assert parse_example(data) == {"b": [b"", b"x" * 300], "f": [0.5, -2.0], "i": [0, -1, 2**62], "empty": []}
+    for cut in range(1, len(data)):
+        with contextlib.suppress(ValueError):  # nothing else
+            parse_example(data[:cut])
+
+
+# Tables, paths
+
+
+def test_hostile_tables_and_folders(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    def refused(said, path=tmp_path, **kwargs):
+        with pytest.raises(ConfigError, match=said) as error:
+            open_source(path, **kwargs)
+        assert "\n" not in str(error.value)
+
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"url": ["a"], "text": ["b"]}), file)
+    refused("has no picture column; its columns are url, text: name one with data.image_column")
+    refused("must hold the bytes of image files, not string", image_column="url")
+    pq.write_table(pa.table({"image": [b"a"], "text": [1]}), file)
+    refused("has no caption column 'c'", text_column="c")
+    refused("caption column 'text' must hold text, not int64")
+    file.write_bytes(b"PAR1 and no more")
+    refused("a.parquet (cannot be read|is damaged)")
+    pq.write_table(pa.table({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())}), file)
+    refused("has no rows")
+    (tmp_path / "b.tar").write_bytes(b"")
+    refused("several kinds")
+    arrow = tmp_path / "arrow"
+    arrow.mkdir()
+    for state, said in (
+        ("{", "names no data files"),
+        ('{"_data_files": [{"filename": "../x.arrow"}]}', "names no data files in its folder"),
+        ('{"_data_files": [{"filename": "x.arrow"}]}', "x.arrow cannot be read"),
+    ):
+        (arrow / "state.json").write_text(state)
+        refused(said, arrow)
+    (arrow / "x.arrow").write_bytes(b"something else")
+    refused("x.arrow", arrow)
+    with pa.OSFile(str(arrow / "x.arrow"), "wb") as f, pa.ipc.new_stream(f, pa.schema({"n": pa.int64()})) as writer:
+        writer.write_table(pa.table({"n": [1]}))
+    refused("has no picture column; its columns are n", arrow)
+    refused("the file .*7.tar does not exist", f"{tmp_path}/{{7..9}}.tar")
+    (tmp_path / "a.zip").write_bytes(b"")
+    refused("is of no kind that is read", tmp_path / "a.zip")
+    refused("does not exist", tmp_path / "nowhere")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "a.array_record").write_bytes(b"x" * 1000)
+    refused("ArrayRecord", tmp_path / "r")
+
+
+def test_splits(tmp_path):
+    write_tars(tmp_path / "train", 5)
+    write_tars(tmp_path / "validation", 3)
+    assert [len(open_source(tmp_path, split)) for split in ("train", "validation")] == [5, 3]
+    with pytest.raises(ConfigError):
+        open_source(tmp_path, "test")
+
+
+@pytest.mark.filterwarnings("ignore")  # of its own
+def test_what_datasets_saves_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+
+    def saved(numbers):  # with a fingerprint, which some versions cannot compute
+        columns = {"image": [{"bytes": picture(i), "path": None} for i in numbers], "text": [str(i) for i in numbers]}
+        table = datasets.table.InMemoryTable.from_pydict(columns, schema=features.arrow_schema)
+        return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint="0")
+
+    datasets.DatasetDict({"train": saved(range(4)), "test": saved([1, 3])}).save_to_disk(str(tmp_path))
+    assert [open_source(tmp_path).read(i).image for i in range(4)] == [picture(i) for i in range(4)]
+    assert [open_source(tmp_path, "test").read(i).captions for i in range(2)] == [("1",), ("3",)]
+    with pytest.raises(ConfigError, match="its splits are test, train"):
+        open_source(tmp_path, "validation")
