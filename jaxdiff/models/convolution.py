@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 # Measured on CPUs with the shapes of SD 1.5: products of gathered neighbours are up to three times as fast as XLA's
 # convolution at so few positions and so many channels; at more positions Winograd's products are, up to twice.
-FEW_POSITIONS, GATHERED_CHANNELS, WINOGRAD_CHANNELS = 1024, 512, 320
+FEW_POSITIONS, GATHERED_CHANNELS = 1024, 512
+WINOGRAD_NARROW, WINOGRAD_WIDE = 128, 256  # channels of the kernel's narrower and wider side, at least
 CHUNK_POSITIONS = 8192  # of the output at a time, so that Winograd's products of a large picture fit into memory
 
 
@@ -30,8 +31,9 @@ def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **kwargs) -> jax
     if b * h * w <= FEW_POSITIONS:
         if c >= GATHERED_CHANNELS:
             form = gathered
-    elif strides[0] == 1 and h % 2 == w % 2 == 0 and min(kernel.shape[2:]) >= WINOGRAD_CHANNELS:
-        form = winograd if x.dtype == jnp.float32 else None
+    elif strides[0] == 1 and h % 2 == w % 2 == 0 and x.dtype == jnp.float32:
+        narrow, wide = sorted(kernel.shape[2:])
+        form = winograd if narrow >= WINOGRAD_NARROW and wide >= WINOGRAD_WIDE else None
     if form is None:
         return general(x, kernel)
     # The gradient gathers anew rather than keep the gathered, which is four or nine times as large as x.
