@@ -94,7 +94,7 @@ def drawing(
     beside = given(np.arange(len(prompts)))[1]
 
     def draw(step: int, params: Any) -> None:
-        def drawn_of(rows: np.ndarray) -> np.ndarray:
+        def drawn_of(rows: np.ndarray) -> Any:
             more, chosen = given(rows)[0], [prompts[i] for i in rows]
             return jaxdiff.generate(target.model, params, chosen, seed=config.seed + rows, **options, **more)
 

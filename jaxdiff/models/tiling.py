@@ -61,7 +61,7 @@ def tiled(function: Callable[[Array], Array], x: Array, starts: tuple[list[int],
     to = [[place(start) for start in each] for each in starts]
     weights = [jnp.asarray(fades(each, side)) for each, side in zip(to, done.shape[1:3], strict=True)]
 
-    def add(out: Array, at: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def add(out: jax.Array, at: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         i, row, column = at
         corner, corner_out = ((i, jnp.asarray(y)[row], jnp.asarray(x)[column], 0) for y, x in (starts, to))
         drawn = function(jax.lax.dynamic_slice(x, corner, cut))
