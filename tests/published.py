@@ -133,7 +133,7 @@ def small_model(family: str):
     )
 
 
-def _tensors(model, params) -> dict[str, np.ndarray]:
+def tensors_of(model, params) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         save_single_file(Path(folder) / "x.safetensors", model, params)
         return load_file(Path(folder) / "x.safetensors")

@@ -15,7 +15,7 @@ from jaxdiff.data.icons.lexicon import OBJECTS, PEOPLE, TRAVEL, Subject
 from jaxdiff.data.icons.plan import pictures
 from jaxdiff.data.icons.sources import COLORS, PAINTINGS, SOURCES, Style
 from jaxdiff.data.icons.splits import ALWAYS_TRAINED, SHARE, SPLITS, split_of, subject_key
-from tests.test_icons import DISC, MONO, NOTO, _read
+from tests.test_icons import DISC, MONO, NOTO, read_pixels
 
 
 def _disc(size: int = 64) -> np.ndarray:
@@ -158,14 +158,14 @@ def test_trimming_finds_a_small_drawing_on_a_big_page():
 def test_opaque_pages_lose_their_alpha(tmp_path):
     svg = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9" fill="#070"/></svg>'
     render.save(np.asarray(render.trimmed(svg, 64)), tmp_path / "page.webp")
-    assert _read(tmp_path / "page.webp").shape == (64, 64, 3)
+    assert read_pixels(tmp_path / "page.webp").shape == (64, 64, 3)
 
 
 def test_pictures_are_lossless(tmp_path):
     image = _disc()
     image = np.where(image[..., 3:] == 0, np.uint8(0), image)
     render.save(image, tmp_path / "disc.webp")
-    np.testing.assert_array_equal(_read(tmp_path / "disc.webp"), image)
+    np.testing.assert_array_equal(read_pixels(tmp_path / "disc.webp"), image)
     assert [path.name for path in tmp_path.iterdir()] == ["disc.webp"]
 
 

@@ -71,7 +71,7 @@ def lexicon(cache) -> Lexicon:
     return Lexicon(cache / "emojibase-data-17.0.0")
 
 
-def _read(path: Path) -> np.ndarray:
+def read_pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
 
@@ -119,7 +119,7 @@ def test_tiny_packages_from_end_to_end(cache, tmp_path, caplog):
     assert subjects == {"castle", "sunglasses", "fox", "horizontal traffic light", "letter a", "dog face"}
     for split, found in rows.items():
         for row in found:
-            assert _read(out / split / row["file_name"]).shape == (64, 64, 4)
+            assert read_pixels(out / split / row["file_name"]).shape == (64, 64, 4)
             assert {"text", "subject", "style", "source", "license"} <= row.keys()
             assert split_of(row["subject"], row["style"]) == split
     assert len({row["file_name"] for row in everything}) == len(everything)

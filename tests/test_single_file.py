@@ -17,7 +17,7 @@ from jaxdiff.io.pretrained import load, replace_config, save
 from jaxdiff.io.single_file import _metadata, load_single_file, save_single_file
 from jaxdiff.io.sources import WeightsError, open_tensors
 from tests import tiny
-from tests.published import BESIDE, _tensors, small_model
+from tests.published import BESIDE, small_model, tensors_of
 from tests.tiny import tiny_params
 
 FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner", "upscaler")
@@ -75,7 +75,9 @@ def test_sd_turbo_has_the_layout_of_sdxl(tmp_path):
     model = dataclasses.replace(model, scheduler=scheduler_config("turbo"))
     params = tiny.tiny_params(model)
     save(tmp_path / "folder", model, params)
-    moved = {n.replace("cond_stage_model.", "conditioner.embedders.0."): x for n, x in _tensors(model, params).items()}
+    moved = {
+        n.replace("cond_stage_model.", "conditioner.embedders.0."): x for n, x in tensors_of(model, params).items()
+    }
     text = "conditioner.embedders.0.model."
     beside = {f"{text}text_projection": [16, 16], f"{text}logit_scale": [], "denoiser.sigmas": [1000]}
     assert any(n.startswith(text) for n in moved)
@@ -145,7 +147,7 @@ def test_prediction_type_is_overridden(small):
 
 @pytest.fixture
 def tensors(tiny):
-    return _tensors(*tiny)
+    return tensors_of(*tiny)
 
 
 @pytest.fixture
@@ -212,7 +214,7 @@ def test_another_autoencoder_takes_the_models_place(tiny, tensors, tmp_path):
     model, params = tiny
     other = tiny_params(model, seed=1)
     model = replace_config(model, "vae", scaling_factor=0.5)
-    whole = _tensors(model, other)
+    whole = tensors_of(model, other)
     alone = {n: x for n, x in whole.items() if n.startswith(VAE_PREFIX)}
     beside = {f"{VAE_PREFIX}loss.logvar": np.zeros(1, np.float32), "model_ema.decay": np.zeros(1, np.float32)}
     save_file(alone | beside, tmp_path / "prefix.safetensors")

@@ -13,7 +13,7 @@ from jaxdiff.io.single_file import IGNORED, clip_tokenizer, save_single_file
 from jaxdiff.io.sources import TensorSource
 from jaxdiff.io.weights import named_tensors
 from tests import tiny
-from tests.published import BESIDE, BIG_G, FULL, SD2, VIT_H, VIT_L, _tensors, small_model
+from tests.published import BESIDE, BIG_G, FULL, SD2, VIT_H, VIT_L, small_model, tensors_of
 
 
 def meta_models(name: str) -> dict:
@@ -85,7 +85,7 @@ def test_openclip_as_diffusers_converts_it(name):
 
     model = small_model(name)
     params, key = tiny.tiny_params(model), "text_encoder" if name == "sd2" else "text_encoder_2"
-    tensors = _tensors(model, params)
+    tensors = tensors_of(model, params)
     (prefix,) = (p for p in TEXTS[name].values() if p.endswith(".model."))
     stand_in = dataclasses.make_dataclass("Encoder", ["config"])(model.modules[key].config)
     checkpoint = {n: torch.from_numpy(x) for n, x in tensors.items()}

@@ -173,5 +173,7 @@ def test_memory_of_a_large_picture_is_that_of_a_tile(tiny):
 
     tile, whole, parts = megabytes(decode, 64), megabytes(decode, 256), megabytes(decode_tiled, 256)
     print(f"temporary memory: 512 x 512 {tile:.0f} MiB, 2048 x 2048 whole {whole:.0f} MiB, in tiles {parts:.0f} MiB")
+    picture = 4 * 3 * 2048**2 / 2**20
+    assert parts < tile + 6 * picture  # tiles, and what joins them
     assert parts < whole / 8
     assert parts - megabytes(decode_tiled, 128) < 1  # the picture itself is no temporary

@@ -241,6 +241,7 @@ def _open_zip(path: Path) -> tuple[Any, Offsets]:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             members = {info.filename.partition("/")[2]: _member(info, file) for info in archive.infolist()}
             total = path.stat().st_size
+    # zipfile raises the last of them for archives of a kind that it does not know.
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as e:
         if isinstance(e, PickleError):
             raise
