@@ -293,6 +293,7 @@ def test_an_unreadable_image_is_named(cli):
 
 def process(*args, cwd, cache_home):
     env = os.environ | {"XDG_CACHE_HOME": str(cache_home), "JAX_PLATFORMS": "cpu"}
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # whether a program is kept must not depend on the machine
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     return subprocess.run([sys.executable, ROOT / "sample.py", *args], cwd=cwd, env=env, capture_output=True, text=True)
 

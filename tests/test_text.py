@@ -241,7 +241,7 @@ def test_emphasis_scales_tokens_and_keeps_each_chunks_mean(models, family):
                 states = np.asarray(plain.embeddings, np.float64)[at][:, channels]
                 assert error(cond.embeddings[at][:, channels], weighted(states, weights[at])) < TOLERANCE
     if family == "sdxl":
-        np.testing.assert_array_equal(cond.pooled, plain.pooled)
+        assert error(cond.pooled, plain.pooled) < TOLERANCE  # two programs: the same numbers, not the same bits
 
 
 def test_emphasis_does_not_depend_on_the_batch(models):

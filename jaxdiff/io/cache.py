@@ -33,5 +33,6 @@ def cache_compilations(folder: str | Path | None = None) -> Path | None:
         logging.warning("%s cannot be written (%s): compiling anew; name another --cache_dir.", path, e.strerror or e)
         return None
     jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+    least = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", min(least, MIN_SECONDS))
     return path
