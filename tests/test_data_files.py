@@ -6,6 +6,7 @@ import json
 import tarfile
 
 import pytest
+from PIL import Image
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data, open_source
@@ -210,3 +211,21 @@ def test_what_datasets_saves_is_read(tmp_path):
     assert [open_source(tmp_path, "test").read(i).captions for i in range(2)] == [("1",), ("3",)]
     with pytest.raises(ConfigError, match="its splits are test, train"):
         open_source(tmp_path, "validation")
+
+
+def test_a_picture_that_says_repeats_comes_up_so_often(tmp_path):
+    lines = [{"file_name": "a.png", "text": "a"}, {"file_name": "b.png", "text": "b", "repeats": 3}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    assert len(open_source(tmp_path)) == 4
+    data = captioned_data(tmp_path, 4, 8, seed=0, epochs=1)
+    assert sorted(text for batch in data for text in batch["text"]) == ["a", "b", "b", "b"]
+
+
+@pytest.mark.parametrize("repeats", [0, -1, 1.5, "2", True, None, 10**6])
+def test_repeats_that_cannot_be_are_refused(tmp_path, repeats):
+    line = {"file_name": "a.png", "text": "a", "repeats": repeats}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ConfigError, match=r'line 1: "repeats" must be a whole number from 1 to 1000'):
+        open_source(tmp_path)

@@ -35,8 +35,28 @@ def test_captions_start_with_subject_and_style_and_end_without():
         "a flat emoji of a castle",
         "a european castle, flat emoji",
         "a castle, building, flat emoji",
+        "a european castle",
+        "a castle",
+        "a castle",
         "a castle",
     ]
+
+
+def test_what_a_filter_made_is_not_what_the_bare_subject_asks_for():
+    found = pictures(_drawing(NOTO, Subject("castle", ("fort",), group=TRAVEL)))
+    for picture in found:
+        plain = {"a castle", "a fort"} & set(picture.text)
+        assert plain == ({"a castle", "a fort"} if picture.effect is None else set())
+        assert picture.repeats == (3 if picture.effect is None else 1)
+        assert picture.group == "travel"
+
+
+def test_icons_in_a_colour_are_asked_for_as_people_do():
+    style = Style("single color icon", ("stencil",), "a single color icon of")
+    found = captions(Subject("owl"), style, "black", plain=False)
+    assert "a black icon of an owl" in found
+    assert "a black owl, single colour icon" in found
+    assert "a black owl" not in found
 
 
 def test_every_caption_of_a_coloured_drawing_names_its_colour():

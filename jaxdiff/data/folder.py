@@ -5,7 +5,8 @@ The layout is Hugging Face datasets' "imagefolder", `path/[split/]metadata.jsonl
     {"file_name": "castle.webp", "text": ["a castle", "a castle with two towers"], "license": "CC0"}
 
 `text` is one caption or a list, of which one is drawn whenever the picture comes up. A line may name a
-"conditioning_file", a picture that steers a ControlNet. `jaxdiff.data.captioned` reads other kinds of data too.
+"conditioning_file", a picture that steers a ControlNet, and "repeats", how often a pass over the data shows the picture
+(1). `jaxdiff.data.captioned` reads other kinds of data too.
 """
 
 import dataclasses
@@ -39,6 +40,8 @@ BACKGROUNDS = {
 }
 METADATA = "metadata.jsonl"  # names the pictures of a split and their captions
 HINT = "conditioning_file"  # the metadata's key for the picture that steers a ControlNet
+REPEATS = "repeats"  # and for the times that a pass over the data shows a picture
+MAX_REPEATS = 1000
 WHITE_SHARE = 0.5  # of the pictures under background="random"
 MIN_BACKGROUND = 0.02  # a background that covers less of the picture is white: nobody would mention it
 # Black ink vanishes on black: this share of the subject must differ by more than so much in some channel of 0..255,
@@ -63,6 +66,8 @@ class Example(NamedTuple):
 def examples(path: str | Path, split: str = "train") -> list[Example]:
     """The examples that the metadata of a captioned folder names, in its order; the pictures are not looked at.
 
+    One that says "repeats" stands there so many times.
+
     Args:
       path: the folder; `metadata.jsonl` lies in its subfolder `split`, or in itself for the split "train".
       split: "train", "validation", "test", …
@@ -75,7 +80,11 @@ def examples(path: str | Path, split: str = "train") -> list[Example]:
         lines = metadata.read_bytes().split(b"\n")
     except OSError as e:
         raise ConfigError(f"{metadata} cannot be read ({e.strerror}).") from None
-    found = [_example(metadata, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    found: list[Example] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            example = _example(metadata, number, line)
+            found += [example] * example.extras.get(REPEATS, 1)
     if len({HINT in e.extras for e in found}) > 1:
         raise ConfigError(f'{metadata} gives some pictures a "{HINT}" and others none: give one to all, or to none.')
     if not found:
@@ -121,6 +130,9 @@ def _example(metadata: Path, number: int, line: bytes) -> Example:
             raise ConfigError(f"{where}: the picture {inside!r} lies outside of the folder: name one within.")
     if HINT in values:
         values[HINT] = f"{metadata.parent}/{values[HINT]}"
+    repeats = values.get(REPEATS, 1)
+    if type(repeats) is not int or not 1 <= repeats <= MAX_REPEATS:
+        raise ConfigError(f'{where}: "{REPEATS}" must be a whole number from 1 to {MAX_REPEATS}, not {repeats!r}.')
     captions = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list) else ()
     if not captions or not all(isinstance(c, str) for c in captions):
         raise ConfigError(f'{where}: "text" must be a caption or a list of captions, not {text!r}.')

@@ -5,6 +5,7 @@ import re
 from jaxdiff.data.icons.lexicon import SYMBOLS, Subject
 from jaxdiff.data.icons.sources import Style
 
+PLAIN = 3  # captions of a drawing that are its subject alone
 _PAIRS = {"sunglasses", "glasses", "goggles", "scissors", "jeans", "shorts", "gloves", "socks", "chopsticks", "skis"}
 # Heads of noun phrases that take no "a": they cannot be counted, or they are proper names.
 _UNCOUNTED = {
@@ -60,13 +61,17 @@ def _starts_with_vowel_sound(phrase: str) -> bool:
     return phrase.lower().startswith("hourglass") or _VOWEL_SOUND.match(phrase) is not None
 
 
-def captions(subject: Subject, style: Style, color: str | None = None) -> list[str]:
-    """The captions of one drawing, the plainest first: "a castle, flat emoji".
+def captions(subject: Subject, style: Style, color: str | None = None, plain: bool = True) -> list[str]:
+    """The captions of one drawing, the fullest first: "a castle, flat emoji".
 
     With a color every caption names it, for the drawing was filled with it ("a red castle, silhouette").
 
-    >>> captions(Subject("owl"), Style("flat emoji", of="a flat emoji of"))
-    ['an owl, flat emoji', 'owl, flat emoji', 'a flat emoji of an owl', 'an owl']
+    Args:
+        plain: whether the subject alone ("a castle") may ask for this drawing. It then stands PLAIN times at the end,
+            since this is what most people type.
+
+    >>> captions(Subject("owl"), Style("flat emoji", of="a flat emoji of"), plain=False)
+    ['an owl, flat emoji', 'owl, flat emoji', 'a flat emoji of an owl']
     """
 
     def named(name: str) -> str:
@@ -78,6 +83,8 @@ def captions(subject: Subject, style: Style, color: str | None = None) -> list[s
     texts = [f"{main}, {style.name}", f"{bare}, {style.name}"]
     texts += [f"{main}, {words}" for words in style.also]
     texts.append(f"{style.of} {main}" if style.of else f"{style.name}, {main}")
+    if color and style.name.endswith("icon"):
+        texts.append(f"{indefinite(f'{color} icon')} of {indefinite(subject.name) if subject.counted else subject.name}")
     if subject.name in _PAIRS:
         texts.append(f"{indefinite(f'pair of {bare}')}, {style.name}")
     texts += [f"{named(text)}, {style.name}" for text in subject.synonyms]
@@ -85,5 +92,7 @@ def captions(subject: Subject, style: Style, color: str | None = None) -> list[s
         texts.append(f"{main}, {', '.join(subject.keywords[:3])}, {style.name}")
     if color == "grey":
         texts += [text.replace("grey", "gray") for text in texts[:2]]
-    texts.append(main)
-    return list(dict.fromkeys(texts))
+    texts += [text.replace("color", "colour") for text in texts[:1] if "color" in text]
+    if plain:
+        texts += [named(text) for text in subject.synonyms]
+    return list(dict.fromkeys(texts)) + [main] * (PLAIN if plain else 0)

@@ -11,7 +11,7 @@ from jaxdiff.data.icons.splits import COLOR_WORDS, slug
 # emojibase's numbers of the groups whose members are things that one can draw.
 PEOPLE, NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS, SYMBOLS = 1, 3, 4, 5, 6, 7, 8
 THINGS = (NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS)
-_FLAGS, _COMPONENTS = 9, 2
+FLAGS, _COMPONENTS = 9, 2
 
 # Names that sets still use, by what Unicode's CLDR calls them today.
 _RENAMED = {

@@ -5,12 +5,19 @@ from typing import NamedTuple
 
 from jaxdiff.data.icons.captions import captions
 from jaxdiff.data.icons.drawings import Drawing
-from jaxdiff.data.icons.lexicon import PEOPLE, THINGS
+from jaxdiff.data.icons.lexicon import (
+    ACTIVITIES, FLAGS, FOOD, NATURE, OBJECTS, PEOPLE, SYMBOLS, THINGS, TRAVEL,
+)  # fmt: skip
 from jaxdiff.data.icons.sources import COLORLESS, COLORS, PAINTINGS, SILHOUETTE, Style
 from jaxdiff.data.icons.splits import COLOR_WORDS, slug, split_of
 
 RECOLORS = 6  # colours a one-colour drawing is filled with
 SILHOUETTES = 3  # colours of the silhouettes of a painted-over drawing
+REPEATS = 3  # of a drawing as its designer left it, against 1 of what is made of it: most prompts ask for no style
+GROUPS = {
+    -1: "other", 0: "smileys", PEOPLE: "people", NATURE: "nature", FOOD: "food", TRAVEL: "travel",
+    ACTIVITIES: "activities", OBJECTS: "objects", SYMBOLS: "symbols", FLAGS: "flags",
+}  # fmt: skip
 TINTS = 3  # colours that a colour drawing is given; fewer where it has them already or has no main colour
 
 
@@ -24,6 +31,8 @@ class Picture(NamedTuple):
     style: str
     source: str
     license: str
+    group: str  # what kind of thing it is, one of GROUPS
+    repeats: int  # times that it is shown in a pass over the set
     color: str | None = None  # what it is filled or tinted with
     effect: str | None = None  # "fill", "tint" or a filter's name; None for the drawing as it is
 
@@ -72,5 +81,9 @@ def _picture(drawing: Drawing, style: Style, stem: str, color: str | None = None
     subject, source = drawing.subject, drawing.source
     file_name = f"images/{source.name}/{slug(stem)}.webp"
     split = split_of(subject.name, style.name)
-    texts = captions(subject, style, color)
-    return Picture(split, file_name, texts, subject.name, style.name, source.name, source.license, color, effect)
+    own = effect in (None, "tint")  # neither painted over nor of one colour
+    texts, repeats = captions(subject, style, color, plain=own), REPEATS if effect is None else 1
+    group = GROUPS[subject.group]
+    return Picture(
+        split, file_name, texts, subject.name, style.name, source.name, source.license, group, repeats, color, effect
+    )

@@ -70,7 +70,7 @@ SOURCES = (
         "iconify",
         "@iconify-json/fluent-emoji-flat",
         "1.2.6",
-        Style("flat emoji", ("flat design", "flat illustration"), "a flat emoji of"),
+        Style("flat emoji", ("flat design", "flat illustration", "flat icon"), "a flat emoji of"),
         "MIT",
         "Microsoft Corporation",
         "https://github.com/microsoft/fluentui-emoji",
@@ -92,7 +92,7 @@ SOURCES = (
         "webp",
         "@lobehub/fluent-emoji-3d",
         "1.1.0",
-        Style("3d render", ("3d", "3d emoji"), "a 3d render of"),
+        Style("3d render", ("3d", "3d emoji", "3d rendering"), "a 3d render of"),
         "MIT",
         "Microsoft Corporation, packaged by LobeHub",
         "https://github.com/microsoft/fluentui-emoji",
@@ -164,7 +164,7 @@ SOURCES = (
         "openclipart",
         "openclipart-svg",
         "1:0.18+dfsg-19",
-        Style("clip art", ("clipart drawing", "vector drawing"), "a clip art of"),
+        Style("clip art", ("clipart", "vector drawing"), "a clip art of"),
         "public domain",
         "the artists of the Open Clip Art Library",
         "https://packages.debian.org/bookworm/openclipart-svg",
@@ -175,8 +175,16 @@ WORDS_PACKAGE, WORDS_VERSION = "emojibase-data", "17.0.0"
 
 # The styles that filters.py paints; the keys are its filters' names.
 PAINTINGS = {
-    "watercolor": Style("watercolor painting", ("watercolour painting", "watercolor"), "a watercolor painting of"),
-    "oil": Style("oil painting on canvas", ("oil painting",), "an oil painting of"),
+    "watercolor": Style(
+        "watercolor painting",
+        ("watercolour painting", "watercolor", "fine art illustration"),
+        "a watercolor painting of",
+    ),
+    "oil": Style(
+        "oil painting on canvas",
+        ("oil painting", "picture painted onto canvas", "painting on canvas", "fine art painting"),
+        "an oil painting of",
+    ),
     "pencil": Style("pencil sketch", ("pencil drawing", "sketch"), "a pencil sketch of"),
     "pixel": Style("pixel art", ("8-bit pixel art",), "pixel art of"),
     "line": Style("line drawing", ("ink line drawing", "black and white line drawing"), "a line drawing of"),
