@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # PyTorch's threads would wait in turns
 LONGEST = (
     "test_training_devices", "test_scheduler_oracle", "test_train_cli", "test_training", "test_finetune", "test_trust",
     "test_models", "test_sampling", "test_examples", "test_tasks", "test_generate", "test_single_file",
-    "test_single_file_oracle",
+    "test_single_file_oracle", "test_evaluation_cli",
 )  # fmt: skip
 
 

@@ -1,0 +1,247 @@
+"""Measure how good, how varied and how original a model's images are.
+
+    python -m jaxdiff.evaluation --model my-model/ --prompts prompts.txt --data pictures/ --held_out_split test
+    python -m jaxdiff.evaluation --images drawn/ --encoder clip-vit-large-patch14/ --output report/
+
+Draws the prompts, or takes the images of a folder, and writes a folder: report.md (also to stdout), report.json,
+images.jsonl with a line for each image, sheets of images, and the images drawn. Progress, warnings and errors go to
+stderr. Killed, the same command goes on where it was. Exit code: 0; 2 for flags that cannot be right; 130 after Ctrl-C;
+1 for any other failure.
+"""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+import jaxdiff
+from jaxdiff.commands import errors
+from jaxdiff.commands.errors import Failure, UsageError
+from jaxdiff.commands.outputs import make_folder
+from jaxdiff.config import ConfigError
+from jaxdiff.data.captioned import open_source
+from jaxdiff.data.source import Chosen, Source, files_digest
+from jaxdiff.evaluation import measures, outputs, report
+from jaxdiff.evaluation.encoder import GIVE, Encoder, encode_texts, has_encoder, load_encoder
+from jaxdiff.evaluation.features import Features, cached_features, encode_records
+from jaxdiff.evaluation.flags import parse
+from jaxdiff.evaluation.groups import has_column, real_groups
+from jaxdiff.evaluation.images import Images, Wanted, draw, find_images, plain, wanted
+from jaxdiff.evaluation.measures import Measured
+from jaxdiff.evaluation.outputs import Found
+from jaxdiff.evaluation.progress import Progress
+from jaxdiff.io import cache, pretrained
+from jaxdiff.prompts import PromptError, PromptLine, read_prompts
+from jaxdiff.typing import Params
+
+NAME = "jaxdiff.evaluation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The data that images are measured against."""
+
+    train: Source
+    real: Source
+    held_out: Source | None
+
+
+def prompt_lines(f: flags.FlagValues) -> list[PromptLine] | None:
+    try:
+        return None if f.prompts is None else read_prompts(f.prompts)
+    except PromptError as e:
+        raise UsageError(f"--prompts: {e}") from None
+
+
+def open_splits(f: flags.FlagValues) -> Splits | None:
+    """The data's splits, each opened once."""
+    if f.data is None:
+        return None
+
+    def opened(name: str) -> Source:
+        try:
+            return open_source(f.data, str(f[name].value), image_column=f.image_column, text_column=f.text_column)
+        except ConfigError as e:
+            raise UsageError(f"--data, --{name}: {e}") from None
+
+    train = opened("split")
+    real = train if f.real_split in (None, f.split) else opened("real_split")
+    if f.group is not None and not has_column(real, f.group):
+        raise UsageError(f"--group {f.group}: no row of {real.name} has that in its metadata: name another column.")
+    return Splits(train, real, None if f.held_out_split is None else opened("held_out_split"))
+
+
+def encoder_folder(f: flags.FlagValues) -> str:
+    """Where the encoder lies. Raises UsageError."""
+    if f.encoder is not None:
+        return str(f.encoder)
+    folder = pretrained.find(f.model)
+    if not folder.is_dir() or not has_encoder(folder):
+        raise UsageError(f"--encoder is missing: {f.model} has no vision encoder of its own; give {GIVE}.")
+    return str(folder)
+
+
+def opened_encoder(f: flags.FlagValues, folder: str) -> tuple[Encoder, Params]:
+    try:
+        return load_encoder(folder)
+    except ValueError as e:
+        raise Failure(f"--encoder: {e}") from None
+
+
+def drawing_options(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]:
+    """Arguments of `generate` that all images share; raises UsageError if one cannot be."""
+    from jaxdiff.arguments import latent_shape
+    from jaxdiff.diffusion.times import default_scheduler
+
+    scheduler = f.scheduler or default_scheduler(model.scheduler)
+    try:
+        jaxdiff.get_scheduler(scheduler, model.scheduler)
+        jaxdiff.time_grid(model.scheduler, f.steps, scheduler, f.spacing)
+        latent_shape(model, f.height, f.width)
+    except ValueError as e:
+        raise UsageError(f"--{e}" if str(e).split()[0] in f else str(e)) from None
+    names = ("steps", "guidance_scale", "spacing", "height", "width")
+    return {"scheduler": scheduler, **{name: f[name].value for name in names}}
+
+
+def drawn(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:
+    """Draw into the folder of the unfinished report, whatever is not there yet."""
+    import jax
+
+    path = pretrained.find(f.model)
+    model, params = jaxdiff.load(path, dtype=f.dtype)
+    options = drawing_options(f, model)
+    images: list[Wanted] = wanted(lines, f.num_images, f.seed, f.negative_prompt)
+    begun = {"model": model_digest(path), "dtype": f.dtype, "options": options, "images": images}
+    outputs.begin(work, begun)
+    size = f.batch_size or min(4 * jax.local_device_count(), len(images))
+    params = jaxdiff.replicate(params, jax.local_devices()[:size])
+    with Progress("drawing", len(images)) as bar:
+        return draw(model, params, images, work / "images", batch_size=size, progress=bar.advance, **options)
+
+
+def model_digest(path: Path) -> str:
+    """Of a model's files: their names, sizes and times."""
+    return files_digest(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
+
+
+def measured(
+    source: Any, prompts: Sequence[str], encoder: Encoder, params: Params, f: flags.FlagValues, what: str
+) -> Measured:
+    """Features of images and prompts. Images that cannot be read raise Failure."""
+
+    def unread(name: str, reason: str) -> None:
+        raise Failure(f"{name} cannot be read ({reason}): mend the file, or take it out.")
+
+    with Progress(f"encoding {what}", len(source)) as bar:
+        found = encode_records(
+            source, range(len(source)), encoder, params,
+            batch_size=f.encode_batch_size, threads=f.threads, unread=unread, progress=bar.advance,
+        )  # fmt: skip
+    return with_texts(found["features"], found["pixels"], prompts, encoder, params)
+
+
+def kept(source: Source, f: flags.FlagValues, encoder: Encoder, params: Params, what: str) -> Features:
+    folder = Path(f.features) if f.features else cache.cache_folder() / "features"
+    with Progress(f"encoding {what}", len(source)) as bar:
+        return cached_features(
+            source, folder, encoder, params, batch_size=f.encode_batch_size, threads=f.threads, progress=bar.advance
+        )
+
+
+def held_out_sample(splits: Splits | None, f: flags.FlagValues, encoder: Encoder, params: Params) -> Measured | None:
+    """Held-out images, at most `--most_real` of them, with their first captions."""
+    if splits is None or splits.held_out is None:
+        return None
+    source: Source = splits.held_out
+    features = kept(source, f, encoder, params, "held-out images")
+    rows = measures.sample_of(len(features), f.most_real)
+    captions = [Chosen(source, features.index[rows]).read(i, image=False).captions[0] for i in range(len(rows))]
+    found, pixels = (features.take(name, rows) for name in ("features", "pixels"))
+    return with_texts(found, pixels, captions, encoder, params)
+
+
+def with_texts(
+    features: np.ndarray, pixels: np.ndarray, prompts: Sequence[str], encoder: Encoder, params: Params
+) -> Measured:
+    """Images together with their prompts, each of which is encoded once."""
+    texts, own = np.unique(np.asarray(prompts, object), return_inverse=True)
+    encoded, cut = encode_texts(encoder, params, list(texts))
+    return Measured(features, pixels, encoded, own.ravel(), cut)
+
+
+def measure(images: Images, splits: Splits | None, encoder: Encoder, params: Params, f: flags.FlagValues) -> Found:
+    """Everything that can be measured of these images with what is given."""
+    mine = measured(images, [plain(p) for p in images.prompts], encoder, params, f, "images")
+    held_out = held_out_sample(splits, f, encoder, params)
+    rows, notes, scores, ranks = measures.agreement(mine, held_out)
+    if splits is None:
+        more, said = measures.varieties(mine, None, [], "")
+        said = [*said, "Distances to real images and originality need the training data: give --data."]
+        return Found(rows + more, notes + said, scores, ranks, None, None)
+    train = kept(splits.train, f, encoder, params, "training images")
+    real = train if splits.real is splits.train else kept(splits.real, f, encoder, params, "real images")
+    apart, said = measures.distances(mine, real, None if f.real_split == f.held_out_split else held_out, f.most_real)
+    groups = real_groups(splits.real, real.index, f.group)
+    varied, heard = measures.varieties(mine, real, groups, f.group or "caption")
+    new, told, found = measures.originality(mine, train, held_out)
+    for source, features in ((splits.train, train), (splits.real, real)):
+        if lost := features.records - len(features):
+            notes.append(f"{lost} of the {features.records} images of {source.name} cannot be read and are left out.")
+        if real is train:
+            break
+    return Found([*rows, *apart, *varied, *new], [*notes, *said, *heard, *told], scores, ranks, found, train)
+
+
+def run(f: flags.FlagValues) -> None:
+    """Measure what the flags say. Whatever can be wrong is found in order of its cost."""
+    output = outputs.check_output(f)
+    lines = prompt_lines(f)
+    try:
+        images = None if f.images is None else find_images(Path(f.images), lines)
+    except ConfigError as e:
+        raise UsageError(str(e)) from None
+    splits, folder = open_splits(f), encoder_folder(f)
+    encoder, params = opened_encoder(f, folder)
+    cache.cache_compilations(f.cache_dir)
+    work = output.with_name(f".{output.name}.partial")
+    make_folder(output.parent)
+    if images is None:
+        assert lines is not None
+        images = drawn(f, lines, work)
+    else:
+        outputs.begin(work, {"images": str(f.images), "digest": hashlib.sha256(repr(images).encode()).hexdigest()})
+    found = measure(images, splits, encoder, params, f)
+    what = f"{len(images)} images of {len(set(images.prompts))} prompts, " + (
+        f"from {f.images}" if f.images else f"drawn by {f.model}"
+    )
+    heading = [what, f"encoder: {folder}", *([] if f.data is None else [f"data: {f.data}, split {f.split}"])]
+    text = report.table(found.rows, found.notes, heading)
+    outputs.write(work, images, found, None if splits is None else splits.train, f, text)
+    outputs.publish(work, output, f.overwrite)
+    print(text, end="", flush=True)
+
+
+def command(argv: list[str]) -> None:
+    f = parse(argv)
+    if f.help:
+        print(__doc__, f.get_help(), sep="\n")
+    else:
+        run(f)
+
+
+def main(argv: list[str]) -> int:
+    """Run a command line; returns the exit code."""
+    logging.basicConfig(format=f"{NAME}: %(levelname)s: %(message)s")
+    return errors.run(
+        NAME,
+        argv,
+        command,
+        smaller="lower --batch_size or --encode_batch_size, or use --dtype=bfloat16",
+        stopped="the same command goes on where it was",
+    )

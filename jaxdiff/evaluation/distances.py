@@ -1,0 +1,185 @@
+"""Distances between two sets of images, by the features of an encoder.
+
+    Fréchet distance   |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^(1/2))                        (1)  Heusel et al. 2017,
+    eq. 6 MMD²               E k(x, x') + E k(y, y') - 2 E k(x, y), k(a, b) = exp(-|a - b|² / 2σ²)   (2)  Gretton et al.
+    2012, eq. 3
+
+(1) of finite samples is too large by about c / N, in which c depends on what is measured: numbers from different
+numbers of images do not compare. `frechet_limit` takes that away. (2) has an estimator without bias.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxdiff.evaluation.estimates import jackknife
+
+BANDWIDTH = 10.0  # σ of (2) for features of unit length (Jayasumana et al. 2024, section 5)
+CMMD_SCALE = 1000.0  # that they multiply (2) by
+ROWS = 2048  # that are compared with as many others at a time
+
+
+class Moments(NamedTuple):
+    """Sums over features; those of two sets add up to those of both."""
+
+    size: int  # N
+    total: np.ndarray  # [D]
+    outer: np.ndarray  # [D, D], the sum of x xᵀ
+
+
+def moments(x: np.ndarray) -> Moments:
+    """Of features [N, D]."""
+    x = np.asarray(x, np.float64)
+    return Moments(len(x), x.sum(0), x.T @ x)
+
+
+def added(parts: Iterable[Moments]) -> Moments:
+    """Of all parts together."""
+    counts, totals, outers = zip(*parts, strict=True)
+    return Moments(sum(counts), np.sum(totals, 0), np.sum(outers, 0))
+
+
+def block_moments(chunks: Iterable[tuple[np.ndarray, np.ndarray]], count: int) -> list[Moments]:
+    """The moments of each block, out of chunks (features [n, D], numbers of their blocks [n])."""
+    found: list[Moments] = []
+    for features, numbers in chunks:
+        width = features.shape[1]
+        found = found or [Moments(0, np.zeros(width), np.zeros((width, width))) for _ in range(count)]
+        for b in np.unique(numbers):
+            found[b] = added([found[b], moments(features[numbers == b])])
+    return found
+
+
+def gaussian(m: Moments) -> tuple[np.ndarray, np.ndarray]:
+    """The mean [D] and the covariance [D, D] (divided by N - 1)."""
+    mean = m.total / m.size
+    return mean, (m.outer - m.size * np.outer(mean, mean)) / (m.size - 1)
+
+
+def frechet_distance(mean_x: np.ndarray, cov_x: np.ndarray, mean_y: np.ndarray, cov_y: np.ndarray) -> float:
+    """Of two Gaussians, equation (1): 0 where they are equal, else above 0; a squared distance.
+
+    The trace of the root is that of (A C_y A)^(1/2) with A² = C_x, which has the same eigenvalues and is symmetric.
+
+    Args:
+        mean_x, mean_y: [D].
+        cov_x, cov_y: [D, D], symmetric and positive semidefinite; they may be singular.
+
+    >>> round(frechet_distance(np.zeros(2), np.eye(2), np.ones(2), 4 * np.eye(2)), 6)
+    4.0
+    """
+    values, vectors = np.linalg.eigh(np.asarray(cov_x, np.float64))
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    inner = root @ np.asarray(cov_y, np.float64) @ root
+    shared = np.sqrt(np.clip(np.linalg.eigvalsh((inner + inner.T) / 2), 0, None)).sum()
+    apart = np.asarray(mean_x, np.float64) - np.asarray(mean_y, np.float64)
+    return float(max(apart @ apart + np.trace(cov_x) + np.trace(cov_y) - 2 * shared, 0.0))
+
+
+def frechet_of(x: Sequence[Moments], y: Sequence[Moments]) -> float:
+    """Equation (1) of two sets in blocks."""
+    return frechet_distance(*gaussian(added(x)), *gaussian(added(y)))
+
+
+def frechet_limit(x: Sequence[Moments], y: Sequence[Moments]) -> float:
+    """Equation (1) extrapolated to endlessly many images of both sets (Chong & Forsyth 2020, section 4).
+
+    The bias is c / N to first order. So the distance is computed from all blocks and from either half of them, of
+    *both* sets, and the line through the two in 1 / N is followed to 0: with equal halves, twice the first less the
+    mean of the others. It may come out below 0. The first order holds where half of either set has several times as
+    many images as features have numbers.
+
+    Args:
+        x, y: the moments of as many blocks, 2 at least, each a random part of its set.
+    """
+    size, half = len(x), len(x) // 2
+    whole = frechet_of(x, y)
+    parts = [slice(0, half), slice(half, None)]
+    halves = np.mean([frechet_of(x[p], y[p]) for p in parts])
+    inverse = np.mean([size / half, size / (size - half)])  # how much larger 1 / N of the halves is
+    return float(whole - (halves - whole) / (inverse - 1))
+
+
+def frechet_estimates(x: Sequence[Moments], y: Sequence[Moments]) -> dict[str, tuple[float, float]]:
+    """{"frechet", "frechet_limit"}, each with its standard error, from as many blocks of both sets, 3 at least."""
+    found = {}
+    for name, distance in (("frechet", frechet_of), ("frechet_limit", frechet_limit)):
+
+        def value(kept: Sequence[int], distance: Any = distance) -> float:
+            return float(distance([x[i] for i in kept], [y[i] for i in kept]))
+
+        found[name] = jackknife(value, len(x))
+    return found
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Features [N, D] at length 1, float64."""
+    x = np.asarray(x, np.float64)
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def kernel_sums(
+    x: np.ndarray, y: np.ndarray, in_x: np.ndarray, in_y: np.ndarray, count: int, bandwidth: float
+) -> np.ndarray:
+    """The sum of k (equation 2) over all pairs of a block of x and a block of y: float64 [count, count].
+
+    Args:
+        x, y: [N, D], [M, D].
+        in_x, in_y: int [N], [M], the block of each.
+    """
+    sums = np.zeros((count, count))
+    pick = np.eye(count)
+    squares = (np.asarray(y, np.float64) ** 2).sum(1)
+    for i in range(0, len(x), ROWS):
+        a = np.asarray(x[i : i + ROWS], np.float64)
+        for j in range(0, len(y), ROWS):
+            b = np.asarray(y[j : j + ROWS], np.float64)
+            apart = (a**2).sum(1)[:, None] + squares[j : j + ROWS] - 2 * a @ b.T
+            kernel = np.exp(-np.maximum(apart, 0) / (2 * bandwidth**2))
+            sums += pick[in_x[i : i + ROWS]].T @ kernel @ pick[in_y[j : j + ROWS]]
+    return sums
+
+
+def kernel_estimate(
+    x: np.ndarray, y: np.ndarray, in_x: np.ndarray, in_y: np.ndarray, bandwidth: float = BANDWIDTH
+) -> tuple[float, float]:
+    """MMD² without bias (Gretton et al. 2012, eq. 3) and its standard error, by leaving out a block of each set at a
+    time.
+
+    Args:
+        x, y: [N, D], [M, D].
+        in_x, in_y: int [N], [M], each one's block, 0 … B - 1; every block has members in both sets.
+    """
+    count = int(max(in_x.max(), in_y.max())) + 1
+    own = [(x, x, in_x, in_x), (y, y, in_y, in_y), (x, y, in_x, in_y)]
+    within_x, within_y, between = (kernel_sums(*pair, count, bandwidth) for pair in own)
+    n, m = (np.bincount(numbers, minlength=count) for numbers in (in_x, in_y))
+
+    def value(kept: Sequence[int]) -> float:
+        pick, a, b = np.ix_(kept, kept), n[kept].sum(), m[kept].sum()
+        same = (within_x[pick].sum() - a) / (a * (a - 1)) + (within_y[pick].sum() - b) / (b * (b - 1))
+        return float(same - 2 * between[pick].sum() / (a * b))
+
+    return jackknife(value, count)
+
+
+def kernel_distance(x: np.ndarray, y: np.ndarray, bandwidth: float = BANDWIDTH) -> float:
+    """MMD² with a Gaussian kernel, equation (2), estimated without bias: about 0 between samples of one distribution,
+    and then as often below 0 as above; at most 2. CMMD (Jayasumana et al. 2024) is 1000 times this, over CLIP's
+    features at unit length.
+
+    Args:
+        x, y: [N, D], [M, D], two rows at least each.
+        bandwidth: σ of the kernel.
+
+    >>> x = np.array([[0.0], [1.0], [2.0]])
+    >>> round(kernel_distance(x, x + 100, bandwidth=1.0), 6)  # twice the mean of exp(-1/2), exp(-1/2) and exp(-2)
+    0.898931
+    """
+    sums = [
+        kernel_sums(a, b, np.zeros(len(a), int), np.zeros(len(b), int), 1, bandwidth)[0, 0]
+        for a, b in ((x, x), (y, y), (x, y))
+    ]
+    n, m = len(x), len(y)
+    return float((sums[0] - n) / (n * (n - 1)) + (sums[1] - m) / (m * (m - 1)) - 2 * sums[2] / (n * m))

@@ -1,0 +1,237 @@
+"""CLIP's two encoders (Radford et al. 2021) as what measures images: features of images and texts in one space.
+
+An `Encoder` is static, its parameters are a plain dict, as with `jaxdiff.models.model.Model`.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, Config, ConfigError, read_json
+from jaxdiff.io.configs import making, module_shapes, read_config
+from jaxdiff.io.pretrained import BUNDLED, bundled, find_weights, load_tokenizer
+from jaxdiff.io.sources import TensorSource, WeightsError, open_tensors
+from jaxdiff.io.weights import load_tensors
+from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel, TextOutput
+from jaxdiff.tokenizer import Tokenizer
+from jaxdiff.training.stages import CLIP_MEAN, CLIP_STD
+from jaxdiff.typing import Array, Params
+
+TEXT, VISION = "text_encoder", "vision_encoder"
+PREPROCESSOR = (
+    "preprocessor_config.json"  # of a transformers folder: the mean and deviation that pixels are normalised by
+)
+# What the tensors of each of a CLIPModel's halves begin with; the rest is a temperature.
+HALVES = {TEXT: ("text_model.", "text_projection."), VISION: ("vision_model.", "visual_projection.")}
+GIVE = (
+    "a folder of a CLIP model as transformers saves it (config.json, model.safetensors, the tokenizer's files), or one "
+    "with text_encoder, vision_encoder and tokenizer"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """CLIP's encoders and what goes into them; hashable, hence static under `jit`. Holds no parameters."""
+
+    text: CLIPTextModel
+    vision: CLIPVisionModel
+    tokenizer: Tokenizer
+    mean: tuple[float, ...] = CLIP_MEAN  # of pixels in [0, 1], by channel
+    std: tuple[float, ...] = CLIP_STD
+
+    @property
+    def size(self) -> int:
+        """Pixels along a side of what the vision encoder reads."""
+        return self.vision.config.image_size
+
+
+def image_features(encoder: Encoder, params: Params, pixels: Array) -> Array:
+    """Images uint8 [B, S, S, 3], S = `encoder.size` -> features float32 [B, D], not at unit length."""
+    x = jnp.asarray(pixels, jnp.float32) / 255.0
+    x = (x - jnp.asarray(encoder.mean)) / jnp.asarray(encoder.std)
+    found: Array = encoder.vision.apply({"params": params[VISION]}, x)  # type: ignore[assignment]
+    return found.astype(jnp.float32)
+
+
+def text_features(encoder: Encoder, params: Params, tokens: Array) -> Array:
+    """Token ids int32 [B, L] -> features float32 [B, D], not at unit length."""
+    found: TextOutput = encoder.text.apply({"params": params[TEXT]}, tokens)  # type: ignore[assignment]
+    return (found.pooled if found.projected is None else found.projected).astype(jnp.float32)
+
+
+encode_images = functools.partial(jax.jit, static_argnums=0)(image_features)
+encode_tokens = functools.partial(jax.jit, static_argnums=0)(text_features)
+
+
+def token_ids(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, int]:
+    """Token ids int32 [N, L] as the tokenizer itself gives them, and how many texts are longer than that and lose their
+    ends.
+
+    The tokenizer would warn of each, which is too much for a data set.
+    """
+    ids = np.full((len(texts), tokenizer.max_length), tokenizer.pad_id, np.int32)
+    words = tokenizer.encode(texts)
+    for row, own in zip(ids, words, strict=True):
+        own = own[: tokenizer.max_length - 2]
+        row[: len(own) + 2] = [tokenizer.bos_id, *own, tokenizer.eos_id]
+    return ids, sum(len(own) > tokenizer.max_length - 2 for own in words)
+
+
+def encode_texts(encoder: Encoder, params: Params, texts: list[str], batch_size: int = 64) -> tuple[np.ndarray, int]:
+    """Features float32 [N, D] of N texts, and how many of them are longer than the encoder reads, so that their ends do
+    not count.
+
+    A batch at a time; the last one is filled up, so that one compiled program does for all.
+    """
+    if not texts:
+        return np.zeros((0, encoder.vision.config.projection_dim), np.float32), 0
+    ids, cut = token_ids(encoder.tokenizer, texts)
+    found = []
+    for i in range(0, len(texts), batch_size):
+        batch = ids[i : i + batch_size]
+        filled = batch[np.arange(batch_size) % len(batch)]
+        found.append(np.asarray(encode_tokens(encoder, params, filled))[: len(batch)])
+    return np.concatenate(found), cut
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """An image (RGB) as an encoder reads it: the shorter side at `size` (bicubic), and of the longer one its middle.
+
+    Only what is kept is computed, so that a long strip does not grow into a huge image.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    if image.size == (size, size):
+        return np.array(image)
+    shorter = min(image.size)
+    sides = [side * size // shorter for side in image.size]  # width and height that it would be resized to
+    scales = [side / new for side, new in zip(image.size, sides, strict=True)]
+    starts = [(new - size) // 2 for new in sides]
+    low = [scale * start for scale, start in zip(scales, starts, strict=True)]
+    high = [min(scale * (n + size), side) for scale, n, side in zip(scales, starts, image.size, strict=True)]
+    box = (low[0], low[1], high[0], high[1])
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box))
+
+
+def has_encoder(folder: Path) -> bool:
+    """Whether a model's folder holds CLIP's vision encoder."""
+    return (folder / VISION / "config.json").is_file()
+
+
+def load_encoder(path: str | Path, dtype: Any = jnp.float32) -> tuple[Encoder, Params]:
+    """Open the encoders of a CLIP model.
+
+    Args:
+        path: a folder as transformers' CLIPModel saves it; or one with `text_encoder`, `vision_encoder` and
+            `tokenizer`, such as a model of jaxdiff's that was trained with them; or the name of a bundled model that
+            has them.
+        dtype: to compute in and to hold the parameters in.
+
+    Raises:
+        ConfigError, WeightsError: one sentence naming the file and the mend.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if str(path) not in bundled():
+            raise ConfigError(f"{path} is no folder: give {GIVE}.")
+        folder = BUNDLED / str(path)
+    if has_encoder(folder):
+        return _from_parts(folder, jnp.dtype(dtype))
+    if (folder / "config.json").is_file():
+        return _from_clip_model(folder, jnp.dtype(dtype))
+    raise ConfigError(f"{folder} holds no vision encoder to measure images with: give {GIVE}.")
+
+
+def _from_parts(folder: Path, dtype: Any) -> tuple[Encoder, Params]:
+    text: Any = read_config(folder / TEXT / "config.json", CLIPTextConfig)
+    vision: Any = read_config(folder / VISION / "config.json", CLIPVisionConfig)
+    files = {name: open_tensors(find_weights(folder / name, name)) for name in (TEXT, VISION)}
+    return _built(folder, folder / "tokenizer", text, vision, files, dtype)
+
+
+def _from_clip_model(folder: Path, dtype: Any) -> tuple[Encoder, Params]:
+    path = folder / "config.json"
+    values = read_json(path)
+    if values.get("model_type") != "clip":
+        raise ConfigError(f"{path} describes a {values.get('model_type')}, not a clip model: give {GIVE}.")
+    with making(f"{path} does not describe a CLIPModel"):
+        width = {"projection_dim": values.get("projection_dim") or CLIPTextConfig.projection_dim}
+        text = CLIPTextConfig.from_dict({**_half(values, "text"), **width, "with_projection": True})
+        vision = CLIPVisionConfig.from_dict({**_half(values, "vision"), **width})
+    source = open_tensors(find_weights(folder, VISION))
+    files = {name: _beginning_with(source, starts) for name, starts in HALVES.items()}
+    pixels = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
+    with making(f"{folder / PREPROCESSOR} does not say how pixels are normalised"):
+        mean, std = (
+            tuple(map(float, pixels.get(key) or usual))
+            for key, usual in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
+        )
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ConfigError("image_mean and image_std must be three numbers, the second ones above 0")
+    encoder, params = _built(folder, folder, text, vision, files, dtype)
+    return dataclasses.replace(encoder, mean=mean, std=std), params
+
+
+def _half(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The config of the text or the vision encoder; old files say it twice, and the second one holds."""
+    return {**(values.get(f"{name}_config") or {}), **(values.get(f"{name}_config_dict") or {})}
+
+
+def _beginning_with(source: TensorSource, starts: tuple[str, ...]) -> TensorSource:
+    shapes = {name: shape for name, shape in source.shapes.items() if name.startswith(starts)}
+    return dataclasses.replace(source, shapes=shapes)
+
+
+def _built(
+    folder: Path,
+    words: Path,
+    text: CLIPTextConfig,
+    vision: CLIPVisionConfig,
+    files: dict[str, TensorSource],
+    dtype: Any,
+) -> tuple[Encoder, Params]:
+    width = text.projection_dim if text.with_projection else text.hidden_size
+    if width != vision.projection_dim:
+        raise ConfigError(
+            f"{folder}: its text encoder gives {width} numbers, its vision encoder {vision.projection_dim}, so that "
+            f"they do not compare: give {GIVE}."
+        )
+    tokenizer = load_tokenizer(words, text)
+    assert tokenizer is not None
+    encoder = Encoder(CLIPTextModel(text, dtype=dtype), CLIPVisionModel(vision, dtype=dtype), tokenizer)
+    params = {}
+    for name, module, inputs in ((TEXT, encoder.text, _tokens), (VISION, encoder.vision, _pixels)):
+        shapes = module_shapes(module, inputs, folder)
+        params[name] = load_tensors(files[name], shapes, dtype)
+    if tokenizer.vocab_size > text.vocab_size:
+        raise WeightsError(
+            f"{words} has a tokenizer of {tokenizer.vocab_size} tokens, and the text encoder knows {text.vocab_size}: "
+            "the two are of different models."
+        )
+    return encoder, params
+
+
+def _tokens(c: Config) -> tuple[Array, ...]:
+    return (jnp.zeros((1, 2), jnp.int32),)
+
+
+def _pixels(c: Any) -> tuple[Array, ...]:
+    return (jnp.zeros((1, c.image_size, c.image_size, 3)),)
+
+
+def encoder_digest(encoder: Encoder, params: Params) -> str:
+    """Of all that the features of images depend on."""
+    digest = hashlib.sha256(
+        repr((encoder.vision.config, str(encoder.vision.dtype), encoder.mean, encoder.std)).encode()
+    )
+    for leaf in jax.tree.leaves(params[VISION]):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""Numbers with the error that they have because there are only so many images.
+
+Images of one prompt are more alike than others, so that they do not count as independent: errors are those of prompts,
+where there are enough of them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+BLOCKS = 12  # that images are divided into, for errors of what is no mean; even, so that halves are equal
+
+
+class Estimate(NamedTuple):
+    """A number and how sure it is."""
+
+    value: float
+    error: float | None  # standard error; None where it cannot be told
+    images: int  # that it is computed from
+
+
+def mean_estimate(values: np.ndarray, groups: np.ndarray | None = None) -> Estimate:
+    """The mean and its standard error, that of a sample of whole groups (Liang & Zeger 1986, with G / (G - 1)).
+
+    Args:
+        values: [N], N >= 1.
+        groups: int [N], such as the number of each image's prompt; None, or a single one, takes each value by itself.
+
+    >>> mean_estimate(np.array([1.0, 2.0, 3.0]))
+    Estimate(value=2.0, error=0.5773502691896257, images=3)
+    """
+    values = np.asarray(values, np.float64)
+    count, mean = len(values), float(np.mean(values))
+    groups = (
+        np.arange(count) if groups is None or len(np.unique(groups)) == 1 else np.unique(groups, return_inverse=True)[1]
+    )
+    sums = np.bincount(groups.ravel(), values - mean)
+    if len(sums) == 1:
+        return Estimate(mean, None, count)
+    error = np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / count
+    return Estimate(mean, float(error), count)
+
+
+def median_estimate(values: np.ndarray, groups: np.ndarray, draws: int = 200) -> Estimate:
+    """The median, and its standard error by drawing whole groups anew (bootstrap: Efron 1979)."""
+    names, numbers = np.unique(groups, return_inverse=True)
+    numbers = np.arange(len(values)) if len(names) == 1 else numbers.ravel()
+    members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(draws if len(members) > 1 else 0):
+        chosen = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+        found.append(np.median(values[chosen]))
+    return Estimate(float(np.median(values)), float(np.std(found)) if found else None, len(values))
+
+
+def blocks(groups: np.ndarray, count: int = BLOCKS, seed: int = 0) -> np.ndarray:
+    """Divides rows into `count` blocks at random, of whole groups where there are at least that many groups.
+
+    Args:
+        groups: int [N], N >= count.
+
+    Returns:
+        int [N], each of 0 … count - 1 at least once.
+
+    >>> sorted(blocks(np.repeat(np.arange(4), 2), 4).tolist())
+    [0, 0, 1, 1, 2, 2, 3, 3]
+    """
+    names, numbers = np.unique(groups, return_inverse=True)
+    if len(names) < count:
+        names, numbers = np.arange(len(groups)), np.arange(len(groups))
+    return (np.random.default_rng(seed).permutation(len(names)) % count)[numbers.ravel()]
+
+
+def jackknife(value: Callable[[Sequence[int]], float], count: int = BLOCKS) -> tuple[float, float]:
+    """A number computed from blocks, and its standard error by leaving one block out at a time (Tukey 1958).
+
+    Args:
+        value: of the blocks of these numbers; a smooth function of their data.
+        count: all blocks, at least 3.
+    """
+    every = list(range(count))
+    without = np.array([value(every[:i] + every[i + 1 :]) for i in every])
+    return value(every), float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))

@@ -1,0 +1,191 @@
+"""Features of all images of a source, computed once and kept on disk in parts: killed, the work goes on where it was.
+
+A part holds, of the images of `PART` records that could be read, "index" int64 [n] (the record's number), "features"
+float32 [n, D] (`encoder.image_features`) and "pixels" uint8 [n, 3 * SIDE²] (the image at `SIDE` pixels).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from jaxdiff.config import ConfigError
+from jaxdiff.data import store
+from jaxdiff.data.folder import FolderSource, read_image
+from jaxdiff.data.source import Source
+from jaxdiff.evaluation.encoder import Encoder, encode_images, encoder_digest, square
+from jaxdiff.typing import Params
+
+PART = 1024  # records of a part
+SIDE = 32  # pixels of the small images that are compared pixel by pixel
+VERSION = 1  # of how images are read and kept; another one makes all features anew
+WHITE = (255, 255, 255)
+
+Unread = Callable[[str, str], None]  # told of an image that cannot be read: its name, and why
+Progress = Callable[[int], None]  # told of so many more images
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An RGB or RGBA image as RGB."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    canvas = Image.new("RGB", image.size, WHITE)
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
+
+
+def read_rgb(picture: str | bytes, min_side: int | None = None) -> Image.Image:
+    """An image file or its bytes as RGB, on white where it is transparent. Raises what `folder.read_image` does."""
+    return on_white(read_image(picture, min_side))
+
+
+def small(pixels: np.ndarray) -> np.ndarray:
+    """An image uint8 [S, S, 3] as uint8 [3 * SIDE²]."""
+    return square(Image.fromarray(pixels), SIDE).reshape(-1)
+
+
+def pixel_values(pixels: np.ndarray) -> np.ndarray:
+    """Small images uint8 [N, K] scaled such that their L2 distances are root mean squares over values in [0, 1]."""
+    return pixels.astype(np.float32) / np.float32(255 * np.sqrt(pixels.shape[1]))
+
+
+def encode_records(
+    source: Source,
+    rows: range | Sequence[int],
+    encoder: Encoder,
+    params: Params,
+    *,
+    batch_size: int = 64,
+    threads: int = 8,
+    unread: Unread = lambda name, reason: None,
+    progress: Progress = lambda count: None,
+) -> dict[str, np.ndarray]:
+    """The arrays of a part, of these records of a source.
+
+    Args:
+        batch_size: images encoded at once; the last batch is filled up, so that one compiled program does for all.
+        threads: that read images.
+        unread: is told of what is left out.
+    """
+
+    def read(row: int) -> np.ndarray | None:
+        name = f"{source.name}: example {row}"
+        try:
+            name, picture, *_ = source.read(row)
+            return square(read_rgb(picture, encoder.size), encoder.size)
+        except Exception as e:  # a damaged file makes Pillow raise almost anything
+            unread(name, str(e) or type(e).__name__)
+            return None
+
+    index: list[int] = []
+    features, pixels = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        for i in range(0, len(rows), batch_size):
+            batch = rows[i : i + batch_size]
+            read_ones = [
+                (row, image) for row, image in zip(batch, pool.map(read, batch), strict=True) if image is not None
+            ]
+            progress(len(batch))
+            if read_ones:
+                index += [row for row, _ in read_ones]
+                images = np.stack([image for _, image in read_ones])
+                pixels += [small(image) for image in images]
+                filled = images[np.arange(batch_size) % len(images)]
+                features.append(np.asarray(encode_images(encoder, params, filled))[: len(images)])
+    width = encoder.vision.config.projection_dim
+    return {
+        "index": np.asarray(index, np.int64),
+        "features": np.concatenate(features) if features else np.zeros((0, width), np.float32),
+        "pixels": np.stack(pixels) if pixels else np.zeros((0, 3 * SIDE**2), np.uint8),
+    }
+
+
+class Features:
+    """What `cached_features` keeps, mapped into memory part by part."""
+
+    def __init__(self, parts: Sequence[str], records: int) -> None:
+        self._parts, self.records = list(parts), records
+        self.index = np.concatenate([store.read_part(p)["index"] for p in self._parts])  # int64 [N], rising
+
+    def __len__(self) -> int:
+        """How many images could be read."""
+        return len(self.index)
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """An array, a part at a time."""
+        for part in self._parts:
+            yield np.asarray(store.read_part(part)[name])
+
+    def take(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of an array, by their place in 0 … N - 1, in that order."""
+        rows, start, found = np.asarray(rows), 0, None
+        for chunk in self.chunks(name):
+            inside = np.flatnonzero((rows >= start) & (rows < start + len(chunk)))
+            found = np.zeros((len(rows), *chunk.shape[1:]), chunk.dtype) if found is None else found
+            found[inside] = chunk[rows[inside] - start]
+            start += len(chunk)
+        assert found is not None
+        return found
+
+
+def source_digest(source: Source) -> str:
+    """Of a source; of a captioned folder also of its files' sizes and times, which its own digest leaves out."""
+    digest = hashlib.sha256(source.digest.encode())
+    if isinstance(source, FolderSource):
+        for i in range(len(source)):
+            try:
+                status = os.stat(str(source.read(i).image))
+                digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+            except OSError:
+                digest.update(b"missing\n")
+    return digest.hexdigest()
+
+
+def cached_features(
+    source: Source,
+    folder: Path,
+    encoder: Encoder,
+    params: Params,
+    *,
+    batch_size: int = 64,
+    threads: int = 8,
+    progress: Progress = lambda count: None,
+    part: int = PART,
+) -> Features:
+    """The features of a source, of which those missing are computed and kept in a folder of their own within `folder`.
+
+    Images that cannot be read are left out, the first of them named in a warning. Other images, or another encoder,
+    have another folder.
+
+    Raises:
+        ConfigError: the folder cannot be written, or none of the images can be read.
+    """
+    described = [VERSION, part, SIDE, source_digest(source), encoder_digest(encoder, params)]
+    kept = folder / hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+    names = [f"{i:06d}" for i in range(-(-len(source) // part))]
+    told: list[str] = []
+
+    def unread(name: str, reason: str) -> None:
+        if not told:
+            logging.warning("%s cannot be read (%s): left out.", name, reason)
+        told.append(name)
+
+    def make(i: int) -> Mapping[str, np.ndarray]:
+        rows = range(i * part, min((i + 1) * part, len(source)))
+        how: dict[str, Any] = {"batch_size": batch_size, "threads": threads, "unread": unread, "progress": progress}
+        return encode_records(source, rows, encoder, params, **how)
+
+    there = sum((kept / name).is_dir() for name in names)
+    progress(min(there * part, len(source)))
+    store.fill(kept, names, make)
+    found = Features([str(kept / name) for name in names], len(source))
+    if not len(found):
+        raise ConfigError(f"None of the {len(source)} images of {source.name} can be read: mend or replace them.")
+    return found

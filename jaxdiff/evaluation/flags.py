@@ -1,0 +1,123 @@
+"""The flags of `python -m jaxdiff.evaluation`, and what can be said of them without a model."""
+
+import math
+
+from absl import flags
+
+from jaxdiff.commands.errors import UsageError
+from jaxdiff.evaluation.images import SEEDS
+
+DRAWING = (
+    "dtype", "num_images", "seed", "steps", "guidance_scale", "scheduler", "spacing", "height", "width",
+    "negative_prompt", "batch_size",
+)  # fmt: skip
+OF_DATA = (
+    "split",
+    "held_out_split",
+    "real_split",
+    "group",
+    "image_column",
+    "text_column",
+    "features",
+    "pairs",
+    "most_real",
+)
+
+
+def define() -> flags.FlagValues:
+    """The flags, apart from absl's global ones."""
+    f = flags.FlagValues()
+
+    def text(name: str, default: str | None, help: str) -> None:
+        flags.DEFINE_string(name, default, help, f)
+
+    def whole(name: str, default: int | None, help: str, low: int = 1, high: int | None = None) -> None:
+        flags.DEFINE_integer(name, default, help, low, high, f)
+
+    text(
+        "model",
+        "icons",
+        "What draws: a diffusers folder, a one-file checkpoint, a hub id, or the name of a bundled model.",
+    )
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16", "float16"], "Type that the model draws in.", flag_values=f
+    )
+    text("prompts", None, "A file of prompts: one a line, or .jsonl with prompt, negative_prompt, seed.")
+    text("negative_prompt", None, "What to steer away from, where a line says nothing.")
+    whole("num_images", 4, "Images of each prompt; variety needs two.")
+    whole("seed", 0, "Seed of the first image; the next ones count up.", 0, SEEDS - 1)
+    whole("steps", 25, "Number of denoising steps.")
+    flags.DEFINE_float(
+        "guidance_scale", None, "Weight of the prompt, 1 or less: off; default: the model's, else 7.5.", flag_values=f
+    )
+    text("scheduler", None, "ddim, euler, dpmpp_2m, …; default: what the model's config says.")
+    text("spacing", None, "Spacing of the steps; default: what the config says.")
+    whole("height", None, "Pixels; default: the model's own.")
+    whole("width", None, "Pixels; default: the model's own.")
+    whole("batch_size", None, "Images drawn at once; default: 4 a device.")
+
+    text("images", None, "A folder of images to measure in place of drawing: with a metadata.jsonl, in the order of "
+         "--prompts, or drawn by sample.py.")  # fmt: skip
+    text("encoder", None, "CLIP that measures: a transformers CLIPModel folder, or one with text_encoder and "
+         "vision_encoder; default: the model's own.")  # fmt: skip
+    whole("encode_batch_size", 64, "Images that it encodes at once.")
+    whole("threads", 8, "Threads that read images.")
+
+    text("data", None, "Captioned images that the model was trained on, of any kind that train.py reads.")
+    text("split", "train", "Their split.")
+    text("held_out_split", None, "A split that the model was not trained on: what is usual of real images.")
+    text("real_split", None, "The split that distances between sets and variety compare with; default: --split.")
+    text(
+        "group",
+        None,
+        "Metadata column whose values say which real images belong together, such as subject; default: the caption.",
+    )
+    text("image_column", "", "Of tables and records; default: a usual name.")
+    text("text_column", "", "Of tables and records; default: a usual name.")
+    text(
+        "features",
+        None,
+        "Folder where features of the data are kept for the next report; default: in your cache folder.",
+    )
+    whole("pairs", 96, "Drawn images shown beside the nearest training image, the nearest first.", 0)
+    whole("most_real", 10_000, "Real images, chosen at random, where all would take too long: held-out ones, and "
+          "those of the kernel distance.", 24)  # fmt: skip
+
+    text(
+        "output", "report", "Folder of the report: report.md, report.json, images.jsonl, sheets, and the images drawn."
+    )
+    flags.DEFINE_bool("overwrite", False, "Replace a report that is there.", f)
+    text("cache_dir", None, "Folder of compiled programs; default: jaxdiff in your cache folder.")
+    flags.DEFINE_bool("verbose", False, "Show the traceback of an error.", f)
+    flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
+    return f
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """Flags of a command line, checked as far as that goes without files. Raises UsageError."""
+    f = define()
+    try:
+        rest = f(argv)[1:]
+    except flags.Error as e:
+        raise UsageError(f"{e}; --help shows all flags.") from None
+    if f.help:
+        return f
+    if rest:
+        raise UsageError(f"{rest[0]!r} belongs to no flag: --help shows all flags.")
+    if f.guidance_scale is not None and not math.isfinite(f.guidance_scale):
+        raise UsageError(f"--guidance_scale {f.guidance_scale} must be finite.")
+    if f.images is None and f.prompts is None:
+        raise UsageError(
+            "--prompts is missing: give a file with a prompt a line, or --images, a folder of images to measure."
+        )
+    if f.images is not None:
+        drawing = [*DRAWING, *(["model"] if f.encoder is not None else [])]
+        if given := [name for name in drawing if f[name].present]:
+            raise UsageError(f"--{given[0]} is for drawing, and with --images nothing is drawn: leave one of them out.")
+    if f.data is None and (given := [name for name in OF_DATA if f[name].present]):
+        raise UsageError(f"--{given[0]} goes with --data: give that too, or leave --{given[0]} out.")
+    if f.held_out_split is not None and f.held_out_split == f.split:
+        raise UsageError(
+            f"--held_out_split {f.held_out_split} is --split too: name one that the model was not trained on."
+        )
+    return f

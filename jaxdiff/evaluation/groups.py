@@ -1,0 +1,61 @@
+"""Real images that belong together: rows of a source that share a caption, or a value of their metadata."""
+
+import hashlib
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxdiff.data.source import Source
+
+MOST_GROUPS, MOST_MEMBERS = 1000, 50  # drawn at random where there are more
+
+
+def labels(captions: tuple[str, ...], extras: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
+    """What a row is grouped by: each of its captions, whatever its case and white space, or its value of a column."""
+    if column is None:
+        return tuple({" ".join(c.lower().split()) for c in captions})
+    value = extras.get(column)
+    return () if value is None else (str(value),)
+
+
+def has_column(source: Source, column: str) -> bool:
+    """Whether any row has a value of that name in its metadata."""
+
+    def found(row: int) -> bool:
+        try:
+            return source.read(row, image=False).extras.get(column) is not None
+        except (OSError, ValueError):  # a damaged one
+            return False
+
+    return any(map(found, range(len(source))))
+
+
+def real_groups(source: Source, index: np.ndarray, column: str | None = None, seed: int = 0) -> list[np.ndarray]:
+    """Groups of two rows at least, at most MOST_GROUPS of MOST_MEMBERS each.
+
+    Args:
+        source: what the rows are of; only captions and metadata are read.
+        index: int [N], the records that count.
+        column: of the metadata, such as "subject"; None groups by caption.
+
+    Returns:
+        For each group int [n], places in `index`.
+    """
+    keys, places = array("Q"), array("q")
+    for place, record in enumerate(index.tolist()):
+        _, _, captions, extras = source.read(record, image=False)
+        for label in labels(captions, extras, column):
+            keys.append(
+                int.from_bytes(hashlib.blake2b(label.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+            )
+            places.append(place)
+    numbers, at = np.asarray(keys, np.uint64), np.asarray(places, np.int64)
+    order = np.argsort(numbers, kind="stable")
+    _, starts, counts = np.unique(numbers[order], return_index=True, return_counts=True)
+    rng = np.random.default_rng(seed)
+    several = np.flatnonzero(counts > 1)
+    chosen = np.sort(rng.permutation(several)[:MOST_GROUPS])
+    found = [at[order[starts[i] : starts[i] + counts[i]]] for i in chosen]
+    return [np.sort(rng.permutation(members)[:MOST_MEMBERS]) for members in found]

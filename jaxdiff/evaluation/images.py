@@ -1,0 +1,167 @@
+"""The images that are measured: drawn here into a folder, or found in one."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import jaxdiff
+from jaxdiff.config import ConfigError
+from jaxdiff.data.folder import METADATA, examples, pictures
+from jaxdiff.data.source import Record
+from jaxdiff.io.images import ImageError, read_metadata, write_png
+from jaxdiff.models.model import Model
+from jaxdiff.prompts import PromptLine, parse_emphasis
+from jaxdiff.typing import Params
+
+SEEDS = 2**32
+
+
+class Wanted(NamedTuple):
+    """An image to draw."""
+
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Image files and the prompt of each, as a `jaxdiff.data.source.Source`."""
+
+    name: str
+    paths: tuple[str, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int | None, ...]
+
+    blocks: np.ndarray | None = None
+    digest: str = ""  # nothing is kept of these
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int, image: bool = True) -> Record:
+        return Record(self.paths[index], self.paths[index], (self.prompts[index],), {})
+
+
+def wanted(lines: Sequence[PromptLine], num_images: int, seed: int, negative_prompt: str | None = None) -> list[Wanted]:
+    """The images of each prompt in order; seeds count up over all, but for a line that has its own, as sample.py counts
+    them.
+
+    >>> [w.seed for w in wanted([PromptLine("a"), PromptLine("b", seed=7)], 2, 3)]
+    [3, 4, 7, 8]
+    """
+    found: list[Wanted] = []
+    for line in lines:
+        negative = negative_prompt if line.negative_prompt is None else line.negative_prompt
+        for k in range(num_images):
+            own = seed + len(found) if line.seed is None else line.seed + k
+            found.append(Wanted(line.prompt, negative, own % SEEDS))
+    return found
+
+
+def plain(prompt: str) -> str:
+    """A prompt as a caption, without the brackets of emphasis.
+
+    >>> plain("a (red:1.3) castle")
+    'a red castle'
+    """
+    return " ".join(" ".join(p.text or " " for p in [*parse_emphasis(prompt)]).split())
+
+
+def draw(
+    model: Model,
+    params: Params,
+    images: Sequence[Wanted],
+    folder: Path,
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda count: None,
+    **options: Any,
+) -> Images:
+    """Draw images into a folder, 000000.png, 000001.png, …, and name them in its metadata.jsonl; those that are there
+    already stay.
+
+    Args:
+        batch_size: drawn at once; the last batch is filled up, so that one compiled program draws all.
+        options: of `jaxdiff.generate`, for all images.
+
+    Raises:
+        ImageError, OSError: a file cannot be written. Others as of `jaxdiff.generate`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:06d}.png" for i in range(len(images))]
+    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    progress(len(images) - len(missing))
+    for i in range(0, len(missing), batch_size):
+        batch = missing[i : i + batch_size]
+        filled = [images[j] for j in batch + batch[-1:] * (batch_size - len(batch))]
+        negative = [w.negative_prompt for w in filled]
+        drawn = jaxdiff.generate(
+            model, params, [w.prompt for w in filled], negative, seed=[w.seed for w in filled], **options
+        )
+        for j, image in zip(batch, drawn, strict=False):
+            flags = {"prompt": images[j].prompt, "seed": images[j].seed}
+            write_png(paths[j], image, flags | ({"negative_prompt": w} if (w := images[j].negative_prompt) else {}))
+        progress(len(batch))
+    lines = [
+        {"file_name": path.name, "text": w.prompt, "seed": w.seed, "negative_prompt": w.negative_prompt}
+        for path, w in zip(paths, images, strict=True)
+    ]
+    partial = folder / f".{METADATA}.{os.getpid()}"
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(folder / METADATA)
+    prompts, _, seeds = zip(*images, strict=True)
+    return Images(str(folder), tuple(map(str, paths)), prompts, seeds)
+
+
+def find_images(folder: Path, lines: Sequence[PromptLine] | None) -> Images:
+    """The images of a folder with their prompts.
+
+    Args:
+        folder: with a metadata.jsonl that names each image and its text, as in training; or of image files alone.
+        lines: the prompts of the image files in the order of their names: one each, or each that of equally many in a
+            row. None, of a folder without metadata, takes the prompts that sample.py writes into its PNG files.
+
+    Raises:
+        ConfigError: the folder is missing or empty; its images have no prompts, or two; or their number does not fit.
+            The sentence begins with the flag at fault.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"--images {folder} is no folder: give one of images.")
+    if (folder / METADATA).is_file():
+        if lines is not None:
+            raise ConfigError(f"--prompts: the images of {folder} have theirs in its {METADATA}: leave --prompts out.")
+        found = examples(folder)
+        seeds = tuple(s if isinstance(s := e.extras.get("seed"), int) else None for e in found)
+        return Images(str(folder), tuple(e.path for e in found), tuple(e.captions[0] for e in found), seeds)
+    paths = pictures(folder)
+    if not paths:
+        raise ConfigError(f"--images {folder} holds no images: give a folder of PNG or JPEG files.")
+    names = tuple(map(str, paths))
+    if lines is None:
+        return Images(str(folder), names, tuple(map(_drawn_from, paths)), (None,) * len(paths))
+    each, rest = divmod(len(paths), len(lines))
+    if rest or not each:
+        raise ConfigError(
+            f"--images {folder} holds {len(paths)} images, and --prompts {len(lines)} prompts: give as many "
+            "of each, or a multiple."
+        )
+    return Images(str(folder), names, tuple(line.prompt for line in lines for _ in range(each)), (None,) * len(paths))
+
+
+def _drawn_from(path: Path) -> str:
+    """The prompt that sample.py wrote into a PNG file."""
+    try:
+        values = read_metadata(path)
+        if isinstance(values, dict) and isinstance(values.get("prompt"), str):
+            return values["prompt"]
+    except ImageError:
+        pass
+    raise ConfigError(
+        f"--images: {path} has no prompt: give --prompts, or a {METADATA} that names each image and its text."
+    )

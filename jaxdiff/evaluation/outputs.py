@@ -1,0 +1,159 @@
+"""The folder of a report: begun under another name, filled, and renamed when it is whole."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from jaxdiff.commands.errors import Failure, UsageError
+from jaxdiff.commands.outputs import check_folder, make_folder
+from jaxdiff.data.source import Source
+from jaxdiff.evaluation import measures, report, sheets
+from jaxdiff.evaluation.features import Features, read_rgb
+from jaxdiff.evaluation.flags import DRAWING
+from jaxdiff.evaluation.images import Images
+from jaxdiff.evaluation.measures import Nearest
+from jaxdiff.io.images import write_png
+from jaxdiff.version import __version__
+
+SETTINGS = "settings.json"  # of a report that is not finished
+
+
+class Found(NamedTuple):
+    """What was measured."""
+
+    rows: list[measures.Row]
+    notes: list[str]
+    scores: np.ndarray  # [N]
+    ranks: np.ndarray  # [N]
+    nearest: Nearest | None
+    train: Features | None
+
+
+def check_output(f: flags.FlagValues) -> Path:
+    """The folder of the report. Raises UsageError where something is there that is not to be replaced."""
+    output = Path(f.output).absolute()
+    if output.exists() and not f.overwrite:
+        raise UsageError(f"--output {f.output} exists: name another folder, or give --overwrite.")
+    if output.exists() and not (output / "report.json").is_file():
+        raise UsageError(
+            f"--output {f.output} exists and is no report, which --overwrite would replace: name another folder."
+        )
+    if f.images is not None and output in (path := Path(f.images).absolute(), *path.parents):
+        raise UsageError(
+            f"--output {f.output} holds the --images, which --overwrite would delete: name another folder."
+        )
+    check_folder(output.parent)
+    return output
+
+
+def begin(work: Path, settings: Any) -> None:
+    """Make the folder of an unfinished report; one that was begun with other settings is emptied first."""
+    text = json.dumps(settings, sort_keys=True)
+    try:
+        same = (work / SETTINGS).read_text(encoding="utf-8") == text
+    except OSError:
+        same = False
+    if not same and work.exists():
+        shutil.rmtree(work)
+    make_folder(work)
+    (work / SETTINGS).write_text(text, encoding="utf-8")
+
+
+def line_of(i: int, images: Images, found: Found, source: Source | None) -> dict[str, Any]:
+    """What is known of image i."""
+    values: dict[str, Any] = {
+        "file_name": Path(images.paths[i]).name,
+        "prompt": images.prompts[i],
+        "seed": images.seeds[i],
+    }
+    values |= {"clip_score": float(found.scores[i]), "rank": float(found.ranks[i])}
+    if found.nearest is not None and found.train is not None and source is not None:
+        near: dict[str, Any] = {}
+        for k, kind in enumerate(measures.KINDS):
+            record = int(found.train.index[found.nearest.rows[k, i]])
+            near[kind] = {
+                "name": source.read(record, image=False).name,
+                "distance": float(found.nearest.distances[k, i]),
+            }
+            if found.nearest.ratios is not None:
+                near[kind]["ratio"] = float(found.nearest.ratios[k, i])
+        values["nearest"] = near
+    return values
+
+
+def pairs(images: Images, found: Found, source: Source, count: int) -> Iterator[list[sheets.Pair]]:
+    """Drawn images beside their nearest training images, sheet by sheet, the nearest first.
+
+    Of the nearest by features and by pixels the one is shown whose ratio is smaller; without ratios that by features.
+    """
+    near, train = found.nearest, found.train
+    assert near is not None
+    assert train is not None
+    amounts = near.distances[:1] if near.ratios is None else near.ratios
+    kinds, order = np.argmin(amounts, 0), np.argsort(amounts.min(0), kind="stable")[:count]
+    for start in range(0, len(order), sheets.PAIRS):
+        page = []
+        for i in order[start : start + sheets.PAIRS]:
+            k = int(kinds[i])
+            record = source.read(int(train.index[near.rows[k, i]]))
+            text = f"{amounts[k, i]:.2f} {measures.KINDS[k]}: {images.prompts[i]}"
+            page.append(sheets.Pair(read_rgb(images.paths[i]), read_rgb(record.image), text))
+        yield page
+
+
+def image_rows(images: Images) -> list[tuple[str, list[Any]]]:
+    """The first prompts with their first images."""
+    rows: dict[str, list[Any]] = {}
+    for path, prompt in zip(images.paths, images.prompts, strict=True):
+        if prompt in rows or len(rows) < sheets.ROWS:
+            own = rows.setdefault(prompt, [])
+            if len(own) < sheets.IMAGES:
+                own.append(read_rgb(path))
+    return list(rows.items())
+
+
+def write(work: Path, images: Images, found: Found, source: Source | None, f: flags.FlagValues, text: str) -> None:
+    """All files of the report, into the folder of the unfinished one.
+
+    Args:
+        source: the training images, where there are any.
+    """
+    write_png(work / "images.png", sheets.image_sheet(image_rows(images)))
+    if source is not None and found.nearest is not None:
+        for number, page in enumerate(pairs(images, found, source, f.pairs)):
+            write_png(work / f"pairs-{number:02d}.png", sheets.pair_sheet(page))
+    lines = (json.dumps(line_of(i, images, found, source)) + "\n" for i in range(len(images)))
+    (work / "images.jsonl").write_text("".join(lines), encoding="utf-8")
+    values = report.as_json(found.rows, found.notes, settings(f))
+    (work / "report.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (work / "report.md").write_text(text, encoding="utf-8")
+    (work / SETTINGS).unlink()
+
+
+def settings(f: flags.FlagValues) -> dict[str, Any]:
+    """The flags that say what was measured."""
+    hidden = ("verbose", "help", "overwrite", "cache_dir", "output", "features", "threads")
+    skipped = (*DRAWING, "model") if f.images is not None else ()
+    values = {name: value for name, value in f.flag_values_dict().items() if name not in (*hidden, *skipped)}
+    return {
+        "jaxdiff": __version__,
+        **{name: value for name, value in sorted(values.items()) if value not in (None, "")},
+    }
+
+
+def publish(work: Path, output: Path, overwrite: bool) -> None:
+    """Give the finished report its name."""
+    old = output.with_name(f".{output.name}.old")
+    try:
+        if overwrite and output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            output.rename(old)
+        work.rename(output)
+    except OSError as e:
+        raise Failure(f"--output {output} cannot be written ({e.strerror or e}): the report is in {work}.") from None
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""The report as a table to read and as JSON."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxdiff.evaluation.estimates import Estimate
+from jaxdiff.evaluation.measures import Row
+
+
+def shown(estimate: Estimate | None) -> str:
+    """A number to two digits of its error.
+
+    >>> shown(Estimate(0.51234, 0.0123, 8)), shown(Estimate(12.5, None, 1)), shown(None)
+    ('0.512 ± 0.012', '12.5', '')
+    """
+    if estimate is None:
+        return ""
+    if not estimate.error or not math.isfinite(estimate.error):
+        return f"{estimate.value:.4g}"
+    digits = max(0, 1 - math.floor(math.log10(estimate.error)))
+    return f"{estimate.value:.{digits}f} ± {estimate.error:.{digits}f}"
+
+
+def table(rows: Sequence[Row], notes: Sequence[str], heading: Sequence[str]) -> str:
+    """Markdown: the heading's lines, a table of the rows, and the notes."""
+    lines = ["# Evaluation", "", *(f"- {line}" for line in heading), ""]
+    cells = [["measure", "value", "images", "held-out real", "what it says"]]
+    cells += [
+        [f"{r.part}: {r.name}", shown(r.estimate), str(r.estimate.images), shown(r.real), r.meaning.replace("|", "/")]
+        for r in rows
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(4)]
+    for number, row in enumerate(cells):
+        lines.append("| " + " | ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) + " |")
+        if number == 0:
+            lines.append("|" + "---|" * len(row))
+    lines += ["", "Value ± standard error."]
+    lines += [line for note in notes for line in ("", note)]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(rows: Sequence[Row], notes: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"settings", "measures": {part: {name: {"value", "error", "images", "real", "meaning"}}}, "notes"}."""
+    measures: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        real = {} if row.real is None else {"real": numbers(row.real)}
+        measures.setdefault(row.part, {})[row.name] = {**numbers(row.estimate), **real, "meaning": row.meaning}
+    return {"settings": dict(settings), "measures": measures, "notes": list(notes)}
+
+
+def numbers(estimate: Estimate) -> dict[str, Any]:
+    """As JSON, which knows no infinities."""
+    return {name: x if x is not None and math.isfinite(x) else None for name, x in estimate._asdict().items()}
