@@ -84,7 +84,9 @@ def captions(subject: Subject, style: Style, color: str | None = None, plain: bo
     texts += [f"{main}, {words}" for words in style.also]
     texts.append(f"{style.of} {main}" if style.of else f"{style.name}, {main}")
     if color and style.name.endswith("icon"):
-        texts.append(f"{indefinite(f'{color} icon')} of {indefinite(subject.name) if subject.counted else subject.name}")
+        texts.append(
+            f"{indefinite(f'{color} icon')} of {indefinite(subject.name) if subject.counted else subject.name}"
+        )
     if subject.name in _PAIRS:
         texts.append(f"{indefinite(f'pair of {bare}')}, {style.name}")
     texts += [f"{named(text)}, {style.name}" for text in subject.synonyms]

@@ -6,7 +6,15 @@ from typing import NamedTuple
 from jaxdiff.data.icons.captions import captions
 from jaxdiff.data.icons.drawings import Drawing
 from jaxdiff.data.icons.lexicon import (
-    ACTIVITIES, FLAGS, FOOD, NATURE, OBJECTS, PEOPLE, SYMBOLS, THINGS, TRAVEL,
+    ACTIVITIES,
+    FLAGS,
+    FOOD,
+    NATURE,
+    OBJECTS,
+    PEOPLE,
+    SYMBOLS,
+    THINGS,
+    TRAVEL,
 )  # fmt: skip
 from jaxdiff.data.icons.sources import COLORLESS, COLORS, PAINTINGS, SILHOUETTE, Style
 from jaxdiff.data.icons.splits import COLOR_WORDS, slug, split_of
