@@ -46,7 +46,7 @@ def main(output="custom_guidance.png", prompts=PROMPTS, scale=10.0, steps=20, se
     tokens, empty = (jaxdiff.tokenize(model, texts) for texts in (list(prompts), [""] * len(prompts)))
     times, noise_scale = jaxdiff.time_grid(model.scheduler, steps, "dpmpp_2m")
     keys = jax.random.split(jax.random.key(seed), len(prompts))
-    noise = noise_scale * jaxdiff.initial_noise(keys, (16, 16, 4))
+    noise = noise_scale * jaxdiff.initial_noise(keys, (16, 16, model.unet.config.in_channels))
 
     @jax.jit
     def draw(params, scale, along):

@@ -48,7 +48,7 @@ def main(output="custom_scheduler.png", prompt="a castle", steps=20, reference_s
     model, params = jaxdiff.load("icons")
     tokens, empty = (jaxdiff.tokenize(model, [text]) for text in (prompt, ""))
     key = jax.random.key(seed)
-    noise = jaxdiff.initial_noise(key[None], (16, 16, 4))
+    noise = jaxdiff.initial_noise(key[None], (16, 16, model.unet.config.in_channels))
 
     def draw(scheduler, steps):
         times, _ = jaxdiff.time_grid(model.scheduler, steps, "dpmpp_2m", "karras")  # one grid, from unit noise, for all

@@ -36,7 +36,7 @@ def compile_gradient(model, params, prompt, steps, remat):
         subject = 1 - image.min(-1, keepdims=True)  # how far from white each pixel is
         return jnp.mean(subject * (image - jnp.asarray(BLUE)) ** 2), image
 
-    noise = jax.ShapeDtypeStruct((1, 16, 16, 4), jnp.float32)
+    noise = jax.ShapeDtypeStruct((1, 16, 16, model.unet.config.in_channels), jnp.float32)
     compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(noise, params).compile()
     print(f"remat={remat}, {steps} steps: {compiled.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB of temporaries")
     return compiled
@@ -46,7 +46,7 @@ def main(output="image_loss_gradient.png", prompt="a balloon", steps=10, updates
     """Write a strip of the descent; returns losses [updates + 1] and pictures [updates + 1, H, W, 3]."""
     model, params = jaxdiff.load("icons")
     gradient_of = compile_gradient(model, params, prompt, steps, remat)
-    noise = jaxdiff.initial_noise(jax.random.key(seed)[None], (16, 16, 4))
+    noise = jaxdiff.initial_noise(jax.random.key(seed)[None], (16, 16, model.unet.config.in_channels))
     radius, losses, images = jnp.linalg.norm(noise), [], []
     for i in range(updates + 1):
         (loss, image), gradient = gradient_of(noise, params)

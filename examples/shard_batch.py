@@ -34,7 +34,7 @@ def main(output="shard_batch.png", subjects=SUBJECTS, steps=20, seed=0):
     def draw(params, tokens, empty, keys):
         cond, uncond = (jaxdiff.encode_text(model, params, ids) for ids in (tokens, empty))
         denoise = jaxdiff.denoiser(model, params, cond, uncond, 2.0)
-        noise = noise_scale * jaxdiff.initial_noise(keys, (16, 16, 4))
+        noise = noise_scale * jaxdiff.initial_noise(keys, (16, 16, model.unet.config.in_channels))
         x0 = jaxdiff.sample(denoise, noise, times, jaxdiff.get_scheduler("dpmpp_2m"), keys)
         return jaxdiff.decode(model, params, x0)
 

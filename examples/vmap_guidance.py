@@ -24,7 +24,7 @@ def main(output="vmap_guidance.png", prompt="a castle", scales=SCALES, steps=20,
     tokens, empty = (jaxdiff.tokenize(model, [text]) for text in (prompt, ""))
     times, noise_scale = jaxdiff.time_grid(model.scheduler, steps, "dpmpp_2m")
     key = jax.random.key(seed)
-    noise = jaxdiff.initial_noise(key[None], (16, 16, 4))
+    noise = jaxdiff.initial_noise(key[None], (16, 16, model.unet.config.in_channels))
 
     def draw(scale, params):
         cond, uncond = (jaxdiff.encode_text(model, params, ids) for ids in (tokens, empty))  # not mapped: done once

@@ -33,7 +33,7 @@ def test_mapped_guidance_draws_what_each_scale_draws_alone(tmp_path):
     scales, steps = (1.0, 3.0, 8.0), 2
     images = vmap_guidance.main(tmp_path / "a.png", scales=scales, steps=steps, seed=3)
     model, params = jaxdiff.load("icons")
-    noise = jaxdiff.initial_noise(jax.random.key(3)[None], (16, 16, 4))
+    noise = jaxdiff.initial_noise(jax.random.key(3)[None], (16, 16, model.unet.config.in_channels))
     alone = jaxdiff.generate(
         model,
         params,
