@@ -32,6 +32,7 @@ from jaxdiff.io.images import grid, write_png
 from jaxdiff.models.model import Model, init_params
 from jaxdiff.training.ema import PowerAverages
 from jaxdiff.training.evaluate import noise_levels
+from jaxdiff.training.setup import starting_model
 from jaxdiff.training.stages import diffusion_stage
 from jaxdiff.training.state import Options, accumulated_grad, norm, optimizer
 
@@ -121,13 +122,19 @@ def join(out: Path, start: str, folder: Path) -> None:
     jaxdiff.save(folder, model, {**params, **jax.tree.unflatten(tree, parts)})
 
 
+def unreachable() -> Any:
+    raise AssertionError("a whole model brings its tokenizer")
+
+
 def train(args: argparse.Namespace) -> None:
     begun, out = time.monotonic(), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    model, params = jaxdiff.load(args.start, dtype=args.dtype)
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    key = jax.random.key(args.seed)
+    # Computes in args.dtype; the parameters are float32, not rounded to it.
+    model, params = starting_model({}, {"model": args.start}, unreachable, key, dtype=args.dtype)
+    params = jax.tree.map(jnp.asarray, params)
     if args.fresh:
-        params |= {"unet": jax.jit(lambda key: init_params(model, key)["unet"])(jax.random.key(args.seed))}
+        params |= {"unet": jax.jit(lambda key: init_params(model, key)["unet"])(key)}
     latents, tokens, scale = load_packed(Path(args.packed))
     options = Options(
         steps=10**9, batch_size=args.batch_size, learning_rate=args.learning_rate, optimizer=args.optimizer,
