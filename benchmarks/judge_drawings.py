@@ -1,0 +1,155 @@
+"""The real drawings that `judge_icons` measures by: galleries that no model sees, and the icons set itself.
+
+Galleries are Twemoji (CC-BY-4.0), EmojiOne (CC-BY-4.0) and OpenMoji (CC-BY-SA-4.0). They are for measuring alone: no
+model is trained on them, and nothing made of them is given away.
+"""
+
+import functools
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.judge_features import Images, cached, features
+from jaxdiff.data.icons import render
+from jaxdiff.data.icons.drawings import Drawing, read_drawings
+from jaxdiff.data.icons.fetch import npm_package
+from jaxdiff.data.icons.lexicon import THINGS, Lexicon, Subject
+from jaxdiff.data.icons.sources import SOURCES, WORDS_PACKAGE, WORDS_VERSION, Source, Style
+from jaxdiff.data.icons.splits import subject_key
+
+GALLERIES = ("twemoji", "emojione", "openmoji")
+DESIGNERS = ("noto", "fluent-flat", *GALLERIES)  # one set each of five designers: how much real drawings vary
+OPENMOJI = Source(
+    "openmoji",
+    "iconify",
+    "@iconify-json/openmoji",
+    "1.2.29",
+    Style("openmoji"),
+    "CC-BY-SA-4.0",
+    "OpenMoji",
+    "https://github.com/hfg-gmuend/openmoji",
+)
+PACKAGES = Path("~/.cache/jaxdiff/icons").expanduser()
+SIZE = 128
+
+
+class Drawings(NamedTuple):
+    """Features of drawings of things, on white."""
+
+    features: np.ndarray  # [N, D]
+    subject: np.ndarray  # [N] CLDR names
+    source: np.ndarray  # [N]
+
+
+class Row(NamedTuple):
+    """One image of the icons set."""
+
+    path: Path
+    subject: str
+    style: str
+    source: str
+    color: str | None
+
+
+@functools.cache
+def lexicon() -> Lexicon:
+    return Lexicon(npm_package(WORDS_PACKAGE, WORDS_VERSION, PACKAGES))
+
+
+def on_color(image: Image.Image | np.ndarray, color: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
+    """An RGBA image laid on a colour, [H, W, 3] uint8."""
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGBA")
+    paper = Image.new("RGBA", image.size, (*color, 255))
+    paper.alpha_composite(image)
+    return np.asarray(paper)[..., :3]
+
+
+def source_of(name: str) -> Source:
+    return next(source for source in (*SOURCES, OPENMOJI) if source.name == name)
+
+
+def things(source: Source) -> list[Drawing]:
+    """The drawings of an emoji set that show things: no faces, people, symbols."""
+    drawings = read_drawings(source, npm_package(source.package, source.version, PACKAGES), lexicon())
+    return [drawing for drawing in drawings if drawing.subject.group in THINGS]
+
+
+def drawn(drawing: Drawing) -> np.ndarray | None:
+    """A drawing on white at SIZE; None where it is blank."""
+    pixels = render.draw(render.Job(drawing.svg, drawing.path, drawing.source.trim, SIZE, ()))
+    return None if pixels is None else on_color(pixels)
+
+
+def images_of(name: str, only: Collection[str] = ()) -> tuple[Images, list[str]]:
+    """The things of one emoji set on white, and their subjects: all of them, or only some."""
+    found = [drawing for drawing in things(source_of(name)) if not only or drawing.subject.name in only]
+    pairs = [(drawn(drawing), drawing.subject.name) for drawing in found]
+    images, subjects = zip(*((image, subject) for image, subject in pairs if image is not None), strict=True)
+    return np.stack(images), list(subjects)
+
+
+def drawings_of(name: str, only: Collection[str] = ()) -> Drawings:
+    """Features of the things of one emoji set, kept on disk."""
+    source = source_of(name)
+
+    def make() -> dict[str, np.ndarray]:
+        images, subjects = images_of(name, only)
+        return {"features": features(images), "subject": np.array(subjects)}
+
+    made_of = (source.package, source.version, SIZE, *([sorted(only)] if only else []))
+    found = cached(name, made_of, make)
+    return Drawings(found["features"], found["subject"], np.full(len(found["subject"]), name))
+
+
+def joined(parts: list[Drawings]) -> Drawings:
+    return Drawings(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
+
+
+def galleries() -> Drawings:
+    """The drawings of all galleries."""
+    return joined([drawings_of(name) for name in GALLERIES])
+
+
+def named_like(prompt: str, subject: str, subjects: list[str]) -> set[str]:
+    """Those of `subjects` that are right for a prompt: "a camera" is also a "camera with flash"."""
+    words = prompt.split(" ", 1)[-1] if prompt.startswith(("a ", "an ")) else prompt
+    known = {name: lexicon().by_name(name.replace(" ", "-")) or Subject(name) for name in subjects}
+    return {
+        name for name in subjects if subject_key(name) == subject_key(subject) or words in (name, *known[name].synonyms)
+    }
+
+
+def rows(data: Path, split: str) -> list[Row]:
+    """The images of a split of the icons set that a judge may learn from: none of the galleries'."""
+    lines = (data / split / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    return [
+        Row(data / split / row["file_name"], row["subject"], row["style"], row["source"], row.get("color"))
+        for row in found
+        if row["source"] not in GALLERIES
+    ]
+
+
+def some(rows: list[Row], count: int, seed: int = 0) -> list[Row]:
+    """At most `count` of the rows, the same ones each time."""
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def read(rows: list[Row], color: tuple[int, int, int] = (255, 255, 255)) -> Images:
+    """Images of the set on a colour, [N, H, W, 3] uint8."""
+    images = []
+    for row in rows:
+        with Image.open(row.path) as image:
+            images.append(on_color(image, color))
+    return np.stack(images)
+
+
+def features_of(name: str, rows: list[Row]) -> np.ndarray:
+    """Features of images of the set on white, kept on disk."""
+    made_of = [(row.path, row.path.stat().st_size) for row in rows]
+    return cached(name, made_of, lambda: {"features": features(read(rows))})["features"]

@@ -1,0 +1,131 @@
+"""How often a model draws the thing, style, colour and background that were asked for, and how much it varies.
+
+    python -m benchmarks.judge_icons --model icons --output runs/judge/icons [--steps 20] [--guidance_scale 2]
+    python -m benchmarks.judge_icons --pictures runs/judge/icons/pictures --output runs/judge/again
+    python -m benchmarks.judge_icons --model icons --output runs/judge/icons --kinds "" --reconstructions
+
+Draws the prompts of `icons_prompts.json` with fixed seeds, or takes images drawn before, and writes report.json,
+report.md, the images, and a sheet of them for each kind. Nothing is chosen among the images.
+
+- thing: the image is ranked among subjects by its likeness to real drawings of each; right is rank 1. The drawings are
+  those of galleries that no model here is trained on (see judge_drawings.py).
+- style, colour: what a probe fitted on real drawings of data/icons takes the image for (judge_probes.py).
+- background: the named colour that the mean of the border pixels is nearest to.
+- variety: mean distance between images of one prompt, over that between drawings of the thing by five designers. Images
+  of wrong things and blots vary as well: read it beside the share of right things.
+
+Each measure is given for real drawings (the most a model could reach) and for shuffled prompts (the least). Networks
+and galleries are for measuring alone, and their licences stand in judge_features.py and judge_drawings.py. Needs
+data/icons, npm, and the packages that judge_features.py names; features of real drawings are kept in runs/judge_cache.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import jaxdiff
+from benchmarks.judge_features import Images
+from benchmarks.judge_prompts import KINDS, Request, requests
+from benchmarks.judge_reconstructions import reconstructions
+from benchmarks.judge_report import markdown, sheet
+from benchmarks.judge_scores import Judge
+from jaxdiff.io.cache import cache_compilations
+
+BATCH = 16
+
+
+def draw(model, params, wanted: Sequence[Request], steps: int, guidance_scale: float | None) -> Images:
+    """The images of requests, in batches of one size: the last one is filled up with its last request."""
+    images = []
+    for start in range(0, len(wanted), BATCH):
+        batch = list(wanted[start : start + BATCH])
+        full = batch + batch[-1:] * (BATCH - len(batch))
+        drawn = jaxdiff.generate(
+            model,
+            params,
+            [request.prompt for request in full],
+            seed=[request.seed for request in full],
+            steps=steps,
+            guidance_scale=guidance_scale,
+        )
+        images.append(drawn[: len(batch)])
+    return np.concatenate(images)
+
+
+def save_images(folder: Path, images: Images) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+
+
+def read_images(folder: Path, count: int) -> Images:
+    """The images that `save_images` wrote."""
+    paths = [folder / f"{i:03d}.png" for i in range(count)]
+    if missing := [path for path in paths if not path.exists()]:
+        raise SystemExit(f"{missing[0]} is missing: {folder} must hold {count} images, 000.png and so on.")
+    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="icons", help="bundled name or folder of the model")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the report, images and sheets")
+    parser.add_argument("--pictures", type=Path, help="folder of images drawn before, instead of drawing")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="which prompts, separated by commas")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance_scale", type=float, help="default: the model's own")
+    parser.add_argument("--data", type=Path, default=Path("data/icons"), help="the icons set")
+    parser.add_argument("--reconstructions", action="store_true", help="judge the model's autoencoder, too")
+    parser.add_argument("--threads", type=int, default=1, help="of the networks that judge")
+    given = parser.parse_args()
+    given.kinds = [kind for kind in given.kinds.split(",") if kind]
+    if unknown := sorted(set(given.kinds) - set(KINDS)):
+        parser.error(f"--kinds: unknown {', '.join(unknown)}; the known ones are {', '.join(KINDS)}.")
+    return given
+
+
+def main() -> None:
+    given = arguments()
+    torch.set_num_threads(given.threads)
+    cache_compilations()
+    report: dict = {"model": given.model, "steps": given.steps, "guidance_scale": given.guidance_scale, "kinds": {}}
+    if given.pictures:
+        report["pictures"] = str(given.pictures)
+    if given.reconstructions or (given.kinds and not given.pictures):
+        model, params = jaxdiff.load(given.model)
+    judge = Judge(given.data)
+    for kind in given.kinds:
+        began, wanted = time.monotonic(), requests(kind)
+        if given.pictures:
+            images = read_images(given.pictures / kind, len(wanted))
+        else:
+            images = draw(model, params, wanted, given.steps, given.guidance_scale)
+            save_images(given.output / "pictures" / kind, images)
+        given.output.mkdir(parents=True, exist_ok=True)
+        sheet(kind, images, wanted).save(given.output / f"{kind}.png")
+        drawn = time.monotonic()
+        if kind != "look":
+            report["kinds"][kind] = judge(kind, images, wanted)
+        write(given.output, report)
+        print(f"{kind}: {drawn - began:.0f} s to draw, {time.monotonic() - drawn:.0f} s to judge", flush=True)
+    if given.reconstructions:
+        report["reconstructions"] = reconstructions(model, params, judge, given.data)
+    write(given.output, report)
+    print(markdown(report))
+
+
+def write(output: Path, report: dict) -> None:
+    """The report so far: a run that is stopped leaves the kinds that it has done."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (output / "report.md").write_text(markdown(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
