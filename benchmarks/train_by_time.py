@@ -38,7 +38,6 @@ from jaxdiff.training.state import Options, accumulated_grad, norm, optimizer
 
 SIGMAS = (0.05, 0.1)  # lengths of the averages that are kept, as shares of the training
 TRAINED = ("unet", "text_encoder")
-HELD_OUT = 512  # latents of the last piece that are never trained on
 PIECE = 15 * 2**20  # bytes of a file of weights
 WARMUP = 0.02  # of the time
 
@@ -76,14 +75,17 @@ def rate_factor(share: float) -> float:
     return min(share / WARMUP, max(0.0, (1 - share) / (1 - WARMUP)))
 
 
-def make_step(model: Model, options: Options, scale: np.ndarray) -> Any:
-    """(trained parameters, optimizer's state, frozen, latents, tokens, step, factor) -> the first two and numbers."""
+def make_step(model: Model, options: Options, scale: np.ndarray, held_out: int) -> Any:
+    """(trained parameters, optimizer's state, frozen, latents, tokens, step, factor) -> the first two and numbers.
+
+    The last `held_out` latents are never trained on.
+    """
     stage, tx, mesh = diffusion_stage(model, trainable=TRAINED), optimizer(options), parallel.mesh()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, frozen, latents, tokens, number, factor):
         key = jax.random.fold_in(jax.random.key(options.seed), number)
-        rows = jax.random.randint(key, (options.batch_size,), 0, len(latents) - HELD_OUT)
+        rows = jax.random.randint(key, (options.batch_size,), 0, len(latents) - held_out)
         batch = {"latents": latents[rows] * scale, "tokens": tokens[rows]}
         keys = jax.random.split(jax.random.fold_in(key, 1), options.batch_size)
         grads, metrics = accumulated_grad(stage.loss, params, frozen, batch, keys, 1, mesh, stage.dtypes)
@@ -141,18 +143,19 @@ def train(args: argparse.Namespace) -> None:
         weight_decay=args.weight_decay, b2=0.99, ema_sigmas=SIGMAS, seed=args.seed,
         rates=(("text_encoder", args.text_rate),),
     )  # fmt: skip
-    step, tx = make_step(model, options, scale)
-    held = {"latents": latents[-HELD_OUT:] * scale, "tokens": tokens[-HELD_OUT:]}
-    measure = noise_levels(model, [{k: v[i : i + 64] for k, v in held.items()} for i in range(0, HELD_OUT, 64)])
+    step, tx = make_step(model, options, scale, args.held_out)
+    held = {"latents": latents[-args.held_out :] * scale, "tokens": tokens[-args.held_out :]}
+    measure = noise_levels(model, [{k: v[i : i + 64] for k, v in held.items()} for i in range(0, args.held_out, 64)])
     trained = {name: params[name] for name in TRAINED}
     frozen = {name: x for name, x in params.items() if name not in TRAINED}
     state, held_on_device = jax.jit(tx.init)(trained), [jnp.asarray(x) for x in (latents, tokens)]
-    trained, log = jax.tree.map(jnp.copy, trained), open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
+    trained = jax.tree.map(jnp.copy, trained)
     print(f"{len(latents)} latents on {jax.devices()[0].device_kind}, ready after {time.monotonic() - begun:.0f} s")
     number, first, written, pending = 0, 0.0, time.monotonic(), None
     deadline = begun + args.seconds - args.reserve
-    while (now := time.monotonic()) < deadline:
-        factor = rate_factor((now - first) / (deadline - first)) if first else 1e-3
+    while (now := time.monotonic()) < deadline and number < args.steps:
+        share = (now - first) / (deadline - first) if first else 0.0
+        factor = rate_factor(max(share, (number + 1) / args.steps))
         trained, state, numbers = step(trained, state, frozen, *held_on_device, number, jnp.float32(factor))
         number += 1
         if pending is not None:
@@ -167,7 +170,8 @@ def train(args: argparse.Namespace) -> None:
                     "factor": factor,
                     "images_per_second": speed,
                 }
-                log.write(json.dumps(row | {"seconds": time.monotonic() - begun}) + "\n")
+                with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+                    log.write(json.dumps(row | {"seconds": time.monotonic() - begun}) + "\n")
                 print(json.dumps(row), flush=True)
         pending = numbers
         if time.monotonic() - written > args.every:
@@ -186,10 +190,10 @@ def train(args: argparse.Namespace) -> None:
     (out / "done.json").write_text(json.dumps(done, indent=1))
     print(json.dumps(done), flush=True)
     images = jaxdiff.generate(model, {**params, **best}, args.prompts, seed=0, steps=20, guidance_scale=args.guidance)
-    write_png(out / "sheet.png", grid(images, 8))
+    write_png(out / "sheet.png", grid(images, min(8, len(images))))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack")
@@ -206,6 +210,8 @@ def main() -> None:
     training.add_argument("--out", required=True)
     training.add_argument("--seconds", type=float, default=540, help="from the start of this command to its end")
     training.add_argument("--reserve", type=float, default=45, help="seconds of these for what comes after training")
+    training.add_argument("--steps", type=float, default=float("inf"), help="at most so many, decaying over them")
+    training.add_argument("--held_out", type=int, default=512, help="latents that are not trained on but measured")
     training.add_argument("--every", type=float, default=120, help="seconds between two writings of the weights")
     training.add_argument("--batch_size", type=int, default=1024)
     training.add_argument("--learning_rate", type=float, default=1e-3)
@@ -218,7 +224,7 @@ def main() -> None:
     training.add_argument("--guidance", type=float, default=2.0)
     training.add_argument("--log_every", type=int, default=50)
     training.add_argument("--prompts", nargs="*", default=["a castle", "a dog", "a pen", "sunglasses", "a teddy bear"])
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.command == "pack":
         pack(args.latents, args.out, args.megabytes)
     elif args.command == "join":

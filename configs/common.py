@@ -15,7 +15,7 @@ def base() -> ConfigDict:
             "accumulate": 1,  # parts that a batch is taken in, to save memory; may change on resuming, but for clip
             "learning_rate": 1e-4,
             "warmup_steps": 500,
-            "schedule": "cosine",  # or "constant"
+            "schedule": "cosine",  # or "constant", "linear"
             "weight_decay": 0.01,
             "b1": 0.9,
             "b2": 0.99,

@@ -152,6 +152,10 @@ def test_ema_forgets_the_start_then_keeps_its_decay():
 def test_learning_rate_warms_up_and_decays_to_zero():
     rate = learning_rate(options(steps=100, warmup_steps=10, learning_rate=2.0, schedule="cosine"))
     np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 1, 2, 1, 0], atol=1e-6)
+    linear = learning_rate(options(steps=100, warmup_steps=10, learning_rate=2.0, schedule="linear"))
+    np.testing.assert_allclose(
+        [linear(0), linear(5), linear(10), linear(28), linear(100)], [0, 1, 2, 1.6, 0], atol=1e-6
+    )
     constant = learning_rate(options(warmup_steps=0, learning_rate=2.0))
     assert constant(0) == constant(50) == 2.0
 
@@ -161,7 +165,7 @@ def test_learning_rate_warms_up_and_decays_to_zero():
     [
         ({"batch_size": 6}, "batch_size 6"),
         ({"batch_size": 8, "accumulate": 3}, "accumulate"),
-        ({"schedule": "linear"}, "schedule"),
+        ({"schedule": "step"}, "schedule"),
         ({"steps": 0}, "steps"),
         ({"ema_decay": 1.0}, "ema_decay"),
     ],

@@ -16,6 +16,7 @@ from jaxdiff.typing import Array, Params
 if TYPE_CHECKING:
     from jaxdiff.training.state import Options
 
+SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 MOMENTS = {"float32": OPTIMIZERS, "bfloat16": ("adamw", "lion", "muon"), "int8": ("adamw",)}  # and who can keep them so
 SMALL = 4096  # elements: smaller arrays keep float32 moments (Dettmers et al. 2022, section 2)
@@ -24,10 +25,13 @@ MUON_RMS = 0.2  # of an update of Muon's at rate 1, which is AdamW's (Liu et al.
 
 
 def learning_rate(options: Options) -> optax.Schedule:
-    """Linear warm-up, then constant or cosine decay to 0 (Loshchilov & Hutter 2017, equation 5)."""
+    """Linear warm-up, then constant, or linear or cosine decay to 0 (Loshchilov & Hutter 2017, equation 5)."""
     peak, warmup = options.learning_rate, options.warmup_steps
+    left = max(options.steps - warmup, 1)
     if options.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(options.steps - warmup, 1))
+        after = optax.cosine_decay_schedule(peak, left)
+    elif options.schedule == "linear":
+        after = optax.linear_schedule(peak, 0.0, left)
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff import parallel
-from jaxdiff.training.optimizer import MOMENTS, OPTIMIZERS, learning_rate, optimizer
+from jaxdiff.training.optimizer import MOMENTS, OPTIMIZERS, SCHEDULES, learning_rate, optimizer
 from jaxdiff.typing import Array, Key, Params
 
 Batch = Mapping[str, Any]  # arrays [B, ...] by name
@@ -35,7 +35,7 @@ class Options:
     accumulate: int = 1  # parts that a batch is taken in, one after the other, to save memory
     learning_rate: float = 1e-4  # its peak
     warmup_steps: int = 0  # linear, from 0
-    schedule: str = "constant"  # after the warm-up; or "cosine", to 0 at the last step
+    schedule: str = "constant"  # after the warm-up; or "linear" or "cosine", to 0 at the last step
     weight_decay: float = 0.01  # of matrices and kernels; biases, norms and scalars are left alone
     b1: float = 0.9
     b2: float = 0.999
@@ -79,8 +79,8 @@ class Options:
                 f"batch_size {self.batch_size} must be divisible by the number of {divided} x accumulate "
                 f"{self.accumulate} = {parts}."
             )
-        if self.schedule not in ("constant", "cosine"):
-            raise OptionsError(f"schedule {self.schedule!r} must be constant or cosine.")
+        if self.schedule not in SCHEDULES:
+            raise OptionsError(f"schedule {self.schedule!r} must be one of {', '.join(SCHEDULES)}.")
         if self.optimizer not in OPTIMIZERS:
             raise OptionsError(f"optimizer {self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}.")
         if self.optimizer not in MOMENTS.get(self.moments, ()):

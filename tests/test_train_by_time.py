@@ -1,0 +1,73 @@
+"""Training within a given time: what is packed, trained and joined again, on a tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+
+import jaxdiff
+from benchmarks import train_by_time
+from jaxdiff.io.images import read_image
+from tests import tiny
+
+COUNT = 160
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """A folder as train.py precomputes it: latents that are all alike, so that a few steps learn them."""
+    folder, rng = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
+    pattern = rng.standard_normal(tiny.LATENT)
+    (folder / "000000").mkdir()
+    values = pattern + 0.1 * rng.standard_normal((COUNT, *tiny.LATENT))
+    np.save(folder / "000000" / "latents.npy", values.astype(np.float16))
+    np.save(folder / "000000" / "tokens.npy", np.tile(tiny.tokenizer()(["a castle"]), (COUNT, 1)))
+    info = {"fingerprint": "a", "model": "b", "parts": ["000000"], "sizes": [list(tiny.LATENT[:2])]}
+    (folder / "latents.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(latents, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed")
+    train_by_time.main(["pack", "--latents", str(latents), "--out", str(out), "--megabytes", "0.02"])
+    return out
+
+
+def test_packed_latents_are_those_given_within_half_a_step(latents, packed):
+    assert len(list(packed.glob("*.npz"))) > 1
+    small, tokens, scale = train_by_time.load_packed(packed)
+    given = np.load(latents / "000000" / "latents.npy").astype(np.float32)
+    assert tokens.shape == (COUNT, tiny.MAX_LENGTH)
+    shuffled = given[np.random.default_rng(0).permutation(COUNT)]
+    inside = np.abs(shuffled) <= 127 * scale  # beyond it are the farthest ten-thousandth of a channel
+    assert inside.mean() > 0.999
+    assert (np.abs(small * scale - shuffled)[inside] <= 0.5001 * np.broadcast_to(scale, given.shape)[inside]).all()
+
+
+def test_what_was_trained_is_joined_into_a_model_that_learned(packed, tiny_folder, tmp_path, capsys):
+    flags = ["--packed", str(packed), "--start", str(tiny_folder), "--out", str(tmp_path / "out"), "--dtype", "float32"]
+    sizes = ["--steps", "60", "--batch_size", "16", "--held_out", "32", "--seconds", "3600", "--optimizer", "adamw"]
+    more = ["--learning_rate", "1e-2", "--log_every", "10", "--prompts", "a castle"]
+    train_by_time.main(["train", *flags, *sizes, *more])
+    done = json.loads((tmp_path / "out" / "done.json").read_text())
+    assert (done["steps"], done["images"]) == (60, 960)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert rows[-1]["factor"] == 0.0
+    assert read_image(tmp_path / "out" / "sheet.png").shape == (tiny.SIDE, tiny.SIDE, 3)
+    train_by_time.main(
+        ["join", "--out", str(tmp_path / "out"), "--start", str(tiny_folder), "--model", str(tmp_path / "model")]
+    )
+    (_, before), (model, after) = jaxdiff.load(tiny_folder), jaxdiff.load(tmp_path / "model")
+    assert np.abs(np.asarray(after["unet"]["conv_in"]["kernel"] - before["unet"]["conv_in"]["kernel"])).max() > 0.01
+    np.testing.assert_array_equal(
+        after["vae"]["decoder"]["conv_in"]["kernel"], before["vae"]["decoder"]["conv_in"]["kernel"]
+    )
+    assert jaxdiff.generate(model, after, ["a castle"], steps=2).shape == (1, tiny.SIDE, tiny.SIDE, 3)
+
+
+def test_pieces_of_another_model_are_refused(tiny_folder, tmp_path):
+    np.save(tmp_path / "weights-0.npy", np.zeros(7, np.float16))
+    with pytest.raises(SystemExit, match="holds 7 numbers"):
+        train_by_time.join(tmp_path, str(tiny_folder), tmp_path / "model")
