@@ -60,6 +60,8 @@ def unet() -> dict:
     return {
         "unet": {
             "sample_size": 16,
+            "in_channels": vae()["vae"]["latent_channels"],
+            "out_channels": vae()["vae"]["latent_channels"],
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             "block_out_channels": (64, 128, 192),

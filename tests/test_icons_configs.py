@@ -1,0 +1,31 @@
+"""The configs of the bundled model describe networks that fit each other, at both scales."""
+
+import importlib
+
+import pytest
+
+from configs.icons import sizes
+from jaxdiff.tokenizer import train_bpe
+from jaxdiff.training.setup import described_model
+from jaxdiff.training.state import Options
+
+
+@pytest.mark.parametrize("stage", ["vae", "clip", "unet"])
+@pytest.mark.parametrize("scale", sizes.SCALES)
+def test_each_stage_describes_a_model_and_options_that_can_be(stage, scale):
+    config = importlib.import_module(f"configs.icons.{stage}").get_config(scale)
+    nothing = dict.fromkeys(config.init_from, "")
+    model = described_model(config.model.to_dict(), nothing, lambda: train_bpe(["a castle"], 600, 24))
+    assert model.unet.config.in_channels == model.vae.config.latent_channels
+    assert model.unet.config.side * model.vae.config.factor == config.data.image_size
+    assert model.vision_encoder.config.projection_dim == model.text_encoder.config.hidden_size
+    Options(**{name: config[name] for name in Options.__dataclass_fields__}).check(1)
+
+
+def test_drawings_that_the_model_is_judged_by_are_not_learned_from():
+    assert not {"twemoji", "emojione"} & set(sizes.SOURCES)
+
+
+def test_another_scale_is_refused():
+    with pytest.raises(ValueError, match="'tpu' after the colon must be one of gpu, cpu"):
+        importlib.import_module("configs.icons.unet").get_config("tpu")
