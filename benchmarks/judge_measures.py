@@ -1,4 +1,4 @@
-"""The arithmetic of `judge_icons`: ranks, shares with standard errors, confusions, probes, colours. NumPy alone.
+"""The arithmetic of `judge_icons`: ranks, shares with standard errors, confusions, probes, colours.
 
 An image is ranked among subjects by the mean cosine between its features and those of each subject's real drawings.
 The cosine is taken in `Space`, where what differs between designers of one thing counts for little.
@@ -10,16 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxdiff.evaluation.distances import unit
+from jaxdiff.evaluation.spread import mean_distance
+
 Colors = Mapping[str, tuple[int, int, int]]
 RESAMPLES = 1000  # of the bootstrap
 BORDER = 1 / 32  # of the side: drawings leave so much empty
 DIFFERENT = 40  # in 0..255: a pixel whose every channel is closer to the background than this belongs to it
 BINS = 5  # of a histogram, per colour channel
 
-
-def unit(features: np.ndarray) -> np.ndarray:
-    """Features [N, D] of unit length."""
-    return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-8)
+spread = mean_distance  # between the members [N, D] of a set
 
 
 class Space(NamedTuple):
@@ -100,16 +100,6 @@ def confusion(wanted: Sequence[str], found: Sequence[str]) -> dict[str, dict[str
 def shuffled(items: Sequence, seed: int = 0) -> list:
     """The items in another order, always the same one: what images would score for prompts that are not theirs."""
     return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
-
-
-def spread(features: np.ndarray) -> float:
-    """Mean distance between the members [N, D] of a set.
-
-    >>> spread(np.array([[0.0, 0.0], [3.0, 4.0]]))
-    5.0
-    """
-    first, second = np.triu_indices(len(features), 1)
-    return float(np.linalg.norm(features[first] - features[second], axis=-1).mean())
 
 
 def border_color(image: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ def base() -> ConfigDict:
             "frozen_dtype": "float32",  # of those that do not learn: or bfloat16, float16, half the memory
             "remat": "",  # compute activations again in the backward pass, to save memory: full, dots or dots_no_batch
             # Diffusers folders, or names of bundled models, that parts come from with weights and sizes; "model" stands
-            # for every part.
+            # for every part, and "vae" may be the folder of an autoencoder alone.
             "init_from": {"model": "", "text_encoder": "", "vision_encoder": "", "vae": "", "unet": ""},
             "data": {
                 "path": "",

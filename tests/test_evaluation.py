@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from jaxdiff.evaluation import agreement, distances, estimates, originality, spread
+from jaxdiff.data.source import Record
+from jaxdiff.evaluation import agreement, distances, estimates, groups, originality, spread
 from jaxdiff.evaluation.distances import block_moments, frechet_distance, frechet_limit, kernel_distance, moments
 from jaxdiff.evaluation.estimates import BLOCKS
 
@@ -54,6 +55,13 @@ def test_moments_of_chunks_are_those_of_all():
     np.testing.assert_allclose(cov, np.cov(x.T), rtol=1e-10, atol=1e-12)
 
 
+def test_halves_of_uneven_blocks_hold_equally_many():
+    """Eighteen prompts make blocks of one and of two: either half of the blocks still holds nine."""
+    numbers = estimates.blocks(np.repeat(np.arange(18), 2))
+    assert (numbers < BLOCKS // 2).sum() == 18
+    assert set(np.bincount(numbers)) == {2, 4}
+
+
 def in_blocks(x: np.ndarray) -> list[distances.Moments]:
     return [moments(part) for part in np.array_split(x, BLOCKS)]
 
@@ -88,18 +96,12 @@ def test_the_error_of_a_distance_is_its_spread(repeated):
         assert 0.6 < np.mean([f[name][1] for f in found]) / spread < 1.8
 
 
-def test_the_limit_of_unequal_halves():
-    """Eleven blocks, as when one is left out: exact where the distance is a + b / N."""
-    sizes = []
-
-    def line(x, y):
-        sizes.append(sum(x))
-        return 2.0 + 30.0 / sum(x)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distances, "frechet_of", line)
-        assert frechet_limit([10] * 11, [10] * 11) == pytest.approx(2.0, rel=1e-12)
-    assert sizes == [110, 50, 60]
+@pytest.mark.parametrize("sizes", [[10] * 11, [20] * 6 + [10] * 6])
+def test_the_limit_of_unequal_halves(sizes, monkeypatch):
+    """Eleven blocks, as when one is left out, or blocks of unequal size: exact where the distance is a + b / N."""
+    blocks = [distances.Moments(n, np.zeros(1), np.zeros((1, 1))) for n in sizes]
+    monkeypatch.setattr(distances, "frechet_of", lambda x, y: 2.0 + 30.0 / sum(m.size for m in x))
+    assert frechet_limit(blocks, blocks) == pytest.approx(2.0, rel=1e-12)
 
 
 def brute_mmd(x, y, bandwidth):
@@ -157,14 +159,18 @@ def test_ranks_by_brute_force(monkeypatch):
 
 def test_prompts_that_score_alike_share_their_ranks():
     """An encoder that gives all prompts one vector is no better than chance."""
-    ranks = agreement.prompt_ranks(np.ones((2, 3)), np.tile([[1.0, 2.0, 3.0]], (5, 1)), np.array([0, 4]))
+    prompts = np.tile([[1.0, 2.0, 3.0]], (5, 1)) * (1 + 1e-8 * RNG.standard_normal((5, 3)))  # alike but for rounding
+    ranks = agreement.prompt_ranks(np.ones((2, 3)), prompts, np.array([0, 4]))
     assert ranks.tolist() == [3.0, 3.0]
 
 
 # --- variety
 
 
-def test_variety_by_brute_force():
+@pytest.mark.parametrize("rows", [3, 512])
+def test_variety_by_brute_force(rows, monkeypatch):
+    """However many rows are compared at a time."""
+    monkeypatch.setattr(spread, "ROWS", rows)
     x, groups = RNG.standard_normal((10, 3)), np.array([0, 0, 0, 5, 5, 2, 2, 2, 2, 9])
     means = [np.mean([np.linalg.norm(a - b) for a, b in itertools.combinations(x[groups == g], 2)]) for g in (0, 2, 5)]
     found = spread.variety(x, groups)
@@ -176,6 +182,25 @@ def test_variety_by_brute_force():
 def test_no_variety():
     assert spread.variety(np.ones((4, 3)), [0, 0, 1, 1]).estimate.value == 0
     assert spread.variety(np.ones((2, 3)), [0, 1]) is None
+
+
+class Listed:
+    """A source of (name, captions, metadata)."""
+
+    def __init__(self, *rows) -> None:
+        self.rows = rows
+
+    def read(self, index, image=True):
+        name, captions, extras = self.rows[index]
+        return Record(name, b"", captions, extras)
+
+
+def test_real_images_that_belong_together():
+    """By caption or column; what is empty groups nothing, and an image that is repeated counts once."""
+    rows = [("a", ("A cat",), {"kind": "x"}), ("b", ("a  cat", ""), {"kind": ""}), ("c", ("",), {"kind": ""})]
+    source = Listed(*rows, ("d", ("",), {"kind": "x"}), ("e", ("dog",), {}), ("e", ("dog",), {}))
+    assert [g.tolist() for g in groups.real_groups(source, np.arange(6))] == [[0, 1]]
+    assert [g.tolist() for g in groups.real_groups(source, np.arange(6), "kind")] == [[0, 3]]
 
 
 # --- originality

@@ -6,15 +6,23 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import jaxdiff
-from jaxdiff.evaluation import command
+from jaxdiff.commands.errors import Failure, UsageError
+from jaxdiff.config import ConfigError
+from jaxdiff.evaluation import command, outputs
+from jaxdiff.evaluation.flags import define
+from jaxdiff.evaluation.images import find_images
+from jaxdiff.evaluation.report import table
 from jaxdiff.io.images import read_image, write_png
+from jaxdiff.prompts import PromptLine
 from tests import evaluation_folders as folders
 from tests.tiny import SIDE
 
@@ -217,7 +225,7 @@ def test_one_image_whatever_the_seed_has_no_variety(cli, given):
     assert [e["prompt"] for e in lines()] == ["a castle"] * 2 + ["a red dragon"] * 2
     text = Path("report/report.md").read_text()
     assert "give --held_out_split" in text
-    assert "need 24 images" in text
+    assert "need at least 24 images" in text
 
 
 def test_images_of_sample_bring_their_prompts(cli):
@@ -233,6 +241,9 @@ def test_the_models_own_encoder(cli, given, tmp_path):
     assert cli("--images=drawn", "--output=one", model=None)[0] == 0
     code, _, err = cli("--images=drawn", "--output=two", encoder=None, model=folders.parts_folder(tmp_path / "model"))
     assert (code, err) == (0, "")
+    settings = json.loads(Path("two/report.json").read_text())["settings"]
+    assert settings == {"jaxdiff": jaxdiff.__version__, "images": "drawn", "model": str(tmp_path / "model"),
+                        "encode_batch_size": 64}  # fmt: skip
     scores = [[e["clip_score"] for e in lines(folder)] for folder in ("one", "two")]
     np.testing.assert_allclose(scores[1], scores[0], atol=2e-5)  # see test_evaluation_encoder.py
 
@@ -251,10 +262,70 @@ def test_an_existing_report_stays_unless_it_is_to_be_replaced(cli):
     Path("mine/file").write_text("")
     assert "is no report" in cli(*DRAW, "--output=mine", "--overwrite")[2]
     assert Path("mine/file").exists()
-    code, _, err = cli("--images=new/report/images", "--output=new/report", "--overwrite", model=None)
-    assert code == 2
-    assert "holds the --images" in err
-    assert Path("new/report/images/000000.png").exists()
+
+
+def test_a_report_is_not_made_over_what_it_reads(cli, given):
+    """Neither the folder that it replaces nor the unfinished one, which would be emptied."""
+    for folder in ("report/images", ".report.partial/images"):
+        shutil.copytree(given / "data/train", folder)
+    Path("report/report.json").write_text("{}")
+    for flags in (
+        ["--images=report/images"],
+        ["--images=.report.partial/images"],
+        ["--images=.", "--data=report/images"],
+        ["--images=.", f"--data={given / 'data'}", "--features=report/features"],
+    ):
+        code, _, err = cli(*flags, "--overwrite", model=None)
+        assert code == 2
+        assert f"{flags[-1].replace('=', ' ')} lies where the report of --output report is made" in err
+    assert Path("report/images/000.png").exists()
+    assert Path(".report.partial/images/000.png").exists()
+
+
+def test_a_full_disk_is_one_sentence_that_names_the_flag():
+    with (
+        pytest.raises(Failure, match=r"--output: there cannot be written \(No space left on device\): make room"),
+        outputs.writing(Path("there")),
+    ):
+        raise OSError(28, "No space left on device")
+
+
+def test_an_earlier_report_stays_where_the_new_one_cannot_be_published(tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/report.json").write_text("earlier")
+    with pytest.raises(Failure, match="report cannot be written"):
+        outputs.publish(tmp_path / "missing", tmp_path / "report", overwrite=True)
+    assert (tmp_path / "report/report.json").read_text() == "earlier"
+
+
+def test_models_that_draw_from_an_image_are_refused():
+    f = define()
+    f(["evaluation", "--model=upscaler"])
+    with pytest.raises(UsageError, match="--model upscaler draws from an image"):
+        command.drawing_options(f, SimpleNamespace(inpaints=False, family="upscaler"))
+
+
+def test_seeds_of_a_prompts_file_and_repeats_of_an_image(tmp_path):
+    """A line's seed is that of its first image, and an image that the metadata repeats is one image."""
+    for i in range(4):
+        blank(str(tmp_path / f"{i}.png"))
+    assert find_images(tmp_path, [PromptLine("a", seed=7), PromptLine("b")]).seeds == (7, 8, None, None)
+    given = [{"file_name": "0.png", "text": "a", "repeats": 3}, {"file_name": "1.png", "text": "b", "seed": 2}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, given)))
+    found = find_images(tmp_path, None)
+    assert (found.prompts, found.seeds) == (("a", "b"), (None, 2))
+
+
+def test_an_image_whose_metadata_cannot_be_unpacked(tmp_path):
+    bomb = PngInfo()
+    bomb.add_text("jaxdiff", "x" * 2**21, zip=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", pnginfo=bomb)
+    with pytest.raises(ConfigError, match=r"a\.png has no prompt: give --prompts"):
+        find_images(tmp_path, None)
+
+
+def test_names_that_are_not_unicode_can_be_reported():
+    assert "images?" in table([], [], ["from images\udcff"])
 
 
 @pytest.mark.parametrize(
@@ -346,7 +417,7 @@ def test_training_images_that_cannot_be_read_are_counted(cli, given, tmp_path):
     code, out, err = cli("--images=drawn", f"--data={data}", model=None)
     assert code == 0
     assert "005.png cannot be read" in err
-    assert "1 of the 48 images" in out
+    assert "1 of the 48 training images" in out
 
 
 def test_an_output_that_cannot_be_written(cli):

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -235,6 +236,16 @@ def test_other_images_and_other_encoders_are_computed_anew(source, clip, tmp_pat
     assert done == [20, 20]
     assert len(list(folder.iterdir())) == 3
     np.testing.assert_allclose(second.take("features", [3]), -first.take("features", [3]), rtol=1e-6)
+
+
+def test_features_that_are_not_finite_are_refused_and_not_kept(source, clip, tmp_path):
+    encoder, params = clip
+    damaged = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
+    with pytest.raises(WeightsError, match="not finite, so its weights are damaged: give another --encoder"):
+        cached_features(source, tmp_path / "kept", encoder, damaged)
+    assert not list(tmp_path.glob("kept/*/*"))
+    with pytest.raises(WeightsError, match="not finite"):
+        encode_texts(encoder, damaged, TEXTS)
 
 
 def test_a_damaged_part_is_named(source, clip, tmp_path):

@@ -15,8 +15,10 @@ from jaxdiff.commands.train_flags import check_read
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data
 from jaxdiff.io.edges import canny
+from jaxdiff.io.modules import save_module
 from jaxdiff.models.model import apply
 from jaxdiff.training import personalise
+from jaxdiff.training.setup import starting_model
 from jaxdiff.training.stages import Noising, vae_stage
 from jaxdiff.training.state import Options
 from jaxdiff.training.targets import TARGETS, make
@@ -196,3 +198,14 @@ def test_steering_pictures_of_the_metadata_are_cut_like_their_own(folders):
     (folder / "metadata.jsonl").write_text(f'{json.dumps(line)}\n{{"file_name": "0.png", "text": "a house"}}')
     with pytest.raises(ConfigError, match="give one to all"):
         captioned_data(folder, 1, SIDE, seed=0)
+
+
+def test_an_autoencoder_may_come_from_a_folder_of_its_own(tiny, tmp_path):
+    model, params = tiny
+    save_module(tmp_path / "vae", model.vae, params["vae"])
+    sizes = {"text_encoder": model.text_encoder.config.to_dict(), "unet": model.unet.config.to_dict()}
+    made, own = starting_model(sizes, {"vae": str(tmp_path / "vae")}, lambda: model.tokenizer, jax.random.key(0))
+    assert made.vae.config == model.vae.config
+    jax.tree.map(np.testing.assert_array_equal, own["vae"], jax.device_get(params["vae"]))
+    with pytest.raises(ConfigError, match=r"model_index.json is missing"):
+        starting_model(sizes, {"unet": str(tmp_path / "vae")}, lambda: model.tokenizer, jax.random.key(0))

@@ -8,6 +8,7 @@ import numpy as np
 from jaxdiff.evaluation.distances import unit
 
 ROWS = 4096  # images that are compared with all prompts at a time
+TIE = 1e-6  # cosines nearer to each other are equal: float32 features know them no better
 
 
 def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -26,8 +27,7 @@ def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
 def prompt_ranks(images: np.ndarray, prompts: np.ndarray, own: np.ndarray) -> np.ndarray:
     """The rank of each image's own prompt among all, by their cosine with the image: 1 is the best, P the last.
 
-    Prompts that score the same as the own one count half each, so that prompts an encoder cannot tell apart gain
-    nothing.
+    Prompts that score the same as the own one count half each: prompts that an encoder cannot tell apart gain nothing.
 
     Args:
         images: [N, D].
@@ -44,6 +44,6 @@ def prompt_ranks(images: np.ndarray, prompts: np.ndarray, own: np.ndarray) -> np
     for i in range(0, len(images), ROWS):
         scores, mine = unit(images[i : i + ROWS]) @ prompts.T, own[i : i + ROWS, None]
         best = np.take_along_axis(scores, mine, 1)
-        better, equal = scores > best, scores == best
+        better, equal = scores > best + TIE, np.abs(scores - best) <= TIE
         found.append(1 + better.sum(1) + (equal.sum(1) - 1) / 2)
     return np.concatenate(found) if found else np.zeros(0)

@@ -5,11 +5,12 @@
 
 Draws the prompts, or takes the images of a folder, and writes a folder: report.md (also to stdout), report.json,
 images.jsonl with a line for each image, sheets of images, and the images drawn. Progress, warnings and errors go to
-stderr. Killed, the same command goes on where it was. Exit code: 0; 2 for flags that cannot be right; 130 after Ctrl-C;
-1 for any other failure.
+stderr. After a kill, the same command goes on where it was. Exit code: 0; 2 for flags that cannot be right; 130 after
+Ctrl-C; 1 for any other failure.
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -23,9 +24,10 @@ import jaxdiff
 from jaxdiff.commands import errors
 from jaxdiff.commands.errors import Failure, UsageError
 from jaxdiff.commands.outputs import make_folder
+from jaxdiff.commands.pictures import batch_size
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import open_source
-from jaxdiff.data.source import Chosen, Source, files_digest
+from jaxdiff.data.source import Source, files_digest
 from jaxdiff.evaluation import measures, outputs, report
 from jaxdiff.evaluation.encoder import GIVE, Encoder, encode_texts, has_encoder, load_encoder
 from jaxdiff.evaluation.features import Features, cached_features, encode_records
@@ -58,19 +60,29 @@ def prompt_lines(f: flags.FlagValues) -> list[PromptLine] | None:
         raise UsageError(f"--prompts: {e}") from None
 
 
+def features_folder(f: flags.FlagValues) -> Path:
+    """Where features of the data are kept."""
+    return Path(f.features) if f.features else cache.cache_folder() / "features"
+
+
 def open_splits(f: flags.FlagValues) -> Splits | None:
     """The data's splits, each opened once."""
     if f.data is None:
         return None
+    columns = {"image_column": f.image_column, "text_column": f.text_column}
+
+    @functools.cache
+    def source(split: str) -> Source:
+        return open_source(f.data, split, cache=features_folder(f), **columns)
 
     def opened(name: str) -> Source:
         try:
-            return open_source(f.data, str(f[name].value), image_column=f.image_column, text_column=f.text_column)
+            return source(f[name].value)
         except ConfigError as e:
             raise UsageError(f"--data, --{name}: {e}") from None
 
-    train = opened("split")
-    real = train if f.real_split in (None, f.split) else opened("real_split")
+    make_folder(features_folder(f), "--features")
+    train, real = opened("split"), opened("split" if f.real_split is None else "real_split")
     if f.group is not None and not has_column(real, f.group):
         raise UsageError(f"--group {f.group}: no row of {real.name} has that in its metadata: name another column.")
     return Splits(train, real, None if f.held_out_split is None else opened("held_out_split"))
@@ -94,10 +106,12 @@ def opened_encoder(f: flags.FlagValues, folder: str) -> tuple[Encoder, Params]:
 
 
 def drawing_options(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]:
-    """Arguments of `generate` that all images share; raises UsageError if one cannot be."""
+    """Arguments of `generate` that all images share; raises UsageError if one of them, or the model, cannot be."""
     from jaxdiff.arguments import latent_shape
     from jaxdiff.diffusion.times import default_scheduler
 
+    if model.inpaints or model.family == "upscaler":
+        raise UsageError(f"--model {f.model} draws from an image: give one that draws from a prompt alone.")
     scheduler = f.scheduler or default_scheduler(model.scheduler)
     try:
         jaxdiff.get_scheduler(scheduler, model.scheduler)
@@ -110,7 +124,7 @@ def drawing_options(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]
 
 
 def drawn(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:
-    """Draw into the folder of the unfinished report, whatever is not there yet."""
+    """Draw into the folder of the unfinished report what is not there yet."""
     import jax
 
     path = pretrained.find(f.model)
@@ -119,7 +133,7 @@ def drawn(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:
     images: list[Wanted] = wanted(lines, f.num_images, f.seed, f.negative_prompt)
     begun = {"model": model_digest(path), "dtype": f.dtype, "options": options, "images": images}
     outputs.begin(work, begun)
-    size = f.batch_size or min(4 * jax.local_device_count(), len(images))
+    size = f.batch_size or batch_size(len(images), jax.local_device_count())
     params = jaxdiff.replicate(params, jax.local_devices()[:size])
     with Progress("drawing", len(images)) as bar:
         return draw(model, params, images, work / "images", batch_size=size, progress=bar.advance, **options)
@@ -146,22 +160,24 @@ def measured(
     return with_texts(found["features"], found["pixels"], prompts, encoder, params)
 
 
-def kept(source: Source, f: flags.FlagValues, encoder: Encoder, params: Params, what: str) -> Features:
-    folder = Path(f.features) if f.features else cache.cache_folder() / "features"
+def kept(
+    source: Source, f: flags.FlagValues, encoder: Encoder, params: Params, what: str, notes: list[str]
+) -> Features:
+    """Features of a split; a note says how many of its images cannot be read."""
     with Progress(f"encoding {what}", len(source)) as bar:
-        return cached_features(
-            source, folder, encoder, params, batch_size=f.encode_batch_size, threads=f.threads, progress=bar.advance
-        )
+        found = cached_features(
+            source, features_folder(f), encoder, params,
+            batch_size=f.encode_batch_size, threads=f.threads, progress=bar.advance,
+        )  # fmt: skip
+    if lost := found.records - len(found):
+        notes.append(f"{lost} of the {found.records} {what} of {source.name} cannot be read and are left out.")
+    return found
 
 
-def held_out_sample(splits: Splits | None, f: flags.FlagValues, encoder: Encoder, params: Params) -> Measured | None:
-    """Held-out images, at most `--most_real` of them, with their first captions."""
-    if splits is None or splits.held_out is None:
-        return None
-    source: Source = splits.held_out
-    features = kept(source, f, encoder, params, "held-out images")
-    rows = measures.sample_of(len(features), f.most_real)
-    captions = [Chosen(source, features.index[rows]).read(i, image=False).captions[0] for i in range(len(rows))]
+def held_out_sample(source: Source, features: Features, most: int, encoder: Encoder, params: Params) -> Measured:
+    """Held-out images, at most so many, with their first captions."""
+    rows = measures.sample_of(len(features), most)
+    captions = [source.read(i, image=False).captions[0] for i in features.index[rows].tolist()]
     found, pixels = (features.take(name, rows) for name in ("features", "pixels"))
     return with_texts(found, pixels, captions, encoder, params)
 
@@ -178,24 +194,29 @@ def with_texts(
 def measure(images: Images, splits: Splits | None, encoder: Encoder, params: Params, f: flags.FlagValues) -> Found:
     """Everything that can be measured of these images with what is given."""
     mine = measured(images, [plain(p) for p in images.prompts], encoder, params, f, "images")
-    held_out = held_out_sample(splits, f, encoder, params)
+    left_out: list[str] = []
+    other = held_out = None
+    if splits is not None and splits.held_out is not None:
+        other = kept(splits.held_out, f, encoder, params, "held-out images", left_out)
+        held_out = held_out_sample(splits.held_out, other, f.most_real, encoder, params)
     rows, notes, scores, ranks = measures.agreement(mine, held_out)
     if splits is None:
         more, said = measures.varieties(mine, None, [], "")
         said = [*said, "Distances to real images and originality need the training data: give --data."]
         return Found(rows + more, notes + said, scores, ranks, None, None)
-    train = kept(splits.train, f, encoder, params, "training images")
-    real = train if splits.real is splits.train else kept(splits.real, f, encoder, params, "real images")
-    apart, said = measures.distances(mine, real, None if f.real_split == f.held_out_split else held_out, f.most_real)
+    real = train = kept(splits.train, f, encoder, params, "training images", left_out)
+    if splits.real is not splits.train:
+        real = (
+            other
+            if other and splits.real is splits.held_out
+            else (kept(splits.real, f, encoder, params, "real images", left_out))
+        )
+    apart, said = measures.distances(mine, real, None if real is other else held_out, f.most_real)
     groups = real_groups(splits.real, real.index, f.group)
     varied, heard = measures.varieties(mine, real, groups, f.group or "caption")
-    new, told, found = measures.originality(mine, train, held_out)
-    for source, features in ((splits.train, train), (splits.real, real)):
-        if lost := features.records - len(features):
-            notes.append(f"{lost} of the {features.records} images of {source.name} cannot be read and are left out.")
-        if real is train:
-            break
-    return Found([*rows, *apart, *varied, *new], [*notes, *said, *heard, *told], scores, ranks, found, train)
+    with Progress("comparing", 2 * len(train) * (1 if held_out is None else 2)) as bar:
+        new, told, found = measures.originality(mine, train, held_out, bar.advance)
+    return Found([*rows, *apart, *varied, *new], [*notes, *left_out, *said, *heard, *told], scores, ranks, found, train)
 
 
 def run(f: flags.FlagValues) -> None:
@@ -209,8 +230,7 @@ def run(f: flags.FlagValues) -> None:
     splits, folder = open_splits(f), encoder_folder(f)
     encoder, params = opened_encoder(f, folder)
     cache.cache_compilations(f.cache_dir)
-    work = output.with_name(f".{output.name}.partial")
-    make_folder(output.parent)
+    work = outputs.unfinished(output)
     if images is None:
         assert lines is not None
         images = drawn(f, lines, work)

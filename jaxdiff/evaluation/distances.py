@@ -1,11 +1,11 @@
 """Distances between two sets of images, by the features of an encoder.
 
-    Fréchet distance   |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^(1/2))                        (1)  Heusel et al. 2017,
-    eq. 6 MMD²               E k(x, x') + E k(y, y') - 2 E k(x, y), k(a, b) = exp(-|a - b|² / 2σ²)   (2)  Gretton et al.
-    2012, eq. 3
+    Fréchet distance   |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^(1/2))           (1)  Heusel et al. 2017, equation 6
+    MMD²               E k(x, x') + E k(y, y') - 2 E k(x, y),                     (2)  Gretton et al. 2012, Lemma 6
+                       k(a, b) = exp(-|a - b|² / 2σ²)
 
-(1) of finite samples is too large by about c / N, in which c depends on what is measured: numbers from different
-numbers of images do not compare. `frechet_limit` takes that away. (2) has an estimator without bias.
+(1) of finite samples is too large by about c / N, where c depends on what is measured: distances of different numbers
+of images do not compare. `frechet_limit` removes that bias. (2) has an unbiased estimator.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxdiff.evaluation.estimates import jackknife
 
-BANDWIDTH = 10.0  # σ of (2) for features of unit length (Jayasumana et al. 2024, section 5)
-CMMD_SCALE = 1000.0  # that they multiply (2) by
+BANDWIDTH = 10.0  # σ of (2) for features of unit length (CMMD: Jayasumana et al. 2024)
+CMMD_SCALE = 1000.0  # by which CMMD multiplies (2)
 ROWS = 2048  # that are compared with as many others at a time
 
 
@@ -83,26 +83,26 @@ def frechet_of(x: Sequence[Moments], y: Sequence[Moments]) -> float:
 
 
 def frechet_limit(x: Sequence[Moments], y: Sequence[Moments]) -> float:
-    """Equation (1) extrapolated to endlessly many images of both sets (Chong & Forsyth 2020, section 4).
+    """Equation (1) extrapolated to infinitely many images of both sets (Chong & Forsyth 2020).
 
-    The bias is c / N to first order. So the distance is computed from all blocks and from either half of them, of
-    *both* sets, and the line through the two in 1 / N is followed to 0: with equal halves, twice the first less the
+    The bias is c / N to first order. The distance is computed from all blocks, and from each half of the blocks of
+    *both* sets; the line through the two in 1 / N is extended to 0. With equal halves that is twice the first less the
     mean of the others. It may come out below 0. The first order holds where half of either set has several times as
-    many images as features have numbers.
+    many images as a feature has numbers.
 
     Args:
-        x, y: the moments of as many blocks, 2 at least, each a random part of its set.
+        x, y: the moments of equally many blocks, at least 2, each a random part of its set.
     """
-    size, half = len(x), len(x) // 2
-    whole = frechet_of(x, y)
+    half = len(x) // 2
     parts = [slice(0, half), slice(half, None)]
-    halves = np.mean([frechet_of(x[p], y[p]) for p in parts])
-    inverse = np.mean([size / half, size / (size - half)])  # how much larger 1 / N of the halves is
+    whole, halves = frechet_of(x, y), np.mean([frechet_of(x[p], y[p]) for p in parts])
+    # How much larger 1 / N of the halves is. Blocks of whole prompts differ in size.
+    inverse = np.mean([sum(m.size for m in z) / sum(m.size for m in z[p]) for z in (x, y) for p in parts])
     return float(whole - (halves - whole) / (inverse - 1))
 
 
 def frechet_estimates(x: Sequence[Moments], y: Sequence[Moments]) -> dict[str, tuple[float, float]]:
-    """{"frechet", "frechet_limit"}, each with its standard error, from as many blocks of both sets, 3 at least."""
+    """{"frechet", "frechet_limit"}, each with its standard error, from equally many blocks of both sets, at least 3."""
     found = {}
     for name, distance in (("frechet", frechet_of), ("frechet_limit", frechet_limit)):
 
@@ -144,8 +144,8 @@ def kernel_sums(
 def kernel_estimate(
     x: np.ndarray, y: np.ndarray, in_x: np.ndarray, in_y: np.ndarray, bandwidth: float = BANDWIDTH
 ) -> tuple[float, float]:
-    """MMD² without bias (Gretton et al. 2012, eq. 3) and its standard error, by leaving out a block of each set at a
-    time.
+    """The unbiased estimate of MMD² (Gretton et al. 2012, equation 3) and its standard error, by leaving out one block
+    of each set at a time.
 
     Args:
         x, y: [N, D], [M, D].
@@ -165,12 +165,11 @@ def kernel_estimate(
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray, bandwidth: float = BANDWIDTH) -> float:
-    """MMD² with a Gaussian kernel, equation (2), estimated without bias: about 0 between samples of one distribution,
-    and then as often below 0 as above; at most 2. CMMD (Jayasumana et al. 2024) is 1000 times this, over CLIP's
-    features at unit length.
+    """MMD² with a Gaussian kernel, equation (2), estimated without bias: near 0 between samples of one distribution,
+    above or below it; at most 2. CMMD (Jayasumana et al. 2024) is 1000 times this, over CLIP's features at unit length.
 
     Args:
-        x, y: [N, D], [M, D], two rows at least each.
+        x, y: [N, D], [M, D], at least two rows each.
         bandwidth: σ of the kernel.
 
     >>> x = np.array([[0.0], [1.0], [2.0]])

@@ -1,4 +1,4 @@
-"""CLIP's two encoders (Radford et al. 2021) as what measures images: features of images and texts in one space.
+"""CLIP's two encoders (Radford et al. 2021), which measure images: features of images and texts in one space.
 
 An `Encoder` is static, its parameters are a plain dict, as with `jaxdiff.models.model.Model`.
 """
@@ -25,9 +25,8 @@ from jaxdiff.training.stages import CLIP_MEAN, CLIP_STD
 from jaxdiff.typing import Array, Params
 
 TEXT, VISION = "text_encoder", "vision_encoder"
-PREPROCESSOR = (
-    "preprocessor_config.json"  # of a transformers folder: the mean and deviation that pixels are normalised by
-)
+# Of a transformers folder: the mean and deviation by which pixels are normalised.
+PREPROCESSOR = "preprocessor_config.json"
 # What the tensors of each of a CLIPModel's halves begin with; the rest is a temperature.
 HALVES = {TEXT: ("text_model.", "text_projection."), VISION: ("vision_model.", "visual_projection.")}
 GIVE = (
@@ -53,7 +52,7 @@ class Encoder:
 
 
 def image_features(encoder: Encoder, params: Params, pixels: Array) -> Array:
-    """Images uint8 [B, S, S, 3], S = `encoder.size` -> features float32 [B, D], not at unit length."""
+    """Images uint8 [B, S, S, 3], S = `encoder.size` -> features float32 [B, D], not of unit length."""
     x = jnp.asarray(pixels, jnp.float32) / 255.0
     x = (x - jnp.asarray(encoder.mean)) / jnp.asarray(encoder.std)
     found: Array = encoder.vision.apply({"params": params[VISION]}, x)  # type: ignore[assignment]
@@ -61,7 +60,7 @@ def image_features(encoder: Encoder, params: Params, pixels: Array) -> Array:
 
 
 def text_features(encoder: Encoder, params: Params, tokens: Array) -> Array:
-    """Token ids int32 [B, L] -> features float32 [B, D], not at unit length."""
+    """Token ids int32 [B, L] -> features float32 [B, D], not of unit length."""
     found: TextOutput = encoder.text.apply({"params": params[TEXT]}, tokens)  # type: ignore[assignment]
     return (found.pooled if found.projected is None else found.projected).astype(jnp.float32)
 
@@ -71,10 +70,9 @@ encode_tokens = functools.partial(jax.jit, static_argnums=0)(text_features)
 
 
 def token_ids(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, int]:
-    """Token ids int32 [N, L] as the tokenizer itself gives them, and how many texts are longer than that and lose their
-    ends.
+    """Token ids int32 [N, L] as the tokenizer itself gives them, and how many texts are longer and lose their ends.
 
-    The tokenizer would warn of each, which is too much for a data set.
+    The tokenizer itself warns of each, which is too much for a data set.
     """
     ids = np.full((len(texts), tokenizer.max_length), tokenizer.pad_id, np.int32)
     words = tokenizer.encode(texts)
@@ -84,11 +82,21 @@ def token_ids(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, int]:
     return ids, sum(len(own) > tokenizer.max_length - 2 for own in words)
 
 
+def finite(features: Array) -> np.ndarray:
+    """Features as a NumPy array; raises WeightsError where one is not finite."""
+    found = np.asarray(features)
+    if not np.isfinite(found).all():
+        raise WeightsError("The encoder's features are not finite, so its weights are damaged: give another --encoder.")
+    return found
+
+
 def encode_texts(encoder: Encoder, params: Params, texts: list[str], batch_size: int = 64) -> tuple[np.ndarray, int]:
-    """Features float32 [N, D] of N texts, and how many of them are longer than the encoder reads, so that their ends do
-    not count.
+    """Features float32 [N, D] of N texts, and how many of them are longer than the encoder reads and lose their ends.
 
     A batch at a time; the last one is filled up, so that one compiled program does for all.
+
+    Raises:
+        WeightsError: features are not finite.
     """
     if not texts:
         return np.zeros((0, encoder.vision.config.projection_dim), np.float32), 0
@@ -97,7 +105,7 @@ def encode_texts(encoder: Encoder, params: Params, texts: list[str], batch_size:
     for i in range(0, len(texts), batch_size):
         batch = ids[i : i + batch_size]
         filled = batch[np.arange(batch_size) % len(batch)]
-        found.append(np.asarray(encode_tokens(encoder, params, filled))[: len(batch)])
+        found.append(finite(encode_tokens(encoder, params, filled))[: len(batch)])
     return np.concatenate(found), cut
 
 

@@ -1,7 +1,7 @@
-"""Numbers with the error that they have because there are only so many images.
+"""Numbers with their standard errors, which come from the finite number of images.
 
-Images of one prompt are more alike than others, so that they do not count as independent: errors are those of prompts,
-where there are enough of them.
+Images of one prompt are more alike than others and do not count as independent: errors are those of whole prompts where
+there are enough of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCKS = 12  # that images are divided into, for errors of what is no mean; even, so that halves are equal
+BLOCKS = 12  # that images are divided into, for errors of what is not a mean; even, so that halves are equal
 
 
 class Estimate(NamedTuple):
@@ -32,10 +32,9 @@ def mean_estimate(values: np.ndarray, groups: np.ndarray | None = None) -> Estim
     """
     values = np.asarray(values, np.float64)
     count, mean = len(values), float(np.mean(values))
-    groups = (
-        np.arange(count) if groups is None or len(np.unique(groups)) == 1 else np.unique(groups, return_inverse=True)[1]
-    )
-    sums = np.bincount(groups.ravel(), values - mean)
+    sums: np.ndarray = values - mean
+    if groups is not None and len(names := np.unique(groups)) > 1:
+        sums = np.bincount(np.searchsorted(names, groups), sums)
     if len(sums) == 1:
         return Estimate(mean, None, count)
     error = np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / count
@@ -56,7 +55,10 @@ def median_estimate(values: np.ndarray, groups: np.ndarray, draws: int = 200) ->
 
 
 def blocks(groups: np.ndarray, count: int = BLOCKS, seed: int = 0) -> np.ndarray:
-    """Divides rows into `count` blocks at random, of whole groups where there are at least that many groups.
+    """Divide rows into `count` blocks at random, of whole groups where there are at least that many groups.
+
+    Blocks differ by one group at most, and the larger ones are spread evenly, so that either half of the blocks holds
+    as many groups.
 
     Args:
         groups: int [N], N >= count.
@@ -70,7 +72,7 @@ def blocks(groups: np.ndarray, count: int = BLOCKS, seed: int = 0) -> np.ndarray
     names, numbers = np.unique(groups, return_inverse=True)
     if len(names) < count:
         names, numbers = np.arange(len(groups)), np.arange(len(groups))
-    return (np.random.default_rng(seed).permutation(len(names)) % count)[numbers.ravel()]
+    return (np.random.default_rng(seed).permutation(len(names)) * count // len(names))[numbers.ravel()]
 
 
 def jackknife(value: Callable[[Sequence[int]], float], count: int = BLOCKS) -> tuple[float, float]:

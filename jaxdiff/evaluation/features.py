@@ -19,14 +19,14 @@ from PIL import Image
 from jaxdiff.config import ConfigError
 from jaxdiff.data import store
 from jaxdiff.data.folder import FolderSource, read_image
-from jaxdiff.data.source import Source
-from jaxdiff.evaluation.encoder import Encoder, encode_images, encoder_digest, square
+from jaxdiff.data.source import Source, files_digest
+from jaxdiff.evaluation.encoder import Encoder, encode_images, encoder_digest, finite, square
+from jaxdiff.io.images import WHITE
 from jaxdiff.typing import Params
 
 PART = 1024  # records of a part
 SIDE = 32  # pixels of the small images that are compared pixel by pixel
 VERSION = 1  # of how images are read and kept; another one makes all features anew
-WHITE = (255, 255, 255)
 
 Unread = Callable[[str, str], None]  # told of an image that cannot be read: its name, and why
 Progress = Callable[[int], None]  # told of so many more images
@@ -98,7 +98,7 @@ def encode_records(
                 images = np.stack([image for _, image in read_ones])
                 pixels += [small(image) for image in images]
                 filled = images[np.arange(batch_size) % len(images)]
-                features.append(np.asarray(encode_images(encoder, params, filled))[: len(images)])
+                features.append(finite(encode_images(encoder, params, filled))[: len(images)])
     width = encoder.vision.config.projection_dim
     return {
         "index": np.asarray(index, np.int64),
@@ -137,15 +137,10 @@ class Features:
 
 def source_digest(source: Source) -> str:
     """Of a source; of a captioned folder also of its files' sizes and times, which its own digest leaves out."""
-    digest = hashlib.sha256(source.digest.encode())
-    if isinstance(source, FolderSource):
-        for i in range(len(source)):
-            try:
-                status = os.stat(str(source.read(i).image))
-                digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-            except OSError:
-                digest.update(b"missing\n")
-    return digest.hexdigest()
+    if not isinstance(source, FolderSource):
+        return source.digest
+    paths = (str(source.read(i).image) for i in range(len(source)))
+    return source.digest + files_digest(path for path in paths if os.path.exists(path))
 
 
 def cached_features(
@@ -159,13 +154,14 @@ def cached_features(
     progress: Progress = lambda count: None,
     part: int = PART,
 ) -> Features:
-    """The features of a source, of which those missing are computed and kept in a folder of their own within `folder`.
+    """The features of a source, kept in a subfolder of `folder`; those that are missing are computed first.
 
-    Images that cannot be read are left out, the first of them named in a warning. Other images, or another encoder,
-    have another folder.
+    Images that cannot be read are left out, and a warning names the first of them. Other images, or another encoder,
+    have another subfolder.
 
     Raises:
         ConfigError: the folder cannot be written, or none of the images can be read.
+        WeightsError: features are not finite.
     """
     described = [VERSION, part, SIDE, source_digest(source), encoder_digest(encoder, params)]
     kept = folder / hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]

@@ -5,23 +5,21 @@ import math
 from absl import flags
 
 from jaxdiff.commands.errors import UsageError
-from jaxdiff.evaluation.images import SEEDS
+from jaxdiff.commands.flags import SEEDS
+from jaxdiff.evaluation.measures import LEAST
 
 DRAWING = (
     "dtype", "num_images", "seed", "steps", "guidance_scale", "scheduler", "spacing", "height", "width",
     "negative_prompt", "batch_size",
 )  # fmt: skip
 OF_DATA = (
-    "split",
-    "held_out_split",
-    "real_split",
-    "group",
-    "image_column",
-    "text_column",
-    "features",
-    "pairs",
-    "most_real",
-)
+    "split", "held_out_split", "real_split", "group", "image_column", "text_column", "features", "pairs", "most_real",
+)  # fmt: skip
+
+
+def without_drawing(f: flags.FlagValues) -> tuple[str, ...]:
+    """Flags that say nothing where no image is drawn; the model may still be the encoder."""
+    return DRAWING if f.encoder is None else (*DRAWING, "model")
 
 
 def define() -> flags.FlagValues:
@@ -54,7 +52,7 @@ def define() -> flags.FlagValues:
     text("spacing", None, "Spacing of the steps; default: what the config says.")
     whole("height", None, "Pixels; default: the model's own.")
     whole("width", None, "Pixels; default: the model's own.")
-    whole("batch_size", None, "Images drawn at once; default: 4 a device.")
+    whole("batch_size", None, "Images drawn at once; default: batches of equal size, at most 4 images a device.")
 
     text("images", None, "A folder of images to measure in place of drawing: with a metadata.jsonl, in the order of "
          "--prompts, or drawn by sample.py.")  # fmt: skip
@@ -65,7 +63,7 @@ def define() -> flags.FlagValues:
 
     text("data", None, "Captioned images that the model was trained on, of any kind that train.py reads.")
     text("split", "train", "Their split.")
-    text("held_out_split", None, "A split that the model was not trained on: what is usual of real images.")
+    text("held_out_split", None, "A split that the model was not trained on, for the same measures of real images.")
     text("real_split", None, "The split that distances between sets and variety compare with; default: --split.")
     text(
         "group",
@@ -79,9 +77,9 @@ def define() -> flags.FlagValues:
         None,
         "Folder where features of the data are kept for the next report; default: in your cache folder.",
     )
-    whole("pairs", 96, "Drawn images shown beside the nearest training image, the nearest first.", 0)
+    whole("pairs", 96, "Drawn images shown beside their nearest training images, the nearest first.", 0)
     whole("most_real", 10_000, "Real images, chosen at random, where all would take too long: held-out ones, and "
-          "those of the kernel distance.", 24)  # fmt: skip
+          "those of the kernel distance.", LEAST)  # fmt: skip
 
     text(
         "output", "report", "Folder of the report: report.md, report.json, images.jsonl, sheets, and the images drawn."
@@ -110,10 +108,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UsageError(
             "--prompts is missing: give a file with a prompt a line, or --images, a folder of images to measure."
         )
-    if f.images is not None:
-        drawing = [*DRAWING, *(["model"] if f.encoder is not None else [])]
-        if given := [name for name in drawing if f[name].present]:
-            raise UsageError(f"--{given[0]} is for drawing, and with --images nothing is drawn: leave one of them out.")
+    if f.images is not None and (given := [name for name in without_drawing(f) if f[name].present]):
+        raise UsageError(f"--{given[0]} is for drawing, and with --images nothing is drawn: leave one of them out.")
     if f.data is None and (given := [name for name in OF_DATA if f[name].present]):
         raise UsageError(f"--{given[0]} goes with --data: give that too, or leave --{given[0]} out.")
     if f.held_out_split is not None and f.held_out_split == f.split:

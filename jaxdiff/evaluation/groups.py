@@ -13,11 +13,14 @@ MOST_GROUPS, MOST_MEMBERS = 1000, 50  # drawn at random where there are more
 
 
 def labels(captions: tuple[str, ...], extras: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
-    """What a row is grouped by: each of its captions, whatever its case and white space, or its value of a column."""
+    """What a row is grouped by: each of its captions, whatever its case and white space, or its value of a column.
+
+    Empty ones say nothing, and group nothing.
+    """
     if column is None:
-        return tuple({" ".join(c.lower().split()) for c in captions})
+        return tuple({" ".join(c.lower().split()) for c in captions} - {""})
     value = extras.get(column)
-    return () if value is None else (str(value),)
+    return () if value in (None, "") else (str(value),)
 
 
 def has_column(source: Source, column: str) -> bool:
@@ -33,7 +36,9 @@ def has_column(source: Source, column: str) -> bool:
 
 
 def real_groups(source: Source, index: np.ndarray, column: str | None = None, seed: int = 0) -> list[np.ndarray]:
-    """Groups of two rows at least, at most MOST_GROUPS of MOST_MEMBERS each.
+    """Groups of at least two rows, at most MOST_GROUPS of MOST_MEMBERS each.
+
+    An image that a captioned folder repeats counts once.
 
     Args:
         source: what the rows are of; only captions and metadata are read.
@@ -43,9 +48,12 @@ def real_groups(source: Source, index: np.ndarray, column: str | None = None, se
     Returns:
         For each group int [n], places in `index`.
     """
-    keys, places = array("Q"), array("q")
+    keys, places, last = array("Q"), array("q"), ""
     for place, record in enumerate(index.tolist()):
-        _, _, captions, extras = source.read(record, image=False)
+        name, _, captions, extras = source.read(record, image=False)
+        if name == last:  # repeats stand side by side
+            continue
+        last = name
         for label in labels(captions, extras, column):
             keys.append(
                 int.from_bytes(hashlib.blake2b(label.encode("utf-8", "replace"), digest_size=8).digest(), "little")

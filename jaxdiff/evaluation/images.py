@@ -1,6 +1,8 @@
 """The images that are measured: drawn here into a folder, or found in one."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -10,15 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxdiff
+from jaxdiff.commands.flags import SEEDS
 from jaxdiff.config import ConfigError
 from jaxdiff.data.folder import METADATA, examples, pictures
 from jaxdiff.data.source import Record
-from jaxdiff.io.images import ImageError, read_metadata, write_png
+from jaxdiff.io.images import read_metadata, write_png
 from jaxdiff.models.model import Model
 from jaxdiff.prompts import PromptLine, parse_emphasis
 from jaxdiff.typing import Params
-
-SEEDS = 2**32
 
 
 class Wanted(NamedTuple):
@@ -49,8 +50,7 @@ class Images:
 
 
 def wanted(lines: Sequence[PromptLine], num_images: int, seed: int, negative_prompt: str | None = None) -> list[Wanted]:
-    """The images of each prompt in order; seeds count up over all, but for a line that has its own, as sample.py counts
-    them.
+    """The images of each prompt in order. As in sample.py, seeds count up over all images, or from that of a line.
 
     >>> [w.seed for w in wanted([PromptLine("a"), PromptLine("b", seed=7)], 2, 3)]
     [3, 4, 7, 8]
@@ -70,7 +70,7 @@ def plain(prompt: str) -> str:
     >>> plain("a (red:1.3) castle")
     'a red castle'
     """
-    return " ".join(" ".join(p.text or " " for p in [*parse_emphasis(prompt)]).split())
+    return " ".join(" ".join(p.text or " " for p in parse_emphasis(prompt)).split())
 
 
 def draw(
@@ -83,8 +83,9 @@ def draw(
     progress: Callable[[int], None] = lambda count: None,
     **options: Any,
 ) -> Images:
-    """Draw images into a folder, 000000.png, 000001.png, …, and name them in its metadata.jsonl; those that are there
-    already stay.
+    """Draw images into a folder, 000000.png, 000001.png, …, and list them in its metadata.jsonl.
+
+    Images that are there already stay.
 
     Args:
         batch_size: drawn at once; the last batch is filled up, so that one compiled program draws all.
@@ -125,7 +126,7 @@ def find_images(folder: Path, lines: Sequence[PromptLine] | None) -> Images:
     Args:
         folder: with a metadata.jsonl that names each image and its text, as in training; or of image files alone.
         lines: the prompts of the image files in the order of their names: one each, or each that of equally many in a
-            row. None, of a folder without metadata, takes the prompts that sample.py writes into its PNG files.
+            row. None takes the prompts that sample.py wrote into the PNG files.
 
     Raises:
         ConfigError: the folder is missing or empty; its images have no prompts, or two; or their number does not fit.
@@ -136,7 +137,7 @@ def find_images(folder: Path, lines: Sequence[PromptLine] | None) -> Images:
     if (folder / METADATA).is_file():
         if lines is not None:
             raise ConfigError(f"--prompts: the images of {folder} have theirs in its {METADATA}: leave --prompts out.")
-        found = examples(folder)
+        found = [next(same) for _, same in itertools.groupby(examples(folder, "."), id)]  # repeats count once
         seeds = tuple(s if isinstance(s := e.extras.get("seed"), int) else None for e in found)
         return Images(str(folder), tuple(e.path for e in found), tuple(e.captions[0] for e in found), seeds)
     paths = pictures(folder)
@@ -151,17 +152,17 @@ def find_images(folder: Path, lines: Sequence[PromptLine] | None) -> Images:
             f"--images {folder} holds {len(paths)} images, and --prompts {len(lines)} prompts: give as many "
             "of each, or a multiple."
         )
-    return Images(str(folder), names, tuple(line.prompt for line in lines for _ in range(each)), (None,) * len(paths))
+    prompts = tuple(line.prompt for line in lines for _ in range(each))
+    own = (None if line.seed is None else (line.seed + k) % SEEDS for line in lines for k in range(each))
+    return Images(str(folder), names, prompts, tuple(own))
 
 
 def _drawn_from(path: Path) -> str:
     """The prompt that sample.py wrote into a PNG file."""
-    try:
+    with contextlib.suppress(Exception):  # a damaged file makes Pillow raise almost anything
         values = read_metadata(path)
         if isinstance(values, dict) and isinstance(values.get("prompt"), str):
             return values["prompt"]
-    except ImageError:
-        pass
     raise ConfigError(
         f"--images: {path} has no prompt: give --prompts, or a {METADATA} that names each image and its text."
     )

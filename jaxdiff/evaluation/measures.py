@@ -1,24 +1,18 @@
 """All that is measured of a set of images, as rows of a table; `jaxdiff.evaluation.command` prints and writes them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxdiff.evaluation.agreement import clip_scores, prompt_ranks
-from jaxdiff.evaluation.distances import (
-    CMMD_SCALE,
-    block_moments,
-    frechet_estimates,
-    kernel_estimate,
-    unit,
-)
+from jaxdiff.evaluation.distances import CMMD_SCALE, block_moments, frechet_estimates, kernel_estimate, unit
 from jaxdiff.evaluation.estimates import BLOCKS, Estimate, blocks, mean_estimate, median_estimate
 from jaxdiff.evaluation.features import Features, pixel_values
 from jaxdiff.evaluation.originality import NEAR, distance_ratios, nearest
 from jaxdiff.evaluation.spread import variety
 
-LEAST = 2 * BLOCKS  # images that a distance between sets needs: two a block
+LEAST = 2 * BLOCKS  # images of each set that a distance between sets needs: two a block
 
 
 class Measured(NamedTuple):
@@ -59,20 +53,14 @@ def agreement(drawn: Measured, held_out: Measured | None) -> tuple[list[Row], li
     real = None
     if held_out is not None:
         real = mean_estimate(clip_scores(held_out.features, held_out.texts[held_out.own]), held_out.own)
-    rows = [
-        Row(
-            "agreement",
-            "clip_score",
-            mean_estimate(scores, drawn.own),
-            real,
-            "cosine of image and own prompt, mean; higher is better",
-        )
-    ]
+    meaning = "cosine of image and own prompt, mean; higher is better"
+    rows, notes = [Row("agreement", "clip_score", mean_estimate(scores, drawn.own), real, meaning)], []
     count = len(drawn.texts)
-    notes = [f"{drawn.cut} of the {count} prompts are longer than the encoder reads: their ends do not count."]
-    notes = notes if drawn.cut else []
+    if drawn.cut:
+        notes.append(f"{drawn.cut} of the {count} prompts are longer than the encoder reads: their ends do not count.")
     if count < 2:
-        return rows, [*notes, "All images have one prompt, so that there is none to rank it among."], scores, ranks
+        notes.append("All images have the same prompt, so there is no other to rank it against.")
+        return rows, notes, scores, ranks
     chance = np.mean(1 / np.arange(1, count + 1))
     rows += [
         Row("agreement", "rank_1", mean_estimate(ranks == 1, drawn.own), None,
@@ -103,7 +91,7 @@ def distances(drawn: Measured, real: Features, held_out: Measured | None, most: 
         most: real images that the kernel distance compares with, at random; the Fréchet distance takes all.
     """
     if min(len(drawn.features), len(real)) < LEAST:
-        return [], [f"Distances between sets need {LEAST} images of each at least, better thousands: left out."]
+        return [], [f"Distances between sets need at least {LEAST} images of each, better thousands: left out."]
     numbers = blocks(np.arange(len(real)))
     moments, rows = block_moments(numbered(real, numbers), BLOCKS), sample_of(len(real), most)
     some = unit(real.take("features", rows))
@@ -118,7 +106,7 @@ def distances(drawn: Measured, real: Features, held_out: Measured | None, most: 
     others = {} if held_out is None or len(held_out.features) < LEAST else measured(held_out)
     meanings = {
         "frechet": f"Fréchet distance to {len(real)} real images; too large where images are few",
-        "frechet_limit": "the same for endlessly many images, by extrapolation (Chong & Forsyth 2020); lower is better",
+        "frechet_limit": "the same for infinitely many images, extrapolated (Chong & Forsyth 2020); lower is better",
         "kernel": f"{CMMD_SCALE:g} MMD² to {len(rows)} real images, unbiased (Jayasumana et al. 2024); lower is better",
     }
     found = [
@@ -145,34 +133,20 @@ def varieties(
     """
     found = variety(unit(drawn.features), drawn.own)
     if found is None:
-        return [], ["Variety needs two images of a prompt at least: raise --num_images."]
+        return [], ["Variety needs at least two images of a prompt: raise --num_images."]
     meaning = f"mean distance between two images of a prompt, over {found.groups} prompts; in [0, 2]"
     if real is None or not groups:
-        note = (
-            []
-            if real is None
-            else [
-                f"No two real images share a {kind}, so that there is no variety to compare with: name another --group."
-            ]
-        )
-        return [Row("variety", "distance", found.estimate, None, meaning)], note
+        missing = f"No two real images share a {kind}, so there is no variety to compare with: name another --group."
+        return [Row("variety", "distance", found.estimate, None, meaning)], [] if real is None else [missing]
     members = np.concatenate(groups)
     numbers = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
     other = variety(unit(real.take("features", members)), numbers)
     assert other is not None
-    rows = [
-        Row(
-            "variety",
-            "distance",
-            found.estimate,
-            other.estimate,
-            f"{meaning}; real: two images of a {kind}, over {other.groups}",
-        )
-    ]
-    (a, b) = found.estimate, other.estimate
+    a, b = found.estimate, other.estimate
+    rows = [Row("variety", "distance", a, b, f"{meaning}; real: two images of a {kind}, over {other.groups}")]
     if b.value > 0:
         ratio = a.value / b.value
-        errors = [(a.error or 0.0) / b.value, (b.error or 0.0) * ratio / b.value]
+        errors = [(a.error or 0.0) / b.value, ratio * (b.error or 0.0) / b.value]
         error = None if a.error is None else float(np.linalg.norm(errors))
         rows.append(
             Row("variety", "ratio", Estimate(ratio, error, a.images), None, "of the two; 1 is as varied as real images")
@@ -180,29 +154,47 @@ def varieties(
     return rows, []
 
 
-def find_nearest(images: Measured, train: Features, typical: np.ndarray | None = None) -> Nearest:
-    """The nearest training images. With `typical` distances [2, M] of held-out images, also the ratios."""
-    features = nearest(unit(images.features), (unit(chunk) for chunk in train.chunks("features")))
-    pixels = nearest(pixel_values(images.pixels), map(pixel_values, train.chunks("pixels")))
+def find_nearest(
+    images: Measured,
+    train: Features,
+    typical: np.ndarray | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Nearest:
+    """The nearest training images. With `typical` distances [2, M] of held-out images, also the ratios.
+
+    Args:
+        progress: is told of so many more training images that were compared, twice of each.
+    """
+
+    def chunks(name: str, values: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
+        for chunk in train.chunks(name):
+            yield values(chunk)
+            progress(len(chunk))
+
+    features = nearest(unit(images.features), chunks("features", unit))
+    pixels = nearest(pixel_values(images.pixels), chunks("pixels", pixel_values))
     apart, rows = (np.stack(pair) for pair in zip(features, pixels, strict=True))
     ratios = None if typical is None else np.stack([distance_ratios(a, t) for a, t in zip(apart, typical, strict=True)])
     return Nearest(apart, rows, ratios)
 
 
-def originality(drawn: Measured, train: Features, held_out: Measured | None) -> tuple[list[Row], list[str], Nearest]:
-    """Rows and notes, and each image's nearest training images."""
-    others = None if held_out is None else find_nearest(held_out, train)
+def originality(
+    drawn: Measured, train: Features, held_out: Measured | None, progress: Callable[[int], None] = lambda n: None
+) -> tuple[list[Row], list[str], Nearest]:
+    """Rows and notes, and each image's nearest training images; `progress` as of `find_nearest`, for each set."""
+    others = None if held_out is None else find_nearest(held_out, train, progress=progress)
     known = others is not None and float(np.median(others.distances, 1).min()) > 0
     if held_out is None or others is None or not known:
-        found = find_nearest(drawn, train)
+        found = find_nearest(drawn, train, progress=progress)
         far = "distance to the nearest training image, median"
         medians = [median_estimate(apart, drawn.own) for apart in found.distances]
         rows = [Row("originality", f"{k}_distance", m, None, far) for k, m in zip(KINDS, medians, strict=True)]
-        copies = "Half of the held-out images are training images, and say nothing of what is usual: hold out others."
-        missing = "Near copies are told by what is usual of new real images: give --held_out_split."
-        return rows, [missing if held_out is None else copies], found
+        note = "Near copies are told by how near new real images come: give --held_out_split."
+        if held_out is not None:
+            note = "Half of the held-out images are training images, so nothing tells near copies: hold out others."
+        return rows, [note], found
     usual = others.distances
-    found = find_nearest(drawn, train, usual)
+    found = find_nearest(drawn, train, usual, progress)
     others = others._replace(ratios=np.stack([distance_ratios(a, a) for a in usual]))
     assert found.ratios is not None
     assert others.ratios is not None

@@ -1,5 +1,6 @@
 """The folder of a report: begun under another name, filled, and renamed when it is whole."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,13 +15,14 @@ from jaxdiff.commands.outputs import check_folder, make_folder
 from jaxdiff.data.source import Source
 from jaxdiff.evaluation import measures, report, sheets
 from jaxdiff.evaluation.features import Features, read_rgb
-from jaxdiff.evaluation.flags import DRAWING
+from jaxdiff.evaluation.flags import OF_DATA, without_drawing
 from jaxdiff.evaluation.images import Images
 from jaxdiff.evaluation.measures import Nearest
 from jaxdiff.io.images import write_png
 from jaxdiff.version import __version__
 
 SETTINGS = "settings.json"  # of a report that is not finished
+PATHS = ("images", "data", "features", "model", "encoder", "prompts")  # flags whose files must not lie in the report
 
 
 class Found(NamedTuple):
@@ -34,6 +36,23 @@ class Found(NamedTuple):
     train: Features | None
 
 
+def unfinished(output: Path) -> Path:
+    """The folder in which a report is made."""
+    return output.with_name(f".{output.name}.partial")
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what the file system raises into a Failure."""
+    try:
+        yield
+    except OSError as e:
+        raise Failure(
+            f"--output: {folder} cannot be written ({e.strerror or e}): make room there or choose another place; the "
+            "same command goes on where it was."
+        ) from None
+
+
 def check_output(f: flags.FlagValues) -> Path:
     """The folder of the report. Raises UsageError where something is there that is not to be replaced."""
     output = Path(f.output).absolute()
@@ -43,10 +62,13 @@ def check_output(f: flags.FlagValues) -> Path:
         raise UsageError(
             f"--output {f.output} exists and is no report, which --overwrite would replace: name another folder."
         )
-    if f.images is not None and output in (path := Path(f.images).absolute(), *path.parents):
-        raise UsageError(
-            f"--output {f.output} holds the --images, which --overwrite would delete: name another folder."
-        )
+    made = {output.resolve(), unfinished(output).resolve()}
+    for name in (name for name in PATHS if f[name].value is not None):
+        path = Path(str(f[name].value)).resolve()
+        if made & {path, *path.parents} and (path.exists() or name == "features"):
+            raise UsageError(
+                f"--{name} {f[name].value} lies where the report of --output {f.output} is made: name another --output."
+            )
     check_folder(output.parent)
     return output
 
@@ -56,12 +78,14 @@ def begin(work: Path, settings: Any) -> None:
     text = json.dumps(settings, sort_keys=True)
     try:
         same = (work / SETTINGS).read_text(encoding="utf-8") == text
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         same = False
-    if not same and work.exists():
-        shutil.rmtree(work)
-    make_folder(work)
-    (work / SETTINGS).write_text(text, encoding="utf-8")
+    with writing(work):
+        if not same and work.exists():
+            shutil.rmtree(work)
+        make_folder(work)
+        if not same:
+            (work / SETTINGS).write_text(text, encoding="utf-8")
 
 
 def line_of(i: int, images: Images, found: Found, source: Source | None) -> dict[str, Any]:
@@ -89,7 +113,7 @@ def line_of(i: int, images: Images, found: Found, source: Source | None) -> dict
 def pairs(images: Images, found: Found, source: Source, count: int) -> Iterator[list[sheets.Pair]]:
     """Drawn images beside their nearest training images, sheet by sheet, the nearest first.
 
-    Of the nearest by features and by pixels the one is shown whose ratio is smaller; without ratios that by features.
+    Of the nearest by features and by pixels the one with the smaller ratio is shown; without ratios, that by features.
     """
     near, train = found.nearest, found.train
     assert near is not None
@@ -123,37 +147,45 @@ def write(work: Path, images: Images, found: Found, source: Source | None, f: fl
     Args:
         source: the training images, where there are any.
     """
+    with writing(work):
+        for earlier in work.glob("pairs-*.png"):  # of a report that was killed
+            earlier.unlink()
     write_png(work / "images.png", sheets.image_sheet(image_rows(images)))
     if source is not None and found.nearest is not None:
         for number, page in enumerate(pairs(images, found, source, f.pairs)):
             write_png(work / f"pairs-{number:02d}.png", sheets.pair_sheet(page))
-    lines = (json.dumps(line_of(i, images, found, source)) + "\n" for i in range(len(images)))
-    (work / "images.jsonl").write_text("".join(lines), encoding="utf-8")
+    lines = "".join(json.dumps(line_of(i, images, found, source)) + "\n" for i in range(len(images)))
     values = report.as_json(found.rows, found.notes, settings(f))
-    (work / "report.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (work / "report.md").write_text(text, encoding="utf-8")
-    (work / SETTINGS).unlink()
+    with writing(work):
+        (work / "images.jsonl").write_text(lines, encoding="utf-8")
+        (work / "report.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (work / "report.md").write_text(text, encoding="utf-8")
 
 
 def settings(f: flags.FlagValues) -> dict[str, Any]:
     """The flags that say what was measured."""
-    hidden = ("verbose", "help", "overwrite", "cache_dir", "output", "features", "threads")
-    skipped = (*DRAWING, "model") if f.images is not None else ()
-    values = {name: value for name, value in f.flag_values_dict().items() if name not in (*hidden, *skipped)}
-    return {
-        "jaxdiff": __version__,
-        **{name: value for name, value in sorted(values.items()) if value not in (None, "")},
-    }
+    hidden: tuple[str, ...] = ("verbose", "help", "h", "overwrite", "cache_dir", "output", "features", "threads")
+    hidden += (() if f.images is None else without_drawing(f)) + (OF_DATA if f.data is None else ())
+    values = {name: value for name, value in sorted(f.flag_values_dict().items()) if name not in hidden}
+    return {"jaxdiff": __version__, **{name: value for name, value in values.items() if value not in (None, "")}}
 
 
 def publish(work: Path, output: Path, overwrite: bool) -> None:
-    """Give the finished report its name."""
+    """Give the finished report its name; an earlier one stays until then."""
     old = output.with_name(f".{output.name}.old")
     try:
         if overwrite and output.exists():
             shutil.rmtree(old, ignore_errors=True)
             output.rename(old)
-        work.rename(output)
+        try:
+            work.rename(output)
+        except OSError:
+            if old.exists():
+                old.rename(output)
+            raise
     except OSError as e:
-        raise Failure(f"--output {output} cannot be written ({e.strerror or e}): the report is in {work}.") from None
+        raise Failure(
+            f"--output {output} cannot be written ({e.strerror or e}): the report is in {work}; move it."
+        ) from None
+    (output / SETTINGS).unlink(missing_ok=True)  # only now, so that whatever fails before goes on where it was
     shutil.rmtree(old, ignore_errors=True)

@@ -37,7 +37,8 @@ def table(rows: Sequence[Row], notes: Sequence[str], heading: Sequence[str]) -> 
             lines.append("|" + "---|" * len(row))
     lines += ["", "Value ± standard error."]
     lines += [line for note in notes for line in ("", note)]
-    return "\n".join(lines) + "\n"
+    # Lone surrogates (undecodable bytes of a command line) fit no UTF-8.
+    return ("\n".join(lines) + "\n").encode("utf-8", "replace").decode()
 
 
 def as_json(rows: Sequence[Row], notes: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """What a run starts from: a model of given sizes, some of whose parts come from folders of earlier stages."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
 from jaxdiff.data.captioned import open_source
 from jaxdiff.data.filters import scan
 from jaxdiff.data.source import Source
-from jaxdiff.io.pretrained import CONFIGS, find, find_weights, load, load_model, replace_config
+from jaxdiff.io.configs import read_config
+from jaxdiff.io.pretrained import CONFIGS, VAES, find, find_weights, load, load_model, replace_config
 from jaxdiff.io.weights import load_tensors
-from jaxdiff.models.model import Model, build, encode, init_params, param_shapes
+from jaxdiff.models.model import Model, autoencoder, build, encode, init_params, param_shapes
 from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Key, Params
@@ -33,16 +35,19 @@ def starting_model(
     *,
     dtype: Any = "float32",
     remat: bool | str = False,
+    check: Callable[[Model], None] | None = None,
 ) -> tuple[Model, Params]:
     """The model that training starts from.
 
     Args:
         sizes: the config of each fresh part ("text_encoder", "unet", "vae", "vision_encoder") and of the "scheduler".
         init_from: diffusers folders, or names of bundled models, by the part that is taken from them, config and
-            weights; "model" stands for all parts that the folder has, and without others beside it may be of any family
-            or a single file. The tokenizer comes with the text encoder, the scheduler with "model" alone.
+            weights; for "vae" also the folder of an autoencoder alone. "model" stands for all parts that the folder
+            has, and without others beside it may be of any family or a single file. The tokenizer comes with the text
+            encoder, the scheduler with "model" alone.
         make_tokenizer: makes one where the text encoder is fresh.
         key: of the fresh parameters.
+        check: is called with the model before any weights are read (of a single file, after), to refuse it.
 
     Returns:
         The model and its float32 parameters as numpy arrays, which take no memory of a device.
@@ -51,12 +56,13 @@ def starting_model(
         ConfigError, WeightsError: one sentence naming the entry or file.
     """
     if [name for name, folder in init_from.items() if folder] == ["model"]:
-        return _whole(init_from["model"], dtype, remat)
+        return _whole(init_from["model"], dtype, remat, check)
     model, given = _described(sizes, init_from, make_tokenizer, dtype, remat)
+    if check is not None:
+        check(model)
     shapes = param_shapes(model)
     read = {
-        name: load_tensors(find_weights(folder / name, name), shapes[name], jnp.float32)
-        for name, (folder, _) in given.items()
+        name: load_tensors(find_weights(folder, name), shapes[name], jnp.float32) for name, (folder, _) in given.items()
     }
     return model, {**_fresh(model, set(shapes) - set(given), key), **jax.device_get(read)}
 
@@ -75,13 +81,13 @@ def described_model(
     return _rebuilt(_open("model", init_from["model"])[1], dtype, remat)
 
 
-def _described(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, dict[str, tuple[Path, Model]]]:
-    """The model, and the folder and model that each part comes from which is not fresh."""
+def _described(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, dict[str, tuple[Path, Any]]]:
+    """The model, and of each part that is not fresh its own folder and the model or single network that it is of."""
     given = {name: _open(name, folder) for name, folder in init_from.items() if folder}
     scheduler = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", **sizes.get("scheduler", {})})
     if "model" in given:
         folder, whole = given.pop("model")
-        given = {**dict.fromkeys(whole.modules, (folder, whole)), **given}
+        given = {**{name: (folder / name, whole) for name in whole.modules}, **given}
         scheduler = whole.scheduler
     configs: dict[str, Any] = {name: CONFIGS[name].from_dict(dict(sizes[name])) for name in PARTS if name in sizes}
     configs.update({name: source.modules[name].config for name, (_, source) in given.items()})
@@ -98,22 +104,29 @@ def _described(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, d
     return build(text, unet, vae, tokenizer, scheduler, vision, dtype=dtype, remat=remat), given
 
 
-def _whole(path: str, dtype: Any, remat: bool | str) -> tuple[Model, Params]:
+def _whole(path: str, dtype: Any, remat: bool | str, check: Callable[[Model], None] | None) -> tuple[Model, Params]:
     """A model of any family as it is, with float32 parameters, that computes in `dtype`."""
     try:
         found = find(path)
     except ConfigError as e:
         raise ConfigError(f"init_from.model: {e}") from None
+    if check is not None and found.is_dir():
+        check(load_model(found))
     m, params = load(found)
+    if check is not None and not found.is_dir():  # whose tensors tell the configs
+        check(m)
     return _rebuilt(m, dtype, remat), jax.device_get(params)
 
 
 def _rebuilt(m: Model, dtype: Any, remat: bool | str) -> Model:
+    """The same model, ControlNets and all, that computes in `dtype`."""
     text = m.text_encoder.config if m.text_encoder else None
     text_2 = m.text_encoder_2.config if m.text_encoder_2 else None
     vision = m.vision_encoder.config if m.vision_encoder else None
     more: Any = {"text_2": text_2, "tokenizer_2": m.tokenizer_2, "options": m.options, "dtype": dtype, "remat": remat}
-    return build(text, m.unet.config, m.vae.config, m.tokenizer, m.scheduler, vision, **more)
+    made = build(text, m.unet.config, m.vae.config, m.tokenizer, m.scheduler, vision, **more)
+    nets = tuple(net.copy(dtype=made.unet.dtype, remat=remat) for net in m.controlnets)
+    return dataclasses.replace(made, controlnets=nets, tiny_vae=m.tiny_vae)
 
 
 def _fresh(model: Model, names: set[str], key: Key) -> Params:
@@ -127,8 +140,14 @@ def _fresh(model: Model, names: set[str], key: Key) -> Params:
     return jax.device_get(jax.jit(init, compiler_options=options)(key)) if names else {}
 
 
-def _open(name: str, folder: str) -> tuple[Path, Model]:
-    """The folder that an entry of init_from names, and its model."""
+class _Alone(NamedTuple):
+    """In the place of a model: one network, out of a folder of its own."""
+
+    modules: Mapping[str, Any]
+
+
+def _open(name: str, folder: str) -> tuple[Path, Any]:
+    """The folder of an entry of init_from, and its model: the part's own folder, or for "model" the whole one's."""
     if name != "model" and name not in PARTS:
         raise ConfigError(f"init_from.{name} is unknown; known are model, {', '.join(PARTS)}.")
     try:
@@ -140,10 +159,15 @@ def _open(name: str, folder: str) -> tuple[Path, Model]:
             f"init_from.{name}: {folder} is one file, which is opened as a whole: for --plan, or beside other parts, "
             "save it as a folder with jaxdiff.save."
         )
+    if name == "vae" and (path / "config.json").is_file():  # as diffusers' AutoencoderKL.save_pretrained writes it
+        config: Any = read_config(path / "config.json", *VAES)
+        return path, _Alone({name: autoencoder(config, jnp.float32)})
     model = load_model(path)
-    if name != "model" and name not in model.modules:
+    if name == "model":
+        return path, model
+    if name not in model.modules:
         raise ConfigError(f"init_from.{name}: the folder {folder} has no {name}.")
-    return path, model
+    return path / name, model
 
 
 def _fit_tokenizer(text: CLIPTextConfig, tokenizer: Tokenizer) -> CLIPTextConfig:
