@@ -24,7 +24,7 @@ from absl import flags
 import jaxdiff
 from jaxdiff.commands import errors
 from jaxdiff.commands.errors import Failure, UsageError
-from jaxdiff.commands.flags import parse
+from jaxdiff.commands.flags import check_model, parse, weighted
 from jaxdiff.commands.outputs import check_folder, make_folder, output_files
 from jaxdiff.commands.pictures import Picture, arguments, batch_size, columns, how_many, lines, plan
 from jaxdiff.io import images
@@ -40,6 +40,7 @@ def settle(f: flags.FlagValues, model: jaxdiff.Model, count: int) -> None:
     from jaxdiff.arguments import latent_shape, settle_strength, start_of
     from jaxdiff.diffusion.times import default_scheduler
 
+    check_model(f, model)
     try:
         f["scheduler"].value = f.scheduler or default_scheduler(model.scheduler)
         if f.guidance_scale is None:
@@ -104,15 +105,6 @@ def named(given: str) -> tuple[str, str | None]:
     """token=path as a path and a token; None where there is none. A path may have an = too."""
     token, equals, path = given.partition("=")
     return (path, token) if equals and "/" not in token and not Path(given).exists() else (given, None)
-
-
-def weighted(given: str) -> tuple[str, float]:
-    """path:0.8 as a path and a weight; 1 where there is none."""
-    path, _, number = given.rpartition(":")
-    try:
-        return (path, float(number)) if path else (given, 1.0)
-    except ValueError:
-        return given, 1.0
 
 
 def sources(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]:

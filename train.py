@@ -25,7 +25,7 @@ from configs.common import base
 from jaxdiff.commands import errors
 from jaxdiff.commands.errors import UsageError
 from jaxdiff.commands.outputs import make_folder
-from jaxdiff.commands.train_flags import STAGES, parse
+from jaxdiff.commands.train_flags import STAGES, check_sizes, parse
 
 __all__ = ["STAGES", "main"]
 
@@ -57,6 +57,7 @@ class Run:
         self.model, self.params = setup.starting_model(
             config.model.to_dict(), config.init_from.to_dict(), self.make_tokenizer,
             jax.random.key(config.seed), dtype=config.dtype, remat=config.remat or False,
+            check=lambda model: check_sizes(config, model),
         )  # fmt: skip
         self.image_size = data.image_size or self.model.unet.config.side * self.model.vae.config.factor
         self.buckets: Any = None
@@ -107,8 +108,10 @@ class Run:
         return captioned_data(**(arguments | changes))
 
     def held_out(self) -> list[Mapping[str, Any]]:
-        """Pictures set aside, the same on every host and each time."""
+        """Pictures set aside, the same on every host and each time; none where config.eval.pictures is 0."""
         d = self.config.data
+        if not self.config.eval.pictures:
+            return []
         split = {"source": self.pictures(d.eval_split)} if d.eval_split else {}
         left, found = self.config.eval.pictures, list[Mapping[str, Any]]()
         sizes = {"batch_size": min(left, self.at_once), "epochs": 1, "drop_remainder": False, "workers": 0}
@@ -154,14 +157,14 @@ class Run:
         self.export(f"export-ema-{sigma:g}", reconstructed(self.workdir / "ema", sigma, params))
 
     def export(self, name: str, params: Any) -> None:
-        from jaxdiff.io.pretrained import save
+        from jaxdiff.io.pretrained import parts, save
 
         model = self.scaled(params) if self.config.stage == "vae" else self.model
         if self.host["host_index"] == 0:
             if self.target:
                 self.target.export(self.workdir / name, params)
             else:
-                save(self.workdir / name, model, {part: params[part] for part in model.modules})
+                save(self.workdir / name, model, parts(model, params))
             logging.info("What was trained is in %s.", self.workdir / name)
 
     def scaled(self, params: Any):
@@ -179,9 +182,10 @@ class Run:
             raise UsageError(
                 "config.model.vision_encoder is missing: the clip stage trains one beside the text encoder."
             )
-        stage = clip_stage(self.model)
-        evaluate = retrieval(self.model, [stage.prepare(b) for b in self.held_out()])
-        return stage, clip_params(self.params), self.batches(), lambda step, params: evaluate(params)
+        stage, held_out = clip_stage(self.model), self.held_out()
+        evaluate = retrieval(self.model, [stage.prepare(b) for b in held_out]) if held_out else None
+        on_eval = evaluate and (lambda step, params: evaluate(params))
+        return stage, clip_params(self.params), self.batches(), on_eval
 
     def _vae(self):
         import numpy as np
@@ -190,7 +194,10 @@ class Run:
         from jaxdiff.training.stages import vae_stage
 
         c = self.config
-        held_out = [b["image"] for b in self.held_out()]
+        stage = vae_stage(self.model, kl_weight=c.kl_weight, edge_weight=c.edge_weight)
+        batches, held_out = self.batches(crop=c.crop or None), [b["image"] for b in self.held_out()]
+        if not held_out:
+            return stage, self.params, batches, None
         images, evaluate = np.concatenate(held_out), reconstructions(self.model, held_out)
 
         def on_eval(step: int, params: Any) -> Mapping[str, float]:
@@ -199,8 +206,7 @@ class Run:
             self.write_sheet(step, pairs, 8, ["given", "reconstructed"] * (len(pairs) // 2))
             return values
 
-        stage = vae_stage(self.model, kl_weight=c.kl_weight, edge_weight=c.edge_weight)
-        return stage, self.params, self.batches(crop=c.crop or None), on_eval
+        return stage, self.params, batches, on_eval
 
     def _denoiser(self):
         from jaxdiff.training import targets

@@ -13,6 +13,8 @@ from jaxdiff.models.controlnet import check_fits
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
 
+NOISE_LEVEL = 20  # on the small picture of an upscaling model
+
 
 def as_whole(name: str, value: int, low: int, high: int | None = None) -> int:
     """A whole number from low to high."""
@@ -86,14 +88,17 @@ def as_numbers(
     name: str, value: float | Sequence[float], count: int, low: float = -np.inf, high: float = np.inf, dtype=np.float32
 ) -> np.ndarray:
     """A number for each picture, [B], from low to high: one serves all."""
-    numbers = np.asarray(value, dtype)
+    whole = np.issubdtype(dtype, np.integer)
+    numbers = np.asarray(value, np.float64 if whole else dtype)
     if numbers.shape not in ((), (count,)):
         raise ValueError(f"{name} has shape {list(numbers.shape)} for {count} prompts: give one, or one a prompt.")
     if not np.isfinite(numbers).all():
         raise ValueError(f"{name} {value} must be finite.")
     if not ((numbers >= low) & (numbers <= high)).all():
         raise ValueError(f"{name} {value} must be from {low} to {high}.")
-    return np.broadcast_to(numbers, (count,))
+    if whole and (numbers % 1).any():
+        raise ValueError(f"{name} {value} must be a whole number.")
+    return np.broadcast_to(numbers.astype(dtype), (count,))
 
 
 def as_images(name: str, image: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
@@ -154,6 +159,8 @@ class Start(NamedTuple):
 
 def settle_strength(model: Model, image: Any, mask: Any, strength: float | None) -> float | None:
     """How much of the image is redrawn; None without one, and where it is enlarged."""
+    if model.family == "upscaler" and strength is not None:
+        raise ValueError(f"strength {strength} is of images that are redrawn; this model enlarges them: leave it out.")
     if image is None or model.family == "upscaler":
         return None
     return (0.6 if mask is None else 1.0) if strength is None else strength
@@ -199,6 +206,8 @@ def as_noise(noise: Array, count: int, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.asarray(noise, np.float32)
     if noise.shape != (count, *shape):
         raise ValueError(f"noise has shape {list(noise.shape)}, but must have {[count, *shape]}.")
+    if not np.isfinite(noise).all():
+        raise ValueError("noise must be finite, and holds numbers that are not: draw it again.")
     return noise
 
 
@@ -229,6 +238,8 @@ def as_controls(
     scales = np.asarray(scale, np.float32)
     if scales.shape not in ((), (len(nets),)):
         raise ValueError(f"controlnet_scale {scale} must be one number, or one for each of {len(nets)} ControlNets.")
+    if not np.isfinite(scales).all():
+        raise ValueError(f"controlnet_scale {scale} must be finite.")
     each = np.repeat(np.broadcast_to(scales, (len(nets),))[:, None], count, 1)
     return tuple(as_images("control_images", image, count, size) for image in images), tuple(each)
 
@@ -238,6 +249,16 @@ def most_noise(model: Model) -> int:
     classes = model.unet.config.num_class_embeds
     assert classes is not None
     return min(model.options.max_noise_level, classes - 1)
+
+
+def as_noise_level(model: Model, value: int | Sequence[int] | None, count: int) -> np.ndarray | None:
+    """The noise on an upscaling model's small pictures, int32 [B]; None for other models."""
+    if model.family != "upscaler":
+        if value is not None:
+            raise ValueError("noise_level is for upscaling models, which this one is not: leave it out.")
+        return None
+    most = most_noise(model)
+    return as_numbers("noise_level", min(NOISE_LEVEL, most) if value is None else value, count, 0, most, np.int32)
 
 
 def check_task(model: Model, image: Array | None, mask: Array | None, hires: float | None, hires_upscale: str) -> None:

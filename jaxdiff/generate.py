@@ -19,12 +19,12 @@ from jaxdiff.arguments import (
     as_interval,
     as_mask,
     as_noise,
+    as_noise_level,
     as_numbers,
     as_prompts,
     as_whole,
     check_task,
     latent_shape,
-    most_noise,
     settle_size,
     small_shape,
     start_of,
@@ -262,7 +262,7 @@ def generate(
     image: Array | None = None,
     strength: float | None = None,
     mask: Array | None = None,
-    noise_level: int | Sequence[int] = 20,
+    noise_level: int | Sequence[int] | None = None,
     control_images: Array | Sequence[Array] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
     hires: float | None = None,
@@ -310,7 +310,8 @@ def generate(
             `hires`) takes all its steps, over that part of the ones that it was distilled of.
         mask: [H, W] or [B, H, W] (bool, uint8, or float in [0, 1]): white is redrawn, and black kept but for what the
             autoencoder changes. Any model inpaints; those with 9 channels were taught to.
-        noise_level: of an upscaling model: noise on the small picture, in steps, up to the model's max_noise_level.
+        noise_level: of an upscaling model: noise on the small picture, in steps, up to the model's max_noise_level;
+            None is 20, or as much as there is.
         control_images: for each of the model's ControlNets the picture [H, W, 3] or pictures [B, H, W, 3] to follow.
         controlnet_scale: weight of the ControlNets, for all or one for each.
         hires: draw so many times smaller first, enlarge, and redraw the part `hires_strength` of the steps at full
@@ -370,9 +371,7 @@ def generate(
         keys=keys,
         image=None if image is None else as_images("image", image, count, shape[:2] if upscaling else size),
         mask=None if mask is None else as_mask(mask, count, size),
-        noise_level=as_numbers("noise_level", noise_level, count, 0, most_noise(model), np.int32)
-        if upscaling
-        else None,
+        noise_level=as_noise_level(model, noise_level, count),
         control_images=hints,
         controlnet_scale=weights,
         blend=as_numbers("blend", blend, count, 0.0, 1.0),

@@ -8,6 +8,7 @@ BREAK (a word, in capitals) starts the next chunk.
 """
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -183,10 +184,13 @@ Chunk = list[tuple[int, float]]  # ids of the text with their weights, without s
 
 
 def _chunks(tokenizer: Tokenizer, prompt: str, emphasis: bool, limit: int) -> list[Chunk]:
-    """One prompt's chunks, `limit` at most, cut after a comma where one is near."""
+    """One prompt's chunks, `limit` at most, cut after a comma where one is near.
+
+    A learned word of several vectors stays whole, as in the web UI: where it no longer fits, the next chunk begins.
+    """
     size = tokenizer.max_length - 2
     pieces = parse_emphasis(prompt) if emphasis else [Piece(prompt)]
-    encoded = iter(tokenizer.encode([p.text for p in pieces if p.text is not None]))
+    encoded = iter(tokenizer.encode_words([p.text for p in pieces if p.text is not None]))
     (comma,) = tokenizer.encode([","])
     done: list[Chunk] = []
     chunk: Chunk = []
@@ -195,19 +199,27 @@ def _chunks(tokenizer: Tokenizer, prompt: str, emphasis: bool, limit: int) -> li
             done.append(chunk)
             chunk = []
             continue
-        for token in next(encoded):
+        for word in itertools.chain.from_iterable(map(_fitting, next(encoded), itertools.repeat(size))):
             if len(chunk) == size:
-                hard = [token] == comma or len(done) == limit - 1
+                hard = word == comma or len(done) == limit - 1
                 cut = size if hard else _cut(chunk, comma)
                 done.append(chunk[:cut])
                 chunk = chunk[cut:]
-            chunk.append((token, weight))
+            if len(chunk) + len(word) > size:
+                done.append(chunk)
+                chunk = []
+            chunk += [(token, weight) for token in word]
     if chunk or not done:
         done.append(chunk)
     if len(done) > limit:
         left = tokenizer.decode([token for chunk in done[limit:] for token, _ in chunk])
         _warn_cut(prompt, len(done), limit, left)
     return done[:limit]
+
+
+def _fitting(word: list[int], size: int) -> list[list[int]]:
+    """A token's vectors in one piece, or in several where there are more than a chunk holds."""
+    return [word[i : i + size] for i in range(0, len(word), size)]
 
 
 def _cut(chunk: Chunk, comma: list[int]) -> int:

@@ -182,6 +182,43 @@ def test_duplicates_are_dropped(tmp_path, caplog):
     assert "duplicates 2" in caplog.text
 
 
+def saved(folder, images):
+    """A captioned folder of these images; None stands for a file that cannot be read."""
+    for i, image in enumerate(images):
+        (folder / f"{i}.png").write_bytes(b"no image") if image is None else image.save(folder / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"{i}"}) for i in range(len(images))]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return open_source(folder)
+
+
+def test_plain_images_are_near_duplicates_and_unreadable_ones_are_not(tmp_path):
+    """Their hash is 0, which once meant that a file could not be read."""
+    darker = Image.fromarray(np.tile(np.arange(90, 0, -1, dtype=np.uint8), (80, 1)))
+    plain = Image.new("RGB", (32, 32), (200, 30, 30))
+    source = saved(tmp_path, [plain, None, plain.resize((64, 64)), photo(1), None, darker, darker.resize((45, 40))])
+    found = scan(source, hashes="near")
+    assert found["hash"][[0, 5]].tolist() == [0, 0]
+    assert found["hashed"].tolist() == [i not in (1, 4) for i in range(7)]
+    assert kept(select(source, {"duplicates": "near"})) == [0, 1, 3, 4]
+    assert scan(source, hashes="exact")["hashed"].all()  # their bytes can be
+
+
+@pytest.mark.parametrize("colour", ["white", "black", "#7f7f7f", "#ff8000"])
+def test_transparent_drawings_are_told_by_what_shows(colour):
+    """Two drawings of one colour differ; one drawing with any colours under its transparent pixels is the same."""
+    shapes = np.asarray([[np.asarray(photo(i).convert("L")) > 128] for i in range(2)])[:, 0]
+    first, second = (Image.new("RGB", (96, 96), colour) for _ in range(2))
+    for image, shape in zip((first, second), shapes, strict=True):
+        image.putalpha(Image.fromarray(np.uint8(255 * shape)))
+    assert (dhash(first) ^ dhash(second)).bit_count() >= 12
+    hidden = np.asarray(first).copy()
+    hidden[~shapes[0], :3] = np.random.default_rng(0).integers(0, 256, (int((~shapes[0]).sum()), 3))
+    assert dhash(Image.fromarray(hidden)) == dhash(first)
+    opaque = photo(3)
+    opaque.putalpha(255)
+    assert (dhash(opaque) ^ dhash(photo(3))).bit_count() <= 1  # but for rounding
+
+
 def test_a_scan_is_kept_and_divided(tmp_path, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 

@@ -215,6 +215,42 @@ def test_a_phrase_that_just_fits_is_not_cut_for_the_comma_after_it(clip):
     assert [len(c) for c in chunks] == [75, 2]
 
 
+@pytest.mark.parametrize(
+    ("before", "sizes"),  # single tokens before a word of four vectors; tokens of each chunk
+    [(71, [75, 1]), (72, [72, 5]), (74, [74, 5]), (75, [75, 5]), (76, [75, 6])],
+)
+def test_a_word_of_several_vectors_stays_in_one_chunk(clip, before, sizes):
+    """As in the web UI: where it does not fit, the next chunk begins with it."""
+    own = clip.with_tokens(["<cat>", "<cat>_1", "<cat>_2", "<cat>_3"])
+    chunks = content(own, tokens(model(own), ["a " * before + "<cat> a"]))
+    assert [len(c) for c in chunks] == sizes
+    word = own.added_ids("<cat>")
+    assert len(word) == 4
+    assert sum(chunk[i : i + 4] == word for chunk in chunks for i in range(len(chunk))) == 1
+    weights = tokens(model(own), ["a " * before + "(<cat>:1.5) a"]).weights
+    assert (weights.reshape(-1, LENGTH) == 1.5).sum(1).max() == 4
+
+
+def test_a_comma_moves_a_phrase_with_its_word_of_several_vectors(clip):
+    own = clip.with_tokens(["<cat>", "<cat>_1", "<cat>_2", "<cat>_3"])
+    chunks = content(own, tokens(model(own), ["a " * 68 + ", <cat> a a a"]))
+    assert [len(c) for c in chunks] == [69, 7]
+    assert chunks[1][:4] == own.added_ids("<cat>")
+
+
+def test_a_word_of_more_vectors_than_a_chunk_holds_fills_several(clip):
+    own = clip.with_tokens(["<cat>", *(f"<cat>_{i}" for i in range(1, 80))])
+    chunks = content(own, tokens(model(own), ["a <cat> a"]))
+    assert [len(c) for c in chunks] == [1, 75, 6]
+    assert chunks[1] + chunks[2][:5] == own.added_ids("<cat>")
+
+
+def test_a_word_of_several_vectors_that_does_not_fit_the_last_chunk_is_left_out(clip):
+    own = clip.with_tokens(["<cat>", "<cat>_1"])
+    given = tokens(model(own), ["a " * 74 + "<cat>"], chunks=1)
+    assert content(own, given) == own.encode(["a " * 74])
+
+
 def test_break_starts_a_chunk(clip):
     chunks = content(clip, tokens(model(clip), ["red castle BREAK blue BREAK(green:1.2)"]))
     assert chunks == clip.encode(["red castle", "blue", "green"])

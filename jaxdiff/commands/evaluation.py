@@ -29,12 +29,13 @@ def evaluation(
         config: of train.py; without `data.eval_split` there is no loss, and without `eval.prompts` only what draws from
             more than a prompt has sheets.
         target: what is trained.
-        held_out: batches as they are read; so many pictures are denoised at a time.
+        held_out: batches as they are read, or none: then there is neither a loss nor a sheet of what draws from more
+            than a prompt. So many pictures are denoised at a time.
         write: None draws nothing, on all hosts but the first.
         at_once: prompts that each device draws at a time.
     """
     measure = None
-    if config.data.eval_split:
+    if config.data.eval_split and held_out:
         batches = [target.stage.prepare(batch) for batch in held_out]
         how = {"network": target.network, "whole": target.whole, "seed": config.eval.seed}
         measure = noise_levels(target.model, batches, **how)
@@ -75,6 +76,8 @@ def drawing(
     """
     prompts: list[str] = list(config.prompts)
     pictures: dict[str, np.ndarray] = {}
+    if target.given and not held_out:
+        return None
     if target.given:
         texts = [text for batch in held_out for text in batch["text"]]
         prompts = prompts or texts[:GIVEN]

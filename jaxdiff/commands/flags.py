@@ -50,7 +50,8 @@ def define() -> flags.FlagValues:
     text(
         "wildcards",
         None,
-        "Folder of text files: __colour__ in a prompt becomes a line of colour.txt, drawn by each picture's seed.",
+        "Folder of text files: __colour__ in a prompt becomes a line of colour.txt, drawn by each picture's seed. "
+        "{red|green} is expanded as by --matrix.",
     )
     switch("emphasis", "Read (word:1.3), [word] and BREAK in prompts as emphasis and chunks.", True)
     whole("clip_skip", 0, "Text encoder layers left out at the end.", 0)
@@ -143,6 +144,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         numeric = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, float)]
         if not all(map(math.isfinite, numeric)):
             raise UsageError(f"--{name} {value} must be finite.")
+    for given in f.lora:
+        weighted(given)
     f["guidance_interval"].value = numbers(f, "guidance_interval", 2, float)
     try:
         as_interval(f.guidance_interval)
@@ -151,6 +154,20 @@ def parse(argv: list[str]) -> flags.FlagValues:
     f["outpaint"].value = numbers(f, "outpaint", 4, int)
     check_tasks(f)
     return f
+
+
+def weighted(given: str) -> tuple[str, float]:
+    """path:0.8, as --lora has it, as a path and a weight; 1 where there is none. Raises UsageError."""
+    path, _, number = given.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        return given, 1.0
+    if not path:
+        return given, 1.0
+    if not math.isfinite(weight):
+        raise UsageError(f"--lora {given}: the weight {number} must be finite, such as {path}:0.8.")
+    return path, weight
 
 
 def numbers(f: flags.FlagValues, name: str, count: int, kind: type) -> tuple | None:
@@ -167,6 +184,18 @@ def numbers(f: flags.FlagValues, name: str, count: int, kind: type) -> tuple | N
             f"--{name} {','.join(given)} must be {count} numbers, none below 0, with commas between."
         ) from None
     return values
+
+
+def check_model(f: flags.FlagValues, model: Any) -> None:
+    """Raise UsageError for flags that mean nothing to this model."""
+    upscales, distilled = model.family == "upscaler", model.unet.config.time_cond_proj_dim is not None
+    if f["noise_level"].present and not upscales:
+        raise UsageError("--noise_level is for upscaling models, which this one is not: leave it out.")
+    if f["strength"].present and upscales:
+        raise UsageError("--strength is for images that are redrawn, and this model enlarges them: leave it out.")
+    for name in ("negative_prompt", "negative_prompt_2", "guidance_rescale", "guidance_interval"):
+        if distilled and f[name].present:
+            raise UsageError(f"--{name} is for guidance, which this model was distilled to do without: leave it out.")
 
 
 def check_tasks(f: flags.FlagValues) -> None:

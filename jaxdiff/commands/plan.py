@@ -68,6 +68,7 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     import jax
     import numpy as np
 
+    from jaxdiff.commands.train_flags import check_sizes
     from jaxdiff.io.pretrained import replace_config
     from jaxdiff.models.model import param_shapes
     from jaxdiff.tokenizer import train_bpe
@@ -80,6 +81,7 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
         config.model.to_dict(), config.init_from.to_dict(), lambda: train_bpe(["a"], 520, sizes.max_length),
         dtype=config.dtype, remat=config.remat,
     )  # fmt: skip
+    check_sizes(config, model)
     if not (config.init_from.model or config.init_from.text_encoder):
         model = replace_config(model, "text_encoder", vocab_size=sizes.vocab_size)
     side = config.data.image_size or model.unet.config.side * model.vae.config.factor

@@ -67,6 +67,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if stage not in STAGES:
         raise UsageError(f"config.stage {stage!r} must be one of {', '.join(STAGES)}.")
     check_read(f.config)
+    if f.config.eval.pictures < 0:
+        raise UsageError(f"config.eval.pictures {f.config.eval.pictures} must be 0, for none, or more.")
     if not f.config.data.path and not f.plan:
         raise UsageError("config.data.path is missing: name a captioned folder, --config.data.path=pictures/.")
     return f
@@ -83,6 +85,34 @@ def check_read(config: Any) -> None:
     read = {"vae": ("crop",), "clip": ()}.get(config.stage, ("cache_latents", "latents.path", "prior.path"))
     if unread := [f"config.{name}={value}" for name, value in given.items() if value and name not in read]:
         raise UsageError(f"{', '.join(unread)}: the stage {config.stage} does not read this; leave it out.")
+
+
+def check_sizes(config: Any, model: Any) -> None:
+    """Raise UsageError for images of a size that the autoencoder, or its loss at several scales, cannot take."""
+    from jaxdiff.training.losses import SCALES
+
+    if config.stage == "clip" or config.latents.path:  # any size will do, or was settled when they were written
+        return
+    factor, crop, buckets = model.vae.config.factor, config.crop, config.data.buckets
+    side = config.data.image_size or model.unet.config.side * factor
+    step = least = factor
+    reason = f"{factor}, the autoencoder's factor"
+    if config.stage == "vae":
+        step, least = max(factor, 2 ** (SCALES - 1)), max(factor, 2**SCALES)
+        reason = f"{step}, for the autoencoder's factor {factor} and the loss's {SCALES} scales"
+    whole = factor if crop or buckets else step  # what is evaluated is not cropped, and has no loss
+    if side < least or side % whole:
+        raise UsageError(
+            f"config.data.image_size {side} must be at least {least}, and a multiple of "
+            f"{reason if whole == step else factor}."
+        )
+    if crop and (crop % step or not least <= crop <= side):
+        raise UsageError(
+            f"config.crop {crop} must be from {least} to {side - side % step}, and a multiple of {reason}; or 0 for "
+            "whole images."
+        )
+    if buckets % step:
+        raise UsageError(f"config.data.buckets {buckets} must be a multiple of {reason}; or 0 for squares.")
 
 
 def config_error(error: Exception) -> str:

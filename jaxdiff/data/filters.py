@@ -39,7 +39,7 @@ COMPARE: Mapping[str, Callable[[np.ndarray, float], np.ndarray]] = {
     ">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less, "=": np.equal,
 }  # fmt: skip
 NAME_BYTES = 64  # of the value of a column that are kept, to order equally common ones by
-LAYOUT = 2  # of what a scan keeps on disk
+LAYOUT = 3  # of what a scan keeps on disk
 
 
 class Condition(NamedTuple):
@@ -73,7 +73,8 @@ def scan(
         anything; and "number:<name>" float64, nan for what is no number. Of the values themselves, which may be long,
         nothing is kept but:
       names: columns of which "name:<name>" holds the first NAME_BYTES of the JSON.
-      hashes: "exact" or "near" for "hash" uint64, of the file or of what it shows.
+      hashes: "exact" or "near" for "hash" uint64, of the file or of what it shows, and "hashed" bool: whether it could
+        be read. Only then does the hash mean something; any number may be one.
       cache: folder that keeps the result; hosts that share it divide the work.
 
     Returns:
@@ -106,7 +107,7 @@ def _look(
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"caption": np.int32(0), **_values({}, columns, names)}
     found |= {"width": np.int32(0), "height": np.int32(0)} if sizes else {}
-    found |= {"hash": np.uint64(0)} if hashes else {}
+    found |= {"hash": np.uint64(0), "hashed": np.bool_(False)} if hashes else {}
     try:
         record = source.read(index, image=bool(hashes))
         found["caption"] = np.int32(min(map(len, record.captions)))
@@ -119,7 +120,8 @@ def _look(
             if sizes and not known:
                 given = _size(data)
             if hashes:
-                found["hash"] = np.uint64(content_hash(data) if hashes == "exact" else dhash(read_image(data, 9)))
+                number = content_hash(data) if hashes == "exact" else dhash(read_image(data, 9))
+                found |= {"hash": np.uint64(number), "hashed": np.bool_(True)}
         if sizes:
             found |= {"width": np.int32(given[0]), "height": np.int32(given[1])}
     except Exception as e:  # damaged in whatever way; it is named when it comes up in training
@@ -206,7 +208,7 @@ def select(
     drop("min_caption", found["caption"] < wanted.get("min_caption", 0))
     drop("max_caption", found["caption"] > (wanted.get("max_caption") or np.inf))
     if kind:
-        left = np.flatnonzero(kept & (found["hash"] != 0))
+        left = np.flatnonzero(kept & found["hashed"])
         bad = np.zeros(len(kept), bool)
         bad[left[near_duplicates(found["hash"][left], bits if kind == "near" else 0)]] = True
         drop("duplicates", bad)

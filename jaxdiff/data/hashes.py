@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 BITS = 64
+BEYOND_WHITE = 510.0  # what shows through transparent pixels for `dhash`: unlike any drawing, a white one too
 
 
 def content_hash(data: bytes) -> int:
@@ -17,10 +18,16 @@ def content_hash(data: bytes) -> int:
 def dhash(image: Image.Image) -> int:
     """64 bits that resizing and compression hardly change: whether brightness rises, in a row of 9 grey pixels of 8.
 
-    (N. Krawetz, "Kind of like that", hackerfactor.com, 2013.)
+    (N. Krawetz, "Kind of like that", hackerfactor.com, 2013.) Transparent pixels count as brighter than white, so that
+    the outline of every drawing is seen, and colours that do not show are not. Every number is the hash of some image:
+    0 of a plain one, and of one that grows darker from left to right.
     """
-    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
-    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
+    grey = image.convert("L")
+    if image.has_transparency_data:
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"), np.float32) / 255
+        grey = Image.fromarray(np.asarray(grey, np.float32) * alpha + BEYOND_WHITE * (1 - alpha))
+    small = np.asarray(grey.resize((9, 8), Image.Resampling.BOX)).round().astype(np.int16)
+    return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
 
 
 def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:

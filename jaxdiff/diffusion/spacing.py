@@ -74,6 +74,8 @@ def distilled(config: SchedulerConfig, steps: int, strength: float = 1.0) -> np.
     taught = config.original_inference_steps
     if not 1 <= taught <= config.num_train_timesteps:
         raise ValueError(f"original_inference_steps {taught} must be from 1 to {config.num_train_timesteps}.")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength {strength} must be in (0, 1].")
     left = int(taught * strength)
     if steps > left:
         of = "of the distillation (original_inference_steps)"

@@ -67,13 +67,16 @@ def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) 
         A tree like `params`, in its types; sums are in float32.
 
     Raises:
-        WeightsError: a layer that the parameters have not, or not as many scales as LoRAs.
+        WeightsError: a layer that the parameters have not, not as many scales as LoRAs, or one that is not finite.
     """
     loras = [loras] if isinstance(loras, Mapping) else list(loras)
     if not isinstance(scales, Sequence) and jnp.ndim(scales) == 0:
         scales = [scales] * len(loras)
     if len(scales) != len(loras):
         raise WeightsError(f"{len(loras)} LoRAs have {len(scales)} scales: give one for all, or one for each.")
+    for scale in scales:
+        if not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, np.float64)).all():
+            raise WeightsError(f"scale {scale} of a LoRA must be finite: give a number such as 0.8.")
     flat, paths = flatten_dict(params), {layer.name: layer.path for layer in layers(params)}
     parts: dict[str, list[tuple[Factors, Any]]] = {}  # by layer, for one full-sized change at a time to be in memory
     for lora, scale in zip(loras, scales, strict=True):

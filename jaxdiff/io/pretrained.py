@@ -88,6 +88,8 @@ def find(name_or_path: str | Path, variant: str | None = None) -> Path:
         from jaxdiff.io.hub import fetch
 
         return fetch(hub[1], hub[2], variant)
+    if path.suffix in SINGLE_FILES:
+        raise ConfigError(f"The model's file {name} does not exist: check the path, or fetch the file first.")
     known = ", ".join(bundled()) or "none"
     raise ConfigError(
         f"{name} is no folder and no bundled model (bundled: {known}): give a diffusers folder, a .safetensors or "
@@ -297,6 +299,11 @@ def encoder_class(encoder: CLIPTextModel | None) -> list[str | None]:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def parts(model: Model, params: Params) -> Params:
+    """Of parameters those of the model: its modules', and its ControlNets'."""
+    return {name: params[name] for name in (*model.modules, *([CONTROLNET] if model.controlnets else ()))}
 
 
 def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None) -> None:

@@ -55,7 +55,7 @@ def open_tensors(path: str | Path) -> TensorSource:
     try:
         return opener(path)
     except FileNotFoundError:
-        raise WeightsError(f"{path} is missing: is the folder a complete diffusers folder?") from None
+        raise WeightsError(f"{path} is missing: check the path; in a model's folder, fetch it again.") from None
     except OSError as e:
         raise WeightsError(f"{path} cannot be read ({e.strerror or e}): fetch it again.") from None
 

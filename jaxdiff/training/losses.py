@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from jaxdiff.typing import Array
 
+SCALES = 3  # sizes of an image that `reconstruction_loss` compares
+
 
 def contrastive_loss(images: Array, texts: Array, scale: Array, same: Array) -> tuple[Array, Array]:
     """Symmetric cross-entropy of matching pictures with captions (Radford et al. 2021, figure 3).
@@ -42,14 +44,14 @@ def _differences(x: Array) -> tuple[Array, Array]:
     return x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1]
 
 
-def reconstruction_loss(x: Array, target: Array, edge_weight: float = 1.0, scales: int = 3) -> Array:
+def reconstruction_loss(x: Array, target: Array, edge_weight: float = 1.0, scales: int = SCALES) -> Array:
     """Absolute error of pixels and of edges, averaged over `scales` sizes of the picture, each half the last.
 
     The error of the differences between neighbours (Mathieu et al. 2016, equation 6) makes a blurred edge cost more
     than a displaced tone, as the eye has it; the smaller sizes keep tones right over large areas.
 
     Args:
-        x, target: [B, H, W, C]; H and W multiples of 2 ** (scales - 1).
+        x, target: [B, H, W, C]; H and W multiples of 2 ** (scales - 1), and at least twice that.
     """
     error = x - target
     total = jnp.zeros(())

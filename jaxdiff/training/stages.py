@@ -15,7 +15,7 @@ from jaxdiff.models.model import Conditioning, Model, apply, encode, encode_text
 from jaxdiff.prompts import Tokens
 from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training.loop import Stage
-from jaxdiff.training.losses import contrastive_loss, kl_divergence, reconstruction_loss
+from jaxdiff.training.losses import SCALES, contrastive_loss, kl_divergence, reconstruction_loss
 from jaxdiff.training.state import AS_KEPT, Batch, Dtypes, Metrics, OptionsError
 from jaxdiff.typing import Array, Key, Params
 
@@ -99,7 +99,7 @@ def prepare_pairs(model: Model):
 # --- the autoencoder
 
 
-def vae_stage(model: Model, *, kl_weight: float = 1e-3, edge_weight: float = 1.0, scales: int = 3) -> Stage:
+def vae_stage(model: Model, *, kl_weight: float = 1e-3, edge_weight: float = 1.0, scales: int = SCALES) -> Stage:
     """The autoencoder: reconstruction of pixels and edges, and a Gaussian prior of small weight on the latents.
 
     (Kingma & Welling 2014; Rombach et al. 2022, section 3.1, without its adversary.)

@@ -14,7 +14,7 @@ from jaxdiff.diffusion.schedules import is_flow
 from jaxdiff.io.controlnet import load_controlnet, save_controlnet
 from jaxdiff.io.edges import canny
 from jaxdiff.io.lora import ATTENTION, save_lora
-from jaxdiff.io.pretrained import save
+from jaxdiff.io.pretrained import parts, save
 from jaxdiff.io.textual_inversion import encoders, save_textual_inversion
 from jaxdiff.models.controlnet import from_unet
 from jaxdiff.models.model import Model, with_controlnets
@@ -137,7 +137,9 @@ def _check_no_choice(config: Any) -> None:
 
 
 def _save_model(model: Model) -> Callable[[Path, Params], None]:
-    return lambda folder, params: save(folder, model, {name: params[name] for name in model.modules})
+    if model.family == "upscaler":  # of which PyTorch diffusers has none under ControlNets
+        model = dataclasses.replace(model, controlnets=())
+    return lambda folder, params: save(folder, model, parts(model, params))
 
 
 def _seen(model: Model) -> tuple[Network, Callable[[Mapping[str, Any]], Given] | None]:
