@@ -3,7 +3,7 @@
 python train.py --config=configs/icons/clip.py --workdir=runs/clip
     One GPU; not run yet.
 python train.py --config=configs/icons/clip.py:cpu --workdir=runs/clip
-    Two CPU cores: COST
+    Two CPU cores; not run yet on the whole set.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,10 @@
-"""The denoiser of the icons model, with its text encoder, on the autoencoder of the stage before.
+"""The denoiser of the icons model, with the shipped text encoder, on the autoencoder of datasets/icons.
 
 python train.py --config=configs/icons/unet.py --workdir=runs/unet
     One GPU, the whole set; not run yet.
 python train.py --config=configs/icons/unet.py:cpu --workdir=runs/unet
-    Two CPU cores, things of all kinds in ten styles: COST
+    Two CPU cores (AMD EPYC, Zen 3), 836 things in eleven styles: the latents take ten minutes, then 20 images/s. After
+    42,000 images colours and backgrounds are right and shapes are not; the run is meant for many hours.
 """
 
 from ml_collections import ConfigDict
@@ -34,8 +35,8 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     config.stage = "unet"
     sizes.check(scale)
     config.model = ConfigDict(sizes.model())
-    config.init_from.vae = "runs/vae/export"
-    config.init_from.text_encoder = "runs/clip/export"
+    config.init_from.vae = "datasets/icons/vae"
+    config.init_from.text_encoder = "icons"
     config.data.path = "data/icons"
     config.data.eval_split = "heldout_pairs"
     config.data.filter.source = sizes.SOURCES
@@ -67,6 +68,7 @@ def get_config(scale: str = "gpu") -> ConfigDict:
         config.update({"ema_decay": 0.9998, "eval_every": 5000, "checkpoint_every": 5000})
     else:
         config.data.filter.update({"source": CPU_SOURCES, "style": CPU_STYLES, "group": THINGS})
-        config.update({"steps": 3000, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 100})
-        config.update({"ema_decay": 0.998, "log_every": 25, "eval_every": 500, "checkpoint_every": 100})
+        config.update({"steps": 20_000, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 100})
+        config.update({"schedule": "linear", "ema_decay": 0.998})
+        config.update({"log_every": 25, "eval_every": 500, "checkpoint_every": 100})
     return config

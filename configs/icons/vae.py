@@ -2,8 +2,9 @@
 
 python train.py --config=configs/icons/vae.py --workdir=runs/vae
     One GPU; not run yet.
-python train.py --config=configs/icons/vae.py:cpu --workdir=runs/vae
-    Two CPU cores: COST
+python train.py --config=configs/icons/vae.py:cpu --workdir=runs/vae --config.init_from.vae=datasets/icons/vae
+    Two CPU cores (AMD EPYC, Zen 3): 30 minutes at 20 crops/s. From the autoencoder of before its result was 28.9 dB on
+    subjects that it has not seen, see docs/icons.md; it goes on from there, and begins anew without the last flag.
 """
 
 from ml_collections import ConfigDict
@@ -27,6 +28,6 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     if scale == "gpu":
         config.update({"steps": 40_000, "batch_size": 64, "learning_rate": 1e-3, "dtype": "bfloat16"})
     else:
-        config.update({"steps": 2400, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50})
+        config.update({"steps": 2400, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 30})
         config.update({"ema_decay": 0.998, "log_every": 20, "eval_every": 300, "checkpoint_every": 150})
     return config
