@@ -149,8 +149,7 @@ class Tokenizer:
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [B, max_length] of B prompts: start, text, end, padding.
 
-        A prompt too long is cut, but not within a token of several vectors; a warning, once a prompt, shows what was
-        left out.
+        A prompt too long is cut; a warning, once a prompt, shows what was left out.
 
         Raises:
           TypeError: `prompts` is not a sequence of strings.
@@ -163,15 +162,11 @@ class Tokenizer:
         texts = [_readable(p) for p in prompts]
         encoded = self._clip(texts, return_offsets_mapping=True, verbose=False)
         for row, text, tokens, spans in zip(ids, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            words = [self._vectors.get(token, [token]) for token in tokens]
-            ends = np.cumsum([len(word) for word in words])
+            spans = [span for token, span in zip(tokens, spans, strict=True) for _ in self._vectors.get(token, (0,))]
             tokens = self._expanded(tokens)
             if len(tokens) > self.max_length:
-                fit = int(np.searchsorted(ends, self.max_length - 1, "right"))  # words that are kept
-                _warn_cut(text[spans[fit][0] :], text, self.max_length)
-                # What no prompt has room for is cut itself.
-                end = ends[fit - 1] if len(words[fit]) <= self.max_length - 2 else self.max_length - 1
-                tokens = [*tokens[:end], self.eos_id]
+                _warn_cut(text[spans[self.max_length - 1][0] :], text, self.max_length)
+                tokens = [*tokens[: self.max_length - 1], self.eos_id]
             row[: len(tokens)] = tokens
         return ids
 

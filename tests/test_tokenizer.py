@@ -298,19 +298,6 @@ def test_several_vectors_count_when_a_prompt_is_cut(extended, caplog):
     assert "'castle" in caplog.records[0].getMessage()
 
 
-@pytest.mark.parametrize(("prompt", "length"), [("a <cat-toy>", 5), ("a a <cat-toy> a", 6)])
-def test_vectors_of_one_token_are_left_out_together(extended, prompt, length):
-    _, new, _ = extended
-    row, kept = Tokenizer(new.files, length)([prompt])[0], new.encode([prompt.split("<")[0]])[0]
-    assert list(row[: len(kept) + 2]) == [new.bos_id, *kept, new.eos_id]
-    assert set(row[len(kept) + 2 :]) == {new.pad_id}
-
-
-def test_a_token_of_more_vectors_than_a_prompt_holds_is_cut(extended):
-    _, new, _ = extended
-    assert list(Tokenizer(new.files, 4)(["<cat-toy>"])[0][1:3]) == new.added_ids("<cat-toy>")[:2]
-
-
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
