@@ -179,9 +179,7 @@ class Run:
         from jaxdiff.training.stages import clip_params, clip_stage
 
         if self.model.vision_encoder is None:
-            raise UsageError(
-                "config.model.vision_encoder is missing: the clip stage trains one beside the text encoder."
-            )
+            raise UsageError("config.model.vision_encoder is missing: the clip stage trains one beside the text.")
         stage, held_out = clip_stage(self.model), self.held_out()
         evaluate = retrieval(self.model, [stage.prepare(b) for b in held_out]) if held_out else None
         on_eval = evaluate and (lambda step, params: evaluate(params))

@@ -138,6 +138,8 @@ def train(args: argparse.Namespace) -> None:
     if args.fresh:
         params |= {"unet": jax.jit(lambda key: init_params(model, key)["unet"])(key)}
     latents, tokens, scale = load_packed(Path(args.packed))
+    if len(latents) <= args.held_out:
+        raise SystemExit(f"--packed {args.packed} holds {len(latents)} latents: lower --held_out {args.held_out}.")
     options = Options(
         steps=10**9, batch_size=args.batch_size, learning_rate=args.learning_rate, optimizer=args.optimizer,
         weight_decay=args.weight_decay, b2=0.99, ema_sigmas=SIGMAS, seed=args.seed,
@@ -178,6 +180,7 @@ def train(args: argparse.Namespace) -> None:
             write_pieces(out, averages(state)[0])
             written = time.monotonic()
     jax.block_until_ready(trained)
+    write_pieces(out, averages(state)[0])  # before anything else that may not end in time
     losses = [measure({**params, **average})["eval_loss"] for average in averages(state)]
     best = averages(state)[int(np.argmin(losses))]
     write_pieces(out, best)

@@ -206,19 +206,16 @@ def test_real_images_that_belong_together():
 # --- originality
 
 
-def test_nearest_by_brute_force():
-    """Over chunks of any size, an empty one among them, and far from the origin."""
+@pytest.mark.parametrize("rows", [4, originality.ROWS])
+def test_nearest_by_brute_force(rows, monkeypatch):
+    """Over chunks of any size, an empty one among them, and far from the origin; the queries in parts or at once."""
+    monkeypatch.setattr(originality, "ROWS", rows)
     x, y = RNG.standard_normal((9, 5)) + 40, RNG.standard_normal((31, 5)) + 40
     every = np.linalg.norm(x[:, None] - y, axis=-1)
     for cuts in ([], [4], [0, 10, 10, 30]):
         apart, numbers = originality.nearest(x, np.split(y, cuts))
         assert numbers.tolist() == every.argmin(1).tolist()
         np.testing.assert_allclose(apart, every.min(1), rtol=1e-12)
-
-
-def test_nearest_in_parts_of_the_query(monkeypatch):
-    monkeypatch.setattr(originality, "ROWS", 4)
-    test_nearest_by_brute_force()
 
 
 def test_nearest_of_nothing():

@@ -67,6 +67,12 @@ def test_what_was_trained_is_joined_into_a_model_that_learned(packed, tiny_folde
     assert jaxdiff.generate(model, after, ["a castle"], steps=2).shape == (1, tiny.SIDE, tiny.SIDE, 3)
 
 
+def test_fewer_latents_than_are_held_out_are_refused(packed, tiny_folder, tmp_path):
+    flags = ["--packed", str(packed), "--start", str(tiny_folder), "--out", str(tmp_path), "--held_out", str(COUNT)]
+    with pytest.raises(SystemExit, match=f"holds {COUNT} latents: lower --held_out {COUNT}"):
+        train_by_time.main(["train", *flags])
+
+
 def test_pieces_of_another_model_are_refused(tiny_folder, tmp_path):
     np.save(tmp_path / "weights-0.npy", np.zeros(7, np.float16))
     with pytest.raises(SystemExit, match="holds 7 numbers"):

@@ -15,7 +15,7 @@ from jaxdiff.data.icons.lexicon import (
     SYMBOLS,
     THINGS,
     TRAVEL,
-)  # fmt: skip
+)
 from jaxdiff.data.icons.sources import COLORLESS, COLORS, PAINTINGS, SILHOUETTE, Style
 from jaxdiff.data.icons.splits import COLOR_WORDS, slug, split_of
 
