@@ -124,17 +124,22 @@ def is_given(value: Any) -> bool:
     return value is not None and value is not False and value != []
 
 
-def parse(argv: list[str]) -> flags.FlagValues:
-    """Flags of a command line, checked as far as that goes without the model. Raises UsageError."""
-    f = define()
+def read(f: flags.FlagValues, argv: list[str], hint: str) -> flags.FlagValues:
+    """The same flags with the values of a command line. Raises UsageError; `hint` is for words that are no flags."""
     try:
         rest = f(argv)[1:]
     except flags.Error as e:
         raise UsageError(f"{e}; --help shows all flags.") from None
+    if rest and not f.help:
+        raise UsageError(f"{rest[0]!r} belongs to no flag: {hint}.")
+    return f
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """Flags of a command line, checked as far as that goes without the model. Raises UsageError."""
+    f = read(define(), argv, "put each prompt in quotes after its own --prompt")
     if f.help:
         return f
-    if rest:
-        raise UsageError(f"{rest[0]!r} belongs to no flag: put each prompt in quotes after its own --prompt.")
     if not f.prompt and not f.prompts_file:
         raise UsageError('--prompt is missing: say what to draw, such as --prompt "a castle".')
     for name, needed in NEEDS.items():

@@ -5,7 +5,7 @@ import math
 from absl import flags
 
 from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.flags import SEEDS
+from jaxdiff.commands.flags import SEEDS, read
 from jaxdiff.evaluation.measures import LEAST
 
 DRAWING = (
@@ -93,15 +93,9 @@ def define() -> flags.FlagValues:
 
 def parse(argv: list[str]) -> flags.FlagValues:
     """Flags of a command line, checked as far as that goes without files. Raises UsageError."""
-    f = define()
-    try:
-        rest = f(argv)[1:]
-    except flags.Error as e:
-        raise UsageError(f"{e}; --help shows all flags.") from None
+    f = read(define(), argv, "--help shows all flags")
     if f.help:
         return f
-    if rest:
-        raise UsageError(f"{rest[0]!r} belongs to no flag: --help shows all flags.")
     if f.guidance_scale is not None and not math.isfinite(f.guidance_scale):
         raise UsageError(f"--guidance_scale {f.guidance_scale} must be finite.")
     if f.images is None and f.prompts is None:
