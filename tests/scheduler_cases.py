@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.base import normal
 from jaxdiff.diffusion.sampling import sample_keys, step_keys
-from jaxdiff.scheduler_config import SchedulerConfig
 
 SHAPE = (2, 3, 2)  # [B, ...]
 MASK = np.array([[True, False], [False, True], [True, True]])  # of a sample, true where it is redrawn

@@ -14,7 +14,7 @@ import diffusers
 import numpy as np
 import torch
 
-from jaxdiff.scheduler_config import SchedulerConfig
+from jaxdiff.config import SchedulerConfig
 from tests.scheduler_cases import CLASSES, MASK, Case, mixing, network, noise, original, start
 
 SIGMAS = ("EulerDiscrete", "EulerAncestral", "HeunDiscrete", "LMSDiscrete", "DPMSolverSDE")  # of sigma / alpha

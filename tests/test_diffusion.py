@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.guidance import classifier_free
 from jaxdiff.diffusion.losses import diffusion_loss, min_snr_weight
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES, add_noise, target, to_denoised
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule, shift_time
 from jaxdiff.diffusion.spacing import AYS, SPACINGS
 from jaxdiff.diffusion.times import time_grid
-from jaxdiff.scheduler_config import SchedulerConfig
 from tests.scheduler_cases import CONFIGS, FLOW, NAMES, SD1, ZERO_SNR
 
 # A handful of float32 operations on numbers of order 1, 2**-24 each; divided by alpha or sigma where that is small.

@@ -10,11 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxdiff
-from jaxdiff.config import ConfigError, UNetConfig
+from jaxdiff.config import ConfigError, PipelineOptions, SchedulerConfig, UNetConfig
 from jaxdiff.io.pretrained import find_weights, load_model, pipeline_class
 from jaxdiff.io.weights import WeightsError, tensor_name, to_torch_layout
 from jaxdiff.models.model import build, param_shapes
-from jaxdiff.scheduler_config import PipelineOptions, SchedulerConfig
 from tests import tiny
 
 torch = pytest.importorskip("torch")

@@ -7,9 +7,8 @@ import optax
 import pytest
 
 from jaxdiff import parallel
-from jaxdiff.config import ConfigError
+from jaxdiff.config import ConfigError, SchedulerConfig
 from jaxdiff.models.layers import REMAT_POLICIES, Transformer2D, rematerialised
-from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training import ema
 from jaxdiff.training.loop import Stage, fit
 from jaxdiff.training.optimizer import optimizer

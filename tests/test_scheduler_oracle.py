@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion import prediction, sampling
 from jaxdiff.diffusion.base import clip_to
 from jaxdiff.diffusion.inpainting import keeping
@@ -15,7 +16,6 @@ from jaxdiff.diffusion.schedulers import get_scheduler, time_at
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.diffusion.singlestep import ddim
 from jaxdiff.diffusion.times import RULES, default_scheduler, skips_prk, time_grid
-from jaxdiff.scheduler_config import SchedulerConfig
 from tests.make_golden_schedulers import GOLDEN
 from tests.scheduler_cases import (
     CLASSES,

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.config import CLIPTextConfig
+from jaxdiff.config import CLIPTextConfig, PipelineOptions
 from jaxdiff.io.weights import load_tensors
 from jaxdiff.models.model import build, param_shapes
 from jaxdiff.models.text import Conditioning, emphasise
 from jaxdiff.models.text import encode_text as eager_encode_text
 from jaxdiff.prompts import Tokens, tokens
-from jaxdiff.scheduler_config import PipelineOptions
 from jaxdiff.tokenizer import Tokenizer
 from tests import tiny
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from jaxdiff import parallel
-from jaxdiff.config import CLIPVisionConfig
+from jaxdiff.config import CLIPVisionConfig, SchedulerConfig
 from jaxdiff.diffusion.losses import min_snr_weight
 from jaxdiff.diffusion.schedules import at, noise_schedule
 from jaxdiff.models.model import Model, build
-from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training.losses import contrastive_loss, kl_divergence, reconstruction_loss
 from jaxdiff.training.precompute import encoder, fingerprint
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage, random_times, vae_stage

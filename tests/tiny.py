@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.config import CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, ControlNetConfig, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.models.model import Model, build, param_shapes
-from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Params
 

@@ -27,6 +27,7 @@ predictions of several steps. This file knows them all by name.
 from collections.abc import Callable
 from typing import Any
 
+from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.base import Clip, Scheduler, State, clip_to, clipped, dynamic_threshold, time_at
 from jaxdiff.diffusion.multistep import dpmpp_2m, lms, pndm, unipc
 from jaxdiff.diffusion.schedules import is_flow
@@ -42,7 +43,6 @@ from jaxdiff.diffusion.singlestep import (
     tcd,
 )
 from jaxdiff.diffusion.times import skips_prk
-from jaxdiff.scheduler_config import SchedulerConfig
 
 __all__ = ["SCHEDULERS", "Scheduler", "State", "get_scheduler", "time_at"]
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.scheduler_config import SchedulerConfig
+from jaxdiff.config import SchedulerConfig
 from jaxdiff.typing import Array
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "flow")

@@ -20,7 +20,7 @@ The others spread noise levels, s = sigma / alpha (on a flow, s = sigma), from s
 
 import numpy as np
 
-from jaxdiff.scheduler_config import SchedulerConfig
+from jaxdiff.config import SchedulerConfig
 
 STEPS = ("leading", "trailing", "linspace")  # by time
 AYS = {

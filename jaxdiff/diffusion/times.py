@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.schedules import Time, is_flow, noise_schedule, shift_time
 from jaxdiff.diffusion.spacing import LEVELS, SPACINGS, STEPS, distilled, spaced, spread
-from jaxdiff.scheduler_config import SchedulerConfig
 
 GAMMA = 0.3  # of TCD: how much of each step's noise is new, Zheng et al. 2024
 

@@ -10,10 +10,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, PipelineOptions, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX
 from jaxdiff.io.sources import TensorSource, WeightsError
-from jaxdiff.scheduler_config import PipelineOptions, SchedulerConfig
 
 # family -> where its text encoders stand: text_encoder, text_encoder_2
 TEXTS: dict[str, dict[str, str]] = {

@@ -18,6 +18,8 @@ from jaxdiff.config import (
     CLIPVisionConfig,
     Config,
     ConfigError,
+    PipelineOptions,
+    SchedulerConfig,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
@@ -28,7 +30,6 @@ from jaxdiff.io.configs import check_drawn, making, read_config
 from jaxdiff.io.weights import WeightsError, load_tensors, save_tensors
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.model import Model, build, param_shapes, with_controlnets
-from jaxdiff.scheduler_config import PipelineOptions, SchedulerConfig
 from jaxdiff.tokenizer import Tokenizer
 from jaxdiff.typing import Params
 

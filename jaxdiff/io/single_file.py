@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxdiff.config import CLIPTextConfig, Config, ConfigError, TinyVAEConfig, UNetConfig, VAEConfig
+from jaxdiff.config import (
+    CLIPTextConfig,
+    Config,
+    ConfigError,
+    PipelineOptions,
+    SchedulerConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from jaxdiff.io.configs import check_drawn, making, module_shapes, picture
 from jaxdiff.io.inference import TEXTS, Shapes, detect, infer_configs, odd_shapes, text_prefixes, vae_config
 from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX, Place, Table, openclip_table, place, unet_table, vae_table
@@ -24,7 +33,6 @@ from jaxdiff.io.sources import TensorSource, WeightsError, open_tensors
 from jaxdiff.io.weights import load_tensors, named_tensors, tensor_name, write_tensors
 from jaxdiff.models.model import Model, build, param_shapes
 from jaxdiff.models.vae import AutoencoderKL
-from jaxdiff.scheduler_config import PipelineOptions, SchedulerConfig
 from jaxdiff.tokenizer import Tokenizer
 from jaxdiff.typing import Params
 

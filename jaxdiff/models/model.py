@@ -7,7 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from jaxdiff.config import (
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    PipelineOptions,
+    SchedulerConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
 from jaxdiff.models.controlnet import check_fits
 from jaxdiff.models.text import Conditioning as Conditioning
@@ -15,7 +23,6 @@ from jaxdiff.models.text import encode_text as encode_text
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
-from jaxdiff.scheduler_config import PipelineOptions, SchedulerConfig
 from jaxdiff.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Key, Params
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.config import CLIPTextConfig, ConfigError
+from jaxdiff.config import CLIPTextConfig, ConfigError, SchedulerConfig
 from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
 from jaxdiff.data.captioned import open_source
 from jaxdiff.data.filters import scan
@@ -19,7 +19,6 @@ from jaxdiff.io.configs import read_config
 from jaxdiff.io.pretrained import CONFIGS, VAES, find, find_weights, load, load_model, replace_config
 from jaxdiff.io.weights import load_tensors
 from jaxdiff.models.model import Model, autoencoder, build, encode, init_params, param_shapes
-from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Key, Params
 

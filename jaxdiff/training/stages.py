@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.losses import diffusion_loss
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import Time, at, is_flow, noise_schedule, shift_time
 from jaxdiff.models.model import Conditioning, Model, apply, encode, encode_text, with_time_ids
 from jaxdiff.prompts import Tokens
-from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.losses import SCALES, contrastive_loss, kl_divergence, reconstruction_loss
 from jaxdiff.training.state import AS_KEPT, Batch, Dtypes, Metrics, OptionsError

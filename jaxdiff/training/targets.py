@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.diffusion.schedules import is_flow
 from jaxdiff.io.controlnet import load_controlnet, save_controlnet
@@ -18,7 +19,6 @@ from jaxdiff.io.pretrained import parts, save
 from jaxdiff.io.textual_inversion import encoders, save_textual_inversion
 from jaxdiff.models.controlnet import from_unet
 from jaxdiff.models.model import Model, with_controlnets
-from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training import finetune, personalise
 from jaxdiff.training.finetune import Given
 from jaxdiff.training.loop import Stage

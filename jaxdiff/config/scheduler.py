@@ -1,10 +1,9 @@
-"""The configuration of the noise and of the way it is taken back, and what a pipeline says beside its networks."""
+"""The config of the noise and of the scheduler that removes it."""
 
 import dataclasses
-import math
 from typing import Any, ClassVar, Self
 
-from jaxdiff.config import Config, ConfigError
+from jaxdiff.config.base import Config
 
 _FLOW = {"prediction_type": "flow_prediction", "beta_schedule": "flow"}
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -91,22 +90,3 @@ class SchedulerConfig(Config):
             if not self.class_name.startswith("FlowMatch"):
                 said |= {"use_flow_sigmas": True, "flow_shift": said.pop("shift", 1.0)}
         return {"_class_name": self.class_name, **said}
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineOptions(Config):
-    """What `model_index.json` says beside the names of the networks."""
-
-    force_zeros_for_empty_prompt: bool = True  # SDXL: no negative prompt is zeros, not the embedding of ""
-    requires_aesthetics_score: bool = False  # SDXL refiner: its time ids end in a score, not in the target size
-    max_noise_level: int = 350  # x4 upscaler: the most noise on the small picture, in steps of low_res_scheduler
-    low_res_scheduler: SchedulerConfig | None = None  # x4 upscaler: the process of that noise; a folder of its own
-    guidance_scale: float = 7.5  # what suits the model; "_guidance_scale" in the file, which diffusers passes over
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        scale = values.get("_guidance_scale", cls.guidance_scale)
-        if not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise ConfigError(f"_guidance_scale {scale!r} in model_index.json must be a number, such as 7.5.")
-        given = {k: v for k, v in values.items() if k != "low_res_scheduler"}
-        return super().from_dict(given | {"guidance_scale": float(scale)})

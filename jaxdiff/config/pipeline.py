@@ -1,0 +1,27 @@
+"""What a pipeline's `model_index.json` says beside the names of its networks."""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+from jaxdiff.config.base import Config, ConfigError
+from jaxdiff.config.scheduler import SchedulerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineOptions(Config):
+    """What `model_index.json` says beside the names of the networks."""
+
+    force_zeros_for_empty_prompt: bool = True  # SDXL: no negative prompt is zeros, not the embedding of ""
+    requires_aesthetics_score: bool = False  # SDXL refiner: its time ids end in a score, not in the target size
+    max_noise_level: int = 350  # x4 upscaler: the most noise on the small picture, in steps of low_res_scheduler
+    low_res_scheduler: SchedulerConfig | None = None  # x4 upscaler: the process of that noise; a folder of its own
+    guidance_scale: float = 7.5  # what suits the model; "_guidance_scale" in the file, which diffusers passes over
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        scale = values.get("_guidance_scale", cls.guidance_scale)
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ConfigError(f"_guidance_scale {scale!r} in model_index.json must be a number, such as 7.5.")
+        given = {k: v for k, v in values.items() if k != "low_res_scheduler"}
+        return super().from_dict(given | {"guidance_scale": float(scale)})
