@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff import parallel
-from jaxdiff import prompts as text
 from jaxdiff.arguments import (
     Start,
     as_batch,
@@ -36,6 +35,7 @@ from jaxdiff.diffusion.times import default_scheduler, time_grid
 from jaxdiff.models.model import Model
 from jaxdiff.models.tiny_vae import preview
 from jaxdiff.tasks import Inputs, Shared, codec, conditions, enlarged, extra_channels, shrunk, slerp, starting_point
+from jaxdiff.text import chunks as text
 from jaxdiff.typing import Array, Key, Params
 
 HIRES = 2**30  # folded into the keys of a second stage; steps take small numbers
@@ -58,7 +58,7 @@ def tokenize(
     may be long.
 
     Args:
-        prompts: one prompt or B of them; see jaxdiff/prompts.py for emphasis and limits.
+        prompts: one prompt or B of them; see jaxdiff/text/ for emphasis and limits.
         prompts_2: what the second text encoder of SDXL reads instead, for all or one a prompt; None: the same.
         emphasis: whether brackets and BREAK in prompts mean something.
         chunks: K, of L tokens each; None takes as many as the longest prompt needs.
@@ -279,7 +279,7 @@ def generate(
     traced.
 
     Args:
-        prompts: B prompts; brackets give emphasis, and long ones go in chunks (jaxdiff/prompts.py). Each attends to its
+        prompts: B prompts; brackets give emphasis, and long ones go in chunks (jaxdiff/text/). Each attends to its
             own chunks only, whatever the length of the others.
         negative_prompts: what to steer away from: none, one for all, or one a prompt.
         prompts_2, negative_prompts_2: what the second text encoder of SDXL reads instead, at both ends of a blend;

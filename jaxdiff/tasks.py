@@ -13,7 +13,7 @@ from jaxdiff.diffusion.schedulers import Scheduler, time_at
 from jaxdiff.diffusion.schedules import Time, noise_schedule
 from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text
 from jaxdiff.models.tiling import decode_tiled, encode_tiled
-from jaxdiff.prompts import Tokens
+from jaxdiff.text.chunks import Tokens
 from jaxdiff.typing import Array, Key, Params
 
 LOW_RES_NOISE = 2**31  # folded into a picture's key for the upscaler's noise; steps take small numbers

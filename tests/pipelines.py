@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from jaxdiff.tokenizer import EOS
+from jaxdiff.text.tokenizer import EOS
 from tests import networks, oracle, tiny
 
 SIDE = 16  # pixels; the autoencoder halves it

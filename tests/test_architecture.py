@@ -21,8 +21,7 @@ HOUSES = (
     ("jaxdiff.parallel",),
     ("jaxdiff.diffusion",),
     ("jaxdiff.models",),
-    ("jaxdiff.prompts", "jaxdiff.styles", "jaxdiff.wildcards"),
-    ("jaxdiff.tokenizer",),
+    ("jaxdiff.text",),
     ("jaxdiff.config",),
     ("jaxdiff.typing", "jaxdiff.version"),
 )
@@ -100,7 +99,7 @@ def test_imports_point_down(module):
         ("jaxdiff.diffusion.times", "import flax"),
         ("jaxdiff.generate", "from flax import linen as nn"),
         ("jaxdiff.training.state", "import flax.linen"),
-        ("jaxdiff.tokenizer", "from transformers import CLIPTokenizer"),
+        ("jaxdiff.text.tokenizer", "from transformers import CLIPTokenizer"),
         ("jaxdiff.io.weights", "def f():\n    import torch"),
     ],
 )

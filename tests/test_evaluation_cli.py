@@ -22,7 +22,7 @@ from jaxdiff.evaluation.flags import define
 from jaxdiff.evaluation.images import find_images
 from jaxdiff.evaluation.report import table
 from jaxdiff.io.images import read_image, write_png
-from jaxdiff.prompts import PromptLine
+from jaxdiff.text.prompt_files import PromptLine
 from tests import evaluation_folders as folders
 from tests.tiny import SIDE
 

@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from configs.icons import sizes
-from jaxdiff.tokenizer import train_bpe
+from jaxdiff.text.tokenizer import train_bpe
 from jaxdiff.training.setup import described_model
 from jaxdiff.training.state import Options
 

@@ -8,9 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from jaxdiff.prompts import PromptError, PromptLine, parse_emphasis, read_prompts
-from jaxdiff.styles import STYLES_FILE, apply_style, read_styles
-from jaxdiff.wildcards import MAX_DEPTH, expand
+from jaxdiff.text.emphasis import parse_emphasis
+from jaxdiff.text.prompt_files import PromptError, PromptLine, read_prompts
+from jaxdiff.text.styles import STYLES_FILE, apply_style, read_styles
+from jaxdiff.text.wildcards import MAX_DEPTH, expand
 
 # Files
 

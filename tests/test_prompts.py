@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff.prompts import BACKTRACK, MAX_CHUNKS, MAX_WEIGHT, parse_emphasis, tokens
-from jaxdiff.tokenizer import train_bpe
+from jaxdiff.text.chunks import BACKTRACK, MAX_CHUNKS, tokens
+from jaxdiff.text.emphasis import MAX_WEIGHT, parse_emphasis
+from jaxdiff.text.tokenizer import train_bpe
 
 LENGTH = 77
 CORPUS = ["a photo of a red castle, a green dragon and a blue house", "word at night"] * 3

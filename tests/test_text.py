@@ -13,10 +13,11 @@ import pytest
 from jaxdiff.config import CLIPTextConfig, PipelineOptions
 from jaxdiff.io.weights import load_tensors
 from jaxdiff.models.model import build, param_shapes
-from jaxdiff.models.text import Conditioning, emphasise
+from jaxdiff.models.text import Conditioning
 from jaxdiff.models.text import encode_text as eager_encode_text
-from jaxdiff.prompts import Tokens, tokens
-from jaxdiff.tokenizer import Tokenizer
+from jaxdiff.text.chunks import Tokens, tokens
+from jaxdiff.text.emphasis import emphasise
+from jaxdiff.text.tokenizer import Tokenizer
 from tests import tiny
 
 # Float32 rounding of some hundred operations, each with sums of tens of terms: 1e-6, with a margin of ten.

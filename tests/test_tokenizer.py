@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import ConfigError
-from jaxdiff.tokenizer import BOS, EOS, Tokenizer, train_bpe
+from jaxdiff.text.tokenizer import BOS, EOS, Tokenizer, train_bpe
 
 CORPUS = [
     "a photo of a cat",

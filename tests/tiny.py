@@ -10,7 +10,7 @@ import numpy as np
 from jaxdiff.config import CLIPTextConfig, ControlNetConfig, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.models.model import Model, build, param_shapes
-from jaxdiff.tokenizer import Tokenizer, train_bpe
+from jaxdiff.text.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Params
 
 MAX_LENGTH = 12  # tokens

@@ -8,9 +8,9 @@ from absl import flags
 
 from jaxdiff.commands.errors import UsageError
 from jaxdiff.commands.flags import NEEDS, SEEDS, is_given
-from jaxdiff.prompts import PromptError, PromptLine, read_prompts
-from jaxdiff.styles import apply_style
-from jaxdiff.wildcards import expand
+from jaxdiff.text.prompt_files import PromptError, PromptLine, read_prompts
+from jaxdiff.text.styles import apply_style
+from jaxdiff.text.wildcards import expand
 
 # Arguments of `generate` that all pictures of a call share, and those that each has for itself.
 SHARED = ("steps", "guidance_rescale", "guidance_interval", "clip_skip", "emphasis", "scheduler", "spacing", "height",

@@ -71,7 +71,7 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     from jaxdiff.commands.train_flags import check_sizes
     from jaxdiff.io.pretrained import replace_config
     from jaxdiff.models.model import param_shapes
-    from jaxdiff.tokenizer import train_bpe
+    from jaxdiff.text.tokenizer import train_bpe
     from jaxdiff.training import targets
     from jaxdiff.training.setup import described_model
     from jaxdiff.training.stages import clip_params, clip_stage, vae_stage

@@ -38,7 +38,7 @@ from jaxdiff.evaluation.measures import Measured
 from jaxdiff.evaluation.outputs import Found
 from jaxdiff.evaluation.progress import Progress
 from jaxdiff.io import cache, pretrained
-from jaxdiff.prompts import PromptError, PromptLine, read_prompts
+from jaxdiff.text.prompt_files import PromptError, PromptLine, read_prompts
 from jaxdiff.typing import Params
 
 NAME = "jaxdiff.evaluation"

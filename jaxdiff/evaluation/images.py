@@ -18,7 +18,8 @@ from jaxdiff.data.folder import METADATA, examples, pictures
 from jaxdiff.data.source import Record
 from jaxdiff.io.images import read_metadata, write_png
 from jaxdiff.models.model import Model
-from jaxdiff.prompts import PromptLine, parse_emphasis
+from jaxdiff.text.emphasis import parse_emphasis
+from jaxdiff.text.prompt_files import PromptLine
 from jaxdiff.typing import Params
 
 

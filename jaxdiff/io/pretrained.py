@@ -30,7 +30,7 @@ from jaxdiff.io.configs import check_drawn, making, read_config
 from jaxdiff.io.weights import WeightsError, load_tensors, save_tensors
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.model import Model, build, param_shapes, with_controlnets
-from jaxdiff.tokenizer import Tokenizer
+from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Params
 
 BUNDLED = Path(__file__).parent.parent / "bundled"

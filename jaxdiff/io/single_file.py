@@ -33,7 +33,7 @@ from jaxdiff.io.sources import TensorSource, WeightsError, open_tensors
 from jaxdiff.io.weights import load_tensors, named_tensors, tensor_name, write_tensors
 from jaxdiff.models.model import Model, build, param_shapes
 from jaxdiff.models.vae import AutoencoderKL
-from jaxdiff.tokenizer import Tokenizer
+from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Params
 
 METADATA = "jaxdiff"  # key in the file's metadata

@@ -23,7 +23,7 @@ from jaxdiff.models.text import encode_text as encode_text
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
-from jaxdiff.tokenizer import Tokenizer
+from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Key, Params
 
 AESTHETIC_SCORE = 6.0  # what the SDXL refiner is told of the picture wanted

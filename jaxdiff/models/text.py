@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxdiff.models.clip import CLIPTextModel
-from jaxdiff.prompts import Tokens
+from jaxdiff.text.chunks import Tokens
+from jaxdiff.text.emphasis import emphasise
 from jaxdiff.typing import Array, Params
 
 if TYPE_CHECKING:
@@ -79,24 +80,3 @@ def _encode(
     if projected is not None:
         projected = projected.reshape(batch, chunks, -1)[:, 0]
     return states.reshape(batch, total, -1), projected
-
-
-def emphasise(states: Array, weights: Array | None, length: int) -> Array:
-    """Every token's vector times its weight, then each chunk rescaled to the mean that it had; weights of 1 do nothing.
-
-    As in the AUTOMATIC1111 web UI, but that there the mean is taken over the whole batch, so that a picture depends on
-    the prompts beside it.
-
-    Args:
-        states: [B, K L, D]; weights: [B, K L] or None, which changes nothing; length: L, tokens of a chunk.
-    """
-    if weights is None:
-        return states
-    before = states.astype(jnp.float32).reshape(len(states), -1, min(length, states.shape[1]), states.shape[-1])
-    weights = jnp.asarray(weights).reshape(*before.shape[:3], 1)
-    after = before * weights
-    old, new = (jnp.mean(x, (-2, -1), keepdims=True) for x in (before, after))
-    # Without emphasis exactly 1, though the sums of both means may be taken in different orders.
-    kept = (new == 0) | (weights == 1).all(-2, keepdims=True)
-    ratio = jnp.where(kept, 1, old / jnp.where(new == 0, 1, new))
-    return (after * ratio).reshape(states.shape).astype(states.dtype)

@@ -24,7 +24,7 @@ from jaxdiff.data.folder import Decode
 from jaxdiff.data.latents import INFO, LatentShards
 from jaxdiff.data.source import Source
 from jaxdiff.models.model import Model, encode, encode_text
-from jaxdiff.prompts import Tokens
+from jaxdiff.text.chunks import Tokens
 from jaxdiff.training.stages import TOKENS, prepare_pairs
 from jaxdiff.typing import Params
 

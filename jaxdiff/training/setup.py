@@ -19,7 +19,7 @@ from jaxdiff.io.configs import read_config
 from jaxdiff.io.pretrained import CONFIGS, VAES, find, find_weights, load, load_model, replace_config
 from jaxdiff.io.weights import load_tensors
 from jaxdiff.models.model import Model, autoencoder, build, encode, init_params, param_shapes
-from jaxdiff.tokenizer import Tokenizer, train_bpe
+from jaxdiff.text.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Key, Params
 
 MAX_CAPTIONS = 1_000_000  # examples that a tokenizer is learnt from

@@ -13,7 +13,7 @@ from jaxdiff.diffusion.losses import diffusion_loss
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import Time, at, is_flow, noise_schedule, shift_time
 from jaxdiff.models.model import Conditioning, Model, apply, encode, encode_text, with_time_ids
-from jaxdiff.prompts import Tokens
+from jaxdiff.text.chunks import Tokens
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.losses import SCALES, contrastive_loss, kl_divergence, reconstruction_loss
 from jaxdiff.training.state import AS_KEPT, Batch, Dtypes, Metrics, OptionsError

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxdiff.prompts import PromptError, read_lines
+from jaxdiff.text.prompt_files import PromptError, read_lines
 
 MAX_DEPTH = 20  # braces inside braces
 _MARK = re.compile(r"\\.|[{|}]|__([^\W_]+(?:[_/-][^\W_]+)*)__", re.DOTALL)

@@ -1,38 +1,19 @@
-r"""Prompts to what the text encoders read: emphasis, chunks of a text too long for one, and prompts from files.
-
-Emphasis is written as in the AUTOMATIC1111 web UI, whose prompts people share:
-
-    (word)  x 1.1      ((word))  x 1.21      (word:1.3)  x 1.3      [word]  / 1.1      \( a bracket itself
-
-BREAK (a word, in capitals) starts the next chunk.
-"""
+"""Prompts to token ids in chunks: a text too long for the text encoder goes through it in several parts."""
 
 import functools
 import itertools
-import json
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from absl import logging
 
-from jaxdiff.tokenizer import Tokenizer
+from jaxdiff.text.emphasis import Piece, parse_emphasis
+from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array
 
 MAX_CHUNKS = 16  # of one prompt: 1,200 tokens; attention to the text costs time and memory in proportion
 BACKTRACK = 20  # tokens: how far before a full chunk's end a comma is looked for, to cut there
-MAX_WEIGHT = 1000.0  # of a token, either side of 0; brackets a thousand deep would be infinite
-
-_STEP = 1.1  # the weight of one pair of round brackets, and one over that of square ones
-_BRACKET = re.compile(r"[()\[\]]")
-_MARKS = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)")
-_BREAK = re.compile(r"\bBREAK\b")
-
-
-class PromptError(ValueError):
-    """A prompt, or a file of prompts, styles or wildcards, that cannot be used."""
 
 
 class Tokens(NamedTuple):
@@ -46,65 +27,6 @@ class Tokens(NamedTuple):
     # [B, K L] float32: 1 in a prompt's own chunks and 0 in those that fill it up to the longest one's K, so that no
     # picture depends on the prompts beside it. None where K is 1.
     attention_mask: Array | None = None
-
-
-class Piece(NamedTuple):
-    """A stretch of a prompt with one weight."""
-
-    text: str | None  # None: the next chunk begins here
-    weight: float = 1.0
-
-
-def parse_emphasis(prompt: str) -> list[Piece]:
-    r"""A prompt as stretches of text with their weights.
-
-    Weights of nested brackets multiply. A closing bracket without an opening one is text; an opening one that is never
-    closed reaches to the end of the prompt. A text without any bracket is left as it is, backslashes included.
-
-    >>> [tuple(p) for p in parse_emphasis("a (red:1.3) castle (at night) \\(photo\\)")]
-    [('a ', 1.0), ('red', 1.3), (' castle ', 1.0), ('at night', 1.1), (' (photo)', 1.0)]
-    """
-    texts: list[str | None] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # index of the first text inside each bracket still open
-    scaled: list[tuple[int, int | None, float]] = []  # texts from, to, factor
-
-    def add(text: str) -> None:
-        for i, part in enumerate(_BREAK.split(text)):
-            texts.extend([None, part] if i else [part])
-
-    position = 0
-    for match in _MARKS.finditer(prompt) if _BRACKET.search(prompt) else ():
-        add(prompt[position : match.start()])
-        position, mark = match.end(), match[0]
-        if mark in opened:
-            opened[mark].append(len(texts))
-        elif mark[0] in ":)" and opened["("]:
-            factor = min(float(match[1]), MAX_WEIGHT) if match[1] else _STEP
-            scaled.append((opened["("].pop(), len(texts), factor))
-        elif mark == "]" and opened["["]:
-            scaled.append((opened["["].pop(), len(texts), 1 / _STEP))
-        else:
-            texts.append(mark[1:] if mark[0] == "\\" else mark)
-    add(prompt[position:])
-    scaled += [(start, None, _STEP if mark == "(" else 1 / _STEP) for mark in opened for start in opened[mark]]
-    weights = np.ones(len(texts))
-    for start, end, factor in scaled:
-        weights[start:end] = np.clip(factor * weights[start:end], -MAX_WEIGHT, MAX_WEIGHT)
-    return _merged([Piece(*pair) for pair in zip(texts, weights.tolist(), strict=True)])
-
-
-def _merged(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one weight as one piece, so that a word is not tokenized in parts, and no empty ones."""
-    merged: list[Piece] = []
-    for text, weight in pieces:
-        last = merged[-1] if merged else Piece(None)
-        if text is None:
-            merged.append(Piece(None))
-        elif text and last.text is not None and last.weight == weight:
-            merged[-1] = Piece(last.text + text, weight)
-        elif text:
-            merged.append(Piece(text, weight))
-    return merged
 
 
 class Encoders(Protocol):
@@ -253,66 +175,3 @@ def _warn_cut(prompt: str, chunks: int, limit: int, left: str) -> None:
         limit,
         left if len(left) <= 200 else f"{left[:100]} … {left[-99:]}",
     )
-
-
-class PromptLine(NamedTuple):
-    """One picture's line of a prompts file."""
-
-    prompt: str
-    negative_prompt: str | None = None
-    seed: int | None = None
-
-
-def read_prompts(path: str | Path) -> list[PromptLine]:
-    """Prompts from a UTF-8 text file, one a line; lines that begin with # are comments.
-
-    In a file whose name ends in .jsonl each line is a JSON object instead, with the keys of `PromptLine`.
-
-    Raises:
-        PromptError: the file is missing, not UTF-8 or without a prompt; a line is empty (but for those at the end) or,
-            in a .jsonl file, not such an object. The sentence names the file and the line.
-    """
-    path = Path(path)
-    read = _from_json if path.suffix == ".jsonl" else PromptLine
-    prompts = []
-    for number, line in enumerate(read_lines(path, "prompts file"), 1):
-        if not line:
-            raise PromptError(f"Line {number} of {path} is empty: write a prompt there, or delete the line.")
-        if not line.startswith("#"):
-            try:
-                prompts.append(read(line))
-            except ValueError as e:
-                raise PromptError(f"Line {number} of {path} {e}.") from None
-    if not prompts:
-        raise PromptError(f"{path} holds no prompt: write one a line.")
-    return prompts
-
-
-def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a UTF-8 file, stripped, without the empty ones at its end; `what` names the file in errors."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise PromptError(f"The {what} {path} does not exist.") from None
-    except UnicodeDecodeError as e:
-        raise PromptError(f"The {what} {path} is not UTF-8 text (byte {e.start}): save it as UTF-8.") from None
-    except (OSError, ValueError) as e:
-        raise PromptError(f"The {what} {path} cannot be read ({e}).") from None
-    return [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
-
-
-def _from_json(line: str) -> PromptLine:
-    """One line of a .jsonl file; raises ValueError, the end of a sentence."""
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError('is not JSON: write {"prompt": "a castle", "negative_prompt": "blurry", "seed": 1}') from None
-    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
-        raise ValueError('is not a JSON object with a text under "prompt"')
-    if unknown := set(values) - set(PromptLine._fields):
-        raise ValueError(f"has the key {min(unknown)!r}; known are {', '.join(PromptLine._fields)}")
-    if not isinstance(values.get("negative_prompt"), str | None):
-        raise ValueError("has a negative_prompt that is not text")
-    if type(values.get("seed")) not in (int, type(None)):
-        raise ValueError("has a seed that is not a whole number")
-    return PromptLine(**values)

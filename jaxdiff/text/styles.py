@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxdiff.prompts import PromptError, read_lines
+from jaxdiff.text.prompt_files import PromptError, read_lines
 
 STYLES_FILE = Path(__file__).with_name("styles.json")
 
@@ -18,7 +18,7 @@ def read_styles(path: str | Path | None = None) -> dict[str, Style]:
     """The styles of a JSON file by name; None reads those that come with the package.
 
     The file is an object {name: {"prompt": "{prompt}, watercolor painting", "negative_prompt": "photo"}}; a style may
-    leave out either. Copy jaxdiff/styles.json and edit it.
+    leave out either. Copy jaxdiff/text/styles.json and edit it.
 
     Raises:
         PromptError: the file is missing or not of this form; the sentence names it and the style.

@@ -1,0 +1,72 @@
+"""Prompts from files: one a line, or one JSON object a line."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+
+class PromptError(ValueError):
+    """A prompt, or a file of prompts, styles or wildcards, that cannot be used."""
+
+
+class PromptLine(NamedTuple):
+    """One picture's line of a prompts file."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int | None = None
+
+
+def read_prompts(path: str | Path) -> list[PromptLine]:
+    """Prompts from a UTF-8 text file, one a line; lines that begin with # are comments.
+
+    In a file whose name ends in .jsonl each line is a JSON object instead, with the keys of `PromptLine`.
+
+    Raises:
+        PromptError: the file is missing, not UTF-8 or without a prompt; a line is empty (but for those at the end) or,
+            in a .jsonl file, not such an object. The sentence names the file and the line.
+    """
+    path = Path(path)
+    read = _from_json if path.suffix == ".jsonl" else PromptLine
+    prompts = []
+    for number, line in enumerate(read_lines(path, "prompts file"), 1):
+        if not line:
+            raise PromptError(f"Line {number} of {path} is empty: write a prompt there, or delete the line.")
+        if not line.startswith("#"):
+            try:
+                prompts.append(read(line))
+            except ValueError as e:
+                raise PromptError(f"Line {number} of {path} {e}.") from None
+    if not prompts:
+        raise PromptError(f"{path} holds no prompt: write one a line.")
+    return prompts
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a UTF-8 file, stripped, without the empty ones at its end; `what` names the file in errors."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise PromptError(f"The {what} {path} does not exist.") from None
+    except UnicodeDecodeError as e:
+        raise PromptError(f"The {what} {path} is not UTF-8 text (byte {e.start}): save it as UTF-8.") from None
+    except (OSError, ValueError) as e:
+        raise PromptError(f"The {what} {path} cannot be read ({e}).") from None
+    return [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
+
+
+def _from_json(line: str) -> PromptLine:
+    """One line of a .jsonl file; raises ValueError, the end of a sentence."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError('is not JSON: write {"prompt": "a castle", "negative_prompt": "blurry", "seed": 1}') from None
+    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+        raise ValueError('is not a JSON object with a text under "prompt"')
+    if unknown := set(values) - set(PromptLine._fields):
+        raise ValueError(f"has the key {min(unknown)!r}; known are {', '.join(PromptLine._fields)}")
+    if not isinstance(values.get("negative_prompt"), str | None):
+        raise ValueError("has a negative_prompt that is not text")
+    if type(values.get("seed")) not in (int, type(None)):
+        raise ValueError("has a seed that is not a whole number")
+    return PromptLine(**values)
