@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.models.attention import CHUNK, CHUNK_FROM, SCORES, _bounded, _float16, _fused, attention, split_heads
+from jaxdiff.models.attention import CHUNK_FROM, SCORES, _bounded, _float16, _fused, attention, split_heads
+from jaxdiff.models.cpu import CHUNK_QUERIES
 from tests.test_models import error
 
 HEADS = 2
@@ -70,7 +71,7 @@ def test_chunked_gradients_are_those_of_the_whole():
 
         return jax.grad(total, (0, 1, 2))(q, k, v)
 
-    whole, small = loss(1), loss([CHUNK, 2 * CHUNK])  # the second way never reaches the chunked form
+    whole, small = loss(1), loss([CHUNK_QUERIES, 2 * CHUNK_QUERIES])  # the second way never reaches the chunked form
     for a, b in zip(whole, small, strict=True):
         assert error(a, b) < 1e-5
 
@@ -83,7 +84,7 @@ def test_memory_is_a_chunks_not_the_squares():
     memory = compiled.memory_analysis().temp_size_in_bytes
     copies = 4 * 2 * 4096 * 320 * 4  # of queries, keys, values and output with the heads moved
     print(f"4,096-token attention: {memory / 1e6:.0f} MB of temporaries")
-    assert memory < copies + 4 * CHUNK * 4096 * 4 * 2
+    assert memory < copies + 4 * CHUNK_QUERIES * 4096 * 4 * 2
 
 
 # Elsewhere than on a CPU

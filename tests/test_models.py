@@ -188,7 +188,7 @@ def test_convolution_as_products_equals_xla(shape, features, stride, chunk, monk
 
     Winograd's transforms add twice two numbers before and twice three after, each of which rounds once more.
     """
-    monkeypatch.setattr("jaxdiff.models.convolution.CHUNK_POSITIONS", chunk)
+    monkeypatch.setattr("jaxdiff.models.cpu.CHUNK_POSITIONS", chunk)
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal(shape, np.float32), rng.standard_normal((3, 3, shape[-1], features), np.float32)
     rest = (stride, stride), ((1, 1), (1, 1))

@@ -1,7 +1,7 @@
 """Scaled dot-product attention (Vaswani et al. 2017, equation 1) in a form that suits each platform.
 
-What is in memory of the scores, B * H * N * M float32 numbers, is bounded everywhere: on a CPU to CHUNK queries of one
-head, elsewhere and on the devices of a mesh to SCORES bytes a device. Gradients keep to the same bounds.
+What is in memory of the scores, B * H * N * M float32 numbers, is bounded everywhere: on a CPU to some queries of one
+head (cpu.py), elsewhere and on the devices of a mesh to SCORES bytes a device. Gradients keep to the same bounds.
 """
 
 import functools
@@ -11,11 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxdiff.models.cpu import chunked_attention
 from jaxdiff.typing import Array
 
 # From this many queries on, the scores of one head no longer fit the cache of a CPU and are made a chunk at a time.
 CHUNK_FROM = 1024
-CHUNK = 512
 SCORES = 2**30  # bytes; where all take more, queries go in chunks
 
 
@@ -47,7 +47,7 @@ def attention(q: Array, k: Array, v: Array, heads: int, *, causal: bool = False,
     elif shape[1] < CHUNK_FROM or jax.sharding.get_abstract_mesh().auto_axes:
         out = bounded(q, k, v, bias)
     else:
-        out = jax.lax.platform_dependent(q, k, v, bias, cpu=_chunked, default=bounded)
+        out = jax.lax.platform_dependent(q, k, v, bias, cpu=chunked_attention, default=bounded)
     return out.reshape(shape)
 
 
@@ -87,32 +87,3 @@ def _float16(q: Array, k: Array, v: Array, bias: Array | None, causal: bool) -> 
         return fused(q, k, v, bias).astype(jnp.float16)
 
     return jax.lax.platform_dependent(q, k, v, bias, cuda=fused, rocm=fused, default=widened)
-
-
-def _chunked(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-    """The same function of [B, N, H, d] with scores of one head and CHUNK queries in memory at a time.
-
-    Two-dimensional products run at a CPU's matrix speed, and the scores stay in its cache; the peak is
-    CHUNK * M floats instead of B * H * N * M. Checkpointed, so that the gradient is bounded in the same way.
-    """
-    b, n, h, d = q.shape
-    q = jnp.pad(q * jnp.asarray(d**-0.5, q.dtype), ((0, 0), (0, -n % CHUNK), (0, 0), (0, 0)))
-    rows = q.transpose(0, 2, 1, 3).reshape(b * h, -1, CHUNK, d)
-    keys, values = (x.transpose(0, 2, 1, 3).reshape(b * h, -1, d) for x in (k, v))
-    biases = None if bias is None else bias.repeat(h, 0)
-
-    @jax.checkpoint
-    def one_chunk(chunk, key, value, bias):
-        scores = jnp.matmul(chunk, key.T, preferred_element_type=jnp.float32)
-        scores = scores if bias is None else scores + bias
-        # Unnormalised weights, divided after the product: d columns to divide instead of M.
-        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        out = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-        return (out / weights.sum(-1, keepdims=True)).astype(value.dtype)
-
-    def one_head(head):
-        chunks, *shared = head
-        return jax.lax.map(lambda chunk: one_chunk(chunk, *shared), chunks)
-
-    out = jax.lax.map(one_head, (rows, keys, values, biases))  # [B*H, N/CHUNK, CHUNK, d]
-    return out.reshape(b, h, -1, d)[:, :, :n].transpose(0, 2, 1, 3)
