@@ -12,9 +12,9 @@ import pytest
 
 from jaxdiff.config import CLIPTextConfig, PipelineOptions
 from jaxdiff.io.weights import load_tensors
+from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.model import build, param_shapes
-from jaxdiff.models.text import Conditioning
-from jaxdiff.models.text import encode_text as eager_encode_text
+from jaxdiff.models.model import encode_text as eager_encode_text
 from jaxdiff.text.chunks import Tokens, tokens
 from jaxdiff.text.emphasis import emphasise
 from jaxdiff.text.tokenizer import Tokenizer

@@ -19,9 +19,8 @@ from jaxdiff.io.configs import making, module_shapes, read_config
 from jaxdiff.io.pretrained import BUNDLED, bundled, find_weights, load_tokenizer
 from jaxdiff.io.sources import TensorSource, WeightsError, open_tensors
 from jaxdiff.io.weights import load_tensors
-from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel, TextOutput
+from jaxdiff.models.clip import CLIP_MEAN, CLIP_STD, CLIPTextModel, CLIPVisionModel, TextOutput
 from jaxdiff.text.tokenizer import Tokenizer
-from jaxdiff.training.stages import CLIP_MEAN, CLIP_STD
 from jaxdiff.typing import Array, Params
 
 TEXT, VISION = "text_encoder", "vision_encoder"

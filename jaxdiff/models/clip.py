@@ -10,6 +10,10 @@ from jaxdiff.models.attention import attention
 from jaxdiff.models.layers import ACTIVATIONS, rematerialised
 from jaxdiff.typing import Array
 
+# Of the pixels in [0, 1] that CLIP was trained on, by channel: the vision encoder's input is normalised by them.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 class TextOutput(NamedTuple):
     last_hidden_state: Array  # [B, L, D], after the final norm; of an earlier layer where `clip_skip` says so

@@ -17,12 +17,13 @@ from jaxdiff.config import (
     VAEConfig,
 )
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
+from jaxdiff.models.conditioning import Conditioning, encode_chunks
 from jaxdiff.models.controlnet import check_fits
-from jaxdiff.models.text import Conditioning as Conditioning
-from jaxdiff.models.text import encode_text as encode_text
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
+from jaxdiff.text.chunks import Tokens
+from jaxdiff.text.emphasis import emphasise
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Key, Params
 
@@ -187,6 +188,45 @@ def _module_shapes(module: Any, inputs: tuple[jax.ShapeDtypeStruct | None, ...])
 def apply(model: Model, params: Params, name: str, *args: Any, method: str | None = None) -> Any:
     """One module of the model, by its key in `params`, on its own parameters."""
     return model.modules[name].apply({"params": params[name]}, *args, method=method)
+
+
+def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_skip: int = 0) -> Conditioning:
+    """Token ids -> what the UNet attends to.
+
+    One encoder (SD 1.x, 2.x) gives its last hidden state after the final norm. SDXL takes the state before the last,
+    without the norm, of its two encoders side by side, and the refiner that of its only one; their pooled text is the
+    last encoder's projection of the first chunk (Podell et al. 2023, section 2.1).
+
+    Args:
+        tokens: `Tokens`; for a model of one encoder also plain ids, int32 [B, L] or, in K chunks, [B, K L].
+        clip_skip: through how many layers fewer than usual the text goes, at least 0.
+
+    Returns:
+        embeddings [B, K L, D], the tokens' attention mask and, for SDXL, pooled [B, P]; without time ids.
+
+    Raises:
+        ValueError: `clip_skip` is negative or leaves no layer; ids for one encoder where the model has two.
+    """
+    tokens = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
+    given = ((tokens.ids, tokens.weights), (tokens.ids_2, tokens.weights_2))
+    names = [n for n in ("text_encoder", "text_encoder_2") if n in model.modules]
+    sdxl = names[-1] == "text_encoder_2"  # or its refiner
+    embeddings, pooled = [], None
+    for name, (ids, weights) in zip(names, given, strict=False):
+        if ids is None:
+            raise ValueError("tokens are for one text encoder and this model has two: make them with jaxdiff.tokenize.")
+        encoder, tokenizer = model.modules[name], model.tokenizer if name == "text_encoder" else model.tokenizer_2
+        length = encoder.config.max_position_embeddings if tokenizer is None else tokenizer.max_length
+        states, pooled = encode_chunks(encoder, params[name], ids, length, clip_skip, sdxl)
+        embeddings.append(emphasise(states, weights, length))
+    cond = Conditioning(jnp.concatenate(embeddings, -1), pooled if sdxl else None, None, tokens.attention_mask)
+    if tokens.zeros is None:
+        return cond
+    zeros = jnp.asarray(tokens.zeros)
+    return cond._replace(
+        embeddings=jnp.where(zeros[:, None, None], 0, cond.embeddings),
+        pooled=None if cond.pooled is None else jnp.where(zeros[:, None], 0, cond.pooled),
+    )
 
 
 def with_time_ids(model: Model, cond: Conditioning, x: Array, score: float = AESTHETIC_SCORE) -> Conditioning:

@@ -12,6 +12,7 @@ from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.losses import diffusion_loss
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import Time, at, is_flow, noise_schedule, shift_time
+from jaxdiff.models.clip import CLIP_MEAN, CLIP_STD
 from jaxdiff.models.model import Conditioning, Model, apply, encode, encode_text, with_time_ids
 from jaxdiff.text.chunks import Tokens
 from jaxdiff.training.loop import Stage
@@ -19,10 +20,7 @@ from jaxdiff.training.losses import SCALES, contrastive_loss, kl_divergence, rec
 from jaxdiff.training.state import AS_KEPT, Batch, Dtypes, Metrics, OptionsError
 from jaxdiff.typing import Array, Key, Params
 
-# Of the pixels that CLIP was trained on (Radford et al. 2021), by which its vision encoder's input is normalised.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_LOGIT_SCALE = float(np.log(100.0))  # section 2.5
+MAX_LOGIT_SCALE = float(np.log(100.0))  # Radford et al. 2021, section 2.5
 FIRST_LOGIT_SCALE = float(np.log(1 / 0.07))
 
 
