@@ -151,7 +151,7 @@ def test_unknown_block_is_named(folder):
             r"unet/config\.json describes a UNetMotionModel, but UNet2DConditionModel is needed",
         ),
         ("unet", {"time_embedding_type": "fourier"}, "config says time_embedding_type: 'fourier', which is not built"),
-        ("unet", {"resnet_out_scale_factor": 1.4}, "config says resnet_out_scale_factor: 1.4, which is not built here"),
+        ("unet", {"resnet_out_scale_factor": 1.4}, "config says resnet_out_scale_factor: 1.4, which is not supported"),
         ("unet", {"encoder_hid_dim_type": "image_proj"}, "config says encoder_hid_dim_type: 'image_proj', which"),
         ("unet", {"addition_embed_type": "image"}, "says addition_embed_type: 'image'; known are None, 'text_time'"),
         ("unet", {"addition_embed_type": "text_time"}, "says addition_embed_type: 'text_time' but not addition_time_e"),
@@ -161,7 +161,7 @@ def test_unknown_block_is_named(folder):
             r"says class_embed_type: \[\]; known are None, 'timestep', 'identity', 'proj",
         ),
         ("unet", {"class_embed_type": "projection"}, "but not projection_class_embeddings_input_dim"),
-        ("unet", {"cross_attention_dim": [16, 24]}, r"says cross_attention_dim: \[16, 24\]; known is one width"),
+        ("unet", {"cross_attention_dim": [16, 24]}, r"says cross_attention_dim: \[16, 24\]; one width for all levels"),
         (
             "unet",
             {"attention_head_dim": [5, 10]},

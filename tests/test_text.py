@@ -16,7 +16,7 @@ from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.model import build, param_shapes
 from jaxdiff.models.model import encode_text as eager_encode_text
 from jaxdiff.text.chunks import Tokens, tokens
-from jaxdiff.text.emphasis import emphasise
+from jaxdiff.text.emphasis import apply_emphasis
 from jaxdiff.text.tokenizer import Tokenizer
 from tests import tiny
 
@@ -259,22 +259,22 @@ def test_weights_of_one_change_nothing(dtype):
     states = jax.random.normal(jax.random.key(0), (64, 154, 96), dtype)
     weights = np.ones((64, 154), np.float32)
     weights[1, 3] = 1.2
-    for function in (emphasise, jax.jit(emphasise, static_argnums=2)):
+    for function in (apply_emphasis, jax.jit(apply_emphasis, static_argnums=2)):
         ours = function(states, weights, 77)
         changed = (ours != states).reshape(64, 2, -1).any(-1)
         assert np.argwhere(changed).tolist() == [[1, 0]]
-    assert emphasise(states, None, 77) is states
+    assert apply_emphasis(states, None, 77) is states
 
 
 def test_emphasis_of_vectors_without_a_mean_is_finite():
     states = jnp.array([[[1.0, -1.0], [2.0, -2.0]]])
-    np.testing.assert_array_equal(emphasise(states, np.array([[2.0, 1.0]], np.float32), 2), [[[2, -2], [2, -2]]])
+    np.testing.assert_array_equal(apply_emphasis(states, np.array([[2.0, 1.0]], np.float32), 2), [[[2, -2], [2, -2]]])
 
 
 def test_emphasis_is_computed_in_float32_and_keeps_the_type():
     states = jax.random.normal(jax.random.key(0), (1, 4, 8)).astype(jnp.bfloat16)
     weights = np.array([[1, 1.3, 0.9, 1]], np.float32)
-    ours = emphasise(states, weights, 4)
+    ours = apply_emphasis(states, weights, 4)
     assert ours.dtype == jnp.bfloat16
     exact = weighted(np.asarray(states[0], np.float64), weights[0])
     assert error(ours[0], exact) < float(jnp.finfo(jnp.bfloat16).eps)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 
 class ConfigError(ValueError):
-    """A configuration that is unreadable or describes what this library does not build."""
+    """A config that cannot be read, or that describes what this library does not build."""
 
 
 def _frozen(value: Any) -> Any:
@@ -20,13 +20,13 @@ class Config:
     """Base: reading from and writing to the dict of a `config.json`."""
 
     CLASS_NAME: ClassVar[str] = ""
-    NULLS: ClassVar[tuple[str, ...]] = ()  # fields of another default that may be None
+    NULLABLE: ClassVar[tuple[str, ...]] = ()  # fields of another default that may be None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         names = {f.name for f in dataclasses.fields(cls)}
-        # null means "the default" in these files, but for NULLS and the few fields whose own default is None.
-        return cls(**{k: _frozen(v) for k, v in values.items() if k in names and (v is not None or k in cls.NULLS)})
+        # null means "the default" in these files, but for NULLABLE and the few fields whose own default is None.
+        return cls(**{k: _frozen(v) for k, v in values.items() if k in names and (v is not None or k in cls.NULLABLE)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

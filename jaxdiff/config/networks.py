@@ -23,7 +23,7 @@ class CLIPTextConfig(Config):
     with_projection: bool = False  # whether pooled output goes through `text_projection`
     bos_token_id: int = 49406
     eos_token_id: int = 49407  # 2 in old files: then the highest id in the row marks the end
-    pad_token_id: int = 1  # as the file says; padding itself is the tokenizer's affair
+    pad_token_id: int = 1  # as the file says; padding itself is the tokenizer's job
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -111,12 +111,12 @@ EMBEDDINGS: dict[str, dict[str | None, tuple[str, ...]]] = {
 
 
 def _check_fixed(name: str, values: dict[str, Any], fixed: dict[str, Any]) -> None:
-    """Raises ConfigError naming the first entry of a config that asks for what is not built here."""
+    """Raises ConfigError naming the first entry of a config that is not supported."""
     for key, usual in fixed.items():
         if values.get(key) not in (None, usual):
             raise ConfigError(
-                f"The {name}'s config says {key}: {values[key]!r}, which is not built here (known is {usual!r}): take "
-                "a model of Stable Diffusion's architecture."
+                f"The {name}'s config says {key}: {values[key]!r}, which is not supported ({usual!r} is): use a model "
+                "of Stable Diffusion's architecture."
             )
 
 
@@ -125,7 +125,7 @@ class UNetConfig(Config):
     """Denoising UNet of latent diffusion (Rombach et al. 2022, appendix E); defaults are diffusers' own."""
 
     CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
-    NULLS: ClassVar[tuple[str, ...]] = ("mid_block_type",)
+    NULLABLE: ClassVar[tuple[str, ...]] = ("mid_block_type",)
     sample_size: int | tuple[int, int] = 64  # latents drawn by default: of a square's side, or height and width
     in_channels: int = 4
     out_channels: int = 4
@@ -177,7 +177,8 @@ class UNetConfig(Config):
         if isinstance(text, list | tuple):
             if len(set(text)) != 1:
                 raise ConfigError(
-                    f"The {cls.CLASS_NAME}'s config says cross_attention_dim: {text}; known is one width."
+                    f"The {cls.CLASS_NAME}'s config says cross_attention_dim: {text}; one width for all levels is "
+                    "supported."
                 )
             values = {**values, "cross_attention_dim": text[0]}
         return super().from_dict(values)
@@ -230,7 +231,7 @@ class ControlNetConfig(UNetConfig):
     """ControlNet (Zhang et al. 2023): the encoder of a UNet, and one of the control image."""
 
     CLASS_NAME: ClassVar[str] = "ControlNetModel"
-    NULLS: ClassVar[tuple[str, ...]] = ()  # that of a UNet without a middle block has one
+    NULLABLE: ClassVar[tuple[str, ...]] = ()  # that of a UNet without a middle block has one
     conditioning_channels: int = 3  # of the control image
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
     controlnet_conditioning_channel_order: str = "rgb"  # or "bgr"

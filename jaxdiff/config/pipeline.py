@@ -14,9 +14,9 @@ class PipelineOptions(Config):
 
     force_zeros_for_empty_prompt: bool = True  # SDXL: no negative prompt is zeros, not the embedding of ""
     requires_aesthetics_score: bool = False  # SDXL refiner: its time ids end in a score, not in the target size
-    max_noise_level: int = 350  # x4 upscaler: the most noise on the small picture, in steps of low_res_scheduler
-    low_res_scheduler: SchedulerConfig | None = None  # x4 upscaler: the process of that noise; a folder of its own
-    guidance_scale: float = 7.5  # what suits the model; "_guidance_scale" in the file, which diffusers passes over
+    max_noise_level: int = 350  # x4 upscaler: the most noise on the low-resolution image, in steps of low_res_scheduler
+    low_res_scheduler: SchedulerConfig | None = None  # x4 upscaler: its noise schedule; a folder of its own
+    guidance_scale: float = 7.5  # the model's default; "_guidance_scale" in the file, which diffusers ignores
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

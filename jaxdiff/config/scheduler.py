@@ -33,7 +33,7 @@ class SchedulerConfig(Config):
     prediction_type: str = "epsilon"  # "epsilon", "v_prediction", "sample", "flow_prediction"
     rescale_betas_zero_snr: bool = False
     shift: float = 1.0  # rectified flow: t -> shift t / (1 + (shift - 1) t)
-    use_dynamic_shifting: bool = False  # of flows, by the size of the picture: refused
+    use_dynamic_shifting: bool = False  # of flows, by the size of the image: refused
     # The time grid.
     timestep_spacing: str | None = None  # "leading", "trailing", "linspace"
     steps_offset: int = 0
@@ -64,7 +64,7 @@ class SchedulerConfig(Config):
     disable_corrector: tuple[int, ...] = ()  # UniPC: steps after which nothing is corrected
     skip_prk_steps: bool | None = None  # PNDM: whether it starts by a step of Heun's, not three of Runge and Kutta's
     timestep_scaling: float = 10.0  # LCM
-    # Known so that anything but these values is refused where it would change the picture: diffusion/times.py.
+    # Known so that anything but these values is refused where it would change the image: diffusion/times.py.
     timestep_type: str = "discrete"
     lambda_min_clipped: float = float("-inf")
     invert_sigmas: bool = False

@@ -1,6 +1,6 @@
 """Scaled dot-product attention (Vaswani et al. 2017, equation 1) in a form that suits each platform.
 
-What is in memory of the scores, B * H * N * M float32 numbers, is bounded everywhere: on a CPU to some queries of one
+What is in memory of the scores, B * H * N * M float32 numbers, is bounded: on a CPU to some queries of one
 head (cpu.py), elsewhere and on the devices of a mesh to SCORES bytes a device. Gradients keep to the same bounds.
 """
 
@@ -65,7 +65,7 @@ def _bounded(
     chunks = math.ceil(4 * b * h * n * k.shape[1] / (devices * budget))
     if chunks <= 1:
         return fused(q, k, v, bias)
-    size = math.ceil(n / 2 ** math.ceil(math.log2(chunks)))  # pictures' sides are divided by powers of 2
+    size = math.ceil(n / 2 ** math.ceil(math.log2(chunks)))  # images' sides are divided by powers of 2
     rows = jnp.pad(q, ((0, 0), (0, -n % size), (0, 0), (0, 0))).reshape(b, -1, size, h, d)
     one_chunk = jax.checkpoint(lambda chunk: fused(chunk, k, v, bias), prevent_cse=False)  # no need of it in a loop
     out = jax.lax.map(one_chunk, rows.swapaxes(0, 1))  # [chunks, B, size, H, d]
@@ -79,7 +79,7 @@ def _fused(q: Array, k: Array, v: Array, bias: Array | None, causal: bool) -> Ar
 
 
 def _float16(q: Array, k: Array, v: Array, bias: Array | None, causal: bool) -> Array:
-    """The same of float16: XLA has its products with sums in float32 on GPUs alone."""
+    """The same in float16: XLA sums products of float16 in float32 on GPUs only."""
     fused = functools.partial(_fused, causal=causal)
 
     def widened(q: Array, k: Array, v: Array, bias: Array | None) -> Array:

@@ -61,7 +61,7 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """Token ids -> one vector a token, each seeing only the tokens before it (causal)."""
+    """Token ids to one vector each, with causal attention."""
 
     config: CLIPTextConfig
     remat: bool | str = False
@@ -69,11 +69,13 @@ class CLIPTextModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array, clip_skip: int = 0) -> TextOutput:
-        """tokens [B, L] int32, L at most max_position_embeddings; clip_skip: last layers that the text passes by."""
+        """tokens [B, L] int32, L at most max_position_embeddings; clip_skip: last layers to skip."""
         c, dtype = self.config, self.dtype
         init = nn.initializers.normal(0.02)
         if tokens.shape[1] > c.max_position_embeddings:
-            raise ValueError(f"{tokens.shape[1]} tokens; this text encoder has {c.max_position_embeddings} positions.")
+            raise ValueError(
+                f"tokens has shape {list(tokens.shape)}, this text encoder has {c.max_position_embeddings} positions."
+            )
 
         def embed(count, name):
             return nn.Embed(count, c.hidden_size, embedding_init=init, dtype=dtype, name=f"embeddings_{name}_embedding")
@@ -93,7 +95,7 @@ class CLIPTextModel(nn.Module):
 
 
 class CLIPVisionModel(nn.Module):
-    """Pictures -> one vector a picture in the space shared with the text (Dosovitskiy et al. 2021)."""
+    """Images to one vector each in the space shared with the text (Dosovitskiy et al. 2021)."""
 
     config: CLIPVisionConfig
     remat: bool | str = False
@@ -101,7 +103,7 @@ class CLIPVisionModel(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
-        """pixels [B, S, S, 3], normalised by CLIP's mean and deviation, S = image_size -> [B, projection_dim]."""
+        """pixels [B, S, S, 3], normalised by CLIP_MEAN and CLIP_STD, S = image_size -> [B, projection_dim]."""
         c, dtype, patch = self.config, self.dtype, (self.config.patch_size,) * 2
         init = nn.initializers.normal(0.02)
         embed = nn.Conv(

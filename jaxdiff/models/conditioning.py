@@ -1,4 +1,4 @@
-"""What the UNet is told of a prompt, and one text encoder's part in it: chunks and skipped layers."""
+"""What the UNet is told of a prompt: the hidden states of a text encoder, chunk by chunk."""
 
 from typing import Any, NamedTuple
 

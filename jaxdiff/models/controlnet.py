@@ -14,17 +14,17 @@ from jaxdiff.models.unet import Residuals, UNet2DConditionModel, UNetEncoder, pe
 from jaxdiff.typing import Array, Key, Params
 
 
-class HintEncoder(nn.Module):
-    """The control image at the latents' size: the tiny network E of Zhang et al. 2023, section 3.2."""
+class ControlNetConditioningEmbedding(nn.Module):
+    """The control image to features of the latents' size: the network E of Zhang et al. 2023, section 3.2."""
 
     features: int
     widths: tuple[int, ...]
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, hint: Array) -> Array:
+    def __call__(self, control_image: Array) -> Array:
         """[B, H, W, 3] -> [B, h, w, features]; h = H / 2 ** (len(widths) - 1)."""
-        x = jax.nn.silu(conv(self.widths[0], self.dtype, "conv_in")(hint))
+        x = jax.nn.silu(conv(self.widths[0], self.dtype, "conv_in")(control_image))
         for i, (narrow, wide) in enumerate(pairwise(self.widths)):
             x = jax.nn.silu(conv(narrow, self.dtype, f"blocks_{2 * i}")(x))
             x = jax.nn.silu(conv(wide, self.dtype, f"blocks_{2 * i + 1}", strides=2)(x))
@@ -32,7 +32,7 @@ class HintEncoder(nn.Module):
 
 
 class ControlNet(UNetEncoder):
-    """What a picture adds to the UNet: nothing before training, since each output goes through a zero convolution."""
+    """What a control image adds to the UNet; nothing before training, as each output ends in a zero convolution."""
 
     config: ControlNetConfig
 
@@ -42,44 +42,46 @@ class ControlNet(UNetEncoder):
         x: Array,
         t: Array,
         embeddings: Array,
-        hint: Array,
+        control_image: Array,
         pooled: Array | None = None,
         time_ids: Array | None = None,
         attention_mask: Array | None = None,
     ) -> Residuals:
-        """The residuals of one picture for one time or one time a sample.
+        """The residuals for one timestep, or one a sample.
 
         Args:
             x: noised latents [B, h, w, in_channels].
-            t: time in training steps, scalar or [B].
+            t: timestep, scalar or [B].
             embeddings: text [B, L, cross_attention_dim], the UNet's.
-            hint: the control image [B, H, W, 3] in [0, 1], `config.factor` times as high and wide as the latents.
+            control_image: [B, H, W, 3] in [0, 1], `config.factor` times as high and wide as the latents.
             pooled, time_ids: as for the UNet, in the SDXL family.
             attention_mask: of the text, as for the UNet.
 
         Returns:
-            What `UNet2DConditionModel` takes as `residuals`, in the compute type.
+            The `residuals` of `UNet2DConditionModel`, in the compute type.
 
         Raises:
-            ValueError: the hint's size does not suit the latents'.
+            ValueError: the control image's size does not fit the latents'.
         """
         c, dtype = self.config, self.dtype
         if c.global_pool_conditions:
-            raise ConfigError("a ControlNet with global_pool_conditions is not supported: use one that keeps places.")
+            raise ConfigError("a ControlNet with global_pool_conditions is not supported: use one without it.")
         sizes = tuple(c.factor * n for n in x.shape[1:3])
-        if hint.shape[1:] != (*sizes, c.conditioning_channels):
+        if control_image.shape[1:] != (*sizes, c.conditioning_channels):
             raise ValueError(
-                f"the ControlNet's picture has shape {list(hint.shape[1:])}, these latents need "
+                f"control_image has shape {list(control_image.shape[1:])}, these latents need "
                 f"{[*sizes, c.conditioning_channels]}: resize it first."
             )
         if c.controlnet_conditioning_channel_order == "bgr":
-            hint = hint[..., ::-1]
+            control_image = control_image[..., ::-1]
         temb = self.embed(jnp.broadcast_to(t, x.shape[:1]), pooled, time_ids, None, None)
         width = c.block_out_channels[0]
         x = conv(width, dtype, "conv_in")(x.astype(dtype))
-        encoder = HintEncoder(width, c.conditioning_embedding_out_channels, dtype, name="controlnet_cond_embedding")
+        encoder = ControlNetConditioningEmbedding(
+            width, c.conditioning_embedding_out_channels, dtype, name="controlnet_cond_embedding"
+        )
         context, bias = embeddings.astype(dtype), score_bias(attention_mask)
-        mid, skips = self.down(x + encoder(hint.astype(dtype)), temb, context, bias)
+        mid, skips = self.down(x + encoder(control_image.astype(dtype)), temb, context, bias)
 
         def zero(x: Array, name: str) -> Array:
             return conv(x.shape[-1], dtype, name, size=1, padding=0, zero=True)(x)
@@ -89,7 +91,7 @@ class ControlNet(UNetEncoder):
 
 
 def combine(residuals: Sequence[Residuals], scales: Sequence[Array | float]) -> Residuals:
-    """The sum of what several ControlNets add, each times its scale, a number or one a sample [B]."""
+    """The sum of the residuals of several ControlNets, each times its scale, a scalar or [B]."""
     scaled = [
         jax.tree.map(lambda r, s=scale: r * jnp.reshape(s, (-1, 1, 1, 1)).astype(r.dtype), one)
         for one, scale in zip(residuals, scales, strict=True)
@@ -98,7 +100,7 @@ def combine(residuals: Sequence[Residuals], scales: Sequence[Array | float]) -> 
 
 
 def check_fits(controlnet: ControlNetConfig, unet: UNetConfig) -> None:
-    """Raises ConfigError, one sentence, where a ControlNet was trained for another family of UNets."""
+    """Raise ConfigError if the ControlNet was trained for another family of UNets."""
     names = ("block_out_channels", "layers_per_block", "cross_attention_dim", "projection_class_embeddings_input_dim")
     levels = len(unet.block_out_channels)
     for name in names:
@@ -110,10 +112,10 @@ def check_fits(controlnet: ControlNetConfig, unet: UNetConfig) -> None:
 
 
 def example_inputs(c: ControlNetConfig) -> tuple[Array, ...]:
-    """Smallest inputs of a ControlNet, zeros; one shape is enough to know every parameter's."""
+    """The smallest inputs of a ControlNet, zeros; the parameters' shapes do not depend on their size."""
     side = 2 ** (len(c.block_out_channels) - 1)
-    hint = (1, side * c.factor, side * c.factor, c.conditioning_channels)
-    shapes: list[tuple[int, ...]] = [(1, side, side, c.in_channels), (1,), (1, 2, c.cross_attention_dim), hint]
+    control_image = (1, side * c.factor, side * c.factor, c.conditioning_channels)
+    shapes: list[tuple[int, ...]] = [(1, side, side, c.in_channels), (1,), (1, 2, c.cross_attention_dim), control_image]
     if c.addition_embed_type == "text_time":
         ids = 6 * (c.addition_time_embed_dim or 0)
         shapes += [(1, (c.projection_class_embeddings_input_dim or 0) - ids), (1, 6)]
@@ -121,9 +123,11 @@ def example_inputs(c: ControlNetConfig) -> tuple[Array, ...]:
 
 
 def from_unet(unet: UNet2DConditionModel, params: Params, key: Key, factor: int = 8) -> tuple[ControlNet, Params]:
-    """A ControlNet to train: the UNet's own encoder (`params` are the UNet's), fresh where it has no counterpart.
+    """A ControlNet to train: a copy of the UNet's encoder, with fresh parameters for the layers that the UNet lacks.
+
 
     Args:
+        params: of the UNet.
         factor: pixels of the control image to a latent along one side, a power of 2: the autoencoder's.
     """
     usual = ControlNetConfig().conditioning_embedding_out_channels

@@ -50,7 +50,7 @@ def winograd(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def winograd_tiles(x: jax.Array, kernels: list[list[jax.Array]]) -> jax.Array:
-    """Winograd's form of x [B, H + 2, W + 2, C] with its border -> [B, H, W, features]; kernels 4 x 4 of [C, features]."""
+    """x [B, H + 2, W + 2, C] with its border, kernels 4 x 4 of [C, features] -> [B, H, W, features]."""
     b, h, w, c = x.shape[0], x.shape[1] - 2, x.shape[2] - 2, x.shape[3]
     across = []
     for row, row_kernels in zip(input_transform(x, 1), kernels, strict=True):

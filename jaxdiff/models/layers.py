@@ -1,4 +1,4 @@
-"""The pieces that the UNet and the autoencoder share. Submodules bear the names of the PyTorch checkpoints."""
+"""Layers that the UNet and the autoencoder share. Submodules have the names of the PyTorch checkpoints."""
 
 import math
 from typing import Any
@@ -31,10 +31,10 @@ REMAT_POLICIES = {
 
 
 def rematerialised(cls: Any, remat: bool | str) -> Any:
-    """The class of a layer that computes its activations again in the backward pass; False or "" keeps them all.
+    """The class of a layer that recomputes its activations in the backward pass (gradient checkpointing).
 
     Args:
-        remat: a name of `REMAT_POLICIES`; True is "full" (Chen et al. 2016).
+        remat: a name of `REMAT_POLICIES`; True is "full" (Chen et al. 2016); False or "" keeps all activations.
 
     Raises:
         ConfigError: an unknown policy.
@@ -67,7 +67,7 @@ def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq
 
 
 def conv(features: int, dtype, name: str, *, size: int = 3, strides: int = 1, padding: int = 1, zero: bool = False):
-    """A square convolution with symmetric padding; `zero` starts it at zero, so that its branch starts as no change."""
+    """A square convolution with symmetric padding; `zero` starts its kernel at zero, so it adds nothing at first."""
     init = nn.initializers.zeros if zero else nn.linear.default_kernel_init
     pads = [(padding, padding)] * 2
     shape = (size, size)
@@ -140,7 +140,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, height: int | None = None, width: int | None = None) -> Array:
-        """x [B, H, W, C] -> [B, 2H, 2W, C], cut to the odd height or width that a skip connection may have."""
+        """x [B, H, W, C] -> [B, 2H, 2W, features], cropped to `height` and `width`: those of the skip may be odd."""
         x = x.repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width]
         return conv(self.features, self.dtype, "conv")(x)
 
@@ -195,7 +195,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer2D(nn.Module):
-    """A picture's positions as tokens through `layers` transformer blocks (Rombach et al. 2022, appendix E.2.1)."""
+    """The positions of an image as tokens through `layers` transformer blocks (Rombach et al. 2022, appendix E.2.1)."""
 
     heads: int
     layers: int = 1

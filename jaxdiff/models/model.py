@@ -23,23 +23,23 @@ from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.text.chunks import Tokens
-from jaxdiff.text.emphasis import emphasise
+from jaxdiff.text.emphasis import apply_emphasis
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Key, Params
 
-AESTHETIC_SCORE = 6.0  # what the SDXL refiner is told of the picture wanted
+AESTHETIC_SCORE = 6.0  # the score that the SDXL refiner is asked for
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Networks, their configs and the tokenizers; hashable, hence static under `jit`. Holds no parameters."""
 
-    text_encoder: CLIPTextModel | None  # None: the SDXL refiner, which has the second one alone
+    text_encoder: CLIPTextModel | None  # None: the SDXL refiner, which has only text_encoder_2
     unet: UNet2DConditionModel
     vae: AutoencoderKL | AutoencoderTiny
     tokenizer: Tokenizer | None
     scheduler: SchedulerConfig
-    vision_encoder: CLIPVisionModel | None = None  # for contrastive training and scoring; never drawn with
+    vision_encoder: CLIPVisionModel | None = None  # for contrastive training and scoring; not for drawing
     text_encoder_2: CLIPTextModel | None = None  # SDXL: OpenCLIP's, with a projection
     tokenizer_2: Tokenizer | None = None
     controlnets: tuple[Any, ...] = ()  # their parameters are the list params["controlnet"], in the same order
@@ -67,15 +67,17 @@ class Model:
 
     @property
     def inpaints(self) -> bool:
-        """Whether the UNet was taught inpainting: it sees a mask and the masked picture's latents beside the noise."""
+        """Whether the UNet was trained for inpainting: its input also holds a mask and the masked image's latents."""
         return self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
 
 
 def with_controlnets(model: Model, params: Params, *controlnets: tuple[Any, Params]) -> tuple[Model, Params]:
-    """The model with these ControlNets, (module, params) as `load_controlnet` gives each, in the order of `generate`'s.
+    """The model with these ControlNets instead of its own; each is (module, params), as `load_controlnet` returns it.
+
+    `generate` takes their control images in the same order.
 
     Raises:
-        ConfigError: one was trained for a UNet of another shape.
+        ConfigError: a ControlNet was trained for a UNet of another shape.
     """
     for net, _ in controlnets:
         check_fits(net.config, model.unet.config)
@@ -97,7 +99,13 @@ def build(
     dtype=jnp.float32,
     remat: bool | str = False,
 ) -> Model:
-    """A model of these configs that computes in `dtype`; `remat` recomputes activations, see `rematerialised`."""
+    """A model from its configs.
+
+    Args:
+        text, text_2, vision: None for an encoder that the model lacks.
+        dtype: type that the networks compute in.
+        remat: whether the backward pass recomputes activations, or a policy; see `rematerialised`.
+    """
     dtype = jnp.dtype(dtype)
     rest = remat, dtype
     return Model(
@@ -116,7 +124,7 @@ def build(
 def autoencoder(
     config: VAEConfig | TinyVAEConfig, dtype: Any, remat: bool | str = False
 ) -> AutoencoderKL | AutoencoderTiny:
-    """The autoencoder of a config; the large one in float32 where it is said to overflow in float16."""
+    """The autoencoder of a config. AutoencoderKL computes in float32 where its config says that float16 overflows."""
     if isinstance(config, TinyVAEConfig):
         return AutoencoderTiny(config, bool(remat), dtype)
     upcast = config.force_upcast and dtype == jnp.float16
@@ -124,7 +132,7 @@ def autoencoder(
 
 
 def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
-    """Smallest inputs of each module, by its key in `params`; one shape is enough to know every parameter's."""
+    """The smallest inputs of each module, by its key in `params`; the parameters' shapes do not depend on them."""
     unet, vae = model.unet.config, model.vae.config
 
     def array(*shape, dtype=jnp.float32):
@@ -160,7 +168,7 @@ def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
 
 
 def time_id_count(model: Model) -> int:
-    """Numbers beside the pooled text: sizes and crop, or for the refiner a score in place of the target size."""
+    """How many time ids the UNet takes: sizes and crop; the refiner has one score instead of the target size."""
     return 5 if model.options.requires_aesthetics_score else 6
 
 
@@ -181,31 +189,31 @@ def param_shapes(model: Model) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def _module_shapes(module: Any, inputs: tuple[jax.ShapeDtypeStruct | None, ...]) -> Params:
-    """Shapes of one module's parameters; tracing it takes a second or two for a network of full size."""
+    """Shapes of one module's parameters, cached: tracing a network of full size takes a second or two."""
     return jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x)["params"], *inputs)
 
 
 def apply(model: Model, params: Params, name: str, *args: Any, method: str | None = None) -> Any:
-    """One module of the model, by its key in `params`, on its own parameters."""
+    """The output of one module, named by its key in `params`, with its own parameters."""
     return model.modules[name].apply({"params": params[name]}, *args, method=method)
 
 
 def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_skip: int = 0) -> Conditioning:
-    """Token ids -> what the UNet attends to.
+    """Token ids to what the UNet is told of the prompts.
 
     One encoder (SD 1.x, 2.x) gives its last hidden state after the final norm. SDXL takes the state before the last,
     without the norm, of its two encoders side by side, and the refiner that of its only one; their pooled text is the
     last encoder's projection of the first chunk (Podell et al. 2023, section 2.1).
 
     Args:
-        tokens: `Tokens`; for a model of one encoder also plain ids, int32 [B, L] or, in K chunks, [B, K L].
-        clip_skip: through how many layers fewer than usual the text goes, at least 0.
+        tokens: `Tokens`, or for a model of one encoder token ids, int32 [B, L] or [B, K L] in K chunks.
+        clip_skip: last layers to skip, at least 0.
 
     Returns:
-        embeddings [B, K L, D], the tokens' attention mask and, for SDXL, pooled [B, P]; without time ids.
+        embeddings [B, K L, D], the tokens' attention mask [B, K L] or None and, for SDXL, pooled [B, P]; no time ids.
 
     Raises:
-        ValueError: `clip_skip` is negative or leaves no layer; ids for one encoder where the model has two.
+        ValueError: `clip_skip` is negative or leaves no layer, or `tokens` lack the ids of the second encoder.
     """
     tokens = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
     given = ((tokens.ids, tokens.weights), (tokens.ids_2, tokens.weights_2))
@@ -214,11 +222,11 @@ def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_sk
     embeddings, pooled = [], None
     for name, (ids, weights) in zip(names, given, strict=False):
         if ids is None:
-            raise ValueError("tokens are for one text encoder and this model has two: make them with jaxdiff.tokenize.")
+            raise ValueError("tokens are for one text encoder, this model has two: make them with jaxdiff.tokenize.")
         encoder, tokenizer = model.modules[name], model.tokenizer if name == "text_encoder" else model.tokenizer_2
         length = encoder.config.max_position_embeddings if tokenizer is None else tokenizer.max_length
         states, pooled = encode_chunks(encoder, params[name], ids, length, clip_skip, sdxl)
-        embeddings.append(emphasise(states, weights, length))
+        embeddings.append(apply_emphasis(states, weights, length))
     cond = Conditioning(jnp.concatenate(embeddings, -1), pooled if sdxl else None, None, tokens.attention_mask)
     if tokens.zeros is None:
         return cond
@@ -232,8 +240,9 @@ def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_sk
 def with_time_ids(model: Model, cond: Conditioning, x: Array, score: float = AESTHETIC_SCORE) -> Conditioning:
     """The conditioning of a model of the SDXL family with time ids [B, 6 or 5] for latents x [B, h, w, C].
 
-    They are the picture's original height and width, where it was cut (0, 0), and the size drawn; or for the refiner
-    an aesthetic score in place of that size (Podell et al. 2023, sections 2.2 and 2.5). Ids given are kept.
+    The ids are the image's original height and width, its crop's top and left (0, 0), and the height and width to draw;
+    the refiner has `score`, an aesthetic score, instead of the last two (Podell et al. 2023, sections 2.2 and 2.5). Ids
+    that `cond` already has are kept.
     """
     if model.unet.config.addition_embed_type != "text_time" or cond.time_ids is not None:
         return cond
@@ -244,17 +253,17 @@ def with_time_ids(model: Model, cond: Conditioning, x: Array, score: float = AES
 
 
 def in_unit(images: Array) -> Array:
-    """Pictures as numbers in [0, 1]: whole numbers, such as uint8, are from 0 to 255."""
+    """Images [..., 3] in [0, 1], from integers (0 to 255) or from floats, which are returned as they are."""
     images = jnp.asarray(images)
     return images / 255 if jnp.issubdtype(images.dtype, jnp.integer) else images
 
 
 def encode(model: Model, params: Params, images: Array, key: Key | None = None) -> Array:
-    """Pictures to latents.
+    """Images to latents.
 
     Args:
-        images: [B, H, W, 3] in [0, 1], or of whole numbers from 0 to 255; H and W multiples of the VAE's factor.
-        key: where given, latents are drawn from the encoder's Gaussian; else its mean is returned.
+        images: [B, H, W, 3], floats in [0, 1] or integers from 0 to 255; H and W multiples of the VAE's factor.
+        key: draws the latents from the encoder's Gaussian; None returns its mean.
 
     Returns:
         [B, h, w, C] float32, scaled as the UNet expects them: (z - shift_factor) * scaling_factor.
@@ -266,7 +275,7 @@ def encode(model: Model, params: Params, images: Array, key: Key | None = None) 
 
 
 def decode(model: Model, params: Params, latents: Array) -> Array:
-    """Latents [B, h, w, C], scaled, to pictures [B, H, W, 3] float32 in [0, 1]."""
+    """Latents [B, h, w, C], scaled, to images [B, H, W, 3] float32 in [0, 1]."""
     c = model.vae.config
     z = jnp.asarray(latents, jnp.float32) / c.scaling_factor + (c.shift_factor or 0.0)
     images = apply(model, params, "vae", z, method="decode")

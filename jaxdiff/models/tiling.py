@@ -1,8 +1,7 @@
-"""Large pictures through the autoencoder in overlapping tiles, one at a time, so that memory is bounded by a tile's.
+"""Large images through the autoencoder in overlapping tiles, one at a time: memory is bounded by one tile's.
 
-A tile is not quite a cut-out of the whole: its group norms take their statistics from it alone, and its middle
-attention sees it alone. Tiles may thus differ a little in tone from the whole and from each other; where two overlap,
-one fades linearly into the next.
+The result differs a little from that of the whole image: group norms take their statistics from one tile, and the
+attention in the middle sees one tile. Tiles may differ in tone; where two overlap, one fades linearly into the next.
 """
 
 from collections.abc import Callable
@@ -18,22 +17,22 @@ TILE, OVERLAP = 64, 16  # latents: 512 pixels and 128 with Stable Diffusion's fa
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where the fewest tiles start that cover `size` places and overlap by at least `overlap`, evenly spread.
+    """The starts of the fewest tiles that cover `size` positions and overlap by at least `overlap`, evenly spaced.
 
     >>> tile_starts(128, 64, 16), tile_starts(40, 64, 16)
     ([0, 32, 64], [0])
     """
     if tile < 1 or not 0 <= overlap < tile:
-        raise ValueError(f"tile {tile} must be at least 1, and overlap {overlap} from 0 to less than it.")
+        raise ValueError(f"tile {tile} must be at least 1, and overlap {overlap} from 0 to tile - 1.")
     room = max(size - tile, 0)
     gaps = -(-room // (tile - overlap))  # rounded up
     return [room * i // max(gaps, 1) for i in range(gaps + 1)]
 
 
 def fades(starts: list[int], tile: int) -> np.ndarray:
-    """What each place of each tile counts [tiles, tile], float32: each fades linearly into the next over their overlap.
+    """The weight of each position of each tile, float32 [tiles, tile]: a tile fades linearly into the next.
 
-    Of the tiles that cover a place the weights sum to one.
+    The weights of the tiles that cover a position sum to one.
 
     >>> fades([0, 2], 4).tolist()
     [[1.0, 1.0, 1.0, 0.5], [0.0, 0.5, 1.0, 1.0]]
@@ -48,17 +47,23 @@ def fades(starts: list[int], tile: int) -> np.ndarray:
     return np.stack([w[i : i + tile] for w, i in zip(weights, starts, strict=True)]).astype(np.float32)
 
 
-def tiled(function: Callable[[Array], Array], x: Array, starts: tuple[list[int], list[int]], tile: int, place) -> Array:
+def tiled(
+    function: Callable[[Array], Array],
+    x: Array,
+    starts: tuple[list[int], list[int]],
+    tile: int,
+    to_output: Callable[[int], int],
+) -> Array:
     """`function` of tiles of x [B, H, W, C], one after the other, each added to the result with its weight.
 
     Args:
         starts: rows and columns where tiles start.
-        tile: their side, cut where x is smaller.
-        place: from a row or column of x to the one of the result that it becomes.
+        tile: their side; smaller where x is.
+        to_output: from a row or column of x to that of the result.
     """
     cut = (1, min(tile, x.shape[1]), min(tile, x.shape[2]), x.shape[3])
     done = jax.eval_shape(function, jax.ShapeDtypeStruct(cut, x.dtype))
-    to = [[place(start) for start in each] for each in starts]
+    to = [[to_output(start) for start in each] for each in starts]
     weights = [jnp.asarray(fades(each, side)) for each, side in zip(to, done.shape[1:3], strict=True)]
 
     def add(out: jax.Array, at: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -69,7 +74,7 @@ def tiled(function: Callable[[Array], Array], x: Array, starts: tuple[list[int],
         before = jax.lax.dynamic_slice(out, corner_out, done.shape)
         return jax.lax.dynamic_update_slice(out, before + counts * drawn, corner_out), None
 
-    out = jnp.zeros((x.shape[0], *map(place, x.shape[1:3]), done.shape[3]), done.dtype)
+    out = jnp.zeros((x.shape[0], *map(to_output, x.shape[1:3]), done.shape[3]), done.dtype)
     every = jnp.indices((x.shape[0], *map(len, starts))).reshape(3, -1)
     return jax.lax.scan(add, out, tuple(every))[0]
 
@@ -77,18 +82,18 @@ def tiled(function: Callable[[Array], Array], x: Array, starts: tuple[list[int],
 def decode_tiled(
     model: Model, params: Params, latents: Array, tile: int | None = TILE, overlap: int = OVERLAP
 ) -> Array:
-    """`decode` a tile at a time: a picture of any size in the memory of one tile and the picture.
+    """`decode` a tile at a time: an image of any size takes the memory of one tile and of the image.
 
     Args:
         latents: [B, h, w, C], scaled.
-        tile: side of a tile in latents, static; None decodes whole pictures, one after another.
-        overlap: at least so many latents of two neighbours are the same, 0 to tile - 1. The more, the softer the seam.
+        tile: side of a tile in latents, static; None decodes whole images, one after another.
+        overlap: latents that two neighbours share, at least, 0 to tile - 1. More make the seam softer.
 
     Returns:
-        [B, H, W, 3] float32 in [0, 1]; that of `decode` where one tile covers all, near it elsewhere (see above).
+        [B, H, W, 3] float32 in [0, 1]; equal to `decode` if one tile covers all, and otherwise close to it.
 
     Raises:
-        ValueError: a tile or an overlap that is out of range.
+        ValueError: `tile` or `overlap` is out of range.
     """
     tile, overlap = (max(latents.shape[1:3]), 0) if tile is None else (tile, overlap)
     starts = tile_starts(latents.shape[1], tile, overlap), tile_starts(latents.shape[2], tile, overlap)

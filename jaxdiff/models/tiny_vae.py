@@ -12,7 +12,7 @@ NO_VARIANCE = -1e4  # a log-variance whose exponential is 0
 # Layers are numbered as in the checkpoints, where activations and enlargements count as layers too.
 
 
-def conv(features: int, dtype, name: str, *, strides: int = 1, bias: bool = True) -> nn.Conv:
+def conv3x3(features: int, dtype, name: str, *, strides: int = 1, bias: bool = True) -> nn.Conv:
     return nn.Conv(features, (3, 3), strides, [(1, 1)] * 2, use_bias=bias, dtype=dtype, name=name)
 
 
@@ -25,13 +25,13 @@ class TinyBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         act, width = ACTIVATIONS[self.act], x.shape[-1]
-        h = act(conv(width, self.dtype, "conv_0")(x))
-        h = act(conv(width, self.dtype, "conv_2")(h))
-        return nn.relu(x + conv(width, self.dtype, "conv_4")(h))
+        h = act(conv3x3(width, self.dtype, "conv_0")(x))
+        h = act(conv3x3(width, self.dtype, "conv_2")(h))
+        return nn.relu(x + conv3x3(width, self.dtype, "conv_4")(h))
 
 
 class TinyEncoder(nn.Module):
-    """Pictures [B, H, W, 3] in [-1, 1] -> latents [B, h, w, latent_channels]."""
+    """Images [B, H, W, 3] in [-1, 1] -> latents [B, h, w, latent_channels]."""
 
     config: TinyVAEConfig
     dtype: jnp.dtype = jnp.float32
@@ -42,15 +42,15 @@ class TinyEncoder(nn.Module):
         x = (x.astype(self.dtype) + 1) / 2
         for i, (width, blocks) in enumerate(zip(c.encoder_block_out_channels, c.num_encoder_blocks, strict=True)):
             first = i == 0
-            x = conv(width, self.dtype, f"layers_{n}", strides=1 if first else 2, bias=first)(x)
+            x = conv3x3(width, self.dtype, f"layers_{n}", strides=1 if first else 2, bias=first)(x)
             for j in range(blocks):
                 x = TinyBlock(c.act_fn, self.dtype, name=f"layers_{n + 1 + j}")(x)
             n += 1 + blocks
-        return conv(c.latent_channels, self.dtype, f"layers_{n}")(x)
+        return conv3x3(c.latent_channels, self.dtype, f"layers_{n}")(x)
 
 
 class TinyDecoder(nn.Module):
-    """Latents [B, h, w, latent_channels], softly clipped to (-3, 3), -> pictures [B, H, W, 3], about [-1, 1]."""
+    """Latents [B, h, w, latent_channels], softly clipped to (-3, 3) -> images [B, H, W, 3], about [-1, 1]."""
 
     config: TinyVAEConfig
     dtype: jnp.dtype = jnp.float32
@@ -59,7 +59,7 @@ class TinyDecoder(nn.Module):
     def __call__(self, x: Array) -> Array:
         c, n = self.config, 2
         x = 3 * jnp.tanh(x.astype(self.dtype) / 3)
-        x = ACTIVATIONS[c.act_fn](conv(c.decoder_block_out_channels[0], self.dtype, "layers_0")(x))
+        x = ACTIVATIONS[c.act_fn](conv3x3(c.decoder_block_out_channels[0], self.dtype, "layers_0")(x))
         levels = list(zip(c.decoder_block_out_channels, c.num_decoder_blocks, strict=True))
         for i, (width, blocks) in enumerate(levels):
             for j in range(blocks):
@@ -67,16 +67,16 @@ class TinyDecoder(nn.Module):
             n += blocks
             if i < len(levels) - 1:
                 x = x.repeat(c.upsampling_scaling_factor, axis=1).repeat(c.upsampling_scaling_factor, axis=2)
-                x = conv(width, self.dtype, f"layers_{n + 1}", bias=False)(x)
+                x = conv3x3(width, self.dtype, f"layers_{n + 1}", bias=False)(x)
                 n += 2
-        return 2 * conv(c.out_channels, self.dtype, f"layers_{n}")(x) - 1
+        return 2 * conv3x3(c.out_channels, self.dtype, f"layers_{n}")(x) - 1
 
 
 class AutoencoderTiny(nn.Module):
-    """Encoder and decoder with the methods of `AutoencoderKL`, whose place in a model it may take."""
+    """Encoder and decoder with the methods of `AutoencoderKL`, which it can replace in a model."""
 
     config: TinyVAEConfig
-    remat: bool = False  # of no use to so small a network
+    remat: bool = False  # has no effect: the network is small
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -84,7 +84,7 @@ class AutoencoderTiny(nn.Module):
         self.decoder = TinyDecoder(self.config, self.dtype)
 
     def encode(self, images: Array) -> tuple[Array, Array]:
-        """[B, H, W, 3] in [-1, 1] -> latents float32 [B, h, w, latent_channels], and their log-variance: none."""
+        """[B, H, W, 3] in [-1, 1] -> latents float32 [B, h, w, latent_channels] and their log-variance: none."""
         latents = self.encoder(images).astype(jnp.float32)
         return latents, jnp.full_like(latents, NO_VARIANCE)
 
@@ -98,10 +98,12 @@ class AutoencoderTiny(nn.Module):
 
 
 def preview(tiny: AutoencoderTiny, params: Params, latents: Array) -> Array:
-    """What latents [B, h, w, C] of the UNet show: pictures [B, H, W, 3] float32 in [0, 1], at little cost.
+    """The UNet's latents [B, h, w, C] to images [B, H, W, 3] float32 in [0, 1], fast and roughly.
 
-    `params` are the tiny autoencoder's own. It takes latents as the UNet has them, without the scaling of the large
-    autoencoder, and serves the family whose latents it was distilled on.
+    The latents have the UNet's scale. The tiny autoencoder must be distilled on the same family of models.
+
+    Args:
+        params: of the tiny autoencoder.
     """
     c = tiny.config
     z = jnp.asarray(latents, jnp.float32) / c.scaling_factor + c.shift_factor

@@ -30,20 +30,21 @@ BLOCKS = {  # block type -> whether it attends to the text
 
 
 def attends(block_type: str) -> bool:
+    """Whether a type of block attends to the text; raises ConfigError for an unknown type."""
     if block_type not in BLOCKS:
         raise ConfigError(f"unet/config.json names the block {block_type!r}; known are {', '.join(BLOCKS)}.")
     return BLOCKS[block_type]
 
 
 def per_level(value, levels: int) -> tuple:
-    """A setting given once or per level, as one value per level."""
+    """One value per level of a setting that is given once or per level."""
     return tuple(value) if isinstance(value, tuple) else (value,) * levels
 
 
 def score_bias(attention_mask: Array | None) -> Array | None:
-    """What is added to the scores of keys [B, L] so that softmax counts each as that part of a key; 0 hides it.
+    """The bias [B, L] of attention scores that makes softmax count each key by its mask, in [0, 1]; 0 hides it.
 
-    Parts let a text come in smoothly, as in a blend of prompts of different lengths.
+    Values between 0 and 1 fade tokens in, as in a blend of prompts of different lengths.
     """
     return None if attention_mask is None else jnp.log(attention_mask.astype(jnp.float32))
 
@@ -135,7 +136,7 @@ class UNetEncoder(nn.Module):
         return {"remat": self.remat, "dtype": self.dtype}
 
     def down(self, x: Array, temb: Array, context: Array, bias: Array | None) -> tuple[Array, list[Array]]:
-        """What conv_in gave [B, h, w, C] -> the output after the middle block, and that of each skip connection."""
+        """conv_in's output [B, h, w, C] to that of the middle block, and those of the skip connections."""
         c, last = self.config, len(self.config.block_out_channels) - 1
         layers = per_level(c.layers_per_block, last + 1)
         skips = [x]
@@ -153,7 +154,7 @@ class UNetEncoder(nn.Module):
         return timestep_embedding(t, dim, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift).astype(self.dtype)
 
     def embed(self, t, pooled, time_ids, class_labels, guidance) -> Array:
-        """Time, and what the config adds to it, as one embedding [B, 4 * block_out_channels[0]]."""
+        """The embedding [B, 4 * block_out_channels[0]] of the timestep and of what the config adds to it."""
         c, dtype = self.config, self.dtype
         width = 4 * c.block_out_channels[0]
         temb = TimestepEmbedding(width, dtype, name="time_embedding")(
@@ -161,11 +162,11 @@ class UNetEncoder(nn.Module):
         )
         if c.class_embed_type is not None or c.num_class_embeds is not None:
             if class_labels is None:
-                raise ValueError("this UNet has class embeddings: class_labels [B] are needed.")
+                raise ValueError("this UNet has class embeddings: give class_labels [B].")
             temb = temb + self.embed_class(class_labels, width)
         if c.addition_embed_type == "text_time":
             if pooled is None or time_ids is None:
-                raise ValueError("this UNet is of the SDXL family: pooled text and time_ids are needed.")
+                raise ValueError("this UNet is of the SDXL family: give pooled [B, P] and time_ids [B, 6 or 5].")
             assert c.addition_time_embed_dim is not None
             ids = self.sinusoids(time_ids.reshape(-1), c.addition_time_embed_dim).reshape(time_ids.shape[0], -1)
             added = jnp.concatenate([pooled.astype(dtype), ids], -1)
@@ -187,13 +188,14 @@ class UNetEncoder(nn.Module):
             return nn.Dense(width, dtype=self.dtype, name=name)(labels)
         elif kind != "projection":
             raise ConfigError(
-                f"class_embed_type {kind!r} is unknown; known are null, 'timestep', 'identity', 'projection'."
+                f"class_embed_type {kind!r} is unknown; known are null, 'timestep', 'identity', 'projection', "
+                "'simple_projection'."
             )
         return TimestepEmbedding(width, self.dtype, name=name)(labels)
 
 
 class UNet2DConditionModel(UNetEncoder):
-    """Predicts from a noised latent, its time and the text what the noise schedule's prediction type asks for."""
+    """Predicts noise, velocity or x0, by the scheduler's prediction type, from noised latents, timestep and text."""
 
     @nn.compact
     def __call__(
@@ -208,11 +210,11 @@ class UNet2DConditionModel(UNetEncoder):
         guidance: Array | None = None,
         residuals: Residuals | None = None,
     ) -> Array:
-        """The network's output for one time or one time a sample.
+        """The prediction for one timestep, or one a sample.
 
         Args:
             x: noised latents [B, h, w, in_channels].
-            t: time in training steps, scalar or [B], possibly fractional.
+            t: timestep, scalar or [B]; may be fractional.
             embeddings: text [B, L, cross_attention_dim].
             pooled, time_ids: pooled text [B, P] and sizes and crops [B, 6], where `addition_embed_type` is "text_time".
             attention_mask: how much each token of the text counts, [B, L] in [0, 1]; None: all in full.

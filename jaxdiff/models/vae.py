@@ -48,6 +48,8 @@ class VAEMidBlock(nn.Module):
 
 
 class VAEAttention(nn.Module):
+    """Self-attention of one head over the positions of x [B, H, W, C], after a group norm."""
+
     groups: int
     dtype: jnp.dtype = jnp.float32
 
@@ -66,7 +68,7 @@ def resnet(c: VAEConfig, features: int, name: str, remat: bool | str, dtype) -> 
 
 
 class Encoder(nn.Module):
-    """Pictures [B, H, W, 3] -> mean and log-variance side by side [B, h, w, 2 * latent_channels]."""
+    """Images [B, H, W, 3] -> mean and log-variance side by side [B, h, w, 2 * latent_channels]."""
 
     config: VAEConfig
     remat: bool | str = False
@@ -85,7 +87,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, h, w, latent_channels] -> pictures [B, H, W, 3]."""
+    """Latents [B, h, w, latent_channels] -> images [B, H, W, 3]."""
 
     config: VAEConfig
     remat: bool | str = False
@@ -104,7 +106,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder to a diagonal Gaussian and decoder. Pictures are in [-1, 1]; latents here are unscaled."""
+    """Encoder to a diagonal Gaussian and decoder. Images are in [-1, 1]; latents are not scaled here."""
 
     config: VAEConfig
     remat: bool | str = False

@@ -25,12 +25,12 @@ class Tokens(NamedTuple):
     weights_2: Array | None = None
     zeros: Array | None = None  # [B] bool: whose embeddings are zeros, as SDXL has it for no negative prompt at all
     # [B, K L] float32: 1 in a prompt's own chunks and 0 in those that fill it up to the longest one's K, so that no
-    # picture depends on the prompts beside it. None where K is 1.
+    # image depends on the prompts beside it. None where K is 1.
     attention_mask: Array | None = None
 
 
-class Encoders(Protocol):
-    """What is asked of a model here."""
+class HasTokenizers(Protocol):
+    """What `tokens` needs of a model."""
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...
@@ -41,7 +41,7 @@ class Encoders(Protocol):
 
 
 def tokens(
-    model: Encoders,
+    model: HasTokenizers,
     prompts: Sequence[str | None],
     prompts_2: Sequence[str | None] | None = None,
     *,
@@ -50,21 +50,21 @@ def tokens(
 ) -> Tokens:
     """Prompts to what the model's text encoders read. Host side.
 
-    Prompts and negative prompts of one picture need the same number of chunks: encode them in one call and split the
+    Prompts and negative prompts of one image need the same number of chunks: encode them in one call and split the
     rows, or give `chunks`.
 
     Args:
         model: of one text encoder or two.
         prompts: B of them; None is the empty prompt, or no text at all (zeros) where the model's options say so.
-        prompts_2: what the second encoder of SDXL reads, prompt by prompt; None, or None for a prompt, is the same.
+        prompts_2: B prompts for the second encoder of SDXL; None, or None for a prompt, is the same as `prompts`.
         emphasis: whether brackets and BREAK mean something.
-        chunks: K, how many chunks each prompt has; None takes as many as the longest needs, MAX_CHUNKS at most. What
+        chunks: K, chunks of each prompt; None takes as many as the longest prompt needs, at most MAX_CHUNKS. Text that
             does not fit is left out with a warning, once a prompt.
 
     Raises:
         TypeError: `prompts` is not a sequence of strings or Nones.
-        ValueError: as many `prompts_2` as `prompts` are needed, or none, and a second encoder that reads them;
-            `chunks` is not 1 to MAX_CHUNKS.
+        ValueError: `prompts_2` has another length than `prompts`, or the model has one encoder; `chunks` is not 1 to
+            MAX_CHUNKS.
     """
     for name, given in (("prompts", prompts), ("prompts_2", prompts_2 or ())):
         if isinstance(given, str) or not all(p is None or isinstance(p, str) for p in given):
@@ -72,7 +72,7 @@ def tokens(
     if prompts_2 is not None and len(prompts_2) != len(prompts):
         raise ValueError(f"{len(prompts_2)} prompts_2 for {len(prompts)} prompts: give one a prompt.")
     if model.tokenizer_2 is None and any(p is not None for p in prompts_2 or ()):
-        raise ValueError("prompts_2 are for the second text encoder of SDXL, which this model has not.")
+        raise ValueError("prompts_2 are for the second text encoder of SDXL, and this model has one: leave them out.")
     if chunks is not None and not 1 <= chunks <= MAX_CHUNKS:
         raise ValueError(f"chunks {chunks} must be 1 to {MAX_CHUNKS}.")
     second = prompts if prompts_2 is None else [a if b is None else b for a, b in zip(prompts, prompts_2, strict=True)]
@@ -93,7 +93,7 @@ def tokens(
 
 
 def weighed(tokens: Tokens) -> Tokens:
-    """The tokens with a weight each, 1 where no prompt has any: with brackets or without, one compiled program."""
+    """The tokens with weights, 1 where no prompt has any: prompts with and without brackets share one program."""
 
     def filled(ids: Array, weights: Array | None) -> Array:
         return np.ones(ids.shape, np.float32) if weights is None else weights
@@ -108,7 +108,7 @@ Chunk = list[tuple[int, float]]  # ids of the text with their weights, without s
 def _chunks(tokenizer: Tokenizer, prompt: str, emphasis: bool, limit: int) -> list[Chunk]:
     """One prompt's chunks, `limit` at most, cut after a comma where one is near.
 
-    A learned word of several vectors stays whole, as in the web UI: where it no longer fits, the next chunk begins.
+    A textual inversion of several vectors stays whole, as in the web UI: if it does not fit, the next chunk begins.
     """
     size = tokenizer.max_length - 2
     pieces = parse_emphasis(prompt) if emphasis else [Piece(prompt)]

@@ -82,14 +82,15 @@ def _merged(pieces: list[Piece]) -> list[Piece]:
     return merged
 
 
-def emphasise(states: Array, weights: Array | None, length: int) -> Array:
-    """Every token's vector times its weight, then each chunk rescaled to the mean that it had; weights of 1 do nothing.
+def apply_emphasis(states: Array, weights: Array | None, length: int) -> Array:
+    """Each token's embedding times its weight, and each chunk rescaled to its former mean; weights of 1 change nothing.
 
-    As in the AUTOMATIC1111 web UI, but that there the mean is taken over the whole batch, so that a picture depends on
-    the prompts beside it.
+    The AUTOMATIC1111 web UI takes the mean over the whole batch, which makes an image depend on the prompts beside it.
 
     Args:
-        states: [B, K L, D]; weights: [B, K L] or None, which changes nothing; length: L, tokens of a chunk.
+        states: the embeddings [B, K L, D].
+        weights: [B, K L], or None, which changes nothing.
+        length: L, tokens of a chunk.
     """
     if weights is None:
         return states

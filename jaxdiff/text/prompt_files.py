@@ -10,7 +10,7 @@ class PromptError(ValueError):
 
 
 class PromptLine(NamedTuple):
-    """One picture's line of a prompts file."""
+    """A line of a prompts file."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -23,8 +23,8 @@ def read_prompts(path: str | Path) -> list[PromptLine]:
     In a file whose name ends in .jsonl each line is a JSON object instead, with the keys of `PromptLine`.
 
     Raises:
-        PromptError: the file is missing, not UTF-8 or without a prompt; a line is empty (but for those at the end) or,
-            in a .jsonl file, not such an object. The sentence names the file and the line.
+        PromptError: the file is missing, not UTF-8 or without a prompt; a line is empty (except at the end) or, in a
+            .jsonl file, not such an object. The message names the file and the line.
     """
     path = Path(path)
     read = _from_json if path.suffix == ".jsonl" else PromptLine
