@@ -1,6 +1,7 @@
 """Imports point one way, from what a user calls down to the mathematics and the configs."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ HOUSES = (
     ("jaxdiff.typing", "jaxdiff.version"),
 )
 ORACLES = ("torch", "diffusers", "tensorflow")  # of tests alone
+CIRCLES = ("jaxdiff.io.", "jaxdiff.training.")  # folders whose files may still import each other in a circle
 LAZY = ("transformers", "tokenizers", "scipy", *ORACLES)  # never on `import jaxdiff`
 
 
@@ -83,6 +85,20 @@ def wrong_imports(module: str, source: str) -> list[str]:
     return wrong
 
 
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other in a circle, lazily or not, the first one also last; empty where none do."""
+
+    def imported(module: str) -> set[str]:
+        names = {name for name, _ in imports(sources[module])}
+        return {n if n in sources else n.rpartition(".")[0] for n in names} & set(sources)
+
+    try:
+        graphlib.TopologicalSorter({module: imported(module) for module in sources}).prepare()
+    except graphlib.CycleError as e:
+        return e.args[1]
+    return []
+
+
 @pytest.mark.parametrize("module", sorted(FILES))
 def test_imports_point_down(module):
     assert wrong_imports(module, FILES[module].read_text(encoding="utf-8")) == []
@@ -105,6 +121,19 @@ def test_imports_point_down(module):
 )
 def test_the_rules_are_noticed(module, source):
     assert wrong_imports(module, source)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    sources = {m: p.read_text(encoding="utf-8") for m, p in FILES.items() if not f"{m}.".startswith(CIRCLES)}
+    assert circle(sources) == []
+
+
+def test_a_circle_is_noticed():
+    a, b, c = (f"jaxdiff.models.{name}" for name in "abc")
+    sources = {a: f"import {b}", b: f"def f():\n    from {c} import x", c: "import jax"}
+    assert circle(sources) == []
+    assert set(circle({**sources, c: "from jaxdiff.models import a"})) == {a, b, c}
+    assert circle({"jaxdiff.text": f"from {a} import x", a: "from jaxdiff.text import x"})  # through a package itself
 
 
 def test_importing_the_package_is_light():
