@@ -14,8 +14,11 @@ from jaxdiff.io.weights import from_torch_layout, load_tensors, tensor_name, to_
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
 from jaxdiff.models.convolution import convolve
 from jaxdiff.models.layers import timestep_embedding
+from jaxdiff.models.model import encode, encode_text
+from jaxdiff.models.tiling import decode_tiled
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
+from jaxdiff.text.chunks import tokens
 from tests import networks
 
 # Each float32 operation errs by 2**-24 relatively; some hundred in a row, with sums of a hundred terms, give about
@@ -201,6 +204,32 @@ def test_convolution_as_products_equals_xla(shape, features, stride, chunk, monk
     assert error(computed, reference) < TOLERANCE
     for ours, theirs in zip(our_pull(computed), pull(computed), strict=True):
         assert error(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", [c for c in CASES if c.count("/") == 1])
+def test_networks_in_an_application_of_other_settings(name):
+    """With 64-bit types and without implicit broadcasting, outputs keep their shapes and types."""
+    module, args, run = written_out(name)
+    usual = jax.eval_shape(run, {"params": shapes_of(module, args)})
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        assert jax.eval_shape(run, {"params": shapes_of(module, args)}) == usual
+
+
+def test_a_models_functions_in_an_application_of_other_settings(tiny):
+    """With 64-bit types and without implicit broadcasting, values are the same up to rounding, draws included."""
+    model, params = tiny
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    texts = tokens(model, ["a (red) castle", "blue"])
+
+    def run():
+        latents = encode(model, params, images, jax.random.key(0, impl="threefry2x32"))
+        return latents, decode_tiled(model, params, latents, 6, 2), *encode_text(model, params, texts)
+
+    usual = jax.tree.map(np.asarray, run())
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        for ours, expected in zip(jax.tree.leaves(run()), jax.tree.leaves(usual), strict=True):
+            assert ours.dtype == expected.dtype
+            np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_timestep_embedding_of_zero_and_one():

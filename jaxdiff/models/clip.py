@@ -81,7 +81,7 @@ class CLIPTextModel(nn.Module):
             return nn.Embed(count, c.hidden_size, embedding_init=init, dtype=dtype, name=f"embeddings_{name}_embedding")
 
         x = embed(c.vocab_size, "token")(tokens)
-        x = x + embed(c.max_position_embeddings, "position")(jnp.arange(tokens.shape[1]))
+        x = x + embed(c.max_position_embeddings, "position")(jnp.arange(tokens.shape[1]))[None]
         states = CLIPEncoder(c, True, self.remat, dtype, name="encoder")(x)
         norm = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="final_layer_norm")
         last = norm(states[-1])
@@ -119,7 +119,7 @@ class CLIPVisionModel(nn.Module):
             dtype=dtype,
             name="embeddings_position_embedding",
         )
-        x = x + positions(jnp.arange(x.shape[1]))
+        x = x + positions(jnp.arange(x.shape[1]))[None]
         x = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="pre_layrnorm")(x)
         x = CLIPEncoder(c, False, self.remat, dtype, name="encoder")(x)[-1][:, 0]
         x = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="post_layernorm")(x)

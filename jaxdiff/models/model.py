@@ -255,7 +255,7 @@ def with_time_ids(model: Model, cond: Conditioning, x: Array, score: float = AES
 def in_unit(images: Array) -> Array:
     """Images [..., 3] in [0, 1], from integers (0 to 255) or from floats, which are returned as they are."""
     images = jnp.asarray(images)
-    return images / 255 if jnp.issubdtype(images.dtype, jnp.integer) else images
+    return images.astype(jnp.float32) / 255 if jnp.issubdtype(images.dtype, jnp.integer) else images
 
 
 def encode(model: Model, params: Params, images: Array, key: Key | None = None) -> Array:
@@ -270,7 +270,7 @@ def encode(model: Model, params: Params, images: Array, key: Key | None = None) 
     """
     c = model.vae.config
     mean, logvar = apply(model, params, "vae", 2 * in_unit(images) - 1, method="encode")
-    z = mean if key is None else mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    z = mean if key is None else mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
     return (z - (c.shift_factor or 0.0)) * c.scaling_factor
 
 

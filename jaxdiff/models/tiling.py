@@ -70,7 +70,7 @@ def tiled(
         i, row, column = at
         corner, corner_out = ((i, jnp.asarray(y)[row], jnp.asarray(x)[column], 0) for y, x in (starts, to))
         drawn = function(jax.lax.dynamic_slice(x, corner, cut))
-        counts = weights[0][row, :, None, None] * weights[1][column, :, None]
+        counts = weights[0][row, None, :, None, None] * weights[1][column, None, None, :, None]
         before = jax.lax.dynamic_slice(out, corner_out, done.shape)
         return jax.lax.dynamic_update_slice(out, before + counts * drawn, corner_out), None
 
