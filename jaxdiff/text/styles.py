@@ -1,4 +1,4 @@
-"""Style presets: named templates of prompts, of which styles.json beside this file has some to begin with."""
+"""Style presets: named templates of prompts. styles.json beside this file holds those of the package."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,13 @@ class Style(NamedTuple):
 
 
 def read_styles(path: str | Path | None = None) -> dict[str, Style]:
-    """The styles of a JSON file by name; None reads those that come with the package.
+    """The styles of a JSON file by name; None reads those of the package.
 
     The file is an object {name: {"prompt": "{prompt}, watercolor painting", "negative_prompt": "photo"}}; a style may
-    leave out either. Copy jaxdiff/text/styles.json and edit it.
+    omit either. Copy jaxdiff/text/styles.json and edit it.
 
     Raises:
-        PromptError: the file is missing or not of this form; the sentence names it and the style.
+        PromptError: the file is missing or not of this form; the message names it and the style.
     """
     path = STYLES_FILE if path is None else Path(path)
     text = "\n".join(read_lines(path, "styles file"))
@@ -53,13 +53,13 @@ def apply_style(
     """A prompt and its negative prompt with a style's words around them.
 
     Args:
-        prompt: takes the place of "{prompt}" in the style's template.
-        negative_prompt: the style's is added to it; None stays None where the style has none.
+        prompt: replaces "{prompt}" in the style's template.
+        negative_prompt: the style's is appended; None stays None if the style has none.
         name: of the style.
-        path: of a JSON file of styles; None takes those that come with the package.
+        path: of a JSON file of styles; None takes those of the package.
 
     Raises:
-        PromptError: the style is unknown (the sentence lists the known ones), or the file unusable.
+        PromptError: the style is unknown (the message lists the known ones), or the file cannot be used.
 
     >>> apply_style("a castle", "blurry", "line-art")[1]
     'blurry, colour, shading, grey tones, photo, texture'

@@ -1,4 +1,4 @@
-"""Prompts to token ids: the byte-pair encoding of CLIP (Radford et al. 2021, section 2.4; Sennrich et al. 2016).
+"""Prompts to token ids by the byte-pair encoding of CLIP (Radford et al. 2021, section 2.4; Sennrich et al. 2016).
 
 A `Tokenizer` holds the *contents* of a Hugging Face `tokenizer/` folder and lets transformers' `CLIPTokenizer` read
 them, so that ids are those of every published model. transformers takes a second to import, therefore on first use.
@@ -53,7 +53,7 @@ class Tokenizer:
         """Read a `tokenizer/` folder, as transformers 4 or 5 wrote it.
 
         Raises:
-          ConfigError: a file is missing or damaged; the sentence names it.
+            ConfigError: a file is missing or damaged; the message names it.
         """
         folder = Path(folder)
         files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
@@ -64,7 +64,7 @@ class Tokenizer:
         return cls(files, int(length) if isinstance(length, int | float) and 2 <= length < 1e6 else DEFAULT_LENGTH)
 
     def save(self, folder: str | Path) -> None:
-        """Write the files into `folder` (made if missing), where transformers' `CLIPTokenizer` opens them as well."""
+        """Write the files into `folder`, which is made if missing. transformers' `CLIPTokenizer` opens them too."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
@@ -76,7 +76,7 @@ class Tokenizer:
                 (folder / name).unlink(missing_ok=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.files, self.max_length)  # the lazily opened tokenizer stays behind
+        return type(self), (self.files, self.max_length)  # without the tokenizer that `_clip` opens lazily
 
     @functools.cached_property
     def _clip(self) -> Any:
@@ -92,12 +92,12 @@ class Tokenizer:
                 raise ConfigError(f"The tokenizer's files cannot be opened by transformers ({e}).") from e
 
     def with_tokens(self, tokens: Sequence[str]) -> Self:
-        """A tokenizer that knows more words, each with the next id; prompts may have them anywhere, in any case.
+        """The tokenizer with more tokens, each with the next id; prompts may hold them anywhere, in any letter case.
 
-        Where `token`, `token_1`, `token_2` … are added, `token` in a prompt stands for all of them in that order.
+        If `token`, `token_1`, `token_2` … are added, `token` in a prompt stands for all of them in that order.
 
         Raises:
-          ConfigError: a token is blank, given twice or known already.
+            ConfigError: a token is blank, given twice or already known.
         """
         known = set(self._clip.get_vocab())
         known |= {token.lower() for token in self._clip.added_tokens_encoder}  # which match in any case
@@ -149,10 +149,10 @@ class Tokenizer:
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [B, max_length] of B prompts: start, text, end, padding.
 
-        A prompt too long is cut; a warning, once a prompt, shows what was left out.
+        A prompt that is too long is truncated; a warning, once a prompt, shows what was left out.
 
         Raises:
-          TypeError: `prompts` is not a sequence of strings.
+            TypeError: `prompts` is not a sequence of strings.
         """
         if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
             raise TypeError(f"prompts must be a list of strings, not {prompts!r}.")
@@ -171,18 +171,18 @@ class Tokenizer:
         return ids
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text alone: no start, end or padding, and not cut."""
+        """Token ids of each text: no start, end or padding, and not truncated."""
         return [[vector for word in words for vector in word] for words in self.encode_words(texts)]
 
     def encode_words(self, texts: Sequence[str]) -> list[list[list[int]]]:
-        """The same token by token: one id each, or those of all vectors that an added token stands for."""
+        """`encode`, token by token: one id each, or those of all vectors that an added token stands for."""
         if not len(texts):
             return []
         encoded = self._clip([_readable(t) for t in texts], add_special_tokens=False, verbose=False)
         return [[self._vectors.get(i, [i]) for i in ids] for ids in encoded["input_ids"]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids: in lower case, and with single spaces between words, as CLIP sees it."""
+        """The text of token ids as CLIP reads it: in lower case, with single spaces."""
         return self._clip.decode(list(ids)).strip()
 
     def _expanded(self, ids: list[int]) -> list[int]:
@@ -190,7 +190,7 @@ class Tokenizer:
 
 
 def _readable(text: str) -> str:
-    """Lone surrogates (undecodable bytes of a command line) have no UTF-8 and no tokens: question marks instead."""
+    """The text with question marks for lone surrogates (undecodable bytes of a command line), which have no tokens."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -246,12 +246,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int = DEFAULT_L
     text has an encoding. The same texts give the same vocabulary.
 
     Args:
-      texts: the corpus; its letter case and white space do not matter.
-      vocab_size: ids at most; fewer come out when no pair occurs twice any more. See `Tokenizer.vocab_size`.
-      max_length: tokens of one prompt, start and end included.
+        texts: the corpus; its letter case and white space do not matter.
+        vocab_size: ids at most; fewer come out when no pair occurs twice any more. See `Tokenizer.vocab_size`.
+        max_length: tokens of one prompt, start and end included.
 
     Raises:
-      ConfigError: `vocab_size` leaves no room for the bytes, or `max_length` for a word.
+        ConfigError: `vocab_size` leaves no room for the bytes, or `max_length` for a word.
     """
     from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend

@@ -3,7 +3,7 @@ r"""One prompt with alternatives to many prompts.
     {red|green} castle        one prompt for each alternative; several make a grid, the last one varying fastest
     __colour__ castle         one line of the file colour.txt in the wildcards folder
 
-Alternatives may hold others. A backslash takes the meaning from { } | and _.
+Alternatives may be nested. A backslash escapes { } | and _.
 """
 
 import itertools
@@ -43,12 +43,12 @@ def expand(
     r"""The prompts that a prompt with alternatives stands for.
 
     Args:
-        prompt: as the module's docstring says; without braces and wildcards it stands for itself.
-        wildcards_dir: folder of the wildcards' UTF-8 text files, an alternative a line; empty lines and those that
-            begin with # are skipped. What a line holds is taken as it is.
-        seed: of the line drawn for each wildcard, one draw for each place.
+        prompt: as above; without braces and wildcards it stands for itself.
+        wildcards_dir: folder of the wildcards' UTF-8 text files, one alternative a line, taken literally; empty lines
+            and those that begin with # are skipped.
+        seed: of the random line for each wildcard, one draw each.
         matrix: whether wildcards stand for all their lines instead, like braces.
-        limit: prompts at most.
+        limit: the most prompts to return.
 
     Raises:
         PromptError: more than `limit` prompts; braces that do not match; a wildcard without its file or folder.
