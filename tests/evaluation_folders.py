@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig
 from jaxdiff.io.pretrained import write_json
-from jaxdiff.io.weights import from_torch_layout, named_tensors, save_tensors, tensor_name, to_torch_layout
+from jaxdiff.io.torch_names import from_torch_layout, named_tensors, save_tensors, tensor_name, to_torch_layout
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
 from tests import networks, tiny
 

@@ -99,7 +99,7 @@ def test_imports_point_down(module):
         ("jaxdiff.generate", "from flax import linen as nn"),
         ("jaxdiff.training.state", "import flax.linen"),
         ("jaxdiff.tokenizer", "from transformers import CLIPTokenizer"),
-        ("jaxdiff.io.weights", "def f():\n    import torch"),
+        ("jaxdiff.io.torch_names", "def f():\n    import torch"),
     ],
 )
 def test_the_rules_are_noticed(module, source):

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from jaxdiff.config import ConfigError, ControlNetConfig, UNetConfig
 from jaxdiff.io.controlnet import controlnet_table, load_controlnet, save_controlnet
-from jaxdiff.io.layouts import place
-from jaxdiff.io.weights import WeightsError, named_tensors
+from jaxdiff.io.original_layout import place
+from jaxdiff.io.torch_names import WeightsError, named_tensors
 from jaxdiff.models.controlnet import ControlNet, check_fits, combine, example_inputs, from_unet
 from jaxdiff.models.unet import UNet2DConditionModel
 from tests import networks
@@ -304,7 +304,7 @@ def test_full_size_shapes_equal_pytorchs(family):
     diffusers = pytest.importorskip("diffusers")
     from flax.traverse_util import flatten_dict
 
-    from jaxdiff.io.weights import tensor_name, to_torch_layout
+    from jaxdiff.io.torch_names import tensor_name, to_torch_layout
 
     config = {
         "sd1": {"cross_attention_dim": 768},

@@ -14,7 +14,7 @@ from jaxdiff.data.captioned import open_source
 from jaxdiff.evaluation import features as kept
 from jaxdiff.evaluation.encoder import encode_images, encode_texts, load_encoder, square, token_ids
 from jaxdiff.evaluation.features import cached_features
-from jaxdiff.io.weights import WeightsError
+from jaxdiff.io.torch_names import WeightsError
 from tests import evaluation_folders as folders
 
 # Each float32 operation errs by 2**-24 relatively; some hundred in a row give about 1e-6, as in test_models.py.

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from jaxdiff.config import ConfigError
 from jaxdiff.io import hub
 from jaxdiff.io.pretrained import find
-from jaxdiff.io.sources import WeightsError, open_tensors
-from jaxdiff.io.weights import load_tensors
+from jaxdiff.io.tensor_files import WeightsError, open_tensors
+from jaxdiff.io.torch_names import load_tensors
 from jaxdiff.models.model import param_shapes
 
 

@@ -13,7 +13,7 @@ from PIL import EpsImagePlugin, Image
 
 import jaxdiff
 from jaxdiff.io.images import ImageError, fit, read_image, read_metadata
-from jaxdiff.io.weights import WeightsError
+from jaxdiff.io.torch_names import WeightsError
 from tests.tiny import SIDE
 
 PNG = b"\x89PNG\r\n\x1a\n"

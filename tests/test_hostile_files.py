@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxdiff.io.pickles import GLOBALS
-from jaxdiff.io.sources import WeightsError, open_tensors
+from jaxdiff.io.tensor_files import WeightsError, open_tensors
 from tests.test_formats import entry, safetensors
 
 # Hostile pickles.

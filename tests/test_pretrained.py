@@ -9,7 +9,7 @@ import pytest
 
 from jaxdiff.config import ConfigError
 from jaxdiff.io.pretrained import load, replace_config, save
-from jaxdiff.io.weights import WeightsError
+from jaxdiff.io.torch_names import WeightsError
 from tests.tiny import LATENT, MAX_LENGTH, tiny_params
 
 

@@ -15,7 +15,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.diffusion.spacing import distilled
 from jaxdiff.io.lora import Factors, merge_lora
 from jaxdiff.io.pretrained import find, replace_config
-from jaxdiff.io.weights import WeightsError
+from jaxdiff.io.torch_names import WeightsError
 from tests.tiny import LATENT, SCHEDULER, SIDE, tiny_controlnet, tiny_model
 
 CASTLE = "--prompt=a castle"

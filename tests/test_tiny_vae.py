@@ -9,7 +9,7 @@ import pytest
 
 from jaxdiff.config import TinyVAEConfig
 from jaxdiff.io.modules import load_tiny_vae, save_module
-from jaxdiff.io.weights import WeightsError
+from jaxdiff.io.torch_names import WeightsError
 from jaxdiff.models.model import decode, encode
 from jaxdiff.models.tiny_vae import AutoencoderTiny, preview
 from tests import networks

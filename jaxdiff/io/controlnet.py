@@ -9,12 +9,12 @@ from flax.traverse_util import flatten_dict
 
 from jaxdiff.config import ControlNetConfig
 from jaxdiff.io.configs import module_shapes
-from jaxdiff.io.inference import Shapes, odd_shapes, unet_config
-from jaxdiff.io.layouts import Table, place, unet_table
+from jaxdiff.io.infer_config import Shapes, odd_shapes, unet_config
 from jaxdiff.io.modules import load_module, save_module
+from jaxdiff.io.original_layout import Table, place, unet_table
 from jaxdiff.io.pretrained import check_dtype
-from jaxdiff.io.sources import TensorSource, open_tensors
-from jaxdiff.io.weights import load_tensors, tensor_name
+from jaxdiff.io.tensor_files import TensorSource, open_tensors
+from jaxdiff.io.torch_names import load_tensors, tensor_name
 from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.models.unet import per_level
 from jaxdiff.typing import Params

@@ -1,6 +1,6 @@
 """One-file checkpoints in the original layout of latent diffusion (`.safetensors`, `.ckpt`), in and out.
 
-The names are translated by the tables of `layouts`; configs are inferred from the tensors, or read from the file's
+The names are translated by the tables of `original_layout`; configs are inferred from the tensors, or read from the file's
 metadata where jaxdiff wrote it. Loading reads tensor by tensor.
 """
 
@@ -17,11 +17,20 @@ from flax.traverse_util import flatten_dict
 
 from jaxdiff.config import CLIPTextConfig, Config, ConfigError, TinyVAEConfig, UNetConfig, VAEConfig
 from jaxdiff.io.configs import check_drawn, making, module_shapes, picture
-from jaxdiff.io.inference import TEXTS, Shapes, detect, infer_configs, odd_shapes, text_prefixes, vae_config
-from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX, Place, Table, openclip_table, place, unet_table, vae_table
+from jaxdiff.io.infer_config import TEXTS, Shapes, detect, infer_configs, odd_shapes, text_prefixes, vae_config
+from jaxdiff.io.original_layout import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    Place,
+    Table,
+    openclip_table,
+    place,
+    unet_table,
+    vae_table,
+)
 from jaxdiff.io.pretrained import BUNDLED, check_dtype
-from jaxdiff.io.sources import TensorSource, WeightsError, open_tensors
-from jaxdiff.io.weights import load_tensors, named_tensors, tensor_name, write_tensors
+from jaxdiff.io.tensor_files import TensorSource, WeightsError, open_tensors
+from jaxdiff.io.torch_names import load_tensors, named_tensors, tensor_name, write_tensors
 from jaxdiff.models.model import Model, build, param_shapes
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.scheduler_config import PipelineOptions, SchedulerConfig

@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxdiff.config import ConfigError
 from jaxdiff.io.pretrained import replace_config
-from jaxdiff.io.sources import TensorSource, open_tensors
-from jaxdiff.io.weights import WeightsError, write_tensors
+from jaxdiff.io.tensor_files import TensorSource, open_tensors
+from jaxdiff.io.torch_names import WeightsError, write_tensors
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
 

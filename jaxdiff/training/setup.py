@@ -17,7 +17,7 @@ from jaxdiff.data.filters import scan
 from jaxdiff.data.source import Source
 from jaxdiff.io.configs import read_config
 from jaxdiff.io.pretrained import CONFIGS, VAES, find, find_weights, load, load_model, replace_config
-from jaxdiff.io.weights import load_tensors
+from jaxdiff.io.torch_names import load_tensors
 from jaxdiff.models.model import Model, autoencoder, build, encode, init_params, param_shapes
 from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.tokenizer import Tokenizer, train_bpe
