@@ -27,6 +27,7 @@ from jaxdiff.commands.errors import Failure, UsageError
 from jaxdiff.commands.flags import check_model, parse, weighted
 from jaxdiff.commands.outputs import check_folder, make_folder, output_files
 from jaxdiff.commands.pictures import Picture, arguments, batch_size, columns, how_many, lines, plan
+from jaxdiff.errors import ImageError
 from jaxdiff.io import images
 
 FRAMES = 8  # of a --preview
@@ -52,7 +53,7 @@ def settle(f: flags.FlagValues, model: jaxdiff.Model, count: int) -> None:
         start = start_of(model, f.steps, f.scheduler, f.spacing, *task)
         jaxdiff.time_grid(model.scheduler, f.steps, f.scheduler, f.spacing, strength=start.part)
         latent = latent_shape(model, *size(f, model))
-    except images.ImageError:
+    except ImageError:
         raise
     except ValueError as e:
         name = str(e).split()[0]

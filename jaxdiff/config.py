@@ -9,8 +9,10 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from jaxdiff.errors import JaxdiffError
 
-class ConfigError(ValueError):
+
+class ConfigError(JaxdiffError, ValueError):
     """A configuration that is unreadable or describes what this library does not build."""
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from absl import logging
 
+from jaxdiff.errors import JaxdiffError
 from jaxdiff.tokenizer import Tokenizer
 from jaxdiff.typing import Array
 
@@ -31,7 +32,7 @@ _MARKS = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s
 _BREAK = re.compile(r"\bBREAK\b")
 
 
-class PromptError(ValueError):
+class PromptError(JaxdiffError, ValueError):
     """A prompt, or a file of prompts, styles or wildcards, that cannot be used."""
 
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import open_source
+from jaxdiff.errors import WeightsError
 from jaxdiff.evaluation import features as kept
 from jaxdiff.evaluation.encoder import encode_images, encode_texts, load_encoder, square, token_ids
 from jaxdiff.evaluation.features import cached_features
-from jaxdiff.io.torch_names import WeightsError
 from tests import evaluation_folders as folders
 
 # Each float32 operation errs by 2**-24 relatively; some hundred in a row give about 1e-6, as in test_models.py.

@@ -12,9 +12,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from jaxdiff.config import ConfigError
+from jaxdiff.errors import WeightsError
 from jaxdiff.io import hub
 from jaxdiff.io.pretrained import find
-from jaxdiff.io.tensor_files import WeightsError, open_tensors
+from jaxdiff.io.tensor_files import open_tensors
 from jaxdiff.io.torch_names import load_tensors
 from jaxdiff.models.model import param_shapes
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 import jaxdiff
-from jaxdiff.io.images import ImageError, fit, read_image, read_metadata
-from jaxdiff.io.torch_names import WeightsError
+from jaxdiff.errors import ImageError, WeightsError
+from jaxdiff.io.images import fit, read_image, read_metadata
 from tests.tiny import SIDE
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.pickles import GLOBALS
-from jaxdiff.io.tensor_files import WeightsError, open_tensors
+from jaxdiff.io.tensor_files import open_tensors
 from tests.test_formats import entry, safetensors
 
 # Hostile pickles.

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxdiff.errors import ImageError
 from jaxdiff.io import images
-from jaxdiff.io.images import ImageError, fit, grid, read_image, read_metadata, strip, write_png
+from jaxdiff.io.images import fit, grid, read_image, read_metadata, strip, write_png
 
 FLAGS = {"prompt": 'a "castle" – é', "negative_prompt": "blurry", "seed": 3, "guidance_scale": 7.5, "steps": 4}
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import ConfigError
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.pretrained import load, replace_config, save
-from jaxdiff.io.torch_names import WeightsError
 from tests.tiny import LATENT, MAX_LENGTH, tiny_params
 
 

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from jaxdiff.arguments import latent_shape
 from jaxdiff.config import ConfigError
 from jaxdiff.diffusion.times import default_scheduler
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.pretrained import load, load_model, save
-from jaxdiff.io.torch_names import WeightsError
 from tests.test_pretrained import assert_equal, files
 from tests.tiny import MAX_LENGTH
 

@@ -13,9 +13,9 @@ from jaxdiff.commands.errors import UsageError
 from jaxdiff.commands.flags import check_model, define, parse, weighted
 from jaxdiff.config import ConfigError
 from jaxdiff.diffusion.spacing import distilled
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.lora import Factors, merge_lora
 from jaxdiff.io.pretrained import find, replace_config
-from jaxdiff.io.torch_names import WeightsError
 from tests.tiny import LATENT, SCHEDULER, SIDE, tiny_controlnet, tiny_model
 
 CASTLE = "--prompt=a castle"

@@ -13,7 +13,8 @@ from PIL import Image
 
 import jaxdiff
 import sample
-from jaxdiff.io.images import ImageError, read_image, read_metadata, write_png
+from jaxdiff.errors import ImageError
+from jaxdiff.io.images import read_image, read_metadata, write_png
 from jaxdiff.io.pretrained import find, load_model
 from tests.tiny import SIDE
 

@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxdiff.config import CLIPTextConfig
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import TABLE, load_textual_inversion, save_textual_inversion
-from jaxdiff.io.torch_names import WeightsError
 from jaxdiff.models.model import apply, build, param_shapes
 from tests import tiny as small
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import TinyVAEConfig
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.modules import load_tiny_vae, save_module
-from jaxdiff.io.torch_names import WeightsError
 from jaxdiff.models.model import decode, encode
 from jaxdiff.models.tiny_vae import AutoencoderTiny, preview
 from tests import networks

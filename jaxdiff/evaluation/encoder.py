@@ -15,9 +15,10 @@ import numpy as np
 from PIL import Image
 
 from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, Config, ConfigError, read_json
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import making, module_shapes, read_config
 from jaxdiff.io.pretrained import BUNDLED, bundled, find_weights, load_tokenizer
-from jaxdiff.io.tensor_files import TensorSource, WeightsError, open_tensors
+from jaxdiff.io.tensor_files import TensorSource, open_tensors
 from jaxdiff.io.torch_names import load_tensors
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel, TextOutput
 from jaxdiff.tokenizer import Tokenizer

@@ -11,13 +11,10 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from jaxdiff.data.folder import FORMATS
+from jaxdiff.errors import ImageError
 
 WHITE = (255, 255, 255)
 CHUNK = "jaxdiff"  # name of the PNG text chunk that holds the metadata as JSON
-
-
-class ImageError(ValueError):
-    """A picture that is missing, unreadable, or cannot be written."""
 
 
 def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np.ndarray:

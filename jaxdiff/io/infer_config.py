@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
-from jaxdiff.io.tensor_files import TensorSource, WeightsError
+from jaxdiff.io.tensor_files import TensorSource
 from jaxdiff.scheduler_config import PipelineOptions, SchedulerConfig
 
 # family -> where its text encoders stand: text_encoder, text_encoder_2

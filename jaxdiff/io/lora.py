@@ -28,10 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.lora_names import Layer, find, layers, written_name
 from jaxdiff.io.original_layout import unet_table
 from jaxdiff.io.tensor_files import TensorSource, open_tensors
-from jaxdiff.io.torch_names import WeightsError, from_torch_layout, to_torch_layout, write_tensors
+from jaxdiff.io.torch_names import from_torch_layout, to_torch_layout, write_tensors
 from jaxdiff.models.model import Model, param_shapes
 from jaxdiff.typing import Array, Key, Params
 

@@ -23,9 +23,10 @@ from typing import NamedTuple
 
 from flax.traverse_util import flatten_dict
 
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.original_layout import Table, place
 from jaxdiff.io.tensor_files import TensorSource
-from jaxdiff.io.torch_names import WeightsError, tensor_name
+from jaxdiff.io.torch_names import tensor_name
 from jaxdiff.typing import Params
 
 Tensors = dict[str, str]  # "down", "up", perhaps "alpha", "mid", "magnitude" -> the tensor's name in the file

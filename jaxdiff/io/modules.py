@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxdiff.config import Config, ConfigError, TinyVAEConfig, VAEConfig
+from jaxdiff.errors import WeightsError
 from jaxdiff.io import taesd
 from jaxdiff.io.configs import module_shapes, picture, read_config
 from jaxdiff.io.original_layout import VAE_PREFIX
 from jaxdiff.io.pretrained import VAES, check_dtype, find_weights, write_json
 from jaxdiff.io.single_file import load_original_vae
 from jaxdiff.io.tensor_files import open_tensors
-from jaxdiff.io.torch_names import WeightsError, load_tensors, save_tensors
+from jaxdiff.io.torch_names import load_tensors, save_tensors
 from jaxdiff.models.model import Model, autoencoder
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.typing import Array, Params

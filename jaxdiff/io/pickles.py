@@ -20,12 +20,14 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
+from jaxdiff.errors import JaxdiffError
+
 CONVERT = "if you trust it, convert it to .safetensors with PyTorch."
 DAMAGED = "is damaged or no file of PyTorch's ({}): fetch it again."
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # at the start of the files before PyTorch 1.6
 
 
-class PickleError(ValueError):
+class PickleError(JaxdiffError, ValueError):
     """What is wrong with a file, as the rest of a sentence that begins with its path."""
 
 

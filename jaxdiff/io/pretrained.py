@@ -24,8 +24,9 @@ from jaxdiff.config import (
     read_json,
 )
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import check_drawn, making, read_config
-from jaxdiff.io.torch_names import WeightsError, load_tensors, save_tensors
+from jaxdiff.io.torch_names import load_tensors, save_tensors
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.model import Model, build, param_shapes, with_controlnets
 from jaxdiff.scheduler_config import PipelineOptions, SchedulerConfig

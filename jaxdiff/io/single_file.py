@@ -1,7 +1,7 @@
 """One-file checkpoints in the original layout of latent diffusion (`.safetensors`, `.ckpt`), in and out.
 
-The names are translated by the tables of `original_layout`; configs are inferred from the tensors, or read from the file's
-metadata where jaxdiff wrote it. Loading reads tensor by tensor.
+The names are translated by the tables of `original_layout`; configs are inferred from the tensors, or read from the
+file's metadata where jaxdiff wrote it. Loading reads tensor by tensor.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.config import CLIPTextConfig, Config, ConfigError, TinyVAEConfig, UNetConfig, VAEConfig
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import check_drawn, making, module_shapes, picture
 from jaxdiff.io.infer_config import TEXTS, Shapes, detect, infer_configs, odd_shapes, text_prefixes, vae_config
 from jaxdiff.io.original_layout import (
@@ -29,7 +30,7 @@ from jaxdiff.io.original_layout import (
     vae_table,
 )
 from jaxdiff.io.pretrained import BUNDLED, check_dtype
-from jaxdiff.io.tensor_files import TensorSource, WeightsError, open_tensors
+from jaxdiff.io.tensor_files import TensorSource, open_tensors
 from jaxdiff.io.torch_names import load_tensors, named_tensors, tensor_name, write_tensors
 from jaxdiff.models.model import Model, build, param_shapes
 from jaxdiff.models.vae import AutoencoderKL

@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from jaxdiff.config import TinyVAEConfig
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.infer_config import Shapes, odd_shapes
 from jaxdiff.io.tensor_files import TensorSource, open_tensors
-from jaxdiff.io.torch_names import WeightsError
 
 FIRST = {"encoder": 0, "decoder": 1}  # the number of each one's first convolution
 

@@ -17,10 +17,7 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError, safe_open
 
 from jaxdiff.config import read_json
-
-
-class WeightsError(ValueError):
-    """Weights that are missing, unreadable, or do not fit the model's configuration."""
+from jaxdiff.errors import WeightsError
 
 
 @dataclasses.dataclass(frozen=True)

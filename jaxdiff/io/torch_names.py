@@ -18,8 +18,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.tensor_files import TensorSource as TensorSource
-from jaxdiff.io.tensor_files import WeightsError as WeightsError
 from jaxdiff.io.tensor_files import open_tensors
 from jaxdiff.io.tensor_files import to_torch_layout as to_torch_layout
 from jaxdiff.typing import Params

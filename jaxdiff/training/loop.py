@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxdiff import parallel
+from jaxdiff.errors import JaxdiffError
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.training.ema import Snapshots
 from jaxdiff.training.optimizer import check_rates
@@ -39,7 +40,7 @@ from jaxdiff.training.trackers import JsonLines, Pictures, TensorBoard, Tracker
 from jaxdiff.typing import Array, Params
 
 
-class TrainingError(RuntimeError):
+class TrainingError(JaxdiffError, RuntimeError):
     """Training cannot go on."""
 
 

@@ -16,6 +16,7 @@ from absl import logging
 
 from jaxdiff.data.captioned import source_files
 from jaxdiff.data.folder import METADATA, pictures
+from jaxdiff.errors import JaxdiffError
 
 PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Settings that change nothing of what is learnt, or only how it is divided; a name stands for all below it.
@@ -27,7 +28,7 @@ CONTRASTIVE = "clip"  # the stage that `accumulate` is not free for: its negativ
 MAX_SIZES = 10_000  # files whose size is looked at
 
 
-class WorkdirError(ValueError):
+class WorkdirError(JaxdiffError, ValueError):
     """A workdir that is in use, cannot be written to, or belongs to another config."""
 
 
