@@ -1,7 +1,6 @@
 """Pictures in files: images of common formats in, PNG out together with what it takes to draw the picture again."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from jaxdiff.data.folder import FORMATS
 from jaxdiff.errors import ImageError
+from jaxdiff.files import atomic_write
 
 WHITE = (255, 255, 255)
 CHUNK = "jaxdiff"  # name of the PNG text chunk that holds the metadata as JSON
@@ -187,14 +187,11 @@ def write_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float) ->
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
     """Let `save` write a temporary file, then give it the name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save(temporary)
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            save(temporary)
     except OSError as e:
         raise ImageError(f"{path} cannot be written ({e.strerror or e}): free it or choose another place.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metadata(path: str | Path) -> Any:

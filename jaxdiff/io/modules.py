@@ -1,14 +1,13 @@
 """Single networks in and out: a folder of `config.json` and weights, as diffusers writes one for each network."""
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxdiff.config import Config, ConfigError, TinyVAEConfig, VAEConfig
 from jaxdiff.errors import WeightsError
+from jaxdiff.files import atomic_write
 from jaxdiff.io import taesd
 from jaxdiff.io.configs import module_shapes, picture, read_config
 from jaxdiff.io.original_layout import VAE_PREFIX
@@ -63,12 +62,9 @@ def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any =
         raise WeightsError(f"{folder} exists and is no network's folder: name another one to save to.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
-            new = Path(temporary)
-            save_tensors(new / WEIGHTS, params, None if dtype is None else check_dtype(dtype))
-            write_json(new / CONFIG, module.config.to_dict())
-            for name in (WEIGHTS, CONFIG):
-                os.replace(new / name, folder / name)
+        with atomic_write(folder / CONFIG) as config, atomic_write(folder / WEIGHTS) as weights:
+            save_tensors(weights, params, None if dtype is None else check_dtype(dtype))
+            write_json(config, module.config.to_dict())
     except OSError as e:
         raise WeightsError(
             f"{folder} cannot be written ({e.strerror or e}): choose another place or free it."

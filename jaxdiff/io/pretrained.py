@@ -25,6 +25,7 @@ from jaxdiff.config import (
 )
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.errors import WeightsError
+from jaxdiff.files import replace_folder
 from jaxdiff.io.configs import check_drawn, making, read_config
 from jaxdiff.io.torch_names import load_tensors, save_tensors
 from jaxdiff.models.clip import CLIPTextModel
@@ -344,22 +345,15 @@ def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None)
 
 def exchange(folder: Path, new: Path, old: Path) -> None:
     """Put `new` in the place of `folder`, if there is one, along with its files that are no part of a model."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    parts = {*COMPONENTS, *(p.name for p in new.iterdir())}
-    with contextlib.suppress(ConfigError):  # a damaged model is replaced as well
-        parts.update(controlnets(folder))
-    for other in folder.iterdir():  # a model card, samples
-        if other.name not in parts:
-            copy = shutil.copytree if other.is_dir() else shutil.copy2
-            copy(other, new / other.name)
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
+    if folder.exists():
+        parts = {*COMPONENTS, *(p.name for p in new.iterdir())}
+        with contextlib.suppress(ConfigError):  # a damaged model is replaced as well
+            parts.update(controlnets(folder))
+        for other in folder.iterdir():  # a model card, samples
+            if other.name not in parts:
+                copy = shutil.copytree if other.is_dir() else shutil.copy2
+                copy(other, new / other.name)
+    replace_folder(folder, new, old)
 
 
 def write_model(folder: Path, model: Model, params: Params, dtype: Any) -> None:

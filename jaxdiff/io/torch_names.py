@@ -6,8 +6,6 @@ and `weight` for what Flax calls kernel, scale or embedding. Layouts differ in t
 [H, W, in, out] here and [out, in, H, W] there, dense kernels [in, out] here and [out, in] there.
 """
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from jaxdiff.errors import WeightsError
+from jaxdiff.files import atomic_write
 from jaxdiff.io.tensor_files import TensorSource as TensorSource
 from jaxdiff.io.tensor_files import open_tensors
 from jaxdiff.io.tensor_files import to_torch_layout as to_torch_layout
@@ -168,11 +167,6 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=metadata or {"format": "pt"})  # one key: several come in any order
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
