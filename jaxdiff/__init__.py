@@ -12,9 +12,9 @@ from jaxdiff.diffusion.times import Time, time_grid
 from jaxdiff.generate import generate, initial_noise, tokenize
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.lora import load_lora, merge_lora, read_lora, save_lora
-from jaxdiff.io.modules import load_vae
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import load_textual_inversion, save_textual_inversion
+from jaxdiff.io.vae import load_vae
 from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text, with_controlnets
 from jaxdiff.parallel import replicate
 from jaxdiff.version import __version__

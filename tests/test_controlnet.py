@@ -14,7 +14,7 @@ from jaxdiff.config import ConfigError, ControlNetConfig, UNetConfig
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.controlnet import controlnet_table, load_controlnet, save_controlnet
 from jaxdiff.io.original_layout import place
-from jaxdiff.io.torch_names import named_tensors
+from jaxdiff.io.tensor_files import named_tensors
 from jaxdiff.models.controlnet import ControlNet, check_fits, combine, example_inputs, from_unet
 from jaxdiff.models.unet import UNet2DConditionModel
 from tests import networks

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 import jaxdiff
 from jaxdiff.config import ConfigError, UNetConfig
 from jaxdiff.errors import WeightsError
-from jaxdiff.io.pretrained import find_weights, load_model, pipeline_class
+from jaxdiff.io.diffusers_folder import load_model, pipeline_class
+from jaxdiff.io.modules import find_weights
 from jaxdiff.io.torch_names import tensor_name, to_torch_layout
 from jaxdiff.models.model import build, param_shapes
 from jaxdiff.scheduler_config import PipelineOptions, SchedulerConfig

@@ -14,9 +14,8 @@ from safetensors.numpy import save_file
 from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.io import hub
-from jaxdiff.io.pretrained import find
-from jaxdiff.io.tensor_files import open_tensors
-from jaxdiff.io.torch_names import load_tensors
+from jaxdiff.io.model_paths import find
+from jaxdiff.io.tensor_files import load_tensors, open_tensors
 from jaxdiff.models.model import param_shapes
 
 

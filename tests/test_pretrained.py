@@ -9,7 +9,8 @@ import pytest
 
 from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
-from jaxdiff.io.pretrained import load, replace_config, save
+from jaxdiff.io.configs import replace_config
+from jaxdiff.io.pretrained import load, save
 from tests.tiny import LATENT, MAX_LENGTH, tiny_params
 
 

@@ -15,7 +15,8 @@ from jaxdiff.arguments import latent_shape
 from jaxdiff.config import ConfigError
 from jaxdiff.diffusion.times import default_scheduler
 from jaxdiff.errors import WeightsError
-from jaxdiff.io.pretrained import load, load_model, save
+from jaxdiff.io.diffusers_folder import load_model
+from jaxdiff.io.pretrained import load, save
 from tests.test_pretrained import assert_equal, files
 from tests.tiny import MAX_LENGTH
 
@@ -242,7 +243,7 @@ def test_a_failed_save_keeps_the_old_model(tiny, folder, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxdiff.io.torch_names.save_file", full)
+    monkeypatch.setattr("jaxdiff.io.tensor_files.save_file", full)
     with pytest.raises(WeightsError, match=r"cannot be written \(No space left on device\)"):
         save(folder, *tiny)
     assert files(folder) == before

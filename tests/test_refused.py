@@ -14,8 +14,9 @@ from jaxdiff.commands.flags import check_model, define, parse, weighted
 from jaxdiff.config import ConfigError
 from jaxdiff.diffusion.spacing import distilled
 from jaxdiff.errors import WeightsError
+from jaxdiff.io.configs import replace_config
 from jaxdiff.io.lora import Factors, merge_lora
-from jaxdiff.io.pretrained import find, replace_config
+from jaxdiff.io.model_paths import find
 from tests.tiny import LATENT, SCHEDULER, SIDE, tiny_controlnet, tiny_model
 
 CASTLE = "--prompt=a castle"

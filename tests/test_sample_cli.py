@@ -14,8 +14,9 @@ from PIL import Image
 import jaxdiff
 import sample
 from jaxdiff.errors import ImageError
+from jaxdiff.io.diffusers_folder import load_model
 from jaxdiff.io.images import read_image, read_metadata, write_png
-from jaxdiff.io.pretrained import find, load_model
+from jaxdiff.io.model_paths import find
 from tests.tiny import SIDE
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from jaxdiff.commands.errors import UsageError
 from jaxdiff.commands.outputs import name_of, output_files, output_paths
 from jaxdiff.commands.pictures import lines, plan
 from jaxdiff.io import cache
-from jaxdiff.io.pretrained import DTYPES
+from jaxdiff.io.configs import DTYPES
 
 PICTURES = [{"prompt": p, "seed": s} for p, s in (("a castle", 3), ("Ein Schloß, nachts", 4))]
 

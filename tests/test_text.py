@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import CLIPTextConfig
-from jaxdiff.io.torch_names import load_tensors
+from jaxdiff.io.tensor_files import load_tensors
 from jaxdiff.models.model import build, param_shapes
 from jaxdiff.models.text import Conditioning, emphasise
 from jaxdiff.models.text import encode_text as eager_encode_text

@@ -9,7 +9,8 @@ import pytest
 
 from jaxdiff.config import TinyVAEConfig
 from jaxdiff.errors import WeightsError
-from jaxdiff.io.modules import load_tiny_vae, save_module
+from jaxdiff.io.modules import save_module
+from jaxdiff.io.vae import load_tiny_vae
 from jaxdiff.models.model import decode, encode
 from jaxdiff.models.tiny_vae import AutoencoderTiny, preview
 from tests import networks

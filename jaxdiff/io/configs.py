@@ -1,6 +1,7 @@
-"""Configs out of files, and what they have to be before anything is built of them or drawn with it."""
+"""Configs of networks from files, and the checks that they pass before a model is made from them."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.config import Config, ConfigError, TinyVAEConfig, VAEConfig, read_json
+from jaxdiff.config import (
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Config,
+    ConfigError,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+    read_json,
+)
 from jaxdiff.models.layers import ACTIVATIONS
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
 
+NETWORKS: dict[str, type[Config]] = {  # by their folder's name, as in `params`
+    "text_encoder": CLIPTextConfig,
+    "text_encoder_2": CLIPTextConfig,
+    "unet": UNetConfig,
+    "vae": VAEConfig,
+    "vision_encoder": CLIPVisionConfig,
+}
+VAES: tuple[type[Config], ...] = (VAEConfig, TinyVAEConfig)  # what may stand in the folder `vae`
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @contextlib.contextmanager
-def making(sentence: str) -> Iterator[None]:
+def as_config_error(sentence: str) -> Iterator[None]:
     """Turns what a config of impossible values raises into a ConfigError: `sentence`, which names the file, and why."""
     try:
         yield
@@ -35,7 +55,7 @@ def read_config(path: Path, *known: type[Config]) -> Config:
     found = str(values.get("_class_name", known[0].CLASS_NAME)).removeprefix("Flax")
     for cls in known:
         if found == cls.CLASS_NAME and str(values.get("model_type", "clip")).startswith("clip"):
-            with making(f"{path} does not describe a {cls.CLASS_NAME}"):
+            with as_config_error(f"{path} does not describe a {cls.CLASS_NAME}"):
                 config = cls.from_dict(values)
                 _check_activation(config)
             return config
@@ -54,16 +74,16 @@ def _check_activation(config: Config) -> None:
 
 def module_shapes(module: Any, inputs: Callable[[Any], tuple[Array, ...]], source: Path) -> Params:
     """The shapes of a module's parameters; raises ConfigError if its config, read from `source`, makes no network."""
-    with making(f"{source} does not describe a {module.config.CLASS_NAME}"):
+    with as_config_error(f"{source} does not describe a {module.config.CLASS_NAME}"):
         return jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs(module.config))["params"])
 
 
-def picture(c: VAEConfig | TinyVAEConfig) -> tuple[Array, ...]:
+def example_image(c: VAEConfig | TinyVAEConfig) -> tuple[Array, ...]:
     """The smallest input of an autoencoder."""
     return (jnp.zeros((1, c.factor, c.factor, c.in_channels)),)
 
 
-def check_drawn(model: Model, source: Path) -> None:
+def check_channels(model: Model, source: Path) -> None:
     """Raises ConfigError where the UNet looks at more than is shown to it here, or at latents of another autoencoder.
 
     Channels beside the latents are a mask and the masked picture's latents, or a small picture to be enlarged.
@@ -78,3 +98,17 @@ def check_drawn(model: Model, source: Path) -> None:
         f"{source} has a UNet that takes {found} channels{others.get(found, '')}; models of {listed} are drawn with: "
         "choose one of these."
     )
+
+
+def check_dtype(dtype: Any) -> Any:
+    """A floating type by name or as a type. Raises ConfigError listing the known."""
+    name = "float32" if dtype is None else dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is unknown; known are {', '.join(DTYPES)}.")
+    return jnp.dtype(name)
+
+
+def replace_config(model: Model, name: str, **changes: Any) -> Model:
+    """The model with some values of one module's config changed, such as a measured `scaling_factor`."""
+    module = getattr(model, name)
+    return dataclasses.replace(model, **{name: module.copy(config=dataclasses.replace(module.config, **changes))})

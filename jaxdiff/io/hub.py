@@ -8,7 +8,7 @@ from jaxdiff.config import ConfigError
 # nor what else may lie there (a safety checker, ONNX copies, older autoencoders).
 WEIGHED = ["unet", "vae", "text_encoder", "text_encoder_2", "vision_encoder", "controlnet", "controlnet_?"]
 PLAIN = ["scheduler", "low_res_scheduler", "tokenizer", "tokenizer_2"]
-CONFIGS = ["model_index.json", *(f"{f}/*.json" for f in WEIGHED + PLAIN), *(f"{f}/*.txt" for f in PLAIN)]
+CONFIG_FILES = ["model_index.json", *(f"{f}/*.json" for f in WEIGHED + PLAIN), *(f"{f}/*.txt" for f in PLAIN)]
 FORMATS = ("safetensors", "bin")  # the second, of which no code is run, only where the first is not there
 UNUSED = ["*.non_ema*", "*/*/*"]
 VARIANTS = ["*.fp16*", "*.bf16*"]
@@ -21,7 +21,7 @@ def attempts(variant: str | None) -> list[tuple[list[str], list[str]]]:
         if not variant:
             tries.append(([f"{f}/*.{suffix}" for f in WEIGHED], UNUSED + VARIANTS))
         tries.append(([f"{f}/{w}.{suffix}" for f in WEIGHED for w in wanted], UNUSED))
-    return [(CONFIGS + weights, unwanted) for weights, unwanted in tries]
+    return [(CONFIG_FILES + weights, unwanted) for weights, unwanted in tries]
 
 
 def fetch(repo_id: str, revision: str | None = None, variant: str | None = None) -> Path:

@@ -79,7 +79,7 @@ class Shapes(dict[str, list[int]]):
 
 
 @contextlib.contextmanager
-def odd_shapes(source: TensorSource) -> Iterator[None]:
+def as_weights_error(source: TensorSource) -> Iterator[None]:
     """Turns what shapes that make no network raise into a WeightsError naming the file."""
     try:
         yield
@@ -153,7 +153,7 @@ def infer_configs(source: TensorSource, family: str, prediction_type: str | None
     Raises:
         WeightsError: a tensor is missing or has the wrong number of axes.
     """
-    with odd_shapes(source):
+    with as_weights_error(source):
         configs: dict[str, Any] = {
             name: text_config(Shapes(source, prefix), openclip=prefix.endswith(".model."), project=name.endswith("2"))
             for name, prefix in text_prefixes(source, family).items()

@@ -29,10 +29,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdiff.errors import WeightsError
-from jaxdiff.io.lora_names import Layer, find, layers, written_name
+from jaxdiff.io.lora_names import Layer, find_layers, layers, written_name
 from jaxdiff.io.original_layout import unet_table
-from jaxdiff.io.tensor_files import TensorSource, open_tensors
-from jaxdiff.io.torch_names import from_torch_layout, to_torch_layout, write_tensors
+from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
+from jaxdiff.io.torch_names import from_torch_layout, to_torch_layout
 from jaxdiff.models.model import Model, param_shapes
 from jaxdiff.typing import Array, Key, Params
 
@@ -140,7 +140,7 @@ def read_lora(model: Model, path: str | Path) -> Lora:
     source = open_tensors(path)
     config = _adapter_config(source)
     lora = {}
-    for layer, tensors in find(source, list(layers(param_shapes(model))), unet_table(model.unet.config)):
+    for layer, tensors in find_layers(source, list(layers(param_shapes(model))), unet_table(model.unet.config)):
         down, up = (source.read(tensors[role]) for role in ("down", "up"))
         if "mid" in tensors:  # a 1x1 convolution followed by one of the kernel's size is one of that size
             first, then = (np.asarray(x, np.float32) for x in (down, source.read(tensors["mid"])))

@@ -132,7 +132,7 @@ def split(path: object, name: str) -> tuple[str, str]:
     raise WeightsError(f"{path}: tensor {name} is no part of a LoRA: is it a LoRA's file?")
 
 
-def find(source: TensorSource, model: list[Layer], original: Table) -> list[tuple[Layer, Tensors]]:
+def find_layers(source: TensorSource, model: list[Layer], original: Table) -> list[tuple[Layer, Tensors]]:
     """The layers of a model that a file changes, with its tensors for each, of the right shapes.
 
     Args:

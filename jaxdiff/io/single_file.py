@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxdiff.config import CLIPTextConfig, Config, ConfigError, TinyVAEConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, Config, ConfigError, TinyVAEConfig, VAEConfig
 from jaxdiff.errors import WeightsError
-from jaxdiff.io.configs import check_drawn, making, module_shapes, picture
-from jaxdiff.io.infer_config import TEXTS, Shapes, detect, infer_configs, odd_shapes, text_prefixes, vae_config
+from jaxdiff.io.configs import NETWORKS, as_config_error, check_channels, check_dtype, example_image, module_shapes
+from jaxdiff.io.infer_config import TEXTS, Shapes, as_weights_error, detect, infer_configs, text_prefixes, vae_config
+from jaxdiff.io.model_paths import BUNDLED
 from jaxdiff.io.original_layout import (
     UNET_PREFIX,
     VAE_PREFIX,
@@ -29,9 +30,8 @@ from jaxdiff.io.original_layout import (
     unet_table,
     vae_table,
 )
-from jaxdiff.io.pretrained import BUNDLED, check_dtype
-from jaxdiff.io.tensor_files import TensorSource, open_tensors
-from jaxdiff.io.torch_names import load_tensors, named_tensors, tensor_name, write_tensors
+from jaxdiff.io.tensor_files import TensorSource, load_tensors, named_tensors, open_tensors, write_tensors
+from jaxdiff.io.torch_names import tensor_name
 from jaxdiff.models.model import Model, build, param_shapes
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.scheduler_config import PipelineOptions, SchedulerConfig
@@ -40,11 +40,8 @@ from jaxdiff.typing import Params
 
 METADATA = "jaxdiff"  # key in the file's metadata
 PREFIXES = {"unet": UNET_PREFIX, "vae": VAE_PREFIX}  # of the tensors' names; the text encoders' are the family's
-CONFIGS: dict[str, type[Config]] = {
-    "text_encoder": CLIPTextConfig,
-    "text_encoder_2": CLIPTextConfig,
-    "unet": UNetConfig,
-    "vae": VAEConfig,
+METADATA_CONFIGS: dict[str, type[Config]] = {
+    **{name: cls for name, cls in NETWORKS.items() if name != "vision_encoder"},
     "scheduler": SchedulerConfig,
     "options": PipelineOptions,
     "low_res_scheduler": SchedulerConfig,
@@ -97,7 +94,7 @@ def load_single_file(
     found, tokenizers = _read_metadata(source) or (infer_configs(source, family, prediction_type), {})
     if prediction_type is not None:
         found["scheduler"] = dataclasses.replace(found["scheduler"], prediction_type=prediction_type)
-    with making(f"the configs of {source.path} do not make a model"):
+    with as_config_error(f"the configs of {source.path} do not make a model"):
         for name, values in (configs or {}).items():
             found[name] = dataclasses.replace(found[name], **values)
         for name in text_prefixes(source, family):
@@ -105,7 +102,7 @@ def load_single_file(
             tokenizers.setdefault(key, clip_tokenizer(found[name]))
         model = _build(found, tokenizers, dtype, remat)
         shapes = param_shapes(model)
-    check_drawn(model, source.path)
+    check_channels(model, source.path)
     places = {
         name: _places(shapes[name], name, model.modules[name].config, prefix, source)
         for name, prefix in (PREFIXES | text_prefixes(source, family)).items()
@@ -197,11 +194,11 @@ def load_original_vae(source: TensorSource, prefix: str, like: VAEConfig, dtype:
         like: the config of the autoencoder whose place it takes: what no tensor tells is as there.
         dtype: type to hold the parameters in.
     """
-    with odd_shapes(source):
+    with as_weights_error(source):
         found = vae_config(Shapes(source, prefix), "sd1")
     untold = ("act_fn", "norm_num_groups", "sample_size", "scaling_factor", "shift_factor", "force_upcast")
     config = dataclasses.replace(found, **{name: getattr(like, name) for name in untold})
-    shapes = module_shapes(AutoencoderKL(config), picture, source.path)
+    shapes = module_shapes(AutoencoderKL(config), example_image, source.path)
     return config, load_tensors(_renamed(source, _places(shapes, "vae", config, prefix, source)), shapes, dtype)
 
 
@@ -265,7 +262,7 @@ def _read_metadata(source: TensorSource) -> tuple[dict[str, Any], dict[str, Toke
         return None
     try:
         values = json.loads(source.metadata[METADATA])
-        configs: dict[str, Any] = {n: cls.from_dict(values[n]) for n, cls in CONFIGS.items() if n in values}
+        configs: dict[str, Any] = {n: cls.from_dict(values[n]) for n, cls in METADATA_CONFIGS.items() if n in values}
         low_res = configs.pop("low_res_scheduler", None)
         configs["options"] = dataclasses.replace(configs["options"], low_res_scheduler=low_res)
         tokenizers = {n: _tokenizer(values[n]) for n in ("tokenizer", "tokenizer_2") if n in values}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxdiff.config import TinyVAEConfig
 from jaxdiff.errors import WeightsError
-from jaxdiff.io.infer_config import Shapes, odd_shapes
+from jaxdiff.io.infer_config import Shapes, as_weights_error
 from jaxdiff.io.tensor_files import TensorSource, open_tensors
 
 FIRST = {"encoder": 0, "decoder": 1}  # the number of each one's first convolution
@@ -44,7 +44,7 @@ def open_pair(path: str | Path) -> tuple[TinyVAEConfig, TensorSource] | None:
     }
     shapes = {ours: sources[part].shapes[name] for ours, (part, name) in names.items()}
     merged = TensorSource(path, shapes, lambda ours: sources[names[ours][0]].read(names[ours][1]))
-    with odd_shapes(merged):
+    with as_weights_error(merged):
         return infer_config(merged), merged
 
 

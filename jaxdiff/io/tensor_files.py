@@ -1,23 +1,30 @@
-"""Files of tensors, whatever their format, as one thing: names, shapes, and a function that reads one tensor.
+"""Files of tensors, whatever their format: names, shapes, and a function that reads one tensor.
 
-Every source speaks of PyTorch's names and layouts. Nothing is read before it is asked for, and each read maps the file
-into memory anew, so that pages already copied leave memory at once.
+Every source speaks of PyTorch's names and layouts, which `torch_names` translates. Nothing is read before it is asked
+for. Each read maps the file into memory anew, so that pages already copied leave memory at once.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax.serialization import msgpack_restore
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from jaxdiff.config import read_json
 from jaxdiff.errors import WeightsError
+from jaxdiff.files import atomic_write
+from jaxdiff.io.pickles import PickleError, open_pickle
+from jaxdiff.io.torch_names import current_name, flax_name, from_torch_layout, tensor_name, to_torch_layout
+from jaxdiff.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +38,7 @@ class TensorSource:
 
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+IGNORED = ("position_ids",)  # buffers that older files carry as if they were weights
 SUFFIXES = (".safetensors", *PICKLES, ".msgpack")  # in the order of preference
 
 
@@ -121,7 +129,7 @@ def _open_flax(path: Path) -> TensorSource:
     """A file of Hugging Face's former Flax models, under PyTorch's names and in its layouts."""
     try:
         leaves = flatten_dict(msgpack_restore(path.read_bytes()))
-        tensors = {_torch_name(keys): to_torch_layout(keys, np.asarray(leaf)) for keys, leaf in leaves.items()}
+        tensors = {flax_name(keys): to_torch_layout(keys, np.asarray(leaf)) for keys, leaf in leaves.items()}
     except OSError:
         raise
     except Exception as e:  # whatever msgpack, numpy or flax raise on bytes that are none
@@ -129,31 +137,7 @@ def _open_flax(path: Path) -> TensorSource:
     return TensorSource(path, {name: list(x.shape) for name, x in tensors.items()}, tensors.__getitem__)
 
 
-def _torch_name(keys: tuple[str, ...]) -> str:
-    """
-    >>> _torch_name(("down_blocks_0", "attentions_1", "transformer_blocks_0", "ff", "net_0", "proj", "kernel"))
-    'down_blocks.0.attentions.1.transformer_blocks.0.ff.net.0.proj.weight'
-    """
-    *parts, last = keys
-    # A number after an underscore counts the members of a list, save in names that end so themselves.
-    dotted = [
-        f"{stem}.{n}" if n.isdigit() and stem not in ("", "linear") else part
-        for part in parts
-        for stem, _, n in [part.rpartition("_")]
-    ]
-    return ".".join([*dotted, "weight" if last in ("kernel", "scale", "embedding") else last])
-
-
-def to_torch_layout(keys: tuple[str, ...], x: np.ndarray) -> np.ndarray:
-    """A parameter of this path in PyTorch's layout: of kernels, [out, in] or [out, in, H, W]."""
-    if keys[-1] != "kernel":
-        return x
-    return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
-
-
 def _open_pickle(path: Path) -> TensorSource:
-    from jaxdiff.io.pickles import PickleError, open_pickle
-
     try:
         shapes, read = open_pickle(path)
     except PickleError as e:
@@ -167,3 +151,78 @@ OPENERS: dict[str, Callable[[Path], TensorSource]] = {
     ".msgpack": _open_flax,
     **dict.fromkeys(PICKLES, _open_pickle),
 }
+
+
+def load_tensors(path: Path | TensorSource, target: Params, dtype: Any) -> Params:
+    """Read a file of PyTorch's weights into the tree `target` (of arrays or shapes).
+
+    Args:
+        path: a file of any format that `open_tensors` knows, or what it returned.
+        target: the tree expected, as `param_shapes` gives it for one module.
+        dtype: type of the parameters returned.
+
+    Returns:
+        A tree like `target` of arrays on the default device.
+
+    Raises:
+        WeightsError: the file is missing or damaged, lacks a tensor, has one too many, or one of another shape.
+    """
+    source = path if isinstance(path, TensorSource) else open_tensors(path)
+    path, shapes = source.path, source.shapes
+    names = {current_name(name): name for name in shapes if not name.endswith(IGNORED)}
+    params = {}
+    for leaf_path, leaf in flatten_dict(target).items():
+        name = tensor_name(leaf_path)
+        if name not in names:
+            raise WeightsError(
+                f"{path} lacks the tensor {name} that its config.json calls for: do the two belong together?"
+            )
+        expected = to_torch_layout(leaf_path, np.broadcast_to(0, leaf.shape)).shape
+        found = tuple(shapes[names[name]])
+        if found != expected:
+            raise WeightsError(
+                f"{path}: tensor {name} has shape {list(found)}, its config.json calls for {list(expected)}: "
+                "the config and the weights are of different models."
+            )
+        x = source.read(names.pop(name))
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise WeightsError(
+                f"{path}: tensor {name} holds {x.dtype}, no floating numbers: it is quantised or damaged."
+            )
+        x = from_torch_layout(leaf_path, x)
+        # A copy, since the file may change later; device_put compiles nothing, which jnp.asarray does for each shape.
+        params[leaf_path] = jax.device_put(np.array(x, dtype=dtype, order="C"))
+    if names:
+        raise WeightsError(
+            f"{path} holds {len(names)} tensors that its config.json has no place for, first {min(names)}."
+        )
+    return unflatten_dict(params)
+
+
+def named_tensors(params: Params, dtype: Any = None, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters by their PyTorch names and in PyTorch's layouts; `prefix` is that of a CLIP model's own names."""
+    for path, leaf in flatten_dict(params).items():
+        x, name = to_torch_layout(path, np.asarray(jax.device_get(leaf))), tensor_name(path)
+        yield (
+            name if path[0] == "text_projection" else prefix + name,
+            np.ascontiguousarray(x if dtype is None else x.astype(dtype)),
+        )
+
+
+def save_tensors(path: Path, params: Params, dtype: Any = None, prefix: str = "") -> None:
+    """Write one module's parameters as a safetensors file that PyTorch diffusers reads; whole or not at all."""
+    _write(path, dict(named_tensors(params, dtype, prefix)))
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all. Raises WeightsError: it cannot be written."""
+    try:
+        _write(path, {name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
+    except OSError as e:
+        raise WeightsError(f"{path} cannot be written ({e.strerror or e}): choose another place or free it.") from None
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata or {"format": "pt"})  # one key: several come in any order
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read

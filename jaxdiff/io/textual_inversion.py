@@ -14,9 +14,8 @@ import numpy as np
 
 from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
-from jaxdiff.io.pretrained import replace_config
-from jaxdiff.io.tensor_files import TensorSource, open_tensors
-from jaxdiff.io.torch_names import write_tensors
+from jaxdiff.io.configs import replace_config
+from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
 

@@ -27,8 +27,7 @@ import optax
 
 from jaxdiff import parallel
 from jaxdiff.config import ConfigError
-from jaxdiff.io.tensor_files import open_tensors
-from jaxdiff.io.torch_names import write_tensors
+from jaxdiff.io.tensor_files import open_tensors, write_tensors
 from jaxdiff.typing import Array, Params
 
 

@@ -12,7 +12,7 @@ from jaxdiff.config import ConfigError, VAEConfig
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.io import infer_config
-from jaxdiff.io.pretrained import replace_config
+from jaxdiff.io.configs import replace_config
 from jaxdiff.models.model import Conditioning, Model, apply, encode
 from jaxdiff.training.stages import Network, each, folded, plain_network
 from jaxdiff.training.state import Batch
