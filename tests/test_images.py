@@ -133,6 +133,13 @@ def test_unreadable_pictures_are_named(picture, tmp_path):
         read_image(tmp_path / "cut.png")
 
 
+def test_images_that_would_fill_the_memory_are_not_decoded(picture, tmp_path, monkeypatch):
+    write_png(tmp_path / "a.png", picture)
+    monkeypatch.setattr("jaxdiff.data.images.MAX_PIXELS", picture.shape[0] * picture.shape[1] - 1)
+    with pytest.raises(ImageError, match=r"a\.png cannot be read as a picture \(\d+x\d+ pixels are more than"):
+        read_image(tmp_path / "a.png")
+
+
 def test_metadata_that_is_not_there(picture, tmp_path):
     write_png(tmp_path / "a.png", picture)
     with pytest.raises(ImageError, match=r"a\.png does not say how it was drawn"):

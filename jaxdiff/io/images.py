@@ -9,11 +9,10 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from jaxdiff.data.folder import FORMATS
+from jaxdiff.data.images import FORMATS, WHITE, on_background, open_image, to_uint8
 from jaxdiff.errors import ImageError
 from jaxdiff.files import atomic_write
 
-WHITE = (255, 255, 255)
 CHUNK = "jaxdiff"  # name of the PNG text chunk that holds the metadata as JSON
 
 
@@ -27,42 +26,14 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np
         uint8 [H, W, 3].
 
     Raises:
-        ImageError: the file is missing, damaged, of no such format, or of floating-point greys outside of [0, 1].
+        ImageError: the file is missing, damaged, of no such format, too large, or of floating-point greys outside of [0, 1].
     """
     try:
-        with Image.open(path, formats=FORMATS) as opened:
-            return np.array(_to_rgb(ImageOps.exif_transpose(opened), background))
+        return np.array(on_background(open_image(path), background))
     except FileNotFoundError:
         raise ImageError(f"{path} is missing: give an existing picture.") from None
     except Exception as e:  # damage shows as errors of many kinds: struct.error, TypeError, DecompressionBombError, …
         raise ImageError(f"{path} cannot be read as a picture ({e}): save it again as PNG or JPEG.") from None
-
-
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode == "F":
-        image = Image.fromarray(to_uint8(np.asarray(image)))
-    elif image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips instead of scaling
-        image = Image.fromarray(to_uint8(np.clip(np.asarray(image) / 65535, 0, 1)))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    opaque = Image.new("RGBA", image.size, (*background, 255))
-    return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] as bytes: round(255 x). Bytes stay as they are. Others raise ImageError.
-
-    >>> to_uint8(np.array([0.0, 0.5, 1.0])), to_uint8(np.array([7], np.uint8))
-    (array([  0, 128, 255], dtype=uint8), array([7], dtype=uint8))
-    """
-    image = np.asarray(image)
-    if image.dtype == np.uint8:
-        return image
-    levels = np.round(255 * image.astype(np.float64))
-    if not (levels.min() >= 0 and levels.max() <= 255):  # true of not-a-number too
-        found = f"{image.dtype} from {image.min():g} to {image.max():g}"
-        raise ImageError(f"its values are {found}, and must be uint8 or from 0 to 1")
-    return levels.astype(np.uint8)
 
 
 def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
