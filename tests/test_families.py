@@ -100,7 +100,7 @@ def test_controlnets_are_saved_where_params_has_them(folders, tmp_path):
     fewer = dataclasses.replace(model, controlnets=model.controlnets[:1])
     jaxdiff.save(tmp_path / "model", fewer, params | {"controlnet": params["controlnet"][:1]})
     assert {p.name for p in tmp_path.glob("model/controlnet*")} == {"controlnet"}
-    with pytest.raises(WeightsError, match="One file has no place for ControlNets"):
+    with pytest.raises(WeightsError, match="A single file cannot hold ControlNets"):
         jaxdiff.save(tmp_path / "model.safetensors", model, params)
     without = {name: x for name, x in params.items() if name != "controlnet"}
     jaxdiff.save(tmp_path / "model", model, without)
@@ -111,7 +111,7 @@ def test_controlnets_are_saved_where_params_has_them(folders, tmp_path):
     index = json.loads((tmp_path / "model/model_index.json").read_text())
     (tmp_path / "model/controlnet").rmdir()
     (tmp_path / "model/model_index.json").write_text(json.dumps(index | {"controlnet": ["diffusers", "x"]}))
-    with pytest.raises(ConfigError, match="controlnet is missing: give a ControlNetModel's folder"):
+    with pytest.raises(ConfigError, match="controlnet does not exist: give a ControlNetModel folder"):
         jaxdiff.load(tmp_path / "model")
 
 
@@ -194,7 +194,7 @@ def test_other_architectures_are_named(folder):
     index.write_text(
         json.dumps({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]})
     )
-    with pytest.raises(ConfigError, match="is of FluxPipeline, which has no UNet: take a Stable Diffusion model"):
+    with pytest.raises(ConfigError, match="holds a FluxPipeline, which has no UNet: take a Stable Diffusion model"):
         jaxdiff.load(folder)
 
 

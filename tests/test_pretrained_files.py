@@ -63,7 +63,7 @@ def test_missing_tokenizer_is_named(folder):
 def test_truncated_weights_are_named(size, folder):
     path = folder / UNET_WEIGHTS
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(WeightsError, match=f"{UNET_WEIGHTS} is damaged or no safetensors file"):
+    with pytest.raises(WeightsError, match=f"{UNET_WEIGHTS} is damaged or not a safetensors file"):
         load(folder)
 
 

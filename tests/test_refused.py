@@ -151,5 +151,5 @@ def test_a_model_file_that_does_not_exist(name):
 
 
 def test_other_files_that_do_not_exist(tmp_path):
-    with pytest.raises(WeightsError, match=r"x\.safetensors is missing: check the path"):
+    with pytest.raises(WeightsError, match=r"x\.safetensors does not exist: check the path"):
         jaxdiff.load_lora(tiny_model(), {}, tmp_path / "x.safetensors")

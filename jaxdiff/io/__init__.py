@@ -1,1 +1,1 @@
-"""Files: pretrained weights, training checkpoints, pictures."""
+"""Files: pretrained weights, training checkpoints, images."""

@@ -84,9 +84,9 @@ def example_image(c: VAEConfig | TinyVAEConfig) -> tuple[Array, ...]:
 
 
 def check_channels(model: Model, source: Path) -> None:
-    """Raises ConfigError where the UNet looks at more than is shown to it here, or at latents of another autoencoder.
+    """Raises ConfigError if the UNet's input channels fit no supported task, or another autoencoder's latents.
 
-    Channels beside the latents are a mask and the masked picture's latents, or a small picture to be enlarged.
+    Channels beside the latents are a mask and the masked image's latents, or a small image to be enlarged.
     """
     found, latent = model.unet.config.in_channels, model.vae.config.latent_channels
     known = {latent: "text to image", 2 * latent + 1: "inpainting", latent + 3: "upscaling"}
@@ -95,8 +95,8 @@ def check_channels(model: Model, source: Path) -> None:
     others = {2 * latent: ", as InstructPix2Pix does", latent + 1: ", as depth-to-image models do"}
     listed = ", ".join(f"{n} for {task}" for n, task in known.items())
     raise ConfigError(
-        f"{source} has a UNet that takes {found} channels{others.get(found, '')}; models of {listed} are drawn with: "
-        "choose one of these."
+        f"{source} has a UNet that takes {found} channels{others.get(found, '')}; supported are {listed}: choose such "
+        "a model."
     )
 
 

@@ -34,7 +34,7 @@ def load_model(folder: Path, dtype: Any = None, *, prediction_type: str | None =
     index = read_json(folder / "model_index.json")
     if "transformer" in index:
         raise ConfigError(
-            f"{folder} is of {index.get('_class_name')}, which has no UNet: take a Stable Diffusion model."
+            f"{folder} holds a {index.get('_class_name')}, which has no UNet: take a Stable Diffusion model."
         )
 
     def listed(name: str) -> bool:
@@ -165,7 +165,7 @@ def encoder_class(encoder: CLIPTextModel | None) -> list[str | None]:
 def save_folder(folder: Path, model: Model, params: Params, dtype: Any = None) -> None:
     """Write a model as a folder; whole or not at all. See `save`."""
     if folder.exists() and not (folder / "model_index.json").exists() and (folder.is_file() or any(folder.iterdir())):
-        raise WeightsError(f"{folder} exists and is no model's folder: name another one to save to.")
+        raise WeightsError(f"{folder} exists and is not the folder of a model: save to another one.")
     dtype = None if dtype is None else check_dtype(dtype)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,6 @@ def fetch(repo_id: str, revision: str | None = None, variant: str | None = None)
     except Exception as e:  # the package's own errors, those of its HTTP client, and of the disk
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         raise ConfigError(
-            f"{repo_id} is no folder here, and it cannot be fetched from the Hugging Face hub ({reason}): "
+            f"{repo_id} is not a local folder, and it cannot be fetched from the Hugging Face hub ({reason}): "
             "check the name and the network, or give a local folder."
         ) from None

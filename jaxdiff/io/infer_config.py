@@ -86,7 +86,7 @@ def as_weights_error(source: TensorSource) -> Iterator[None]:
     except (IndexError, ZeroDivisionError, ValueError) as e:
         if isinstance(e, WeightsError):
             raise
-        raise WeightsError(f"{source.path} has tensors of odd shapes ({e}): fetch it again.") from None
+        raise WeightsError(f"{source.path} has tensors of unexpected shapes ({e}): fetch it again.") from None
 
 
 PARTS = {  # what a file that is no whole checkpoint may hold: how its names begin -> what that is, and how it is used

@@ -83,7 +83,7 @@ def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) 
     for lora, scale in zip(loras, scales, strict=True):
         for name, factors in lora.items():
             if name not in paths:
-                raise WeightsError(f"the LoRA changes {name}, which the model has not: read it with this model.")
+                raise WeightsError(f"the LoRA changes {name}, which the model does not have: read it with this model.")
             parts.setdefault(name, []).append((factors, scale))
     for name, changes in parts.items():
         flat[paths[name]] = _changed(flat[paths[name]], changes)
@@ -159,7 +159,7 @@ def _magnitude(source: TensorSource, config: dict[str, Any], layer: Layer, tenso
     """A layer's magnitudes as `Factors` has them: [out, 1 …] in the file or for one an input [1, in, …]."""
     if "magnitude" not in tensors:
         if config.get(f"{layer.module}.use_dora"):
-            raise WeightsError(f"{source.path} is of the kind DoRA but lacks the magnitude of {layer.name}.")
+            raise WeightsError(f"{source.path} is a DoRA but lacks the magnitude of {layer.name}.")
         return None
     x = np.asarray(source.read(tensors["magnitude"]))
     # peft's has one an output whatever its shape, [1, out, 1, 1] for a convolution.
@@ -214,7 +214,7 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
     tensors: dict[str, np.ndarray] = {}
     for name, f in lora.items():
         if name not in known:
-            raise WeightsError(f"the LoRA changes {name}, which the model has not: save it with its own model.")
+            raise WeightsError(f"the LoRA changes {name}, which the model does not have: save it with its own model.")
         down = to_torch_layout(KERNEL, np.asarray(jax.device_get(f.down)))
         up = np.asarray(jax.device_get(f.up)).T.reshape(*f.up.shape[::-1], *(1,) * (down.ndim - 2))
         stem = written_name(known[name], layout, double="text_encoder_2" in model.modules)

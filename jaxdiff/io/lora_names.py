@@ -125,11 +125,11 @@ def split(path: object, name: str) -> tuple[str, str]:
     """
     for pattern, kind in OTHER_KINDS.items():
         if re.search(pattern, name):
-            raise WeightsError(f"{path} is of the kind {kind} (tensor {name}); LoRA, LoCon and DoRA are read here.")
+            raise WeightsError(f"{path} is a {kind} adapter (tensor {name}): give a LoRA, LoCon or DoRA.")
     for suffix, role in SUFFIXES.items():
         if name.endswith(suffix):
             return name.removesuffix(suffix), role
-    raise WeightsError(f"{path}: tensor {name} is no part of a LoRA: is it a LoRA's file?")
+    raise WeightsError(f"{path}: tensor {name} is not part of a LoRA: is this a LoRA file?")
 
 
 def find_layers(source: TensorSource, model: list[Layer], original: Table) -> list[tuple[Layer, Tensors]]:
@@ -158,7 +158,7 @@ def _named(source: TensorSource, model: list[Layer], original: Table) -> list[tu
     called: dict[Layer, str] = {}
     for stem, tensors in found.items():
         if stem not in known:
-            raise _misfit(source, model, f"it changes {stem}, which the model has not")
+            raise _misfit(source, model, f"it changes {stem}, which the model does not have")
         layer = known[stem]
         if other := called.get(layer):
             raise WeightsError(f"{source.path} changes {layer.name} twice, as {other} and {stem}: keep one of them.")
@@ -274,7 +274,7 @@ def _misfit(source: TensorSource, model: list[Layer], what: str) -> WeightsError
     theirs = guess_family(source)
     if theirs is None or theirs == ours:
         return WeightsError(f"{source.path} does not fit this model: {what}.")
-    return WeightsError(f"{source.path} is a LoRA for {theirs}, this model is {ours or 'of no such family'}: {what}.")
+    return WeightsError(f"{source.path} is a LoRA for {theirs}, this model is {ours or 'of another family'}: {what}.")
 
 
 def guess_family(source: TensorSource) -> str | None:

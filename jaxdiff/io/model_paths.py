@@ -29,7 +29,7 @@ def find(name_or_path: str | Path, variant: str | None = None) -> Path:
     if path.is_dir() or (path.is_file() and path.suffix in SINGLE_FILES):
         return path
     if path.is_file():
-        raise ConfigError(f"{path} is no model's file: known are {', '.join(SINGLE_FILES)}, and diffusers folders.")
+        raise ConfigError(f"{path} is not a model file: known are {', '.join(SINGLE_FILES)}, and diffusers folders.")
     if name in bundled():
         return BUNDLED / name
     if (hub := re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", name)) and path.suffix not in SINGLE_FILES:
@@ -38,6 +38,6 @@ def find(name_or_path: str | Path, variant: str | None = None) -> Path:
         raise ConfigError(f"The model's file {name} does not exist: check the path, or fetch the file first.")
     known = ", ".join(bundled()) or "none"
     raise ConfigError(
-        f"{name} is no folder and no bundled model (bundled: {known}): give a diffusers folder, a .safetensors or "
-        ".ckpt file, or owner/name on the Hugging Face hub."
+        f"{name} is neither a folder nor a bundled model (bundled: {known}): give a diffusers folder, a .safetensors "
+        "or .ckpt file, or owner/name on the Hugging Face hub."
     )

@@ -75,7 +75,7 @@ def load_module(
     """
     path, dtype = Path(path), check_dtype(dtype)
     if not path.exists():
-        raise ConfigError(f"{path} is missing: give a {config_class.CLASS_NAME}'s folder or its .safetensors file.")
+        raise ConfigError(f"{path} does not exist: give a {config_class.CLASS_NAME} folder or .safetensors file.")
     file = (path if path.is_dir() else path.parent) / CONFIG
     module = module_class(read_config(file, config_class), dtype=dtype)
     shapes = module_shapes(module, inputs, file)
@@ -90,7 +90,7 @@ def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any =
     """
     folder = Path(folder)
     if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists()):
-        raise WeightsError(f"{folder} exists and is no network's folder: name another one to save to.")
+        raise WeightsError(f"{folder} exists and is not the folder of a network: save to another one.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / CONFIG) as config, atomic_write(folder / WEIGHTS) as weights:

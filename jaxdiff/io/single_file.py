@@ -217,13 +217,13 @@ def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any 
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise WeightsError(f"{path} does not end in .safetensors, the one format written here: name it so.")
+        raise WeightsError(f"{path} does not end in .safetensors, the only format written: rename it.")
     if model.controlnets:
-        raise WeightsError("One file has no place for ControlNets: save a folder, or leave them out of params.")
+        raise WeightsError("A single file cannot hold ControlNets: save a folder, or leave them out of params.")
     if isinstance(model.vae.config, TinyVAEConfig):
-        raise WeightsError("One file has no place for a tiny autoencoder: save a folder, or load a large one first.")
+        raise WeightsError("A single file cannot hold a tiny autoencoder: save a folder, or load a large one first.")
     if model.vision_encoder is not None:
-        raise WeightsError("One file has no place for a vision encoder: save a folder, or the model without it.")
+        raise WeightsError("A single file cannot hold a vision encoder: save a folder, or the model without it.")
     dtype, tensors = None if dtype is None else check_dtype(dtype), {}
     texts = TEXTS["sd2" if model.family == "upscaler" else model.family]
     for name, prefix in (PREFIXES | texts).items():

@@ -30,12 +30,13 @@ def open_pair(path: str | Path) -> tuple[TinyVAEConfig, TensorSource] | None:
     other = "decoder" if side == "encoder" else "encoder"
     beside = path.with_name(path.name.replace(side, other))
     if side not in path.name or not beside.is_file():
-        raise WeightsError(f"{path} is the {side} of a tiny autoencoder: put the {other} beside it, named alike.")
+        raise WeightsError(
+            f"{path} is the {side} of a tiny autoencoder: put the {other} beside it, with {other!r} in its name "
+            f"in place of {side!r}."
+        )
     sources = {side: source, other: open_tensors(beside)}
     if not numbered(sources[other]):
-        raise WeightsError(
-            f"{beside} is no {other} of a tiny autoencoder, as {path} beside it needs one: fetch it again."
-        )
+        raise WeightsError(f"{beside} is not the {other} of a tiny autoencoder that {path} needs: fetch it again.")
     names = {  # diffusers' -> (which file, its name there)
         f"{part}.layers.{int(number) - FIRST[part]}.{rest}": (part, name)
         for part in FIRST

@@ -60,7 +60,7 @@ def open_tensors(path: str | Path) -> TensorSource:
     try:
         return opener(path)
     except FileNotFoundError:
-        raise WeightsError(f"{path} is missing: check the path; in a model's folder, fetch it again.") from None
+        raise WeightsError(f"{path} does not exist: check the path, or fetch the model again.") from None
     except OSError as e:
         raise WeightsError(f"{path} cannot be read ({e.strerror or e}): fetch it again.") from None
 
@@ -73,7 +73,7 @@ def _open_safetensors(path: Path) -> TensorSource:
         except FileNotFoundError:
             raise
         except (SafetensorError, OSError, TypeError, AttributeError) as e:  # the last two: numbers that numpy lacks
-            raise WeightsError(f"{path} is damaged or no safetensors file ({e}): fetch it again.") from None
+            raise WeightsError(f"{path} is damaged or not a safetensors file ({e}): fetch it again.") from None
 
     def described(file: Any) -> dict[str, tuple[list[int], str]]:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -116,7 +116,7 @@ def _open_index(path: Path) -> TensorSource:
     sources = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or not file.endswith(SUFFIXES):
-            raise WeightsError(f"{path} names {file!r}, which is no file of weights beside it: {again}")
+            raise WeightsError(f"{path} names {file!r}, which is not a weights file beside it: {again}")
         sources[file] = open_tensors(path.parent / file)
     for name, file in places.items():
         if name not in sources[file].shapes:
@@ -133,7 +133,7 @@ def _open_flax(path: Path) -> TensorSource:
     except OSError:
         raise
     except Exception as e:  # whatever msgpack, numpy or flax raise on bytes that are none
-        raise WeightsError(f"{path} is damaged or no Flax file ({e}): fetch it again.") from None
+        raise WeightsError(f"{path} is damaged or not a Flax file ({e}): fetch it again.") from None
     return TensorSource(path, {name: list(x.shape) for name, x in tensors.items()}, tensors.__getitem__)
 
 
@@ -187,7 +187,7 @@ def load_tensors(path: Path | TensorSource, target: Params, dtype: Any) -> Param
         x = source.read(names.pop(name))
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise WeightsError(
-                f"{path}: tensor {name} holds {x.dtype}, no floating numbers: it is quantised or damaged."
+                f"{path}: tensor {name} holds {x.dtype}, not floating-point numbers: it is quantised or damaged."
             )
         x = from_torch_layout(leaf_path, x)
         # A copy, since the file may change later; device_put compiles nothing, which jnp.asarray does for each shape.

@@ -48,7 +48,7 @@ def load_vae(model: Model, params: Params, path: str | Path, *, variant: str | N
     """
     path, own, dtype = Path(path), model.vae.config, model.unet.dtype
     if not path.exists():
-        raise ConfigError(f"{path} is missing: give an autoencoder's folder or file.")
+        raise ConfigError(f"{path} does not exist: give the folder or file of an autoencoder.")
     vae: Any = None
     tree: Params = {}
     if path.is_file():
