@@ -1,1 +1,1 @@
-"""Files: pretrained weights, training checkpoints, images."""
+"""Files: models and adapters, training checkpoints, images."""

@@ -30,13 +30,13 @@ NETWORKS: dict[str, type[Config]] = {  # by their folder's name, as in `params`
     "vae": VAEConfig,
     "vision_encoder": CLIPVisionConfig,
 }
-VAES: tuple[type[Config], ...] = (VAEConfig, TinyVAEConfig)  # what may stand in the folder `vae`
+VAES: tuple[type[Config], ...] = (VAEConfig, TinyVAEConfig)  # configs that the folder `vae` may hold
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @contextlib.contextmanager
 def as_config_error(sentence: str) -> Iterator[None]:
-    """Turns what a config of impossible values raises into a ConfigError: `sentence`, which names the file, and why."""
+    """Turn the errors that impossible values of a config raise into a ConfigError that begins with `sentence`."""
     try:
         yield
     except ConfigError as e:
@@ -46,10 +46,10 @@ def as_config_error(sentence: str) -> Iterator[None]:
 
 
 def read_config(path: Path, *known: type[Config]) -> Config:
-    """A network's `config.json`, as the one of the `known` classes that it names; as the first where it names none.
+    """Read a network's `config.json` as the one of the `known` classes that it names, or as the first if it names none.
 
     Raises:
-        ConfigError: the file is missing or damaged, of another class, or asks for what is not built here.
+        ConfigError: the file is missing or damaged, names another class, or asks for what is not implemented.
     """
     values = read_json(path)
     found = str(values.get("_class_name", known[0].CLASS_NAME)).removeprefix("Flax")
@@ -101,7 +101,7 @@ def check_channels(model: Model, source: Path) -> None:
 
 
 def check_dtype(dtype: Any) -> Any:
-    """A floating type by name or as a type. Raises ConfigError listing the known."""
+    """The dtype of this name or type, float32 for None. Raises ConfigError if it is not one of `DTYPES`."""
     name = "float32" if dtype is None else dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is unknown; known are {', '.join(DTYPES)}.")

@@ -32,7 +32,7 @@ def load_controlnet(path: str | Path, *, dtype: Any = None, variant: str | None 
         variant: of a folder's weights, such as "fp16".
 
     Raises:
-        ConfigError, WeightsError: one sentence naming the file and the mend.
+        ConfigError, WeightsError: one sentence that names the file and the fix.
     """
     if Path(path).is_file():
         source = open_tensors(path)

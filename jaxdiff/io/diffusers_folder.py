@@ -172,15 +172,15 @@ def save_folder(folder: Path, model: Model, params: Params, dtype: Any = None) -
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary) / "new"
             write_model(new, model, params, dtype)
-            exchange(folder, new, Path(temporary) / "old")
+            replace_model(folder, new, Path(temporary) / "old")
     except OSError as e:
         raise WeightsError(
             f"{folder} cannot be written ({e.strerror or e}): choose another place or free it."
         ) from None
 
 
-def exchange(folder: Path, new: Path, old: Path) -> None:
-    """Put `new` in the place of `folder`, if there is one, along with its files that are no part of a model."""
+def replace_model(folder: Path, new: Path, old: Path) -> None:
+    """Replace `folder` by `new`, and keep those of its files that are not part of a model."""
     if folder.exists():
         parts = {*COMPONENTS, *(p.name for p in new.iterdir())}
         with contextlib.suppress(ConfigError):  # a damaged model is replaced as well

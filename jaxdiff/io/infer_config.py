@@ -1,7 +1,7 @@
 """The configs of a checkpoint that has none: sizes from its tensors' shapes, the rest from what was published.
 
-What no shape tells (the number of heads, activations, the noise schedule) is as in the Stable Diffusion that the
-checkpoint is built like.
+What shapes do not tell (the number of heads, activations, the noise schedule) is taken from the published Stable
+Diffusion model of the same family.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ class Shapes(dict[str, list[int]]):
 
 @contextlib.contextmanager
 def as_weights_error(source: TensorSource) -> Iterator[None]:
-    """Turns what shapes that make no network raise into a WeightsError naming the file."""
+    """Turn the errors that impossible shapes raise into a WeightsError that names the file."""
     try:
         yield
     except (IndexError, ZeroDivisionError, ValueError) as e:
@@ -89,7 +89,7 @@ def as_weights_error(source: TensorSource) -> Iterator[None]:
         raise WeightsError(f"{source.path} has tensors of unexpected shapes ({e}): fetch it again.") from None
 
 
-PARTS = {  # what a file that is no whole checkpoint may hold: how its names begin -> what that is, and how it is used
+OTHER_FILES = {  # how the names in a file that is not a complete checkpoint begin -> what it is, and how it is used
     "encoder.conv_in.": "an autoencoder alone: load a model, then give the file to jaxdiff.load_vae",
     "lora_": "a LoRA: load a model, then give the file to jaxdiff.load_lora",
     "control_model.": "a ControlNet: give it to jaxdiff.load_controlnet",
@@ -102,13 +102,13 @@ def detect(source: TensorSource) -> str:
     """The family of a one-file checkpoint by its tensors' names, as `Model.family` calls it.
 
     Raises:
-        WeightsError: it is no whole checkpoint; the sentence says what it seems to be.
+        WeightsError: it is not a complete checkpoint; the sentence says what it seems to be.
     """
     shapes = source.shapes
     has_unet, has_vae = (any(n.startswith(p) for n in shapes) for p in (UNET_PREFIX, VAE_PREFIX))
     if not has_unet:
         names = [n.removeprefix(VAE_PREFIX) for n in shapes]
-        for start, what in PARTS.items():
+        for start, what in OTHER_FILES.items():
             if any(n.startswith(start) for n in names):
                 raise WeightsError(f"{source.path} holds {what}.")
     for family, texts in TEXTS.items():

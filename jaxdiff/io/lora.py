@@ -68,7 +68,7 @@ def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) 
         A tree like `params`, in its types; sums are in float32.
 
     Raises:
-        WeightsError: a layer that the parameters have not, not as many scales as LoRAs, or one that is not finite.
+        WeightsError: the parameters lack a layer, the scales are not as many as the LoRAs, or one is not finite.
     """
     loras = [loras] if isinstance(loras, Mapping) else list(loras)
     if not isinstance(scales, Sequence) and jnp.ndim(scales) == 0:
@@ -106,11 +106,11 @@ def _change(kernel: jax.Array, f: Factors) -> jax.Array:
 
 def decomposed(kernel: jax.Array, change: jax.Array, magnitude: Array) -> jax.Array:
     """What DoRA changes a kernel [..., in, out] by, at full strength: equation (2)."""
-    whole = kernel + change
-    kept = whole.ndim - 1 if magnitude.ndim == 1 else whole.ndim - 2
-    others = tuple(axis for axis in range(whole.ndim) if axis != kept)
-    norm = jnp.sqrt(jnp.sum(whole**2, others, keepdims=True))
-    return whole * (jnp.asarray(magnitude, jnp.float32) / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)) - kernel
+    changed = kernel + change
+    own_axis = changed.ndim - 1 if magnitude.ndim == 1 else changed.ndim - 2
+    others = tuple(axis for axis in range(changed.ndim) if axis != own_axis)
+    norm = jnp.sqrt(jnp.sum(changed**2, others, keepdims=True))
+    return changed * (jnp.asarray(magnitude, jnp.float32) / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)) - kernel
 
 
 def load_lora(model: Model, params: Params, paths: Any, scale: Any = 1.0) -> Params:
@@ -217,7 +217,7 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
             raise WeightsError(f"the LoRA changes {name}, which the model does not have: save it with its own model.")
         down = to_torch_layout(KERNEL, np.asarray(jax.device_get(f.down)))
         up = np.asarray(jax.device_get(f.up)).T.reshape(*f.up.shape[::-1], *(1,) * (down.ndim - 2))
-        stem = written_name(known[name], layout, double="text_encoder_2" in model.modules)
+        stem = written_name(known[name], layout, two_text_encoders="text_encoder_2" in model.modules)
         if f.magnitude is not None:
             tensors |= _written_magnitude(stem, np.asarray(jax.device_get(f.magnitude)), layout, down.ndim)
         if layout == "kohya":

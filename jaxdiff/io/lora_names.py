@@ -91,11 +91,11 @@ def layers(params: Params) -> Iterator[Layer]:
                 yield Layer(module, f"{module}.{tensor_name(path[:-1])}", (module, *path), tuple(leaf.shape))
 
 
-def written_name(layer: Layer, layout: str, *, double: bool) -> str:
-    """What diffusers or kohya write for a layer; `double` where the model has two text encoders."""
+def written_name(layer: Layer, layout: str, *, two_text_encoders: bool) -> str:
+    """What diffusers or kohya call a layer, in a model with one or two text encoders."""
     if layout == "diffusers":
         return spellings(layer)[0]
-    return spellings(layer)[2 if double and layer.module == "text_encoder" else 1]
+    return spellings(layer)[2 if two_text_encoders and layer.module == "text_encoder" else 1]
 
 
 def spellings(layer: Layer, original: Table | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where a model lies: a path, the name of one that ships with the package, or one on the Hugging Face hub."""
+"""Where a model is found: at a path, among those that ship with the package, or on the Hugging Face hub."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The parts of a diffusers folder: a network is a folder of `config.json` and weights; and tokenizers."""
+"""The parts of a diffusers folder: networks, each a folder of `config.json` and weights, and tokenizers."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from jaxdiff.io.tensor_files import load_tensors, save_tensors
 from jaxdiff.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Params
 
-STEMS = {  # names of weights' files as diffusers (unet, vae) and transformers write them; other libraries' after them
+STEMS = {  # names of weight files: first as diffusers (unet, vae) and transformers write them, then other ones
     "unet": ("diffusion_pytorch_model", "diffusion_flax_model"),
     "vae": ("diffusion_pytorch_model", "diffusion_flax_model"),
     "text_encoder": ("model", "pytorch_model", "flax_model"),
@@ -71,7 +71,7 @@ def load_module(
         variant: of a folder's weights, such as "fp16".
 
     Raises:
-        ConfigError, WeightsError: one sentence naming the file and the mend.
+        ConfigError, WeightsError: one sentence that names the file and the fix.
     """
     path, dtype = Path(path), check_dtype(dtype)
     if not path.exists():

@@ -37,7 +37,7 @@ def load(
         parameters and one tensor.
 
     Raises:
-        ConfigError, WeightsError: one sentence naming the file and the mend.
+        ConfigError, WeightsError: one sentence that names the file and the fix.
     """
     path = find(name_or_path, variant)
     if path.is_file():
@@ -68,5 +68,5 @@ def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None)
 
 
 def parts(model: Model, params: Params) -> Params:
-    """Of parameters those of the model: its modules', and its ControlNets'."""
+    """The parameters of the model's modules and ControlNets, without any others."""
     return {name: params[name] for name in (*model.modules, *([CONTROLNET] if model.controlnets else ()))}

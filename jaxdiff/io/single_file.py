@@ -87,7 +87,7 @@ def load_single_file(
         The model and its parameters, as `load` does.
 
     Raises:
-        ConfigError, WeightsError: one sentence naming the file and, where one is missing or unknown, the tensor.
+        ConfigError, WeightsError: one sentence that names the file and any tensor that is missing or unknown.
     """
     source, dtype = open_tensors(path), check_dtype(dtype)
     family = detect(source)

@@ -98,7 +98,7 @@ EIGHT_BITS = {
 
 
 def _read_eight_bits(path: Path, name: str, shape: list[int], dtype: Any) -> np.ndarray:
-    """A tensor of 8-bit floats, out of a file whose header safetensors has found to be right."""
+    """A tensor of 8-bit floats, from a file whose header safetensors has checked."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         begin, end = json.loads(file.read(length))[name]["data_offsets"]

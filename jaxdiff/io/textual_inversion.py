@@ -1,4 +1,4 @@
-"""Words whose embeddings were learned (Gal et al. 2022, arXiv:2208.01618): from files into a model, and out of it.
+"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): tokens with learned embeddings, in and out of files.
 
 A file holds one vector or several for each word. The tokenizer learns a new token a vector (`<cat>`, `<cat>_1`, …),
 the text encoder's table gets the vectors as new rows, and `<cat>` in a prompt stands for all of them.

@@ -1,8 +1,8 @@
 """Paths of parameters <-> the names and layouts of PyTorch's tensors.
 
-Modules bear the names that they have in diffusers and transformers, so one rule maps every tensor: the path's parts
-joined by dots, lists numbered (`resnets_0` -> `resnets.0`), PART_NAMES where a part spans several PyTorch modules,
-and `weight` for what Flax calls kernel, scale or embedding. Layouts differ in two places: convolution kernels are
+Modules have the names of diffusers and transformers, so one rule maps every tensor: the parts of the path are joined by
+dots, lists are numbered (`resnets_0` -> `resnets.0`), PART_NAMES holds the parts that span several PyTorch modules, and
+`weight` is what Flax calls kernel, scale or embedding. Layouts differ in two places: convolution kernels are
 [H, W, in, out] here and [out, in, H, W] there, dense kernels [in, out] here and [out, in] there.
 """
 

@@ -1,4 +1,4 @@
-"""Autoencoders from files of their own, and into a model."""
+"""Autoencoders from their own files: for previews, and to replace the one of a model."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,7 @@ from jaxdiff.io.configs import VAES, check_dtype, example_image, module_shapes, 
 from jaxdiff.io.modules import CONFIG, load_module
 from jaxdiff.io.original_layout import VAE_PREFIX
 from jaxdiff.io.single_file import load_original_vae
-from jaxdiff.io.tensor_files import load_tensors, open_tensors
+from jaxdiff.io.tensor_files import TensorSource, load_tensors, open_tensors
 from jaxdiff.models.model import Model, autoencoder
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.typing import Params
@@ -25,17 +25,21 @@ def load_tiny_vae(path: str | Path, *, dtype: Any = None, variant: str | None = 
         dtype, variant: see `load_module`.
 
     Raises:
-        ConfigError, WeightsError: one sentence naming the file and the mend.
+        ConfigError, WeightsError: one sentence that names the file and the fix.
     """
-    if Path(path).is_file() and (pair := taesd.open_pair(path)):
-        config, source = pair
-        tiny = AutoencoderTiny(config, dtype=check_dtype(dtype))
-        return tiny, load_tensors(source, module_shapes(tiny, example_image, source.path), tiny.dtype)
+    path = Path(path)
+    if path.is_file() and (pair := taesd.open_pair(path)):
+        return _from_pair(*pair, dtype)
     return load_module(path, TinyVAEConfig, AutoencoderTiny, example_image, dtype, variant)
 
 
+def _from_pair(config: TinyVAEConfig, source: TensorSource, dtype: Any) -> tuple[AutoencoderTiny, Params]:
+    tiny = AutoencoderTiny(config, dtype=check_dtype(dtype))
+    return tiny, load_tensors(source, module_shapes(tiny, example_image, source.path), tiny.dtype)
+
+
 def load_vae(model: Model, params: Params, path: str | Path, *, variant: str | None = None) -> tuple[Model, Params]:
-    """A model with another autoencoder in the place of its own, and parameters to match; those given stay as they are.
+    """A model with its autoencoder replaced, and parameters to match; the arguments stay as they are.
 
     Args:
         path: an autoencoder's folder, or its file of weights with `config.json` beside it; a file in the original
@@ -44,26 +48,12 @@ def load_vae(model: Model, params: Params, path: str | Path, *, variant: str | N
         variant: of a folder's weights, such as "fp16".
 
     Raises:
-        ConfigError, WeightsError: one sentence naming the file and the mend; it may be of latents that do not fit.
+        ConfigError, WeightsError: one sentence that names the file and the fix; it may be of latents that do not fit.
     """
-    path, own, dtype = Path(path), model.vae.config, model.unet.dtype
+    path, own = Path(path), model.vae.config
     if not path.exists():
         raise ConfigError(f"{path} does not exist: give the folder or file of an autoencoder.")
-    vae: Any = None
-    tree: Params = {}
-    if path.is_file():
-        if taesd.open_pair(path):
-            vae, tree = load_tiny_vae(path, dtype=dtype)
-        source = open_tensors(path)
-        for prefix in (VAE_PREFIX, ""):
-            if f"{prefix}encoder.down.0.block.0.conv1.weight" in source.shapes:
-                like = own if isinstance(own, VAEConfig) else VAEConfig(scaling_factor=own.scaling_factor)
-                config, tree = load_original_vae(source, prefix, like, dtype)
-                vae = autoencoder(config, dtype, model.vae.remat)
-    if vae is None:
-        folder = path if path.is_dir() else path.parent
-        kind = type(read_config(folder / CONFIG, *VAES))
-        vae, tree = load_module(path, kind, lambda c, dtype: autoencoder(c, dtype), example_image, dtype, variant)
+    vae, tree = _read_vae(path, model, variant)
     found = vae.config
     if (found.factor, found.latent_channels) != (own.factor, own.latent_channels):
         raise ConfigError(
@@ -71,3 +61,20 @@ def load_vae(model: Model, params: Params, path: str | Path, *, variant: str | N
             f"{own.latent_channels} of {own.factor}: take an autoencoder of its family."
         )
     return dataclasses.replace(model, vae=vae), {**params, "vae": tree}
+
+
+def _read_vae(path: Path, model: Model, variant: str | None) -> tuple[Any, Params]:
+    """The autoencoder at a path, and its parameters. See `load_vae`."""
+    own, dtype = model.vae.config, model.unet.dtype
+    if path.is_file():
+        if pair := taesd.open_pair(path):
+            return _from_pair(*pair, dtype)
+        source = open_tensors(path)
+        for prefix in (VAE_PREFIX, ""):
+            if f"{prefix}encoder.down.0.block.0.conv1.weight" in source.shapes:
+                like = own if isinstance(own, VAEConfig) else VAEConfig(scaling_factor=own.scaling_factor)
+                config, tree = load_original_vae(source, prefix, like, dtype)
+                return autoencoder(config, dtype, model.vae.remat), tree
+    folder = path if path.is_dir() else path.parent
+    kind = type(read_config(folder / CONFIG, *VAES))
+    return load_module(path, kind, lambda c, dtype: autoencoder(c, dtype), example_image, dtype, variant)
