@@ -27,6 +27,7 @@ from jaxdiff.commands.errors import Failure, UsageError
 from jaxdiff.commands.flags import check_model, parse, weighted
 from jaxdiff.commands.outputs import check_folder, make_folder, output_files
 from jaxdiff.commands.pictures import Picture, arguments, batch_size, columns, how_many, lines, plan
+from jaxdiff.errors import ImageError
 from jaxdiff.io import images
 
 FRAMES = 8  # of a --preview
@@ -52,7 +53,7 @@ def settle(f: flags.FlagValues, model: jaxdiff.Model, count: int) -> None:
         start = start_of(model, f.steps, f.scheduler, f.spacing, *task)
         jaxdiff.time_grid(model.scheduler, f.steps, f.scheduler, f.spacing, strength=start.part)
         latent = latent_shape(model, *size(f, model))
-    except images.ImageError:
+    except ImageError:
         raise
     except ValueError as e:
         name = str(e).split()[0]
@@ -81,7 +82,7 @@ def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple
     import jax
 
     from jaxdiff.io.controlnet import load_controlnet
-    from jaxdiff.io.modules import load_tiny_vae
+    from jaxdiff.io.vae import load_tiny_vae
 
     params: Any
     model, params = opened or jaxdiff.load(f.model, dtype=f.dtype, prediction_type=f.prediction_type)
@@ -174,13 +175,13 @@ def with_progress(batches: Iterator[list[tuple]], total: int) -> Iterator[tuple]
 
 def run(f: flags.FlagValues) -> None:
     """Draw what the flags say. Whatever can be wrong is found in order of its cost."""
-    from jaxdiff.io import cache, pretrained
+    from jaxdiff.io import cache, diffusers_folder, model_paths
 
     check_folder(Path(f.output.split("{")[0] or ".").parent)
     given = lines(f)
-    path, opened = pretrained.find(f.model), None
+    path, opened = model_paths.find(f.model), None
     if path.is_dir():
-        model = pretrained.load_model(
+        model = diffusers_folder.load_model(
             path, f.dtype, prediction_type=f.prediction_type
         )  # configs alone: weights are slow to read
     else:  # of a one-file checkpoint the tensors tell the configs

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxdiff
+from jaxdiff.arguments import latent_shape
 from jaxdiff.diffusion.times import calls
-from jaxdiff.generate import initial_noise, latent_shape, picture_keys
+from jaxdiff.generate import initial_noise, picture_keys
 from jaxdiff.io.cache import cache_compilations
 
 PROMPTS = (

@@ -32,11 +32,11 @@ from benchmarks.judge_measures import (
     share,
     shuffled,
     spread,
-    unit,
 )
 from benchmarks.judge_probes import color_probe, histograms, style_probe
 from benchmarks.judge_prompts import Request, styles, subjects
 from jaxdiff.data.folder import BACKGROUNDS
+from jaxdiff.evaluation.distances import unit
 
 Measures = dict[str, dict]  # name -> {"model": share, "real": share, "floor": share}
 LEARNED = ("noto", "fluent-flat")  # real drawings such as the model learned from, by other designers than the galleries

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from jaxdiff.io.pretrained import BUNDLED
+from jaxdiff.io.model_paths import BUNDLED
 
 UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # 860 M parameters
 VAE = {  # 84 M

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxdiff.diffusion.guidance import classifier_free, in_interval, rescale
 from jaxdiff.diffusion.prediction import to_denoised
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
+from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.controlnet import combine
 from jaxdiff.models.layers import timestep_embedding
-from jaxdiff.models.model import Conditioning, Model, apply, in_unit, with_time_ids
+from jaxdiff.models.model import Model, apply, in_unit, with_time_ids
 from jaxdiff.typing import Array, Denoise, Params
 
 NEGATIVE_SCORE = 2.5  # what the SDXL refiner is told of the picture that is not wanted

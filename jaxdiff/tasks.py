@@ -7,11 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdiff.diffusion.base import Scheduler, time_at
 from jaxdiff.diffusion.inpainting import keeping
 from jaxdiff.diffusion.prediction import add_noise, expand
-from jaxdiff.diffusion.schedulers import Scheduler, time_at
 from jaxdiff.diffusion.schedules import Time, noise_schedule
-from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text
+from jaxdiff.models.conditioning import Conditioning
+from jaxdiff.models.model import Model, decode, encode, encode_text
 from jaxdiff.models.tiling import decode_tiled, encode_tiled
 from jaxdiff.text.chunks import Tokens
 from jaxdiff.typing import Array, Key, Params

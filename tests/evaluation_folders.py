@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig
-from jaxdiff.io.pretrained import write_json
-from jaxdiff.io.weights import from_torch_layout, named_tensors, save_tensors, tensor_name, to_torch_layout
+from jaxdiff.io.modules import write_json
+from jaxdiff.io.tensor_files import named_tensors, save_tensors
+from jaxdiff.io.torch_names import from_torch_layout, tensor_name, to_torch_layout
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
 from tests import networks, tiny
 

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
-from jaxdiff.io.inference import SCALING, pipeline_options, scheduler_config
+from jaxdiff.io.infer_config import SCALING, pipeline_options, scheduler_config
 from jaxdiff.io.single_file import save_single_file
 from jaxdiff.models.model import build
 from tests import tiny

@@ -1,6 +1,7 @@
 """Imports point one way, from what a user calls down to the mathematics and the configs."""
 
 import ast
+import builtins
 import graphlib
 import subprocess
 import sys
@@ -24,10 +25,10 @@ HOUSES = (
     ("jaxdiff.models",),
     ("jaxdiff.text",),
     ("jaxdiff.config",),
-    ("jaxdiff.typing", "jaxdiff.version"),
+    ("jaxdiff.errors", "jaxdiff.files", "jaxdiff.typing", "jaxdiff.version"),
 )
 ORACLES = ("torch", "diffusers", "tensorflow")  # of tests alone
-CIRCLES = ("jaxdiff.io.", "jaxdiff.training.")  # folders whose files may still import each other in a circle
+CIRCLES = ("jaxdiff.training.",)  # folders whose files may still import each other in a circle
 LAZY = ("transformers", "tokenizers", "scipy", *ORACLES)  # never on `import jaxdiff`
 
 
@@ -116,7 +117,7 @@ def test_imports_point_down(module):
         ("jaxdiff.generate", "from flax import linen as nn"),
         ("jaxdiff.training.state", "import flax.linen"),
         ("jaxdiff.text.tokenizer", "from transformers import CLIPTokenizer"),
-        ("jaxdiff.io.weights", "def f():\n    import torch"),
+        ("jaxdiff.io.torch_names", "def f():\n    import torch"),
     ],
 )
 def test_the_rules_are_noticed(module, source):
@@ -134,6 +135,23 @@ def test_a_circle_is_noticed():
     assert circle(sources) == []
     assert set(circle({**sources, c: "from jaxdiff.models import a"})) == {a, b, c}
     assert circle({"jaxdiff.text": f"from {a} import x", a: "from jaxdiff.text import x"})  # through a package itself
+
+
+def test_every_error_is_one_of_ours():
+    """Whoever catches JaxdiffError catches every error class that the package defines."""
+    classes = {
+        node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
+        for path in ROOT.glob("jaxdiff/**/*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    builtin = {name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    ours = {"JaxdiffError"}
+    while more := {name for name, bases in classes.items() if bases & ours} - ours:
+        ours |= more
+    errors = {name for name, bases in classes.items() if bases & builtin}
+    assert errors <= ours
+    assert {"ConfigError", "WeightsError"} <= ours
 
 
 def test_importing_the_package_is_light():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff.io.pretrained import BUNDLED
+from jaxdiff.io.model_paths import BUNDLED
 
 PROMPTS = ["a castle", "a rocket, 3d render"]
 

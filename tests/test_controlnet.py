@@ -11,9 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxdiff.config import ConfigError, ControlNetConfig, UNetConfig
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.controlnet import controlnet_table, load_controlnet, save_controlnet
-from jaxdiff.io.layouts import place
-from jaxdiff.io.weights import WeightsError, named_tensors
+from jaxdiff.io.original_layout import place
+from jaxdiff.io.tensor_files import named_tensors
 from jaxdiff.models.controlnet import ControlNet, check_fits, combine, example_inputs, from_unet
 from jaxdiff.models.unet import UNet2DConditionModel
 from tests import networks
@@ -245,7 +246,7 @@ def test_bad_files_in_the_original_layout_end_in_one_sentence(tmp_path):
         opened(surplus=np.zeros(3, np.float32))
     with pytest.raises(WeightsError, match=r"canny.safetensors lacks the tensor input_blocks.0.0.weight"):
         opened(**{"input_blocks.0.0.weight": None})
-    with pytest.raises(WeightsError, match=r"canny.safetensors has tensors of odd shapes"):
+    with pytest.raises(WeightsError, match=r"canny.safetensors has tensors of unexpected shapes"):
         opened(**{"input_hint_block.0.weight": np.zeros(3, np.float32)})
     with pytest.raises(WeightsError, match=r"controlnet_down_blocks.1.weight has shape \[3, 3, 1, 1\]"):
         opened(**{"zero_convs.1.0.weight": np.zeros((3, 3, 1, 1), np.float32)})
@@ -274,7 +275,7 @@ def test_bad_files_end_in_one_sentence(small, tmp_path):
         (folder / "config.json").write_text(json.dumps(values))
         return str(folder)
 
-    with pytest.raises(ConfigError, match="no-such is missing: give a ControlNetModel's folder"):
+    with pytest.raises(ConfigError, match="no-such does not exist: give a ControlNetModel folder"):
         load_controlnet(tmp_path / "no-such")
     with pytest.raises(
         ConfigError, match=r"config.json describes a UNet2DConditionModel, but ControlNetModel is needed"
@@ -288,7 +289,7 @@ def test_bad_files_end_in_one_sentence(small, tmp_path):
         load_controlnet(broken("width", cross_attention_dim=16))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("kept")
-    with pytest.raises(WeightsError, match=r"other exists and is no network's folder"):
+    with pytest.raises(WeightsError, match=r"other exists and is not the folder of a network"):
         save_controlnet(tmp_path / "other", controlnet, variables["params"])
     weights = good / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -304,7 +305,7 @@ def test_full_size_shapes_equal_pytorchs(family):
     diffusers = pytest.importorskip("diffusers")
     from flax.traverse_util import flatten_dict
 
-    from jaxdiff.io.weights import tensor_name, to_torch_layout
+    from jaxdiff.io.torch_names import tensor_name, to_torch_layout
 
     config = {
         "sd1": {"cross_attention_dim": 768},

@@ -11,10 +11,11 @@ from PIL import Image
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import open_source
+from jaxdiff.data.images import on_background
+from jaxdiff.errors import WeightsError
 from jaxdiff.evaluation import features as kept
 from jaxdiff.evaluation.encoder import encode_images, encode_texts, load_encoder, square, token_ids
 from jaxdiff.evaluation.features import cached_features
-from jaxdiff.io.weights import WeightsError
 from tests import evaluation_folders as folders
 
 # Each float32 operation errs by 2**-24 relatively; some hundred in a row give about 1e-6, as in test_models.py.
@@ -264,7 +265,7 @@ def test_a_folder_that_cannot_be_written(source, clip, tmp_path):
 
 def test_transparent_images_lie_on_white():
     image = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
-    assert np.asarray(kept.on_white(image)).min() == 255
+    assert np.asarray(on_background(image)).min() == 255
 
 
 def test_pixel_distances_are_root_mean_squares():

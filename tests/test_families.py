@@ -11,8 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 import jaxdiff
 from jaxdiff.config import ConfigError, PipelineOptions, SchedulerConfig, UNetConfig
-from jaxdiff.io.pretrained import find_weights, load_model, pipeline_class
-from jaxdiff.io.weights import WeightsError, tensor_name, to_torch_layout
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.diffusers_folder import load_model, pipeline_class
+from jaxdiff.io.modules import find_weights
+from jaxdiff.io.torch_names import tensor_name, to_torch_layout
 from jaxdiff.models.model import build, param_shapes
 from tests import tiny
 
@@ -97,7 +99,7 @@ def test_controlnets_are_saved_where_params_has_them(folders, tmp_path):
     fewer = dataclasses.replace(model, controlnets=model.controlnets[:1])
     jaxdiff.save(tmp_path / "model", fewer, params | {"controlnet": params["controlnet"][:1]})
     assert {p.name for p in tmp_path.glob("model/controlnet*")} == {"controlnet"}
-    with pytest.raises(WeightsError, match="One file has no place for ControlNets"):
+    with pytest.raises(WeightsError, match="A single file cannot hold ControlNets"):
         jaxdiff.save(tmp_path / "model.safetensors", model, params)
     without = {name: x for name, x in params.items() if name != "controlnet"}
     jaxdiff.save(tmp_path / "model", model, without)
@@ -108,7 +110,7 @@ def test_controlnets_are_saved_where_params_has_them(folders, tmp_path):
     index = json.loads((tmp_path / "model/model_index.json").read_text())
     (tmp_path / "model/controlnet").rmdir()
     (tmp_path / "model/model_index.json").write_text(json.dumps(index | {"controlnet": ["diffusers", "x"]}))
-    with pytest.raises(ConfigError, match="controlnet is missing: give a ControlNetModel's folder"):
+    with pytest.raises(ConfigError, match="controlnet does not exist: give a ControlNetModel folder"):
         jaxdiff.load(tmp_path / "model")
 
 
@@ -191,7 +193,7 @@ def test_other_architectures_are_named(folder):
     index.write_text(
         json.dumps({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]})
     )
-    with pytest.raises(ConfigError, match="is of FluxPipeline, which has no UNet: take a Stable Diffusion model"):
+    with pytest.raises(ConfigError, match="holds a FluxPipeline, which has no UNet: take a Stable Diffusion model"):
         jaxdiff.load(folder)
 
 

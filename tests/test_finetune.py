@@ -19,7 +19,8 @@ from jaxdiff.io.textual_inversion import TABLE
 from jaxdiff.models.model import build
 from jaxdiff.training import finetune
 from jaxdiff.training.evaluate import noise_levels, reconstructions
-from jaxdiff.training.state import Options, OptionsError, accumulated_grad, init_state, make_train_step, optimizer
+from jaxdiff.training.optimizer import optimizer
+from jaxdiff.training.state import Options, OptionsError, accumulated_grad, init_state, make_train_step
 from jaxdiff.training.targets import make, process
 from tests.test_training import BATCH, keys, pictures
 from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer

@@ -12,10 +12,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from jaxdiff.config import ConfigError
+from jaxdiff.errors import WeightsError
 from jaxdiff.io import hub
-from jaxdiff.io.pretrained import find
-from jaxdiff.io.sources import WeightsError, open_tensors
-from jaxdiff.io.weights import load_tensors
+from jaxdiff.io.model_paths import find
+from jaxdiff.io.tensor_files import load_tensors, open_tensors
 from jaxdiff.models.model import param_shapes
 
 
@@ -56,9 +56,9 @@ def test_safetensors_in_shards(tmp_path):
     [
         ({}, "has no weight_map"),
         ({"weight_map": {"a": "../../x.safetensors"}}, r"names '\.\./\.\./x\.safetensors', which is no file"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "which is no file of weights beside it"),
-        ({"weight_map": {"a": "model.safetensors.index.json"}}, "which is no file of weights beside it"),
-        ({"weight_map": {"a": "gone.safetensors"}}, r"gone\.safetensors is missing"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "which is not a weights file beside it"),
+        ({"weight_map": {"a": "model.safetensors.index.json"}}, "which is not a weights file beside it"),
+        ({"weight_map": {"a": "gone.safetensors"}}, r"gone\.safetensors does not exist"),
         ({"weight_map": {"b": "x.safetensors"}}, r"places the tensor b in x\.safetensors, which lacks it"),
     ],
 )
@@ -138,7 +138,7 @@ FLAX_PATHS = {  # part of a path here -> in Hugging Face's Flax models, where th
 @pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"\x81\xa1a\xc7\xff\x01\x93"])
 def test_damaged_flax_file(content, tmp_path):
     (tmp_path / "flax_model.msgpack").write_bytes(content)
-    with pytest.raises(WeightsError, match=r"flax_model\.msgpack is damaged or no Flax file"):
+    with pytest.raises(WeightsError, match=r"flax_model\.msgpack is damaged or not a Flax file"):
         open_tensors(tmp_path / "flax_model.msgpack")
 
 
@@ -150,7 +150,7 @@ def test_unknown_format(name, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "bin", "msgpack"])
 def test_missing_file(suffix, tmp_path):
-    with pytest.raises(WeightsError, match=rf"x\.{suffix} is missing"):
+    with pytest.raises(WeightsError, match=rf"x\.{suffix} does not exist"):
         open_tensors(tmp_path / f"x.{suffix}")
 
 
@@ -167,7 +167,9 @@ def entry(begin: int, end: int, shape=(2,), dtype="F32") -> dict:
 def test_weights_of_whole_numbers_are_named(dtype, tmp_path):
     save_file({"conv.weight": np.ones((2, 2), dtype)}, tmp_path / "x.safetensors")
     target = {"conv": {"kernel": np.zeros((2, 2), np.float32)}}
-    with pytest.raises(WeightsError, match=rf"tensor conv\.weight holds {np.dtype(dtype)}, no floating numbers: it is"):
+    with pytest.raises(
+        WeightsError, match=rf"tensor conv\.weight holds {np.dtype(dtype)}, not floating-point numbers: it is"
+    ):
         load_tensors(tmp_path / "x.safetensors", target, np.float32)
 
 
@@ -244,5 +246,7 @@ def test_hub_offline(error, monkeypatch):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ConfigError, match=r"^owner/name is no folder here, and it cannot be fetched .*local folder\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^owner/name is not a local folder, and it cannot be fetched .*local folder\.$"
+    ):
         hub.fetch("owner/name")

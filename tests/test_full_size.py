@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
-from jaxdiff.io.weights import load_tensors
+from jaxdiff.io.tensor_files import load_tensors
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL

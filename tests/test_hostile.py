@@ -12,8 +12,8 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 import jaxdiff
-from jaxdiff.io.images import ImageError, fit, read_image, read_metadata
-from jaxdiff.io.weights import WeightsError
+from jaxdiff.errors import ImageError, WeightsError
+from jaxdiff.io.images import fit, read_image, read_metadata
 from tests.tiny import SIDE
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -89,9 +89,7 @@ def test_every_camera_orientation(kind, orientation, upright, tmp_path):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1.1, 255, -0.1])
 def test_greys_that_are_no_numbers_or_no_greys_are_named(bad, tmp_path):
     data = encoded(Image.fromarray(np.array([[0.5, bad]], np.float32)), "TIFF")
-    with pytest.raises(
-        ImageError, match=r"picture cannot be read as a picture \(its values are float32 from .* 0 to 1"
-    ):
+    with pytest.raises(ImageError, match=r"picture cannot be read as an image \(its values are float32 from .* 0 to 1"):
         read(tmp_path, data)
 
 
@@ -103,14 +101,14 @@ def test_formats_that_start_programs_are_not_opened(tmp_path, monkeypatch):
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
     postscript = encoded(Image.new("RGB", (4, 4)), "EPS")
-    with pytest.raises(ImageError, match=r"picture cannot be read as a picture \(cannot identify image file"):
+    with pytest.raises(ImageError, match=r"picture cannot be read as an image \(cannot identify image file"):
         read(tmp_path, postscript)
-    with pytest.raises(ImageError, match=r"cannot be read as a picture .* give a PNG as sample\.py wrote it"):
+    with pytest.raises(ImageError, match=r"cannot be read as an image .* give a PNG as sample\.py wrote it"):
         read_metadata(tmp_path / "picture")
 
 
 def test_a_file_that_would_unpack_to_gigabytes_is_refused(tmp_path):
-    with pytest.raises(ImageError, match=r"picture cannot be read as a picture \(Image size \(3600000000 pixels\)"):
+    with pytest.raises(ImageError, match=r"picture cannot be read as an image \(Image size \(3600000000 pixels\)"):
         read(tmp_path, png(60000, 60000, 8, 2, b"\0"))
 
 
@@ -119,7 +117,7 @@ def test_exif_of_wrong_types_is_one_sentence(tag, tmp_path):
     text = struct.pack(">HHII", tag, 2, 6, 38)
     turned = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
     exif = b"MM\0*" + struct.pack(">IH", 8, 2) + min(text, turned) + max(text, turned) + bytes(4) + b"hel\xafo\0"
-    with pytest.raises(ImageError, match="cannot be read as a picture"):
+    with pytest.raises(ImageError, match="cannot be read as an image"):
         read(tmp_path, png(1, 1, 8, 2, b"\0abc", chunk(b"eXIf", exif)))
 
 
@@ -219,7 +217,9 @@ def test_weights_cut_off_anywhere_are_named(folder):
     whole = path.read_bytes()
     for part in (*np.linspace(0, 0.999, 25), 1 - 1 / len(whole)):
         path.write_bytes(whole[: int(part * len(whole))])
-        with pytest.raises(WeightsError, match=rf"{WEIGHTS} is damaged or no safetensors file \(.*\): fetch it again"):
+        with pytest.raises(
+            WeightsError, match=rf"{WEIGHTS} is damaged or not a safetensors file \(.*\): fetch it again"
+        ):
             jaxdiff.load(folder)
 
 
@@ -240,14 +240,14 @@ def test_weights_cut_off_anywhere_are_named(folder):
 )
 def test_lying_headers_of_weights_are_named(header, folder):
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
-    with pytest.raises(WeightsError, match=rf"{WEIGHTS} is damaged or no safetensors file"):
+    with pytest.raises(WeightsError, match=rf"{WEIGHTS} is damaged or not a safetensors file"):
         jaxdiff.load(folder)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9])
 def test_a_header_longer_than_the_file_allocates_nothing(length, folder):
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", length) + b"{}")
-    with pytest.raises(WeightsError, match=rf"{WEIGHTS} is damaged or no safetensors file"):
+    with pytest.raises(WeightsError, match=rf"{WEIGHTS} is damaged or not a safetensors file"):
         jaxdiff.load(folder)
 
 

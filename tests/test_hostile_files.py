@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.pickles import GLOBALS
-from jaxdiff.io.sources import WeightsError, open_tensors
+from jaxdiff.io.tensor_files import open_tensors
 from tests.test_formats import entry, safetensors
 
 # Hostile pickles.
@@ -168,7 +169,7 @@ def test_the_honest_tensor_is_read(tmp_path):
 )
 def test_tensors_beyond_their_storage(lie, tmp_path):
     (tmp_path / "x.pt").write_bytes(torch_zip(tensor_program(**lie)))
-    with pytest.raises(WeightsError, match=r"x\.pt is damaged or no file of PyTorch's"):
+    with pytest.raises(WeightsError, match=r"x\.pt is damaged or not a PyTorch file"):
         open_tensors(tmp_path / "x.pt")
 
 
@@ -241,7 +242,7 @@ def test_truncated_safetensors(cut, tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": np.zeros((10, 10))}, path)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(WeightsError, match=r"x\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(WeightsError, match=r"x\.safetensors is damaged or not a safetensors file"):
         open_tensors(path)
 
 
@@ -262,12 +263,12 @@ def test_truncated_safetensors(cut, tmp_path):
 )
 def test_lying_headers_of_safetensors(header, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(safetensors(header))
-    with pytest.raises(WeightsError, match=r"x\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(WeightsError, match=r"x\.safetensors is damaged or not a safetensors file"):
         open_tensors(tmp_path / "x.safetensors")
 
 
 def test_a_name_twice_in_a_header_is_one_tensor_or_refused(tmp_path):
     one, two = (json.dumps(entry(*at)) for at in ((0, 8), (8, 16)))
     (tmp_path / "x.safetensors").write_bytes(safetensors(f'{{"a": {one}, "a": {two}}}'.encode()))
-    with pytest.raises(WeightsError, match=r"x\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(WeightsError, match=r"x\.safetensors is damaged or not a safetensors file"):
         open_tensors(tmp_path / "x.safetensors")

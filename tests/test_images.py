@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxdiff.errors import ImageError
 from jaxdiff.io import images
-from jaxdiff.io.images import ImageError, fit, grid, read_image, read_metadata, strip, write_png
+from jaxdiff.io.images import fit, grid, read_image, read_metadata, strip, write_png
 
 FLAGS = {"prompt": 'a "castle" – é', "negative_prompt": "blurry", "seed": 3, "guidance_scale": 7.5, "steps": 4}
 
@@ -119,17 +120,24 @@ def test_camera_orientation_is_applied(picture, tmp_path):
 
 
 def test_unreadable_pictures_are_named(picture, tmp_path):
-    with pytest.raises(ImageError, match=r"none\.png is missing"):
+    with pytest.raises(ImageError, match=r"none\.png does not exist"):
         read_image(tmp_path / "none.png")
-    with pytest.raises(ImageError, match="cannot be read as a picture"):
+    with pytest.raises(ImageError, match="cannot be read as an image"):
         read_image(tmp_path)
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ImageError, match=r"text\.png cannot be read as a picture"):
+    with pytest.raises(ImageError, match=r"text\.png cannot be read as an image"):
         read_image(tmp_path / "text.png")
     write_png(tmp_path / "whole.png", np.tile(picture, (20, 20, 1)))
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
-    with pytest.raises(ImageError, match=r"cut\.png cannot be read as a picture"):
+    with pytest.raises(ImageError, match=r"cut\.png cannot be read as an image"):
         read_image(tmp_path / "cut.png")
+
+
+def test_images_that_would_fill_the_memory_are_not_decoded(picture, tmp_path, monkeypatch):
+    write_png(tmp_path / "a.png", picture)
+    monkeypatch.setattr("jaxdiff.data.images.MAX_PIXELS", picture.shape[0] * picture.shape[1] - 1)
+    with pytest.raises(ImageError, match=r"a\.png cannot be read as an image \(\d+x\d+ pixels are more than"):
+        read_image(tmp_path / "a.png")
 
 
 def test_metadata_that_is_not_there(picture, tmp_path):

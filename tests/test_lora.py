@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.lora import init_lora, load_lora, merge_lora, read_lora, save_lora
 from jaxdiff.io.lora_names import layers, list_orders
-from jaxdiff.io.weights import WeightsError, to_torch_layout
+from jaxdiff.io.torch_names import to_torch_layout
 from tests.lora_files import ATTENTION, drawn_params, kohya, matrices, merge, peft, small_model, written
 
 
@@ -208,7 +209,7 @@ STEM = "unet.conv_in"
     ("tensors", "message"),
     [
         ({}, "holds no LoRA"),
-        ({"model.weight": (2, 2)}, "tensor model.weight is no part of a LoRA"),
+        ({"model.weight": (2, 2)}, "tensor model.weight is not part of a LoRA"),
         ({f"{STEM}.lora_A.weight": (2, 4, 3, 3)}, "has no up matrix for unet.conv_in"),
         ({f"{STEM}.lora_B.weight": (32, 2)}, "has no down matrix for unet.conv_in"),
         (
@@ -231,8 +232,8 @@ STEM = "unet.conv_in"
             {f"{STEM}.lora_A.weight": (2, 4, 3, 3), f"{STEM}.lora_B.weight": (32, 2, 1, 1), f"{STEM}.alpha": (2,)},
             "unet.conv_in.alpha must be one finite number",
         ),
-        ({"lora_unet_conv_in.hada_w1_a": (2, 2)}, "is of the kind LoHa"),
-        ({"lora_unet_conv_in.lokr_w1": (2, 2)}, "is of the kind LoKr"),
+        ({"lora_unet_conv_in.hada_w1_a": (2, 2)}, "is a LoHa adapter"),
+        ({"lora_unet_conv_in.lokr_w1": (2, 2)}, "is a LoKr adapter"),
         ({"lora_unet_conv_in.dora_scale": (32, 1, 1, 1)}, "has no down matrix for lora_unet_conv_in"),
         (
             {f"{STEM}.lora_A.weight": (2, 4, 3, 3), f"{STEM}.lora_B.weight": (32, 2), f"{STEM}.dora_scale": (5, 1)},
@@ -246,7 +247,7 @@ STEM = "unet.conv_in"
             },
             r"has matrices of shapes \[2, 4, 1, 1\] and \[2, 3, 3, 3\] and \[32, 2\], the model a weight of",
         ),
-        ({"lora_unet_conv_in.diff": (2, 2)}, "is of the kind LyCORIS"),
+        ({"lora_unet_conv_in.diff": (2, 2)}, "is a LyCORIS"),
         (
             {"0": (32, 2), "1": (2, 32), "2": (32, 2), "3": (2, 32)},
             "it lists 2 layers, which matches the attention layers of no part of this model",
@@ -256,7 +257,7 @@ STEM = "unet.conv_in"
                 "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_k.lora_down.weight": (4, 2048),
                 "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_k.lora_up.weight": (1280, 4),
             },
-            "is a LoRA for SDXL, this model is .*: it changes lora_unet_input_blocks_8_1.*, which the model has not",
+            "is a LoRA for SDXL, this model is .*: it changes lora_unet_input_blocks_8_1.*, which the model does not",
         ),
         (
             {f"unet:{i}:{d}": x for i in range(9) for d, x in (("down", (1, 768)), ("up", (320, 1)))},
@@ -280,7 +281,7 @@ def test_damaged_metadata(metadata, sd1, tmp_path):
     with pytest.raises(WeightsError, match=r"bad\.safetensors has damaged metadata"):
         read_lora(sd1[0], file)
     written(file, peft, found, {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})})
-    with pytest.raises(WeightsError, match="is of the kind DoRA but lacks the magnitude of unet"):
+    with pytest.raises(WeightsError, match="is a DoRA but lacks the magnitude of unet"):
         read_lora(sd1[0], file)
 
 
@@ -288,13 +289,13 @@ def test_arguments_that_do_not_fit(fresh, sd1, tmp_path):
     params, lora = fresh
     with pytest.raises(WeightsError, match="2 LoRAs have 1 scales"):
         merge_lora(params, [lora, lora], [1.0])
-    with pytest.raises(WeightsError, match=r"changes unet\.nowhere, which the model has not"):
+    with pytest.raises(WeightsError, match=r"changes unet\.nowhere, which the model does not have"):
         merge_lora(params, {"unet.nowhere": next(iter(lora.values()))})
-    with pytest.raises(WeightsError, match=r"changes unet\.nowhere, which the model has not"):
+    with pytest.raises(WeightsError, match=r"changes unet\.nowhere, which the model does not have"):
         save_lora(tmp_path / "x.safetensors", sd1[0], {"unet.nowhere": next(iter(lora.values()))})
     with pytest.raises(WeightsError, match="layout 'other' is unknown; known are diffusers, kohya"):
         save_lora(tmp_path / "x.safetensors", sd1[0], lora, "other")
     with pytest.raises(WeightsError, match=r"none/x\.safetensors cannot be written"):
         save_lora(tmp_path / "none" / "x.safetensors", sd1[0], {})
-    with pytest.raises(WeightsError, match=r"x\.safetensors is missing"):
+    with pytest.raises(WeightsError, match=r"x\.safetensors does not exist"):
         read_lora(sd1[0], tmp_path / "x.safetensors")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.io.layouts import unet_table
 from jaxdiff.io.lora import load_lora, read_lora, save_lora
 from jaxdiff.io.lora_names import layers, list_orders, spellings
+from jaxdiff.io.original_layout import unet_table
 from jaxdiff.models.model import apply
 from tests import networks
 from tests.lora_files import (

@@ -10,7 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, ConfigError, UNetConfig, VAEConfig
-from jaxdiff.io.weights import from_torch_layout, load_tensors, tensor_name, to_torch_layout
+from jaxdiff.io.tensor_files import load_tensors
+from jaxdiff.io.torch_names import from_torch_layout, tensor_name, to_torch_layout
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
 from jaxdiff.models.convolution import convolve
 from jaxdiff.models.layers import timestep_embedding

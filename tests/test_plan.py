@@ -16,8 +16,9 @@ from jaxdiff.commands import plan as plan_command
 from jaxdiff.commands.plan import described
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.training import plan
+from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.stages import diffusion_stage
-from jaxdiff.training.state import Options, OptionsError, init_state, kept, optimizer
+from jaxdiff.training.state import Options, OptionsError, init_state, kept
 from jaxdiff.training.targets import make
 from tests.networks import SDXL
 from tests.tiny import SIDE

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import ConfigError
-from jaxdiff.io.pretrained import load, replace_config, save
-from jaxdiff.io.weights import WeightsError
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.configs import replace_config
+from jaxdiff.io.pretrained import load, save
 from tests.tiny import LATENT, MAX_LENGTH, tiny_params
 
 
@@ -53,7 +54,7 @@ def test_unknown_dtype_lists_the_known(tiny_folder):
 
 
 def test_unknown_model_names_what_there_is():
-    with pytest.raises(ConfigError, match=r"no-such-model is no folder and no bundled model \(bundled: "):
+    with pytest.raises(ConfigError, match=r"no-such-model is neither a folder nor a bundled model \(bundled: "):
         load("no-such-model")
 
 
@@ -62,10 +63,10 @@ def test_unknown_model_names_what_there_is():
     [
         (
             8,
-            r"has a UNet that takes 8 channels, as InstructPix2Pix does; models of 4 for text to image, 9 for inp",
+            r"has a UNet that takes 8 channels, as InstructPix2Pix does; supported are 4 for text to image, 9 for inp",
         ),
         (5, r"has a UNet that takes 5 channels, as depth-to-image models do; "),
-        (6, r"has a UNet that takes 6 channels; models of .*, 7 for upscaling are drawn with: choose"),
+        (6, r"has a UNet that takes 6 channels; supported are .*, 7 for upscaling: choose such a model"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(channels, sentence, tiny, tmp_path):
@@ -80,9 +81,9 @@ def test_what_cannot_be_drawn_is_refused(channels, sentence, tiny, tmp_path):
 def test_save_refuses_a_folder_of_something_else(tiny, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"dear")
-    with pytest.raises(WeightsError, match="photos exists and is no model's folder"):
+    with pytest.raises(WeightsError, match="photos exists and is not the folder of a model"):
         save(tmp_path / "photos", *tiny)
-    with pytest.raises(WeightsError, match=r"cat\.png exists and is no model's folder"):
+    with pytest.raises(WeightsError, match=r"cat\.png exists and is not the folder of a model"):
         save(tmp_path / "photos" / "cat.png", *tiny)
     assert files(tmp_path) == {"photos/cat.png": b"dear"}
 

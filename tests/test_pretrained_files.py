@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 from jaxdiff.arguments import latent_shape
 from jaxdiff.config import ConfigError
 from jaxdiff.diffusion.times import default_scheduler
-from jaxdiff.io.pretrained import load, load_model, save
-from jaxdiff.io.weights import WeightsError
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.diffusers_folder import load_model
+from jaxdiff.io.pretrained import load, save
 from tests.test_pretrained import assert_equal, files
 from tests.tiny import MAX_LENGTH
 
@@ -62,7 +63,7 @@ def test_missing_tokenizer_is_named(folder):
 def test_truncated_weights_are_named(size, folder):
     path = folder / UNET_WEIGHTS
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(WeightsError, match=f"{UNET_WEIGHTS} is damaged or no safetensors file"):
+    with pytest.raises(WeightsError, match=f"{UNET_WEIGHTS} is damaged or not a safetensors file"):
         load(folder)
 
 
@@ -242,7 +243,7 @@ def test_a_failed_save_keeps_the_old_model(tiny, folder, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxdiff.io.weights.save_file", full)
+    monkeypatch.setattr("jaxdiff.io.tensor_files.save_file", full)
     with pytest.raises(WeightsError, match=r"cannot be written \(No space left on device\)"):
         save(folder, *tiny)
     assert files(folder) == before

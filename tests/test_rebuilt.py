@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxdiff.config import ControlNetConfig, TinyVAEConfig
-from jaxdiff.io.pretrained import parts, replace_config
+from jaxdiff.io.configs import replace_config
+from jaxdiff.io.pretrained import parts
 from jaxdiff.io.textual_inversion import load_textual_inversion
 from jaxdiff.models.controlnet import ControlNet
 from jaxdiff.models.tiny_vae import AutoencoderTiny

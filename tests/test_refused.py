@@ -13,9 +13,10 @@ from jaxdiff.commands.errors import UsageError
 from jaxdiff.commands.flags import check_model, define, parse, weighted
 from jaxdiff.config import ConfigError
 from jaxdiff.diffusion.spacing import distilled
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.configs import replace_config
 from jaxdiff.io.lora import Factors, merge_lora
-from jaxdiff.io.pretrained import find, replace_config
-from jaxdiff.io.weights import WeightsError
+from jaxdiff.io.model_paths import find
 from tests.tiny import LATENT, SCHEDULER, SIDE, tiny_controlnet, tiny_model
 
 CASTLE = "--prompt=a castle"
@@ -150,5 +151,5 @@ def test_a_model_file_that_does_not_exist(name):
 
 
 def test_other_files_that_do_not_exist(tmp_path):
-    with pytest.raises(WeightsError, match=r"x\.safetensors is missing: check the path"):
+    with pytest.raises(WeightsError, match=r"x\.safetensors does not exist: check the path"):
         jaxdiff.load_lora(tiny_model(), {}, tmp_path / "x.safetensors")

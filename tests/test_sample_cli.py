@@ -13,8 +13,10 @@ from PIL import Image
 
 import jaxdiff
 import sample
-from jaxdiff.io.images import ImageError, read_image, read_metadata, write_png
-from jaxdiff.io.pretrained import find, load_model
+from jaxdiff.errors import ImageError
+from jaxdiff.io.diffusers_folder import load_model
+from jaxdiff.io.images import read_image, read_metadata, write_png
+from jaxdiff.io.model_paths import find
 from tests.tiny import SIDE
 
 ROOT = Path(__file__).parent.parent
@@ -191,7 +193,7 @@ def test_flags_that_cannot_be_right(flags, sentence, cli):
 def test_missing_model(cli):
     code, out, err = cli(CASTLE, model="no/such/model")
     assert (code, out) == (1, [])
-    assert err.startswith("sample.py: error: no/such/model is no folder and no bundled model")
+    assert err.startswith("sample.py: error: no/such/model is neither a folder nor a bundled model")
 
 
 def test_damaged_weights_leave_no_output(cli, tiny_folder, tmp_path):
@@ -204,7 +206,7 @@ def test_damaged_weights_leave_no_output(cli, tiny_folder, tmp_path):
         (tmp_path / f"bad/{name}.safetensors").write_bytes(b"\x08")
     code, out, err = cli(CASTLE, "--output=out/castle.png", model=tmp_path / "bad")
     assert (code, out) == (1, [])
-    assert "bad/text_encoder/model.safetensors is damaged or no safetensors file" in err
+    assert "bad/text_encoder/model.safetensors is damaged or not a safetensors file" in err
     assert err.count("\n") == 1
     assert not Path("out").exists()
 
@@ -282,7 +284,10 @@ def test_an_image_to_start_from_is_cut_and_resized(cli):
 
 def test_an_unreadable_image_is_named(cli):
     Path("text.png").write_text("no picture")
-    for name, sentence in (("text.png", "text.png cannot be read as a picture"), ("none.png", "none.png is missing")):
+    for name, sentence in (
+        ("text.png", "text.png cannot be read as an image"),
+        ("none.png", "none.png does not exist"),
+    ):
         code, out, err = cli(CASTLE, f"--image={name}")
         assert (code, out) == (1, [])
         assert sentence in err

@@ -11,7 +11,7 @@ from jaxdiff.commands.errors import UsageError
 from jaxdiff.commands.outputs import name_of, output_files, output_paths
 from jaxdiff.commands.pictures import lines, plan
 from jaxdiff.io import cache
-from jaxdiff.io.pretrained import DTYPES
+from jaxdiff.io.configs import DTYPES
 
 PICTURES = [{"prompt": p, "seed": s} for p, s in (("a castle", 3), ("Ein Schloß, nachts", 4))]
 
@@ -101,7 +101,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, caplog):
     before = jax.config.jax_compilation_cache_dir
     assert cache.cache_compilations(tmp_path / "file" / "cache") is None
     assert jax.config.jax_compilation_cache_dir == before
-    assert "compiling anew; name another --cache_dir" in caplog.text
+    assert "every run compiles again; name another --cache_dir" in caplog.text
 
 
 @pytest.mark.parametrize("terminal", [True, False])

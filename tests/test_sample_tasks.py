@@ -290,7 +290,7 @@ def test_flags_that_do_not_go_together(flags, sentence, cli):  # noqa: F811
         (["--embedding=<x>=none.safetensors"], "none.safetensors"),
         (["--controlnet=none", "--control_image=hint.png"], "none"),
         (["--control_image=hint.png"], "this model has none"),
-        (["--image=none.png"], "none.png is missing"),
+        (["--image=none.png"], "none.png does not exist"),
     ],
 )
 def test_files_that_are_not_there(flags, sentence, cli):  # noqa: F811

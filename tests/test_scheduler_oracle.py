@@ -10,9 +10,9 @@ import pytest
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion import prediction, sampling
-from jaxdiff.diffusion.base import clip_to
+from jaxdiff.diffusion.base import clip_to, time_at
 from jaxdiff.diffusion.inpainting import keeping
-from jaxdiff.diffusion.schedulers import get_scheduler, time_at
+from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.diffusion.singlestep import ddim
 from jaxdiff.diffusion.times import RULES, default_scheduler, skips_prk, time_grid

@@ -10,12 +10,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxdiff.config import ConfigError
-from jaxdiff.io.inference import infer_configs, scheduler_config
-from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX
-from jaxdiff.io.modules import load_vae, save_module
-from jaxdiff.io.pretrained import load, replace_config, save
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.configs import replace_config
+from jaxdiff.io.infer_config import infer_configs, scheduler_config
+from jaxdiff.io.modules import save_module
+from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
+from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.single_file import _metadata, load_single_file, save_single_file
-from jaxdiff.io.sources import WeightsError, open_tensors
+from jaxdiff.io.tensor_files import open_tensors
+from jaxdiff.io.vae import load_vae
 from tests import tiny
 from tests.published import BESIDE, small_model, tensors_of
 from tests.tiny import tiny_params

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxdiff.io.inference import SCALING, TEXTS, detect, infer_configs, scheduler_config
-from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX, openclip_table, place, unet_table, vae_table
-from jaxdiff.io.pretrained import BUNDLED, replace_config, save
+from jaxdiff.io.configs import replace_config
+from jaxdiff.io.infer_config import SCALING, TEXTS, detect, infer_configs, scheduler_config
+from jaxdiff.io.model_paths import BUNDLED
+from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX, openclip_table, place, unet_table, vae_table
+from jaxdiff.io.pretrained import save
 from jaxdiff.io.single_file import IGNORED, clip_tokenizer, save_single_file
-from jaxdiff.io.sources import TensorSource
-from jaxdiff.io.weights import named_tensors
+from jaxdiff.io.tensor_files import TensorSource, named_tensors
 from tests import tiny
 from tests.published import BESIDE, BIG_G, FULL, SD2, VIT_H, VIT_L, small_model, tensors_of
 

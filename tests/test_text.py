@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import CLIPTextConfig, PipelineOptions
-from jaxdiff.io.weights import load_tensors
+from jaxdiff.io.tensor_files import load_tensors
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.model import build, param_shapes
 from jaxdiff.models.model import encode_text as eager_encode_text

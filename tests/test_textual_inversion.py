@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxdiff.config import CLIPTextConfig
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import TABLE, load_textual_inversion, save_textual_inversion
-from jaxdiff.io.weights import WeightsError
 from jaxdiff.models.model import apply, build, param_shapes
 from tests import tiny as small
 
@@ -153,7 +153,7 @@ def test_several_words_of_one_file(tiny, tmp_path):
     (one, *two) = model.tokenizer(["<s1><s2>"])[0][1:4]
     np.testing.assert_array_equal(table(params)[one], vectors(16))
     np.testing.assert_array_equal(table(params)[two], vectors(2, 16))
-    with pytest.raises(WeightsError, match="holds 2 tokens, which one name cannot replace"):
+    with pytest.raises(WeightsError, match="holds 2 tokens, but `token` names only one"):
         load_textual_inversion(*tiny, file, "<s>")
 
 
@@ -207,7 +207,10 @@ def test_a_token_is_loaded_once(tiny, cat):
         ({"<cat>": (2, 24)}, r"<cat> has shape \[2, 24\], where vectors of this model's text_encoder have 16 values"),
         ({"<cat>": (2, 2, 16)}, r"<cat> has shape \[2, 2, 16\]"),
         ({"<cat>": (0, 16)}, r"<cat> has shape \[0, 16\]"),
-        ({"unet.conv_in.lora_A.weight": (4, 16), "unet.conv_in.lora_B.weight": (32, 4)}, "it is no textual inversion"),
+        (
+            {"unet.conv_in.lora_A.weight": (4, 16), "unet.conv_in.lora_B.weight": (32, 4)},
+            "it is not a textual inversion",
+        ),
         ({"clip_l": (2, 16), "clip_g": (2, 24)}, "for text_encoder and text_encoder_2; this model has text_encoder:"),
         ({" ": (2, 16)}, "' ' cannot be a token"),
     ],

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import TinyVAEConfig
-from jaxdiff.io.modules import load_tiny_vae, save_module
-from jaxdiff.io.weights import WeightsError
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.modules import save_module
+from jaxdiff.io.vae import load_tiny_vae
 from jaxdiff.models.model import decode, encode
 from jaxdiff.models.tiny_vae import AutoencoderTiny, preview
 from tests import networks
@@ -127,7 +128,7 @@ def test_the_authors_files_open_and_go_on_as_a_folder(tmp_path):
     with pytest.raises(WeightsError, match=r"taesd_decoder\.safetensors is the decoder .*: put the encoder beside it"):
         load_tiny_vae(tmp_path / "taesd_decoder.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "taesd_encoder.safetensors")
-    with pytest.raises(WeightsError, match=r"taesd_encoder\.safetensors is no encoder of a tiny autoencoder"):
+    with pytest.raises(WeightsError, match=r"taesd_encoder\.safetensors is not the encoder of a tiny autoencoder that"):
         load_tiny_vae(tmp_path / "taesd_decoder.safetensors")
 
 

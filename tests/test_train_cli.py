@@ -20,7 +20,7 @@ from jaxdiff.data.filters import select
 from jaxdiff.data.folder import examples
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.io.images import read_image
-from jaxdiff.io.sources import open_tensors
+from jaxdiff.io.tensor_files import open_tensors
 from tests.training_config import get_config
 
 ROOT = Path(__file__).parent.parent

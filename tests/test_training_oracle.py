@@ -7,7 +7,7 @@ import pytest
 
 import jaxdiff
 from jaxdiff.io.lora import save_lora
-from jaxdiff.io.weights import named_tensors
+from jaxdiff.io.tensor_files import named_tensors
 from jaxdiff.training import personalise
 from jaxdiff.training.stages import Noising, random_noise, random_times
 from jaxdiff.training.targets import make

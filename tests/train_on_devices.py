@@ -18,8 +18,9 @@ from jaxdiff import parallel
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.training import collectives, plan
 from jaxdiff.training.loop import Stage
+from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage
-from jaxdiff.training.state import Options, init_state, make_train_step, norm, optimizer
+from jaxdiff.training.state import Options, init_state, make_train_step, norm
 
 BATCH, STEPS = 8, 20
 WIDTH = 128  # of the kernels that optimizers are tried on: Adafactor factors from here on, 8 bits from 4096 elements

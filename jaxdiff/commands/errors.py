@@ -5,12 +5,14 @@ import os
 import sys
 from collections.abc import Callable
 
+from jaxdiff.errors import JaxdiffError
 
-class UsageError(Exception):
+
+class UsageError(JaxdiffError):
     """Flags or settings that cannot be right: one sentence naming them and the mend."""
 
 
-class Failure(Exception):
+class Failure(JaxdiffError):
     """What went wrong with flags that could be right, in one sentence."""
 
 
@@ -19,9 +21,7 @@ def message(error: BaseException, smaller: str) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return f"Memory is too small: {smaller}."
-    if isinstance(error, ValueError | FloatingPointError) or type(error).__module__.startswith(
-        "jaxdiff."
-    ):  # sentences already
+    if isinstance(error, JaxdiffError | ValueError | FloatingPointError):  # sentences already
         return text
     return f"{type(error).__name__}: {text}; --verbose shows where."
 

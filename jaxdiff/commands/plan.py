@@ -69,7 +69,7 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     import numpy as np
 
     from jaxdiff.commands.train_flags import check_sizes
-    from jaxdiff.io.pretrained import replace_config
+    from jaxdiff.io.configs import replace_config
     from jaxdiff.models.model import param_shapes
     from jaxdiff.text.tokenizer import train_bpe
     from jaxdiff.training import targets

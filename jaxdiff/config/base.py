@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from jaxdiff.errors import JaxdiffError
 
-class ConfigError(ValueError):
+
+class ConfigError(JaxdiffError, ValueError):
     """A config that cannot be read, or that describes what this library does not build."""
 
 

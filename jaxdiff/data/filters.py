@@ -18,8 +18,8 @@ from PIL import Image
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data import store
-from jaxdiff.data.folder import FORMATS, read_image
 from jaxdiff.data.hashes import content_hash, dhash, near_duplicates
+from jaxdiff.data.images import FORMATS, open_image
 from jaxdiff.data.source import Chosen, Source
 
 PART = 2**14  # examples looked at at a time
@@ -120,7 +120,7 @@ def _look(
             if sizes and not known:
                 given = _size(data)
             if hashes:
-                number = content_hash(data) if hashes == "exact" else dhash(read_image(data, 9))
+                number = content_hash(data) if hashes == "exact" else dhash(open_image(data, 9))
                 found |= {"hash": np.uint64(number), "hashed": np.bool_(True)}
         if sizes:
             found |= {"width": np.int32(given[0]), "height": np.int32(given[1])}

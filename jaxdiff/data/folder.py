@@ -11,16 +11,16 @@ The layout is Hugging Face datasets' "imagefolder", `path/[split/]metadata.jsonl
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from jaxdiff.config import ConfigError
+from jaxdiff.data.images import on_background, open_image
 from jaxdiff.data.source import Record, Source
 
 # Colours that transparent pictures are laid on, by the name that goes into the caption: sRGB in 0..255.
@@ -48,10 +48,6 @@ MIN_BACKGROUND = 0.02  # a background that covers less of the picture is white: 
 # or the background is white, or black.
 MIN_SUBJECT, MIN_CONTRAST = 0.2, 48
 
-# Pillow's bound: a small file may claim a picture that fills the memory.
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
-# What Pillow may read: some of its other formats start programs (Ghostscript).
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -200,12 +196,12 @@ class Decode:
             name, picture, captions, extras = self.source.read(index)
             text = captions[rng.integers(len(captions))]
             before = rng.bit_generator.state
-            image = _cut(read_image(picture, max(size)), size, self.crop, rng)
+            image = _cut(open_image(picture, max(size)), size, self.crop, rng)
             hint = None
             # In folders, where names were checked: the metadata of a shard must not name files of this machine.
             if isinstance(picture, str) and isinstance(extras.get(HINT), str):
                 rng.bit_generator.state = before  # so that it is cut at the same place
-                hint = _cut(read_image(extras[HINT], max(size)).convert("RGB"), size, self.crop, rng)
+                hint = _cut(open_image(extras[HINT], max(size)).convert("RGB"), size, self.crop, rng)
         except Exception as e:  # a damaged file makes Pillow raise almost anything
             return {"skipped": name, "reason": str(e) or type(e).__name__}
         if self.flip and rng.random() < 0.5:
@@ -213,7 +209,7 @@ class Decode:
             hint = hint and hint.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if image.mode == "RGBA":
             colour = _colour(image, rng) if self.background == "random" else "white"
-            image = _lay_on(image, colour)
+            image = on_background(image, BACKGROUNDS[colour])
             if colour != "white":
                 text = f"{text}, on {'an' if colour[0] in 'aeiou' else 'a'} {colour} background"
         found: dict[str, Any] = {"image": np.array(image), "text": text}
@@ -222,31 +218,6 @@ class Decode:
         elif self.steer:
             found["hint"] = self.steer(found["image"])
         return found
-
-
-def read_image(path: str | Path | bytes, min_side: int | None = None) -> Image.Image:
-    """A picture as RGB, or RGBA when it has transparency; upright by its EXIF orientation, 8 bits a channel.
-
-    Args:
-      path: a PNG, JPEG, WebP, GIF, BMP or TIFF file, or its bytes; of an animation the first frame is read.
-      min_side: pixels wanted of each side: a much larger JPEG is read at a half, quarter or eighth of its size.
-
-    Raises:
-      ValueError: the picture is larger than `MAX_PIXELS`, or of floating-point pixels.
-      Exception: whatever Pillow raises on a damaged or missing file.
-    """
-    with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
-        if min_side:
-            image.draft(None, (2 * min_side, 2 * min_side))
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no agreed range")
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow itself would clip at 255
-            grey = np.clip(np.asarray(image), 0, 65535) / 257
-            return Image.fromarray(np.round(grey).astype(np.uint8)).convert("RGB")
-        return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def _cut(image: Image.Image, size: tuple[int, int], crop: int | None, rng: np.random.Generator) -> Image.Image:
@@ -280,9 +251,3 @@ def _colour(image: Image.Image, rng: np.random.Generator) -> str:
         if differs.sum() > MIN_SUBJECT * len(subject):
             return name
     return drawn
-
-
-def _lay_on(image: Image.Image, colour: str) -> Image.Image:
-    canvas = Image.new("RGB", image.size, BACKGROUNDS[colour])
-    canvas.paste(image, mask=image.getchannel("A"))
-    return canvas

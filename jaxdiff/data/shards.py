@@ -22,6 +22,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data import store
 from jaxdiff.data.folder import PICTURES
 from jaxdiff.data.source import MAX_BYTES, MAX_TEXT, TEXT_NAMES, Record, files_digest, text_of
+from jaxdiff.errors import JaxdiffError
 
 BLOCK = 512  # bytes; everything in a tar is padded to it
 TEXT_SUFFIXES = ("txt", "text", "caption")
@@ -34,7 +35,7 @@ class Member(NamedTuple):
     size: int  # bytes
 
 
-class TarError(ValueError):
+class TarError(JaxdiffError, ValueError):
     """A tar that cannot be gone through any further."""
 
 

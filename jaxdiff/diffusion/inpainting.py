@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
+from jaxdiff.diffusion.base import Scheduler, time_at
 from jaxdiff.diffusion.prediction import add_noise
-from jaxdiff.diffusion.schedulers import Scheduler, time_at
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.typing import Array, Denoise, Key
 

@@ -5,7 +5,7 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.diffusion.schedulers import Scheduler
+from jaxdiff.diffusion.base import Scheduler
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.typing import Array, Denoise, Key
 

@@ -37,7 +37,7 @@ from jaxdiff.evaluation.images import Images, Wanted, draw, find_images, plain, 
 from jaxdiff.evaluation.measures import Measured
 from jaxdiff.evaluation.outputs import Found
 from jaxdiff.evaluation.progress import Progress
-from jaxdiff.io import cache, pretrained
+from jaxdiff.io import cache, model_paths
 from jaxdiff.text.prompt_files import PromptError, PromptLine, read_prompts
 from jaxdiff.typing import Params
 
@@ -92,7 +92,7 @@ def encoder_folder(f: flags.FlagValues) -> str:
     """Where the encoder lies. Raises UsageError."""
     if f.encoder is not None:
         return str(f.encoder)
-    folder = pretrained.find(f.model)
+    folder = model_paths.find(f.model)
     if not folder.is_dir() or not has_encoder(folder):
         raise UsageError(f"--encoder is missing: {f.model} has no vision encoder of its own; give {GIVE}.")
     return str(folder)
@@ -127,7 +127,7 @@ def drawn(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:
     """Draw into the folder of the unfinished report what is not there yet."""
     import jax
 
-    path = pretrained.find(f.model)
+    path = model_paths.find(f.model)
     model, params = jaxdiff.load(path, dtype=f.dtype)
     options = drawing_options(f, model)
     images: list[Wanted] = wanted(lines, f.num_images, f.seed, f.negative_prompt)

@@ -15,10 +15,11 @@ import numpy as np
 from PIL import Image
 
 from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, Config, ConfigError, read_json
-from jaxdiff.io.configs import making, module_shapes, read_config
-from jaxdiff.io.pretrained import BUNDLED, bundled, find_weights, load_tokenizer
-from jaxdiff.io.sources import TensorSource, WeightsError, open_tensors
-from jaxdiff.io.weights import load_tensors
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.configs import as_config_error, module_shapes, read_config
+from jaxdiff.io.model_paths import BUNDLED, bundled
+from jaxdiff.io.modules import find_weights, load_tokenizer
+from jaxdiff.io.tensor_files import TensorSource, load_tensors, open_tensors
 from jaxdiff.models.clip import CLIP_MEAN, CLIP_STD, CLIPTextModel, CLIPVisionModel, TextOutput
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Params
@@ -169,14 +170,14 @@ def _from_clip_model(folder: Path, dtype: Any) -> tuple[Encoder, Params]:
     values = read_json(path)
     if values.get("model_type") != "clip":
         raise ConfigError(f"{path} describes a {values.get('model_type')}, not a clip model: give {GIVE}.")
-    with making(f"{path} does not describe a CLIPModel"):
+    with as_config_error(f"{path} does not describe a CLIPModel"):
         width = {"projection_dim": values.get("projection_dim") or CLIPTextConfig.projection_dim}
         text = CLIPTextConfig.from_dict({**_half(values, "text"), **width, "with_projection": True})
         vision = CLIPVisionConfig.from_dict({**_half(values, "vision"), **width})
     source = open_tensors(find_weights(folder, VISION))
     files = {name: _beginning_with(source, starts) for name, starts in HALVES.items()}
     pixels = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
-    with making(f"{folder / PREPROCESSOR} does not say how pixels are normalised"):
+    with as_config_error(f"{folder / PREPROCESSOR} does not say how pixels are normalised"):
         mean, std = (
             tuple(map(float, pixels.get(key) or usual))
             for key, usual in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))

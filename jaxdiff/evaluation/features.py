@@ -18,10 +18,10 @@ from PIL import Image
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data import store
-from jaxdiff.data.folder import FolderSource, read_image
+from jaxdiff.data.folder import FolderSource
+from jaxdiff.data.images import on_background, open_image
 from jaxdiff.data.source import Source, files_digest
 from jaxdiff.evaluation.encoder import Encoder, encode_images, encoder_digest, finite, square
-from jaxdiff.io.images import WHITE
 from jaxdiff.typing import Params
 
 PART = 1024  # records of a part
@@ -32,18 +32,9 @@ Unread = Callable[[str, str], None]  # told of an image that cannot be read: its
 Progress = Callable[[int], None]  # told of so many more images
 
 
-def on_white(image: Image.Image) -> Image.Image:
-    """An RGB or RGBA image as RGB."""
-    if image.mode != "RGBA":
-        return image.convert("RGB")
-    canvas = Image.new("RGB", image.size, WHITE)
-    canvas.paste(image, mask=image.getchannel("A"))
-    return canvas
-
-
 def read_rgb(picture: str | bytes, min_side: int | None = None) -> Image.Image:
-    """An image file or its bytes as RGB, on white where it is transparent. Raises what `folder.read_image` does."""
-    return on_white(read_image(picture, min_side))
+    """An image file or its bytes as RGB, on white where it is transparent. Raises what `open_image` does."""
+    return on_background(open_image(picture, min_side))
 
 
 def small(pixels: np.ndarray) -> np.ndarray:

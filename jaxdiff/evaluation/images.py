@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from jaxdiff.commands.flags import SEEDS
 from jaxdiff.config import ConfigError
 from jaxdiff.data.folder import METADATA, examples, pictures
 from jaxdiff.data.source import Record
+from jaxdiff.files import write_text
 from jaxdiff.io.images import read_metadata, write_png
 from jaxdiff.models.model import Model
 from jaxdiff.text.emphasis import parse_emphasis
@@ -114,9 +114,7 @@ def draw(
         {"file_name": path.name, "text": w.prompt, "seed": w.seed, "negative_prompt": w.negative_prompt}
         for path, w in zip(paths, images, strict=True)
     ]
-    partial = folder / f".{METADATA}.{os.getpid()}"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(folder / METADATA)
+    write_text(folder / METADATA, "".join(json.dumps(line) + "\n" for line in lines))
     prompts, _, seeds = zip(*images, strict=True)
     return Images(str(folder), tuple(map(str, paths)), prompts, seeds)
 

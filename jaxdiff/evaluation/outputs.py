@@ -18,6 +18,7 @@ from jaxdiff.evaluation.features import Features, read_rgb
 from jaxdiff.evaluation.flags import OF_DATA, without_drawing
 from jaxdiff.evaluation.images import Images
 from jaxdiff.evaluation.measures import Nearest
+from jaxdiff.files import replace_folder
 from jaxdiff.io.images import write_png
 from jaxdiff.version import __version__
 
@@ -174,15 +175,11 @@ def publish(work: Path, output: Path, overwrite: bool) -> None:
     """Give the finished report its name; an earlier one stays until then."""
     old = output.with_name(f".{output.name}.old")
     try:
-        if overwrite and output.exists():
+        if overwrite:
             shutil.rmtree(old, ignore_errors=True)
-            output.rename(old)
-        try:
+            replace_folder(output, work, old)
+        else:
             work.rename(output)
-        except OSError:
-            if old.exists():
-                old.rename(output)
-            raise
     except OSError as e:
         raise Failure(
             f"--output {output} cannot be written ({e.strerror or e}): the report is in {work}; move it."

@@ -1,1 +1,1 @@
-"""Files: pretrained weights, training checkpoints, pictures."""
+"""Files: models and adapters, training checkpoints, images."""

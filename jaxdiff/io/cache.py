@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that a second run of the same shapes starts at once."""
+"""Compiled programs, kept on disk so that a second run of the same shapes starts at once."""
 
 import os
 import tempfile
@@ -22,7 +22,7 @@ def cache_compilations(folder: str | Path | None = None) -> Path | None:
         folder: made if missing; None takes the one that JAX is set to already, else `cache_folder()`.
 
     Returns:
-        The folder in use; None, with a warning, where it cannot be written: then every run compiles anew.
+        The folder in use; None, with a warning, where it cannot be written: then every run compiles again.
     """
     already = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     path = Path(folder or already or cache_folder())
@@ -30,7 +30,9 @@ def cache_compilations(folder: str | Path | None = None) -> Path | None:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as e:
-        logging.warning("%s cannot be written (%s): compiling anew; name another --cache_dir.", path, e.strerror or e)
+        logging.warning(
+            "%s cannot be written (%s): every run compiles again; name another --cache_dir.", path, e.strerror or e
+        )
         return None
     jax.config.update("jax_compilation_cache_dir", str(path))
     least = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]

@@ -18,12 +18,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from jaxdiff.errors import JaxdiffError
+
 STATE, DATA = "state", "data"
 SUMS = "sha256.json"
 UNCHECKED = (SUMS, "_CHECKPOINT_METADATA", "commit_success.txt")  # orbax writes these last, and reads nothing from them
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(JaxdiffError, RuntimeError):
     """A checkpoint that cannot be written or does not fit what is trained."""
 
 

@@ -1,6 +1,7 @@
-"""Configs out of files, and what they have to be before anything is built of them or drawn with it."""
+"""Configs of networks from files, and the checks that they pass before a model is made from them."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.config import Config, ConfigError, TinyVAEConfig, VAEConfig, read_json
+from jaxdiff.config import (
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Config,
+    ConfigError,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+    read_json,
+)
 from jaxdiff.models.layers import ACTIVATIONS
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
 
+NETWORKS: dict[str, type[Config]] = {  # by their folder's name, as in `params`
+    "text_encoder": CLIPTextConfig,
+    "text_encoder_2": CLIPTextConfig,
+    "unet": UNetConfig,
+    "vae": VAEConfig,
+    "vision_encoder": CLIPVisionConfig,
+}
+VAES: tuple[type[Config], ...] = (VAEConfig, TinyVAEConfig)  # configs that the folder `vae` may hold
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @contextlib.contextmanager
-def making(sentence: str) -> Iterator[None]:
-    """Turns what a config of impossible values raises into a ConfigError: `sentence`, which names the file, and why."""
+def as_config_error(sentence: str) -> Iterator[None]:
+    """Turn the errors that impossible values of a config raise into a ConfigError that begins with `sentence`."""
     try:
         yield
     except ConfigError as e:
@@ -26,16 +46,16 @@ def making(sentence: str) -> Iterator[None]:
 
 
 def read_config(path: Path, *known: type[Config]) -> Config:
-    """A network's `config.json`, as the one of the `known` classes that it names; as the first where it names none.
+    """Read a network's `config.json` as the one of the `known` classes that it names, or as the first if it names none.
 
     Raises:
-        ConfigError: the file is missing or damaged, of another class, or asks for what is not built here.
+        ConfigError: the file is missing or damaged, names another class, or asks for what is not implemented.
     """
     values = read_json(path)
     found = str(values.get("_class_name", known[0].CLASS_NAME)).removeprefix("Flax")
     for cls in known:
         if found == cls.CLASS_NAME and str(values.get("model_type", "clip")).startswith("clip"):
-            with making(f"{path} does not describe a {cls.CLASS_NAME}"):
+            with as_config_error(f"{path} does not describe a {cls.CLASS_NAME}"):
                 config = cls.from_dict(values)
                 _check_activation(config)
             return config
@@ -54,19 +74,19 @@ def _check_activation(config: Config) -> None:
 
 def module_shapes(module: Any, inputs: Callable[[Any], tuple[Array, ...]], source: Path) -> Params:
     """The shapes of a module's parameters; raises ConfigError if its config, read from `source`, makes no network."""
-    with making(f"{source} does not describe a {module.config.CLASS_NAME}"):
+    with as_config_error(f"{source} does not describe a {module.config.CLASS_NAME}"):
         return jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs(module.config))["params"])
 
 
-def picture(c: VAEConfig | TinyVAEConfig) -> tuple[Array, ...]:
+def example_image(c: VAEConfig | TinyVAEConfig) -> tuple[Array, ...]:
     """The smallest input of an autoencoder."""
     return (jnp.zeros((1, c.factor, c.factor, c.in_channels)),)
 
 
-def check_drawn(model: Model, source: Path) -> None:
-    """Raises ConfigError where the UNet looks at more than is shown to it here, or at latents of another autoencoder.
+def check_channels(model: Model, source: Path) -> None:
+    """Raises ConfigError if the UNet's input channels fit no supported task, or another autoencoder's latents.
 
-    Channels beside the latents are a mask and the masked picture's latents, or a small picture to be enlarged.
+    Channels beside the latents are a mask and the masked image's latents, or a small image to be enlarged.
     """
     found, latent = model.unet.config.in_channels, model.vae.config.latent_channels
     known = {latent: "text to image", 2 * latent + 1: "inpainting", latent + 3: "upscaling"}
@@ -75,6 +95,20 @@ def check_drawn(model: Model, source: Path) -> None:
     others = {2 * latent: ", as InstructPix2Pix does", latent + 1: ", as depth-to-image models do"}
     listed = ", ".join(f"{n} for {task}" for n, task in known.items())
     raise ConfigError(
-        f"{source} has a UNet that takes {found} channels{others.get(found, '')}; models of {listed} are drawn with: "
-        "choose one of these."
+        f"{source} has a UNet that takes {found} channels{others.get(found, '')}; supported are {listed}: choose such "
+        "a model."
     )
+
+
+def check_dtype(dtype: Any) -> Any:
+    """The dtype of this name or type, float32 for None. Raises ConfigError if it is not one of `DTYPES`."""
+    name = "float32" if dtype is None else dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is unknown; known are {', '.join(DTYPES)}.")
+    return jnp.dtype(name)
+
+
+def replace_config(model: Model, name: str, **changes: Any) -> Model:
+    """The model with some values of one module's config changed, such as a measured `scaling_factor`."""
+    module = getattr(model, name)
+    return dataclasses.replace(model, **{name: module.copy(config=dataclasses.replace(module.config, **changes))})

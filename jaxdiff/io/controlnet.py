@@ -8,13 +8,12 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.config import ControlNetConfig
-from jaxdiff.io.configs import module_shapes
-from jaxdiff.io.inference import Shapes, odd_shapes, unet_config
-from jaxdiff.io.layouts import Table, place, unet_table
+from jaxdiff.io.configs import check_dtype, module_shapes
+from jaxdiff.io.infer_config import Shapes, as_weights_error, unet_config
 from jaxdiff.io.modules import load_module, save_module
-from jaxdiff.io.pretrained import check_dtype
-from jaxdiff.io.sources import TensorSource, open_tensors
-from jaxdiff.io.weights import load_tensors, tensor_name
+from jaxdiff.io.original_layout import Table, place, unet_table
+from jaxdiff.io.tensor_files import TensorSource, load_tensors, open_tensors
+from jaxdiff.io.torch_names import tensor_name
 from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.models.unet import per_level
 from jaxdiff.typing import Params
@@ -33,7 +32,7 @@ def load_controlnet(path: str | Path, *, dtype: Any = None, variant: str | None 
         variant: of a folder's weights, such as "fp16".
 
     Raises:
-        ConfigError, WeightsError: one sentence naming the file and the mend.
+        ConfigError, WeightsError: one sentence that names the file and the fix.
     """
     if Path(path).is_file():
         source = open_tensors(path)
@@ -70,7 +69,7 @@ def infer_config(source: TensorSource, prefix: str) -> ControlNetConfig:
     """The config of a ControlNet in the original layout: sizes from its tensors, heads as in Stable Diffusion."""
     shapes = Shapes(source, prefix)
     shapes["out.2.weight"] = [0]  # the UNet's way up, which a ControlNet lacks
-    with odd_shapes(source):
+    with as_weights_error(source):
         unet = unet_config(shapes, "sd1")
         hints = [shapes[HINT.format(i)] for i in takewhile(lambda i: HINT.format(i) in shapes, count(0, 2))]
         own = {

@@ -1,4 +1,4 @@
-"""Edge maps that steer a ControlNet: Canny's detector (Canny 1986) in integers, without a dependency."""
+"""Edge maps for ControlNets: Canny's detector (Canny 1986) in integers, without a dependency."""
 
 import numpy as np
 

@@ -1,15 +1,19 @@
-"""Model folders from the Hugging Face hub, where the network is there."""
+"""Model folders from the Hugging Face hub."""
 
 from pathlib import Path
 
 from jaxdiff.config import ConfigError
 
-# The folders of a diffusers model that are read: configs, vocabularies, weights. Not the one-file copies beside them,
-# nor what else may lie there (a safety checker, ONNX copies, older autoencoders).
-WEIGHED = ["unet", "vae", "text_encoder", "text_encoder_2", "vision_encoder", "controlnet", "controlnet_?"]
-PLAIN = ["scheduler", "low_res_scheduler", "tokenizer", "tokenizer_2"]
-CONFIGS = ["model_index.json", *(f"{f}/*.json" for f in WEIGHED + PLAIN), *(f"{f}/*.txt" for f in PLAIN)]
-FORMATS = ("safetensors", "bin")  # the second, of which no code is run, only where the first is not there
+# The folders of a diffusers model that are read: configs, vocabularies, weights. Everything else is left on the hub:
+# single-file copies, a safety checker, ONNX copies, older autoencoders.
+WEIGHT_FOLDERS = ["unet", "vae", "text_encoder", "text_encoder_2", "vision_encoder", "controlnet", "controlnet_?"]
+OTHER_FOLDERS = ["scheduler", "low_res_scheduler", "tokenizer", "tokenizer_2"]
+CONFIG_FILES = [
+    "model_index.json",
+    *(f"{f}/*.json" for f in WEIGHT_FOLDERS + OTHER_FOLDERS),
+    *(f"{f}/*.txt" for f in OTHER_FOLDERS),
+]
+FORMATS = ("safetensors", "bin")  # the second only where the first is missing; none of its code is run
 UNUSED = ["*.non_ema*", "*/*/*"]
 VARIANTS = ["*.fp16*", "*.bf16*"]
 
@@ -19,9 +23,9 @@ def attempts(variant: str | None) -> list[tuple[list[str], list[str]]]:
     wanted, tries = [f"*.{variant}*"] if variant else VARIANTS, []
     for suffix in FORMATS:
         if not variant:
-            tries.append(([f"{f}/*.{suffix}" for f in WEIGHED], UNUSED + VARIANTS))
-        tries.append(([f"{f}/{w}.{suffix}" for f in WEIGHED for w in wanted], UNUSED))
-    return [(CONFIGS + weights, unwanted) for weights, unwanted in tries]
+            tries.append(([f"{f}/*.{suffix}" for f in WEIGHT_FOLDERS], UNUSED + VARIANTS))
+        tries.append(([f"{f}/{w}.{suffix}" for f in WEIGHT_FOLDERS for w in wanted], UNUSED))
+    return [(CONFIG_FILES + weights, unwanted) for weights, unwanted in tries]
 
 
 def fetch(repo_id: str, revision: str | None = None, variant: str | None = None) -> Path:
@@ -48,6 +52,6 @@ def fetch(repo_id: str, revision: str | None = None, variant: str | None = None)
     except Exception as e:  # the package's own errors, those of its HTTP client, and of the disk
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         raise ConfigError(
-            f"{repo_id} is no folder here, and it cannot be fetched from the Hugging Face hub ({reason}): "
+            f"{repo_id} is not a local folder, and it cannot be fetched from the Hugging Face hub ({reason}): "
             "check the name and the network, or give a local folder."
         ) from None

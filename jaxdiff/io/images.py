@@ -1,7 +1,6 @@
-"""Pictures in files: images of common formats in, PNG out together with what it takes to draw the picture again."""
+"""Image files: common formats in; PNG out, with the flags that draw the image again, and GIF."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,91 +9,59 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from jaxdiff.data.folder import FORMATS
+from jaxdiff.data.images import FORMATS, WHITE, on_background, open_image, to_uint8
+from jaxdiff.errors import ImageError
+from jaxdiff.files import atomic_write
 
-WHITE = (255, 255, 255)
 CHUNK = "jaxdiff"  # name of the PNG text chunk that holds the metadata as JSON
 
 
-class ImageError(ValueError):
-    """A picture that is missing, unreadable, or cannot be written."""
-
-
 def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np.ndarray:
-    """A picture file as RGB, of the formats that training reads too: PNG, JPEG, WebP, GIF, BMP, TIFF.
+    """An image file as RGB, read as training reads it: see `jaxdiff.data.images.open_image`.
 
-    The camera's orientation (EXIF) is applied, transparency laid over `background`, 16-bit greys are scaled to 8,
-    floating-point greys must be in [0, 1]; of an animation the first frame is read.
+    Transparency is laid over `background`.
 
     Returns:
         uint8 [H, W, 3].
 
     Raises:
-        ImageError: the file is missing, damaged, of no such format, or of floating-point greys outside of [0, 1].
+        ImageError: the file is missing, damaged, too large, of another format, or of greys outside of [0, 1].
     """
     try:
-        with Image.open(path, formats=FORMATS) as opened:
-            return np.array(_to_rgb(ImageOps.exif_transpose(opened), background))
+        return np.array(on_background(open_image(path), background))
     except FileNotFoundError:
-        raise ImageError(f"{path} is missing: give an existing picture.") from None
+        raise ImageError(f"{path} does not exist: give an existing image.") from None
     except Exception as e:  # damage shows as errors of many kinds: struct.error, TypeError, DecompressionBombError, …
-        raise ImageError(f"{path} cannot be read as a picture ({e}): save it again as PNG or JPEG.") from None
-
-
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode == "F":
-        image = Image.fromarray(to_uint8(np.asarray(image)))
-    elif image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips instead of scaling
-        image = Image.fromarray(to_uint8(np.clip(np.asarray(image) / 65535, 0, 1)))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    opaque = Image.new("RGBA", image.size, (*background, 255))
-    return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] as bytes: round(255 x). Bytes stay as they are. Others raise ImageError.
-
-    >>> to_uint8(np.array([0.0, 0.5, 1.0])), to_uint8(np.array([7], np.uint8))
-    (array([  0, 128, 255], dtype=uint8), array([7], dtype=uint8))
-    """
-    image = np.asarray(image)
-    if image.dtype == np.uint8:
-        return image
-    levels = np.round(255 * image.astype(np.float64))
-    if not (levels.min() >= 0 and levels.max() <= 255):  # true of not-a-number too
-        found = f"{image.dtype} from {image.min():g} to {image.max():g}"
-        raise ImageError(f"its values are {found}, and must be uint8 or from 0 to 1")
-    return levels.astype(np.uint8)
+        raise ImageError(f"{path} cannot be read as an image ({e}): save it again as PNG or JPEG.") from None
 
 
 def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture uint8 [H, W, 3] at another size: cut at its centre to the new shape, then resampled (Lanczos)."""
+    """An image uint8 [H, W, 3] at another size: cut at its centre to the new shape, then resampled (Lanczos)."""
     if image.shape[:2] == (height, width):
         return image
     return np.array(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS))
 
 
 def fit_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A mask uint8 [H, W] cut and resized as `fit` does with its picture, but to the nearest pixel: no greys appear."""
+    """A mask uint8 [H, W] cut and resized as `fit` does with its image, but to the nearest pixel: no greys appear."""
     if mask.shape[:2] == (height, width):
         return mask
     return np.array(ImageOps.fit(Image.fromarray(mask), (width, height), Image.Resampling.NEAREST))
 
 
-SEAM = 8  # pixels of the old picture beside a new margin that are drawn anew with it
+SEAM = 8  # pixels of the old image beside a new margin that are drawn anew with it
 
 
 def extend(image: np.ndarray, left: int, top: int, right: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
-    """A picture on a larger canvas, and the mask of what is to be drawn there: outpainting as inpainting.
+    """An image on a larger canvas, and the mask of what is to be drawn there: outpainting as inpainting.
 
     Args:
         image: uint8 [H, W, 3].
         left, top, right, bottom: pixels added at each side, at least 0.
 
     Returns:
-        uint8 [H + top + bottom, W + left + right, 3], the margins mirrored from the picture, and the mask uint8 of that
-        height and width: 255 in the margins and SEAM pixels into the picture, else 0.
+        uint8 [H + top + bottom, W + left + right, 3], the margins mirrored from the image, and the mask uint8 of that
+        height and width: 255 in the margins and SEAM pixels into the image, else 0.
 
     Raises:
         ValueError: nothing is added, or less than nothing.
@@ -105,7 +72,7 @@ def extend(image: np.ndarray, left: int, top: int, right: int, bottom: int) -> t
     """
     sides: tuple[int, ...] = (left, top, right, bottom)
     if min(sides) < 0 or not any(sides):
-        raise ValueError(f"outpaint {sides} must add pixels at one side at least, and take none away.")
+        raise ValueError(f"outpaint {sides} must add pixels on at least one side, and none may be negative.")
     canvas = np.pad(image, ((top, bottom), (left, right), (0, 0)), mode="symmetric")
     height, width = canvas.shape[:2]
     mask = np.full((height, width), 255, np.uint8)
@@ -117,7 +84,7 @@ def extend(image: np.ndarray, left: int, top: int, right: int, bottom: int) -> t
 def grid(
     images: np.ndarray | Sequence[np.ndarray], columns: int, gap: int = 2, background: tuple[int, int, int] = WHITE
 ) -> np.ndarray:
-    """A contact sheet: pictures [N, H, W, 3] side by side, row by row, `gap` pixels apart; the last row may be short.
+    """A contact sheet: images [N, H, W, 3] side by side, row by row, `gap` pixels apart; the last row may be short.
 
     Returns:
         uint8 [rows * (H + gap) - gap, columns * (W + gap) - gap, 3].
@@ -136,12 +103,12 @@ def grid(
 
 
 def strip(frames: np.ndarray, gap: int = 2) -> np.ndarray:
-    """Frames [F, H, W, 3] of one picture in a row, first to last: uint8 [H, F * (W + gap) - gap, 3]."""
+    """Frames [F, H, W, 3] of one image in a row, first to last: uint8 [H, F * (W + gap) - gap, 3]."""
     return grid(frames, columns=len(frames), gap=gap)
 
 
 def describe(flags: Mapping[str, Any]) -> str:
-    """Flags that drew a picture, as the text that picture viewers show under "parameters".
+    """Flags that drew an image, as the text that image viewers show under "parameters".
 
     >>> print(describe({"prompt": "a castle", "steps": 25, "scheduler": "ddim", "seed": 3}))
     a castle
@@ -158,11 +125,11 @@ def describe(flags: Mapping[str, Any]) -> str:
 def write_png(
     path: str | Path, image: np.ndarray, metadata: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
 ) -> None:
-    """Write one picture, whole or not at all: under a temporary name first, then renamed.
+    """Write one image, whole or not at all: under a temporary name first, then renamed.
 
     Args:
         image: [H, W, 3], uint8 or float in [0, 1].
-        metadata: flags by name that draw this picture again (of a sheet: those of each picture). Kept as JSON in a
+        metadata: flags by name that draw this image again (of a sheet: those of each image). Kept as JSON in a
             text chunk "jaxdiff", for `read_metadata`, and for people in a chunk "parameters".
 
     Raises:
@@ -179,7 +146,7 @@ def write_png(
 
 
 def write_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float) -> None:
-    """Write pictures [H, W, 3], uint8 or float in [0, 1], as an endless film of so many seconds a frame.
+    """Write images [H, W, 3], uint8 or float in [0, 1], as an endless animation; `seconds` is the time of a frame.
 
     Whole or not at all; raises ImageError if the file cannot be written.
     """
@@ -190,21 +157,18 @@ def write_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float) ->
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
     """Let `save` write a temporary file, then give it the name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save(temporary)
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            save(temporary)
     except OSError as e:
         raise ImageError(f"{path} cannot be written ({e.strerror or e}): free it or choose another place.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metadata(path: str | Path) -> Any:
-    """What `write_png` was given as metadata.
+    """The metadata that `write_png` wrote.
 
     Raises:
-        ImageError: the file is no picture, or holds no metadata of this library.
+        ImageError: the file is not an image, or holds no metadata of this library.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -212,4 +176,4 @@ def read_metadata(path: str | Path) -> Any:
     except (KeyError, json.JSONDecodeError):
         raise ImageError(f"{path} does not say how it was drawn: give a PNG as sample.py wrote it.") from None
     except (OSError, SyntaxError) as e:
-        raise ImageError(f"{path} cannot be read as a picture ({e}): give a PNG as sample.py wrote it.") from None
+        raise ImageError(f"{path} cannot be read as an image ({e}): give a PNG as sample.py wrote it.") from None

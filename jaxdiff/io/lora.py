@@ -28,10 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxdiff.io.layouts import unet_table
-from jaxdiff.io.lora_names import Layer, find, layers, written_name
-from jaxdiff.io.sources import TensorSource, open_tensors
-from jaxdiff.io.weights import WeightsError, from_torch_layout, to_torch_layout, write_tensors
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.lora_names import Layer, find_layers, layers, written_name
+from jaxdiff.io.original_layout import unet_table
+from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
+from jaxdiff.io.torch_names import from_torch_layout, to_torch_layout
 from jaxdiff.models.model import Model, param_shapes
 from jaxdiff.typing import Array, Key, Params
 
@@ -67,7 +68,7 @@ def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) 
         A tree like `params`, in its types; sums are in float32.
 
     Raises:
-        WeightsError: a layer that the parameters have not, not as many scales as LoRAs, or one that is not finite.
+        WeightsError: the parameters lack a layer, the scales are not as many as the LoRAs, or one is not finite.
     """
     loras = [loras] if isinstance(loras, Mapping) else list(loras)
     if not isinstance(scales, Sequence) and jnp.ndim(scales) == 0:
@@ -82,7 +83,7 @@ def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) 
     for lora, scale in zip(loras, scales, strict=True):
         for name, factors in lora.items():
             if name not in paths:
-                raise WeightsError(f"the LoRA changes {name}, which the model has not: read it with this model.")
+                raise WeightsError(f"the LoRA changes {name}, which the model does not have: read it with this model.")
             parts.setdefault(name, []).append((factors, scale))
     for name, changes in parts.items():
         flat[paths[name]] = _changed(flat[paths[name]], changes)
@@ -105,11 +106,11 @@ def _change(kernel: jax.Array, f: Factors) -> jax.Array:
 
 def decomposed(kernel: jax.Array, change: jax.Array, magnitude: Array) -> jax.Array:
     """What DoRA changes a kernel [..., in, out] by, at full strength: equation (2)."""
-    whole = kernel + change
-    kept = whole.ndim - 1 if magnitude.ndim == 1 else whole.ndim - 2
-    others = tuple(axis for axis in range(whole.ndim) if axis != kept)
-    norm = jnp.sqrt(jnp.sum(whole**2, others, keepdims=True))
-    return whole * (jnp.asarray(magnitude, jnp.float32) / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)) - kernel
+    changed = kernel + change
+    own_axis = changed.ndim - 1 if magnitude.ndim == 1 else changed.ndim - 2
+    others = tuple(axis for axis in range(changed.ndim) if axis != own_axis)
+    norm = jnp.sqrt(jnp.sum(changed**2, others, keepdims=True))
+    return changed * (jnp.asarray(magnitude, jnp.float32) / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)) - kernel
 
 
 def load_lora(model: Model, params: Params, paths: Any, scale: Any = 1.0) -> Params:
@@ -139,7 +140,7 @@ def read_lora(model: Model, path: str | Path) -> Lora:
     source = open_tensors(path)
     config = _adapter_config(source)
     lora = {}
-    for layer, tensors in find(source, list(layers(param_shapes(model))), unet_table(model.unet.config)):
+    for layer, tensors in find_layers(source, list(layers(param_shapes(model))), unet_table(model.unet.config)):
         down, up = (source.read(tensors[role]) for role in ("down", "up"))
         if "mid" in tensors:  # a 1x1 convolution followed by one of the kernel's size is one of that size
             first, then = (np.asarray(x, np.float32) for x in (down, source.read(tensors["mid"])))
@@ -158,7 +159,7 @@ def _magnitude(source: TensorSource, config: dict[str, Any], layer: Layer, tenso
     """A layer's magnitudes as `Factors` has them: [out, 1 …] in the file or for one an input [1, in, …]."""
     if "magnitude" not in tensors:
         if config.get(f"{layer.module}.use_dora"):
-            raise WeightsError(f"{source.path} is of the kind DoRA but lacks the magnitude of {layer.name}.")
+            raise WeightsError(f"{source.path} is a DoRA but lacks the magnitude of {layer.name}.")
         return None
     x = np.asarray(source.read(tensors["magnitude"]))
     # peft's has one an output whatever its shape, [1, out, 1, 1] for a convolution.
@@ -213,10 +214,10 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
     tensors: dict[str, np.ndarray] = {}
     for name, f in lora.items():
         if name not in known:
-            raise WeightsError(f"the LoRA changes {name}, which the model has not: save it with its own model.")
+            raise WeightsError(f"the LoRA changes {name}, which the model does not have: save it with its own model.")
         down = to_torch_layout(KERNEL, np.asarray(jax.device_get(f.down)))
         up = np.asarray(jax.device_get(f.up)).T.reshape(*f.up.shape[::-1], *(1,) * (down.ndim - 2))
-        stem = written_name(known[name], layout, double="text_encoder_2" in model.modules)
+        stem = written_name(known[name], layout, two_text_encoders="text_encoder_2" in model.modules)
         if f.magnitude is not None:
             tensors |= _written_magnitude(stem, np.asarray(jax.device_get(f.magnitude)), layout, down.ndim)
         if layout == "kohya":

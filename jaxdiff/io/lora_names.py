@@ -23,9 +23,10 @@ from typing import NamedTuple
 
 from flax.traverse_util import flatten_dict
 
-from jaxdiff.io.layouts import Table, place
-from jaxdiff.io.sources import TensorSource
-from jaxdiff.io.weights import WeightsError, tensor_name
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.original_layout import Table, place
+from jaxdiff.io.tensor_files import TensorSource
+from jaxdiff.io.torch_names import tensor_name
 from jaxdiff.typing import Params
 
 Tensors = dict[str, str]  # "down", "up", perhaps "alpha", "mid", "magnitude" -> the tensor's name in the file
@@ -90,11 +91,11 @@ def layers(params: Params) -> Iterator[Layer]:
                 yield Layer(module, f"{module}.{tensor_name(path[:-1])}", (module, *path), tuple(leaf.shape))
 
 
-def written_name(layer: Layer, layout: str, *, double: bool) -> str:
-    """What diffusers or kohya write for a layer; `double` where the model has two text encoders."""
+def written_name(layer: Layer, layout: str, *, two_text_encoders: bool) -> str:
+    """What diffusers or kohya call a layer, in a model with one or two text encoders."""
     if layout == "diffusers":
         return spellings(layer)[0]
-    return spellings(layer)[2 if double and layer.module == "text_encoder" else 1]
+    return spellings(layer)[2 if two_text_encoders and layer.module == "text_encoder" else 1]
 
 
 def spellings(layer: Layer, original: Table | None = None) -> list[str]:
@@ -124,14 +125,14 @@ def split(path: object, name: str) -> tuple[str, str]:
     """
     for pattern, kind in OTHER_KINDS.items():
         if re.search(pattern, name):
-            raise WeightsError(f"{path} is of the kind {kind} (tensor {name}); LoRA, LoCon and DoRA are read here.")
+            raise WeightsError(f"{path} is a {kind} adapter (tensor {name}): give a LoRA, LoCon or DoRA.")
     for suffix, role in SUFFIXES.items():
         if name.endswith(suffix):
             return name.removesuffix(suffix), role
-    raise WeightsError(f"{path}: tensor {name} is no part of a LoRA: is it a LoRA's file?")
+    raise WeightsError(f"{path}: tensor {name} is not part of a LoRA: is this a LoRA file?")
 
 
-def find(source: TensorSource, model: list[Layer], original: Table) -> list[tuple[Layer, Tensors]]:
+def find_layers(source: TensorSource, model: list[Layer], original: Table) -> list[tuple[Layer, Tensors]]:
     """The layers of a model that a file changes, with its tensors for each, of the right shapes.
 
     Args:
@@ -157,7 +158,7 @@ def _named(source: TensorSource, model: list[Layer], original: Table) -> list[tu
     called: dict[Layer, str] = {}
     for stem, tensors in found.items():
         if stem not in known:
-            raise _misfit(source, model, f"it changes {stem}, which the model has not")
+            raise _misfit(source, model, f"it changes {stem}, which the model does not have")
         layer = known[stem]
         if other := called.get(layer):
             raise WeightsError(f"{source.path} changes {layer.name} twice, as {other} and {stem}: keep one of them.")
@@ -273,7 +274,7 @@ def _misfit(source: TensorSource, model: list[Layer], what: str) -> WeightsError
     theirs = guess_family(source)
     if theirs is None or theirs == ours:
         return WeightsError(f"{source.path} does not fit this model: {what}.")
-    return WeightsError(f"{source.path} is a LoRA for {theirs}, this model is {ours or 'of no such family'}: {what}.")
+    return WeightsError(f"{source.path} is a LoRA for {theirs}, this model is {ours or 'of another family'}: {what}.")
 
 
 def guess_family(source: TensorSource) -> str | None:

@@ -1,25 +1,56 @@
-"""Single networks in and out: a folder of `config.json` and weights, as diffusers writes one for each network."""
+"""The parts of a diffusers folder: networks, each a folder of `config.json` and weights, and tokenizers."""
 
 import dataclasses
-import os
-import tempfile
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxdiff.config import Config, ConfigError, TinyVAEConfig, VAEConfig
-from jaxdiff.io import taesd
-from jaxdiff.io.configs import module_shapes, picture, read_config
-from jaxdiff.io.layouts import VAE_PREFIX
-from jaxdiff.io.pretrained import VAES, check_dtype, find_weights, write_json
-from jaxdiff.io.single_file import load_original_vae
-from jaxdiff.io.sources import open_tensors
-from jaxdiff.io.weights import WeightsError, load_tensors, save_tensors
-from jaxdiff.models.model import Model, autoencoder
-from jaxdiff.models.tiny_vae import AutoencoderTiny
+from jaxdiff.config import CLIPTextConfig, Config, ConfigError
+from jaxdiff.errors import WeightsError
+from jaxdiff.files import atomic_write
+from jaxdiff.io.configs import check_dtype, module_shapes, read_config
+from jaxdiff.io.tensor_files import load_tensors, save_tensors
+from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Params
 
+STEMS = {  # names of weight files: first as diffusers (unet, vae) and transformers write them, then other ones
+    "unet": ("diffusion_pytorch_model", "diffusion_flax_model"),
+    "vae": ("diffusion_pytorch_model", "diffusion_flax_model"),
+    "text_encoder": ("model", "pytorch_model", "flax_model"),
+    "text_encoder_2": ("model", "pytorch_model", "flax_model"),
+    "vision_encoder": ("model", "pytorch_model", "flax_model"),
+}
+SUFFIXES = (  # of those files, {} the variant; the first found is read
+    ".safetensors.index{}.json",
+    "{}.safetensors",
+    ".bin.index{}.json",
+    "{}.bin",
+    "{}.msgpack",
+)
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+
+
+def find_weights(folder: Path, name: str, variant: str | None = None) -> Path:
+    """The file that holds a module's weights, or the index of several such files.
+
+    Args:
+        folder: the module's.
+        name: of the module, a key of `STEMS`.
+        variant: "fp16" reads `….fp16.safetensors`; None reads files without such a word, else the only ones there are.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    for middle in (f".{variant}",) if variant else ("", ".*"):
+        for stem in STEMS[name]:
+            for suffix in SUFFIXES:
+                found = sorted(folder.glob(stem + suffix.format(middle)))
+                if found:
+                    return found[0]
+    if variant:
+        raise WeightsError(f"{folder} holds no weights of the variant {variant!r}: leave it out, or name another.")
+    raise WeightsError(f"{folder / STEMS[name][0]}.safetensors is missing: is the folder a complete diffusers folder?")
 
 
 def load_module(
@@ -40,11 +71,11 @@ def load_module(
         variant: of a folder's weights, such as "fp16".
 
     Raises:
-        ConfigError, WeightsError: one sentence naming the file and the mend.
+        ConfigError, WeightsError: one sentence that names the file and the fix.
     """
     path, dtype = Path(path), check_dtype(dtype)
     if not path.exists():
-        raise ConfigError(f"{path} is missing: give a {config_class.CLASS_NAME}'s folder or its .safetensors file.")
+        raise ConfigError(f"{path} does not exist: give a {config_class.CLASS_NAME} folder or .safetensors file.")
     file = (path if path.is_dir() else path.parent) / CONFIG
     module = module_class(read_config(file, config_class), dtype=dtype)
     shapes = module_shapes(module, inputs, file)
@@ -59,73 +90,26 @@ def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any =
     """
     folder = Path(folder)
     if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists()):
-        raise WeightsError(f"{folder} exists and is no network's folder: name another one to save to.")
+        raise WeightsError(f"{folder} exists and is not the folder of a network: save to another one.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
-            new = Path(temporary)
-            save_tensors(new / WEIGHTS, params, None if dtype is None else check_dtype(dtype))
-            write_json(new / CONFIG, module.config.to_dict())
-            for name in (WEIGHTS, CONFIG):
-                os.replace(new / name, folder / name)
+        with atomic_write(folder / CONFIG) as config, atomic_write(folder / WEIGHTS) as weights:
+            save_tensors(weights, params, None if dtype is None else check_dtype(dtype))
+            write_json(config, module.config.to_dict())
     except OSError as e:
         raise WeightsError(
             f"{folder} cannot be written ({e.strerror or e}): choose another place or free it."
         ) from None
 
 
-def load_tiny_vae(path: str | Path, *, dtype: Any = None, variant: str | None = None) -> tuple[AutoencoderTiny, Params]:
-    """A tiny autoencoder (TAESD) for previews, and its parameters.
-
-    Args:
-        path: a folder or file as `load_module` has it; or one of its author's pair of files, `taesd_encoder` and
-            `taesd_decoder`, which lie side by side as .safetensors or .pth: the config follows from their tensors.
-        dtype, variant: see `load_module`.
-
-    Raises:
-        ConfigError, WeightsError: one sentence naming the file and the mend.
-    """
-    if Path(path).is_file() and (pair := taesd.open_pair(path)):
-        config, source = pair
-        tiny = AutoencoderTiny(config, dtype=check_dtype(dtype))
-        return tiny, load_tensors(source, module_shapes(tiny, picture, source.path), tiny.dtype)
-    return load_module(path, TinyVAEConfig, AutoencoderTiny, picture, dtype, variant)
+def load_tokenizer(folder: Path, text: CLIPTextConfig | None) -> Tokenizer | None:
+    """The tokenizer of a text encoder, no longer than that reads; None where there is no encoder."""
+    if text is None:
+        return None
+    tokenizer = Tokenizer.load(folder)
+    return dataclasses.replace(tokenizer, max_length=min(tokenizer.max_length, text.max_position_embeddings))
 
 
-def load_vae(model: Model, params: Params, path: str | Path, *, variant: str | None = None) -> tuple[Model, Params]:
-    """A model with another autoencoder in the place of its own, and parameters to match; those given stay as they are.
-
-    Args:
-        path: an autoencoder's folder, or its file of weights with `config.json` beside it; a file in the original
-            layout (with or without `first_stage_model.`; a whole checkpoint too), whose latents are then taken to be
-            scaled as the model's own; or a tiny autoencoder as `load_tiny_vae` has it.
-        variant: of a folder's weights, such as "fp16".
-
-    Raises:
-        ConfigError, WeightsError: one sentence naming the file and the mend; it may be of latents that do not fit.
-    """
-    path, own, dtype = Path(path), model.vae.config, model.unet.dtype
-    if not path.exists():
-        raise ConfigError(f"{path} is missing: give an autoencoder's folder or file.")
-    vae: Any = None
-    tree: Params = {}
-    if path.is_file():
-        if taesd.open_pair(path):
-            vae, tree = load_tiny_vae(path, dtype=dtype)
-        source = open_tensors(path)
-        for prefix in (VAE_PREFIX, ""):
-            if f"{prefix}encoder.down.0.block.0.conv1.weight" in source.shapes:
-                like = own if isinstance(own, VAEConfig) else VAEConfig(scaling_factor=own.scaling_factor)
-                config, tree = load_original_vae(source, prefix, like, dtype)
-                vae = autoencoder(config, dtype, model.vae.remat)
-    if vae is None:
-        folder = path if path.is_dir() else path.parent
-        kind = type(read_config(folder / CONFIG, *VAES))
-        vae, tree = load_module(path, kind, lambda c, dtype: autoencoder(c, dtype), picture, dtype, variant)
-    found = vae.config
-    if (found.factor, found.latent_channels) != (own.factor, own.latent_channels):
-        raise ConfigError(
-            f"{path} has {found.latent_channels} latent channels, each of {found.factor} pixels, the model "
-            f"{own.latent_channels} of {own.factor}: take an autoencoder of its family."
-        )
-    return dataclasses.replace(model, vae=vae), {**params, "vae": tree}
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -20,12 +20,14 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
+from jaxdiff.errors import JaxdiffError
+
 CONVERT = "if you trust it, convert it to .safetensors with PyTorch."
-DAMAGED = "is damaged or no file of PyTorch's ({}): fetch it again."
+DAMAGED = "is damaged or not a PyTorch file ({}): fetch it again."
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # at the start of the files before PyTorch 1.6
 
 
-class PickleError(ValueError):
+class PickleError(JaxdiffError, ValueError):
     """What is wrong with a file, as the rest of a sentence that begins with its path."""
 
 
@@ -202,7 +204,7 @@ def open_pickle(path: Path) -> tuple[dict[str, list[int]], Callable[[str], np.nd
         content = content["state_dict"]
     tensors = _tensors(content)
     if not tensors:
-        raise PickleError("holds no dictionary of tensors: it is no checkpoint that can be read here.")
+        raise PickleError("holds no dictionary of tensors: it is not a checkpoint that can be read here.")
     for name, tensor in tensors.items():
         _, size = offsets.get(tensor.storage.key, (0, -1))
         if tensor.storage.size * tensor.storage.dtype.itemsize > size:
@@ -257,7 +259,7 @@ def _open_zip(path: Path) -> tuple[Any, Offsets]:
             return file.read(members[name][1])
 
     if "byteorder" in members and content("byteorder") != b"little":
-        raise PickleError(f"was written on a machine of another byte order: {CONVERT}")
+        raise PickleError(f"was written in another byte order: {CONVERT}")
     storages = {name[len("data/") :]: place for name, place in members.items() if name.startswith("data/")}
     return _Machine(io.BytesIO(content("data.pkl"))).run(), storages
 
@@ -288,7 +290,7 @@ def _open_legacy(path: Path) -> tuple[Any, Offsets]:
         if magic != MAGIC or protocol != PROTOCOL or not isinstance(system, dict):
             damaged("it does not begin as one")
         if not system.get("little_endian", True):
-            raise PickleError(f"was written on a machine of another byte order: {CONVERT}")
+            raise PickleError(f"was written in another byte order: {CONVERT}")
         machine = _Machine(data)
         sizes: dict[str, int] = {}
         load = machine.persistent_load

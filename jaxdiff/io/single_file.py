@@ -1,7 +1,7 @@
 """One-file checkpoints in the original layout of latent diffusion (`.safetensors`, `.ckpt`), in and out.
 
-The names are translated by the tables of `layouts`; configs are inferred from the tensors, or read from the file's
-metadata where jaxdiff wrote it. Loading reads tensor by tensor.
+The names are translated by the tables of `original_layout`; configs are inferred from the tensors, or read from the
+file's metadata where jaxdiff wrote it. Loading reads tensor by tensor.
 """
 
 import dataclasses
@@ -22,15 +22,24 @@ from jaxdiff.config import (
     PipelineOptions,
     SchedulerConfig,
     TinyVAEConfig,
-    UNetConfig,
     VAEConfig,
 )
-from jaxdiff.io.configs import check_drawn, making, module_shapes, picture
-from jaxdiff.io.inference import TEXTS, Shapes, detect, infer_configs, odd_shapes, text_prefixes, vae_config
-from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX, Place, Table, openclip_table, place, unet_table, vae_table
-from jaxdiff.io.pretrained import BUNDLED, check_dtype
-from jaxdiff.io.sources import TensorSource, WeightsError, open_tensors
-from jaxdiff.io.weights import load_tensors, named_tensors, tensor_name, write_tensors
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.configs import NETWORKS, as_config_error, check_channels, check_dtype, example_image, module_shapes
+from jaxdiff.io.infer_config import TEXTS, Shapes, as_weights_error, detect, infer_configs, text_prefixes, vae_config
+from jaxdiff.io.model_paths import BUNDLED
+from jaxdiff.io.original_layout import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    Place,
+    Table,
+    openclip_table,
+    place,
+    unet_table,
+    vae_table,
+)
+from jaxdiff.io.tensor_files import TensorSource, load_tensors, named_tensors, open_tensors, write_tensors
+from jaxdiff.io.torch_names import tensor_name
 from jaxdiff.models.model import Model, build, param_shapes
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.text.tokenizer import Tokenizer
@@ -38,11 +47,8 @@ from jaxdiff.typing import Params
 
 METADATA = "jaxdiff"  # key in the file's metadata
 PREFIXES = {"unet": UNET_PREFIX, "vae": VAE_PREFIX}  # of the tensors' names; the text encoders' are the family's
-CONFIGS: dict[str, type[Config]] = {
-    "text_encoder": CLIPTextConfig,
-    "text_encoder_2": CLIPTextConfig,
-    "unet": UNetConfig,
-    "vae": VAEConfig,
+METADATA_CONFIGS: dict[str, type[Config]] = {
+    **{name: cls for name, cls in NETWORKS.items() if name != "vision_encoder"},
     "scheduler": SchedulerConfig,
     "options": PipelineOptions,
     "low_res_scheduler": SchedulerConfig,
@@ -88,14 +94,14 @@ def load_single_file(
         The model and its parameters, as `load` does.
 
     Raises:
-        ConfigError, WeightsError: one sentence naming the file and, where one is missing or unknown, the tensor.
+        ConfigError, WeightsError: one sentence that names the file and any tensor that is missing or unknown.
     """
     source, dtype = open_tensors(path), check_dtype(dtype)
     family = detect(source)
     found, tokenizers = _read_metadata(source) or (infer_configs(source, family, prediction_type), {})
     if prediction_type is not None:
         found["scheduler"] = dataclasses.replace(found["scheduler"], prediction_type=prediction_type)
-    with making(f"the configs of {source.path} do not make a model"):
+    with as_config_error(f"the configs of {source.path} do not make a model"):
         for name, values in (configs or {}).items():
             found[name] = dataclasses.replace(found[name], **values)
         for name in text_prefixes(source, family):
@@ -103,7 +109,7 @@ def load_single_file(
             tokenizers.setdefault(key, clip_tokenizer(found[name]))
         model = _build(found, tokenizers, dtype, remat)
         shapes = param_shapes(model)
-    check_drawn(model, source.path)
+    check_channels(model, source.path)
     places = {
         name: _places(shapes[name], name, model.modules[name].config, prefix, source)
         for name, prefix in (PREFIXES | text_prefixes(source, family)).items()
@@ -195,11 +201,11 @@ def load_original_vae(source: TensorSource, prefix: str, like: VAEConfig, dtype:
         like: the config of the autoencoder whose place it takes: what no tensor tells is as there.
         dtype: type to hold the parameters in.
     """
-    with odd_shapes(source):
+    with as_weights_error(source):
         found = vae_config(Shapes(source, prefix), "sd1")
     untold = ("act_fn", "norm_num_groups", "sample_size", "scaling_factor", "shift_factor", "force_upcast")
     config = dataclasses.replace(found, **{name: getattr(like, name) for name in untold})
-    shapes = module_shapes(AutoencoderKL(config), picture, source.path)
+    shapes = module_shapes(AutoencoderKL(config), example_image, source.path)
     return config, load_tensors(_renamed(source, _places(shapes, "vae", config, prefix, source)), shapes, dtype)
 
 
@@ -218,13 +224,13 @@ def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any 
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise WeightsError(f"{path} does not end in .safetensors, the one format written here: name it so.")
+        raise WeightsError(f"{path} does not end in .safetensors, the only format written: rename it.")
     if model.controlnets:
-        raise WeightsError("One file has no place for ControlNets: save a folder, or leave them out of params.")
+        raise WeightsError("A single file cannot hold ControlNets: save a folder, or leave them out of params.")
     if isinstance(model.vae.config, TinyVAEConfig):
-        raise WeightsError("One file has no place for a tiny autoencoder: save a folder, or load a large one first.")
+        raise WeightsError("A single file cannot hold a tiny autoencoder: save a folder, or load a large one first.")
     if model.vision_encoder is not None:
-        raise WeightsError("One file has no place for a vision encoder: save a folder, or the model without it.")
+        raise WeightsError("A single file cannot hold a vision encoder: save a folder, or the model without it.")
     dtype, tensors = None if dtype is None else check_dtype(dtype), {}
     texts = TEXTS["sd2" if model.family == "upscaler" else model.family]
     for name, prefix in (PREFIXES | texts).items():
@@ -263,7 +269,7 @@ def _read_metadata(source: TensorSource) -> tuple[dict[str, Any], dict[str, Toke
         return None
     try:
         values = json.loads(source.metadata[METADATA])
-        configs: dict[str, Any] = {n: cls.from_dict(values[n]) for n, cls in CONFIGS.items() if n in values}
+        configs: dict[str, Any] = {n: cls.from_dict(values[n]) for n, cls in METADATA_CONFIGS.items() if n in values}
         low_res = configs.pop("low_res_scheduler", None)
         configs["options"] = dataclasses.replace(configs["options"], low_res_scheduler=low_res)
         tokenizers = {n: _tokenizer(values[n]) for n in ("tokenizer", "tokenizer_2") if n in values}

@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from jaxdiff.config import TinyVAEConfig
-from jaxdiff.io.inference import Shapes, odd_shapes
-from jaxdiff.io.sources import TensorSource, open_tensors
-from jaxdiff.io.weights import WeightsError
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.infer_config import Shapes, as_weights_error
+from jaxdiff.io.tensor_files import TensorSource, open_tensors
 
 FIRST = {"encoder": 0, "decoder": 1}  # the number of each one's first convolution
 
@@ -30,12 +30,13 @@ def open_pair(path: str | Path) -> tuple[TinyVAEConfig, TensorSource] | None:
     other = "decoder" if side == "encoder" else "encoder"
     beside = path.with_name(path.name.replace(side, other))
     if side not in path.name or not beside.is_file():
-        raise WeightsError(f"{path} is the {side} of a tiny autoencoder: put the {other} beside it, named alike.")
+        raise WeightsError(
+            f"{path} is the {side} of a tiny autoencoder: put the {other} beside it, with {other!r} in its name "
+            f"in place of {side!r}."
+        )
     sources = {side: source, other: open_tensors(beside)}
     if not numbered(sources[other]):
-        raise WeightsError(
-            f"{beside} is no {other} of a tiny autoencoder, as {path} beside it needs one: fetch it again."
-        )
+        raise WeightsError(f"{beside} is not the {other} of a tiny autoencoder that {path} needs: fetch it again.")
     names = {  # diffusers' -> (which file, its name there)
         f"{part}.layers.{int(number) - FIRST[part]}.{rest}": (part, name)
         for part in FIRST
@@ -44,7 +45,7 @@ def open_pair(path: str | Path) -> tuple[TinyVAEConfig, TensorSource] | None:
     }
     shapes = {ours: sources[part].shapes[name] for ours, (part, name) in names.items()}
     merged = TensorSource(path, shapes, lambda ours: sources[names[ours][0]].read(names[ours][1]))
-    with odd_shapes(merged):
+    with as_weights_error(merged):
         return infer_config(merged), merged
 
 

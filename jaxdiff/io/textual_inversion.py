@@ -1,4 +1,4 @@
-"""Words whose embeddings were learned (Gal et al. 2022, arXiv:2208.01618): from files into a model, and out of it.
+"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): tokens with learned embeddings, in and out of files.
 
 A file holds one vector or several for each word. The tokenizer learns a new token a vector (`<cat>`, `<cat>_1`, …),
 the text encoder's table gets the vectors as new rows, and `<cat>` in a prompt stands for all of them.
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.config import ConfigError
-from jaxdiff.io.pretrained import replace_config
-from jaxdiff.io.sources import TensorSource, open_tensors
-from jaxdiff.io.weights import WeightsError, write_tensors
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.configs import replace_config
+from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
 
@@ -55,7 +55,7 @@ def read_textual_inversion(model: Model, path: str | Path, token: str | None = N
         tensors = {token or path.stem: {encoder: name for encoder, name in SDXL_NAMES.items() if name in names}}
     else:
         if token is not None and len(names) > 1:
-            raise WeightsError(f"{path} holds {len(names)} tokens, which one name cannot replace: leave `token` out.")
+            raise WeightsError(f"{path} holds {len(names)} tokens, but `token` names only one: leave `token` out.")
         only = wanted[0] if len(wanted) == 1 else "text_encoder"
         tensors = {token or _token(path, name): {only: name} for name in names}
     for word, parts in tensors.items():
@@ -76,7 +76,7 @@ def _vectors(model: Model, source: TensorSource, encoder: str, name: str) -> np.
     if len(shape) not in (1, 2) or 0 in shape or shape[-1] != width:
         raise WeightsError(
             f"{source.path}: {name} has shape {shape}, where vectors of this model's {encoder} have {width} values: "
-            "it is no textual inversion, or one for another family."
+            "it is not a textual inversion, or is one for another family."
         )
     return np.asarray(source.read(name)).reshape(-1, width)
 

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxdiff.errors import JaxdiffError
 
-class PromptError(ValueError):
+
+class PromptError(JaxdiffError, ValueError):
     """A prompt, or a file of prompts, styles or wildcards, that cannot be used."""
 
 

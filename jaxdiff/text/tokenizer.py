@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from jaxdiff.config import ConfigError, read_json
+from jaxdiff.files import atomic_write
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 DEFAULT_LENGTH = 77  # tokens: what every published CLIP text encoder takes
@@ -69,9 +70,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
             if name in self.files:
-                partial = folder / f"{name}.tmp-{os.getpid()}"
-                partial.write_bytes(self.files[name])
-                partial.replace(folder / name)
+                with atomic_write(folder / name) as temporary:
+                    temporary.write_bytes(self.files[name])
             else:  # a leftover of another tokenizer would be read together with these
                 (folder / name).unlink(missing_ok=True)
 

@@ -27,8 +27,7 @@ import optax
 
 from jaxdiff import parallel
 from jaxdiff.config import ConfigError
-from jaxdiff.io.sources import open_tensors
-from jaxdiff.io.weights import write_tensors
+from jaxdiff.io.tensor_files import open_tensors, write_tensors
 from jaxdiff.typing import Array, Params
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from jaxdiff.config import ConfigError, VAEConfig
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
-from jaxdiff.io import inference
-from jaxdiff.io.pretrained import replace_config
-from jaxdiff.models.model import Conditioning, Model, apply, encode
+from jaxdiff.io import infer_config
+from jaxdiff.io.configs import replace_config
+from jaxdiff.models.conditioning import Conditioning
+from jaxdiff.models.model import Model, apply, encode
 from jaxdiff.training.stages import Network, each, folded, plain_network
 from jaxdiff.training.state import Batch
 from jaxdiff.typing import Array, Key, Params
@@ -161,10 +162,10 @@ def upscaler_model(model: Model, params: Params) -> tuple[Model, Params]:
 
     Latents are scaled as the published x4 upscaler's are, whose factor PyTorch's pipeline puts into any other.
     """
-    model, params = rescaled(model, params, inference.SCALING["upscaler"])
+    model, params = rescaled(model, params, infer_config.SCALING["upscaler"])
     model, params = extended(model, params, model.vae.config.latent_channels + 3)
     if model.options.low_res_scheduler is None:
-        process = inference.pipeline_options("upscaler").low_res_scheduler
+        process = infer_config.pipeline_options("upscaler").low_res_scheduler
         options = dataclasses.replace(model.options, low_res_scheduler=process)
         model = dataclasses.replace(model, options=options)
     if model.unet.config.num_class_embeds is None:

@@ -17,9 +17,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxdiff import parallel
+from jaxdiff.errors import JaxdiffError
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.training.ema import Snapshots
-from jaxdiff.training.optimizer import check_rates
+from jaxdiff.training.optimizer import check_rates, optimizer
 from jaxdiff.training.report import Report
 from jaxdiff.training.speed import Speed, flops, peak_flops
 from jaxdiff.training.state import (
@@ -33,13 +34,12 @@ from jaxdiff.training.state import (
     init_state,
     kept,
     make_train_step,
-    optimizer,
 )
 from jaxdiff.training.trackers import JsonLines, Pictures, TensorBoard, Tracker
 from jaxdiff.typing import Array, Params
 
 
-class TrainingError(RuntimeError):
+class TrainingError(JaxdiffError, RuntimeError):
     """Training cannot go on."""
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from jaxdiff.config import ConfigError
 from jaxdiff.data.folder import PICTURES, pictures
 from jaxdiff.data.pipeline import CaptionedData, Stream
+from jaxdiff.files import atomic_write, write_text
 from jaxdiff.io.lora import Factors, Lora, init_lora, merge_lora
 from jaxdiff.io.textual_inversion import TABLE, TOKENIZERS, encoders, extend
 from jaxdiff.models.model import Model
@@ -111,12 +111,9 @@ def captioned(path: str | Path, captions: Sequence[str], folder: Path) -> Path:
         raise ConfigError(f"The folder {path} holds no picture ({', '.join(PICTURES)}).")
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"file_name": f"pictures/{name}", "text": list(captions)}) + "\n" for name in names]
-    unique = uuid.uuid4().hex  # hosts may be containers, whose processes have the same numbers
-    link, metadata = folder / f"pictures.{unique}", folder / f"metadata.jsonl.{unique}"
-    link.symlink_to(path)
-    link.replace(folder / "pictures")
-    metadata.write_text("".join(lines), encoding="utf-8")
-    metadata.replace(folder / "metadata.jsonl")
+    with atomic_write(folder / "pictures") as link:
+        link.symlink_to(path)
+    write_text(folder / "metadata.jsonl", "".join(lines))
     return folder
 
 

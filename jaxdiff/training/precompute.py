@@ -7,7 +7,6 @@ call goes on where it was killed. `jaxdiff.data.captioned` reads the folder.
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.folder import Decode
 from jaxdiff.data.latents import INFO, LatentShards
 from jaxdiff.data.source import Source
+from jaxdiff.files import write_text
 from jaxdiff.models.model import Model, encode, encode_text
 from jaxdiff.text.chunks import Tokens
 from jaxdiff.training.stages import TOKENS, prepare_pairs
@@ -209,10 +209,8 @@ def _check_same(folder: Path, mark: str) -> None:
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(values), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(values))
     except OSError as e:
         raise ConfigError(f"{path} cannot be written ({e.strerror}).") from None

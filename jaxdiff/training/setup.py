@@ -15,9 +15,12 @@ from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
 from jaxdiff.data.captioned import open_source
 from jaxdiff.data.filters import scan
 from jaxdiff.data.source import Source
-from jaxdiff.io.configs import read_config
-from jaxdiff.io.pretrained import CONFIGS, VAES, find, find_weights, load, load_model, replace_config
-from jaxdiff.io.weights import load_tensors
+from jaxdiff.io.configs import NETWORKS, VAES, read_config, replace_config
+from jaxdiff.io.diffusers_folder import load_model
+from jaxdiff.io.model_paths import find
+from jaxdiff.io.modules import find_weights
+from jaxdiff.io.pretrained import load
+from jaxdiff.io.tensor_files import load_tensors
 from jaxdiff.models.model import Model, autoencoder, build, encode, init_params, param_shapes
 from jaxdiff.text.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Key, Params
@@ -88,7 +91,7 @@ def _described(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, d
         folder, whole = given.pop("model")
         given = {**{name: (folder / name, whole) for name in whole.modules}, **given}
         scheduler = whole.scheduler
-    configs: dict[str, Any] = {name: CONFIGS[name].from_dict(dict(sizes[name])) for name in PARTS if name in sizes}
+    configs: dict[str, Any] = {name: NETWORKS[name].from_dict(dict(sizes[name])) for name in PARTS if name in sizes}
     configs.update({name: source.modules[name].config for name, (_, source) in given.items()})
     if missing := [name for name in ("text_encoder", "unet", "vae") if name not in configs]:
         raise ConfigError(f"The config gives neither model.{missing[0]} nor init_from.{missing[0]}.")

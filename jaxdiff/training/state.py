@@ -11,6 +11,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff import parallel
+from jaxdiff.errors import JaxdiffError
 from jaxdiff.training.optimizer import MOMENTS, OPTIMIZERS, SCHEDULES, learning_rate, optimizer
 from jaxdiff.typing import Array, Key, Params
 
@@ -22,7 +23,7 @@ Dtypes = Mapping[str, Any]  # types that networks compute in, by the keys of the
 AS_KEPT: Dtypes = MappingProxyType({})
 
 
-class OptionsError(ValueError):
+class OptionsError(JaxdiffError, ValueError):
     """Options of training that do not fit each other or the devices."""
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxdiff.config import ConfigError
+from jaxdiff.files import write_text
 from jaxdiff.training.workdir import WorkdirError
 
 
@@ -67,9 +67,7 @@ class JsonLines:
                         kept.append(line + "\n")
                 except (ValueError, LookupError, TypeError):
                     continue
-        partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

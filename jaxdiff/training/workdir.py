@@ -16,6 +16,8 @@ from absl import logging
 
 from jaxdiff.data.captioned import source_files
 from jaxdiff.data.folder import METADATA, pictures
+from jaxdiff.errors import JaxdiffError
+from jaxdiff.files import write_text
 
 PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Settings that change nothing of what is learnt, or only how it is divided; a name stands for all below it.
@@ -27,7 +29,7 @@ CONTRASTIVE = "clip"  # the stage that `accumulate` is not free for: its negativ
 MAX_SIZES = 10_000  # files whose size is looked at
 
 
-class WorkdirError(ValueError):
+class WorkdirError(JaxdiffError, ValueError):
     """A workdir that is in use, cannot be written to, or belongs to another config."""
 
 
@@ -147,10 +149,8 @@ def settle(
             logging.warning("The run goes on with other versions than before: %s.", "; ".join(others))
     if not write:
         return
-    partial = folder / f"run.json.tmp-{os.getpid()}"
     try:
-        partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(now, indent=2) + "\n")
     except OSError as e:
         raise WorkdirError(f"{path} cannot be written ({e.strerror or e}): choose another workdir.") from None
 

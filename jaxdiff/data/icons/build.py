@@ -19,6 +19,7 @@ from jaxdiff.data.icons.lexicon import Lexicon
 from jaxdiff.data.icons.plan import Picture, pictures
 from jaxdiff.data.icons.sources import PAINTINGS, SILHOUETTE, WORDS_PACKAGE, WORDS_VERSION, Source
 from jaxdiff.data.icons.splits import SPLITS
+from jaxdiff.files import write_text
 
 RECIPE = 1  # raised whenever the same drawing gives other pixels, so that old and new ones never mix
 
@@ -57,7 +58,7 @@ def build(
     for split in SPLITS:
         _write_metadata(out / split, [picture for picture in made if picture.split == split])
     used = [source for source in sources if any(drawing.source == source for drawing in drawings)]
-    write_atomically(out / "LICENSES.md", licenses(used, made))
+    write_text(out / "LICENSES.md", licenses(used, made))
     return Counter(picture.split for picture in made)
 
 
@@ -71,7 +72,7 @@ def _claim(out: Path, size: int) -> None:
         raise BuildError(f"--out {out} cannot be used ({error}): give another folder.") from error
     if theirs != mine:
         raise BuildError(f"--out {out} holds a set built with {theirs}, not {mine}: delete it or give another folder.")
-    write_atomically(marker, json.dumps(mine) + "\n")
+    write_text(marker, json.dumps(mine) + "\n")
 
 
 def _fetch(source: Source, cache: Path) -> Path:
@@ -115,14 +116,7 @@ def _draw(jobs: list[render.Job], processes: int) -> None:
 def _write_metadata(folder: Path, found: list[Picture]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(picture.row(), ensure_ascii=False) for picture in found]
-    write_atomically(folder / "metadata.jsonl", "".join(f"{line}\n" for line in lines))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(folder / "metadata.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 def licenses(sources: Sequence[Source], made: Sequence[Picture]) -> str:

@@ -7,8 +7,10 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from jaxdiff.errors import JaxdiffError
 
-class BuildError(RuntimeError):
+
+class BuildError(JaxdiffError, RuntimeError):
     """A failure that one sentence explains."""
 
 

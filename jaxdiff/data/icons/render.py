@@ -1,7 +1,6 @@
 """From a drawing to pixels on disk. Runs in worker processes: everything that crosses over is plain data."""
 
 import io
-import os
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from PIL import Image
 from jaxdiff.data.icons.drawings import MARGIN
 from jaxdiff.data.icons.filters import FILTERS, Pixels, fill, tint
 from jaxdiff.data.icons.sources import COLORS
+from jaxdiff.files import atomic_write
 
 
 class Output(NamedTuple):
@@ -126,9 +126,7 @@ def _applied(pixels: Pixels, output: Output) -> Pixels | None:
 def save(image: Pixels, path: Path) -> None:
     """Write lossless WebP under a temporary name, then rename it; without the alpha channel where all is opaque."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     opaque = image[..., 3].min() == 255
-    Image.fromarray(np.ascontiguousarray(image[..., :3] if opaque else image)).save(
-        temporary, "WEBP", lossless=True, method=4
-    )
-    temporary.replace(path)
+    drawing = Image.fromarray(np.ascontiguousarray(image[..., :3] if opaque else image))
+    with atomic_write(path) as temporary:
+        drawing.save(temporary, "WEBP", lossless=True, method=4)

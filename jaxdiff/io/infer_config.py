@@ -1,7 +1,7 @@
 """The configs of a checkpoint that has none: sizes from its tensors' shapes, the rest from what was published.
 
-What no shape tells (the number of heads, activations, the noise schedule) is as in the Stable Diffusion that the
-checkpoint is built like.
+What shapes do not tell (the number of heads, activations, the noise schedule) is taken from the published Stable
+Diffusion model of the same family.
 """
 
 import contextlib
@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxdiff.config import CLIPTextConfig, PipelineOptions, SchedulerConfig, UNetConfig, VAEConfig
-from jaxdiff.io.layouts import UNET_PREFIX, VAE_PREFIX
-from jaxdiff.io.sources import TensorSource, WeightsError
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
+from jaxdiff.io.tensor_files import TensorSource
 
 # family -> where its text encoders stand: text_encoder, text_encoder_2
 TEXTS: dict[str, dict[str, str]] = {
@@ -77,17 +78,17 @@ class Shapes(dict[str, list[int]]):
 
 
 @contextlib.contextmanager
-def odd_shapes(source: TensorSource) -> Iterator[None]:
-    """Turns what shapes that make no network raise into a WeightsError naming the file."""
+def as_weights_error(source: TensorSource) -> Iterator[None]:
+    """Turn the errors that impossible shapes raise into a WeightsError that names the file."""
     try:
         yield
     except (IndexError, ZeroDivisionError, ValueError) as e:
         if isinstance(e, WeightsError):
             raise
-        raise WeightsError(f"{source.path} has tensors of odd shapes ({e}): fetch it again.") from None
+        raise WeightsError(f"{source.path} has tensors of unexpected shapes ({e}): fetch it again.") from None
 
 
-PARTS = {  # what a file that is no whole checkpoint may hold: how its names begin -> what that is, and how it is used
+OTHER_FILES = {  # how the names in a file that is not a complete checkpoint begin -> what it is, and how it is used
     "encoder.conv_in.": "an autoencoder alone: load a model, then give the file to jaxdiff.load_vae",
     "lora_": "a LoRA: load a model, then give the file to jaxdiff.load_lora",
     "control_model.": "a ControlNet: give it to jaxdiff.load_controlnet",
@@ -100,13 +101,13 @@ def detect(source: TensorSource) -> str:
     """The family of a one-file checkpoint by its tensors' names, as `Model.family` calls it.
 
     Raises:
-        WeightsError: it is no whole checkpoint; the sentence says what it seems to be.
+        WeightsError: it is not a complete checkpoint; the sentence says what it seems to be.
     """
     shapes = source.shapes
     has_unet, has_vae = (any(n.startswith(p) for n in shapes) for p in (UNET_PREFIX, VAE_PREFIX))
     if not has_unet:
         names = [n.removeprefix(VAE_PREFIX) for n in shapes]
-        for start, what in PARTS.items():
+        for start, what in OTHER_FILES.items():
             if any(n.startswith(start) for n in names):
                 raise WeightsError(f"{source.path} holds {what}.")
     for family, texts in TEXTS.items():
@@ -151,7 +152,7 @@ def infer_configs(source: TensorSource, family: str, prediction_type: str | None
     Raises:
         WeightsError: a tensor is missing or has the wrong number of axes.
     """
-    with odd_shapes(source):
+    with as_weights_error(source):
         configs: dict[str, Any] = {
             name: text_config(Shapes(source, prefix), openclip=prefix.endswith(".model."), project=name.endswith("2"))
             for name, prefix in text_prefixes(source, family).items()

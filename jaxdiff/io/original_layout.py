@@ -1,7 +1,7 @@
 """The original layout of latent diffusion's one-file checkpoints <-> the names of diffusers and transformers.
 
 A one-file checkpoint holds the tensors of all networks under the names of the programs that trained them: the UNet's
-blocks counted through (`input_blocks.4.1`: block 4, its second part), where diffusers counts them by level
+blocks numbered consecutively (`input_blocks.4.1`: block 4, its second part), where diffusers counts them by level
 (`down_blocks.1.attentions.0`). Each function here gives one network's table of (ours, theirs), in which a name stands
 for everything that begins with it, and the longest one that fits holds. Reading a table from left to right is saving,
 from right to left loading.

@@ -1,0 +1,66 @@
+"""Image files in: the one reader, of training, evaluation and drawing."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from jaxdiff.errors import ImageError
+
+WHITE = (255, 255, 255)
+# Pillow's bound: a small file may claim an image that fills the memory.
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
+# What Pillow may read: some of its other formats start programs (Ghostscript).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+def open_image(file: str | Path | bytes, min_side: int | None = None) -> Image.Image:
+    """An image as RGB, or RGBA when it has transparency; upright by its EXIF orientation, 8 bits a channel.
+
+    16-bit greys are scaled to 8 bits; floating-point greys must be in [0, 1] and are scaled too.
+
+    Args:
+        file: a PNG, JPEG, WebP, GIF, BMP or TIFF file, or its bytes; of an animation the first frame is read.
+        min_side: pixels wanted of each side: a much larger JPEG is read at a half, quarter or eighth of its size.
+
+    Raises:
+        ImageError: the image is larger than `MAX_PIXELS`, or of floating-point greys outside of [0, 1].
+        Exception: whatever Pillow raises on a damaged or missing file: OSError, SyntaxError, struct.error, …
+    """
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
+        if min_side:
+            image.draft(None, (2 * min_side, 2 * min_side))
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F":
+            return Image.fromarray(to_uint8(np.asarray(image))).convert("RGB")
+        if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255 instead of scaling
+            return Image.fromarray(to_uint8(np.clip(np.asarray(image) / 65535, 0, 1))).convert("RGB")
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def on_background(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """An RGB or RGBA image as RGB, with transparency laid over a color."""
+    if image.mode == "RGB":
+        return image
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] as bytes: round(255 x). Bytes stay as they are. Others raise ImageError.
+
+    >>> to_uint8(np.array([0.0, 0.5, 1.0])), to_uint8(np.array([7], np.uint8))
+    (array([  0, 128, 255], dtype=uint8), array([7], dtype=uint8))
+    """
+    image = np.asarray(image)
+    if image.dtype == np.uint8:
+        return image
+    levels = np.round(255 * image.astype(np.float64))
+    if not (levels.min() >= 0 and levels.max() <= 255):  # true of not-a-number too
+        found = f"{image.dtype} from {image.min():g} to {image.max():g}"
+        raise ImageError(f"its values are {found}, and must be uint8 or from 0 to 1")
+    return levels.astype(np.uint8)

@@ -1,0 +1,16 @@
+"""The base class of the package's own errors, and those that several of its folders raise.
+
+The message of each is one sentence: what is wrong with which file or argument, and how to mend it.
+"""
+
+
+class JaxdiffError(Exception):
+    """Base class of the package's own errors."""
+
+
+class WeightsError(JaxdiffError, ValueError):
+    """Weights that are missing, unreadable, or do not fit the model's configuration."""
+
+
+class ImageError(JaxdiffError, ValueError):
+    """An image that is missing, unreadable, or cannot be written."""

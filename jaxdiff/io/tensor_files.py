@@ -1,0 +1,228 @@
+"""Files of tensors, whatever their format: names, shapes, and a function that reads one tensor.
+
+Every source speaks of PyTorch's names and layouts, which `torch_names` translates. Nothing is read before it is asked
+for. Each read maps the file into memory anew, so that pages already copied leave memory at once.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax.serialization import msgpack_restore
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxdiff.config import read_json
+from jaxdiff.errors import WeightsError
+from jaxdiff.files import atomic_write
+from jaxdiff.io.pickles import PickleError, open_pickle
+from jaxdiff.io.torch_names import current_name, flax_name, from_torch_layout, tensor_name, to_torch_layout
+from jaxdiff.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSource:
+    """The tensors of a file, or of the shards that an index names."""
+
+    path: Path
+    shapes: dict[str, list[int]]  # by the tensors' names in the file
+    read: Callable[[str], np.ndarray]  # may be a view into the mapped file: copy what is to stay
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)  # of a safetensors file
+
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+IGNORED = ("position_ids",)  # buffers that older files carry as if they were weights
+SUFFIXES = (".safetensors", *PICKLES, ".msgpack")  # in the order of preference
+
+
+def open_tensors(path: str | Path) -> TensorSource:
+    """Open a file of tensors without reading them.
+
+    Args:
+        path: `.safetensors`; `.bin`, `.ckpt`, `.pt` or `.pth` of PyTorch, out of which tensors alone are read and no
+            code ever runs; `.msgpack` of Flax; or the `.index.json` of a file in shards.
+
+    Raises:
+        WeightsError, ConfigError: the file is missing, damaged, of another format, or holds more than tensors.
+    """
+    path = Path(path)
+    opener = OPENERS.get(path.suffix.lower())
+    if opener is None:
+        known = ", ".join(OPENERS)
+        raise WeightsError(f"{path} is in no format known here ({known}): convert it to .safetensors.")
+    try:
+        return opener(path)
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist: check the path, or fetch the model again.") from None
+    except OSError as e:
+        raise WeightsError(f"{path} cannot be read ({e.strerror or e}): fetch it again.") from None
+
+
+def _open_safetensors(path: Path) -> TensorSource:
+    def opened(action: Callable) -> Any:
+        try:
+            with safe_open(path, framework="np") as file:
+                return action(file)
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError, TypeError, AttributeError) as e:  # the last two: numbers that numpy lacks
+            raise WeightsError(f"{path} is damaged or not a safetensors file ({e}): fetch it again.") from None
+
+    def described(file: Any) -> dict[str, tuple[list[int], str]]:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
+
+    tensors = opened(described)
+
+    def read(name: str) -> np.ndarray:
+        shape, kind = tensors[name]
+        if kind in EIGHT_BITS:
+            return _read_eight_bits(path, name, shape, EIGHT_BITS[kind])
+        return opened(lambda file: file.get_tensor(name))
+
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    return TensorSource(path, shapes, read, opened(lambda file: file.metadata()) or {})
+
+
+EIGHT_BITS = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}  # which safetensors' numpy side lacks
+
+
+def _read_eight_bits(path: Path, name: str, shape: list[int], dtype: Any) -> np.ndarray:
+    """A tensor of 8-bit floats, from a file whose header safetensors has checked."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[name]["data_offsets"]
+    if begin == end:
+        return np.empty(shape, dtype)
+    return np.memmap(path, np.uint8, "r", 8 + length + begin, (end - begin,)).view(dtype).reshape(shape)
+
+
+def _open_index(path: Path) -> TensorSource:
+    """A file in shards: the index says which tensor is in which of the files beside it."""
+    places = read_json(path).get("weight_map")
+    again = "download or save it again."
+    if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+        raise WeightsError(f"{path} has no weight_map from tensors to files: {again}")
+    sources = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file or not file.endswith(SUFFIXES):
+            raise WeightsError(f"{path} names {file!r}, which is not a weights file beside it: {again}")
+        sources[file] = open_tensors(path.parent / file)
+    for name, file in places.items():
+        if name not in sources[file].shapes:
+            raise WeightsError(f"{path} places the tensor {name} in {file}, which lacks it: {again}")
+    shapes = {name: sources[file].shapes[name] for name, file in places.items()}
+    return TensorSource(path, shapes, lambda name: sources[places[name]].read(name))
+
+
+def _open_flax(path: Path) -> TensorSource:
+    """A file of Hugging Face's former Flax models, under PyTorch's names and in its layouts."""
+    try:
+        leaves = flatten_dict(msgpack_restore(path.read_bytes()))
+        tensors = {flax_name(keys): to_torch_layout(keys, np.asarray(leaf)) for keys, leaf in leaves.items()}
+    except OSError:
+        raise
+    except Exception as e:  # whatever msgpack, numpy or flax raise on bytes that are none
+        raise WeightsError(f"{path} is damaged or not a Flax file ({e}): fetch it again.") from None
+    return TensorSource(path, {name: list(x.shape) for name, x in tensors.items()}, tensors.__getitem__)
+
+
+def _open_pickle(path: Path) -> TensorSource:
+    try:
+        shapes, read = open_pickle(path)
+    except PickleError as e:
+        raise WeightsError(f"{path} {e}") from None
+    return TensorSource(path, shapes, read)
+
+
+OPENERS: dict[str, Callable[[Path], TensorSource]] = {
+    ".safetensors": _open_safetensors,
+    ".json": _open_index,
+    ".msgpack": _open_flax,
+    **dict.fromkeys(PICKLES, _open_pickle),
+}
+
+
+def load_tensors(path: Path | TensorSource, target: Params, dtype: Any) -> Params:
+    """Read a file of PyTorch's weights into the tree `target` (of arrays or shapes).
+
+    Args:
+        path: a file of any format that `open_tensors` knows, or what it returned.
+        target: the tree expected, as `param_shapes` gives it for one module.
+        dtype: type of the parameters returned.
+
+    Returns:
+        A tree like `target` of arrays on the default device.
+
+    Raises:
+        WeightsError: the file is missing or damaged, lacks a tensor, has one too many, or one of another shape.
+    """
+    source = path if isinstance(path, TensorSource) else open_tensors(path)
+    path, shapes = source.path, source.shapes
+    names = {current_name(name): name for name in shapes if not name.endswith(IGNORED)}
+    params = {}
+    for leaf_path, leaf in flatten_dict(target).items():
+        name = tensor_name(leaf_path)
+        if name not in names:
+            raise WeightsError(
+                f"{path} lacks the tensor {name} that its config.json calls for: do the two belong together?"
+            )
+        expected = to_torch_layout(leaf_path, np.broadcast_to(0, leaf.shape)).shape
+        found = tuple(shapes[names[name]])
+        if found != expected:
+            raise WeightsError(
+                f"{path}: tensor {name} has shape {list(found)}, its config.json calls for {list(expected)}: "
+                "the config and the weights are of different models."
+            )
+        x = source.read(names.pop(name))
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise WeightsError(
+                f"{path}: tensor {name} holds {x.dtype}, not floating-point numbers: it is quantised or damaged."
+            )
+        x = from_torch_layout(leaf_path, x)
+        # A copy, since the file may change later; device_put compiles nothing, which jnp.asarray does for each shape.
+        params[leaf_path] = jax.device_put(np.array(x, dtype=dtype, order="C"))
+    if names:
+        raise WeightsError(
+            f"{path} holds {len(names)} tensors that its config.json has no place for, first {min(names)}."
+        )
+    return unflatten_dict(params)
+
+
+def named_tensors(params: Params, dtype: Any = None, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters by their PyTorch names and in PyTorch's layouts; `prefix` is that of a CLIP model's own names."""
+    for path, leaf in flatten_dict(params).items():
+        x, name = to_torch_layout(path, np.asarray(jax.device_get(leaf))), tensor_name(path)
+        yield (
+            name if path[0] == "text_projection" else prefix + name,
+            np.ascontiguousarray(x if dtype is None else x.astype(dtype)),
+        )
+
+
+def save_tensors(path: Path, params: Params, dtype: Any = None, prefix: str = "") -> None:
+    """Write one module's parameters as a safetensors file that PyTorch diffusers reads; whole or not at all."""
+    _write(path, dict(named_tensors(params, dtype, prefix)))
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all. Raises WeightsError: it cannot be written."""
+    try:
+        _write(path, {name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
+    except OSError as e:
+        raise WeightsError(f"{path} cannot be written ({e.strerror or e}): choose another place or free it.") from None
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata or {"format": "pt"})  # one key: several come in any order
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read

@@ -1,0 +1,105 @@
+"""Paths of parameters <-> the names and layouts of PyTorch's tensors.
+
+Modules have the names of diffusers and transformers, so one rule maps every tensor: the parts of the path are joined by
+dots, lists are numbered (`resnets_0` -> `resnets.0`), PART_NAMES holds the parts that span several PyTorch modules, and
+`weight` is what Flax calls kernel, scale or embedding. Layouts differ in two places: convolution kernels are
+[H, W, in, out] here and [out, in, H, W] there, dense kernels [in, out] here and [out, in] there.
+"""
+
+import numpy as np
+
+LISTS = (
+    "attentions",
+    "blocks",
+    "controlnet_down_blocks",
+    "down_blocks",
+    "downsamplers",
+    "layers",
+    "resnets",
+    "transformer_blocks",
+    "up_blocks",
+    "upsamplers",
+)
+PART_NAMES = {  # our part of a path -> PyTorch's
+    "to_out_0": "to_out.0",
+    "net_0_proj": "net.0.proj",
+    "net_2": "net.2",
+    "conv_0": "conv.0",
+    "conv_2": "conv.2",
+    "conv_4": "conv.4",
+    "mlp_fc1": "mlp.fc1",
+    "mlp_fc2": "mlp.fc2",
+    "self_attn_q_proj": "self_attn.q_proj",
+    "self_attn_k_proj": "self_attn.k_proj",
+    "self_attn_v_proj": "self_attn.v_proj",
+    "self_attn_out_proj": "self_attn.out_proj",
+    "embeddings_token_embedding": "embeddings.token_embedding",
+    "embeddings_position_embedding": "embeddings.position_embedding",
+    "embeddings_patch_embedding": "embeddings.patch_embedding",
+    "embeddings_class_embedding": "embeddings.class_embedding",
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+}
+OLD_NAMES = {  # names in older files -> today's
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}
+# transformers puts these before every name but the projection's, in some versions and not in others.
+PREFIXES = ("text_model.", "vision_model.")
+
+
+def tensor_name(path: tuple[str, ...]) -> str:
+    """The PyTorch name of a parameter.
+
+    >>> tensor_name(("down_blocks_0", "attentions_1", "transformer_blocks_0", "attn1", "to_out_0", "kernel"))
+    'down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0.weight'
+    """
+    parts = []
+    for part in path:
+        stem, _, number = part.rpartition("_")
+        parts.append(f"{stem}.{number}" if stem in LISTS else PART_NAMES.get(part, part))
+    return ".".join(parts)
+
+
+def current_name(name: str) -> str:
+    """A tensor's name in a file, without the prefixes and old words that only some versions write.
+
+    >>> current_name("text_model.final_layer_norm.bias"), current_name("decoder.mid_block.attentions.0.query.bias")
+    ('final_layer_norm.bias', 'decoder.mid_block.attentions.0.to_q.bias')
+    """
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
+
+
+def flax_name(keys: tuple[str, ...]) -> str:
+    """The PyTorch name of a tensor in a file of Hugging Face's former Flax models.
+
+    >>> flax_name(("down_blocks_0", "attentions_1", "transformer_blocks_0", "ff", "net_0", "proj", "kernel"))
+    'down_blocks.0.attentions.1.transformer_blocks.0.ff.net.0.proj.weight'
+    """
+    *parts, last = keys
+    # A number after an underscore counts the members of a list, save in names that end so themselves.
+    dotted = [
+        f"{stem}.{n}" if n.isdigit() and stem not in ("", "linear") else part
+        for part in parts
+        for stem, _, n in [part.rpartition("_")]
+    ]
+    return ".".join([*dotted, "weight" if last in ("kernel", "scale", "embedding") else last])
+
+
+def to_torch_layout(keys: tuple[str, ...], x: np.ndarray) -> np.ndarray:
+    """A parameter of this path in PyTorch's layout: of kernels, [out, in] or [out, in, H, W]."""
+    if keys[-1] != "kernel":
+        return x
+    return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+
+
+def from_torch_layout(path: tuple[str, ...], x: np.ndarray) -> np.ndarray:
+    """The reverse of `to_torch_layout`."""
+    if path[-1] != "kernel":
+        return x
+    return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
