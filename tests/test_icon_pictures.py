@@ -8,13 +8,13 @@ import pytest
 pytest.importorskip("cv2")
 pytest.importorskip("resvg_py")
 
-from jaxdiff.data.icons import filters, render
-from jaxdiff.data.icons.captions import captions, indefinite
-from jaxdiff.data.icons.drawings import Drawing, _square
-from jaxdiff.data.icons.lexicon import OBJECTS, PEOPLE, TRAVEL, Subject
-from jaxdiff.data.icons.plan import pictures
-from jaxdiff.data.icons.sources import COLORS, PAINTINGS, SOURCES, Style
-from jaxdiff.data.icons.splits import ALWAYS_TRAINED, SHARE, SPLITS, split_of, subject_key
+from datasets.icons import filters, render
+from datasets.icons.captions import captions, indefinite
+from datasets.icons.drawings import Drawing, _square
+from datasets.icons.lexicon import OBJECTS, PEOPLE, TRAVEL, Subject
+from datasets.icons.plan import pictures
+from datasets.icons.sources import COLORS, PAINTINGS, SOURCES, Style
+from datasets.icons.splits import ALWAYS_TRAINED, SHARE, SPLITS, split_of, subject_key
 from tests.test_icons import DISC, MONO, NOTO, read_pixels
 
 

@@ -14,13 +14,14 @@ pytest.importorskip("cv2")
 pytest.importorskip("resvg_py")
 from PIL import Image
 
-from jaxdiff.data.icons import build as building
-from jaxdiff.data.icons import clipart, fetch
-from jaxdiff.data.icons.drawings import read_drawings
-from jaxdiff.data.icons.lexicon import FOOD, OBJECTS, Lexicon, Subject
-from jaxdiff.data.icons.sources import PAINTINGS, SOURCES, Style, select
-from jaxdiff.data.icons.splits import SPLITS, split_of
+from datasets.icons import build as building
+from datasets.icons import clipart, fetch
+from datasets.icons.drawings import read_drawings
+from datasets.icons.lexicon import FOOD, OBJECTS, Lexicon, Subject
+from datasets.icons.sources import PAINTINGS, SOURCES, Style, select
+from datasets.icons.splits import SPLITS, split_of
 
+ROOT = Path(__file__).parent.parent
 BY_NAME = {source.name: source for source in SOURCES}
 NOTO, MONO, STREAMLINE = BY_NAME["noto"], BY_NAME["fluent-mono"], BY_NAME["streamline"]
 DISC = '<circle cx="64" cy="64" r="50" fill="#d03010"/><circle cx="50" cy="50" r="20" fill="#fff"/>'
@@ -260,7 +261,7 @@ def test_unknown_sources_are_listed():
 )
 def test_command_line_errors_are_sentences(flags, code, sentence):
     # In a process of its own: flags of the same names may be defined by another command of the project.
-    done = subprocess.run([sys.executable, "-m", "jaxdiff.data.icons", *flags], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "datasets.icons", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code
     assert sentence in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -1,6 +1,6 @@
 """The "icons" set: captioned drawings of everyday things in some twenty styles, built from openly licensed packages.
 
-`python -m jaxdiff.data.icons --out data/icons` fetches the packages of `sources.py`, draws them at one size, paints
+`python -m datasets.icons --out data/icons` fetches the packages of `sources.py`, draws them at one size, paints
 some of them over in other styles, captions them and writes an image folder that `jaxdiff.data.folder` reads:
 
     data/icons/train/metadata.jsonl             a line a picture: file_name, text (list of captions), subject, style, …

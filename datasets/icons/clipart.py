@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
-from jaxdiff.data.icons.lexicon import Lexicon, Subject
-from jaxdiff.data.icons.sources import BW_CLIP_ART, Style
-from jaxdiff.data.icons.splits import slug
+from datasets.icons.lexicon import Lexicon, Subject
+from datasets.icons.sources import BW_CLIP_ART, Style
+from datasets.icons.splits import slug
 
 # Folders of what is no picture of a thing: shapes, interface parts, flags, letters, road signs, playing cards.
 _SKIPPED = (

@@ -3,9 +3,9 @@
 import hashlib
 from typing import NamedTuple
 
-from jaxdiff.data.icons.captions import captions
-from jaxdiff.data.icons.drawings import Drawing
-from jaxdiff.data.icons.lexicon import (
+from datasets.icons.captions import captions
+from datasets.icons.drawings import Drawing
+from datasets.icons.lexicon import (
     ACTIVITIES,
     FLAGS,
     FOOD,
@@ -16,8 +16,8 @@ from jaxdiff.data.icons.lexicon import (
     THINGS,
     TRAVEL,
 )
-from jaxdiff.data.icons.sources import COLORLESS, COLORS, PAINTINGS, SILHOUETTE, Style
-from jaxdiff.data.icons.splits import COLOR_WORDS, slug, split_of
+from datasets.icons.sources import COLORLESS, COLORS, PAINTINGS, SILHOUETTE, Style
+from datasets.icons.splits import COLOR_WORDS, slug, split_of
 
 RECOLORS = 6  # colours a one-colour drawing is filled with
 SILHOUETTES = 3  # colours of the silhouettes of a painted-over drawing

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxdiff.data.icons.everyday import EVERYDAY
-from jaxdiff.data.icons.fetch import read_json
-from jaxdiff.data.icons.splits import COLOR_WORDS, slug
+from datasets.icons.everyday import EVERYDAY
+from datasets.icons.fetch import read_json
+from datasets.icons.splits import COLOR_WORDS, slug
 
 # emojibase's numbers of the groups whose members are things that one can draw.
 PEOPLE, NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS, SYMBOLS = 1, 3, 4, 5, 6, 7, 8

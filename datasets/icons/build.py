@@ -12,13 +12,13 @@ from absl import logging
 from rich.console import Console
 from rich.progress import track
 
-from jaxdiff.data.icons import render
-from jaxdiff.data.icons.drawings import Drawing, read_drawings
-from jaxdiff.data.icons.fetch import BuildError, Unavailable, debian_package, npm_package
-from jaxdiff.data.icons.lexicon import Lexicon
-from jaxdiff.data.icons.plan import Picture, pictures
-from jaxdiff.data.icons.sources import PAINTINGS, SILHOUETTE, WORDS_PACKAGE, WORDS_VERSION, Source
-from jaxdiff.data.icons.splits import SPLITS
+from datasets.icons import render
+from datasets.icons.drawings import Drawing, read_drawings
+from datasets.icons.fetch import BuildError, Unavailable, debian_package, npm_package
+from datasets.icons.lexicon import Lexicon
+from datasets.icons.plan import Picture, pictures
+from datasets.icons.sources import PAINTINGS, SILHOUETTE, WORDS_PACKAGE, WORDS_VERSION, Source
+from datasets.icons.splits import SPLITS
 
 RECIPE = 1  # raised whenever the same drawing gives other pixels, so that old and new ones never mix
 

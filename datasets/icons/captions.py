@@ -2,8 +2,8 @@
 
 import re
 
-from jaxdiff.data.icons.lexicon import SYMBOLS, Subject
-from jaxdiff.data.icons.sources import Style
+from datasets.icons.lexicon import SYMBOLS, Subject
+from datasets.icons.sources import Style
 
 PLAIN = 3  # captions of a drawing that are its subject alone
 _PAIRS = {"sunglasses", "glasses", "goggles", "scissors", "jeans", "shorts", "gloves", "socks", "chopsticks", "skis"}

@@ -11,9 +11,9 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
-from jaxdiff.data.icons.drawings import MARGIN
-from jaxdiff.data.icons.filters import FILTERS, Pixels, fill, tint
-from jaxdiff.data.icons.sources import COLORS
+from datasets.icons.drawings import MARGIN
+from datasets.icons.filters import FILTERS, Pixels, fill, tint
+from datasets.icons.sources import COLORS
 
 
 class Output(NamedTuple):

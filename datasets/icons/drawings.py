@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxdiff.data.icons import clipart
-from jaxdiff.data.icons.fetch import BuildError, read_json
-from jaxdiff.data.icons.lexicon import Lexicon, Subject
-from jaxdiff.data.icons.sources import OUTLINE_WEATHER, Source, Style
-from jaxdiff.data.icons.splits import slug
+from datasets.icons import clipart
+from datasets.icons.fetch import BuildError, read_json
+from datasets.icons.lexicon import Lexicon, Subject
+from datasets.icons.sources import OUTLINE_WEATHER, Source, Style
+from datasets.icons.splits import slug
 
 
 class Drawing(NamedTuple):

@@ -1,12 +1,12 @@
-"""Build the icons set: `python -m jaxdiff.data.icons --out data/icons`. Needs `pip install jaxdiff[data]` and npm."""
+"""Build the icons set: `python -m datasets.icons --out data/icons`. Needs `pip install ".[data]"` and npm."""
 
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 
-from jaxdiff.data.icons.fetch import BuildError
-from jaxdiff.data.icons.sources import SOURCES, select
+from datasets.icons.fetch import BuildError
+from datasets.icons.sources import SOURCES, select
 
 _OUT = flags.DEFINE_string("out", "data/icons", "Folder that the set is built in.")
 _SIZE = flags.DEFINE_integer("size", 128, "Side of the pictures, in pixels.", lower_bound=32, upper_bound=1024)
@@ -29,9 +29,9 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         raise app.UsageError(str(error), exitcode=2) from error
     try:
-        from jaxdiff.data.icons.build import build
+        from datasets.icons.build import build
     except ModuleNotFoundError as error:
-        sys.exit(f"{error.name} is missing: pip install jaxdiff[data] installs what draws the icons set.")
+        sys.exit(f"{error.name} is missing: run pip install '.[data]', which installs what draws the icons set.")
     out = Path(_OUT.value)
     try:
         counts = build(out, Path(_CACHE.value).expanduser(), sources, _SIZE.value, _PROCESSES.value, _FLAGS.value)
