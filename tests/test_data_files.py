@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -73,17 +74,30 @@ def test_no_metadata_in_a_shard_opens_files_beside_it(tmp_path):
     assert set(batch) == {"image", "text"}
 
 
-def absurd(size: bytes) -> bytes:
-    """The second sample's picture claims another size, with a right checksum."""
+def absurd(size: bytes, kind: bytes = b"0") -> bytes:
+    """The second sample's image claims another size and kind, with a right checksum."""
     data = bytearray(shard_of(*PAIR, ("b.png", picture(2)), ("b.txt", b"two")))
-    at = 4 * 512  # header, picture, header, text
+    at = 4 * 512  # header, image, header, text
     header = data[at : at + 512]
     assert header[:5] == b"b.png"
     header[124:136] = size
     header[148:156] = b" " * 8
+    header[156:157] = kind
     header[148:156] = b"%06o\0 " % sum(header)
     data[at : at + 512] = header
     return bytes(data)
+
+
+def pax(*fields: str) -> bytes:
+    """The second sample's image has these fields in a pax header."""
+    values = dict(field.split("=") for field in fields)
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in PAIR:
+            add(tar, name, data)
+        add(tar, "b.png", picture(2), pax_headers=values)
+        add(tar, "b.txt", b"two")
+    return file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -93,12 +107,20 @@ def absurd(size: bytes) -> bytes:
         (shard_of(("/etc/b.png", picture(2)), *PAIR), "'/etc/b.png' lies outside"),
         (absurd(b"77777777777\0"), "claims 8589934591 bytes"),
         (absurd(b"\x80" + b"\x7f" * 11), "claims"),
-        (absurd(b"\xff" * 12), "claims -1 bytes"),
-        (absurd(b"12345678x9a\0"), "claims -1 bytes"),
+        (absurd(b"\xff" * 12), "b.png' claims -1 bytes|no tar header at byte 2048"),  # by the version of Python
+        (absurd(b"12345678x9a\0"), "no tar header at byte 2048"),
+        (absurd(b"\xff" * 10 + b"\0\0", b"Q"), "b.png' claims -65536 bytes|no tar header at byte 2048"),
+        (absurd(b"\xff" * 10 + b"\0\0", b"L"), "claims -65536 bytes|no tar header"),
+        (absurd(b"\xff" * 10 + b"\0\0", b"S"), "claims 0 bytes|no tar header"),
+        (absurd(b"00077777777\0", b"x"), "a header claims 16777216 bytes"),
+        (absurd(b"00077777777\0", b"L"), "a header claims 16777216 bytes"),
+        (pax("GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=b.png"), "a header is damaged|in the middle"),
+        (pax("size=-1024"), "b.png' claims -1024 bytes|no tar header"),
+        (pax("size=99999"), "b.png' claims 99999 bytes"),
         (shard_of(*PAIR, ("b.png", picture(2)))[: 5 * 512 - 100], "ends in the middle of a header"),
         (shard_of(*PAIR, ("b.png", picture(2)))[: 5 * 512 + 10], "bytes, of which 10 are there"),
         (shard_of(*PAIR)[: 4 * 512] + b"rubbish" * 100, "no tar header at byte 2048"),
-        (shard_of(*PAIR, ("c.png", picture(2)), ("d.txt", b"d")), "2 of 3 samples lack a picture or a caption"),
+        (shard_of(*PAIR, ("c.png", picture(2)), ("d.txt", b"d")), "2 of 3 samples lack an image or a caption"),
     ],
 )
 def test_damaged_shards_keep_what_is_whole_and_say_one_sentence(tmp_path, caplog, content, said):
@@ -107,14 +129,14 @@ def test_damaged_shards_keep_what_is_whole_and_say_one_sentence(tmp_path, caplog
     assert len(source) == 1
     assert source.read(0).captions == ("one",)
     (message,) = [r.getMessage() for r in caplog.records]
-    assert said in message
+    assert re.search(said, message)
     assert "a.tar" in message
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"not a tar" * 200, "is no tar file that can be read"),
+        (b"not a tar" * 200, "is not a readable tar file"),
         (b"", "holds no picture"),
         (b"\x1f\x8b" + b"x" * 600, "is compressed"),
         (shard_of(("a.txt", b"a")), "holds no picture"),
