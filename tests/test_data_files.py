@@ -1,6 +1,5 @@
 """Files of data: shards of tar, records, tables and splits, and what happens to damaged and hostile ones."""
 
-import contextlib
 import io
 import json
 import os
@@ -9,14 +8,15 @@ import subprocess
 import sys
 import tarfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data, open_source
-from jaxdiff.data.records import parse_example
+from jaxdiff.data.records import example_class, parse_example
 from jaxdiff.data.shards import index_shard
-from tests.datasets_of_pictures import add, example_class, picture, write_tars
+from tests.datasets_of_pictures import add, picture, write_tars
 
 # Tar
 
@@ -152,17 +152,43 @@ def test_what_is_no_shard_is_refused(tmp_path, content, said):
 # Records
 
 
-def test_examples_are_parsed_as_protobuf_does():
-    e = example_class()()
-    e.features.feature["b"].b.value.extend([b"", b"x" * 300])
-    e.features.feature["f"].f.value.extend([0.5, -2.0])
-    e.features.feature["i"].i.value.extend([0, -1, 2**62])
-    e.features.feature["empty"].SetInParent()
-    data = e.SerializeToString()
-    assert parse_example(data) == {"b": [b"", b"x" * 300], "f": [0.5, -2.0], "i": [0, -1, 2**62], "empty": []}
+def field(number: int, content: bytes) -> bytes:
+    """A field with a length, as protocol buffers are encoded (protobuf.dev/programming-guides/encoding)."""
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def feature(name: bytes, kind: int, values: bytes) -> bytes:
+    """An entry of the map that is field 1 of Features, itself field 1 of Example."""
+    return field(1, field(1, name) + field(2, field(kind, values)))
+
+
+def test_examples_are_parsed_byte_by_byte_as_published():
+    """Feature's lists are 1: bytes, 2: floats, 3: integers; numbers come packed or one at a time."""
+    integers = field(1, b"\x00" + b"\xff" * 9 + b"\x01" + b"\x80" * 8 + b"\x40") + b"\x08\x07"  # 0, -1, 2^62; 7
+    features = [
+        feature(b"b", 1, field(1, b"") + field(1, b"xyz")),
+        feature(b"f", 2, field(1, np.asarray([0.5, -2.0], "<f4").tobytes())),
+        feature(b"i", 3, integers),
+        field(1, field(1, b"empty") + field(2, b"")),
+        field(1, field(1, b"none") + field(2, field(1, b""))),
+    ]
+    data = field(1, b"".join(features))
+    parsed = parse_example(data)
+    assert parsed == {"b": [b"", b"xyz"], "f": [0.5, -2.0], "i": [0, -1, 2**62, 7], "empty": [], "none": []}
+    assert {type(value) for values in parsed.values() for value in values} == {bytes, float, int}
+    assert parse_example(example_class()(features={"feature": {}}).SerializeToString()) == {}
     for cut in range(1, len(data)):
-        with contextlib.suppress(ValueError):  # nothing else
+        with pytest.raises(ValueError, match=r"not a tf\.train\.Example"):
             parse_example(data[:cut])
+
+
+def test_records_of_another_kind_are_refused(tmp_path):
+    array_record = pytest.importorskip("array_record.python.array_record_module")
+    writer = array_record.ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
+    writer.write(b'{"text": "json"}')
+    writer.close()
+    with pytest.raises(ConfigError, match=r"the first record cannot be read: this is not a tf\.train\.Example"):
+        open_source(tmp_path)
 
 
 # Tables, paths
