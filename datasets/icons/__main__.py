@@ -9,7 +9,7 @@ from datasets.icons.fetch import BuildError
 from datasets.icons.sources import SOURCES, select
 
 _OUT = flags.DEFINE_string("out", "data/icons", "Folder that the set is built in.")
-_SIZE = flags.DEFINE_integer("size", 128, "Side of the pictures, in pixels.", lower_bound=32, upper_bound=1024)
+_SIZE = flags.DEFINE_integer("size", 128, "Side of the images, in pixels.", lower_bound=32, upper_bound=1024)
 _SOURCES = flags.DEFINE_string(
     "sources", "all", f"Comma-separated sources to draw: {', '.join(source.name for source in SOURCES)}; or all."
 )
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     """Build the set that the flags describe; exit with 1 and one sentence when that fails."""
     if len(argv) > 1:
         raise app.UsageError(
-            f"{argv[1]!r} is no flag: everything is said with flags, as in --out data/icons.", exitcode=2
+            f"{argv[1]!r} is not a flag: this command takes only flags, such as --out data/icons.", exitcode=2
         )
     try:
         sources = select(_SOURCES.value)
