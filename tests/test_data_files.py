@@ -137,9 +137,9 @@ def test_damaged_shards_keep_what_is_whole_and_say_one_sentence(tmp_path, caplog
     ("content", "said"),
     [
         (b"not a tar" * 200, "is not a readable tar file"),
-        (b"", "holds no picture"),
+        (b"", "holds no image"),
         (b"\x1f\x8b" + b"x" * 600, "is compressed"),
-        (shard_of(("a.txt", b"a")), "holds no picture"),
+        (shard_of(("a.txt", b"a")), "holds no image"),
     ],
 )
 def test_what_is_no_shard_is_refused(tmp_path, content, said):
@@ -205,7 +205,7 @@ def test_hostile_tables_and_folders(tmp_path):
 
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table({"url": ["a"], "text": ["b"]}), file)
-    refused("has no picture column; its columns are url, text: name one with data.image_column")
+    refused("has no image column; its columns are url, text: name one with data.image_column")
     refused("must hold the bytes of image files, not string", image_column="url")
     pq.write_table(pa.table({"image": [b"a"], "text": [1]}), file)
     refused("has no caption column 'c'", text_column="c")
@@ -229,10 +229,10 @@ def test_hostile_tables_and_folders(tmp_path):
     refused("x.arrow", arrow)
     with pa.OSFile(str(arrow / "x.arrow"), "wb") as f, pa.ipc.new_stream(f, pa.schema({"n": pa.int64()})) as writer:
         writer.write_table(pa.table({"n": [1]}))
-    refused("has no picture column; its columns are n", arrow)
+    refused("has no image column; its columns are n", arrow)
     refused("the file .*7.tar does not exist", f"{tmp_path}/{{7..9}}.tar")
     (tmp_path / "a.zip").write_bytes(b"")
-    refused("is of no kind that is read", tmp_path / "a.zip")
+    refused("is of an unknown kind", tmp_path / "a.zip")
     refused("does not exist", tmp_path / "nowhere")
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "a.array_record").write_bytes(b"x" * 1000)

@@ -61,7 +61,7 @@ def test_sizes_captions_and_categories(tmp_path, caplog):
     assert left(max_subjects=1, max_caption=3) == [1, 2, 3]
     assert left(style=("oil",), min_side=9, max_caption=3) == [2]
     assert select(source, {"min_side": 0, "style": ()}) is source
-    with pytest.raises(ConfigError, match="filter leaves no picture"):
+    with pytest.raises(ConfigError, match="filter leaves no image"):
         left(style=("gone",))
 
 
@@ -105,7 +105,7 @@ def test_any_column_may_be_asked_for_a_value(tmp_path, condition, left):
     if left:
         assert kept(select(source, {"where": (condition,)})) == left
     else:
-        with pytest.raises(ConfigError, match="leaves no picture"):
+        with pytest.raises(ConfigError, match="leaves no image"):
             select(source, {"where": (condition,)})
 
 

@@ -171,7 +171,7 @@ def test_a_pretrained_model_learns_a_folder(cli, data, tiny_folder, tmp_path):
         ),
         (
             ("--config={config}", "--workdir={tmp}", "--config.data.path={data}", "--config.data.filter.style=('x',)"),
-            1, "data.filter leaves no picture",
+            1, "data.filter leaves no image",
         ),
         (
             ("--config={config}", "--workdir={tmp}", "--config.data.path={data}",

@@ -64,7 +64,7 @@ def parse_example(data: bytes) -> dict[str, list[Any]]:
 
 
 class ArrayRecords:
-    """Examples in ArrayRecord files as a `Source`: a feature with the bytes of a picture, one with captions.
+    """Examples in ArrayRecord files as a `Source`: a feature with the bytes of an image, one with captions.
 
     Args:
       name: for messages.
@@ -72,7 +72,7 @@ class ArrayRecords:
       image_column, text_column: names of the features; "" looks for usual ones.
 
     Raises:
-      ConfigError: a file is damaged or empty, or its first record is of another kind.
+      ConfigError: a file is damaged or empty, or its first record is not a tf.train.Example with both.
     """
 
     blocks: np.ndarray | None = None
@@ -101,7 +101,7 @@ class ArrayRecords:
         name = given or next((n for n in usual if n in found), "")
         if name not in found:
             shown = ", ".join(sorted(found)[:20]) or "none"
-            raise ConfigError(f"{self.name} has these features: {shown}; name one with data.{what}_column.")
+            raise ConfigError(f"{self.name} has these features: {shown}; name one of them with data.{what}_column.")
         return name
 
     def __len__(self) -> int:
@@ -113,13 +113,15 @@ class ArrayRecords:
             features = parse_example(self._records[index])
         except ValueError:
             raise
-        except Exception as e:  # the reader's own, of no common kind
+        except Exception as e:  # the reader raises errors of several kinds
             raise ValueError(f"it cannot be read ({' '.join(str(e).split())[:200]})") from None
-        picture = (features.pop(self._image, []) or [b""])[0]
-        if not isinstance(picture, bytes) or len(picture) > MAX_BYTES:
-            raise ValueError(f"its feature {self._image!r} holds no bytes of a picture")
+        encoded = (features.pop(self._image, []) or [b""])[0]
+        if not isinstance(encoded, bytes):
+            raise ValueError(f"its feature {self._image!r} does not hold bytes")
+        if len(encoded) > MAX_BYTES:
+            raise ValueError(f"{len(encoded)} bytes are more than the {MAX_BYTES} allowed")
         values = {
             n: [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in vs] for n, vs in features.items()
         }
         extras = {n: vs[0] for n, vs in values.items() if n != self._text and len(vs) == 1}
-        return Record(where, picture, text_of(values.get(self._text), where), extras)
+        return Record(where, encoded, text_of(values.get(self._text), where), extras)

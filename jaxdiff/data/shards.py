@@ -1,7 +1,7 @@
 """Tar shards as webdataset writes them, read in any order.
 
-A sample is what lies together and has one name up to the first dot: `000017.jpg`, `000017.txt`, `000017.json`. Nothing
-is unpacked. Each shard is gone through once, header by header, for an index of where its images and captions lie.
+A sample is a run of files with one name up to the first dot: `000017.jpg`, `000017.txt`, `000017.json`. Nothing is
+unpacked. Each shard is read through once, header by header, for an index of where its images and captions are.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from absl import logging
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data import store
-from jaxdiff.data.folder import PICTURES
+from jaxdiff.data.folder import IMAGE_SUFFIXES
 from jaxdiff.data.source import MAX_BYTES, MAX_TEXT, TEXT_NAMES, Record, files_digest, text_of
 
 TEXT_SUFFIXES = ("txt", "text", "caption")
-FIELDS = ("image", "text", "json")  # of each offset and size are kept; size 0: the sample lacks it
+FIELDS = ("image", "text", "json")  # the index holds offset and size of each; size 0: the sample lacks it
 
 
 class _Headers:
@@ -72,7 +72,7 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def index_shard(path: Path) -> dict[str, np.ndarray]:
-    """Where the samples of a shard lie: {"image", "text", "json": int64 [n, 2]}, each (offset, bytes).
+    """Where the samples of a shard are: {"image", "text", "json": int64 [n, 2]}, each (offset, bytes).
 
     A warning names what is wrong with the shard. Of a damaged one the samples before the damage are used.
 
@@ -130,7 +130,7 @@ def _split(name: str) -> tuple[str, str | None]:
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     suffix = suffix.lower()
-    field = "image" if f".{suffix}" in PICTURES else "text" if suffix in TEXT_SUFFIXES else None
+    field = "image" if f".{suffix}" in IMAGE_SUFFIXES else "text" if suffix in TEXT_SUFFIXES else None
     return f"{folder}/{stem}", "json" if suffix == "json" else field
 
 
@@ -165,7 +165,7 @@ class TarShards:
             store.fill(cache / "shards", parts, lambda i: index_shard(Path(paths[i])), threads=8, **hosts)
             self._rows = store.Rows([str(cache / "shards" / p) for p in parts])
         if not len(self._rows):
-            raise ConfigError(f"{name} holds no picture with a caption (such as 0001.jpg beside 0001.txt).")
+            raise ConfigError(f"{name} holds no image with a caption (such as 0001.jpg beside 0001.txt).")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -177,11 +177,11 @@ class TarShards:
             where = f"{self._paths[shard]}: {_member_name(file, int(row['image'][0]))}"
             text = _read(file, row["text"], MAX_TEXT).decode("utf-8").strip()
             extras = json.loads(_read(file, row["json"], MAX_TEXT) or b"{}")
-            picture = _read(file, row["image"], MAX_BYTES) if image else b""
+            encoded = _read(file, row["image"], MAX_BYTES) if image else b""
         if not isinstance(extras, dict):
             raise ValueError(f"{where}: its .json is not an object")
         captions = text or next((extras[n] for n in TEXT_NAMES if n in extras), None)
-        return Record(where, picture, text_of(captions, where), extras)
+        return Record(where, encoded, text_of(captions, where), extras)
 
 
 def _member_name(file: BinaryIO, offset: int) -> str:
