@@ -1,9 +1,12 @@
 """The builder of the icons set, without the network: a tiny package stands in for the real ones."""
 
+import gzip
+import io
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -223,9 +226,28 @@ def test_a_failing_npm_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_archive_is_refused(tmp_path, monkeypatch):
+def _archive() -> bytes:
+    """An npm package, stored without compression, so that one byte can be damaged."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name in ("package/package.json", "package/icons.json"):
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"{}"))
+    return gzip.compress(file.getvalue(), compresslevel=0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not an archive",
+        _archive()[:900],
+        _archive().replace(b"package/icons.json", b"package/i?ons.json"),  # a header whose checksum is wrong
+    ],
+)
+def test_what_is_no_archive_is_refused(tmp_path, monkeypatch, content):
     def pack(command, cwd, **kwargs):
-        (Path(cwd) / "thing.tgz").write_bytes(b"not an archive")
+        (Path(cwd) / "thing.tgz").write_bytes(content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(shutil, "which", lambda name: name)
