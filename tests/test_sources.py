@@ -11,7 +11,7 @@ import pytest
 from jaxdiff.config import ConfigError
 from jaxdiff.data import store
 from jaxdiff.data.captioned import captioned_data, open_source
-from jaxdiff.data.pipeline import BlockOrder
+from jaxdiff.data.orders import BlockOrder
 from tests.datasets_of_pictures import SIZE, WRITERS, numbers
 
 COUNT = 13

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from jaxdiff.config import ConfigError
-from jaxdiff.data.pipeline import ENDLESS
+from jaxdiff.data.orders import ENDLESS
 
 
 class Buckets(NamedTuple):

@@ -24,7 +24,8 @@ from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import BucketOrder, Buckets
 from jaxdiff.data.folder import HINT, METADATA, FolderSource, ImageDecoder, examples, find_metadata
 from jaxdiff.data.latents import LatentShards
-from jaxdiff.data.pipeline import BlockOrder, CaptionedData, HostShards
+from jaxdiff.data.orders import BlockOrder, HostShards, Order
+from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.data.records import ArrayRecords
 from jaxdiff.data.shards import TarShards
 from jaxdiff.data.source import Source
@@ -216,7 +217,7 @@ def _blocks(source: Source | LatentShards) -> np.ndarray | None:
 
 def _order(
     source: Source | LatentShards, buckets: Buckets | None, global_batch: int, *, shuffle: bool, epochs: int | None
-) -> Callable[[int, int], pipeline.Order] | None:
+) -> Callable[[int, int], Order] | None:
     """(seed, host shards) -> the order in which a source is read; None where it is read one example at a time."""
     blocks = _blocks(source)
     if buckets is not None:
@@ -225,7 +226,7 @@ def _order(
     if blocks is None:
         return None
 
-    def of_blocks(seed: int, count: int) -> pipeline.Order:
+    def of_blocks(seed: int, count: int) -> Order:
         blocks_of = functools.partial(BlockOrder, blocks, seed=seed, shuffle=shuffle, epochs=epochs, host_shards=count)
         return HostShards([blocks_of(host_shard=i) for i in range(count)], global_batch)
 

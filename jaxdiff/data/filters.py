@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,8 +181,7 @@ def select(
         raise ConfigError(f"data.filter.duplicate_bits must be from 0 to 16, not {bits}.")
     allowed = {k: tuple(v) for k, v in wanted.items() if k not in SETTINGS and v}
     sizes = bool(wanted.get("min_side") or wanted.get("max_aspect"))
-    subjects = int(wanted.get("max_subjects", 0))
-    names = ["subject"] if subjects else []
+    names = ["subject"] if wanted.get("max_subjects") else []
     columns = sorted({*allowed, *(condition.column for condition in conditions), *names})
     if not (columns or sizes or kind or wanted.get("min_caption") or wanted.get("max_caption")):
         return source
@@ -190,30 +189,10 @@ def select(
     found = scan(source, sizes=sizes, columns=columns, names=names, hashes=kind, **hosts)
     kept = np.ones(len(source), bool)
     dropped: dict[str, int] = {}
-
-    def drop(reason: str, bad: np.ndarray) -> None:
+    for reason, bad in _drops(found, wanted, allowed, conditions, kept):
         if count := int((bad & kept).sum()):
             dropped[reason] = count
-        kept[bad] = False
-
-    for name, values in allowed.items():
-        drop(name, ~np.isin(found[f"column:{name}"], [_hash(json.dumps(v)) for v in values]))
-    for condition in conditions:
-        drop(condition.text, ~_meets(condition, found))
-    if sizes:
-        short, long = (f(found["width"], found["height"]) for f in (np.minimum, np.maximum))
-        drop("unreadable", short == 0)
-        drop("min_side", short < wanted.get("min_side", 0))
-        drop("max_aspect", long > (wanted.get("max_aspect") or np.inf) * np.maximum(short, 1))
-    drop("min_caption", found["caption"] < wanted.get("min_caption", 0))
-    drop("max_caption", found["caption"] > (wanted.get("max_caption") or np.inf))
-    if kind:
-        left = np.flatnonzero(kept & found["hashed"])
-        bad = np.zeros(len(kept), bool)
-        bad[left[near_duplicates(found["hash"][left], bits if kind == "near" else 0)]] = True
-        drop("duplicates", bad)
-    if subjects:
-        drop("max_subjects", ~_commonest(found["column:subject"], found["name:subject"], kept, subjects))
+        kept &= ~bad
     if not kept.any():
         raise ConfigError(f"data.filter leaves no image of {source.name}: {json.dumps(dict(wanted), default=list)}.")
     if kept.all():
@@ -221,6 +200,42 @@ def select(
     reasons = ", ".join(f"{name} {count}" for name, count in dropped.items())
     logging.info("%d of %d images of %s pass the filters; dropped: %s.", kept.sum(), len(kept), source.name, reasons)
     return Subset(source, np.flatnonzero(kept))
+
+
+def _drops(
+    found: Mapping[str, np.ndarray],
+    wanted: Mapping[str, Any],
+    allowed: Mapping[str, tuple[Any, ...]],
+    conditions: Sequence[Condition],
+    kept: np.ndarray,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(a filter, whether it drops each example, bool [N]) of every filter in turn.
+
+    Args:
+      found: of `scan`.
+      wanted: the filters, see `select`.
+      allowed: of them, those by the values of a column.
+      conditions: those of `where`.
+      kept: bool [N], the examples that the filters before have kept; the caller updates it.
+    """
+    for name, values in allowed.items():
+        yield name, ~np.isin(found[f"column:{name}"], [_hash(json.dumps(v)) for v in values])
+    for condition in conditions:
+        yield condition.text, ~_meets(condition, found)
+    if "width" in found:
+        short, long = (f(found["width"], found["height"]) for f in (np.minimum, np.maximum))
+        yield "unreadable", short == 0
+        yield "min_side", short < wanted.get("min_side", 0)
+        yield "max_aspect", long > (wanted.get("max_aspect") or np.inf) * np.maximum(short, 1)
+    yield "min_caption", found["caption"] < wanted.get("min_caption", 0)
+    yield "max_caption", found["caption"] > (wanted.get("max_caption") or np.inf)
+    if kind := wanted.get("duplicates"):
+        left = np.flatnonzero(kept & found["hashed"])
+        bad = np.zeros(len(kept), bool)
+        bad[left[near_duplicates(found["hash"][left], wanted.get("duplicate_bits", 4) if kind == "near" else 0)]] = True
+        yield "duplicates", bad
+    if most := int(wanted.get("max_subjects", 0)):
+        yield "max_subjects", ~_commonest(found["column:subject"], found["name:subject"], kept, most)
 
 
 def _condition(text: str) -> Condition:

@@ -1,7 +1,7 @@
 """Captioned images in tables: Parquet files, and Hugging Face datasets on disk (Arrow). Needs pyarrow.
 
 Arrow files are mapped into memory, and any row can be read alone. Of Parquet only whole row groups can be read: those
-used last are kept, and the pipeline shuffles row groups, then rows within some of them (`pipeline.BlockOrder`).
+used last are kept, and the pipeline shuffles row groups, then rows within some of them (`orders.BlockOrder`).
 """
 
 import collections
@@ -19,7 +19,7 @@ from absl import logging
 from jaxdiff.config import ConfigError
 from jaxdiff.data.source import IMAGE_NAMES, MAX_BYTES, TEXT_NAMES, Record, files_digest, text_of
 
-KEPT_GROUPS = 8  # row groups that a process keeps: twice `pipeline.WINDOW`, those in use and those read ahead
+KEPT_GROUPS = 8  # row groups that a process keeps: twice `orders.WINDOW`, those in use and those read ahead
 LARGE_GROUP = 2**28  # bytes of a row group above which a warning says what memory it takes
 
 
