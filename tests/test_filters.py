@@ -32,7 +32,7 @@ def test_columns_of_numbers_of_every_kind_of_data(tmp_path, kind, caplog):
     source = open_source(WRITERS[kind](tmp_path / "d", 12))
     chosen = select(source, {"where": ("score>=0.25", "score<1")})
     assert kept(chosen) == [3, 4, 5, 6, 7, 8, 9]
-    assert "Of 12 pictures" in caplog.text
+    assert "7 of 12 images" in caplog.text
     assert "score>=0.25 3" in caplog.text
     assert "score<1 2" in caplog.text
     assert chosen.digest != source.digest

@@ -129,7 +129,9 @@ def write_atomically(path: Path, text: str) -> None:
 def licenses(sources: Sequence[Source], made: Sequence[ImageSpec]) -> str:
     """The text of LICENSES.md: every source's version, licence and count, and the credit that CC-BY asks for."""
     counts = Counter(spec.source for spec in made)
-    rows = [(s.name, s.package, s.version, s.license, counts[s.name], f"{s.author} ({s.url})") for s in sources]
+    rows: list[tuple[object, ...]] = [
+        (s.name, s.package, s.version, s.license, counts[s.name], f"{s.author} ({s.url})") for s in sources
+    ]
     words = WORDS_PACKAGE
     rows.append(("words in captions", words["package"], words["version"], words["license"], "-", words["author"]))
     effects = ", ".join(style.name for style in (*PAINTINGS.values(), STYLES["silhouette"]))

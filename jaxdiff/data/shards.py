@@ -59,7 +59,7 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 raise tarfile.ReadError(f"{member.name!r} claims {member.size} bytes, of which {left} are there")
             if member.isreg():
                 yield member
-            tar.members = []  # a shard may have many
+            tar.members = []  # type: ignore[attr-defined]  # a shard may have many
     except (ValueError, IndexError, OverflowError, RecursionError) as e:  # tarfile's own at some damaged headers
         raise tarfile.ReadError(f"a header is damaged ({type(e).__name__})") from None
     # tarfile stops silently at a damaged header, as it does at the end of a tar: a block of zeros, or nothing.
