@@ -103,7 +103,7 @@ class Run:
             "source": self.data, "batch_size": self.options.batch_size // self.host["host_count"],
             "image_size": self.image_size, "seed": self.config.seed, "background": d.background,
             "flip": d.flip, "buckets": self.buckets, "threads": d.threads, "workers": d.workers,
-            "steer": self.target.steer if self.target else None, **self.host,
+            "make_control_image": self.target.steer if self.target else None, **self.host,
         }  # fmt: skip
         return captioned_data(**(arguments | changes))
 

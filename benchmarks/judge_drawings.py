@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.judge_features import Images, cached, features
-from jaxdiff.data.icons import render
-from jaxdiff.data.icons.drawings import Drawing, read_drawings
-from jaxdiff.data.icons.fetch import npm_package
-from jaxdiff.data.icons.lexicon import THINGS, Lexicon, Subject
-from jaxdiff.data.icons.sources import SOURCES, WORDS_PACKAGE, WORDS_VERSION, Source, Style
-from jaxdiff.data.icons.splits import subject_key
+from datasets.icons import render
+from datasets.icons.drawings import Drawing, read_drawings
+from datasets.icons.fetch import npm_package
+from datasets.icons.lexicon import THINGS, Lexicon, Subject, read_lexicon
+from datasets.icons.sources import SOURCES, Source, Style
+from datasets.icons.splits import subject_key
 
 GALLERIES = ("twemoji", "emojione", "openmoji")
 DESIGNERS = ("noto", "fluent-flat", *GALLERIES)  # one set each of five designers: how much real drawings vary
@@ -57,7 +57,7 @@ class Row(NamedTuple):
 
 @functools.cache
 def lexicon() -> Lexicon:
-    return Lexicon(npm_package(WORDS_PACKAGE, WORDS_VERSION, PACKAGES))
+    return read_lexicon(PACKAGES)
 
 
 def on_color(image: Image.Image | np.ndarray, color: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:

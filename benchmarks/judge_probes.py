@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks.judge_drawings import Row, features_of, read, rows, some
 from benchmarks.judge_features import Images, cached
 from benchmarks.judge_measures import Probe, color_histogram
-from jaxdiff.data.icons.sources import COLORS
+from datasets.icons.sources import COLORS
 
 STYLE_ROWS = {"train": 100, "heldout_subjects": 40}  # of each style
 COLOR_ROWS = {"train": 3000, "heldout_subjects": 400}  # in all

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxdiff.data.icons.captions import indefinite
+from datasets.icons.captions import indefinite
 
 PROMPTS = Path(__file__).with_name("icons_prompts.json")
 KINDS = ("plain", "style", "color", "background", "variety", "look")

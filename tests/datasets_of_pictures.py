@@ -5,8 +5,9 @@ import json
 import tarfile
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from PIL import Image
+
+from jaxdiff.data.records import example_class
 
 SIZE = 8  # pixels
 
@@ -74,33 +75,6 @@ def write_arrow(folder, count, shard=5, **kwargs):
     return folder
 
 
-def example_class():
-    """tf.train.Example, made from its published description."""
-    file = descriptor_pb2.FileDescriptorProto(name="example_for_tests.proto", package="t", syntax="proto3")
-
-    def message(parent, name, *fields, **options):
-        m = parent.add(name=name)
-        for number, (field, kind, label, type_name) in enumerate(fields, 1):
-            m.field.add(name=field, number=number, type=kind, label=label, type_name=type_name)
-        m.options.map_entry = options.get("map_entry", False)
-        return m
-
-    for name, kind in (("BytesList", 12), ("FloatList", 2), ("Int64List", 3)):
-        message(file.message_type, name, ("value", kind, 3, None))
-    lists = [(n, 11, 1, f".t.{t}") for n, t in (("b", "BytesList"), ("f", "FloatList"), ("i", "Int64List"))]
-    feature = message(file.message_type, "Feature", *lists)
-    feature.oneof_decl.add(name="kind")
-    for field in feature.field:
-        field.oneof_index = 0
-    features = message(file.message_type, "Features", ("feature", 11, 3, ".t.Features.FeatureEntry"))
-    entry = (("key", 9, 1, None), ("value", 11, 1, ".t.Feature"))
-    message(features.nested_type, "FeatureEntry", *entry, map_entry=True)
-    message(file.message_type, "Example", ("features", 11, 1, ".t.Features"))
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))
-
-
 def write_records(folder, count, shard=5, **kwargs):
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -110,10 +84,10 @@ def write_records(folder, count, shard=5, **kwargs):
         writer = ArrayRecordWriter(str(folder / f"{first // shard:05d}.array_record"), "group_size:1")
         for row in found[first : first + shard]:
             e = example()
-            e.features.feature["image"].b.value.append(row["image"])
-            e.features.feature["text"].b.value.extend(t.encode() for t in row["text"])
-            e.features.feature["score"].f.value.append(row["score"])
-            e.features.feature["id"].i.value.append(-5)
+            e.features.feature["image"].bytes_list.value.append(row["image"])
+            e.features.feature["text"].bytes_list.value.extend(t.encode() for t in row["text"])
+            e.features.feature["score"].float_list.value.append(row["score"])
+            e.features.feature["id"].int64_list.value.append(-5)
             writer.write(e.SerializeToString())
         writer.close()
     return folder

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each house may import those after it; files of one house may import each other.
 HOUSES = (
-    ("sample", "train", "configs"),
+    ("sample", "train", "configs", "datasets"),
     ("jaxdiff.commands", "jaxdiff.evaluation"),
     ("jaxdiff", "jaxdiff.generate", "jaxdiff.tasks", "jaxdiff.arguments"),  # the package itself only re-exports
     ("jaxdiff.denoiser",),
@@ -27,6 +27,7 @@ HOUSES = (
     ("jaxdiff.config",),
     ("jaxdiff.errors", "jaxdiff.files", "jaxdiff.typing", "jaxdiff.version"),
 )
+FOLDERS = ("jaxdiff", "configs", "datasets")
 ORACLES = ("torch", "diffusers", "tensorflow")  # of tests alone
 CIRCLES = ("jaxdiff.training.",)  # folders whose files may still import each other in a circle
 LAZY = ("transformers", "tokenizers", "scipy", *ORACLES)  # never on `import jaxdiff`
@@ -39,7 +40,7 @@ def module_name(path: Path) -> str:
 
 FILES = {
     module_name(p): p
-    for p in (*ROOT.glob("jaxdiff/**/*.py"), *ROOT.glob("configs/**/*.py"), ROOT / "sample.py", ROOT / "train.py")
+    for p in (*(p for folder in FOLDERS for p in ROOT.glob(f"{folder}/**/*.py")), ROOT / "sample.py", ROOT / "train.py")
     if p.exists()
 }
 
@@ -72,7 +73,7 @@ def wrong_imports(module: str, source: str) -> list[str]:
     wrong = []
     for name, lazy in imports(source):
         top = name.split(".")[0]
-        ours = top in ("jaxdiff", "configs", "sample", "train")
+        ours = top in ("jaxdiff", "configs", "datasets", "sample", "train")
         if ours and house(name) < house(module) and module != "jaxdiff":
             wrong.append(f"{module} imports {name}, which is above it")
         if name.startswith("flax.linen") and house(module) != house("jaxdiff.models"):
@@ -117,6 +118,7 @@ def test_imports_point_down(module):
         ("jaxdiff.generate", "from flax import linen as nn"),
         ("jaxdiff.training.state", "import flax.linen"),
         ("jaxdiff.text.tokenizer", "from transformers import CLIPTokenizer"),
+        ("jaxdiff.data.folder", "from datasets.icons import splits"),
         ("jaxdiff.io.torch_names", "def f():\n    import torch"),
     ],
 )

@@ -68,7 +68,7 @@ def test_an_epoch_is_every_example_once_but_for_the_remainders(batch):
 
 
 def test_no_bucket_fills_a_batch():
-    with pytest.raises(ConfigError, match="No bucket of sizes holds 8 pictures"):
+    with pytest.raises(ConfigError, match="No bucket holds the 8 images of one batch"):
         order([0, 7, 7], 8)
 
 

@@ -32,7 +32,7 @@ def test_columns_of_numbers_of_every_kind_of_data(tmp_path, kind, caplog):
     source = open_source(WRITERS[kind](tmp_path / "d", 12))
     chosen = select(source, {"where": ("score>=0.25", "score<1")})
     assert kept(chosen) == [3, 4, 5, 6, 7, 8, 9]
-    assert "Of 12 pictures" in caplog.text
+    assert "7 of 12 images" in caplog.text
     assert "score>=0.25 3" in caplog.text
     assert "score<1 2" in caplog.text
     assert chosen.digest != source.digest
@@ -61,7 +61,7 @@ def test_sizes_captions_and_categories(tmp_path, caplog):
     assert left(max_subjects=1, max_caption=3) == [1, 2, 3]
     assert left(style=("oil",), min_side=9, max_caption=3) == [2]
     assert select(source, {"min_side": 0, "style": ()}) is source
-    with pytest.raises(ConfigError, match="filter leaves no picture"):
+    with pytest.raises(ConfigError, match="filter leaves no image"):
         left(style=("gone",))
 
 
@@ -105,7 +105,7 @@ def test_any_column_may_be_asked_for_a_value(tmp_path, condition, left):
     if left:
         assert kept(select(source, {"where": (condition,)})) == left
     else:
-        with pytest.raises(ConfigError, match="leaves no picture"):
+        with pytest.raises(ConfigError, match="leaves no image"):
             select(source, {"where": (condition,)})
 
 

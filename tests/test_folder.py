@@ -108,7 +108,7 @@ def test_remainder(twelve):
     assert sorted(stream(twelve, None, batch_size=5, epochs=1, drop_remainder=False)) == list(range(12))
     assert len(stream(twelve, None, batch_size=5, epochs=2)) == 20  # batches span epochs
     assert len(stream(twelve, 2, batch_size=30)) == 60
-    with pytest.raises(ConfigError, match="batch_size 13 is more than the 12 pictures"):
+    with pytest.raises(ConfigError, match="batch_size 13 is more than the 12 images"):
         captioned_data(twelve, 13, SIZE, seed=0, epochs=1)
 
 
@@ -338,7 +338,7 @@ def test_bad_pictures_are_skipped_counted_and_named_once(tmp_path, caplog, monke
 @pytest.mark.parametrize("epochs", [1, None])
 def test_nothing_readable_is_an_error(tmp_path, epochs):
     data = captioned_data(numbered(tmp_path, 3, bad=range(3)), 1, SIZE, seed=0, epochs=epochs)
-    with pytest.raises(ConfigError, match=r"No picture of .* can be read; the last one, .*png: "):
+    with pytest.raises(ConfigError, match=r"No image of .* can be read; the last one, .*png: "):
         next(iter(data))
 
 
@@ -358,7 +358,7 @@ GOOD = '{"file_name": "0.png", "text": "a"}\n'
         (GOOD + '{"file_name": "a", "text": null}', 'line 2: "text" must be'),
         (GOOD + '{"file_name": "a", "text": []}', 'line 2: "text" must be'),
         (GOOD + '{"file_name": "a", "text": ["a", 1]}', 'line 2: "text" must be'),
-        (GOOD + '{"file_name": "../x.png", "text": "a"}', "line 2: the picture '../x.png' lies outside"),
+        (GOOD + '{"file_name": "../x.png", "text": "a"}', "line 2: the image '../x.png' lies outside"),
         (GOOD + '{"file_name": "a/../../x", "text": "a"}', "line 2: .* lies outside"),
         (GOOD + '{"file_name": "/etc/x", "text": "a"}', "line 2: .* lies outside"),
     ],

@@ -8,13 +8,13 @@ import pytest
 pytest.importorskip("cv2")
 pytest.importorskip("resvg_py")
 
-from jaxdiff.data.icons import filters, render
-from jaxdiff.data.icons.captions import captions, indefinite
-from jaxdiff.data.icons.drawings import Drawing, _square
-from jaxdiff.data.icons.lexicon import OBJECTS, PEOPLE, TRAVEL, Subject
-from jaxdiff.data.icons.plan import pictures
-from jaxdiff.data.icons.sources import COLORS, PAINTINGS, SOURCES, Style
-from jaxdiff.data.icons.splits import ALWAYS_TRAINED, SHARE, SPLITS, split_of, subject_key
+from datasets.icons import effects, render
+from datasets.icons.captions import captions, indefinite
+from datasets.icons.drawings import Drawing, _square
+from datasets.icons.lexicon import OBJECTS, PEOPLE, TRAVEL, Subject
+from datasets.icons.sources import COLORS, PAINTINGS, SOURCES, Style
+from datasets.icons.splits import ALWAYS_TRAINED, HELD_OUT, SPLITS, split_of, subject_key
+from datasets.icons.variants import image_specs
 from tests.test_icons import DISC, MONO, NOTO, read_pixels
 
 
@@ -43,12 +43,12 @@ def test_captions_start_with_subject_and_style_and_end_without():
 
 
 def test_what_a_filter_made_is_not_what_the_bare_subject_asks_for():
-    found = pictures(_drawing(NOTO, Subject("castle", ("fort",), group=TRAVEL)))
-    for picture in found:
-        plain = {"a castle", "a fort"} & set(picture.text)
-        assert plain == ({"a castle", "a fort"} if picture.effect is None else set())
-        assert picture.repeats == (3 if picture.effect is None else 1)
-        assert picture.group == "travel"
+    found = image_specs(_drawing(NOTO, Subject("castle", ("fort",), group=TRAVEL)))
+    for spec in found:
+        plain = {"a castle", "a fort"} & set(spec.text)
+        assert plain == ({"a castle", "a fort"} if spec.effect is None else set())
+        assert spec.repeats == (3 if spec.effect is None else 1)
+        assert spec.group == "travel"
 
 
 def test_icons_in_a_colour_are_asked_for_as_people_do():
@@ -126,7 +126,7 @@ def test_shares_of_the_splits():
     splits = Counter(split_of(f"thing number {i}", "3d render") for i in range(count))
     # Binomial with p = 0.03: five standard deviations are 0.0135.
     for split in ("heldout_subjects", "heldout_pairs"):
-        assert abs(splits[split] / count - SHARE) < 5 * (SHARE * (1 - SHARE) / count) ** 0.5
+        assert abs(splits[split] / count - HELD_OUT) < 5 * (HELD_OUT * (1 - HELD_OUT) / count) ** 0.5
     assert set(splits) == set(SPLITS)
 
 
@@ -201,11 +201,11 @@ def test_broken_and_blank_drawings_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("name", sorted(filters.FILTERS))
+@pytest.mark.parametrize("name", sorted(effects.EFFECTS))
 def test_filters_paint_over_and_keep_the_shape(name, size):
     image = _disc(size)
-    painted = filters.FILTERS[name](image, np.random.default_rng(0))
-    again = filters.FILTERS[name](image, np.random.default_rng(0))
+    painted = effects.EFFECTS[name](image, np.random.default_rng(0))
+    again = effects.EFFECTS[name](image, np.random.default_rng(0))
     assert painted.shape == image.shape
     assert painted.dtype == np.uint8
     np.testing.assert_array_equal(painted, again)
@@ -219,26 +219,26 @@ def test_filters_paint_over_and_keep_the_shape(name, size):
 
 def test_pencil_and_line_are_without_colour():
     for name in ("pencil", "line"):
-        painted = filters.FILTERS[name](_disc(), np.random.default_rng(0))
+        painted = effects.EFFECTS[name](_disc(), np.random.default_rng(0))
         assert (painted[..., 0] == painted[..., 2]).all()
 
 
 def test_pixel_art_has_blocks_and_few_colours():
-    painted = filters.pixel(_disc(128), np.random.default_rng(0))
+    painted = effects.pixel(_disc(128), np.random.default_rng(0))
     np.testing.assert_array_equal(painted, painted[::4, ::4].repeat(4, 0).repeat(4, 1))
     assert len(np.unique(painted.reshape(-1, 4), axis=0)) <= 17
 
 
 def test_fill_keeps_alpha_and_sets_the_colour():
     image = _disc()
-    filled = filters.fill(image, COLORS["red"])
+    filled = effects.fill(image, COLORS["red"])
     np.testing.assert_array_equal(filled[..., 3], image[..., 3])
     assert (filled[image[..., 3] > 0][:, :3] == COLORS["red"]).all()
 
 
 def test_tint_changes_the_main_colour_only():
     image = _disc(128)
-    tinted = filters.tint(image, COLORS["blue"])
+    tinted = effects.tint(image, COLORS["blue"])
     assert np.abs(tinted[100, 64, :3].astype(int) - COLORS["blue"]).max() < 40  # lightness is kept in part
     assert tinted[46, 46].tolist() == image[46, 46].tolist() == [255, 255, 255, 255]
     np.testing.assert_array_equal(tinted[..., 3], image[..., 3])
@@ -246,8 +246,8 @@ def test_tint_changes_the_main_colour_only():
 
 def test_tint_refuses_what_has_no_other_colour_to_take():
     image = _disc()
-    assert filters.tint(image, (200, 50, 20)) is None  # red already
-    assert filters.tint(filters.pencil(image, np.random.default_rng(0)), COLORS["blue"]) is None
+    assert effects.tint(image, (200, 50, 20)) is None  # red already
+    assert effects.tint(effects.pencil(image, np.random.default_rng(0)), COLORS["blue"]) is None
 
 
 # The plan
@@ -258,27 +258,27 @@ def _drawing(source, subject: Subject) -> Drawing:
 
 
 def test_a_thing_is_painted_filled_and_tinted():
-    found = pictures(_drawing(NOTO, Subject("castle", group=TRAVEL)))
-    assert Counter(picture.effect for picture in found) == Counter([None, *PAINTINGS, *["fill"] * 3, *["tint"] * 3])
-    assert len({picture.file_name for picture in found}) == len(found)
-    for picture in found:
-        assert (picture.color is None) == (picture.effect not in ("fill", "tint"))
-        assert picture.color is None or all(picture.color in text or "gray" in text for text in picture.text)
+    found = image_specs(_drawing(NOTO, Subject("castle", group=TRAVEL)))
+    assert Counter(spec.effect for spec in found) == Counter([None, *PAINTINGS, *["fill"] * 3, *["tint"] * 3])
+    assert len({spec.file_name for spec in found}) == len(found)
+    for spec in found:
+        assert (spec.color is None) == (spec.effect not in ("fill", "tint"))
+        assert spec.color is None or all(spec.color in text or "gray" in text for text in spec.text)
 
 
 def test_faces_and_symbols_are_painted_only():
-    effects = {picture.effect for picture in pictures(_drawing(NOTO, Subject("grinning face", group=0)))}
+    effects = {spec.effect for spec in image_specs(_drawing(NOTO, Subject("grinning face", group=0)))}
     assert effects == {None, *PAINTINGS}
 
 
 def test_things_named_by_their_colour_keep_it():
     named = Subject("orange book", group=OBJECTS)
-    assert {picture.effect for picture in pictures(_drawing(NOTO, named))} == {None, "watercolor", "oil", "pixel"}
-    assert pictures(_drawing(MONO, named)) == []
+    assert {spec.effect for spec in image_specs(_drawing(NOTO, named))} == {None, "watercolor", "oil", "pixel"}
+    assert image_specs(_drawing(MONO, named)) == []
 
 
 def test_people_are_not_given_colours():
     """Of "a black woman" one would not read that the ink is meant."""
     woman = Drawing(MONO, "woman", Subject("woman", group=PEOPLE), MONO.style, svg="")
-    assert pictures(woman) == []
-    assert not any(p.color for p in pictures(woman._replace(source=NOTO, style=NOTO.style)))
+    assert image_specs(woman) == []
+    assert not any(p.color for p in image_specs(woman._replace(source=NOTO, style=NOTO.style)))

@@ -1,9 +1,12 @@
 """The builder of the icons set, without the network: a tiny package stands in for the real ones."""
 
+import gzip
+import io
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -14,13 +17,14 @@ pytest.importorskip("cv2")
 pytest.importorskip("resvg_py")
 from PIL import Image
 
-from jaxdiff.data.icons import build as building
-from jaxdiff.data.icons import clipart, fetch
-from jaxdiff.data.icons.drawings import read_drawings
-from jaxdiff.data.icons.lexicon import FOOD, OBJECTS, Lexicon, Subject
-from jaxdiff.data.icons.sources import PAINTINGS, SOURCES, Style, select
-from jaxdiff.data.icons.splits import SPLITS, split_of
+from datasets.icons import build as building
+from datasets.icons import clipart, fetch
+from datasets.icons.drawings import read_drawings
+from datasets.icons.lexicon import FOOD, OBJECTS, Lexicon, Subject
+from datasets.icons.sources import PAINTINGS, SOURCES, Style, select
+from datasets.icons.splits import SPLITS, split_of
 
+ROOT = Path(__file__).parent.parent
 BY_NAME = {source.name: source for source in SOURCES}
 NOTO, MONO, STREAMLINE = BY_NAME["noto"], BY_NAME["fluent-mono"], BY_NAME["streamline"]
 DISC = '<circle cx="64" cy="64" r="50" fill="#d03010"/><circle cx="50" cy="50" r="20" fill="#fff"/>'
@@ -222,9 +226,28 @@ def test_a_failing_npm_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_archive_is_refused(tmp_path, monkeypatch):
+def _archive() -> bytes:
+    """An npm package, stored without compression, so that one byte can be damaged."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name in ("package/package.json", "package/icons.json"):
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"{}"))
+    return gzip.compress(file.getvalue(), compresslevel=0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not an archive",
+        _archive()[:900],
+        _archive().replace(b"package/icons.json", b"package/i?ons.json"),  # a header whose checksum is wrong
+    ],
+)
+def test_what_is_no_archive_is_refused(tmp_path, monkeypatch, content):
     def pack(command, cwd, **kwargs):
-        (Path(cwd) / "thing.tgz").write_bytes(b"not an archive")
+        (Path(cwd) / "thing.tgz").write_bytes(content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(shutil, "which", lambda name: name)
@@ -260,7 +283,7 @@ def test_unknown_sources_are_listed():
 )
 def test_command_line_errors_are_sentences(flags, code, sentence):
     # In a process of its own: flags of the same names may be defined by another command of the project.
-    done = subprocess.run([sys.executable, "-m", "jaxdiff.data.icons", *flags], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "datasets.icons", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code
     assert sentence in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

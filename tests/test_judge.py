@@ -17,7 +17,7 @@ from benchmarks.judge_measures import (
     spread,
 )
 from benchmarks.judge_prompts import KINDS, SEEDS, requests, subjects
-from jaxdiff.data.icons.splits import split_of
+from datasets.icons.splits import split_of
 from jaxdiff.evaluation.distances import unit
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 90, 220), "white": (255, 255, 255)}

@@ -11,7 +11,7 @@ import pytest
 from jaxdiff.config import ConfigError
 from jaxdiff.data import store
 from jaxdiff.data.captioned import captioned_data, open_source
-from jaxdiff.data.pipeline import BlockOrder
+from jaxdiff.data.orders import BlockOrder
 from tests.datasets_of_pictures import SIZE, WRITERS, numbers
 
 COUNT = 13
@@ -138,6 +138,18 @@ def test_metadata_comes_along(written, kind):
     assert source.read(7, image=False).captions == record.captions
 
 
+def test_a_position_in_an_older_checkpoint_is_read(written):
+    data = captioned_data(written("tar"), 2, SIZE, seed=0, threads=1)
+    first, second = iter(data), iter(data)
+    next(first)
+    state = first.get_state()
+    assert state == {"examples": 2, "host_shards": 1}
+    second.set_state({"examples": 2, "lanes": 1})
+    assert next(first)["text"] == next(second)["text"]
+    first.close()
+    second.close()
+
+
 def test_a_state_of_another_kind_is_refused(written):
     with pytest.raises(ConfigError, match="another version"):
         iter(captioned_data(written("tar"), 2, SIZE, seed=0)).set_state({"next": 3})
@@ -150,8 +162,8 @@ def test_blocks_are_read_by_one_host_and_few_at_a_time():
     counts = np.random.default_rng(0).integers(1, 9, 23)
     ends = np.cumsum(counts)
     seen = []
-    for lane in range(3):
-        order = BlockOrder(counts, seed=1, shuffle=True, epochs=None, lane=lane, lanes=3)
+    for shard in range(3):
+        order = BlockOrder(counts, seed=1, shuffle=True, epochs=None, host_shard=shard, host_shards=3)
         for epoch in range(2):
             found = [order[epoch * order.size + i] for i in range(order.size)]
             blocks = np.searchsorted(ends, found, "right")
@@ -161,8 +173,8 @@ def test_blocks_are_read_by_one_host_and_few_at_a_time():
             assert max(changes) <= 4
         seen += found
     assert sorted(seen) == list(range(counts.sum()))
-    with pytest.raises(ConfigError, match="2 row groups cannot be shared by 3 hosts"):
-        BlockOrder(counts[:2], seed=0, shuffle=True, epochs=1, lane=0, lanes=3)
+    with pytest.raises(ConfigError, match="2 row groups are too few for 3 hosts"):
+        BlockOrder(counts[:2], seed=0, shuffle=True, epochs=1, host_shard=0, host_shards=3)
 
 
 # Parts shared by hosts

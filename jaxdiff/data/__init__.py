@@ -1,1 +1,1 @@
-"""Captioned pictures: folders in, batches out."""
+"""Captioned images: files in, batches out."""

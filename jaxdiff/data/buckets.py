@@ -1,7 +1,7 @@
-"""Pictures at their own aspect ratios: sizes of nearly equal area, and batches of which each has one of them.
+"""Aspect-ratio buckets: sizes of nearly equal area, and batches that each have one of them.
 
-As in NovelAI's training of Stable Diffusion (blog.novelai.net, October 2022), but that every example of a bucket comes
-up once an epoch, save the remainder that fills no batch, another one each time.
+As in NovelAI's training of Stable Diffusion (blog.novelai.net, October 2022), except that every example of a bucket is
+read once an epoch, but for a remainder that does not fill a batch, which differs from epoch to epoch.
 """
 
 from typing import NamedTuple
@@ -10,14 +10,14 @@ import grain
 import numpy as np
 
 from jaxdiff.config import ConfigError
-from jaxdiff.data.pipeline import ENDLESS
+from jaxdiff.data.orders import ENDLESS
 
 
 class Buckets(NamedTuple):
-    """The sizes, and which of them each example is cut to."""
+    """Sizes, and which of them each example is cut to."""
 
     sizes: tuple[tuple[int, int], ...]  # (height, width), in pixels
-    numbers: np.ndarray  # int [N], of examples; -1 for those left out
+    numbers: np.ndarray  # int [N], the number of each example's size; -1 leaves the example out
 
 
 def bucket_sizes(image_size: int, multiple: int = 64, max_aspect: float = 2.0) -> tuple[tuple[int, int], ...]:
@@ -31,8 +31,8 @@ def bucket_sizes(image_size: int, multiple: int = 64, max_aspect: float = 2.0) -
     """
     if multiple < 1 or image_size < multiple or max_aspect < 1:
         raise ConfigError(
-            f"Buckets of {image_size} pixels in multiples of {multiple}, of aspects up to {max_aspect}, do not exist: "
-            "image_size must be at least the multiple, the aspect at least 1."
+            f"There are no buckets of {image_size} pixels in multiples of {multiple} with aspects up to {max_aspect}: "
+            "image_size must be at least the multiple, and the aspect at least 1."
         )
     area, found = image_size**2, set()
     for side in range(multiple, area // multiple + 1, multiple):
@@ -45,9 +45,13 @@ def bucket_sizes(image_size: int, multiple: int = 64, max_aspect: float = 2.0) -
 
 
 def assign(sizes: tuple[tuple[int, int], ...], widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """For each picture [N] the number of the size whose aspect ratio is nearest, by the logarithm; int16 [N].
+    """For each image the number of the size with the nearest aspect ratio, by its logarithm; int16 [N].
 
-    -1 for a picture that cannot be read, whose width or height is 0.
+    -1 for an unreadable image, which has width or height 0.
+
+    Args:
+      sizes: (height, width) of each bucket.
+      widths, heights: int [N], in pixels.
     """
     aspects = np.log([w / h for h, w in sizes])
     order = np.argsort(aspects)
@@ -57,13 +61,13 @@ def assign(sizes: tuple[tuple[int, int], ...], widths: np.ndarray, heights: np.n
 
 
 class BucketOrder:
-    """Entries (number of an example, (height, width)), `batch` after each other of one size.
+    """Entries (number of an example, (height, width)), of one size for `batch` positions in a row.
 
-    The batches of all hosts together are parts of one bucket, in an order of their own each epoch. No permutation is
-    held: grain's shuffle computes one index at a time.
+    The order differs from epoch to epoch. No permutation is kept in memory: grain's shuffle computes one index at a
+    time.
 
     Args:
-      batch: examples, of all hosts together.
+      batch: examples in a batch of all hosts together.
 
     Raises:
       ConfigError: no bucket fills a batch.
@@ -82,7 +86,7 @@ class BucketOrder:
         self._last_batch = np.cumsum(counts // batch)  # of each bucket, in an epoch
         self._steps = int(self._last_batch[-1])
         if not self._steps:
-            raise ConfigError(f"No bucket of sizes holds {batch} pictures, one batch: lower batch_size.")
+            raise ConfigError(f"No bucket holds the {batch} images of one batch: lower batch_size.")
         seeds = np.random.SeedSequence(seed).generate_state(len(counts) + 1)
 
         def permuted(count: int, seed: int) -> grain.MapDataset:

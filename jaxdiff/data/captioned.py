@@ -1,16 +1,17 @@
-"""Captioned pictures of any kind that is read here: the path says which.
+"""Captioned images of every kind that can be read; the path says which.
 
-    pictures/                          a captioned folder: [split/]metadata.jsonl beside the pictures
+    images/                            a captioned folder: [split/]metadata.jsonl beside the images
     shards/, shards-{00000..00099}.tar webdataset tar shards
-    table/, table.parquet              Parquet files with the bytes of pictures
+    table/, table.parquet              Parquet files with the bytes of images
     records/, data.array_record        ArrayRecord files of tf.train.Example messages
     saved/                             what Hugging Face `datasets` wrote with save_to_disk
     latents/                           what `jaxdiff.training.precompute` wrote
 
-Of a folder of files the split's are those in its subfolder `split`, or whose names begin with the split's, there or in
-a subfolder `data`; "train" takes all where no file is named so.
+In a folder of files, a split has the files of the subfolder `split`, or those whose names begin with the split's, there
+or in a subfolder `data`. If there are none, "train" has all files.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,10 @@ import numpy as np
 from jaxdiff.config import ConfigError
 from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import BucketOrder, Buckets
-from jaxdiff.data.folder import HINT, METADATA, Decode, FolderSource, check_arguments, examples, find_metadata
+from jaxdiff.data.folder import HINT, METADATA, FolderSource, ImageDecoder, examples, find_metadata
 from jaxdiff.data.latents import LatentShards
-from jaxdiff.data.pipeline import BlockOrder, CaptionedData, Lanes
+from jaxdiff.data.orders import BlockOrder, HostShards, Order
+from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.data.records import ArrayRecords
 from jaxdiff.data.shards import TarShards
 from jaxdiff.data.source import Source
@@ -45,18 +47,18 @@ def open_source(
     host_index: int = 0,
     host_count: int = 1,
 ) -> Source:
-    """What lies at a path as a source of captioned pictures.
+    """The captioned images at a path, as a source.
 
     Args:
       path: see above.
       split: "train", "validation", …
-      cache: folder for what is made once, such as the index of tar shards, shared by all hosts; None keeps it in
+      cache: folder for what is computed once, such as the index of tar shards, shared by all hosts; None keeps it in
         memory.
       image_column, text_column: of tables and records; "" looks for a usual name.
       host_index, host_count: hosts that share `cache` divide that work.
 
     Raises:
-      ConfigError: it is of no kind known, missing, damaged or empty; one sentence.
+      ConfigError: the path is missing, damaged, empty or of an unknown kind.
     """
     kind, files = _resolved(path, split)
     columns = {"image_column": image_column, "text_column": text_column}
@@ -70,10 +72,10 @@ def open_source(
 
 
 def source_files(path: str | Path, split: str = "train") -> list[Path]:
-    """The files that `open_source` reads, those that a folder's metadata name among them, whether they exist or not.
+    """The files that `open_source` reads, including those named in a folder's metadata, whether they exist or not.
 
     Raises:
-      ConfigError: the path or its metadata are missing, empty or damaged; one sentence.
+      ConfigError: the path or its metadata are missing, empty or damaged.
     """
     kind, files = _resolved(path, split)
     if kind != "folder":
@@ -84,7 +86,7 @@ def source_files(path: str | Path, split: str = "train") -> list[Path]:
 
 
 def _resolved(path: str | Path, split: str) -> tuple[str, list[Path]]:
-    """The kind of what lies at a path, and its files; none of a captioned folder, the default."""
+    """(the kind of data at a path, its files). The default is "folder", without files."""
     name, path = str(path), Path(path)
     if (path / STATE).is_file():
         return "arrow", _saved(path)
@@ -98,7 +100,7 @@ def _resolved(path: str | Path, split: str) -> tuple[str, list[Path]]:
     files = _files(name, split)
     kinds = {KINDS[p.suffix] for p in files}
     if len(kinds) > 1:
-        raise ConfigError(f"{name} holds files of several kinds ({', '.join(sorted(kinds))}): give one of them.")
+        raise ConfigError(f"{name} holds files of several kinds ({', '.join(sorted(kinds))}): give the path of one.")
     return (kinds.pop() if kinds else "folder"), files
 
 
@@ -107,7 +109,7 @@ def _saved(folder: Path) -> list[Path]:
 
 
 def _files(name: str, split: str) -> list[Path]:
-    """The files of known kinds that a path stands for, sorted by name."""
+    """The files of known kinds at a path, sorted by name."""
     path = Path(name)
     if braces := BRACES.search(name):
         first, last = braces.groups()
@@ -120,7 +122,7 @@ def _files(name: str, split: str) -> list[Path]:
         return [p for p in found if p.suffix in KINDS]
     if path.is_file():
         if path.suffix not in KINDS:
-            raise ConfigError(f"{name} is of no kind that is read: {', '.join(KINDS)}, or a folder.")
+            raise ConfigError(f"{name} is of an unknown kind: give a folder, or a file {', '.join(KINDS)}.")
         return [path]
     own = [p for f in (path / split, path / "data" / split) for p in _known(f)]
     named = [p for f in (path, path / "data") for p in _known(f) if re.match(rf"{re.escape(split)}[-_.0-9]", p.name)]
@@ -131,7 +133,7 @@ def _files(name: str, split: str) -> list[Path]:
 def _known(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    # Names with a dot in front are other programs' own, such as macOS's beside each file.
+    # Names that begin with a dot are other programs' own, such as those that macOS puts beside each file.
     return [p for p in folder.iterdir() if p.suffix in KINDS and not p.name.startswith(".") and p.is_file()]
 
 
@@ -148,44 +150,44 @@ def captioned_data(
     crop: int | None = None,
     flip: bool = False,
     background: str = "random",
-    steer: Callable[[np.ndarray], np.ndarray] | None = None,
+    make_control_image: Callable[[np.ndarray], np.ndarray] | None = None,
     drop_remainder: bool = True,
     host_index: int = 0,
     host_count: int = 1,
     workers: int = 0,
     threads: int = 8,
 ) -> CaptionedData:
-    """Batches {"image": uint8 [b, H, W, 3], "text": list of b strings} of captioned pictures of any kind.
+    """Batches {"image": uint8 [b, H, W, 3], "text": list of b strings} of captioned images of any kind.
 
     Args:
-      source: a path, see `open_source`, also for `split`; or what is open already. Of precomputed latents the batches
-        hold "latents" and the like instead, and what concerns pictures has no meaning.
-      batch_size: pictures of a batch on this host, b.
+      source: a path, see `open_source`, also for `split`; or an open source. Batches of precomputed latents hold
+        "latents" and the like instead of images, and the arguments about images are not used.
+      batch_size: images in a batch on this host, b.
       image_size: pixels that the shorter side is resized to (Lanczos).
       seed: of the order and of every random choice, 0 <= seed < 2**32. The same seed gives the same batches.
-      shuffle: a new order each epoch; otherwise that of the data.
-      epochs: passes over the data; None goes on for ever. Batches span the border between epochs.
-      buckets: sizes to cut pictures to, a batch at one size, and which of them each example has; None cuts squares.
+      shuffle: whether each epoch has another order; otherwise it is that of the data.
+      epochs: passes over the data; None is endless. Batches span the border between epochs.
+      buckets: sizes to cut images to, a batch at one size, and which of them each example has; None cuts squares.
         Of Parquet files at most `tables.KEPT_GROUPS` row groups can be read so.
       crop: pixels of a square cut out at random, H = W = crop; None takes the centre, H = W = image_size.
-      flip: mirror left and right at random. Captions are not changed.
-      background: "random" lays transparent pictures on white half of the time, else on a colour of
-        `folder.BACKGROUNDS`, and adds ", on a blue background" to the caption; what would vanish on its colour gets
-        white, or black. "white" is white for all.
-      steer: makes "hint" uint8 [H, W, 3], what steers a ControlNet, out of each picture whose metadata name none. It
-        runs where pictures are decoded, and is pickled for worker processes.
-      drop_remainder: leave out the last batch of the last epoch unless it is full.
-      host_index, host_count: this host reads its rows of each batch of host_count * b positions of the common stream.
+      flip: whether to mirror left and right at random. Captions are not changed.
+      background: "random" puts transparent images on white half of the time, otherwise on a colour of
+        `folder.BACKGROUNDS`, and adds ", on a blue background" to the caption; images that would not show on their
+        colour get white, or black. "white" is white for all.
+      make_control_image: image uint8 [H, W, 3] -> "hint" uint8 [H, W, 3], a ControlNet's input, for each image whose
+        metadata name none. It runs where images are decoded, and is pickled for worker processes.
+      drop_remainder: whether to leave out the last batch of the last epoch if it is not full.
+      host_index, host_count: this host reads its rows of each batch of host_count * b positions of the global stream.
       workers: processes that decode; 0 decodes in threads of this process. They import the package anew: scripts need
         `if __name__ == "__main__":`.
-      threads: that decode, in each process.
+      threads: threads that decode, in each process.
 
     Raises:
-      ConfigError: see `open_source`; an argument is wrong; while iterating, when no picture at all can be read. Single
-        pictures that cannot be read, are too large or missing are left out (with `epochs`) or replaced by the next
-        (without), see `CaptionedData.skipped`.
+      ConfigError: see `open_source`; an argument is wrong; while iterating, no image at all can be read. Single images
+        that are unreadable, too large or missing are left out (with `epochs`) or replaced by the next ones (without),
+        see `CaptionedData.skipped`.
     """
-    check_arguments(
+    _check_arguments(
         batch_size=batch_size, image_size=image_size, seed=seed, epochs=epochs, crop=crop, background=background,
         host_index=host_index, host_count=host_count, workers=workers, threads=threads,
     )  # fmt: skip
@@ -193,35 +195,69 @@ def captioned_data(
         is_latents = (Path(source) / "latents.json").is_file()
         source = LatentShards(Path(source)) if is_latents else open_source(source, split)
     if buckets is not None and crop:
-        raise ConfigError("crop and buckets do not go together: leave one of them out.")
-    decode: pipeline.Decode
+        raise ConfigError("crop and buckets cannot be combined: leave one of them out.")
+    decode: pipeline.Decoder
     if isinstance(source, LatentShards):
         decode, buckets = source, source.buckets
     else:
-        decode = Decode(source, image_size, crop, flip, background, steer)
-    how: dict[str, Any] = {"shuffle": shuffle, "epochs": epochs}
-    blocks, whole = getattr(source, "blocks", None), batch_size * host_count
-    order: Callable[[int, int], pipeline.Order] | None = None
-    if buckets is not None:
-        _check_buckets(source)
-        chosen = buckets
-        order = lambda seed, _: BucketOrder(chosen, whole, seed=seed, **how)  # noqa: E731
-    elif blocks is not None:
-        order = lambda seed, n: Lanes(  # noqa: E731
-            [BlockOrder(blocks, seed=seed, lane=i, lanes=n, **how) for i in range(n)], whole
-        )
+        decode = ImageDecoder(source, image_size, crop, flip, background, make_control_image)
+    passes: dict[str, Any] = {"shuffle": shuffle, "epochs": epochs}
     return pipeline.batches(
-        source.name, len(source), decode, batch_size, seed=seed, order=order, replace=buckets is not None,
-        lanes=host_count if blocks is not None and epochs is None else 1, drop_remainder=drop_remainder,
-        host_index=host_index, host_count=host_count, workers=workers, threads=threads, **how,
+        source.name, len(source), decode, batch_size, seed=seed, replace=buckets is not None,
+        order=_order(source, buckets, batch_size * host_count, **passes),
+        host_shards=host_count if _blocks(source) is not None and epochs is None else 1, drop_remainder=drop_remainder,
+        host_index=host_index, host_count=host_count, workers=workers, threads=threads, **passes,
     )  # fmt: skip
 
 
+def _blocks(source: Source | LatentShards) -> np.ndarray | None:
+    """Records in each block of a source that is read by blocks; None of others."""
+    return None if isinstance(source, LatentShards) else source.blocks
+
+
+def _order(
+    source: Source | LatentShards, buckets: Buckets | None, global_batch: int, *, shuffle: bool, epochs: int | None
+) -> Callable[[int, int], Order] | None:
+    """(seed, host shards) -> the order in which a source is read; None where it is read one example at a time."""
+    blocks = _blocks(source)
+    if buckets is not None:
+        _check_buckets(source)
+        return lambda seed, _: BucketOrder(buckets, global_batch, seed=seed, shuffle=shuffle, epochs=epochs)
+    if blocks is None:
+        return None
+
+    def of_blocks(seed: int, count: int) -> Order:
+        blocks_of = functools.partial(BlockOrder, blocks, seed=seed, shuffle=shuffle, epochs=epochs, host_shards=count)
+        return HostShards([blocks_of(host_shard=i) for i in range(count)], global_batch)
+
+    return of_blocks
+
+
+def _check_arguments(**given: Any) -> None:
+    """Raise ConfigError where an argument of `captioned_data` is out of its range."""
+    for name in ("batch_size", "image_size", "host_count"):
+        if given[name] < 1:
+            raise ConfigError(f"{name} must be 1 or more, not {given[name]}.")
+    for name in ("workers", "threads"):
+        if given[name] < 0:
+            raise ConfigError(f"{name} must be 0 or more, not {given[name]}.")
+    if not 0 <= given["seed"] < 2**32:
+        raise ConfigError(f"seed must be from 0 to 2**32 - 1, not {given['seed']}.")
+    if given["epochs"] is not None and given["epochs"] < 1:
+        raise ConfigError(f"epochs must be 1 or more, or None for no end, not {given['epochs']}.")
+    if given["crop"] is not None and not 1 <= given["crop"] <= given["image_size"]:
+        raise ConfigError(f"crop must be from 1 to image_size ({given['image_size']}), not {given['crop']}.")
+    if given["background"] not in ("random", "white"):
+        raise ConfigError(f"background must be random or white, not {given['background']!r}.")
+    if not 0 <= given["host_index"] < given["host_count"]:
+        raise ConfigError(f"host_index must be from 0 to host_count - 1, not {given['host_index']}.")
+
+
 def _check_buckets(source: Source | LatentShards) -> None:
-    """Raise ConfigError where pictures cannot be read in the order of buckets: each would cost a block of its own."""
-    blocks = getattr(source, "blocks", None)
+    """Raise ConfigError where each image read in the order of buckets would cost the reading of a block."""
+    blocks = _blocks(source)
     if blocks is not None and len(blocks) > KEPT_GROUPS:
         raise ConfigError(
-            f"buckets would read a whole row group of {source.name} for almost every picture: write its latents first "
-            "(train.py --precompute, then latents.path; or cache_latents), or take tar shards or an Arrow folder."
+            f"buckets would read a whole row group of {source.name} for almost every image: write its latents first "
+            "(train.py --precompute, then latents.path; or cache_latents), or use tar shards or an Arrow folder."
         )

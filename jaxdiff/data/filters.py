@@ -1,13 +1,13 @@
-"""Which examples are trained on: by metadata, size, caption length, scores and likeness to others.
+"""Filters: which examples are used, by metadata, size, caption length, scores and similarity to others.
 
-What must be known of each example is found in one pass, in parts that hosts divide and that stay in the cache.
+What filters need to know of each example is found in one pass, in parts that hosts divide and that stay in the cache.
 """
 
 import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,9 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data import store
 from jaxdiff.data.hashes import content_hash, dhash, near_duplicates
 from jaxdiff.data.images import FORMATS, open_image
-from jaxdiff.data.source import Chosen, Source
+from jaxdiff.data.source import Source, Subset
 
-PART = 2**14  # examples looked at at a time
+PART = 2**14  # examples scanned at a time
 SETTINGS = (
     "min_side",
     "max_aspect",
@@ -38,8 +38,8 @@ QUOTED = re.compile(r"(['\"]).*\1", re.DOTALL)
 COMPARE: Mapping[str, Callable[[np.ndarray, float], np.ndarray]] = {
     ">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less, "=": np.equal,
 }  # fmt: skip
-NAME_BYTES = 64  # of the value of a column that are kept, to order equally common ones by
-LAYOUT = 3  # of what a scan keeps on disk
+NAME_BYTES = 64  # kept of a column's value, to order equally common values by
+LAYOUT = 3  # version of what a scan keeps on disk
 
 
 class Condition(NamedTuple):
@@ -64,21 +64,21 @@ def scan(
     host_count: int = 1,
     threads: int = 8,
 ) -> dict[str, np.ndarray]:
-    """What is to be known of each example, as arrays [N].
+    """What filters need to know of each example, as arrays [N].
 
     Args:
-      sizes: "width" and "height" in pixels, upright; taken from metadata of those names where there is such, else from
-        the picture's header. 0 for a picture that cannot be read.
-      columns: metadata, as "column:<name>" uint64, a hash of the value's JSON, which tells 1 from "1" and nothing from
-        anything; and "number:<name>" float64, nan for what is no number. Of the values themselves, which may be long,
-        nothing is kept but:
-      names: columns of which "name:<name>" holds the first NAME_BYTES of the JSON.
-      hashes: "exact" or "near" for "hash" uint64, of the file or of what it shows, and "hashed" bool: whether it could
-        be read. Only then does the hash mean something; any number may be one.
+      sizes: adds "width" and "height" in pixels, upright, from metadata of those names if any, otherwise from the
+        image's header. 0 for an unreadable image.
+      columns: adds metadata as "column:<name>" uint64, a hash of the value's JSON, which differs for 1, "1" and no
+        value; and "number:<name>" float64, nan for what is not a number.
+      names: columns of which "name:<name>" holds the first NAME_BYTES of the JSON. Values may be long; nothing else of
+        them is kept.
+      hashes: "exact" or "near" adds "hash" uint64, of the file or of what the image shows, and "hashed" bool, whether
+        it could be read. Without that the hash has no meaning: every number is a possible hash.
       cache: folder that keeps the result; hosts that share it divide the work.
 
     Returns:
-      Those, and "caption" int32: characters of the shortest caption.
+      These arrays, and "caption" int32: characters of the shortest caption.
     """
     asked = json.dumps([LAYOUT, source.digest, sizes, list(columns), list(names), hashes, PART])
     starts = range(0, len(source), PART)
@@ -115,8 +115,8 @@ def _look(
         given: Any = record.extras.get("width"), record.extras.get("height")
         known = all(isinstance(n, int) and 0 < n < 2**31 for n in given)
         if (sizes and not known) or hashes:
-            picture = (record if hashes else source.read(index)).image
-            data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+            image = (record if hashes else source.read(index)).image
+            data = image if isinstance(image, bytes) else Path(image).read_bytes()
             if sizes and not known:
                 given = _size(data)
             if hashes:
@@ -124,13 +124,13 @@ def _look(
                 found |= {"hash": np.uint64(number), "hashed": np.bool_(True)}
         if sizes:
             found |= {"width": np.int32(given[0]), "height": np.int32(given[1])}
-    except Exception as e:  # damaged in whatever way; it is named when it comes up in training
+    except Exception as e:  # damaged in any way; training names it when it reads it
         logging.log_first_n(logging.WARNING, "Example %d of %s cannot be read: %s", 10, index, source.name, e)
     return found
 
 
 def _values(extras: Mapping[str, Any], columns: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """What is kept of metadata."""
+    """What a scan keeps of an example's metadata."""
     text = {name: json.dumps(extras.get(name), default=str) for name in (*columns, *names)}
     numbers = {c: float(v) if isinstance(v := extras.get(c), int | float) else np.nan for c in columns}
     return {
@@ -145,7 +145,7 @@ def _hash(text: str) -> np.uint64:
 
 
 def _size(data: bytes) -> tuple[int, int]:
-    """Width and height of an encoded picture, upright."""
+    """Width and height of an encoded image, upright."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         # Pillow decodes a PNG before it looks for what hardly any PNG has.
         turned = image.format != "PNG" and image.getexif().get(0x0112, 1) >= 5
@@ -156,23 +156,23 @@ def select(
     source: Source, wanted: Mapping[str, Any], *, cache: Path | None = None, host_index: int = 0, host_count: int = 1,
     threads: int = 8,
 ) -> Source:  # fmt: skip
-    """The examples of a source that pass all filters; how many each of them drops is logged.
+    """The examples of a source that pass all filters. The log says how many each filter drops.
 
     Args:
       wanted: any of
         min_side: pixels of the shorter side, at least; 0: off.
-        max_aspect: longer side by shorter, at most; 0: off.
+        max_aspect: longer side divided by shorter, at most; 0: off.
         min_caption, max_caption: characters of the shortest caption; 0: off.
-        where: conditions on columns: "aesthetic>=5", with one of >=, <=, > and <, drops an example without the
-          number; "license=CC0" (or ==) keeps those whose text, number, true, false or null it is, and in quotes,
-          "year='2020'", text alone.
+        where: conditions on columns. "aesthetic>=5", with one of >=, <=, > and <, drops examples without that number.
+          "license=CC0" (or ==) keeps those whose value is that text, number, true, false or null; quoted, as in
+          "year='2020'", only that text.
         duplicates: "exact" keeps the first of equal files, "near" the first of those that differ in at most
           `duplicate_bits` of 64 bits of a hash of what they show; "": off.
-        max_subjects: examples of that many values of the column "subject", the commonest; 0: all.
-        anything else: allowed values of the column of that name; () allows all.
+        max_subjects: keeps the examples with that many values of the column "subject", the commonest; 0: all.
+        any other name: allowed values of the column of that name; () allows all.
 
     Raises:
-      ConfigError: a filter that cannot be, or nothing is left.
+      ConfigError: a filter has an invalid value, or no example is left.
     """
     conditions = [_condition(text) for text in wanted.get("where", ())]
     if (kind := wanted.get("duplicates", "")) not in ("", "exact", "near"):
@@ -181,8 +181,7 @@ def select(
         raise ConfigError(f"data.filter.duplicate_bits must be from 0 to 16, not {bits}.")
     allowed = {k: tuple(v) for k, v in wanted.items() if k not in SETTINGS and v}
     sizes = bool(wanted.get("min_side") or wanted.get("max_aspect"))
-    subjects = int(wanted.get("max_subjects", 0))
-    names = ["subject"] if subjects else []
+    names = ["subject"] if wanted.get("max_subjects") else []
     columns = sorted({*allowed, *(condition.column for condition in conditions), *names})
     if not (columns or sizes or kind or wanted.get("min_caption") or wanted.get("max_caption")):
         return source
@@ -190,37 +189,53 @@ def select(
     found = scan(source, sizes=sizes, columns=columns, names=names, hashes=kind, **hosts)
     kept = np.ones(len(source), bool)
     dropped: dict[str, int] = {}
-
-    def drop(reason: str, bad: np.ndarray) -> None:
+    for reason, bad in _drops(found, wanted, allowed, conditions, kept):
         if count := int((bad & kept).sum()):
             dropped[reason] = count
-        kept[bad] = False
-
-    for name, values in allowed.items():
-        drop(name, ~np.isin(found[f"column:{name}"], [_hash(json.dumps(v)) for v in values]))
-    for condition in conditions:
-        drop(condition.text, ~_meets(condition, found))
-    if sizes:
-        short, long = (f(found["width"], found["height"]) for f in (np.minimum, np.maximum))
-        drop("unreadable", short == 0)
-        drop("min_side", short < wanted.get("min_side", 0))
-        drop("max_aspect", long > (wanted.get("max_aspect") or np.inf) * np.maximum(short, 1))
-    drop("min_caption", found["caption"] < wanted.get("min_caption", 0))
-    drop("max_caption", found["caption"] > (wanted.get("max_caption") or np.inf))
-    if kind:
-        left = np.flatnonzero(kept & found["hashed"])
-        bad = np.zeros(len(kept), bool)
-        bad[left[near_duplicates(found["hash"][left], bits if kind == "near" else 0)]] = True
-        drop("duplicates", bad)
-    if subjects:
-        drop("max_subjects", ~_commonest(found["column:subject"], found["name:subject"], kept, subjects))
+        kept &= ~bad
     if not kept.any():
-        raise ConfigError(f"data.filter leaves no picture of {source.name}: {json.dumps(dict(wanted), default=list)}.")
+        raise ConfigError(f"data.filter leaves no image of {source.name}: {json.dumps(dict(wanted), default=list)}.")
     if kept.all():
         return source
     reasons = ", ".join(f"{name} {count}" for name, count in dropped.items())
-    logging.info("Of %d pictures of %s %d are left; dropped: %s.", len(kept), source.name, kept.sum(), reasons)
-    return Chosen(source, np.flatnonzero(kept))
+    logging.info("%d of %d images of %s pass the filters; dropped: %s.", kept.sum(), len(kept), source.name, reasons)
+    return Subset(source, np.flatnonzero(kept))
+
+
+def _drops(
+    found: Mapping[str, np.ndarray],
+    wanted: Mapping[str, Any],
+    allowed: Mapping[str, tuple[Any, ...]],
+    conditions: Sequence[Condition],
+    kept: np.ndarray,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(a filter, whether it drops each example, bool [N]) of every filter in turn.
+
+    Args:
+      found: of `scan`.
+      wanted: the filters, see `select`.
+      allowed: of them, those by the values of a column.
+      conditions: those of `where`.
+      kept: bool [N], the examples that the filters before have kept; the caller updates it.
+    """
+    for name, values in allowed.items():
+        yield name, ~np.isin(found[f"column:{name}"], [_hash(json.dumps(v)) for v in values])
+    for condition in conditions:
+        yield condition.text, ~_meets(condition, found)
+    if "width" in found:
+        short, long = (f(found["width"], found["height"]) for f in (np.minimum, np.maximum))
+        yield "unreadable", short == 0
+        yield "min_side", short < wanted.get("min_side", 0)
+        yield "max_aspect", long > (wanted.get("max_aspect") or np.inf) * np.maximum(short, 1)
+    yield "min_caption", found["caption"] < wanted.get("min_caption", 0)
+    yield "max_caption", found["caption"] > (wanted.get("max_caption") or np.inf)
+    if kind := wanted.get("duplicates"):
+        left = np.flatnonzero(kept & found["hashed"])
+        bad = np.zeros(len(kept), bool)
+        bad[left[near_duplicates(found["hash"][left], wanted.get("duplicate_bits", 4) if kind == "near" else 0)]] = True
+        yield "duplicates", bad
+    if most := int(wanted.get("max_subjects", 0)):
+        yield "max_subjects", ~_commonest(found["column:subject"], found["name:subject"], kept, most)
 
 
 def _condition(text: str) -> Condition:
@@ -229,7 +244,7 @@ def _condition(text: str) -> Condition:
     column, sign, bound, value = match.groups() if match else ("", "", "", "")
     if value and QUOTED.fullmatch(value):
         return Condition(text, column, "=", np.nan, (json.dumps(value[1:-1]),))
-    if value:  # which may be the JSON of a number, of true, false or null as it stands
+    if value:  # which may itself be the JSON of a number, of true, false or null
         return Condition(text, column, "=", _number(value), (json.dumps(value), value))
     if np.isnan(_number(bound)):
         raise ConfigError(
@@ -246,7 +261,7 @@ def _number(text: str) -> float:
 
 
 def _meets(condition: Condition, found: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Whether each example meets a condition; nan compares as false."""
+    """Whether each example meets a condition, bool [N]; nan compares as false."""
     meets = COMPARE[condition.sign](found[f"number:{condition.column}"], condition.bound)
     if condition.sign != "=":
         return meets
@@ -254,11 +269,12 @@ def _meets(condition: Condition, found: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _commonest(values: np.ndarray, names: np.ndarray, kept: np.ndarray, most: int) -> np.ndarray:
-    """Whether each value [N] is among the `most` commonest of those kept; ties by name, so that the set alone decides.
+    """Whether each value is among the `most` commonest of those kept, bool [N]; ties go by name.
 
     Args:
-        values: hashes of them.
-        names: their beginnings.
+      values: uint64 [N], hashes of the values.
+      names: bytes [N], their beginnings.
+      kept: bool [N].
     """
     unique, first, counts = np.unique(values[kept], return_index=True, return_counts=True)
     return np.isin(values, unique[np.lexsort((unique, names[kept][first], -counts))[:most]])

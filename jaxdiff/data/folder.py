@@ -1,12 +1,12 @@
-"""Captioned folders and what becomes of their pictures.
+"""Captioned folders, and how images are read and decoded.
 
-The layout is Hugging Face datasets' "imagefolder", `path/[split/]metadata.jsonl` beside the pictures, a line for each:
+The layout is Hugging Face datasets' "imagefolder": `path/[split/]metadata.jsonl` beside the images, a line for each:
 
     {"file_name": "castle.webp", "text": ["a castle", "a castle with two towers"], "license": "CC0"}
 
-`text` is one caption or a list, of which one is drawn whenever the picture comes up. A line may name a
-"conditioning_file", a picture that steers a ControlNet, and "repeats", how often a pass over the data shows the picture
-(1). `jaxdiff.data.captioned` reads other kinds of data too.
+`text` is one caption or a list, from which one is drawn whenever the image is read. A line may name a
+"conditioning_file", a ControlNet's input image, and "repeats", how often a pass over the data shows the image (1).
+`jaxdiff.data.captioned` reads other kinds of data too.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data.images import on_background, open_image
 from jaxdiff.data.source import Record, Source
 
-# Colours that transparent pictures are laid on, by the name that goes into the caption: sRGB in 0..255.
+# Colours that transparent images are put on, by the name that goes into the caption: sRGB in 0..255.
 BACKGROUNDS = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
@@ -38,31 +38,31 @@ BACKGROUNDS = {
     "pink": (250, 150, 190),
     "brown": (130, 80, 45),
 }
-METADATA = "metadata.jsonl"  # names the pictures of a split and their captions
-HINT = "conditioning_file"  # the metadata's key for the picture that steers a ControlNet
-REPEATS = "repeats"  # and for the times that a pass over the data shows a picture
+METADATA = "metadata.jsonl"  # names the images of a split and their captions
+HINT = "conditioning_file"  # the metadata's key for a ControlNet's input image
+REPEATS = "repeats"  # and for how often a pass over the data shows an image
 MAX_REPEATS = 1000
-WHITE_SHARE = 0.5  # of the pictures under background="random"
-MIN_BACKGROUND = 0.02  # a background that covers less of the picture is white: nobody would mention it
-# Black ink vanishes on black: this share of the subject must differ by more than so much in some channel of 0..255,
-# or the background is white, or black.
+WHITE_FRACTION = 0.5  # of the images with background="random"
+MIN_BACKGROUND = 0.02  # fraction of the image; a smaller background is white: nobody would mention it
+# Black ink does not show on black: this fraction of the subject must differ by more than so much in some channel of
+# 0..255, or the background is white, or black.
 MIN_SUBJECT, MIN_CONTRAST = 0.2, 48
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Example(NamedTuple):
     """One line of `metadata.jsonl`."""
 
-    path: str  # of the picture
+    path: str  # of the image
     captions: tuple[str, ...]
     extras: dict[str, Any]  # the line's other keys
 
 
 def examples(path: str | Path, split: str = "train") -> list[Example]:
-    """The examples that the metadata of a captioned folder names, in its order; the pictures are not looked at.
+    """The examples of a captioned folder, in the order of its metadata; images are not read.
 
-    One that says "repeats" stands there so many times.
+    One with "repeats" is listed so many times.
 
     Args:
       path: the folder; `metadata.jsonl` lies in its subfolder `split`, or in itself for the split "train".
@@ -82,19 +82,19 @@ def examples(path: str | Path, split: str = "train") -> list[Example]:
             example = _example(metadata, number, line)
             found += [example] * example.extras.get(REPEATS, 1)
     if len({HINT in e.extras for e in found}) > 1:
-        raise ConfigError(f'{metadata} gives some pictures a "{HINT}" and others none: give one to all, or to none.')
+        raise ConfigError(f'{metadata} gives some images a "{HINT}" and others none: give one to all, or to none.')
     if not found:
-        raise ConfigError(f'{metadata} is empty: give it a line {{"file_name": …, "text": …}} for each picture.')
+        raise ConfigError(f'{metadata} is empty: give it a line {{"file_name": …, "text": …}} for each image.')
     return found
 
 
-def pictures(folder: Path) -> list[Path]:
-    """The files of a folder that are pictures by their names, in order; not those of its subfolders."""
-    return sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES and not p.name.startswith("."))
+def image_files(folder: Path) -> list[Path]:
+    """The image files of a folder, by their suffixes, sorted by name; without subfolders."""
+    return sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
 
 
 def find_metadata(path: Path, split: str) -> Path:
-    """The file that lists the pictures of a split. Raises ConfigError where there is none."""
+    """The file that lists the images of a split. Raises ConfigError where there is none."""
     if not path.is_dir():
         raise ConfigError(f"The data folder {path} does not exist.")
     inside, beside = path / split / METADATA, path / METADATA
@@ -120,10 +120,10 @@ def _example(metadata: Path, number: int, line: bytes) -> Example:
             raise ConfigError(f'{where} lacks "{key}".')
     name, text = values.pop("file_name"), values.pop("text")
     if not isinstance(name, str) or not name:
-        raise ConfigError(f'{where}: "file_name" must be the name of a picture, not {name!r}.')
+        raise ConfigError(f'{where}: "file_name" must be the name of an image, not {name!r}.')
     for inside in (name, values.get(HINT, "")):
         if not isinstance(inside, str) or inside.startswith("/") or ".." in inside.split("/"):
-            raise ConfigError(f"{where}: the picture {inside!r} lies outside of the folder: name one within.")
+            raise ConfigError(f"{where}: the image {inside!r} lies outside of the folder: name one inside.")
     if HINT in values:
         values[HINT] = f"{metadata.parent}/{values[HINT]}"
     repeats = values.get(REPEATS, 1)
@@ -153,33 +153,12 @@ class FolderSource:
         return Record(path, path, captions, extras)
 
 
-def check_arguments(**given: Any) -> None:
-    """Raise ConfigError where an argument of `jaxdiff.data.captioned.captioned_data` cannot be."""
-    for name in ("batch_size", "image_size", "host_count"):
-        if given[name] < 1:
-            raise ConfigError(f"{name} must be 1 or more, not {given[name]}.")
-    for name in ("workers", "threads"):
-        if given[name] < 0:
-            raise ConfigError(f"{name} must be 0 or more, not {given[name]}.")
-    if not 0 <= given["seed"] < 2**32:
-        raise ConfigError(f"seed must be from 0 to 2**32 - 1, not {given['seed']}.")
-    if given["epochs"] is not None and given["epochs"] < 1:
-        raise ConfigError(f"epochs must be 1 or more, or None for no end, not {given['epochs']}.")
-    if given["crop"] is not None and not 1 <= given["crop"] <= given["image_size"]:
-        raise ConfigError(f"crop must be from 1 to image_size ({given['image_size']}), not {given['crop']}.")
-    if given["background"] not in ("random", "white"):
-        raise ConfigError(f"background must be random or white, not {given['background']!r}.")
-    if not 0 <= given["host_index"] < given["host_count"]:
-        raise ConfigError(f"host_index must be from 0 to host_count - 1, not {given['host_index']}.")
-
-
 @dataclasses.dataclass(frozen=True)
-class Decode:
-    """Turns numbers of a source, alone or with a size (height, width), into examples.
+class ImageDecoder:
+    """Decodes examples of a source, by their numbers, alone or with a size (height, width).
 
-    (entry, generator) -> {"image": uint8 [H, W, 3], "text": str}, or {"skipped": name, "reason": str}; with "hint" like
-    the image where the metadata of a folder names a picture HINT, of the image's own size, or where `steer` makes one
-    out of the image.
+    (entry, generator) -> {"image": uint8 [H, W, 3], "text": str}, or {"skipped": name, "reason": str}. There is a
+    "hint" of the image's shape where the metadata of a folder names one (HINT), or `make_control_image` is given.
     """
 
     source: Source
@@ -187,19 +166,19 @@ class Decode:
     crop: int | None = None
     flip: bool = False
     background: str = "random"
-    steer: Callable[[np.ndarray], np.ndarray] | None = None
+    make_control_image: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __call__(self, entry: int | tuple[int, tuple[int, int]], rng: np.random.Generator) -> dict[str, Any]:
         index, size = entry if isinstance(entry, tuple) else (entry, (self.image_size, self.image_size))
         name = f"{self.source.name}: example {index}"
         try:
-            name, picture, captions, extras = self.source.read(index)
+            name, encoded, captions, extras = self.source.read(index)
             text = captions[rng.integers(len(captions))]
             before = rng.bit_generator.state
-            image = _cut(open_image(picture, max(size)), size, self.crop, rng)
+            image = _cut(open_image(encoded, max(size)), size, self.crop, rng)
             hint = None
-            # In folders, where names were checked: the metadata of a shard must not name files of this machine.
-            if isinstance(picture, str) and isinstance(extras.get(HINT), str):
+            # Only in folders, where names were checked: the metadata of a shard must not name files of this machine.
+            if isinstance(encoded, str) and isinstance(extras.get(HINT), str):
                 rng.bit_generator.state = before  # so that it is cut at the same place
                 hint = _cut(open_image(extras[HINT], max(size)).convert("RGB"), size, self.crop, rng)
         except Exception as e:  # a damaged file makes Pillow raise almost anything
@@ -215,15 +194,15 @@ class Decode:
         found: dict[str, Any] = {"image": np.array(image), "text": text}
         if hint:
             found["hint"] = np.array(hint)
-        elif self.steer:
-            found["hint"] = self.steer(found["image"])
+        elif self.make_control_image:
+            found["hint"] = self.make_control_image(found["image"])
         return found
 
 
 def _cut(image: Image.Image, size: tuple[int, int], crop: int | None, rng: np.random.Generator) -> Image.Image:
     """Resize until (height, width) `size` is covered, then cut its centre, or a square of `crop` pixels at random.
 
-    Only what is cut is computed, so a long strip does not grow into a huge picture.
+    Only what is cut is computed, so a long strip does not grow into a huge image.
     """
     covers = size[1], size[0]  # as Pillow counts: width, height
     scale = min(n / side for n, side in zip(image.size, covers, strict=True))
@@ -238,9 +217,9 @@ def _cut(image: Image.Image, size: tuple[int, int], crop: int | None, rng: np.ra
 
 
 def _colour(image: Image.Image, rng: np.random.Generator) -> str:
-    """The name of a background for an RGBA picture: white for half, else any; one on which the picture can be seen."""
+    """The name of a background for an RGBA image: white for half, otherwise any on which the image can be seen."""
     names = list(BACKGROUNDS)
-    drawn = "white" if rng.random() < WHITE_SHARE else names[1 + rng.integers(len(names) - 1)]
+    drawn = "white" if rng.random() < WHITE_FRACTION else names[1 + rng.integers(len(names) - 1)]
     step = max(1, min(image.size) // 32)  # a sparse grid of the pixels will do
     pixels = np.asarray(image)[::step, ::step].astype(int)
     if 1 - pixels[..., 3].mean() / 255 < MIN_BACKGROUND:

@@ -1,4 +1,4 @@
-"""Which pictures are the same, or nearly."""
+"""Hashes of images, by which equal and similar ones are found."""
 
 import hashlib
 import itertools
@@ -11,15 +11,15 @@ BEYOND_WHITE = 510.0  # what shows through transparent pixels for `dhash`: unlik
 
 
 def content_hash(data: bytes) -> int:
-    """64 bits of the content of a file."""
+    """A hash of the bytes of a file, 64 bits."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def dhash(image: Image.Image) -> int:
-    """64 bits that resizing and compression hardly change: whether brightness rises, in a row of 9 grey pixels of 8.
+    """A hash that resizing and compression hardly change: whether brightness rises, between 8 x 9 grey pixels; 64 bits.
 
     (N. Krawetz, "Kind of like that", hackerfactor.com, 2013.) Transparent pixels count as brighter than white, so that
-    the outline of every drawing is seen, and colours that do not show are not. Every number is the hash of some image:
+    the outline of every drawing counts, and hidden colours do not. Every number is the hash of some image:
     0 of a plain one, and of one that grows darker from left to right.
     """
     grey = image.convert("L")
@@ -31,10 +31,10 @@ def dhash(image: Image.Image) -> int:
 
 
 def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """Whether an earlier one that is kept differs in at most `distance` bits.
+    """Whether a hash differs in at most `distance` bits from an earlier one that is kept.
 
-    The bits are cut into distance + 1 bands: of two hashes that differ in no more bits than `distance`, one band at
-    least is equal. So only those that share a band are compared, and none is missed.
+    The bits are cut into distance + 1 bands: two hashes that differ in at most `distance` bits have at least one band
+    in common. So only hashes that share a band are compared, and no pair is missed.
 
     Args:
       hashes: uint64 [N].

@@ -1,4 +1,4 @@
-"""Precomputed latents and text as examples; `jaxdiff.training.precompute` writes them."""
+"""Precomputed latents and text as examples, as `jaxdiff.training.precompute` writes them."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,13 @@ INFO = "latents.json"
 
 
 class LatentShards:
-    """Examples {"latents": [h, w, C], "tokens": [L], …} out of a folder of parts, each of one size.
+    """Examples {"latents": [h, w, C], "tokens": [L], …} in a folder of parts, each of one size.
 
     Attributes:
-      buckets: sizes of latents and the one of each example; None where all are of one size.
-      fingerprint: of what they were computed from; model: of the autoencoder and tokenizer alone.
-      made: the settings that they were written with, by name.
+      buckets: sizes of latents and which of them each example has; None if all have one size.
+      fingerprint: of what the latents were computed from.
+      model: fingerprint of the autoencoder and tokenizer alone.
+      made: the settings that the latents were written with, by name.
       names: of the arrays of an example.
 
     Raises:
@@ -54,6 +55,6 @@ class LatentShards:
         return len(self._rows)
 
     def __call__(self, entry: int | tuple[int, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """An entry of an order as arrays."""
+        """The arrays of an entry of an order: a number, or (number, size)."""
         _, row = self._rows[entry[0] if isinstance(entry, tuple) else int(entry)]
         return {name: np.array(values) for name, values in row.items()}

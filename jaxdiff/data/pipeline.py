@@ -1,141 +1,37 @@
-"""From a source to batches, through grain: reproducible by seed, resumable, shared out between hosts.
+"""From a source to batches, through grain: reproducible by seed, resumable, divided among hosts.
 
 The pipeline is order -> this host's rows of each batch -> decode -> threads or processes -> batch. An order says which
-example stands at a position of the endless stream that all hosts read together; there are three:
+example is at a position of the global stream, which all hosts read together, see `jaxdiff.data.orders`.
 
-  - every example by itself (folders, tar shards, Arrow, ArrayRecord): `Shuffled`;
-  - blocks that are only read as a whole (Parquet): lanes of blocks side by side in each batch, one for each host that
-    the run began with, see `BlockOrder`;
-  - buckets of sizes: each batch comes from one of them, see `buckets.BucketOrder`.
-
-Randomness hangs on the seed and the position alone, and host h of H reads rows h b … (h + 1) b - 1 of each batch of H b
-positions. So neither the number of hosts, threads or workers nor a restart changes what a batch holds, and the state of
-an iterator is the number of examples that all hosts together have had.
+Randomness depends on the seed and the position alone, and host h of H reads rows h b … (h + 1) b - 1 of each batch of
+H b positions. So batches do not depend on the number of hosts, threads or workers, nor on restarts, and the state of an
+iterator is the number of examples that all hosts together have read.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags, logging
 
 from jaxdiff.config import ConfigError
+from jaxdiff.data.orders import Order, Shuffled
 
-WINDOW = 4  # blocks whose examples are mixed
-ENDLESS = 2**62  # positions; `len` allows no more than twice as many
-STAND_INS = 1000  # examples that are tried in place of a bad one
+FORMER_KEY = "lanes"  # the name of "host_shards" in states of older checkpoints
+MAX_REPLACEMENTS = 1000  # examples tried in place of a bad one
 # (an order's entry, generator) -> an example as arrays and text, or {"skipped": name, "reason": sentence}
-Decode = Callable[[Any, np.random.Generator], dict[str, Any]]
-
-
-class Order(Protocol):
-    """What all hosts together read, position after position; an entry is what `Decode` takes."""
-
-    size: int  # entries in the first epoch
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, position: int) -> Any: ...
-
-
-class Shuffled:
-    """Numbers of examples, each by itself, every epoch in an order of its own."""
-
-    def __init__(self, size: int, *, seed: int, shuffle: bool, epochs: int | None) -> None:
-        numbers = grain.MapDataset.range(size)  # no permutation is held: grain computes one index at a time
-        self._numbers = (numbers.shuffle(seed=seed) if shuffle else numbers).repeat(epochs)
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, position: int) -> int:
-        return int(self._numbers[position])
-
-
-class BlockOrder:
-    """Numbers of examples: whole blocks in random order, and the examples within every `WINDOW` of them mixed.
-
-    Each lane has blocks of its own, the same every epoch, so that who reads one lane reads no others; lanes whose
-    blocks are smaller begin the next epoch earlier.
-
-    >>> order = BlockOrder(np.asarray([2, 3, 1]), seed=0, shuffle=True, epochs=None)
-    >>> [sorted(order[6 * epoch + i] for i in range(6)) for epoch in (0, 7)]
-    [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
-
-    Raises:
-      ConfigError: there are fewer blocks than lanes.
-    """
-
-    def __init__(
-        self, counts: np.ndarray, *, seed: int, shuffle: bool, epochs: int | None, lane: int = 0, lanes: int = 1
-    ) -> None:
-        if len(counts) < lanes:
-            raise ConfigError(f"{len(counts)} row groups cannot be shared by {lanes} hosts: write smaller ones.")
-        shared = np.random.default_rng(seed).permutation(len(counts)) if shuffle else np.arange(len(counts))
-        mine = shared[lane::lanes]
-        self._starts, self._counts = (np.cumsum(counts) - counts)[mine], np.asarray(counts)[mine]
-        self.size, self._epochs = int(self._counts.sum()), epochs
-        self._seed, self._shuffle = seed, shuffle
-        self._epoch: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
-        self._window: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0))
-
-    def __len__(self) -> int:
-        return self.size * self._epochs if self._epochs else ENDLESS
-
-    def __getitem__(self, position: int) -> int:
-        epoch, at = divmod(position, self.size)
-        known = self._epoch  # one look: another thread may replace it
-        if known[0] != epoch:
-            blocks = np.arange(len(self._counts))
-            if self._shuffle:
-                blocks = np.random.default_rng([self._seed, epoch]).permutation(blocks)
-            windows = np.add.reduceat(self._counts[blocks], np.arange(0, len(blocks), WINDOW))
-            known = self._epoch = (epoch, blocks, np.cumsum(windows))
-        _, blocks, ends = known
-        number = int(np.searchsorted(ends, at, "right"))
-        window = self._window
-        if window[0] != (epoch, number):
-            chosen = blocks[number * WINDOW : (number + 1) * WINDOW]
-            examples = np.concatenate([self._starts[b] + np.arange(self._counts[b]) for b in chosen])
-            if self._shuffle:
-                examples = np.random.default_rng([self._seed, epoch, number]).permutation(examples)
-            window = self._window = ((epoch, number), examples)
-        return int(window[1][at - (int(ends[number - 1]) if number else 0)])
-
-
-class Lanes:
-    """Orders side by side: of each batch the first rows come from the first, and so on; all have as many.
-
-    Raises:
-      ConfigError: the batch cannot be divided so.
-    """
-
-    def __init__(self, lanes: Sequence[Order], batch: int) -> None:
-        self._lanes, self._batch, self._rows = lanes, batch, batch // len(lanes)
-        if batch % len(lanes):
-            raise ConfigError(
-                f"The batch of {batch} must be divisible by {len(lanes)}, the number of hosts that the run began with."
-            )
-        self.size = min(lane.size for lane in lanes) * len(lanes)
-
-    def __len__(self) -> int:
-        return min(min(map(len, self._lanes)) * len(self._lanes), ENDLESS)
-
-    def __getitem__(self, position: int) -> Any:
-        batch, row = divmod(position, self._batch)
-        lane, within = divmod(row, self._rows)
-        return self._lanes[lane][batch * self._rows + within]
+Decoder = Callable[[Any, np.random.Generator], dict[str, Any]]
 
 
 class Skipped:
-    """The pictures that could not be read so far.
+    """The images that could not be read so far.
 
     Attributes:
-      count: how many times a picture was left out.
-      reasons: path -> what was wrong with it.
+      count: how many times an image was left out.
+      reasons: path -> what is wrong with it.
     """
 
     def __init__(self, path: str, limit: int):
@@ -144,10 +40,10 @@ class Skipped:
         self._path, self._limit, self._in_a_row = path, limit, 0
 
     def keep(self, element: dict[str, Any]) -> bool:
-        """Whether the element holds an example, its own or one in its place. A bad one is counted, and named once.
+        """Whether the element holds an example, its own or a replacement. Bad ones are counted, and named once.
 
         Raises:
-          ConfigError: there were `limit` elements in a row that hold none.
+          ConfigError: `limit` elements in a row hold none.
         """
         path, reason = element.pop("skipped", None), element.pop("reason", None)
         self._in_a_row = 0 if element else self._in_a_row + 1
@@ -155,28 +51,28 @@ class Skipped:
             self.count += 1
             if path not in self.reasons:
                 self.reasons[path] = reason
-                logging.warning("The picture %s is skipped: %s", path, reason)
+                logging.warning("The image %s is skipped: %s", path, reason)
         if self._in_a_row >= self._limit:
-            raise ConfigError(f"No picture of {self._path} can be read; the last one, {path}: {reason}.")
+            raise ConfigError(f"No image of {self._path} can be read; the last one, {path}: {reason}.")
         return bool(element)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
-    """The examples of all hosts, by position."""
+class GlobalStream:
+    """The examples that all hosts read together, by position."""
 
     order: Order
-    decode: Decode
+    decode: Decoder
     seed: int
-    replace: bool  # whether the next good example stands in for a bad one
+    replace: bool  # whether the next good example replaces a bad one
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """The example at a position; where it is bad, {"skipped", "reason"}, beside what stands in for it if any."""
+        """The example at a position; of a bad one {"skipped", "reason"}, together with its replacement if any."""
         entry = self.order[position]
         found = self._decoded(entry, position)
         if "skipped" in found and self.replace:
             size = entry[1] if isinstance(entry, tuple) else None
-            for following in range(position + 1, position + 1 + min(self.order.size, STAND_INS)):
+            for following in range(position + 1, position + 1 + min(self.order.size, MAX_REPLACEMENTS)):
                 entry = self.order[following % len(self.order)]
                 if isinstance(entry, tuple) and entry[1] != size:
                     continue  # of another bucket
@@ -189,10 +85,10 @@ class Stream:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class HostSlice:
     """Rows `first` … `first + rows - 1` of each batch of a stream, from a position on."""
 
-    stream: Stream
+    stream: GlobalStream
     start: int
     batch: int
     first: int
@@ -212,21 +108,21 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class CaptionedData:
-    """Batches of captioned pictures; each `iter` starts anew.
+    """Batches of captioned images; each `iter` starts anew.
 
-    An iterator has `get_state()`, small and JSON and the same on every host, and `set_state(state)`, after which the
+    An iterator has `get_state()`, small JSON that is the same on every host, and `set_state(state)`, after which the
     batches that followed come again, bit for bit. A state fits data opened with the same arguments; `threads`,
-    `workers` and the number of hosts may differ, as long as the batch of all hosts together stays. Threads and workers
-    may also be changed on the way: `resize(workers=…, threads=…)` changes no batch. Worker processes end with the
-    iterator, or its `close()`.
+    `workers` and the number of hosts may differ, as long as the batch of all hosts together stays the same.
+    `resize(workers=…, threads=…)` changes threads and workers without changing any batch. Worker processes end with
+    the iterator, or its `close()`.
     """
 
-    order: Callable[[int], Order]  # of so many lanes
-    decode: Decode
+    order: Callable[[int], Order]  # of so many host shards
+    decode: Decoder
     seed: int  # of what is drawn in decoding
-    lanes: int  # of a run that begins
-    replace: bool  # see `Stream`; else bad examples are left out
-    size: int  # pictures in the whole source
+    host_shards: int  # of a new run
+    replace: bool  # see `GlobalStream`; otherwise bad examples are left out
+    size: int  # images in the whole source
     skipped: Skipped  # by all iterators together
     batch_size: int  # of this host
     host_index: int
@@ -235,22 +131,22 @@ class CaptionedData:
     workers: int
     threads: int
 
-    def __iter__(self) -> "Batches":
-        return Batches(self)
+    def __iter__(self) -> "BatchIterator":
+        return BatchIterator(self)
 
-    def stream(self, lanes: int) -> Stream:
-        return Stream(self.order(lanes), self.decode, self.seed, self.replace)
+    def stream(self, host_shards: int) -> GlobalStream:
+        return GlobalStream(self.order(host_shards), self.decode, self.seed, self.replace)
 
 
-class Batches:
+class BatchIterator:
     """See `CaptionedData`."""
 
     def __init__(self, data: CaptionedData) -> None:
-        self._data, self._lanes, self._start, self._read = data, data.lanes, 0, 0
+        self._data, self._host_shards, self._start, self._read = data, data.host_shards, 0, 0
         self._workers, self._threads = data.workers, data.threads
         self._examples: Any = None
 
-    def __iter__(self) -> "Batches":
+    def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> dict[str, Any]:
@@ -258,9 +154,9 @@ class Batches:
         data, rows = self._data, self._data.batch_size
         if self._examples is None:
             self._start, self._read = self._consumed(), 0
-            stream, batch = data.stream(self._lanes), rows * data.host_count
-            share = grain.MapDataset.source(Share(stream, self._start, batch, data.host_index * rows, rows))
-            self._examples = iter(_read_ahead(share, rows, self._workers, self._threads))
+            stream, batch = data.stream(self._host_shards), rows * data.host_count
+            mine = grain.MapDataset.source(HostSlice(stream, self._start, batch, data.host_index * rows, rows))
+            self._examples = iter(_read_ahead(mine, rows, self._workers, self._threads))
         kept: list[dict[str, Any]] = []
         while len(kept) < rows and (element := next(self._examples, None)) is not None:
             self._read += 1
@@ -274,17 +170,20 @@ class Batches:
         return self._start + self._read * self._data.host_count
 
     def get_state(self) -> dict[str, int]:
-        """{"examples": those that all hosts together have had, "lanes"}."""
-        return {"examples": self._consumed(), "lanes": self._lanes}
+        """{"examples": how many all hosts together have read, "host_shards"}."""
+        return {"examples": self._consumed(), "host_shards": self._host_shards}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        if not isinstance(state, Mapping) or not all(isinstance(state.get(k), int) for k in ("examples", "lanes")):
+        """Go on at a state of `get_state`. Raises ConfigError where it is not one."""
+        known = state if isinstance(state, Mapping) else {}
+        examples, shards = known.get("examples"), known.get("host_shards", known.get(FORMER_KEY))
+        if not isinstance(examples, int) or not isinstance(shards, int):
             raise ConfigError("The position in the data was saved by another version of the input: begin a new run.")
         self.close()
-        self._start, self._read, self._lanes = state["examples"], 0, state["lanes"]
+        self._start, self._read, self._host_shards = examples, 0, shards
 
     def resize(self, *, workers: int | None = None, threads: int | None = None) -> None:
-        """Read on with another number of worker processes or threads; what was read ahead is read again."""
+        """Go on with another number of worker processes or threads; what was read ahead is read again."""
         self.close()
         self._workers = self._workers if workers is None else workers
         self._threads = self._threads if threads is None else threads
@@ -299,12 +198,12 @@ class Batches:
 def batches(
     name: str,
     size: int,
-    decode: Decode,
+    decode: Decoder,
     batch_size: int,
     *,
     seed: int,
     order: Callable[[int, int], Order] | None = None,
-    lanes: int = 1,
+    host_shards: int = 1,
     replace: bool = False,
     shuffle: bool = True,
     epochs: int | None = None,
@@ -319,39 +218,39 @@ def batches(
     Args:
       name, size: of the source.
       decode: sees the numbers 0 … size - 1, or the entries of `order`.
-      order: called with a seed and a number of lanes; None reads every example by itself.
-      lanes: those of a run that begins.
-      replace: whether the next good example stands in for a bad one; endless streams do so anyway, so that all hosts
-        stay at one position.
+      order: called with a seed and a number of host shards; None reads every example by itself.
+      host_shards: how many a new run has.
+      replace: whether the next good example replaces a bad one. Without `epochs` it always does, so that all hosts stay
+        at one position.
 
     Others as for `jaxdiff.data.captioned.captioned_data`.
 
     Raises:
-      ConfigError: the batch is larger than this host's share.
+      ConfigError: the batch is larger than what this host reads in all epochs.
     """
     order_seed, draw_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
 
     @functools.cache
-    def ordered(lanes: int) -> Order:
+    def ordered(host_shards: int) -> Order:
         if order is None:
             return Shuffled(size, seed=order_seed, shuffle=shuffle, epochs=epochs)
-        return order(order_seed, lanes)
+        return order(order_seed, host_shards)
 
-    first, replace = ordered(lanes), replace or epochs is None
-    share = len(first) // host_count
-    if drop_remainder and share < batch_size:
+    first, replace = ordered(host_shards), replace or epochs is None
+    readable = len(first) // host_count
+    if drop_remainder and readable < batch_size:
         raise ConfigError(
-            f"batch_size {batch_size} is more than the {share} pictures this host reads from {name}: lower it."
+            f"batch_size {batch_size} is more than the {readable} images that this host reads from {name}: lower it."
         )
     skipped = Skipped(name, 1 if replace else first.size)
     return CaptionedData(
-        ordered, decode, draw_seed, lanes, replace, size, skipped, batch_size, host_index, host_count, drop_remainder,
-        workers, threads,
+        ordered, decode, draw_seed, host_shards, replace, size, skipped, batch_size, host_index, host_count,
+        drop_remainder, workers, threads,
     )  # fmt: skip
 
 
 def _read_ahead(examples: grain.MapDataset, batch_size: int, workers: int, threads: int) -> grain.IterDataset:
-    # Room for two batches in all; a picture more for every thread, so that none waits.
+    # Room for two batches in all, and one example more for every thread, so that none waits.
     buffer = 2 * batch_size // max(workers, 1) + threads
     dataset = examples.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
     if workers:
@@ -368,7 +267,7 @@ def collate(elements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {n: c if isinstance(c[0], str) else np.stack(c) for n, c in columns.items()}
 
 
-def examples(data: CaptionedData, start: int, stop: int) -> Iterator[dict[str, Any]]:
-    """Examples at positions start … stop - 1 of the stream of all hosts, bad ones among them; two batches are ahead."""
-    whole = grain.MapDataset.source(Share(data.stream(data.lanes), 0, 1, 0, 1))
+def read_range(data: CaptionedData, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    """Examples at positions start … stop - 1 of the global stream, bad ones included; two batches are read ahead."""
+    whole = grain.MapDataset.source(HostSlice(data.stream(data.host_shards), 0, 1, 0, 1))
     return iter(_read_ahead(whole[start:stop], data.batch_size, data.workers, data.threads))

@@ -1,11 +1,10 @@
 """ArrayRecord files of tf.train.Example messages, as TensorFlow Datasets writes them, without TensorFlow.
 
-Example is a protocol buffer: field 1 is Features, whose field 1 is a map from names to Feature, which is a list of
-bytes (1), floats (2) or integers (3). https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/example/
-The wire format: https://protobuf.dev/programming-guides/encoding/
+https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/example/
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +14,37 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data.source import IMAGE_NAMES, MAX_BYTES, TEXT_NAMES, Record, files_digest, text_of
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """(value, position behind it)."""
-    value = shift = 0
-    while True:
-        if at >= len(data) or shift > 63:
-            raise ValueError("a damaged number in a record")
-        value |= (data[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if not data[at - 1] & 0x80:
-            return value, at
+@functools.cache
+def example_class() -> Any:
+    """The protocol buffer class of tf.train.Example: a map from names to lists of bytes, floats or integers."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="jaxdiff_example.proto", package="jaxdiff", syntax="proto3")
 
-def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
-    """(number, content) of each field of a message: an integer, or bytes for those that have a length."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield number, value
-            continue
-        size, at = _varint(data, at) if wire == 2 else ({1: 8, 5: 4}.get(wire, len(data) + 1), at)
-        if size > len(data) - at:
-            raise ValueError("a record that breaks off, or is no tf.train.Example")
-        yield number, data[at : at + size]
-        at += size
+    def message(name: str, *fields: tuple[str, int, int, str | None], parent: Any = file.message_type) -> Any:
+        made = parent.add(name=name)
+        for number, (field_name, kind, label, type_name) in enumerate(fields, 1):
+            made.field.add(name=field_name, number=number, type=kind, label=label, type_name=type_name)
+        return made
+
+    one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
+    message("BytesList", ("value", field.TYPE_BYTES, many, None))
+    message("FloatList", ("value", field.TYPE_FLOAT, many, None))
+    message("Int64List", ("value", field.TYPE_INT64, many, None))
+    lists = ("bytes_list", "BytesList"), ("float_list", "FloatList"), ("int64_list", "Int64List")
+    feature = message("Feature", *((name, field.TYPE_MESSAGE, one, f".jaxdiff.{kind}") for name, kind in lists))
+    feature.oneof_decl.add(name="kind")
+    for choice in feature.field:
+        choice.oneof_index = 0
+    features = message("Features", ("feature", field.TYPE_MESSAGE, many, ".jaxdiff.Features.FeatureEntry"))
+    value = ("value", field.TYPE_MESSAGE, one, ".jaxdiff.Feature")
+    entry = message("FeatureEntry", ("key", field.TYPE_STRING, one, None), value, parent=features.nested_type)
+    entry.options.map_entry = True
+    message("Example", ("features", field.TYPE_MESSAGE, one, ".jaxdiff.Features"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("jaxdiff.Example"))
 
 
 def parse_example(data: bytes) -> dict[str, list[Any]]:
@@ -50,41 +53,18 @@ def parse_example(data: bytes) -> dict[str, list[Any]]:
     Raises:
       ValueError: it is not one.
     """
-    features: dict[str, list[Any]] = {}
-    for number, message in _fields(memoryview(data)):
-        for inner, entry in _fields(message) if number == 1 else ():
-            if inner == 1:
-                parts = dict(_fields(entry))
-                features[bytes(parts.get(1, b"")).decode("utf-8")] = _feature(memoryview(parts.get(2, b"")))
-    return features
+    from google.protobuf.message import DecodeError
 
-
-def _feature(data: memoryview) -> list[Any]:
-    values: list[Any] = []
-    for kind, content in _fields(data):
-        for number, item in _fields(content):
-            if number != 1:
-                continue
-            if kind == 1:
-                values.append(bytes(item))
-            elif kind == 2:  # packed, or one at a time
-                values += np.frombuffer(item, "<f4").tolist()
-            elif isinstance(item, int):
-                values.append(_signed(item))
-            else:
-                at = 0
-                while at < len(item):
-                    value, at = _varint(item, at)
-                    values.append(_signed(value))
-    return values
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
+    try:
+        features = example_class().FromString(data).features.feature
+    except DecodeError as e:
+        raise ValueError(f"this is not a tf.train.Example ({e})") from None
+    kinds = {name: feature.WhichOneof("kind") for name, feature in features.items()}
+    return {name: list(getattr(features[name], kind).value) if kind else [] for name, kind in kinds.items()}
 
 
 class ArrayRecords:
-    """Examples in ArrayRecord files as a `Source`: a feature with the bytes of a picture, one with captions.
+    """Examples in ArrayRecord files as a `Source`: a feature with the bytes of an image, one with captions.
 
     Args:
       name: for messages.
@@ -92,7 +72,7 @@ class ArrayRecords:
       image_column, text_column: names of the features; "" looks for usual ones.
 
     Raises:
-      ConfigError: a file is damaged or empty, or its first record is of another kind.
+      ConfigError: a file is damaged or empty, or its first record is not a tf.train.Example with both.
     """
 
     blocks: np.ndarray | None = None
@@ -112,7 +92,7 @@ class ArrayRecords:
         try:
             found = parse_example(self._records[0])
         except Exception as e:
-            raise ConfigError(f"{name}: the first record is no tf.train.Example ({e}).") from None
+            raise ConfigError(f"{name}: the first record cannot be read: {e}.") from None
         self._image, self._text = (
             self._column(found, *c) for c in ((image_column, IMAGE_NAMES, "image"), (text_column, TEXT_NAMES, "text"))
         )
@@ -121,7 +101,7 @@ class ArrayRecords:
         name = given or next((n for n in usual if n in found), "")
         if name not in found:
             shown = ", ".join(sorted(found)[:20]) or "none"
-            raise ConfigError(f"{self.name} has these features: {shown}; name one with data.{what}_column.")
+            raise ConfigError(f"{self.name} has these features: {shown}; name one of them with data.{what}_column.")
         return name
 
     def __len__(self) -> int:
@@ -133,13 +113,15 @@ class ArrayRecords:
             features = parse_example(self._records[index])
         except ValueError:
             raise
-        except Exception as e:  # the reader's own, of no common kind
+        except Exception as e:  # the reader raises errors of several kinds
             raise ValueError(f"it cannot be read ({' '.join(str(e).split())[:200]})") from None
-        picture = (features.pop(self._image, []) or [b""])[0]
-        if not isinstance(picture, bytes) or len(picture) > MAX_BYTES:
-            raise ValueError(f"its feature {self._image!r} holds no bytes of a picture")
+        encoded = (features.pop(self._image, []) or [b""])[0]
+        if not isinstance(encoded, bytes):
+            raise ValueError(f"its feature {self._image!r} does not hold bytes")
+        if len(encoded) > MAX_BYTES:
+            raise ValueError(f"{len(encoded)} bytes are more than the {MAX_BYTES} allowed")
         values = {
             n: [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in vs] for n, vs in features.items()
         }
         extras = {n: vs[0] for n, vs in values.items() if n != self._text and len(vs) == 1}
-        return Record(where, picture, text_of(values.get(self._text), where), extras)
+        return Record(where, encoded, text_of(values.get(self._text), where), extras)

@@ -1,140 +1,128 @@
 """Tar shards as webdataset writes them, read in any order.
 
-A sample is what lies together and has one name up to the first dot: `000017.jpg`, `000017.txt`, `000017.json`. Nothing
-is unpacked. Each shard is gone through once, header by header, for an index of where its pictures and captions lie.
-
-The headers: POSIX.1-1988 (ustar) and POSIX.1-2001 (pax), https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html,
-and GNU tar's long names and base-256 numbers.
+A sample is a run of files with one name up to the first dot: `000017.jpg`, `000017.txt`, `000017.json`. Nothing is
+unpacked. Each shard is read through once, header by header, for an index of where its images and captions are.
 """
 
 import hashlib
 import json
 import os
-import re
+import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from absl import logging
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data import store
-from jaxdiff.data.folder import PICTURES
+from jaxdiff.data.folder import IMAGE_SUFFIXES
 from jaxdiff.data.source import MAX_BYTES, MAX_TEXT, TEXT_NAMES, Record, files_digest, text_of
-from jaxdiff.errors import JaxdiffError
 
-BLOCK = 512  # bytes; everything in a tar is padded to it
 TEXT_SUFFIXES = ("txt", "text", "caption")
-FIELDS = ("image", "text", "json")  # of each offset and size are kept; size 0: the sample lacks it
+FIELDS = ("image", "text", "json")  # the index holds offset and size of each; size 0: the sample lacks it
 
 
-class Member(NamedTuple):
-    name: str
-    offset: int  # of its content, in bytes
-    size: int  # bytes
+class _Headers:
+    """A tar file as `tarfile` reads headers from it: no claim of a header makes it read without end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+        self._ended = False
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_TEXT + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"a header claims {size} bytes")
+        content = self._file.read(size)
+        if size and not content and self._ended:
+            raise tarfile.ReadError("it ends in the middle of a header")
+        self._ended = not content
+        return content
 
 
-class TarError(JaxdiffError, ValueError):
-    """A tar that cannot be gone through any further."""
-
-
-def members(file: BinaryIO, size: int) -> Iterator[Member]:
-    """The regular files in a tar of `size` bytes.
+def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The regular files in a tar.
 
     Raises:
-      TarError: the next header is damaged, or points beyond the end; what came before is whole.
+      tarfile.TarError: the next header is damaged, or points beyond the end. The files before it are intact.
     """
-    position = 0
-    long_name: str | None = None
-    extended: dict[str, str] = {}
-    while position < size:
-        file.seek(position)
-        header = file.read(BLOCK)
-        if not header.strip(b"\0"):
-            return  # the end: blocks of zeros
-        if len(header) < BLOCK:
-            raise TarError("it ends in the middle of a header")
-        if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:
-            raise TarError(f"there is no tar header at byte {position}")
-        kind, length = header[156:157], _number(header[124:136])
-        if "size" in extended:
-            length = int(extended["size"]) if re.fullmatch(r"\d{1,19}", extended["size"]) else -1
-        start = position + BLOCK
-        if not 0 <= length <= size - start:
-            raise TarError(f"the file at byte {position} claims {length} bytes, of which {size - start} are there")
-        if kind in (b"L", b"x"):  # says something of the member that follows
-            if length > MAX_TEXT:
-                raise TarError(f"the name at byte {position} is {length} bytes long")
-            content = file.read(length)
-            if kind == b"L":
-                long_name = _text(content)
-            else:
-                extended = dict(re.findall(r"\d+ (path|size)=([^\n]*)\n", content.decode("utf-8", "replace")))
-        else:
-            if kind in (b"0", b"\0", b"7"):
-                yield Member(extended.get("path") or long_name or _name(header), start, length)
-            long_name, extended = None, {}
-        position = start + -(-length // BLOCK) * BLOCK
-
-
-def _number(field: bytes) -> int:
-    """A number of a header: octal digits, or GNU's base 256. -1 for anything else."""
-    if field[0] & 0x80:
-        return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
-    digits = field.strip(b" \0")
-    return int(digits, 8) if re.fullmatch(rb"[0-7]*", digits) and digits else -1 if digits else 0
-
-
-def _text(field: bytes) -> str:
-    return field.split(b"\0")[0].decode("utf-8", "replace")
-
-
-def _name(header: bytes) -> str:
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        return
+    try:
+        tar = tarfile.TarFile(fileobj=_Headers(file), encoding="utf-8", errors="replace")  # type: ignore[arg-type]
+        while member := tar.next():
+            left = size - member.offset_data
+            backwards = member.size < 0 or tar.offset < member.offset_data
+            if backwards or (member.isreg() and not member.issparse() and member.size > left):
+                raise tarfile.ReadError(f"{member.name!r} claims {member.size} bytes, of which {left} are there")
+            if member.isreg():
+                yield member
+            tar.members = []  # type: ignore[attr-defined]  # a shard may have many
+    except (ValueError, IndexError, OverflowError, RecursionError) as e:  # tarfile's own at some damaged headers
+        raise tarfile.ReadError(f"a header is damaged ({type(e).__name__})") from None
+    # tarfile stops silently at a damaged header, as it does at the end of a tar: a block of zeros, or nothing.
+    file.seek(tar.offset)
+    header = file.read(tarfile.BLOCKSIZE)
+    if header.strip(b"\0"):
+        if len(header) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it ends in the middle of a header")
+        raise tarfile.ReadError(f"there is no tar header at byte {tar.offset}")
 
 
 def index_shard(path: Path) -> dict[str, np.ndarray]:
-    """Where the samples of a shard lie: {"image", "text", "json": int64 [n, 2]}, each (offset, bytes).
+    """Where the samples of a shard are: {"image", "text", "json": int64 [n, 2]}, each (offset, bytes).
 
-    What is wrong with the shard is said in a warning; a shard that breaks off keeps the samples before.
+    A warning names what is wrong with the shard. Of a damaged one the samples before the damage are used.
 
     Raises:
-      ConfigError: it cannot be read, or is no tar.
+      ConfigError: it cannot be read, or is not a tar file.
+    """
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7"):
+                raise ConfigError(f"{path} is compressed: unpack it to a plain .tar, which can be read in any order.")
+            file.seek(0)
+            rows, problems = _samples(file)
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read ({e.strerror}).") from None
+    complete = [row for row in rows if "image" in row and ("text" in row or "json" in row)]
+    if len(complete) < len(rows):
+        problems.append(f"{len(rows) - len(complete)} of {len(rows)} samples lack an image or a caption")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        logging.warning("In the shard %s %s%s.", path, problems[0], more)
+    return {f: np.asarray([row.get(f, (0, 0)) for row in complete], np.int64).reshape(-1, 2) for f in FIELDS}
+
+
+def _samples(file: BinaryIO) -> tuple[list[dict[str, tuple[int, int]]], list[str]]:
+    """(the fields of each sample of a shard, each (offset, bytes); what is wrong with the shard).
+
+    Raises:
+      ConfigError: nothing of it can be read.
     """
     rows: list[dict[str, tuple[int, int]]] = []
     problems: list[str] = []
     last = None
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7"):
-                raise ConfigError(f"{path} is compressed: unpack it to a plain .tar, which can be read in any order.")
-            try:
-                for member in members(file, size):
-                    if member.name.startswith("/") or ".." in member.name.split("/"):
-                        problems.append(f"{member.name!r} lies outside of the archive and is left out")
-                        continue
-                    key, field = _split(member.name)
-                    if key != last:
-                        rows.append({})
-                        last = key
-                    if field and member.size:
-                        rows[-1].setdefault(field, (member.offset, member.size))
-            except TarError as e:
-                if not rows:
-                    raise ConfigError(f"{path} is no tar file that can be read: {e}.") from None
-                problems.append(f"{e}; what follows is left out")
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read ({e.strerror}).") from None
-    whole = [row for row in rows if "image" in row and ("text" in row or "json" in row)]
-    if len(whole) < len(rows):
-        problems.append(f"{len(rows) - len(whole)} of {len(rows)} samples lack a picture or a caption")
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        logging.warning("In the shard %s %s%s.", path, problems[0], more)
-    return {f: np.asarray([row.get(f, (0, 0)) for row in whole], np.int64).reshape(-1, 2) for f in FIELDS}
+        for member in members(file):
+            if member.name.startswith("/") or ".." in member.name.split("/"):
+                problems.append(f"{member.name!r} lies outside of the archive and is left out")
+            elif member.issparse():
+                problems.append(f"{member.name!r} is a sparse file and is left out")
+            else:
+                key, field = _split(member.name)
+                if key != last:
+                    rows.append({})
+                    last = key
+                if field and member.size:
+                    rows[-1].setdefault(field, (member.offset_data, member.size))
+    except tarfile.TarError as e:
+        if not rows:
+            raise ConfigError(f"{file.name} is not a readable tar file: {e}.") from None
+        problems.append(f"{e}; what follows is left out")
+    return rows, problems
 
 
 def _split(name: str) -> tuple[str, str | None]:
@@ -142,7 +130,7 @@ def _split(name: str) -> tuple[str, str | None]:
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     suffix = suffix.lower()
-    field = "image" if f".{suffix}" in PICTURES else "text" if suffix in TEXT_SUFFIXES else None
+    field = "image" if f".{suffix}" in IMAGE_SUFFIXES else "text" if suffix in TEXT_SUFFIXES else None
     return f"{folder}/{stem}", "json" if suffix == "json" else field
 
 
@@ -177,7 +165,7 @@ class TarShards:
             store.fill(cache / "shards", parts, lambda i: index_shard(Path(paths[i])), threads=8, **hosts)
             self._rows = store.Rows([str(cache / "shards" / p) for p in parts])
         if not len(self._rows):
-            raise ConfigError(f"{name} holds no picture with a caption (such as 0001.jpg beside 0001.txt).")
+            raise ConfigError(f"{name} holds no image with a caption (such as 0001.jpg beside 0001.txt).")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -186,14 +174,23 @@ class TarShards:
         shard, row = self._rows[index]
         # Opened for each record: a data set has more shards than a process may keep open.
         with open(self._paths[shard], "rb", buffering=0) as file:
-            where = f"{self._paths[shard]}: {_name(_read(file, (row['image'][0] - BLOCK, BLOCK), BLOCK))}"
+            where = f"{self._paths[shard]}: {_member_name(file, int(row['image'][0]))}"
             text = _read(file, row["text"], MAX_TEXT).decode("utf-8").strip()
             extras = json.loads(_read(file, row["json"], MAX_TEXT) or b"{}")
-            picture = _read(file, row["image"], MAX_BYTES) if image else b""
+            encoded = _read(file, row["image"], MAX_BYTES) if image else b""
         if not isinstance(extras, dict):
             raise ValueError(f"{where}: its .json is not an object")
         captions = text or next((extras[n] for n in TEXT_NAMES if n in extras), None)
-        return Record(where, picture, text_of(captions, where), extras)
+        return Record(where, encoded, text_of(captions, where), extras)
+
+
+def _member_name(file: BinaryIO, offset: int) -> str:
+    """The name in the header before the content at `offset`."""
+    header = _read(file, (offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE), tarfile.BLOCKSIZE)
+    try:
+        return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+    except tarfile.TarError:
+        raise ValueError(f"{file.name} has changed since it was indexed: there is no file at byte {offset}") from None
 
 
 def _read(file: BinaryIO, span: Sequence[int] | np.ndarray, most: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What a source of captioned pictures is: so many records, each read by its number, in any order."""
+"""Sources of captioned images: records that can be read by their numbers, in any order."""
 
 import hashlib
 import os
@@ -8,18 +8,18 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-MAX_BYTES = 2**28  # of one encoded picture: more is an attack or a mistake
+MAX_BYTES = 2**28  # of one encoded image: more is an attack or a mistake
 MAX_TEXT = 2**20  # bytes of one caption or of one example's metadata
-# The names that data sets in the field give to these two.
+# Usual names of these two columns.
 IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "img", "pixel_values")
 TEXT_NAMES = ("text", "caption", "captions", "txt", "prompt")
 
 
 class Record(NamedTuple):
-    """One captioned picture, not yet decoded."""
+    """One captioned image, not yet decoded."""
 
-    name: str  # where it lies, for messages
-    image: str | bytes  # path of the file, or the bytes of one; b"" where it was not asked for
+    name: str  # where it is, for messages
+    image: str | bytes  # path of the file, or the bytes of one; b"" if it was not asked for
     captions: tuple[str, ...]  # at least one
     extras: Mapping[str, Any]  # other metadata
 
@@ -28,9 +28,9 @@ class Source(Protocol):
     """Records 0 … len - 1. Read by many threads at once, and pickled for worker processes without its data.
 
     Attributes:
-      name: of the whole, for messages.
-      digest: of what it holds; another one for other data.
-      blocks: records in each of the blocks that are only read as a whole; None where every record can be read alone.
+      name: of the whole source, for messages.
+      digest: of what it holds; different for other data.
+      blocks: int [N], records in each block that can only be read as a whole; None if every record can be read alone.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int, image: bool = True) -> Record:
-        """Record `index`, without its picture where that is not needed.
+        """Record `index`, without its image unless `image`.
 
         Raises:
           ValueError, OSError: it is damaged.
@@ -51,7 +51,7 @@ class Source(Protocol):
 
 
 def files_digest(paths: Iterable[str | Path]) -> str:
-    """Of the names, sizes and times of files, which are not read."""
+    """A digest of the names, sizes and times of files, which are not read."""
     digest = hashlib.sha256()
     for path in paths:
         status = os.stat(path)
@@ -71,8 +71,8 @@ def text_of(values: Any, where: str) -> tuple[str, ...]:
     return captions
 
 
-class Chosen:
-    """Some records of another source, by their numbers, in that order."""
+class Subset:
+    """Records `indices` [N] of another source, as a source; the indices rise."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self._source, self._indices = source, indices

@@ -1,7 +1,8 @@
-"""Arrays kept in parts on disk, each part made once by some host and mapped into memory by all.
+"""Arrays in parts on disk. Each part is written once, by one of the hosts, and mapped into memory by all.
 
-A part is a folder of .npy files, one an array, all of one length [n, ...]. It is written under another name and renamed
-when whole. So the work goes on where it was killed, and several hosts that see the same folder divide it.
+A part is a folder of .npy files, one for each array, all of one length [n, ...]. It is written under a temporary name,
+then renamed. So a killed process loses at most the parts that it was writing, and hosts that share the folder divide
+the work.
 """
 
 import functools
@@ -18,9 +19,9 @@ from absl import logging
 from jaxdiff.config import ConfigError
 
 Arrays = Mapping[str, np.ndarray]
-OPEN_PARTS = 256  # mapped at a time by a process; a system allows some ten thousand maps
+OPEN_PARTS = 256  # mapped at a time by a process; systems allow some ten thousand maps
 PATIENCE = 3600.0  # seconds without any new part after which the other hosts count as dead
-LONGEST_PAUSE = 5.0  # seconds between two looks for what other hosts have written
+LONGEST_PAUSE = 5.0  # seconds between two listings of what other hosts have written
 
 
 def fill(
@@ -32,13 +33,13 @@ def fill(
     host_count: int = 1,
     threads: int = 1,
 ) -> None:
-    """Make what is missing of the parts `names`, this host's share of it, and wait until the others have made theirs.
+    """Write the missing ones of the parts `names` that are this host's, and wait for those of the other hosts.
 
     Args:
-      make: part i as arrays; must give the same on every host.
+      make: i -> the arrays of part i; must give the same on every host.
 
     Raises:
-      ConfigError: the folder cannot be written, or nothing came from the other hosts for `PATIENCE` seconds.
+      ConfigError: the folder cannot be written, or the other hosts wrote nothing for `PATIENCE` seconds.
     """
     there = _listed(folder)
     mine = {names[i]: i for i in range(host_index, len(names), host_count) if names[i] not in there}
@@ -60,15 +61,15 @@ def fill(
 
 
 def _listed(folder: Path) -> set[str]:
-    """The names in a folder, by one question to the file system."""
+    """The names in a folder, by one call to the file system."""
     try:
         return set(os.listdir(folder))
-    except OSError:  # no part is written yet, or writing one will say what is wrong
+    except OSError:  # no part is written yet, or writing one will raise what is wrong
         return set()
 
 
 def write_part(path: Path, arrays: Arrays) -> None:
-    """Write a part; one that is there already stays.
+    """Write a part unless it exists.
 
     Raises:
       ConfigError: it cannot be written.
@@ -98,9 +99,9 @@ def read_part(path: str | Path) -> dict[str, np.ndarray]:
     try:
         arrays = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
     except (OSError, ValueError, EOFError) as e:
-        raise ConfigError(f"{path} is damaged ({e}): delete that folder, and it is made anew.") from None
+        raise ConfigError(f"{path} is damaged ({e}): delete that folder, and it is written anew.") from None
     if not arrays or len({len(a) for a in arrays.values()}) != 1:
-        raise ConfigError(f"{path} holds no arrays of one length: delete that folder, and it is made anew.")
+        raise ConfigError(f"{path} holds no arrays of one length: delete that folder, and it is written anew.")
     return arrays
 
 
@@ -108,7 +109,7 @@ _mapped = functools.lru_cache(OPEN_PARTS)(read_part)
 
 
 class Rows:
-    """The rows of all parts one after the other. Pickled without them, but for those given as arrays.
+    """The rows of all parts, one after the other. A pickle holds the parts' paths, and those given as arrays.
 
     Args:
       parts: folders, or arrays in memory.
@@ -116,7 +117,7 @@ class Rows:
 
     def __init__(self, parts: Sequence[str | Arrays]) -> None:
         self._parts = list(parts)
-        with ThreadPoolExecutor(16) as pool:  # opening is waiting, on a file system of a network
+        with ThreadPoolExecutor(16) as pool:  # on network file systems most of the time is waiting
             self.counts = np.asarray(list(pool.map(lambda p: len(next(iter(self._open(p).values()))), self._parts)))
         self._ends = np.cumsum(self.counts)
 

@@ -1,7 +1,7 @@
-"""Captioned pictures in tables: Parquet files, and Hugging Face datasets on disk (Arrow). Needs pyarrow.
+"""Captioned images in tables: Parquet files, and Hugging Face datasets on disk (Arrow). Needs pyarrow.
 
-Arrow files are mapped into memory, and any row is read alone. Of Parquet whole row groups must be read: the few used
-last are kept, and the pipeline shuffles row groups, then rows within some of them (`pipeline.BlockOrder`).
+Arrow files are mapped into memory, and any row can be read alone. Of Parquet only whole row groups can be read: those
+used last are kept, and the pipeline shuffles row groups, then rows within some of them (`orders.BlockOrder`).
 """
 
 import collections
@@ -19,8 +19,8 @@ from absl import logging
 from jaxdiff.config import ConfigError
 from jaxdiff.data.source import IMAGE_NAMES, MAX_BYTES, TEXT_NAMES, Record, files_digest, text_of
 
-KEPT_GROUPS = 8  # decoded ones that a process keeps: twice `pipeline.WINDOW`: in use, and read ahead
-LARGE_GROUP = 2**28  # bytes of a row group, beyond which memory is at stake
+KEPT_GROUPS = 8  # row groups that a process keeps: twice `orders.WINDOW`, those in use and those read ahead
+LARGE_GROUP = 2**28  # bytes of a row group above which a warning says what memory it takes
 
 
 def _pyarrow() -> Any:
@@ -28,89 +28,78 @@ def _pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ConfigError("Parquet and Arrow data need pyarrow: pip install 'jaxdiff[tables]'.") from None
+        raise ConfigError("Parquet and Arrow data need pyarrow: pip install 'pyarrow>=17'.") from None
     return pyarrow
 
 
 def _columns(schema: Any, where: str, image: str, text: str) -> tuple[str, str]:
-    """The names of the columns with pictures and captions, checked.
+    """The names of the columns with images and captions.
 
     Args:
       image, text: the names given; "" looks for a usual one.
 
     Raises:
-      ConfigError: there is no such column, or it holds something else.
+      ConfigError: there is no such column, or it has another type.
     """
-    pa = _pyarrow()
-    found = []
-    for what, setting, given, usual, good in (
-        (
-            "picture",
-            "image_column",
-            image,
-            IMAGE_NAMES,
-            lambda t: _is_bytes(pa, t) or (pa.types.is_struct(t) and _has_bytes(pa, t)),
-        ),
-        (
-            "caption",
-            "text_column",
-            text,
-            TEXT_NAMES,
-            lambda t: _is_text(pa, t) or (_is_list(pa, t) and _is_text(pa, t.value_type)),
-        ),
-    ):
-        names = [given] if given else [n for n in usual if n in schema.names]
-        if not names or names[0] not in schema.names:
-            raise ConfigError(
-                f"{where} has no {what} column{f' {given!r}' if given else ''}; its columns are "
-                f"{', '.join(schema.names[:20]) or 'none'}: name one with data.{setting}."
-            )
-        if not good(kind := schema.field(names[0]).type):
-            needed = "the bytes of image files" if what == "picture" else "text"
-            raise ConfigError(f"{where}: the {what} column {names[0]!r} must hold {needed}, not {str(kind)[:80]}.")
-        found.append(names[0])
-    return found[0], found[1]
+    found = _column(schema, where, "image", "data.image_column", image or IMAGE_NAMES)
+    if not _has_images(kind := schema.field(found).type):
+        raise ConfigError(
+            f"{where}: the image column {found!r} must hold the bytes of image files, not {str(kind)[:80]}."
+        )
+    captions = _column(schema, where, "caption", "data.text_column", text or TEXT_NAMES)
+    if not _has_captions(kind := schema.field(captions).type):
+        raise ConfigError(f"{where}: the caption column {captions!r} must hold text, not {str(kind)[:80]}.")
+    return found, captions
 
 
-def _is_bytes(pa: Any, kind: Any) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+def _column(schema: Any, where: str, what: str, setting: str, wanted: str | Sequence[str]) -> str:
+    """The column of the name given, or the first with one of the usual names."""
+    names = [wanted] if isinstance(wanted, str) else wanted
+    if not (found := [name for name in names if name in schema.names]):
+        given = f" {wanted!r}" if isinstance(wanted, str) else ""
+        there = ", ".join(schema.names[:20]) or "none"
+        raise ConfigError(f"{where} has no {what} column{given}; its columns are {there}: name one with {setting}.")
+    return found[0]
 
 
-def _has_bytes(pa: Any, kind: Any) -> bool:
-    return any(field.name == "bytes" and _is_bytes(pa, field.type) for field in kind)
+def _has_images(kind: Any) -> bool:
+    """Whether a type is bytes, or Hugging Face's {"bytes", "path"}."""
+    types = _pyarrow().types
+    fields = [field.type for field in kind if field.name == "bytes"] if types.is_struct(kind) else [kind]
+    return any(types.is_binary(field) or types.is_large_binary(field) for field in fields)
 
 
-def _is_text(pa: Any, kind: Any) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def _has_captions(kind: Any) -> bool:
+    """Whether a type is text, or a list of texts."""
+    types = _pyarrow().types
+    item = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
+    return types.is_string(item) or types.is_large_string(item)
 
 
-def _is_list(pa: Any, kind: Any) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-
-def _scalars(pa: Any, schema: Any, without: Sequence[str]) -> list[str]:
+def _scalars(schema: Any, without: Sequence[str]) -> list[str]:
     """The columns of numbers and short text."""
-    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string)
+    types = _pyarrow().types
+    kinds = (types.is_integer, types.is_floating, types.is_boolean, types.is_string)
     return [f.name for f in schema if f.name not in without and any(is_kind(f.type) for is_kind in kinds)]
 
 
 def _record(where: str, row: Mapping[str, Any], image: str, text: str) -> Record:
-    picture = row.get(image, b"")
-    if isinstance(picture, Mapping):
-        picture = picture.get("bytes")
-    if not isinstance(picture, bytes):
-        raise ValueError("the table holds no bytes for this picture")
-    if len(picture) > MAX_BYTES:
-        raise ValueError(f"{len(picture)} bytes are more than the {MAX_BYTES} allowed")
+    encoded = row.get(image, b"")
+    if isinstance(encoded, Mapping):
+        encoded = encoded.get("bytes")
+    if not isinstance(encoded, bytes):
+        raise ValueError("the table holds no bytes for this image")
+    if len(encoded) > MAX_BYTES:
+        raise ValueError(f"{len(encoded)} bytes are more than the {MAX_BYTES} allowed")
     extras = {k: v for k, v in row.items() if k not in (image, text)}
-    return Record(where, picture, text_of(row[text], where), extras)
+    return Record(where, encoded, text_of(row[text], where), extras)
 
 
 def _opened(path: Path, read: Callable[[], Any]) -> Any:
-    """What `read()` returns of a file.
+    """What `read()` returns.
 
     Raises:
-      ConfigError: it cannot be read or is of another kind.
+      ConfigError: the file `path` cannot be read or is of another kind.
     """
     try:
         return read()
@@ -121,7 +110,7 @@ def _opened(path: Path, read: Callable[[], Any]) -> Any:
 
 
 class _Lazy:
-    """What each process opens for itself and a pickle leaves out."""
+    """A cache of what each process opens for itself; a pickle leaves it out."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -146,7 +135,7 @@ class ParquetTable:
     Args:
       name: for messages.
       paths: the files, in order, all of one schema.
-      image_column, text_column: bytes of pictures, or Hugging Face's {"bytes", "path"}, and captions or lists of them;
+      image_column, text_column: bytes of images, or Hugging Face's {"bytes", "path"}, and captions or lists of them;
         "" looks for a usual name. Other columns of numbers and text are metadata.
 
     Raises:
@@ -168,7 +157,7 @@ class ParquetTable:
 
         schema = _opened(paths[0], lambda: pa.parquet.read_schema(paths[0]))
         self._image, self._text = _columns(schema, str(paths[0]), image_column, text_column)
-        self._extras = _scalars(pa, schema, (self._image, self._text))
+        self._extras = _scalars(schema, (self._image, self._text))
         with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(groups, paths))
         self.digest = files_digest(paths)
@@ -180,7 +169,7 @@ class ParquetTable:
         largest = max(size for rows in found for _, size in rows)
         if largest > LARGE_GROUP:
             logging.warning(
-                "%s has row groups of %d MB, of which %d are held at a time: written with smaller ones it needs less.",
+                "%s has row groups of %d MB, of which %d are kept in memory: smaller row groups would need less.",
                 name, largest >> 20, KEPT_GROUPS,
             )  # fmt: skip
 
@@ -229,7 +218,7 @@ class ArrowTable:
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
-            raise ConfigError(f"{path / 'state.json'} names no data files in its folder, as save_to_disk would.")
+            raise ConfigError(f"{path / 'state.json'} names no data files in its folder, as save_to_disk does.")
         if state.get("_indices_data_files"):
             raise ConfigError(f"{path} holds a selection of rows: write it again after dataset.flatten_indices().")
         self._paths, self._lazy = [path / n for n in names], _Lazy()
@@ -238,7 +227,7 @@ class ArrowTable:
         if any(t.schema.names != schema.names for t in tables):
             raise ConfigError(f"The Arrow files of {path} have different columns.")
         self._image, self._text = _columns(schema, str(path), image_column, text_column)
-        self._extras = _scalars(_pyarrow(), schema, (self._image, self._text))
+        self._extras = _scalars(schema, (self._image, self._text))
         self._ends = np.cumsum([t.num_rows for t in tables])
         self.digest = files_digest(self._paths)
         if not self._ends[-1]:

@@ -13,7 +13,7 @@ import numpy as np
 import jaxdiff
 from jaxdiff.commands.flags import SEEDS
 from jaxdiff.config import ConfigError
-from jaxdiff.data.folder import METADATA, examples, pictures
+from jaxdiff.data.folder import METADATA, examples, image_files
 from jaxdiff.data.source import Record
 from jaxdiff.files import write_text
 from jaxdiff.io.images import read_metadata, write_png
@@ -139,7 +139,7 @@ def find_images(folder: Path, lines: Sequence[PromptLine] | None) -> Images:
         found = [next(same) for _, same in itertools.groupby(examples(folder, "."), id)]  # repeats count once
         seeds = tuple(s if isinstance(s := e.extras.get("seed"), int) else None for e in found)
         return Images(str(folder), tuple(e.path for e in found), tuple(e.captions[0] for e in found), seeds)
-    paths = pictures(folder)
+    paths = image_files(folder)
     if not paths:
         raise ConfigError(f"--images {folder} holds no images: give a folder of PNG or JPEG files.")
     names = tuple(map(str, paths))

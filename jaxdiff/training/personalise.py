@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.config import ConfigError
-from jaxdiff.data.folder import PICTURES, pictures
-from jaxdiff.data.pipeline import CaptionedData, Stream
+from jaxdiff.data.folder import IMAGE_SUFFIXES, image_files
+from jaxdiff.data.pipeline import CaptionedData, GlobalStream
 from jaxdiff.files import atomic_write, write_text
 from jaxdiff.io.lora import Factors, Lora, init_lora, merge_lora
 from jaxdiff.io.textual_inversion import TABLE, TOKENIZERS, encoders, extend
@@ -106,9 +106,9 @@ def captioned(path: str | Path, captions: Sequence[str], folder: Path) -> Path:
         ConfigError: there is no picture.
     """
     path = Path(path).absolute()
-    names = [p.name for p in pictures(path)]
+    names = [p.name for p in image_files(path)]
     if not names:
-        raise ConfigError(f"The folder {path} holds no picture ({', '.join(PICTURES)}).")
+        raise ConfigError(f"The folder {path} holds no picture ({', '.join(IMAGE_SUFFIXES)}).")
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"file_name": f"pictures/{name}", "text": list(captions)}) + "\n" for name in names]
     with atomic_write(folder / "pictures") as link:
@@ -121,10 +121,10 @@ def captioned(path: str | Path, captions: Sequence[str], folder: Path) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Both(Stream):
+class _Both(GlobalStream):
     """Of each batch the first rows from this stream, the others from `prior`; see `with_prior`."""
 
-    prior: Stream
+    prior: GlobalStream
     rows: tuple[int, int]  # of each in a batch
     weight: float
 
@@ -144,9 +144,9 @@ class _DataWithPrior(CaptionedData):
     weight: float
     rows: tuple[int, int]
 
-    def stream(self, lanes: int) -> Stream:
-        own = super().stream(lanes)
-        return _Both(**vars(own), prior=self.prior.stream(self.prior.lanes), rows=self.rows, weight=self.weight)
+    def stream(self, host_shards: int) -> GlobalStream:
+        own = super().stream(host_shards)
+        return _Both(**vars(own), prior=self.prior.stream(self.prior.host_shards), rows=self.rows, weight=self.weight)
 
 
 def with_prior(

@@ -19,7 +19,7 @@ from jaxdiff import parallel
 from jaxdiff.config import ConfigError
 from jaxdiff.data import pipeline, store
 from jaxdiff.data.buckets import Buckets
-from jaxdiff.data.folder import Decode
+from jaxdiff.data.folder import ImageDecoder
 from jaxdiff.data.latents import INFO, LatentShards
 from jaxdiff.data.source import Source
 from jaxdiff.files import write_text
@@ -41,7 +41,7 @@ def fingerprint(model: Model, params: Params, description: Any) -> str:
 
 
 class _Views:
-    """All views of all pictures of a bucket, then of the next; an entry is what `Decode` takes."""
+    """All views of all pictures of a bucket, then of the next; an entry is what a `Decoder` takes."""
 
     def __init__(self, buckets: Buckets, views: int) -> None:
         members = [np.flatnonzero(buckets.numbers == b) for b in range(len(buckets.sizes))]
@@ -98,7 +98,7 @@ def precompute(
     numbers = hashlib.sha256(np.ascontiguousarray(buckets.numbers).data).hexdigest()
     mark = fingerprint(model, params, [*description, numbers])
     order = _Views(buckets, views)
-    decode = Decode(source, image_size, None, flip, background)
+    decode = ImageDecoder(source, image_size, None, flip, background)
     how: dict[str, Any] = {"seed": seed, "epochs": 1, "drop_remainder": False, "threads": threads}
     at_once = batch_size * jax.local_device_count()
     data = pipeline.batches(source.name, len(source), decode, at_once, order=lambda *_: order, **how)
@@ -108,7 +108,7 @@ def precompute(
     run = encoder(model, params, embeddings, batch_size)
 
     def make(i: int) -> Mapping[str, np.ndarray]:
-        found = run(filter(data.skipped.keep, pipeline.examples(data, *spans[i])))
+        found = run(filter(data.skipped.keep, pipeline.read_range(data, *spans[i])))
         found = found or {"latents": np.zeros((0, 1, 1, 1), np.float16)}
         logging.info("Part %d of %d: %d pictures encoded.", i + 1, len(spans), len(found["latents"]))
         return found

@@ -15,7 +15,7 @@ from typing import Any
 from absl import logging
 
 from jaxdiff.data.captioned import source_files
-from jaxdiff.data.folder import METADATA, pictures
+from jaxdiff.data.folder import METADATA, image_files
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.files import write_text
 
@@ -101,7 +101,7 @@ def data_fingerprint(path: str | Path, split: str = "train", captions: bool = Fa
     path, digest = Path(path), hashlib.sha256()
     folder = path if path.is_dir() else path.parent
     alone = path / split if (path / split).is_dir() else path
-    files = pictures(alone) if captions else source_files(path, split)
+    files = image_files(alone) if captions else source_files(path, split)
     for file in files:
         digest.update(os.path.relpath(file, folder).encode() + b"\n")
         if file.name == METADATA:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxdiff.data.icons import clipart
-from jaxdiff.data.icons.fetch import BuildError, read_json
-from jaxdiff.data.icons.lexicon import Lexicon, Subject
-from jaxdiff.data.icons.sources import OUTLINE_WEATHER, Source, Style
-from jaxdiff.data.icons.splits import slug
+from datasets.icons import clipart
+from datasets.icons.fetch import BuildError, read_json
+from datasets.icons.lexicon import Lexicon, Subject
+from datasets.icons.sources import STYLES, Source, Style
+from datasets.icons.splits import slug
+from datasets.icons.words import WORDS
 
 
 class Drawing(NamedTuple):
@@ -23,34 +24,9 @@ class Drawing(NamedTuple):
     path: Path | None = None  # or the file that holds it
 
 
-MARGIN = 1 / 32  # of the picture's side, left empty on each side
-# Logos of companies and products.
-_BRANDS = {
-    *("android-os", "bbc", "cd-logo", "debian", "dribbble", "dvd-logo", "google", "icons8-cup", "ipad", "iphone"),
-    *("kindle", "linux", "nook", "reddit", "steam", "stumbleupon", "vlc", "wi-fi-logo", "wikipedia"),
-}
-# fxemoji's names for what is not their usual meaning.
-_FXEMOJI = {
-    "sunglasses": "smiling-face-with-sunglasses",
-    "speaker": "speaker-low-volume",
-    "cat": "cat-face",
-    "wave": "water-wave",
-    "leopard": "leopard",
-    "lowerleftpen": "pen",
-    "lowerleftpencil": "pencil",
-    "aubergine": "eggplant",
-    "boot": "womans-boot",
-    "earofmaize": "ear-of-corn",
-    "cellphone": "mobile-phone",
-    "fatherchristmas": "santa-claus",
-    "hampster": "hamster",
-    "heels": "high-heeled-shoe",
-    "openfolder": "open-file-folder",
-    "bunny": "rabbit-face",
-    "bunnyside": "rabbit",
-    "dragonhead": "dragon-face",
-    "dragonside": "dragon",
-}
+MARGIN = 1 / 32  # of the image's side, left empty on each side
+_BRANDS = frozenset(WORDS["brands"])
+_FXEMOJI: dict[str, str] = WORDS["fxemoji"]
 
 
 def read_drawings(source: Source, folder: Path, lexicon: Lexicon, flags: bool = False) -> list[Drawing]:
@@ -90,7 +66,7 @@ def _iconify(source: Source, folder: Path, lexicon: Lexicon, flags: bool) -> Ite
         subject = _flag(name) if flag else name_of(name, former.get(name), lexicon, icons)
         if subject is None:
             continue
-        style = OUTLINE_WEATHER if source.name == "meteocons" and not name.endswith("-fill") else source.style
+        style = STYLES["outline_weather"] if source.name == "meteocons" and not name.endswith("-fill") else source.style
         width, height = (icon.get(side, package.get(side, 16)) for side in ("width", "height"))
         yield Drawing(source, name, subject, style, svg=_square(icon["body"], width, height))
 
@@ -127,7 +103,7 @@ def _without_number(name: str, former: str | None, lexicon: Lexicon, icons: dict
 
 
 def _weather(name: str, former: str | None, lexicon: Lexicon, icons: dict) -> Subject | None:
-    """A weather name; clock times, codes and placeholders are no pictures of weather."""
+    """A weather name; clock times, codes and placeholders do not show weather."""
     del former, lexicon, icons
     if re.match(r"(time|code|not-available|extreme$)", name):
         return None

@@ -2,37 +2,13 @@
 
 import re
 
-from jaxdiff.data.icons.lexicon import SYMBOLS, Subject
-from jaxdiff.data.icons.sources import Style
+from datasets.icons.lexicon import SYMBOLS, Subject
+from datasets.icons.sources import Style
+from datasets.icons.words import WORDS
 
 PLAIN = 3  # captions of a drawing that are its subject alone
-_PAIRS = {"sunglasses", "glasses", "goggles", "scissors", "jeans", "shorts", "gloves", "socks", "chopsticks", "skis"}
-# Heads of noun phrases that take no "a": they cannot be counted, or they are proper names.
-_UNCOUNTED = {
-    *("locked", "unlocked", "camping", "foggy", "voltage", "tennis", "bowling", "hockey", "lacrosse", "pong", "zzz"),
-    *("badminton", "soap", "yarn", "thread", "dna", "water", "liquid", "prohibited", "wireless", "registered", "corn"),
-    *("fire", "rice", "bread", "butter", "cheese", "fog", "popcorn", "sake", "salt", "honey", "meat", "bacon", "sushi"),
-    *("milk", "wine", "ice", "garlic", "broccoli", "spaghetti", "confetti", "construction", "snow", "rain", "hail"),
-    *(
-        "cooking",
-        "luggage",
-        "clothing",
-        "money",
-        "poo",
-        "art",
-        "wood",
-        "coral",
-        "ginger",
-        "lightning",
-        "jewelry",
-        "furniture",
-    ),
-    *("aries", "taurus", "gemini", "cancer", "leo", "virgo", "libra", "scorpio", "sagittarius", "capricorn"),
-    *("aquarius", "pisces", "ophiuchus", "claus", "fuji", "japan", "tokyo tower", "children", "people", "men", "women"),
-    *("weather", "sleet", "drizzle", "haze", "mist", "smoke", "dust", "sand", "music", "electricity", "left", "right"),
-    *("dice", "fireworks", "information", "sparkles", "grapes", "feet", "teeth", "fries", "noodles", "mathematics"),
-}
-_SINGULAR_ENDS = ("ss", "us", "sis", "ris", "nis", "eros", "'s", "lens", "canvas", "gas", "series")
+_UNCOUNTED, _PAIRS = frozenset(WORDS["uncounted"]), frozenset(WORDS["pairs"])
+_SINGULAR_ENDINGS = tuple(WORDS["singular_endings"])
 _VOWEL_SOUND = re.compile(
     r"(?!(uni|use|usb|uv|eu|one\b|ewe|u-))[aeiou]|(sos|nfc|hour|honest|heir|x-ray|mri|atm|8)\b", re.I
 )
@@ -47,7 +23,7 @@ def indefinite(phrase: str) -> str:
     # The head of "box of chocolates" or "man with a hat" comes before the preposition.
     head = re.split(r" (?:of|with|in|on|at|behind|without|from|for|and|facing|holding|taking|by) ", phrase.lower())[0]
     word = head.split()[-1] if head.split() else head
-    plural = word.endswith("s") and len(word) > 3 and not word.endswith(_SINGULAR_ENDS)
+    plural = word.endswith("s") and len(word) > 3 and not word.endswith(_SINGULAR_ENDINGS)
     if plural or word in _UNCOUNTED or re.search(r"^(letter|digit|keycap)\b|\b(o'clock|thirty)\b", head):
         return phrase
     if re.match(r"(statue of liberty|milky way|the )", phrase, re.I):

@@ -1,10 +1,13 @@
 """Fetching packages into a cache folder with the machine's own package clients: npm, and apt-get on Debian."""
 
+import gzip
+import io
 import json
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 from jaxdiff.errors import JaxdiffError
@@ -52,9 +55,11 @@ def _unpack(folder: Path, name: str) -> None:
     """Unpack the one .tgz in `folder` there; its tree is `package/…`."""
     try:
         (archive,) = folder.glob("*.tgz")
-        with tarfile.open(archive) as tar:
+        # Decompressed to its end and checksum: at a damaged header tarfile alone would stop silently.
+        content = io.BytesIO(gzip.decompress(archive.read_bytes()))
+        with tarfile.open(fileobj=content) as tar:
             tar.extractall(folder, filter="data")
-    except (ValueError, tarfile.TarError, OSError, EOFError) as error:
+    except (ValueError, tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise BuildError(f"What npm fetched for {name} is not a package archive ({error}): run again.") from error
     if not (folder / "package").is_dir():
         raise BuildError(f"What npm fetched for {name} has no package/ folder: check the name and version.")

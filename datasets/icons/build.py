@@ -12,28 +12,29 @@ from absl import logging
 from rich.console import Console
 from rich.progress import track
 
-from jaxdiff.data.icons import render
-from jaxdiff.data.icons.drawings import Drawing, read_drawings
-from jaxdiff.data.icons.fetch import BuildError, Unavailable, debian_package, npm_package
-from jaxdiff.data.icons.lexicon import Lexicon
-from jaxdiff.data.icons.plan import Picture, pictures
-from jaxdiff.data.icons.sources import PAINTINGS, SILHOUETTE, WORDS_PACKAGE, WORDS_VERSION, Source
-from jaxdiff.data.icons.splits import SPLITS
+from datasets.icons import render
+from datasets.icons.drawings import Drawing, read_drawings
+from datasets.icons.fetch import BuildError, Unavailable, debian_package, npm_package
+from datasets.icons.lexicon import read_lexicon
+from datasets.icons.sources import PAINTINGS, STYLES, WORDS_PACKAGE, Source
+from datasets.icons.splits import SPLITS
+from datasets.icons.variants import ImageSpec, image_specs
 from jaxdiff.files import write_text
 
 RECIPE = 1  # raised whenever the same drawing gives other pixels, so that old and new ones never mix
+CC_BY = "https://creativecommons.org/licenses/by/4.0/"
 
 
 def build(
     out: Path, cache: Path, sources: Sequence[Source], size: int = 128, processes: int = 2, flags: bool = False
 ) -> Counter:
-    """Build the set in `out`; pictures that are already there are kept. Returns the number of pictures by split.
+    """Build the set in `out`; images that are already there are kept. Returns the number of images by split.
 
     Args:
         out: folder of the set; made if need be.
         cache: folder of the fetched packages.
         sources: what to draw.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
         processes: how many draw at once.
         flags: whether flags of countries are wanted.
 
@@ -41,7 +42,7 @@ def build(
         BuildError: something cannot be fetched or read, or `out` holds a set of another size.
     """
     _claim(out, size)
-    lexicon = Lexicon(npm_package(WORDS_PACKAGE, WORDS_VERSION, cache))
+    lexicon = read_lexicon(cache)
     drawings: list[Drawing] = []
     for source in sources:
         try:
@@ -50,16 +51,16 @@ def build(
             logging.warning("%s", error)
             continue
         drawings += read_drawings(source, folder, lexicon, flags)
-    planned = [(drawing, pictures(drawing)) for drawing in drawings]
+    planned = [(drawing, image_specs(drawing)) for drawing in drawings]
     _draw([job for drawing, wanted in planned if (job := _job(out, drawing, wanted, size))], processes)
-    made = [picture for _, wanted in planned for picture in wanted if _path(out, picture).exists()]
+    made = [spec for _, wanted in planned for spec in wanted if _path(out, spec).exists()]
     if not made:
-        raise BuildError(f"No picture could be drawn into {out}: see the warnings above.")
+        raise BuildError(f"No image could be drawn into {out}: see the warnings above.")
     for split in SPLITS:
-        _write_metadata(out / split, [picture for picture in made if picture.split == split])
+        _write_metadata(out / split, [spec for spec in made if spec.split == split])
     used = [source for source in sources if any(drawing.source == source for drawing in drawings)]
     write_text(out / "LICENSES.md", licenses(used, made))
-    return Counter(picture.split for picture in made)
+    return Counter(spec.split for spec in made)
 
 
 def _claim(out: Path, size: int) -> None:
@@ -81,14 +82,14 @@ def _fetch(source: Source, cache: Path) -> Path:
     return npm_package(source.package, source.version, cache)
 
 
-def _path(out: Path, picture: Picture) -> Path:
-    return out / picture.split / picture.file_name
+def _path(out: Path, spec: ImageSpec) -> Path:
+    return out / spec.split / spec.file_name
 
 
-def _job(out: Path, drawing: Drawing, wanted: Iterable[Picture], size: int) -> render.Job | None:
+def _job(out: Path, drawing: Drawing, wanted: Iterable[ImageSpec], size: int) -> render.Job | None:
     """What remains to be drawn of a drawing; None when all is there."""
-    missing = [picture for picture in wanted if not _path(out, picture).exists()]
-    outputs = tuple(render.Output(_path(out, picture), picture.color, picture.effect) for picture in missing)
+    missing = [spec for spec in wanted if not _path(out, spec).exists()]
+    outputs = tuple(render.Output(_path(out, spec), spec.color, spec.effect) for spec in missing)
     return render.Job(drawing.svg, drawing.path, drawing.source.trim, size, outputs) if outputs else None
 
 
@@ -113,40 +114,36 @@ def _draw(jobs: list[render.Job], processes: int) -> None:
         logging.warning("%d of %d drawings are broken or blank and were left out.", len(failures), len(jobs))
 
 
-def _write_metadata(folder: Path, found: list[Picture]) -> None:
+def _write_metadata(folder: Path, found: list[ImageSpec]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(picture.row(), ensure_ascii=False) for picture in found]
+    lines = [json.dumps(spec.row(), ensure_ascii=False) for spec in found]
     write_text(folder / "metadata.jsonl", "".join(f"{line}\n" for line in lines))
 
 
-def licenses(sources: Sequence[Source], made: Sequence[Picture]) -> str:
+def licenses(sources: Sequence[Source], made: Sequence[ImageSpec]) -> str:
     """The text of LICENSES.md: every source's version, licence and count, and the credit that CC-BY asks for."""
-    counts = Counter(picture.source for picture in made)
+    counts = Counter(spec.source for spec in made)
+    rows: list[tuple[object, ...]] = [
+        (s.name, s.package, s.version, s.license, counts[s.name], f"{s.author} ({s.url})") for s in sources
+    ]
+    words = WORDS_PACKAGE
+    rows.append(("words in captions", words["package"], words["version"], words["license"], "-", words["author"]))
+    effects = ", ".join(style.name for style in (*PAINTINGS.values(), STYLES["silhouette"]))
     lines = [
         "# Sources and licences of the icons set",
         "",
-        "| source | package | version | licence | pictures | author |",
+        "| source | package | version | licence | images | author |",
+        "|---|---|---|---|---|---|",
+        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+        "",
+        f"Images in these styles are made from drawings of the same source by effects: {effects}.",
+        "Images with a `color` in the metadata are recoloured drawings.",
     ]
-    lines.append("|---|---|---|---|---|---|")
-    for s in sources:
-        lines.append(
-            f"| {s.name} | {s.package} | {s.version} | {s.license} | {counts[s.name]} | {s.author} ({s.url}) |"
-        )
-    lines.append(f"| words in captions | {WORDS_PACKAGE} | {WORDS_VERSION} | MIT | - | Miles Johnson |")
-    painted = ", ".join(style.name for style in (*PAINTINGS.values(), SILHOUETTE))
-    lines += ["", f"Pictures in these styles are made from drawings of the same source by filters: {painted}."]
-    lines += ["Pictures with a `color` in the metadata are drawings that were recoloured.", ""]
-    credited = [source for source in sources if source.license.startswith("CC-BY")]
-    if credited:
-        lines += [
-            "## Credits",
-            "",
-            "To be repeated wherever the pictures, or a model trained on them, are given away:",
-            "",
-        ]
-    for s in credited:
-        url = "https://creativecommons.org/licenses/by/4.0/"
-        lines.append(
-            f"- “{s.package}”: drawings by {s.author} ({s.url}), under CC BY 4.0 ({url}), scaled and rendered."
-        )
-    return "\n".join(lines).rstrip() + "\n"
+    if credits := [
+        f"- “{s.package}”: drawings by {s.author} ({s.url}), under CC BY 4.0 ({CC_BY}), scaled and rendered."
+        for s in sources
+        if s.license.startswith("CC-BY")
+    ]:
+        sentence = "Repeat these wherever you give away the images or a model trained on them:"
+        lines += ["", "## Credits", "", sentence, "", *credits]
+    return "\n".join(lines) + "\n"

@@ -5,34 +5,18 @@ from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
-from jaxdiff.data.icons.lexicon import Lexicon, Subject
-from jaxdiff.data.icons.sources import BW_CLIP_ART, Style
-from jaxdiff.data.icons.splits import slug
+from datasets.icons.lexicon import Lexicon, Subject
+from datasets.icons.sources import STYLES, Style
+from datasets.icons.splits import slug
+from datasets.icons.words import WORDS
 
-# Folders of what is no picture of a thing: shapes, interface parts, flags, letters, road signs, playing cards.
-_SKIPPED = (
-    *("shapes", "computer", "signs_and_symbols", "special", "logos", "buttons", "unsorted/duplicates"),
-    *("recreation/games/cards", "recreation/games/dice", "transportation/roadsigns", "transportation/aiga-symbols"),
-    *("people/stickmen", "people/smilies", "geography/maps"),
-)
+_SKIPPED = tuple(WORDS["clip_art"]["skipped_folders"])
+_NOISE, _MANNERS = frozenset(WORDS["clip_art"]["noise"]), frozenset(WORDS["clip_art"]["manners"])
 # Titles that whole collections share; the file's name says more.
 _COLLECTION = re.compile(r"clip ?art|icons?$|aiga|svg|symbols?$|submission|sibmission|collection|pattern|flag", re.I)
-_NOISE = {"the", "a", "an", "of", "and", "with", "in", "on", "s", "for", "no", "to", "or", "by"}
 _DROPPED = re.compile(
     r"\b(colou?r(ed)?|simple|version|small|big|remix|contour|clip ?art|symbol|icon|alt|md|new|another)\b"
 )
-_MANNERS = {
-    "recreation",
-    "hash",
-    "unsorted",
-    "symbol",
-    "icon",
-    "menu",
-    "special",
-    "signs and symbols",
-    "people",
-    "office",
-}
 
 
 def read_folder(folder: Path, lexicon: Lexicon, style: Style) -> Iterator[tuple[Path, str, Subject, Style]]:
@@ -53,7 +37,7 @@ def read_folder(folder: Path, lexicon: Lexicon, style: Style) -> Iterator[tuple[
         subject = _subject(title, path.stem, keywords, lexicon)
         if subject:
             name = slug(place.removesuffix(".svg"))
-            yield path, name, subject, BW_CLIP_ART if plain else style
+            yield path, name, subject, STYLES["bw_clip_art"] if plain else style
 
 
 def _described(svg: str) -> tuple[str, list[str]]:

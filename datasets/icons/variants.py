@@ -1,11 +1,11 @@
-"""The pictures that a drawing becomes: as it is, in named colours, painted over; each with captions and a split."""
+"""The images that a drawing becomes: as it is, in named colours, painted over; each with captions and a split."""
 
 import hashlib
 from typing import NamedTuple
 
-from jaxdiff.data.icons.captions import captions
-from jaxdiff.data.icons.drawings import Drawing
-from jaxdiff.data.icons.lexicon import (
+from datasets.icons.captions import captions
+from datasets.icons.drawings import Drawing
+from datasets.icons.lexicon import (
     ACTIVITIES,
     FLAGS,
     FOOD,
@@ -16,8 +16,9 @@ from jaxdiff.data.icons.lexicon import (
     THINGS,
     TRAVEL,
 )
-from jaxdiff.data.icons.sources import COLORLESS, COLORS, PAINTINGS, SILHOUETTE, Style
-from jaxdiff.data.icons.splits import COLOR_WORDS, slug, split_of
+from datasets.icons.sources import COLORLESS, COLORS, PAINTINGS, STYLES, Style
+from datasets.icons.splits import slug, split_of
+from datasets.icons.words import COLOR_WORDS
 
 RECOLORS = 6  # colours a one-colour drawing is filled with
 SILHOUETTES = 3  # colours of the silhouettes of a painted-over drawing
@@ -29,8 +30,8 @@ GROUPS = {
 TINTS = 3  # colours that a colour drawing is given; fewer where it has them already or has no main colour
 
 
-class Picture(NamedTuple):
-    """A picture of the set, before it is drawn."""
+class ImageSpec(NamedTuple):
+    """An image of the set, before it is drawn."""
 
     split: str
     file_name: str  # relative to the split's folder
@@ -42,7 +43,7 @@ class Picture(NamedTuple):
     group: str  # what kind of thing it is, one of GROUPS
     repeats: int  # times that it is shown in a pass over the set
     color: str | None = None  # what it is filled or tinted with
-    effect: str | None = None  # "fill", "tint" or a filter's name; None for the drawing as it is
+    effect: str | None = None  # "fill", "tint" or an effect's name; None for the drawing as it is
 
     def row(self) -> dict:
         """Its line of metadata.jsonl."""
@@ -63,8 +64,8 @@ def colors_of(name: str, count: int) -> list[str]:
     return ["black", *ranked[: count - 1]]
 
 
-def pictures(drawing: Drawing) -> list[Picture]:
-    """Every picture made of one drawing."""
+def image_specs(drawing: Drawing) -> list[ImageSpec]:
+    """Every image made of one drawing."""
     source, stem, style = drawing.source, drawing.name, drawing.style
     # "An orange heart" is no such thing in black, nor in pencil.
     colored = not COLOR_WORDS.isdisjoint(slug(drawing.subject.name).split("-"))
@@ -72,26 +73,26 @@ def pictures(drawing: Drawing) -> list[Picture]:
     if source.recolor:
         # A colour word before "woman" would be read as one of skin.
         colors = [] if colored or drawing.subject.group == PEOPLE else colors_of(stem, RECOLORS)
-        return [_picture(drawing, style, f"{stem}-{color}", color, "fill") for color in colors]
-    found = [_picture(drawing, style, stem)]
+        return [_spec(drawing, style, f"{stem}-{color}", color, "fill") for color in colors]
+    found = [_spec(drawing, style, stem)]
     if source.paintings:
         names = [name for name in PAINTINGS if not (colored and name in COLORLESS)]
-        found += [_picture(drawing, PAINTINGS[name], f"{stem}-{name}", effect=name) for name in names]
+        found += [_spec(drawing, PAINTINGS[name], f"{stem}-{name}", effect=name) for name in names]
         colors = colors_of(f"{stem} {source.name}", SILHOUETTES) if thing else []
-        found += [_picture(drawing, SILHOUETTE, f"{stem}-silhouette-{color}", color, "fill") for color in colors]
+        found += [_spec(drawing, STYLES["silhouette"], f"{stem}-silhouette-{color}", color, "fill") for color in colors]
     if source.tint and thing:
         colors = colors_of(f"{stem} {source.name} tint", TINTS + 1)[1:]
-        found += [_picture(drawing, style, f"{stem}-tint-{color}", color, "tint") for color in colors]
+        found += [_spec(drawing, style, f"{stem}-tint-{color}", color, "tint") for color in colors]
     return found
 
 
-def _picture(drawing: Drawing, style: Style, stem: str, color: str | None = None, effect: str | None = None) -> Picture:
+def _spec(drawing: Drawing, style: Style, stem: str, color: str | None = None, effect: str | None = None) -> ImageSpec:
     subject, source = drawing.subject, drawing.source
     file_name = f"images/{source.name}/{slug(stem)}.webp"
     split = split_of(subject.name, style.name)
     own = effect in (None, "tint")  # neither painted over nor of one colour
     texts, repeats = captions(subject, style, color, plain=own), REPEATS if effect is None else 1
     group = GROUPS[subject.group]
-    return Picture(
+    return ImageSpec(
         split, file_name, texts, subject.name, style.name, source.name, source.license, group, repeats, color, effect
     )

@@ -1,4 +1,4 @@
-"""Filters that paint a drawing over in another style, alpha included: RGBA [S, S, 4] uint8 in, the same out.
+"""Effects that paint a drawing over in another style, alpha included: RGBA [S, S, 4] uint8 in, the same out.
 
 They are deterministic: the irregularity of paint and paper comes from a generator that the caller seeds.
 """
@@ -167,4 +167,4 @@ def _angle(radians: np.ndarray) -> np.ndarray:
     return (radians + np.pi) % (2 * np.pi) - np.pi
 
 
-FILTERS = {"watercolor": watercolor, "oil": oil, "pencil": pencil, "pixel": pixel, "line": line}
+EFFECTS = {"watercolor": watercolor, "oil": oil, "pencil": pencil, "pixel": pixel, "line": line}

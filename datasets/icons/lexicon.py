@@ -4,45 +4,15 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxdiff.data.icons.everyday import EVERYDAY
-from jaxdiff.data.icons.fetch import read_json
-from jaxdiff.data.icons.splits import COLOR_WORDS, slug
+from datasets.icons.fetch import npm_package, read_json
+from datasets.icons.sources import WORDS_PACKAGE
+from datasets.icons.splits import slug
+from datasets.icons.words import COLOR_WORDS, WORDS
 
 # emojibase's numbers of the groups whose members are things that one can draw.
 PEOPLE, NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS, SYMBOLS = 1, 3, 4, 5, 6, 7, 8
 THINGS = (NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS)
 FLAGS, _COMPONENTS = 9, 2
-
-# Names that sets still use, by what Unicode's CLDR calls them today.
-_RENAMED = {
-    "direct-hit": "bullseye",
-    "dizzy-face": "face-with-crossed-out-eyes",
-    "exclamation-mark": "red-exclamation-mark",
-    "hugging-face": "smiling-face-with-open-hands",
-    "knocked-out-face": "face-with-crossed-out-eyes",
-    "man-blonde-hair": "man-blond-hair",
-    "man-deaf": "deaf-man",
-    "man-merpeople": "merman",
-    "man-with-bunny-ears": "men-with-bunny-ears",
-    "man-wrestling": "men-wrestling",
-    "man-with-chinese-cap": "person-with-skullcap",
-    "blond-haired-person": "person-blond-hair",
-    "bride-with-veil": "woman-with-veil",
-    "person-blonde-hair": "person-blond-hair",
-    "person-deaf": "deaf-person",
-    "person-merpeople": "merperson",
-    "phoenix-bird": "phoenix",
-    "piata": "pinata",
-    "pistol": "water-pistol",
-    "pouting-face": "enraged-face",
-    "question-mark": "red-question-mark",
-    "red-triangle": "red-triangle-pointed-up",
-    "woman-blonde-hair": "woman-blond-hair",
-    "woman-deaf": "deaf-woman",
-    "woman-merpeople": "mermaid",
-    "woman-with-bunny-ears": "women-with-bunny-ears",
-    "woman-wrestling": "women-wrestling",
-}
 
 
 class Subject(NamedTuple):
@@ -75,6 +45,11 @@ def readable(label: str) -> str:
     return f"{head} with {'a ' if rest == 'beard' else ''}{rest}"
 
 
+def read_lexicon(cache: Path) -> "Lexicon":
+    """The lexicon of the pinned emojibase-data package. Raises BuildError where it cannot be fetched."""
+    return Lexicon(npm_package(WORDS_PACKAGE["package"], WORDS_PACKAGE["version"], cache))
+
+
 class Lexicon:
     """The emoji names of one emojibase-data package (its folder)."""
 
@@ -98,7 +73,7 @@ class Lexicon:
 
     def by_name(self, name: str) -> Subject | None:
         """The subject of a hyphened name, today's or a former one ("bear-face" is the bear)."""
-        name = _RENAMED.get(name, name).removeprefix("lower-left-")
+        name = WORDS["renamed"].get(name, name).removeprefix("lower-left-")
         for candidate in (name, name.removesuffix("-face"), name.replace("cat-face", "cat"), f"{name}-face"):
             if candidate in self._by_slug:
                 return self._by_slug[candidate]
@@ -135,7 +110,10 @@ def _subject(entry: dict, shortcodes: list[str], labels: set[str]) -> Subject:
         if not any(t[:4] == w[:4] or t == f"{w}s" for w in words) and not (t[-1] == "s" and t[:-1] in tags)
     ]
     codes = sorted(code for code in shortcodes if entry["group"] in THINGS and code not in labels)
-    synonyms = [*EVERYDAY.get(name, ()), *(code.replace("-", " ") for code in codes if _says_more(code, words))]
+    synonyms = [
+        *WORDS["everyday"].get(name, ()),
+        *(code.replace("-", " ") for code in codes if _says_more(code, words)),
+    ]
     return Subject(name, tuple(dict.fromkeys(synonyms))[:2], tuple(tags[:4]), entry["group"])
 
 

@@ -1,31 +1,15 @@
-"""Which split a picture belongs to: a hash of names decides, so that anybody gets the same splits."""
+"""Which split an image belongs to: a hash of names decides, so that anybody gets the same splits."""
 
 import hashlib
 import re
 import unicodedata
 
-SPLITS = ("train", "heldout_subjects", "heldout_pairs")
-SHARE = 0.03  # of the subjects, and of the (subject, style) pairs
-# Subjects that are always trained on, in every style: examples and documentation draw them.
-ALWAYS_TRAINED = ("castle", "dog", "pen", "sunglasses", "teddy bear", "rocket")
+from datasets.icons.words import COLOR_WORDS, WORDS
 
-_PEOPLE = {"man", "woman", "person", "men", "women", "people", "boy", "girl"}
-COLOR_WORDS = {
-    "black",
-    "white",
-    "gray",
-    "grey",
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "blue",
-    "purple",
-    "pink",
-    "brown",
-    "teal",
-}
-_QUALIFIERS = _PEOPLE | COLOR_WORDS | {"a", "an", "the", "light"}
+SPLITS = ("train", "heldout_subjects", "heldout_pairs")
+HELD_OUT = 0.03  # fraction of the subjects, and of the (subject, style) pairs
+ALWAYS_TRAINED = tuple(WORDS["always_trained"])
+_QUALIFIERS = {*WORDS["people"], *COLOR_WORDS, "a", "an", "the", "light"}
 
 
 def slug(text: str) -> str:
@@ -58,13 +42,13 @@ def subject_key(subject: str) -> str:
     return "-".join(words)
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     """A number in [0, 1) that the text alone decides."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def split_of(subject: str, style: str) -> str:
-    """The split of a picture of `subject` drawn in `style`: one of SPLITS.
+    """The split of an image of `subject` drawn in `style`: one of SPLITS.
 
     >>> split_of("castle", "3d render")
     'train'
@@ -72,6 +56,6 @@ def split_of(subject: str, style: str) -> str:
     key = subject_key(subject)
     if key in {subject_key(name) for name in ALWAYS_TRAINED}:
         return "train"
-    if _share(f"subject:{key}") < SHARE:
+    if _fraction(f"subject:{key}") < HELD_OUT:
         return "heldout_subjects"
-    return "heldout_pairs" if _share(f"pair:{key}|{slug(style)}") < SHARE else "train"
+    return "heldout_pairs" if _fraction(f"pair:{key}|{slug(style)}") < HELD_OUT else "train"

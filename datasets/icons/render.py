@@ -10,9 +10,9 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
-from jaxdiff.data.icons.drawings import MARGIN
-from jaxdiff.data.icons.filters import FILTERS, Pixels, fill, tint
-from jaxdiff.data.icons.sources import COLORS
+from datasets.icons.drawings import MARGIN
+from datasets.icons.effects import EFFECTS, Pixels, fill, tint
+from datasets.icons.sources import COLORS
 from jaxdiff.files import atomic_write
 
 
@@ -88,8 +88,8 @@ def draw(job: Job) -> Pixels | None:
         svg = job.path.read_text(encoding="utf-8", errors="replace") if job.path else job.svg or ""
         image = trimmed(svg, job.size) if job.trim else render_svg(svg, job.size)
     else:
-        with Image.open(job.path) as picture:
-            image = _centred(picture.convert("RGBA"), job.size)
+        with Image.open(job.path) as opened:
+            image = _centred(opened.convert("RGBA"), job.size)
     if image is None:
         return None
     pixels = np.asarray(image)
@@ -119,7 +119,7 @@ def _applied(pixels: Pixels, output: Output) -> Pixels | None:
     if output.color:
         return (fill if output.effect == "fill" else tint)(pixels, COLORS[output.color])
     if output.effect:
-        return FILTERS[output.effect](pixels, np.random.default_rng(zlib.crc32(output.path.name.encode())))
+        return EFFECTS[output.effect](pixels, np.random.default_rng(zlib.crc32(output.path.name.encode())))
     return pixels
 
 
