@@ -6,7 +6,7 @@
 """
 
 from jaxdiff.denoiser import denoiser
-from jaxdiff.diffusion.sampling import sample
+from jaxdiff.diffusion.sampling_loop import sample
 from jaxdiff.diffusion.schedulers import SCHEDULERS, Scheduler, get_scheduler
 from jaxdiff.diffusion.times import Time, time_grid
 from jaxdiff.generate import generate, initial_noise, tokenize

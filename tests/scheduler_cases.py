@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxdiff.diffusion.base import normal
-from jaxdiff.diffusion.sampling import sample_keys, step_keys
+from jaxdiff.diffusion.sampling_loop import sample_keys, step_keys
 from jaxdiff.scheduler_config import SchedulerConfig
 
 SHAPE = (2, 3, 2)  # [B, ...]

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.diffusion.diffusion_loss import diffusion_loss, min_snr_weight
 from jaxdiff.diffusion.guidance import classifier_free
-from jaxdiff.diffusion.losses import diffusion_loss, min_snr_weight
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES, add_noise, target, to_denoised
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule, shift_time
 from jaxdiff.diffusion.spacing import AYS, SPACINGS

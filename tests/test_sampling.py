@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdiff.diffusion.prediction import to_denoised
-from jaxdiff.diffusion.sampling import sample, sample_keys, step_keys
+from jaxdiff.diffusion.sampling_loop import sample, sample_keys, step_keys
 from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.diffusion.spacing import SPACINGS

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion import prediction, sampling
+from jaxdiff.diffusion import prediction
 from jaxdiff.diffusion.base import clip_to
 from jaxdiff.diffusion.inpainting import keeping
+from jaxdiff.diffusion.sampling_loop import sample, sample_keys, step_keys
 from jaxdiff.diffusion.schedulers import get_scheduler, time_at
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.diffusion.singlestep import ddim
@@ -64,14 +65,14 @@ def states(x, first, times: Time, key, config: SchedulerConfig, name: str, eta: 
         return prediction.to_denoised(output, x, time, config.prediction_type)
 
     def body(state, i):
-        keys = sampling.step_keys(sampling.sample_keys(key, x.shape[0]), i)
+        keys = step_keys(sample_keys(key, x.shape[0]), i)
         state = jax.lax.cond(
             i >= first, lambda state: scheduler.step(denoise, state, times, i, keys), lambda state: state, state
         )
         return state, state.x
 
     path = jax.lax.scan(body, scheduler.init(x), jnp.arange(len(times.t) - 1))[1]
-    return path, sampling.sample(denoise, x, times, scheduler, key, start=first) if whole else path[-1]
+    return path, sample(denoise, x, times, scheduler, key, start=first) if whole else path[-1]
 
 
 def ours(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -224,7 +225,5 @@ def test_defaults_of_each_class(name):
     end = time_grid(silent, 10, name)[0]
     if rule.final == "set_alpha_to_one":
         assert (end.sigma[-1] == 0) == defaults["set_alpha_to_one"]
-    x0 = sampling.sample(
-        lambda x, time: 3 + 0 * x, jnp.zeros((1, 2)), far, get_scheduler(name, silent), jax.random.key(0)
-    )
+    x0 = sample(lambda x, time: 3 + 0 * x, jnp.zeros((1, 2)), far, get_scheduler(name, silent), jax.random.key(0))
     np.testing.assert_allclose(x0, 1 if defaults.get("clip_sample") else 3, rtol=1e-5)

@@ -15,7 +15,7 @@ import pytest
 
 from jaxdiff.diffusion.base import clip_to, dynamic_threshold, normal
 from jaxdiff.diffusion.multistep import CONSTANT, _phi, _weights, dpmpp_2m, lms, pndm, unipc
-from jaxdiff.diffusion.sampling import sample, sample_keys, step_keys
+from jaxdiff.diffusion.sampling_loop import sample, sample_keys, step_keys
 from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
 from jaxdiff.diffusion.schedules import Time, noise_schedule
 from jaxdiff.diffusion.singlestep import ddim, ddpm, heun

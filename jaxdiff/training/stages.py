@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.diffusion.losses import diffusion_loss
+from jaxdiff.diffusion.diffusion_loss import diffusion_loss
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import Time, at, is_flow, noise_schedule, shift_time
 from jaxdiff.models.model import Conditioning, Model, apply, encode, encode_text, with_time_ids
