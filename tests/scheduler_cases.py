@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxdiff.diffusion.base import normal
+from jaxdiff.diffusion.base import noise_like
 from jaxdiff.diffusion.sampling_loop import sample_keys, step_keys
 from jaxdiff.scheduler_config import SchedulerConfig
 
@@ -217,4 +217,4 @@ def original() -> np.ndarray:
 def noise(step: int, count: int | None = None) -> np.ndarray:
     """The noise [B, ...] (with a count [count, B, ...]) that `sample` under the key `KEY` draws at a step."""
     keys = step_keys(sample_keys(jax.random.key(KEY), SHAPE[0]), step)
-    return np.array(normal(keys, np.zeros(SHAPE), count))
+    return np.array(noise_like(keys, np.zeros(SHAPE), count))

@@ -168,7 +168,7 @@ def test_program_does_not_depend_on_the_spacing():
         ),
         (dataclasses.replace(SD1, interpolation_type="cubic"), 10, "euler", None, "interpolation_type 'cubic'"),
         (dataclasses.replace(SD1, lambda_min_clipped=-2.0), 10, "dpmpp_2m", None, "lambda_min_clipped -2.0"),
-        (SchedulerConfig(class_name="EDMEulerScheduler"), 10, "euler", None, "EDMEulerScheduler .* another process"),
+        (SchedulerConfig(class_name="EDMEulerScheduler"), 10, "euler", None, "EDMEulerScheduler .* is not supported"),
         (SD1, 51, "lcm", None, "51 steps are more than the 50 of the distillation"),
         (dataclasses.replace(SD1, original_inference_steps=0), 4, "tcd", None, "original_inference_steps 0 must be"),
         (dataclasses.replace(SD1, final_sigmas_type="half"), 10, "euler", None, "final_sigmas_type 'half' is unknown"),

@@ -14,7 +14,7 @@ from jaxdiff.diffusion.sampling_loop import sample, sample_keys, step_keys
 from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.diffusion.spacing import SPACINGS
-from jaxdiff.diffusion.times import calls, time_grid
+from jaxdiff.diffusion.times import network_calls, time_grid
 from tests.scheduler_cases import NAMES as ALL
 from tests.scheduler_cases import SD1, ZERO_SNR, network
 
@@ -170,7 +170,7 @@ def test_trajectory_holds_the_prediction_of_each_step(name):
     with jax.disable_jit():
         sample(spy, x, times, scheduler, KEY)
     # The calls within a step: the second of each, or of the first alone.
-    between = {"pndm": [1]}.get(name, range(1, 9, 2) if calls(SD1, 5, name) == 9 else [])
+    between = {"pndm": [1]}.get(name, range(1, 9, 2) if network_calls(SD1, 5, name) == 9 else [])
     first_calls = [call for i, call in enumerate(seen) if i not in between]
     np.testing.assert_allclose(predictions, [x0 for _, x0 in first_calls], atol=ROUNDING)
     np.testing.assert_array_equal([t for t, _ in first_calls], times.t[:-1])
@@ -182,7 +182,7 @@ def test_trajectory_holds_the_prediction_of_each_step(name):
 
 @pytest.mark.parametrize("name", [*NAMES, "prk"])
 def test_calls_of_the_network(name):
-    """As many as `calls` says: 2 N - 1 for Heun's and its like, N + 1 or N + 9 for PNDM, one a step for the others."""
+    """`network_calls`: 2 N - 1 for Heun's and its like, N + 1 or N + 9 for PNDM, one a step for the others."""
     config = dataclasses.replace(SD1, skip_prk_steps=name != "prk")
     name, made = "pndm" if name == "prk" else name, []
 
@@ -193,7 +193,7 @@ def test_calls_of_the_network(name):
     times = time_grid(config, 6, name)[0]
     sample(counting, noise(1, 2), times, get_scheduler(name, config), KEY).block_until_ready()
     jax.effects_barrier()
-    assert len(made) == calls(config, 6, name)
+    assert len(made) == network_calls(config, 6, name)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])

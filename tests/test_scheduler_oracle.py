@@ -10,12 +10,12 @@ import pytest
 
 from jaxdiff.diffusion import prediction
 from jaxdiff.diffusion.base import clip_to
-from jaxdiff.diffusion.inpainting import keeping
+from jaxdiff.diffusion.inpainting import masked_blending
 from jaxdiff.diffusion.sampling_loop import sample, sample_keys, step_keys
 from jaxdiff.diffusion.schedulers import get_scheduler, time_at
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.diffusion.singlestep import ddim
-from jaxdiff.diffusion.times import RULES, default_scheduler, skips_prk, time_grid
+from jaxdiff.diffusion.times import RULES, default_scheduler, skip_prk_steps, time_grid
 from jaxdiff.scheduler_config import SchedulerConfig
 from tests.make_golden_schedulers import GOLDEN
 from tests.scheduler_cases import (
@@ -58,7 +58,7 @@ def states(x, first, times: Time, key, config: SchedulerConfig, name: str, eta: 
         scheduler = ddim(eta, clip_to(config.clip_sample_range) if config.clip_sample is None else None)
 
     if masked:
-        scheduler = keeping(scheduler, original(), start(), MASK)
+        scheduler = masked_blending(scheduler, original(), start(), MASK)
 
     def denoise(x, time):
         output = (mixing if masked else network)(x, time.t, jnp)
@@ -85,8 +85,8 @@ def ours(case: Case) -> tuple[np.ndarray, np.ndarray]:
     times = jax.tree.map(jnp.asarray, times)
     x = scale * jnp.asarray(start())
     if case.start:
-        entry = get_scheduler(case.scheduler, config).entry(case.start)
-        x = prediction.add_noise(original(), start(), time_at(times, entry))
+        index = get_scheduler(case.scheduler, config).start_index(case.start)
+        x = prediction.add_noise(original(), start(), time_at(times, index))
     whole, key = case.config == "sd1", jax.random.key(KEY)
     path, last = states(x, case.start, times, key, config, case.scheduler, case.eta, case.masked, whole)
     return np.asarray(path)[case.start :], np.asarray(last)
@@ -150,7 +150,7 @@ def test_grid_equals_that_of_diffusers(config, name):
             alpha = np.ones(steps + 1) if flow else times.alpha
             if sigma is not None and len(t) == steps:
                 np.testing.assert_allclose(times.sigma, sigma * alpha, rtol=SIGMA_TOLERANCE, atol=1e-6)
-            if RULES[name].scaled:
+            if RULES[name].scale_initial_noise:
                 np.testing.assert_allclose(our_scale, scale * alpha[0], rtol=1e-5)
             else:
                 assert our_scale == scale == 1
@@ -214,16 +214,16 @@ def test_defaults_of_each_class(name):
     silent = SchedulerConfig.from_dict({"_class_name": CLASSES[name]})
     rule, own = RULES[name], ("skip_prk_steps", "set_alpha_to_one", "timestep_spacing", "clip_sample", "solver_type")
     assert rule.spacing in (defaults["timestep_spacing"], "distilled")
-    assert rule.levels == ("use_karras_sigmas" in defaults)
+    assert rule.sigma_spacings == ("use_karras_sigmas" in defaults)
     if name == "pndm":
-        assert skips_prk(silent) == defaults["skip_prk_steps"]
+        assert skip_prk_steps(silent) == defaults["skip_prk_steps"]
     assert set(defaults) <= {*dataclasses.asdict(silent), *ELSEWHERE}
     for key in set(dataclasses.asdict(silent)) & set(defaults) - set(own):
         assert (getattr(silent, key) or None) == (defaults[key] or None) or key == "variance_type", key
     far = Time(jnp.float32([999.0, 0.0]), jnp.float32([0.1, 1.0]), jnp.float32([0.99, 0.0]))
-    far = far._replace(middle=Time(*(a[:1, None] for a in far[:3])))
+    far = far._replace(substeps=Time(*(a[:1, None] for a in far[:3])))
     end = time_grid(silent, 10, name)[0]
-    if rule.final == "set_alpha_to_one":
+    if rule.final_sigma == "set_alpha_to_one":
         assert (end.sigma[-1] == 0) == defaults["set_alpha_to_one"]
     x0 = sample(lambda x, time: 3 + 0 * x, jnp.zeros((1, 2)), far, get_scheduler(name, silent), jax.random.key(0))
     np.testing.assert_allclose(x0, 1 if defaults.get("clip_sample") else 3, rtol=1e-5)

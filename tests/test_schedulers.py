@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.base import clip_to, dynamic_threshold, normal
-from jaxdiff.diffusion.multistep import CONSTANT, _phi, _weights, dpmpp_2m, lms, pndm, unipc
+from jaxdiff.diffusion.base import clip_to, dynamic_threshold, noise_like
+from jaxdiff.diffusion.multistep import CONSTANT_WEIGHT, _phi, _weights, dpmpp_2m, lms, pndm, unipc
 from jaxdiff.diffusion.sampling_loop import sample, sample_keys, step_keys
 from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
 from jaxdiff.diffusion.schedules import Time, noise_schedule
@@ -38,7 +38,7 @@ METHODS = {
     "unipc": (unipc(lower_order_final=False), 3),
     "unipc bh1": (unipc(solver_type="bh1", lower_order_final=False), 3),
     "unipc of order 1": (unipc(1), 2),
-    "unipc of eps": (unipc(kind="epsilon", lower_order_final=False), 3),
+    "unipc of eps": (unipc(prediction_type="epsilon", lower_order_final=False), 3),
 }
 EXCEEDING = ("lms", "unipc", "unipc bh1", "unipc of order 1", "unipc of eps")  # slopes from just under the order up
 DETERMINISTIC = ("ddim", "euler", "heun", "dpmpp_2m", "lms", "pndm", "unipc")
@@ -116,8 +116,8 @@ def test_dpmpp_2m_ends_at_first_order_where_told():
         for i in range(steps):
             states.append(x)
             x = scheduler.step(denoise, x, jax.tree.map(jnp.asarray, times), i, jax.random.key(0)[None])
-        first_order = ddim().step(denoise, states[-1], jax.tree.map(jnp.asarray, times), steps - 1, None)
-        return bool(jnp.allclose(x.x, first_order.x, atol=1e-7))
+        last = ddim().step(denoise, states[-1], jax.tree.map(jnp.asarray, times), steps - 1, None)
+        return bool(jnp.allclose(x.x, last.x, atol=1e-7))
 
     assert last_step(14, dpmpp_2m())
     assert not last_step(15, dpmpp_2m())
@@ -255,7 +255,7 @@ def test_dpmpp_2s_ancestral_is_the_published_algorithm():
             middle = np.exp(-(t + half))
             x_2 = middle / sigma * x - np.expm1(-half) * denoised
             x = down / sigma * x - np.expm1(-2 * half) * model(x_2, middle)
-        x = x + up * np.float64(normal(step_keys(sample_keys(key, 5), i), start))
+        x = x + up * np.float64(noise_like(step_keys(sample_keys(key, 5), i), start))
 
     def denoise(x, time):
         return jnp.tanh(0.8 * x) + 0.1 * jnp.sin(time.sigma / time.alpha)
@@ -269,7 +269,7 @@ def test_clipping_is_the_configs(name):
     """Bound on x0 for the classes that have one, whatever the range; none without a config."""
     config = SD1.__class__(clip_sample=True, clip_sample_range=0.25)
     times = Time(jnp.float32([900, 0]), jnp.float32([0.2, 1]), jnp.float32([0.98, 0]))
-    times = times._replace(middle=Time(*(a[:1, None] for a in times[:3])))
+    times = times._replace(substeps=Time(*(a[:1, None] for a in times[:3])))
 
     def end(scheduler):
         return float(sample(lambda x, time: 2 + 0 * x, jnp.zeros((1, 1)), times, scheduler, jax.random.key(0))[0, 0])
@@ -294,7 +294,7 @@ def test_dynamic_thresholding_is_each_samples_own():
 
 def test_weights_are_those_of_the_published_tables():
     """Adams and Bashforth's, on steps of one length."""
-    places, moments = [0.0, -1.0, -2.0, -3.0], CONSTANT
+    places, moments = [0.0, -1.0, -2.0, -3.0], CONSTANT_WEIGHT
     published = [[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]
     for order, weights in enumerate(published, 1):
         np.testing.assert_allclose(_weights(order, places, moments), np.divide(weights, 24), rtol=1e-5, atol=1e-6)
@@ -321,6 +321,6 @@ def test_unknown_options_are_named():
         get_scheduler("dpmpp_2m", SD1.__class__(algorithm_type="sde-dpmsolver"))
     with pytest.raises(ValueError, match='"dpmsolver" needs final_sigmas_type "sigma_min"'):
         get_scheduler("dpmpp_2m", SD1.__class__(algorithm_type="dpmsolver"))
-    with pytest.raises(ValueError, match="dpmpp_sde needs the middle of each step"):
+    with pytest.raises(ValueError, match="dpmpp_sde needs the midpoint of each step"):
         sample(denoise, jnp.ones((1, 1)), smooth_grid("flow", 4), SCHEDULERS["dpmpp_sde"](), jax.random.key(0))
     get_scheduler("ddim", SD1.__class__(variance_type="learned"))  # ddpm's affair alone
