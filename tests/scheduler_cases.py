@@ -126,8 +126,8 @@ class Case(NamedTuple):
     spacing: str | None
     steps: int
     eta: float = 0.0  # ddim only
-    start: int = 0  # steps left out at the beginning, as of a picture that is redrawn
-    masked: bool = False  # the picture is kept where `MASK` is false
+    start: int = 0  # steps left out at the beginning, as for an image that is redrawn
+    masked: bool = False  # the image is kept where `MASK` is false
 
     def __str__(self) -> str:
         redrawn = f"-{self.start}" * (self.start > 0) + "-masked" * self.masked
@@ -180,7 +180,7 @@ def cases() -> list[Case]:
 
 
 def starts() -> list[Case]:
-    """Pictures redrawn: strengths 0.9, 0.75, 0.5 and 0.3 of 20 steps, and what is odd about few."""
+    """Images redrawn: strengths 0.9, 0.75, 0.5 and 0.3 of 20 steps, and what is odd about few."""
     found = [Case("sd1", name, None, 20, start=start) for name in CLASSES for start in (2, 5, 10, 14)]
     found += [Case("sd1", name, None, 7, start=1) for name in CLASSES]
     found += [Case("sd1", "pndm", s, 7, start=start) for s in ("trailing", "linspace") for start in (1, 2, 6)]
@@ -210,7 +210,7 @@ def start() -> np.ndarray:
 
 
 def original() -> np.ndarray:
-    """Clean latents [B, ...] of a picture that is redrawn."""
+    """Clean latents [B, ...] of an image that is redrawn."""
     return np.random.default_rng(1).uniform(-1, 1, SHAPE).astype(np.float32)
 
 

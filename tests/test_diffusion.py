@@ -225,7 +225,7 @@ def test_target_and_denoised_are_inverse(kind, prediction_type):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_ends_of_the_process(prediction_type):
-    """At sigma = 0 x is the picture; at alpha = 0 all types but epsilon still say what x0 is."""
+    """At sigma = 0 x is the image; at alpha = 0 all types but epsilon still say what x0 is."""
     x0, eps = normal(0, 5, 4), normal(1, 5, 4)
     for time in (Time(0.0, 1.0, 0.0), Time(1000.0, 0.0, 1.0)):
         if prediction_type == "epsilon" and time.alpha == 0:

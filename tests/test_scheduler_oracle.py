@@ -1,7 +1,6 @@
 """Every scheduler follows diffusers' class of it: live where diffusers is installed, by golden paths everywhere."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -50,67 +49,75 @@ RELATIVE = 1e-5  # for the few paths of Heun's that go astray at 7 steps, to x o
 SIGMA_TOLERANCE = 1e-3
 
 
-@functools.partial(jax.jit, static_argnames=("config", "name", "eta", "masked", "whole"))
-def states(x, first, times: Time, key, config: SchedulerConfig, name: str, eta: float, masked: bool, whole: bool):
-    """x after each step from the first one taken, [N, B, D], and what `sample` makes of it."""
-    scheduler = get_scheduler(name, config)
-    if eta:
-        scheduler = ddim(eta, clip_to(config.clip_sample_range) if config.clip_sample is None else None)
+def path_of(case: Case) -> np.ndarray:
+    """x after each step that is taken, [N, B, D].
 
-    if masked:
+    Nothing is compiled: each operation runs by itself, which takes a fraction of compiling a scan that runs once.
+    tests/test_sampling.py compares compiled programs with uncompiled ones.
+    """
+    config = case.values
+    times, scale = time_grid(config, case.steps, case.scheduler)
+    times, scheduler = jax.tree.map(jnp.asarray, times), get_scheduler(case.scheduler, config)
+    if case.eta:
+        scheduler = ddim(case.eta, clip_to(config.clip_sample_range) if config.clip_sample is None else None)
+    x, key = scale * jnp.asarray(start()), jax.random.key(KEY)
+    if case.start:
+        x = prediction.add_noise(original(), start(), time_at(times, scheduler.start_index(case.start)))
+    if case.masked:
         scheduler = masked_blending(scheduler, original(), start(), MASK)
 
     def denoise(x, time):
-        output = (mixing if masked else network)(x, time.t, jnp)
+        output = (mixing if case.masked else network)(x, time.t, jnp)
         return prediction.to_denoised(output, x, time, config.prediction_type)
 
-    def body(state, i):
-        keys = step_keys(sample_keys(key, x.shape[0]), i)
-        state = jax.lax.cond(
-            i >= first, lambda state: scheduler.step(denoise, state, times, i, keys), lambda state: state, state
+    with jax.disable_jit():
+        keys, state, path = sample_keys(key, len(x)), scheduler.init(x), []
+        for i in range(case.start, case.steps):
+            state = scheduler.step(denoise, state, times, jnp.asarray(i), step_keys(keys, i))
+            path.append(state.x)
+        if case.config == "sd1":
+            last = sample(denoise, x, times, scheduler, key, start=case.start)
+            # The same steps in the same order, from a scan over i.
+            np.testing.assert_allclose(last, path[-1], rtol=RELATIVE, atol=TOLERANCE, err_msg=str(case))
+    return np.stack(path)
+
+
+def together() -> dict[tuple[str, str], list[Case]]:
+    """The cases by config and scheduler."""
+    found: dict[tuple[str, str], list[Case]] = {}
+    for case in cases():
+        found.setdefault((case.config, case.scheduler), []).append(case)
+    return found
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize(("config", "name"), together(), ids=lambda v: v)
+def test_paths_equal_the_golden_ones(config, name, golden):
+    """Every spacing, number of steps and start of a config and scheduler, step by step."""
+    for case in together()[config, name]:
+        tolerance = TOLERANCES.get(config, TOLERANCE)
+        np.testing.assert_allclose(
+            path_of(case), golden[str(case)], rtol=RELATIVE, atol=tolerance, err_msg=f"{case}: {case.steps} steps"
         )
-        return state, state.x
-
-    path = jax.lax.scan(body, scheduler.init(x), jnp.arange(len(times.t) - 1))[1]
-    return path, sample(denoise, x, times, scheduler, key, start=first) if whole else path[-1]
 
 
-def ours(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    config = case.values
-    times, scale = time_grid(config, case.steps, case.scheduler)
-    # What lays the grid alone is no part of the program: fewer compilations.
-    grid_only = ("timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "shift")
-    silent = {name: getattr(SchedulerConfig(), name) for name in grid_only}
-    config = dataclasses.replace(config, **silent)
-    times = jax.tree.map(jnp.asarray, times)
-    x = scale * jnp.asarray(start())
-    if case.start:
-        index = get_scheduler(case.scheduler, config).start_index(case.start)
-        x = prediction.add_noise(original(), start(), time_at(times, index))
-    whole, key = case.config == "sd1", jax.random.key(KEY)
-    path, last = states(x, case.start, times, key, config, case.scheduler, case.eta, case.masked, whole)
-    return np.asarray(path)[case.start :], np.asarray(last)
+def test_every_golden_path_is_compared(golden):
+    assert set(golden) == {str(case) for found in together().values() for case in found}
+    assert {name for _, name in together()} == set(CLASSES)
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_path_equals_the_golden_one(case):
-    path, last = ours(case)
-    tolerance = TOLERANCES.get(case.config, TOLERANCE)
-    with np.load(GOLDEN) as golden:
-        np.testing.assert_allclose(path, golden[str(case)], rtol=RELATIVE, atol=tolerance)
-    # `sample` is the same loop; another compilation of it may round otherwise.
-    np.testing.assert_allclose(last, path[-1], rtol=RELATIVE, atol=TOLERANCE)
-
-
-def test_golden_paths_are_those_of_diffusers():
+def test_golden_paths_are_those_of_diffusers(golden):
     pytest.importorskip("diffusers")
     from tests import scheduler_oracle
 
-    with np.load(GOLDEN) as golden:
-        assert set(golden.files) == {str(case) for case in cases()}
-        for case in cases():
-            run = scheduler_oracle.run(case)
-            np.testing.assert_allclose(run, golden[str(case)], rtol=RELATIVE, atol=TOLERANCE, err_msg=str(case))
+    for case in cases():
+        run = scheduler_oracle.run(case)
+        np.testing.assert_allclose(run, golden[str(case)], rtol=RELATIVE, atol=TOLERANCE, err_msg=str(case))
 
 
 GRIDS = [(c, n) for c in CONFIGS for n in NAMES if comparable(c, n)]
@@ -172,6 +179,7 @@ def test_schedule_equals_that_of_diffusers(config):
     # A product of up to 1000 float32 factors errs by 1000 * 2**-24 = 6e-5 at the very most.
     np.testing.assert_allclose(schedule.alpha, np.sqrt(reference), rtol=6e-5, atol=1e-7)
     np.testing.assert_allclose(schedule.sigma, np.sqrt(1 - reference), rtol=SIGMA_TOLERANCE)
+    # Entries of the table are interpolated with weights 0 and 1: exactly themselves.
     np.testing.assert_array_equal(at(schedule, np.arange(len(reference))).alpha, schedule.alpha)
 
 
@@ -225,5 +233,6 @@ def test_defaults_of_each_class(name):
     end = time_grid(silent, 10, name)[0]
     if rule.final_sigma == "set_alpha_to_one":
         assert (end.sigma[-1] == 0) == defaults["set_alpha_to_one"]
-    x0 = sample(lambda x, time: 3 + 0 * x, jnp.zeros((1, 2)), far, get_scheduler(name, silent), jax.random.key(0))
+    with jax.disable_jit():
+        x0 = sample(lambda x, time: 3 + 0 * x, jnp.zeros((1, 2)), far, get_scheduler(name, silent), jax.random.key(0))
     np.testing.assert_allclose(x0, 1 if defaults.get("clip_sample") else 3, rtol=1e-5)
