@@ -71,6 +71,7 @@ def test_unknown_schedule_is_named():
 
 def test_at_interpolates_and_stops_at_the_ends():
     schedule = noise_schedule(SD1)
+    # Entries of the table have weights of 0 and 1, which rounds nothing.
     np.testing.assert_array_equal(at(schedule, [0, 500, 999]).sigma, schedule.sigma[[0, 500, 999]])
     between = at(schedule, 500.25)
     np.testing.assert_allclose(between.alpha, 0.75 * schedule.alpha[500] + 0.25 * schedule.alpha[501], rtol=1e-6)
@@ -258,7 +259,7 @@ def test_unknown_prediction_is_named():
 def test_guidance():
     cond, uncond = normal(0, 3, 2, 2, 4), normal(1, 3, 2, 2, 4)
     np.testing.assert_allclose(classifier_free(cond, uncond, 1.0), cond, atol=ROUNDING)
-    np.testing.assert_array_equal(classifier_free(cond, uncond, 0.0), uncond)
+    np.testing.assert_array_equal(classifier_free(cond, uncond, 0.0), uncond)  # adds 0 times the rest
     each = classifier_free(cond, uncond, jnp.float32([1.0, 2.0, 7.5]))
     np.testing.assert_allclose(each[2], uncond[2] + 7.5 * (cond[2] - uncond[2]), atol=10 * ROUNDING)
     np.testing.assert_allclose(each[1], 2 * cond[1] - uncond[1], atol=10 * ROUNDING)
@@ -303,6 +304,7 @@ def test_loss_is_the_mean_squared_error_of_each_sample():
     loss = diffusion_loss(wrong.astype(jnp.bfloat16), x0, eps, time, "v_prediction")
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, [0, 1, 4, 9], rtol=0.02, atol=1e-4)  # bfloat16 keeps 8 bits
+    # The same function of the same arrays, twice.
     np.testing.assert_array_equal(diffusion_loss(exact, x0, eps, time, "v_prediction"), 0)
 
 
