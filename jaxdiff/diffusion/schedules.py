@@ -54,9 +54,7 @@ class Time(NamedTuple):
     alpha: Array  # weight of the image
     sigma: Array  # weight of the noise
     # Of grids only:
-    step_end: "Time | None" = (
-        None  # [N], where step i ends, if not at entry i + 1 (as in diffusers' DDIM, see times.py)
-    )
+    step_end: "Time | None" = None  # [N], where step i ends if not at entry i + 1, as in diffusers' DDIM (times.py)
     substeps: "Time | None" = None  # [N, K], times that some schedulers visit within step i
 
 
