@@ -17,7 +17,7 @@ import numpy as np
 
 import jaxdiff
 from jaxdiff.arguments import latent_shape
-from jaxdiff.diffusion.times import calls
+from jaxdiff.diffusion.times import network_calls
 from jaxdiff.generate import initial_noise, picture_keys
 from jaxdiff.io.cache import cache_compilations
 
@@ -30,7 +30,7 @@ STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "dpmpp_2s_
 
 def steps_of(config, scheduler: str, budget: int) -> int:
     """The most steps that a number of network calls pays for."""
-    return max(n for n in range(1, budget + 1) if calls(config, n, scheduler) <= budget)
+    return max(n for n in range(1, budget + 1) if network_calls(config, n, scheduler) <= budget)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@
 
 from jaxdiff.denoiser import denoiser
 from jaxdiff.diffusion.base import Scheduler
-from jaxdiff.diffusion.sampling import sample
+from jaxdiff.diffusion.sampling_loop import sample
 from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.diffusion.times import time_grid

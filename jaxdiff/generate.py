@@ -29,7 +29,7 @@ from jaxdiff.arguments import (
     start_of,
 )
 from jaxdiff.denoiser import denoiser
-from jaxdiff.diffusion.sampling import sample, step_keys
+from jaxdiff.diffusion.sampling_loop import sample, step_keys
 from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.times import default_scheduler, time_grid
 from jaxdiff.models.model import Model

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.diffusion.base import Scheduler, time_at
-from jaxdiff.diffusion.inpainting import keeping
+from jaxdiff.diffusion.inpainting import masked_blending
 from jaxdiff.diffusion.prediction import add_noise, expand
 from jaxdiff.diffusion.schedules import Time, noise_schedule
 from jaxdiff.models.conditioning import Conditioning
@@ -105,7 +105,7 @@ def starting_point(
 
     Where all steps are taken (`start` is None), noise. Else the image, or what a first stage has `drawn`, with the
     noise of that step; but pure noise where step 0 is the first and a mask says what of the image is to be redrawn.
-    Ordinary models keep the rest of it by `keeping`.
+    Ordinary models keep the rest of it by `masked_blending`.
     """
     noise = shared.noise_scale * each.noise
     if start is None:
@@ -115,9 +115,9 @@ def starting_point(
         image = vae.encode(each.image)
         clean = image if drawn is None else drawn
         if each.mask is not None and not model.inpaints:
-            scheduler = keeping(scheduler, image, each.noise, small_mask(model, each.mask))
+            scheduler = masked_blending(scheduler, image, each.noise, small_mask(model, each.mask))
     assert clean is not None
-    x = add_noise(clean, each.noise, time_at(shared.times, scheduler.entry(start)))
+    x = add_noise(clean, each.noise, time_at(shared.times, scheduler.start_index(start)))
     if each.mask is not None and drawn is None:
         x = jnp.where(start == 0, noise, x)
     return x, scheduler

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from jaxdiff.config import SchedulerConfig
-from jaxdiff.diffusion.base import normal
-from jaxdiff.diffusion.sampling import sample_keys, step_keys
+from jaxdiff.diffusion.base import noise_like
+from jaxdiff.diffusion.sampling_loop import sample_keys, step_keys
 
 SHAPE = (2, 3, 2)  # [B, ...]
 MASK = np.array([[True, False], [False, True], [True, True]])  # of a sample, true where it is redrawn
@@ -126,8 +126,8 @@ class Case(NamedTuple):
     spacing: str | None
     steps: int
     eta: float = 0.0  # ddim only
-    start: int = 0  # steps left out at the beginning, as of a picture that is redrawn
-    masked: bool = False  # the picture is kept where `MASK` is false
+    start: int = 0  # steps left out at the beginning, as for an image that is redrawn
+    masked: bool = False  # the image is kept where `MASK` is false
 
     def __str__(self) -> str:
         redrawn = f"-{self.start}" * (self.start > 0) + "-masked" * self.masked
@@ -180,7 +180,7 @@ def cases() -> list[Case]:
 
 
 def starts() -> list[Case]:
-    """Pictures redrawn: strengths 0.9, 0.75, 0.5 and 0.3 of 20 steps, and what is odd about few."""
+    """Images redrawn: strengths 0.9, 0.75, 0.5 and 0.3 of 20 steps, and what is odd about few."""
     found = [Case("sd1", name, None, 20, start=start) for name in CLASSES for start in (2, 5, 10, 14)]
     found += [Case("sd1", name, None, 7, start=1) for name in CLASSES]
     found += [Case("sd1", "pndm", s, 7, start=start) for s in ("trailing", "linspace") for start in (1, 2, 6)]
@@ -210,11 +210,11 @@ def start() -> np.ndarray:
 
 
 def original() -> np.ndarray:
-    """Clean latents [B, ...] of a picture that is redrawn."""
+    """Clean latents [B, ...] of an image that is redrawn."""
     return np.random.default_rng(1).uniform(-1, 1, SHAPE).astype(np.float32)
 
 
 def noise(step: int, count: int | None = None) -> np.ndarray:
     """The noise [B, ...] (with a count [count, B, ...]) that `sample` under the key `KEY` draws at a step."""
     keys = step_keys(sample_keys(jax.random.key(KEY), SHAPE[0]), step)
-    return np.array(normal(keys, np.zeros(SHAPE), count))
+    return np.array(noise_like(keys, np.zeros(SHAPE), count))

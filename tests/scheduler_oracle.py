@@ -104,7 +104,7 @@ def brownian(skipped: int) -> Callable:
 
 
 def beginning(scheduler, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """The times that are left, and x at the first of them, as the pipeline that redraws pictures has them."""
+    """The times that are left, and x at the first of them, as the pipeline that redraws images has them."""
     x, taken = torch.from_numpy(start()), case.steps - case.start
     pipeline = types.SimpleNamespace(scheduler=scheduler)
     redraw = diffusers.StableDiffusionImg2ImgPipeline

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import SchedulerConfig
+from jaxdiff.diffusion.diffusion_loss import diffusion_loss, min_snr_weight
 from jaxdiff.diffusion.guidance import classifier_free
-from jaxdiff.diffusion.losses import diffusion_loss, min_snr_weight
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES, add_noise, target, to_denoised
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule, shift_time
 from jaxdiff.diffusion.spacing import AYS, SPACINGS
@@ -71,6 +71,7 @@ def test_unknown_schedule_is_named():
 
 def test_at_interpolates_and_stops_at_the_ends():
     schedule = noise_schedule(SD1)
+    # Entries of the table have weights of 0 and 1, which rounds nothing.
     np.testing.assert_array_equal(at(schedule, [0, 500, 999]).sigma, schedule.sigma[[0, 500, 999]])
     between = at(schedule, 500.25)
     np.testing.assert_allclose(between.alpha, 0.75 * schedule.alpha[500] + 0.25 * schedule.alpha[501], rtol=1e-6)
@@ -168,7 +169,7 @@ def test_program_does_not_depend_on_the_spacing():
         ),
         (dataclasses.replace(SD1, interpolation_type="cubic"), 10, "euler", None, "interpolation_type 'cubic'"),
         (dataclasses.replace(SD1, lambda_min_clipped=-2.0), 10, "dpmpp_2m", None, "lambda_min_clipped -2.0"),
-        (SchedulerConfig(class_name="EDMEulerScheduler"), 10, "euler", None, "EDMEulerScheduler .* another process"),
+        (SchedulerConfig(class_name="EDMEulerScheduler"), 10, "euler", None, "EDMEulerScheduler .* is not supported"),
         (SD1, 51, "lcm", None, "51 steps are more than the 50 of the distillation"),
         (dataclasses.replace(SD1, original_inference_steps=0), 4, "tcd", None, "original_inference_steps 0 must be"),
         (dataclasses.replace(SD1, final_sigmas_type="half"), 10, "euler", None, "final_sigmas_type 'half' is unknown"),
@@ -225,7 +226,7 @@ def test_target_and_denoised_are_inverse(kind, prediction_type):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_ends_of_the_process(prediction_type):
-    """At sigma = 0 x is the picture; at alpha = 0 all types but epsilon still say what x0 is."""
+    """At sigma = 0 x is the image; at alpha = 0 all types but epsilon still say what x0 is."""
     x0, eps = normal(0, 5, 4), normal(1, 5, 4)
     for time in (Time(0.0, 1.0, 0.0), Time(1000.0, 0.0, 1.0)):
         if prediction_type == "epsilon" and time.alpha == 0:
@@ -258,7 +259,7 @@ def test_unknown_prediction_is_named():
 def test_guidance():
     cond, uncond = normal(0, 3, 2, 2, 4), normal(1, 3, 2, 2, 4)
     np.testing.assert_allclose(classifier_free(cond, uncond, 1.0), cond, atol=ROUNDING)
-    np.testing.assert_array_equal(classifier_free(cond, uncond, 0.0), uncond)
+    np.testing.assert_array_equal(classifier_free(cond, uncond, 0.0), uncond)  # adds 0 times the rest
     each = classifier_free(cond, uncond, jnp.float32([1.0, 2.0, 7.5]))
     np.testing.assert_allclose(each[2], uncond[2] + 7.5 * (cond[2] - uncond[2]), atol=10 * ROUNDING)
     np.testing.assert_allclose(each[1], 2 * cond[1] - uncond[1], atol=10 * ROUNDING)
@@ -303,6 +304,7 @@ def test_loss_is_the_mean_squared_error_of_each_sample():
     loss = diffusion_loss(wrong.astype(jnp.bfloat16), x0, eps, time, "v_prediction")
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, [0, 1, 4, 9], rtol=0.02, atol=1e-4)  # bfloat16 keeps 8 bits
+    # The same function of the same arrays, twice.
     np.testing.assert_array_equal(diffusion_loss(exact, x0, eps, time, "v_prediction"), 0)
 
 

@@ -24,7 +24,7 @@ def std(x) -> np.ndarray:
 
 def test_scales_of_one_and_zero(predictions):
     cond, uncond = predictions
-    np.testing.assert_array_equal(classifier_free(cond, uncond, 0.0), uncond)
+    np.testing.assert_array_equal(classifier_free(cond, uncond, 0.0), uncond)  # adds 0 times the rest
     np.testing.assert_allclose(classifier_free(cond, uncond, 1.0), cond, atol=1e-6)
 
 
@@ -42,7 +42,7 @@ def test_rescale_equals_diffusers(predictions, factor):
 def test_rescale_reaches_the_conditional_deviation_sample_by_sample(predictions):
     cond, uncond = predictions
     guided = classifier_free(cond, uncond, 7.5)
-    np.testing.assert_array_equal(rescale(guided, cond, 0.0), guided)
+    np.testing.assert_array_equal(rescale(guided, cond, 0.0), guided)  # multiplies by 1 + 0
     np.testing.assert_allclose(std(rescale(guided, cond, 1.0)), std(cond), rtol=1e-5)
     mixed = rescale(guided, cond, jnp.array([0.0, 0.5, 1.0]))
     for i, factor in enumerate((0.0, 0.5, 1.0)):
@@ -52,7 +52,7 @@ def test_rescale_reaches_the_conditional_deviation_sample_by_sample(predictions)
 
 def test_rescale_leaves_a_constant_as_it_is():
     constant = jnp.full(SHAPE, 2.0)
-    np.testing.assert_array_equal(rescale(constant, constant, 0.7), constant)
+    np.testing.assert_array_equal(rescale(constant, constant, 0.7), constant)  # sums of 2 are exact
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -12,7 +12,7 @@ from jaxdiff import arguments
 from jaxdiff.commands.errors import UsageError
 from jaxdiff.commands.flags import check_model, define, parse, weighted
 from jaxdiff.config import ConfigError
-from jaxdiff.diffusion.spacing import distilled
+from jaxdiff.diffusion.spacing import distilled_timesteps
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import replace_config
 from jaxdiff.io.lora import Factors, merge_lora
@@ -88,7 +88,7 @@ def test_other_arguments_are_finite(bad, upscaler):
     with pytest.raises(ValueError, match=r"strength .* must be in"):
         arguments.first_step(10, bad)
     with pytest.raises(ValueError, match=r"strength .* must be in"):
-        distilled(SCHEDULER, 4, bad)
+        distilled_timesteps(SCHEDULER, 4, bad)
     with pytest.raises(ValueError, match=r"hires .* must be above 1"):
         arguments.small_shape(LATENT, bad)
 

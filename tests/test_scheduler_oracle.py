@@ -1,7 +1,6 @@
 """Every scheduler follows diffusers' class of it: live where diffusers is installed, by golden paths everywhere."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +8,14 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import SchedulerConfig
-from jaxdiff.diffusion import prediction, sampling
+from jaxdiff.diffusion import prediction
 from jaxdiff.diffusion.base import clip_to, time_at
-from jaxdiff.diffusion.inpainting import keeping
+from jaxdiff.diffusion.inpainting import masked_blending
+from jaxdiff.diffusion.sampling_loop import sample
 from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.diffusion.singlestep import ddim
-from jaxdiff.diffusion.times import RULES, default_scheduler, skips_prk, time_grid
+from jaxdiff.diffusion.times import RULES, default_scheduler, skip_prk_steps, time_grid
 from tests.make_golden_schedulers import GOLDEN
 from tests.scheduler_cases import (
     CLASSES,
@@ -49,67 +49,75 @@ RELATIVE = 1e-5  # for the few paths of Heun's that go astray at 7 steps, to x o
 SIGMA_TOLERANCE = 1e-3
 
 
-@functools.partial(jax.jit, static_argnames=("config", "name", "eta", "masked", "whole"))
-def states(x, first, times: Time, key, config: SchedulerConfig, name: str, eta: float, masked: bool, whole: bool):
-    """x after each step from the first one taken, [N, B, D], and what `sample` makes of it."""
-    scheduler = get_scheduler(name, config)
-    if eta:
-        scheduler = ddim(eta, clip_to(config.clip_sample_range) if config.clip_sample is None else None)
+def path_of(case: Case) -> np.ndarray:
+    """x after each step that `sample` takes, [N, B, D].
 
-    if masked:
-        scheduler = keeping(scheduler, original(), start(), MASK)
-
-    def denoise(x, time):
-        output = (mixing if masked else network)(x, time.t, jnp)
-        return prediction.to_denoised(output, x, time, config.prediction_type)
-
-    def body(state, i):
-        keys = sampling.step_keys(sampling.sample_keys(key, x.shape[0]), i)
-        state = jax.lax.cond(
-            i >= first, lambda state: scheduler.step(denoise, state, times, i, keys), lambda state: state, state
-        )
-        return state, state.x
-
-    path = jax.lax.scan(body, scheduler.init(x), jnp.arange(len(times.t) - 1))[1]
-    return path, sampling.sample(denoise, x, times, scheduler, key, start=first) if whole else path[-1]
-
-
-def ours(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    Nothing is compiled: each operation runs by itself, which takes a fraction of compiling a scan that runs once.
+    tests/test_sampling.py compares compiled programs with uncompiled ones.
+    """
     config = case.values
     times, scale = time_grid(config, case.steps, case.scheduler)
-    # What lays the grid alone is no part of the program: fewer compilations.
-    grid_only = ("timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "shift")
-    silent = {name: getattr(SchedulerConfig(), name) for name in grid_only}
-    config = dataclasses.replace(config, **silent)
-    times = jax.tree.map(jnp.asarray, times)
-    x = scale * jnp.asarray(start())
+    times, scheduler = jax.tree.map(jnp.asarray, times), get_scheduler(case.scheduler, config)
+    if case.eta:
+        scheduler = ddim(case.eta, clip_to(config.clip_sample_range) if config.clip_sample is None else None)
+    x, key = scale * jnp.asarray(start()), jax.random.key(KEY)
     if case.start:
-        entry = get_scheduler(case.scheduler, config).entry(case.start)
-        x = prediction.add_noise(original(), start(), time_at(times, entry))
-    whole, key = case.config == "sd1", jax.random.key(KEY)
-    path, last = states(x, case.start, times, key, config, case.scheduler, case.eta, case.masked, whole)
-    return np.asarray(path)[case.start :], np.asarray(last)
+        x = prediction.add_noise(original(), start(), time_at(times, scheduler.start_index(case.start)))
+    if case.masked:
+        scheduler = masked_blending(scheduler, original(), start(), MASK)
+
+    def denoise(x, time):
+        output = (mixing if case.masked else network)(x, time.t, jnp)
+        return prediction.to_denoised(output, x, time, config.prediction_type)
+
+    path: list[jax.Array] = []
+
+    def step(*args):
+        state = scheduler.step(*args)
+        path.append(state.x)
+        return state
+
+    with jax.disable_jit():
+        sample(denoise, x, times, scheduler._replace(step=step), key, start=case.start)
+    return np.stack(path)
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_path_equals_the_golden_one(case):
-    path, last = ours(case)
-    tolerance = TOLERANCES.get(case.config, TOLERANCE)
-    with np.load(GOLDEN) as golden:
-        np.testing.assert_allclose(path, golden[str(case)], rtol=RELATIVE, atol=tolerance)
-    # `sample` is the same loop; another compilation of it may round otherwise.
-    np.testing.assert_allclose(last, path[-1], rtol=RELATIVE, atol=TOLERANCE)
+def together() -> dict[tuple[str, str], list[Case]]:
+    """The cases by config and scheduler."""
+    found: dict[tuple[str, str], list[Case]] = {}
+    for case in cases():
+        found.setdefault((case.config, case.scheduler), []).append(case)
+    return found
 
 
-def test_golden_paths_are_those_of_diffusers():
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize(("config", "name"), together(), ids=lambda v: v)
+def test_paths_equal_the_golden_ones(config, name, golden):
+    """Every spacing, number of steps and start of a config and scheduler, step by step."""
+    for case in together()[config, name]:
+        tolerance = TOLERANCES.get(config, TOLERANCE)
+        np.testing.assert_allclose(
+            path_of(case), golden[str(case)], rtol=RELATIVE, atol=tolerance, err_msg=f"{case}: {case.steps} steps"
+        )
+
+
+def test_every_golden_path_is_compared(golden):
+    assert set(golden) == {str(case) for found in together().values() for case in found}
+    assert {name for _, name in together()} == set(CLASSES)
+
+
+def test_golden_paths_are_those_of_diffusers(golden):
     pytest.importorskip("diffusers")
     from tests import scheduler_oracle
 
-    with np.load(GOLDEN) as golden:
-        assert set(golden.files) == {str(case) for case in cases()}
-        for case in cases():
-            run = scheduler_oracle.run(case)
-            np.testing.assert_allclose(run, golden[str(case)], rtol=RELATIVE, atol=TOLERANCE, err_msg=str(case))
+    for case in cases():
+        run = scheduler_oracle.run(case)
+        np.testing.assert_allclose(run, golden[str(case)], rtol=RELATIVE, atol=TOLERANCE, err_msg=str(case))
 
 
 GRIDS = [(c, n) for c in CONFIGS for n in NAMES if comparable(c, n)]
@@ -149,7 +157,7 @@ def test_grid_equals_that_of_diffusers(config, name):
             alpha = np.ones(steps + 1) if flow else times.alpha
             if sigma is not None and len(t) == steps:
                 np.testing.assert_allclose(times.sigma, sigma * alpha, rtol=SIGMA_TOLERANCE, atol=1e-6)
-            if RULES[name].scaled:
+            if RULES[name].scale_initial_noise:
                 np.testing.assert_allclose(our_scale, scale * alpha[0], rtol=1e-5)
             else:
                 assert our_scale == scale == 1
@@ -171,6 +179,7 @@ def test_schedule_equals_that_of_diffusers(config):
     # A product of up to 1000 float32 factors errs by 1000 * 2**-24 = 6e-5 at the very most.
     np.testing.assert_allclose(schedule.alpha, np.sqrt(reference), rtol=6e-5, atol=1e-7)
     np.testing.assert_allclose(schedule.sigma, np.sqrt(1 - reference), rtol=SIGMA_TOLERANCE)
+    # Entries of the table are interpolated with weights 0 and 1: exactly themselves.
     np.testing.assert_array_equal(at(schedule, np.arange(len(reference))).alpha, schedule.alpha)
 
 
@@ -213,18 +222,17 @@ def test_defaults_of_each_class(name):
     silent = SchedulerConfig.from_dict({"_class_name": CLASSES[name]})
     rule, own = RULES[name], ("skip_prk_steps", "set_alpha_to_one", "timestep_spacing", "clip_sample", "solver_type")
     assert rule.spacing in (defaults["timestep_spacing"], "distilled")
-    assert rule.levels == ("use_karras_sigmas" in defaults)
+    assert rule.sigma_spacings == ("use_karras_sigmas" in defaults)
     if name == "pndm":
-        assert skips_prk(silent) == defaults["skip_prk_steps"]
+        assert skip_prk_steps(silent) == defaults["skip_prk_steps"]
     assert set(defaults) <= {*dataclasses.asdict(silent), *ELSEWHERE}
     for key in set(dataclasses.asdict(silent)) & set(defaults) - set(own):
         assert (getattr(silent, key) or None) == (defaults[key] or None) or key == "variance_type", key
     far = Time(jnp.float32([999.0, 0.0]), jnp.float32([0.1, 1.0]), jnp.float32([0.99, 0.0]))
-    far = far._replace(middle=Time(*(a[:1, None] for a in far[:3])))
+    far = far._replace(substeps=Time(*(a[:1, None] for a in far[:3])))
     end = time_grid(silent, 10, name)[0]
-    if rule.final == "set_alpha_to_one":
+    if rule.final_sigma == "set_alpha_to_one":
         assert (end.sigma[-1] == 0) == defaults["set_alpha_to_one"]
-    x0 = sampling.sample(
-        lambda x, time: 3 + 0 * x, jnp.zeros((1, 2)), far, get_scheduler(name, silent), jax.random.key(0)
-    )
+    with jax.disable_jit():
+        x0 = sample(lambda x, time: 3 + 0 * x, jnp.zeros((1, 2)), far, get_scheduler(name, silent), jax.random.key(0))
     np.testing.assert_allclose(x0, 1 if defaults.get("clip_sample") else 3, rtol=1e-5)

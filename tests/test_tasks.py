@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff.diffusion.sampling import step_keys
+from jaxdiff.diffusion.sampling_loop import step_keys
 from jaxdiff.generate import picture_keys
 from jaxdiff.tasks import low_res_noise
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxdiff import parallel
 from jaxdiff.config import CLIPVisionConfig, SchedulerConfig
-from jaxdiff.diffusion.losses import min_snr_weight
+from jaxdiff.diffusion.diffusion_loss import min_snr_weight
 from jaxdiff.diffusion.schedules import at, noise_schedule
 from jaxdiff.models.model import Model, build
 from jaxdiff.training.losses import contrastive_loss, kl_divergence, reconstruction_loss

@@ -10,7 +10,7 @@ import pytest
 
 import jaxdiff
 from jaxdiff.config import TinyVAEConfig
-from jaxdiff.diffusion.inpainting import keeping
+from jaxdiff.diffusion.inpainting import masked_blending
 from jaxdiff.generate import picture_keys
 from jaxdiff.models.model import with_controlnets
 from jaxdiff.models.tiny_vae import AutoencoderTiny
@@ -144,7 +144,7 @@ def test_two_stages_from_a_picture_with_a_mask_under_a_controlnet(tiny):
         denoise = jaxdiff.denoiser(model, params, cond, control_images=at_size[2:], controlnet_scale=(1.0,))
         original = jaxdiff.encode(model, params, at_size[0])
         small_mask = at_size[1][:, :: SIDE // LATENT[0], :: SIDE // LATENT[0]]
-        scheduler = keeping(jaxdiff.get_scheduler("ddim"), original, eps, small_mask >= 0.5)
+        scheduler = masked_blending(jaxdiff.get_scheduler("ddim"), original, eps, small_mask >= 0.5)
         x = times.alpha[start] * (original if clean is None else clean) + times.sigma[start] * eps
         return jaxdiff.sample(denoise, x, times, scheduler, jax.random.key(0), start=start)
 

@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: noise schedules, predictions, guidance, schedulers, losses. Knows no Flax."""
+"""The mathematics of diffusion: noise schedules, predictions, guidance, schedulers, the loss. Knows no Flax."""

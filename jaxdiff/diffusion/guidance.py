@@ -22,13 +22,13 @@ def classifier_free(cond: Array, uncond: Array, scale: Array | float) -> Array:
 
 
 def rescale(guided: Array, cond: Array, factor: Array | float) -> Array:
-    """Guidance without over-exposure: the guided prediction at the contrast of the conditional one.
+    """Guidance rescale, against over-exposure: the guided prediction at the standard deviation of the conditional.
 
     factor (std(cond) / std(guided)) guided + (1 - factor) guided: Lin et al. 2023, equations 15 and 16, which advise
-    0.7. The deviations are those of each sample, over all its values. A constant prediction stays as it is.
+    0.7. Standard deviations are over all values of each sample. A constant prediction is unchanged.
 
     Args:
-        guided: what `classifier_free` gave, [B, ...].
+        guided: of `classifier_free`, [B, ...].
         cond: the prediction with the prompt, [B, ...], of the same type.
         factor: phi in [0, 1], scalar or [B]; 0 changes nothing.
 
@@ -45,10 +45,10 @@ def rescale(guided: Array, cond: Array, factor: Array | float) -> Array:
 def in_interval(time: Time, low: Array | float, high: Array | float) -> Array:
     """Whether guidance is on: low < sigma / alpha <= high (Kynkäänniemi et al. 2024, section 3).
 
-    Outside of the interval the conditional prediction alone serves, so the unguided one need not be computed.
+    Outside the interval the conditional prediction is used alone, so the unconditional one need not be computed.
 
     Args:
-        time: a moment, or several; alpha may be 0 (pure noise), whose noise level is infinite.
+        time: one or more; alpha may be 0 (pure noise), whose noise level is infinite.
         low, high: noise levels sigma / alpha, of the shape of the time's fields or scalars; high may be infinite.
 
     >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Inpainting with a network that was never taught it: what is to be kept is put back wherever the network looks."""
+"""Inpainting with a network that was not trained for it, by blending with the original at every step."""
 
 import jax.numpy as jnp
 
@@ -8,27 +8,27 @@ from jaxdiff.diffusion.schedules import Time
 from jaxdiff.typing import Array, Denoise, Key
 
 
-def keeping(scheduler: Scheduler, original: Array, noise: Array, mask: Array) -> Scheduler:
-    """A scheduler whose samples are `original` where `mask` is 0 (Avrahami et al. 2022, Blended Latent Diffusion, 4.1).
+def masked_blending(scheduler: Scheduler, original: Array, noise: Array, mask: Array) -> Scheduler:
+    """A scheduler whose samples equal `original` where `mask` is 0 (Avrahami et al. 2022, Blended Latent Diffusion).
 
-    What is kept is replaced by the original with as much noise as there is by then, after each step and before each
-    call of the network within one; in the end by the original itself. The very first call sees x as it is.
+    Where the mask is 0, x is replaced by the original at the noise level of the moment, after each step and before
+    each network call within a step; after the last step by the original itself. The very first call sees x as it is.
 
     Args:
         original: clean latents [B, ...].
         noise: unit Gaussian [B, ...], the same at all steps.
-        mask: broadcastable to them; 1 (true) is to be redrawn.
+        mask: broadcastable to them; 1 (true) where the image is redrawn.
     """
 
     def step(denoise: Denoise, state, times: Time, i: Array, keys: Key):
         def blended(x: Array, time: Time) -> Array:
-            first = (i == 0) & (time.t == times.t[0])
-            kept = jnp.where(first, x, add_noise(original, noise, time))
-            return denoise(jnp.where(mask, x, kept), time)
+            first_call = (i == 0) & (time.t == times.t[0])
+            noised = jnp.where(first_call, x, add_noise(original, noise, time))
+            return denoise(jnp.where(mask, x, noised), time)
 
         state = scheduler.step(blended, state, times, i, keys)
-        kept = add_noise(original, noise, time_at(times, i + 1))
-        kept = jnp.where(i == len(times.t) - 2, original, kept)
-        return state._replace(x=jnp.where(mask, state.x, kept))
+        noised = add_noise(original, noise, time_at(times, i + 1))
+        noised = jnp.where(i == len(times.t) - 2, original, noised)
+        return state._replace(x=jnp.where(mask, state.x, noised))
 
     return scheduler._replace(step=step)

@@ -1,21 +1,22 @@
-"""Methods that remember the predictions of earlier steps, all one formula.
+"""Multistep methods: they average the predictions of earlier steps. All are one formula.
 
-Each is the first-order step, equation (3) of schedulers.py, taken with an average of predictions instead of the last:
+Each takes the DDIM step, equation (3) of schedulers.py, with an average of predictions in place of the last one:
 
     m = w_0 m_i + w_1 m_{i-1} + w_2 m_{i-2} + …,   sum_k w_k r_k^n = mu_n,   n = 0, 1, 2, …               (6)
 
-What is averaged is x0, eps or what the network itself predicts. The places of the predictions, r_k = (s_{i-k} - s_i) /
-(s_{i+1} - s_i), and the moments mu_n over the step, r in [0, 1], say how: (6) integrates the polynomial in s through
-the past predictions. With a step of constant weight, mu_n = 1 / (n + 1):
+What is averaged is x0, eps or the network's own output. With s the variable of integration, the nodes
+r_k = (s_{i-k} - s_i) / (s_{i+1} - s_i) are where the predictions were made, in units of this step, and mu_n are the
+moments of the integrand's weight over the step, r in [0, 1]: (6) integrates the polynomial in s through the past
+predictions. A constant weight (Adams-Bashforth) has mu_n = 1 / (n + 1):
 
-    LMS    eps in s = sigma / alpha                    PNDM    the network's prediction, in s = step number
+    LMS    eps in s = sigma / alpha                    PNDM    the network's output in s = step number
 
-The exact solution in lambda = log(alpha / sigma) weighs by an exponential (Lu et al. 2022, DPM-Solver++, equation 9),
+The exact solution in lambda = log(alpha / sigma) has an exponential weight (Lu et al. 2022, DPM-Solver++, equation 9),
 
     mu_n = n! phi_{n+1}(k) / phi_1(k),   phi_n(k) = sum_j k^j / (j + n)!,   h = lambda' - lambda               (7)
 
-with k = -h for x0, h for eps and -2h for x0 under the SDE (eta = 1). DPM-Solver++ and UniPC are (7), but for the
-moments that their papers or codes simplify; see there.
+with k = -h for x0, h for eps and -2h for x0 under the SDE (eta = 1). DPM-Solver++ and UniPC use (7), except for the
+moments that their papers or code simplify; each says which.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,31 +25,41 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.diffusion.base import Scheduler, arrival, first_order, initial, noise_in, normal, predict, ratio, time_at
+from jaxdiff.diffusion.base import (
+    Scheduler,
+    ddim_step,
+    initial,
+    noise_like,
+    predict,
+    sigma_ratio,
+    step_end,
+    time_at,
+    to_eps,
+)
 from jaxdiff.diffusion.prediction import target, to_denoised
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.typing import Array, Denoise, Key
 
-CONSTANT = [[1 / (n + 1) for n in range(order)] for order in range(1, 5)]  # moments of a constant weight
-
-
-Moments = Sequence[Sequence[Array | float]]
+Moments = Sequence[Sequence[Array | float]]  # mu_0, mu_1, … of order 1, of order 2, …
+CONSTANT_WEIGHT: Moments = [[1 / (n + 1) for n in range(order)] for order in range(1, 5)]
 
 
 class History(NamedTuple):
-    """What a multistep method remembers; of the predictions it averages, the latest first."""
+    """What a multistep method remembers between steps."""
 
     x: Array  # [B, ...] float32
     denoised: Array  # [B, ...] float32
-    taken: Array  # [] int32, steps taken
-    past: Array  # [K, B, ...] float32
-    before: Array  # [B, ...] float32, where the step before set out from
+    steps_taken: Array  # [] int32
+    predictions: Array  # [K, B, ...] float32, those to average, the latest first
+    previous_x: Array  # [B, ...] float32, x at the start of the last step
 
 
-def _start(keep: int) -> Callable[[Array], History]:
+def _init(count: int) -> Callable[[Array], History]:
+    """The `init` of a scheduler that remembers so many predictions."""
+
     def init(x: Array) -> History:
         x, denoised = initial(x)
-        return History(x, denoised, jnp.int32(0), jnp.stack([0 * x] * keep), x)  # made of x: on the devices where x is
+        return History(x, denoised, jnp.int32(0), jnp.stack([0 * x] * count), x)  # zeros on x's own devices
 
     return init
 
@@ -57,66 +68,67 @@ def _average(weights: Array, values: Array) -> Array:
     return jnp.tensordot(weights, values, 1)
 
 
-def _carry(
-    x: Array, m: Array, kind: str, time: Time, then: Time, eta: float = 0.0, noise: Array | float = 0.0
+def _ddim_step_with(
+    m: Array, x: Array, prediction_type: str, time: Time, next_time: Time, eta: float = 0.0, noise: Array | float = 0.0
 ) -> Array:
-    """The first-order step from x with a prediction m of some kind."""
-    x0 = to_denoised(m, x, time, kind)
-    return first_order(x0, noise_in(x, x0, time), time, then, eta, noise)
+    """The DDIM step from x with a prediction m of some type."""
+    x0 = to_denoised(m, x, time, prediction_type)
+    return ddim_step(x0, to_eps(x, x0, time), time, next_time, eta, noise)
 
 
-def _as(kind: str, x: Array, x0: Array, time: Time) -> Array:
-    """A prediction of x0 as one of another kind."""
-    return target(x0, noise_in(x, x0, time), time, kind)
+def _from_x0(x0: Array, x: Array, time: Time, prediction_type: str) -> Array:
+    """A prediction of x0 as one of another type."""
+    return target(x0, to_eps(x, x0, time), time, prediction_type)
 
 
 # ---- weights
 
 
-def _solve(places: Sequence[Array | float], moments: Sequence[Array | float]) -> list[Array]:
-    """The weights of (6): each is the moments' value on one of Lagrange's polynomials."""
+def _solve_weights(nodes: Sequence[Array | float], moments: Sequence[Array | float]) -> list[Array]:
+    """The weights of (6): w_k is the moments' value on the Lagrange polynomial of node k."""
     weights = []
-    for i, place in enumerate(places):
+    for i, node in enumerate(nodes):
         polynomial = [jnp.float32(1.0)]  # its coefficients, from the constant one
-        for j, other in enumerate(places):
+        for j, other in enumerate(nodes):
             if j != i:
-                above, below = [0.0, *polynomial], [*polynomial, 0.0]
-                polynomial = [(a - other * b) / (place - other) for a, b in zip(above, below, strict=True)]
+                shifted, unshifted = [0.0, *polynomial], [*polynomial, 0.0]
+                polynomial = [(a - other * b) / (node - other) for a, b in zip(shifted, unshifted, strict=True)]
         weights.append(sum(c * m for c, m in zip(polynomial, moments, strict=True)))
     return weights
 
 
-def _weights(order: Array, places: Sequence[Array | float], moments: Moments) -> Array:
-    """The weights [K] of one order, where `moments` has those of the orders 1, 2, … up to K places."""
-    keep = len(moments[-1])
-    choices = [[*_solve(places[: len(m)], m), *[jnp.float32(0.0)] * (keep - len(m))] for m in moments]
+def _weights(order: Array, nodes: Sequence[Array | float], moments: Moments) -> Array:
+    """The weights [K] at a traced order, zero beyond it; `moments` has those of each order, 1 to K."""
+    count = len(moments[-1])
+    choices = [[*_solve_weights(nodes[: len(m)], m), *[jnp.float32(0.0)] * (count - len(m))] for m in moments]
     return jnp.stack([jnp.stack(w) for w in choices])[order - 1]
 
 
-def _places(times: Time, i: Array, order: Array, keep: int, distance: Callable[[Time, Time], Array]) -> list:
-    """r_0 = 0, r_1, … of (6); those that the order has no use for are harmless numbers."""
+def _nodes(times: Time, i: Array, order: Array, count: int, distance: Callable[[Time, Time], Array]) -> list:
+    """The nodes r_0 = 0, r_1, … of (6); beyond the order they are harmless numbers."""
     here = time_at(times, i)
     step = distance(here, time_at(times, i + 1))
-    found: list = [0.0]
-    for k in range(1, keep):
+    nodes: list = [0.0]
+    for k in range(1, count):
         r = -distance(time_at(times, jnp.maximum(i - k, 0)), here) / jnp.where(order > k, step, 1.0)
-        # Infinitely far, after pure noise, is far enough; the bound keeps products of three in float32.
-        found.append(jnp.where(order > k, jnp.maximum(r, -1e6), -100.0 * k))
-    return found
+        # A node at pure noise is infinitely far; within this bound, products of three nodes stay finite in float32.
+        nodes.append(jnp.where(order > k, jnp.maximum(r, -1e6), -100.0 * k))
+    return nodes
 
 
-def _in_lambda(time: Time, then: Time) -> Array:
+def _lambda_distance(time: Time, next_time: Time) -> Array:
     """h = lambda' - lambda."""
-    return -jnp.log(ratio(time, then))
+    return -jnp.log(sigma_ratio(time, next_time))
 
 
-def _in_sigma(time: Time, then: Time) -> Array:
-    start, end = (m.sigma / jnp.maximum(m.alpha, 1e-6) for m in (time, then))
+def _sigma_distance(time: Time, next_time: Time) -> Array:
+    """sigma' / alpha' - sigma / alpha."""
+    start, end = (m.sigma / jnp.maximum(m.alpha, 1e-6) for m in (time, next_time))
     return end - start
 
 
 def _phi(k: Array) -> tuple[Array, Array, Array, Array]:
-    """phi_1 … phi_4 of (7); by the series where the closed forms lose digits."""
+    """phi_1 … phi_4 of (7); by their series where |k| < 1, where the closed forms lose digits."""
     near = jnp.abs(k) < 1
     small, large = jnp.where(near, k, 0.0), jnp.where(near, 1.0, k)
     closed = [jnp.expm1(large) / large]
@@ -131,18 +143,22 @@ def _phi(k: Array) -> tuple[Array, Array, Array, Array]:
     return tuple(values)  # type: ignore[return-value]
 
 
-def _exponential_order(times: Time, i: Array, taken: Array, order: int, fewer_at_end: bool) -> Array:
-    """Order of step i: what is remembered allows, and 1 where the step has no length or no end in lambda."""
-    now = jnp.minimum(taken + 1, order)
-    if fewer_at_end:
+def _lambda_order(times: Time, i: Array, steps_taken: Array, order: int, lower_order_final: bool) -> Array:
+    """The order of step i of a solver in lambda.
+
+    At most one more than the steps taken; with `lower_order_final` …, 2, 1 at the last steps; and 1 where the step has
+    no length, or starts or ends where lambda is infinite.
+    """
+    now = jnp.minimum(steps_taken + 1, order)
+    if lower_order_final:
         now = jnp.minimum(now, len(times.t) - 1 - i)
-    r = ratio(time_at(times, i), time_at(times, i + 1))
+    r = sigma_ratio(time_at(times, i), time_at(times, i + 1))
     return jnp.where((r > 0) & (r < 1), jnp.maximum(now, 1), 1)
 
 
-def _length(times: Time, i: Array) -> Array:
-    """h of step i; 1 where the order is 1 anyway."""
-    r = ratio(time_at(times, i), time_at(times, i + 1))
+def _lambda_length(times: Time, i: Array) -> Array:
+    """h of step i; 1 where `_lambda_order` is 1 because h is 0 or infinite."""
+    r = sigma_ratio(time_at(times, i), time_at(times, i + 1))
     return -jnp.log(jnp.where((r > 0) & (r < 1), r, 1 / jnp.e))
 
 
@@ -152,27 +168,27 @@ def _length(times: Time, i: Array) -> Array:
 def lms() -> Scheduler:
     """Linear multistep of order 4 (Crowson 2022, k-diffusion's `sample_lms`): (6) with eps in s = sigma / alpha.
 
-    Where steps are left out at the beginning, the order is that of the step's number all the same, and the predictions
-    that were never made count as zero: diffusers' class does so, and its pictures are followed.
+    Where steps are left out at the beginning, the order is still that of the step's number, and predictions that were
+    never made count as zero: as in diffusers' class.
     """
-    keep = 4
+    count = 4
 
     def weights(times: Time, i: Array, order: Array) -> Array:
-        return _weights(order, _places(times, i, order, keep, _in_sigma), CONSTANT)
+        return _weights(order, _nodes(times, i, order, count, _sigma_distance), CONSTANT_WEIGHT)
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
-        time, then = time_at(times, i), time_at(times, i + 1)
+        time, next_time = time_at(times, i), time_at(times, i + 1)
         x0 = predict(denoise, state.x, time)
-        eps = noise_in(state.x, x0, time)
-        past = jnp.concatenate([eps[None], state.past[:-1]])
-        ahead = _average(weights(times, i, jnp.minimum(i + 1, keep)), past)
-        # Equation (3) and what the average adds to it: nothing at the first step, which may leave pure noise.
-        some = time.alpha > 0
-        gain = jnp.where(some, then.sigma - time.sigma * then.alpha / jnp.where(some, time.alpha, 1.0), 0.0)
-        x = first_order(x0, eps, time, then) + gain * (ahead - eps)
-        return History(x, x0, state.taken + 1, past, state.x)
+        eps = to_eps(state.x, x0, time)
+        predictions = jnp.concatenate([eps[None], state.predictions[:-1]])
+        average = _average(weights(times, i, jnp.minimum(i + 1, count)), predictions)
+        # The DDIM step, and what the average changes in it: nothing at the first step, which may start at alpha = 0.
+        signal = time.alpha > 0
+        gain = next_time.sigma - time.sigma * next_time.alpha / jnp.where(signal, time.alpha, 1.0)
+        x = ddim_step(x0, eps, time, next_time) + jnp.where(signal, gain, 0.0) * (average - eps)
+        return History(x, x0, state.steps_taken + 1, predictions, state.x)
 
-    return Scheduler(_start(keep), step)
+    return Scheduler(_init(count), step)
 
 
 def dpmpp_2m(
@@ -181,23 +197,22 @@ def dpmpp_2m(
     order: int = 2,
     solver_type: str = "midpoint",
     eta: float = 0.0,
-    kind: str = "sample",
+    prediction_type: str = "sample",
 ) -> Scheduler:
     """DPM-Solver++ (Lu et al. 2022, algorithm 2 and appendix B; DPM-Solver, appendix D), one network call a step.
 
-    Moments (7), but mu_1 = 1/2 at order 2 with "midpoint", and half of mu_2 at order 3, as in the authors' code: order
-    3 is thus more accurate than 2, but not of third order. (Of the SDE their code has another sign in that
-    half, and here it is the solution's.) The first steps have lower orders, and so has the last where it ends in a
-    clean sample (sigma' = 0).
+    Moments (7), except that mu_1 = 1/2 at order 2 with "midpoint", and mu_2 is halved at order 3, as in the authors'
+    code: order 3 is thus more accurate than 2, but not of third order. (For the SDE their code has the opposite sign in
+    that half; here it is the solution's.) The first steps have lower orders, and so has a last step to a clean sample.
 
     Args:
-        lower_order_final: whether the last two of fewer than 15 steps are of order 2 and 1 at most.
-        euler_at_final: whether the last step always is of order 1.
+        lower_order_final: with fewer than 15 steps, whether the last two are of order 2 and 1 at most.
+        euler_at_final: whether the last step is always of order 1.
         order: 1, 2 or 3.
         solver_type: "midpoint" or "heun", at order 2.
         eta: 0, or 1 for the SDE, sde-dpmsolver++.
-        kind: of the predictions averaged: "sample", or "epsilon" for the first DPM-Solver; that one cannot go to a
-            clean sample.
+        prediction_type: what is averaged: "sample" for DPM-Solver++, "epsilon" for the first DPM-Solver, which cannot
+            step to a clean sample.
 
     Raises:
         ValueError: another order.
@@ -206,45 +221,46 @@ def dpmpp_2m(
         raise ValueError(f"solver_order {order} must be 1, 2 or 3.")
 
     def weights(times: Time, i: Array, now: Array) -> Array:
-        h = _length(times, i)
-        phi = _phi(h if kind == "epsilon" else -(1 + eta**2) * h)
+        h = _lambda_length(times, i)
+        phi = _phi(h if prediction_type == "epsilon" else -(1 + eta**2) * h)
         slope = phi[1] / phi[0]
         moments: Moments = [[1.0], [1.0, 0.5 if solver_type == "midpoint" else slope], [1.0, slope, phi[2] / phi[0]]]
-        return _weights(now, _places(times, i, now, order, _in_lambda), moments[:order])
+        return _weights(now, _nodes(times, i, now, order, _lambda_distance), moments[:order])
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
         steps = len(times.t) - 1
-        time, then = time_at(times, i), time_at(times, i + 1)
+        time, next_time = time_at(times, i), time_at(times, i + 1)
         x0 = predict(denoise, state.x, time)
-        past = jnp.concatenate([_as(kind, state.x, x0, time)[None], state.past[:-1]])
-        now = _exponential_order(times, i, state.taken, order, lower_order_final and steps < 15)
+        predictions = jnp.concatenate([_from_x0(x0, state.x, time, prediction_type)[None], state.predictions[:-1]])
+        now = _lambda_order(times, i, state.steps_taken, order, lower_order_final and steps < 15)
         if euler_at_final:
             now = jnp.where(i == steps - 1, 1, now)
-        noise = normal(keys, state.x) if eta else 0.0
-        x = _carry(state.x, _average(weights(times, i, now), past), kind, time, then, eta, noise)
-        return History(x, x0, state.taken + 1, past, state.x)
+        noise = noise_like(keys, state.x) if eta else 0.0
+        average = _average(weights(times, i, now), predictions)
+        x = _ddim_step_with(average, state.x, prediction_type, time, next_time, eta, noise)
+        return History(x, x0, state.steps_taken + 1, predictions, state.x)
 
-    return Scheduler(_start(order), step)
+    return Scheduler(_init(order), step)
 
 
 def unipc(
     order: int = 2,
     solver_type: str = "bh2",
     lower_order_final: bool = True,
-    kind: str = "sample",
+    prediction_type: str = "sample",
     disable_corrector: Sequence[int] = (),
 ) -> Scheduler:
     """UniPC (Zhao et al. 2023, algorithms 1 and 2), one network call a step.
 
-    The prediction at the end of a step also corrects that step: it is taken again with one more place, r = 1, in (6).
-    Moments (7), but where a single one is free (order 2 ahead, order 1 back) mu_1 = B(h) / 2, that is 1/2 with "bh2"
-    and 1 / (2 phi_1) with "bh1".
+    The prediction at the end of a step also corrects that step: it is taken again with one more node, r = 1, in (6).
+    Moments (7), except that where mu_1 is the only free moment (predictor of order 2, corrector of order 1) it is
+    B(h) / 2: 1/2 with "bh2" and 1 / (2 phi_1) with "bh1".
 
     Args:
         order: 1, 2 or 3 of the predictor; the corrector's is one more.
         solver_type: "bh1" or "bh2".
         lower_order_final: whether the last steps have orders …, 2, 1.
-        kind: of the predictions averaged, "sample" or "epsilon".
+        prediction_type: what is averaged, "sample" or "epsilon".
         disable_corrector: numbers of the steps that are not corrected.
 
     Raises:
@@ -254,89 +270,99 @@ def unipc(
         raise ValueError(f"solver_order {order} must be 1, 2 or 3.")
 
     def weights(times: Time, i: Array, now: Array, corrector: bool) -> Array:
-        h = _length(times, i)
-        phi = _phi(h if kind == "epsilon" else -h)
+        h = _lambda_length(times, i)
+        phi = _phi(h if prediction_type == "epsilon" else -h)
         simple = [1.0, 0.5 if solver_type == "bh2" else 0.5 / phi[0]]
         exact = [1.0, phi[1] / phi[0], 2 * phi[2] / phi[0], 6 * phi[3] / phi[0]]
-        places = _places(times, i, now, order, _in_lambda)
+        nodes = _nodes(times, i, now, order, _lambda_distance)
         if corrector:
-            return _weights(now, [1.0, *places], [simple, exact[:3], exact][:order])
-        return _weights(now, places, [exact[:1], simple, exact[:3]][:order])
+            return _weights(now, [1.0, *nodes], [simple, exact[:3], exact][:order])
+        return _weights(now, nodes, [exact[:1], simple, exact[:3]][:order])
 
-    def orders(times: Time, i: Array, taken: Array) -> Array:
-        return _exponential_order(times, i, taken, order, lower_order_final)
+    def order_at(times: Time, i: Array, steps_taken: Array) -> Array:
+        return _lambda_order(times, i, steps_taken, order, lower_order_final)
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
-        time, then, back = time_at(times, i), time_at(times, i + 1), jnp.maximum(i - 1, 0)
+        time, next_time, previous = time_at(times, i), time_at(times, i + 1), jnp.maximum(i - 1, 0)
         x0 = predict(denoise, state.x, time)
-        here = _as(kind, state.x, x0, time)[None]
-        corrector = weights(times, back, orders(times, back, state.taken - 1), True)
-        again = _average(corrector, jnp.concatenate([here, state.past]))
-        corrects = (state.taken > 0) & ~jnp.isin(i - 1, jnp.array(disable_corrector, jnp.int32))
-        x = jnp.where(corrects, _carry(state.before, again, kind, time_at(times, back), time), state.x)
-        past = jnp.concatenate([here, state.past[:-1]])
-        ahead = _average(weights(times, i, orders(times, i, state.taken), False), past)
-        return History(_carry(x, ahead, kind, time, then), x0, state.taken + 1, past, x)
+        latest = _from_x0(x0, state.x, time, prediction_type)[None]
 
-    return Scheduler(_start(order), step)
+        corrector = weights(times, previous, order_at(times, previous, state.steps_taken - 1), True)
+        average = _average(corrector, jnp.concatenate([latest, state.predictions]))
+        corrected = _ddim_step_with(average, state.previous_x, prediction_type, time_at(times, previous), time)
+        corrects = (state.steps_taken > 0) & ~jnp.isin(i - 1, jnp.array(disable_corrector, jnp.int32))
+        x = jnp.where(corrects, corrected, state.x)
+
+        predictions = jnp.concatenate([latest, state.predictions[:-1]])
+        average = _average(weights(times, i, order_at(times, i, state.steps_taken), False), predictions)
+        predicted = _ddim_step_with(average, x, prediction_type, time, next_time)
+        return History(predicted, x0, state.steps_taken + 1, predictions, x)
+
+    return Scheduler(_init(order), step)
 
 
-def pndm(skip_prk_steps: bool = True, kind: str = "epsilon") -> Scheduler:
-    """Pseudo linear multistep (Liu et al. 2022, PNDM, equation 13 and algorithm 2), of order 4 after its first steps.
+def pndm(skip_prk_steps: bool = True, prediction_type: str = "epsilon") -> Scheduler:
+    """Pseudo linear multistep (Liu et al. 2022, PNDM, equation 13 and algorithm 2), of order 4 once under way.
 
-    Its first step is Heun's (a second network call; order 1 where the grid has no other), or its first three are those
-    of Runge and Kutta (three further calls each), if there are four or more.
+    It starts with one step of Heun's method (a second network call; of order 1 on a grid of one step), or, given four
+    or more steps, with three Runge-Kutta steps (three further calls each).
 
-    diffusers lists the second call of Heun's step among the times, and leaves out of that list what is to be left out
-    of the steps. So with start > 0 steps left out, x has the noise of entry start - 1 (for start = 1, of entry 1);
-    Heun's step, numbered `start`, goes from there to entry `start`; and the next one sets out from entry start + 1.
+    diffusers lists the second call of Heun's step among its timesteps, but does not count it when it leaves out the
+    first `start` steps. So with start > 0, x must have the noise of entry start - 1 (for start = 1, of entry 1); Heun's
+    step, numbered `start`, goes from there to entry `start`; and the step after it starts at entry start + 1.
 
     Args:
-        skip_prk_steps: whether to start by Heun's step.
-        kind: what the network predicts, which is what is averaged.
+        skip_prk_steps: whether to start with Heun's step rather than Runge-Kutta steps.
+        prediction_type: what the network predicts, which is what is averaged.
     """
-    keep = 4
+    count = 4
 
-    def entry(start: Array | int) -> Array | int:
+    def start_index(start: Array | int) -> Array | int:
         return start - (start > 1) if skip_prk_steps else start
 
-    def again(denoise: Denoise, x: Array, first: Array, times: Time, i: Array, prk: bool) -> Array:
-        """A step of a method that looks ahead: to some times, told some, with weights, out of a sum of weights."""
-        before = jnp.maximum(i - 1, 0) if skip_prk_steps else i  # the step ends at the entry after
-        time, then, middle = time_at(times, before), time_at(times, before + 1), times.middle
-        here = time_at(times, entry(i))
-        if prk:
-            if middle is None:
-                raise ValueError("pndm needs the middle of each step: give it a grid that time_grid has made for it.")
-            told, to = time_at(middle, (i, 0)), time_at(middle, (i, 1))
-            ways, leave = [(to, told, 2.0), (told, told, 2.0), (then, then, 1.0)], time
+    def first_step(denoise: Denoise, x: Array, first: Array, times: Time, i: Array, runge_kutta: bool) -> Array:
+        """A step of Heun's or Runge and Kutta's, from x and the prediction there.
+
+        Each further call is (the time that x is stepped to, the time that the network is told, weight in the average).
+        """
+        previous = jnp.maximum(i - 1, 0) if skip_prk_steps else i  # the step ends at the entry after this one
+        time, next_time, substeps = time_at(times, previous), time_at(times, previous + 1), times.substeps
+        here = time_at(times, start_index(i))
+        if runge_kutta:
+            if substeps is None:
+                raise ValueError("pndm needs the midpoint of each step: make its grid with time_grid.")
+            told, to = time_at(substeps, (i, 0)), time_at(substeps, (i, 1))
+            further_calls, leave = [(to, told, 2.0), (told, told, 2.0), (next_time, next_time, 1.0)], time
         else:
-            ways = [(arrival(times, entry(i)), then, 1.0)]
-            leave = time if middle is None else time_at(middle, (before, 0))
+            further_calls = [(step_end(times, start_index(i)), next_time, 1.0)]
+            leave = time if substeps is None else time_at(substeps, (previous, 0))
 
-        def look(carry: tuple[Array, Array], way: tuple[Time, Time, Array]) -> tuple[tuple[Array, Array], None]:
-            there, told, weight = way
-            there_x = _carry(x, carry[0], kind, here, there)
-            m = _as(kind, there_x, predict(denoise, there_x, told), told)
-            return (m, carry[1] + weight * m), None
+        def call(carry: tuple[Array, Array], further: tuple[Time, Time, Array]) -> tuple[tuple[Array, Array], None]:
+            (latest, total), (to, told, weight) = carry, further
+            x_to = _ddim_step_with(latest, x, prediction_type, here, to)
+            latest = _from_x0(predict(denoise, x_to, told), x_to, told, prediction_type)
+            return (latest, total + weight * latest), None
 
-        stacked = jax.tree.map(lambda *a: jnp.stack([jnp.asarray(b) for b in a]), *ways)
-        total = jax.lax.scan(look, (first, first), stacked)[0][1]
-        return _carry(x, total / (6 if prk else 2), kind, leave, then)
+        stacked = jax.tree.map(lambda *a: jnp.stack([jnp.asarray(b) for b in a]), *further_calls)
+        total = jax.lax.scan(call, (first, first), stacked)[0][1]
+        return _ddim_step_with(total / (6 if runge_kutta else 2), x, prediction_type, leave, next_time)
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
         steps = len(times.t) - 1
-        prk = not skip_prk_steps and steps >= 4
-        looks = (state.taken < (3 if prk else 1)) & (steps > 1 if skip_prk_steps else i < steps - 1)
-        time = time_at(times, jnp.where(looks, entry(i), i))
+        runge_kutta = not skip_prk_steps and steps >= 4
+        starting = state.steps_taken < (3 if runge_kutta else 1)
+        starting &= steps > 1 if skip_prk_steps else i < steps - 1
+        time = time_at(times, jnp.where(starting, start_index(i), i))
         x0 = predict(denoise, state.x, time)
-        past = jnp.concatenate([_as(kind, state.x, x0, time)[None], state.past[:-1]])
+        latest = _from_x0(x0, state.x, time, prediction_type)
+        predictions = jnp.concatenate([latest[None], state.predictions[:-1]])
 
-        def plain(x: Array) -> Array:
-            weights = _weights(jnp.minimum(state.taken + 1, keep), [0.0, -1.0, -2.0, -3.0], CONSTANT)
-            return _carry(x, _average(weights, past), kind, time, arrival(times, i))
+        def multistep(x: Array) -> Array:
+            order = jnp.minimum(state.steps_taken + 1, count)
+            average = _average(_weights(order, [0.0, -1.0, -2.0, -3.0], CONSTANT_WEIGHT), predictions)
+            return _ddim_step_with(average, x, prediction_type, time, step_end(times, i))
 
-        x = jax.lax.cond(looks, lambda x: again(denoise, x, past[0], times, i, prk), plain, state.x)
-        return History(x, x0, state.taken + 1, past, state.x)
+        x = jax.lax.cond(starting, lambda x: first_step(denoise, x, latest, times, i, runge_kutta), multistep, state.x)
+        return History(x, x0, state.steps_taken + 1, predictions, state.x)
 
-    return Scheduler(_start(keep), step, entry)
+    return Scheduler(_init(count), step, start_index)

@@ -1,6 +1,6 @@
-"""What a network predicts, and how that turns into the clean picture: the only place that knows prediction types.
+"""What a network predicts, and how x0 follows from it: the only place that knows prediction types.
 
-With x = alpha x0 + sigma eps, a network is trained towards one of
+With x = alpha x0 + sigma eps, a network is trained to predict one of
 
     "epsilon"          eps                       x0 = (x - sigma eps) / alpha                        (1)
     "sample"           x0                        x0                                                  (2)
@@ -21,7 +21,7 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
 def expand(value: Array | float, x: Array) -> Array:
-    """A scalar or one value a sample, [B], shaped to multiply x [B, ...]; any other shape stays."""
+    """A scalar or one value a sample, [B], shaped to broadcast against x [B, ...]; other shapes are unchanged."""
     value = jnp.asarray(value)
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim == 1 else value
 
@@ -39,7 +39,7 @@ def to_denoised(output: Array, x: Array, time: Time, prediction_type: str) -> Ar
     """Network output to the prediction of x0, equations (1) to (4).
 
     Args:
-        output, x: [B, ...], what the network gave and what it was given.
+        output, x: [B, ...], the network's output and its input.
         time: of x; fields scalar or [B].
         prediction_type: one of `PREDICTION_TYPES`; for "epsilon" alpha must not be 0.
 

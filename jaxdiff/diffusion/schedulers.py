@@ -1,12 +1,12 @@
-"""Schedulers: from the noise at one time to a little less noise at the next.
+"""Schedulers: each step leads from the noise level of one time to the lower one of the next.
 
-They see a network only as denoise(x, time) -> x0, and a process only as x = alpha x0 + sigma eps, so that each serves
-variance-preserving, variance-exploding, zero-terminal-SNR and flow models alike. Primes mark the time arrived at.
+They see a network only as denoise(x, time) -> x0, and a process only as x = alpha x0 + sigma eps, so each works for
+variance-preserving, variance-exploding, zero-terminal-SNR and flow models alike. Primes mark the end of the step.
 
     eps = (x - alpha x0) / sigma                         the noise that a prediction of x0 implies              (1)
-    r = (sigma' / alpha') / (sigma / alpha)              ratio of the noise-to-signal levels, in [0, 1]         (2)
+    r = (sigma' / alpha') / (sigma / alpha)              ratio of the noise levels sigma / alpha, in [0, 1]     (2)
 
-All first-order steps are one formula, with noise z and eta in [0, 1] (Song et al. 2021, DDIM, equations 12 and 16):
+All first-order steps are one formula, with fresh noise z and eta in [0, 1] (Song et al. 2021, DDIM, equations 12, 16):
 
     x' = alpha' x0 + sigma' sqrt(1 - eta^2 (1 - r^2)) eps + sigma' eta sqrt(1 - r^2) z                          (3)
 
@@ -20,15 +20,15 @@ Heun's method (Karras et al. 2022, algorithm 1) averages the slopes at both ends
 
 where s = alpha, and d = eps; on a flow s = alpha + sigma = 1, and d = eps - x0.
 
-singlestep.py has the methods that go by (3) and (4) alone. Those of multistep.py take (3) with an average of the
-predictions of several steps. This file knows them all by name.
+singlestep.py has the methods that use (3) and (4) alone, multistep.py those that use (3) with an average of the
+predictions of several steps. This file has them all by name.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from jaxdiff.config import SchedulerConfig
-from jaxdiff.diffusion.base import Clip, Scheduler, State, clip_to, clipped, dynamic_threshold, time_at
+from jaxdiff.diffusion.base import Clip, Scheduler, State, clip_to, dynamic_threshold, time_at, with_clipping
 from jaxdiff.diffusion.multistep import dpmpp_2m, lms, pndm, unipc
 from jaxdiff.diffusion.schedules import is_flow
 from jaxdiff.diffusion.singlestep import (
@@ -42,7 +42,7 @@ from jaxdiff.diffusion.singlestep import (
     lcm,
     tcd,
 )
-from jaxdiff.diffusion.times import skips_prk
+from jaxdiff.diffusion.times import skip_prk_steps
 
 __all__ = ["SCHEDULERS", "Scheduler", "State", "get_scheduler", "time_at"]
 
@@ -69,14 +69,15 @@ SCHEDULERS: dict[str, Callable[..., Scheduler]] = {
     "tcd": tcd,
 }
 THRESHOLDED = ("ddim", "ddpm", "lcm", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
-CLIPPED = {"ddim": True, "ddpm": True, "heun": False, "lcm": False}  # by whether they are when the config is silent
+CLIPPED = {"ddim": True, "ddpm": True, "heun": False, "lcm": False}  # whether x0 is clipped if the config is silent
 
 
 def get_scheduler(name: str, config: SchedulerConfig | None = None) -> Scheduler:
     """The scheduler of this name, with the options that diffusers' class of it reads from a config.
 
-    Those are the bounds on x0 (`CLIPPED`, `THRESHOLDED`), the variance (ddpm), order, type and ends of the solver
-    (dpmpp_2m, unipc), the first steps (pndm) and the boundary (lcm). Without a config x0 is not bounded.
+    Those are clipping and thresholding of x0 (`CLIPPED`, `THRESHOLDED`), the variance (ddpm), order, type and last
+    steps of the solver (dpmpp_2m, unipc), the first steps (pndm) and the boundary condition (lcm). Without a config x0
+    is not clipped.
 
     Raises:
         ValueError: an unknown name, or an option of the config that is refused.
@@ -88,7 +89,7 @@ def get_scheduler(name: str, config: SchedulerConfig | None = None) -> Scheduler
     options, clip = _options(name, config), _clip(name, config)
     if name == "ddim":
         return ddim(clip=clip)
-    return clipped(SCHEDULERS[name](**options), clip)
+    return with_clipping(SCHEDULERS[name](**options), clip)
 
 
 def _clip(name: str, config: SchedulerConfig) -> Clip | None:
@@ -99,21 +100,26 @@ def _clip(name: str, config: SchedulerConfig) -> Clip | None:
 
 
 def _options(name: str, config: SchedulerConfig) -> dict[str, Any]:
-    """What a config says to one scheduler."""
+    """The options of one scheduler in a config, other than clipping."""
     if name == "ddpm":
         return {"variance_type": config.variance_type or "fixed_small"}
     if name == "heun":
         return {"flow": is_flow(config)}
     if name == "pndm":
-        return {"skip_prk_steps": skips_prk(config), "kind": config.prediction_type}
+        return {"skip_prk_steps": skip_prk_steps(config), "prediction_type": config.prediction_type}
     if name == "lcm":
         return {"timestep_scaling": config.timestep_scaling}
     solver = {"order": config.solver_order, "lower_order_final": config.lower_order_final}
     if name == "unipc":
-        kind = "sample" if config.predict_x0 else "epsilon"
-        # Like diffusers' classes, each takes the other's types for its own default.
+        prediction_type = "sample" if config.predict_x0 else "epsilon"
+        # As in diffusers, a type that only the other class has means the default.
         solver_type = "bh1" if config.solver_type == "bh1" else "bh2"
-        return {**solver, "solver_type": solver_type, "kind": kind, "disable_corrector": config.disable_corrector}
+        return {
+            **solver,
+            "solver_type": solver_type,
+            "prediction_type": prediction_type,
+            "disable_corrector": config.disable_corrector,
+        }
     if name in ("dpmpp_2m", "dpmpp_2m_sde"):
         if (config.variance_type or "").startswith("learned"):
             raise ValueError(
@@ -121,9 +127,14 @@ def _options(name: str, config: SchedulerConfig) -> dict[str, Any]:
             )
         if config.algorithm_type == "sde-dpmsolver":
             raise ValueError('algorithm_type "sde-dpmsolver" is refused: take "sde-dpmsolver++".')
-        kind = "epsilon" if config.algorithm_type == "dpmsolver" and name == "dpmpp_2m" else "sample"
-        if kind == "epsilon" and config.final_sigmas_type == "zero":
+        prediction_type = "epsilon" if config.algorithm_type == "dpmsolver" and name == "dpmpp_2m" else "sample"
+        if prediction_type == "epsilon" and config.final_sigmas_type == "zero":
             raise ValueError('algorithm_type "dpmsolver" needs final_sigmas_type "sigma_min" in scheduler_config.json.')
         solver_type = "heun" if config.solver_type == "heun" else "midpoint"
-        return {**solver, "solver_type": solver_type, "kind": kind, "euler_at_final": config.euler_at_final}
+        return {
+            **solver,
+            "solver_type": solver_type,
+            "prediction_type": prediction_type,
+            "euler_at_final": config.euler_at_final,
+        }
     return {}

@@ -1,10 +1,10 @@
-"""Noise schedules: how much of the picture and how much noise there is at each time.
+"""Noise schedules: how much of the image and how much noise there is at each time.
 
 The process mixes a clean x0 with unit Gaussian noise eps,
 
     x_t = alpha_t x0 + sigma_t eps                                                        (1)
 
-and a schedule is the pair of tables alpha, sigma. Variance-preserving ones are made from the betas of training,
+and a schedule is the pair of tables alpha, sigma. Variance-preserving ones are made from the training betas,
 
     alpha_t^2 = prod_{s <= t} (1 - beta_s),   sigma_t^2 = 1 - alpha_t^2,   t = 0 … T-1    (2)
     beta linear from beta_start to beta_end                          "linear"             (3)
@@ -12,7 +12,7 @@ and a schedule is the pair of tables alpha, sigma. Variance-preserving ones are 
     alpha_t^2 ~ cos^2(pi/2 (t/T + 0.008) / 1.008), beta <= 0.999     "squaredcos_cap_v2"  (5)
 
 (Ho et al. 2020, equation 4 and section 4; Rombach et al. 2022; Nichol & Dhariwal 2021, equation 17). They may be
-rescaled to have no signal at all at the last step (Lin et al. 2023, algorithm 1),
+rescaled to zero terminal SNR (Lin et al. 2023, algorithm 1),
 
     alpha_t <- (alpha_t - alpha_{T-1}) alpha_0 / (alpha_0 - alpha_{T-1})                  (6)
 
@@ -32,19 +32,30 @@ from jaxdiff.config import SchedulerConfig
 from jaxdiff.typing import Array
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "flow")
-# Beginnings of the names of diffusers' scheduler classes whose process is neither made from betas nor the flow (7).
-OTHER = ("Amused", "CMStochastic", "CogVideoX", "Cosine", "DDPMWuerstchen", "EDM", "IPNDM", "SCM", "ScoreSde", "VQ")
+# Prefixes of diffusers' scheduler classes whose process is neither made from betas nor the flow (7).
+UNSUPPORTED_CLASSES = (
+    "Amused",
+    "CMStochastic",
+    "CogVideoX",
+    "Cosine",
+    "DDPMWuerstchen",
+    "EDM",
+    "IPNDM",
+    "SCM",
+    "ScoreSde",
+    "VQ",
+)
 
 
 class Time(NamedTuple):
-    """A moment of the process, equation (1); with arrays [N + 1] a time grid, from noise to picture."""
+    """A time of the process, equation (1); with arrays [N + 1] a time grid, from noise to image."""
 
     t: Array  # in training steps, what the network is told; may be fractional
-    alpha: Array  # weight of the picture
+    alpha: Array  # weight of the image
     sigma: Array  # weight of the noise
-    # Grids only, [N]: where step i arrives, if that is not entry i + 1 (diffusers' DDIM: see times.py).
-    arrival: "Time | None" = None
-    middle: "Time | None" = None  # [N, K]: moments that some schedulers visit within a step
+    # Of grids only:
+    step_end: "Time | None" = None  # [N], where step i ends if not at entry i + 1, as in diffusers' DDIM (times.py)
+    substeps: "Time | None" = None  # [N, K], times that some schedulers visit within step i
 
 
 class NoiseSchedule(NamedTuple):
@@ -60,7 +71,7 @@ def is_flow(config: SchedulerConfig) -> bool:
 
 
 def betas(config: SchedulerConfig) -> np.ndarray:
-    """The betas of training, [T] float64, before any rescaling: equations (3) to (5), or `trained_betas`.
+    """The training betas, [T] float64, before any rescaling: equations (3) to (5), or `trained_betas`.
 
     Raises:
         ValueError: an unknown `beta_schedule`.
@@ -82,7 +93,7 @@ def noise_schedule(config: SchedulerConfig) -> NoiseSchedule:
     """The tables of a config, computed in float64 and rounded once to float32.
 
     Raises:
-        ValueError: a class whose process is another, or an unknown `beta_schedule`.
+        ValueError: a scheduler class whose process is not supported, or an unknown `beta_schedule`.
 
     >>> schedule = noise_schedule(SchedulerConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
     >>> [round(float(table[-1]), 4) for table in schedule]
@@ -90,10 +101,10 @@ def noise_schedule(config: SchedulerConfig) -> NoiseSchedule:
     >>> noise_schedule(SchedulerConfig(beta_schedule="flow", num_train_timesteps=4)).sigma.tolist()
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
-    if config.class_name.startswith(OTHER):
+    if config.class_name.startswith(UNSUPPORTED_CLASSES):
         raise ValueError(
-            f"{config.class_name} (scheduler_config.json) is of another process than is known here: take a model whose "
-            "scheduler has betas or is a flow."
+            f"{config.class_name} (scheduler_config.json) is not supported: take a model whose scheduler has betas or "
+            "is a flow."
         )
     if is_flow(config):
         sigma = np.arange(config.num_train_timesteps + 1) / config.num_train_timesteps
@@ -107,9 +118,9 @@ def noise_schedule(config: SchedulerConfig) -> NoiseSchedule:
 
 
 def at(schedule: NoiseSchedule, t: Array | float) -> Time:
-    """The moment t, of any shape, in training steps.
+    """The times t, of any shape, in training steps.
 
-    A fractional t is interpolated linearly in alpha and sigma; one outside the table takes the nearest end.
+    A fractional t is interpolated linearly in alpha and sigma; a t outside the table takes the nearest end.
 
     >>> flow = noise_schedule(SchedulerConfig(beta_schedule="flow"))
     >>> [float(v) for v in at(flow, 250.0)[:3]]
@@ -127,9 +138,9 @@ def at(schedule: NoiseSchedule, t: Array | float) -> Time:
 
 
 def shift_time(t: Any, config: SchedulerConfig) -> Any:
-    """Times in [0, T], spread evenly over a flow, moved towards noise by the config's `shift`: equation (8).
+    """Times of a flow in [0, T], shifted towards noise by the config's `shift`: equation (8).
 
-    Sampling applies it to its grid, training to the times it draws; a shift of 1 changes nothing.
+    Sampling applies it to its grid, training to its random times; a shift of 1 changes nothing.
     """
     u = t / config.num_train_timesteps
     return config.num_train_timesteps * config.shift * u / (1 + (config.shift - 1) * u)

@@ -1,10 +1,12 @@
-"""Time grids: the moments at which a scheduler calls the network, as diffusers' class of that scheduler lays them.
+"""Time grids: the times at which a scheduler calls the network, as diffusers' class of that scheduler lays them out.
 
-Times are spread as spacing.py says. Those of spacings by noise level are found in the table of the process, by
-interpolating log(sigma / alpha); their ends are those of the class's other grid, or of the whole table. What else
-differs from class to class is in `RULES`.
+As in k-diffusion and diffusers, the sigmas of this file are noise levels: the sigma_t / alpha_t of schedules.py.
+Spacings by timestep give times, whose sigmas are interpolated in the table of the process. Spacings by noise level give
+sigmas, whose times are found by interpolating log(sigma); their ends are those of the grid by timestep that the config
+names, or of the whole table. `RULES` has what else differs from class to class.
 
-A flow has grids of its own, evenly spread over sigma = t / T from 1 and then shifted (schedules.py, equation 8).
+A flow has grids of its own: sigma = t / T, evenly spaced from 1 and then shifted (schedules.py, equation 8). In its
+sigma_t / alpha_t that is t / (T - t).
 """
 
 from typing import NamedTuple
@@ -13,43 +15,50 @@ import numpy as np
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.schedules import Time, is_flow, noise_schedule, shift_time
-from jaxdiff.diffusion.spacing import LEVELS, SPACINGS, STEPS, distilled, spaced, spread
+from jaxdiff.diffusion.spacing import (
+    SIGMA_SPACINGS,
+    SPACINGS,
+    TIMESTEP_SPACINGS,
+    distilled_timesteps,
+    spaced_sigmas,
+    spaced_timesteps,
+)
 
-GAMMA = 0.3  # of TCD: how much of each step's noise is new, Zheng et al. 2024
+TCD_GAMMA = 0.3  # how much of each of TCD's steps is fresh noise, Zheng et al. 2024
 
 
 class Rule(NamedTuple):
     """How one class of diffusers lays out its grid."""
 
     spacing: str  # where scheduler_config.json names none; "distilled" whatever it names
-    final: str  # where the last step ends: the config key that says so, "zero" for a clean sample, "first" of the table
-    fractional: bool = False  # linspace times and those of levels keep their fraction
-    scaled: bool = False  # starts from noise times sigma_0 rather than 1, but for leading grids
-    levels: bool = False  # knows `use_karras_sigmas`, `use_exponential_sigmas`, `use_beta_sigmas`
-    finite: bool = False  # a zero-SNR table ends at alpha^2 = 2**-24 rather than 0
-    spare: int = 0  # points laid out beyond N and dropped from the end; 1 also takes levels from the whole table
+    final_sigma: str  # at which the last step ends: "zero", "sigma_min" (the table's first), or the key that says so
+    fractional_timesteps: bool = False  # those of linspace and of spacings by noise level are not rounded
+    scale_initial_noise: bool = False  # starts from noise times sigma_0 rather than 1, except on leading grids
+    sigma_spacings: bool = False  # reads `use_karras_sigmas`, `use_exponential_sigmas`, `use_beta_sigmas`
+    finite_sigma_max: bool = False  # a zero-SNR table ends at alpha = 2**-12 rather than 0
+    drop_last_point: bool = False  # N + 1 points laid out, the last dropped; noise levels span the whole table
 
 
-_SIGMAS = {"fractional": True, "scaled": True}
-_SOLVER = Rule("linspace", "final_sigmas_type", levels=True, finite=True, spare=1)
+_SIGMAS = {"fractional_timesteps": True, "scale_initial_noise": True}
+_SOLVER = Rule("linspace", "final_sigmas_type", sigma_spacings=True, finite_sigma_max=True, drop_last_point=True)
 RULES: dict[str, Rule] = {
     "ddim": Rule("leading", "set_alpha_to_one"),
     "ddpm": Rule("leading", "zero"),
     "pndm": Rule("leading", "set_alpha_to_one"),
-    "lms": Rule("linspace", "zero", levels=True, finite=True, **_SIGMAS),
-    "euler": Rule("linspace", "final_sigmas_type", levels=True, finite=True, **_SIGMAS),
-    "euler_ancestral": Rule("linspace", "zero", finite=True, **_SIGMAS),
-    "heun": Rule("linspace", "zero", levels=True, **_SIGMAS),
+    "lms": Rule("linspace", "zero", sigma_spacings=True, finite_sigma_max=True, **_SIGMAS),
+    "euler": Rule("linspace", "final_sigmas_type", sigma_spacings=True, finite_sigma_max=True, **_SIGMAS),
+    "euler_ancestral": Rule("linspace", "zero", finite_sigma_max=True, **_SIGMAS),
+    "heun": Rule("linspace", "zero", sigma_spacings=True, **_SIGMAS),
     "dpmpp_2m": _SOLVER,
     "dpmpp_2m_sde": _SOLVER,
-    "dpmpp_sde": Rule("linspace", "zero", levels=True, finite=True, **_SIGMAS),
-    "dpmpp_2s_ancestral": Rule("linspace", "zero", levels=True, finite=True, **_SIGMAS),
+    "dpmpp_sde": Rule("linspace", "zero", sigma_spacings=True, finite_sigma_max=True, **_SIGMAS),
+    "dpmpp_2s_ancestral": Rule("linspace", "zero", sigma_spacings=True, finite_sigma_max=True, **_SIGMAS),
     "unipc": _SOLVER,
     "lcm": Rule("distilled", "zero"),
-    "tcd": Rule("distilled", "first"),
+    "tcd": Rule("distilled", "sigma_min"),
 }
 
-# Scheduler names by diffusers class; any other class is drawn with dpmpp_2m.
+# Scheduler names by diffusers class; any other class is sampled with dpmpp_2m.
 CLASSES = {
     "DDIMScheduler": "ddim",
     "DDIMParallelScheduler": "ddim",
@@ -71,7 +80,7 @@ CLASSES = {
 
 
 def default_scheduler(config: SchedulerConfig) -> str:
-    """The scheduler that a config's own class names; "dpmpp_2m" for classes that have no counterpart here.
+    """The scheduler that a config's own class names; "dpmpp_2m" for classes without a counterpart here.
 
     >>> default_scheduler(SchedulerConfig(class_name="EulerDiscreteScheduler"))
     'euler'
@@ -80,21 +89,21 @@ def default_scheduler(config: SchedulerConfig) -> str:
     return "dpmpp_2m_sde" if name == "dpmpp_2m" and config.algorithm_type.startswith("sde") else name
 
 
-def skips_prk(config: SchedulerConfig) -> bool:
-    """Whether PNDM starts without the steps of Runge and Kutta: as the file says, else only its own class has them."""
+def skip_prk_steps(config: SchedulerConfig) -> bool:
+    """Whether PNDM starts without Runge-Kutta steps: as the config says, else for all classes but its own."""
     return config.class_name != "PNDMScheduler" if config.skip_prk_steps is None else config.skip_prk_steps
 
 
-def calls(config: SchedulerConfig, steps: int, scheduler: str) -> int:
+def network_calls(config: SchedulerConfig, steps: int, scheduler: str) -> int:
     """How many times the network is called in so many steps to a clean sample.
 
-    >>> [calls(SchedulerConfig(), 10, name) for name in ("ddim", "heun", "pndm")]
+    >>> [network_calls(SchedulerConfig(), 10, name) for name in ("ddim", "heun", "pndm")]
     [10, 19, 11]
     """
     if scheduler in ("heun", "dpmpp_sde", "dpmpp_2s_ancestral"):
         return 2 * steps - 1
     if scheduler == "pndm":
-        return steps + (1 if skips_prk(config) or steps < 4 else 9) * (steps > 1)
+        return steps + (1 if skip_prk_steps(config) or steps < 4 else 9) * (steps > 1)
     return steps
 
 
@@ -106,19 +115,19 @@ def time_grid(
     *,
     strength: float = 1.0,
 ) -> tuple[Time, np.float32]:
-    """The grid of a scheduler, and the scale of the unit noise it starts from.
+    """The grid of a scheduler, and the scale of the unit noise that it starts from.
 
     Args:
         config: of the model's process and of the grid.
         steps: N.
-        scheduler: a name of `SCHEDULERS`, whose diffusers class is followed.
-        spacing: one of `SPACINGS`, those by noise level over the grid that the config names; None takes what the
-            config says, else the default of the class.
-        strength: in (0, 1], for a grid over the steps of a distillation (see `is_distilled`): how many of those are
-            left, all N going through a picture that has the noise of the first.
+        scheduler: a name of `SCHEDULERS`; the grid is that of its diffusers class.
+        spacing: one of `SPACINGS`. None takes what the config says, else the default of the class. A spacing by noise
+            level takes its ends from the grid by timestep that the config names.
+        strength: in (0, 1], for the grids of distilled models (see `is_distilled`): the part of the distillation's
+            steps that is left, over which all N lie, for images that have the noise of the first of them.
 
     Returns:
-        Time with float32 numpy fields [N + 1], from noise to picture, and the scale: sample from scale * noise.
+        Time with float32 numpy fields [N + 1], from noise to image, and the scale: sample from scale * noise.
 
     Raises:
         ValueError: an unknown scheduler or spacing, or more steps than the process has; the message says which.
@@ -132,34 +141,36 @@ def time_grid(
     if steps < 1:
         raise ValueError(f"steps {steps} must be at least 1.")
     rule, process = RULES[scheduler], Process(config, RULES[scheduler], scheduler)
-    levels = spacing if spacing in LEVELS else None if spacing else _levels(config, rule, scheduler)
-    base = _base(config, rule, spacing)
-    if base not in (*STEPS, "distilled"):
-        raise ValueError(f"spacing {base!r} is unknown; known are {', '.join(SPACINGS)} (levels: use_…_sigmas).")
-    process.check(by_time=levels is None)
+    by_sigma = _sigma_spacing(config, rule, scheduler, spacing)
+    by_timestep = _timestep_spacing(config, rule, spacing)
+    if by_timestep not in (*TIMESTEP_SPACINGS, "distilled"):
+        raise ValueError(f"spacing {by_timestep!r} is unknown; known are {', '.join(SPACINGS)} (levels: use_…_sigmas).")
+    process.check_config(by_sigma)
     if process.flow:
-        t, level = _flow_points(process, steps, base, levels)
+        t, sigmas = _flow_points(process, steps, by_timestep, by_sigma)
     else:
-        t, level = _points(process, steps, base, levels, strength)
-    final = process.final()
-    times = process.time(np.append(t, 0), np.append(level, final))
-    if not (np.diff(level) < 0).all():
+        t, sigmas = _points(process, steps, by_timestep, by_sigma, strength)
+    times = process.to_time(np.append(t, 0), np.append(sigmas, process.final_sigma()))
+    if not (np.diff(sigmas) < 0).all():
         raise ValueError(
-            f"{steps} steps are more than {levels or base} spacing of {scheduler} has room for: take fewer steps."
+            f"{steps} steps are more than {by_sigma or by_timestep} spacing of {scheduler} has room for: "
+            "take fewer steps."
         )
     if times.alpha[0] == 0 and config.prediction_type == "epsilon":
         raise ValueError(
             'a model of prediction_type "epsilon" cannot start from pure noise (alpha = 0), as this grid does: take '
             'spacing "leading", or a model of another prediction type.'
         )
-    times = _with_stops(process, times, t, level, steps, by_time=levels is None)
-    scale = np.float32(times.sigma[0]) if rule.scaled and base != "leading" else np.float32(1)
-    return times, scale
+    times = _with_substeps(process, times, t, sigmas, whole_timesteps=by_sigma is None and not process.flow)
+    scaled = rule.scale_initial_noise and by_timestep != "leading"
+    return times, np.float32(times.sigma[0]) if scaled else np.float32(1)
 
 
-def _levels(config: SchedulerConfig, rule: Rule, scheduler: str) -> str | None:
-    """The spacing by noise level that a config names, if the class knows of any."""
-    if not (rule.levels or is_flow(config)):
+def _sigma_spacing(config: SchedulerConfig, rule: Rule, scheduler: str, spacing: str | None) -> str | None:
+    """The spacing by noise level: that given, or what the config names if no other is given and the class reads it."""
+    if spacing:
+        return spacing if spacing in SIGMA_SPACINGS else None
+    if not (rule.sigma_spacings or is_flow(config)):
         return None
     if config.use_lu_lambdas and scheduler.startswith("dpmpp_2m"):
         return "exponential"
@@ -168,185 +179,198 @@ def _levels(config: SchedulerConfig, rule: Rule, scheduler: str) -> str | None:
     return "exponential" if config.use_exponential_sigmas else "beta" if config.use_beta_sigmas else None
 
 
-def is_distilled(config: SchedulerConfig, scheduler: str, spacing: str | None = None) -> bool:
-    """Whether the grid of a scheduler lies over the steps of a distillation.
-
-    >>> is_distilled(SchedulerConfig(), "lcm"), is_distilled(SchedulerConfig(), "lcm", "trailing")
-    (True, False)
-    """
-    return scheduler in RULES and _base(config, RULES[scheduler], spacing) == "distilled"
-
-
-def _base(config: SchedulerConfig, rule: Rule, spacing: str | None) -> str:
-    if spacing and spacing not in LEVELS:
+def _timestep_spacing(config: SchedulerConfig, rule: Rule, spacing: str | None) -> str:
+    """The spacing by timestep, which a spacing by noise level takes its ends from."""
+    if spacing and spacing not in SIGMA_SPACINGS:
         return spacing
     if is_flow(config):
         return config.timestep_spacing or "linspace"
     return rule.spacing if rule.spacing == "distilled" else config.timestep_spacing or rule.spacing
 
 
+def is_distilled(config: SchedulerConfig, scheduler: str, spacing: str | None = None) -> bool:
+    """Whether the grid of a scheduler is made of the timesteps of a distillation.
+
+    >>> is_distilled(SchedulerConfig(), "lcm"), is_distilled(SchedulerConfig(), "lcm", "trailing")
+    (True, False)
+    """
+    return scheduler in RULES and _timestep_spacing(config, RULES[scheduler], spacing) == "distilled"
+
+
 class Process:
-    """Noise levels at the times of one process, and back: sigma / alpha in float64, which may be infinite."""
+    """Timesteps to noise levels and back, for one config and scheduler: float64, and infinite at pure noise."""
 
     def __init__(self, config: SchedulerConfig, rule: Rule, scheduler: str) -> None:
         self.config, self.rule, self.scheduler, self.flow = config, rule, scheduler, is_flow(config)
         alpha, sigma = (a.astype(np.float64) for a in noise_schedule(config))
-        if config.rescale_betas_zero_snr and rule.finite and not self.flow:
+        if config.rescale_betas_zero_snr and rule.finite_sigma_max and not self.flow:
             alpha[-1] = 2.0**-12
         with np.errstate(divide="ignore"):
-            self.table = sigma / alpha
-        self.index = np.arange(len(self.table))
+            self.sigmas = sigma / alpha  # at t = 0, 1, 2, …
+        self.timesteps = np.arange(len(self.sigmas))
 
-    def check(self, by_time: bool) -> None:
-        """Raise ValueError naming the first key of the config that would change the grid in a way not known here."""
+    def check_config(self, by_sigma: str | None) -> None:
+        """Raise ValueError naming the first key of the config that would change the grid and is not supported."""
         config, flow = self.config, self.flow
         with np.errstate(divide="ignore"):
-            clipped = -np.log(self.table[-1]) < config.lambda_min_clipped
-        changing = {
+            clipped = -np.log(self.sigmas[-1]) < config.lambda_min_clipped
+        unsupported = {
             "timestep_type": config.timestep_type != "discrete" and config.prediction_type == "v_prediction",
-            "lambda_min_clipped": clipped and by_time and not flow and self.scheduler.startswith("dpmpp_2m"),
-            "final_sigmas_type": flow and self.rule.spare and config.final_sigmas_type != "zero",
+            "lambda_min_clipped": clipped and not by_sigma and not flow and self.scheduler.startswith("dpmpp_2m"),
+            "final_sigmas_type": flow and self.rule.drop_last_point and config.final_sigmas_type != "zero",
             "invert_sigmas": flow and config.invert_sigmas,
             "shift_terminal": flow and config.shift_terminal,
             "interpolation_type": self.scheduler == "euler"
             and config.interpolation_type not in ("linear", "log_linear"),
             "stochastic_sampling": flow and self.scheduler == "euler" and config.stochastic_sampling,
         }
-        for key, changes in changing.items():
+        for key, changes in unsupported.items():
             if changes:
                 raise ValueError(
                     f"{key} {getattr(config, key)!r} (scheduler_config.json) is refused by {self.scheduler}: "
                     f"set it to {getattr(SchedulerConfig(), key)!r}, if the model was not made for it."
                 )
 
-    def level(self, t: np.ndarray) -> np.ndarray:
-        """By interpolating the table linearly, a flow's sigma."""
+    def t_to_sigma(self, t: np.ndarray) -> np.ndarray:
+        """Noise levels of timesteps, by linear interpolation of the table; a flow's by its equation (7)."""
         if self.flow:
             with np.errstate(divide="ignore"):
                 u = t / self.config.num_train_timesteps
                 return u / (1 - u)
-        return np.interp(t, self.index, self.table)
+        return np.interp(t, self.timesteps, self.sigmas)
 
-    def t(self, level: np.ndarray) -> np.ndarray:
-        """By interpolating the logarithm of the table, a flow's sigma."""
+    def sigma_to_t(self, sigmas: np.ndarray) -> np.ndarray:
+        """Timesteps of noise levels, by linear interpolation of the table's logarithm; a flow's by its equation (7)."""
         if self.flow:
-            return self.config.num_train_timesteps * level / (1 + level)
+            return self.config.num_train_timesteps * sigmas / (1 + sigmas)
         with np.errstate(divide="ignore"):
-            return np.interp(np.log(np.maximum(level, 1e-10)), np.log(self.table), self.index)
+            return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(self.sigmas), self.timesteps)
 
-    def time(self, t: np.ndarray, level: np.ndarray) -> Time:
-        """Times in float32."""
+    def to_time(self, t: np.ndarray, sigmas: np.ndarray) -> Time:
+        """Float32 times: noise levels s to alpha^2 = 1 / (1 + s^2), a flow's to alpha = 1 / (1 + s)."""
         with np.errstate(divide="ignore"):
             power = 1.0 if self.flow else 2.0
-            alpha, sigma = (1 + level**power) ** (-1 / power), (1 + level**-power) ** (-1 / power)
+            alpha, sigma = (1 + sigmas**power) ** (-1 / power), (1 + sigmas**-power) ** (-1 / power)
         return Time(t.astype(np.float32), alpha.astype(np.float32), sigma.astype(np.float32))
 
-    def final(self) -> float:
-        """The level at which the last step ends: 0, or that of the first entry of the table."""
+    def final_sigma(self) -> float:
+        """The noise level at which the last step ends: 0, or the lowest of the table."""
         rule, config = self.rule, self.config
-        clean = rule.final != "first"
-        if rule.final == "set_alpha_to_one":  # the classes' own defaults differ
+        clean = rule.final_sigma != "sigma_min"
+        if rule.final_sigma == "set_alpha_to_one":  # the classes' own defaults differ
             clean = self.scheduler == "ddim" if config.set_alpha_to_one is None else config.set_alpha_to_one
-        if rule.final == "final_sigmas_type":
+        if rule.final_sigma == "final_sigmas_type":
             if config.final_sigmas_type not in ("zero", "sigma_min"):
                 raise ValueError(
                     f'final_sigmas_type {config.final_sigmas_type!r} is unknown; known are "zero" and "sigma_min".'
                 )
             clean = config.final_sigmas_type == "zero" and config.interpolation_type != "log_linear"
-        return 0.0 if clean else float(self.table[0])
+        return 0.0 if clean else float(self.sigmas[0])
 
 
 def _points(
-    process: Process, steps: int, base: str, levels: str | None, strength: float
+    process: Process, steps: int, by_timestep: str, by_sigma: str | None, strength: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Times and levels [N] of a process given by betas."""
-    config, rule, table = process.config, process.rule, process.table
-    if base == "distilled":
-        t = distilled(config, steps, strength)
+    """Timesteps and noise levels [N] of a process given by betas."""
+    config, rule, table = process.config, process.rule, process.sigmas
+    if by_timestep == "distilled":
+        t = distilled_timesteps(config, steps, strength)
     else:
-        t = spaced(config, steps, base, rule.spare, rule.fractional)
-    level = process.level(t)
-    if levels is None:
+        t = spaced_timesteps(config, steps, by_timestep, rule.drop_last_point, rule.fractional_timesteps)
+    if by_sigma is None:
         if process.scheduler == "euler" and config.interpolation_type == "log_linear":
-            level = spread("exponential", table[-1], table[0], steps + 1)[:-1]
-        return t, level
-    if not np.isfinite(table[-1]):  # no level to start from: nearly pure noise will do
+            return t, spaced_sigmas("exponential", table[-1], table[0], steps + 1)[:-1]
+        return t, process.t_to_sigma(t)
+    if not np.isfinite(table[-1]):  # pure noise has no finite noise level to start from: take a high one
         table[-1] = 2.0**12
-    first, last = table[[-1, 0]] if rule.spare else process.level(t[[0, -1]])
-    if not (levels == "exponential" and config.use_lu_lambdas):
+    lu_lambdas = by_sigma == "exponential" and config.use_lu_lambdas
+    first, last = table[[-1, 0]] if rule.drop_last_point else process.t_to_sigma(t[[0, -1]])
+    if not lu_lambdas:
         first, last = config.sigma_max or first, config.sigma_min or last
-    level = spread(levels, first, last, steps)
-    level = np.clip(level, min(table[0], last), max(table[-1], first))
-    t = process.t(level)
-    if rule.spare:  # keep the levels, and tell the network whole times
+    sigmas = spaced_sigmas(by_sigma, first, last, steps)
+    sigmas = np.clip(sigmas, min(table[0], last), max(table[-1], first))
+    t = process.sigma_to_t(sigmas)
+    if rule.drop_last_point:  # these classes keep the noise levels, and tell the network whole timesteps
         cosine = config.beta_schedule == "squaredcos_cap_v2" and process.scheduler != "unipc"
-        whole = levels == "karras" or (levels == "exponential" and config.use_lu_lambdas)
+        rounds = (by_sigma == "karras" or lu_lambdas) and not cosine
         # On the tables of Stable Diffusion, diffusers' arithmetic falls just short of the last entry.
-        t = t.round() if whole and not cosine else np.floor(np.maximum(t - 1e-6, 0))
-    return t, level
+        t = t.round() if rounds else np.floor(np.maximum(t - 1e-6, 0))
+    return t, sigmas
 
 
-def _flow_points(process: Process, steps: int, base: str, levels: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Times t = T sigma and levels [N] of a rectified flow.
+def _flow_points(process: Process, steps: int, by_timestep: str, by_sigma: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Timesteps t = T sigma_t and noise levels [N] of a rectified flow.
 
-    linspace is that of FlowMatchEulerDiscreteScheduler; dpmpp_2m's and unipc's, of their classes with flow sigmas.
+    linspace is that of FlowMatchEulerDiscreteScheduler, except for dpmpp_2m and unipc: theirs is that of their own
+    classes with flow sigmas.
     """
     config, total = process.config, float(process.config.num_train_timesteps)
     if config.use_dynamic_shifting:
         raise ValueError("use_dynamic_shifting (scheduler_config.json) is refused: set it to false, and shift.")
-    if base == "leading":
+    if by_timestep == "leading":
         raise ValueError('spacing "leading" does not start from pure noise, as a flow must: take linspace or trailing.')
-    if base == "trailing":
+    if by_timestep == "trailing":
         t = total * (1 - np.arange(steps) / steps)
     elif process.scheduler == "unipc":
         t = total * np.linspace(1, 1 / total, steps + 1)[:-1]
-    elif process.rule.spare:
+    elif process.rule.drop_last_point:
         t = total * (1 - np.linspace(1, 1 / total, steps + 1))[:0:-1]
     else:
-        # The class shifts its range at construction and the points of it again.
+        # The class shifts its range when it is made, and the points in that range again.
         t = np.linspace(total, shift_time(1.0, config), steps)
     t = shift_time(t, config)
-    if levels is not None:
-        if levels not in ("karras", "exponential", "beta"):
-            raise ValueError(f'spacing "{levels}" is a table for Stable Diffusion, not for a flow: take linspace.')
-        t = total * spread(levels, t[0] / total, t[-1] / total, steps)
+    if by_sigma is not None:
+        if by_sigma not in ("karras", "exponential", "beta"):
+            raise ValueError(f'spacing "{by_sigma}" is a table for Stable Diffusion, not for a flow: take linspace.')
+        t = total * spaced_sigmas(by_sigma, t[0] / total, t[-1] / total, steps)
     if process.scheduler == "unipc":
         t = np.minimum(t, total * (1 - 1e-6))
-    return np.floor(t) if process.rule.spare else t, process.level(t)
+    return np.floor(t) if process.rule.drop_last_point else t, process.t_to_sigma(t)
 
 
-def _with_stops(process: Process, times: Time, t: np.ndarray, level: np.ndarray, steps: int, by_time: bool) -> Time:
-    """The grid with the times that some schedulers visit besides its entries.
+def _with_substeps(process: Process, times: Time, t: np.ndarray, sigmas: np.ndarray, whole_timesteps: bool) -> Time:
+    """The grid with `step_end` and `substeps`, for the schedulers that use them.
 
-    Given whatever the spacing, so that compiled programs do not depend on it.
+    Whether a grid has them, and their shapes, depend on the scheduler alone: changing the spacing never recompiles.
+
+    Args:
+        whole_timesteps: whether the entries of the grid are entries of the table.
     """
-    name, step = process.scheduler, process.config.num_train_timesteps // steps
-    table_times = by_time and not process.flow  # the entries are entries of the table
+    name, total = process.scheduler, process.config.num_train_timesteps
 
     def at(t: np.ndarray) -> Time:
-        return process.time(t, process.level(t))
+        return process.to_time(t, process.t_to_sigma(t))
 
     if name == "dpmpp_sde":
-        high = np.minimum(level, process.level(np.array(process.config.num_train_timesteps - 1.0)))
-        middle = np.sqrt(high * np.append(level[1:], 0.0))
-        return times._replace(middle=process.time(process.t(middle)[:, None], middle[:, None]))
+        high = np.minimum(sigmas, process.t_to_sigma(np.array(total - 1.0)))
+        midpoints = np.sqrt(high * np.append(sigmas[1:], 0.0))
+        return times._replace(substeps=process.to_time(process.sigma_to_t(midpoints)[:, None], midpoints[:, None]))
     if name == "tcd":
-        below = (1 - GAMMA) * np.append(t[1:], 0.0)
-        return times._replace(arrival=at(np.floor(below) if table_times else below))
+        end = (1 - TCD_GAMMA) * np.append(t[1:], 0.0)
+        return times._replace(step_end=at(np.floor(end) if whole_timesteps else end))
     if name not in ("ddim", "pndm"):
         return times
-    arrival = Time(times.t[1:], times.alpha[1:], times.sigma[1:])
-    if table_times:  # the classes step down by floor(T / N) whatever the spacing, and go on as if from entry i + 1
-        down = t - step
-        arrival = process.time(np.maximum(down, 0), np.where(down < 0, process.final(), process.level(down)))
-    if name == "ddim":
-        return times._replace(arrival=arrival)
+    step_end, step = Time(times.t[1:], times.alpha[1:], times.sigma[1:]), total // len(t)
+    if whole_timesteps:  # these classes step down by floor(T / N) whatever the spacing, and then take x to be at i + 1
+        end = t - step
+        end_sigmas = np.where(end < 0, process.final_sigma(), process.t_to_sigma(end))
+        step_end = process.to_time(np.maximum(end, 0), end_sigmas)
+    times = times._replace(step_end=step_end)
+    return (
+        times if name == "ddim" else times._replace(substeps=_pndm_substeps(process, times, t, step, whole_timesteps))
+    )
+
+
+def _pndm_substeps(process: Process, times: Time, t: np.ndarray, step: int, whole_timesteps: bool) -> Time:
+    """Where PNDM's first steps pass: (what the network is told, where x is) of Runge-Kutta's half steps [N, 2]; of
+    Heun's step the time that diffusers takes it to set out from [N, 1]."""
     following = np.append(t[1:], t[-1:])
-    if not skips_prk(process.config):
-        half = [following + step // 2, t - step // 2] if table_times else [(t + following) / 2] * 2
-        middle = at(np.stack(half, 1))
-    elif table_times:
-        middle = at((following + step)[:, None])
+    if skip_prk_steps(process.config) and not whole_timesteps:
+        return Time(times.t[:-1, None], times.alpha[:-1, None], times.sigma[:-1, None])
+    if skip_prk_steps(process.config):
+        substeps = (following + step)[:, None]
+    elif whole_timesteps:
+        substeps = np.stack([following + step // 2, t - step // 2], 1)
     else:
-        middle = Time(times.t[:-1, None], times.alpha[:-1, None], times.sigma[:-1, None])
-    return times._replace(arrival=arrival, middle=middle)
+        substeps = np.stack([(t + following) / 2] * 2, 1)
+    return process.to_time(substeps, process.t_to_sigma(substeps))

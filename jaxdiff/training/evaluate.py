@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.diffusion.losses import diffusion_loss
+from jaxdiff.diffusion.diffusion_loss import diffusion_loss
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import at, noise_schedule
 from jaxdiff.models.model import Model, decode, encode, with_time_ids

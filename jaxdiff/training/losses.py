@@ -1,4 +1,4 @@
-"""What the stages minimise, besides the diffusion loss of `jaxdiff.diffusion.losses`. All are means over a batch."""
+"""What the stages minimise, besides `jaxdiff.diffusion.diffusion_loss`. All are means over a batch."""
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.config import SchedulerConfig
-from jaxdiff.diffusion.losses import diffusion_loss
+from jaxdiff.diffusion.diffusion_loss import diffusion_loss
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import Time, at, is_flow, noise_schedule, shift_time
 from jaxdiff.models.clip import CLIP_MEAN, CLIP_STD

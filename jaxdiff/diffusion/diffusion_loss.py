@@ -21,7 +21,7 @@ from jaxdiff.typing import Array
 def min_snr_weight(time: Time, prediction_type: str, gamma: float = 5.0) -> Array:
     """Weight of the squared error of the prediction, equation (1), in the shape of the time's fields.
 
-    Finite at alpha = 0 and at sigma = 0. At alpha = 0 the weight of v and of flow is 0: their x0 is of no use there.
+    Finite at alpha = 0 and at sigma = 0. At alpha = 0 the weight of v and of flow is 0, as SNR is.
     """
     signal, noise = time.alpha**2, time.sigma**2
     if prediction_type == "epsilon":
@@ -41,7 +41,7 @@ def diffusion_loss(
         output: of the network at x = add_noise(x0, eps, time), [B, ...].
         x0, eps: clean latents and the noise added to them, [B, ...].
         time: of each sample, fields [B] (or scalar).
-        min_snr_gamma: gamma of the min-SNR weight, 5 in the paper; None weighs all times alike.
+        min_snr_gamma: gamma of the min-SNR weight, 5 in the paper; None weighs all times equally.
 
     Raises:
         ValueError: an unknown prediction_type.

@@ -1,4 +1,4 @@
-"""The one sampling loop. Schedulers plug into it; it knows nothing of them."""
+"""The sampling loop, one for all schedulers."""
 
 from typing import Literal, overload
 
@@ -11,14 +11,14 @@ from jaxdiff.typing import Array, Denoise, Key
 
 
 def sample_keys(key: Key, batch: int) -> Key:
-    """One key a sample, [B]: a scalar key is folded with the sample's index, so that B changes no sample's key."""
+    """One key a sample, [B]: a scalar key is folded with the sample's index, so that it does not depend on B."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)) if key.ndim == 0 else key
 
 
 def step_keys(keys: Key, step: Array | int) -> Key:
-    """The keys [B] of one step; the number 0 is left to whoever draws the noise to start from."""
+    """The keys [B] of one step; number 0 is left for the initial noise."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, step + 1)
 
 
@@ -65,12 +65,12 @@ def sample(
     Args:
         denoise: (x [B, ...], time) -> prediction of x0 [B, ...]; the time's fields are scalars.
         x: [B, ...] at the first time, of standard deviation near 1 (see `time_grid` for its scale); kept in float32.
-        times: grid with fields [N + 1], from noise to picture, as `time_grid` makes it.
+        times: grid with fields [N + 1], from noise to image, as `time_grid` makes it.
         key: a scalar, or one a sample, [B]. The noise of sample b depends on its own key, the step and b alone.
-        start: number of steps left out at the beginning: x is then at times[scheduler.entry(start)], which is
-            times[start] but for pndm. May be traced, never recompiles.
-        stop: the first step left out at the end: what is returned is then at times[stop], for another network to go on
-            from with `start`, as SDXL's refiner does from the base. May be traced.
+        start: number of steps left out at the beginning: x is then at times[scheduler.start_index(start)], which is
+            times[start] but for pndm. May be traced.
+        stop: the first step left out at the end: the result is then at times[stop], for another network to continue
+            from with `start`, as SDXL's refiner does after the base model. May be traced.
         trajectory: whether the prediction of x0 at each step is returned as well.
 
     Returns:
@@ -86,8 +86,8 @@ def sample(
         if start is None and stop is None:
             state = step(state)
         else:
-            taken = (i >= (0 if start is None else start)) & (i < (len(times.t) if stop is None else stop))
-            state = jax.lax.cond(taken, step, lambda state: state, state)
+            active = (i >= (0 if start is None else start)) & (i < (len(times.t) if stop is None else stop))
+            state = jax.lax.cond(active, step, lambda state: state, state)
         return state, state.denoised if trajectory else None
 
     state, denoised = jax.lax.scan(body, scheduler.init(x), jnp.arange(len(times.t) - 1))

@@ -1,0 +1,207 @@
+"""Does the suite notice faults? Puts small ones into a copy of the code, one at a time, and runs the tests of each.
+
+    python -m tests.mutations                       # all of them
+    python -m tests.mutations singlestep unipc      # those whose file, lines or tests contain one of the words
+    python -m tests.mutations --check               # only whether each still applies to the code
+
+Prints CAUGHT (a test fails), SURVIVED (all pass) or BROKEN (the tests do not run) for each, and exits with 1 unless all
+are caught. The tests of a mutation are first run on the code as it is: if they fail there, they catch nothing.
+
+Not collected by pytest: a run takes a minute or two a mutation. To add some, write them in the list of their folder, or
+begin a list and name it in MUTATIONS.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 1800  # seconds that the tests of one mutation may take: some faults loop for ever
+COPIED = ("jaxdiff", "tests", "configs", "examples", "benchmarks", "docs", "datasets")  # and the files beside them
+
+
+class Mutation(NamedTuple):
+    file: str
+    old: str  # occurs exactly once in the file
+    new: str
+    tests: str  # arguments of pytest, as in a shell
+
+
+def in_folder(folder: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
+    return [Mutation(f"{folder}/{file}", *rest) for file, *rest in rows]
+
+
+# What the tests of diffusion are called below.
+GOLDEN = "tests/test_scheduler_oracle.py -k 'golden_ones and {}'"
+SCHEDULERS = "tests/test_schedulers.py -k '{}'"
+SAMPLING = "tests/test_sampling.py -k '{}'"
+PROPERTIES = "tests/test_diffusion.py -k '{}'"
+GUIDANCE = "tests/test_guidance.py -k '{}'"
+
+DIFFUSION = in_folder(
+    "jaxdiff/diffusion",
+    # ---- the pieces of every scheduler
+    ("base.py", "(x - time.alpha * x0) / time.sigma", "(x + time.alpha * x0) / time.sigma",
+     SCHEDULERS.format("order_of_convergence and ddim")),
+    ("base.py", "return time.alpha * next_time.sigma / (next_time.alpha * time.sigma)",
+     "return next_time.alpha * time.sigma / (time.alpha * next_time.sigma)", GOLDEN.format("sd1-ddpm")),
+    ("base.py", "jnp.maximum(1 - sigma_ratio(time, next_time) ** 2, 0.0)",
+     "jnp.maximum(1 - sigma_ratio(time, next_time), 0.0)", SCHEDULERS.format("draw_the_chain and ancestral")),
+    ("base.py", "jnp.sqrt(1 - fresh) * eps", "eps", SCHEDULERS.format("draw_the_chain and ancestral")),
+    ("base.py", "fresh = eta**2 *", "fresh = eta *", GOLDEN.format("sd1-ddim")),
+    ("base.py", "time_at(times, i + 1) if times.step_end is None else time_at(times.step_end, i)",
+     "time_at(times, i + 1)", GOLDEN.format("sd1-ddim")),
+    ("base.py", "jnp.clip(s, 1.0, max(max_value, 1.0))", "jnp.clip(s, 0.0, max(max_value, 1.0))",
+     SCHEDULERS.format("thresholding")),
+    # ---- single-step methods
+    ("singlestep.py", 'time.sigma if variance_type == "fixed_large" else next_time.sigma', "next_time.sigma",
+     SCHEDULERS.format("large_variance")),
+    ("singlestep.py", "jnp.where(time.t > 0, scale", "jnp.where(time.t >= 0, scale",
+     SCHEDULERS.format("adds_no_noise")),
+    ("singlestep.py", "(next_slope - slope) / 2", "(next_slope - slope)",
+     SCHEDULERS.format("order_of_convergence and heun-preserving")),
+    ("singlestep.py", "m.alpha + m.sigma if flow else m.alpha", "m.alpha", GOLDEN.format("flow-heun")),
+    ("singlestep.py", "(next_time.sigma > 0) & (s > 0)", "next_time.sigma > 0",
+     SAMPLING.format("gradient and heun-zero_snr")),
+    ("singlestep.py", "jnp.sqrt(to_mid / to_next) * first", "jnp.sqrt(to_mid / to_next) * second",
+     GOLDEN.format("sd1-dpmpp_sde")),
+    ("singlestep.py", "to_eps(state.x, next_x0, time)", "to_eps(x, next_x0, time)",
+     SCHEDULERS.format("2s_ancestral_is_the_published")),
+    ("singlestep.py", "0.25 / (scaled**2 + 0.25)", "0.5 / (scaled**2 + 0.25)", GOLDEN.format("distilled-lcm")),
+    ("singlestep.py", "up * x + spread", "x + spread", SCHEDULERS.format("tcd")),
+    # ---- multistep methods
+    ("multistep.py", "(a - other * b) / (node - other)", "(a - other * b) / (other - node)",
+     SCHEDULERS.format("published_tables")),
+    ("multistep.py", "jnp.maximum(i - k, 0)", "jnp.maximum(i - 1, 0)", GOLDEN.format("order_3-dpmpp_2m")),
+    ("multistep.py", "(closed[-1] - 1 / factorial) / large", "(closed[-1] + 1 / factorial) / large",
+     SCHEDULERS.format("phi_is_accurate")),
+    ("multistep.py", "return jnp.where((r > 0) & (r < 1), jnp.maximum(now, 1), 1)", "return jnp.maximum(now, 1)",
+     GOLDEN.format("sd1-dpmpp_2m")),
+    ("multistep.py", "jnp.minimum(i + 1, count)", "jnp.minimum(state.steps_taken + 1, count)",
+     GOLDEN.format("sd1-lms")),
+    ("multistep.py", '0.5 if solver_type == "midpoint" else slope', "slope", GOLDEN.format("sd1-dpmpp_2m")),
+    ("multistep.py", "[1.0, slope, phi[2] / phi[0]]", "[1.0, slope, 2 * phi[2] / phi[0]]",
+     GOLDEN.format("order_3-dpmpp_2m")),
+    ("multistep.py", "-(1 + eta**2) * h", "-h", GOLDEN.format("sd1-dpmpp_2m_sde")),
+    ("multistep.py", "steps < 15)", "steps <= 15)", SCHEDULERS.format("first_order_where_told")),
+    ("multistep.py", "order_at(times, previous, state.steps_taken - 1)",
+     "order_at(times, previous, state.steps_taken)", GOLDEN.format("sd1-unipc")),
+    ("multistep.py", "jnp.isin(i - 1,", "jnp.isin(i,", GOLDEN.format("bh1-unipc")),
+    ("multistep.py", "return History(predicted, x0, state.steps_taken + 1, predictions, x)",
+     "return History(predicted, x0, state.steps_taken + 1, predictions, state.x)", GOLDEN.format("sd1-unipc")),
+    ("multistep.py", "return start - (start > 1) if skip_prk_steps else start", "return start",
+     GOLDEN.format("sd1-pndm")),
+    ("multistep.py", "[(to, told, 2.0), (told, told, 2.0)", "[(to, told, 1.0), (told, told, 2.0)",
+     GOLDEN.format("prk-pndm")),
+    # ---- grids and schedules
+    ("times.py", "TCD_GAMMA = 0.3", "TCD_GAMMA = 0.2", SCHEDULERS.format("tcd")),
+    ("times.py", 'clean = self.scheduler == "ddim" if', 'clean = self.scheduler != "ddim" if',
+     GOLDEN.format("defaults-ddim")),
+    ("times.py", "np.log(np.maximum(sigmas, 1e-10)), np.log(self.sigmas)", "np.maximum(sigmas, 1e-10), self.sigmas",
+     GOLDEN.format("karras-euler")),
+    ("times.py", "steps + 1)[:-1]\n        return t, process", "steps)\n        return t, process",
+     GOLDEN.format("log_linear")),
+    ("spacing.py", "np.arange(total, 0, -total / steps).round() - 1", "np.arange(total, 0, -total / steps).round()",
+     GOLDEN.format("sd1-ddpm")),
+    ("spacing.py", "last ** (1 / 7) - first ** (1 / 7))) ** 7", "last ** (1 / 7) - first ** (1 / 7))) ** 6",
+     PROPERTIES.format("levels_keep_the_ends")),
+    ("spacing.py", "betaincinv(0.6, 0.6, 1 - u)", "betaincinv(0.6, 0.6, u)", PROPERTIES.format("falls_from_noise")),
+    ("schedules.py", "(alpha[0] / (alpha[0] - alpha[-1]))", "1.0", PROPERTIES.format("zero_terminal")),
+    ("schedules.py", "1 + (config.shift - 1) * u", "1 + config.shift * u", PROPERTIES.format("shift_multiplies")),
+    ("schedules.py", "jnp.clip(t - low, 0.0, 1.0)", "(t - low)", PROPERTIES.format("at_inter")),
+    # ---- predictions, guidance, loss
+    ("prediction.py", "(alpha * x - sigma * output) / (alpha**2 + sigma**2)", "alpha * x - sigma * output",
+     PROPERTIES.format("inverse")),
+    ("prediction.py", "return eps - x0", "return x0 - eps", PROPERTIES.format("velocity_along_the_line")),
+    ("guidance.py", "expand(factor, guided) * (ratio - 1)", "expand(factor, guided) * (1 - ratio)",
+     GUIDANCE.format("deviation")),
+    ("guidance.py", "level <= high", "level < high", GUIDANCE.format("interval")),
+    ("diffusion_loss.py", "jnp.minimum(1.0, gamma * noise / signal)", "jnp.minimum(1.0, gamma * signal / noise)",
+     PROPERTIES.format("min_snr")),
+    ("diffusion_loss.py", "divisor**2", "divisor", PROPERTIES.format("min_snr and exploding")),
+    # ---- the loop, blending, options
+    ("inpainting.py", "jnp.where(i == len(times.t) - 2, original, noised)", "noised",
+     GOLDEN.format("sd1-euler")),
+    ("inpainting.py", "first_call = (i == 0) & (time.t == times.t[0])", "first_call = False",
+     GOLDEN.format("sd1-euler")),
+    ("sampling_loop.py", "(keys, step + 1)", "(keys, step - step)", SAMPLING.format("keys_are_all")),
+    ("sampling_loop.py", "active = (i >= (0", "active = (i > (0", SAMPLING.format("start_runs and ddim")),
+    ("schedulers.py", '"heun": False', '"heun": True', GOLDEN.format("defaults-heun")),
+    ("schedulers.py", '{"flow": is_flow(config)}', "{}", GOLDEN.format("flow-heun")),
+)  # fmt: skip
+
+MUTATIONS = [*DIFFUSION]
+
+
+def stale(mutation: Mutation) -> bool:
+    """Whether the code that a mutation changes is not there, or is there more than once."""
+    return (ROOT / mutation.file).read_text().count(mutation.old) != 1
+
+
+def copy(to: Path) -> None:
+    """The code and its tests, without what git ignores: nothing is written into the checkout."""
+    for path in ROOT.iterdir():
+        if path.name in COPIED:
+            shutil.copytree(path, to / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif path.is_file() and path.name != ".git":  # what a worktree has in place of the folder
+            shutil.copy2(path, to / path.name)
+
+
+def outcome(root: Path, tests: str) -> str:
+    """PASSED, FAILED, or what else the tests end in."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
+    env = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return "FAILED"
+    last = (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""])[-1]
+    return {0: "PASSED", 1: "FAILED"}.get(done.returncode, f"pytest ended with {done.returncode}: {last}")
+
+
+def verdict(root: Path, mutation: Mutation) -> str:
+    path = root / mutation.file
+    text = path.read_text()
+    path.write_text(text.replace(mutation.old, mutation.new))
+    try:
+        ended = outcome(root, mutation.tests)
+    finally:
+        path.write_text(text)
+    return {"PASSED": "SURVIVED", "FAILED": "CAUGHT"}.get(ended, f"BROKEN ({ended})")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="take those whose file, lines or tests contain one of these")
+    parser.add_argument("--check", action="store_true", help="run nothing: say which no longer apply")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not options.words or any(w in " ".join(m) for w in options.words)]
+    old = [m for m in chosen if stale(m)]
+    for mutation in old:
+        print(f"STALE     {mutation.file}: {mutation.old!r}")
+    if options.check or old:
+        print(f"{len(chosen) - len(old)} of {len(chosen)} apply.")
+        return int(bool(old))
+    caught, sound = 0, {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        copy(root)
+        for mutation in chosen:
+            if mutation.tests not in sound:
+                sound[mutation.tests] = outcome(root, mutation.tests)
+            passes = sound[mutation.tests] == "PASSED"
+            found = verdict(root, mutation) if passes else f"BROKEN (without it: {sound[mutation.tests]})"
+            caught += found == "CAUGHT"
+            print(f"{found:9} {mutation.file}: {mutation.old!r} -> {mutation.new!r}", flush=True)
+    print(f"{caught} of {len(chosen)} caught.")
+    return int(caught < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
