@@ -32,9 +32,11 @@ from jaxdiff.io.images import grid, write_png
 from jaxdiff.models.model import Model, init_params
 from jaxdiff.training.ema import PowerAverages
 from jaxdiff.training.evaluate import noise_levels
-from jaxdiff.training.setup import starting_model
+from jaxdiff.training.init import starting_model
+from jaxdiff.training.optimizer import optimizer
+from jaxdiff.training.options import Options
 from jaxdiff.training.stages import diffusion_stage
-from jaxdiff.training.state import Options, accumulated_grad, norm, optimizer
+from jaxdiff.training.train_step import accumulated_grad, norm
 
 SIGMAS = (0.05, 0.1)  # lengths of the averages that are kept, as shares of the training
 TRAINED = ("unet", "text_encoder")

@@ -12,7 +12,7 @@ says little, so look at samples/.
 
 from ml_collections import ConfigDict
 
-from configs.common import base
+from jaxdiff.training.defaults import base
 
 
 def get_config() -> ConfigDict:

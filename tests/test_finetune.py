@@ -11,16 +11,18 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 import jaxdiff
-from configs.common import base
 from jaxdiff import parallel
-from jaxdiff.commands.evaluation import drawing, placed
 from jaxdiff.config import ConfigError
 from jaxdiff.io.textual_inversion import TABLE
 from jaxdiff.models.model import build
 from jaxdiff.training import finetune
+from jaxdiff.training.defaults import base
 from jaxdiff.training.evaluate import noise_levels, reconstructions
-from jaxdiff.training.state import Options, OptionsError, accumulated_grad, init_state, make_train_step, optimizer
-from jaxdiff.training.targets import make, process
+from jaxdiff.training.optimizer import optimizer
+from jaxdiff.training.options import Options, OptionsError
+from jaxdiff.training.sample_sheets import drawing, placed
+from jaxdiff.training.train_step import accumulated_grad, init_state, make_train_step
+from jaxdiff.training.trainables import make, process
 from tests.test_training import BATCH, keys, pictures
 from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
 

@@ -14,7 +14,7 @@ from jaxdiff.generate import initial_noise, picture_keys
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.images import read_image
 from jaxdiff.models.model import with_controlnets
-from jaxdiff.training.targets import LORA_FILES, WORD_FILE
+from jaxdiff.training.trainables import LORA_FILES, WORD_FILE
 from tests.test_train_cli import ROOT, cache_home, cli  # noqa: F401
 from tests.test_training import pictures
 from tests.tiny import LATENT, SIDE

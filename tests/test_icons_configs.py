@@ -6,8 +6,8 @@ import pytest
 
 from configs.icons import sizes
 from jaxdiff.tokenizer import train_bpe
-from jaxdiff.training.setup import described_model
-from jaxdiff.training.state import Options
+from jaxdiff.training.init import described_model
+from jaxdiff.training.options import Options
 
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "unet"])

@@ -8,7 +8,7 @@ import pytest
 
 from jaxdiff.training.loop import Stage, fit
 from jaxdiff.training.optimizer import SMALL, AdamInt8, check_rates, clip_by_global_norm, group_rates, optimizer
-from jaxdiff.training.state import OptionsError
+from jaxdiff.training.options import OptionsError
 from tests.test_training import options
 
 WIDE = 128

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-import train
+from jaxdiff.cli import train
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import open_source
 from jaxdiff.data.filters import select

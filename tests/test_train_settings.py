@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train
-from jaxdiff.commands.train_flags import check_read
+from jaxdiff.cli import train
+from jaxdiff.cli.train_flags import check_read
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data
 from jaxdiff.io.edges import canny
 from jaxdiff.io.modules import save_module
 from jaxdiff.models.model import apply
-from jaxdiff.training import personalise
-from jaxdiff.training.setup import starting_model
+from jaxdiff.training import dreambooth
+from jaxdiff.training.init import starting_model
+from jaxdiff.training.options import Options
 from jaxdiff.training.stages import Noising, vae_stage
-from jaxdiff.training.state import Options
-from jaxdiff.training.targets import TARGETS, make
+from jaxdiff.training.trainables import TARGETS, make
 from tests.test_finetune import settings
 from tests.test_train_cli import ROOT
 from tests.test_training import keys, pictures
@@ -120,21 +120,19 @@ def test_a_device_is_given_no_more_pictures_than_in_a_step(run_of, count, sizes)
 
 def test_pictures_without_captions_get_those_of_the_config(folders):
     for _ in range(2):  # a second run finds the first one's folder
-        path = personalise.captioned(folders / "mine", ("a photo of <cat>", "<cat>"), folders / "run")
+        path = dreambooth.captioned(folders / "mine", ("a photo of <cat>", "<cat>"), folders / "run")
     batches = iter(captioned_data(path, 3, SIDE, seed=0, threads=1))
     found = [next(batches) for _ in range(4)]
     assert {t for b in found for t in b["text"]} == {"a photo of <cat>", "<cat>"}
     assert len({b["image"][i].tobytes() for b in found for i in range(3)}) == 3
     with pytest.raises(ConfigError, match="holds no picture"):
-        personalise.captioned(folders, ("x",), folders / "other")
+        dreambooth.captioned(folders, ("x",), folders / "other")
 
 
 def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, tiny):
-    own = captioned_data(
-        personalise.captioned(folders / "mine", ("mine",), folders / "run"), 2, SIDE, seed=0, threads=1
-    )
+    own = captioned_data(dreambooth.captioned(folders / "mine", ("mine",), folders / "run"), 2, SIDE, seed=0, threads=1)
     prior = captioned_data(folders / "class", 2, SIDE, seed=1, threads=1)
-    batches = personalise.with_prior(own, prior, 0.25)
+    batches = dreambooth.with_prior(own, prior, 0.25)
     iterator = iter(batches)
     first, position, second = next(iterator), json.loads(json.dumps(iterator.get_state())), next(iterator)
     assert first["text"] == ["mine", "mine", "a house", "a house"]
@@ -152,11 +150,11 @@ def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, ti
 @pytest.mark.parametrize("rows", [(2, 2), (3, 3)])
 def test_class_pictures_come_in_the_same_order_for_any_number_of_hosts(folders, rows):
     """Also where a host has an odd number of rows."""
-    path = personalise.captioned(folders / "mine", ("mine",), folders / "run")
+    path = dreambooth.captioned(folders / "mine", ("mine",), folders / "run")
     own = captioned_data(path, rows[0], SIDE, seed=0, threads=1)
     prior = captioned_data(folders / "class", rows[1], SIDE, seed=1, threads=1)
-    alone = iter(personalise.with_prior(own, prior, 0.25))
-    hosts = [iter(personalise.with_prior(own, prior, 0.25, host_index=i, host_count=2)) for i in range(2)]
+    alone = iter(dreambooth.with_prior(own, prior, 0.25))
+    hosts = [iter(dreambooth.with_prior(own, prior, 0.25, host_index=i, host_count=2)) for i in range(2)]
     plain = iter(own), iter(prior)
     for _ in range(3):
         batch, shares = next(alone), [next(host) for host in hosts]
@@ -170,9 +168,9 @@ def test_class_pictures_come_in_the_same_order_for_any_number_of_hosts(folders, 
 
 def test_hosts_that_make_one_captioned_folder_agree(folders):
     """At the same time, and of other pictures than those that an earlier run pointed at."""
-    personalise.captioned(folders / "class", ("x",), folders / "run")
+    dreambooth.captioned(folders / "class", ("x",), folders / "run")
     with ThreadPoolExecutor(8) as pool:
-        done = [pool.submit(personalise.captioned, folders / "mine", ("y",), folders / "run") for _ in range(32)]
+        done = [pool.submit(dreambooth.captioned, folders / "mine", ("y",), folders / "run") for _ in range(32)]
         assert {future.result() for future in done} == {folders / "run"}
     assert sorted(p.name for p in (folders / "run").iterdir()) == ["metadata.jsonl", "pictures"]
     assert (folders / "run" / "pictures").resolve() == (folders / "mine").resolve()

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-import train
+from jaxdiff.cli import train
+from jaxdiff.cli.train_flags import check_sizes
 from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.train_flags import check_sizes
 from jaxdiff.config import CLIPVisionConfig, VAEConfig
 from jaxdiff.models.model import param_shapes
-from jaxdiff.training import setup
+from jaxdiff.training import init
 from tests.datasets_of_pictures import write_folder
 from tests.test_train_cli import CONFIG, cache_home, cli  # noqa: F401 (fixtures)
 from tests.tiny import SIDE, tiny_model
@@ -40,7 +40,7 @@ def test_the_factor_counts_where_it_is_larger_than_the_scales():
     deep = {"block_out_channels": (8,) * 5, "down_block_types": ("DownEncoderBlock2D",) * 5}
     vae = VAEConfig(**deep, up_block_types=("UpDecoderBlock2D",) * 5, norm_num_groups=4)
     model = tiny_model()
-    model = setup.build(model.text_encoder.config, model.unet.config, vae, model.tokenizer, model.scheduler)
+    model = init.build(model.text_encoder.config, model.unet.config, vae, model.tokenizer, model.scheduler)
     check_sizes(settings(image_size=64, crop=32), model)
     with pytest.raises(UsageError, match=r"config\.crop 24 must be from 16 to 64, and a multiple of 16"):
         check_sizes(settings(image_size=64, crop=24), model)
@@ -71,7 +71,7 @@ def test_what_reads_no_images_at_that_size_takes_any():
 
 def test_train_and_plan_end_before_weights_are_read(cli, tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     data = write_folder(tmp_path / "data", 2)
-    monkeypatch.setattr(setup, "load", lambda *a, **k: pytest.fail("weights are read"))
+    monkeypatch.setattr(init, "load", lambda *a, **k: pytest.fail("weights are read"))
     args = [f"--config={CONFIG}:vae", f"--config.data.path={data}", f"--config.init_from.model={tiny_folder}"]
     for more in ((f"--workdir={tmp_path}/run",), ("--plan=quick",)):
         code, _, err = cli(*args, *more, "--config.crop=14")
@@ -88,9 +88,9 @@ def test_no_pictures_to_evaluate_on(tmp_path, stage, monkeypatch):
     config = get_config(stage)
     first = tiny_model()
     parts = first.text_encoder.config, first.unet.config, first.vae.config, first.tokenizer, first.scheduler
-    model = setup.build(*parts, CLIPVisionConfig.from_dict(config.model.vision_encoder.to_dict()))
+    model = init.build(*parts, CLIPVisionConfig.from_dict(config.model.vision_encoder.to_dict()))
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), param_shapes(model))
-    monkeypatch.setattr(setup, "starting_model", lambda *args, **kwargs: (model, params))
+    monkeypatch.setattr(init, "starting_model", lambda *args, **kwargs: (model, params))
     config.data.path, config.eval.pictures = str(write_folder(tmp_path / "data", 4)), 0
     config.data.eval_split = "" if stage == "clip" else "train"
     config.eval.prompts = ("a castle",)

@@ -15,18 +15,11 @@ from jaxdiff.diffusion.schedules import at, noise_schedule
 from jaxdiff.models.model import Model, build
 from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training.losses import contrastive_loss, kl_divergence, reconstruction_loss
+from jaxdiff.training.optimizer import learning_rate, optimizer
+from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.precompute import encoder, fingerprint
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage, random_times, vae_stage
-from jaxdiff.training.state import (
-    Options,
-    OptionsError,
-    accumulated_grad,
-    ema_update,
-    init_state,
-    learning_rate,
-    make_train_step,
-    optimizer,
-)
+from jaxdiff.training.train_step import accumulated_grad, ema_update, init_state, make_train_step
 from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_params, tokenizer
 
 VISION = CLIPVisionConfig(

@@ -16,12 +16,13 @@ from PIL import Image
 
 from jaxdiff import parallel
 from jaxdiff.data.captioned import captioned_data
-from jaxdiff.io.checkpoint import CheckpointError, Checkpoints
+from jaxdiff.training.checkpoint import CheckpointError, Checkpoints
 from jaxdiff.training.loop import Stage, TrainingError, fit
-from jaxdiff.training.plan import bytes_each
-from jaxdiff.training.report import Report
-from jaxdiff.training.state import abstract_state, init_state, kept, make_train_step, optimizer
+from jaxdiff.training.memory_plan import bytes_each
+from jaxdiff.training.optimizer import optimizer
+from jaxdiff.training.progress import Report
 from jaxdiff.training.trackers import Pictures, TensorBoard
+from jaxdiff.training.train_step import abstract_state, init_state, kept, make_train_step
 from jaxdiff.training.workdir import WorkdirError
 from tests.batches import FromMemory
 from tests.test_training import BATCH, options

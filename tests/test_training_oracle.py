@@ -8,9 +8,9 @@ import pytest
 import jaxdiff
 from jaxdiff.io.lora import save_lora
 from jaxdiff.io.weights import named_tensors
-from jaxdiff.training import personalise
+from jaxdiff.training import adapters
 from jaxdiff.training.stages import Noising, random_noise, random_times
-from jaxdiff.training.targets import make
+from jaxdiff.training.trainables import make
 from tests.test_finetune import settings
 
 torch = pytest.importorskip("torch")
@@ -79,7 +79,7 @@ def test_loss_and_gradients_equal_pytorchs(name, kind, tmp_path):
 
     value, grads = jax.jit(jax.value_and_grad(loss))({n: params[n] for n in ("lora", "unet")})
 
-    save_lora(tmp_path / "lora.safetensors", model, personalise.lora_of(params, ALPHA), "kohya")
+    save_lora(tmp_path / "lora.safetensors", model, adapters.lora_of(params, ALPHA), "kohya")
     pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
     modules = {n: getattr(pipe, n) for n in ("unet", *encoders)}
     for module in modules.values():

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.common import base
 from jaxdiff.config import ConfigError
+from jaxdiff.training.defaults import base
 from jaxdiff.training.evaluate import noise_levels
 from jaxdiff.training.loop import fit
-from jaxdiff.training.report import Report
-from jaxdiff.training.speed import PEAKS, Speed, flops, peak_flops
+from jaxdiff.training.mfu import PEAKS, Speed, flops, peak_flops
+from jaxdiff.training.progress import Report
 from jaxdiff.training.trackers import JsonLines, Pictures, WandB
 from jaxdiff.training.workdir import Lock, WorkdirError, data_fingerprint, settle
 from tests.batches import FromMemory
@@ -236,7 +236,7 @@ def test_a_profile_is_a_trace_of_some_steps(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by which ml_collections loads configs
 def test_train_py_refuses_in_a_sentence(data, tmp_path, monkeypatch, capsys):
-    import train
+    from jaxdiff.cli import train
 
     def cli(*args) -> str:
         argv = ["train.py", f"--config={ROOT}/tests/training_config.py:clip", f"--config.data.path={data}", *args]

@@ -15,11 +15,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxdiff import parallel
-from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.training import collectives, plan
+from jaxdiff.training import collectives, memory_plan
+from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.loop import Stage
+from jaxdiff.training.optimizer import optimizer
+from jaxdiff.training.options import Options
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage
-from jaxdiff.training.state import Options, init_state, make_train_step, norm, optimizer
+from jaxdiff.training.train_step import init_state, make_train_step, norm
 
 BATCH, STEPS = 8, 20
 WIDTH = 128  # of the kernels that optimizers are tried on: Adafactor factors from here on, 8 bits from 4096 elements
@@ -71,7 +73,7 @@ def train(stage, params, mesh, steps: int, **compiler) -> dict:
     assert specs(state) == before
     rows = collectives.collectives(compiled.as_text(), mesh.shape)
     sizes = {f"{r.kind} {','.join(r.axes)}": r.size for r in rows}
-    planned = plan.bytes_each(plan.abstract_state(trained, options, mesh))
+    planned = memory_plan.bytes_each(memory_plan.abstract_state(trained, options, mesh))
     assert planned == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
     rows = parallel.parts(mesh, {**trained, **frozen})
     return {

@@ -13,7 +13,7 @@ folder that PyTorch diffusers opens. Expect it to obey rather suddenly, after so
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:

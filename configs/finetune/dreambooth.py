@@ -12,7 +12,7 @@ not kept. Cost: as configs/finetune/full.py; --config.stage=lora trains a LoRA i
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ runs/full/export is a diffusers folder.
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:

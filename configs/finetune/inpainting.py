@@ -10,7 +10,7 @@ are random: up to four rectangles, and everything for a quarter of the pictures.
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ For a folder without captions: --config.data.captions="('a picture in the style 
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:

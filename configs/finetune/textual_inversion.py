@@ -11,8 +11,8 @@ word more room. Cost: gradients go through the whole UNet, but only the word has
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
-from jaxdiff.training.personalise import TEMPLATES
+from jaxdiff.training.adapters import TEMPLATES
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ begin without weight. Cost: as configs/finetune/full.py.
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:

@@ -9,8 +9,8 @@ python train.py --config=configs/icons/unet.py:cpu --workdir=runs/unet
 
 from ml_collections import ConfigDict
 
-from configs.common import base
 from configs.icons import sizes
+from jaxdiff.training.defaults import base
 
 # What two CPU cores learn first: things, in the styles that most prompts ask for.
 THINGS = ("nature", "food", "travel", "activities", "objects")

@@ -20,7 +20,7 @@ from jaxdiff.training.stages import (
     latents_of,
     plain_network,
 )
-from jaxdiff.training.state import Batch
+from jaxdiff.training.train_step import Batch
 from jaxdiff.typing import Array, Params
 
 

@@ -15,7 +15,7 @@ from jaxdiff.io import inference
 from jaxdiff.io.pretrained import replace_config
 from jaxdiff.models.model import Conditioning, Model, apply, encode
 from jaxdiff.training.stages import Network, each, folded, plain_network
-from jaxdiff.training.state import Batch
+from jaxdiff.training.train_step import Batch
 from jaxdiff.typing import Array, Key, Params
 
 RECTANGLES = 4  # of a random mask, at most

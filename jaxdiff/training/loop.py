@@ -17,25 +17,24 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxdiff import parallel
-from jaxdiff.io.checkpoint import Checkpoints
+from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.ema import Snapshots
-from jaxdiff.training.optimizer import check_rates
-from jaxdiff.training.report import Report
-from jaxdiff.training.speed import Speed, flops, peak_flops
-from jaxdiff.training.state import (
+from jaxdiff.training.mfu import Speed, flops, peak_flops
+from jaxdiff.training.optimizer import check_rates, optimizer
+from jaxdiff.training.options import Options
+from jaxdiff.training.progress import Report
+from jaxdiff.training.trackers import JsonLines, Pictures, TensorBoard, Tracker
+from jaxdiff.training.train_step import (
     AS_KEPT,
     Batch,
     Dtypes,
     Loss,
-    Options,
     TrainState,
     abstract_state,
     init_state,
     kept,
     make_train_step,
-    optimizer,
 )
-from jaxdiff.training.trackers import JsonLines, Pictures, TensorBoard, Tracker
 from jaxdiff.typing import Array, Params
 
 

@@ -1,24 +1,17 @@
 """How a gradient becomes an update: the optimizers to choose from, their moments' types, and rates by group."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxdiff.training.ema import track
+from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.typing import Array, Params
 
-if TYPE_CHECKING:
-    from jaxdiff.training.state import Options
-
-SCHEDULES = ("constant", "linear", "cosine")
-OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
-MOMENTS = {"float32": OPTIMIZERS, "bfloat16": ("adamw", "lion", "muon"), "int8": ("adamw",)}  # and who can keep them so
 SMALL = 4096  # elements: smaller arrays keep float32 moments (Dettmers et al. 2022, section 2)
 LORA = "lora/"  # where the layers of a LoRA begin, "lora/unet.mid_block"
 MUON_RMS = 0.2  # of an update of Muon's at rate 1, which is AdamW's (Liu et al. 2025, section 2.2)
@@ -125,8 +118,6 @@ def check_rates(rates: Sequence[tuple[str, float]], params: Params, trainable: S
     Raises:
         OptionsError: one is no pair, or its prefix is the start of no parameter that learns or of such a module.
     """
-    from jaxdiff.training.state import OptionsError  # which imports this module
-
     pairs = [r for r in rates if isinstance(r, tuple | list) and len(r) == 2]
     if len(pairs) < len(rates) or not all(isinstance(p, str) and isinstance(f, int | float) for p, f in pairs):
         raise OptionsError(f"rates {tuple(rates)!r} must be pairs such as (('text_encoder', 0.1),).")

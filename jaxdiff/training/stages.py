@@ -16,7 +16,8 @@ from jaxdiff.prompts import Tokens
 from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.losses import SCALES, contrastive_loss, kl_divergence, reconstruction_loss
-from jaxdiff.training.state import AS_KEPT, Batch, Dtypes, Metrics, OptionsError
+from jaxdiff.training.options import OptionsError
+from jaxdiff.training.train_step import AS_KEPT, Batch, Dtypes, Metrics
 from jaxdiff.typing import Array, Key, Params
 
 # Of the pixels that CLIP was trained on (Radford et al. 2021), by which its vision encoder's input is normalised.

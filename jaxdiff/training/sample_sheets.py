@@ -11,8 +11,8 @@ import numpy as np
 import jaxdiff
 from jaxdiff.training.evaluate import for_each, noise_levels
 from jaxdiff.training.finetune import Given
-from jaxdiff.training.state import kept
-from jaxdiff.training.targets import Target
+from jaxdiff.training.train_step import kept
+from jaxdiff.training.trainables import Target
 
 Batch = Mapping[str, Any]
 # (step, pictures uint8 [N, H, W, 3], columns, captions)

@@ -19,13 +19,13 @@ from jaxdiff.io.textual_inversion import encoders, save_textual_inversion
 from jaxdiff.models.controlnet import from_unet
 from jaxdiff.models.model import Model, with_controlnets
 from jaxdiff.scheduler_config import SchedulerConfig
-from jaxdiff.training import finetune, personalise
+from jaxdiff.training import adapters, finetune
+from jaxdiff.training.adapters import Whole
 from jaxdiff.training.finetune import Given
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.optimizer import check_rates
-from jaxdiff.training.personalise import Whole
+from jaxdiff.training.options import OptionsError
 from jaxdiff.training.stages import Network, Noising, diffusion_stage
-from jaxdiff.training.state import OptionsError
 from jaxdiff.typing import Params
 
 LORA_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
@@ -50,7 +50,7 @@ def make(config: Any, model: Model, params: Params) -> Target:
     """What `config.stage` names, one of `TARGETS`.
 
     Args:
-        config: all settings, see configs/common.py.
+        config: all settings, see jaxdiff/training/defaults.py.
         model, params: what training starts from.
 
     Returns:
@@ -160,14 +160,14 @@ def _lora(config: Any, model: Model, params: Params) -> Target:
     c = config.lora
     alpha = float(c.alpha or c.rank)
     chosen = {"targets": _modules(config, model), "endings": tuple(c.layers) or ATTENTION}
-    params, whole = personalise.with_lora(model, params, c.rank, alpha, jax.random.key(config.seed), **chosen)
+    params, whole = adapters.with_lora(model, params, c.rank, alpha, jax.random.key(config.seed), **chosen)
     network, given = _seen(model)
     stage = _stage(config, model, "lora", ("lora",), network, whole)
 
     def export(folder: Path, params: Params) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for layout, name in LORA_FILES.items():
-            save_lora(folder / name, model, personalise.lora_of(params, alpha), layout)  # type: ignore[arg-type]
+            save_lora(folder / name, model, adapters.lora_of(params, alpha), layout)  # type: ignore[arg-type]
 
     return Target(stage, params, model, whole, export, network, given)
 
@@ -175,7 +175,7 @@ def _lora(config: Any, model: Model, params: Params) -> Target:
 def _textual_inversion(config: Any, model: Model, params: Params) -> Target:
     _check_no_choice(config)
     c = config.word
-    model, params, whole = personalise.with_word(model, params, c.token, c.initial, c.vectors)
+    model, params, whole = adapters.with_word(model, params, c.token, c.initial, c.vectors)
     network, given = _seen(model)
     stage = _stage(config, model, "word", ("words",), network, whole)
 

@@ -119,5 +119,5 @@ def config_error(error: Exception) -> str:
     """One sentence out of what ml_collections says, which may hold a whole traceback."""
     text = " ".join(str(error).split())
     if isinstance(error, LookupError):
-        return f"--config has no setting {text.strip(chr(34))}; configs/common.py lists all."
+        return f"--config has no setting {text.strip(chr(34))}; jaxdiff/training/defaults.py lists all."
     return f"--config: {re.split(r'Error: |.Errno [0-9]+. ', text)[-1]}"

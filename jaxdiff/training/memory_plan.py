@@ -10,9 +10,10 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxdiff import parallel
 from jaxdiff.training import collectives
 from jaxdiff.training.loop import Stage
-from jaxdiff.training.state import Options, OptionsError, TrainState, make_train_step
-from jaxdiff.training.state import abstract_state as abstract_state
-from jaxdiff.training.state import sharded as sharded
+from jaxdiff.training.options import Options, OptionsError
+from jaxdiff.training.train_step import TrainState, make_train_step
+from jaxdiff.training.train_step import abstract_state as abstract_state
+from jaxdiff.training.train_step import sharded as sharded
 from jaxdiff.typing import Params
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxdiff.training.speed import Speed
+from jaxdiff.training.mfu import Speed
 from jaxdiff.training.trackers import Pictures, Tracker
 
 # A loss is a spike when it is above the median of so many before it by so many times their median distance from it.

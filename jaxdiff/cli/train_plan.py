@@ -10,14 +10,14 @@ from jaxdiff.commands.errors import UsageError
 QUICK, FULL = "quick", "full"
 
 
-def run(config: Any, kind: str, devices: int, argv: list[str]) -> int:
+def run(config: Any, kind: str, devices: int, arguments: list[str]) -> int:
     """Print the plan of a config of train.py; returns the exit code.
 
     Args:
-        config: of configs/common.py.
+        config: of jaxdiff/training/defaults.py.
         kind: "quick", or "full" with what the compiled step takes and sends.
         devices: of the whole mesh; 0 takes those of this machine.
-        argv: the command line, run again with simulated devices where this machine has fewer.
+        arguments: of the command line, which is run again with simulated devices where this machine has fewer.
     """
     import jax
 
@@ -30,9 +30,8 @@ def run(config: Any, kind: str, devices: int, argv: list[str]) -> int:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         # What is compiled never runs: making it fast would be wasted.
         flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        return subprocess.run(
-            [sys.executable, *argv], env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        ).returncode
+        command = [sys.executable, "-m", "jaxdiff.cli.train", *arguments]
+        return subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}).returncode
     print(text(config, kind, devices))
     return 0
 
@@ -42,25 +41,26 @@ def text(config: Any, kind: str, devices: int) -> str:
     import jax
 
     from jaxdiff import parallel
-    from jaxdiff.training import plan
-    from jaxdiff.training.state import Options, OptionsError, kept
+    from jaxdiff.training import memory_plan
+    from jaxdiff.training.options import Options, OptionsError
+    from jaxdiff.training.train_step import kept
 
     options = Options(**{name: config[name] for name in Options.__dataclass_fields__})
     try:
         options.check(devices)
-        mesh: Any = plan.abstract_mesh(devices, options.fsdp, options.tensor)
+        mesh: Any = memory_plan.abstract_mesh(devices, options.fsdp, options.tensor)
         if kind == FULL:
             mesh = parallel.mesh(options.fsdp, options.tensor, jax.devices()[:devices])
         stage, shapes, example = described(config)
     except OptionsError as e:
         raise UsageError(f"config: {e}") from None
     trained = {name: shapes[name] for name in stage.trainable}
-    state = plan.abstract_state(trained, options, mesh)
+    state = memory_plan.abstract_state(trained, options, mesh)
     frozen = {name: x for name, x in shapes.items() if name not in trained}
-    frozen = plan.sharded(mesh, jax.eval_shape(lambda params: kept(params, options), frozen))
-    batch = plan.abstract_batch(stage, example, options.batch_size, mesh)
-    step = plan.compiled_step(stage, state, frozen, batch, options, mesh) if kind == FULL else None
-    return plan.report(plan.memory(state, frozen, batch), step, mesh, trained)
+    frozen = memory_plan.sharded(mesh, jax.eval_shape(lambda params: kept(params, options), frozen))
+    batch = memory_plan.abstract_batch(stage, example, options.batch_size, mesh)
+    step = memory_plan.compiled_step(stage, state, frozen, batch, options, mesh) if kind == FULL else None
+    return memory_plan.report(memory_plan.memory(state, frozen, batch), step, mesh, trained)
 
 
 def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -68,12 +68,12 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     import jax
     import numpy as np
 
-    from jaxdiff.commands.train_flags import check_sizes
+    from jaxdiff.cli.train_flags import check_sizes
     from jaxdiff.io.pretrained import replace_config
     from jaxdiff.models.model import param_shapes
     from jaxdiff.tokenizer import train_bpe
-    from jaxdiff.training import targets
-    from jaxdiff.training.setup import described_model
+    from jaxdiff.training import trainables
+    from jaxdiff.training.init import described_model
     from jaxdiff.training.stages import clip_params, clip_stage, vae_stage
 
     sizes = config.tokenizer
@@ -94,7 +94,7 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
         return vae_stage(model), shapes, {**example, "image": example["image"][:, :crop, :crop]}
     alone = config.copy_and_resolve_references()
     alone.controlnet.init_from = ""  # it has the UNet's shape, so that its weights need not be read
-    target = targets.described(alone, model, shapes)
+    target = trainables.described(alone, model, shapes)
     stage, shapes = target.stage, target.params
     if config.cache_latents:
         latents = np.zeros((1, *[side // model.vae.config.factor] * 2, model.vae.config.latent_channels), np.float16)
