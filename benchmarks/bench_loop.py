@@ -131,7 +131,7 @@ def main() -> None:
             return captioned_data(data, args.batch, args.side, seed=0, threads=2)
 
         trained = {k: params[k] for k in stage.trainable}
-        frozen = parallel.place({k: v for k, v in params.items() if k not in trained}, parallel.replicated(mesh))
+        frozen = parallel.put_global({k: v for k, v in params.items() if k not in trained}, parallel.replicated(mesh))
         state = init_state(trained, optimizer(options), mesh)
         step = make_train_step(stage.loss, options, mesh, state)
         batch = parallel.global_batch(mesh, stage.prepare(next(iter(batches()))))

@@ -111,7 +111,7 @@ def main() -> None:
         print(
             f"\n{shape}: {step.flops / 1e12:.2f} TFLOP and {step.temporary / 1e9:.1f} GB beside the state, a device\n"
         )
-        print(collectives.table(step.sent), flush=True)
+        print(collectives.collectives_table(step.sent), flush=True)
         if dict(mesh.shape) == {"data": DEVICES, "fsdp": 1, "tensor": 1}:
             print("\n" + projection(step.sent[0].size, step.flops))
 

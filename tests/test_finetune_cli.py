@@ -14,7 +14,7 @@ from jaxdiff.generate import initial_noise, picture_keys
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.images import read_image
 from jaxdiff.models.model import with_controlnets
-from jaxdiff.training.trainables import LORA_FILES, WORD_FILE
+from jaxdiff.training.trainables import EMBEDDING_FILE, LORA_FILES
 from tests.test_train_cli import ROOT, cache_home, cli  # noqa: F401
 from tests.test_training import pictures
 from tests.tiny import LATENT, SIDE
@@ -91,7 +91,7 @@ def opened(kind, base, export):
         jax.tree.map(np.testing.assert_array_equal, changed["text_encoder"], params["text_encoder"])  # its rate is 0
         return model, changed
     if kind == "textual_inversion":
-        return jaxdiff.load_textual_inversion(model, params, export / WORD_FILE)
+        return jaxdiff.load_textual_inversion(model, params, export / EMBEDDING_FILE)
     return with_controlnets(model, params, load_controlnet(export))
 
 
@@ -105,7 +105,7 @@ def torch_pipeline(kind, base, export):
     if kind == "lora":
         pipe.load_lora_weights(str(export), weight_name=LORA_FILES["diffusers"])
     else:
-        pipe.load_textual_inversion(str(export), weight_name=WORD_FILE)
+        pipe.load_textual_inversion(str(export), weight_name=EMBEDDING_FILE)
     return pipe
 
 

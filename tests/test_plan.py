@@ -18,7 +18,7 @@ from jaxdiff.training import memory_plan
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.stages import diffusion_stage
-from jaxdiff.training.train_step import init_state, kept
+from jaxdiff.training.train_step import cast_frozen, init_state
 from jaxdiff.training.trainables import make
 from tests.networks import SDXL
 from tests.tiny import SIDE
@@ -77,7 +77,7 @@ def test_of_a_lora_the_frozen_weights_are_held_once_and_have_no_optimizer(config
     options = Options(**{name: config[name] for name in Options.__dataclass_fields__})
     mesh = parallel.mesh(devices=jax.devices()[:1])
     frozen = {k: v for k, v in shapes.items() if k not in stage.trainable}
-    frozen = memory_plan.sharded(mesh, jax.eval_shape(lambda x: kept(x, options), frozen))
+    frozen = memory_plan.sharded(mesh, jax.eval_shape(lambda x: cast_frozen(x, options), frozen))
     held = memory_plan.memory(memory_plan.abstract_state({"lora": shapes["lora"]}, options, mesh), frozen, {})
 
     target = make(config, *tiny)

@@ -20,8 +20,8 @@ from jaxdiff.models.model import apply
 from jaxdiff.training import dreambooth
 from jaxdiff.training.init import starting_model
 from jaxdiff.training.options import Options
-from jaxdiff.training.stages import Noising, vae_stage
-from jaxdiff.training.trainables import TARGETS, make
+from jaxdiff.training.stages import NoiseOptions, vae_stage
+from jaxdiff.training.trainables import TRAINABLES, make
 from tests.test_finetune import settings
 from tests.test_train_cli import ROOT
 from tests.test_training import keys, pictures
@@ -58,12 +58,12 @@ def run_of(folders, tiny_folder):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_is_one_of_a_target(path):
-    assert ("clip", "vae", *TARGETS) == train.STAGES
+    assert ("clip", "vae", *TRAINABLES) == train.STAGES
     config = importlib.import_module(f"configs.finetune.{path.stem}").get_config()
-    assert config.stage in TARGETS
+    assert config.stage in TRAINABLES
     assert path.name in importlib.import_module(f"configs.finetune.{path.stem}").__doc__  # its command
     Options(**{name: config[name] for name in Options.__dataclass_fields__}).check(1)
-    Noising(**{name: config[name] for name in Noising.__dataclass_fields__})
+    NoiseOptions(**{name: config[name] for name in NoiseOptions.__dataclass_fields__})
     check_read(config)
     assert config.eval.guidance_scale == 0  # sheets as the model itself recommends
 

@@ -22,7 +22,7 @@ from jaxdiff.training.memory_plan import bytes_each
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.progress import Report
 from jaxdiff.training.trackers import Pictures, TensorBoard
-from jaxdiff.training.train_step import abstract_state, init_state, kept, make_train_step
+from jaxdiff.training.train_step import abstract_state, cast_frozen, init_state, make_train_step
 from jaxdiff.training.workdir import WorkdirError
 from tests.batches import FromMemory
 from tests.test_training import BATCH, options
@@ -84,7 +84,7 @@ def test_what_is_frozen_may_be_kept_in_half_of_the_memory(tmp_path):
     assert bias() == 1 + 2**-12
     assert bias(frozen_dtype="bfloat16") == 1
     half = {"w": np.zeros(2, np.float16), "count": np.zeros(2, np.int32)}
-    assert {k: v.dtype for k, v in kept(half, options()).items()} == {"w": np.float16, "count": np.int32}
+    assert {k: v.dtype for k, v in cast_frozen(half, options()).items()} == {"w": np.float16, "count": np.int32}
 
 
 def one_device():

@@ -9,7 +9,7 @@ import jaxdiff
 from jaxdiff.io.lora import save_lora
 from jaxdiff.io.weights import named_tensors
 from jaxdiff.training import adapters
-from jaxdiff.training.stages import Noising, random_noise, random_times
+from jaxdiff.training.stages import NoiseOptions, random_noise, random_times
 from jaxdiff.training.trainables import make
 from tests.test_finetune import settings
 
@@ -85,7 +85,7 @@ def test_loss_and_gradients_equal_pytorchs(name, kind, tmp_path):
     for module in modules.values():
         module.requires_grad_(True)
     time_keys, noise_keys, _ = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
-    t = np.asarray(random_times(model.scheduler, time_keys, Noising()))
+    t = np.asarray(random_times(model.scheduler, time_keys, NoiseOptions()))
     eps = random_noise(noise_keys, (8, 8, 4))
     expected = theirs(
         pipe, batch, oracle.nchw(batch["latents"]), oracle.nchw(eps), torch.from_numpy(t.astype(np.int64)), kind

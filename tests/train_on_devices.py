@@ -62,7 +62,7 @@ def train(stage, params, mesh, steps: int, **compiler) -> dict:
     frozen = {k: v for k, v in params.items() if k not in stage.trainable}
     with mock.patch.object(multihost_utils, "process_allgather", wraps=multihost_utils.process_allgather) as gather:
         state = init_state(trained, optimizer(options), mesh)
-        frozen = parallel.place(frozen, parallel.param_sharding(mesh, frozen))
+        frozen = parallel.put_global(frozen, parallel.param_sharding(mesh, frozen))
     before, losses = specs(state), []
     step = make_train_step(stage.loss, options, mesh, state, stage.dtypes)
     first = parallel.global_batch(mesh, next(batches(1)))
@@ -75,7 +75,7 @@ def train(stage, params, mesh, steps: int, **compiler) -> dict:
     sizes = {f"{r.kind} {','.join(r.axes)}": r.size for r in rows}
     planned = memory_plan.bytes_each(memory_plan.abstract_state(trained, options, mesh))
     assert planned == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
-    rows = parallel.parts(mesh, {**trained, **frozen})
+    rows = parallel.sharded_groups(mesh, {**trained, **frozen})
     return {
         "losses": losses,
         "specs": sorted(set(before)),

@@ -105,7 +105,7 @@ class Run:
             "source": self.data, "batch_size": self.options.batch_size // self.host["host_count"],
             "image_size": self.image_size, "seed": self.config.seed, "background": d.background,
             "flip": d.flip, "buckets": self.buckets, "threads": d.threads, "workers": d.workers,
-            "steer": self.target.steer if self.target else None, **self.host,
+            "steer": self.target.make_control_image if self.target else None, **self.host,
         }  # fmt: skip
         return captioned_data(**(arguments | changes))
 
@@ -215,7 +215,7 @@ class Run:
         c = self.config
         self.target = trainables.make(c, self.model, self.params)
         self.model = self.target.model
-        if c.cache_latents and (c.prior.path or self.target.given):
+        if c.cache_latents and (c.prior.path or self.target.sample_inputs):
             raise OptionsError(f"cache_latents {c.cache_latents}: this stage needs the pictures themselves, hence 0.")
         if c.latents.path:
             batches = self.batches(source=self.latents(), buckets=None)
@@ -248,7 +248,7 @@ class Run:
         c = self.config
         if not (c.data.eval_split or c.eval.prompts):
             return None
-        held_out = self.held_out() if c.data.eval_split or target.given else []
+        held_out = self.held_out() if c.data.eval_split or target.sample_inputs else []
         write = None if self.host["host_index"] else self.write_sheet
         return evaluation(c, target, held_out, write, self.at_once)
 
@@ -265,7 +265,7 @@ class Run:
         from jaxdiff.training.precompute import open_latents
 
         c = self.config
-        if c.cache_latents or c.prior.path or self.target.given:
+        if c.cache_latents or c.prior.path or self.target.sample_inputs:
             raise UsageError(
                 "config.latents.path goes with neither cache_latents, prior nor a stage that needs pictures."
             )

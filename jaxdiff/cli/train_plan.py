@@ -43,7 +43,7 @@ def text(config: Any, kind: str, devices: int) -> str:
     from jaxdiff import parallel
     from jaxdiff.training import memory_plan
     from jaxdiff.training.options import Options, OptionsError
-    from jaxdiff.training.train_step import kept
+    from jaxdiff.training.train_step import cast_frozen
 
     options = Options(**{name: config[name] for name in Options.__dataclass_fields__})
     try:
@@ -57,7 +57,7 @@ def text(config: Any, kind: str, devices: int) -> str:
     trained = {name: shapes[name] for name in stage.trainable}
     state = memory_plan.abstract_state(trained, options, mesh)
     frozen = {name: x for name, x in shapes.items() if name not in trained}
-    frozen = memory_plan.sharded(mesh, jax.eval_shape(lambda params: kept(params, options), frozen))
+    frozen = memory_plan.sharded(mesh, jax.eval_shape(lambda params: cast_frozen(params, options), frozen))
     batch = memory_plan.abstract_batch(stage, example, options.batch_size, mesh)
     step = memory_plan.compiled_step(stage, state, frozen, batch, options, mesh) if kind == FULL else None
     return memory_plan.report(memory_plan.memory(state, frozen, batch), step, mesh, trained)

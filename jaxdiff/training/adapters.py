@@ -12,7 +12,7 @@ from jaxdiff.io.textual_inversion import TABLE, TOKENIZERS, encoders, extend
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Key, Params
 
-Whole = Callable[[Params], Params]  # all parameters with what is trained -> those of the model's modules
+MergeParams = Callable[[Params], Params]  # all parameters with what is trained -> those of the model's modules
 
 # Of a folder of pictures without captions, {} the word; after Gal et al. 2022, supplement B.
 TEMPLATES = (
@@ -35,7 +35,9 @@ def lora_of(params: Params, alpha: float) -> Lora:
     return {name: Factors(f["down"], f["up"], alpha) for name, f in params["lora"].items()}
 
 
-def with_lora(model: Model, params: Params, rank: int, alpha: float, key: Key, **chosen: Any) -> tuple[Params, Whole]:
+def with_lora(
+    model: Model, params: Params, rank: int, alpha: float, key: Key, **chosen: Any
+) -> tuple[Params, MergeParams]:
     """Parameters with a fresh LoRA to train, "lora": {layer: {"down", "up"}}, and the function that merges it.
 
     Args:
@@ -45,16 +47,16 @@ def with_lora(model: Model, params: Params, rank: int, alpha: float, key: Key, *
     fresh = init_lora(model, params, rank, alpha, key=key, **chosen)
     factors = {name: {"down": f.down, "up": f.up} for name, f in fresh.items()}
 
-    def whole(params: Params) -> Params:
+    def merge_params(params: Params) -> Params:
         return merge_lora({k: v for k, v in params.items() if k != "lora"}, lora_of(params, alpha))
 
-    return {**params, "lora": factors}, whole
+    return {**params, "lora": factors}, merge_params
 
 
 # --- textual inversion (Gal et al. 2022)
 
 
-def with_word(model: Model, params: Params, word: str, initial: str, vectors: int) -> tuple[Model, Params, Whole]:
+def with_word(model: Model, params: Params, word: str, initial: str, vectors: int) -> tuple[Model, Params, MergeParams]:
     """A model that knows a new word, with the word's vectors to train, "words": {text encoder: [vectors, D]}.
 
     No other row of the tables of embeddings can move, since no other is trained.
@@ -79,7 +81,7 @@ def with_word(model: Model, params: Params, word: str, initial: str, vectors: in
         model, params[encoder] = extend(model, params[encoder], encoder, word, words[encoder])
         places[encoder] = np.asarray(getattr(model, TOKENIZERS[encoder]).added_ids(word))
 
-    def whole(params: Params) -> Params:
+    def merge_params(params: Params) -> Params:
         def replaced(encoder: str, rows: Array) -> Params:
             table = jnp.asarray(params[encoder][TABLE]["embedding"])
             return {**params[encoder], TABLE: {"embedding": table.at[places[encoder]].set(rows)}}
@@ -87,4 +89,4 @@ def with_word(model: Model, params: Params, word: str, initial: str, vectors: in
         kept = {k: v for k, v in params.items() if k != "words"}
         return {**kept, **{encoder: replaced(encoder, rows) for encoder, rows in params["words"].items()}}
 
-    return model, {**params, "words": words}, whole
+    return model, {**params, "words": words}, merge_params

@@ -87,7 +87,7 @@ def base() -> ConfigDict:
             ),  # or ("unet", "text_encoder", "text_encoder_2"): what learns, or what a LoRA changes
             "prediction_type": "",  # epsilon, v_prediction, sample or flow_prediction; "": the model's own
             "zero_terminal_snr": False,  # no signal at all at the last step; True turns it on
-            # jaxdiff.training.stages.Noising.
+            # jaxdiff.training.stages.NoiseOptions.
             "caption_dropout": 0.1,
             "min_snr_gamma": 0.0,  # 0: off
             "offset_noise": 0.0,  # 0: off

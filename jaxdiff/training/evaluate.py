@@ -15,9 +15,9 @@ from jaxdiff.training.stages import (
     Network,
     clip_embeddings,
     conditioning,
-    each,
-    folded,
+    fold_in_each,
     latents_of,
+    per_example,
     plain_network,
 )
 from jaxdiff.training.train_step import Batch
@@ -85,7 +85,7 @@ def noise_levels(
     batches: Sequence[Mapping[str, Any]],
     *,
     network: Network | None = None,
-    whole: Callable[[Params], Params] = lambda params: params,
+    merge_params: Callable[[Params], Params] = lambda params: params,
     levels: int = 10,
     seed: int = 0,
 ):
@@ -97,7 +97,7 @@ def noise_levels(
 
     Args:
         batches: as the UNet's stage prepares them, at least one; computed one after the other.
-        network, whole: see `diffusion_stage`; params are what `whole` takes.
+        network, merge_params: see `diffusion_stage`; params are what `merge_params` takes.
     """
     schedule, denoise = noise_schedule(model.scheduler), network or plain_network(model)
     total = model.scheduler.num_train_timesteps
@@ -109,15 +109,15 @@ def noise_levels(
 
     @jax.jit
     def run(params: Params, numbers: Array, batch: Batch) -> Array:  # [B, levels]
-        params, keys = whole(params), jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
+        params, keys = merge_params(params), jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
         x0 = latents_of(model, params, batch)
         kept = jnp.zeros(len(x0), bool)  # no caption is dropped
         cond = with_time_ids(model, conditioning(model, params, batch, batch, kept), x0)
-        eps = each(jax.random.normal, keys, x0.shape[1:])
+        eps = per_example(jax.random.normal, keys, x0.shape[1:])
 
         def at_time(t: Array) -> Array:
             time = at(schedule, jnp.full(len(x0), jnp.floor(t)))
-            output = denoise(params, add_noise(x0, eps, time), time, cond, batch, folded(keys, 1))
+            output = denoise(params, add_noise(x0, eps, time), time, cond, batch, fold_in_each(keys, 1))
             return diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, None)
 
         return jax.lax.map(at_time, jnp.asarray(times, jnp.float32)).T

@@ -14,13 +14,13 @@ from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.io import inference
 from jaxdiff.io.pretrained import replace_config
 from jaxdiff.models.model import Conditioning, Model, apply, encode
-from jaxdiff.training.stages import Network, each, folded, plain_network
+from jaxdiff.training.stages import Network, fold_in_each, per_example, plain_network
 from jaxdiff.training.train_step import Batch
 from jaxdiff.typing import Array, Key, Params
 
 RECTANGLES = 4  # of a random mask, at most
 # Arguments of `jaxdiff.generate` beside prompts, and pictures uint8 [B, H, W, 3] to show of them.
-Given = tuple[dict[str, Any], np.ndarray]
+SampleInputs = tuple[dict[str, Any], np.ndarray]
 WHOLE_SHARE = 0.25  # of masks that cover the whole picture, so that drawing from nothing is not forgotten
 NOISE_LEVEL = 20  # of the small pictures that an upscaler is tried on
 
@@ -48,15 +48,15 @@ def controlled_network(model: Model) -> Network:
     return network
 
 
-def drawn_by_hint(batch: Mapping[str, Any]) -> Given:
+def drawn_by_hint(batch: Mapping[str, Any]) -> SampleInputs:
     """What draws pictures that follow batch["hint"]."""
     height, width = batch["hint"].shape[1:3]
     return {"control_images": [batch["hint"]], "height": height, "width": width}, batch["hint"]
 
 
-def steered(batch: Mapping[str, Any], steer: Callable[[np.ndarray], np.ndarray]) -> Mapping[str, Any]:
-    """A batch with "hint" uint8 [b, H, W, 3], what `steer` makes of its pictures, unless it was read with one."""
-    return batch if "hint" in batch else {**batch, "hint": np.stack([steer(image) for image in batch["image"]])}
+def with_control_images(batch: Mapping[str, Any], make: Callable[[np.ndarray], np.ndarray]) -> Mapping[str, Any]:
+    """A batch with "hint" uint8 [b, H, W, 3]: as it was read, or else what `make` makes of each image."""
+    return batch if "hint" in batch else {**batch, "hint": np.stack([make(image) for image in batch["image"]])}
 
 
 # --- more channels
@@ -123,7 +123,7 @@ def inpainting_network(model: Model) -> Network:
     return network
 
 
-def drawn_around(batch: Mapping[str, Any]) -> Given:
+def drawn_around(batch: Mapping[str, Any]) -> SampleInputs:
     """What draws the middle of the pictures anew: a square of half their sides."""
     images = batch["image"]
     height, width = images.shape[1:3]
@@ -175,7 +175,7 @@ def upscaler_model(model: Model, params: Params) -> tuple[Model, Params]:
     return model, params
 
 
-def drawn_larger(model: Model, batch: Mapping[str, Any]) -> Given:
+def drawn_larger(model: Model, batch: Mapping[str, Any]) -> SampleInputs:
     """What enlarges small copies of the pictures, of the size of the latents."""
     images, factor = batch["image"], model.vae.config.factor
     size = (len(images), images.shape[1] // factor, images.shape[2] // factor, 3)
@@ -197,8 +197,8 @@ def upscaler_network(model: Model) -> Network:
         images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
         small = jax.image.resize(images, (*x.shape[:3], 3), "cubic")  # antialiased
         last = model.options.max_noise_level
-        level = jax.vmap(lambda key: jax.random.randint(key, (), 0, last + 1))(folded(keys, 1))
-        noised = add_noise(small, each(jax.random.normal, keys, small.shape[1:]), at(schedule, level))
+        level = jax.vmap(lambda key: jax.random.randint(key, (), 0, last + 1))(fold_in_each(keys, 1))
+        noised = add_noise(small, per_example(jax.random.normal, keys, small.shape[1:]), at(schedule, level))
         return apply(model, params, "unet", jnp.concatenate([x, noised], -1), time.t, *cond, level)
 
     return network

@@ -25,14 +25,14 @@ from jaxdiff.training.options import Options
 from jaxdiff.training.progress import Report
 from jaxdiff.training.trackers import JsonLines, Pictures, TensorBoard, Tracker
 from jaxdiff.training.train_step import (
-    AS_KEPT,
+    NO_CAST,
     Batch,
     Dtypes,
     Loss,
     TrainState,
     abstract_state,
+    cast_frozen,
     init_state,
-    kept,
     make_train_step,
 )
 from jaxdiff.typing import Array, Params
@@ -49,7 +49,7 @@ class Stage(NamedTuple):
     trainable: tuple[str, ...]  # keys of `params`; the others stay as they are
     loss: Loss  # (all parameters, batch, keys [B]) -> (mean loss, metrics)
     prepare: Callable[[Mapping[str, Any]], Batch] = lambda batch: batch  # on the host: what is read -> arrays [b, ...]
-    dtypes: Dtypes = AS_KEPT  # of the networks, where nothing else reads matrices, kernels and tables of these keys
+    dtypes: Dtypes = NO_CAST  # of the networks, where nothing else reads matrices, kernels and tables of these keys
 
 
 class BatchIterator(Protocol):
@@ -76,7 +76,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self._wished = False
+        self._requested = False
         self._several = jax.process_count() > 1
         self._before: dict[int, Any] = {}
 
@@ -91,17 +91,17 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._wished = True
+        self._requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def wished(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether to stop before `step`, to be asked before each; the same answer on every host."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._wished
+        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._requested
 
 
-class Streak:
+class NonFiniteGuard:
     """Counts the updates skipped one after the other."""
 
     def __init__(self, limit: int) -> None:
@@ -189,8 +189,8 @@ def fit(
     mesh = parallel.mesh(options.fsdp, options.tensor) if mesh is None else mesh
     workdir, iterator = Path(workdir), iter(batches)
     trained = {k: params[k] for k in stage.trainable}
-    frozen = kept({k: v for k, v in params.items() if k not in trained}, options)
-    frozen = parallel.place(frozen, parallel.param_sharding(mesh, frozen))
+    frozen = cast_frozen({k: v for k, v in params.items() if k not in trained}, options)
+    frozen = parallel.put_global(frozen, parallel.param_sharding(mesh, frozen))
 
     def whole(state: TrainState) -> Params:
         return {**params, **parallel.fetch(state.ema)}
@@ -220,17 +220,17 @@ def fit(
 
         if options.eval_every and not start:  # what it starts from; and mistakes show now
             evaluate(0)
-        streak, due = Streak(options.max_skipped), False
+        guard, due = NonFiniteGuard(options.max_skipped), False
         computing: deque[tuple[int, Any]] = deque()  # steps and their metrics, not yet waited for
 
         def look_back(left: int) -> None:
             """Wait for steps, but for the last so many, and report them."""
             while len(computing) > left:
                 seen, metrics = computing.popleft()
-                streak.see(seen, metrics, checkpoints.latest)
+                guard.see(seen, metrics, checkpoints.latest)
                 report.step(seen, metrics)
 
-        while step < options.steps and not stop.wished(step):
+        while step < options.steps and not stop.should_stop(step):
             batch = parallel.global_batch(mesh, stage.prepare(next(iterator)))
             state, metrics = train_step(state, frozen, batch)
             step += 1
@@ -243,7 +243,7 @@ def fit(
             due = due or step % options.checkpoint_every == 0
             # The devices have this step to do while the host sees to the one before, and reads the next batch.
             look_back(0 if last or due or evaluated else 1)
-            if last or (due and not streak.length):  # in a bad time the last good one is kept
+            if last or (due and not guard.length):  # in a bad time the last good one is kept
                 checkpoints.save(step, state, iterator.get_state())
                 due = False
             if snapshots and (last or step % options.snapshot_every == 0):

@@ -10,9 +10,9 @@ import numpy as np
 
 import jaxdiff
 from jaxdiff.training.evaluate import for_each, noise_levels
-from jaxdiff.training.finetune import Given
-from jaxdiff.training.train_step import kept
-from jaxdiff.training.trainables import Target
+from jaxdiff.training.finetune import SampleInputs
+from jaxdiff.training.train_step import cast_frozen
+from jaxdiff.training.trainables import Trainable
 
 Batch = Mapping[str, Any]
 # (step, pictures uint8 [N, H, W, 3], columns, captions)
@@ -21,14 +21,14 @@ GIVEN = 4  # pictures drawn of what needs more than a prompt, where no prompts a
 
 
 def evaluation(
-    config: Any, target: Target, held_out: Sequence[Batch], write: WriteSheet | None, at_once: int
+    config: Any, trainable: Trainable, held_out: Sequence[Batch], write: WriteSheet | None, at_once: int
 ) -> Callable[[int, Any], Mapping[str, float]]:
     """A function (step, params of the loss) -> the loss by noise level; each call writes a sheet as well.
 
     Args:
         config: of train.py; without `data.eval_split` there is no loss, and without `eval.prompts` only what draws from
             more than a prompt has sheets.
-        target: what is trained.
+        trainable: what is trained.
         held_out: batches as they are read, or none: then there is neither a loss nor a sheet of what draws from more
             than a prompt. So many pictures are denoised at a time.
         write: None draws nothing, on all hosts but the first.
@@ -36,36 +36,36 @@ def evaluation(
     """
     measure = None
     if config.data.eval_split and held_out:
-        batches = [target.stage.prepare(batch) for batch in held_out]
-        how = {"network": target.network, "whole": target.whole, "seed": config.eval.seed}
-        measure = noise_levels(target.model, batches, **how)
-    draw = None if write is None else drawing(config.eval, target, held_out, write, at_once)
+        batches = [trainable.stage.prepare(batch) for batch in held_out]
+        how = {"network": trainable.network, "merge_params": trainable.merge_params, "seed": config.eval.seed}
+        measure = noise_levels(trainable.model, batches, **how)
+    draw = None if write is None else drawing(config.eval, trainable, held_out, write, at_once)
 
     def on_eval(step: int, params: Any) -> Mapping[str, float]:
         if not draw and not measure:
             return {}
-        params = placed(params, target, config)
+        params = placed(params, trainable, config)
         if draw:
-            draw(step, target.whole(params))
+            draw(step, trainable.merge_params(params))
         return measure(params) if measure else {}
 
     return on_eval
 
 
-def placed(params: Any, target: Target, config: Any) -> Any:
+def placed(params: Any, trainable: Trainable, config: Any) -> Any:
     """What the loss reads of its parameters on a device, in the types of a training step, see `config.frozen_dtype`."""
-    trained = target.stage.trainable
-    read = {*target.model.modules, "controlnet", *trained} & set(params)
+    trained = trainable.stage.trainable
+    read = {*trainable.model.modules, "controlnet", *trained} & set(params)
 
     def one(name: str, x: Any) -> Any:  # array by array, so that no more than one is there in float32 as well
         x = jax.device_put(x)
-        return x if name in trained else kept(x, config)
+        return x if name in trained else cast_frozen(x, config)
 
     return {name: jax.tree.map(functools.partial(one, name), params[name]) for name in sorted(read)}
 
 
 def drawing(
-    config: Any, target: Target, held_out: Sequence[Batch], write: WriteSheet, at_once: int
+    config: Any, trainable: Trainable, held_out: Sequence[Batch], write: WriteSheet, at_once: int
 ) -> Callable[[int, Any], None] | None:
     """A function (step, params) that draws the prompts of `config`, None where there are none.
 
@@ -76,9 +76,9 @@ def drawing(
     """
     prompts: list[str] = list(config.prompts)
     pictures: dict[str, np.ndarray] = {}
-    if target.given and not held_out:
+    if trainable.sample_inputs and not held_out:
         return None
-    if target.given:
+    if trainable.sample_inputs:
         texts = [text for batch in held_out for text in batch["text"]]
         prompts = prompts or texts[:GIVEN]
         chosen = [i % len(texts) for i in range(len(prompts))]
@@ -91,22 +91,26 @@ def drawing(
     at_once *= jax.local_device_count()
     rows = [np.arange(i, min(i + at_once, len(prompts))) for i in range(0, len(prompts), at_once)]
 
-    def given(rows: np.ndarray) -> Given:
-        return target.given({name: x[rows] for name, x in pictures.items()}) if target.given else ({}, np.empty(0))
+    def given(rows: np.ndarray) -> SampleInputs:
+        return (
+            trainable.sample_inputs({name: x[rows] for name, x in pictures.items()})
+            if trainable.sample_inputs
+            else ({}, np.empty(0))
+        )
 
     beside = given(np.arange(len(prompts)))[1]
 
     def draw(step: int, params: Any) -> None:
         def drawn_of(rows: np.ndarray) -> Any:
             more, chosen = given(rows)[0], [prompts[i] for i in rows]
-            return jaxdiff.generate(target.model, params, chosen, seed=config.seed + rows, **options, **more)
+            return jaxdiff.generate(trainable.model, params, chosen, seed=config.seed + rows, **options, **more)
 
         try:
             drawn = for_each(drawn_of, rows)
         except FloatingPointError as error:  # no reason to end a run
             logging.warning("No sheet of step %d: %s", step, error)
             return
-        if not target.given:
+        if not trainable.sample_inputs:
             write(step, drawn, min(len(drawn), 8), prompts)
         else:
             sheet = np.stack([beside, drawn, pictures["image"]], 1)

@@ -19,7 +19,7 @@ Metrics = Mapping[str, Array]  # scalars by name
 # (all parameters, batch, keys [B], one an example) -> (mean loss over the batch, metrics)
 Loss = Callable[[Params, Batch, Key], tuple[Array, Metrics]]
 Dtypes = Mapping[str, Any]  # types that networks compute in, by the keys of their parameters
-AS_KEPT: Dtypes = MappingProxyType({})
+NO_CAST: Dtypes = MappingProxyType({})
 
 
 class TrainState(NamedTuple):
@@ -38,7 +38,7 @@ def ema_update(ema: Params, params: Params, decay: float, step: Array) -> Params
     return jax.tree.map(lambda e, p: e + (1.0 - d) * (p - e), ema, params)
 
 
-def kept(frozen: Params, options: Options) -> Params:
+def cast_frozen(frozen: Params, options: Options) -> Params:
     """Parameters that are not trained in the type that the devices keep them in; what is no wider stays as it is."""
     dtype = jnp.dtype(options.frozen_dtype)
 
@@ -81,7 +81,7 @@ def init_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> 
         )
 
     shardings = parallel.param_sharding(mesh, jax.eval_shape(init, params))
-    return jax.jit(init, out_shardings=shardings)(parallel.place(params, parallel.param_sharding(mesh, params)))
+    return jax.jit(init, out_shardings=shardings)(parallel.put_global(params, parallel.param_sharding(mesh, params)))
 
 
 def accumulated_grad(
@@ -92,7 +92,7 @@ def accumulated_grad(
     keys: Key,
     parts: int,
     mesh: Mesh,
-    dtypes: Dtypes = AS_KEPT,
+    dtypes: Dtypes = NO_CAST,
 ):
     """Gradient of the mean loss, the batch taken in `parts` one after the other.
 
@@ -139,7 +139,7 @@ def scheduled(opt_state: Any) -> Array:
     return next(x.count for x in states if isinstance(x, kind))
 
 
-def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState, dtypes: Dtypes = AS_KEPT) -> Callable:
+def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState, dtypes: Dtypes = NO_CAST) -> Callable:
     """One update, compiled: (state (donated), frozen parameters, batch [B, ...]) -> (state, metrics).
 
     The new state is divided as `state` is. `dtypes` are a stage's.
@@ -150,7 +150,7 @@ def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState,
     Every example has its own key, from the seed, the step and its row in the batch; so neither the number of hosts or
     devices nor `accumulate` changes what is drawn.
     """
-    tx, schedule, rows = optimizer(options), learning_rate(options), parallel.rows(mesh, options.batch_size)
+    tx, schedule, rows = optimizer(options), learning_rate(options), parallel.global_row_order(mesh, options.batch_size)
     in_order = bool((rows == range(options.batch_size)).all())
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:

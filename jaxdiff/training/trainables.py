@@ -20,52 +20,54 @@ from jaxdiff.models.controlnet import from_unet
 from jaxdiff.models.model import Model, with_controlnets
 from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training import adapters, finetune
-from jaxdiff.training.adapters import Whole
-from jaxdiff.training.finetune import Given
+from jaxdiff.training.adapters import MergeParams
+from jaxdiff.training.finetune import SampleInputs
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.optimizer import check_rates
 from jaxdiff.training.options import OptionsError
-from jaxdiff.training.stages import Network, Noising, diffusion_stage
+from jaxdiff.training.stages import Network, NoiseOptions, diffusion_stage
 from jaxdiff.typing import Params
 
 LORA_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
 DEFAULT_TRAINABLE = ("unet",)
-WORD_FILE = "learned_embeds.safetensors"
+EMBEDDING_FILE = "learned_embeds.safetensors"
 
 
-class Target(NamedTuple):
+class Trainable(NamedTuple):
     """One thing to train."""
 
     stage: Stage
     params: Params  # all that the loss reads
     model: Model  # as it is in the end
-    whole: Whole  # params of the loss -> those that `model` draws with
+    merge_params: MergeParams  # params of the loss -> those that `model` draws with
     export: Callable[[Path, Params], None]  # writes what was trained, of params of the loss, into a folder
-    network: Network  # what denoises, of `whole` parameters
-    given: Callable[[Mapping[str, Any]], Given] | None  # where a prompt alone draws nothing: what does, of a batch read
-    steer: Callable[[np.ndarray], np.ndarray] | None = None  # see `jaxdiff.data.captioned.captioned_data`
+    network: Network  # what denoises, of `merge_params` parameters
+    sample_inputs: (
+        Callable[[Mapping[str, Any]], SampleInputs] | None
+    )  # where a prompt alone draws nothing: what does, of a batch read
+    make_control_image: Callable[[np.ndarray], np.ndarray] | None = None  # see `jaxdiff.data.captioned.captioned_data`
 
 
-def make(config: Any, model: Model, params: Params) -> Target:
-    """What `config.stage` names, one of `TARGETS`.
+def make(config: Any, model: Model, params: Params) -> Trainable:
+    """What `config.stage` names, one of `TRAINABLES`.
 
     Args:
         config: all settings, see jaxdiff/training/defaults.py.
         model, params: what training starts from.
 
     Returns:
-        A target whose parameters are numpy arrays, which take no memory of a device.
+        A trainable whose parameters are numpy arrays, which take no memory of a device.
 
     Raises:
         ConfigError, OptionsError, WeightsError: one sentence naming the setting.
     """
-    target = _made(config, model, params)
-    return target._replace(params=jax.device_get(target.params))
+    trainable = _made(config, model, params)
+    return trainable._replace(params=jax.device_get(trainable.params))
 
 
-def described(config: Any, model: Model, shapes: Params) -> Target:
-    """The target of `make` with the shapes of its parameters, from those of the model's; nothing is allocated."""
-    made: list[Target] = []
+def described(config: Any, model: Model, shapes: Params) -> Trainable:
+    """The trainable of `make` with the shapes of its parameters, from those of the model's; nothing is allocated."""
+    made: list[Trainable] = []
 
     def run(params: Params) -> Params:
         made.append(_made(config, model, params))
@@ -75,11 +77,11 @@ def described(config: Any, model: Model, shapes: Params) -> Target:
     return made[-1]._replace(params=shapes)
 
 
-def _made(config: Any, model: Model, params: Params) -> Target:
+def _made(config: Any, model: Model, params: Params) -> Trainable:
     model = dataclasses.replace(model, scheduler=process(config, model.scheduler))
-    target = TARGETS[config.stage](config, model, params)
-    check_rates(config.rates, target.params, target.stage.trainable)  # now, before latents are computed
-    return target
+    trainable = TRAINABLES[config.stage](config, model, params)
+    check_rates(config.rates, trainable.params, trainable.stage.trainable)  # now, before latents are computed
+    return trainable
 
 
 def process(config: Any, given: SchedulerConfig) -> SchedulerConfig:
@@ -113,10 +115,17 @@ def _same(params: Params) -> Params:
 
 
 def _stage(
-    config: Any, model: Model, name: str, trainable: tuple[str, ...], network: Network, whole: Whole | None = None
+    config: Any,
+    model: Model,
+    name: str,
+    trainable: tuple[str, ...],
+    network: Network,
+    merge_params: MergeParams | None = None,
 ) -> Stage:
-    noising = {name: config[name] for name in Noising.__dataclass_fields__}
-    return diffusion_stage(model, trainable=trainable, name=name, network=network, whole=whole, **noising)
+    noise_options = {name: config[name] for name in NoiseOptions.__dataclass_fields__}
+    return diffusion_stage(
+        model, trainable=trainable, name=name, network=network, merge_params=merge_params, **noise_options
+    )
 
 
 def _modules(config: Any, model: Model) -> tuple[str, ...]:
@@ -142,7 +151,7 @@ def _save_model(model: Model) -> Callable[[Path, Params], None]:
     return lambda folder, params: save(folder, model, parts(model, params))
 
 
-def _seen(model: Model) -> tuple[Network, Callable[[Mapping[str, Any]], Given] | None]:
+def _seen(model: Model) -> tuple[Network, Callable[[Mapping[str, Any]], SampleInputs] | None]:
     """The network of a model without ControlNets, and what it draws from beside a prompt."""
     network = finetune.network_of(model)
     if model.inpaints:
@@ -150,43 +159,43 @@ def _seen(model: Model) -> tuple[Network, Callable[[Mapping[str, Any]], Given] |
     return network, functools.partial(finetune.drawn_larger, model) if model.family == "upscaler" else None
 
 
-def _unet(config: Any, model: Model, params: Params, name: str = "unet") -> Target:
-    network, given = _seen(model)
+def _unet(config: Any, model: Model, params: Params, name: str = "unet") -> Trainable:
+    network, sample_inputs = _seen(model)
     stage = _stage(config, model, name, _modules(config, model), network)
-    return Target(stage, params, model, _same, _save_model(model), network, given)
+    return Trainable(stage, params, model, _same, _save_model(model), network, sample_inputs)
 
 
-def _lora(config: Any, model: Model, params: Params) -> Target:
+def _lora(config: Any, model: Model, params: Params) -> Trainable:
     c = config.lora
     alpha = float(c.alpha or c.rank)
     chosen = {"targets": _modules(config, model), "endings": tuple(c.layers) or ATTENTION}
-    params, whole = adapters.with_lora(model, params, c.rank, alpha, jax.random.key(config.seed), **chosen)
-    network, given = _seen(model)
-    stage = _stage(config, model, "lora", ("lora",), network, whole)
+    params, merge_params = adapters.with_lora(model, params, c.rank, alpha, jax.random.key(config.seed), **chosen)
+    network, sample_inputs = _seen(model)
+    stage = _stage(config, model, "lora", ("lora",), network, merge_params)
 
     def export(folder: Path, params: Params) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for layout, name in LORA_FILES.items():
             save_lora(folder / name, model, adapters.lora_of(params, alpha), layout)  # type: ignore[arg-type]
 
-    return Target(stage, params, model, whole, export, network, given)
+    return Trainable(stage, params, model, merge_params, export, network, sample_inputs)
 
 
-def _textual_inversion(config: Any, model: Model, params: Params) -> Target:
+def _textual_inversion(config: Any, model: Model, params: Params) -> Trainable:
     _check_no_choice(config)
     c = config.word
-    model, params, whole = adapters.with_word(model, params, c.token, c.initial, c.vectors)
-    network, given = _seen(model)
-    stage = _stage(config, model, "word", ("words",), network, whole)
+    model, params, merge_params = adapters.with_word(model, params, c.token, c.initial, c.vectors)
+    network, sample_inputs = _seen(model)
+    stage = _stage(config, model, "word", ("words",), network, merge_params)
 
     def export(folder: Path, params: Params) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_textual_inversion(folder / WORD_FILE, model, whole(params), c.token)
+        save_textual_inversion(folder / EMBEDDING_FILE, model, merge_params(params), c.token)
 
-    return Target(stage, params, model, whole, export, network, given)
+    return Trainable(stage, params, model, merge_params, export, network, sample_inputs)
 
 
-def _controlnet(config: Any, model: Model, params: Params) -> Target:
+def _controlnet(config: Any, model: Model, params: Params) -> Trainable:
     _check_no_choice(config)
     c = config.controlnet
     if c.init_from:
@@ -197,27 +206,27 @@ def _controlnet(config: Any, model: Model, params: Params) -> Target:
     model, params = with_controlnets(model, params, (net, values))
     network = finetune.controlled_network(model)
     stage = _stage(config, model, "controlnet", ("controlnet",), network)
-    prepare, steer = stage.prepare, functools.partial(canny, low=c.canny_low, high=c.canny_high)
-    stage = stage._replace(prepare=lambda batch: prepare(finetune.steered(batch, steer)))
+    prepare, make_control_image = stage.prepare, functools.partial(canny, low=c.canny_low, high=c.canny_high)
+    stage = stage._replace(prepare=lambda batch: prepare(finetune.with_control_images(batch, make_control_image)))
 
-    def given(batch: Mapping[str, Any]) -> Given:
-        return finetune.drawn_by_hint(finetune.steered(batch, steer))
+    def sample_inputs(batch: Mapping[str, Any]) -> SampleInputs:
+        return finetune.drawn_by_hint(finetune.with_control_images(batch, make_control_image))
 
     def export(folder: Path, params: Params) -> None:
         save_controlnet(folder, net, params["controlnet"][0])
 
-    return Target(stage, params, model, _same, export, network, given, steer)
+    return Trainable(stage, params, model, _same, export, network, sample_inputs, make_control_image)
 
 
-def _inpainting(config: Any, model: Model, params: Params) -> Target:
+def _inpainting(config: Any, model: Model, params: Params) -> Trainable:
     return _unet(config, *finetune.inpainting_model(model, params), "inpainting")
 
 
-def _upscaler(config: Any, model: Model, params: Params) -> Target:
+def _upscaler(config: Any, model: Model, params: Params) -> Trainable:
     return _unet(config, *finetune.upscaler_model(model, params), "upscaler")
 
 
-TARGETS: Mapping[str, Callable[[Any, Model, Params], Target]] = {
+TRAINABLES: Mapping[str, Callable[[Any, Model, Params], Trainable]] = {
     "unet": _unet,
     "lora": _lora,
     "textual_inversion": _textual_inversion,
