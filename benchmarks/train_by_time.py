@@ -144,8 +144,8 @@ def train(args: argparse.Namespace) -> None:
         raise SystemExit(f"--packed {args.packed} holds {len(latents)} latents: lower --held_out {args.held_out}.")
     options = Options(
         steps=10**9, batch_size=args.batch_size, learning_rate=args.learning_rate, optimizer=args.optimizer,
-        weight_decay=args.weight_decay, b2=0.99, ema_sigmas=SIGMAS, seed=args.seed,
-        rates=(("text_encoder", args.text_rate),),
+        weight_decay=args.weight_decay, warmup_steps=0, schedule="constant", ema_sigmas=SIGMAS, seed=args.seed,
+        lr_multipliers=(("text_encoder", args.text_rate),),
     )  # fmt: skip
     step, tx = make_step(model, options, scale, args.held_out)
     held = {"latents": latents[-args.held_out :] * scale, "tokens": tokens[-args.held_out :]}

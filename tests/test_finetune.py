@@ -18,9 +18,9 @@ from jaxdiff.models.model import build
 from jaxdiff.training import finetune
 from jaxdiff.training.defaults import base
 from jaxdiff.training.evaluate import noise_levels, reconstructions
+from jaxdiff.training.evaluation import drawing, placed
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import Options, OptionsError
-from jaxdiff.training.sample_sheets import drawing, placed
 from jaxdiff.training.train_step import accumulated_grad, init_state, make_train_step
 from jaxdiff.training.trainables import make, process
 from tests.test_training import BATCH, keys, pictures
@@ -33,7 +33,7 @@ TEXTS = ["a castle", "a red dragon", "a blue house", "blurry"]
 def settings(stage: str, **changes) -> ConfigDict:
     config = base()
     config.stage = stage
-    config.word.update({"token": "<cat>", "initial": "castle", "vectors": 2})
+    config.textual_inversion.update({"token": "<cat>", "initial": "castle", "vectors": 2})
     for name, value in {"caption_dropout": 0.0, **changes}.items():
         config[name].update(value) if isinstance(value, dict) else config.update({name: value})
     return config
@@ -54,7 +54,8 @@ def target_of(tiny):
 
 def trained(target, batch, steps: int = 12, rate: float = 3e-3):
     """(all parameters after some steps, the loss at the same times and noises before and after)."""
-    o = Options(steps, BATCH, learning_rate=rate, weight_decay=0.0, ema_decay=0.0)
+    plain = {"warmup_steps": 0, "schedule": "constant", "b2": 0.999, "weight_decay": 0.0, "ema_decay": 0.0}
+    o = Options(steps, BATCH, learning_rate=rate, **plain)
     mesh = parallel.mesh(devices=jax.devices()[:1])
     state = init_state({k: target.params[k] for k in target.stage.trainable}, optimizer(o), mesh)
     step = make_train_step(target.stage.loss, o, mesh, state)
@@ -250,8 +251,8 @@ def test_a_device_draws_no_more_of_a_sheet_at_a_time_than_it_trains_on(target_of
     sizes, sheets, generate = [], [], jaxdiff.generate
     monkeypatch.setattr(jaxdiff, "generate", lambda *args, **k: sizes.append(len(args[2])) or generate(*args, **k))
     for at_once in (4, 2):
-        draw = drawing(config, target, held_out, lambda _, images, *__: sheets.append(images.astype(int)), at_once)
-        draw(0, target.merge_params(target.params))
+        draw = drawing(config, target, held_out, at_once)
+        sheets.append(draw(0, target.merge_params(target.params)).images.astype(int))
     devices = jax.local_device_count()
     assert sizes == ([3, 2, 2] if devices == 1 else [3, 3])
     assert np.abs(sheets[0] - sheets[1]).max() <= 1

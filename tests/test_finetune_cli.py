@@ -36,11 +36,14 @@ STEPS, SCALE, LEVELS = 2, 7.5, 2  # LEVELS: see tests/test_tasks.py
 PROMPT = {"textual_inversion": "a <cat>"}
 RATE = {"textual_inversion": 0.3, "lora": 0.1, "controlnet": 0.05}
 MORE = {
-    "lora": ["--config.trainable=('unet', 'text_encoder')", "--config.rates=(('lora/text_encoder', 0.0),)"],
-    "dreambooth": ["--config.data.captions=('a photo of sks castle',)", "--config.prior.captions=('a castle',)"],
+    "lora": ["--config.trainable=('unet', 'text_encoder')", "--config.lr_multipliers=(('lora/text_encoder', 0.0),)"],
+    "dreambooth": [
+        "--config.data.captions=('a photo of sks castle',)",
+        "--config.prior_preservation.captions=('a castle',)",
+    ],
     "textual_inversion": [
-        "--config.word.token=<cat>",
-        "--config.word.initial=castle",
+        "--config.textual_inversion.token=<cat>",
+        "--config.textual_inversion.initial=castle",
         "--config.data.captions=('a {}',)",  # the tiny model reads 12 tokens
     ],
 }
@@ -125,7 +128,7 @@ def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
 ):
     run = command(kind, data, tiny_folder, tmp_path)
     if kind == "lora":  # beside pictures of a class, and stopped on the way
-        run.append(f"--config.prior.path={data}")
+        run.append(f"--config.prior_preservation.path={data}")
         code, _, err = cli(*run, "--config.steps=1")
         assert code == 0, err
     if kind == "dreambooth":  # beside pictures of the class that the model draws itself
@@ -134,7 +137,7 @@ def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
         monkeypatch.setattr(sys, "argv", argv)
         (tmp_path / "class").mkdir()
         assert sample.main(argv) == 0
-        run.append(f"--config.prior.path={tmp_path}/class")
+        run.append(f"--config.prior_preservation.path={tmp_path}/class")
     code, out, err = cli(*run)
     assert code == 0, err
     assert ("goes on from step 1" in out) == (kind == "lora")

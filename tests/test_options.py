@@ -13,8 +13,8 @@ from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training import ema
 from jaxdiff.training.loop import Stage, fit
 from jaxdiff.training.optimizer import optimizer
-from jaxdiff.training.options import Options, OptionsError
-from jaxdiff.training.stages import NoiseOptions, diffusion_stage, random_noise, random_times
+from jaxdiff.training.options import NoiseOptions, Options, OptionsError
+from jaxdiff.training.stages import diffusion_stage, random_noise, random_times
 from jaxdiff.training.train_step import init_state, make_train_step
 from tests.test_training import BATCH, keys, options, pairs
 from tests.tiny import SCHEDULER, tiny_model

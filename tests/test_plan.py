@@ -57,7 +57,7 @@ def configs_alone(tiny_folder, tmp_path_factory):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "finetune").glob("*.py")))
 def test_what_is_planned_for_fine_tuning_is_what_is_made(name, configs_alone, tiny):
     config = importlib.import_module(f"configs.finetune.{name}").get_config()
-    config.init_from.model, config.word.initial = str(configs_alone), "castle"
+    config.init_from.model, config.textual_inversion.initial = str(configs_alone), "castle"
     if name == "controlnet":
         config.controlnet.init_from = "elsewhere"  # whose weights are not read either
     stage, shapes, _ = described(config)
@@ -74,7 +74,7 @@ def test_of_a_lora_the_frozen_weights_are_held_once_and_have_no_optimizer(config
     config = importlib.import_module("configs.finetune.lora").get_config()
     config.init_from.model = str(configs_alone)
     stage, shapes, _ = described(config)
-    options = Options(**{name: config[name] for name in Options.__dataclass_fields__})
+    options = Options.from_config(config)
     mesh = parallel.mesh(devices=jax.devices()[:1])
     frozen = {k: v for k, v in shapes.items() if k not in stage.trainable}
     frozen = memory_plan.sharded(mesh, jax.eval_shape(lambda x: cast_frozen(x, options), frozen))

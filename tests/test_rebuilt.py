@@ -54,8 +54,8 @@ def test_what_was_trained_is_written_with_them(steered, monkeypatch, tmp_path):
     assert set(parts(tiny_model(), params)) == set(steered.modules)
     written = []
     monkeypatch.setattr(trainables, "save", lambda folder, model, params: written.append((model, params)))
-    trainables._save_model(steered)(tmp_path, params)
+    trainables.save_model(steered)(tmp_path, params)
     upscaler = replace_config(steered, "unet", num_class_embeds=41)
-    trainables._save_model(upscaler)(tmp_path, params)
+    trainables.save_model(upscaler)(tmp_path, params)
     assert [len(model.controlnets) for model, _ in written] == [2, 0]
     assert ["controlnet" in params for _, params in written] == [True, False]

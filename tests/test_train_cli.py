@@ -21,6 +21,7 @@ from jaxdiff.data.folder import examples
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.io.images import read_image
 from jaxdiff.io.sources import open_tensors
+from jaxdiff.training.run import build_run
 from tests.training_config import get_config
 
 ROOT = Path(__file__).parent.parent
@@ -191,7 +192,7 @@ def test_every_mistake_is_one_sentence(cli, data, tmp_path, args, code, named):
 def test_workers_of_the_config_read_what_its_threads_read(data, tiny_folder, tmp_path):
     config = get_config("vae")
     config.data.path, config.init_from.model = str(data), str(tiny_folder)
-    run = train.Run(config, tmp_path)
+    run = build_run(config, tmp_path)
     expected = [batch for batch, _ in zip(run.batches(), range(3), strict=False)]
     config.data.workers = 1
     before, batches = set(multiprocessing.active_children()), iter(run.batches())

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.cli import train
-from jaxdiff.cli.train_flags import check_read
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data
 from jaxdiff.io.edges import canny
 from jaxdiff.io.modules import save_module
 from jaxdiff.models.model import apply
 from jaxdiff.training import dreambooth
+from jaxdiff.training.checks import STAGES, check_settings
 from jaxdiff.training.init import starting_model
-from jaxdiff.training.options import Options
-from jaxdiff.training.stages import NoiseOptions, vae_stage
+from jaxdiff.training.options import NoiseOptions, Options
+from jaxdiff.training.run import build_run
+from jaxdiff.training.stages import vae_stage
 from jaxdiff.training.trainables import TRAINABLES, make
 from tests.test_finetune import settings
 from tests.test_train_cli import ROOT
@@ -48,7 +48,7 @@ def run_of(folders, tiny_folder):
         config = settings(stage, **{"batch_size": 4 * jax.device_count(), **changes})
         config.init_from.model = str(tiny_folder)
         config.data.update({"path": str(folders / "class"), "image_size": SIDE, "threads": 1})
-        return train.Run(config, folders / "run")
+        return build_run(config, folders / "run")
 
     return make_run
 
@@ -58,13 +58,13 @@ def run_of(folders, tiny_folder):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_is_one_of_a_target(path):
-    assert ("clip", "vae", *TRAINABLES) == train.STAGES
+    assert tuple(TRAINABLES) == STAGES
     config = importlib.import_module(f"configs.finetune.{path.stem}").get_config()
     assert config.stage in TRAINABLES
     assert path.name in importlib.import_module(f"configs.finetune.{path.stem}").__doc__  # its command
-    Options(**{name: config[name] for name in Options.__dataclass_fields__}).check(1)
-    NoiseOptions(**{name: config[name] for name in NoiseOptions.__dataclass_fields__})
-    check_read(config)
+    Options.from_config(config).check(1)
+    NoiseOptions.from_config(config)
+    check_settings(config)
     assert config.eval.guidance_scale == 0  # sheets as the model itself recommends
 
 
@@ -72,7 +72,7 @@ def test_every_config_is_one_of_a_target(path):
 
 
 def test_the_weight_of_class_pictures(run_of, folders):
-    _, _, batches, _ = run_of("unet", prior={"path": str(folders / "class"), "weight": 0.5}).parts()
+    batches = run_of("unet", prior_preservation={"path": str(folders / "class"), "weight": 0.5}).batches()
     weights = next(iter(batches))["weight"]
     np.testing.assert_array_equal(weights, np.repeat(np.float32([1, 0.5]), len(weights) // 2))
 
@@ -80,8 +80,7 @@ def test_the_weight_of_class_pictures(run_of, folders):
 def test_edges_are_found_where_pictures_are_decoded(run_of):
     for high, colours in ((200.0, {0, 255}), (2040.0, {0})):  # which no edge reaches
         run = run_of("controlnet", controlnet={"canny_high": high}, data={"flip": True})
-        stage, _, batches, _ = run.parts()
-        batch = next(iter(batches))
+        stage, batch = run.trainable.stage, next(iter(run.batches()))
         edges = [canny(image, 100.0, high) for image in batch["image"]]
         np.testing.assert_array_equal(batch["hint"], edges)
         assert set(np.unique(batch["hint"])) == colours
@@ -91,19 +90,20 @@ def test_edges_are_found_where_pictures_are_decoded(run_of):
 
 
 def test_weights_of_the_autoencoders_losses(run_of):
-    stage, params, batches, _ = run_of("vae", kl_weight=2.0, edge_weight=0.0, eval={"pictures": 2}).parts()
-    batch = stage.prepare(next(iter(batches)))
+    run = run_of("vae", kl_weight=2.0, edge_weight=0.0, eval={"pictures": 2})
+    stage, params = run.trainable.stage, run.trainable.params
+    batch = stage.prepare(next(iter(run.batches())))
     args = params, batch, keys(len(batch["image"]))
     value, metrics = jax.jit(stage.loss)(*args)
     np.testing.assert_allclose(value, metrics["reconstruction"] + 2 * metrics["kl"], rtol=1e-5)
-    _, with_edges = jax.jit(vae_stage(run_of("vae").model, edge_weight=1.0).loss)(*args)
+    _, with_edges = jax.jit(vae_stage(run_of("vae").trainable.model, edge_weight=1.0).loss)(*args)
     assert with_edges["reconstruction"] > metrics["reconstruction"]
     np.testing.assert_allclose(with_edges["kl"], metrics["kl"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["", "full"])
 def test_activations_are_computed_again_in_the_unet(run_of, tiny, remat):
-    model = run_of("unet", remat=remat).model
+    model = run_of("unet", remat=remat).trainable.model
     inputs = jnp.zeros((1, *LATENT)), jnp.zeros(1), jnp.zeros((1, MAX_LENGTH, UNET.cross_attention_dim))
     program = jax.make_jaxpr(lambda params: apply(model, params, "unet", *inputs))(tiny[1])
     assert ("checkpoint" in str(program) or "remat" in str(program)) == bool(remat)
@@ -111,7 +111,7 @@ def test_activations_are_computed_again_in_the_unet(run_of, tiny, remat):
 
 @pytest.mark.parametrize(("count", "sizes"), [(3, [2, 1]), (9, [2, 2])])
 def test_a_device_is_given_no_more_pictures_than_in_a_step(run_of, count, sizes):
-    held_out = run_of("unet", accumulate=2, eval={"pictures": count}).held_out()
+    held_out = run_of("unet", accumulate=2, eval={"pictures": count}).data.held_out()
     assert [len(b["image"]) for b in held_out] == [len(b["text"]) for b in held_out] == sizes
 
 

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdiff.cli import train
-from jaxdiff.cli.train_flags import check_sizes
-from jaxdiff.commands.errors import UsageError
 from jaxdiff.config import CLIPVisionConfig, VAEConfig
 from jaxdiff.models.model import param_shapes
 from jaxdiff.training import init
+from jaxdiff.training.checks import check_sizes
+from jaxdiff.training.options import OptionsError
+from jaxdiff.training.run import build_run
 from tests.datasets_of_pictures import write_folder
 from tests.test_train_cli import CONFIG, cache_home, cli  # noqa: F401 (fixtures)
 from tests.tiny import SIDE, tiny_model
@@ -27,7 +27,7 @@ def settings(stage="vae", **data):
 
 @pytest.mark.parametrize("crop", [14, 15, 18, 4, -8, SIDE + 4])
 def test_a_crop_that_does_not_fit(crop):
-    with pytest.raises(UsageError, match=rf"config\.crop {crop} must be from 8 to 16, and a multiple of 4"):
+    with pytest.raises(OptionsError, match=rf"crop {crop} must be from 8 to 16, and a multiple of 4"):
         check_sizes(settings(crop=crop), tiny_model())
 
 
@@ -42,22 +42,22 @@ def test_the_factor_counts_where_it_is_larger_than_the_scales():
     model = tiny_model()
     model = init.build(model.text_encoder.config, model.unet.config, vae, model.tokenizer, model.scheduler)
     check_sizes(settings(image_size=64, crop=32), model)
-    with pytest.raises(UsageError, match=r"config\.crop 24 must be from 16 to 64, and a multiple of 16"):
+    with pytest.raises(OptionsError, match=r"crop 24 must be from 16 to 64, and a multiple of 16"):
         check_sizes(settings(image_size=64, crop=24), model)
 
 
 @pytest.mark.parametrize(
     ("stage", "data", "said"),
     [
-        ("vae", {"image_size": 18}, "config.data.image_size 18 must be at least 8, and a multiple of 4"),
-        ("vae", {"image_size": 15, "crop": 8}, "config.data.image_size 15 must be at least 8, and a multiple of 2"),
-        ("vae", {"image_size": 16, "buckets": 6}, "config.data.buckets 6 must be a multiple of 4"),
-        ("unet", {"image_size": 15}, "config.data.image_size 15 must be at least 2, and a multiple of 2"),
-        ("inpainting", {"image_size": 16, "buckets": 3}, "config.data.buckets 3 must be a multiple of 2"),
+        ("vae", {"image_size": 18}, "data.image_size 18 must be at least 8, and a multiple of 4"),
+        ("vae", {"image_size": 15, "crop": 8}, "data.image_size 15 must be at least 8, and a multiple of 2"),
+        ("vae", {"image_size": 16, "buckets": 6}, "data.buckets 6 must be a multiple of 4"),
+        ("unet", {"image_size": 15}, "data.image_size 15 must be at least 2, and a multiple of 2"),
+        ("inpainting", {"image_size": 16, "buckets": 3}, "data.buckets 3 must be a multiple of 2"),
     ],
 )
 def test_sizes_and_buckets_that_do_not_fit(stage, data, said):
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(OptionsError) as error:
         check_sizes(settings(stage, **data), tiny_model())
     assert said in str(error.value)
 
@@ -94,5 +94,5 @@ def test_no_pictures_to_evaluate_on(tmp_path, stage, monkeypatch):
     config.data.path, config.eval.pictures = str(write_folder(tmp_path / "data", 4)), 0
     config.data.eval_split = "" if stage == "clip" else "train"
     config.eval.prompts = ("a castle",)
-    on_eval = train.Run(config, tmp_path).parts()[3]
+    on_eval = build_run(config, tmp_path).evaluation()
     assert on_eval is None or on_eval(0, {}) == {}

@@ -83,7 +83,8 @@ def pairs(count: int = 8) -> dict:
 
 def options(**changes) -> Options:
     defaults = {"steps": 4, "batch_size": BATCH, "learning_rate": 1e-3, "weight_decay": 0.0, "log_every": 1}
-    return Options(**{**defaults, "checkpoint_every": 1000, **changes})
+    defaults |= {"warmup_steps": 0, "schedule": "constant", "b2": 0.999, "checkpoint_every": 1000}
+    return Options(**{**defaults, **changes})
 
 
 def keys(count: int = BATCH) -> jax.Array:

@@ -9,7 +9,8 @@ import jaxdiff
 from jaxdiff.io.lora import save_lora
 from jaxdiff.io.weights import named_tensors
 from jaxdiff.training import adapters
-from jaxdiff.training.stages import NoiseOptions, random_noise, random_times
+from jaxdiff.training.options import NoiseOptions
+from jaxdiff.training.stages import random_noise, random_times
 from jaxdiff.training.trainables import make
 from tests.test_finetune import settings
 

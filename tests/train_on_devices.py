@@ -24,11 +24,12 @@ from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage
 from jaxdiff.training.train_step import init_state, make_train_step, norm
 
 BATCH, STEPS = 8, 20
+PLAIN: dict = {"learning_rate": 1e-3, "warmup_steps": 0, "schedule": "constant", "b2": 0.999}
 WIDTH = 128  # of the kernels that optimizers are tried on: Adafactor factors from here on, 8 bits from 4096 elements
 OPTIMIZERS: dict[str, dict] = {
-    "int8": {"moments": "int8"},
+    "int8": {"moment_dtype": "int8"},
     "adafactor": {"optimizer": "adafactor"},
-    "lion, bfloat16": {"optimizer": "lion", "moments": "bfloat16"},
+    "lion, bfloat16": {"optimizer": "lion", "moment_dtype": "bfloat16"},
     "muon": {"optimizer": "muon"},
 }
 MESHES = {"one": (1, 1), "data": (1, 1), "fsdp": (8, 1), "all": (2, 2)}  # name -> sizes of fsdp and tensor
@@ -57,7 +58,7 @@ def batches(steps: int):
 
 def train(stage, params, mesh, steps: int, **compiler) -> dict:
     """Losses, how parameters, averages and moments are divided, and what one step sends."""
-    options = Options(steps=steps, batch_size=BATCH, learning_rate=1e-3)
+    options = Options(steps=steps, batch_size=BATCH, **PLAIN)
     trained = {k: params[k] for k in stage.trainable}
     frozen = {k: v for k, v in params.items() if k not in stage.trainable}
     with mock.patch.object(multihost_utils, "process_allgather", wraps=multihost_utils.process_allgather) as gather:
@@ -124,7 +125,7 @@ def squares() -> tuple[Stage, dict, list[dict]]:
 def moved(changes: dict, meshes: list, folder: Path) -> dict:
     """Four updates, half of them on each mesh, with a checkpoint in between."""
     (stage, params, steps), report = squares(), {"losses": [], "restored": True}
-    options = Options(steps=4, batch_size=BATCH, learning_rate=1e-3, ema_sigmas=(0.05, 0.1), **changes)
+    options = Options(steps=4, batch_size=BATCH, ema_sigmas=(0.05, 0.1), **PLAIN, **changes)
     state = init_state(params, optimizer(options), meshes[0])
     for i, mesh in enumerate(meshes):
         if i:

@@ -1,24 +1,31 @@
 """The flags of train.py."""
 
 import re
-from typing import Any
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+import jaxdiff
 from jaxdiff.commands.errors import UsageError
+from jaxdiff.training.checks import check_settings
+from jaxdiff.training.defaults import current_name
+from jaxdiff.training.options import OptionsError
 
-STAGES = ("clip", "vae", "unet", "lora", "textual_inversion", "controlnet", "inpainting", "upscaler")
+PACKAGE = Path(jaxdiff.__file__).parent
+CONFIG_FOLDERS = (Path("configs"), PACKAGE / "configs", PACKAGE.parent / "configs")  # the last, of a checkout
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
     """The flags of a command line, the program's name first.
 
     Raises:
-        UsageError: one sentence naming the flag or setting.
+        UsageError, OptionsError: one sentence naming the flag or setting.
     """
-    f = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.", flag_values=f)
+    f, argv = flags.FlagValues(), [argv[0], *map(as_known, argv, argv[1:])]
+    config_flags.DEFINE_config_file(
+        "config", None, "The experiment: a file, or the name of one of configs/.", flag_values=f, sys_argv=argv
+    )
     flags.DEFINE_string("workdir", None, "Folder of all that the run writes.", f)
     flags.DEFINE_bool(
         "distributed", False, "This is one of several processes, on a TPU pod or under Slurm: find the others.", f
@@ -43,8 +50,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_bool("verbose", False, "Show the traceback of an error.", f)
     flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
     try:
-        rest = f([f"{a}=full" if a.lstrip("-") == "plan" else a for a in argv])[1:]
-        stage = f.config is not None and f.config.stage  # raises where the file could not be read
+        rest = f(argv)[1:]
+        _ = f.config is not None and f.config.stage  # raises where the file could not be read
     except (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as e:
         raise UsageError(config_error(e)) from None
     if f.help:
@@ -56,7 +63,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if f.posthoc_ema is not None and f.workdir and f.config is None:
         return f
     if f.config is None:
-        raise UsageError("--config is missing: name the experiment, such as --config=configs/icons/vae.py.")
+        raise UsageError("--config is missing: name the experiment, such as --config=lora.")
     if not f.workdir and not f.plan:
         raise UsageError("--workdir is missing: name a folder for the run, such as --workdir=runs/vae.")
     among = f.num_processes, f.process_id
@@ -64,60 +71,49 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UsageError("--coordinator_address needs --num_processes and a --process_id from 0 to one less.")
     if among != (None, None) and not f.coordinator_address:
         raise UsageError("--num_processes and --process_id need --coordinator_address=host:port.")
-    if stage not in STAGES:
-        raise UsageError(f"config.stage {stage!r} must be one of {', '.join(STAGES)}.")
-    check_read(f.config)
-    if f.config.eval.pictures < 0:
-        raise UsageError(f"config.eval.pictures {f.config.eval.pictures} must be 0, for none, or more.")
+    check_settings(f.config)
     if not f.config.data.path and not f.plan:
-        raise UsageError("config.data.path is missing: name a captioned folder, --config.data.path=pictures/.")
+        raise OptionsError("data.path is missing: name a captioned folder, --config.data.path=images/.")
     return f
 
 
-def check_read(config: Any) -> None:
-    """Raise UsageError for settings of other stages, which this one would not read."""
-    given = {
-        "crop": config.crop,
-        "cache_latents": config.cache_latents,
-        "latents.path": config.latents.path,
-        "prior.path": config.prior.path,
-    }
-    read = {"vae": ("crop",), "clip": ()}.get(config.stage, ("cache_latents", "latents.path", "prior.path"))
-    if unread := [f"config.{name}={value}" for name, value in given.items() if value and name not in read]:
-        raise UsageError(f"{', '.join(unread)}: the stage {config.stage} does not read this; leave it out.")
+def find_config(name: str) -> str:
+    """A config's file, with what followed the colon: `name` itself, or a config of the checkout or the package.
+
+    "lora" is `configs/finetune/lora.py` of the checkout, or the copy that is installed with the package.
+
+    Raises:
+        UsageError: several files have that name.
+    """
+    stem, colon, argument = name.partition(":")
+    if Path(stem).is_file() or not re.fullmatch(r"[\w/]+", stem):
+        return name
+    for folder in CONFIG_FOLDERS:
+        found = sorted(folder.glob(f"**/{stem}.py"))
+        if len(found) > 1:
+            raise UsageError(f"--config={name} may be any of {', '.join(map(str, found))}: give its path.")
+        if found:
+            return f"{found[0]}{colon}{argument}"
+    known = sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("**/*.py")} - {"__init__"})
+    raise UsageError(f"--config={name} is no file and no config of that name; known are {', '.join(known)}.")
 
 
-def check_sizes(config: Any, model: Any) -> None:
-    """Raise UsageError for images of a size that the autoencoder, or its loss at several scales, cannot take."""
-    from jaxdiff.training.losses import SCALES
-
-    if config.stage == "clip" or config.latents.path:  # any size will do, or was settled when they were written
-        return
-    factor, crop, buckets = model.vae.config.factor, config.crop, config.data.buckets
-    side = config.data.image_size or model.unet.config.side * factor
-    step = least = factor
-    reason = f"{factor}, the autoencoder's factor"
-    if config.stage == "vae":
-        step, least = max(factor, 2 ** (SCALES - 1)), max(factor, 2**SCALES)
-        reason = f"{step}, for the autoencoder's factor {factor} and the loss's {SCALES} scales"
-    whole = factor if crop or buckets else step  # what is evaluated is not cropped, and has no loss
-    if side < least or side % whole:
-        raise UsageError(
-            f"config.data.image_size {side} must be at least {least}, and a multiple of "
-            f"{reason if whole == step else factor}."
-        )
-    if crop and (crop % step or not least <= crop <= side):
-        raise UsageError(
-            f"config.crop {crop} must be from {least} to {side - side % step}, and a multiple of {reason}; or 0 for "
-            "whole images."
-        )
-    if buckets % step:
-        raise UsageError(f"config.data.buckets {buckets} must be a multiple of {reason}; or 0 for squares.")
+def as_known(previous: str, argument: str) -> str:
+    """An argument with the config's file found, settings under today's names, and --plan with a value."""
+    if previous in ("-config", "--config"):
+        return find_config(argument)
+    if argument.lstrip("-") == "plan":
+        return f"{argument}=full"
+    if match := re.fullmatch(r"(--?config=)(.+)", argument):
+        return match[1] + find_config(match[2])
+    if match := re.fullmatch(r"(--?config\.)(\w+)(.*)", argument, re.DOTALL):
+        return match[1] + current_name(match[2]) + match[3]
+    return argument
 
 
 def config_error(error: Exception) -> str:
     """One sentence out of what ml_collections says, which may hold a whole traceback."""
     text = " ".join(str(error).split())
     if isinstance(error, LookupError):
-        return f"--config has no setting {text.strip(chr(34))}; jaxdiff/training/defaults.py lists all."
+        return f"--config has no setting {text.strip(chr(34))}; jaxdiff/training/defaults.py and options.py list all."
     return f"--config: {re.split(r'Error: |.Errno [0-9]+. ', text)[-1]}"

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxdiff.config import CLIPTextConfig, ConfigError
 from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
-from jaxdiff.data.captioned import open_source
 from jaxdiff.data.filters import scan
 from jaxdiff.data.source import Source
 from jaxdiff.io.configs import read_config
@@ -217,12 +216,6 @@ def measured(model: Model, params: Params, images: Iterable[np.ndarray]) -> Mode
     vae = jax.device_put(params["vae"])
     latents = np.concatenate([np.asarray(run(vae, batch)).ravel() for batch in images]).astype(np.float64)
     return replace_config(model, "vae", scaling_factor=float(np.round(1.0 / latents.std(), 5)))
-
-
-def open_data(path: str | Path, split: str, data: Mapping[str, Any], cache: Path, **hosts: Any) -> Source:
-    """What lies at a path, with the columns that the config's `data` names; see `open_source`."""
-    columns = {name: data[name] for name in ("image_column", "text_column")}
-    return open_source(path, split, cache=cache, **columns, **hosts)
 
 
 def buckets(source: Source, data: Mapping[str, Any], image_size: int, cache: Path, **hosts: Any) -> Buckets | None:

@@ -20,7 +20,7 @@ from jaxdiff import parallel
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.ema import Snapshots
 from jaxdiff.training.mfu import Speed, flops, peak_flops
-from jaxdiff.training.optimizer import check_rates, optimizer
+from jaxdiff.training.optimizer import check_multipliers, optimizer
 from jaxdiff.training.options import Options
 from jaxdiff.training.progress import Report
 from jaxdiff.training.trackers import JsonLines, Pictures, TensorBoard, Tracker
@@ -70,7 +70,7 @@ class Result(NamedTuple):
 
 
 class Stop:
-    """Turns SIGTERM, also the notice that a machine is taken back, and the first Ctrl-C into a wish to stop.
+    """Turns SIGTERM, which also announces that a machine is taken back, and the first Ctrl-C into a request to stop.
 
     A context manager. With several hosts SIGTERM is left to JAX, which tells all of them and agrees on a step.
     """
@@ -185,7 +185,7 @@ def fit(
         TrainingError: parameters are not finite, or `max_skipped` updates in a row were not.
     """
     options.check(jax.device_count() if mesh is None else mesh.size)
-    check_rates(options.rates, params, stage.trainable)
+    check_multipliers(options.lr_multipliers, params, stage.trainable)
     mesh = parallel.mesh(options.fsdp, options.tensor) if mesh is None else mesh
     workdir, iterator = Path(workdir), iter(batches)
     trained = {k: params[k] for k in stage.trainable}
@@ -218,6 +218,8 @@ def fit(
             if on_eval is not None and (values := on_eval(step, whole(state))):
                 report.show(step, values)
 
+        if start < options.steps:
+            report.say("the training step is compiled first, which may take some minutes.")
         if options.eval_every and not start:  # what it starts from; and mistakes show now
             evaluate(0)
         guard, due = NonFiniteGuard(options.max_skipped), False
@@ -234,15 +236,17 @@ def fit(
             batch = parallel.global_batch(mesh, stage.prepare(next(iterator)))
             state, metrics = train_step(state, frozen, batch)
             step += 1
-            if report.speed is None:
+            first = report.speed is None
+            if first:
                 report.speed = speed_of(train_step, stage, options, mesh, state, frozen, batch)
             computing.append((step, metrics))
             trace.step(metrics)
             last = step == options.steps
             evaluated = last or (options.eval_every and step % options.eval_every == 0)
             due = due or step % options.checkpoint_every == 0
-            # The devices have this step to do while the host sees to the one before, and reads the next batch.
-            look_back(0 if last or due or evaluated else 1)
+            # The devices have this step to do while the host sees to the one before, and reads the next batch. Where
+            # the clock starts or stops, none is under way.
+            look_back(0 if first or last or due or evaluated or report.ends_interval(step) else 1)
             if last or (due and not guard.length):  # in a bad time the last good one is kept
                 checkpoints.save(step, state, iterator.get_state())
                 due = False
@@ -250,7 +254,8 @@ def fit(
                 snapshots.save(state.opt_state)
             if evaluated:
                 evaluate(step)
-                report.restart_clock()
+            if first or evaluated:
+                report.start_clock()
         look_back(0)
         if step < options.steps:
             checkpoints.save(step, state, iterator.get_state())

@@ -1,6 +1,5 @@
 """The stages of a text-to-image model: CLIP and the autoencoder, then the UNet, which needs both."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from jaxdiff.prompts import Tokens
 from jaxdiff.scheduler_config import SchedulerConfig
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.losses import SCALES, contrastive_loss, kl_divergence, reconstruction_loss
-from jaxdiff.training.options import OptionsError
+from jaxdiff.training.options import NoiseOptions
 from jaxdiff.training.train_step import NO_CAST, Batch, Dtypes, Metrics
 from jaxdiff.typing import Array, Key, Params
 
@@ -127,37 +126,6 @@ def vae_stage(model: Model, *, kl_weight: float = 1e-3, edge_weight: float = 1.0
 # --- the UNet
 
 Network = Callable[[Params, Array, Time, Conditioning, Batch, Key], Array]  # see `plain_network`
-TIMES = ("uniform", "logit_normal")
-
-
-@dataclasses.dataclass(frozen=True)
-class NoiseOptions:
-    """How noise, times and captions are drawn while a denoiser learns, and how its errors are weighed."""
-
-    caption_dropout: float = 0.1
-    """Share of examples that see the empty prompt, which guidance needs (Ho & Salimans 2022, algorithm 1)."""
-    min_snr_gamma: float = 0.0
-    """Bounds the weight of easy times (Hang et al. 2023, equation 5; 5 in the paper). 0 weighs all alike, as a
-    v-prediction with zero terminal signal-to-noise wants it: there the bound is a weight of 0."""
-    offset_noise: float = 0.0
-    """Deviation of a noise that is one number for each channel of a picture, added to that of each pixel, so that the
-    model learns to make whole pictures darker or lighter (0.1 is usual). 0: off."""
-    input_perturbation: float = 0.0
-    """Deviation of more noise that is in the input and not in the target (Ning et al. 2023, algorithm 1; 0.1)."""
-    times: str = "uniform"
-    """Or "logit_normal": the middle times more often (Esser et al. 2024, equation 19)."""
-    logit_mean: float = 0.0
-    """Of the logit of t / T; above 0 means more noise."""
-    logit_std: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("caption_dropout", "min_snr_gamma", "offset_noise", "input_perturbation"):
-            if getattr(self, name) < 0:
-                raise OptionsError(f"{name} {getattr(self, name)} must be 0 or more.")
-        if self.times not in TIMES:
-            raise OptionsError(f"times {self.times!r} must be one of {', '.join(TIMES)}.")
-        if self.logit_std <= 0:
-            raise OptionsError(f"logit_std {self.logit_std} must be above 0.")
 
 
 def plain_network(model: Model) -> Network:
@@ -188,11 +156,8 @@ def diffusion_stage(
         merge_params: all parameters -> those of the model's modules, where something else is trained.
         noise_options: fields of `NoiseOptions`.
     """
-    how, schedule, network = (
-        NoiseOptions(**noise_options),
-        noise_schedule(model.scheduler),
-        network or plain_network(model),
-    )
+    how, schedule = NoiseOptions(**noise_options), noise_schedule(model.scheduler)
+    network = network or plain_network(model)
     empty = prepare_pairs(model)({"text": [""]})
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:

@@ -1,4 +1,4 @@
-"""What train.py can teach a denoiser: from a config to a stage, its parameters, and the files that come out."""
+"""What can be trained: from a config to a stage, its parameters, and the files that come out."""
 
 import dataclasses
 import functools
@@ -23,9 +23,9 @@ from jaxdiff.training import adapters, finetune
 from jaxdiff.training.adapters import MergeParams
 from jaxdiff.training.finetune import SampleInputs
 from jaxdiff.training.loop import Stage
-from jaxdiff.training.optimizer import check_rates
-from jaxdiff.training.options import OptionsError
-from jaxdiff.training.stages import Network, NoiseOptions, diffusion_stage
+from jaxdiff.training.optimizer import check_multipliers
+from jaxdiff.training.options import NoiseOptions, OptionsError
+from jaxdiff.training.stages import Network, clip_params, clip_stage, diffusion_stage, vae_stage
 from jaxdiff.typing import Params
 
 LORA_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
@@ -33,18 +33,21 @@ DEFAULT_TRAINABLE = ("unet",)
 EMBEDDING_FILE = "learned_embeds.safetensors"
 
 
+def _same(params: Params) -> Params:
+    return params
+
+
 class Trainable(NamedTuple):
-    """One thing to train."""
+    """One thing to train. What follows `export` belongs to stages that train a denoiser."""
 
     stage: Stage
     params: Params  # all that the loss reads
     model: Model  # as it is in the end
-    merge_params: MergeParams  # params of the loss -> those that `model` draws with
     export: Callable[[Path, Params], None]  # writes what was trained, of params of the loss, into a folder
-    network: Network  # what denoises, of `merge_params` parameters
-    sample_inputs: (
-        Callable[[Mapping[str, Any]], SampleInputs] | None
-    )  # where a prompt alone draws nothing: what does, of a batch read
+    merge_params: MergeParams = _same  # params of the loss -> those that `model` draws with
+    network: Network | None = None  # what denoises, of merged parameters
+    # What the model draws from beside a prompt, of a batch read; None where a prompt is enough.
+    sample_inputs: Callable[[Mapping[str, Any]], SampleInputs] | None = None
     make_control_image: Callable[[np.ndarray], np.ndarray] | None = None  # see `jaxdiff.data.captioned.captioned_data`
 
 
@@ -78,9 +81,11 @@ def described(config: Any, model: Model, shapes: Params) -> Trainable:
 
 
 def _made(config: Any, model: Model, params: Params) -> Trainable:
-    model = dataclasses.replace(model, scheduler=process(config, model.scheduler))
+    if config.stage in DENOISERS:
+        model = dataclasses.replace(model, scheduler=process(config, model.scheduler))
     trainable = TRAINABLES[config.stage](config, model, params)
-    check_rates(config.rates, trainable.params, trainable.stage.trainable)  # now, before latents are computed
+    # Now, before latents are computed.
+    check_multipliers(config.lr_multipliers, trainable.params, trainable.stage.trainable)
     return trainable
 
 
@@ -110,22 +115,9 @@ def process(config: Any, given: SchedulerConfig) -> SchedulerConfig:
     return changed
 
 
-def _same(params: Params) -> Params:
-    return params
-
-
-def _stage(
-    config: Any,
-    model: Model,
-    name: str,
-    trainable: tuple[str, ...],
-    network: Network,
-    merge_params: MergeParams | None = None,
-) -> Stage:
-    noise_options = {name: config[name] for name in NoiseOptions.__dataclass_fields__}
-    return diffusion_stage(
-        model, trainable=trainable, name=name, network=network, merge_params=merge_params, **noise_options
-    )
+def _diffusion_stage(config: Any, model: Model, trainable: tuple[str, ...], network: Network, **more: Any) -> Stage:
+    options = dataclasses.asdict(NoiseOptions.from_config(config))
+    return diffusion_stage(model, trainable=trainable, name=config.stage, network=network, **more, **options)
 
 
 def _modules(config: Any, model: Model) -> tuple[str, ...]:
@@ -145,7 +137,7 @@ def _check_no_choice(config: Any) -> None:
         )
 
 
-def _save_model(model: Model) -> Callable[[Path, Params], None]:
+def save_model(model: Model) -> Callable[[Path, Params], None]:
     if model.family == "upscaler":  # of which PyTorch diffusers has none under ControlNets
         model = dataclasses.replace(model, controlnets=())
     return lambda folder, params: save(folder, model, parts(model, params))
@@ -159,40 +151,51 @@ def _seen(model: Model) -> tuple[Network, Callable[[Mapping[str, Any]], SampleIn
     return network, functools.partial(finetune.drawn_larger, model) if model.family == "upscaler" else None
 
 
-def _unet(config: Any, model: Model, params: Params, name: str = "unet") -> Trainable:
+def _clip(config: Any, model: Model, params: Params) -> Trainable:
+    if model.vision_encoder is None:
+        raise OptionsError("model.vision_encoder is missing: the clip stage trains one beside the text encoder.")
+    return Trainable(clip_stage(model), clip_params(params), model, save_model(model))
+
+
+def _vae(config: Any, model: Model, params: Params) -> Trainable:
+    stage = vae_stage(model, kl_weight=config.kl_weight, edge_weight=config.edge_weight)
+    return Trainable(stage, params, model, save_model(model))
+
+
+def _unet(config: Any, model: Model, params: Params) -> Trainable:
     network, sample_inputs = _seen(model)
-    stage = _stage(config, model, name, _modules(config, model), network)
-    return Trainable(stage, params, model, _same, _save_model(model), network, sample_inputs)
+    stage = _diffusion_stage(config, model, _modules(config, model), network)
+    return Trainable(stage, params, model, save_model(model), network=network, sample_inputs=sample_inputs)
 
 
 def _lora(config: Any, model: Model, params: Params) -> Trainable:
     c = config.lora
     alpha = float(c.alpha or c.rank)
     chosen = {"targets": _modules(config, model), "endings": tuple(c.layers) or ATTENTION}
-    params, merge_params = adapters.with_lora(model, params, c.rank, alpha, jax.random.key(config.seed), **chosen)
+    params, merge = adapters.with_lora(model, params, c.rank, alpha, jax.random.key(config.seed), **chosen)
     network, sample_inputs = _seen(model)
-    stage = _stage(config, model, "lora", ("lora",), network, merge_params)
+    stage = _diffusion_stage(config, model, ("lora",), network, merge_params=merge)
 
     def export(folder: Path, params: Params) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for layout, name in LORA_FILES.items():
             save_lora(folder / name, model, adapters.lora_of(params, alpha), layout)  # type: ignore[arg-type]
 
-    return Trainable(stage, params, model, merge_params, export, network, sample_inputs)
+    return Trainable(stage, params, model, export, merge, network, sample_inputs)
 
 
 def _textual_inversion(config: Any, model: Model, params: Params) -> Trainable:
     _check_no_choice(config)
-    c = config.word
-    model, params, merge_params = adapters.with_word(model, params, c.token, c.initial, c.vectors)
+    c = config.textual_inversion
+    model, params, merge = adapters.with_word(model, params, c.token, c.initial, c.vectors)
     network, sample_inputs = _seen(model)
-    stage = _stage(config, model, "word", ("words",), network, merge_params)
+    stage = _diffusion_stage(config, model, ("words",), network, merge_params=merge)
 
     def export(folder: Path, params: Params) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_textual_inversion(folder / EMBEDDING_FILE, model, merge_params(params), c.token)
+        save_textual_inversion(folder / EMBEDDING_FILE, model, merge(params), c.token)
 
-    return Trainable(stage, params, model, merge_params, export, network, sample_inputs)
+    return Trainable(stage, params, model, export, merge, network, sample_inputs)
 
 
 def _controlnet(config: Any, model: Model, params: Params) -> Trainable:
@@ -205,28 +208,29 @@ def _controlnet(config: Any, model: Model, params: Params) -> Trainable:
         net, values = from_unet(model.unet, params["unet"], jax.random.key(config.seed), model.vae.config.factor)
     model, params = with_controlnets(model, params, (net, values))
     network = finetune.controlled_network(model)
-    stage = _stage(config, model, "controlnet", ("controlnet",), network)
-    prepare, make_control_image = stage.prepare, functools.partial(canny, low=c.canny_low, high=c.canny_high)
-    stage = stage._replace(prepare=lambda batch: prepare(finetune.with_control_images(batch, make_control_image)))
+    stage = _diffusion_stage(config, model, ("controlnet",), network)
+    prepare, edges = stage.prepare, functools.partial(canny, low=c.canny_low, high=c.canny_high)
+    stage = stage._replace(prepare=lambda batch: prepare(finetune.with_control_images(batch, edges)))
 
     def sample_inputs(batch: Mapping[str, Any]) -> SampleInputs:
-        return finetune.drawn_by_hint(finetune.with_control_images(batch, make_control_image))
+        return finetune.drawn_by_hint(finetune.with_control_images(batch, edges))
 
     def export(folder: Path, params: Params) -> None:
         save_controlnet(folder, net, params["controlnet"][0])
 
-    return Trainable(stage, params, model, _same, export, network, sample_inputs, make_control_image)
+    return Trainable(stage, params, model, export, _same, network, sample_inputs, edges)
 
 
 def _inpainting(config: Any, model: Model, params: Params) -> Trainable:
-    return _unet(config, *finetune.inpainting_model(model, params), "inpainting")
+    return _unet(config, *finetune.inpainting_model(model, params))
 
 
 def _upscaler(config: Any, model: Model, params: Params) -> Trainable:
-    return _unet(config, *finetune.upscaler_model(model, params), "upscaler")
+    return _unet(config, *finetune.upscaler_model(model, params))
 
 
-TRAINABLES: Mapping[str, Callable[[Any, Model, Params], Trainable]] = {
+Make = Callable[[Any, Model, Params], Trainable]
+DENOISERS: Mapping[str, Make] = {
     "unet": _unet,
     "lora": _lora,
     "textual_inversion": _textual_inversion,
@@ -234,3 +238,4 @@ TRAINABLES: Mapping[str, Callable[[Any, Model, Params], Trainable]] = {
     "inpainting": _inpainting,
     "upscaler": _upscaler,
 }
+TRAINABLES: Mapping[str, Make] = {"clip": _clip, "vae": _vae, **DENOISERS}

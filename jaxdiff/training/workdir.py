@@ -16,6 +16,7 @@ from absl import logging
 
 from jaxdiff.data.captioned import source_files
 from jaxdiff.data.folder import METADATA, pictures
+from jaxdiff.training.defaults import with_current_names
 
 PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Settings that change nothing of what is learnt, or only how it is divided; a name stands for all below it.
@@ -132,7 +133,7 @@ def settle(
     if path.exists() and any(p.name.isdigit() for p in (folder / "checkpoints").glob("*")):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            old = {**flat(json.loads(json.dumps(defaults))), **flat(before["config"])}
+            old = {**flat(json.loads(json.dumps(defaults))), **flat(with_current_names(before["config"]))}
             changed = _refused(old, flat(now["config"]))
             changed += _changes({"data": before["data"]}, {"data": now["data"]})
             others = _changes(before["versions"], now["versions"])
@@ -169,7 +170,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
     try:
-        return dict(tuples(json.loads(path.read_text(encoding="utf-8"))["config"]))
+        return with_current_names(tuples(json.loads(path.read_text(encoding="utf-8"))["config"]))
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise WorkdirError(f"{path} cannot be read ({e}): name the workdir of a run, or its --config.") from None
 
