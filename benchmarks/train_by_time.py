@@ -31,8 +31,8 @@ from jaxdiff.data.store import Rows
 from jaxdiff.io.images import grid, write_png
 from jaxdiff.models.model import Model, init_params
 from jaxdiff.training.ema import PowerAverages
-from jaxdiff.training.evaluate import noise_levels
 from jaxdiff.training.init import starting_model
+from jaxdiff.training.metrics import noise_levels
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import Options
 from jaxdiff.training.stages import diffusion_stage

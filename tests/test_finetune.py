@@ -17,8 +17,8 @@ from jaxdiff.io.textual_inversion import TABLE
 from jaxdiff.models.model import build
 from jaxdiff.training import finetune
 from jaxdiff.training.defaults import base
-from jaxdiff.training.evaluate import noise_levels, reconstructions
-from jaxdiff.training.evaluation import drawing, placed
+from jaxdiff.training.metrics import noise_levels, reconstructions
+from jaxdiff.training.on_eval import drawing, placed
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.train_step import accumulated_grad, init_state, make_train_step

@@ -94,5 +94,5 @@ def test_no_pictures_to_evaluate_on(tmp_path, stage, monkeypatch):
     config.data.path, config.eval.pictures = str(write_folder(tmp_path / "data", 4)), 0
     config.data.eval_split = "" if stage == "clip" else "train"
     config.eval.prompts = ("a castle",)
-    on_eval = build_run(config, tmp_path).evaluation()
+    on_eval = build_run(config, tmp_path).on_eval()
     assert on_eval is None or on_eval(0, {}) == {}

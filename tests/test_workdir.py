@@ -15,8 +15,8 @@ import pytest
 
 from jaxdiff.config import ConfigError
 from jaxdiff.training.defaults import base
-from jaxdiff.training.evaluate import noise_levels
 from jaxdiff.training.loop import fit
+from jaxdiff.training.metrics import noise_levels
 from jaxdiff.training.mfu import PEAKS, Speed, flops, peak_flops
 from jaxdiff.training.progress import Report
 from jaxdiff.training.trackers import JsonLines, Pictures, WandB

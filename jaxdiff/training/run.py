@@ -2,7 +2,7 @@
 
     config -> Images -> model and parameters -> Trainable -> TrainingData -> batches -> `fit` -> export
 
-Where to look: what is trained, in `trainables`; which images, in `run_data`; how it is judged, in `evaluation`; how a
+Where to look: what is trained, in `trainables`; which images, in `run_data`; how it is judged, in `on_eval`; how a
 state becomes the next, in `train_step`; and the loop itself, in `loop`.
 """
 
@@ -19,8 +19,8 @@ from jaxdiff.training import init, trainables
 from jaxdiff.training.checks import check_sizes, image_size
 from jaxdiff.training.defaults import as_json
 from jaxdiff.training.ema import reconstructed
-from jaxdiff.training.evaluation import OnEval, make_evaluation
 from jaxdiff.training.loop import fit
+from jaxdiff.training.on_eval import OnEval, make_on_eval
 from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.precompute import fingerprint, open_latents, precompute
 from jaxdiff.training.run_data import Images, TrainingData, hosts
@@ -41,7 +41,7 @@ class Run:
 
     def train(self, profile: int = 0) -> None:
         """Train to the last step, or until stopped, and export what was trained; `profile` as for `fit`."""
-        batches, on_eval = self.batches(), self.evaluation()
+        batches, on_eval = self.batches(), self.on_eval()
         more = {"on_eval": on_eval, "trackers": self.trackers(), "profile": profile}
         result = fit(self.trainable.stage, self.trainable.params, batches, self.options, self.workdir, **more)
         if result.step == self.options.steps:
@@ -65,9 +65,9 @@ class Run:
             return self.data.with_class_images()
         return self.data.batches(crop=config.crop or None)
 
-    def evaluation(self) -> OnEval | None:
+    def on_eval(self) -> OnEval | None:
         samples = self.workdir / "samples" if jax.process_index() == 0 else None
-        return make_evaluation(self.config, self.trainable, self.data.held_out, samples, self.data.at_once)
+        return make_on_eval(self.config, self.trainable, self.data.held_out, samples, self.data.at_once)
 
     def trackers(self) -> tuple[Tracker, ...]:
         chosen = self.config.wandb

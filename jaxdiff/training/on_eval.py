@@ -11,8 +11,8 @@ from absl import logging
 
 from jaxdiff.generate import generate
 from jaxdiff.io.images import grid, write_png
-from jaxdiff.training.evaluate import for_each, noise_levels, reconstructions, retrieval
 from jaxdiff.training.finetune import SampleInputs
+from jaxdiff.training.metrics import for_each, noise_levels, reconstructions, retrieval
 from jaxdiff.training.trackers import Pictures
 from jaxdiff.training.train_step import cast_frozen
 from jaxdiff.training.trainables import Trainable
@@ -40,21 +40,21 @@ def write_sheet(folder: Path, step: int, sheet: Sheet) -> Pictures:
     return Pictures(sheet.images, sheet.captions)
 
 
-def make_evaluation(
+def make_on_eval(
     config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
 ) -> OnEval | None:
-    """What evaluates a stage, one of EVALUATIONS; None where there is nothing to look at.
+    """What evaluates a stage, one of ON_EVAL; None where there is nothing to look at.
 
     Args:
         config: all settings.
         samples: a folder for sheets; None draws none, on all hosts but the first.
         at_once: images that each device takes at a time.
     """
-    make = EVALUATIONS.get(config.stage, evaluate_denoiser)
+    make = ON_EVAL.get(config.stage, denoiser_on_eval)
     return make(config, trainable, held_out, samples, at_once)
 
 
-def evaluate_clip(
+def clip_on_eval(
     config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
 ) -> OnEval | None:
     """How often an image finds its caption."""
@@ -65,7 +65,7 @@ def evaluate_clip(
     return lambda step, params: evaluate(params)
 
 
-def evaluate_vae(
+def vae_on_eval(
     config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
 ) -> OnEval | None:
     """How well images come out of the autoencoder, and a sheet of some beside their reconstructions."""
@@ -85,7 +85,7 @@ def evaluate_vae(
     return on_eval
 
 
-def evaluate_denoiser(
+def denoiser_on_eval(
     config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
 ) -> OnEval | None:
     """The loss by noise level where `data.eval_split` names images, and a sheet of what `eval.prompts` draw.
@@ -112,7 +112,7 @@ def evaluate_denoiser(
     return on_eval
 
 
-EVALUATIONS = {"clip": evaluate_clip, "vae": evaluate_vae}
+ON_EVAL = {"clip": clip_on_eval, "vae": vae_on_eval}
 
 
 def placed(params: Params, trainable: Trainable, config: Any) -> Params:
