@@ -120,7 +120,7 @@ def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_p
     code, out, err = cli(*command, "--config.steps=6")  # goes on
     assert code == 0, err
     assert "goes on from step 4" in out
-    assert "pictures encoded" not in err  # the latents are there already
+    assert "images encoded" not in err  # the latents are there already
     assert (work / "export" / "unet" / "config.json").stat().st_mtime_ns != before
 
 

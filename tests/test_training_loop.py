@@ -21,7 +21,7 @@ from jaxdiff.training.loop import Stage, TrainingError, fit
 from jaxdiff.training.memory_plan import bytes_each
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.progress import Report
-from jaxdiff.training.trackers import Pictures, TensorBoard
+from jaxdiff.training.trackers import TensorBoard, TrackedImages
 from jaxdiff.training.train_step import abstract_state, cast_frozen, init_state, make_train_step
 from jaxdiff.training.workdir import WorkdirError
 from tests.batches import FromMemory
@@ -225,7 +225,7 @@ def events(folder) -> list:
 def test_tensorboard_gets_numbers_pictures_and_captions_at_once(tmp_path):
     tracker = TensorBoard(tmp_path / "tb", 4)
     tracker.write(5, {"loss": 0.5, "bad": float("nan")})
-    tracker.draw(6, "samples", Pictures(np.zeros((1, 8, 8, 3), np.uint8), ["a castle"]))
+    tracker.draw(6, "samples", TrackedImages(np.zeros((1, 8, 8, 3), np.uint8), ["a castle"]))
     header, restart, loss, image, text = events(tmp_path / "tb")  # nothing waits for the end
     tracker.close()
     assert header.file_version == "brain.Event:2"
@@ -238,7 +238,7 @@ def test_tensorboard_gets_numbers_pictures_and_captions_at_once(tmp_path):
 def test_a_full_disk_under_tensorboards_files_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda _: open("/dev/full", "wb"))  # noqa: SIM115
     tracker = TensorBoard(tmp_path / "tb", 0)
-    picture = Pictures(np.zeros((1, 8, 8, 3), np.uint8))
+    picture = TrackedImages(np.zeros((1, 8, 8, 3), np.uint8))
     for call in (lambda: tracker.write(1, {"loss": 1.0}), lambda: tracker.draw(1, "x", picture), tracker.close):
         with pytest.raises(WorkdirError, match=r"tb cannot be written \(No space left on device\): once it can"):
             call()

@@ -19,7 +19,7 @@ from jaxdiff.training.loop import fit
 from jaxdiff.training.metrics import noise_levels
 from jaxdiff.training.mfu import PEAKS, Speed, flops, peak_flops
 from jaxdiff.training.progress import Report
-from jaxdiff.training.trackers import JsonLines, Pictures, WandB
+from jaxdiff.training.trackers import JsonLines, TrackedImages, WandB
 from jaxdiff.training.workdir import Lock, WorkdirError, data_fingerprint, settle
 from tests.batches import FromMemory
 from tests.datasets_of_pictures import write_tars
@@ -206,7 +206,7 @@ def test_metrics_of_a_killed_run_are_cut_where_it_goes_on(tmp_path):
 
 def test_weights_and_biases_get_numbers_and_pictures_and_the_same_run_goes_on(tmp_path, monkeypatch):
     calls = []
-    drawn = Pictures(np.zeros((2, 4, 4, 3), np.uint8), ("a", "b"))
+    drawn = TrackedImages(np.zeros((2, 4, 4, 3), np.uint8), ("a", "b"))
 
     def init(**kwargs):
         calls.append(kwargs)

@@ -1,4 +1,4 @@
-"""Teach a model one subject by three to ten pictures of it, without forgetting its class (Ruiz et al. 2023).
+"""Teach a model one subject by three to ten images of it, without forgetting its class (Ruiz et al. 2023).
 
     python sample.py --model my-sd15/ --prompt "a photo of a dog" --num_images 200 --output class/
     python train.py --config=configs/finetune/dreambooth.py --workdir=runs/dog \

@@ -1,7 +1,7 @@
-"""Teach a model of Stable Diffusion's shape (1.x, 2.x, SDXL) captioned pictures, all of its UNet.
+"""Teach a model of Stable Diffusion's shape (1.x, 2.x, SDXL) captioned images, all of its UNet.
 
     python train.py --config=configs/finetune/full.py --workdir=runs/full \
-        --config.data.path=pictures/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"
+        --config.data.path=images/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"
 
 Cost: parameters, average and moments in float32 are 16 bytes a parameter, 14 GB for the UNet of Stable Diffusion 1.5
 and 41 GB for SDXL's; --config.moment_dtype=int8 saves 6 of the 16, --config.fsdp=8 divides them over eight devices. In

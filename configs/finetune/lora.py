@@ -1,7 +1,7 @@
 """Teach a model a style or a subject by a LoRA: a file of some megabytes, in an evening on one GPU.
 
     python train.py --config=configs/finetune/lora.py --workdir=runs/lora \
-        --config.data.path=pictures/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"
+        --config.data.path=images/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"
     python sample.py --model my-sd15/ --lora runs/lora/export/pytorch_lora_weights.safetensors --prompt "a castle"
 
 In runs/lora/export are pytorch_lora_weights.safetensors, which PyTorch diffusers opens, and kohya.safetensors for other

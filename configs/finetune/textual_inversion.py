@@ -1,10 +1,10 @@
-"""Teach a model a new word by a few pictures of what it means; nothing else changes (Gal et al. 2022).
+"""Teach a model a new word by a few images of what it means; nothing else changes (Gal et al. 2022).
 
     python train.py --config=configs/finetune/textual_inversion.py --workdir=runs/cat \
         --config.data.path=my-cat/ --config.textual_inversion.token="<my-cat>" --config.textual_inversion.initial=cat \
         --config.init_from.model=my-sd15/ --config.eval.prompts="('a painting of <my-cat>',)"
 
-my-cat/ is a folder of pictures, which needs no captions. In runs/cat/export is learned_embeds.safetensors, a few
+my-cat/ is a folder of images, which needs no captions. In runs/cat/export is learned_embeds.safetensors, a few
 kilobytes, which PyTorch diffusers opens and `jaxdiff.load_textual_inversion` reads.
 --config.textual_inversion.vectors=4 gives the word more room.
 Cost: gradients go through the whole UNet, but only the word has moments.

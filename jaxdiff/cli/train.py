@@ -42,7 +42,7 @@ def run(f: flags.FlagValues) -> None:
 
     workdir = Path(f.workdir)
     if f.precompute and f.config.latents.path:
-        raise UsageError("--precompute writes latents of pictures: leave out config.latents.path.")
+        raise UsageError("--precompute writes latents of images: leave out config.latents.path.")
     if f.posthoc_ema is not None:
         return build_run(f.config or stored(workdir), workdir).posthoc_ema(f.posthoc_ema)
     make_folder(workdir, "--workdir")

@@ -41,7 +41,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         "profile", 0, "Write a trace of this many steps to the workdir's folder profile.", 0, flag_values=f
     )
     flags.DEFINE_bool(
-        "precompute", False, "Only write the latents of all pictures to WORKDIR/latents, for config.latents.path.", f
+        "precompute", False, "Only write the latents of all images to WORKDIR/latents, for config.latents.path.", f
     )
     flags.DEFINE_float(
         "posthoc_ema", None, "Only write WORKDIR/export-ema-LENGTH: the average of this length, a share of the run, "

@@ -14,7 +14,7 @@ from jaxdiff.typing import Array, Key, Params
 
 MergeParams = Callable[[Params], Params]  # all parameters with what is trained -> those of the model's modules
 
-# Of a folder of pictures without captions, {} the word; after Gal et al. 2022, supplement B.
+# Of a folder of images without captions, {} the word; after Gal et al. 2022, supplement B.
 TEMPLATES = (
     "a photo of {}",
     "a rendering of {}",

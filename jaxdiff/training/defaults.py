@@ -66,20 +66,20 @@ def base() -> Settings:
             "data": {
                 "path": "",
                 "split": "train",
-                "eval_split": "",  # pictures set aside; "": those of `split`
+                "eval_split": "",  # images set aside; "": those of `split`
                 "image_size": 128,  # pixels of a side; 0: the model's own
-                "background": "random",  # of transparent pictures: random (and named in the caption) or white
+                "background": "random",  # of transparent images: random (and named in the caption) or white
                 "flip": False,  # mirror at random
-                "captions": (),  # of all pictures, in place of metadata.jsonl; {} stands for textual_inversion.token
-                "threads": 8,  # that read pictures
-                "workers": 0,  # processes that read pictures; 0: the threads of this process
+                "captions": (),  # of all images, in place of metadata.jsonl; {} stands for textual_inversion.token
+                "threads": 8,  # that read images
+                "workers": 0,  # processes that read images; 0: the threads of this process
                 "image_column": "",  # of Parquet, Arrow and ArrayRecord data; "": a usual name
                 "text_column": "",
-                # Sizes of one area at the pictures' own aspects, in multiples of so many pixels (64); 0: squares.
+                # Sizes of one area at the images' own aspects, in multiples of so many pixels (64); 0: squares.
                 "buckets": 0,
                 "max_aspect": 2.0,
                 # Allowed values by column of the metadata; an empty tuple allows all, max_subjects 0 as well.
-                # (None,) allows those without the column, such as pictures of the icons set that were not recoloured.
+                # (None,) allows those without the column, such as images of the icons set that were not recoloured.
                 # The others: jaxdiff.data.filters.select.
                 "filter": {
                     "style": (),
@@ -99,7 +99,7 @@ def base() -> Settings:
             "tokenizer": {"vocab_size": 4096, "max_length": 24},  # of a fresh text encoder
             "model": {},  # sizes of fresh parts: text_encoder, vision_encoder, vae, unet, scheduler
             # Stage "vae".
-            "crop": 0,  # pixels of random squares to train on; 0: whole pictures, as all other stages learn
+            "crop": 0,  # pixels of random squares to train on; 0: whole images, as all other stages learn
             "kl_weight": 1e-3,
             "edge_weight": 1.0,
             # Stage "unet" and those after it.
@@ -109,7 +109,7 @@ def base() -> Settings:
             "prediction_type": "",  # epsilon, v_prediction, sample or flow_prediction; "": the model's own
             "zero_terminal_snr": False,  # no signal at all at the last step; True turns it on
             **dataclasses.asdict(NoiseOptions()),  # jaxdiff/training/options.py
-            # Class pictures beside one's own, so that the class is not forgotten (DreamBooth): a folder, captioned, or
+            # Class images beside one's own, so that the class is not forgotten (DreamBooth): a folder, captioned, or
             # with these captions for all.
             "prior_preservation": {"path": "", "captions": (), "weight": 1.0},
             # Stage "lora"; alpha 0 is the rank; endings of the layers' names, () for the projections of attention.
@@ -118,14 +118,14 @@ def base() -> Settings:
             "textual_inversion": {"token": "<word>", "initial": "", "vectors": 1},
             # Stage "controlnet": a ControlNet to go on from, "" for the UNet's own way down; thresholds of the edges.
             "controlnet": {"init_from": "", "canny_low": 100.0, "canny_high": 200.0},
-            # What train.py --precompute wrote, and how it writes: views of every picture, the text embeddings too, and
-            # pictures that a device encodes at a time, as for cache_latents.
+            # What train.py --precompute wrote, and how it writes: views of every image, the text embeddings too, and
+            # images that a device encodes at a time, as for cache_latents.
             "latents": {"path": "", "views": 1, "embeddings": False, "batch_size": 8},
-            "cache_latents": 0,  # encode so many views of every picture beforehand; 0: encode as they are read
+            "cache_latents": 0,  # encode so many views of every image beforehand; 0: encode as they are read
             # Numbers also go to Weights & Biases (pip install jaxdiff[wandb]) where a project is named.
             "wandb": {"project": "", "name": ""},
             "eval": {
-                # Number of held-out pictures: reconstructed (vae), ranked (clip), denoised (others, with
+                # Number of held-out images: reconstructed (vae), ranked (clip), denoised (others, with
                 # data.eval_split), or used as inputs for sample sheets.
                 "pictures": 64,
                 "prompts": (),

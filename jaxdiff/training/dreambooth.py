@@ -15,13 +15,13 @@ from jaxdiff.data.pipeline import CaptionedData, Stream
 
 
 def captioned(path: str | Path, captions: Sequence[str], folder: Path) -> Path:
-    """A captioned folder of all pictures that lie in `path`, which needs no metadata: one of `captions` at a time.
+    """A captioned folder of all images that lie in `path`, which needs no metadata: one of `captions` at a time.
 
     Args:
-        folder: made; its `metadata.jsonl` points at the pictures through a link. Several hosts may make the same one.
+        folder: made; its `metadata.jsonl` points at the images through a link. Several hosts may make the same one.
 
     Raises:
-        ConfigError: there is no picture.
+        ConfigError: there is no image.
     """
     path = Path(path).absolute()
     names = [p.name for p in pictures(path)]
@@ -73,7 +73,7 @@ class _DataWithPrior(CaptionedData):
 def with_prior(
     own: CaptionedData, prior: CaptionedData, weight: float, *, host_index: int = 0, host_count: int = 1
 ) -> CaptionedData:
-    """Batches of one's own pictures followed by pictures of their class, whose loss counts `weight` times.
+    """Batches of one's own images followed by images of their class, whose loss counts `weight` times.
 
     (Ruiz et al. 2023, equation 2.) They also hold "weight" float32 [b], that of each example.
 

@@ -19,10 +19,10 @@ from jaxdiff.training.train_step import Batch
 from jaxdiff.typing import Array, Key, Params
 
 RECTANGLES = 4  # of a random mask, at most
-# Arguments of `jaxdiff.generate` beside prompts, and pictures uint8 [B, H, W, 3] to show of them.
+# Arguments of `jaxdiff.generate` beside prompts, and images uint8 [B, H, W, 3] to show of them.
 SampleInputs = tuple[dict[str, Any], np.ndarray]
-WHOLE_SHARE = 0.25  # of masks that cover the whole picture, so that drawing from nothing is not forgotten
-NOISE_LEVEL = 20  # of the small pictures that an upscaler is tried on
+WHOLE_SHARE = 0.25  # of masks that cover the whole image, so that drawing from nothing is not forgotten
+NOISE_LEVEL = 20  # of the small images that an upscaler is tried on
 
 
 def network_of(model: Model) -> Network:
@@ -49,7 +49,7 @@ def controlled_network(model: Model) -> Network:
 
 
 def drawn_by_hint(batch: Mapping[str, Any]) -> SampleInputs:
-    """What draws pictures that follow batch["hint"]."""
+    """What draws images that follow batch["hint"]."""
     height, width = batch["hint"].shape[1:3]
     return {"control_images": [batch["hint"]], "height": height, "width": width}, batch["hint"]
 
@@ -85,7 +85,7 @@ def extended(model: Model, params: Params, channels: int) -> tuple[Model, Params
 
 
 def inpainting_model(model: Model, params: Params) -> tuple[Model, Params]:
-    """The model with a UNet that sees a mask and the masked picture's latents; see `extended`."""
+    """The model with a UNet that sees a mask and the masked image's latents; see `extended`."""
     return extended(model, params, 2 * model.vae.config.latent_channels + 1)
 
 
@@ -106,9 +106,9 @@ def random_masks(keys: Key, height: int, width: int) -> Array:
 
 
 def inpainting_network(model: Model) -> Network:
-    """The UNet that sees a random mask and the picture without it (Rombach et al. 2022, section 4.5).
+    """The UNet that sees a random mask and the image without it (Rombach et al. 2022, section 4.5).
 
-    As `jaxdiff.generate` has it: the mask at the latents' size, by the nearest pixel, and latents of the picture with
+    As `jaxdiff.generate` has it: the mask at the latents' size, by the nearest pixel, and latents of the image with
     grey in the mask. Batches hold "image".
     """
     factor = model.vae.config.factor
@@ -124,7 +124,7 @@ def inpainting_network(model: Model) -> Network:
 
 
 def drawn_around(batch: Mapping[str, Any]) -> SampleInputs:
-    """What draws the middle of the pictures anew: a square of half their sides."""
+    """What draws the middle of the images anew: a square of half their sides."""
     images = batch["image"]
     height, width = images.shape[1:3]
     mask = np.zeros((height, width), bool)
@@ -157,7 +157,7 @@ def rescaled(model: Model, params: Params, scale: float) -> tuple[Model, Params]
 
 
 def upscaler_model(model: Model, params: Params) -> tuple[Model, Params]:
-    """The model with a UNet that sees a small picture and how much noise is on it; see `extended`.
+    """The model with a UNet that sees a small image and how much noise is on it; see `extended`.
 
     Latents are scaled as the published x4 upscaler's are, whose factor PyTorch's pipeline puts into any other.
     """
@@ -176,7 +176,7 @@ def upscaler_model(model: Model, params: Params) -> tuple[Model, Params]:
 
 
 def drawn_larger(model: Model, batch: Mapping[str, Any]) -> SampleInputs:
-    """What enlarges small copies of the pictures, of the size of the latents."""
+    """What enlarges small copies of the images, of the size of the latents."""
     images, factor = batch["image"], model.vae.config.factor
     size = (len(images), images.shape[1] // factor, images.shape[2] // factor, 3)
     small = np.asarray(jnp.clip(jax.image.resize(images.astype(np.float32), size, "cubic"), 0, 255)).round()
@@ -186,7 +186,7 @@ def drawn_larger(model: Model, batch: Mapping[str, Any]) -> SampleInputs:
 
 
 def upscaler_network(model: Model) -> Network:
-    """The UNet that sees the picture at the size of the latents, with noise of a random level that it is told of.
+    """The UNet that sees the image at the size of the latents, with noise of a random level that it is told of.
 
     (Ho et al. 2022, Cascaded Diffusion Models, section 4: conditioning augmentation.) Batches hold "image".
     """

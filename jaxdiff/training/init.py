@@ -201,7 +201,7 @@ def _check_fit(configs: Mapping[str, Any]) -> None:
 
 
 def measured(model: Model, params: Params, images: Iterable[np.ndarray]) -> Model:
-    """The model with the autoencoder's scaling_factor set so that latents have unit deviation over these pictures.
+    """The model with the autoencoder's scaling_factor set so that latents have unit deviation over these images.
 
     (Rombach et al. 2022, appendix G.) The deviation is taken over all elements, mean included.
 
@@ -219,7 +219,7 @@ def measured(model: Model, params: Params, images: Iterable[np.ndarray]) -> Mode
 
 
 def buckets(source: Source, data: Mapping[str, Any], image_size: int, cache: Path, **hosts: Any) -> Buckets | None:
-    """The sizes that the pictures of a source are cut to, by their aspect ratios; None where all become squares.
+    """The sizes that the images of a source are cut to, by their aspect ratios; None where all become squares.
 
     Raises:
         ConfigError: `data.buckets` that no size is a multiple of.

@@ -23,7 +23,7 @@ from jaxdiff.training.mfu import Speed, flops, peak_flops
 from jaxdiff.training.optimizer import check_multipliers, optimizer
 from jaxdiff.training.options import Options
 from jaxdiff.training.progress import Report
-from jaxdiff.training.trackers import JsonLines, Pictures, TensorBoard, Tracker
+from jaxdiff.training.trackers import JsonLines, TensorBoard, TrackedImages, Tracker
 from jaxdiff.training.train_step import (
     NO_CAST,
     Batch,
@@ -60,7 +60,7 @@ class BatchIterator(Protocol):
     def set_state(self, state: Any, /) -> None: ...
 
 
-class Batches(Protocol):
+class TrainingBatches(Protocol):
     def __iter__(self) -> BatchIterator: ...
 
 
@@ -152,12 +152,12 @@ class Trace:
 def fit(
     stage: Stage,
     params: Params,
-    batches: Batches,
+    batches: TrainingBatches,
     options: Options,
     workdir: str | Path,
     *,
     mesh: Mesh | None = None,
-    on_eval: Callable[[int, Params], Mapping[str, float | Pictures]] | None = None,
+    on_eval: Callable[[int, Params], Mapping[str, float | TrackedImages]] | None = None,
     trackers: Sequence[Tracker] = (),
     profile: int = 0,
 ) -> Result:
@@ -171,7 +171,7 @@ def fit(
         workdir: checkpoints go to its folder `checkpoints`, numbers to `metrics.jsonl` and TensorBoard files to `tb`.
         mesh: devices over ("data", "fsdp", "tensor"); None takes all.
         on_eval: called as on_eval(step, params) before the first step, every `eval_every` steps and at the end (0: only
-            there), with the moving average of the parameters as numpy arrays; the numbers and pictures it returns are
+            there), with the moving average of the parameters as numpy arrays; the numbers and images it returns are
             reported. On every host.
         trackers: more places for them, of the first host; closed in the end.
         profile: steps of which a trace is written to the folder `profile`.
@@ -192,7 +192,7 @@ def fit(
     frozen = cast_frozen({k: v for k, v in params.items() if k not in trained}, options)
     frozen = parallel.put_global(frozen, parallel.param_sharding(mesh, frozen))
 
-    def whole(state: TrainState) -> Params:
+    def averaged(state: TrainState) -> Params:
         return {**params, **parallel.fetch(state.ema)}
 
     with ExitStack() as stack:
@@ -215,7 +215,7 @@ def fit(
             report.say(f"goes on from step {start}.")
 
         def evaluate(step: int) -> None:
-            if on_eval is not None and (values := on_eval(step, whole(state))):
+            if on_eval is not None and (values := on_eval(step, averaged(state))):
                 report.show(step, values)
 
         if start < options.steps:
@@ -260,7 +260,7 @@ def fit(
         if step < options.steps:
             checkpoints.save(step, state, iterator.get_state())
             report.say(f"stopped at step {step} of {options.steps}; the same command goes on from there.")
-        return Result(whole(state), step)
+        return Result(averaged(state), step)
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""How good a model is while it is trained, on pictures set aside."""
+"""How good a model is while it is trained, on images set aside."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,10 +39,10 @@ def for_each(run: Callable[[Any], Any], batches: Sequence[Any]) -> Any:
 
 
 def reconstructions(model: Model, batches: Sequence[np.ndarray]):
-    """A function params -> (pictures after the autoencoder uint8 [N, H, W, 3], their mean PSNR in dB).
+    """A function params -> (images after the autoencoder uint8 [N, H, W, 3], their mean PSNR in dB).
 
     Args:
-        batches: pictures uint8 [b, H, W, 3], taken through the autoencoder one batch after the other.
+        batches: images uint8 [b, H, W, 3], taken through the autoencoder one batch after the other.
     """
 
     @jax.jit
@@ -54,16 +54,16 @@ def reconstructions(model: Model, batches: Sequence[np.ndarray]):
 
     def evaluate(params: Params) -> tuple[np.ndarray, dict[str, float]]:
         vae = jax.device_put(params["vae"])
-        pictures, psnr = for_each(lambda images: run(vae, images), batches)
-        return pictures, {"eval_psnr": float(psnr.mean())}
+        images, psnr = for_each(lambda images: run(vae, images), batches)
+        return images, {"eval_psnr": float(psnr.mean())}
 
     return evaluate
 
 
 def retrieval(model: Model, batches: Sequence[Mapping[str, Any]]):
-    """A function params -> {"eval_accuracy"}: how often a picture's caption is the most similar of all captions.
+    """A function params -> {"eval_accuracy"}: how often an image's caption is the most similar of all captions.
 
-    Captions that several pictures share are one candidate, so that any of the pictures may find it.
+    Captions that several images share are one candidate, so that any of the images may find it.
     """
     pairs = [(batch["image"], batch["tokens"]) for batch in batches]
     candidates, own = np.unique(np.concatenate([tokens for _, tokens in pairs]), axis=0, return_inverse=True)
@@ -73,9 +73,9 @@ def retrieval(model: Model, batches: Sequence[Mapping[str, Any]]):
 
     def evaluate(params: Params) -> dict[str, float]:
         encoders = jax.device_put({k: params[k] for k in ("text_encoder", "vision_encoder")})
-        pictures, texts = for_each(lambda pair: run(encoders, *pair), pairs)
+        images, texts = for_each(lambda pair: run(encoders, *pair), pairs)
         texts = texts[first] / np.linalg.norm(texts[first], axis=-1, keepdims=True)
-        return {"eval_accuracy": float((np.argmax(pictures @ texts.T, 1) == own).mean())}
+        return {"eval_accuracy": float((np.argmax(images @ texts.T, 1) == own).mean())}
 
     return evaluate
 
@@ -92,7 +92,7 @@ def noise_levels(
     """A function params -> {"eval_loss", "eval_loss_t050", …}: the UNet's squared error at each of some times.
 
     The times are the middles of `levels` equal parts of [0, T); every caption is kept and no time weighs more than
-    another. Each picture has the same noise at all times, whenever it is asked and whatever batch it is in, so that two
+    another. Each image has the same noise at all times, whenever it is asked and whatever batch it is in, so that two
     values differ by the parameters alone; so are masks and other noise that a network draws.
 
     Args:

@@ -13,14 +13,14 @@ from jaxdiff.generate import generate
 from jaxdiff.io.images import grid, write_png
 from jaxdiff.training.finetune import SampleInputs
 from jaxdiff.training.metrics import for_each, noise_levels, reconstructions, retrieval
-from jaxdiff.training.trackers import Pictures
+from jaxdiff.training.trackers import TrackedImages
 from jaxdiff.training.train_step import cast_frozen
 from jaxdiff.training.trainables import Trainable
 from jaxdiff.typing import Params
 
 Batch = Mapping[str, Any]
 HeldOut = Callable[[], Sequence[Batch]]  # reads the images set aside, in batches; none where config.eval.pictures is 0
-OnEval = Callable[[int, Params], Mapping[str, float | Pictures]]  # see `jaxdiff.training.loop.fit`
+OnEval = Callable[[int, Params], Mapping[str, float | TrackedImages]]  # see `jaxdiff.training.loop.fit`
 CONTROLLED = 4  # images drawn of what needs more than a prompt, where no prompts are given
 MAX_PAIRS = 16  # of an image and its reconstruction, in a sheet
 
@@ -33,11 +33,11 @@ class Sheet(NamedTuple):
     captions: Sequence[str]
 
 
-def write_sheet(folder: Path, step: int, sheet: Sheet) -> Pictures:
+def write_sheet(folder: Path, step: int, sheet: Sheet) -> TrackedImages:
     """Write a sheet into a folder; returns it as what trackers take."""
     folder.mkdir(exist_ok=True)
     write_png(folder / f"step-{step:06d}.png", grid(sheet.images, sheet.columns))
-    return Pictures(sheet.images, sheet.captions)
+    return TrackedImages(sheet.images, sheet.captions)
 
 
 def make_on_eval(
@@ -74,7 +74,7 @@ def vae_on_eval(
         return None
     images, evaluate = np.concatenate(batches), reconstructions(trainable.model, batches)
 
-    def on_eval(step: int, params: Params) -> Mapping[str, float | Pictures]:
+    def on_eval(step: int, params: Params) -> Mapping[str, float | TrackedImages]:
         reconstructed, values = evaluate(params)
         if samples is None:
             return values
@@ -103,8 +103,8 @@ def denoiser_on_eval(
     if draw is None and measure is None:
         return None
 
-    def on_eval(step: int, params: Params) -> Mapping[str, float | Pictures]:
-        params, values = placed(params, trainable, config), dict[str, float | Pictures]()
+    def on_eval(step: int, params: Params) -> Mapping[str, float | TrackedImages]:
+        params, values = placed(params, trainable, config), dict[str, float | TrackedImages]()
         if draw and samples and (sheet := draw(step, trainable.merge_params(params))):
             values["samples"] = write_sheet(samples, step, sheet)
         return values | measure(params) if measure else values
@@ -175,7 +175,7 @@ def drawing(
         if not inputs_of:
             return Sheet(drawn, min(len(drawn), 8), prompts)
         sheet = np.stack([shown, drawn, images["image"]], 1)
-        captions = [f"{what}: {p}" for p in prompts for what in ("given", "drawn", "picture")]
+        captions = [f"{what}: {p}" for p in prompts for what in ("given", "drawn", "image")]
         return Sheet(sheet.reshape(-1, *drawn.shape[1:]), 3, captions)
 
     return draw

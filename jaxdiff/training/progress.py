@@ -12,7 +12,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxdiff.training.mfu import Speed
-from jaxdiff.training.trackers import Pictures, Tracker
+from jaxdiff.training.trackers import TrackedImages, Tracker
 
 # A loss is a spike when it is above the median of so many before it by so many times their median distance from it.
 SPIKE_WINDOW, SPIKE_DISTANCE = 100, 10.0
@@ -124,15 +124,15 @@ class Report:
             line = f"{self._name}: {text}"
             print(line, flush=True) if self._bar is None else self._bar.console.print(line)
 
-    def show(self, step: int, values: Mapping[str, float | Pictures]) -> None:
-        """Write these values, and draw these pictures, now."""
+    def show(self, step: int, values: Mapping[str, float | TrackedImages]) -> None:
+        """Write these values, and draw these images, now."""
         if self._quiet:
             return
         for tracker in self._trackers:
-            for name, pictures in values.items():
-                if isinstance(pictures, Pictures):
-                    tracker.draw(step, name, pictures)
-        numbers = {name: value for name, value in values.items() if not isinstance(value, Pictures)}
+            for name, images in values.items():
+                if isinstance(images, TrackedImages):
+                    tracker.draw(step, name, images)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, TrackedImages)}
         if numbers:
             self._show_numbers(step, numbers)
 

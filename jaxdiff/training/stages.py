@@ -37,7 +37,7 @@ def compute_dtypes(model: Model) -> Dtypes:
     return {name: network.dtype for name, network in networks}
 
 
-# --- CLIP: which picture goes with which caption
+# --- CLIP: which image goes with which caption
 
 
 def clip_params(params: Params) -> Params:
@@ -46,7 +46,7 @@ def clip_params(params: Params) -> Params:
 
 
 def clip_pixels(images: Array, size: int) -> Array:
-    """Pictures uint8 [B, H, W, 3] -> normalised float32 [B, size, size, 3]."""
+    """Images uint8 [B, H, W, 3] -> normalised float32 [B, size, size, 3]."""
     x = jnp.asarray(images, jnp.float32) / 255.0
     if x.shape[1:3] != (size, size):
         x = jax.image.resize(x, (len(x), size, size, 3), "bilinear")
@@ -54,7 +54,7 @@ def clip_pixels(images: Array, size: int) -> Array:
 
 
 def clip_embeddings(model: Model, params: Params, images: Array, tokens: Array) -> tuple[Array, Array]:
-    """Pictures uint8 [B, H, W, 3] and tokens [B, L] -> float32 [B, P] each; cosines between them are scores."""
+    """Images uint8 [B, H, W, 3] and tokens [B, L] -> float32 [B, P] each; cosines between them are scores."""
     assert model.vision_encoder is not None
     pixels = clip_pixels(images, model.vision_encoder.config.image_size)
     image = apply(model, params, "vision_encoder", pixels)
@@ -146,7 +146,7 @@ def diffusion_stage(
 
     Batches hold the tokens [B, L] of each text encoder, "tokens" and for SDXL "tokens_2", and either "image" uint8
     [B, H, W, 3], encoded by the frozen autoencoder, or "latents" [B, h, w, C] that are already. They may hold
-    "time_ids" [B, 6] (SDXL; else the pictures count as whole), "weight" [B] of each example's loss, and instead of
+    "time_ids" [B, 6] (SDXL; else the images count as whole), "weight" [B] of each example's loss, and instead of
     encoding the tokens precomputed "embeddings" [B, L, D] and "pooled" [B, P].
 
     Args:
@@ -227,6 +227,6 @@ def latents_of(model: Model, params: Params, batch: Batch) -> Array:
 
 
 def prepare_diffusion(model: Model):
-    """Batches with pictures and captions as for CLIP; cached ones, which hold latents and tokens, as they are."""
+    """Batches with images and captions as for CLIP; cached ones, which hold latents and tokens, as they are."""
     pairs = prepare_pairs(model)
     return lambda batch: batch if "latents" in batch else pairs(batch)

@@ -82,13 +82,13 @@ def versions() -> dict[str, str]:
 
 
 def data_fingerprint(path: str | Path, split: str = "train", captions: bool = False) -> dict[str, Any]:
-    """What tells one data set from another without reading pictures: the files' names, some sizes, and the captions.
+    """What tells one data set from another without reading images: the files' names, some sizes, and the captions.
 
     Only files that are read count: a workdir or other folders and files beside them do not.
 
     Args:
         path, split: see `jaxdiff.data.captioned.open_source`.
-        captions: whether all pictures get the config's captions, so that the folder needs no metadata.
+        captions: whether all images get the config's captions, so that the folder needs no metadata.
 
     Returns:
         {"files": their number, "digest": of all names in order, the sizes of at most MAX_SIZES of them evenly spread,
@@ -106,7 +106,7 @@ def data_fingerprint(path: str | Path, split: str = "train", captions: bool = Fa
         if file.name == METADATA:
             digest.update(file.read_bytes())
     for file in files[:: -(-len(files) // MAX_SIZES) or 1]:
-        with contextlib.suppress(OSError):  # a missing picture is named when it comes up
+        with contextlib.suppress(OSError):  # a missing image is named when it comes up
             digest.update(str(file.stat().st_size).encode() + b"\n")
     return {"files": len(files), "digest": digest.hexdigest()[:16]}
 
