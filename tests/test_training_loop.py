@@ -65,7 +65,7 @@ def test_fit_learns_and_leaves_what_is_frozen(tmp_path, capsys):
     assert LINE["line"]["w"].sum() == 0  # the caller's parameters are still there
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["line", "step 100/200", "step 200/200"]
-    assert lines[0] == "line: the training step is compiled first, which may take some minutes."
+    assert lines[0] == "line: compiling the training step, which may take some minutes."
     assert all(name in lines[1] for name in ("loss", "grad_norm", "learning_rate", "images_per_second", "left"))
     assert list((tmp_path / "tb").iterdir())
 

@@ -219,7 +219,7 @@ def fit(
                 report.show(step, values)
 
         if start < options.steps:
-            report.say("the training step is compiled first, which may take some minutes.")
+            report.say("compiling the training step, which may take some minutes.")
         if options.eval_every and not start:  # what it starts from; and mistakes show now
             evaluate(0)
         guard, due = NonFiniteGuard(options.max_skipped), False

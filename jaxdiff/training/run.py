@@ -41,9 +41,12 @@ class Run:
 
     def train(self, profile: int = 0) -> None:
         """Train to the last step, or until stopped, and export what was trained; `profile` as for `fit`."""
+        stage, params = self.trainable.stage, self.trainable.params
         batches, on_eval = self.batches(), self.on_eval()
-        more = {"on_eval": on_eval, "trackers": self.trackers(), "profile": profile}
-        result = fit(self.trainable.stage, self.trainable.params, batches, self.options, self.workdir, **more)
+        result = fit(
+            stage, params, batches, self.options, self.workdir,
+            on_eval=on_eval, trackers=self.trackers(), profile=profile,
+        )  # fmt: skip
         if result.step == self.options.steps:
             self.export("export", result.params)
 

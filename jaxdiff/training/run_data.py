@@ -44,7 +44,7 @@ class Images:
 
     def open(self, path: str | Path, split: str) -> Source:
         data = self.config.data
-        columns = {name: data[name] for name in ("image_column", "text_column")}
+        columns: dict[str, Any] = {name: data[name] for name in ("image_column", "text_column")}
         return open_source(path, split, cache=self.workdir / "data", **columns, **hosts())
 
     def split(self, name: str) -> Source:
