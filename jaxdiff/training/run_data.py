@@ -30,7 +30,7 @@ BUILT = {
 }
 
 
-def hosts() -> dict[str, int]:
+def hosts() -> dict[str, Any]:
     """Which of how many processes this one is, as keyword arguments of what reads data."""
     return {"host_index": jax.process_index(), "host_count": jax.process_count()}
 
