@@ -34,13 +34,14 @@ from PIL import Image
 from jaxdiff import parallel
 from jaxdiff.config import UNetConfig
 from jaxdiff.data.captioned import captioned_data
-from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.models.model import Model, build
 from jaxdiff.training import loop
+from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.loop import Stage, fit
 from jaxdiff.training.optimizer import optimizer
+from jaxdiff.training.options import Options
 from jaxdiff.training.stages import diffusion_stage
-from jaxdiff.training.state import Options, TrainState, init_state, make_train_step
+from jaxdiff.training.train_step import TrainState, init_state, make_train_step
 from tests.tiny import SCHEDULER, VAE, text_config, tiny_params, tokenizer
 
 FIRST = 3  # steps before the first block; compilation is not the loop's
@@ -130,7 +131,7 @@ def main() -> None:
             return captioned_data(data, args.batch, args.side, seed=0, threads=2)
 
         trained = {k: params[k] for k in stage.trainable}
-        frozen = parallel.place({k: v for k, v in params.items() if k not in trained}, parallel.replicated(mesh))
+        frozen = parallel.put_global({k: v for k, v in params.items() if k not in trained}, parallel.replicated(mesh))
         state = init_state(trained, optimizer(options), mesh)
         step = make_train_step(stage.loss, options, mesh, state)
         batch = parallel.global_batch(mesh, stage.prepare(next(iter(batches()))))

@@ -65,16 +65,16 @@ def projection(gradient: float, flops: float) -> str:
 
 
 def compile_step(fsdp: int, tensor: int, side: int):
-    """(mesh, what `jaxdiff.training.plan.compiled_step` tells) of a batch of one image a device."""
+    """(mesh, what `jaxdiff.training.memory_plan.compiled_step` tells) of a batch of one image a device."""
     import jax
     import jax.numpy as jnp
 
     from jaxdiff import parallel
     from jaxdiff.config import UNetConfig
     from jaxdiff.models.unet import UNet2DConditionModel
-    from jaxdiff.training import plan
+    from jaxdiff.training import memory_plan
     from jaxdiff.training.loop import Stage
-    from jaxdiff.training.state import Options
+    from jaxdiff.training.options import Options
 
     unet = UNet2DConditionModel(UNetConfig(sample_size=64, cross_attention_dim=TEXT[1], attention_head_dim=8))
 
@@ -89,8 +89,8 @@ def compile_step(fsdp: int, tensor: int, side: int):
     batch = {k: jax.ShapeDtypeStruct(v, jnp.float32, sharding=parallel.batch_sharding(mesh)) for k, v in shapes.items()}
     x, t, text = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, side, side, 4), (1,), (1, *TEXT)))
     params = {"unet": jax.eval_shape(unet.init, jax.random.key(0), x, t, text)["params"]}
-    state = plan.abstract_state(params, options, mesh)
-    return mesh, plan.compiled_step(Stage("unet", ("unet",), loss), state, {}, batch, options, mesh)
+    state = memory_plan.abstract_state(params, options, mesh)
+    return mesh, memory_plan.compiled_step(Stage("unet", ("unet",), loss), state, {}, batch, options, mesh)
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def main() -> None:
         print(
             f"\n{shape}: {step.flops / 1e12:.2f} TFLOP and {step.temporary / 1e9:.1f} GB beside the state, a device\n"
         )
-        print(collectives.table(step.sent), flush=True)
+        print(collectives.collectives_table(step.sent), flush=True)
         if dict(mesh.shape) == {"data": DEVICES, "fsdp": 1, "tensor": 1}:
             print("\n" + projection(step.sent[0].size, step.flops))
 

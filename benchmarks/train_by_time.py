@@ -31,11 +31,12 @@ from jaxdiff.data.store import Rows
 from jaxdiff.io.images import grid, write_png
 from jaxdiff.models.model import Model, init_params
 from jaxdiff.training.ema import PowerAverages
-from jaxdiff.training.evaluate import noise_levels
+from jaxdiff.training.init import starting_model
+from jaxdiff.training.metrics import noise_levels
 from jaxdiff.training.optimizer import optimizer
-from jaxdiff.training.setup import starting_model
+from jaxdiff.training.options import Options
 from jaxdiff.training.stages import diffusion_stage
-from jaxdiff.training.state import Options, accumulated_grad, norm
+from jaxdiff.training.train_step import accumulated_grad, norm
 
 SIGMAS = (0.05, 0.1)  # lengths of the averages that are kept, as shares of the training
 TRAINED = ("unet", "text_encoder")
@@ -143,8 +144,8 @@ def train(args: argparse.Namespace) -> None:
         raise SystemExit(f"--packed {args.packed} holds {len(latents)} latents: lower --held_out {args.held_out}.")
     options = Options(
         steps=10**9, batch_size=args.batch_size, learning_rate=args.learning_rate, optimizer=args.optimizer,
-        weight_decay=args.weight_decay, b2=0.99, ema_sigmas=SIGMAS, seed=args.seed,
-        rates=(("text_encoder", args.text_rate),),
+        weight_decay=args.weight_decay, warmup_steps=0, schedule="constant", ema_sigmas=SIGMAS, seed=args.seed,
+        lr_multipliers=(("text_encoder", args.text_rate),),
     )  # fmt: skip
     step, tx = make_step(model, options, scale, args.held_out)
     held = {"latents": latents[-args.held_out :] * scale, "tokens": tokens[-args.held_out :]}

@@ -154,8 +154,8 @@ def gather(mesh: Mesh, params: Any, dtype: Any = None) -> Any:
     return gathered(params)
 
 
-class Part(NamedTuple):
-    """Parameters of one kind and how they are divided, a row of `table`."""
+class ShardedGroup(NamedTuple):
+    """Parameters of one kind and how they are divided, a row of `sharding_table`."""
 
     name: str  # the module and the end of the path, numbers as *
     spec: PartitionSpec
@@ -164,7 +164,7 @@ class Part(NamedTuple):
     each: int  # bytes a device
 
 
-def parts(mesh: Mesh | AbstractMesh, params: Any) -> list[Part]:
+def sharded_groups(mesh: Mesh | AbstractMesh, params: Any) -> list[ShardedGroup]:
     """How parameters (or their shapes) are divided, one row for those of a kind; the largest first."""
     rows: dict[tuple[str, PartitionSpec], list[int]] = {}
     shardings = jax.tree.leaves(param_sharding(mesh, params))
@@ -175,15 +175,15 @@ def parts(mesh: Mesh | AbstractMesh, params: Any) -> list[Part]:
         each = int(np.prod(sharding.shard_shape(x.shape), dtype=np.int64)) * width
         for i, value in enumerate((1, int(np.prod(x.shape, dtype=np.int64)) * width, each)):
             row[i] += value
-    found = [Part(name, spec, *values) for (name, spec), values in rows.items()]
+    found = [ShardedGroup(name, spec, *values) for (name, spec), values in rows.items()]
     return sorted(found, key=lambda part: -part.size)
 
 
-def table(mesh: Mesh | AbstractMesh, params: Any) -> str:
-    """`parts` as lines of text: what, how many arrays, how divided, megabytes in all and a device."""
-    rows = parts(mesh, params)
+def sharding_table(mesh: Mesh | AbstractMesh, params: Any) -> str:
+    """`sharded_groups` as lines of text: what, how many arrays, how divided, megabytes in all and a device."""
+    rows = sharded_groups(mesh, params)
     arrays, size, each = (sum(getattr(row, name) for row in rows) for name in ("arrays", "size", "each"))
-    rows = [*rows, Part("all", PartitionSpec(), arrays, size, each)]
+    rows = [*rows, ShardedGroup("all", PartitionSpec(), arrays, size, each)]
     width = max(len(row.name) for row in rows)
     lines = [f"{'parameters':{width}}  arrays       MB  MB/device  divided over"]
     for row in rows:
@@ -193,7 +193,7 @@ def table(mesh: Mesh | AbstractMesh, params: Any) -> str:
     return "\n".join(lines)
 
 
-def place(tree: Any, sharding: Any) -> Any:
+def put_global(tree: Any, sharding: Any) -> Any:
     """Put arrays that every host holds in full onto the devices; `sharding` is one for all or a tree of them.
 
     Each host gives its own devices their parts. `jax.device_put` would gather every host's copy of an array on every
@@ -225,19 +225,21 @@ def global_batch(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+def global_row_order(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which row of the batch, the hosts' one after the other, lies at each place of `global_batch`, [B]."""
     owner = np.empty(batch_size, int)
     places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((batch_size,))
     for device, (index,) in places.items():
         owner[index] = device.process_index
-    return _rows(owner)
+    return _row_order(owner)
 
 
-def _rows(owner: np.ndarray) -> np.ndarray:
-    """`rows`, from the host that has each place: in order, but where a mesh that follows the network has them by turns.
+def _row_order(owner: np.ndarray) -> np.ndarray:
+    """`global_row_order`, from the host that has each place.
 
-    >>> _rows(np.asarray([0, 1, 0, 1])).tolist()
+    The hosts' rows are in order, unless a mesh that follows the network takes the hosts by turns.
+
+    >>> _row_order(np.asarray([0, 1, 0, 1])).tolist()
     [0, 2, 1, 3]
     """
     found = np.empty(len(owner), int)
@@ -255,7 +257,7 @@ class Mapped(NamedTuple):
         return self.run(*args)
 
 
-def line(devices: Sequence[jax.Device]) -> Mesh:
+def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
     """Devices in the order given, over one axis "data": nothing is sent along it, so that any order will do."""
     return Mesh(np.asarray(devices), ("data",))
 
@@ -267,7 +269,7 @@ def replicate(params: Any, devices: Sequence[jax.Device] | None = None) -> Any:
         params: a tree of arrays.
         devices: None takes all that this process has.
     """
-    return jax.device_put(params, replicated(line(jax.local_devices() if devices is None else devices)))
+    return jax.device_put(params, replicated(data_mesh(jax.local_devices() if devices is None else devices)))
 
 
 def committed(tree: Any) -> tuple[jax.Device, ...]:
@@ -292,7 +294,7 @@ def pmap(function: Callable, devices: Sequence[jax.Device], shared: int = 0) -> 
         last row, and the results of the filling are cut off. The compiled program of a function that treats its rows
         independently holds no communication.
     """
-    mesh = line(devices)
+    mesh = data_mesh(devices)
     whole, divided = PartitionSpec(), PartitionSpec("data")
 
     @jax.jit

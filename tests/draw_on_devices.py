@@ -62,7 +62,7 @@ def from_the_command_line(folder: Path, model, params, count: int) -> np.ndarray
 
 def sum_program() -> str:
     mesh = parallel.mesh()
-    x = parallel.place(np.ones(8), parallel.batch_sharding(mesh))
+    x = parallel.put_global(np.ones(8), parallel.batch_sharding(mesh))
     return jax.jit(lambda x: x.sum()).lower(x).compile().as_text()
 
 

@@ -11,17 +11,18 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 import jaxdiff
-from configs.common import base
 from jaxdiff import parallel
-from jaxdiff.commands.evaluation import drawing, placed
 from jaxdiff.config import ConfigError
 from jaxdiff.io.textual_inversion import TABLE
 from jaxdiff.models.model import build
 from jaxdiff.training import finetune
-from jaxdiff.training.evaluate import noise_levels, reconstructions
+from jaxdiff.training.defaults import base
+from jaxdiff.training.metrics import noise_levels, reconstructions
+from jaxdiff.training.on_eval import drawing, placed
 from jaxdiff.training.optimizer import optimizer
-from jaxdiff.training.state import Options, OptionsError, accumulated_grad, init_state, make_train_step
-from jaxdiff.training.targets import make, process
+from jaxdiff.training.options import Options, OptionsError
+from jaxdiff.training.train_step import accumulated_grad, init_state, make_train_step
+from jaxdiff.training.trainables import make, process
 from tests.test_training import BATCH, keys, pictures
 from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
 
@@ -32,7 +33,7 @@ TEXTS = ["a castle", "a red dragon", "a blue house", "blurry"]
 def settings(stage: str, **changes) -> ConfigDict:
     config = base()
     config.stage = stage
-    config.word.update({"token": "<cat>", "initial": "castle", "vectors": 2})
+    config.textual_inversion.update({"token": "<cat>", "initial": "castle", "vectors": 2})
     for name, value in {"caption_dropout": 0.0, **changes}.items():
         config[name].update(value) if isinstance(value, dict) else config.update({name: value})
     return config
@@ -53,7 +54,8 @@ def target_of(tiny):
 
 def trained(target, batch, steps: int = 12, rate: float = 3e-3):
     """(all parameters after some steps, the loss at the same times and noises before and after)."""
-    o = Options(steps, BATCH, learning_rate=rate, weight_decay=0.0, ema_decay=0.0)
+    plain = {"warmup_steps": 0, "schedule": "constant", "b2": 0.999, "weight_decay": 0.0, "ema_decay": 0.0}
+    o = Options(steps, BATCH, learning_rate=rate, **plain)
     mesh = parallel.mesh(devices=jax.devices()[:1])
     state = init_state({k: target.params[k] for k in target.stage.trainable}, optimizer(o), mesh)
     step = make_train_step(target.stage.loss, o, mesh, state)
@@ -98,7 +100,7 @@ def test_the_loss_of_every_target_falls(results, stage):
 def test_a_lora_changes_the_layers_it_names_alone(results, target_of, tiny):
     params, _, _ = results("lora", *BOTH)
     target, _ = target_of("lora", *BOTH)
-    whole = target.whole(params)
+    whole = target.merge_params(params)
     changed = moved(tiny[1], whole)
     assert {name.split("/")[0] for name in changed} == {"unet", "text_encoder"}
     assert all(name.split("/")[-2].endswith(("to_q", "to_k", "to_v", "to_out_0", "_proj")) for name in changed)
@@ -110,7 +112,7 @@ def test_a_lora_changes_the_layers_it_names_alone(results, target_of, tiny):
 def test_only_the_new_rows_of_the_table_move(results, target_of, tiny):
     params, _, _ = results("textual_inversion")
     target, _ = target_of("textual_inversion")
-    whole = jax.device_get(target.whole(params))
+    whole = jax.device_get(target.merge_params(params))
     table = whole["text_encoder"].pop(TABLE)["embedding"]
     assert moved({k: v for k, v in tiny[1]["text_encoder"].items() if k != TABLE}, whole["text_encoder"]) == set()
     assert moved(tiny[1]["unet"], whole["unet"]) == set()
@@ -232,10 +234,10 @@ def test_it_is_evaluated_as_it_is_trained(target_of, results):
     on_device = placed(params, target, settings("lora", frozen_dtype="bfloat16"))
     assert {str(x.dtype) for x in jax.tree.leaves(on_device["lora"])} == {"float32"}
     assert {str(x.dtype) for name in ("unet", "vae") for x in jax.tree.leaves(on_device[name])} == {"bfloat16"}
-    measure = noise_levels(target.model, [batch], network=target.network, whole=target.whole, levels=2)
+    measure = noise_levels(target.model, [batch], network=target.network, merge_params=target.merge_params, levels=2)
     merged = noise_levels(target.model, [batch], network=target.network, levels=2)
     values = measure(placed(params, target, settings("lora")))
-    np.testing.assert_allclose(list(values.values()), list(merged(target.whole(params)).values()), rtol=1e-5)
+    np.testing.assert_allclose(list(values.values()), list(merged(target.merge_params(params)).values()), rtol=1e-5)
     # bfloat16 keeps 8 bits (4e-3), through some ten layers.
     np.testing.assert_allclose(measure(on_device)["eval_loss"], values["eval_loss"], rtol=0.05)
 
@@ -249,8 +251,8 @@ def test_a_device_draws_no_more_of_a_sheet_at_a_time_than_it_trains_on(target_of
     sizes, sheets, generate = [], [], jaxdiff.generate
     monkeypatch.setattr(jaxdiff, "generate", lambda *args, **k: sizes.append(len(args[2])) or generate(*args, **k))
     for at_once in (4, 2):
-        draw = drawing(config, target, held_out, lambda _, images, *__: sheets.append(images.astype(int)), at_once)
-        draw(0, target.whole(target.params))
+        draw = drawing(config, target, held_out, at_once)
+        sheets.append(draw(0, target.merge_params(target.params)).images.astype(int))
     devices = jax.local_device_count()
     assert sizes == ([3, 2, 2] if devices == 1 else [3, 3])
     assert np.abs(sheets[0] - sheets[1]).max() <= 1

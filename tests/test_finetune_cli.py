@@ -14,7 +14,7 @@ from jaxdiff.generate import initial_noise, picture_keys
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.images import read_image
 from jaxdiff.models.model import with_controlnets
-from jaxdiff.training.targets import LORA_FILES, WORD_FILE
+from jaxdiff.training.trainables import EMBEDDING_FILE, LORA_FILES
 from tests.test_train_cli import ROOT, cache_home, cli  # noqa: F401
 from tests.test_training import pictures
 from tests.tiny import LATENT, SIDE
@@ -36,11 +36,14 @@ STEPS, SCALE, LEVELS = 2, 7.5, 2  # LEVELS: see tests/test_tasks.py
 PROMPT = {"textual_inversion": "a <cat>"}
 RATE = {"textual_inversion": 0.3, "lora": 0.1, "controlnet": 0.05}
 MORE = {
-    "lora": ["--config.trainable=('unet', 'text_encoder')", "--config.rates=(('lora/text_encoder', 0.0),)"],
-    "dreambooth": ["--config.data.captions=('a photo of sks castle',)", "--config.prior.captions=('a castle',)"],
+    "lora": ["--config.trainable=('unet', 'text_encoder')", "--config.lr_multipliers=(('lora/text_encoder', 0.0),)"],
+    "dreambooth": [
+        "--config.data.captions=('a photo of sks castle',)",
+        "--config.prior_preservation.captions=('a castle',)",
+    ],
     "textual_inversion": [
-        "--config.word.token=<cat>",
-        "--config.word.initial=castle",
+        "--config.textual_inversion.token=<cat>",
+        "--config.textual_inversion.initial=castle",
         "--config.data.captions=('a {}',)",  # the tiny model reads 12 tokens
     ],
 }
@@ -91,7 +94,7 @@ def opened(kind, base, export):
         jax.tree.map(np.testing.assert_array_equal, changed["text_encoder"], params["text_encoder"])  # its rate is 0
         return model, changed
     if kind == "textual_inversion":
-        return jaxdiff.load_textual_inversion(model, params, export / WORD_FILE)
+        return jaxdiff.load_textual_inversion(model, params, export / EMBEDDING_FILE)
     return with_controlnets(model, params, load_controlnet(export))
 
 
@@ -105,7 +108,7 @@ def torch_pipeline(kind, base, export):
     if kind == "lora":
         pipe.load_lora_weights(str(export), weight_name=LORA_FILES["diffusers"])
     else:
-        pipe.load_textual_inversion(str(export), weight_name=WORD_FILE)
+        pipe.load_textual_inversion(str(export), weight_name=EMBEDDING_FILE)
     return pipe
 
 
@@ -125,7 +128,7 @@ def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
 ):
     run = command(kind, data, tiny_folder, tmp_path)
     if kind == "lora":  # beside pictures of a class, and stopped on the way
-        run.append(f"--config.prior.path={data}")
+        run.append(f"--config.prior_preservation.path={data}")
         code, _, err = cli(*run, "--config.steps=1")
         assert code == 0, err
     if kind == "dreambooth":  # beside pictures of the class that the model draws itself
@@ -134,7 +137,7 @@ def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
         monkeypatch.setattr(sys, "argv", argv)
         (tmp_path / "class").mkdir()
         assert sample.main(argv) == 0
-        run.append(f"--config.prior.path={tmp_path}/class")
+        run.append(f"--config.prior_preservation.path={tmp_path}/class")
     code, out, err = cli(*run)
     assert code == 0, err
     assert ("goes on from step 1" in out) == (kind == "lora")

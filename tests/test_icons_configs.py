@@ -6,8 +6,8 @@ import pytest
 
 from configs.icons import sizes
 from jaxdiff.text.tokenizer import train_bpe
-from jaxdiff.training.setup import described_model
-from jaxdiff.training.state import Options
+from jaxdiff.training.init import described_model
+from jaxdiff.training.options import Options
 
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "unet"])
@@ -19,7 +19,7 @@ def test_each_stage_describes_a_model_and_options_that_can_be(stage, scale):
     assert model.unet.config.in_channels == model.vae.config.latent_channels
     assert model.unet.config.side * model.vae.config.factor == config.data.image_size
     assert model.vision_encoder.config.projection_dim == model.text_encoder.config.hidden_size
-    Options(**{name: config[name] for name in Options.__dataclass_fields__}).check(1)
+    Options.from_config(config).check(1)
 
 
 def test_drawings_that_the_model_is_judged_by_are_not_learned_from():

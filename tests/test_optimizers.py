@@ -7,8 +7,15 @@ import optax
 import pytest
 
 from jaxdiff.training.loop import Stage, fit
-from jaxdiff.training.optimizer import SMALL, AdamInt8, check_rates, clip_by_global_norm, group_rates, optimizer
-from jaxdiff.training.state import OptionsError
+from jaxdiff.training.optimizer import (
+    SMALL,
+    AdamInt8,
+    check_multipliers,
+    clip_by_global_norm,
+    optimizer,
+    scale_by_multipliers,
+)
+from jaxdiff.training.options import OptionsError
 from tests.test_training import options
 
 WIDE = 128
@@ -70,7 +77,7 @@ def test_each_optimizer_makes_its_own_update():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
 def test_the_first_moment_in_bfloat16(name):
-    state = run(optimizer=name, moments="bfloat16")[2]
+    state = run(optimizer=name, moment_dtype="bfloat16")[2]
     halves = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
     assert sum(x.size for x in halves) == sum(x.size for x in jax.tree.leaves(weights()))
     assert not any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(run(optimizer=name)[2]))
@@ -78,7 +85,7 @@ def test_the_first_moment_in_bfloat16(name):
 
 def test_moments_in_8_bits_take_a_quarter_and_lead_the_same_way():
     old, exact, plain = run(steps=20)
-    _, near, state = run(steps=20, moments="int8")
+    _, near, state = run(steps=20, moment_dtype="int8")
     assert isinstance(state[1], AdamInt8)
     assert WIDE < SMALL < WIDE * WIDE
     assert state[1].mu["unet"]["kernel"].dtype == jnp.int8
@@ -99,7 +106,7 @@ def test_moments_in_8_bits_take_a_quarter_and_lead_the_same_way():
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
 def test_groups_have_their_own_rates(name):
     old, plain, _ = run(optimizer=name)
-    _, new, _ = run(optimizer=name, rates=(("unet", 0.5), ("unet/bias", 0.0)))
+    _, new, _ = run(optimizer=name, lr_multipliers=(("unet", 0.5), ("unet/bias", 0.0)))
 
     def moved(params):
         return jax.tree.map(lambda a, b: np.asarray(a - b), params, old)
@@ -117,7 +124,7 @@ def lora_weights() -> dict:
 
 @pytest.mark.parametrize("prefix", ["text_encoder", "lora/text_encoder"])
 def test_rates_of_a_lora_count_from_its_module(prefix):
-    updates, _ = group_rates(((prefix, 0.0),)).update({"lora": lora_weights()["lora"]}, optax.EmptyState())
+    updates, _ = scale_by_multipliers(((prefix, 0.0),)).update({"lora": lora_weights()["lora"]}, optax.EmptyState())
     sums = {name: float(layer["down"].sum()) for name, layer in updates["lora"].items()}
     assert sums == {"unet.conv.to_k": 2.0, "text_encoder.layers.0.q_proj": 0.0}
 
@@ -138,23 +145,23 @@ def test_rates_of_a_lora_count_from_its_module(prefix):
 def test_rates_of_nothing_are_refused(trainable, prefix, good):
     params = lora_weights() if "lora" in trainable else weights()
     if good:
-        check_rates(((prefix, 0.1),), params, trainable)
+        check_multipliers(((prefix, 0.1),), params, trainable)
     else:
-        with pytest.raises(OptionsError, match=f"rates: '{prefix}' is the start of no parameter that learns, such as"):
-            check_rates(((prefix, 0.1),), params, trainable)
+        with pytest.raises(OptionsError, match=f"lr_multipliers: '{prefix}' is the start of no parameter that learns"):
+            check_multipliers(((prefix, 0.1),), params, trainable)
 
 
 def test_rates_of_a_lora_that_the_text_encoder_has_none_of_wait():
     params = lora_weights()
     del params["lora"]["text_encoder.layers.0.q_proj"]  # as configs/finetune/lora.py has it
-    check_rates((("lora/text_encoder", 0.5),), params, ("lora",))
+    check_multipliers((("lora/text_encoder", 0.5),), params, ("lora",))
 
 
 def test_a_run_with_rates_of_nothing_is_refused(tmp_path):
     stage = Stage("quadratic", ("unet",), lambda params, batch, keys: (params["unet"]["bias"].sum(), {}))
     for rates, said in (((("unte", 0.1),), "'unte'"), (("unet", 0.1), "must be pairs")):
         with pytest.raises(OptionsError, match=said):
-            fit(stage, weights(), [], options(rates=rates), tmp_path)
+            fit(stage, weights(), [], options(lr_multipliers=rates), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
@@ -169,8 +176,8 @@ def test_decay_is_every_optimizers(name):
     ("changes", "named"),
     [
         ({"optimizer": "sgd"}, "optimizer 'sgd'"),
-        ({"moments": "int4"}, "moments 'int4'"),
-        ({"optimizer": "lion", "moments": "int8"}, "moments 'int8' of lion"),
+        ({"moment_dtype": "int4"}, "moment_dtype 'int4'"),
+        ({"optimizer": "lion", "moment_dtype": "int8"}, "moment_dtype 'int8' of lion"),
         ({"snapshot_every": 0}, "snapshot_every"),
     ],
 )

@@ -12,8 +12,9 @@ from jaxdiff.models.layers import REMAT_POLICIES, Transformer2D, rematerialised
 from jaxdiff.training import ema
 from jaxdiff.training.loop import Stage, fit
 from jaxdiff.training.optimizer import optimizer
-from jaxdiff.training.stages import Noising, diffusion_stage, random_noise, random_times
-from jaxdiff.training.state import Options, OptionsError, init_state, make_train_step
+from jaxdiff.training.options import NoiseOptions, Options, OptionsError
+from jaxdiff.training.stages import diffusion_stage, random_noise, random_times
+from jaxdiff.training.train_step import init_state, make_train_step
 from tests.test_training import BATCH, keys, options, pairs
 from tests.tiny import SCHEDULER, tiny_model
 
@@ -52,7 +53,7 @@ def test_input_perturbation_is_in_the_input_and_not_in_the_target():
 
 def test_logit_normal_times():
     many = keys(4096)
-    t = np.asarray(random_times(SCHEDULER, many, Noising(times="logit_normal", logit_mean=1.0, logit_std=0.5)))
+    t = np.asarray(random_times(SCHEDULER, many, NoiseOptions(times="logit_normal", logit_mean=1.0, logit_std=0.5)))
     assert t.min() >= 0
     assert t.max() <= 999
     u = (t + 0.5) / 1000
@@ -72,7 +73,7 @@ def test_logit_normal_times():
 )
 def test_noising_that_cannot_be_is_named(changes, named):
     with pytest.raises(OptionsError, match=named):
-        Noising(**changes)
+        NoiseOptions(**changes)
 
 
 # --- averages after training

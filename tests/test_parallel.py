@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh
 from jaxdiff import parallel
 from jaxdiff.parallel import PartitionSpec as P
 from jaxdiff.parallel import param_spec
-from jaxdiff.training.collectives import Collective, collectives, table
+from jaxdiff.training.collectives import Collective, collectives, collectives_table
 
 MESH = AbstractMesh((2, 2, 2), parallel.AXES)
 
@@ -62,14 +62,14 @@ def test_moments_and_averages_are_split_as_their_parameters(tiny):
 
 def test_the_table_adds_up(tiny):
     params = tiny[1]
-    rows = parallel.parts(MESH, params)
+    rows = parallel.sharded_groups(MESH, params)
     leaves = jax.tree.leaves(params)
     assert sum(r.arrays for r in rows) == len(leaves)
     assert sum(r.size for r in rows) == sum(x.nbytes for x in leaves)
     for row in rows:
         pieces = 2 ** sum(axis is not None for axis in row.spec)
         assert row.each == row.size / pieces
-    lines = parallel.table(MESH, params).splitlines()
+    lines = parallel.sharding_table(MESH, params).splitlines()
     assert len(lines) == len(rows) + 2
     assert "unet/attn1/to_q/kernel" in "".join(lines)
 
@@ -111,4 +111,6 @@ def test_collectives_are_counted_by_kind_and_axes_and_turns_of_loops():
 def test_a_ring_sends_all_but_its_own_part():
     assert Collective("all-reduce", ("data",), 4, 1, 100).sent == 150
     assert Collective("all-gather", ("data",), 4, 1, 100).sent == 75
-    assert "| all-gather | data | 4 | 1 | 1.0 | 0.8 |" in table([Collective("all-gather", ("data",), 4, 1, 10**6)])
+    assert "| all-gather | data | 4 | 1 | 1.0 | 0.8 |" in collectives_table(
+        [Collective("all-gather", ("data",), 4, 1, 10**6)]
+    )

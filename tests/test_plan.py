@@ -10,16 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-import train
 from jaxdiff import parallel
-from jaxdiff.commands import plan as plan_command
-from jaxdiff.commands.plan import described
+from jaxdiff.cli import train, train_plan
+from jaxdiff.cli.train_plan import described
 from jaxdiff.models.unet import UNet2DConditionModel
-from jaxdiff.training import plan
+from jaxdiff.training import memory_plan
 from jaxdiff.training.optimizer import optimizer
+from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.stages import diffusion_stage
-from jaxdiff.training.state import Options, OptionsError, init_state, kept
-from jaxdiff.training.targets import make
+from jaxdiff.training.train_step import cast_frozen, init_state
+from jaxdiff.training.trainables import make
 from tests.networks import SDXL
 from tests.tiny import SIDE
 
@@ -33,9 +33,11 @@ def test_planned_bytes_are_those_of_a_real_state(tiny):
     stage, options = diffusion_stage(model), Options(steps=1, batch_size=2)
     mesh = parallel.mesh(devices=jax.devices()[:1])
     trained = {k: params[k] for k in stage.trainable}
-    frozen = plan.sharded(mesh, {k: v for k, v in params.items() if k not in trained})
+    frozen = memory_plan.sharded(mesh, {k: v for k, v in params.items() if k not in trained})
     read = {"image": np.zeros((1, SIDE, SIDE, 3), np.uint8), "text": [""]}
-    held = plan.memory(plan.abstract_state(trained, options, mesh), frozen, plan.abstract_batch(stage, read, 2, mesh))
+    held = memory_plan.memory(
+        memory_plan.abstract_state(trained, options, mesh), frozen, memory_plan.abstract_batch(stage, read, 2, mesh)
+    )
     state = init_state(trained, optimizer(options), mesh)
     for found, tree in ((held.params, state.params), (held.optimizer, state.opt_state), (held.average, state.ema)):
         assert found == sum(x.nbytes for x in jax.tree.leaves(tree))
@@ -55,7 +57,7 @@ def configs_alone(tiny_folder, tmp_path_factory):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "finetune").glob("*.py")))
 def test_what_is_planned_for_fine_tuning_is_what_is_made(name, configs_alone, tiny):
     config = importlib.import_module(f"configs.finetune.{name}").get_config()
-    config.init_from.model, config.word.initial = str(configs_alone), "castle"
+    config.init_from.model, config.textual_inversion.initial = str(configs_alone), "castle"
     if name == "controlnet":
         config.controlnet.init_from = "elsewhere"  # whose weights are not read either
     stage, shapes, _ = described(config)
@@ -65,18 +67,18 @@ def test_what_is_planned_for_fine_tuning_is_what_is_made(name, configs_alone, ti
     assert shapes == made
     assert stage.trainable == target.stage.trainable
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(target.params))  # no memory of a device
-    assert "all but activations" in plan_command.text(config, "quick", 4)
+    assert "all but activations" in train_plan.text(config, "quick", 4)
 
 
 def test_of_a_lora_the_frozen_weights_are_held_once_and_have_no_optimizer(configs_alone, tiny):
     config = importlib.import_module("configs.finetune.lora").get_config()
     config.init_from.model = str(configs_alone)
     stage, shapes, _ = described(config)
-    options = Options(**{name: config[name] for name in Options.__dataclass_fields__})
+    options = Options.from_config(config)
     mesh = parallel.mesh(devices=jax.devices()[:1])
     frozen = {k: v for k, v in shapes.items() if k not in stage.trainable}
-    frozen = plan.sharded(mesh, jax.eval_shape(lambda x: kept(x, options), frozen))
-    held = plan.memory(plan.abstract_state({"lora": shapes["lora"]}, options, mesh), frozen, {})
+    frozen = memory_plan.sharded(mesh, jax.eval_shape(lambda x: cast_frozen(x, options), frozen))
+    held = memory_plan.memory(memory_plan.abstract_state({"lora": shapes["lora"]}, options, mesh), frozen, {})
 
     target = make(config, *tiny)
     state = init_state({"lora": target.params["lora"]}, optimizer(options), mesh)
@@ -95,7 +97,9 @@ def test_sdxl_is_planned_on_a_pod_without_allocating_it():
     count = sum(x.size for x in jax.tree.leaves(params))
     assert count == 2_567_463_684  # as diffusers has it
     options = Options(steps=1, batch_size=64, fsdp=64)
-    held = plan.memory(plan.abstract_state(params, options, plan.abstract_mesh(64, fsdp=64)), {}, {})
+    held = memory_plan.memory(
+        memory_plan.abstract_state(params, options, memory_plan.abstract_mesh(64, fsdp=64)), {}, {}
+    )
     vectors = sum(x.size for x in jax.tree.leaves(params) if x.ndim < 2)
     odd = sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1 and not any(n % 64 == 0 for n in x.shape))
     assert odd == 0
@@ -107,7 +111,7 @@ def test_sdxl_is_planned_on_a_pod_without_allocating_it():
 
 def test_a_mesh_that_does_not_fit_is_refused():
     with pytest.raises(OptionsError, match="fsdp 3 x tensor 1 must divide the number of devices, 8"):
-        plan.abstract_mesh(8, fsdp=3)
+        memory_plan.abstract_mesh(8, fsdp=3)
 
 
 @pytest.fixture
@@ -154,7 +158,7 @@ def test_what_cannot_be_planned_is_said_in_a_sentence(cli, flags, message):
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_a_full_plan_that_fails_on_simulated_devices_ends_with_its_exit_code(cli, monkeypatch):
     ended = subprocess.CompletedProcess([], 3)
-    monkeypatch.setattr(plan_command.subprocess, "run", lambda *args, **kwargs: ended)
+    monkeypatch.setattr(train_plan.subprocess, "run", lambda *args, **kwargs: ended)
     code, *_ = cli(f"--config={CONFIG}:unet", "--plan", f"--plan_devices={jax.device_count() + 1}")
     assert code == 3
 
@@ -173,11 +177,11 @@ def test_a_full_plan_compiles_for_devices_that_are_not_there(capfd, monkeypatch)
 
 def test_the_report_is_of_the_state_that_is_trained(tiny):
     _, params = tiny
-    mesh = plan.abstract_mesh(8, fsdp=4)
+    mesh = memory_plan.abstract_mesh(8, fsdp=4)
     trained = {"unet": params["unet"]}
-    held = plan.memory(plan.abstract_state(trained, Options(steps=1, batch_size=8), mesh), {}, {})
-    step = plan.Step(temporary=10**9 + held.gradients, flops=1e12, sent=[])
-    text = plan.report(held, step, mesh, trained)
+    held = memory_plan.memory(memory_plan.abstract_state(trained, Options(steps=1, batch_size=8), mesh), {}, {})
+    step = memory_plan.Step(temporary=10**9 + held.gradients, flops=1e12, sent=[])
+    text = memory_plan.report(held, step, mesh, trained)
     total = (held.params + held.optimizer + held.average + held.gradients + 10**9) / 1e9
     assert f"  {'all':36} {total:8.3f}" in text.splitlines()
     assert "1.000 TFLOP a device" in text

@@ -12,7 +12,7 @@ from jaxdiff.io.pretrained import parts
 from jaxdiff.io.textual_inversion import load_textual_inversion
 from jaxdiff.models.controlnet import ControlNet
 from jaxdiff.models.tiny_vae import AutoencoderTiny
-from jaxdiff.training import setup, targets
+from jaxdiff.training import init, trainables
 from tests.tiny import tiny_model
 
 
@@ -25,18 +25,18 @@ def steered():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_another_type(steered, dtype):
-    again = setup._rebuilt(steered, dtype, "full")
+    again = init._rebuilt(steered, dtype, "full")
     assert [net.config for net in again.controlnets] == [net.config for net in steered.controlnets]
     assert {(net.dtype, net.remat) for net in again.controlnets} == {(again.unet.dtype, "full")}
     assert again.tiny_vae == steered.tiny_vae
-    assert setup._rebuilt(steered, "float32", False) == steered  # field by field, those to come too
+    assert init._rebuilt(steered, "float32", False) == steered  # field by field, those to come too
 
 
 def test_what_training_starts_from(steered, monkeypatch, tmp_path):
     params = {name: {"w": np.zeros(1)} for name in (*steered.modules, "controlnet")}
-    monkeypatch.setattr(setup, "load", lambda path: (steered, params))
-    monkeypatch.setattr(setup, "find", lambda path: tmp_path / "x.safetensors")
-    model, read = setup.starting_model({}, {"model": "x"}, None, None)
+    monkeypatch.setattr(init, "load", lambda path: (steered, params))
+    monkeypatch.setattr(init, "find", lambda path: tmp_path / "x.safetensors")
+    model, read = init.starting_model({}, {"model": "x"}, None, None)
     assert (len(model.controlnets), set(read)) == (2, set(params))
 
 
@@ -54,9 +54,9 @@ def test_what_was_trained_is_written_with_them(steered, monkeypatch, tmp_path):
     assert set(parts(steered, params)) == {*steered.modules, "controlnet"}
     assert set(parts(tiny_model(), params)) == set(steered.modules)
     written = []
-    monkeypatch.setattr(targets, "save", lambda folder, model, params: written.append((model, params)))
-    targets._save_model(steered)(tmp_path, params)
+    monkeypatch.setattr(trainables, "save", lambda folder, model, params: written.append((model, params)))
+    trainables.save_model(steered)(tmp_path, params)
     upscaler = replace_config(steered, "unet", num_class_embeds=41)
-    targets._save_model(upscaler)(tmp_path, params)
+    trainables.save_model(upscaler)(tmp_path, params)
     assert [len(model.controlnets) for model, _ in written] == [2, 0]
     assert ["controlnet" in params for _, params in written] == [True, False]

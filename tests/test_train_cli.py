@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-import train
+from jaxdiff.cli import train
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import open_source
 from jaxdiff.data.filters import select
@@ -22,6 +22,7 @@ from jaxdiff.data.folder import examples
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.io.images import read_image
 from jaxdiff.io.tensor_files import open_tensors
+from jaxdiff.training.run import build_run
 from tests.training_config import get_config
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +121,7 @@ def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_p
     code, out, err = cli(*command, "--config.steps=6")  # goes on
     assert code == 0, err
     assert "goes on from step 4" in out
-    assert "pictures encoded" not in err  # the latents are there already
+    assert "images encoded" not in err  # the latents are there already
     assert (work / "export" / "unet" / "config.json").stat().st_mtime_ns != before
 
 
@@ -192,7 +193,7 @@ def test_every_mistake_is_one_sentence(cli, data, tmp_path, args, code, named):
 def test_workers_of_the_config_read_what_its_threads_read(data, tiny_folder, tmp_path):
     config = get_config("vae")
     config.data.path, config.init_from.model = str(data), str(tiny_folder)
-    run = train.Run(config, tmp_path)
+    run = build_run(config, tmp_path)
     expected = [batch for batch, _ in zip(run.batches(), range(3), strict=False)]
     config.data.workers = 1
     before, batches = set(multiprocessing.active_children()), iter(run.batches())

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train
-from jaxdiff.commands.train_flags import check_read
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data
 from jaxdiff.io.edges import canny
 from jaxdiff.io.modules import save_module
 from jaxdiff.models.model import apply
-from jaxdiff.training import personalise
-from jaxdiff.training.setup import starting_model
-from jaxdiff.training.stages import Noising, vae_stage
-from jaxdiff.training.state import Options
-from jaxdiff.training.targets import TARGETS, make
+from jaxdiff.training import dreambooth
+from jaxdiff.training.checks import STAGES, check_settings
+from jaxdiff.training.init import starting_model
+from jaxdiff.training.options import NoiseOptions, Options
+from jaxdiff.training.run import build_run
+from jaxdiff.training.stages import vae_stage
+from jaxdiff.training.trainables import TRAINABLES, make
 from tests.test_finetune import settings
 from tests.test_train_cli import ROOT
 from tests.test_training import keys, pictures
@@ -48,7 +48,7 @@ def run_of(folders, tiny_folder):
         config = settings(stage, **{"batch_size": 4 * jax.device_count(), **changes})
         config.init_from.model = str(tiny_folder)
         config.data.update({"path": str(folders / "class"), "image_size": SIDE, "threads": 1})
-        return train.Run(config, folders / "run")
+        return build_run(config, folders / "run")
 
     return make_run
 
@@ -58,13 +58,13 @@ def run_of(folders, tiny_folder):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_is_one_of_a_target(path):
-    assert ("clip", "vae", *TARGETS) == train.STAGES
+    assert tuple(TRAINABLES) == STAGES
     config = importlib.import_module(f"configs.finetune.{path.stem}").get_config()
-    assert config.stage in TARGETS
+    assert config.stage in TRAINABLES
     assert path.name in importlib.import_module(f"configs.finetune.{path.stem}").__doc__  # its command
-    Options(**{name: config[name] for name in Options.__dataclass_fields__}).check(1)
-    Noising(**{name: config[name] for name in Noising.__dataclass_fields__})
-    check_read(config)
+    Options.from_config(config).check(1)
+    NoiseOptions.from_config(config)
+    check_settings(config)
     assert config.eval.guidance_scale == 0  # sheets as the model itself recommends
 
 
@@ -72,7 +72,7 @@ def test_every_config_is_one_of_a_target(path):
 
 
 def test_the_weight_of_class_pictures(run_of, folders):
-    _, _, batches, _ = run_of("unet", prior={"path": str(folders / "class"), "weight": 0.5}).parts()
+    batches = run_of("unet", prior_preservation={"path": str(folders / "class"), "weight": 0.5}).batches()
     weights = next(iter(batches))["weight"]
     np.testing.assert_array_equal(weights, np.repeat(np.float32([1, 0.5]), len(weights) // 2))
 
@@ -80,8 +80,7 @@ def test_the_weight_of_class_pictures(run_of, folders):
 def test_edges_are_found_where_pictures_are_decoded(run_of):
     for high, colours in ((200.0, {0, 255}), (2040.0, {0})):  # which no edge reaches
         run = run_of("controlnet", controlnet={"canny_high": high}, data={"flip": True})
-        stage, _, batches, _ = run.parts()
-        batch = next(iter(batches))
+        stage, batch = run.trainable.stage, next(iter(run.batches()))
         edges = [canny(image, 100.0, high) for image in batch["image"]]
         np.testing.assert_array_equal(batch["hint"], edges)
         assert set(np.unique(batch["hint"])) == colours
@@ -91,19 +90,20 @@ def test_edges_are_found_where_pictures_are_decoded(run_of):
 
 
 def test_weights_of_the_autoencoders_losses(run_of):
-    stage, params, batches, _ = run_of("vae", kl_weight=2.0, edge_weight=0.0, eval={"pictures": 2}).parts()
-    batch = stage.prepare(next(iter(batches)))
+    run = run_of("vae", kl_weight=2.0, edge_weight=0.0, eval={"pictures": 2})
+    stage, params = run.trainable.stage, run.trainable.params
+    batch = stage.prepare(next(iter(run.batches())))
     args = params, batch, keys(len(batch["image"]))
     value, metrics = jax.jit(stage.loss)(*args)
     np.testing.assert_allclose(value, metrics["reconstruction"] + 2 * metrics["kl"], rtol=1e-5)
-    _, with_edges = jax.jit(vae_stage(run_of("vae").model, edge_weight=1.0).loss)(*args)
+    _, with_edges = jax.jit(vae_stage(run_of("vae").trainable.model, edge_weight=1.0).loss)(*args)
     assert with_edges["reconstruction"] > metrics["reconstruction"]
     np.testing.assert_allclose(with_edges["kl"], metrics["kl"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["", "full"])
 def test_activations_are_computed_again_in_the_unet(run_of, tiny, remat):
-    model = run_of("unet", remat=remat).model
+    model = run_of("unet", remat=remat).trainable.model
     inputs = jnp.zeros((1, *LATENT)), jnp.zeros(1), jnp.zeros((1, MAX_LENGTH, UNET.cross_attention_dim))
     program = jax.make_jaxpr(lambda params: apply(model, params, "unet", *inputs))(tiny[1])
     assert ("checkpoint" in str(program) or "remat" in str(program)) == bool(remat)
@@ -111,7 +111,7 @@ def test_activations_are_computed_again_in_the_unet(run_of, tiny, remat):
 
 @pytest.mark.parametrize(("count", "sizes"), [(3, [2, 1]), (9, [2, 2])])
 def test_a_device_is_given_no_more_pictures_than_in_a_step(run_of, count, sizes):
-    held_out = run_of("unet", accumulate=2, eval={"pictures": count}).held_out()
+    held_out = run_of("unet", accumulate=2, eval={"pictures": count}).data.held_out()
     assert [len(b["image"]) for b in held_out] == [len(b["text"]) for b in held_out] == sizes
 
 
@@ -120,21 +120,19 @@ def test_a_device_is_given_no_more_pictures_than_in_a_step(run_of, count, sizes)
 
 def test_pictures_without_captions_get_those_of_the_config(folders):
     for _ in range(2):  # a second run finds the first one's folder
-        path = personalise.captioned(folders / "mine", ("a photo of <cat>", "<cat>"), folders / "run")
+        path = dreambooth.captioned(folders / "mine", ("a photo of <cat>", "<cat>"), folders / "run")
     batches = iter(captioned_data(path, 3, SIDE, seed=0, threads=1))
     found = [next(batches) for _ in range(4)]
     assert {t for b in found for t in b["text"]} == {"a photo of <cat>", "<cat>"}
     assert len({b["image"][i].tobytes() for b in found for i in range(3)}) == 3
     with pytest.raises(ConfigError, match="holds no picture"):
-        personalise.captioned(folders, ("x",), folders / "other")
+        dreambooth.captioned(folders, ("x",), folders / "other")
 
 
 def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, tiny):
-    own = captioned_data(
-        personalise.captioned(folders / "mine", ("mine",), folders / "run"), 2, SIDE, seed=0, threads=1
-    )
+    own = captioned_data(dreambooth.captioned(folders / "mine", ("mine",), folders / "run"), 2, SIDE, seed=0, threads=1)
     prior = captioned_data(folders / "class", 2, SIDE, seed=1, threads=1)
-    batches = personalise.with_prior(own, prior, 0.25)
+    batches = dreambooth.with_prior(own, prior, 0.25)
     iterator = iter(batches)
     first, position, second = next(iterator), json.loads(json.dumps(iterator.get_state())), next(iterator)
     assert first["text"] == ["mine", "mine", "a house", "a house"]
@@ -152,11 +150,11 @@ def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, ti
 @pytest.mark.parametrize("rows", [(2, 2), (3, 3)])
 def test_class_pictures_come_in_the_same_order_for_any_number_of_hosts(folders, rows):
     """Also where a host has an odd number of rows."""
-    path = personalise.captioned(folders / "mine", ("mine",), folders / "run")
+    path = dreambooth.captioned(folders / "mine", ("mine",), folders / "run")
     own = captioned_data(path, rows[0], SIDE, seed=0, threads=1)
     prior = captioned_data(folders / "class", rows[1], SIDE, seed=1, threads=1)
-    alone = iter(personalise.with_prior(own, prior, 0.25))
-    hosts = [iter(personalise.with_prior(own, prior, 0.25, host_index=i, host_count=2)) for i in range(2)]
+    alone = iter(dreambooth.with_prior(own, prior, 0.25))
+    hosts = [iter(dreambooth.with_prior(own, prior, 0.25, host_index=i, host_count=2)) for i in range(2)]
     plain = iter(own), iter(prior)
     for _ in range(3):
         batch, shares = next(alone), [next(host) for host in hosts]
@@ -170,9 +168,9 @@ def test_class_pictures_come_in_the_same_order_for_any_number_of_hosts(folders, 
 
 def test_hosts_that_make_one_captioned_folder_agree(folders):
     """At the same time, and of other pictures than those that an earlier run pointed at."""
-    personalise.captioned(folders / "class", ("x",), folders / "run")
+    dreambooth.captioned(folders / "class", ("x",), folders / "run")
     with ThreadPoolExecutor(8) as pool:
-        done = [pool.submit(personalise.captioned, folders / "mine", ("y",), folders / "run") for _ in range(32)]
+        done = [pool.submit(dreambooth.captioned, folders / "mine", ("y",), folders / "run") for _ in range(32)]
         assert {future.result() for future in done} == {folders / "run"}
     assert sorted(p.name for p in (folders / "run").iterdir()) == ["metadata.jsonl", "pictures"]
     assert (folders / "run" / "pictures").resolve() == (folders / "mine").resolve()

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-import train
-from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.train_flags import check_sizes
 from jaxdiff.config import CLIPVisionConfig, VAEConfig
 from jaxdiff.models.model import param_shapes
-from jaxdiff.training import setup
+from jaxdiff.training import init
+from jaxdiff.training.checks import check_sizes
+from jaxdiff.training.options import OptionsError
+from jaxdiff.training.run import build_run
 from tests.datasets_of_pictures import write_folder
 from tests.test_train_cli import CONFIG, cache_home, cli  # noqa: F401 (fixtures)
 from tests.tiny import SIDE, tiny_model
@@ -27,7 +27,7 @@ def settings(stage="vae", **data):
 
 @pytest.mark.parametrize("crop", [14, 15, 18, 4, -8, SIDE + 4])
 def test_a_crop_that_does_not_fit(crop):
-    with pytest.raises(UsageError, match=rf"config\.crop {crop} must be from 8 to 16, and a multiple of 4"):
+    with pytest.raises(OptionsError, match=rf"crop {crop} must be from 8 to 16, and a multiple of 4"):
         check_sizes(settings(crop=crop), tiny_model())
 
 
@@ -40,24 +40,24 @@ def test_the_factor_counts_where_it_is_larger_than_the_scales():
     deep = {"block_out_channels": (8,) * 5, "down_block_types": ("DownEncoderBlock2D",) * 5}
     vae = VAEConfig(**deep, up_block_types=("UpDecoderBlock2D",) * 5, norm_num_groups=4)
     model = tiny_model()
-    model = setup.build(model.text_encoder.config, model.unet.config, vae, model.tokenizer, model.scheduler)
+    model = init.build(model.text_encoder.config, model.unet.config, vae, model.tokenizer, model.scheduler)
     check_sizes(settings(image_size=64, crop=32), model)
-    with pytest.raises(UsageError, match=r"config\.crop 24 must be from 16 to 64, and a multiple of 16"):
+    with pytest.raises(OptionsError, match=r"crop 24 must be from 16 to 64, and a multiple of 16"):
         check_sizes(settings(image_size=64, crop=24), model)
 
 
 @pytest.mark.parametrize(
     ("stage", "data", "said"),
     [
-        ("vae", {"image_size": 18}, "config.data.image_size 18 must be at least 8, and a multiple of 4"),
-        ("vae", {"image_size": 15, "crop": 8}, "config.data.image_size 15 must be at least 8, and a multiple of 2"),
-        ("vae", {"image_size": 16, "buckets": 6}, "config.data.buckets 6 must be a multiple of 4"),
-        ("unet", {"image_size": 15}, "config.data.image_size 15 must be at least 2, and a multiple of 2"),
-        ("inpainting", {"image_size": 16, "buckets": 3}, "config.data.buckets 3 must be a multiple of 2"),
+        ("vae", {"image_size": 18}, "data.image_size 18 must be at least 8, and a multiple of 4"),
+        ("vae", {"image_size": 15, "crop": 8}, "data.image_size 15 must be at least 8, and a multiple of 2"),
+        ("vae", {"image_size": 16, "buckets": 6}, "data.buckets 6 must be a multiple of 4"),
+        ("unet", {"image_size": 15}, "data.image_size 15 must be at least 2, and a multiple of 2"),
+        ("inpainting", {"image_size": 16, "buckets": 3}, "data.buckets 3 must be a multiple of 2"),
     ],
 )
 def test_sizes_and_buckets_that_do_not_fit(stage, data, said):
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(OptionsError) as error:
         check_sizes(settings(stage, **data), tiny_model())
     assert said in str(error.value)
 
@@ -71,7 +71,7 @@ def test_what_reads_no_images_at_that_size_takes_any():
 
 def test_train_and_plan_end_before_weights_are_read(cli, tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     data = write_folder(tmp_path / "data", 2)
-    monkeypatch.setattr(setup, "load", lambda *a, **k: pytest.fail("weights are read"))
+    monkeypatch.setattr(init, "load", lambda *a, **k: pytest.fail("weights are read"))
     args = [f"--config={CONFIG}:vae", f"--config.data.path={data}", f"--config.init_from.model={tiny_folder}"]
     for more in ((f"--workdir={tmp_path}/run",), ("--plan=quick",)):
         code, _, err = cli(*args, *more, "--config.crop=14")
@@ -88,11 +88,11 @@ def test_no_pictures_to_evaluate_on(tmp_path, stage, monkeypatch):
     config = get_config(stage)
     first = tiny_model()
     parts = first.text_encoder.config, first.unet.config, first.vae.config, first.tokenizer, first.scheduler
-    model = setup.build(*parts, CLIPVisionConfig.from_dict(config.model.vision_encoder.to_dict()))
+    model = init.build(*parts, CLIPVisionConfig.from_dict(config.model.vision_encoder.to_dict()))
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), param_shapes(model))
-    monkeypatch.setattr(setup, "starting_model", lambda *args, **kwargs: (model, params))
+    monkeypatch.setattr(init, "starting_model", lambda *args, **kwargs: (model, params))
     config.data.path, config.eval.pictures = str(write_folder(tmp_path / "data", 4)), 0
     config.data.eval_split = "" if stage == "clip" else "train"
     config.eval.prompts = ("a castle",)
-    on_eval = train.Run(config, tmp_path).parts()[3]
+    on_eval = build_run(config, tmp_path).on_eval()
     assert on_eval is None or on_eval(0, {}) == {}

@@ -15,9 +15,10 @@ from jaxdiff.diffusion.schedules import at, noise_schedule
 from jaxdiff.models.model import Model, build
 from jaxdiff.training.losses import contrastive_loss, kl_divergence, reconstruction_loss
 from jaxdiff.training.optimizer import learning_rate, optimizer
+from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.precompute import encoder, fingerprint
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage, random_times, vae_stage
-from jaxdiff.training.state import Options, OptionsError, accumulated_grad, ema_update, init_state, make_train_step
+from jaxdiff.training.train_step import accumulated_grad, ema_update, init_state, make_train_step
 from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_params, tokenizer
 
 VISION = CLIPVisionConfig(
@@ -81,7 +82,8 @@ def pairs(count: int = 8) -> dict:
 
 def options(**changes) -> Options:
     defaults = {"steps": 4, "batch_size": BATCH, "learning_rate": 1e-3, "weight_decay": 0.0, "log_every": 1}
-    return Options(**{**defaults, "checkpoint_every": 1000, **changes})
+    defaults |= {"warmup_steps": 0, "schedule": "constant", "b2": 0.999, "checkpoint_every": 1000}
+    return Options(**{**defaults, **changes})
 
 
 def keys(count: int = BATCH) -> jax.Array:

@@ -16,13 +16,13 @@ from PIL import Image
 
 from jaxdiff import parallel
 from jaxdiff.data.captioned import captioned_data
-from jaxdiff.io.checkpoint import CheckpointError, Checkpoints
+from jaxdiff.training.checkpoint import CheckpointError, Checkpoints
 from jaxdiff.training.loop import Stage, TrainingError, fit
+from jaxdiff.training.memory_plan import bytes_each
 from jaxdiff.training.optimizer import optimizer
-from jaxdiff.training.plan import bytes_each
-from jaxdiff.training.report import Report
-from jaxdiff.training.state import abstract_state, init_state, kept, make_train_step
-from jaxdiff.training.trackers import Pictures, TensorBoard
+from jaxdiff.training.progress import Report
+from jaxdiff.training.trackers import TensorBoard, TrackedImages
+from jaxdiff.training.train_step import abstract_state, cast_frozen, init_state, make_train_step
 from jaxdiff.training.workdir import WorkdirError
 from tests.batches import FromMemory
 from tests.test_training import BATCH, options
@@ -64,8 +64,9 @@ def test_fit_learns_and_leaves_what_is_frozen(tmp_path, capsys):
     assert result.params["offset"] == 0
     assert LINE["line"]["w"].sum() == 0  # the caller's parameters are still there
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["step 100/200", "step 200/200"]
-    assert all(name in lines[0] for name in ("loss", "grad_norm", "learning_rate", "images_per_second", "left"))
+    assert [line.split(":")[0] for line in lines] == ["line", "step 100/200", "step 200/200"]
+    assert lines[0] == "line: compiling the training step, which may take some minutes."
+    assert all(name in lines[1] for name in ("loss", "grad_norm", "learning_rate", "images_per_second", "left"))
     assert list((tmp_path / "tb").iterdir())
 
 
@@ -84,7 +85,7 @@ def test_what_is_frozen_may_be_kept_in_half_of_the_memory(tmp_path):
     assert bias() == 1 + 2**-12
     assert bias(frozen_dtype="bfloat16") == 1
     half = {"w": np.zeros(2, np.float16), "count": np.zeros(2, np.int32)}
-    assert {k: v.dtype for k, v in kept(half, options()).items()} == {"w": np.float16, "count": np.int32}
+    assert {k: v.dtype for k, v in cast_frozen(half, options()).items()} == {"w": np.float16, "count": np.int32}
 
 
 def one_device():
@@ -195,9 +196,11 @@ def test_the_clock_stands_still_between_intervals(tmp_path, capsys):
         for step in range(1, 7):
             time.sleep(0.02)
             means.append(report.step(step, {"loss": jnp.float32(step)}))
+            if step == 1:
+                report.start_clock()
             if step == 3:
                 time.sleep(0.5)
-                report.restart_clock()
+                report.start_clock()
     assert [m and m["loss"] for m in means] == [None, None, 2.0, None, None, 5.0]
     # At most 10 pictures in 0.02 s; 10 in 0.27 s if the half second counted.
     for mean in (means[2], means[5]):
@@ -222,7 +225,7 @@ def events(folder) -> list:
 def test_tensorboard_gets_numbers_pictures_and_captions_at_once(tmp_path):
     tracker = TensorBoard(tmp_path / "tb", 4)
     tracker.write(5, {"loss": 0.5, "bad": float("nan")})
-    tracker.draw(6, "samples", Pictures(np.zeros((1, 8, 8, 3), np.uint8), ["a castle"]))
+    tracker.draw(6, "samples", TrackedImages(np.zeros((1, 8, 8, 3), np.uint8), ["a castle"]))
     header, restart, loss, image, text = events(tmp_path / "tb")  # nothing waits for the end
     tracker.close()
     assert header.file_version == "brain.Event:2"
@@ -235,7 +238,7 @@ def test_tensorboard_gets_numbers_pictures_and_captions_at_once(tmp_path):
 def test_a_full_disk_under_tensorboards_files_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda _: open("/dev/full", "wb"))  # noqa: SIM115
     tracker = TensorBoard(tmp_path / "tb", 0)
-    picture = Pictures(np.zeros((1, 8, 8, 3), np.uint8))
+    picture = TrackedImages(np.zeros((1, 8, 8, 3), np.uint8))
     for call in (lambda: tracker.write(1, {"loss": 1.0}), lambda: tracker.draw(1, "x", picture), tracker.close):
         with pytest.raises(WorkdirError, match=r"tb cannot be written \(No space left on device\): once it can"):
             call()
@@ -326,9 +329,9 @@ def test_a_leap_of_the_loss_is_told(capsys):
         for step in range(1, 61):
             loss = 9.0 if step == 47 else 1.0 + 0.1 * np.sin(step)
             report.step(step, {"loss": jnp.float32(loss)})
-    told = [line for line in capsys.readouterr().out.splitlines() if "leaps" in line]
+    told = [line for line in capsys.readouterr().out.splitlines() if "jumps" in line]
     assert len(told) == 1
-    assert "leaps to 9 at step 47" in told[0]
+    assert "jumps to 9 at step 47" in told[0]
 
 
 def test_going_on_holds_one_state_on_the_devices(tmp_path, monkeypatch):
@@ -372,3 +375,21 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     o = options(steps=6, batch_size=3, checkpoint_every=1, keep_checkpoints=2)
     fit(linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path, mesh=one_device())
     assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()} == {"5", "6"}
+
+
+@pytest.mark.parametrize("log_every", [1, 50])
+def test_speed_counts_the_time_of_every_step_of_short_runs(tmp_path, log_every):
+    """A step takes at least as long as its batch takes to prepare; the first one, which compiles, does not count."""
+    seconds, steps = 0.1, 4
+
+    def prepare(batch):
+        time.sleep(seconds)
+        return batch
+
+    o = options(steps=steps, batch_size=3, log_every=log_every)
+    batches = FromMemory(line_data(), 3, 7)
+    fit(linear_stage()._replace(prepare=prepare), LINE, batches, o, tmp_path, mesh=one_device())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    assert len(rates) == (steps - 1 if log_every == 1 else 1)
+    assert all(0 < rate <= 3 / seconds for rate in rates)

@@ -8,9 +8,10 @@ import pytest
 import jaxdiff
 from jaxdiff.io.lora import save_lora
 from jaxdiff.io.tensor_files import named_tensors
-from jaxdiff.training import personalise
-from jaxdiff.training.stages import Noising, random_noise, random_times
-from jaxdiff.training.targets import make
+from jaxdiff.training import adapters
+from jaxdiff.training.options import NoiseOptions
+from jaxdiff.training.stages import random_noise, random_times
+from jaxdiff.training.trainables import make
 from tests.test_finetune import settings
 
 torch = pytest.importorskip("torch")
@@ -79,13 +80,13 @@ def test_loss_and_gradients_equal_pytorchs(name, kind, tmp_path):
 
     value, grads = jax.jit(jax.value_and_grad(loss))({n: params[n] for n in ("lora", "unet")})
 
-    save_lora(tmp_path / "lora.safetensors", model, personalise.lora_of(params, ALPHA), "kohya")
+    save_lora(tmp_path / "lora.safetensors", model, adapters.lora_of(params, ALPHA), "kohya")
     pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
     modules = {n: getattr(pipe, n) for n in ("unet", *encoders)}
     for module in modules.values():
         module.requires_grad_(True)
     time_keys, noise_keys, _ = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
-    t = np.asarray(random_times(model.scheduler, time_keys, Noising()))
+    t = np.asarray(random_times(model.scheduler, time_keys, NoiseOptions()))
     eps = random_noise(noise_keys, (8, 8, 4))
     expected = theirs(
         pipe, batch, oracle.nchw(batch["latents"]), oracle.nchw(eps), torch.from_numpy(t.astype(np.int64)), kind

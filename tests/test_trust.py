@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.io import checkpoint
-from jaxdiff.io.checkpoint import SUMS, CheckpointError, Checkpoints, damage
+from jaxdiff.training import checkpoint
+from jaxdiff.training.checkpoint import SUMS, CheckpointError, Checkpoints, damage
 from jaxdiff.training.loop import fit
 from jaxdiff.training.trackers import JsonLines
 from jaxdiff.training.workdir import Lock, WorkdirError

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.common import base
 from jaxdiff.config import ConfigError
-from jaxdiff.training.evaluate import noise_levels
+from jaxdiff.training.defaults import base
 from jaxdiff.training.loop import fit
-from jaxdiff.training.report import Report
-from jaxdiff.training.speed import PEAKS, Speed, flops, peak_flops
-from jaxdiff.training.trackers import JsonLines, Pictures, WandB
+from jaxdiff.training.metrics import noise_levels
+from jaxdiff.training.mfu import PEAKS, Speed, flops, peak_flops
+from jaxdiff.training.progress import Report
+from jaxdiff.training.trackers import JsonLines, TrackedImages, WandB
 from jaxdiff.training.workdir import Lock, WorkdirError, data_fingerprint, settle
 from tests.batches import FromMemory
 from tests.datasets_of_pictures import write_tars
@@ -206,7 +206,7 @@ def test_metrics_of_a_killed_run_are_cut_where_it_goes_on(tmp_path):
 
 def test_weights_and_biases_get_numbers_and_pictures_and_the_same_run_goes_on(tmp_path, monkeypatch):
     calls = []
-    drawn = Pictures(np.zeros((2, 4, 4, 3), np.uint8), ("a", "b"))
+    drawn = TrackedImages(np.zeros((2, 4, 4, 3), np.uint8), ("a", "b"))
 
     def init(**kwargs):
         calls.append(kwargs)
@@ -236,7 +236,7 @@ def test_a_profile_is_a_trace_of_some_steps(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by which ml_collections loads configs
 def test_train_py_refuses_in_a_sentence(data, tmp_path, monkeypatch, capsys):
-    import train
+    from jaxdiff.cli import train
 
     def cli(*args) -> str:
         argv = ["train.py", f"--config={ROOT}/tests/training_config.py:clip", f"--config.data.path={data}", *args]

@@ -15,19 +15,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxdiff import parallel
-from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.training import collectives, plan
+from jaxdiff.training import collectives, memory_plan
+from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.optimizer import optimizer
+from jaxdiff.training.options import Options
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage
-from jaxdiff.training.state import Options, init_state, make_train_step, norm
+from jaxdiff.training.train_step import init_state, make_train_step, norm
 
 BATCH, STEPS = 8, 20
+PLAIN: dict = {"learning_rate": 1e-3, "warmup_steps": 0, "schedule": "constant", "b2": 0.999}
 WIDTH = 128  # of the kernels that optimizers are tried on: Adafactor factors from here on, 8 bits from 4096 elements
 OPTIMIZERS: dict[str, dict] = {
-    "int8": {"moments": "int8"},
+    "int8": {"moment_dtype": "int8"},
     "adafactor": {"optimizer": "adafactor"},
-    "lion, bfloat16": {"optimizer": "lion", "moments": "bfloat16"},
+    "lion, bfloat16": {"optimizer": "lion", "moment_dtype": "bfloat16"},
     "muon": {"optimizer": "muon"},
 }
 MESHES = {"one": (1, 1), "data": (1, 1), "fsdp": (8, 1), "all": (2, 2)}  # name -> sizes of fsdp and tensor
@@ -56,12 +58,12 @@ def batches(steps: int):
 
 def train(stage, params, mesh, steps: int, **compiler) -> dict:
     """Losses, how parameters, averages and moments are divided, and what one step sends."""
-    options = Options(steps=steps, batch_size=BATCH, learning_rate=1e-3)
+    options = Options(steps=steps, batch_size=BATCH, **PLAIN)
     trained = {k: params[k] for k in stage.trainable}
     frozen = {k: v for k, v in params.items() if k not in stage.trainable}
     with mock.patch.object(multihost_utils, "process_allgather", wraps=multihost_utils.process_allgather) as gather:
         state = init_state(trained, optimizer(options), mesh)
-        frozen = parallel.place(frozen, parallel.param_sharding(mesh, frozen))
+        frozen = parallel.put_global(frozen, parallel.param_sharding(mesh, frozen))
     before, losses = specs(state), []
     step = make_train_step(stage.loss, options, mesh, state, stage.dtypes)
     first = parallel.global_batch(mesh, next(batches(1)))
@@ -72,9 +74,9 @@ def train(stage, params, mesh, steps: int, **compiler) -> dict:
     assert specs(state) == before
     rows = collectives.collectives(compiled.as_text(), mesh.shape)
     sizes = {f"{r.kind} {','.join(r.axes)}": r.size for r in rows}
-    planned = plan.bytes_each(plan.abstract_state(trained, options, mesh))
+    planned = memory_plan.bytes_each(memory_plan.abstract_state(trained, options, mesh))
     assert planned == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
-    rows = parallel.parts(mesh, {**trained, **frozen})
+    rows = parallel.sharded_groups(mesh, {**trained, **frozen})
     return {
         "losses": losses,
         "specs": sorted(set(before)),
@@ -123,7 +125,7 @@ def squares() -> tuple[Stage, dict, list[dict]]:
 def moved(changes: dict, meshes: list, folder: Path) -> dict:
     """Four updates, half of them on each mesh, with a checkpoint in between."""
     (stage, params, steps), report = squares(), {"losses": [], "restored": True}
-    options = Options(steps=4, batch_size=BATCH, learning_rate=1e-3, ema_sigmas=(0.05, 0.1), **changes)
+    options = Options(steps=4, batch_size=BATCH, ema_sigmas=(0.05, 0.1), **PLAIN, **changes)
     state = init_state(params, optimizer(options), meshes[0])
     for i, mesh in enumerate(meshes):
         if i:

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from jaxdiff import parallel
-from jaxdiff.io.checkpoint import Checkpoints
+from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.loop import fit
 from jaxdiff.training.optimizer import optimizer
-from jaxdiff.training.state import init_state
+from jaxdiff.training.train_step import init_state
 from tests.batches import FromMemory
 from tests.test_training import options
 from tests.test_training_loop import linear_stage

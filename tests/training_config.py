@@ -4,7 +4,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs.common import base
+from jaxdiff.training.defaults import base
 from tests.tiny import SCHEDULER, SIDE, UNET, VAE
 
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

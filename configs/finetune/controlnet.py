@@ -1,11 +1,11 @@
-"""Train a ControlNet that steers a model by edges, or by pictures of your own kind (Zhang et al. 2023).
+"""Train a ControlNet that steers a model by edges, or by images of your own kind (Zhang et al. 2023).
 
     python train.py --config=configs/finetune/controlnet.py --workdir=runs/edges \
-        --config.data.path=pictures/ --config.init_from.model=my-sd15/
+        --config.data.path=images/ --config.init_from.model=my-sd15/
     python sample.py --model my-sd15/ --controlnet runs/edges/export --control_image edges.png --prompt "a castle"
 
-The steering pictures are the edges of the pictures themselves, found by Canny's detector while they are read, or those
-that the lines of metadata.jsonl name as "conditioning_file", of the pictures' own sizes. It begins as a copy of the
+The steering images are the edges of the images themselves, found by Canny's detector while they are read, or those
+that the lines of metadata.jsonl name as "conditioning_file", of the images' own sizes. It begins as a copy of the
 UNet's way down behind convolutions of zeros, or goes on from --config.controlnet.init_from. In runs/edges/export is a
 folder that PyTorch diffusers opens. Expect it to obey rather suddenly, after some thousand updates of a large batch
 (section 4.1 of the paper).
@@ -13,12 +13,12 @@ folder that PyTorch diffusers opens. Expect it to obey rather suddenly, after so
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:
     config = fine_tuning("controlnet")
-    config.caption_dropout = 0.5  # so that it learns to read the steering picture by itself (section 3.3)
+    config.caption_dropout = 0.5  # so that it learns to read the steering image by itself (section 3.3)
     config.update({"steps": 20_000, "batch_size": 32, "accumulate": 4, "learning_rate": 1e-5, "warmup_steps": 500})
     config.update({"schedule": "constant", "ema_decay": 0.999})
     config.frozen_dtype = config.get_ref("dtype")

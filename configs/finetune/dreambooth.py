@@ -1,18 +1,20 @@
-"""Teach a model one subject by three to ten pictures of it, without forgetting its class (Ruiz et al. 2023).
+"""Teach a model one subject by three to ten images of it, without forgetting its class (Ruiz et al. 2023).
 
     python sample.py --model my-sd15/ --prompt "a photo of a dog" --num_images 200 --output class/
     python train.py --config=configs/finetune/dreambooth.py --workdir=runs/dog \
         --config.data.path=my-dog/ --config.data.captions="('a photo of sks dog',)" \
-        --config.prior.path=class/ --config.prior.captions="('a photo of a dog',)" \
+        --config.prior_preservation.path=class/ --config.prior_preservation.captions="('a photo of a dog',)" \
         --config.init_from.model=my-sd15/ --config.eval.prompts="('sks dog on a beach',)"
 
-Half of each batch are class pictures, and their loss counts config.prior.weight times; without prior.path the class is
-not kept. Cost: as configs/finetune/full.py; --config.stage=lora trains a LoRA instead, at a rate of 1e-4.
+Half of each batch are images of the class, and their loss counts config.prior_preservation.weight times; without
+prior_preservation.path the model forgets the class.
+
+Cost: as configs/finetune/full.py; --config.stage=lora trains a LoRA instead, at a rate of 1e-4.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:

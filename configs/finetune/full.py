@@ -1,22 +1,22 @@
-"""Teach a model of Stable Diffusion's shape (1.x, 2.x, SDXL) captioned pictures, all of its UNet.
+"""Teach a model of Stable Diffusion's shape (1.x, 2.x, SDXL) captioned images, all of its UNet.
 
     python train.py --config=configs/finetune/full.py --workdir=runs/full \
-        --config.data.path=pictures/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"
+        --config.data.path=images/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"
 
 Cost: parameters, average and moments in float32 are 16 bytes a parameter, 14 GB for the UNet of Stable Diffusion 1.5
-and 41 GB for SDXL's; --config.moments=int8 saves 6 of the 16, --config.fsdp=8 divides them over eight devices. In
+and 41 GB for SDXL's; --config.moment_dtype=int8 saves 6 of the 16, --config.fsdp=8 divides them over eight devices. In
 runs/full/export is a diffusers folder.
 --config.trainable="('unet','text_encoder')" teaches the text encoder as well, here at a tenth of the rate.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:
     config = fine_tuning("unet")
-    config.rates = (("text_encoder", 0.1),)
+    config.lr_multipliers = (("text_encoder", 0.1),)
     config.update({"steps": 10_000, "batch_size": 16, "accumulate": 1, "learning_rate": 1e-5, "warmup_steps": 500})
     config.update({"schedule": "constant", "ema_decay": 0.9995})
     return config

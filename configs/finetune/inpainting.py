@@ -1,16 +1,16 @@
-"""Make an inpainting model: a UNet that also sees a mask and what is left of the picture (Rombach et al. 2022, 4.5).
+"""Make an inpainting model: a UNet that also sees a mask and what is left of the image (Rombach et al. 2022, 4.5).
 
     python train.py --config=configs/finetune/inpainting.py --workdir=runs/inpainting \
-        --config.data.path=pictures/ --config.init_from.model=my-sd15/
+        --config.data.path=images/ --config.init_from.model=my-sd15/
     python sample.py --model runs/inpainting/export --image room.png --mask mask.png --prompt "a red sofa"
 
 From a plain model, whose UNet gets five channels more that begin without weight, or from an inpainting model. The masks
-are random: up to four rectangles, and everything for a quarter of the pictures. Cost: as configs/finetune/full.py.
+are random: up to four rectangles, and everything for a quarter of the images. Cost: as configs/finetune/full.py.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:

@@ -1,7 +1,7 @@
 """Teach a model a style or a subject by a LoRA: a file of some megabytes, in an evening on one GPU.
 
     python train.py --config=configs/finetune/lora.py --workdir=runs/lora \
-        --config.data.path=pictures/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"
+        --config.data.path=images/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"
     python sample.py --model my-sd15/ --lora runs/lora/export/pytorch_lora_weights.safetensors --prompt "a castle"
 
 In runs/lora/export are pytorch_lora_weights.safetensors, which PyTorch diffusers opens, and kohya.safetensors for other
@@ -12,12 +12,12 @@ For a folder without captions: --config.data.captions="('a picture in the style 
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:
     config = fine_tuning("lora")
-    config.rates = (("lora/text_encoder", 0.5),)
+    config.lr_multipliers = (("lora/text_encoder", 0.5),)
     config.update({"steps": 2000, "batch_size": 4, "learning_rate": 1e-4, "warmup_steps": 100, "weight_decay": 0.0})
     config.update({"schedule": "cosine", "ema_decay": 0.99})
     config.frozen_dtype = config.get_ref("dtype")

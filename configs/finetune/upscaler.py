@@ -1,17 +1,17 @@
-"""Make or teach an upscaler: a UNet that also sees a small picture with noise on it, and how much (Ho et al. 2022).
+"""Make or teach an upscaler: a UNet that also sees a small image with noise on it, and how much (Ho et al. 2022).
 
     python train.py --config=configs/finetune/upscaler.py --workdir=runs/upscaler \
-        --config.data.path=pictures/ --config.init_from.model=stable-diffusion-x4-upscaler/ --config.data.image_size=512
+        --config.data.path=images/ --config.init_from.model=stable-diffusion-x4-upscaler/ --config.data.image_size=512
     python sample.py --model runs/upscaler/export --image small.png --prompt "a castle"
 
-The small picture has the size of the latents, so that the autoencoder's factor is that of the enlargement: 4 for the
+The small image has the size of the latents, so that the autoencoder's factor is that of the enlargement: 4 for the
 published upscaler, 8 from a plain model, whose UNet then gets three channels more and a table of noise levels that
 begin without weight. Cost: as configs/finetune/full.py.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import fine_tuning
+from jaxdiff.training.defaults import fine_tuning
 
 
 def get_config() -> ConfigDict:

@@ -8,8 +8,8 @@ python train.py --config=configs/icons/clip.py:cpu --workdir=runs/clip
 
 from ml_collections import ConfigDict
 
-from configs.common import base
 from configs.icons import sizes
+from jaxdiff.training.defaults import base
 
 
 def get_config(scale: str = "gpu") -> ConfigDict:

@@ -1,6 +1,6 @@
 """Sizes of the icons model: 17 M parameters beside the vision encoder, and how it is trained at each scale.
 
-"cpu" is two CPU cores for some hours, "gpu" one accelerator. Both train the same networks on the same pictures.
+"cpu" is two CPU cores for some hours, "gpu" one accelerator. Both train the same networks on the same images.
 """
 
 SCALES = ("gpu", "cpu")
@@ -26,7 +26,7 @@ def check(scale: str) -> str:
 
 
 def clip() -> dict:
-    """Text and vision encoders, of one width: pooled text and pictures meet without a projection of the text."""
+    """Text and vision encoders, of one width: pooled text and images meet without a projection of the text."""
     width = 192
     shared = {
         "hidden_size": width,

@@ -9,8 +9,8 @@ python train.py --config=configs/icons/unet.py:cpu --workdir=runs/unet
 
 from ml_collections import ConfigDict
 
-from configs.common import base
 from configs.icons import sizes
+from jaxdiff.training.defaults import base
 
 # What two CPU cores learn first: things, in the styles that most prompts ask for.
 THINGS = ("nature", "food", "travel", "activities", "objects")
@@ -41,8 +41,8 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     config.data.eval_split = "heldout_pairs"
     config.data.filter.source = sizes.SOURCES
     config.trainable = ("unet", "text_encoder")
-    config.rates = (("text_encoder", 0.3),)
-    config.cache_latents = 1  # of each time that the set shows a picture, on another background
+    config.lr_multipliers = (("text_encoder", 0.3),)
+    config.cache_latents = 1  # of each time that the set shows an image, on another background
     config.eval.guidance_scale = 3.0
     config.eval.pictures = 128
     config.eval.prompts = (

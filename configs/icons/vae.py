@@ -9,8 +9,8 @@ python train.py --config=configs/icons/vae.py:cpu --workdir=runs/vae --config.in
 
 from ml_collections import ConfigDict
 
-from configs.common import base
 from configs.icons import sizes
+from jaxdiff.training.defaults import base
 
 
 def get_config(scale: str = "gpu") -> ConfigDict:

@@ -77,7 +77,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     return sorted(rows, key=lambda row: -row.size)
 
 
-def table(rows: list[Collective]) -> str:
+def collectives_table(rows: list[Collective]) -> str:
     """`collectives` as a Markdown table."""
     lines = [
         "| collective | over | devices | arrays | MB a step | MB sent by each device |",

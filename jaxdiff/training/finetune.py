@@ -15,15 +15,15 @@ from jaxdiff.io import infer_config
 from jaxdiff.io.configs import replace_config
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.model import Model, apply, encode
-from jaxdiff.training.stages import Network, each, folded, plain_network
-from jaxdiff.training.state import Batch
+from jaxdiff.training.stages import Network, fold_in_each, per_example, plain_network
+from jaxdiff.training.train_step import Batch
 from jaxdiff.typing import Array, Key, Params
 
 RECTANGLES = 4  # of a random mask, at most
-# Arguments of `jaxdiff.generate` beside prompts, and pictures uint8 [B, H, W, 3] to show of them.
-Given = tuple[dict[str, Any], np.ndarray]
-WHOLE_SHARE = 0.25  # of masks that cover the whole picture, so that drawing from nothing is not forgotten
-NOISE_LEVEL = 20  # of the small pictures that an upscaler is tried on
+# Arguments of `jaxdiff.generate` beside prompts, and images uint8 [B, H, W, 3] to show of them.
+SampleInputs = tuple[dict[str, Any], np.ndarray]
+WHOLE_SHARE = 0.25  # of masks that cover the whole image, so that drawing from nothing is not forgotten
+NOISE_LEVEL = 20  # of the small images that an upscaler is tried on
 
 
 def network_of(model: Model) -> Network:
@@ -49,15 +49,15 @@ def controlled_network(model: Model) -> Network:
     return network
 
 
-def drawn_by_hint(batch: Mapping[str, Any]) -> Given:
-    """What draws pictures that follow batch["hint"]."""
+def drawn_by_hint(batch: Mapping[str, Any]) -> SampleInputs:
+    """What draws images that follow batch["hint"]."""
     height, width = batch["hint"].shape[1:3]
     return {"control_images": [batch["hint"]], "height": height, "width": width}, batch["hint"]
 
 
-def steered(batch: Mapping[str, Any], steer: Callable[[np.ndarray], np.ndarray]) -> Mapping[str, Any]:
-    """A batch with "hint" uint8 [b, H, W, 3], what `steer` makes of its pictures, unless it was read with one."""
-    return batch if "hint" in batch else {**batch, "hint": np.stack([steer(image) for image in batch["image"]])}
+def with_control_images(batch: Mapping[str, Any], make: Callable[[np.ndarray], np.ndarray]) -> Mapping[str, Any]:
+    """A batch with "hint" uint8 [b, H, W, 3]: as it was read, or else what `make` makes of each image."""
+    return batch if "hint" in batch else {**batch, "hint": np.stack([make(image) for image in batch["image"]])}
 
 
 # --- more channels
@@ -86,7 +86,7 @@ def extended(model: Model, params: Params, channels: int) -> tuple[Model, Params
 
 
 def inpainting_model(model: Model, params: Params) -> tuple[Model, Params]:
-    """The model with a UNet that sees a mask and the masked picture's latents; see `extended`."""
+    """The model with a UNet that sees a mask and the masked image's latents; see `extended`."""
     return extended(model, params, 2 * model.vae.config.latent_channels + 1)
 
 
@@ -107,9 +107,9 @@ def random_masks(keys: Key, height: int, width: int) -> Array:
 
 
 def inpainting_network(model: Model) -> Network:
-    """The UNet that sees a random mask and the picture without it (Rombach et al. 2022, section 4.5).
+    """The UNet that sees a random mask and the image without it (Rombach et al. 2022, section 4.5).
 
-    As `jaxdiff.generate` has it: the mask at the latents' size, by the nearest pixel, and latents of the picture with
+    As `jaxdiff.generate` has it: the mask at the latents' size, by the nearest pixel, and latents of the image with
     grey in the mask. Batches hold "image".
     """
     factor = model.vae.config.factor
@@ -124,8 +124,8 @@ def inpainting_network(model: Model) -> Network:
     return network
 
 
-def drawn_around(batch: Mapping[str, Any]) -> Given:
-    """What draws the middle of the pictures anew: a square of half their sides."""
+def drawn_around(batch: Mapping[str, Any]) -> SampleInputs:
+    """What draws the middle of the images anew: a square of half their sides."""
     images = batch["image"]
     height, width = images.shape[1:3]
     mask = np.zeros((height, width), bool)
@@ -158,7 +158,7 @@ def rescaled(model: Model, params: Params, scale: float) -> tuple[Model, Params]
 
 
 def upscaler_model(model: Model, params: Params) -> tuple[Model, Params]:
-    """The model with a UNet that sees a small picture and how much noise is on it; see `extended`.
+    """The model with a UNet that sees a small image and how much noise is on it; see `extended`.
 
     Latents are scaled as the published x4 upscaler's are, whose factor PyTorch's pipeline puts into any other.
     """
@@ -176,8 +176,8 @@ def upscaler_model(model: Model, params: Params) -> tuple[Model, Params]:
     return model, params
 
 
-def drawn_larger(model: Model, batch: Mapping[str, Any]) -> Given:
-    """What enlarges small copies of the pictures, of the size of the latents."""
+def drawn_larger(model: Model, batch: Mapping[str, Any]) -> SampleInputs:
+    """What enlarges small copies of the images, of the size of the latents."""
     images, factor = batch["image"], model.vae.config.factor
     size = (len(images), images.shape[1] // factor, images.shape[2] // factor, 3)
     small = np.asarray(jnp.clip(jax.image.resize(images.astype(np.float32), size, "cubic"), 0, 255)).round()
@@ -187,7 +187,7 @@ def drawn_larger(model: Model, batch: Mapping[str, Any]) -> Given:
 
 
 def upscaler_network(model: Model) -> Network:
-    """The UNet that sees the picture at the size of the latents, with noise of a random level that it is told of.
+    """The UNet that sees the image at the size of the latents, with noise of a random level that it is told of.
 
     (Ho et al. 2022, Cascaded Diffusion Models, section 4: conditioning augmentation.) Batches hold "image".
     """
@@ -198,8 +198,8 @@ def upscaler_network(model: Model) -> Network:
         images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
         small = jax.image.resize(images, (*x.shape[:3], 3), "cubic")  # antialiased
         last = model.options.max_noise_level
-        level = jax.vmap(lambda key: jax.random.randint(key, (), 0, last + 1))(folded(keys, 1))
-        noised = add_noise(small, each(jax.random.normal, keys, small.shape[1:]), at(schedule, level))
+        level = jax.vmap(lambda key: jax.random.randint(key, (), 0, last + 1))(fold_in_each(keys, 1))
+        noised = add_noise(small, per_example(jax.random.normal, keys, small.shape[1:]), at(schedule, level))
         return apply(model, params, "unet", jnp.concatenate([x, noised], -1), time.t, *cond, level)
 
     return network

@@ -18,24 +18,24 @@ from jax.sharding import Mesh
 
 from jaxdiff import parallel
 from jaxdiff.errors import JaxdiffError
-from jaxdiff.io.checkpoint import Checkpoints
+from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.ema import Snapshots
-from jaxdiff.training.optimizer import check_rates, optimizer
-from jaxdiff.training.report import Report
-from jaxdiff.training.speed import Speed, flops, peak_flops
-from jaxdiff.training.state import (
-    AS_KEPT,
+from jaxdiff.training.mfu import Speed, flops, peak_flops
+from jaxdiff.training.optimizer import check_multipliers, optimizer
+from jaxdiff.training.options import Options
+from jaxdiff.training.progress import Report
+from jaxdiff.training.trackers import JsonLines, TensorBoard, TrackedImages, Tracker
+from jaxdiff.training.train_step import (
+    NO_CAST,
     Batch,
     Dtypes,
     Loss,
-    Options,
     TrainState,
     abstract_state,
+    cast_frozen,
     init_state,
-    kept,
     make_train_step,
 )
-from jaxdiff.training.trackers import JsonLines, Pictures, TensorBoard, Tracker
 from jaxdiff.typing import Array, Params
 
 
@@ -50,7 +50,7 @@ class Stage(NamedTuple):
     trainable: tuple[str, ...]  # keys of `params`; the others stay as they are
     loss: Loss  # (all parameters, batch, keys [B]) -> (mean loss, metrics)
     prepare: Callable[[Mapping[str, Any]], Batch] = lambda batch: batch  # on the host: what is read -> arrays [b, ...]
-    dtypes: Dtypes = AS_KEPT  # of the networks, where nothing else reads matrices, kernels and tables of these keys
+    dtypes: Dtypes = NO_CAST  # of the networks, where nothing else reads matrices, kernels and tables of these keys
 
 
 class BatchIterator(Protocol):
@@ -61,7 +61,7 @@ class BatchIterator(Protocol):
     def set_state(self, state: Any, /) -> None: ...
 
 
-class Batches(Protocol):
+class TrainingBatches(Protocol):
     def __iter__(self) -> BatchIterator: ...
 
 
@@ -71,13 +71,13 @@ class Result(NamedTuple):
 
 
 class Stop:
-    """Turns SIGTERM, also the notice that a machine is taken back, and the first Ctrl-C into a wish to stop.
+    """Turns SIGTERM, which also announces that a machine is taken back, and the first Ctrl-C into a request to stop.
 
     A context manager. With several hosts SIGTERM is left to JAX, which tells all of them and agrees on a step.
     """
 
     def __init__(self) -> None:
-        self._wished = False
+        self._requested = False
         self._several = jax.process_count() > 1
         self._before: dict[int, Any] = {}
 
@@ -92,17 +92,17 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._wished = True
+        self._requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def wished(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether to stop before `step`, to be asked before each; the same answer on every host."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._wished
+        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._requested
 
 
-class Streak:
+class NonFiniteGuard:
     """Counts the updates skipped one after the other."""
 
     def __init__(self, limit: int) -> None:
@@ -153,12 +153,12 @@ class Trace:
 def fit(
     stage: Stage,
     params: Params,
-    batches: Batches,
+    batches: TrainingBatches,
     options: Options,
     workdir: str | Path,
     *,
     mesh: Mesh | None = None,
-    on_eval: Callable[[int, Params], Mapping[str, float | Pictures]] | None = None,
+    on_eval: Callable[[int, Params], Mapping[str, float | TrackedImages]] | None = None,
     trackers: Sequence[Tracker] = (),
     profile: int = 0,
 ) -> Result:
@@ -172,7 +172,7 @@ def fit(
         workdir: checkpoints go to its folder `checkpoints`, numbers to `metrics.jsonl` and TensorBoard files to `tb`.
         mesh: devices over ("data", "fsdp", "tensor"); None takes all.
         on_eval: called as on_eval(step, params) before the first step, every `eval_every` steps and at the end (0: only
-            there), with the moving average of the parameters as numpy arrays; the numbers and pictures it returns are
+            there), with the moving average of the parameters as numpy arrays; the numbers and images it returns are
             reported. On every host.
         trackers: more places for them, of the first host; closed in the end.
         profile: steps of which a trace is written to the folder `profile`.
@@ -186,14 +186,14 @@ def fit(
         TrainingError: parameters are not finite, or `max_skipped` updates in a row were not.
     """
     options.check(jax.device_count() if mesh is None else mesh.size)
-    check_rates(options.rates, params, stage.trainable)
+    check_multipliers(options.lr_multipliers, params, stage.trainable)
     mesh = parallel.mesh(options.fsdp, options.tensor) if mesh is None else mesh
     workdir, iterator = Path(workdir), iter(batches)
     trained = {k: params[k] for k in stage.trainable}
-    frozen = kept({k: v for k, v in params.items() if k not in trained}, options)
-    frozen = parallel.place(frozen, parallel.param_sharding(mesh, frozen))
+    frozen = cast_frozen({k: v for k, v in params.items() if k not in trained}, options)
+    frozen = parallel.put_global(frozen, parallel.param_sharding(mesh, frozen))
 
-    def whole(state: TrainState) -> Params:
+    def averaged(state: TrainState) -> Params:
         return {**params, **parallel.fetch(state.ema)}
 
     with ExitStack() as stack:
@@ -216,47 +216,52 @@ def fit(
             report.say(f"goes on from step {start}.")
 
         def evaluate(step: int) -> None:
-            if on_eval is not None and (values := on_eval(step, whole(state))):
+            if on_eval is not None and (values := on_eval(step, averaged(state))):
                 report.show(step, values)
 
+        if start < options.steps:
+            report.say("compiling the training step, which may take some minutes.")
         if options.eval_every and not start:  # what it starts from; and mistakes show now
             evaluate(0)
-        streak, due = Streak(options.max_skipped), False
+        guard, due = NonFiniteGuard(options.max_skipped), False
         computing: deque[tuple[int, Any]] = deque()  # steps and their metrics, not yet waited for
 
         def look_back(left: int) -> None:
             """Wait for steps, but for the last so many, and report them."""
             while len(computing) > left:
                 seen, metrics = computing.popleft()
-                streak.see(seen, metrics, checkpoints.latest)
+                guard.see(seen, metrics, checkpoints.latest)
                 report.step(seen, metrics)
 
-        while step < options.steps and not stop.wished(step):
+        while step < options.steps and not stop.should_stop(step):
             batch = parallel.global_batch(mesh, stage.prepare(next(iterator)))
             state, metrics = train_step(state, frozen, batch)
             step += 1
-            if report.speed is None:
+            first = report.speed is None
+            if first:
                 report.speed = speed_of(train_step, stage, options, mesh, state, frozen, batch)
             computing.append((step, metrics))
             trace.step(metrics)
             last = step == options.steps
             evaluated = last or (options.eval_every and step % options.eval_every == 0)
             due = due or step % options.checkpoint_every == 0
-            # The devices have this step to do while the host sees to the one before, and reads the next batch.
-            look_back(0 if last or due or evaluated else 1)
-            if last or (due and not streak.length):  # in a bad time the last good one is kept
+            # The devices have this step to do while the host sees to the one before, and reads the next batch. Where
+            # the clock starts or stops, none is under way.
+            look_back(0 if first or last or due or evaluated or report.ends_interval(step) else 1)
+            if last or (due and not guard.length):  # in a bad time the last good one is kept
                 checkpoints.save(step, state, iterator.get_state())
                 due = False
             if snapshots and (last or step % options.snapshot_every == 0):
                 snapshots.save(state.opt_state)
             if evaluated:
                 evaluate(step)
-                report.restart_clock()
+            if first or evaluated:
+                report.start_clock()
         look_back(0)
         if step < options.steps:
             checkpoints.save(step, state, iterator.get_state())
             report.say(f"stopped at step {step} of {options.steps}; the same command goes on from there.")
-        return Result(whole(state), step)
+        return Result(averaged(state), step)
 
 
 @jax.jit

@@ -9,7 +9,7 @@ SCALES = 3  # sizes of an image that `reconstruction_loss` compares
 
 
 def contrastive_loss(images: Array, texts: Array, scale: Array, same: Array) -> tuple[Array, Array]:
-    """Symmetric cross-entropy of matching pictures with captions (Radford et al. 2021, figure 3).
+    """Symmetric cross-entropy of matching images with captions (Radford et al. 2021, figure 3).
 
     Args:
         images, texts: embeddings [B, P] of pairs, of any length (they are normalised here).
@@ -17,7 +17,7 @@ def contrastive_loss(images: Array, texts: Array, scale: Array, same: Array) -> 
         same: bool [B, B], pairs whose captions are equal: off the diagonal they count neither for nor against.
 
     Returns:
-        The loss, and the accuracy of finding the caption of a picture within the batch.
+        The loss, and the accuracy of finding the caption of an image within the batch.
     """
     images, texts = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (images, texts))
     own = jnp.eye(len(images), dtype=bool)
@@ -34,7 +34,7 @@ def kl_divergence(mean: Array, logvar: Array) -> Array:
 
 
 def _halved(x: Array) -> Array:
-    """Pictures [B, H, W, C] at half the size, each pixel the mean of four."""
+    """Images [B, H, W, C] at half the size, each pixel the mean of four."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
@@ -45,7 +45,7 @@ def _differences(x: Array) -> tuple[Array, Array]:
 
 
 def reconstruction_loss(x: Array, target: Array, edge_weight: float = 1.0, scales: int = SCALES) -> Array:
-    """Absolute error of pixels and of edges, averaged over `scales` sizes of the picture, each half the last.
+    """Absolute error of pixels and of edges, averaged over `scales` sizes of the image, each half the last.
 
     The error of the differences between neighbours (Mathieu et al. 2016, equation 6) makes a blurred edge cost more
     than a displaced tone, as the eye has it; the smaller sizes keep tones right over large areas.

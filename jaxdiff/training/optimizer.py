@@ -1,24 +1,17 @@
-"""How a gradient becomes an update: the optimizers to choose from, their moments' types, and rates by group."""
-
-from __future__ import annotations
+"""How a gradient becomes an update: the optimizers, their moments' dtypes, and learning-rate multipliers."""
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxdiff.training.ema import track
+from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.typing import Array, Params
 
-if TYPE_CHECKING:
-    from jaxdiff.training.state import Options
-
-SCHEDULES = ("constant", "linear", "cosine")
-OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
-MOMENTS = {"float32": OPTIMIZERS, "bfloat16": ("adamw", "lion", "muon"), "int8": ("adamw",)}  # and who can keep them so
 SMALL = 4096  # elements: smaller arrays keep float32 moments (Dettmers et al. 2022, section 2)
 LORA = "lora/"  # where the layers of a LoRA begin, "lora/unet.mid_block"
 MUON_RMS = 0.2  # of an update of Muon's at rate 1, which is AdamW's (Liu et al. 2025, section 2.2)
@@ -43,15 +36,15 @@ def decayed(params: Params) -> Any:
 
 
 def optimizer(options: Options) -> optax.GradientTransformation:
-    """What `options.optimizer` names, on clipped gradients, at each group's rate.
+    """What `options.optimizer` names, on clipped gradients, at each group's learning rate.
 
     AdamW (Loshchilov & Hutter 2019), Adafactor (Shazeer & Stern 2018, without momentum, at a given rate), Lion (Chen et
     al. 2023), or Muon for matrices and kernels with AdamW for the rest (Jordan et al. 2024).
     """
     clip = clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
     rate, b1, b2, decay = learning_rate(options), options.b1, options.b2, options.weight_decay
-    dtype = jnp.bfloat16 if options.moments == "bfloat16" else None
-    last = [group_rates(options.rates)] + ([track(options.ema_sigmas)] if options.ema_sigmas else [])
+    dtype = jnp.bfloat16 if options.moment_dtype == "bfloat16" else None
+    last = [scale_by_multipliers(options.lr_multipliers)] + ([track(options.ema_sigmas)] if options.ema_sigmas else [])
     if options.optimizer == "muon":
         # Its kernels decay; what Adam takes there does not: biases, norms and tables of embeddings.
         update = optax.contrib.muon(
@@ -59,7 +52,7 @@ def optimizer(options: Options) -> optax.GradientTransformation:
             muon_weight_dimension_numbers=_kernels,
         )  # fmt: skip
         return optax.chain(clip, update, *last)
-    adam = scale_by_adam_int8(b1, b2) if options.moments == "int8" else optax.scale_by_adam(b1, b2, mu_dtype=dtype)
+    adam = scale_by_adam_int8(b1, b2) if options.moment_dtype == "int8" else optax.scale_by_adam(b1, b2, mu_dtype=dtype)
     scale = {
         "adamw": adam,
         "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
@@ -94,20 +87,20 @@ def _kernels(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def group_rates(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+def scale_by_multipliers(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
     """Updates times the factor of their group: the longest prefix of an array's path, its keys joined by "/"; else 1.
 
     A LoRA's layers may be named without the "lora/" in front: ("text_encoder", 0.1) is of the text encoder or its LoRA.
 
-    >>> tx = group_rates((("unet", 0.5), ("unet/conv_in", 0.0)))
+    >>> tx = scale_by_multipliers((("unet", 0.5), ("unet/conv_in", 0.0)))
     >>> params = {"unet": {"conv_in": jnp.ones(1), "conv_out": jnp.ones(1)}, "vae": jnp.ones(1)}
     >>> updates, _ = tx.update(params, tx.init(params))
     >>> [float(x[0]) for x in jax.tree.leaves(updates)]
     [0.0, 0.5, 1.0]
     """
-    if not rates:
+    if not multipliers:
         return optax.identity()
-    longest = sorted(rates, key=lambda pair: -len(pair[0]))
+    longest = sorted(multipliers, key=lambda pair: -len(pair[0]))
 
     def scaled(path: tuple, update: Array) -> Array:
         return update * next((factor for prefix, factor in longest if _starts(_name(path), prefix)), 1.0)
@@ -115,8 +108,8 @@ def group_rates(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransform
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 
 
-def check_rates(rates: Sequence[tuple[str, float]], params: Params, trainable: Sequence[str]) -> None:
-    """Refuse rates of nothing; those of a module that does not learn may wait in a config for one where it does.
+def check_multipliers(multipliers: Sequence[tuple[str, float]], params: Params, trainable: Sequence[str]) -> None:
+    """Refuse multipliers of nothing; those of a module that does not learn may wait in a config for one where it does.
 
     Args:
         params: all, arrays or shapes.
@@ -125,18 +118,18 @@ def check_rates(rates: Sequence[tuple[str, float]], params: Params, trainable: S
     Raises:
         OptionsError: one is no pair, or its prefix is the start of no parameter that learns or of such a module.
     """
-    from jaxdiff.training.state import OptionsError  # which imports this module
-
-    pairs = [r for r in rates if isinstance(r, tuple | list) and len(r) == 2]
-    if len(pairs) < len(rates) or not all(isinstance(p, str) and isinstance(f, int | float) for p, f in pairs):
-        raise OptionsError(f"rates {tuple(rates)!r} must be pairs such as (('text_encoder', 0.1),).")
+    pairs = [r for r in multipliers if isinstance(r, tuple | list) and len(r) == 2]
+    if len(pairs) < len(multipliers) or not all(isinstance(p, str) and isinstance(f, int | float) for p, f in pairs):
+        raise OptionsError(f"lr_multipliers {tuple(multipliers)!r} must be pairs such as (('text_encoder', 0.1),).")
     names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     learn = [name for name in names if name.split("/")[0] in trainable]
     modules = {re.split(r"[./]", name.removeprefix(LORA))[0] for name in learn}
     known = learn + [name for name in names if name.split("/")[0] not in modules]
     for prefix, _ in pairs:
         if not any(_starts(name, prefix) for name in known):
-            raise OptionsError(f"rates: {prefix!r} is the start of no parameter that learns, such as {learn[0]!r}.")
+            raise OptionsError(
+                f"lr_multipliers: {prefix!r} is the start of no parameter that learns, such as {learn[0]!r}."
+            )
 
 
 def _name(path: tuple) -> str:

@@ -1,4 +1,4 @@
-"""Latents and text embeddings of a whole source, computed once: no decoding of pictures while the UNet is trained.
+"""Latents and text embeddings of a whole source, computed once: no decoding of images while the UNet is trained.
 
 They come in parts of a folder, each of one size, which hosts divide; a part is renamed when whole, so that the same
 call goes on where it was killed. `jaxdiff.data.captioned` reads the folder.
@@ -41,7 +41,7 @@ def fingerprint(model: Model, params: Params, description: Any) -> str:
 
 
 class _Views:
-    """All views of all pictures of a bucket, then of the next; an entry is what a `Decoder` takes."""
+    """All views of all images of a bucket, then of the next; an entry is what a `Decoder` takes."""
 
     def __init__(self, buckets: Buckets, views: int) -> None:
         members = [np.flatnonzero(buckets.numbers == b) for b in range(len(buckets.sizes))]
@@ -76,17 +76,17 @@ def precompute(
     threads: int = 8,
     made: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the latents' means, tokens and, if asked for, embeddings of every picture, as its first epochs see it.
+    """Write the latents' means, tokens and, if asked for, embeddings of every image, as its first epochs see it.
 
     Args:
         folder: made where it is missing; every host must see it.
-        views: of each picture, with other backgrounds, mirrored or not, and under other captions.
+        views: of each image, with other backgrounds, mirrored or not, and under other captions.
         embeddings: those of the captions as well, float16, for training without the text encoder; at length 77 and
             width 768 they are four times as large as the latents of 512 x 512 pixels.
-        batch_size: pictures that each device of this host encodes at a time.
+        batch_size: images that each device of this host encodes at a time.
         made: settings as JSON, by name, that `open_latents` compares.
 
-    Others as for `captioned_data`. Pictures that cannot be read are left out.
+    Others as for `captioned_data`. Images that cannot be read are left out.
 
     Raises:
         ConfigError: the folder holds latents of something else, or cannot be written; or `batch_size` is below 1.
@@ -110,7 +110,7 @@ def precompute(
     def make(i: int) -> Mapping[str, np.ndarray]:
         found = run(filter(data.skipped.keep, pipeline.read_range(data, *spans[i])))
         found = found or {"latents": np.zeros((0, 1, 1, 1), np.float16)}
-        logging.info("Part %d of %d: %d pictures encoded.", i + 1, len(spans), len(found["latents"]))
+        logging.info("Part %d of %d: %d images encoded.", i + 1, len(spans), len(found["latents"]))
         return found
 
     if host_index == 0:
@@ -120,7 +120,7 @@ def precompute(
         shapes = {n: np.load(folder / n / "latents.npy", mmap_mode="r").shape for n in names}
         whole = [n for n in names if shapes[n][0]]
         if not whole:
-            raise ConfigError(f"No picture of {source.name} could be encoded.")
+            raise ConfigError(f"No image of {source.name} could be encoded.")
         sizes = [list(shapes[n][1:3]) for n in whole]
         made_by = {"fingerprint": mark, "model": fingerprint(model, params, None)}
         _write(folder / INFO, {**made_by, "parts": whole, "sizes": sizes, "made": dict(made or {})})
@@ -204,7 +204,7 @@ def _check_same(folder: Path, mark: str) -> None:
             same = False
         if not same:
             raise ConfigError(
-                f"{folder} holds latents of other pictures, settings or models: choose another folder, or delete it."
+                f"{folder} holds latents of other images, settings or models: choose another folder, or delete it."
             )
 
 

@@ -1,6 +1,5 @@
 """The stages of a text-to-image model: CLIP and the autoencoder, then the UNet, which needs both."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,14 +17,15 @@ from jaxdiff.models.model import Model, apply, encode, encode_text, with_time_id
 from jaxdiff.text.chunks import Tokens
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.losses import SCALES, contrastive_loss, kl_divergence, reconstruction_loss
-from jaxdiff.training.state import AS_KEPT, Batch, Dtypes, Metrics, OptionsError
+from jaxdiff.training.options import NoiseOptions
+from jaxdiff.training.train_step import NO_CAST, Batch, Dtypes, Metrics
 from jaxdiff.typing import Array, Key, Params
 
 MAX_LOGIT_SCALE = float(np.log(100.0))  # Radford et al. 2021, section 2.5
 FIRST_LOGIT_SCALE = float(np.log(1 / 0.07))
 
 
-def each(draw, keys: Key, shape: tuple[int, ...]) -> Array:
+def per_example(draw, keys: Key, shape: tuple[int, ...]) -> Array:
     """One draw an example: [B, *shape] of `draw(key, shape)`."""
     return jax.vmap(lambda key: draw(key, shape))(keys)
 
@@ -36,7 +36,7 @@ def compute_dtypes(model: Model) -> Dtypes:
     return {name: network.dtype for name, network in networks}
 
 
-# --- CLIP: which picture goes with which caption
+# --- CLIP: which image goes with which caption
 
 
 def clip_params(params: Params) -> Params:
@@ -45,7 +45,7 @@ def clip_params(params: Params) -> Params:
 
 
 def clip_pixels(images: Array, size: int) -> Array:
-    """Pictures uint8 [B, H, W, 3] -> normalised float32 [B, size, size, 3]."""
+    """Images uint8 [B, H, W, 3] -> normalised float32 [B, size, size, 3]."""
     x = jnp.asarray(images, jnp.float32) / 255.0
     if x.shape[1:3] != (size, size):
         x = jax.image.resize(x, (len(x), size, size, 3), "bilinear")
@@ -53,7 +53,7 @@ def clip_pixels(images: Array, size: int) -> Array:
 
 
 def clip_embeddings(model: Model, params: Params, images: Array, tokens: Array) -> tuple[Array, Array]:
-    """Pictures uint8 [B, H, W, 3] and tokens [B, L] -> float32 [B, P] each; cosines between them are scores."""
+    """Images uint8 [B, H, W, 3] and tokens [B, L] -> float32 [B, P] each; cosines between them are scores."""
     assert model.vision_encoder is not None
     pixels = clip_pixels(images, model.vision_encoder.config.image_size)
     image = apply(model, params, "vision_encoder", pixels)
@@ -111,7 +111,7 @@ def vae_stage(model: Model, *, kl_weight: float = 1e-3, edge_weight: float = 1.0
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
         images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
         mean, logvar = apply(model, params, "vae", images, method="encode")
-        z = mean + jnp.exp(0.5 * logvar) * each(jax.random.normal, keys, mean.shape[1:])
+        z = mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, keys, mean.shape[1:])
         x = apply(model, params, "vae", z, method="decode")
         reconstruction = reconstruction_loss(x, images, edge_weight, scales)
         kl = kl_divergence(mean, logvar)
@@ -125,37 +125,6 @@ def vae_stage(model: Model, *, kl_weight: float = 1e-3, edge_weight: float = 1.0
 # --- the UNet
 
 Network = Callable[[Params, Array, Time, Conditioning, Batch, Key], Array]  # see `plain_network`
-TIMES = ("uniform", "logit_normal")
-
-
-@dataclasses.dataclass(frozen=True)
-class Noising:
-    """How noise, times and captions are drawn while a denoiser learns, and how its errors are weighed."""
-
-    caption_dropout: float = 0.1
-    """Share of examples that see the empty prompt, which guidance needs (Ho & Salimans 2022, algorithm 1)."""
-    min_snr_gamma: float = 0.0
-    """Bounds the weight of easy times (Hang et al. 2023, equation 5; 5 in the paper). 0 weighs all alike, as a
-    v-prediction with zero terminal signal-to-noise wants it: there the bound is a weight of 0."""
-    offset_noise: float = 0.0
-    """Deviation of a noise that is one number for each channel of a picture, added to that of each pixel, so that the
-    model learns to make whole pictures darker or lighter (0.1 is usual). 0: off."""
-    input_perturbation: float = 0.0
-    """Deviation of more noise that is in the input and not in the target (Ning et al. 2023, algorithm 1; 0.1)."""
-    times: str = "uniform"
-    """Or "logit_normal": the middle times more often (Esser et al. 2024, equation 19)."""
-    logit_mean: float = 0.0
-    """Of the logit of t / T; above 0 means more noise."""
-    logit_std: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("caption_dropout", "min_snr_gamma", "offset_noise", "input_perturbation"):
-            if getattr(self, name) < 0:
-                raise OptionsError(f"{name} {getattr(self, name)} must be 0 or more.")
-        if self.times not in TIMES:
-            raise OptionsError(f"times {self.times!r} must be one of {', '.join(TIMES)}.")
-        if self.logit_std <= 0:
-            raise OptionsError(f"logit_std {self.logit_std} must be above 0.")
 
 
 def plain_network(model: Model) -> Network:
@@ -169,45 +138,48 @@ def diffusion_stage(
     trainable: Sequence[str] = ("unet",),
     name: str = "unet",
     network: Network | None = None,
-    whole: Callable[[Params], Params] | None = None,
-    **noising: Any,
+    merge_params: Callable[[Params], Params] | None = None,
+    **noise_options: Any,
 ) -> Stage:
     """Latent diffusion conditioned on text (Rombach et al. 2022, equation 3), as the model's scheduler config says.
 
     Batches hold the tokens [B, L] of each text encoder, "tokens" and for SDXL "tokens_2", and either "image" uint8
     [B, H, W, 3], encoded by the frozen autoencoder, or "latents" [B, h, w, C] that are already. They may hold
-    "time_ids" [B, 6] (SDXL; else the pictures count as whole), "weight" [B] of each example's loss, and instead of
+    "time_ids" [B, 6] (SDXL; else the images count as whole), "weight" [B] of each example's loss, and instead of
     encoding the tokens precomputed "embeddings" [B, L, D] and "pooled" [B, P].
 
     Args:
-        trainable: "unet", and the text encoders if they are to learn as well; or what else `whole` makes use of.
+        trainable: "unet", and the text encoders if they are to learn as well; or what else `merge_params` makes use of.
         name: of the stage.
         network: what denoises; `plain_network` by default.
-        whole: all parameters -> those of the model's modules, where something else is trained.
-        noising: fields of `Noising`.
+        merge_params: all parameters -> those of the model's modules, where something else is trained.
+        noise_options: fields of `NoiseOptions`.
     """
-    how, schedule, network = Noising(**noising), noise_schedule(model.scheduler), network or plain_network(model)
+    how, schedule = NoiseOptions(**noise_options), noise_schedule(model.scheduler)
+    network = network or plain_network(model)
     empty = prepare_pairs(model)({"text": [""]})
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
-        params = params if whole is None else whole(params)
+        params = params if merge_params is None else merge_params(params)
         time_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
         x0 = latents_of(model, params, batch)
-        drop = each(jax.random.uniform, drop_keys, ()) < how.caption_dropout
+        drop = per_example(jax.random.uniform, drop_keys, ()) < how.caption_dropout
         cond = with_time_ids(model, conditioning(model, params, batch, empty, drop), x0)
         eps = random_noise(noise_keys, x0.shape[1:], how.offset_noise)
         time = at(schedule, random_times(model.scheduler, time_keys, how))
-        more = how.input_perturbation and how.input_perturbation * random_noise(folded(noise_keys, 2), x0.shape[1:])
-        output = network(params, add_noise(x0, eps + more, time), time, cond, batch, folded(keys, 1))
+        more = how.input_perturbation and how.input_perturbation * random_noise(
+            fold_in_each(noise_keys, 2), x0.shape[1:]
+        )
+        output = network(params, add_noise(x0, eps + more, time), time, cond, batch, fold_in_each(keys, 1))
         errors = diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, how.min_snr_gamma or None)
         return (errors * batch.get("weight", 1.0)).mean(), {}
 
     # What is made of parameters before a network reads them is made in their own type.
-    dtypes = compute_dtypes(model) if whole is None else AS_KEPT
+    dtypes = compute_dtypes(model) if merge_params is None else NO_CAST
     return Stage(name, tuple(trainable), loss, prepare_diffusion(model), dtypes)
 
 
-def folded(keys: Key, number: int) -> Key:
+def fold_in_each(keys: Key, number: int) -> Key:
     """Other keys [B], for another purpose."""
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
@@ -228,22 +200,22 @@ def conditioning(model: Model, params: Params, batch: Batch, empty: Batch, drop:
     return cond._replace(time_ids=batch.get("time_ids"))
 
 
-def random_times(scheduler: SchedulerConfig, keys: Key, how: Noising | None = None) -> Array:
+def random_times(scheduler: SchedulerConfig, keys: Key, how: NoiseOptions | None = None) -> Array:
     """A time an example, float32 [B]: of the T steps, or of the continuum [0, T] that a flow is; uniform by default."""
-    how, steps = how or Noising(), scheduler.num_train_timesteps
+    how, steps = how or NoiseOptions(), scheduler.num_train_timesteps
     if how.times == "uniform":
-        u = each(jax.random.uniform, keys, ())
+        u = per_example(jax.random.uniform, keys, ())
     else:
-        u = jax.nn.sigmoid(how.logit_mean + how.logit_std * each(jax.random.normal, keys, ()))
+        u = jax.nn.sigmoid(how.logit_mean + how.logit_std * per_example(jax.random.normal, keys, ()))
     return shift_time(steps * u, scheduler) if is_flow(scheduler) else jnp.minimum(jnp.floor(steps * u), steps - 1)
 
 
 def random_noise(keys: Key, shape: tuple[int, ...], offset: float = 0.0) -> Array:
     """Unit Gaussian noise [B, *shape], plus `offset` times that of each channel."""
-    noise = each(jax.random.normal, keys, shape)
+    noise = per_example(jax.random.normal, keys, shape)
     if not offset:
         return noise
-    return noise + offset * each(jax.random.normal, folded(keys, 1), (*[1] * (len(shape) - 1), shape[-1]))
+    return noise + offset * per_example(jax.random.normal, fold_in_each(keys, 1), (*[1] * (len(shape) - 1), shape[-1]))
 
 
 def latents_of(model: Model, params: Params, batch: Batch) -> Array:
@@ -254,6 +226,6 @@ def latents_of(model: Model, params: Params, batch: Batch) -> Array:
 
 
 def prepare_diffusion(model: Model):
-    """Batches with pictures and captions as for CLIP; cached ones, which hold latents and tokens, as they are."""
+    """Batches with images and captions as for CLIP; cached ones, which hold latents and tokens, as they are."""
     pairs = prepare_pairs(model)
     return lambda batch: batch if "latents" in batch else pairs(batch)

@@ -1,4 +1,4 @@
-"""Where the numbers and pictures of a run are written: lines of JSON, TensorBoard, Weights & Biases."""
+"""Where the numbers and images of a run are written: lines of JSON, TensorBoard, Weights & Biases."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from jaxdiff.files import write_text
 from jaxdiff.training.workdir import WorkdirError
 
 
-class Pictures(NamedTuple):
+class TrackedImages(NamedTuple):
     """What is drawn while training."""
 
     images: np.ndarray  # uint8 [N, H, W, 3]
@@ -24,10 +24,10 @@ class Pictures(NamedTuple):
 
 
 class Tracker(Protocol):
-    """A place that takes values and pictures by name at a step, steps ascending."""
+    """A place that takes values and images by name at a step, steps ascending."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
-    def draw(self, step: int, name: str, pictures: Pictures) -> None: ...
+    def draw(self, step: int, name: str, images: TrackedImages) -> None: ...
     def close(self) -> None: ...
 
 
@@ -76,8 +76,8 @@ class JsonLines:
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
 
-    def draw(self, step: int, name: str, pictures: Pictures) -> None:
-        """Pictures have no place in lines of JSON."""
+    def draw(self, step: int, name: str, images: TrackedImages) -> None:
+        """Images have no place in lines of JSON."""
 
     def close(self) -> None:
         with explained(self._path):
@@ -121,10 +121,10 @@ class TensorBoard:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._add(step, [self._summary.scalar(name, value) for name, value in values.items() if math.isfinite(value)])
 
-    def draw(self, step: int, name: str, pictures: Pictures) -> None:
-        shown = [self._summary.image(f"{name}/{i}", x, dataformats="HWC") for i, x in enumerate(pictures.images)]
-        if pictures.captions:
-            shown.append(self._summary.text(name, "\n".join(f"{i}. {c}" for i, c in enumerate(pictures.captions))))
+    def draw(self, step: int, name: str, images: TrackedImages) -> None:
+        shown = [self._summary.image(f"{name}/{i}", x, dataformats="HWC") for i, x in enumerate(images.images)]
+        if images.captions:
+            shown.append(self._summary.text(name, "\n".join(f"{i}. {c}" for i, c in enumerate(images.captions))))
         self._add(step, shown)
 
     def close(self) -> None:
@@ -161,9 +161,9 @@ class WandB:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
-    def draw(self, step: int, name: str, pictures: Pictures) -> None:
-        captions: Sequence[str | None] = pictures.captions or [None] * len(pictures.images)
-        shown = [self._image(image, caption=c) for image, c in zip(pictures.images, captions, strict=True)]
+    def draw(self, step: int, name: str, images: TrackedImages) -> None:
+        captions: Sequence[str | None] = images.captions or [None] * len(images.images)
+        shown = [self._image(image, caption=c) for image, c in zip(images.images, captions, strict=True)]
         self._run.log({name: shown}, step=step)
 
     def close(self) -> None:

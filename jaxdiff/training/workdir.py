@@ -18,6 +18,7 @@ from jaxdiff.data.captioned import source_files
 from jaxdiff.data.folder import METADATA, image_files
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.files import write_text
+from jaxdiff.training.defaults import with_current_names
 
 PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Settings that change nothing of what is learnt, or only how it is divided; a name stands for all below it.
@@ -83,13 +84,13 @@ def versions() -> dict[str, str]:
 
 
 def data_fingerprint(path: str | Path, split: str = "train", captions: bool = False) -> dict[str, Any]:
-    """What tells one data set from another without reading pictures: the files' names, some sizes, and the captions.
+    """What tells one data set from another without reading images: the files' names, some sizes, and the captions.
 
     Only files that are read count: a workdir or other folders and files beside them do not.
 
     Args:
         path, split: see `jaxdiff.data.captioned.open_source`.
-        captions: whether all pictures get the config's captions, so that the folder needs no metadata.
+        captions: whether all images get the config's captions, so that the folder needs no metadata.
 
     Returns:
         {"files": their number, "digest": of all names in order, the sizes of at most MAX_SIZES of them evenly spread,
@@ -107,7 +108,7 @@ def data_fingerprint(path: str | Path, split: str = "train", captions: bool = Fa
         if file.name == METADATA:
             digest.update(file.read_bytes())
     for file in files[:: -(-len(files) // MAX_SIZES) or 1]:
-        with contextlib.suppress(OSError):  # a missing picture is named when it comes up
+        with contextlib.suppress(OSError):  # a missing image is named when it comes up
             digest.update(str(file.stat().st_size).encode() + b"\n")
     return {"files": len(files), "digest": digest.hexdigest()[:16]}
 
@@ -134,7 +135,7 @@ def settle(
     if path.exists() and any(p.name.isdigit() for p in (folder / "checkpoints").glob("*")):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            old = {**flat(json.loads(json.dumps(defaults))), **flat(before["config"])}
+            old = {**flat(json.loads(json.dumps(defaults))), **flat(with_current_names(before["config"]))}
             changed = _refused(old, flat(now["config"]))
             changed += _changes({"data": before["data"]}, {"data": now["data"]})
             others = _changes(before["versions"], now["versions"])
@@ -169,7 +170,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
     try:
-        return dict(tuples(json.loads(path.read_text(encoding="utf-8"))["config"]))
+        return with_current_names(tuples(json.loads(path.read_text(encoding="utf-8"))["config"]))
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise WorkdirError(f"{path} cannot be read ({e}): name the workdir of a run, or its --config.") from None
 

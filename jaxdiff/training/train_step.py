@@ -1,6 +1,5 @@
-"""State of a training run, its optimizer, and one step of it as a pure function."""
+"""The state of training and one step of it as a pure function."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,8 +10,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff import parallel
-from jaxdiff.errors import JaxdiffError
-from jaxdiff.training.optimizer import MOMENTS, OPTIMIZERS, SCHEDULES, learning_rate, optimizer
+from jaxdiff.training.optimizer import learning_rate, optimizer
+from jaxdiff.training.options import Options
 from jaxdiff.typing import Array, Key, Params
 
 Batch = Mapping[str, Any]  # arrays [B, ...] by name
@@ -20,77 +19,7 @@ Metrics = Mapping[str, Array]  # scalars by name
 # (all parameters, batch, keys [B], one an example) -> (mean loss over the batch, metrics)
 Loss = Callable[[Params, Batch, Key], tuple[Array, Metrics]]
 Dtypes = Mapping[str, Any]  # types that networks compute in, by the keys of their parameters
-AS_KEPT: Dtypes = MappingProxyType({})
-
-
-class OptionsError(JaxdiffError, ValueError):
-    """Options of training that do not fit each other or the devices."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to optimise; the same for every stage."""
-
-    steps: int  # updates in all
-    batch_size: int  # examples of one update, over all hosts
-    accumulate: int = 1  # parts that a batch is taken in, one after the other, to save memory
-    learning_rate: float = 1e-4  # its peak
-    warmup_steps: int = 0  # linear, from 0
-    schedule: str = "constant"  # after the warm-up; or "linear" or "cosine", to 0 at the last step
-    weight_decay: float = 0.01  # of matrices and kernels; biases, norms and scalars are left alone
-    b1: float = 0.9
-    b2: float = 0.999
-    optimizer: str = "adamw"  # or "adafactor", "lion", "muon"
-    moments: str = "float32"  # type of the optimizer's moments: or "bfloat16" (the first), "int8" (both)
-    rates: tuple[tuple[str, float], ...] = ()  # (start of a parameter's path, factor of its learning rate)
-    frozen_dtype: str = "float32"  # type in which the devices keep what is not trained: or "bfloat16", "float16"
-    clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
-    ema_decay: float = 0.999  # of the average of parameters that is evaluated and exported; 0 keeps no past
-    ema_sigmas: tuple[float, ...] = ()  # lengths of averages to keep snapshots of, as shares of the training
-    snapshot_every: int = 1000  # steps
-    seed: int = 0
-    fsdp: int = 1  # devices that each parameter is kept split over
-    tensor: int = 1  # devices that the layers themselves are split over
-    log_every: int = 20  # steps
-    eval_every: int = 1000  # steps; 0 evaluates at the end only
-    checkpoint_every: int = 1000  # steps
-    keep_checkpoints: int = 2
-    max_skipped: int = 10  # updates in a row that may be left out because loss or gradient is not finite
-
-    def check(self, devices: int) -> None:
-        """Raises OptionsError, one sentence naming the option."""
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "fsdp",
-            "tensor",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "max_skipped",
-            "snapshot_every",
-        ):
-            if getattr(self, name) < 1:
-                raise OptionsError(f"{name} {getattr(self, name)} must be at least 1.")
-        parts = max(devices // self.tensor, 1) * self.accumulate
-        if self.batch_size % parts:
-            divided = f"devices {devices}" + (f" / tensor {self.tensor}" if self.tensor > 1 else "")
-            raise OptionsError(
-                f"batch_size {self.batch_size} must be divisible by the number of {divided} x accumulate "
-                f"{self.accumulate} = {parts}."
-            )
-        if self.schedule not in SCHEDULES:
-            raise OptionsError(f"schedule {self.schedule!r} must be one of {', '.join(SCHEDULES)}.")
-        if self.optimizer not in OPTIMIZERS:
-            raise OptionsError(f"optimizer {self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}.")
-        if self.optimizer not in MOMENTS.get(self.moments, ()):
-            known = ", ".join(f"{name} (with {', '.join(who)})" for name, who in MOMENTS.items())
-            raise OptionsError(f"moments {self.moments!r} of {self.optimizer} must be one of {known}.")
-        if self.frozen_dtype not in ("float32", "bfloat16", "float16"):
-            raise OptionsError(f"frozen_dtype {self.frozen_dtype!r} must be float32, bfloat16 or float16.")
-        if not 0 <= self.ema_decay < 1:
-            raise OptionsError(f"ema_decay {self.ema_decay} must be in [0, 1).")
+NO_CAST: Dtypes = MappingProxyType({})
 
 
 class TrainState(NamedTuple):
@@ -109,7 +38,7 @@ def ema_update(ema: Params, params: Params, decay: float, step: Array) -> Params
     return jax.tree.map(lambda e, p: e + (1.0 - d) * (p - e), ema, params)
 
 
-def kept(frozen: Params, options: Options) -> Params:
+def cast_frozen(frozen: Params, options: Options) -> Params:
     """Parameters that are not trained in the type that the devices keep them in; what is no wider stays as it is."""
     dtype = jnp.dtype(options.frozen_dtype)
 
@@ -152,7 +81,7 @@ def init_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> 
         )
 
     shardings = parallel.param_sharding(mesh, jax.eval_shape(init, params))
-    return jax.jit(init, out_shardings=shardings)(parallel.place(params, parallel.param_sharding(mesh, params)))
+    return jax.jit(init, out_shardings=shardings)(parallel.put_global(params, parallel.param_sharding(mesh, params)))
 
 
 def accumulated_grad(
@@ -163,7 +92,7 @@ def accumulated_grad(
     keys: Key,
     parts: int,
     mesh: Mesh,
-    dtypes: Dtypes = AS_KEPT,
+    dtypes: Dtypes = NO_CAST,
 ):
     """Gradient of the mean loss, the batch taken in `parts` one after the other.
 
@@ -210,7 +139,7 @@ def scheduled(opt_state: Any) -> Array:
     return next(x.count for x in states if isinstance(x, kind))
 
 
-def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState, dtypes: Dtypes = AS_KEPT) -> Callable:
+def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState, dtypes: Dtypes = NO_CAST) -> Callable:
     """One update, compiled: (state (donated), frozen parameters, batch [B, ...]) -> (state, metrics).
 
     The new state is divided as `state` is. `dtypes` are a stage's.
@@ -221,7 +150,7 @@ def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState,
     Every example has its own key, from the seed, the step and its row in the batch; so neither the number of hosts or
     devices nor `accumulate` changes what is drawn.
     """
-    tx, schedule, rows = optimizer(options), learning_rate(options), parallel.rows(mesh, options.batch_size)
+    tx, schedule, rows = optimizer(options), learning_rate(options), parallel.global_row_order(mesh, options.batch_size)
     in_order = bool((rows == range(options.batch_size)).all())
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:

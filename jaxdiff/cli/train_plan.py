@@ -14,7 +14,7 @@ def run(config: Any, kind: str, devices: int, argv: list[str]) -> int:
     """Print the plan of a config of train.py; returns the exit code.
 
     Args:
-        config: of configs/common.py.
+        config: of jaxdiff/training/defaults.py.
         kind: "quick", or "full" with what the compiled step takes and sends.
         devices: of the whole mesh; 0 takes those of this machine.
         argv: the command line, run again with simulated devices where this machine has fewer.
@@ -30,9 +30,8 @@ def run(config: Any, kind: str, devices: int, argv: list[str]) -> int:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         # What is compiled never runs: making it fast would be wasted.
         flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        return subprocess.run(
-            [sys.executable, *argv], env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        ).returncode
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        return subprocess.run([sys.executable, *argv], env=env).returncode
     print(text(config, kind, devices))
     return 0
 
@@ -42,39 +41,35 @@ def text(config: Any, kind: str, devices: int) -> str:
     import jax
 
     from jaxdiff import parallel
-    from jaxdiff.training import plan
-    from jaxdiff.training.state import Options, OptionsError, kept
+    from jaxdiff.training import memory_plan
+    from jaxdiff.training.options import Options
+    from jaxdiff.training.train_step import cast_frozen
 
-    options = Options(**{name: config[name] for name in Options.__dataclass_fields__})
-    try:
-        options.check(devices)
-        mesh: Any = plan.abstract_mesh(devices, options.fsdp, options.tensor)
-        if kind == FULL:
-            mesh = parallel.mesh(options.fsdp, options.tensor, jax.devices()[:devices])
-        stage, shapes, example = described(config)
-    except OptionsError as e:
-        raise UsageError(f"config: {e}") from None
+    options = Options.from_config(config)
+    options.check(devices)
+    mesh: Any = memory_plan.abstract_mesh(devices, options.fsdp, options.tensor)
+    if kind == FULL:
+        mesh = parallel.mesh(options.fsdp, options.tensor, jax.devices()[:devices])
+    stage, shapes, example = described(config)
     trained = {name: shapes[name] for name in stage.trainable}
-    state = plan.abstract_state(trained, options, mesh)
+    state = memory_plan.abstract_state(trained, options, mesh)
     frozen = {name: x for name, x in shapes.items() if name not in trained}
-    frozen = plan.sharded(mesh, jax.eval_shape(lambda params: kept(params, options), frozen))
-    batch = plan.abstract_batch(stage, example, options.batch_size, mesh)
-    step = plan.compiled_step(stage, state, frozen, batch, options, mesh) if kind == FULL else None
-    return plan.report(plan.memory(state, frozen, batch), step, mesh, trained)
+    frozen = memory_plan.sharded(mesh, jax.eval_shape(lambda params: cast_frozen(params, options), frozen))
+    batch = memory_plan.abstract_batch(stage, example, options.batch_size, mesh)
+    step = memory_plan.compiled_step(stage, state, frozen, batch, options, mesh) if kind == FULL else None
+    return memory_plan.report(memory_plan.memory(state, frozen, batch), step, mesh, trained)
 
 
 def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """(stage, shapes of all parameters, one example as it is read) of a config; no weights and no pictures are read."""
-    import jax
+    """(stage, shapes of all parameters, one example as it is read) of a config; no weights and no images are read."""
     import numpy as np
 
-    from jaxdiff.commands.train_flags import check_sizes
     from jaxdiff.io.configs import replace_config
     from jaxdiff.models.model import param_shapes
     from jaxdiff.text.tokenizer import train_bpe
-    from jaxdiff.training import targets
-    from jaxdiff.training.setup import described_model
-    from jaxdiff.training.stages import clip_params, clip_stage, vae_stage
+    from jaxdiff.training import trainables
+    from jaxdiff.training.checks import check_sizes, image_size
+    from jaxdiff.training.init import described_model
 
     sizes = config.tokenizer
     model = described_model(
@@ -84,19 +79,13 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     check_sizes(config, model)
     if not (config.init_from.model or config.init_from.text_encoder):
         model = replace_config(model, "text_encoder", vocab_size=sizes.vocab_size)
-    side = config.data.image_size or model.unet.config.side * model.vae.config.factor
-    shapes = param_shapes(model)
-    example: dict[str, Any] = {"image": np.zeros((1, side, side, 3), np.uint8), "text": [""]}
-    if config.stage == "clip":
-        return clip_stage(model), jax.eval_shape(clip_params, shapes), example
-    if config.stage == "vae":
-        crop = config.crop or side
-        return vae_stage(model), shapes, {**example, "image": example["image"][:, :crop, :crop]}
     alone = config.copy_and_resolve_references()
     alone.controlnet.init_from = ""  # it has the UNet's shape, so that its weights need not be read
-    target = targets.described(alone, model, shapes)
-    stage, shapes = target.stage, target.params
+    trainable = trainables.described(alone, model, param_shapes(model))
+    side = image_size(config, model)
+    read = config.crop or side
+    example: dict[str, Any] = {"image": np.zeros((1, read, read, 3), np.uint8), "text": [""]}
     if config.cache_latents:
         latents = np.zeros((1, *[side // model.vae.config.factor] * 2, model.vae.config.latent_channels), np.float16)
-        example = {**{k: v for k, v in stage.prepare(example).items() if k != "image"}, "latents": latents}
-    return stage, shapes, example
+        example = {**{k: v for k, v in trainable.stage.prepare(example).items() if k != "image"}, "latents": latents}
+    return trainable.stage, trainable.params, example

@@ -1,43 +1,64 @@
-"""What the configs have in common: every setting with its default, so that a config says only what it changes."""
+"""Every setting of a training run with its default, so that a config says only what it changes."""
 
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
 from ml_collections import ConfigDict
 
+from jaxdiff.training.options import NoiseOptions, Options
 
-def base() -> ConfigDict:
+# Settings that had another name, which configs, flags and the run.json of older runs may still use.
+RENAMED = {
+    "rates": "lr_multipliers",
+    "moments": "moment_dtype",
+    "word": "textual_inversion",
+    "prior": "prior_preservation",
+}
+
+
+def current_name(name: Any) -> Any:
+    """The name of a setting today, with a warning where it was an old one."""
+    if name not in RENAMED:
+        return name
+    logging.warning("config.%s is called config.%s now; the old name will be refused later.", name, RENAMED[name])
+    return RENAMED[name]
+
+
+def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, such as those of an older run.json, under the names that they have today."""
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
+
+
+class Settings(ConfigDict):
+    """A ConfigDict that also takes the old names of settings, with a warning."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(current_name(key))
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(current_name(key), value)
+
+    def update(self, *other: Mapping[str, Any], **more: Any) -> None:
+        for given in (*other, more):
+            super().update({current_name(name): value for name, value in given.items()})
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """The settings as what JSON can hold."""
+    return json.loads(config.to_json_best_effort())
+
+
+def base() -> Settings:
     """All settings of train.py. Each may be changed on the command line: --config.batch_size=64."""
-    return ConfigDict(
+    return Settings(
         {
             # "clip", "vae" or "unet"; "lora", "textual_inversion", "controlnet", "inpainting", "upscaler"
             "stage": "",
-            # Optimisation: jaxdiff.training.state.Options.
-            "steps": 10_000,
-            "batch_size": 64,  # over all devices and hosts
-            "accumulate": 1,  # parts that a batch is taken in, to save memory; may change on resuming, but for clip
-            "learning_rate": 1e-4,
-            "warmup_steps": 500,
-            "schedule": "cosine",  # or "constant", "linear"
-            "weight_decay": 0.01,
-            "b1": 0.9,
-            "b2": 0.99,
-            "optimizer": "adamw",  # or adafactor, lion, muon
-            "moments": "float32",  # of the optimizer: or bfloat16 (the first), int8 (both, adamw)
-            "rates": (),  # factors of learning_rate by the start of a parameter's path: (("text_encoder", 0.1),)
-            "clip_norm": 1.0,  # 0: off
-            "ema_decay": 0.999,
-            # Averages of which snapshots are kept, for one of any length after training: (0.05, 0.1).
-            "ema_sigmas": (),
-            "snapshot_every": 1000,
-            "seed": 0,
-            # The devices are a mesh ("data", "fsdp", "tensor"); "data" is what the other two leave.
-            "fsdp": 1,  # devices that each parameter is kept split over
-            "tensor": 1,  # devices that the layers themselves are split over
-            "log_every": 50,
-            "eval_every": 1000,  # 0: at the end only
-            "checkpoint_every": 1000,
-            "keep_checkpoints": 2,
-            "max_skipped": 10,  # updates in a row that may be left out because loss or gradient is not finite
+            **dataclasses.asdict(Options()),  # of the optimisation: jaxdiff/training/options.py
             "dtype": "float32",  # type to compute in; parameters that learn are float32
-            "frozen_dtype": "float32",  # of those that do not learn: or bfloat16, float16, half the memory
             "remat": "",  # compute activations again in the backward pass, to save memory: full, dots or dots_no_batch
             # Diffusers folders, or names of bundled models, that parts come from with weights and sizes; "model" stands
             # for every part, and "vae" may be the folder of an autoencoder alone.
@@ -45,20 +66,20 @@ def base() -> ConfigDict:
             "data": {
                 "path": "",
                 "split": "train",
-                "eval_split": "",  # pictures set aside; "": those of `split`
+                "eval_split": "",  # images set aside; "": those of `split`
                 "image_size": 128,  # pixels of a side; 0: the model's own
-                "background": "random",  # of transparent pictures: random (and named in the caption) or white
+                "background": "random",  # of transparent images: random (and named in the caption) or white
                 "flip": False,  # mirror at random
-                "captions": (),  # of all pictures, in place of metadata.jsonl; {} stands for word.token
-                "threads": 8,  # that read pictures
-                "workers": 0,  # processes that read pictures; 0: the threads of this process
+                "captions": (),  # of all images, in place of metadata.jsonl; {} stands for textual_inversion.token
+                "threads": 8,  # that read images
+                "workers": 0,  # processes that read images; 0: the threads of this process
                 "image_column": "",  # of Parquet, Arrow and ArrayRecord data; "": a usual name
                 "text_column": "",
-                # Sizes of one area at the pictures' own aspects, in multiples of so many pixels (64); 0: squares.
+                # Sizes of one area at the images' own aspects, in multiples of so many pixels (64); 0: squares.
                 "buckets": 0,
                 "max_aspect": 2.0,
                 # Allowed values by column of the metadata; an empty tuple allows all, max_subjects 0 as well.
-                # (None,) allows those without the column, such as pictures of the icons set that were not recoloured.
+                # (None,) allows those without the column, such as images of the icons set that were not recoloured.
                 # The others: jaxdiff.data.filters.select.
                 "filter": {
                     "style": (),
@@ -78,7 +99,7 @@ def base() -> ConfigDict:
             "tokenizer": {"vocab_size": 4096, "max_length": 24},  # of a fresh text encoder
             "model": {},  # sizes of fresh parts: text_encoder, vision_encoder, vae, unet, scheduler
             # Stage "vae".
-            "crop": 0,  # pixels of random squares to train on; 0: whole pictures, as all other stages learn
+            "crop": 0,  # pixels of random squares to train on; 0: whole images, as all other stages learn
             "kl_weight": 1e-3,
             "edge_weight": 1.0,
             # Stage "unet" and those after it.
@@ -87,31 +108,24 @@ def base() -> ConfigDict:
             ),  # or ("unet", "text_encoder", "text_encoder_2"): what learns, or what a LoRA changes
             "prediction_type": "",  # epsilon, v_prediction, sample or flow_prediction; "": the model's own
             "zero_terminal_snr": False,  # no signal at all at the last step; True turns it on
-            # jaxdiff.training.stages.Noising.
-            "caption_dropout": 0.1,
-            "min_snr_gamma": 0.0,  # 0: off
-            "offset_noise": 0.0,  # 0: off
-            "input_perturbation": 0.0,  # 0: off
-            "times": "uniform",  # or "logit_normal", of this mean and deviation
-            "logit_mean": 0.0,
-            "logit_std": 1.0,
-            # Class pictures beside one's own, so that the class is not forgotten (DreamBooth): a folder, captioned, or
+            **dataclasses.asdict(NoiseOptions()),  # jaxdiff/training/options.py
+            # Class images beside one's own, so that the class is not forgotten (DreamBooth): a folder, captioned, or
             # with these captions for all.
-            "prior": {"path": "", "captions": (), "weight": 1.0},
+            "prior_preservation": {"path": "", "captions": (), "weight": 1.0},
             # Stage "lora"; alpha 0 is the rank; endings of the layers' names, () for the projections of attention.
             "lora": {"rank": 8, "alpha": 0.0, "layers": ()},
             # Stage "textual_inversion": the new word, the words that it starts from, and how many vectors it has.
-            "word": {"token": "<word>", "initial": "", "vectors": 1},
+            "textual_inversion": {"token": "<word>", "initial": "", "vectors": 1},
             # Stage "controlnet": a ControlNet to go on from, "" for the UNet's own way down; thresholds of the edges.
             "controlnet": {"init_from": "", "canny_low": 100.0, "canny_high": 200.0},
-            # What train.py --precompute wrote, and how it writes: views of every picture, the text embeddings too, and
-            # pictures that a device encodes at a time, as for cache_latents.
+            # What train.py --precompute wrote, and how it writes: views of every image, the text embeddings too, and
+            # images that a device encodes at a time, as for cache_latents.
             "latents": {"path": "", "views": 1, "embeddings": False, "batch_size": 8},
-            "cache_latents": 0,  # encode so many views of every picture beforehand; 0: encode as they are read
+            "cache_latents": 0,  # encode so many views of every image beforehand; 0: encode as they are read
             # Numbers also go to Weights & Biases (pip install jaxdiff[wandb]) where a project is named.
             "wandb": {"project": "", "name": ""},
             "eval": {
-                # Number of held-out pictures: reconstructed (vae), ranked (clip), denoised (others, with
+                # Number of held-out images: reconstructed (vae), ranked (clip), denoised (others, with
                 # data.eval_split), or used as inputs for sample sheets.
                 "pictures": 64,
                 "prompts": (),
@@ -125,7 +139,7 @@ def base() -> ConfigDict:
     )
 
 
-def fine_tuning(stage: str) -> ConfigDict:
+def fine_tuning(stage: str) -> Settings:
     """`base` for a stage that starts from a finished model (config.init_from.model), in mixed precision."""
     config = base()
     config.stage = stage

@@ -10,9 +10,10 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxdiff import parallel
 from jaxdiff.training import collectives
 from jaxdiff.training.loop import Stage
-from jaxdiff.training.state import Options, OptionsError, TrainState, make_train_step
-from jaxdiff.training.state import abstract_state as abstract_state
-from jaxdiff.training.state import sharded as sharded
+from jaxdiff.training.options import Options, OptionsError
+from jaxdiff.training.train_step import TrainState, make_train_step
+from jaxdiff.training.train_step import abstract_state as abstract_state
+from jaxdiff.training.train_step import sharded as sharded
 from jaxdiff.typing import Params
 
 
@@ -93,8 +94,8 @@ def report(held: Memory, step: Step | None, mesh: Mesh | AbstractMesh, params: P
         rows["activations and gathered parameters"] = max(step.temporary - held.gradients, 0)
     total = sum(held) - held.gradients + max(while_running, held.gradients)
     rows["all" if step is not None else "all but activations"] = total
-    lines = [parallel.table(mesh, params), "", f"GB a device, of {mesh.size} devices ({shape})"]
+    lines = [parallel.sharding_table(mesh, params), "", f"GB a device, of {mesh.size} devices ({shape})"]
     lines += [f"  {name:36} {size / 1e9:8.3f}" for name, size in rows.items()]
     if step is not None:
-        lines += ["", f"One step: {step.flops / 1e12:.3f} TFLOP a device", collectives.table(step.sent)]
+        lines += ["", f"One step: {step.flops / 1e12:.3f} TFLOP a device", collectives.collectives_table(step.sent)]
     return "\n".join(lines)

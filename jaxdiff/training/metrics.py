@@ -1,4 +1,4 @@
-"""How good a model is while it is trained, on pictures set aside."""
+"""How good a model is while it is trained, on images set aside."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from jaxdiff.training.stages import (
     Network,
     clip_embeddings,
     conditioning,
-    each,
-    folded,
+    fold_in_each,
     latents_of,
+    per_example,
     plain_network,
 )
-from jaxdiff.training.state import Batch
+from jaxdiff.training.train_step import Batch
 from jaxdiff.typing import Array, Params
 
 
@@ -39,10 +39,10 @@ def for_each(run: Callable[[Any], Any], batches: Sequence[Any]) -> Any:
 
 
 def reconstructions(model: Model, batches: Sequence[np.ndarray]):
-    """A function params -> (pictures after the autoencoder uint8 [N, H, W, 3], their mean PSNR in dB).
+    """A function params -> (images after the autoencoder uint8 [N, H, W, 3], their mean PSNR in dB).
 
     Args:
-        batches: pictures uint8 [b, H, W, 3], taken through the autoencoder one batch after the other.
+        batches: images uint8 [b, H, W, 3], taken through the autoencoder one batch after the other.
     """
 
     @jax.jit
@@ -54,16 +54,16 @@ def reconstructions(model: Model, batches: Sequence[np.ndarray]):
 
     def evaluate(params: Params) -> tuple[np.ndarray, dict[str, float]]:
         vae = jax.device_put(params["vae"])
-        pictures, psnr = for_each(lambda images: run(vae, images), batches)
-        return pictures, {"eval_psnr": float(psnr.mean())}
+        images, psnr = for_each(lambda images: run(vae, images), batches)
+        return images, {"eval_psnr": float(psnr.mean())}
 
     return evaluate
 
 
 def retrieval(model: Model, batches: Sequence[Mapping[str, Any]]):
-    """A function params -> {"eval_accuracy"}: how often a picture's caption is the most similar of all captions.
+    """A function params -> {"eval_accuracy"}: how often an image's caption is the most similar of all captions.
 
-    Captions that several pictures share are one candidate, so that any of the pictures may find it.
+    Captions that several images share are one candidate, so that any of the images may find it.
     """
     pairs = [(batch["image"], batch["tokens"]) for batch in batches]
     candidates, own = np.unique(np.concatenate([tokens for _, tokens in pairs]), axis=0, return_inverse=True)
@@ -73,9 +73,9 @@ def retrieval(model: Model, batches: Sequence[Mapping[str, Any]]):
 
     def evaluate(params: Params) -> dict[str, float]:
         encoders = jax.device_put({k: params[k] for k in ("text_encoder", "vision_encoder")})
-        pictures, texts = for_each(lambda pair: run(encoders, *pair), pairs)
+        images, texts = for_each(lambda pair: run(encoders, *pair), pairs)
         texts = texts[first] / np.linalg.norm(texts[first], axis=-1, keepdims=True)
-        return {"eval_accuracy": float((np.argmax(pictures @ texts.T, 1) == own).mean())}
+        return {"eval_accuracy": float((np.argmax(images @ texts.T, 1) == own).mean())}
 
     return evaluate
 
@@ -85,19 +85,19 @@ def noise_levels(
     batches: Sequence[Mapping[str, Any]],
     *,
     network: Network | None = None,
-    whole: Callable[[Params], Params] = lambda params: params,
+    merge_params: Callable[[Params], Params] = lambda params: params,
     levels: int = 10,
     seed: int = 0,
 ):
     """A function params -> {"eval_loss", "eval_loss_t050", …}: the UNet's squared error at each of some times.
 
     The times are the middles of `levels` equal parts of [0, T); every caption is kept and no time weighs more than
-    another. Each picture has the same noise at all times, whenever it is asked and whatever batch it is in, so that two
+    another. Each image has the same noise at all times, whenever it is asked and whatever batch it is in, so that two
     values differ by the parameters alone; so are masks and other noise that a network draws.
 
     Args:
         batches: as the UNet's stage prepares them, at least one; computed one after the other.
-        network, whole: see `diffusion_stage`; params are what `whole` takes.
+        network, merge_params: see `diffusion_stage`; params are what `merge_params` takes.
     """
     schedule, denoise = noise_schedule(model.scheduler), network or plain_network(model)
     total = model.scheduler.num_train_timesteps
@@ -109,15 +109,15 @@ def noise_levels(
 
     @jax.jit
     def run(params: Params, numbers: Array, batch: Batch) -> Array:  # [B, levels]
-        params, keys = whole(params), jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
+        params, keys = merge_params(params), jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
         x0 = latents_of(model, params, batch)
         kept = jnp.zeros(len(x0), bool)  # no caption is dropped
         cond = with_time_ids(model, conditioning(model, params, batch, batch, kept), x0)
-        eps = each(jax.random.normal, keys, x0.shape[1:])
+        eps = per_example(jax.random.normal, keys, x0.shape[1:])
 
         def at_time(t: Array) -> Array:
             time = at(schedule, jnp.full(len(x0), jnp.floor(t)))
-            output = denoise(params, add_noise(x0, eps, time), time, cond, batch, folded(keys, 1))
+            output = denoise(params, add_noise(x0, eps, time), time, cond, batch, fold_in_each(keys, 1))
             return diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, None)
 
         return jax.lax.map(at_time, jnp.asarray(times, jnp.float32)).T

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxdiff.training.speed import Speed
-from jaxdiff.training.trackers import Pictures, Tracker
+from jaxdiff.training.mfu import Speed
+from jaxdiff.training.trackers import TrackedImages, Tracker
 
 # A loss is a spike when it is above the median of so many before it by so many times their median distance from it.
 SPIKE_WINDOW, SPIKE_DISTANCE = 100, 10.0
@@ -75,20 +75,18 @@ class Report:
             The means over the interval when this step ends one.
         """
         self._collected.append(metrics)
-        self._timed += 1
-        if self._since is None:
-            jax.block_until_ready(metrics)  # compiled, or whatever came between is over: the clock starts here
-            self._since, self._timed = time.perf_counter(), 0
-        if step % self._log_every and step != self._steps:
+        self._timed += self._since is not None
+        if not self.ends_interval(step):
             return None
         collected = jax.device_get(self._collected)
         now = time.perf_counter()
         means = self._means(step, collected)
-        if self._timed:
+        if self._since is not None and self._timed:
             rate = self._timed / (now - self._since)
             means["images_per_second"] = self._batch_size * rate
             means |= self.speed.values(rate) if self.speed else {}
-        self._collected, self._since, self._timed = [], now, 0
+        self._collected, self._timed = [], 0
+        self._since = now if self._since is not None else None
         self.show(step, means)
         return means
 
@@ -109,27 +107,32 @@ class Report:
             median = float(np.median(self._losses))
             distance = float(np.median(np.abs(np.asarray(self._losses) - median)))
             if loss > median + SPIKE_DISTANCE * distance and loss > 2 * median:
-                self.say(f"the loss leaps to {loss:.4g} at step {step}, from a median of {median:.4g}.")
+                self.say(f"the loss jumps to {loss:.4g} at step {step}, from a median of {median:.4g}.")
         self._losses.append(loss)
 
-    def restart_clock(self) -> None:
-        """Do not count the time until the next step."""
-        self._since = None
+    def ends_interval(self, step: int) -> bool:
+        """Whether numbers are shown after this step. The caller then has none under way that comes later."""
+        return step % self._log_every == 0 or step == self._steps
+
+    def start_clock(self) -> None:
+        """Count steps and time from now on, where no step is under way: after compiling, and after an evaluation."""
+        self._since, self._timed = time.perf_counter(), 0
 
     def say(self, text: str) -> None:
         """A sentence, above the bar."""
         if not self._quiet:
-            (print if self._bar is None else self._bar.console.print)(f"{self._name}: {text}")
+            line = f"{self._name}: {text}"
+            print(line, flush=True) if self._bar is None else self._bar.console.print(line)
 
-    def show(self, step: int, values: Mapping[str, float | Pictures]) -> None:
-        """Write these values, and draw these pictures, now."""
+    def show(self, step: int, values: Mapping[str, float | TrackedImages]) -> None:
+        """Write these values, and draw these images, now."""
         if self._quiet:
             return
         for tracker in self._trackers:
-            for name, pictures in values.items():
-                if isinstance(pictures, Pictures):
-                    tracker.draw(step, name, pictures)
-        numbers = {name: value for name, value in values.items() if not isinstance(value, Pictures)}
+            for name, images in values.items():
+                if isinstance(images, TrackedImages):
+                    tracker.draw(step, name, images)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, TrackedImages)}
         if numbers:
             self._show_numbers(step, numbers)
 

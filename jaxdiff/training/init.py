@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxdiff.config import CLIPTextConfig, ConfigError, SchedulerConfig
 from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
-from jaxdiff.data.captioned import open_source
 from jaxdiff.data.filters import scan
 from jaxdiff.data.source import Source
 from jaxdiff.io.configs import NETWORKS, VAES, read_config, replace_config
@@ -204,7 +203,7 @@ def _check_fit(configs: Mapping[str, Any]) -> None:
 
 
 def measured(model: Model, params: Params, images: Iterable[np.ndarray]) -> Model:
-    """The model with the autoencoder's scaling_factor set so that latents have unit deviation over these pictures.
+    """The model with the autoencoder's scaling_factor set so that latents have unit deviation over these images.
 
     (Rombach et al. 2022, appendix G.) The deviation is taken over all elements, mean included.
 
@@ -221,14 +220,8 @@ def measured(model: Model, params: Params, images: Iterable[np.ndarray]) -> Mode
     return replace_config(model, "vae", scaling_factor=float(np.round(1.0 / latents.std(), 5)))
 
 
-def open_data(path: str | Path, split: str, data: Mapping[str, Any], cache: Path, **hosts: Any) -> Source:
-    """What lies at a path, with the columns that the config's `data` names; see `open_source`."""
-    columns = {name: data[name] for name in ("image_column", "text_column")}
-    return open_source(path, split, cache=cache, **columns, **hosts)
-
-
 def buckets(source: Source, data: Mapping[str, Any], image_size: int, cache: Path, **hosts: Any) -> Buckets | None:
-    """The sizes that the pictures of a source are cut to, by their aspect ratios; None where all become squares.
+    """The sizes that the images of a source are cut to, by their aspect ratios; None where all become squares.
 
     Raises:
         ConfigError: `data.buckets` that no size is a multiple of.

@@ -1,0 +1,1 @@
+"""The commands: flags in, calls of the package, files out."""

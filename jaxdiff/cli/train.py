@@ -1,0 +1,112 @@
+"""Train a text-to-image model, one stage at a time, or fine-tune one: fully, by LoRA, ControlNet and more.
+
+    python train.py --config=configs/icons/vae.py --workdir=runs/vae
+    python train.py --config=configs/icons/unet.py:cpu --workdir=runs/unet --config.batch_size=64
+    jaxdiff-train --config=lora --workdir=runs/lora --config.data.path=images/
+
+The config says what, see configs/; any of its settings may be given as a flag. The workdir receives run.json (the
+config, the versions of packages and a fingerprint of the data), checkpoints, metrics.jsonl, TensorBoard files (tb),
+samples, and in the end the model as a diffusers folder (export). The same command goes on from the last checkpoint,
+whatever ended the run; SIGTERM or Ctrl-C saves one first. Another config is refused there. Exit code: 0, also when
+stopped so; 130 when Ctrl-C ends it before training or a second time; 2 for flags or settings that cannot be right; 1
+for any other failure.
+"""
+
+import logging
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+import jaxdiff
+from jaxdiff.cli import train_plan
+from jaxdiff.cli.train_flags import parse
+from jaxdiff.commands import errors
+from jaxdiff.commands.errors import UsageError
+from jaxdiff.commands.outputs import make_folder
+from jaxdiff.training.defaults import as_json, base
+from jaxdiff.training.options import OptionsError
+
+__all__ = ["main"]
+
+
+def run(f: flags.FlagValues) -> None:
+    import jax
+
+    from jaxdiff.io.cache import cache_compilations
+    from jaxdiff.training.run import build_run
+    from jaxdiff.training.run_data import fingerprints
+    from jaxdiff.training.workdir import Lock, settle
+
+    workdir = Path(f.workdir)
+    if f.precompute and f.config.latents.path:
+        raise UsageError("--precompute writes latents of images: leave out config.latents.path.")
+    if f.posthoc_ema is not None:
+        return build_run(f.config or stored(workdir), workdir).posthoc_ema(f.posthoc_ema)
+    make_folder(workdir, "--workdir")
+    if f.distributed or f.coordinator_address:
+        # What is not given comes from the environment of a TPU pod, Slurm or Open MPI.
+        jax.distributed.initialize(f.coordinator_address, f.num_processes, f.process_id)
+    cache_compilations()
+    first = jax.process_index() == 0
+    with Lock(workdir) if first else nullcontext():
+        settle(workdir, as_json(f.config), fingerprints(f.config), as_json(base()), write=first)
+        this = build_run(f.config, workdir)
+        if not f.precompute:
+            return this.train(f.profile)
+        folder, how = workdir / "latents", f.config.latents
+        this.precompute(folder, how.views, how.embeddings)
+        logging.info("The latents are in %s; --config.latents.path=%s trains on them.", folder, folder)
+
+
+def stored(workdir: Path) -> Any:
+    """The config that a run was begun with."""
+    from jaxdiff.training.workdir import stored_config
+
+    config = base()
+    with config.unlocked(), config.ignore_type():
+        config.update(stored_config(workdir))
+    return config
+
+
+def from_jaxdiff(record: logging.LogRecord) -> bool:
+    """Of absl's log: what jaxdiff says, and others' warnings; orbax's come as errors as well, if they are such."""
+    path = Path(record.pathname)
+    ours = Path(jaxdiff.__file__).parent in path.parents
+    return ours or (record.levelno >= logging.WARNING and "orbax" not in path.parts)
+
+
+def command(argv: list[str]) -> int:
+    try:
+        f = parse(argv)
+        if f.help:
+            print(__doc__, f.get_help(), sep="\n")
+        elif f.plan:
+            return train_plan.run(f.config, f.plan, f.plan_devices, argv)
+        else:
+            run(f)
+    except OptionsError as e:  # which begins with a setting's name
+        raise UsageError(f"config.{e}") from None
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line, by default the process's own; returns the exit code."""
+    argv = sys.argv if argv is None else argv
+    name = Path(argv[0]).name
+    logging.basicConfig(format=f"{name}: %(message)s", level=logging.WARNING)
+    logging.getLogger().setLevel(logging.INFO)
+    for noisy in ("jax", "orbax"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.INFO)
+    logging.getLogger("absl").addFilter(from_jaxdiff)
+    return errors.run(
+        name,
+        argv,
+        command,
+        smaller="lower config.batch_size (of latents written beforehand: config.latents.batch_size), raise "
+        "config.accumulate, or use config.remat=full",
+        stopped="the same command goes on from the last checkpoint",
+    )

@@ -1,0 +1,119 @@
+"""The flags of train.py."""
+
+import re
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+import jaxdiff
+from jaxdiff.commands.errors import UsageError
+from jaxdiff.training.checks import check_settings
+from jaxdiff.training.defaults import current_name
+from jaxdiff.training.options import OptionsError
+
+PACKAGE = Path(jaxdiff.__file__).parent
+CONFIG_FOLDERS = (Path("configs"), PACKAGE / "configs", PACKAGE.parent / "configs")  # the last, of a checkout
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """The flags of a command line, the program's name first.
+
+    Raises:
+        UsageError, OptionsError: one sentence naming the flag or setting.
+    """
+    f, argv = flags.FlagValues(), [argv[0], *map(as_known, argv, argv[1:])]
+    config_flags.DEFINE_config_file(
+        "config", None, "The experiment: a file, or the name of one of configs/.", flag_values=f, sys_argv=argv
+    )
+    flags.DEFINE_string("workdir", None, "Folder of all that the run writes.", f)
+    flags.DEFINE_bool(
+        "distributed", False, "This is one of several processes, on a TPU pod or under Slurm: find the others.", f
+    )
+    flags.DEFINE_string("coordinator_address", None, "Where the first of several processes listens, host:port.", f)
+    flags.DEFINE_integer(
+        "num_processes", None, "How many processes there are, with --coordinator_address.", flag_values=f
+    )
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=f)
+    flags.DEFINE_string("plan", None, "Print memory and messages of each device instead of training; or =quick.", f)
+    flags.DEFINE_integer("plan_devices", 0, "Devices to plan for; 0: those of this machine.", flag_values=f)
+    flags.DEFINE_integer(
+        "profile", 0, "Write a trace of this many steps to the workdir's folder profile.", 0, flag_values=f
+    )
+    flags.DEFINE_bool(
+        "precompute", False, "Only write the latents of all images to WORKDIR/latents, for config.latents.path.", f
+    )
+    flags.DEFINE_float(
+        "posthoc_ema", None, "Only write WORKDIR/export-ema-LENGTH: the average of this length, a share of the run, "
+        "out of the snapshots of config.ema_sigmas. Needs no --config.", flag_values=f,
+    )  # fmt: skip
+    flags.DEFINE_bool("verbose", False, "Show the traceback of an error.", f)
+    flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
+    try:
+        rest = f(argv)[1:]
+        _ = f.config is not None and f.config.stage  # raises where the file could not be read
+    except (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as e:
+        raise UsageError(config_error(e)) from None
+    if f.help:
+        return f
+    if rest:
+        raise UsageError(f"{rest[0]!r} belongs to no flag; --help shows all.")
+    if f.posthoc_ema is not None and not 0 < f.posthoc_ema < 12**-0.5:
+        raise UsageError(f"--posthoc_ema={f.posthoc_ema:g} must be above 0 and below {12**-0.5:.3f}.")
+    if f.posthoc_ema is not None and f.workdir and f.config is None:
+        return f
+    if f.config is None:
+        raise UsageError("--config is missing: name the experiment, such as --config=lora.")
+    if not f.workdir and not f.plan:
+        raise UsageError("--workdir is missing: name a folder for the run, such as --workdir=runs/vae.")
+    among = f.num_processes, f.process_id
+    if f.coordinator_address and (None in among or not 0 <= f.process_id < f.num_processes):
+        raise UsageError("--coordinator_address needs --num_processes and a --process_id from 0 to one less.")
+    if among != (None, None) and not f.coordinator_address:
+        raise UsageError("--num_processes and --process_id need --coordinator_address=host:port.")
+    check_settings(f.config)
+    if not f.config.data.path and not f.plan:
+        raise OptionsError("data.path is missing: name a captioned folder, --config.data.path=images/.")
+    return f
+
+
+def find_config(name: str) -> str:
+    """A config's file, with what followed the colon: `name` itself, or a config of the checkout or the package.
+
+    "lora" is `configs/finetune/lora.py` of the checkout, or the copy that is installed with the package.
+
+    Raises:
+        UsageError: several files have that name.
+    """
+    stem, colon, argument = name.partition(":")
+    if Path(stem).is_file() or not re.fullmatch(r"[\w/]+", stem):
+        return name
+    for folder in CONFIG_FOLDERS:
+        found = sorted(folder.glob(f"**/{stem}.py"))
+        if len(found) > 1:
+            raise UsageError(f"--config={name} may be any of {', '.join(map(str, found))}: give its path.")
+        if found:
+            return f"{found[0]}{colon}{argument}"
+    known = sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("**/*.py")} - {"__init__"})
+    raise UsageError(f"--config={name} is no file and no config of that name; known are {', '.join(known)}.")
+
+
+def as_known(previous: str, argument: str) -> str:
+    """An argument with the config's file found, settings under today's names, and --plan with a value."""
+    if previous in ("-config", "--config"):
+        return find_config(argument)
+    if argument.lstrip("-") == "plan":
+        return f"{argument}=full"
+    if match := re.fullmatch(r"(--?config=)(.+)", argument):
+        return match[1] + find_config(match[2])
+    if match := re.fullmatch(r"(--?config\.)(\w+)(.*)", argument, re.DOTALL):
+        return match[1] + current_name(match[2]) + match[3]
+    return argument
+
+
+def config_error(error: Exception) -> str:
+    """One sentence out of what ml_collections says, which may hold a whole traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, LookupError):
+        return f"--config has no setting {text.strip(chr(34))}; jaxdiff/training/defaults.py and options.py list all."
+    return f"--config: {re.split(r'Error: |.Errno [0-9]+. ', text)[-1]}"

@@ -1,0 +1,181 @@
+"""What a run looks at on its way: numbers of images set aside, and sheets of samples."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from jaxdiff.generate import generate
+from jaxdiff.io.images import grid, write_png
+from jaxdiff.training.finetune import SampleInputs
+from jaxdiff.training.metrics import for_each, noise_levels, reconstructions, retrieval
+from jaxdiff.training.trackers import TrackedImages
+from jaxdiff.training.train_step import cast_frozen
+from jaxdiff.training.trainables import Trainable
+from jaxdiff.typing import Params
+
+Batch = Mapping[str, Any]
+HeldOut = Callable[[], Sequence[Batch]]  # reads the images set aside, in batches; none where config.eval.pictures is 0
+OnEval = Callable[[int, Params], Mapping[str, float | TrackedImages]]  # see `jaxdiff.training.loop.fit`
+CONTROLLED = 4  # images drawn of what needs more than a prompt, where no prompts are given
+MAX_PAIRS = 16  # of an image and its reconstruction, in a sheet
+
+
+class Sheet(NamedTuple):
+    """Images to be laid out in a grid."""
+
+    images: np.ndarray  # uint8 [N, H, W, 3]
+    columns: int
+    captions: Sequence[str]
+
+
+def write_sheet(folder: Path, step: int, sheet: Sheet) -> TrackedImages:
+    """Write a sheet into a folder; returns it as what trackers take."""
+    folder.mkdir(exist_ok=True)
+    write_png(folder / f"step-{step:06d}.png", grid(sheet.images, sheet.columns))
+    return TrackedImages(sheet.images, sheet.captions)
+
+
+def make_on_eval(
+    config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
+) -> OnEval | None:
+    """What evaluates a stage, one of ON_EVAL; None where there is nothing to look at.
+
+    Args:
+        config: all settings.
+        samples: a folder for sheets; None draws none, on all hosts but the first.
+        at_once: images that each device takes at a time.
+    """
+    make = ON_EVAL.get(config.stage, denoiser_on_eval)
+    return make(config, trainable, held_out, samples, at_once)
+
+
+def clip_on_eval(
+    config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
+) -> OnEval | None:
+    """How often an image finds its caption."""
+    batches = [trainable.stage.prepare(batch) for batch in held_out()]
+    if not batches:
+        return None
+    evaluate = retrieval(trainable.model, batches)
+    return lambda step, params: evaluate(params)
+
+
+def vae_on_eval(
+    config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
+) -> OnEval | None:
+    """How well images come out of the autoencoder, and a sheet of some beside their reconstructions."""
+    batches = [batch["image"] for batch in held_out()]
+    if not batches:
+        return None
+    images, evaluate = np.concatenate(batches), reconstructions(trainable.model, batches)
+
+    def on_eval(step: int, params: Params) -> Mapping[str, float | TrackedImages]:
+        reconstructed, values = evaluate(params)
+        if samples is None:
+            return values
+        pairs = np.stack([images, reconstructed], 1)[:MAX_PAIRS].reshape(-1, *images.shape[1:])
+        sheet = Sheet(pairs, 8, ["given", "reconstructed"] * (len(pairs) // 2))
+        return {**values, "samples": write_sheet(samples, step, sheet)}
+
+    return on_eval
+
+
+def denoiser_on_eval(
+    config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
+) -> OnEval | None:
+    """The loss by noise level where `data.eval_split` names images, and a sheet of what `eval.prompts` draw.
+
+    What draws from more than a prompt has a sheet without prompts too, of images set aside.
+    """
+    if not (config.data.eval_split or config.eval.prompts):
+        return None
+    batches = held_out() if config.data.eval_split or trainable.sample_inputs else []
+    measure = None
+    if config.data.eval_split and batches:
+        how = {"network": trainable.network, "merge_params": trainable.merge_params, "seed": config.eval.seed}
+        measure = noise_levels(trainable.model, [trainable.stage.prepare(batch) for batch in batches], **how)
+    draw = None if samples is None else drawing(config.eval, trainable, batches, at_once)
+    if draw is None and measure is None:
+        return None
+
+    def on_eval(step: int, params: Params) -> Mapping[str, float | TrackedImages]:
+        params, values = placed(params, trainable, config), dict[str, float | TrackedImages]()
+        if draw and samples and (sheet := draw(step, trainable.merge_params(params))):
+            values["samples"] = write_sheet(samples, step, sheet)
+        return values | measure(params) if measure else values
+
+    return on_eval
+
+
+ON_EVAL = {"clip": clip_on_eval, "vae": vae_on_eval}
+
+
+def placed(params: Params, trainable: Trainable, config: Any) -> Params:
+    """What the loss reads of its parameters on a device, in the types of a training step, see `config.frozen_dtype`."""
+    trained = trainable.stage.trainable
+    read = {*trainable.model.modules, "controlnet", *trained} & set(params)
+
+    def one(name: str, x: Any) -> Any:  # array by array, so that no more than one is there in float32 as well
+        x = jax.device_put(x)
+        return x if name in trained else cast_frozen(x, config)
+
+    return {name: jax.tree.map(functools.partial(one, name), params[name]) for name in sorted(read)}
+
+
+def drawing(
+    config: Any, trainable: Trainable, held_out: Sequence[Batch], at_once: int
+) -> Callable[[int, Params], Sheet | None] | None:
+    """A function (step, params) that draws the prompts of `config.eval`; None where there are none.
+
+    What needs more than a prompt is given an image set aside with each; a row of its sheet is what is given, what is
+    drawn, and the image itself. Without prompts it draws the captions of some images. The sheet is None where what is
+    drawn is not finite.
+
+    Args:
+        config: `eval` of all settings.
+        at_once: prompts that each device draws at a time.
+    """
+    prompts: list[str] = list(config.prompts)
+    inputs_of, images = trainable.sample_inputs, dict[str, np.ndarray]()
+    if inputs_of and not held_out:
+        return None
+    if inputs_of:
+        texts = [text for batch in held_out for text in batch["text"]]
+        prompts = prompts or texts[:CONTROLLED]
+        chosen = [i % len(texts) for i in range(len(prompts))]
+        names = [name for name in ("image", "hint") if name in held_out[0]]
+        images = {name: np.concatenate([batch[name] for batch in held_out])[chosen] for name in names}
+    if not prompts:
+        return None
+    options = {name: config[name] for name in ("steps", "scheduler")}
+    options["guidance_scale"] = config.guidance_scale or None  # the model's own
+    at_once *= jax.local_device_count()
+    rows = [np.arange(i, min(i + at_once, len(prompts))) for i in range(0, len(prompts), at_once)]
+
+    def inputs(rows: np.ndarray) -> SampleInputs:
+        return inputs_of({name: x[rows] for name, x in images.items()}) if inputs_of else ({}, np.empty(0))
+
+    shown = inputs(np.arange(len(prompts)))[1]
+
+    def draw(step: int, params: Params) -> Sheet | None:
+        def drawn_of(rows: np.ndarray) -> Any:
+            more, chosen = inputs(rows)[0], [prompts[i] for i in rows]
+            return generate(trainable.model, params, chosen, seed=config.seed + rows, **options, **more)
+
+        try:
+            drawn = for_each(drawn_of, rows)
+        except FloatingPointError as error:  # no reason to end a run
+            logging.warning("No sheet of step %d: %s", step, error)
+            return None
+        if not inputs_of:
+            return Sheet(drawn, min(len(drawn), 8), prompts)
+        sheet = np.stack([shown, drawn, images["image"]], 1)
+        captions = [f"{what}: {p}" for p in prompts for what in ("given", "drawn", "image")]
+        return Sheet(sheet.reshape(-1, *drawn.shape[1:]), 3, captions)
+
+    return draw

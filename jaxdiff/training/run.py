@@ -1,0 +1,140 @@
+"""A training run: what a config, a workdir and the devices make together, built in one pass.
+
+    config -> Images -> model and parameters -> Trainable -> TrainingData -> batches -> `fit` -> export
+
+Where to look: what is trained, in `trainables`; which images, in `run_data`; how it is judged, in `on_eval`; how a
+state becomes the next, in `train_step`; and the loop itself, in `loop`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from jaxdiff.data.latents import LatentShards
+from jaxdiff.data.pipeline import CaptionedData
+from jaxdiff.training import init, trainables
+from jaxdiff.training.checks import check_sizes, image_size
+from jaxdiff.training.defaults import as_json
+from jaxdiff.training.ema import reconstructed
+from jaxdiff.training.loop import fit
+from jaxdiff.training.on_eval import OnEval, make_on_eval
+from jaxdiff.training.options import Options, OptionsError
+from jaxdiff.training.precompute import fingerprint, open_latents, precompute
+from jaxdiff.training.run_data import Images, TrainingData, hosts
+from jaxdiff.training.trackers import Tracker, WandB
+from jaxdiff.training.trainables import Trainable, save_model
+from jaxdiff.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run; `build_run` makes it."""
+
+    config: Any
+    workdir: Path
+    options: Options
+    trainable: Trainable
+    data: TrainingData
+
+    def train(self, profile: int = 0) -> None:
+        """Train to the last step, or until stopped, and export what was trained; `profile` as for `fit`."""
+        stage, params = self.trainable.stage, self.trainable.params
+        batches, on_eval = self.batches(), self.on_eval()
+        result = fit(
+            stage, params, batches, self.options, self.workdir,
+            on_eval=on_eval, trackers=self.trackers(), profile=profile,
+        )  # fmt: skip
+        if result.step == self.options.steps:
+            self.export("export", result.params)
+
+    def batches(self) -> CaptionedData:
+        """What is trained on: latents written beforehand, latents cached now, or images as they are read."""
+        config = self.config
+        by_image = config.prior_preservation.path or self.trainable.sample_inputs
+        if config.latents.path:
+            if config.cache_latents or by_image:
+                raise OptionsError(
+                    "latents.path goes with neither cache_latents, prior_preservation nor a stage that needs images."
+                )
+            return self.data.batches(source=self.latents(), buckets=None)
+        if config.cache_latents:
+            if by_image:
+                raise OptionsError(f"cache_latents {config.cache_latents}: this stage needs the images themselves: 0.")
+            return self.data.batches(source=self.cached_latents(), buckets=None)
+        if config.prior_preservation.path:
+            return self.data.with_class_images()
+        return self.data.batches(crop=config.crop or None)
+
+    def on_eval(self) -> OnEval | None:
+        samples = self.workdir / "samples" if jax.process_index() == 0 else None
+        return make_on_eval(self.config, self.trainable, self.data.held_out, samples, self.data.at_once)
+
+    def trackers(self) -> tuple[Tracker, ...]:
+        chosen = self.config.wandb
+        if not chosen.project or jax.process_index():
+            return ()
+        return (WandB(chosen.project, chosen.name, as_json(self.config), self.workdir),)
+
+    def precompute(self, folder: Path, views: int, embeddings: bool) -> None:
+        """Write the latents of all images, see `jaxdiff.training.precompute`."""
+        config, data = self.config, self.data
+        how: dict[str, Any] = {"views": views, "embeddings": embeddings, "buckets": data.buckets}
+        how |= {"flip": config.data.flip, "background": config.data.background, "threads": config.data.threads}
+        how |= {"batch_size": config.latents.batch_size, "made": data.settings(), **hosts()}
+        model, params = self.trainable.model, self.trainable.params
+        precompute(model, params, data.source, folder, image_size=data.image_size, seed=config.seed, **how)
+
+    def latents(self) -> LatentShards:
+        """What `config.latents.path` holds."""
+        path, model, params = Path(self.config.latents.path), self.trainable.model, self.trainable.params
+        return open_latents(path, model, params, self.config.trainable, self.data.settings())
+
+    def cached_latents(self) -> LatentShards:
+        """Latents in the workdir, written now where they are not there; other settings have another folder."""
+        config, model, params = self.config, self.trainable.model, self.trainable.params
+        chosen = {name: x for name, x in config.data.to_dict().items() if name not in ("threads", "workers")}
+        mark = fingerprint(model, params, [config.cache_latents, config.seed, chosen, self.data.source.digest])
+        folder = self.workdir / f"latents-{mark[:8]}"
+        self.precompute(folder, config.cache_latents, embeddings=False)
+        return open_latents(folder, model, params, config.trainable)
+
+    def posthoc_ema(self, sigma: float) -> None:
+        """Export the average of this length, a share of the run, out of the snapshots of `ema_sigmas`."""
+        self.export(f"export-ema-{sigma:g}", reconstructed(self.workdir / "ema", sigma, self.trainable.params))
+
+    def export(self, name: str, params: Params) -> None:
+        """Write what was trained into a folder of the workdir, on the first host."""
+        if jax.process_index():
+            return
+        export = self.trainable.export
+        if "vae" in self.trainable.stage.trainable:  # whose latents have another deviation now
+            export = save_model(init.measured(self.trainable.model, params, self.data.to_measure()))
+        export(self.workdir / name, params)
+        logging.info("What was trained is in %s.", self.workdir / name)
+
+
+def build_run(config: Any, workdir: Path) -> Run:
+    """The run of a config (see jaxdiff/training/defaults.py), which has passed `check_settings`.
+
+    Raises:
+        OptionsError, ConfigError, WeightsError: one sentence naming the setting or file.
+    """
+    options, devices, processes = Options.from_config(config), jax.device_count(), jax.process_count()
+    options.check(devices)
+    if options.batch_size % processes:
+        raise OptionsError(f"batch_size {options.batch_size} must be divisible by {processes} hosts.")
+    images = Images(config, workdir)
+    source = images.chosen()
+    model, params = init.starting_model(
+        config.model.to_dict(), config.init_from.to_dict(), images.tokenizer, jax.random.key(config.seed),
+        dtype=config.dtype, remat=config.remat or False, check=lambda model: check_sizes(config, model),
+    )  # fmt: skip
+    size = image_size(config, model)
+    buckets = images.buckets(source, size)
+    trainable = trainables.make(config, model, params)
+    at_once = max(1, options.batch_size // (devices * options.accumulate))
+    data = TrainingData(images, source, size, buckets, at_once, trainable.make_control_image)
+    return Run(config, workdir, options, trainable, data)

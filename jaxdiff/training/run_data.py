@@ -1,0 +1,177 @@
+"""The images of a run: from a config to what is trained on, what is set aside, and what tells the data from others."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdiff.commands import pictures
+from jaxdiff.config import ConfigError
+from jaxdiff.data.buckets import Buckets
+from jaxdiff.data.captioned import captioned_data, open_source
+from jaxdiff.data.filters import select
+from jaxdiff.data.folder import BACKGROUNDS
+from jaxdiff.data.latents import LatentShards
+from jaxdiff.data.pipeline import CaptionedData
+from jaxdiff.data.source import Source
+from jaxdiff.text.tokenizer import Tokenizer
+from jaxdiff.training import dreambooth, init
+from jaxdiff.training.defaults import as_json
+from jaxdiff.training.options import OptionsError
+from jaxdiff.training.workdir import data_fingerprint, flat
+
+ALONE = {"host_index": 0, "host_count": 1}
+# Data sets of this repository, by their usual place, and how they are made.
+BUILT = {
+    "data/icons": "`python -m datasets.icons --out data/icons` builds it in about 10 minutes: it fetches drawings with "
+    "npm and apt and writes 250 MB.",
+}
+
+
+def hosts() -> dict[str, Any]:
+    """Which of how many processes this one is, as keyword arguments of what reads data."""
+    return {"host_index": jax.process_index(), "host_count": jax.process_count()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Where the images of a config lie; `workdir` receives what is made of them once."""
+
+    config: Any
+    workdir: Path
+
+    def open(self, path: str | Path, split: str) -> Source:
+        data = self.config.data
+        columns: dict[str, Any] = {name: data[name] for name in ("image_column", "text_column")}
+        return open_source(path, split, cache=self.workdir / "data", **columns, **hosts())
+
+    def split(self, name: str) -> Source:
+        """All images of a split of `data.path`, under the captions of the config where it has some."""
+        data, folder = self.config.data, Path(self.config.data.path)
+        if not data.captions:
+            return self.open(data.path, name)
+        if name != data.split or (folder / name).is_dir():
+            folder /= name
+        captions = [c.replace("{}", self.config.textual_inversion.token) for c in data.captions]
+        dreambooth.captioned(folder, captions, self.workdir / "captioned" / name)
+        return self.open(self.workdir / "captioned", name)
+
+    def chosen(self) -> Source:
+        """The images to train on, as `data.filter` chooses them; latents written beforehand hold what was chosen."""
+        source, config = self.split(self.config.data.split), self.config
+        if config.latents.path:
+            return source
+        return select(source, config.data.filter.to_dict(), cache=self.workdir / "data", **hosts())
+
+    def tokenizer(self) -> Tokenizer:
+        """One learnt from the captions of the whole set, so that every subset of it gets the same vocabulary."""
+        names = [f"on a {name} background" for name in BACKGROUNDS] * 2
+        data, tokenizer = self.config.data, self.config.tokenizer
+        source = self.open(data.path, data.split)
+        return init.corpus_tokenizer(source, tokenizer.vocab_size, tokenizer.max_length, names)
+
+    def buckets(self, source: Source, image_size: int) -> Buckets | None:
+        """The sizes that images are cut to; None where all become squares."""
+        if self.config.latents.path:
+            return None
+        found = init.buckets(source, self.config.data, image_size, self.workdir / "data", **hosts())
+        if found and (self.config.prior_preservation.path or self.config.crop):
+            raise OptionsError("data.buckets go with neither prior_preservation nor crop.")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """The images of a run, chosen and measured, ready to be read in batches."""
+
+    images: Images
+    source: Source  # what is trained on
+    image_size: int
+    buckets: Buckets | None
+    at_once: int  # images that one device takes at a time outside of training, as many as in a part of a step
+    make_control_image: Any = None  # see `jaxdiff.training.trainables.Trainable`
+
+    def batches(self, **changes: Any) -> CaptionedData:
+        """Training batches of this host; changes as arguments of `captioned_data`."""
+        config, data = self.images.config, self.images.config.data
+        arguments = {
+            "source": self.source, "batch_size": config.batch_size // jax.process_count(),
+            "image_size": self.image_size, "seed": config.seed, "background": data.background,
+            "flip": data.flip, "buckets": self.buckets, "threads": data.threads, "workers": data.workers,
+            "make_control_image": self.make_control_image, **hosts(),
+        }  # fmt: skip
+        return captioned_data(**(arguments | changes))
+
+    def with_class_images(self) -> CaptionedData:
+        """Batches of which half are images of the class, in the same order for any number of hosts."""
+        config, prior = self.images.config, self.images.config.prior_preservation
+        size, path = config.batch_size, prior.path
+        if size < 2:
+            raise OptionsError("batch_size must be 2 or more, for the class images of prior_preservation.path.")
+        if prior.captions:
+            path = dreambooth.captioned(path, prior.captions, self.images.workdir / "class")
+        own = self.batches(batch_size=size - size // 2, **ALONE)
+        others = {"source": self.images.open(path, "train"), "seed": config.seed + 3}
+        of_class = self.batches(batch_size=size // 2, **others, **ALONE)
+        return dreambooth.with_prior(own, of_class, prior.weight, **hosts())
+
+    def held_out(self) -> list[Mapping[str, Any]]:
+        """Images set aside, the same on every host and each time; none where `eval.pictures` is 0."""
+        config = self.images.config
+        left, found = config.eval.pictures, list[Mapping[str, Any]]()
+        if not left:
+            return found
+        split = {"source": self.images.split(config.data.eval_split)} if config.data.eval_split else {}
+        sizes = {"batch_size": min(left, self.at_once), "epochs": 1, "drop_remainder": False, "workers": 0}
+        # Another order than in training, background colours included.
+        how = {"seed": config.seed + 1, "flip": False, "buckets": None, **ALONE}
+        stream = iter(self.batches(**split, **sizes, **how))
+        while left > 0 and (batch := next(stream, None)) is not None:
+            found.append({name: values[:left] for name, values in batch.items()})
+            left -= len(batch["text"])
+        return found
+
+    def to_measure(self, count: int = 512) -> Iterator[np.ndarray]:
+        """Some images of the training set, the same on every host, as batches uint8 [b, H, W, 3]."""
+        seed = self.images.config.seed + 2
+        stream = iter(self.batches(seed=seed, batch_size=self.at_once, workers=0, buckets=None, **ALONE))
+        return (next(stream)["image"] for _ in range(-(-count // self.at_once)))
+
+    def settings(self) -> dict[str, Any]:
+        """What the config says of the images trained on, as JSON; they may lie elsewhere, but be no others."""
+        data = as_json(self.images.config)["data"]
+        digest = data_fingerprint(data.pop("path"), data["split"], bool(data["captions"]))["digest"]
+        for name in ("threads", "workers", "eval_split"):
+            del data[name]
+        return {**flat({"data": data | {"image_size": self.image_size}}), "digest of data.path": digest}
+
+
+def fingerprints(config: Any) -> dict[str, Any]:
+    """What tells the data of a run from others: its images, those of their class, and latents written beforehand.
+
+    Raises:
+        ConfigError, OptionsError: there are no such data, or they have no captions.
+    """
+    data, prior, latents = config.data, config.prior_preservation, config.latents.path
+    found = _fingerprint(data.path, data.split, data.captions, "data.captions", "a photo of sks dog")
+    if prior.path:
+        name = "prior_preservation.captions"
+        found["prior"] = _fingerprint(prior.path, "train", prior.captions, name, "a photo of a dog")
+    return found | ({"latents": LatentShards(Path(latents)).fingerprint} if latents else {})
+
+
+def _fingerprint(path: str, split: str, captions: Any, setting: str, example: str) -> dict[str, Any]:
+    try:
+        return data_fingerprint(path, split, bool(captions))
+    except ConfigError as e:
+        if not captions and pictures(Path(path)):
+            raise OptionsError(
+                f"{setting} is missing: the images in {path} have no metadata.jsonl with captions. Write one, or give "
+                f"one caption for all: --config.{setting}=\"('{example}',)\"."
+            ) from None
+        if path.rstrip("/") in BUILT and not Path(path).exists():
+            raise ConfigError(f"{e} {BUILT[path.rstrip('/')]}") from None
+        raise

@@ -1,0 +1,241 @@
+"""What can be trained: from a config to a stage, its parameters, and the files that come out."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxdiff.config import SchedulerConfig
+from jaxdiff.diffusion.prediction import PREDICTION_TYPES
+from jaxdiff.diffusion.schedules import is_flow
+from jaxdiff.io.controlnet import load_controlnet, save_controlnet
+from jaxdiff.io.edges import canny
+from jaxdiff.io.lora import ATTENTION, save_lora
+from jaxdiff.io.pretrained import parts, save
+from jaxdiff.io.textual_inversion import encoders, save_textual_inversion
+from jaxdiff.models.controlnet import from_unet
+from jaxdiff.models.model import Model, with_controlnets
+from jaxdiff.training import adapters, finetune
+from jaxdiff.training.adapters import MergeParams
+from jaxdiff.training.finetune import SampleInputs
+from jaxdiff.training.loop import Stage
+from jaxdiff.training.optimizer import check_multipliers
+from jaxdiff.training.options import NoiseOptions, OptionsError
+from jaxdiff.training.stages import Network, clip_params, clip_stage, diffusion_stage, vae_stage
+from jaxdiff.typing import Params
+
+LORA_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
+DEFAULT_TRAINABLE = ("unet",)
+EMBEDDING_FILE = "learned_embeds.safetensors"
+
+
+def _same(params: Params) -> Params:
+    return params
+
+
+class Trainable(NamedTuple):
+    """One thing to train. What follows `export` belongs to stages that train a denoiser."""
+
+    stage: Stage
+    params: Params  # all that the loss reads
+    model: Model  # as it is in the end
+    export: Callable[[Path, Params], None]  # writes what was trained, of params of the loss, into a folder
+    merge_params: MergeParams = _same  # params of the loss -> those that `model` draws with
+    network: Network | None = None  # what denoises, of merged parameters
+    # What the model draws from beside a prompt, of a batch read; None where a prompt is enough.
+    sample_inputs: Callable[[Mapping[str, Any]], SampleInputs] | None = None
+    make_control_image: Callable[[np.ndarray], np.ndarray] | None = None  # see `jaxdiff.data.captioned.captioned_data`
+
+
+def make(config: Any, model: Model, params: Params) -> Trainable:
+    """What `config.stage` names, one of `TRAINABLES`.
+
+    Args:
+        config: all settings, see jaxdiff/training/defaults.py.
+        model, params: what training starts from.
+
+    Returns:
+        A trainable whose parameters are numpy arrays, which take no memory of a device.
+
+    Raises:
+        ConfigError, OptionsError, WeightsError: one sentence naming the setting.
+    """
+    trainable = _made(config, model, params)
+    return trainable._replace(params=jax.device_get(trainable.params))
+
+
+def described(config: Any, model: Model, shapes: Params) -> Trainable:
+    """The trainable of `make` with the shapes of its parameters, from those of the model's; nothing is allocated."""
+    made: list[Trainable] = []
+
+    def run(params: Params) -> Params:
+        made.append(_made(config, model, params))
+        return made[-1].params
+
+    shapes = jax.eval_shape(run, shapes)
+    return made[-1]._replace(params=shapes)
+
+
+def _made(config: Any, model: Model, params: Params) -> Trainable:
+    if config.stage in DENOISERS:
+        model = dataclasses.replace(model, scheduler=process(config, model.scheduler))
+    trainable = TRAINABLES[config.stage](config, model, params)
+    # Now, before latents are computed.
+    check_multipliers(config.lr_multipliers, trainable.params, trainable.stage.trainable)
+    return trainable
+
+
+def process(config: Any, given: SchedulerConfig) -> SchedulerConfig:
+    """The model's own process with `config.prediction_type` and `config.zero_terminal_snr`.
+
+    The steps of a process without any signal at its end are spaced to begin there (Lin et al. 2023, section 3.3).
+
+    Raises:
+        OptionsError: an unknown type, or one that says nothing where there is no signal.
+    """
+    wanted = config.prediction_type or given.prediction_type
+    if wanted not in PREDICTION_TYPES:
+        raise OptionsError(f"prediction_type {wanted!r} must be one of {', '.join(PREDICTION_TYPES)}.")
+    if wanted == "flow_prediction" and not is_flow(given):
+        steps = given.num_train_timesteps
+        return SchedulerConfig.from_dict(
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": steps}
+        )
+    changed = dataclasses.replace(given, prediction_type=wanted)
+    if config.zero_terminal_snr:
+        if wanted == "epsilon" or is_flow(given):
+            raise OptionsError(
+                f"zero_terminal_snr needs another prediction_type than {wanted!r}, such as v_prediction."
+            )
+        changed = dataclasses.replace(changed, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    return changed
+
+
+def _diffusion_stage(config: Any, model: Model, trainable: tuple[str, ...], network: Network, **more: Any) -> Stage:
+    options = dataclasses.asdict(NoiseOptions.from_config(config))
+    return diffusion_stage(model, trainable=trainable, name=config.stage, network=network, **more, **options)
+
+
+def _modules(config: Any, model: Model) -> tuple[str, ...]:
+    """`config.trainable`. Raises OptionsError where the model has no such part."""
+    known, chosen = ["unet", *encoders(model)], tuple(config.trainable)
+    if not chosen or set(chosen) - set(known):
+        raise OptionsError(f"trainable {chosen} must name some of {', '.join(known)}.")
+    return chosen
+
+
+def _check_no_choice(config: Any) -> None:
+    """Raises OptionsError where `config.trainable` names what a stage does not train, which only trains its own."""
+    if tuple(config.trainable) != DEFAULT_TRAINABLE:
+        raise OptionsError(
+            f"trainable {tuple(config.trainable)} means nothing to the stage {config.stage}, which trains nothing of "
+            "the model itself: leave it out."
+        )
+
+
+def save_model(model: Model) -> Callable[[Path, Params], None]:
+    if model.family == "upscaler":  # of which PyTorch diffusers has none under ControlNets
+        model = dataclasses.replace(model, controlnets=())
+    return lambda folder, params: save(folder, model, parts(model, params))
+
+
+def _seen(model: Model) -> tuple[Network, Callable[[Mapping[str, Any]], SampleInputs] | None]:
+    """The network of a model without ControlNets, and what it draws from beside a prompt."""
+    network = finetune.network_of(model)
+    if model.inpaints:
+        return network, finetune.drawn_around
+    return network, functools.partial(finetune.drawn_larger, model) if model.family == "upscaler" else None
+
+
+def _clip(config: Any, model: Model, params: Params) -> Trainable:
+    if model.vision_encoder is None:
+        raise OptionsError("model.vision_encoder is missing: the clip stage trains one beside the text encoder.")
+    return Trainable(clip_stage(model), clip_params(params), model, save_model(model))
+
+
+def _vae(config: Any, model: Model, params: Params) -> Trainable:
+    stage = vae_stage(model, kl_weight=config.kl_weight, edge_weight=config.edge_weight)
+    return Trainable(stage, params, model, save_model(model))
+
+
+def _unet(config: Any, model: Model, params: Params) -> Trainable:
+    network, sample_inputs = _seen(model)
+    stage = _diffusion_stage(config, model, _modules(config, model), network)
+    return Trainable(stage, params, model, save_model(model), network=network, sample_inputs=sample_inputs)
+
+
+def _lora(config: Any, model: Model, params: Params) -> Trainable:
+    c = config.lora
+    alpha = float(c.alpha or c.rank)
+    chosen = {"targets": _modules(config, model), "endings": tuple(c.layers) or ATTENTION}
+    params, merge = adapters.with_lora(model, params, c.rank, alpha, jax.random.key(config.seed), **chosen)
+    network, sample_inputs = _seen(model)
+    stage = _diffusion_stage(config, model, ("lora",), network, merge_params=merge)
+
+    def export(folder: Path, params: Params) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for layout, name in LORA_FILES.items():
+            save_lora(folder / name, model, adapters.lora_of(params, alpha), layout)  # type: ignore[arg-type]
+
+    return Trainable(stage, params, model, export, merge, network, sample_inputs)
+
+
+def _textual_inversion(config: Any, model: Model, params: Params) -> Trainable:
+    _check_no_choice(config)
+    c = config.textual_inversion
+    model, params, merge = adapters.with_word(model, params, c.token, c.initial, c.vectors)
+    network, sample_inputs = _seen(model)
+    stage = _diffusion_stage(config, model, ("words",), network, merge_params=merge)
+
+    def export(folder: Path, params: Params) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_textual_inversion(folder / EMBEDDING_FILE, model, merge(params), c.token)
+
+    return Trainable(stage, params, model, export, merge, network, sample_inputs)
+
+
+def _controlnet(config: Any, model: Model, params: Params) -> Trainable:
+    _check_no_choice(config)
+    c = config.controlnet
+    if c.init_from:
+        net, values = load_controlnet(c.init_from, dtype=None)
+        net = net.copy(dtype=model.unet.dtype, remat=model.unet.remat)
+    else:
+        net, values = from_unet(model.unet, params["unet"], jax.random.key(config.seed), model.vae.config.factor)
+    model, params = with_controlnets(model, params, (net, values))
+    network = finetune.controlled_network(model)
+    stage = _diffusion_stage(config, model, ("controlnet",), network)
+    prepare, edges = stage.prepare, functools.partial(canny, low=c.canny_low, high=c.canny_high)
+    stage = stage._replace(prepare=lambda batch: prepare(finetune.with_control_images(batch, edges)))
+
+    def sample_inputs(batch: Mapping[str, Any]) -> SampleInputs:
+        return finetune.drawn_by_hint(finetune.with_control_images(batch, edges))
+
+    def export(folder: Path, params: Params) -> None:
+        save_controlnet(folder, net, params["controlnet"][0])
+
+    return Trainable(stage, params, model, export, _same, network, sample_inputs, edges)
+
+
+def _inpainting(config: Any, model: Model, params: Params) -> Trainable:
+    return _unet(config, *finetune.inpainting_model(model, params))
+
+
+def _upscaler(config: Any, model: Model, params: Params) -> Trainable:
+    return _unet(config, *finetune.upscaler_model(model, params))
+
+
+Make = Callable[[Any, Model, Params], Trainable]
+DENOISERS: Mapping[str, Make] = {
+    "unet": _unet,
+    "lora": _lora,
+    "textual_inversion": _textual_inversion,
+    "controlnet": _controlnet,
+    "inpainting": _inpainting,
+    "upscaler": _upscaler,
+}
+TRAINABLES: Mapping[str, Make] = {"clip": _clip, "vae": _vae, **DENOISERS}
