@@ -22,9 +22,9 @@ from typing import Any
 from absl import flags
 
 from configs.common import base
-from jaxdiff.commands import errors
-from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.outputs import make_folder
+from jaxdiff.cli import errors
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.outputs import make_folder
 from jaxdiff.commands.train_flags import STAGES, check_sizes, parse
 
 __all__ = ["STAGES", "main"]

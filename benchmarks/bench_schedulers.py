@@ -17,8 +17,8 @@ import numpy as np
 
 import jaxdiff
 from jaxdiff.diffusion.times import calls
-from jaxdiff.generate import initial_noise, latent_shape, picture_keys
 from jaxdiff.io.cache import cache_compilations
+from jaxdiff.sampling.generate import initial_noise, latent_shape, picture_keys
 
 PROMPTS = (
     "a castle", "a cat", "a fish", "a guitar", "a house", "a penguin", "a star", "a sunflower",

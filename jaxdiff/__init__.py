@@ -5,11 +5,9 @@
 >>> images = jaxdiff.generate(model, params, ["a castle"], seed=0)  # doctest: +SKIP
 """
 
-from jaxdiff.denoiser import denoiser
 from jaxdiff.diffusion.sampling import sample
 from jaxdiff.diffusion.schedulers import SCHEDULERS, Scheduler, get_scheduler
 from jaxdiff.diffusion.times import Time, time_grid
-from jaxdiff.generate import generate, initial_noise, tokenize
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.lora import load_lora, merge_lora, read_lora, save_lora
 from jaxdiff.io.modules import load_vae
@@ -17,6 +15,8 @@ from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import load_textual_inversion, save_textual_inversion
 from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text, with_controlnets
 from jaxdiff.parallel import replicate
+from jaxdiff.sampling.denoiser import denoiser
+from jaxdiff.sampling.generate import generate, initial_noise, tokenize
 from jaxdiff.version import __version__
 
 __all__ = [

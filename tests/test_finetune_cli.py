@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-import sample
-from jaxdiff.generate import initial_noise, picture_keys
+from jaxdiff.cli import sample
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.images import read_image
 from jaxdiff.models.model import with_controlnets
+from jaxdiff.sampling.generate import initial_noise, picture_keys
 from jaxdiff.training.targets import LORA_FILES, WORD_FILE
 from tests.test_train_cli import ROOT, cache_home, cli  # noqa: F401
 from tests.test_training import pictures
@@ -28,7 +28,7 @@ from diffusers.pipelines.stable_diffusion import (  # noqa: E402
     pipeline_stable_diffusion_upscale,
 )
 
-from jaxdiff.tasks import low_res_noise  # noqa: E402
+from jaxdiff.sampling.inputs import low_res_noise  # noqa: E402
 from tests import oracle, pipelines  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and ml_collections' own

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff.arguments import as_devices
 from jaxdiff.diffusion.spacing import SPACINGS
-from jaxdiff.generate import check_finite, picture_keys
+from jaxdiff.sampling.generate import check_finite, picture_keys
+from jaxdiff.sampling.resolve import as_devices
 from tests.tiny import LATENT, SIDE, tiny_controlnet, tiny_model
 
 PROMPTS = ["a castle", "a red dragon", "a blue house"]

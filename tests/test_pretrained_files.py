@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxdiff.arguments import latent_shape
 from jaxdiff.config import ConfigError
 from jaxdiff.diffusion.times import default_scheduler
 from jaxdiff.io.pretrained import load, load_model, save
 from jaxdiff.io.weights import WeightsError
+from jaxdiff.sampling.resolve import latent_shape
 from tests.test_pretrained import assert_equal, files
 from tests.tiny import MAX_LENGTH
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-import sample
+from jaxdiff.cli import sample
 from jaxdiff.io.images import ImageError, read_image, read_metadata, write_png
 from jaxdiff.io.pretrained import find, load_model
 from tests.tiny import SIDE

@@ -5,11 +5,11 @@ from pathlib import Path
 import jax
 import pytest
 
-import sample
-from jaxdiff.commands import flags
-from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.outputs import name_of, output_files, output_paths
-from jaxdiff.commands.pictures import lines, plan
+from jaxdiff.cli import sample
+from jaxdiff.cli import sample_flags as flags
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.outputs import name_of, output_files, output_paths
+from jaxdiff.cli.requests import lines, plan
 from jaxdiff.io import cache
 from jaxdiff.io.pretrained import DTYPES
 

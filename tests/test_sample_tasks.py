@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-import sample
-from jaxdiff.commands.flags import parse
-from jaxdiff.commands.pictures import arguments, columns, how_many, lines, plan
+from jaxdiff.cli import sample
+from jaxdiff.cli.requests import arguments, columns, how_many, lines, plan
+from jaxdiff.cli.sample_flags import parse
 from jaxdiff.config import TinyVAEConfig
 from jaxdiff.io.controlnet import save_controlnet
 from jaxdiff.io.images import extend, read_image, read_metadata, write_gif, write_png

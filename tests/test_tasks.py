@@ -11,8 +11,8 @@ import pytest
 
 import jaxdiff
 from jaxdiff.diffusion.sampling import step_keys
-from jaxdiff.generate import picture_keys
-from jaxdiff.tasks import low_res_noise
+from jaxdiff.sampling.generate import picture_keys
+from jaxdiff.sampling.inputs import low_res_noise
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

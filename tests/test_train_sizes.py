@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import train
-from jaxdiff.commands.errors import UsageError
+from jaxdiff.cli.errors import UsageError
 from jaxdiff.commands.train_flags import check_sizes
 from jaxdiff.config import CLIPVisionConfig, VAEConfig
 from jaxdiff.models.model import param_shapes

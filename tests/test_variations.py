@@ -11,10 +11,10 @@ import pytest
 import jaxdiff
 from jaxdiff.config import TinyVAEConfig
 from jaxdiff.diffusion.inpainting import keeping
-from jaxdiff.generate import picture_keys
 from jaxdiff.models.model import with_controlnets
 from jaxdiff.models.tiny_vae import AutoencoderTiny
-from jaxdiff.tasks import slerp
+from jaxdiff.sampling.generate import picture_keys
+from jaxdiff.sampling.inputs import slerp
 from tests.test_generate import levels
 from tests.tiny import LATENT, SIDE, tiny_controlnet
 
@@ -161,7 +161,7 @@ def test_two_stages_from_a_picture_with_a_mask_under_a_controlnet(tiny):
 
 
 def test_strength_of_the_second_stage_is_traced(draw):
-    from jaxdiff.generate import sampler
+    from jaxdiff.sampling.generate import sampler
 
     draw(["a castle"], hires=2)
     before = sampler.cache_info().misses

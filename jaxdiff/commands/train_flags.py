@@ -6,7 +6,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdiff.commands.errors import UsageError
+from jaxdiff.cli.errors import UsageError
 
 STAGES = ("clip", "vae", "unet", "lora", "textual_inversion", "controlnet", "inpainting", "upscaler")
 

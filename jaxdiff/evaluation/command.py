@@ -21,10 +21,10 @@ import numpy as np
 from absl import flags
 
 import jaxdiff
-from jaxdiff.commands import errors
-from jaxdiff.commands.errors import Failure, UsageError
-from jaxdiff.commands.outputs import make_folder
-from jaxdiff.commands.pictures import batch_size
+from jaxdiff.cli import errors
+from jaxdiff.cli.errors import Failure, UsageError
+from jaxdiff.cli.outputs import make_folder
+from jaxdiff.cli.requests import batch_size
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import open_source
 from jaxdiff.data.source import Source, files_digest
@@ -107,8 +107,8 @@ def opened_encoder(f: flags.FlagValues, folder: str) -> tuple[Encoder, Params]:
 
 def drawing_options(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]:
     """Arguments of `generate` that all images share; raises UsageError if one of them, or the model, cannot be."""
-    from jaxdiff.arguments import latent_shape
     from jaxdiff.diffusion.times import default_scheduler
+    from jaxdiff.sampling.resolve import latent_shape
 
     if model.inpaints or model.family == "upscaler":
         raise UsageError(f"--model {f.model} draws from an image: give one that draws from a prompt alone.")

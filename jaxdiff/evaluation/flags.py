@@ -4,8 +4,8 @@ import math
 
 from absl import flags
 
-from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.flags import SEEDS, read
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.sample_flags import SEEDS, read
 from jaxdiff.evaluation.measures import LEAST
 
 DRAWING = (

@@ -6,8 +6,8 @@ from typing import Any
 
 from absl import flags
 
-from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.flags import NEEDS, SEEDS, is_given
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.sample_flags import NEEDS, SEEDS, is_given
 from jaxdiff.prompts import PromptError, PromptLine, read_prompts
 from jaxdiff.styles import apply_style
 from jaxdiff.wildcards import expand

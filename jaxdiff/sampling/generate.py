@@ -10,7 +10,24 @@ import numpy as np
 
 from jaxdiff import parallel
 from jaxdiff import prompts as text
-from jaxdiff.arguments import (
+from jaxdiff.diffusion.sampling import sample, step_keys
+from jaxdiff.diffusion.schedulers import get_scheduler
+from jaxdiff.diffusion.times import default_scheduler, time_grid
+from jaxdiff.models.model import Model
+from jaxdiff.models.tiny_vae import preview
+from jaxdiff.sampling.denoiser import denoiser
+from jaxdiff.sampling.inputs import (
+    Inputs,
+    Shared,
+    codec,
+    conditions,
+    enlarged,
+    extra_channels,
+    shrunk,
+    slerp,
+    starting_point,
+)
+from jaxdiff.sampling.resolve import (
     Start,
     as_batch,
     as_controls,
@@ -29,13 +46,6 @@ from jaxdiff.arguments import (
     small_shape,
     start_of,
 )
-from jaxdiff.denoiser import denoiser
-from jaxdiff.diffusion.sampling import sample, step_keys
-from jaxdiff.diffusion.schedulers import get_scheduler
-from jaxdiff.diffusion.times import default_scheduler, time_grid
-from jaxdiff.models.model import Model
-from jaxdiff.models.tiny_vae import preview
-from jaxdiff.tasks import Inputs, Shared, codec, conditions, enlarged, extra_channels, shrunk, slerp, starting_point
 from jaxdiff.typing import Array, Key, Params
 
 HIRES = 2**30  # folded into the keys of a second stage; steps take small numbers

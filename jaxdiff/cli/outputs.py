@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from jaxdiff.commands.errors import Failure, UsageError
+from jaxdiff.cli.errors import Failure, UsageError
 
 NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from absl import flags
 
-from jaxdiff.arguments import as_interval
-from jaxdiff.commands.errors import UsageError
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.sampling.resolve import as_interval
 
 SEEDS = 2**32
 

@@ -1,0 +1,1 @@
+"""The commands: flags to calls to files, and errors in one sentence."""
