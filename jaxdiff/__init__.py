@@ -16,7 +16,8 @@ from jaxdiff.io.textual_inversion import load_textual_inversion, save_textual_in
 from jaxdiff.models.model import Conditioning, Model, decode, encode, encode_text, with_controlnets
 from jaxdiff.parallel import replicate
 from jaxdiff.sampling.denoiser import denoiser
-from jaxdiff.sampling.generate import generate, initial_noise, tokenize
+from jaxdiff.sampling.generate import generate, initial_noise
+from jaxdiff.sampling.resolve import tokenize
 from jaxdiff.version import __version__
 
 __all__ = [

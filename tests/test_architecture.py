@@ -22,7 +22,14 @@ HOUSES = (
     ("jaxdiff.diffusion",),
     ("jaxdiff.models",),
     ("jaxdiff.prompts", "jaxdiff.styles", "jaxdiff.wildcards"),
-    ("jaxdiff.tokenizer", "jaxdiff.scheduler_config", "jaxdiff.config", "jaxdiff.typing", "jaxdiff.version"),
+    (
+        "jaxdiff.tokenizer",
+        "jaxdiff.scheduler_config",
+        "jaxdiff.config",
+        "jaxdiff.errors",
+        "jaxdiff.typing",
+        "jaxdiff.version",
+    ),
 )
 ORACLES = ("torch", "diffusers", "tensorflow")  # of tests alone
 LAZY = ("transformers", "tokenizers", "scipy", *ORACLES)  # never on `import jaxdiff`

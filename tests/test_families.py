@@ -216,7 +216,7 @@ MASK = np.ones((SIDE, SIDE), bool)
         ("sd1", {"image": PICTURE, "mask": MASK[:-1]}, r"mask has shape \[15, 16\], the image \[16, 16\]"),
         ("sd1", {"image": PICTURE, "mask": np.ones((3, SIDE, SIDE))}, "mask holds 3 masks for 2 prompts"),
         ("sd1", {"image": PICTURE, "strength": -0.5}, r"strength -0\.5 must be in \(0, 1\]"),
-        ("sd1", {"image": [PICTURE] * 3}, "image holds 3 pictures for 2 prompts"),
+        ("sd1", {"image": [PICTURE] * 3}, "image holds 3 images for 2 prompts"),
         ("sd1", {"guidance_rescale": 1.5}, r"guidance_rescale 1\.5 must be from 0\.0 to 1\.0"),
         ("sd1", {"guidance_interval": (3, 1)}, r"guidance_interval \(3, 1\) must be two noise levels, the lower"),
         ("sd1", {"guidance_scale": [1, 2, 3]}, r"guidance_scale has shape \[3\] for 2 prompts"),

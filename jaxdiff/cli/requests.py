@@ -1,4 +1,4 @@
-"""From the flags of sample.py to the pictures to draw: each one's prompt, seed, and the flags that draw it again."""
+"""From the flags to the images to draw: each one's prompt, seed, and the flags that draw it again."""
 
 import itertools
 import math
@@ -7,34 +7,18 @@ from typing import Any
 from absl import flags
 
 from jaxdiff.cli.errors import UsageError
-from jaxdiff.cli.sample_flags import NEEDS, SEEDS, is_given
+from jaxdiff.cli.options import OPTIONS, SEEDS, Option, is_given
 from jaxdiff.prompts import PromptError, PromptLine, read_prompts
 from jaxdiff.styles import apply_style
 from jaxdiff.wildcards import expand
 
-# Arguments of `generate` that all pictures of a call share, and those that each has for itself.
-SHARED = ("steps", "guidance_rescale", "guidance_interval", "clip_skip", "emphasis", "scheduler", "spacing", "height",
-          "width", "strength", "noise_level", "hires", "hires_strength", "hires_upscale", "tile")  # fmt: skip
-EACH = ("seed", "guidance_scale", "prompt_2", "negative_prompt_2", "blend_prompt", "blend_negative_prompt",
-        "blend", "variation_seed", "variation_strength")  # fmt: skip
-# What draws a picture again beside them. The batch size is one of them, and so is the preview: other shapes and other
-# programs may round otherwise.
-REST = ("negative_prompt", "image", "mask", "outpaint", "controlnet", "control_image", "controlnet_scale",
-        "control_edges", "lora", "embedding", "vae", "model", "prediction_type", "dtype", "batch_size", "preview",
-        "preview_vae")  # fmt: skip
-ARGUMENTS = {  # what `generate` calls a flag
-    "prompt_2": "prompts_2",
-    "negative_prompt_2": "negative_prompts_2",
-    "blend_prompt": "blend_prompts",
-    "blend_negative_prompt": "blend_negative_prompts",
-}
-Picture = dict[str, Any]
+ImageRequest = dict[str, Any]  # the flags that draw one image, by name
 
 
-def lines(f: flags.FlagValues) -> list[PromptLine]:
-    """The line of each picture, with its seed, of all flags and files, expanded and in style; raises UsageError.
+def prompt_lines(f: flags.FlagValues) -> list[PromptLine]:
+    """The line of each image, with its seed, of all flags and files, expanded and in style; raises UsageError.
 
-    Seeds count up over all pictures; a line of a prompts file that has a seed starts its own.
+    Seeds count up over all images; a line of a prompts file that has a seed starts its own.
     """
     try:
         found: list[PromptLine] = []
@@ -57,52 +41,51 @@ def alternatives(f: flags.FlagValues, prompt: str, seed: int = 0) -> list[str]:
     return expand(prompt, f.wildcards, seed=seed, matrix=f.matrix).prompts if f.matrix or f.wildcards else [prompt]
 
 
-def plan(f: flags.FlagValues, given: list[PromptLine]) -> list[Picture]:
-    """The pictures in order: what tells each from the others, and the flags that draw it again, to the byte."""
-    shared = {name: f[name].value for name in (*EACH, *SHARED, *REST) if name in f and name != "seed"}
-    for name, needed in NEEDS.items():
-        if name in shared and not is_given(shared[needed]):
-            shared[name] = None
-    if f["emphasis"].value:
-        shared["emphasis"] = None  # as by default
-    for name in ("guidance_rescale", "clip_skip", "control_edges", "preview"):  # switched off
-        shared[name] = shared[name] or None
-    if not f["noise_level"].present:
-        shared["noise_level"] = None
-    shared = {name: value for name, value in shared.items() if value not in (None, [])}
-    pictures: list[Picture] = []
-    for line in given:
-        negative: Picture = {} if line.negative_prompt is None else {"negative_prompt": line.negative_prompt}
-        pictures.append({"prompt": line.prompt, "seed": line.seed, **shared, **negative})
-    pictures = film(pictures, f.interpolate) if f.interpolate else pictures
-    # In one order, so that a picture drawn again from its flags is the same file.
-    return [{name: p[name] for name in ("prompt", *EACH, *SHARED, *REST) if name in p} for p in pictures]
+def image_requests(f: flags.FlagValues, lines: list[PromptLine]) -> list[ImageRequest]:
+    """The images in order: what tells each from the others, and the flags that draw it again, to the byte."""
+    kept = [option for option in OPTIONS.values() if option.is_kept]
+    shared = {option.name: f[option.name].value for option in kept if says_something(f, option)}
+    requests: list[ImageRequest] = []
+    for line in lines:
+        negative = {} if line.negative_prompt is None else {"negative_prompt": line.negative_prompt}
+        requests.append({**shared, "prompt": line.prompt, "seed": line.seed, **negative})
+    requests = animation(requests, f.interpolate) if f.interpolate else requests
+    # In one order, so that an image drawn again from its flags is the same file.
+    return [{option.name: r[option.name] for option in kept if option.name in r} for r in requests]
 
 
-def film(pictures: list[Picture], frames: int) -> list[Picture]:
-    """So many pictures from each one to the next; from a single one, to the picture of the next seed."""
-    if len(pictures) == 1:
-        pictures = [*pictures, pictures[0] | {"seed": (pictures[0]["seed"] + 1) % SEEDS}]
-    negative = len({p.get("negative_prompt") for p in pictures}) > 1
+def says_something(f: flags.FlagValues, option: Option) -> bool:
+    """Whether an image is drawn otherwise without this flag, now or with other defaults of the model."""
+    value = f[option.name].value
+    if option.needs:
+        return is_given(value) and is_given(f[option.needs].value)
+    return option.always or value != option.default
 
-    def frame(a: Picture, b: Picture, part: float) -> Picture:
+
+def animation(requests: list[ImageRequest], frames: int) -> list[ImageRequest]:
+    """So many images from each one to the next; from a single one, to the image of the next seed."""
+    if len(requests) == 1:
+        requests = [*requests, requests[0] | {"seed": (requests[0]["seed"] + 1) % SEEDS}]
+    negative = len({r.get("negative_prompt") for r in requests}) > 1
+
+    def frame(a: ImageRequest, b: ImageRequest, part: float) -> ImageRequest:
         text = {"blend_prompt": b["prompt"], "blend": part}
         if negative:
             text["blend_negative_prompt"] = b.get("negative_prompt") or ""
         return a | text | {"variation_seed": b["seed"], "variation_strength": part}
 
-    between = [frame(a, b, k / frames) for a, b in itertools.pairwise(pictures) for k in range(frames)]
-    return [*between, frame(pictures[-1], pictures[-1], 0.0)]
+    between = [frame(a, b, k / frames) for a, b in itertools.pairwise(requests) for k in range(frames)]
+    return [*between, frame(requests[-1], requests[-1], 0.0)]
 
 
-def how_many(f: flags.FlagValues, given: list[PromptLine]) -> int:
-    """How many pictures `plan` will have."""
-    count = len(given)
+def count_images(f: flags.FlagValues, lines: list[PromptLine]) -> int:
+    """How many images `image_requests` will have."""
+    count = len(lines)
     return count if f.interpolate is None else max(count - 1, 1) * f.interpolate + 1
 
 
-def columns(f: flags.FlagValues, count: int) -> int:
-    """Of the sheet of `count` pictures: a prompt's in a row, else a matrix's last alternatives, else near a square."""
+def sheet_columns(f: flags.FlagValues, count: int) -> int:
+    """Of the sheet of `count` images: a prompt's in a row, else a matrix's last alternatives, else near a square."""
     if f.num_images > 1:
         return f.num_images
     if f.matrix and len(f.prompt) == 1:
@@ -111,15 +94,17 @@ def columns(f: flags.FlagValues, count: int) -> int:
     return math.ceil(math.sqrt(count))
 
 
-def arguments(batch: list[Picture]) -> dict[str, Any]:
-    """The arguments of `generate` that draw a batch, but for pictures."""
-    first = batch[0]
-    options = {name: first[name] for name in SHARED if name in first}
-    options |= {ARGUMENTS.get(name, name): [p[name] for p in batch] for name in EACH if name in first}
-    negative = [p.get("negative_prompt") for p in batch]
-    return {"prompts": [p["prompt"] for p in batch], "negative_prompts": negative, **options}
+def batch_arguments(batch: list[ImageRequest]) -> dict[str, Any]:
+    """The arguments of `resolve_images` that draw a batch, but for images."""
+    found: dict[str, Any] = {}
+    for name, option in OPTIONS.items():
+        if option.part == "image" and any(name in r for r in batch):
+            found[option.argument or name] = [r.get(name) for r in batch]
+        if option.part == "prompts" and name in batch[0]:
+            found[name] = batch[0][name]
+    return found
 
 
 def batch_size(total: int, devices: int) -> int:
-    """Batches of equal size, of at most 4 pictures a device."""
+    """Batches of equal size, of at most 4 images a device."""
     return math.ceil(total / math.ceil(total / (4 * devices)))

@@ -1,88 +1,87 @@
-"""Draw pictures from text.
+"""Draw images from text.
 
     python sample.py --prompt "a castle"
-    python sample.py --prompt "a castle" --prompt "a dog" --num_images 4 --grid --output pictures/
-    python sample.py --prompt "a castle at night" --image castle.png --strength 0.6 --output night.png
+    python sample.py --prompt "a castle" --prompt "a dog" --num_images 4 --grid --output drawn/
+    python sample.py --prompt "a castle" --image castle.png --strength 0.6 --output again.png
+    python sample.py --from_png castle.png --steps 50 --output finer.png
 
-Written paths go to stdout, one a line; progress, warnings and errors to stderr. Pictures are counted over all prompts,
-and picture i is drawn from the seed --seed + i. Its PNG holds the flags that draw it again, its own seed among them:
-`jaxdiff.io.images.read_metadata` reads them. Exit code: 0; 2 for flags that cannot be right; 130 after
-Ctrl-C; 1 for any other failure.
+Written paths go to stdout, one a line; progress, warnings and errors to stderr. Images are counted over all prompts,
+and image i is drawn from the seed --seed + i. Its PNG holds the flags that draw it again, its own seed among them, for
+--from_png and `jaxdiff.io.images.read_metadata`. Exit code: 0; 2 for flags that cannot be right; 130 after Ctrl-C; 1
+for any other failure.
 """
 
 import dataclasses
+import functools
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 
 import jaxdiff
 from jaxdiff.cli import errors
 from jaxdiff.cli.errors import Failure, UsageError
+from jaxdiff.cli.flags import check_model, flag_errors, parse, weighted
+from jaxdiff.cli.options import OPTIONS
 from jaxdiff.cli.outputs import check_folder, make_folder, output_files
-from jaxdiff.cli.requests import Picture, arguments, batch_size, columns, how_many, lines, plan
-from jaxdiff.cli.sample_flags import check_model, parse, weighted
-from jaxdiff.io import images
+from jaxdiff.cli.requests import (
+    ImageRequest,
+    batch_arguments,
+    batch_size,
+    count_images,
+    image_requests,
+    prompt_lines,
+    sheet_columns,
+)
+from jaxdiff.io import cache, images, pretrained
+from jaxdiff.io.controlnet import load_controlnet
+from jaxdiff.io.edges import canny
+from jaxdiff.io.modules import load_tiny_vae
+from jaxdiff.sampling.generate import draw
+from jaxdiff.sampling.resolve import Request, Settings, resolve_images, resolve_settings
 
 FRAMES = 8  # of a --preview
-FRAME_SECONDS = 0.1  # of an --interpolate film
+FRAME_SECONDS = 0.1  # of an --interpolate animation
+
+Reader = Callable[[str], np.ndarray]  # a file as an image uint8 [H, W, 3]
 
 
-def settle(f: flags.FlagValues, model: jaxdiff.Model, count: int) -> None:
-    """Give every flag left open the value that the model and the machine decide; raise UsageError if one cannot be."""
-    import jax
-
-    from jaxdiff.diffusion.times import default_scheduler
-    from jaxdiff.sampling.resolve import latent_shape, settle_strength, start_of
-
+def resolve(f: flags.FlagValues, model: jaxdiff.Model, count: int, read: Reader) -> Settings:
+    """What `count` images share. Flags left open get the value that is decided; raises UsageError if one cannot be."""
     check_model(f, model)
+    arguments = {name: f[name].value for name, option in OPTIONS.items() if option.part == "settings"}
+    arguments |= {"image": f.image, "mask": f.mask or f.outpaint, "guidance_scale": f.guidance_scale}
+    if f.outpaint:
+        arguments |= outpainted_size(f, model, read(f.image).shape)
+    elif f.image and model.family == "upscaler":  # its size is that of the image, enlarged
+        arguments["image"] = read(f.image)
     try:
-        f["scheduler"].value = f.scheduler or default_scheduler(model.scheduler)
-        if f.guidance_scale is None:
-            f["guidance_scale"].value = model.options.guidance_scale
-        jaxdiff.get_scheduler(f.scheduler, model.scheduler)
-        mask = f.mask or f.outpaint
-        f["strength"].value = settle_strength(model, f.image, mask, f.strength)
-        task = f.image, mask, f.strength, f.hires, f.hires_strength
-        start = start_of(model, f.steps, f.scheduler, f.spacing, *task)
-        jaxdiff.time_grid(model.scheduler, f.steps, f.scheduler, f.spacing, strength=start.part)
-        latent = latent_shape(model, *size(f, model))
-    except images.ImageError:
-        raise
-    except ValueError as e:
-        name = str(e).split()[0]
-        raise UsageError(f"--{e}" if name in f else str(e)) from None
-    f["height"].value, f["width"].value = (side * model.vae.config.factor for side in latent[:2])
+        with flag_errors():
+            settings = resolve_settings(model, frames=min(FRAMES, f.steps) if f.preview else 0, **arguments)
+    except ValueError as e:  # the model's scheduler_config.json
+        raise UsageError(str(e)) from None
+    for name in ("scheduler", "guidance_scale", "strength", "height", "width"):
+        f[name].value = getattr(settings, name)
     f["batch_size"].value = f.batch_size or batch_size(count, jax.local_device_count())
+    return settings
 
 
-def size(f: flags.FlagValues, model: jaxdiff.Model) -> tuple[int | None, int | None]:
-    """Height and width, as far as the flags or a picture that is enlarged or extended say them."""
-    from jaxdiff.sampling.resolve import settle_size
-
-    if f.image is None or not (f.outpaint or model.family == "upscaler"):
-        return f.height, f.width
-    image = images.read_image(f.image)
-    if not f.outpaint:
-        return settle_size(model, f.height, f.width, None, image)
+def outpainted_size(f: flags.FlagValues, model: jaxdiff.Model, shape: tuple[int, ...]) -> dict[str, int]:
+    """Height and width as the flags say, or of the extended image [H, W, 3], rounded down to the VAE's factor."""
     left, top, right, bottom = f.outpaint
-    sides, factor = (image.shape[0] + top + bottom, image.shape[1] + left + right), model.vae.config.factor
-    height, width = (side // factor * factor for side in sides)
-    return f.height or height, f.width or width
+    factor = model.vae.config.factor
+    height, width = ((side // factor) * factor for side in (shape[0] + top + bottom, shape[1] + left + right))
+    return {"height": f.height or height, "width": f.width or width}
 
 
 def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple[jaxdiff.Model, Any]:
     """The model (`opened` already, or to be) with all that is laid onto it, and its parameters wherever is drawn."""
-    import jax
-
-    from jaxdiff.io.controlnet import load_controlnet
-    from jaxdiff.io.modules import load_tiny_vae
-
     params: Any
     model, params = opened or jaxdiff.load(f.model, dtype=f.dtype, prediction_type=f.prediction_type)
     if f.vae:
@@ -107,51 +106,52 @@ def named(given: str) -> tuple[str, str | None]:
     return (path, token) if equals and "/" not in token and not Path(given).exists() else (given, None)
 
 
-def sources(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]:
-    """The pictures that `generate` starts from or follows, at the size that it draws."""
-    from jaxdiff.io.edges import canny
-
+def given_images(f: flags.FlagValues, model: jaxdiff.Model, read: Reader) -> dict[str, Any]:
+    """The images that are redrawn, enlarged or followed, at the size drawn: arguments of `resolve_images`."""
     found: dict[str, Any] = {}
     if f.outpaint:
-        extended, mask = images.extend(images.read_image(f.image), *f.outpaint)
+        extended, mask = images.extend(read(f.image), *f.outpaint)
         found |= {"image": images.fit(extended, f.height, f.width), "mask": images.fit_mask(mask, f.height, f.width)}
     elif f.image:
         shrink = model.vae.config.factor if model.family == "upscaler" else 1
-        found["image"] = fitted("--image", f.image, f.height // shrink, f.width // shrink)
+        found["image"] = fitted("--image", f.image, f.height // shrink, f.width // shrink, read)
     if f.mask:
-        sizes = [images.read_image(path).shape[:2] for path in (f.image, f.mask)]
+        sizes = [read(path).shape[:2] for path in (f.image, f.mask)]
         if sizes[0] != sizes[1]:
             shown = " and ".join(f"{width} x {height}" for height, width in sizes)
-            raise Failure(f"--image and --mask are {shown}: make the mask as large as the picture.")
-        found["mask"] = fitted("--mask", f.mask, f.height, f.width).mean(-1) / 255
+            raise Failure(f"--image and --mask are {shown}: make the mask as large as the image.")
+        found["mask"] = fitted("--mask", f.mask, f.height, f.width, read).mean(-1) >= 127.5
     if f.control_image:
-        given = [fitted("--control_image", path, f.height, f.width) for path in f.control_image]
+        given = [fitted("--control_image", path, f.height, f.width, read) for path in f.control_image]
         found["control_images"] = [canny(x) for x in given] if f.control_edges else given
         found["controlnet_scale"] = f.controlnet_scale or 1.0
     return found
 
 
-def fitted(flag: str, path: str, height: int, width: int) -> np.ndarray:
-    """The picture of a flag at the size drawn, with a warning if that cuts or resizes it."""
-    image = images.read_image(path)
+def fitted(flag: str, path: str, height: int, width: int, read: Reader) -> np.ndarray:
+    """The image of a flag at the size drawn, with a warning if that cuts or resizes it."""
+    image = read(path)
     if image.shape[:2] != (height, width):
         note = "%s %s is %d x %d: cut at its centre and resized to %d x %d."
         logging.warning(note, flag, path, image.shape[1], image.shape[0], width, height)
     return images.fit(image, height, width)
 
 
-def draw(model: jaxdiff.Model, params: Any, pictures: list[Picture], given: dict[str, Any]) -> Iterator[list[tuple]]:
-    """Batch by batch: [(picture [H, W, 3], frames [F, H, W, 3] or None), …]."""
-    size, frames = pictures[0]["batch_size"], min(FRAMES, pictures[0]["steps"]) if pictures[0].get("preview") else 0
-    for i in range(0, len(pictures), size):
-        batch = pictures[i : i + size]
+def batches(
+    model: jaxdiff.Model, settings: Settings, requests: list[ImageRequest], size: int, given: dict[str, Any]
+) -> list[Request]:
+    """What each batch is drawn from. The last one is filled up. Warns of prompts that are cut; raises UsageError."""
+    found = []
+    for i in range(0, len(requests), size):
+        batch = requests[i : i + size]
         filled = batch + batch[-1:] * (size - len(batch))
-        drawn = jaxdiff.generate(model, params, **arguments(filled), **given, frames=frames)
-        yield list(zip(*drawn if frames else (drawn, [None] * size), strict=True))[: len(batch)]
+        with flag_errors():
+            found.append(resolve_images(model, settings, **batch_arguments(filled), **given))
+    return found
 
 
 def with_progress(batches: Iterator[list[tuple]], total: int) -> Iterator[tuple]:
-    """The pictures of all batches, with a bar on stderr where that is a terminal."""
+    """The images of all batches, with a bar on stderr where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -167,71 +167,70 @@ def with_progress(batches: Iterator[list[tuple]], total: int) -> Iterator[tuple]
         task, start, done = bar.add_task("compiling and drawing", total=total, speed=""), time.monotonic(), 0
         for batch in batches:
             done += len(batch)
-            speed = f"{done / (time.monotonic() - start):.2f} pictures/s"
+            speed = f"{done / (time.monotonic() - start):.2f} images/s"
             bar.update(task, completed=done, description="drawing", speed=speed)
             yield from batch
 
 
+def drawn(model: jaxdiff.Model, params: Any, requests: list[Request], total: int) -> Iterator[list[tuple]]:
+    """Batch by batch: [(image [H, W, 3], frames [F, H, W, 3] or None), …], `total` in all."""
+    for request in requests:
+        size = min(total, len(request.prompts))
+        total -= size
+        found, frames = draw(model, params, request)
+        yield list(zip(found, [None] * len(found) if frames is None else frames, strict=True))[:size]
+
+
 def run(f: flags.FlagValues) -> None:
     """Draw what the flags say. Whatever can be wrong is found in order of its cost."""
-    from jaxdiff.io import cache, pretrained
-
     check_folder(Path(f.output.split("{")[0] or ".").parent)
-    given = lines(f)
+    lines = prompt_lines(f)
     path, opened = pretrained.find(f.model), None
-    if path.is_dir():
-        model = pretrained.load_model(
-            path, f.dtype, prediction_type=f.prediction_type
-        )  # configs alone: weights are slow to read
+    if path.is_dir():  # configs alone: weights are slow to read
+        model = pretrained.load_model(path, f.dtype, prediction_type=f.prediction_type)
     else:  # of a one-file checkpoint the tensors tell the configs
         opened = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type)
         model = opened[0]
-    settle(f, model, how_many(f, given))
-    pictures = plan(f, given)
-    files = output_files(f, pictures)
-    check_folder(files.pictures[0].parent)
-    started = sources(f, model)
-    jaxdiff.tokenize(model, [p["prompt"] for p in pictures])  # warns of what is cut before anything is drawn
+    read = functools.cache(images.read_image)
+    settings = resolve(f, model, count_images(f, lines), read)
+    requests = image_requests(f, lines)
+    files = output_files(f, requests)
+    check_folder(files.images[0].parent)
+    given = given_images(f, model, read)
     cache.cache_compilations(f.cache_dir)
     model, params = load(f, opened)
-    for folder in {p.parent for p in files.pictures}:
+    parts = batches(model, settings, requests, f.batch_size, given)
+    for folder in {p.parent for p in files.images}:
         make_folder(folder)
 
-    def write(path: Path, picture: np.ndarray, metadata: Any) -> None:
-        images.write_png(path, picture, metadata)
+    def write(path: Path, image: np.ndarray, metadata: Any) -> None:
+        images.write_png(path, image, metadata)
         print(path, flush=True)
 
-    kept: list[np.ndarray] = []
-    drawn = with_progress(draw(model, params, pictures, started), len(pictures))
-    for i, (metadata, (picture, frames)) in enumerate(zip(pictures, drawn, strict=True)):
-        write(files.pictures[i], picture, metadata)
+    shown: list[np.ndarray] = []
+    finished = with_progress(drawn(model, params, parts, len(requests)), len(requests))
+    for i, (metadata, (image, frames)) in enumerate(zip(requests, finished, strict=True)):
+        write(files.images[i], image, metadata)
         if f.preview:
             write(files.previews[i], images.strip(frames), metadata)
         if f.grid or f.interpolate:
-            kept.append(picture)
+            shown.append(image)
     if f.grid:
-        write(files.sheet, images.grid(kept, columns(f, len(kept))), pictures)
+        write(files.sheet, images.grid(shown, sheet_columns(f, len(shown))), requests)
     if f.interpolate:
-        images.write_gif(files.film, kept, FRAME_SECONDS)
-        print(files.film, flush=True)
-
-
-def command(argv: list[str]) -> None:
-    f = parse(argv)
-    if f.help:
-        print(__doc__, f.get_help(), sep="\n")
-    else:
-        run(f)
+        images.write_gif(files.animation, shown, FRAME_SECONDS)
+        print(files.animation, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line, by default this program's; returns the exit code."""
     argv = sys.argv if argv is None else argv
-    logging.basicConfig(format="sample.py: %(levelname)s: %(message)s")
-    return errors.run(
-        "sample.py",
+    return errors.main(
+        Path(argv[0]).name,
         argv,
-        command,
+        __doc__,
+        parse,
+        run,
         smaller="lower --batch_size, --height or --width, give --tile, or use --dtype=bfloat16",
-        stopped="the pictures listed so far are whole",
+        stopped="the images listed so far are whole",
     )

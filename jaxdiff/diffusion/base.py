@@ -70,8 +70,8 @@ def drawn(time: Time, then: Time) -> Array:
 def normal(keys: Key, x: Array, count: int | None = None) -> Array:
     """Unit Gaussian noise like x [B, ...], each sample's from its own key; with a count, as many, [count, B, ...]."""
     if count is None:
-        return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
-    return jax.vmap(lambda key: jax.random.normal(key, (count, *x.shape[1:])), out_axes=1)(keys)
+        return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], jnp.float32))(keys)
+    return jax.vmap(lambda key: jax.random.normal(key, (count, *x.shape[1:]), jnp.float32), out_axes=1)(keys)
 
 
 def first_order(x0: Array, eps: Array, time: Time, then: Time, eta: float = 0.0, noise: Array | float = 0.0) -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxdiff.diffusion.schedules import Time, is_flow, noise_schedule, shift_time
 from jaxdiff.diffusion.spacing import LEVELS, SPACINGS, STEPS, distilled, spaced, spread
+from jaxdiff.errors import ArgumentError
 from jaxdiff.scheduler_config import SchedulerConfig
 
 GAMMA = 0.3  # of TCD: how much of each step's noise is new, Zheng et al. 2024
@@ -128,14 +129,14 @@ def time_grid(
     ([751.0, 501.0, 251.0, 1.0, 0.0], 0.0, 1.0)
     """
     if scheduler not in RULES:
-        raise ValueError(f"scheduler {scheduler!r} is unknown; known are {', '.join(RULES)}.")
+        raise ArgumentError("scheduler", f"{scheduler!r} is unknown; known are {', '.join(RULES)}.")
     if steps < 1:
-        raise ValueError(f"steps {steps} must be at least 1.")
+        raise ArgumentError("steps", f"{steps} must be at least 1.")
     rule, process = RULES[scheduler], Process(config, RULES[scheduler], scheduler)
     levels = spacing if spacing in LEVELS else None if spacing else _levels(config, rule, scheduler)
     base = _base(config, rule, spacing)
     if base not in (*STEPS, "distilled"):
-        raise ValueError(f"spacing {base!r} is unknown; known are {', '.join(SPACINGS)} (levels: use_…_sigmas).")
+        raise ArgumentError("spacing", f"{base!r} is unknown; known are {', '.join(SPACINGS)} (levels: use_…_sigmas).")
     process.check(by_time=levels is None)
     if process.flow:
         t, level = _flow_points(process, steps, base, levels)
@@ -144,8 +145,8 @@ def time_grid(
     final = process.final()
     times = process.time(np.append(t, 0), np.append(level, final))
     if not (np.diff(level) < 0).all():
-        raise ValueError(
-            f"{steps} steps are more than {levels or base} spacing of {scheduler} has room for: take fewer steps."
+        raise ArgumentError(
+            "steps", f"{steps} are more than {levels or base} spacing of {scheduler} has room for: take fewer."
         )
     if times.alpha[0] == 0 and config.prediction_type == "epsilon":
         raise ValueError(
@@ -295,7 +296,9 @@ def _flow_points(process: Process, steps: int, base: str, levels: str | None) ->
     if config.use_dynamic_shifting:
         raise ValueError("use_dynamic_shifting (scheduler_config.json) is refused: set it to false, and shift.")
     if base == "leading":
-        raise ValueError('spacing "leading" does not start from pure noise, as a flow must: take linspace or trailing.')
+        raise ArgumentError(
+            "spacing", '"leading" does not start from pure noise, as a flow must: take linspace or trailing.'
+        )
     if base == "trailing":
         t = total * (1 - np.arange(steps) / steps)
     elif process.scheduler == "unipc":
@@ -308,7 +311,9 @@ def _flow_points(process: Process, steps: int, base: str, levels: str | None) ->
     t = shift_time(t, config)
     if levels is not None:
         if levels not in ("karras", "exponential", "beta"):
-            raise ValueError(f'spacing "{levels}" is a table for Stable Diffusion, not for a flow: take linspace.')
+            raise ArgumentError(
+                "spacing", f'"{levels}" is a table for Stable Diffusion, not for a flow: take linspace.'
+            )
         t = total * spread(levels, t[0] / total, t[-1] / total, steps)
     if process.scheduler == "unipc":
         t = np.minimum(t, total * (1 - 1e-6))

@@ -5,7 +5,8 @@ import math
 from absl import flags
 
 from jaxdiff.cli.errors import UsageError
-from jaxdiff.cli.sample_flags import SEEDS, read
+from jaxdiff.cli.flags import read
+from jaxdiff.cli.options import SEEDS
 from jaxdiff.evaluation.measures import LEAST
 
 DRAWING = (

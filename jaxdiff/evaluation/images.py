@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxdiff
-from jaxdiff.cli.sample_flags import SEEDS
+from jaxdiff.cli.options import SEEDS
 from jaxdiff.config import ConfigError
 from jaxdiff.data.folder import METADATA, examples, pictures
 from jaxdiff.data.source import Record

@@ -179,7 +179,7 @@ def write_png(
 
 
 def write_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float) -> None:
-    """Write pictures [H, W, 3], uint8 or float in [0, 1], as an endless film of so many seconds a frame.
+    """Write pictures [H, W, 3], uint8 or float in [0, 1], as an endless animation of so many seconds a frame.
 
     Whole or not at all; raises ImageError if the file cannot be written.
     """

@@ -75,7 +75,7 @@ class CLIPTextModel(nn.Module):
             return nn.Embed(count, c.hidden_size, embedding_init=init, dtype=dtype, name=f"embeddings_{name}_embedding")
 
         x = embed(c.vocab_size, "token")(tokens)
-        x = x + embed(c.max_position_embeddings, "position")(jnp.arange(tokens.shape[1]))
+        x = x + embed(c.max_position_embeddings, "position")(jnp.arange(tokens.shape[1]))[None]
         states = CLIPEncoder(c, True, self.remat, dtype, name="encoder")(x)
         norm = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="final_layer_norm")
         last = norm(states[-1])

@@ -61,7 +61,7 @@ def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq
     """
     half = dim // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
-    angles = jnp.asarray(t, jnp.float32)[:, None] * frequencies
+    angles = jnp.asarray(t, jnp.float32)[:, None] * frequencies[None]
     pair = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
     return jnp.concatenate(pair, -1)
 

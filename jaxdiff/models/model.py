@@ -214,7 +214,7 @@ def encode(model: Model, params: Params, images: Array, key: Key | None = None) 
     """
     c = model.vae.config
     mean, logvar = apply(model, params, "vae", 2 * in_unit(images) - 1, method="encode")
-    z = mean if key is None else mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    z = mean if key is None else mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
     return (z - (c.shift_factor or 0.0)) * c.scaling_factor
 
 

@@ -65,9 +65,9 @@ def tiled(function: Callable[[Array], Array], x: Array, starts: tuple[list[int],
         i, row, column = at
         corner, corner_out = ((i, jnp.asarray(y)[row], jnp.asarray(x)[column], 0) for y, x in (starts, to))
         drawn = function(jax.lax.dynamic_slice(x, corner, cut))
-        counts = weights[0][row, :, None, None] * weights[1][column, :, None]
+        counts = weights[0][row, :, None, None] * weights[1][column, None, :, None]
         before = jax.lax.dynamic_slice(out, corner_out, done.shape)
-        return jax.lax.dynamic_update_slice(out, before + counts * drawn, corner_out), None
+        return jax.lax.dynamic_update_slice(out, before + counts[None] * drawn, corner_out), None
 
     out = jnp.zeros((x.shape[0], *map(place, x.shape[1:3]), done.shape[3]), done.dtype)
     every = jnp.indices((x.shape[0], *map(len, starts))).reshape(3, -1)
