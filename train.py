@@ -26,6 +26,7 @@ from jaxdiff.cli import errors
 from jaxdiff.cli.errors import UsageError
 from jaxdiff.cli.outputs import make_folder
 from jaxdiff.commands.train_flags import STAGES, check_sizes, parse
+from jaxdiff.typing import PRNG
 
 __all__ = ["STAGES", "main"]
 
@@ -56,7 +57,7 @@ class Run:
             self.data = select(self.data, data.filter.to_dict(), cache=workdir / "data", **self.host)
         self.model, self.params = setup.starting_model(
             config.model.to_dict(), config.init_from.to_dict(), self.make_tokenizer,
-            jax.random.key(config.seed), dtype=config.dtype, remat=config.remat or False,
+            jax.random.key(config.seed, impl=PRNG), dtype=config.dtype, remat=config.remat or False,
             check=lambda model: check_sizes(config, model),
         )  # fmt: skip
         self.image_size = data.image_size or self.model.unet.config.side * self.model.vae.config.factor

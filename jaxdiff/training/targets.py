@@ -26,7 +26,7 @@ from jaxdiff.training.optimizer import check_rates
 from jaxdiff.training.personalise import Whole
 from jaxdiff.training.stages import Network, Noising, diffusion_stage
 from jaxdiff.training.state import OptionsError
-from jaxdiff.typing import Params
+from jaxdiff.typing import PRNG, Params
 
 LORA_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
 DEFAULT_TRAINABLE = ("unet",)
@@ -160,7 +160,9 @@ def _lora(config: Any, model: Model, params: Params) -> Target:
     c = config.lora
     alpha = float(c.alpha or c.rank)
     chosen = {"targets": _modules(config, model), "endings": tuple(c.layers) or ATTENTION}
-    params, whole = personalise.with_lora(model, params, c.rank, alpha, jax.random.key(config.seed), **chosen)
+    params, whole = personalise.with_lora(
+        model, params, c.rank, alpha, jax.random.key(config.seed, impl=PRNG), **chosen
+    )
     network, given = _seen(model)
     stage = _stage(config, model, "lora", ("lora",), network, whole)
 
@@ -193,7 +195,9 @@ def _controlnet(config: Any, model: Model, params: Params) -> Target:
         net, values = load_controlnet(c.init_from, dtype=None)
         net = net.copy(dtype=model.unet.dtype, remat=model.unet.remat)
     else:
-        net, values = from_unet(model.unet, params["unet"], jax.random.key(config.seed), model.vae.config.factor)
+        net, values = from_unet(
+            model.unet, params["unet"], jax.random.key(config.seed, impl=PRNG), model.vae.config.factor
+        )
     model, params = with_controlnets(model, params, (net, values))
     network = finetune.controlled_network(model)
     stage = _stage(config, model, "controlnet", ("controlnet",), network)
