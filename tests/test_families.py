@@ -224,7 +224,7 @@ MASK = np.ones((SIDE, SIDE), bool)
         ("sd1", {"clip_skip": 9}, "clip_skip 9 must be 0 to 3"),
         ("sd1", {"control_images": PICTURE}, "this model has none"),
         ("inpaint", {}, "this model is for inpainting: give image and mask"),
-        ("upscaler", {}, "this model is for upscaling: give the small picture as image"),
+        ("upscaler", {}, "this model is for upscaling: give the small image as image"),
         ("upscaler", {"image": SMALL, "noise_level": 41}, "noise_level 41 must be from 0 to 40"),
         ("upscaler", {"image": SMALL, "noise_level": -1}, "noise_level -1 must be from 0 to 40"),
         (

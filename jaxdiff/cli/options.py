@@ -183,7 +183,8 @@ def define() -> flags.FlagValues:
     f = flags.FlagValues()
     for option in OPTIONS.values():
         help = option.help if not option.without else f"{option.help} Default: {option.without}."
-        name, default, bounds = option.name, option.default, (option.low, option.high)
+        name, default = option.name, option.default
+        bounds: Any = (option.low, option.high)
         if option.count:
             flags.DEFINE_list(name, default, help, f)
         elif option.choices:

@@ -36,7 +36,7 @@ def as_prompts(prompts: str | Sequence[str]) -> list[str]:
 
 
 def as_devices(devices: Sequence[jax.Device] | None, count: int, params: Params) -> tuple[jax.Device, ...]:
-    """What `count` pictures are drawn on: where the parameters were put, else no more devices than pictures."""
+    """What `count` images are drawn on: where the parameters were put, else no more devices than images."""
     placed = parallel.committed(params)
     if devices is not None and not len(devices):
         raise ArgumentError("devices", "is empty: give at least one, or None for all of this process.")
@@ -48,7 +48,7 @@ def as_devices(devices: Sequence[jax.Device] | None, count: int, params: Params)
 
 
 def as_batch(name: str, value: str | Sequence[str | None] | None, count: int) -> list[str | None]:
-    """A text for each picture: one text serves all."""
+    """A text for each image: one text serves all."""
     values = [value] if value is None or isinstance(value, str) else list(value)
     values = values * count if len(values) == 1 else values
     if len(values) != count:
@@ -59,7 +59,7 @@ def as_batch(name: str, value: str | Sequence[str | None] | None, count: int) ->
 def as_numbers(
     name: str, value: float | Sequence[float], count: int, low: float = -np.inf, high: float = np.inf, dtype=np.float32
 ) -> np.ndarray:
-    """A number for each picture, [B], from low to high: one serves all."""
+    """A number for each image, [B], from low to high: one serves all."""
     whole = np.issubdtype(dtype, np.integer)
     numbers = np.asarray(value, np.float64 if whole else dtype)
     if numbers.shape not in ((), (count,)):
@@ -74,7 +74,7 @@ def as_numbers(
 
 
 def as_images(name: str, image: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
-    """One picture or a batch, uint8 or float in [0, 1], as float32 [B, H, W, 3] of the size drawn."""
+    """One image or a batch, uint8 or float in [0, 1], as float32 [B, H, W, 3] of the size drawn."""
     image = np.asarray(image)
     if image.ndim not in (3, 4) or image.shape[-3:] != (*shape, 3):
         raise ArgumentError(
@@ -140,7 +140,7 @@ def as_interval(interval: tuple[float, float] | None) -> tuple[np.ndarray, np.nd
 def as_controls(
     model: Model, given: Array | Sequence[Array], scale: float | Sequence[float], count: int, size: tuple[int, int]
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """For each of the model's ControlNets its pictures [B, H, W, 3] and its scales [B]; nothing if none are given."""
+    """For each of the model's ControlNets its images [B, H, W, 3] and its scales [B]; nothing if none are given."""
     images: list[Array] = list(given) if isinstance(given, list | tuple) else [np.asarray(given)]
     nets = model.controlnets
     if not images:
@@ -170,7 +170,7 @@ def most_noise(model: Model) -> int:
 
 
 def as_noise_level(model: Model, value: int | Sequence[int] | None, count: int) -> np.ndarray | None:
-    """The noise on an upscaling model's small pictures, int32 [B]; None for other models."""
+    """The noise on an upscaling model's small images, int32 [B]; None for other models."""
     if model.family != "upscaler":
         if value is not None:
             raise ArgumentError("noise_level", "is for upscaling models, which this one is not: leave it out.")
@@ -188,7 +188,7 @@ def check_task(model: Model, image: Array | None, mask: Array | None, hires: flo
     if model.family == "upscaler" and mask is not None:
         raise ArgumentError("mask", "is for images that are redrawn; this model enlarges them: leave it out.")
     if model.family == "upscaler" and image is None:
-        raise ArgumentError("image", "is missing: this model is for upscaling: give the small picture as image.")
+        raise ArgumentError("image", "is missing: this model is for upscaling: give the small image as image.")
     if hires is not None and model.family == "upscaler":
         raise ArgumentError("hires", "is not for models that upscale: leave it out.")
     if hires_upscale not in ("pixel", "latent"):
