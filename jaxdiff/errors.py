@@ -1,7 +1,14 @@
-"""Errors that more than one part of the package raises."""
+"""The base class of the package's own errors, and those that several of its folders raise.
+
+The message of each is one sentence: what is wrong with which file or argument, and how to mend it.
+"""
 
 
-class ArgumentError(ValueError):
+class JaxdiffError(Exception):
+    """Base class of the package's own errors."""
+
+
+class ArgumentError(JaxdiffError, ValueError):
     """An argument that cannot be right: one sentence that begins with its name, so that a command can name its flag."""
 
     def __init__(self, argument: str, reason: str):

@@ -1,5 +1,7 @@
 """One table of options: flags, documentation and arguments all follow it."""
 
+import configparser
+import importlib
 import inspect
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from jaxdiff.io.images import write_png
 from jaxdiff.sampling.generate import generate
 from jaxdiff.sampling.resolve import resolve_images, resolve_settings
 
-DOCS = Path(__file__).parent.parent / "docs" / "flags.md"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs" / "flags.md"
 KEPT = {"prompt": "a castle, red", "seed": 9, "steps": 7, "emphasis": False, "guidance_interval": [0.5, 3.0],
         "lora": ["a.safetensors:0.5", "b.safetensors"], "preview": True, "batch_size": 3}  # fmt: skip
 
@@ -21,6 +24,15 @@ KEPT = {"prompt": "a castle, red", "seed": 9, "steps": 7, "emphasis": False, "gu
 def test_the_documentation_is_the_table():
     """docs/flags.md is made by `python -m jaxdiff.cli.options`."""
     assert DOCS.read_text(encoding="utf-8") == document()
+
+
+def test_installed_commands_exist():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    commands = setup["options.entry_points"]["console_scripts"].split("\n")[1:]
+    assert "jaxdiff-sample = jaxdiff.cli.sample:main" in commands
+    for module, _, function in (command.split(" = ")[1].partition(":") for command in commands):
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_every_option_is_a_flag():

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from jaxdiff.errors import JaxdiffError
 
-class UsageError(Exception):
+
+class UsageError(JaxdiffError):
     """Flags or settings that cannot be right: one sentence naming them and the mend."""
 
 
-class Failure(Exception):
+class Failure(JaxdiffError):
     """What went wrong with flags that could be right, in one sentence."""
 
 

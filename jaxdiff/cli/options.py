@@ -47,6 +47,11 @@ class Option:
     without: str = ""  # the default in words, where something else decides
 
     @property
+    def meaning(self) -> str:
+        """What it does, and with which other flag."""
+        return f"With --{self.needs}: {self.help[0].lower()}{self.help[1:]}" if self.needs else self.help
+
+    @property
     def is_kept(self) -> bool:
         """Whether it belongs to the metadata of an image."""
         return self.part != "run"
@@ -103,7 +108,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
               "number of devices.", 0, 0, high=SEEDS - 1),
         whole("variation_seed", "image", "Mixes the noise of this seed in, for a variation of the image.", None, 0,
               high=SEEDS - 1),
-        number("variation_strength", "image", "How much of it: 0 is the seed's own image, 1 the other's.", 0.1, low=0.0,
+        number("variation_strength", "image", "How much of that noise, from 0, the seed's own image, to "
+               "1, the other's.", 0.1, low=0.0,
                high=1.0, needs="variation_seed"),
         whole("interpolate", "run", "Frames from each prompt and its negative prompt to the next (from one: seed to "
               "seed), also as an animated GIF.", None, 2),
@@ -182,7 +188,7 @@ def define() -> flags.FlagValues:
     """The flags, apart from absl's global ones, so that any program may import this module."""
     f = flags.FlagValues()
     for option in OPTIONS.values():
-        help = option.help if not option.without else f"{option.help} Default: {option.without}."
+        help = option.meaning + (f" Default: {option.without}." if option.without else "")
         name, default = option.name, option.default
         bounds: Any = (option.low, option.high)
         if option.count:
@@ -217,10 +223,8 @@ def document() -> str:
         rows.append(f"| **{section}** | | |")
         for option in options:
             default = option.without or (f"`{option.default}`" if is_given(option.default) else "")
-            needs = f"With `--{option.needs}`: " if option.needs else ""
-            help = needs + (option.help[0].lower() + option.help[1:] if needs else option.help)
             choices = f" One of {', '.join(f'`{choice}`' for choice in option.choices)}." if option.choices else ""
-            meaning = (help + choices).replace("|", "\\|").replace("__", "\\_\\_")
+            meaning = (option.meaning + choices).replace("|", "\\|").replace("__", "\\_\\_")
             rows.append(f"| `--{option.name}`{' …' if option.many else ''} | {default} | {meaning} |")
     return INTRODUCTION + "\n".join(rows) + "\n"
 
