@@ -190,7 +190,8 @@ def define() -> flags.FlagValues:
     for option in OPTIONS.values():
         help = option.meaning + (f" Default: {option.without}." if option.without else "")
         name, default = option.name, option.default
-        bounds: Any = (option.low, option.high)
+        low: Any = option.low
+        high: Any = option.high
         if option.count:
             flags.DEFINE_list(name, default, help, f)
         elif option.choices:
@@ -202,9 +203,9 @@ def define() -> flags.FlagValues:
         elif option.kind is bool:
             flags.DEFINE_bool(name, default, help, f)
         elif option.kind is int:
-            flags.DEFINE_integer(name, default, help, *bounds, f)
+            flags.DEFINE_integer(name, default, help, low, high, f)
         elif option.kind is float:
-            flags.DEFINE_float(name, default, help, *bounds, f)
+            flags.DEFINE_float(name, default, help, low, high, f)
         else:
             flags.DEFINE_string(name, default, help, f)
     flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
