@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxdiff
-from jaxdiff.arguments import latent_shape
 from jaxdiff.diffusion.times import network_calls
-from jaxdiff.generate import initial_noise, picture_keys
 from jaxdiff.io.cache import cache_compilations
+from jaxdiff.sampling.generate import initial_noise
+from jaxdiff.sampling.resolve import image_keys, latent_shape
 
 PROMPTS = (
     "a castle", "a cat", "a fish", "a guitar", "a house", "a penguin", "a star", "a sunflower",
@@ -42,7 +42,7 @@ def main() -> None:
         )
         for prompts in (list(PROMPTS), [""] * len(PROMPTS))
     )
-    keys = picture_keys(0, len(PROMPTS))
+    keys = image_keys(0, len(PROMPTS))
     noise = initial_noise(keys, latent_shape(model, None, None))
     decode = jax.jit(lambda params, x0: jaxdiff.decode(model, params, x0))
 

@@ -5,13 +5,11 @@
 >>> images = jaxdiff.generate(model, params, ["a castle"], seed=0)  # doctest: +SKIP
 """
 
-from jaxdiff.denoiser import denoiser
 from jaxdiff.diffusion.base import Scheduler
 from jaxdiff.diffusion.sampling_loop import sample
 from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.diffusion.times import time_grid
-from jaxdiff.generate import generate, initial_noise, tokenize
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.lora import load_lora, merge_lora, read_lora, save_lora
 from jaxdiff.io.pretrained import load, save
@@ -20,6 +18,9 @@ from jaxdiff.io.vae import load_vae
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.model import Model, decode, encode, encode_text, with_controlnets
 from jaxdiff.parallel import replicate
+from jaxdiff.sampling.denoiser import denoiser
+from jaxdiff.sampling.generate import generate, initial_noise
+from jaxdiff.sampling.resolve import tokenize
 from jaxdiff.version import __version__
 
 __all__ = [

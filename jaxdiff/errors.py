@@ -8,6 +8,17 @@ class JaxdiffError(Exception):
     """Base class of the package's own errors."""
 
 
+class ArgumentError(JaxdiffError, ValueError):
+    """An argument that cannot be right: one sentence that begins with its name, so that a command can name its flag."""
+
+    def __init__(self, argument: str, reason: str):
+        super().__init__(argument, reason)
+        self.argument, self.reason = argument, reason
+
+    def __str__(self) -> str:
+        return f"{self.argument} {self.reason}"
+
+
 class WeightsError(JaxdiffError, ValueError):
     """Weights that are missing, unreadable, or do not fit the model's configuration."""
 

@@ -10,3 +10,6 @@ Array = jax.Array | np.ndarray
 Params = Mapping[str, Any]  # nested dict of arrays: {"text_encoder": …, "unet": …, "vae": …}
 Key = jax.Array  # jax.random.key(…), scalar or [B]
 Denoise = Callable[[Array, Any], Array]  # (x [B, ...], Time) -> denoised [B, ...]
+
+# Of every key made here, so that a seed draws the same image whatever JAX_DEFAULT_PRNG_IMPL says.
+PRNG = "threefry2x32"

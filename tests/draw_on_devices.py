@@ -12,11 +12,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-import sample
 from jaxdiff import generate, parallel, replicate, save
-from jaxdiff.generate import sampler
+from jaxdiff.cli import sample
 from jaxdiff.io.images import read_image
 from jaxdiff.models.model import with_controlnets
+from jaxdiff.sampling.generate import sampler
 from tests.tiny import SIDE, tiny_controlnet, tiny_model, tiny_params
 
 COLLECTIVE = re.compile(

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import jaxdiff
-from jaxdiff.commands.errors import Failure, UsageError
+from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.config import ConfigError
 from jaxdiff.evaluation import command, outputs
 from jaxdiff.evaluation.flags import define

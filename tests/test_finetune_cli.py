@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-import sample
-from jaxdiff.generate import initial_noise, picture_keys
+from jaxdiff.cli import sample
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.images import read_image
 from jaxdiff.models.model import with_controlnets
+from jaxdiff.sampling.generate import initial_noise
+from jaxdiff.sampling.resolve import image_keys
 from jaxdiff.training.trainables import EMBEDDING_FILE, LORA_FILES
 from tests.test_train_cli import ROOT, cache_home, cli  # noqa: F401
 from tests.test_training import pictures
@@ -28,7 +29,7 @@ from diffusers.pipelines.stable_diffusion import (  # noqa: E402
     pipeline_stable_diffusion_upscale,
 )
 
-from jaxdiff.tasks import low_res_noise  # noqa: E402
+from jaxdiff.sampling.inputs import upscaler_noise  # noqa: E402
 from tests import oracle, pipelines  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and ml_collections' own
@@ -152,7 +153,7 @@ def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
     first, given, original = sheet(tmp_path, 0, needs_more)
     drawn, _, _ = sheet(tmp_path, 2, needs_more)
     assert np.abs(drawn.astype(int) - first).max() > 2 * LEVELS
-    ours, theirs = {}, {"latents": oracle.nchw(np.asarray(initial_noise(picture_keys(0, 1), LATENT)))}
+    ours, theirs = {}, {"latents": oracle.nchw(np.asarray(initial_noise(image_keys(0, 1), LATENT)))}
     middle = np.zeros((SIDE, SIDE), bool)
     middle[SIDE // 4 : -SIDE // 4, SIDE // 4 : -SIDE // 4] = True
     if kind == "controlnet":
@@ -165,7 +166,7 @@ def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
     elif kind == "upscaler":
         small = given[::2, ::2]
         ours = {"image": small, "noise_level": 20}
-        noise = low_res_noise(picture_keys(0, 1), (SIDE // 2, SIDE // 2, 3))
+        noise = upscaler_noise(image_keys(0, 1), (SIDE // 2, SIDE // 2, 3))
         pipelines.inject(monkeypatch, pipeline_stable_diffusion_upscale, noise)
         theirs |= {"image": small[None] / 255.0, "noise_level": 20}
     prompt, options = PROMPT.get(kind, "a castle"), {"guidance_scale": SCALE}

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff.arguments import as_devices
 from jaxdiff.diffusion.spacing import SPACINGS
-from jaxdiff.generate import check_finite, picture_keys
+from jaxdiff.sampling.checks import as_devices
+from jaxdiff.sampling.generate import check_finite
+from jaxdiff.sampling.resolve import image_keys
 from tests.tiny import LATENT, SIDE, tiny_controlnet, tiny_model
 
 PROMPTS = ["a castle", "a red dragon", "a blue house"]
@@ -94,15 +95,13 @@ def test_settings_of_each_picture(draw, three):
 
 
 def test_noise_may_be_given(draw, three):
-    noise = jaxdiff.initial_noise(picture_keys(7, 3), LATENT)
+    noise = jaxdiff.initial_noise(image_keys(7, 3), LATENT)
     np.testing.assert_array_equal(draw(PROMPTS, seed=0, noise=noise), three)
 
 
 def test_initial_noise_is_unit_gaussian():
     """Mean 0 and variance 1 within four standard errors, n^-1/2 and (2/n)^1/2; no value shared between pictures."""
-    noise = np.concatenate([jaxdiff.initial_noise(picture_keys(3 * i, 3), LATENT) for i in range(20)]).astype(
-        np.float64
-    )
+    noise = np.concatenate([jaxdiff.initial_noise(image_keys(3 * i, 3), LATENT) for i in range(20)]).astype(np.float64)
     assert abs(noise.mean()) < 4 * noise.size**-0.5
     assert abs(noise.var() - 1) < 4 * (2 / noise.size) ** 0.5
     assert len(np.unique(noise)) > 0.99 * noise.size
@@ -163,7 +162,7 @@ def test_frames_lead_to_the_picture(draw):
         ({"width": -2}, "width -2 must be a positive multiple of 2"),
         ({"scheduler": "eulr"}, "scheduler 'eulr' is unknown; known are ddim, "),
         ({"spacing": "even"}, "spacing 'even' is unknown; known are "),
-        ({"negative_prompts": ["a", "b", "c"]}, "3 negative_prompts for 2 prompts"),
+        ({"negative_prompts": ["a", "b", "c"]}, "negative_prompts holds 3 texts for 2 prompts"),
         ({"noise": np.zeros((2, 8, 8, 3))}, r"noise has shape \[2, 8, 8, 3\], but must have \[2, 8, 8, 4\]"),
         (
             {"image": np.zeros((8, 8, 3))},
@@ -182,9 +181,9 @@ def test_bad_arguments_are_named(tiny, options, sentence):
 def test_pictures_that_are_no_numbers_are_not_drawn_black(tiny, three):
     model, params = tiny
     broken = params | {"vae": jax.tree.map(lambda x: x * np.nan, params["vae"])}
-    with pytest.raises(FloatingPointError, match=r"3 of 3 pictures, the first 'a castle', came out as .*: lower guid"):
+    with pytest.raises(FloatingPointError, match=r"3 of 3 images, the first 'a castle', came out as .*: lower guid"):
         jaxdiff.generate(model, broken, PROMPTS, seed=7, steps=STEPS)
-    with pytest.raises(FloatingPointError, match=r"1 of 2 pictures, the first 'b', .*float16 overflows"):
+    with pytest.raises(FloatingPointError, match=r"1 of 2 images, the first 'b', .*float16 overflows"):
         check_finite(np.array([True, False]), ["a", "b"], tiny_model(dtype=jnp.float16))
 
 
@@ -211,7 +210,7 @@ def pieces(tiny):
     encode_text = jax.jit(jaxdiff.encode_text, static_argnums=0)
     cond, uncond = (encode_text(model, params, jaxdiff.tokenize(model, texts)) for texts in (PROMPTS, [""] * 3))
     uncond = jax.tree.map(lambda a: a[:1], uncond)
-    noise = jaxdiff.initial_noise(picture_keys(7, 1), LATENT)
+    noise = jaxdiff.initial_noise(image_keys(7, 1), LATENT)
     f = functools.partial(latents_of, model=model, uncond=uncond, noise=noise)
     return jax.jit(f), params, cond.embeddings
 

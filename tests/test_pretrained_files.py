@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxdiff.arguments import latent_shape
 from jaxdiff.config import ConfigError
 from jaxdiff.diffusion.times import default_scheduler
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.diffusers_folder import load_model
 from jaxdiff.io.pretrained import load, save
+from jaxdiff.sampling.resolve import latent_shape
 from tests.test_pretrained import assert_equal, files
 from tests.tiny import MAX_LENGTH
 

@@ -332,7 +332,7 @@ def test_prompts_must_be_strings(clip, wrong):
 
 
 def test_second_prompts_are_as_many(clip):
-    with pytest.raises(ValueError, match="2 prompts_2 for 1 prompts"):
+    with pytest.raises(ValueError, match="prompts_2 holds 2 for 1 prompts"):
         tokens(model(clip, clip), ["a"], ["a", "b"])
 
 

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 import jaxdiff
-import sample
-from jaxdiff import arguments
-from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.flags import check_model, define, parse, weighted
+from jaxdiff.cli import sample
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.flags import check_model, parse, weighted
+from jaxdiff.cli.options import define
 from jaxdiff.config import ConfigError
 from jaxdiff.diffusion.spacing import distilled_timesteps
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import replace_config
 from jaxdiff.io.lora import Factors, merge_lora
 from jaxdiff.io.model_paths import find
+from jaxdiff.sampling import checks, resolve
 from tests.tiny import LATENT, SCHEDULER, SIDE, tiny_controlnet, tiny_model
 
 CASTLE = "--prompt=a castle"
@@ -78,19 +79,19 @@ def test_other_arguments_are_finite(bad, upscaler):
     held = dataclasses.replace(model, controlnets=(tiny_controlnet(model)[0],))
     for scale in (bad, [bad]):
         with pytest.raises(ValueError, match=r"controlnet_scale .* must be finite"):
-            arguments.as_controls(held, [image], scale, 1, (SIDE, SIDE))
+            checks.as_controls(held, [image], scale, 1, (SIDE, SIDE))
     with pytest.raises(ValueError, match=r"noise_level .* must be finite"):
-        arguments.as_noise_level(upscaler, bad, 1)
+        checks.as_noise_level(upscaler, bad, 1)
     with pytest.raises(ValueError, match=r"blend .* must be finite"):
-        arguments.as_numbers("blend", bad, 1, 0.0, 1.0)
+        checks.as_numbers("blend", bad, 1, 0.0, 1.0)
     with pytest.raises(ValueError, match="noise must be finite"):
-        arguments.as_noise(np.full((1, *LATENT), bad), 1, LATENT)
+        checks.as_noise(np.full((1, *LATENT), bad), 1, LATENT)
     with pytest.raises(ValueError, match=r"strength .* must be in"):
-        arguments.first_step(10, bad)
+        resolve.first_step(10, bad)
     with pytest.raises(ValueError, match=r"strength .* must be in"):
         distilled_timesteps(SCHEDULER, 4, bad)
     with pytest.raises(ValueError, match=r"hires .* must be above 1"):
-        arguments.small_shape(LATENT, bad)
+        resolve.lowres_shape(LATENT, bad)
 
 
 # What another model would read.
@@ -126,14 +127,14 @@ def test_sample_asks(tiny_folder, tmp_path, monkeypatch, capsys):
 def test_arguments_of_other_models(upscaler):
     plain = tiny_model()
     with pytest.raises(ValueError, match="noise_level is for upscaling models"):
-        arguments.as_noise_level(plain, 20, 1)
-    assert arguments.as_noise_level(plain, None, 1) is None
-    np.testing.assert_array_equal(arguments.as_noise_level(upscaler, None, 2), [20, 20])
+        checks.as_noise_level(plain, 20, 1)
+    assert checks.as_noise_level(plain, None, 1) is None
+    np.testing.assert_array_equal(checks.as_noise_level(upscaler, None, 2), [20, 20])
     with pytest.raises(ValueError, match=r"noise_level 2.5 must be a whole number"):
-        arguments.as_noise_level(upscaler, 2.5, 1)
-    with pytest.raises(ValueError, match=r"strength 0.5 is of images that are redrawn"):
-        arguments.settle_strength(upscaler, "a.png", None, 0.5)
-    assert arguments.settle_strength(upscaler, "a.png", None, None) is None
+        checks.as_noise_level(upscaler, 2.5, 1)
+    with pytest.raises(ValueError, match=r"strength 0.5 is for images that are redrawn"):
+        resolve.resolve_strength(upscaler, "a.png", None, 0.5)
+    assert resolve.resolve_strength(upscaler, "a.png", None, None) is None
 
 
 def test_wildcards_alone_expand_braces_and_say_so():

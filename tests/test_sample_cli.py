@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-import sample
+from jaxdiff.cli import sample
 from jaxdiff.errors import ImageError
 from jaxdiff.io.diffusers_folder import load_model
 from jaxdiff.io.images import read_image, read_metadata, write_png
 from jaxdiff.io.model_paths import find
+from jaxdiff.sampling.resolve import resolve_images
 from tests.tiny import SIDE
 
 ROOT = Path(__file__).parent.parent
@@ -96,14 +97,19 @@ def test_any_picture_is_drawn_again_from_its_metadata(six, cli):
 
 @pytest.fixture
 def told(monkeypatch):
-    """What `generate` was told of each batch; it draws planes as dark as their seed."""
+    """The arguments of each batch; planes are drawn, as dark as their seed."""
     batches = []
 
-    def generate(model, params, **options):
-        batches.append(options)
-        return np.array(options["seed"], np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    def resolved(model, settings, **arguments):
+        batches.append(arguments)
+        return resolve_images(model, settings, **arguments)
 
-    monkeypatch.setattr("jaxdiff.generate", generate)
+    def draw(model, params, request):
+        seeds = np.asarray(jax.random.key_data(request.images.keys))[:, 1].astype(np.uint8)
+        return seeds[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8), None
+
+    monkeypatch.setattr(sample, "resolve_images", resolved)
+    monkeypatch.setattr(sample, "draw", draw)
     return batches
 
 
@@ -141,6 +147,20 @@ def test_a_model_recommends_its_guidance_scale(cli, told, tiny):
     Path("recommends/model_index.json").write_text('{"_guidance_scale": "much"}')
     assert "_guidance_scale 'much' in model_index.json must be a number" in cli(CASTLE, model="recommends")[2]
     assert load_model(find("icons")).options.guidance_scale == 2
+
+
+def test_a_picture_is_drawn_again_from_its_file(six, cli):
+    """As above, by one flag; flags given beside it win."""
+    code, out, _ = cli(f"--from_png={six[8]}", "--output=again.png")
+    assert (code, out) == (0, ["again.png", "again-preview.png"])
+    assert Path("again.png").read_bytes() == six[8].read_bytes()
+    code, _, err = cli("--from_png=out/grid.png")
+    assert code == 2
+    assert "--from_png out/grid.png is a sheet of several images" in err
+    write_png("plain.png", np.zeros((4, 4, 3)))
+    code, _, err = cli("--from_png=plain.png")
+    assert code == 1
+    assert "plain.png does not say how it was drawn" in err
 
 
 def test_metadata_for_people(six):
@@ -212,7 +232,7 @@ def test_damaged_weights_leave_no_output(cli, tiny_folder, tmp_path):
 
 
 def test_outputs_that_cannot_be_written_are_found_before_drawing(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxdiff.generate", lambda *a, **k: pytest.fail("was drawing"))
+    monkeypatch.setattr(sample, "draw", lambda *a, **k: pytest.fail("was drawing"))
     Path("file").touch()
     for output in ("file/castle.png", "file/deeper/castle.png", "file/{index}.png", "file/out/"):
         code, out, err = cli(CASTLE, f"--output={output}")
@@ -254,7 +274,7 @@ def test_a_full_disk_leaves_no_half_picture(cli, monkeypatch):
             1,
             "Memory is too small: lower --batch_size",
         ),
-        (FloatingPointError("1 of 1 pictures is no number."), 1, "error: 1 of 1 pictures is no number."),
+        (FloatingPointError("1 of 1 images is no number."), 1, "error: 1 of 1 images is no number."),
         (RuntimeError("something\nodd"), 1, "RuntimeError: something odd; --verbose shows where."),
     ],
 )
@@ -262,7 +282,7 @@ def test_what_goes_wrong_while_drawing_is_one_line(error, code, sentence, cli, m
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("jaxdiff.generate", fail)
+    monkeypatch.setattr(sample, "draw", fail)
     status, out, err = cli(CASTLE, STEPS)
     assert (status, out) == (code, [])
     assert sentence in err

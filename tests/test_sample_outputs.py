@@ -5,11 +5,10 @@ from pathlib import Path
 import jax
 import pytest
 
-import sample
-from jaxdiff.commands import flags
-from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.outputs import name_of, output_files, output_paths
-from jaxdiff.commands.pictures import lines, plan
+from jaxdiff.cli import flags, options, sample
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.outputs import name_of, output_files, output_paths
+from jaxdiff.cli.requests import image_requests, prompt_lines
 from jaxdiff.io import cache
 from jaxdiff.io.configs import DTYPES
 
@@ -45,7 +44,7 @@ def test_patterns_that_name_something_else(output):
     ("output", "sentence"),
     [
         ("{index}.jpg", r"end it in \.png"),
-        ("castle.jpg", r"pictures are written as PNG"),
+        ("castle.jpg", r"images are written as PNG"),
     ],
 )
 def test_outputs_that_cannot_be(output, sentence):
@@ -66,10 +65,10 @@ def test_outputs_that_cannot_be(output, sentence):
 def test_no_file_is_written_over_another_of_the_same_command(args, name):
     f = flags.parse(["sample.py", *args, "--output=o/{prompt}.png"])
     with pytest.raises(UsageError, match=rf"gives two files the name {name}: add \{{index\}} to it"):
-        output_files(f, plan(f, lines(f)))
+        output_files(f, image_requests(f, prompt_lines(f)))
     f = flags.parse(["sample.py", *args, "--output=o/{prompt}-{index}.png"])
-    files = output_files(f, plan(f, lines(f)))
-    assert len({*files.pictures, *files.previews, files.sheet, files.film}) == 2 * len(files.pictures) + 2
+    files = output_files(f, image_requests(f, prompt_lines(f)))
+    assert len({*files.images, *files.previews, files.sheet, files.animation}) == 2 * len(files.images) + 2
 
 
 @pytest.mark.parametrize(
@@ -84,7 +83,7 @@ def test_long_prompts_make_names_that_file_systems_take():
 
 
 def test_known_dtypes_are_the_packages():
-    parser = flags.define()["dtype"].parser
+    parser = options.define()["dtype"].parser
     assert tuple(parser.enum_values) == DTYPES
 
 
@@ -111,4 +110,4 @@ def test_progress_shows_on_a_terminal_only(terminal, monkeypatch, capsys):
     assert list(sample.with_progress(iter([[1, 2], [3]]), 3)) == [1, 2, 3]
     out, err = capsys.readouterr()
     assert out == ""
-    assert ("3/3" in err and "pictures/s" in err) if terminal else err == ""
+    assert ("3/3" in err and "images/s" in err) if terminal else err == ""

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-import sample
-from jaxdiff.commands.flags import parse
-from jaxdiff.commands.pictures import arguments, columns, how_many, lines, plan
+from jaxdiff.cli import sample
+from jaxdiff.cli.flags import parse
+from jaxdiff.cli.requests import batch_arguments, count_images, image_requests, prompt_lines, sheet_columns
 from jaxdiff.config import TinyVAEConfig
 from jaxdiff.io.controlnet import save_controlnet
 from jaxdiff.io.images import extend, read_image, read_metadata, write_gif, write_png
@@ -24,7 +24,7 @@ from tests.tiny import LATENT, SIDE, tiny_controlnet
 
 def planned(*args):
     f = parse(["sample.py", *args])
-    return plan(f, lines(f))
+    return image_requests(f, prompt_lines(f))
 
 
 def test_prompts_of_flags_and_files_in_order(tmp_path):
@@ -64,7 +64,7 @@ def test_wildcards_are_drawn_for_each_picture_by_its_seed(tmp_path):
 
 def test_what_the_second_encoder_is_to_steer_away_from():
     (picture,) = planned("--prompt=a", "--negative_prompt=b", "--prompt_2=c", "--negative_prompt_2=d")
-    told = arguments([picture])
+    told = batch_arguments([picture])
     assert (told["prompts_2"], told["negative_prompts"], told["negative_prompts_2"]) == (["c"], ["b"], ["d"])
 
 
@@ -88,7 +88,7 @@ def test_names_of_embeddings_and_paths_with_an_equals_sign(tmp_path, monkeypatch
 )
 def test_columns_of_the_sheet(flags, expected):
     f = parse(["sample.py", *flags])
-    assert columns(f, len(plan(f, lines(f)))) == expected
+    assert sheet_columns(f, len(image_requests(f, prompt_lines(f)))) == expected
 
 
 def test_a_style_goes_around_prompt_and_negative_prompt(tmp_path):
@@ -99,7 +99,7 @@ def test_a_style_goes_around_prompt_and_negative_prompt(tmp_path):
     assert "style" not in picture
 
 
-def test_a_film_of_two_prompts_and_of_one(tmp_path):
+def test_an_animation_of_two_prompts_and_of_one(tmp_path):
     frames = planned("--prompt=a", "--prompt=b", "--interpolate=4", "--seed=7")
     assert [f["blend"] for f in frames] == [f["variation_strength"] for f in frames] == [0, 0.25, 0.5, 0.75, 0]
     ends = [(f["prompt"], f["blend_prompt"], f["seed"], f["variation_seed"]) for f in frames]
@@ -109,7 +109,7 @@ def test_a_film_of_two_prompts_and_of_one(tmp_path):
     frames = planned(f"--prompts_file={tmp_path}/p.jsonl", "--interpolate=2")
     negatives = [(f.get("negative_prompt"), f["blend_negative_prompt"]) for f in frames]
     assert negatives == [(None, "n")] * 2 + [("n", "n")]
-    assert arguments(frames[:2])["blend_negative_prompts"] == ["n", "n"]
+    assert batch_arguments(frames[:2])["blend_negative_prompts"] == ["n", "n"]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "negative_prompt": "n"}\n{"prompt": "b"}\n')
     frames = planned(f"--prompts_file={tmp_path}/p.jsonl", "--interpolate=2")
     assert [f["blend_negative_prompt"] for f in frames] == ["", "", ""]
@@ -127,17 +127,17 @@ def test_only_what_differs_from_the_defaults_is_kept():
 
 def test_zero_and_off_are_said_to_generate():
     (picture,) = planned("--prompt=a", "--noemphasis", "--variation_seed=0", "--guidance_scale=0", "--noise_level=0")
-    told = arguments([picture])
+    told = batch_arguments([picture])
     assert told["emphasis"] is False
-    assert (told["variation_seed"], told["guidance_scale"], told["noise_level"]) == ([0], [0.0], 0)
+    assert (told["variation_seed"], told["guidance_scale"], told["noise_level"]) == ([0], [0.0], [0])
     (picture,) = planned("--prompt=a", "--variation_seed=3", "--variation_strength=0")
-    assert arguments([picture])["variation_strength"] == [0.0]
+    assert batch_arguments([picture])["variation_strength"] == [0.0]
 
 
 @pytest.mark.parametrize("more", [(), ("--interpolate=4",), ("--prompt=b", "--num_images=3", "--interpolate=2")])
 def test_the_pictures_are_counted_before_they_are_planned(more):
     f = parse(["sample.py", "--prompt=a", *more])
-    assert how_many(f, lines(f)) == len(plan(f, lines(f)))
+    assert count_images(f, prompt_lines(f)) == len(image_requests(f, prompt_lines(f)))
 
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
@@ -184,7 +184,7 @@ def test_the_canvas_and_its_mask():
     assert not mask[3 + 8 :].any()
 
 
-def test_two_stages_variations_and_films(cli):  # noqa: F811
+def test_two_stages_variations_and_animations(cli):  # noqa: F811
     write_png("start.png", PICTURE)
     write_png("mask.png", PICTURE // 128 * 255)
     given = ("--hires=2", "--tile=8", "--variation_seed=4", "--image=start.png", "--mask=mask.png")
@@ -196,17 +196,17 @@ def test_two_stages_variations_and_films(cli):  # noqa: F811
     code, out, err = cli(CASTLE, "--prompt=a red dragon", STEPS, "--interpolate=2", "--output=f/")
     assert (code, err) == (0, "")
     frames = ["a-castle-000-000.png", "a-castle-000-001.png", "a-red-dragon-001-002.png"]
-    assert [Path(p).name for p in out] == [*frames, "film.gif"]
+    assert [Path(p).name for p in out] == [*frames, "animation.gif"]
     again = [f"--{name}={value}" for name, value in read_metadata(out[1]).items()]  # between the two prompts
     assert cli(*again, "--output=frame.png")[0] == 0
     assert Path("frame.png").read_bytes() == Path(out[1]).read_bytes()
-    with Image.open("f/film.gif") as film:
-        assert (film.n_frames, film.info["duration"], film.size) == (3, 100, (SIDE, SIDE))
+    with Image.open("f/animation.gif") as animation:
+        assert (animation.n_frames, animation.info["duration"], animation.size) == (3, 100, (SIDE, SIDE))
 
 
-def test_a_film_that_cannot_be_written_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match=r"no/film.gif cannot be written"):
-        write_gif(tmp_path / "no/film.gif", [PICTURE], 0.1)
+def test_an_animation_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"no/animation.gif cannot be written"):
+        write_gif(tmp_path / "no/animation.gif", [PICTURE], 0.1)
     assert existing(tmp_path) == []
 
 
@@ -267,7 +267,7 @@ def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
         ([CASTLE, "--interpolate=1"], "--interpolate=1"),
         ([CASTLE, "--interpolate=3", "--blend_prompt=a dog"], "leave out --blend_prompt"),
         ([CASTLE, "--blend=0.3"], "--blend goes with --blend_prompt"),
-        ([CASTLE, "--interpolate=3", "--variation_seed=1"], "--interpolate goes from picture to picture"),
+        ([CASTLE, "--interpolate=3", "--variation_seed=1"], "--interpolate goes from image to image"),
         ([CASTLE, "--style=nope"], "The style 'nope' is unknown; known are"),
         ([CASTLE, "--styles_file=x.json"], "--styles_file goes with --style"),
         (["--prompts_file=none.txt"], "The prompts file none.txt does not exist"),
@@ -289,7 +289,6 @@ def test_flags_that_do_not_go_together(flags, sentence, cli):  # noqa: F811
         (["--lora=none.safetensors"], "none.safetensors"),
         (["--embedding=<x>=none.safetensors"], "none.safetensors"),
         (["--controlnet=none", "--control_image=hint.png"], "none"),
-        (["--control_image=hint.png"], "this model has none"),
         (["--image=none.png"], "none.png does not exist"),
     ],
 )
@@ -299,6 +298,13 @@ def test_files_that_are_not_there(flags, sentence, cli):  # noqa: F811
     assert (code, out) == (1, [])
     assert sentence in err
     assert err.count("\n") == 1
+
+
+def test_a_control_image_for_a_model_without_controlnets(cli):  # noqa: F811
+    write_png("hint.png", PICTURE)
+    code, out, err = cli(CASTLE, "--control_image=hint.png")
+    assert (code, out) == (2, [])
+    assert "--control_image are for ControlNets, and this model has none" in err
 
 
 def test_an_empty_line_in_a_prompts_file_is_named(cli):  # noqa: F811

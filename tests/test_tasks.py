@@ -11,8 +11,8 @@ import pytest
 
 import jaxdiff
 from jaxdiff.diffusion.sampling_loop import step_keys
-from jaxdiff.generate import picture_keys
-from jaxdiff.tasks import low_res_noise
+from jaxdiff.sampling.inputs import upscaler_noise
+from jaxdiff.sampling.resolve import image_keys
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -228,7 +228,7 @@ def test_upscaling(prediction, image, tmp_path, monkeypatch):
     assert loaded[0].family == "upscaler"
     small, start = image[:, ::2, ::2][:, :8, :12], NOISE[:, :8, :12]  # diffusers cuts it at multiples of 4
     for level in (0, 33):
-        noise = low_res_noise(picture_keys(7, 2), small.shape[1:])
+        noise = upscaler_noise(image_keys(7, 2), small.shape[1:])
         pipelines.inject(monkeypatch, pipeline_stable_diffusion_upscale, noise)
         drawn = theirs(pipeline, image=small / 255.0, noise_level=level, latents=oracle.nchw(start))
         assert_same(ours(loaded, image=small, noise_level=level, seed=7, noise=start), drawn)
@@ -257,7 +257,7 @@ def test_blending_under_other_schedulers(scheduler, image, mask, tmp_path, monke
 def test_lcm(tmp_path, monkeypatch):
     """The noise of each step is that of our keys; the last step draws none."""
     pipeline, loaded = built("lcm", tmp_path)
-    keys = picture_keys(7, 2)
+    keys = image_keys(7, 2)
     steps = [jax.vmap(lambda key: jax.random.normal(key, NOISE.shape[1:]))(step_keys(keys, i)) for i in range(STEPS)]
     pipelines.inject(monkeypatch, scheduling_lcm, *steps)
     assert_same(ours(loaded, seed=7), theirs(pipeline, latents=latents()))
@@ -267,14 +267,14 @@ def test_lcm_from_pictures(image, tmp_path, monkeypatch):
     """All four steps are taken, over the part `strength` of the steps of the distillation."""
     pipeline, loaded = built("lcm", tmp_path)
     pipeline = diffusers.LatentConsistencyModelImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
-    keys = picture_keys(7, 2)
+    keys = image_keys(7, 2)
     steps = [jax.vmap(lambda key: jax.random.normal(key, NOISE.shape[1:]))(step_keys(keys, i)) for i in range(STEPS)]
     for strength in (0.5, 0.3):
         pipelines.inject(monkeypatch, pipeline_latent_consistency_img2img, NOISE)
         pipelines.inject(monkeypatch, scheduling_lcm, *steps)
         drawn = theirs(pipeline, image=image / 255.0, strength=strength)
         assert_same(ours(loaded, image=image, strength=strength, seed=7), drawn)
-    with pytest.raises(ValueError, match=r"4 steps are more than the 2 that strength 0.05 leaves of the distillation"):
+    with pytest.raises(ValueError, match=r"steps 4 are more than the 2 that strength 0.05 leaves of the distillation"):
         ours(loaded, image=image, strength=0.05)
     with pytest.raises(ValueError, match=r"strength 1.5 must be in \(0, 1\]"):
         ours(loaded, image=image, strength=1.5)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from jaxdiff.cli import train_flags
+from jaxdiff.cli.errors import UsageError
 from jaxdiff.cli.train_flags import find_config, parse
-from jaxdiff.commands.errors import UsageError
 from jaxdiff.config import ConfigError
 from jaxdiff.training.defaults import RENAMED, as_json, base
 from jaxdiff.training.options import NoiseOptions, Options, OptionsError

@@ -11,10 +11,10 @@ import pytest
 import jaxdiff
 from jaxdiff.config import TinyVAEConfig
 from jaxdiff.diffusion.inpainting import masked_blending
-from jaxdiff.generate import picture_keys
 from jaxdiff.models.model import with_controlnets
 from jaxdiff.models.tiny_vae import AutoencoderTiny
-from jaxdiff.tasks import slerp
+from jaxdiff.sampling.inputs import slerp
+from jaxdiff.sampling.resolve import image_keys
 from tests.test_generate import levels
 from tests.tiny import LATENT, SIDE, tiny_controlnet
 
@@ -27,7 +27,7 @@ def draw(tiny):
 
 
 def noise(seed: int, shape=LATENT):
-    return np.asarray(jaxdiff.initial_noise(picture_keys(seed, 1), shape))
+    return np.asarray(jaxdiff.initial_noise(image_keys(seed, 1), shape))
 
 
 def test_slerp_keeps_length_and_turns_evenly():
@@ -161,7 +161,7 @@ def test_two_stages_from_a_picture_with_a_mask_under_a_controlnet(tiny):
 
 
 def test_strength_of_the_second_stage_is_traced(draw):
-    from jaxdiff.generate import sampler
+    from jaxdiff.sampling.generate import sampler
 
     draw(["a castle"], hires=2)
     before = sampler.cache_info().misses
@@ -205,7 +205,7 @@ def test_frames_are_drawn_by_a_tiny_autoencoder_where_there_is_one(tiny, draw):
         ({"hires": 2, "hires_upscale": "esrgan"}, "known are pixel and latent"),
         ({"blend_prompts": "x", "blend": 1.5}, "blend 1.5 must be from 0.0 to 1.0"),
         ({"variation_seed": 1, "variation_strength": -0.1}, "variation_strength -0.1 must be from 0.0 to 1.0"),
-        ({"blend_prompts": ["x", "y"]}, "2 blend_prompts for 1 prompts"),
+        ({"blend_prompts": ["x", "y"]}, "blend_prompts holds 2 texts for 1 prompts"),
         ({"tile": 0}, "tile 0 must be a whole number of at least 1"),
         ({"seed": [1, 2]}, r"seed \[1, 2\] must be a whole number .* for each of 1 prompts"),
         ({"seed": 1.5}, "seed 1.5 must be a whole number"),
@@ -221,4 +221,4 @@ def test_arguments_that_cannot_be_right(arguments, sentence, draw):
 
 @pytest.mark.parametrize("seed", [np.asarray(3), np.int32(3), 3 + 2**32, 3 - 2**32, [3]])
 def test_a_seed_is_any_whole_number(seed):
-    assert (picture_keys(seed, 1) == picture_keys(3, 1)).all()
+    assert (image_keys(seed, 1) == image_keys(3, 1)).all()

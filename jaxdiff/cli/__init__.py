@@ -1,1 +1,1 @@
-"""The commands: flags in, calls of the package, files out."""
+"""The commands: flags to calls to files, and errors in one sentence."""

@@ -21,11 +21,10 @@ from typing import Any
 from absl import flags
 
 import jaxdiff
-from jaxdiff.cli import train_plan
+from jaxdiff.cli import errors, train_plan
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.outputs import make_folder
 from jaxdiff.cli.train_flags import parse
-from jaxdiff.commands import errors
-from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.outputs import make_folder
 from jaxdiff.training.defaults import as_json, base
 from jaxdiff.training.options import OptionsError
 

@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import jaxdiff
-from jaxdiff.commands.errors import UsageError
+from jaxdiff.cli.errors import UsageError
 from jaxdiff.training.checks import check_settings
 from jaxdiff.training.defaults import current_name
 from jaxdiff.training.options import OptionsError

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
-from jaxdiff.commands.errors import UsageError
+from jaxdiff.cli.errors import UsageError
 
 QUICK, FULL = "quick", "full"
 

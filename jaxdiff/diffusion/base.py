@@ -73,8 +73,8 @@ def fresh_noise_fraction(time: Time, next_time: Time) -> Array:
 def noise_like(keys: Key, x: Array, count: int | None = None) -> Array:
     """Unit Gaussian noise like x [B, ...], one key a sample; with a count, that many: [count, B, ...]."""
     if count is None:
-        return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
-    return jax.vmap(lambda key: jax.random.normal(key, (count, *x.shape[1:])), out_axes=1)(keys)
+        return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], jnp.float32))(keys)
+    return jax.vmap(lambda key: jax.random.normal(key, (count, *x.shape[1:]), jnp.float32), out_axes=1)(keys)
 
 
 def ddim_step(

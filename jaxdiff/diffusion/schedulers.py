@@ -43,6 +43,7 @@ from jaxdiff.diffusion.singlestep import (
     tcd,
 )
 from jaxdiff.diffusion.times import skip_prk_steps
+from jaxdiff.errors import ArgumentError
 
 __all__ = ["SCHEDULERS", "Scheduler", "State", "get_scheduler", "time_at"]
 
@@ -83,7 +84,7 @@ def get_scheduler(name: str, config: SchedulerConfig | None = None) -> Scheduler
         ValueError: an unknown name, or an option of the config that is refused.
     """
     if name not in SCHEDULERS:
-        raise ValueError(f"scheduler {name!r} is unknown; known are {', '.join(SCHEDULERS)}.")
+        raise ArgumentError("scheduler", f"{name!r} is unknown; known are {', '.join(SCHEDULERS)}.")
     if config is None:
         return SCHEDULERS[name]()
     options, clip = _options(name, config), _clip(name, config)

@@ -21,6 +21,7 @@ The others space noise levels, s = sigma / alpha (on a flow, s = sigma), from s_
 import numpy as np
 
 from jaxdiff.config import SchedulerConfig
+from jaxdiff.errors import ArgumentError
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 AYS = {
@@ -62,9 +63,10 @@ def spaced_timesteps(
     elif spacing == "leading":
         t = (np.arange(points, dtype=float) * (total // points))[::-1] + config.steps_offset
         if t[0] > total - 1:
-            raise ValueError(
-                f"{steps} steps with steps_offset {config.steps_offset} reach beyond the {total} of training: "
-                "take fewer steps, or spacing trailing."
+            raise ArgumentError(
+                "steps",
+                f"{steps} with steps_offset {config.steps_offset} reach beyond the {total} of training: "
+                "take fewer, or spacing trailing.",
             )
     else:
         t = np.arange(total, 0, -total / steps).round() - 1
@@ -77,11 +79,11 @@ def distilled_timesteps(config: SchedulerConfig, steps: int, strength: float = 1
     if not 1 <= distilled <= config.num_train_timesteps:
         raise ValueError(f"original_inference_steps {distilled} must be from 1 to {config.num_train_timesteps}.")
     if not 0 < strength <= 1:
-        raise ValueError(f"strength {strength} must be in (0, 1].")
+        raise ArgumentError("strength", f"{strength} must be in (0, 1].")
     left = int(distilled * strength)
     if steps > left:
         of = "of the distillation (original_inference_steps)"
         of = of if strength == 1 else f"that strength {strength} leaves {of}"
-        raise ValueError(f"{steps} steps are more than the {left} {of}: take fewer.")
+        raise ArgumentError("steps", f"{steps} are more than the {left} {of}: take fewer.")
     t = np.arange(left, 0, -1.0) * (config.num_train_timesteps // distilled) - 1
     return t[np.floor(np.linspace(0, left, steps, endpoint=False)).astype(int)]

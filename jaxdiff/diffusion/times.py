@@ -23,6 +23,7 @@ from jaxdiff.diffusion.spacing import (
     spaced_sigmas,
     spaced_timesteps,
 )
+from jaxdiff.errors import ArgumentError
 
 TCD_GAMMA = 0.3  # how much of each of TCD's steps is fresh noise, Zheng et al. 2024
 
@@ -137,14 +138,15 @@ def time_grid(
     ([751.0, 501.0, 251.0, 1.0, 0.0], 0.0, 1.0)
     """
     if scheduler not in RULES:
-        raise ValueError(f"scheduler {scheduler!r} is unknown; known are {', '.join(RULES)}.")
+        raise ArgumentError("scheduler", f"{scheduler!r} is unknown; known are {', '.join(RULES)}.")
     if steps < 1:
-        raise ValueError(f"steps {steps} must be at least 1.")
+        raise ArgumentError("steps", f"{steps} must be at least 1.")
     rule, process = RULES[scheduler], Process(config, RULES[scheduler], scheduler)
     by_sigma = _sigma_spacing(config, rule, scheduler, spacing)
     by_timestep = _timestep_spacing(config, rule, spacing)
     if by_timestep not in (*TIMESTEP_SPACINGS, "distilled"):
-        raise ValueError(f"spacing {by_timestep!r} is unknown; known are {', '.join(SPACINGS)} (levels: use_…_sigmas).")
+        known = ", ".join(SPACINGS)
+        raise ArgumentError("spacing", f"{by_timestep!r} is unknown; known are {known} (levels: use_…_sigmas).")
     process.check_config(by_sigma)
     if process.flow:
         t, sigmas = _flow_points(process, steps, by_timestep, by_sigma)
@@ -152,9 +154,9 @@ def time_grid(
         t, sigmas = _points(process, steps, by_timestep, by_sigma, strength)
     times = process.to_time(np.append(t, 0), np.append(sigmas, process.final_sigma()))
     if not (np.diff(sigmas) < 0).all():
-        raise ValueError(
-            f"{steps} steps are more than {by_sigma or by_timestep} spacing of {scheduler} has room for: "
-            "take fewer steps."
+        raise ArgumentError(
+            "steps",
+            f"{steps} are more than {by_sigma or by_timestep} spacing of {scheduler} has room for: take fewer.",
         )
     if times.alpha[0] == 0 and config.prediction_type == "epsilon":
         raise ValueError(
@@ -308,7 +310,9 @@ def _flow_points(process: Process, steps: int, by_timestep: str, by_sigma: str |
     if config.use_dynamic_shifting:
         raise ValueError("use_dynamic_shifting (scheduler_config.json) is refused: set it to false, and shift.")
     if by_timestep == "leading":
-        raise ValueError('spacing "leading" does not start from pure noise, as a flow must: take linspace or trailing.')
+        raise ArgumentError(
+            "spacing", '"leading" does not start from pure noise, as a flow must: take linspace or trailing.'
+        )
     if by_timestep == "trailing":
         t = total * (1 - np.arange(steps) / steps)
     elif process.scheduler == "unipc":
@@ -321,7 +325,9 @@ def _flow_points(process: Process, steps: int, by_timestep: str, by_sigma: str |
     t = shift_time(t, config)
     if by_sigma is not None:
         if by_sigma not in ("karras", "exponential", "beta"):
-            raise ValueError(f'spacing "{by_sigma}" is a table for Stable Diffusion, not for a flow: take linspace.')
+            raise ArgumentError(
+                "spacing", f'"{by_sigma}" is a table for Stable Diffusion, not for a flow: take linspace.'
+            )
         t = total * spaced_sigmas(by_sigma, t[0] / total, t[-1] / total, steps)
     if process.scheduler == "unipc":
         t = np.minimum(t, total * (1 - 1e-6))

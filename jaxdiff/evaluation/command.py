@@ -12,7 +12,6 @@ Ctrl-C; 1 for any other failure.
 import dataclasses
 import functools
 import hashlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ import numpy as np
 from absl import flags
 
 import jaxdiff
-from jaxdiff.commands import errors
-from jaxdiff.commands.errors import Failure, UsageError
-from jaxdiff.commands.outputs import make_folder
-from jaxdiff.commands.pictures import batch_size
+from jaxdiff.cli import errors
+from jaxdiff.cli.errors import Failure, UsageError
+from jaxdiff.cli.flags import flag_errors
+from jaxdiff.cli.outputs import make_folder
+from jaxdiff.cli.requests import batch_size
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import open_source
 from jaxdiff.data.source import Source, files_digest
@@ -38,6 +38,7 @@ from jaxdiff.evaluation.measures import Measured
 from jaxdiff.evaluation.outputs import Found
 from jaxdiff.evaluation.progress import Progress
 from jaxdiff.io import cache, model_paths
+from jaxdiff.sampling.resolve import resolve_settings
 from jaxdiff.text.prompt_files import PromptError, PromptLine, read_prompts
 from jaxdiff.typing import Params
 
@@ -107,20 +108,16 @@ def opened_encoder(f: flags.FlagValues, folder: str) -> tuple[Encoder, Params]:
 
 def drawing_options(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]:
     """Arguments of `generate` that all images share; raises UsageError if one of them, or the model, cannot be."""
-    from jaxdiff.arguments import latent_shape
-    from jaxdiff.diffusion.times import default_scheduler
-
     if model.inpaints or model.family == "upscaler":
         raise UsageError(f"--model {f.model} draws from an image: give one that draws from a prompt alone.")
-    scheduler = f.scheduler or default_scheduler(model.scheduler)
-    try:
-        jaxdiff.get_scheduler(scheduler, model.scheduler)
-        jaxdiff.time_grid(model.scheduler, f.steps, scheduler, f.spacing)
-        latent_shape(model, f.height, f.width)
-    except ValueError as e:
-        raise UsageError(f"--{e}" if str(e).split()[0] in f else str(e)) from None
     names = ("steps", "guidance_scale", "spacing", "height", "width")
-    return {"scheduler": scheduler, **{name: f[name].value for name in names}}
+    options = {name: f[name].value for name in names}
+    try:
+        with flag_errors():
+            settings = resolve_settings(model, scheduler=f.scheduler, **options)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+    return {"scheduler": settings.scheduler, **options}
 
 
 def drawn(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:
@@ -247,21 +244,14 @@ def run(f: flags.FlagValues) -> None:
     print(text, end="", flush=True)
 
 
-def command(argv: list[str]) -> None:
-    f = parse(argv)
-    if f.help:
-        print(__doc__, f.get_help(), sep="\n")
-    else:
-        run(f)
-
-
 def main(argv: list[str]) -> int:
     """Run a command line; returns the exit code."""
-    logging.basicConfig(format=f"{NAME}: %(levelname)s: %(message)s")
-    return errors.run(
+    return errors.main(
         NAME,
         argv,
-        command,
+        __doc__,
+        parse,
+        run,
         smaller="lower --batch_size or --encode_batch_size, or use --dtype=bfloat16",
         stopped="the same command goes on where it was",
     )

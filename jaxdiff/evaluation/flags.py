@@ -4,8 +4,9 @@ import math
 
 from absl import flags
 
-from jaxdiff.commands.errors import UsageError
-from jaxdiff.commands.flags import SEEDS, read
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.flags import read
+from jaxdiff.cli.options import SEEDS
 from jaxdiff.evaluation.measures import LEAST
 
 DRAWING = (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxdiff
-from jaxdiff.commands.flags import SEEDS
+from jaxdiff.cli.options import SEEDS
 from jaxdiff.config import ConfigError
 from jaxdiff.data.folder import METADATA, examples, image_files
 from jaxdiff.data.source import Record

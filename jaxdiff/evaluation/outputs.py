@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from jaxdiff.commands.errors import Failure, UsageError
-from jaxdiff.commands.outputs import check_folder, make_folder
+from jaxdiff.cli.errors import Failure, UsageError
+from jaxdiff.cli.outputs import check_folder, make_folder
 from jaxdiff.data.source import Source
 from jaxdiff.evaluation import measures, report, sheets
 from jaxdiff.evaluation.features import Features, read_rgb

@@ -276,6 +276,6 @@ def init_lora(
             raise WeightsError(f"no layer of {target} ends in {' or '.join(endings)}: see `layers` for their names.")
     lora = {}
     for i, layer in enumerate(chosen):
-        down = jax.random.normal(jax.random.fold_in(key, i), (*layer.shape[:-1], rank)) / rank
+        down = jax.random.normal(jax.random.fold_in(key, i), (*layer.shape[:-1], rank), jnp.float32) / rank
         lora[layer.name] = Factors(down, jnp.zeros((rank, layer.shape[-1])), float(rank if alpha is None else alpha))
     return lora

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from absl import logging
 
+from jaxdiff.errors import ArgumentError
 from jaxdiff.text.emphasis import Piece, parse_emphasis
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array
@@ -70,9 +71,9 @@ def tokens(
         if isinstance(given, str) or not all(p is None or isinstance(p, str) for p in given):
             raise TypeError(f"{name} must be a list of strings, not {given!r}.")
     if prompts_2 is not None and len(prompts_2) != len(prompts):
-        raise ValueError(f"{len(prompts_2)} prompts_2 for {len(prompts)} prompts: give one a prompt.")
+        raise ArgumentError("prompts_2", f"holds {len(prompts_2)} for {len(prompts)} prompts: give one a prompt.")
     if model.tokenizer_2 is None and any(p is not None for p in prompts_2 or ()):
-        raise ValueError("prompts_2 are for the second text encoder of SDXL, and this model has one: leave them out.")
+        raise ArgumentError("prompts_2", "are for the second text encoder of SDXL, which this model lacks.")
     if chunks is not None and not 1 <= chunks <= MAX_CHUNKS:
         raise ValueError(f"chunks {chunks} must be 1 to {MAX_CHUNKS}.")
     second = prompts if prompts_2 is None else [a if b is None else b for a, b in zip(prompts, prompts_2, strict=True)]

@@ -96,12 +96,14 @@ def random_masks(keys: Key, height: int, width: int) -> Array:
 
     def one(key: Key) -> Array:
         key_corners, key_count, key_whole = jax.random.split(key, 3)
-        corners = jnp.sort(jax.random.uniform(key_corners, (RECTANGLES, 2, 2)), axis=1)  # [n, (from, to), (y, x)]
+        corners = jnp.sort(
+            jax.random.uniform(key_corners, (RECTANGLES, 2, 2), jnp.float32), axis=1
+        )  # [n, (from, to), (y, x)]
         (top, left), (bottom, right) = ((corners[:, i] * jnp.array([height, width])).T[..., None, None] for i in (0, 1))
         inside = (rows >= jnp.floor(top)) & (rows <= bottom) & (columns >= jnp.floor(left)) & (columns <= right)
-        used = jnp.arange(RECTANGLES) < jax.random.randint(key_count, (), 1, RECTANGLES + 1)
+        used = jnp.arange(RECTANGLES) < jax.random.randint(key_count, (), 1, RECTANGLES + 1, jnp.int32)
         mask = (inside & used[:, None, None]).any(0)
-        return (mask | (jax.random.uniform(key_whole) < WHOLE_SHARE))[..., None]
+        return (mask | (jax.random.uniform(key_whole, (), jnp.float32) < WHOLE_SHARE))[..., None]
 
     return jax.vmap(one)(keys)
 
@@ -198,7 +200,7 @@ def upscaler_network(model: Model) -> Network:
         images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
         small = jax.image.resize(images, (*x.shape[:3], 3), "cubic")  # antialiased
         last = model.options.max_noise_level
-        level = jax.vmap(lambda key: jax.random.randint(key, (), 0, last + 1))(fold_in_each(keys, 1))
+        level = jax.vmap(lambda key: jax.random.randint(key, (), 0, last + 1, jnp.int32))(fold_in_each(keys, 1))
         noised = add_noise(small, per_example(jax.random.normal, keys, small.shape[1:]), at(schedule, level))
         return apply(model, params, "unet", jnp.concatenate([x, noised], -1), time.t, *cond, level)
 

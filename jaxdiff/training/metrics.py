@@ -21,7 +21,7 @@ from jaxdiff.training.stages import (
     plain_network,
 )
 from jaxdiff.training.train_step import Batch
-from jaxdiff.typing import Array, Params
+from jaxdiff.typing import PRNG, Array, Params
 
 
 def for_each(run: Callable[[Any], Any], batches: Sequence[Any]) -> Any:
@@ -109,7 +109,8 @@ def noise_levels(
 
     @jax.jit
     def run(params: Params, numbers: Array, batch: Batch) -> Array:  # [B, levels]
-        params, keys = merge_params(params), jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
+        params = merge_params(params)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed, impl=PRNG), i))(numbers)
         x0 = latents_of(model, params, batch)
         kept = jnp.zeros(len(x0), bool)  # no caption is dropped
         cond = with_time_ids(model, conditioning(model, params, batch, batch, kept), x0)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from jaxdiff.generate import generate
 from jaxdiff.io.images import grid, write_png
+from jaxdiff.sampling.generate import generate
 from jaxdiff.training.finetune import SampleInputs
 from jaxdiff.training.metrics import for_each, noise_levels, reconstructions, retrieval
 from jaxdiff.training.trackers import TrackedImages

@@ -26,7 +26,7 @@ from jaxdiff.training.precompute import fingerprint, open_latents, precompute
 from jaxdiff.training.run_data import Images, TrainingData, hosts
 from jaxdiff.training.trackers import Tracker, WandB
 from jaxdiff.training.trainables import Trainable, save_model
-from jaxdiff.typing import Params
+from jaxdiff.typing import PRNG, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def build_run(config: Any, workdir: Path) -> Run:
     images = Images(config, workdir)
     source = images.chosen()
     model, params = init.starting_model(
-        config.model.to_dict(), config.init_from.to_dict(), images.tokenizer, jax.random.key(config.seed),
+        config.model.to_dict(), config.init_from.to_dict(), images.tokenizer, jax.random.key(config.seed, impl=PRNG),
         dtype=config.dtype, remat=config.remat or False, check=lambda model: check_sizes(config, model),
     )  # fmt: skip
     size = image_size(config, model)

@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdiff.commands import pictures
 from jaxdiff.config import ConfigError
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.captioned import captioned_data, open_source
 from jaxdiff.data.filters import select
-from jaxdiff.data.folder import BACKGROUNDS
+from jaxdiff.data.folder import BACKGROUNDS, image_files
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.data.source import Source
@@ -167,7 +166,7 @@ def _fingerprint(path: str, split: str, captions: Any, setting: str, example: st
     try:
         return data_fingerprint(path, split, bool(captions))
     except ConfigError as e:
-        if not captions and pictures(Path(path)):
+        if not captions and image_files(Path(path)):
             raise OptionsError(
                 f"{setting} is missing: the images in {path} have no metadata.jsonl with captions. Write one, or give "
                 f"one caption for all: --config.{setting}=\"('{example}',)\"."

@@ -26,8 +26,8 @@ FIRST_LOGIT_SCALE = float(np.log(1 / 0.07))
 
 
 def per_example(draw, keys: Key, shape: tuple[int, ...]) -> Array:
-    """One draw an example: [B, *shape] of `draw(key, shape)`."""
-    return jax.vmap(lambda key: draw(key, shape))(keys)
+    """One draw an example: [B, *shape] float32 of `draw(key, shape, dtype)`."""
+    return jax.vmap(lambda key: draw(key, shape, jnp.float32))(keys)
 
 
 def compute_dtypes(model: Model) -> Dtypes:

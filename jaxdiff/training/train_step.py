@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxdiff import parallel
 from jaxdiff.training.optimizer import learning_rate, optimizer
 from jaxdiff.training.options import Options
-from jaxdiff.typing import Array, Key, Params
+from jaxdiff.typing import PRNG, Array, Key, Params
 
 Batch = Mapping[str, Any]  # arrays [B, ...] by name
 Metrics = Mapping[str, Array]  # scalars by name
@@ -154,7 +154,9 @@ def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState,
     in_order = bool((rows == range(options.batch_size)).all())
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), state.step), options.batch_size)
+        keys = jax.random.split(
+            jax.random.fold_in(jax.random.key(options.seed, impl=PRNG), state.step), options.batch_size
+        )
         keys = keys if in_order else keys[rows]
         grads, metrics = accumulated_grad(loss, state.params, frozen, batch, keys, options.accumulate, mesh, dtypes)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

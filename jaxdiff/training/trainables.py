@@ -26,7 +26,7 @@ from jaxdiff.training.loop import Stage
 from jaxdiff.training.optimizer import check_multipliers
 from jaxdiff.training.options import NoiseOptions, OptionsError
 from jaxdiff.training.stages import Network, clip_params, clip_stage, diffusion_stage, vae_stage
-from jaxdiff.typing import Params
+from jaxdiff.typing import PRNG, Params
 
 LORA_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
 DEFAULT_TRAINABLE = ("unet",)
@@ -172,7 +172,8 @@ def _lora(config: Any, model: Model, params: Params) -> Trainable:
     c = config.lora
     alpha = float(c.alpha or c.rank)
     chosen = {"targets": _modules(config, model), "endings": tuple(c.layers) or ATTENTION}
-    params, merge = adapters.with_lora(model, params, c.rank, alpha, jax.random.key(config.seed), **chosen)
+    key = jax.random.key(config.seed, impl=PRNG)
+    params, merge = adapters.with_lora(model, params, c.rank, alpha, key, **chosen)
     network, sample_inputs = _seen(model)
     stage = _diffusion_stage(config, model, ("lora",), network, merge_params=merge)
 
@@ -205,7 +206,9 @@ def _controlnet(config: Any, model: Model, params: Params) -> Trainable:
         net, values = load_controlnet(c.init_from, dtype=None)
         net = net.copy(dtype=model.unet.dtype, remat=model.unet.remat)
     else:
-        net, values = from_unet(model.unet, params["unet"], jax.random.key(config.seed), model.vae.config.factor)
+        net, values = from_unet(
+            model.unet, params["unet"], jax.random.key(config.seed, impl=PRNG), model.vae.config.factor
+        )
     model, params = with_controlnets(model, params, (net, values))
     network = finetune.controlled_network(model)
     stage = _diffusion_stage(config, model, ("controlnet",), network)

@@ -14,7 +14,7 @@ from jaxdiff.models.layers import timestep_embedding
 from jaxdiff.models.model import Model, apply, in_unit, with_time_ids
 from jaxdiff.typing import Array, Denoise, Params
 
-NEGATIVE_SCORE = 2.5  # what the SDXL refiner is told of the picture that is not wanted
+NEGATIVE_SCORE = 2.5  # what the SDXL refiner is told of the image that is not wanted
 
 
 def denoiser(
@@ -35,8 +35,8 @@ def denoiser(
 
     Args:
         model, params: the model and its parameters.
-        cond: what the UNet attends to for each of B pictures, as `encode_text` gives it. Where SDXL's time ids are
-            missing, they say that the picture is drawn at its full size and not cut.
+        cond: what the UNet attends to for each of B images, as `encode_text` gives it. Where SDXL's time ids are
+            missing, they say that the image is drawn at its full size and not cut.
         uncond: the same for the negative prompts; None draws without guidance, at half the cost.
         guidance_scale: w of x = uncond + w (cond - uncond) (Ho & Salimans 2022, equation 6), scalar or [B];
             at 1 or less the negative prompt has no weight. A distilled model is told w - 1 instead (Luo et al. 2023,
@@ -44,9 +44,9 @@ def denoiser(
         guidance_rescale: how far, 0 to 1, the guided output is scaled to the deviation of `cond`'s; scalar or [B].
         guidance_interval: (low, high) of sigma / alpha, between which alone there is guidance.
         extra_channels: [B, h, w, c] that follow x's channels: an inpainting model's mask and masked latents, an
-            upscaler's small picture.
+            upscaler's small image.
         class_labels: int32 [B] or one for all, for a UNet with class embeddings: the upscaler's noise level.
-        control_images: for each of the model's ControlNets the picture [B, H, W, 3] that steers, in [0, 1] or of
+        control_images: for each of the model's ControlNets the image [B, H, W, 3] that steers, in [0, 1] or of
             whole numbers from 0 to 255.
         controlnet_scale: the weight of each, scalar or [B].
 

@@ -1,4 +1,4 @@
-"""Where the pictures of a command go."""
+"""Where the images of a command go."""
 
 import collections
 import os
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from jaxdiff.commands.errors import Failure, UsageError
+from jaxdiff.cli.errors import Failure, UsageError
 
 NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -19,51 +19,51 @@ def name_of(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt.lower())[:50].strip("-") or "picture"
 
 
-def output_paths(output: str, pictures: list[dict[str, Any]]) -> tuple[list[Path], Path]:
-    """Where each picture goes, and the sheet of all.
+def output_paths(output: str, requests: list[dict[str, Any]]) -> tuple[list[Path], Path]:
+    """Where each image goes, and the sheet of all.
 
     Raises:
-        UsageError: `output` is no PNG, or a pattern of something else or without a name for each picture.
+        UsageError: `output` is no PNG, or a pattern of something else or without a name for each image.
     """
     path = Path(output)
     if "{" in output:
         try:
             names = [
-                output.format(index=i, seed=p["seed"], prompt=name_of(p["prompt"])) for i, p in enumerate(pictures)
+                output.format(index=i, seed=p["seed"], prompt=name_of(p["prompt"])) for i, p in enumerate(requests)
             ]
         except (LookupError, ValueError, AttributeError):
             raise UsageError(f"--output {output} may name {{prompt}}, {{seed}} and {{index}} only.") from None
         if not output.lower().endswith(".png"):
-            raise UsageError(f"--output {output} is a pattern, and pictures are PNG: end it in .png.")
+            raise UsageError(f"--output {output} is a pattern, and images are PNG: end it in .png.")
         paths = [Path(name) for name in names]
         return paths, paths[0].parent / "grid.png"
     if path.suffix.lower() in NOT_PNG:
-        raise UsageError(f"--output {output}: pictures are written as PNG: name a .png file or a folder.")
+        raise UsageError(f"--output {output}: images are written as PNG: name a .png file or a folder.")
     if path.suffix.lower() != ".png" or path.is_dir():
-        names = [f"{name_of(p['prompt'])}-{p['seed']:03d}" for p in pictures]
+        names = [f"{name_of(p['prompt'])}-{p['seed']:03d}" for p in requests]
         if len(set(names)) < len(names):  # a seed of a prompts file, or frames of an interpolation
             names = [f"{name}-{i:03d}" for i, name in enumerate(names)]
         return [path / f"{name}.png" for name in names], path / "grid.png"
     sheet = path.with_name(f"{path.stem}-grid.png")
-    if len(pictures) == 1:
+    if len(requests) == 1:
         return [path], sheet
-    return [path.with_name(f"{path.stem}-{i:03d}.png") for i in range(len(pictures))], sheet
+    return [path.with_name(f"{path.stem}-{i:03d}.png") for i in range(len(requests))], sheet
 
 
 class Files(NamedTuple):
     """Where everything goes that a command writes."""
 
-    pictures: list[Path]
-    previews: list[Path]  # one a picture
+    images: list[Path]
+    previews: list[Path]  # one an image
     sheet: Path
-    film: Path
+    animation: Path
 
 
-def output_files(f: flags.FlagValues, pictures: list[dict[str, Any]]) -> Files:
+def output_files(f: flags.FlagValues, requests: list[dict[str, Any]]) -> Files:
     """Where the files go that the flags ask for. Raises UsageError where two of them have one name."""
-    paths, sheet = output_paths(f.output, pictures)
+    paths, sheet = output_paths(f.output, requests)
     previews = [path.with_name(f"{path.stem}-preview.png") for path in paths]
-    files = Files(paths, previews, sheet, sheet.with_name(f"{sheet.stem.removesuffix('grid')}film.gif"))
+    files = Files(paths, previews, sheet, sheet.with_name(f"{sheet.stem.removesuffix('grid')}animation.gif"))
     written = [*paths, *(previews if f.preview else ()), *([sheet] if f.grid else ())]
     # Some file systems take names for one that differ in capitals alone.
     counts = collections.Counter(str(path).casefold() for path in written)
@@ -74,7 +74,7 @@ def output_files(f: flags.FlagValues, pictures: list[dict[str, Any]]) -> Files:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise Failure where pictures plainly cannot be written, without making anything."""
+    """Raise Failure where images plainly cannot be written, without making anything."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise Failure(f"--output: {existing} is a file, not a folder: choose another place.")

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from jaxdiff.errors import JaxdiffError
 
@@ -52,3 +53,26 @@ def run(name: str, argv: list[str], command: Callable[[list[str]], int | None], 
             logging.exception("traceback")
         print(f"{name}: error: {message(e, smaller)}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
+
+
+def main(
+    name: str,
+    argv: list[str],
+    doc: str | None,
+    parse: Callable[[list[str]], Any],
+    command: Callable[[Any], None],
+    *,
+    smaller: str,
+    stopped: str,
+) -> int:
+    """Run a command line, or show its help: `doc` and the flags. See `run`; `command` is given what `parse` returns."""
+    logging.basicConfig(format=f"{name}: %(levelname)s: %(message)s")
+
+    def parsed(argv: list[str]) -> None:
+        f = parse(argv)
+        if f.help:
+            print(doc, f.get_help(), sep="\n")
+        else:
+            command(f)
+
+    return run(name, argv, parsed, smaller=smaller, stopped=stopped)

@@ -1,0 +1,140 @@
+"""A command line of the command that draws, and what can be said of it without a model."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.options import FLAG_OF, OPTIONS, define, is_given
+from jaxdiff.errors import ArgumentError
+from jaxdiff.io.images import read_metadata
+from jaxdiff.sampling.checks import as_interval
+
+
+@contextlib.contextmanager
+def flag_errors() -> Iterator[None]:
+    """Errors of arguments become errors of the flags that they come from."""
+    try:
+        yield
+    except ArgumentError as e:
+        raise UsageError(f"--{FLAG_OF.get(e.argument, e.argument)} {e.reason}") from None
+
+
+def read(f: flags.FlagValues, argv: list[str], hint: str) -> flags.FlagValues:
+    """The same flags with the values of a command line. Raises UsageError; `hint` is for words that are no flags."""
+    try:
+        rest = f(argv)[1:]
+    except flags.Error as e:
+        raise UsageError(f"{e}; --help shows all flags.") from None
+    if rest and not f.help:
+        raise UsageError(f"{rest[0]!r} belongs to no flag: {hint}.")
+    return f
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """Flags of a command line, checked as far as that goes without the model.
+
+    Raises:
+        UsageError: flags that cannot be right.
+        ImageError: the file of --from_png cannot be read, or holds no flags.
+    """
+    hint = "put each prompt in quotes after its own --prompt"
+    f = read(define(), argv, hint)
+    if f.help:
+        return f
+    if f.from_png is not None:
+        f = read(define(), [argv[0], *flags_of(f), *argv[1:]], hint)
+    if not f.prompt and not f.prompts_file:
+        raise UsageError('--prompt is missing: say what to draw, such as --prompt "a castle".')
+    for option in OPTIONS.values():
+        if option.needs and f[option.name].present and not is_given(f[option.needs].value):
+            raise UsageError(
+                f"--{option.name} goes with --{option.needs}: give that too, or leave --{option.name} out."
+            )
+    for name, value in f.flag_values_dict().items():
+        numeric = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, float)]
+        if not all(map(math.isfinite, numeric)):
+            raise UsageError(f"--{name} {value} must be finite.")
+    for given in f.lora:
+        weighted(given)
+    for option in OPTIONS.values():
+        if option.count:
+            f[option.name].value = numbers(f, option.name, option.count, option.kind)
+    with flag_errors():
+        as_interval(f.guidance_interval)
+    check_tasks(f)
+    return f
+
+
+def flags_of(f: flags.FlagValues) -> list[str]:
+    """The flags that the PNG of --from_png holds, without those that the command line gives itself."""
+    kept = read_metadata(f.from_png)
+    if not isinstance(kept, dict):
+        raise UsageError(f"--from_png {f.from_png} is a sheet of several images: give the PNG of one.")
+    found: list[str] = []
+    for name, value in kept.items():
+        if name not in OPTIONS:
+            raise UsageError(f"--from_png {f.from_png} holds {name}, which is no flag here: give the flags themselves.")
+        if f[name].present or (name == "prompt" and f.prompts_file is not None):
+            continue
+        value = ",".join(map(str, value)) if OPTIONS[name].count else value
+        found += [f"--{name}={x}" for x in (value if isinstance(value, list) else [value])]
+    return found
+
+
+def weighted(given: str) -> tuple[str, float]:
+    """path:0.8, as --lora has it, as a path and a weight; 1 where there is none. Raises UsageError."""
+    path, _, number = given.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        return given, 1.0
+    if not path:
+        return given, 1.0
+    if not math.isfinite(weight):
+        raise UsageError(f"--lora {given}: the weight {number} must be finite, such as {path}:0.8.")
+    return path, weight
+
+
+def numbers(f: flags.FlagValues, name: str, count: int, kind: type) -> tuple | None:
+    """A flag's list as so many numbers, none below 0."""
+    given: list[str] | None = f[name].value
+    if given is None:
+        return None
+    try:
+        values = tuple(kind(v) for v in given)
+        if len(values) != count or not all(v >= 0 for v in values):
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"--{name} {','.join(given)} must be {count} numbers, none below 0, with commas between."
+        ) from None
+    return values
+
+
+def check_model(f: flags.FlagValues, model: Any) -> None:
+    """Raise UsageError for flags that mean nothing to this model."""
+    upscales, distilled = model.family == "upscaler", model.unet.config.time_cond_proj_dim is not None
+    if f["noise_level"].present and not upscales:
+        raise UsageError("--noise_level is for upscaling models, which this one is not: leave it out.")
+    if f["strength"].present and upscales:
+        raise UsageError("--strength is for images that are redrawn, and this model enlarges them: leave it out.")
+    for name in ("negative_prompt", "negative_prompt_2", "guidance_rescale", "guidance_interval"):
+        if distilled and f[name].present:
+            raise UsageError(f"--{name} is for guidance, which this model was distilled to do without: leave it out.")
+
+
+def check_tasks(f: flags.FlagValues) -> None:
+    """Raise UsageError for flags that do not go together."""
+    if f.mask is not None and f.outpaint is not None:
+        raise UsageError("--mask and --outpaint both say what is drawn: give one of them.")
+    for name in ("variation_seed", "blend_prompt"):
+        if f.interpolate is not None and f[name].value is not None:
+            raise UsageError(f"--interpolate goes from image to image by itself: leave out --{name}.")
+    if f.controlnet and len(f.control_image) != len(f.controlnet):  # else the model's own are meant
+        raise UsageError(f"{len(f.controlnet)} --controlnet and {len(f.control_image)} --control_image: one for each.")
+    if f.controlnet_scale and len(f.controlnet_scale) != len(f.control_image):
+        raise UsageError(f"{len(f.controlnet_scale)} --controlnet_scale for {len(f.control_image)} --control_image.")

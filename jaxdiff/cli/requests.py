@@ -1,0 +1,110 @@
+"""From the flags to the images to draw: each one's prompt, seed, and the flags that draw it again."""
+
+import itertools
+import math
+from typing import Any
+
+from absl import flags
+
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.options import OPTIONS, SEEDS, Option, is_given
+from jaxdiff.text.prompt_files import PromptError, PromptLine, read_prompts
+from jaxdiff.text.styles import apply_style
+from jaxdiff.text.wildcards import expand
+
+ImageRequest = dict[str, Any]  # the flags that draw one image, by name
+
+
+def prompt_lines(f: flags.FlagValues) -> list[PromptLine]:
+    """The line of each image, with its seed, of all flags and files, expanded and in style; raises UsageError.
+
+    Seeds count up over all images; a line of a prompts file that has a seed starts its own.
+    """
+    try:
+        found: list[PromptLine] = []
+        for line in [PromptLine(p) for p in f.prompt] + (read_prompts(f.prompts_file) if f.prompts_file else []):
+            negative = f.negative_prompt if line.negative_prompt is None else line.negative_prompt
+            for (i, prompt), k in itertools.product(enumerate(alternatives(f, line.prompt)), range(f.num_images)):
+                seed = (f.seed + len(found) if line.seed is None else line.seed + k) % SEEDS
+                drawn = alternatives(f, line.prompt, seed)[i] if f.wildcards and not f.matrix else prompt
+                found.append(PromptLine(drawn, negative, seed))
+        if f.style is None:
+            return found
+        styled = [apply_style(line.prompt, line.negative_prompt, f.style, f.styles_file) for line in found]
+        return [PromptLine(*texts, line.seed) for texts, line in zip(styled, found, strict=True)]
+    except PromptError as e:
+        raise UsageError(str(e)) from None
+
+
+def alternatives(f: flags.FlagValues, prompt: str, seed: int = 0) -> list[str]:
+    """The prompts that one of the flags' stands for; how many does not depend on the seed, which draws wildcards."""
+    return expand(prompt, f.wildcards, seed=seed, matrix=f.matrix).prompts if f.matrix or f.wildcards else [prompt]
+
+
+def image_requests(f: flags.FlagValues, lines: list[PromptLine]) -> list[ImageRequest]:
+    """The images in order: what tells each from the others, and the flags that draw it again, to the byte."""
+    kept = [option for option in OPTIONS.values() if option.is_kept]
+    shared = {option.name: f[option.name].value for option in kept if says_something(f, option)}
+    requests: list[ImageRequest] = []
+    for line in lines:
+        negative = {} if line.negative_prompt is None else {"negative_prompt": line.negative_prompt}
+        requests.append({**shared, "prompt": line.prompt, "seed": line.seed, **negative})
+    requests = animation(requests, f.interpolate) if f.interpolate else requests
+    # In one order, so that an image drawn again from its flags is the same file.
+    return [{option.name: r[option.name] for option in kept if option.name in r} for r in requests]
+
+
+def says_something(f: flags.FlagValues, option: Option) -> bool:
+    """Whether an image is drawn otherwise without this flag, now or with other defaults of the model."""
+    value = f[option.name].value
+    if option.needs:
+        return is_given(value) and is_given(f[option.needs].value)
+    return option.always or value != option.default
+
+
+def animation(requests: list[ImageRequest], frames: int) -> list[ImageRequest]:
+    """So many images from each one to the next; from a single one, to the image of the next seed."""
+    if len(requests) == 1:
+        requests = [*requests, requests[0] | {"seed": (requests[0]["seed"] + 1) % SEEDS}]
+    negative = len({r.get("negative_prompt") for r in requests}) > 1
+
+    def frame(a: ImageRequest, b: ImageRequest, part: float) -> ImageRequest:
+        text = {"blend_prompt": b["prompt"], "blend": part}
+        if negative:
+            text["blend_negative_prompt"] = b.get("negative_prompt") or ""
+        return a | text | {"variation_seed": b["seed"], "variation_strength": part}
+
+    between = [frame(a, b, k / frames) for a, b in itertools.pairwise(requests) for k in range(frames)]
+    return [*between, frame(requests[-1], requests[-1], 0.0)]
+
+
+def count_images(f: flags.FlagValues, lines: list[PromptLine]) -> int:
+    """How many images `image_requests` will have."""
+    count = len(lines)
+    return count if f.interpolate is None else max(count - 1, 1) * f.interpolate + 1
+
+
+def sheet_columns(f: flags.FlagValues, count: int) -> int:
+    """Of the sheet of `count` images: a prompt's in a row, else a matrix's last alternatives, else near a square."""
+    if f.num_images > 1:
+        return f.num_images
+    if f.matrix and len(f.prompt) == 1:
+        axes = expand(f.prompt[0], f.wildcards, seed=f.seed, matrix=True).axes
+        return len(axes[-1]) if axes else 1
+    return math.ceil(math.sqrt(count))
+
+
+def batch_arguments(batch: list[ImageRequest]) -> dict[str, Any]:
+    """The arguments of `resolve_images` that draw a batch, but for images."""
+    found: dict[str, Any] = {}
+    for name, option in OPTIONS.items():
+        if option.part == "image" and any(name in r for r in batch):
+            found[option.argument or name] = [r.get(name) for r in batch]
+        if option.part == "prompts" and name in batch[0]:
+            found[name] = batch[0][name]
+    return found
+
+
+def batch_size(total: int, devices: int) -> int:
+    """Batches of equal size, of at most 4 images a device."""
+    return math.ceil(total / math.ceil(total / (4 * devices)))

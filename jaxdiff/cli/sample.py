@@ -1,0 +1,236 @@
+"""Draw images from text.
+
+    python sample.py --prompt "a castle"
+    python sample.py --prompt "a castle" --prompt "a dog" --num_images 4 --grid --output drawn/
+    python sample.py --prompt "a castle" --image castle.png --strength 0.6 --output again.png
+    python sample.py --from_png castle.png --steps 50 --output finer.png
+
+Written paths go to stdout, one a line; progress, warnings and errors to stderr. Images are counted over all prompts,
+and image i is drawn from the seed --seed + i. Its PNG holds the flags that draw it again, its own seed among them, for
+--from_png and `jaxdiff.io.images.read_metadata`. Exit code: 0; 2 for flags that cannot be right; 130 after Ctrl-C; 1
+for any other failure.
+"""
+
+import dataclasses
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+import jaxdiff
+from jaxdiff.cli import errors
+from jaxdiff.cli.errors import Failure, UsageError
+from jaxdiff.cli.flags import check_model, flag_errors, parse, weighted
+from jaxdiff.cli.options import OPTIONS
+from jaxdiff.cli.outputs import check_folder, make_folder, output_files
+from jaxdiff.cli.requests import (
+    ImageRequest,
+    batch_arguments,
+    batch_size,
+    count_images,
+    image_requests,
+    prompt_lines,
+    sheet_columns,
+)
+from jaxdiff.io import cache, images
+from jaxdiff.io.controlnet import load_controlnet
+from jaxdiff.io.edges import canny
+from jaxdiff.io.vae import load_tiny_vae
+from jaxdiff.sampling.generate import draw
+from jaxdiff.sampling.resolve import Request, Settings, resolve_images, resolve_settings
+
+FRAMES = 8  # of a --preview
+FRAME_SECONDS = 0.1  # of an --interpolate animation
+
+Reader = Callable[[str], np.ndarray]  # a file as an image uint8 [H, W, 3]
+
+
+def resolve(f: flags.FlagValues, model: jaxdiff.Model, count: int, read: Reader) -> Settings:
+    """What `count` images share. Flags left open get the value that is decided; raises UsageError if one cannot be."""
+    check_model(f, model)
+    arguments = {name: f[name].value for name, option in OPTIONS.items() if option.part == "settings"}
+    arguments |= {"image": f.image, "mask": f.mask or f.outpaint, "guidance_scale": f.guidance_scale}
+    if f.outpaint:
+        arguments |= outpainted_size(f, model, read(f.image).shape)
+    elif f.image and model.family == "upscaler":  # its size is that of the image, enlarged
+        arguments["image"] = read(f.image)
+    try:
+        with flag_errors():
+            settings = resolve_settings(model, frames=min(FRAMES, f.steps) if f.preview else 0, **arguments)
+    except ValueError as e:  # the model's scheduler_config.json
+        raise UsageError(str(e)) from None
+    for name in ("scheduler", "guidance_scale", "strength", "height", "width"):
+        f[name].value = getattr(settings, name)
+    f["batch_size"].value = f.batch_size or batch_size(count, jax.local_device_count())
+    return settings
+
+
+def outpainted_size(f: flags.FlagValues, model: jaxdiff.Model, shape: tuple[int, ...]) -> dict[str, int]:
+    """Height and width as the flags say, or of the extended image [H, W, 3], rounded down to the VAE's factor."""
+    left, top, right, bottom = f.outpaint
+    factor = model.vae.config.factor
+    height, width = ((side // factor) * factor for side in (shape[0] + top + bottom, shape[1] + left + right))
+    return {"height": f.height or height, "width": f.width or width}
+
+
+def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple[jaxdiff.Model, Any]:
+    """The model (`opened` already, or to be) with all that is laid onto it, and its parameters wherever is drawn."""
+    params: Any
+    model, params = opened or jaxdiff.load(f.model, dtype=f.dtype, prediction_type=f.prediction_type)
+    if f.vae:
+        model, params = jaxdiff.load_vae(model, params, f.vae)
+    for given in f.embedding:
+        model, params = jaxdiff.load_textual_inversion(model, params, *named(given))
+    if f.lora:
+        files = [weighted(given) for given in f.lora]
+        params = jaxdiff.load_lora(model, params, [path for path, _ in files], [scale for _, scale in files])
+    if f.controlnet:
+        nets = [load_controlnet(path, dtype=f.dtype) for path in f.controlnet]
+        model, params = jaxdiff.with_controlnets(model, params, *nets)
+    if f.preview_vae:
+        tiny, tree = load_tiny_vae(f.preview_vae, dtype=f.dtype)
+        model, params = dataclasses.replace(model, tiny_vae=tiny), params | {"tiny_vae": tree}
+    return model, jaxdiff.replicate(params, jax.local_devices()[: f.batch_size])
+
+
+def named(given: str) -> tuple[str, str | None]:
+    """token=path as a path and a token; None where there is none. A path may have an = too."""
+    token, equals, path = given.partition("=")
+    return (path, token) if equals and "/" not in token and not Path(given).exists() else (given, None)
+
+
+def given_images(f: flags.FlagValues, model: jaxdiff.Model, read: Reader) -> dict[str, Any]:
+    """The images that are redrawn, enlarged or followed, at the size drawn: arguments of `resolve_images`."""
+    found: dict[str, Any] = {}
+    if f.outpaint:
+        extended, mask = images.extend(read(f.image), *f.outpaint)
+        found |= {"image": images.fit(extended, f.height, f.width), "mask": images.fit_mask(mask, f.height, f.width)}
+    elif f.image:
+        shrink = model.vae.config.factor if model.family == "upscaler" else 1
+        found["image"] = fitted("--image", f.image, f.height // shrink, f.width // shrink, read)
+    if f.mask:
+        sizes = [read(path).shape[:2] for path in (f.image, f.mask)]
+        if sizes[0] != sizes[1]:
+            shown = " and ".join(f"{width} x {height}" for height, width in sizes)
+            raise Failure(f"--image and --mask are {shown}: make the mask as large as the image.")
+        found["mask"] = fitted("--mask", f.mask, f.height, f.width, read).mean(-1) >= 127.5
+    if f.control_image:
+        given = [fitted("--control_image", path, f.height, f.width, read) for path in f.control_image]
+        found["control_images"] = [canny(x) for x in given] if f.control_edges else given
+        found["controlnet_scale"] = f.controlnet_scale or 1.0
+    return found
+
+
+def fitted(flag: str, path: str, height: int, width: int, read: Reader) -> np.ndarray:
+    """The image of a flag at the size drawn, with a warning if that cuts or resizes it."""
+    image = read(path)
+    if image.shape[:2] != (height, width):
+        note = "%s %s is %d x %d: cut at its centre and resized to %d x %d."
+        logging.warning(note, flag, path, image.shape[1], image.shape[0], width, height)
+    return images.fit(image, height, width)
+
+
+def batches(
+    model: jaxdiff.Model, settings: Settings, requests: list[ImageRequest], size: int, given: dict[str, Any]
+) -> list[Request]:
+    """What each batch is drawn from. The last one is filled up. Warns of prompts that are cut; raises UsageError."""
+    found = []
+    for i in range(0, len(requests), size):
+        batch = requests[i : i + size]
+        filled = batch + batch[-1:] * (size - len(batch))
+        with flag_errors():
+            found.append(resolve_images(model, settings, **batch_arguments(filled), **given))
+    return found
+
+
+def with_progress(batches: Iterator[list[tuple]], total: int) -> Iterator[tuple]:
+    """The images of all batches, with a bar on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(elapsed_when_finished=True),
+    )  # fmt: skip
+    # Paths printed meanwhile pass through the bar's console only if stdout is a terminal, else they belong to a pipe.
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
+    ) as bar:
+        task, start, done = bar.add_task("compiling and drawing", total=total, speed=""), time.monotonic(), 0
+        for batch in batches:
+            done += len(batch)
+            speed = f"{done / (time.monotonic() - start):.2f} images/s"
+            bar.update(task, completed=done, description="drawing", speed=speed)
+            yield from batch
+
+
+def drawn(model: jaxdiff.Model, params: Any, requests: list[Request], total: int) -> Iterator[list[tuple]]:
+    """Batch by batch: [(image [H, W, 3], frames [F, H, W, 3] or None), …], `total` in all."""
+    for request in requests:
+        size = min(total, len(request.prompts))
+        total -= size
+        found, frames = draw(model, params, request)
+        yield list(zip(found, [None] * len(found) if frames is None else frames, strict=True))[:size]
+
+
+def run(f: flags.FlagValues) -> None:
+    """Draw what the flags say. Whatever can be wrong is found in order of its cost."""
+    check_folder(Path(f.output.split("{")[0] or ".").parent)
+    lines = prompt_lines(f)
+    path, opened = model_paths.find(f.model), None
+    if path.is_dir():  # configs alone: weights are slow to read
+        model = diffusers_folder.load_model(path, f.dtype, prediction_type=f.prediction_type)
+    else:  # of a one-file checkpoint the tensors tell the configs
+        opened = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type)
+        model = opened[0]
+    read = functools.cache(images.read_image)
+    settings = resolve(f, model, count_images(f, lines), read)
+    requests = image_requests(f, lines)
+    files = output_files(f, requests)
+    check_folder(files.images[0].parent)
+    given = given_images(f, model, read)
+    cache.cache_compilations(f.cache_dir)
+    model, params = load(f, opened)
+    parts = batches(model, settings, requests, f.batch_size, given)
+    for folder in {p.parent for p in files.images}:
+        make_folder(folder)
+
+    def write(path: Path, image: np.ndarray, metadata: Any) -> None:
+        images.write_png(path, image, metadata)
+        print(path, flush=True)
+
+    shown: list[np.ndarray] = []
+    finished = with_progress(drawn(model, params, parts, len(requests)), len(requests))
+    for i, (metadata, (image, frames)) in enumerate(zip(requests, finished, strict=True)):
+        write(files.images[i], image, metadata)
+        if f.preview:
+            write(files.previews[i], images.strip(frames), metadata)
+        if f.grid or f.interpolate:
+            shown.append(image)
+    if f.grid:
+        write(files.sheet, images.grid(shown, sheet_columns(f, len(shown))), requests)
+    if f.interpolate:
+        images.write_gif(files.animation, shown, FRAME_SECONDS)
+        print(files.animation, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line, by default this program's; returns the exit code."""
+    argv = sys.argv if argv is None else argv
+    return errors.main(
+        Path(argv[0]).name,
+        argv,
+        __doc__,
+        parse,
+        run,
+        smaller="lower --batch_size, --height or --width, give --tile, or use --dtype=bfloat16",
+        stopped="the images listed so far are whole",
+    )

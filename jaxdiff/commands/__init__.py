@@ -1,1 +1,0 @@
-"""What sample.py and train.py are made of: flags, files to write, and errors in one sentence."""

@@ -1,0 +1,195 @@
+"""Arguments one by one, checked and brought into form: a row for each image, numpy arrays, errors in one sentence."""
+
+import operator
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxdiff import parallel
+from jaxdiff.errors import ArgumentError
+from jaxdiff.models.controlnet import check_fits
+from jaxdiff.models.model import Model
+from jaxdiff.typing import Array, Params
+
+NOISE_LEVEL = 20  # on the small image of an upscaling model
+
+
+def as_whole(name: str, value: int, low: int, high: int | None = None) -> int:
+    """A whole number from low to high."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if number < low or (high is not None and number > high):
+        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ArgumentError(name, f"{value} must be a whole number {allowed}.")
+    return number
+
+
+def as_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """One prompt or more as a list."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ArgumentError("prompts", "is empty: give at least one.")
+    return prompts
+
+
+def as_devices(devices: Sequence[jax.Device] | None, count: int, params: Params) -> tuple[jax.Device, ...]:
+    """What `count` images are drawn on: where the parameters were put, else no more devices than images."""
+    placed = parallel.committed(params)
+    if devices is not None and not len(devices):
+        raise ArgumentError("devices", "is empty: give at least one, or None for all of this process.")
+    if placed:
+        if devices is not None and set(devices) != set(placed):
+            raise ArgumentError("devices", f"are not the {len(placed)} that params were put on: leave out devices.")
+        return placed
+    return tuple(jax.local_devices() if devices is None else devices)[:count]
+
+
+def as_batch(name: str, value: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    """A text for each image: one text serves all."""
+    values = [value] if value is None or isinstance(value, str) else list(value)
+    values = values * count if len(values) == 1 else values
+    if len(values) != count:
+        raise ArgumentError(name, f"holds {len(values)} texts for {count} prompts: give one, or one a prompt.")
+    return values
+
+
+def as_numbers(
+    name: str, value: float | Sequence[float], count: int, low: float = -np.inf, high: float = np.inf, dtype=np.float32
+) -> np.ndarray:
+    """A number for each image, [B], from low to high: one serves all."""
+    whole = np.issubdtype(dtype, np.integer)
+    numbers = np.asarray(value, np.float64 if whole else dtype)
+    if numbers.shape not in ((), (count,)):
+        raise ArgumentError(name, f"has shape {list(numbers.shape)} for {count} prompts: give one, or one a prompt.")
+    if not np.isfinite(numbers).all():
+        raise ArgumentError(name, f"{value} must be finite.")
+    if not ((numbers >= low) & (numbers <= high)).all():
+        raise ArgumentError(name, f"{value} must be from {low} to {high}.")
+    if whole and (numbers % 1).any():
+        raise ArgumentError(name, f"{value} must be a whole number.")
+    return np.broadcast_to(numbers.astype(dtype), (count,))
+
+
+def as_images(name: str, image: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
+    """One image or a batch, uint8 or float in [0, 1], as float32 [B, H, W, 3] of the size drawn."""
+    image = np.asarray(image)
+    if image.ndim not in (3, 4) or image.shape[-3:] != (*shape, 3):
+        raise ArgumentError(
+            name,
+            f"has shape {list(image.shape)[-3:]}, but the output is {[*shape, 3]}: resize it to height "
+            f"{shape[0]} and width {shape[1]} in RGB, or give the height and width that fit it.",
+        )
+    if image.ndim == 4 and len(image) not in (1, count):
+        raise ArgumentError(name, f"holds {len(image)} images for {count} prompts: give one, or one a prompt.")
+    values = image.astype(np.float32) / 255 if image.dtype == np.uint8 else in_unit(name, image)
+    return np.broadcast_to(values, (count, *image.shape[-3:]))
+
+
+def in_unit(name: str, values: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1], or past it by no more than resampling rounds, as float32."""
+    if not (values.min() >= -1e-3 and values.max() <= 1 + 1e-3):  # true of not-a-number too
+        kind, low, high = values.dtype, values.min(), values.max()
+        raise ArgumentError(
+            name, f"is {kind} from {low:g} to {high:g}: give uint8 from 0 to 255, or numbers from 0 to 1."
+        )
+    return values.astype(np.float32, copy=False)
+
+
+def as_mask(mask: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
+    """One mask [H, W] or a batch [B, H, W], bool, uint8 or float in [0, 1], as bool [B, H, W, 1]: white is redrawn."""
+    mask = np.asarray(mask)
+    if mask.ndim not in (2, 3) or mask.shape[-2:] != shape:
+        raise ArgumentError(
+            "mask", f"has shape {list(mask.shape)[-2:]}, the image {list(shape)}: make them of one size."
+        )
+    if mask.ndim == 3 and len(mask) not in (1, count):
+        raise ArgumentError("mask", f"holds {len(mask)} masks for {count} prompts: give one, or one a prompt.")
+    if mask.dtype == np.uint8:
+        if mask.max() == 1:
+            raise ArgumentError("mask", "is uint8 and nowhere above 1: white is 255; or give it as bool.")
+        mask = mask >= 128
+    elif mask.dtype != bool:
+        mask = in_unit("mask", mask) >= 0.5
+    return np.broadcast_to(mask, (count, *shape))[..., None]
+
+
+def as_noise(noise: Array, count: int, shape: tuple[int, ...]) -> np.ndarray:
+    noise = np.asarray(noise, np.float32)
+    if noise.shape != (count, *shape):
+        raise ArgumentError("noise", f"has shape {list(noise.shape)}, but must have {[count, *shape]}.")
+    if not np.isfinite(noise).all():
+        raise ArgumentError("noise", "must be finite, and holds numbers that are not: draw it again.")
+    return noise
+
+
+def as_interval(interval: tuple[float, float] | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """(low, high) as numbers that may be traced."""
+    if interval is None:
+        return None
+    values = np.asarray(interval, np.float32)
+    if values.shape != (2,) or not 0 <= values[0] < values[1]:
+        raise ArgumentError(
+            "guidance_interval", f"{interval} must be two noise levels, the lower one first and at least 0."
+        )
+    return values[0], values[1]
+
+
+def as_controls(
+    model: Model, given: Array | Sequence[Array], scale: float | Sequence[float], count: int, size: tuple[int, int]
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """For each of the model's ControlNets its images [B, H, W, 3] and its scales [B]; nothing if none are given."""
+    images: list[Array] = list(given) if isinstance(given, list | tuple) else [np.asarray(given)]
+    nets = model.controlnets
+    if not images:
+        return (), ()
+    if not nets:
+        raise ArgumentError("control_images", "are for ControlNets, and this model has none: add one.")
+    if len(images) != len(nets):
+        raise ArgumentError("control_images", f"are {len(images)} for {len(nets)} ControlNets: give one for each.")
+    for net in nets:
+        check_fits(net.config, model.unet.config)
+    scales = np.asarray(scale, np.float32)
+    if scales.shape not in ((), (len(nets),)):
+        raise ArgumentError(
+            "controlnet_scale", f"{scale} must be one number, or one for each of {len(nets)} ControlNets."
+        )
+    if not np.isfinite(scales).all():
+        raise ArgumentError("controlnet_scale", f"{scale} must be finite.")
+    each = np.repeat(np.broadcast_to(scales, (len(nets),))[:, None], count, 1)
+    return tuple(as_images("control_images", image, count, size) for image in images), tuple(each)
+
+
+def most_noise(model: Model) -> int:
+    """The highest noise_level of an upscaling model."""
+    classes = model.unet.config.num_class_embeds
+    assert classes is not None
+    return min(model.options.max_noise_level, classes - 1)
+
+
+def as_noise_level(model: Model, value: int | Sequence[int] | None, count: int) -> np.ndarray | None:
+    """The noise on an upscaling model's small images, int32 [B]; None for other models."""
+    if model.family != "upscaler":
+        if value is not None:
+            raise ArgumentError("noise_level", "is for upscaling models, which this one is not: leave it out.")
+        return None
+    most = most_noise(model)
+    return as_numbers("noise_level", min(NOISE_LEVEL, most) if value is None else value, count, 0, most, np.int32)
+
+
+def check_task(model: Model, image: Array | None, mask: Array | None, hires: float | None, hires_upscale: str) -> None:
+    """Raise ArgumentError where the model and the images given do not make a task."""
+    if mask is not None and image is None:
+        raise ArgumentError("mask", "needs the image that it is laid over: give image as well.")
+    if model.inpaints and mask is None:
+        raise ArgumentError("mask", "is missing: this model is for inpainting: give image and mask (white is redrawn).")
+    if model.family == "upscaler" and mask is not None:
+        raise ArgumentError("mask", "is for images that are redrawn; this model enlarges them: leave it out.")
+    if model.family == "upscaler" and image is None:
+        raise ArgumentError("image", "is missing: this model is for upscaling: give the small image as image.")
+    if hires is not None and model.family == "upscaler":
+        raise ArgumentError("hires", "is not for models that upscale: leave it out.")
+    if hires_upscale not in ("pixel", "latent"):
+        raise ArgumentError("hires_upscale", f"{hires_upscale!r} is unknown; known are pixel and latent.")

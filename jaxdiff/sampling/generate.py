@@ -1,0 +1,307 @@
+"""From prompts to images: `generate` puts the pure pieces under one compiled program a device."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff import parallel
+from jaxdiff.diffusion.base import Scheduler
+from jaxdiff.diffusion.sampling_loop import sample, step_keys
+from jaxdiff.diffusion.schedulers import get_scheduler
+from jaxdiff.models.model import Model
+from jaxdiff.models.tiny_vae import preview
+from jaxdiff.sampling.checks import as_devices
+from jaxdiff.sampling.denoiser import denoiser
+from jaxdiff.sampling.inputs import (
+    CallInputs,
+    ImageInputs,
+    codec,
+    conditions,
+    extra_channels,
+    lowres_inputs,
+    slerp,
+    starting_point,
+    upscaled,
+)
+from jaxdiff.sampling.resolve import Request, resolve_images, resolve_settings
+from jaxdiff.typing import Array, Key, Params
+
+HIRES = 2**30  # folded into the keys of a second stage; steps take small numbers
+
+
+class Drawn(NamedTuple):
+    """B images as they are drawn."""
+
+    images: Array  # uint8 [B, H, W, 3]
+    finite: Array  # bool [B]: whether every pixel came out as a number
+    frames: Array | None  # uint8 [B, F, H, W, 3], where asked for
+
+
+@functools.lru_cache(maxsize=64)
+def sampler(
+    model: Model,
+    scheduler: str | Scheduler,
+    clip_skip: int,
+    upscale: str,
+    tile: int | None,
+    devices: tuple[jax.Device, ...],
+) -> parallel.Mapped:
+    """The compiled program that draws: (params, CallInputs, ImageInputs) -> Drawn.
+
+    It is compiled anew for other shapes, types, or fields that are None; all values are traced.
+    """
+
+    def draw(params: Params, call: CallInputs, inputs: ImageInputs) -> Drawn:
+        cond, uncond = conditions(model, params, inputs, clip_skip)
+        method = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(scheduler, model.scheduler)
+        vae = codec(model, params, tile)
+
+        def stage(
+            inputs: ImageInputs, keys: Key, start: Array | None, lowres: Array | None = None
+        ) -> Callable[..., Any]:
+            """`sample` of these inputs, from noise or from the latents of a smaller image."""
+            denoise = denoiser(
+                model,
+                params,
+                cond,
+                uncond,
+                inputs.guidance_scale,
+                guidance_rescale=inputs.guidance_rescale,
+                guidance_interval=call.guidance_interval,
+                extra_channels=extra_channels(model, vae, inputs),
+                class_labels=inputs.noise_level,
+                control_images=inputs.control_images,
+                controlnet_scale=inputs.controlnet_scale,
+            )
+            x, steps = starting_point(model, vae, call, inputs, start, lowres, method)
+            return functools.partial(sample, denoise, x, call.times, steps, keys, start=start)
+
+        keys, lowres = inputs.keys, None
+        if inputs.lowres_noise is not None:
+            latents = stage(lowres_inputs(model, inputs), keys, call.lowres_start)()
+            lowres, keys = upscaled(model, vae, latents, inputs.noise.shape, upscale), step_keys(keys, HIRES)
+        if call.preview_steps is None:
+            x0, frames = stage(inputs, keys, call.start, lowres)(), None
+        else:
+            x0, steps = stage(inputs, keys, call.start, lowres)(trajectory=True)
+            frames = as_bytes(frames_of(model, params, vae.decode, steps[call.preview_steps]))
+        images = vae.decode(x0)
+        return Drawn(as_bytes(images), jnp.isfinite(images).all((1, 2, 3)), frames)
+
+    return parallel.pmap(draw, devices, shared=2)
+
+
+def frames_of(model: Model, params: Params, decode: Callable[[Array], Array], steps: Array) -> Array:
+    """Predictions of latents [F, B, h, w, C] as images [B, F, H, W, 3], by the tiny autoencoder if there is one."""
+    flat = steps.reshape(-1, *steps.shape[2:])
+    frames = decode(flat) if model.tiny_vae is None else preview(model.tiny_vae, params["tiny_vae"], flat)
+    return jnp.moveaxis(frames.reshape(*steps.shape[:2], *frames.shape[1:]), 0, 1)
+
+
+def as_bytes(images: Array) -> Array:
+    """Images in [0, 1] as uint8."""
+    return jnp.round(255 * images).astype(jnp.uint8)
+
+
+def check_finite(finite: Array, prompts: list[str], model: Model) -> None:
+    """Raise FloatingPointError for images of which some pixel is no number."""
+    bad = np.flatnonzero(~np.asarray(finite))
+    if bad.size:
+        half = model.unet.dtype == jnp.float16
+        mend = (
+            "float16 overflows in this model, so load it with dtype bfloat16 or float32"
+            if half
+            else "lower guidance_scale and the scales of LoRAs and ControlNets, or fetch damaged weights again"
+        )
+        raise FloatingPointError(
+            f"{bad.size} of {len(prompts)} images, the first {prompts[bad[0]]!r:.60}, came out as not-a-number "
+            f"(NaN): {mend}."
+        )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def initial_noise(keys: Key, shape: tuple[int, ...]) -> Array:
+    """Unit Gaussian latents [B, *shape] float32, each drawn from its own key only."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32))(keys)
+
+
+def with_noise(request: Request) -> ImageInputs:
+    """The request's inputs with the unit Gaussian latents that they start from, and those of a smaller image."""
+    inputs, settings = request.images, request.settings
+
+    def drawn(shape: tuple[int, ...], given: Array | None = None) -> Array:
+        noise = initial_noise(inputs.keys, shape) if given is None else given
+        if request.variation is None:
+            return noise
+        keys, amount = request.variation
+        return slerp(noise, initial_noise(keys, shape), amount)
+
+    lowres = None if settings.lowres_latents is None else drawn(settings.lowres_latents)
+    return inputs._replace(noise=drawn(settings.latents, inputs.noise), lowres_noise=lowres)
+
+
+def draw(
+    model: Model, params: Params, request: Request, devices: Sequence[jax.Device] | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The images uint8 [B, H, W, 3] of a request, and frames [B, F, H, W, 3] where it asks for them. See `generate`."""
+    settings, count = request.settings, len(request.prompts)
+    program = sampler(
+        model,
+        settings.scheduler,
+        settings.clip_skip,
+        settings.hires_upscale,
+        settings.tile,
+        as_devices(devices, count, params),
+    )
+    drawn = jax.tree.map(np.asarray, program(params, settings.call, with_noise(request)))
+    check_finite(drawn.finite, request.prompts, model)
+    return drawn.images, drawn.frames
+
+
+def generate(
+    model: Model,
+    params: Params,
+    prompts: str | Sequence[str],
+    negative_prompts: str | Sequence[str | None] | None = None,
+    *,
+    prompts_2: str | Sequence[str | None] | None = None,
+    negative_prompts_2: str | Sequence[str | None] | None = None,
+    blend_prompts: str | Sequence[str] | None = None,
+    blend_negative_prompts: str | Sequence[str | None] | None = None,
+    blend: float | Sequence[float] = 0.5,
+    seed: int | Sequence[int] = 0,
+    variation_seed: int | Sequence[int] | None = None,
+    variation_strength: float | Sequence[float] = 0.1,
+    steps: int = 25,
+    guidance_scale: float | Sequence[float] | None = None,
+    guidance_rescale: float | Sequence[float] = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
+    clip_skip: int = 0,
+    emphasis: bool = True,
+    scheduler: str | Scheduler | None = None,
+    spacing: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    noise: Array | None = None,
+    image: Array | None = None,
+    strength: float | None = None,
+    mask: Array | None = None,
+    noise_level: int | Sequence[int] | None = None,
+    control_images: Array | Sequence[Array] = (),
+    controlnet_scale: float | Sequence[float] = 1.0,
+    hires: float | None = None,
+    hires_strength: float = 0.6,
+    hires_upscale: str = "pixel",
+    tile: int | None = None,
+    frames: int = 0,
+    devices: Sequence[jax.Device] | None = None,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Draw one image a prompt: from text alone, or from an image redrawn, inpainted, enlarged or followed.
+
+    Compiled once for each batch size, image size, type, scheduler, number of steps, chunks of the longest prompt, and
+    set of arguments given; prompts, seeds, noise, images, scales, interval, spacing, strength and noise level are
+    traced.
+
+    Args:
+        prompts: B prompts; brackets give emphasis, and long ones go in chunks (jaxdiff/prompts.py). Each attends to its
+            own chunks only, whatever the length of the others.
+        negative_prompts: what to steer away from: none, one for all, or one a prompt.
+        prompts_2, negative_prompts_2: what the second text encoder of SDXL reads instead, at both ends of a blend;
+            None: the same.
+        blend_prompts, blend_negative_prompts, blend: prompts whose embeddings are interpolated with those of `prompts`
+            and `negative_prompts`; `blend` is the fraction from 0 to 1, one value or one per image: many values make
+            an animation from one prompt to another.
+        seed: image i is drawn from key(seed + i), alone or in a batch, on one device or many (the batch a device
+            draws changes the order of sums, so that a pixel may differ by one grey level); or a seed an image.
+        variation_seed, variation_strength: noise drawn from another seed (counted up like `seed`), and how far, 0 to 1,
+            the noise is turned towards it: a little gives variations of an image, many values an animation between two.
+        steps: length of the time grid.
+        guidance_scale: weight of the prompt, for all or one an image; 1 or less turns guidance off. None takes what
+            the model recommends, else 7.5. Distilled models (LCM) are told of it, and need no second half of the batch.
+        guidance_rescale: in [0, 1], how much of the contrast that guidance adds is taken back (Lin et al. 2023).
+        guidance_interval: (low, high) of sigma / alpha, the noise levels with guidance (Kynkäänniemi et al. 2024).
+        clip_skip: how many of the text encoder's layers are left out at its end, beyond those always left out.
+        emphasis: whether brackets and BREAK in prompts mean something.
+        scheduler: a name of `SCHEDULERS`, or a `Scheduler` of your own, which takes the time grid of "euler"; None
+            takes what the model's scheduler_config.json says.
+        spacing: of the time grid, see `time_grid`; None takes what the config says. "ays" is SDXL's own table for it.
+        height, width: pixels, multiples of the VAE's factor; None takes the model's own size.
+        noise: unit Gaussian latents [B, h, w, C] to start from instead of those drawn from the seeds; with `hires`,
+            those of the second stage.
+        image: image or images [B, H, W, 3] (uint8, or float in [0, 1]) to start from instead of pure noise; with
+            an upscaling model, the small one [B, H / factor, W / factor, 3].
+        strength: in (0, 1], the part of the steps that an `image` goes through (Meng et al. 2022, SDEdit); None is
+            0.6, and 1 with a mask. At 1 what a mask covers is drawn from noise alone. An LCM (without `mask` and
+            `hires`) takes all its steps, over that part of the ones that it was distilled of.
+        mask: [H, W] or [B, H, W] (bool, uint8, or float in [0, 1]): white is redrawn, and black kept but for what the
+            autoencoder changes. Any model inpaints; those with 9 channels were taught to.
+        noise_level: of an upscaling model: noise on the small image, in steps, up to the model's max_noise_level;
+            None is 20, or as much as there is.
+        control_images: for each of the model's ControlNets the image [H, W, 3] or images [B, H, W, 3] to follow.
+        controlnet_scale: weight of the ControlNets, for all or one for each.
+        hires: draw so many times smaller first, enlarge, and redraw the part `hires_strength` of the steps at full
+            size: large images of models that were taught small ones. Enlarged is the image, or as
+            `hires_upscale` says "latent", what the autoencoder makes of it, which is cheaper and blurrier. An image,
+            mask and control images are resized for the small image; `strength` is of its steps.
+        tile: encode and decode in overlapping tiles of this many latents (jaxdiff/models/tiling.py), for images that
+            the autoencoder has no memory for.
+        frames: how many predictions of the finished image along the way are returned as well, at most `steps`; where
+            fewer steps are taken, one for each.
+        devices: what to draw on, the batch divided over them; None takes those that `params` were put on, as by
+            `replicate`, else all that this process has.
+
+    Returns:
+        uint8 [B, H, W, 3]; with `frames` = F > 0 also uint8 [B, F, H, W, 3], from first (rough) to last.
+
+    Raises:
+        ArgumentError (a ValueError): one sentence naming the argument and what it may be.
+        FloatingPointError: an image came out as not-a-number, as float16 may overflow.
+    """
+    settings = resolve_settings(
+        model,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
+        clip_skip=clip_skip,
+        scheduler=scheduler,
+        spacing=spacing,
+        height=height,
+        width=width,
+        noise=noise,
+        image=image,
+        strength=strength,
+        mask=mask,
+        hires=hires,
+        hires_strength=hires_strength,
+        hires_upscale=hires_upscale,
+        tile=tile,
+        frames=frames,
+    )
+    request = resolve_images(
+        model,
+        settings,
+        prompts,
+        negative_prompts,
+        prompts_2=prompts_2,
+        negative_prompts_2=negative_prompts_2,
+        blend_prompts=blend_prompts,
+        blend_negative_prompts=blend_negative_prompts,
+        blend=blend,
+        seed=seed,
+        variation_seed=variation_seed,
+        variation_strength=variation_strength,
+        guidance_rescale=guidance_rescale,
+        emphasis=emphasis,
+        noise=noise,
+        image=image,
+        mask=mask,
+        noise_level=noise_level,
+        control_images=control_images,
+        controlnet_scale=controlnet_scale,
+    )
+    images, frames = draw(model, params, request, devices)
+    return images if frames is None else (images, frames)

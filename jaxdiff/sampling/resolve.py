@@ -1,0 +1,341 @@
+"""Arguments to what is drawn, the same for `generate` and for the command. Pure functions that know no file.
+
+`resolve_settings` decides what all images of a call share. It needs the model's configuration alone, so that a command
+finds mistakes before it reads weights. `resolve_images` then brings into form what each image is drawn from.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff.diffusion.base import Scheduler
+from jaxdiff.diffusion.schedulers import get_scheduler
+from jaxdiff.diffusion.times import default_scheduler, is_distilled, time_grid
+from jaxdiff.errors import ArgumentError
+from jaxdiff.models.model import Model
+from jaxdiff.sampling.checks import (
+    as_batch,
+    as_controls,
+    as_images,
+    as_interval,
+    as_mask,
+    as_noise,
+    as_noise_level,
+    as_numbers,
+    as_prompts,
+    as_whole,
+    check_task,
+)
+from jaxdiff.sampling.inputs import CallInputs, ImageInputs
+from jaxdiff.text import chunks as text
+from jaxdiff.typing import PRNG, Array, Key
+
+CUSTOM_GRID = "euler"  # whose time grid a `Scheduler` of one's own takes: sigma / alpha falls to 0, with no detours
+
+Texts = str | Sequence[str | None] | None
+
+
+class Settings(NamedTuple):
+    """What all images of a call share."""
+
+    scheduler: str | Scheduler
+    guidance_scale: float | Sequence[float]
+    strength: float | None  # None: no image, or one that is enlarged
+    height: int  # pixels
+    width: int
+    latents: tuple[int, int, int]  # (h, w, C)
+    lowres_latents: tuple[int, int, int] | None  # of a smaller image that is drawn first
+    hires_upscale: str
+    clip_skip: int
+    tile: int | None
+    call: CallInputs
+
+
+class Request(NamedTuple):
+    """Everything that B images are drawn from, but for their noise."""
+
+    settings: Settings
+    prompts: list[str]
+    images: ImageInputs
+    variation: tuple[Key, np.ndarray] | None  # keys [B] of other noise, and how far [B] the noise is turned to it
+
+
+def resolve_settings(
+    model: Model,
+    *,
+    steps: int = 25,
+    guidance_scale: float | Sequence[float] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    clip_skip: int = 0,
+    scheduler: str | Scheduler | None = None,
+    spacing: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    noise: Array | None = None,
+    image: Array | None = None,
+    strength: float | None = None,
+    mask: Array | None = None,
+    hires: float | None = None,
+    hires_strength: float = 0.6,
+    hires_upscale: str = "pixel",
+    tile: int | None = None,
+    frames: int = 0,
+) -> Settings:
+    """What all images of a call share; see `generate` for the arguments. Of images only the shapes are looked at.
+
+    Raises:
+        ArgumentError: an argument cannot be right, alone, with others or for this model.
+        ValueError: the model's scheduler_config.json cannot be followed.
+    """
+    check_task(model, image, mask, hires, hires_upscale)
+    latents = latent_shape(model, *resolve_size(model, height, width, noise, image))
+    steps = as_whole("steps", steps, 1)
+    scheduler = default_scheduler(model.scheduler) if scheduler is None else scheduler
+    grid = CUSTOM_GRID if isinstance(scheduler, Scheduler) else scheduler
+    get_scheduler(grid, model.scheduler)
+    strength = resolve_strength(model, image, mask, strength)
+    start = resolve_start(model, steps, grid, spacing, mask is not None, strength, hires, hires_strength)
+    spacing = "ays_sdxl" if spacing == "ays" and model.family.startswith("sdxl") else spacing
+    times, noise_scale = time_grid(model.scheduler, steps, grid, spacing, strength=start.part)
+    first, last = 0 if start.first is None else int(start.first), len(times.t) - 2
+    frames = as_whole("frames", frames, 0, steps)
+    preview_steps = np.unique(np.linspace(first, last, frames).round().astype(np.int32)) if frames else None
+    interval = as_interval(guidance_interval)
+    return Settings(
+        scheduler=scheduler,
+        guidance_scale=model.options.guidance_scale if guidance_scale is None else guidance_scale,
+        strength=strength,
+        height=latents[0] * model.vae.config.factor,
+        width=latents[1] * model.vae.config.factor,
+        latents=latents,
+        lowres_latents=None if hires is None else lowres_shape(latents, hires),
+        hires_upscale=hires_upscale,
+        clip_skip=as_whole("clip_skip", clip_skip, 0),
+        tile=None if tile is None else as_whole("tile", tile, 1),
+        call=CallInputs(times, np.asarray(noise_scale), start.first, start.lowres, interval, preview_steps),
+    )
+
+
+def resolve_images(
+    model: Model,
+    settings: Settings,
+    prompts: str | Sequence[str],
+    negative_prompts: Texts = None,
+    *,
+    prompts_2: Texts = None,
+    negative_prompts_2: Texts = None,
+    blend_prompts: Texts = None,
+    blend_negative_prompts: Texts = None,
+    blend: float | Sequence[float] = 0.5,
+    seed: int | Sequence[int] = 0,
+    variation_seed: int | Sequence[int] | None = None,
+    variation_strength: float | Sequence[float] = 0.1,
+    guidance_scale: float | Sequence[float] | None = None,
+    guidance_rescale: float | Sequence[float] = 0.0,
+    emphasis: bool = True,
+    noise: Array | None = None,
+    image: Array | None = None,
+    mask: Array | None = None,
+    noise_level: int | Sequence[int] | None = None,
+    control_images: Array | Sequence[Array] = (),
+    controlnet_scale: float | Sequence[float] = 1.0,
+) -> Request:
+    """What each of B images is drawn from; see `generate` for the arguments. Raises ArgumentError."""
+    prompts = as_prompts(prompts)
+    count, size = len(prompts), (settings.height, settings.width)
+    scales = as_numbers("guidance_scale", settings.guidance_scale if guidance_scale is None else guidance_scale, count)
+    rescale = as_numbers("guidance_rescale", guidance_rescale, count, 0.0, 1.0)
+    guided = bool((scales > 1).any()) and model.unet.config.time_cond_proj_dim is None
+    blended = blend_prompts is not None
+    tokens, negative, blend_tokens, blend_negative = encoder_inputs(
+        model,
+        {
+            "prompts": (prompts, prompts_2),
+            "negative_prompts": (negative_prompts, negative_prompts_2) if guided else None,
+            "blend_prompts": (blend_prompts, prompts_2) if blended else None,
+            "blend_negative_prompts": None
+            if blend_negative_prompts is None or not guided
+            else (blend_negative_prompts, negative_prompts_2),
+        },
+        count,
+        emphasis,
+    )
+    assert tokens is not None
+    variation = None
+    if variation_seed is not None:
+        amount = as_numbers("variation_strength", variation_strength, count, 0.0, 1.0)
+        variation = image_keys(variation_seed, count, "variation_seed"), amount
+    hints, weights = as_controls(model, control_images, controlnet_scale, count, size)
+    seen = settings.latents[:2] if model.family == "upscaler" else size
+    images = ImageInputs(
+        tokens=tokens,
+        negative=negative,
+        guidance_scale=scales,
+        guidance_rescale=rescale if rescale.any() else None,
+        noise=None if noise is None else as_noise(noise, count, settings.latents),
+        keys=image_keys(seed, count),
+        image=None if image is None else as_images("image", image, count, seen),
+        mask=None if mask is None else as_mask(mask, count, size),
+        noise_level=as_noise_level(model, noise_level, count),
+        control_images=hints,
+        controlnet_scale=weights,
+        blend=as_numbers("blend", blend, count, 0.0, 1.0),
+        blend_tokens=blend_tokens,
+        blend_negative=blend_negative,
+    )
+    return Request(settings, prompts, images, variation)
+
+
+def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """(h, w, C) of an image's latents; raises ArgumentError if the VAE's factor does not divide height or width."""
+    own, factor = model.unet.config.sample_size, model.vae.config.factor
+    sizes = []
+    for i, (name, pixels) in enumerate((("height", height), ("width", width))):
+        if pixels is None:
+            pixels = (own if isinstance(own, int) else own[i]) * factor
+        if not isinstance(pixels, int | np.integer) or pixels < factor or pixels % factor:
+            raise ArgumentError(name, f"{pixels} must be a positive multiple of {factor}, the VAE's factor.")
+        sizes.append(int(pixels) // factor)
+    return sizes[0], sizes[1], model.vae.config.latent_channels
+
+
+def resolve_size(
+    model: Model, height: int | None, width: int | None, noise: Array | None, image: Array | None
+) -> tuple[int | None, int | None]:
+    """Height and width in pixels where they are given, or follow from the noise or from an image to be enlarged."""
+    if noise is not None and np.ndim(noise) == 4:
+        latent = np.shape(noise)[1:3]
+    elif model.family == "upscaler" and image is not None and np.ndim(image) > 2:
+        latent = np.shape(image)[-3:-1]
+    else:
+        return height, width
+    factor = model.vae.config.factor
+    return height or latent[0] * factor, width or latent[1] * factor
+
+
+def resolve_strength(model: Model, image: Any, mask: Any, strength: float | None) -> float | None:
+    """How much of the image is redrawn; None without one, and where it is enlarged."""
+    if model.family == "upscaler" and strength is not None:
+        raise ArgumentError(
+            "strength", f"{strength} is for images that are redrawn; this model enlarges them: leave it out."
+        )
+    if image is None or model.family == "upscaler":
+        return None
+    return (0.6 if mask is None else 1.0) if strength is None else strength
+
+
+def first_step(steps: int, strength: float, name: str = "strength") -> int:
+    """How many of the steps are left out at the beginning, so that the part `strength` of them is taken."""
+    taken = int(steps * strength) if 0 < strength <= 1 else 0
+    if not taken:
+        raise ArgumentError(name, f"{strength} must be in (0, 1] and leave at least one of {steps} steps.")
+    return steps - taken
+
+
+class Start(NamedTuple):
+    """Where on the time grid images start."""
+
+    first: np.ndarray | None  # int32, the first step taken; None: all are, from noise alone
+    lowres: np.ndarray | None  # the same of a smaller image that is drawn first
+    part: float = 1.0  # of the steps of a distillation: those that the grid lies over
+
+
+def resolve_start(
+    model: Model,
+    steps: int,
+    scheduler: str,
+    spacing: str | None,
+    masked: bool,
+    strength: float | None,
+    hires: float | None,
+    hires_strength: float,
+) -> Start:
+    """Where images start: an LCM takes all its steps through an image, over a part of those that it was distilled of.
+
+    As in diffusers' LatentConsistencyModelImg2ImgPipeline; all else leaves out the first steps, as its other pipelines.
+    """
+    first = lowres = None
+    part, distilled = 1.0, model.unet.config.time_cond_proj_dim is not None
+    plain = distilled and not masked and hires is None
+    if strength is not None and plain and is_distilled(model.scheduler, scheduler, spacing):
+        first_step(model.scheduler.original_inference_steps, strength)  # complains
+        first, part = 0, strength
+    elif strength is not None:
+        first = first_step(steps, strength)
+    if hires is not None:
+        first, lowres = first_step(steps, hires_strength, "hires_strength"), first
+    first_array, lowres_array = (None if n is None else np.asarray(n, np.int32) for n in (first, lowres))
+    return Start(first_array, lowres_array, part)
+
+
+def lowres_shape(shape: tuple[int, int, int], hires: float) -> tuple[int, int, int]:
+    """The latents' shape (h, w, C) of an image drawn `hires` times smaller."""
+    if not hires > 1 or min(shape[:2]) < hires:
+        raise ArgumentError("hires", f"{hires} must be above 1, and leave something of {list(shape[:2])} latents.")
+    return round(shape[0] / hires), round(shape[1] / hires), shape[2]
+
+
+def image_keys(seed: int | Sequence[int], count: int, name: str = "seed") -> Key:
+    """One key an image: image i of a call with seed s has key(s + i); a sequence of seeds is taken as it is.
+
+    The generator is named, so that an application with another default draws the same images.
+    """
+    seeds = np.asarray(seed)
+    if seeds.dtype.kind not in "iu" or seeds.shape not in ((), (count,)):
+        raise ArgumentError(name, f"{seed} must be a whole number below 2**64, or one for each of {count} prompts.")
+    seeds = seeds.astype(np.int64) + (np.arange(count) if seeds.ndim == 0 else 0)
+    return jax.vmap(lambda s: jax.random.key(s, impl=PRNG))(jnp.asarray(seeds % 2**32, jnp.uint32))
+
+
+def tokenize(
+    model: Model,
+    prompts: str | Sequence[str | None],
+    prompts_2: Texts = None,
+    *,
+    emphasis: bool = True,
+    chunks: int | None = None,
+) -> text.Tokens | Array:
+    """Prompts to what `encode_text` reads: token ids int32 [B, K L], or `Tokens` where there is more to say. Host side.
+
+    Prompts and negative prompts of one image need the same number of chunks: give `chunks` for both where one of them
+    may be long.
+
+    Args:
+        prompts: one prompt or B of them; see jaxdiff/prompts.py for emphasis and limits.
+        prompts_2: what the second text encoder of SDXL reads instead, for all or one a prompt; None: the same.
+        emphasis: whether brackets and BREAK in prompts mean something.
+        chunks: K, of L tokens each; None takes as many as the longest prompt needs.
+
+    Raises:
+        ArgumentError (a ValueError): one sentence naming the argument and what it may be.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    second = as_batch("prompts_2", prompts_2, len(prompts))
+    tokens = text.tokens(model, prompts, second, emphasis=emphasis, chunks=chunks)
+    return tokens.ids if all(field is None for field in tokens[1:]) else tokens
+
+
+def encoder_inputs(
+    model: Model, given: dict[str, tuple[Texts, Texts] | None], count: int, emphasis: bool
+) -> list[text.Tokens | None]:
+    """Tokens of each group of prompts, such as the negative ones, in as many chunks as any prompt of any group needs.
+
+    A group, by its name, is what the first text encoder reads and what SDXL's second one reads instead, None where it
+    is the same. A group that is None stays None.
+    """
+    groups = {
+        name: None if pair is None else (as_batch(name, pair[0], count), as_batch(f"{name}_2", pair[1], count))
+        for name, pair in given.items()
+    }
+    first, second = ([p for pair in groups.values() if pair for p in pair[i]] for i in (0, 1))
+    every = text.tokens(model, first, second, emphasis=emphasis)
+    every = text.weighed(every) if emphasis else every
+    starts = iter(range(0, len(first), count))
+
+    def part(i: int) -> text.Tokens:
+        return jax.tree.map(lambda a: a[i : i + count], every)
+
+    return [None if pair is None else part(next(starts)) for pair in groups.values()]
