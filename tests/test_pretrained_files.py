@@ -151,7 +151,11 @@ def test_unknown_block_is_named(folder):
             {"_class_name": "UNetMotionModel"},
             r"unet/config\.json describes a UNetMotionModel, but UNet2DConditionModel is needed",
         ),
-        ("unet", {"time_embedding_type": "fourier"}, "config says time_embedding_type: 'fourier', which is not built"),
+        (
+            "unet",
+            {"time_embedding_type": "fourier"},
+            "config says time_embedding_type: 'fourier', which is not supported",
+        ),
         ("unet", {"resnet_out_scale_factor": 1.4}, "config says resnet_out_scale_factor: 1.4, which is not supported"),
         ("unet", {"encoder_hid_dim_type": "image_proj"}, "config says encoder_hid_dim_type: 'image_proj', which"),
         ("unet", {"addition_embed_type": "image"}, "says addition_embed_type: 'image'; known are None, 'text_time'"),
