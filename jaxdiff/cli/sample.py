@@ -39,7 +39,7 @@ from jaxdiff.cli.requests import (
     prompt_lines,
     sheet_columns,
 )
-from jaxdiff.io import cache, images
+from jaxdiff.io import cache, diffusers_folder, images, model_paths
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.edges import canny
 from jaxdiff.io.vae import load_tiny_vae
@@ -55,7 +55,7 @@ Reader = Callable[[str], np.ndarray]  # a file as an image uint8 [H, W, 3]
 def resolve(f: flags.FlagValues, model: jaxdiff.Model, count: int, read: Reader) -> Settings:
     """What `count` images share. Flags left open get the value that is decided; raises UsageError if one cannot be."""
     check_model(f, model)
-    arguments = {name: f[name].value for name, option in OPTIONS.items() if option.part == "settings"}
+    arguments: dict[str, Any] = {name: f[name].value for name, option in OPTIONS.items() if option.part == "settings"}
     arguments |= {"image": f.image, "mask": f.mask or f.outpaint, "guidance_scale": f.guidance_scale}
     if f.outpaint:
         arguments |= outpainted_size(f, model, read(f.image).shape)

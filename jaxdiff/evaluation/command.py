@@ -111,7 +111,7 @@ def drawing_options(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]
     if model.inpaints or model.family == "upscaler":
         raise UsageError(f"--model {f.model} draws from an image: give one that draws from a prompt alone.")
     names = ("steps", "guidance_scale", "spacing", "height", "width")
-    options = {name: f[name].value for name in names}
+    options: dict[str, Any] = {name: f[name].value for name in names}
     try:
         with flag_errors():
             settings = resolve_settings(model, scheduler=f.scheduler, **options)

@@ -176,7 +176,8 @@ def publish(work: Path, output: Path, overwrite: bool) -> None:
     old = output.with_name(f".{output.name}.old")
     try:
         if overwrite:
-            shutil.rmtree(old, ignore_errors=True)
+            if output.exists():
+                shutil.rmtree(old, ignore_errors=True)
             replace_folder(output, work, old)
         else:
             work.rename(output)

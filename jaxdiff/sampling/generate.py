@@ -303,5 +303,5 @@ def generate(
         control_images=control_images,
         controlnet_scale=controlnet_scale,
     )
-    images, frames = draw(model, params, request, devices)
-    return images if frames is None else (images, frames)
+    images, previews = draw(model, params, request, devices)
+    return images if previews is None else (images, previews)
