@@ -161,7 +161,7 @@ def test_a_pretrained_model_learns_a_folder(cli, data, tiny_folder, tmp_path):
         ),
         (
             ("--config={config}:unet", "--workdir={tmp}", "--config.data.path={data}", "--config.init_from.vae=gone"),
-            1, "init_from.vae: gone is no folder",
+            1, "init_from.vae: gone is neither a folder",
         ),
         (
             ("--config={config}:unet", "--workdir={tmp}", "--config.data.path={data}", "--config.crop=8"),

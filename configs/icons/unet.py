@@ -3,8 +3,8 @@
 python train.py --config=configs/icons/unet.py --workdir=runs/unet
     One GPU, the whole set; not run yet.
 python train.py --config=configs/icons/unet.py:cpu --workdir=runs/unet
-    Two CPU cores (AMD EPYC, Zen 3), 123 everyday things in eleven styles: the latents take two minutes, then 25 images/s.
-    The run is meant for many hours; docs/icons.md says what came of each part of it.
+    Two CPU cores (AMD EPYC, Zen 3), 123 everyday things in eleven styles: latents in two minutes, then 25 images/s. The
+    run is meant for many hours; docs/icons.md says what came of each part of it.
 """
 
 from ml_collections import ConfigDict
