@@ -15,7 +15,7 @@ from jaxdiff import parallel
 from jaxdiff.config import ConfigError
 from jaxdiff.io.textual_inversion import TABLE
 from jaxdiff.models.model import build
-from jaxdiff.training import finetune
+from jaxdiff.training import finetune, on_eval
 from jaxdiff.training.defaults import base
 from jaxdiff.training.metrics import noise_levels, reconstructions
 from jaxdiff.training.on_eval import drawing, placed
@@ -248,8 +248,8 @@ def test_a_device_draws_no_more_of_a_sheet_at_a_time_than_it_trains_on(target_of
     target, _ = target_of(stage)
     held_out = [{"image": pictures(2, seed=i), "text": TEXTS[2 * i : 2 * i + 2]} for i in range(2)]
     config = settings(stage, eval={"prompts": tuple(TEXTS[:3]), "steps": 2}).eval
-    sizes, sheets, generate = [], [], jaxdiff.generate
-    monkeypatch.setattr(jaxdiff, "generate", lambda *args, **k: sizes.append(len(args[2])) or generate(*args, **k))
+    sizes, sheets, generate = [], [], on_eval.generate
+    monkeypatch.setattr(on_eval, "generate", lambda *args, **k: sizes.append(len(args[2])) or generate(*args, **k))
     for at_once in (4, 2):
         draw = drawing(config, target, held_out, at_once)
         sheets.append(draw(0, target.merge_params(target.params)).images.astype(int))

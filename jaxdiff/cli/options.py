@@ -87,7 +87,7 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         text("negative_prompt_2", "image", "What it reads as negative prompt.", needs="negative_prompt",
              argument="negative_prompts_2", without="the negative prompt"),
         text("style", "run", "A preset that adds words to prompt and negative prompt: watercolor, photo, … "
-             "(jaxdiff/styles.json)."),
+             "(jaxdiff/text/styles.json)."),
         text("styles_file", "run", "A JSON file of presets in place of the package's own.", needs="style"),
         switch("matrix", "run", "Expand {red|green} and every line of __wildcards__ in prompts, an image for each "
                "combination."),
