@@ -10,7 +10,6 @@ import pytest
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-import jaxdiff
 from jaxdiff import parallel
 from jaxdiff.config import ConfigError
 from jaxdiff.io.textual_inversion import TABLE
