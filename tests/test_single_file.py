@@ -243,7 +243,7 @@ def test_another_autoencoder_takes_the_models_place(tiny, tensors, tmp_path):
     save_file(alone, tmp_path / "prefix.safetensors")
     with pytest.raises(WeightsError, match=r"lacks the tensor first_stage_model\.decoder\.mid\.attn_1\.k\.bias"):
         load_vae(model, params, tmp_path / "prefix.safetensors")
-    with pytest.raises(ConfigError, match="nothing is missing"):
+    with pytest.raises(ConfigError, match="nothing does not exist"):
         load_vae(model, params, tmp_path / "nothing")
 
 

@@ -224,5 +224,8 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata or {"format": "pt"})  # one key: several come in any order
+        try:
+            save_file(tensors, temporary, metadata=metadata or {"format": "pt"})  # one key: several come in any order
+        except SafetensorError as e:  # a missing folder, a full disk
+            raise OSError(str(e)) from None
         temporary.chmod(0o644)  # safetensors makes files that only their owner can read
