@@ -143,10 +143,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_latents_of_something_else_are_refused(model, params, source, written, tmp_path):
-    with pytest.raises(ConfigError, match="other pictures, settings or models"):
+    with pytest.raises(ConfigError, match="other images, settings or models"):
         write(model, params, source, written, seed=4)
     other = {**params, "vae": jax.tree.map(lambda x: x + 1e-3, params["vae"])}
-    with pytest.raises(ConfigError, match="other pictures, settings or models"):
+    with pytest.raises(ConfigError, match="other images, settings or models"):
         write(model, other, source, written)
     for text, said in (
         ("{", "is damaged"),
@@ -191,5 +191,5 @@ def test_buckets_stay_apart(model, params, source, tmp_path):
     assert shapes == {(2, 8, 8, 4), (2, 4, 12, 4)}
     assert jnp.isfinite(shards(0, None)["latents"]).all()
     others = buckets._replace(numbers=np.append(buckets.numbers[:-1], 1))  # of the last picture alone
-    with pytest.raises(ConfigError, match="other pictures, settings or models"):
+    with pytest.raises(ConfigError, match="other images, settings or models"):
         write(model, params, source, tmp_path, buckets=others, views=1, embeddings=False)
