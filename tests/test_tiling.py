@@ -156,7 +156,7 @@ def test_the_seam_of_equal_tiles_does_not_show():
 
 @pytest.mark.parametrize(("tile", "overlap"), [(0, 0), (8, 8), (8, -1)])
 def test_tiles_out_of_range_are_named(small, latents, tile, overlap):
-    with pytest.raises(ValueError, match=f"tile {tile} must be at least 1, and overlap {overlap} from 0 to less"):
+    with pytest.raises(ValueError, match=f"tile {tile} must be at least 1, and overlap {overlap} from 0 to tile - 1"):
         decode_tiled(*small, latents, tile, overlap)
 
 
