@@ -55,7 +55,10 @@ def test_safetensors_in_shards(tmp_path):
     ("index", "message"),
     [
         ({}, "has no weight_map"),
-        ({"weight_map": {"a": "../../x.safetensors"}}, r"names '\.\./\.\./x\.safetensors', which is not a weights file"),
+        (
+            {"weight_map": {"a": "../../x.safetensors"}},
+            r"names '\.\./\.\./x\.safetensors', which is not a weights file",
+        ),
         ({"weight_map": {"a": "/etc/passwd"}}, "which is not a weights file beside it"),
         ({"weight_map": {"a": "model.safetensors.index.json"}}, "which is not a weights file beside it"),
         ({"weight_map": {"a": "gone.safetensors"}}, r"gone\.safetensors does not exist"),
