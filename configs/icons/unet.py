@@ -1,4 +1,4 @@
-"""The denoiser of the icons model, with the shipped text encoder, on the autoencoder of datasets/icons.
+"""The denoiser of the icons model: goes on from datasets/icons/next, the model in training.
 
 python train.py --config=configs/icons/unet.py --workdir=runs/unet
     One GPU, the whole set; not run yet.
@@ -34,8 +34,7 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     config.stage = "unet"
     sizes.check(scale)
     config.model = ConfigDict(sizes.model())
-    config.init_from.vae = "datasets/icons/vae"
-    config.init_from.text_encoder = "icons"
+    config.init_from.model = "datasets/icons/next"
     config.data.path = "data/icons"
     config.data.eval_split = "heldout_pairs"
     config.data.filter.source = sizes.SOURCES
