@@ -207,7 +207,7 @@ def generate(
     traced.
 
     Args:
-        prompts: B prompts; brackets give emphasis, and long ones go in chunks (jaxdiff/prompts.py). Each attends to its
+        prompts: B prompts; brackets give emphasis, and long ones go in chunks (jaxdiff/text/). Each attends to its
             own chunks only, whatever the length of the others.
         negative_prompts: what to steer away from: none, one for all, or one a prompt.
         prompts_2, negative_prompts_2: what the second text encoder of SDXL reads instead, at both ends of a blend;

@@ -304,7 +304,7 @@ def tokenize(
     may be long.
 
     Args:
-        prompts: one prompt or B of them; see jaxdiff/prompts.py for emphasis and limits.
+        prompts: one prompt or B of them; see jaxdiff/text/ for emphasis and limits.
         prompts_2: what the second text encoder of SDXL reads instead, for all or one a prompt; None: the same.
         emphasis: whether brackets and BREAK in prompts mean something.
         chunks: K, of L tokens each; None takes as many as the longest prompt needs.
