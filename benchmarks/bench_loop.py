@@ -42,7 +42,7 @@ from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import Options
 from jaxdiff.training.stages import diffusion_stage
 from jaxdiff.training.train_step import TrainState, init_state, make_train_step
-from tests.tiny import SCHEDULER, VAE, text_config, tiny_params, tokenizer
+from tests.support.tiny import SCHEDULER, VAE, text_config, tiny_params, tokenizer
 
 FIRST = 3  # steps before the first block; compilation is not the loop's
 

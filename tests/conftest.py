@@ -5,6 +5,8 @@ from importlib.metadata import version
 
 import pytest
 
+pytest_plugins = ("tests.support.commands",)
+
 # Most of the tests' time is compilation of what then runs once or twice. Without optimisations and with XLA's older
 # emitter of fused loops, where this jaxlib has both, it takes a third. `make test-all` sets the first to 0 and so tests
 # what users run.
@@ -47,7 +49,7 @@ def optimised(request):
 @pytest.fixture(scope="session")
 def tiny():
     """(model, params) of the tiny random model."""
-    from tests.tiny import tiny_model, tiny_params
+    from tests.support.tiny import tiny_model, tiny_params
 
     model = tiny_model()
     return model, tiny_params(model)

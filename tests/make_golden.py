@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests import oracle
+from tests.support import oracle
 
 GOLDEN = Path(__file__).parent / "golden" / "models.npz"
 

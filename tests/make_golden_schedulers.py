@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests import scheduler_oracle
-from tests.scheduler_cases import cases
+from tests.support import scheduler_oracle
+from tests.support.scheduler_cases import cases
 
 GOLDEN = Path(__file__).parent / "golden" / "schedulers.npz"
 

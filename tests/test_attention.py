@@ -9,7 +9,7 @@ import pytest
 
 from jaxdiff.models.attention import CHUNK_FROM, SCORES, _bounded, _float16, _fused, attention, split_heads
 from jaxdiff.models.cpu import CHUNK_QUERIES
-from tests.test_models import error
+from tests.support.comparison import error
 
 HEADS = 2
 

@@ -10,7 +10,7 @@ from jaxdiff.models.model import with_controlnets
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from tests import controlnet_oracle, oracle, pipelines  # noqa: E402
+from tests.support import controlnet_oracle, oracle, pipelines  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),

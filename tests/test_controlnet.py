@@ -17,8 +17,8 @@ from jaxdiff.io.original_layout import place
 from jaxdiff.io.tensor_files import named_tensors
 from jaxdiff.models.controlnet import ControlNet, check_fits, combine, example_inputs, from_unet
 from jaxdiff.models.unet import UNet2DConditionModel
-from tests import networks
-from tests.test_models import TOLERANCE, drawn, error
+from tests.support import networks
+from tests.support.comparison import TOLERANCE, drawn, error
 
 UNET_ONLY = ("sample_size", "up_block_types")
 HINTS = {"conditioning_embedding_out_channels": (8, 16, 16, 32)}
@@ -68,7 +68,7 @@ def test_residuals_and_what_the_unet_makes_of_them_equal_pytorch(name, tmp_path)
     """Two ControlNets at different scales: the same residuals, and the same output with them, as diffusers."""
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
-    from tests import controlnet_oracle
+    from tests.support import controlnet_oracle
 
     config, unet_config = CONFIGS[name]
     inputs, other = inputs_of(unet_config), inputs_of(unet_config, 1)["hint"]

@@ -16,7 +16,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data, open_source
 from jaxdiff.data.records import example_class, parse_example
 from jaxdiff.data.shards import index_shard
-from tests.datasets_of_pictures import add, picture, write_tars
+from tests.support.datasets_of_pictures import add, picture, write_tars
 
 # Tar
 

@@ -14,7 +14,7 @@ from jaxdiff.diffusion.prediction import PREDICTION_TYPES, add_noise, target, to
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule, shift_time
 from jaxdiff.diffusion.spacing import AYS, SPACINGS
 from jaxdiff.diffusion.times import time_grid
-from tests.scheduler_cases import CONFIGS, FLOW, NAMES, SD1, ZERO_SNR
+from tests.support.scheduler_cases import CONFIGS, FLOW, NAMES, SD1, ZERO_SNR
 
 # A handful of float32 operations on numbers of order 1, 2**-24 each; divided by alpha or sigma where that is small.
 ROUNDING = 1e-6

@@ -23,8 +23,8 @@ from jaxdiff.evaluation.images import find_images
 from jaxdiff.evaluation.report import table
 from jaxdiff.io.images import read_image, write_png
 from jaxdiff.text.prompt_files import PromptLine
-from tests import evaluation_folders as folders
-from tests.tiny import SIDE
+from tests.support import evaluation_folders as folders
+from tests.support.tiny import SIDE
 
 PROMPTS = ["a castle", "a red dragon", "a (blue:1.2) house"]
 DRAW = ("--prompts=prompts.txt", "--steps=2", "--num_images=2", "--batch_size=4")

@@ -16,7 +16,7 @@ from jaxdiff.errors import WeightsError
 from jaxdiff.evaluation import features as kept
 from jaxdiff.evaluation.encoder import encode_images, encode_texts, load_encoder, square, token_ids
 from jaxdiff.evaluation.features import cached_features
-from tests import evaluation_folders as folders
+from tests.support import evaluation_folders as folders
 
 # Each float32 operation errs by 2**-24 relatively; some hundred in a row give about 1e-6, as in test_models.py.
 TOLERANCE = 1e-5

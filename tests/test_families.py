@@ -16,13 +16,13 @@ from jaxdiff.io.diffusers_folder import load_model, pipeline_class
 from jaxdiff.io.modules import find_weights
 from jaxdiff.io.torch_names import tensor_name, to_torch_layout
 from jaxdiff.models.model import build, param_shapes
-from tests import tiny
+from tests.support import tiny
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from tests import pipelines  # noqa: E402
-from tests.pipelines import LATENT, SIDE  # noqa: E402
+from tests.support import pipelines  # noqa: E402
+from tests.support.pipelines import LATENT, SIDE  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),

@@ -8,34 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from jaxdiff import parallel
 from jaxdiff.config import ConfigError
 from jaxdiff.io.textual_inversion import TABLE
 from jaxdiff.models.model import build
 from jaxdiff.training import finetune, on_eval
-from jaxdiff.training.defaults import base
 from jaxdiff.training.metrics import noise_levels, reconstructions
 from jaxdiff.training.on_eval import drawing, placed
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.train_step import accumulated_grad, init_state, make_train_step
 from jaxdiff.training.trainables import make, process
-from tests.test_training import BATCH, keys, pictures
-from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
+from tests.support.stages import BATCH, keys, pictures, settings
+from tests.support.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
 
 BOTH = (("trainable", ("unet", "text_encoder")),)
 TEXTS = ["a castle", "a red dragon", "a blue house", "blurry"]
-
-
-def settings(stage: str, **changes) -> ConfigDict:
-    config = base()
-    config.stage = stage
-    config.textual_inversion.update({"token": "<cat>", "initial": "castle", "vectors": 2})
-    for name, value in {"caption_dropout": 0.0, **changes}.items():
-        config[name].update(value) if isinstance(value, dict) else config.update({name: value})
-    return config
 
 
 @pytest.fixture(scope="module")

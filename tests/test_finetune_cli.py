@@ -16,9 +16,9 @@ from jaxdiff.models.model import with_controlnets
 from jaxdiff.sampling.generate import initial_noise
 from jaxdiff.sampling.resolve import image_keys
 from jaxdiff.training.trainables import EMBEDDING_FILE, LORA_FILES
-from tests.test_train_cli import ROOT, cache_home, cli  # noqa: F401
-from tests.test_training import pictures
-from tests.tiny import LATENT, SIDE
+from tests.support.processes import ROOT
+from tests.support.stages import pictures
+from tests.support.tiny import LATENT, SIDE
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -30,7 +30,7 @@ from diffusers.pipelines.stable_diffusion import (  # noqa: E402
 )
 
 from jaxdiff.sampling.inputs import upscaler_noise  # noqa: E402
-from tests import oracle, pipelines  # noqa: E402
+from tests.support import oracle, pipelines  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and ml_collections' own
 STEPS, SCALE, LEVELS = 2, 7.5, 2  # LEVELS: see tests/test_tasks.py
@@ -121,7 +121,7 @@ KINDS = sorted(path.stem for path in (ROOT / "configs" / "finetune").glob("*.py"
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k in LONG else ()) for k in KINDS])
 def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
     kind,
-    cli,  # noqa: F811
+    train_cli,
     data,
     tiny_folder,
     tmp_path,
@@ -130,7 +130,7 @@ def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
     run = command(kind, data, tiny_folder, tmp_path)
     if kind == "lora":  # beside pictures of a class, and stopped on the way
         run.append(f"--config.prior_preservation.path={data}")
-        code, _, err = cli(*run, "--config.steps=1")
+        code, _, err = train_cli(*run, "--config.steps=1")
         assert code == 0, err
     if kind == "dreambooth":  # beside pictures of the class that the model draws itself
         flags = [f"--model={tiny_folder}", "--prompt=a castle", f"--steps={STEPS}", f"--guidance_scale={SCALE}"]
@@ -139,7 +139,7 @@ def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
         (tmp_path / "class").mkdir()
         assert sample.main(argv) == 0
         run.append(f"--config.prior_preservation.path={tmp_path}/class")
-    code, out, err = cli(*run)
+    code, out, err = train_cli(*run)
     assert code == 0, err
     assert ("goes on from step 1" in out) == (kind == "lora")
 
@@ -182,8 +182,8 @@ def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
     assert np.abs(drawn / 255.0 - theirs).max() <= LEVELS / 255
 
 
-def test_what_needs_pictures_takes_no_latents(cli, data, tiny_folder, tmp_path):  # noqa: F811
+def test_what_needs_pictures_takes_no_latents(train_cli, data, tiny_folder, tmp_path):
     run = command("controlnet", data, tiny_folder, tmp_path)
-    code, _, err = cli(*run, "--config.cache_latents=1")
+    code, _, err = train_cli(*run, "--config.cache_latents=1")
     assert code == 2
     assert "cache_latents 1" in err

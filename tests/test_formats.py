@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import struct
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +16,7 @@ from jaxdiff.io import hub
 from jaxdiff.io.model_paths import find
 from jaxdiff.io.tensor_files import load_tensors, open_tensors
 from jaxdiff.models.model import param_shapes
+from tests.support.written import entry, safetensors
 
 
 def drawn() -> dict[str, np.ndarray]:
@@ -155,15 +155,6 @@ def test_unknown_format(name, tmp_path):
 def test_missing_file(suffix, tmp_path):
     with pytest.raises(WeightsError, match=rf"x\.{suffix} does not exist"):
         open_tensors(tmp_path / f"x.{suffix}")
-
-
-def safetensors(header: bytes | dict, data: bytes = bytes(16)) -> bytes:
-    header = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(header)) + header + data
-
-
-def entry(begin: int, end: int, shape=(2,), dtype="F32") -> dict:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int8, np.bool_])

@@ -12,7 +12,7 @@ from jaxdiff.io.tensor_files import load_tensors
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
-from tests.test_models import error, shapes_of
+from tests.support.comparison import error, shapes_of
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4  # what a user of a checkpoint would not notice; measured are about 1e-6

@@ -18,19 +18,14 @@ from jaxdiff.diffusion.spacing import SPACINGS
 from jaxdiff.sampling.checks import as_devices
 from jaxdiff.sampling.generate import check_finite
 from jaxdiff.sampling.resolve import image_keys
-from tests.tiny import LATENT, SIDE, tiny_controlnet, tiny_model
+from tests.support.comparison import levels
+from tests.support.tiny import LATENT, SIDE, tiny_controlnet, tiny_model
 
 PROMPTS = ["a castle", "a red dragon", "a blue house"]
 STEPS = 3
 # The same picture drawn in a batch of another size, on another number of devices or by another compiled program differs
 # by the order of float32 sums, 1e-6 or so: at most a pixel that falls on the border of two levels changes, by one.
 LEVEL = 1
-
-
-def levels(a, b) -> int:
-    """Largest difference of two sets of pictures, of 255."""
-    assert a.shape == b.shape
-    return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +42,6 @@ def three(draw):
 @pytest.fixture(scope="module")
 def image():
     return np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-
-
-@pytest.fixture
-def compilations():
-    """Names of the programs that XLA has compiled since the test began."""
-    names, listening = [], True
-
-    def listener(event, seconds, **kwargs):
-        if listening and event == "/jax/core/compile/backend_compile_duration":
-            names.append(kwargs.get("fun_name"))
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    yield names
-    listening = False
 
 
 def test_pictures_are_bytes_and_depend_on_everything(draw, three):
@@ -279,12 +260,15 @@ def test_the_pieces_take_bytes_as_generate_does(tiny, image):
 
 @pytest.fixture(scope="module")
 def eight_devices(tmp_path_factory):
-    """What `tests/draw_on_devices.py` reports from a process with eight simulated devices."""
+    """What `tests/support/draw_on_devices.py` reports from a process with eight simulated devices."""
     out = tmp_path_factory.mktemp("devices")
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     subprocess.run(
-        [sys.executable, "-m", "tests.draw_on_devices", str(out)], cwd=Path(__file__).parent.parent, env=env, check=True
+        [sys.executable, "-m", "tests.support.draw_on_devices", str(out)],
+        cwd=Path(__file__).parent.parent,
+        env=env,
+        check=True,
     )
     return dict(np.load(out / "pictures.npz")) | json.loads((out / "report.json").read_text())
 

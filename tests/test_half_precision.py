@@ -9,8 +9,8 @@ import pytest
 
 import jaxdiff
 from jaxdiff.models.model import build, with_controlnets
-from tests import tiny
-from tests.tiny import SIDE
+from tests.support import tiny
+from tests.support.tiny import SIDE
 
 PICTURE = np.random.default_rng(0).random((SIDE, SIDE, 3), np.float32)
 MASK = np.arange(SIDE) > np.full((SIDE, 1), SIDE // 2)

@@ -14,7 +14,7 @@ from PIL import EpsImagePlugin, Image
 import jaxdiff
 from jaxdiff.errors import ImageError, WeightsError
 from jaxdiff.io.images import fit, read_image, read_metadata
-from tests.tiny import SIDE
+from tests.support.tiny import SIDE
 
 PNG = b"\x89PNG\r\n\x1a\n"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

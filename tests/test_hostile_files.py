@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.pickles import GLOBALS
 from jaxdiff.io.tensor_files import open_tensors
-from tests.test_formats import entry, safetensors
+from tests.support.written import entry, safetensors
 
 # Hostile pickles.
 

@@ -15,7 +15,7 @@ from datasets.icons.lexicon import OBJECTS, PEOPLE, TRAVEL, Subject
 from datasets.icons.sources import COLORS, PAINTINGS, SOURCES, Style
 from datasets.icons.splits import ALWAYS_TRAINED, HELD_OUT, SPLITS, split_of, subject_key
 from datasets.icons.variants import image_specs
-from tests.test_icons import DISC, MONO, NOTO, read_pixels
+from tests.support.icons import DISC, MONO, NOTO, read_pixels
 
 
 def _disc(size: int = 64) -> np.ndarray:

@@ -10,12 +10,10 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("cv2")
 pytest.importorskip("resvg_py")
-from PIL import Image
 
 from datasets.icons import build as building
 from datasets.icons import clipart, fetch
@@ -23,12 +21,9 @@ from datasets.icons.drawings import read_drawings
 from datasets.icons.lexicon import FOOD, OBJECTS, Lexicon, Subject
 from datasets.icons.sources import PAINTINGS, SOURCES, Style, select
 from datasets.icons.splits import SPLITS, split_of
+from tests.support.icons import BY_NAME, DISC, MONO, MONO_DISC, NOTO, STREAMLINE, read_pixels
 
 ROOT = Path(__file__).parent.parent
-BY_NAME = {source.name: source for source in SOURCES}
-NOTO, MONO, STREAMLINE = BY_NAME["noto"], BY_NAME["fluent-mono"], BY_NAME["streamline"]
-DISC = '<circle cx="64" cy="64" r="50" fill="#d03010"/><circle cx="50" cy="50" r="20" fill="#fff"/>'
-MONO_DISC = '<circle cx="16" cy="16" r="12" fill="currentColor"/>'
 
 EMOJI = [
     ("castle", "1F3F0", 5, ["building", "european"]),
@@ -73,11 +68,6 @@ def cache(tmp_path) -> Path:
 @pytest.fixture
 def lexicon(cache) -> Lexicon:
     return Lexicon(cache / "emojibase-data-17.0.0")
-
-
-def read_pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
 
 
 # The lexicon

@@ -13,7 +13,7 @@ from jaxdiff.errors import WeightsError
 from jaxdiff.io.lora import init_lora, load_lora, merge_lora, read_lora, save_lora
 from jaxdiff.io.lora_names import layers, list_orders
 from jaxdiff.io.torch_names import to_torch_layout
-from tests.lora_files import ATTENTION, drawn_params, kohya, matrices, merge, peft, small_model, written
+from tests.support.lora_files import ATTENTION, drawn_params, kohya, matrices, merge, peft, small_model, written
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from jaxdiff.io.lora import load_lora, read_lora, save_lora
 from jaxdiff.io.lora_names import layers, list_orders, spellings
 from jaxdiff.io.original_layout import unet_table
 from jaxdiff.models.model import apply
-from tests import networks
-from tests.lora_files import (
+from tests.support import networks
+from tests.support.lora_files import (
     ATTENTION,
     drawn_params,
     kohya,
@@ -62,7 +62,7 @@ CASES = {  # layout -> how it is written, and the layers that the layout can nam
 def oracle():
     pytest.importorskip("torch")
     pytest.importorskip("peft")
-    from tests import oracle
+    from tests.support import oracle
 
     return oracle
 

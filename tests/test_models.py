@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, ConfigError, UNetConfig, VAEConfig
 from jaxdiff.io.tensor_files import load_tensors
-from jaxdiff.io.torch_names import from_torch_layout, tensor_name, to_torch_layout
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
 from jaxdiff.models.convolution import convolve
 from jaxdiff.models.layers import timestep_embedding
@@ -20,11 +18,9 @@ from jaxdiff.models.tiling import decode_tiled
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.text.chunks import tokens
-from tests import networks
+from tests.support import networks
+from tests.support.comparison import TOLERANCE, drawn, error, shapes_of
 
-# Each float32 operation errs by 2**-24 relatively; some hundred in a row, with sums of a hundred terms, give about
-# 1e-6. 1e-4 is the bound for a real checkpoint; the small networks have to stay ten times below it.
-TOLERANCE = 1e-5
 GOLDEN = Path(__file__).parent / "golden" / "models.npz"
 CASES = (
     [f"unet/{n}" for n in networks.UNETS]
@@ -33,13 +29,6 @@ CASES = (
     + [f"text/{n}" for n in networks.TEXTS]
     + ["vision/small"]
 )
-
-
-def error(ours, reference) -> float:
-    """Relative L2 error."""
-    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
-    assert ours.shape == reference.shape
-    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
 
 
 @functools.cache
@@ -95,19 +84,6 @@ def test_masked_tokens_are_not_there(name):
     assert error(masked, apply(variables, x, t, longer)) > 100 * TOLERANCE
 
 
-def shapes_of(module, args):
-    return jax.eval_shape(lambda: module.init(jax.random.key(0), *args)["params"])
-
-
-def drawn(module, args):
-    """The parameters that the PyTorch network of the same config gets from `networks.draw`."""
-    params = {}
-    for path, leaf in flatten_dict(shapes_of(module, args)).items():
-        shape = to_torch_layout(path, np.broadcast_to(0, leaf.shape)).shape
-        params[path] = from_torch_layout(path, networks.draw(tensor_name(path), shape))
-    return {"params": unflatten_dict(params)}
-
-
 def check(ours, reference) -> None:
     assert set(ours) == set(reference)
     for name in ours:
@@ -126,7 +102,7 @@ def test_network_equals_golden_outputs(name):
 def test_network_read_from_files_equals_pytorch(name, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
-    from tests import oracle
+    from tests.support import oracle
 
     build, run_reference, inputs = oracle.cases()[name]
     reference = build()

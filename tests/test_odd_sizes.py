@@ -6,8 +6,8 @@ import pytest
 
 from jaxdiff.config import UNetConfig
 from jaxdiff.models.unet import UNet2DConditionModel
-from tests import networks
-from tests.test_models import TOLERANCE, drawn, error
+from tests.support import networks
+from tests.support.comparison import TOLERANCE, drawn, error
 
 FOUR_LEVELS = networks.SMALL_UNET | {  # as Stable Diffusion has: the lowest is an eighth of the latents
     "block_out_channels": (8, 8, 16, 16),
@@ -20,7 +20,7 @@ FOUR_LEVELS = networks.SMALL_UNET | {  # as Stable Diffusion has: the lowest is 
 def theirs():
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    from tests import oracle
+    from tests.support import oracle
 
     return oracle.drawn(diffusers.UNet2DConditionModel(**FOUR_LEVELS))
 
@@ -28,7 +28,7 @@ def theirs():
 # Odd at the first level, at the second, at the third; square and not; many positions; and a single one.
 @pytest.mark.parametrize("shape", [(9, 9), (10, 14), (12, 20), (7, 17), (33, 35), (1, 1)], ids=str)
 def test_unet_of_odd_sizes_equals_pytorch(theirs, shape):
-    from tests.oracle import run_unet
+    from tests.support.oracle import run_unet
 
     module = UNet2DConditionModel(UNetConfig.from_dict(FOUR_LEVELS))
     inputs = networks.unet_inputs(FOUR_LEVELS)

@@ -16,7 +16,7 @@ from jaxdiff.training.optimizer import (
     scale_by_multipliers,
 )
 from jaxdiff.training.options import OptionsError
-from tests.test_training import options
+from tests.support.stages import options
 
 WIDE = 128
 

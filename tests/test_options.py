@@ -15,8 +15,8 @@ from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import NoiseOptions, Options, OptionsError
 from jaxdiff.training.stages import diffusion_stage, random_noise, random_times
 from jaxdiff.training.train_step import init_state, make_train_step
-from tests.test_training import BATCH, keys, options, pairs
-from tests.tiny import SCHEDULER, tiny_model
+from tests.support.stages import BATCH, keys, options, pairs
+from tests.support.tiny import SCHEDULER, tiny_model
 
 # --- noise and times
 
@@ -44,7 +44,7 @@ def test_input_perturbation_is_in_the_input_and_not_in_the_target():
         params = {"text_encoder": encoder}
         return float(stage.loss(params, {"latents": latents, "tokens": pairs(BATCH)["tokens"]}, keys())[0])
 
-    from tests.tiny import tiny_params
+    from tests.support.tiny import tiny_params
 
     encoder = tiny_params(model)["text_encoder"]
     assert loss(0.0) < 1e-8

@@ -4,7 +4,6 @@ import importlib
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,11 +19,10 @@ from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.stages import diffusion_stage
 from jaxdiff.training.train_step import cast_frozen, init_state
 from jaxdiff.training.trainables import make
-from tests.networks import SDXL
-from tests.tiny import SIDE
+from tests.support.networks import SDXL
+from tests.support.processes import CONFIG, ROOT
+from tests.support.tiny import SIDE
 
-ROOT = Path(__file__).parent.parent
-CONFIG = ROOT / "tests" / "training_config.py"
 ONE_FILE = ROOT / "jaxdiff" / "bundled" / "icons" / "unet" / "diffusion_pytorch_model.safetensors"
 
 

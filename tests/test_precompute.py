@@ -22,9 +22,9 @@ from jaxdiff.data.latents import LatentShards
 from jaxdiff.models.model import encode, encode_text
 from jaxdiff.training.precompute import precompute
 from jaxdiff.training.stages import diffusion_stage
-from tests.datasets_of_pictures import write_tars
-from tests.precompute_in_parts import HOW
-from tests.tiny import SIDE, tiny_model, tiny_params
+from tests.support.datasets_of_pictures import write_tars
+from tests.support.precompute_in_parts import HOW
+from tests.support.tiny import SIDE, tiny_model, tiny_params
 
 COUNT = 11
 ROOT = Path(__file__).parent.parent
@@ -113,7 +113,7 @@ def test_training_reads_them_like_any_data(model, params, written):
 
 def start(data: Path, folder: Path, *args: object) -> subprocess.Popen:
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.precompute_in_parts", data, folder, *args]
+    command = [sys.executable, "-m", "tests.support.precompute_in_parts", data, folder, *args]
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 

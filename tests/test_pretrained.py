@@ -11,16 +11,9 @@ from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import replace_config
 from jaxdiff.io.pretrained import load, save
-from tests.tiny import LATENT, MAX_LENGTH, tiny_params
-
-
-def assert_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
-
-
-def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+from tests.support.comparison import assert_equal
+from tests.support.tiny import LATENT, MAX_LENGTH, tiny_params
+from tests.support.written import files
 
 
 def test_load_returns_what_was_saved(tiny, tiny_folder):
@@ -138,7 +131,7 @@ def test_we_open_a_folder_of_diffusers_and_draw_the_same(tiny, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from tests import networks, oracle
+    from tests.support import networks, oracle
 
     tokenizer = tiny[0].tokenizer
     tokenizer.save(tmp_path / "tokenizer")

@@ -17,8 +17,9 @@ from jaxdiff.errors import WeightsError
 from jaxdiff.io.diffusers_folder import load_model
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.sampling.resolve import latent_shape
-from tests.test_pretrained import assert_equal, files
-from tests.tiny import MAX_LENGTH
+from tests.support.comparison import assert_equal
+from tests.support.tiny import MAX_LENGTH
+from tests.support.written import files
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "text_encoder/model.safetensors"

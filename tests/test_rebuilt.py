@@ -13,7 +13,7 @@ from jaxdiff.io.textual_inversion import load_textual_inversion
 from jaxdiff.models.controlnet import ControlNet
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.training import init, trainables
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

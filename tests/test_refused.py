@@ -18,7 +18,7 @@ from jaxdiff.io.configs import replace_config
 from jaxdiff.io.lora import Factors, merge_lora
 from jaxdiff.io.model_paths import find
 from jaxdiff.sampling import checks, resolve
-from tests.tiny import LATENT, SCHEDULER, SIDE, tiny_controlnet, tiny_model
+from tests.support.tiny import LATENT, SCHEDULER, SIDE, tiny_controlnet, tiny_model
 
 CASTLE = "--prompt=a castle"
 BAD = [float("nan"), float("inf"), float("-inf")]

@@ -11,7 +11,7 @@ from jaxdiff.diffusion.base import Scheduler, State, initial, time_at
 from jaxdiff.errors import ArgumentError
 from jaxdiff.io.configs import replace_config
 from jaxdiff.sampling.resolve import resolve_images, resolve_settings
-from tests.tiny import LATENT, SIDE, tiny_model
+from tests.support.tiny import LATENT, SIDE, tiny_model
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 MASK = np.arange(SIDE)[None].repeat(SIDE, 0) >= SIDE // 2

@@ -18,57 +18,30 @@ from jaxdiff.io.diffusers_folder import load_model
 from jaxdiff.io.images import read_image, read_metadata, write_png
 from jaxdiff.io.model_paths import find
 from jaxdiff.sampling.resolve import resolve_images
-from tests.tiny import SIDE
+from tests.support.commands import CASTLE, STEPS
+from tests.support.tiny import SIDE
+from tests.support.written import existing
 
 ROOT = Path(__file__).parent.parent
-STEPS = "--steps=3"
-CASTLE = "--prompt=a castle"
 
 
-@pytest.fixture(scope="module")
-def cache_home(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def cli(tiny_folder, tmp_path, monkeypatch, capsys, caplog, cache_home):
-    """Runs a command line in an empty folder: (exit code, lines of stdout, stderr with the warnings)."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-    monkeypatch.chdir(tmp_path)
-    before = jax.config.jax_compilation_cache_dir
-
-    def run(*args, model=tiny_folder):
-        caplog.clear()
-        code = sample.main(["sample.py", f"--model={model}", *args])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return code, captured.out.splitlines(), captured.err + "\n".join(r.getMessage() for r in caplog.records)
-
-    yield run
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-def existing(folder=".") -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file())
-
-
-def test_one_picture_to_one_file(cli):
-    code, out, err = cli("--prompt=a castle", STEPS, "--output=new/folder/castle.png")
+def test_one_picture_to_one_file(sample_cli):
+    code, out, err = sample_cli("--prompt=a castle", STEPS, "--output=new/folder/castle.png")
     assert (code, out, err) == (0, ["new/folder/castle.png"], "")
     assert existing() == ["new/folder/castle.png"]
     assert read_image("new/folder/castle.png").shape == (SIDE, SIDE, 3)
 
 
 @pytest.fixture
-def six(cli):
+def six(sample_cli):
     """Six pictures, by default in two batches of three, with a sheet and strips."""
     flags = ("--prompt=a castle", "--prompt=A red dragon", "--num_images=3", "--seed=5")
-    code, out, err = cli(*flags, "--negative_prompt=blurry", "--grid", "--preview", STEPS, "--output=out")
+    code, out, err = sample_cli(*flags, "--negative_prompt=blurry", "--grid", "--preview", STEPS, "--output=out")
     assert (code, err) == (0, "")
     return [Path(line) for line in out]
 
 
-def test_many_pictures_with_sheet_and_strips(six, cli):
+def test_many_pictures_with_sheet_and_strips(six, sample_cli):
     names = [f"{p}-{i:03d}{end}.png" for i, p in zip(range(5, 11), ["a-castle"] * 3 + ["a-red-dragon"] * 3, strict=True)
              for end in ("", "-preview")]  # fmt: skip
     assert [p.name for p in six] == [*names, "grid.png"]
@@ -83,14 +56,14 @@ def test_many_pictures_with_sheet_and_strips(six, cli):
     assert [flags["seed"] for flags in read_metadata(six[-1])] == list(range(5, 11))
 
 
-def test_any_picture_is_drawn_again_from_its_metadata(six, cli):
+def test_any_picture_is_drawn_again_from_its_metadata(six, sample_cli):
     """The fifth of six alone: the same file, byte for byte."""
     flags = read_metadata(six[8])
     assert flags["prompt"] == "A red dragon"
     assert flags["seed"] == 9
     assert (flags["scheduler"], flags["height"], flags["width"]) == ("ddim", SIDE, SIDE)  # as they came out
     assert flags["batch_size"] == 3
-    code, out, _ = cli(*(f"--{name}={value}" for name, value in flags.items()), "--output=again.png")
+    code, out, _ = sample_cli(*(f"--{name}={value}" for name, value in flags.items()), "--output=again.png")
     assert (code, out) == (0, ["again.png", "again-preview.png"])
     assert Path("again.png").read_bytes() == six[8].read_bytes()
 
@@ -113,19 +86,19 @@ def told(monkeypatch):
     return batches
 
 
-def test_uneven_batches_are_filled_up(cli, told):
+def test_uneven_batches_are_filled_up(sample_cli, told):
     """Five pictures by three: the second batch has the first one's size, and nothing of its filling is written."""
-    code, out, _ = cli("--prompt=x", "--num_images=5", "--batch_size=3", "--output={seed}.png")
+    code, out, _ = sample_cli("--prompt=x", "--num_images=5", "--batch_size=3", "--output={seed}.png")
     assert (code, out) == (0, [f"{i}.png" for i in range(5)])
     assert [(len(b["prompts"]), b["seed"]) for b in told] == [(3, [0, 1, 2]), (3, [3, 4, 4])]
     assert [read_image(path)[0, 0, 0] for path in out] == [0, 1, 2, 3, 4]
 
 
-def test_a_file_of_prompts_as_a_matrix_in_a_style_on_one_sheet(cli, told):
+def test_a_file_of_prompts_as_a_matrix_in_a_style_on_one_sheet(sample_cli, told):
     Path("p.txt").write_text("a {red|green} cat\na {big|small} dog\n")
     Path("s.json").write_text('{"blue": {"prompt": "{prompt} in blue", "negative_prompt": "red"}}')
     style = ("--style=blue", "--styles_file=s.json")
-    code, out, _ = cli("--prompts_file=p.txt", "--matrix", *style, "--num_images=3", "--grid", "--output=o")
+    code, out, _ = sample_cli("--prompts_file=p.txt", "--matrix", *style, "--num_images=3", "--grid", "--output=o")
     assert code == 0
     subjects = ["a-red-cat", "a-green-cat", "a-big-dog", "a-small-dog"]
     assert [Path(p).stem for p in out] == [f"{subjects[i // 3]}-in-blue-{i:03d}" for i in range(12)] + ["grid"]
@@ -135,30 +108,30 @@ def test_a_file_of_prompts_as_a_matrix_in_a_style_on_one_sheet(cli, told):
     assert sheet[::6, ::6, 0].tolist() == np.arange(12).reshape(4, 3).tolist()
 
 
-def test_a_model_recommends_its_guidance_scale(cli, told, tiny):
+def test_a_model_recommends_its_guidance_scale(sample_cli, told, tiny):
     model, params = tiny
     options = dataclasses.replace(model.options, guidance_scale=2.0)
     jaxdiff.save("recommends", dataclasses.replace(model, options=options), params)
-    assert cli(CASTLE, "--output=a.png", model="recommends")[0] == 0
-    assert cli(CASTLE, "--output=b.png", "--guidance_scale=3", model="recommends")[0] == 0
-    assert cli(CASTLE, "--output=c.png")[0] == 0
+    assert sample_cli(CASTLE, "--output=a.png", model="recommends")[0] == 0
+    assert sample_cli(CASTLE, "--output=b.png", "--guidance_scale=3", model="recommends")[0] == 0
+    assert sample_cli(CASTLE, "--output=c.png")[0] == 0
     assert [b["guidance_scale"] for b in told] == [[2.0], [3.0], [7.5]]
     assert read_metadata("a.png")["guidance_scale"] == 2.0  # for whoever draws it with another version of the model
     Path("recommends/model_index.json").write_text('{"_guidance_scale": "much"}')
-    assert "_guidance_scale 'much' in model_index.json must be a number" in cli(CASTLE, model="recommends")[2]
+    assert "_guidance_scale 'much' in model_index.json must be a number" in sample_cli(CASTLE, model="recommends")[2]
     assert load_model(find("icons")).options.guidance_scale == 2
 
 
-def test_a_picture_is_drawn_again_from_its_file(six, cli):
+def test_a_picture_is_drawn_again_from_its_file(six, sample_cli):
     """As above, by one flag; flags given beside it win."""
-    code, out, _ = cli(f"--from_png={six[8]}", "--output=again.png")
+    code, out, _ = sample_cli(f"--from_png={six[8]}", "--output=again.png")
     assert (code, out) == (0, ["again.png", "again-preview.png"])
     assert Path("again.png").read_bytes() == six[8].read_bytes()
-    code, _, err = cli("--from_png=out/grid.png")
+    code, _, err = sample_cli("--from_png=out/grid.png")
     assert code == 2
     assert "--from_png out/grid.png is a sheet of several images" in err
     write_png("plain.png", np.zeros((4, 4, 3)))
-    code, _, err = cli("--from_png=plain.png")
+    code, _, err = sample_cli("--from_png=plain.png")
     assert code == 1
     assert "plain.png does not say how it was drawn" in err
 
@@ -201,8 +174,8 @@ def test_metadata_for_people(six):
         ([CASTLE, "--output=a.jpg"], "--output a.jpg"),
     ],
 )
-def test_flags_that_cannot_be_right(flags, sentence, cli):
-    code, out, err = cli(*flags)
+def test_flags_that_cannot_be_right(flags, sentence, sample_cli):
+    code, out, err = sample_cli(*flags)
     assert (code, out) == (2, [])
     assert sentence in err
     assert err.startswith("sample.py: error: ")
@@ -210,13 +183,13 @@ def test_flags_that_cannot_be_right(flags, sentence, cli):
     assert existing() == []
 
 
-def test_missing_model(cli):
-    code, out, err = cli(CASTLE, model="no/such/model")
+def test_missing_model(sample_cli):
+    code, out, err = sample_cli(CASTLE, model="no/such/model")
     assert (code, out) == (1, [])
     assert err.startswith("sample.py: error: no/such/model is neither a folder nor a bundled model")
 
 
-def test_damaged_weights_leave_no_output(cli, tiny_folder, tmp_path):
+def test_damaged_weights_leave_no_output(sample_cli, tiny_folder, tmp_path):
     for name in ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"):
         (tmp_path / "bad" / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / "bad" / name).write_bytes((tiny_folder / name).read_bytes())
@@ -224,21 +197,21 @@ def test_damaged_weights_leave_no_output(cli, tiny_folder, tmp_path):
         (tmp_path / "bad" / name).symlink_to(tiny_folder / name)
     for name in ("text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"):
         (tmp_path / f"bad/{name}.safetensors").write_bytes(b"\x08")
-    code, out, err = cli(CASTLE, "--output=out/castle.png", model=tmp_path / "bad")
+    code, out, err = sample_cli(CASTLE, "--output=out/castle.png", model=tmp_path / "bad")
     assert (code, out) == (1, [])
     assert "bad/text_encoder/model.safetensors is damaged or not a safetensors file" in err
     assert err.count("\n") == 1
     assert not Path("out").exists()
 
 
-def test_outputs_that_cannot_be_written_are_found_before_drawing(cli, tmp_path, monkeypatch):
+def test_outputs_that_cannot_be_written_are_found_before_drawing(sample_cli, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "draw", lambda *a, **k: pytest.fail("was drawing"))
     Path("file").touch()
     for output in ("file/castle.png", "file/deeper/castle.png", "file/{index}.png", "file/out/"):
-        code, out, err = cli(CASTLE, f"--output={output}")
+        code, out, err = sample_cli(CASTLE, f"--output={output}")
         assert (code, out) == (1, [])
         assert "file is a file, not a folder" in err
-    code, _, err = cli(CASTLE, "--output=/proc/castle.png")
+    code, _, err = sample_cli(CASTLE, "--output=/proc/castle.png")
     assert code == 1
     assert "--output: " in err
     assert "/proc" in err
@@ -246,20 +219,20 @@ def test_outputs_that_cannot_be_written_are_found_before_drawing(cli, tmp_path, 
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
-def test_folders_without_permission(cli, tmp_path):
+def test_folders_without_permission(sample_cli, tmp_path):
     (tmp_path / "shut").mkdir(mode=0o555)
-    code, _, err = cli(CASTLE, "--output=shut/castle.png")
+    code, _, err = sample_cli(CASTLE, "--output=shut/castle.png")
     assert code == 1
     assert "shut is not writable" in err
 
 
-def test_a_full_disk_leaves_no_half_picture(cli, monkeypatch):
+def test_a_full_disk_leaves_no_half_picture(sample_cli, monkeypatch):
     def full(self, file, **kwargs):
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    code, out, err = cli(CASTLE, STEPS, "--output=castle.png")
+    code, out, err = sample_cli(CASTLE, STEPS, "--output=castle.png")
     assert (code, out) == (1, [])
     assert "castle.png cannot be written (No space left on device)" in err
     assert existing() == []
@@ -278,37 +251,37 @@ def test_a_full_disk_leaves_no_half_picture(cli, monkeypatch):
         (RuntimeError("something\nodd"), 1, "RuntimeError: something odd; --verbose shows where."),
     ],
 )
-def test_what_goes_wrong_while_drawing_is_one_line(error, code, sentence, cli, monkeypatch):
+def test_what_goes_wrong_while_drawing_is_one_line(error, code, sentence, sample_cli, monkeypatch):
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(sample, "draw", fail)
-    status, out, err = cli(CASTLE, STEPS)
+    status, out, err = sample_cli(CASTLE, STEPS)
     assert (status, out) == (code, [])
     assert sentence in err
     assert err.count("\n") == 1
 
 
-def test_an_image_to_start_from_is_cut_and_resized(cli):
+def test_an_image_to_start_from_is_cut_and_resized(sample_cli):
     write_png("start.png", np.random.default_rng(0).random((20, 40, 3)))
-    code, out, err = cli(CASTLE, STEPS, "--image=start.png", "--strength=0.7", "--output=castle.png")
+    code, out, err = sample_cli(CASTLE, STEPS, "--image=start.png", "--strength=0.7", "--output=castle.png")
     assert (code, out) == (0, ["castle.png"])
     assert f"--image start.png is 40 x 20: cut at its centre and resized to {SIDE} x {SIDE}" in err
     flags = read_metadata("castle.png")
     assert (flags["image"], flags["strength"]) == ("start.png", 0.7)
     write_png("square.png", np.zeros((SIDE, SIDE, 3)))
-    code, out, err = cli(CASTLE, STEPS, "--image=square.png", "--strength=0.7", "--output=night.png")
+    code, out, err = sample_cli(CASTLE, STEPS, "--image=square.png", "--strength=0.7", "--output=night.png")
     assert (code, out, err) == (0, ["night.png"], "")
     assert read_image("night.png").tolist() != read_image("castle.png").tolist()
 
 
-def test_an_unreadable_image_is_named(cli):
+def test_an_unreadable_image_is_named(sample_cli):
     Path("text.png").write_text("no picture")
     for name, sentence in (
         ("text.png", "text.png cannot be read as an image"),
         ("none.png", "none.png does not exist"),
     ):
-        code, out, err = cli(CASTLE, f"--image={name}")
+        code, out, err = sample_cli(CASTLE, f"--image={name}")
         assert (code, out) == (1, [])
         assert sentence in err
         assert err.count("\n") == 1
@@ -342,8 +315,8 @@ def test_as_a_process_in_a_pipe(tiny_folder, tmp_path, cache_home):
     assert any("program" in p.name for p in (tmp_path / "c").iterdir())
 
 
-def test_help_names_every_flag(cli, capsys):
-    code, out, err = cli("--help")
+def test_help_names_every_flag(sample_cli, capsys):
+    code, out, err = sample_cli("--help")
     assert (code, err) == (0, "")
     text = "\n".join(out)
     for name in ("--model", "--prompt", "--strength", "--batch_size", "--cache_dir"):

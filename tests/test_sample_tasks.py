@@ -18,8 +18,9 @@ from jaxdiff.io.images import extend, read_image, read_metadata, write_gif, writ
 from jaxdiff.io.lora import init_lora
 from jaxdiff.io.modules import save_module
 from jaxdiff.models.tiny_vae import AutoencoderTiny
-from tests.test_sample_cli import CASTLE, STEPS, cache_home, cli, existing  # noqa: F401  (fixtures)
-from tests.tiny import LATENT, SIDE, tiny_controlnet
+from tests.support.commands import CASTLE, STEPS
+from tests.support.tiny import LATENT, SIDE, tiny_controlnet
+from tests.support.written import existing
 
 
 def planned(*args):
@@ -143,35 +144,35 @@ def test_the_pictures_are_counted_before_they_are_planned(more):
 PICTURE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 
 
-def test_a_mask_is_drawn_and_the_rest_kept(cli):  # noqa: F811
+def test_a_mask_is_drawn_and_the_rest_kept(sample_cli):
     write_png("start.png", PICTURE)
     mask = np.zeros((SIDE, SIDE, 3), np.uint8)
     mask[:, SIDE // 2 :] = 255
     write_png("mask.png", mask)
     flags = (CASTLE, STEPS, "--image=start.png", "--mask=mask.png", "--output=out.png")
-    code, out, err = cli(*flags)
+    code, out, err = sample_cli(*flags)
     assert (code, out, err) == (0, ["out.png"], "")
     kept = read_metadata("out.png")
     assert (kept["mask"], kept["strength"]) == ("mask.png", 1.0)
     first = read_image("out.png")
-    assert cli(*flags, "--seed=1")[0] == 0
+    assert sample_cli(*flags, "--seed=1")[0] == 0
     second = read_image("out.png")
     assert (first[:, -2:] != second[:, -2:]).any()  # drawn from another seed
     change = np.abs(first.astype(int) - second).mean((0, 2))
     assert change[:4].mean() < change[-4:].mean() / 2  # kept, but for what the autoencoder lets through
 
 
-def test_a_mask_of_another_size(cli):  # noqa: F811
+def test_a_mask_of_another_size(sample_cli):
     write_png("start.png", PICTURE)
     write_png("mask.png", PICTURE[:-2])
-    code, out, err = cli(CASTLE, STEPS, "--image=start.png", "--mask=mask.png")
+    code, out, err = sample_cli(CASTLE, STEPS, "--image=start.png", "--mask=mask.png")
     assert (code, out) == (1, [])
     assert f"--image and --mask are {SIDE} x {SIDE} and {SIDE} x {SIDE - 2}: make the mask as large" in err
 
 
-def test_outpainting_makes_the_picture_larger(cli):  # noqa: F811
+def test_outpainting_makes_the_picture_larger(sample_cli):
     write_png("start.png", PICTURE)
-    code, out, err = cli(CASTLE, STEPS, "--image=start.png", "--outpaint=0,0,8,4", "--output=out.png")
+    code, out, err = sample_cli(CASTLE, STEPS, "--image=start.png", "--outpaint=0,0,8,4", "--output=out.png")
     assert (code, out, err) == (0, ["out.png"], "")
     assert read_image("out.png").shape == (SIDE + 4, SIDE + 8, 3)
 
@@ -184,21 +185,21 @@ def test_the_canvas_and_its_mask():
     assert not mask[3 + 8 :].any()
 
 
-def test_two_stages_variations_and_animations(cli):  # noqa: F811
+def test_two_stages_variations_and_animations(sample_cli):
     write_png("start.png", PICTURE)
     write_png("mask.png", PICTURE // 128 * 255)
     given = ("--hires=2", "--tile=8", "--variation_seed=4", "--image=start.png", "--mask=mask.png")
-    code, out, err = cli(CASTLE, STEPS, *given, "--output=hires.png")
+    code, out, err = sample_cli(CASTLE, STEPS, *given, "--output=hires.png")
     assert (code, out, err) == (0, ["hires.png"], "")
     again = [f"--{name}={value}" for name, value in read_metadata("hires.png").items()]
-    assert cli(*again, "--output=again.png")[0] == 0
+    assert sample_cli(*again, "--output=again.png")[0] == 0
     assert Path("again.png").read_bytes() == Path("hires.png").read_bytes()
-    code, out, err = cli(CASTLE, "--prompt=a red dragon", STEPS, "--interpolate=2", "--output=f/")
+    code, out, err = sample_cli(CASTLE, "--prompt=a red dragon", STEPS, "--interpolate=2", "--output=f/")
     assert (code, err) == (0, "")
     frames = ["a-castle-000-000.png", "a-castle-000-001.png", "a-red-dragon-001-002.png"]
     assert [Path(p).name for p in out] == [*frames, "animation.gif"]
     again = [f"--{name}={value}" for name, value in read_metadata(out[1]).items()]  # between the two prompts
-    assert cli(*again, "--output=frame.png")[0] == 0
+    assert sample_cli(*again, "--output=frame.png")[0] == 0
     assert Path("frame.png").read_bytes() == Path(out[1]).read_bytes()
     with Image.open("f/animation.gif") as animation:
         assert (animation.n_frames, animation.info["duration"], animation.size) == (3, 100, (SIDE, SIDE))
@@ -210,7 +211,7 @@ def test_an_animation_that_cannot_be_written_leaves_nothing(tmp_path):
     assert existing(tmp_path) == []
 
 
-def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
+def test_what_is_laid_onto_a_model(sample_cli, tiny, tmp_path):
     """A LoRA, an autoencoder, a ControlNet on edges and a tiny autoencoder for the strip, each of which shows."""
     model, params = tiny
     lora = init_lora(model, params, 2, 2.0, key=jax.random.key(0))
@@ -223,7 +224,7 @@ def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
     )  # fmt: skip
     save_module("taesd", small, small.init(jax.random.key(0), PICTURE[None] / 255.0)["params"])
     write_png("hint.png", PICTURE)
-    plain = cli(CASTLE, STEPS, "--output=plain.png")
+    plain = sample_cli(CASTLE, STEPS, "--output=plain.png")
     more = {
         "lora": ("--lora=style.safetensors:0.5",),
         "net": ("--controlnet=net", "--control_image=hint.png", "--controlnet_scale=0.7", "--control_edges"),
@@ -232,7 +233,7 @@ def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
     }
     assert plain[0] == 0
     for name, flags in more.items():
-        code, _, err = cli(CASTLE, STEPS, *flags, f"--output={name}.png")
+        code, _, err = sample_cli(CASTLE, STEPS, *flags, f"--output={name}.png")
         assert (code, err) == (0, "")
         same = (read_image(f"{name}.png") == read_image("plain.png")).all()
         assert same == (name == "strip")
@@ -275,8 +276,8 @@ def test_what_is_laid_onto_a_model(cli, tiny, tmp_path):  # noqa: F811
         ([CASTLE, "--preview_vae=x"], "--preview_vae goes with --preview"),
     ],
 )
-def test_flags_that_do_not_go_together(flags, sentence, cli):  # noqa: F811
-    code, out, err = cli(*flags)
+def test_flags_that_do_not_go_together(flags, sentence, sample_cli):
+    code, out, err = sample_cli(*flags)
     assert (code, out) == (2, [])
     assert sentence in err
     assert err.count("\n") == 1
@@ -292,23 +293,23 @@ def test_flags_that_do_not_go_together(flags, sentence, cli):  # noqa: F811
         (["--image=none.png"], "none.png does not exist"),
     ],
 )
-def test_files_that_are_not_there(flags, sentence, cli):  # noqa: F811
+def test_files_that_are_not_there(flags, sentence, sample_cli):
     write_png("hint.png", PICTURE)
-    code, out, err = cli(CASTLE, *flags)
+    code, out, err = sample_cli(CASTLE, *flags)
     assert (code, out) == (1, [])
     assert sentence in err
     assert err.count("\n") == 1
 
 
-def test_a_control_image_for_a_model_without_controlnets(cli):  # noqa: F811
+def test_a_control_image_for_a_model_without_controlnets(sample_cli):
     write_png("hint.png", PICTURE)
-    code, out, err = cli(CASTLE, "--control_image=hint.png")
+    code, out, err = sample_cli(CASTLE, "--control_image=hint.png")
     assert (code, out) == (2, [])
     assert "--control_image are for ControlNets, and this model has none" in err
 
 
-def test_an_empty_line_in_a_prompts_file_is_named(cli):  # noqa: F811
+def test_an_empty_line_in_a_prompts_file_is_named(sample_cli):
     Path("p.txt").write_text("a castle\n\na dog\n")
-    code, out, err = cli("--prompts_file=p.txt")
+    code, out, err = sample_cli("--prompts_file=p.txt")
     assert (code, out) == (2, [])
     assert "Line 2 of p.txt is empty" in err

@@ -15,8 +15,8 @@ from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.diffusion.spacing import SPACINGS
 from jaxdiff.diffusion.times import network_calls, time_grid
-from tests.scheduler_cases import NAMES as ALL
-from tests.scheduler_cases import SD1, ZERO_SNR, network
+from tests.support.scheduler_cases import NAMES as ALL
+from tests.support.scheduler_cases import SD1, ZERO_SNR, network
 
 # One of each kind of scheduler in every run, the others in `make test-all`: each is compiled in several forms.
 QUICK = ("ddim", "heun", "dpmpp_2m", "dpmpp_sde")

@@ -17,7 +17,7 @@ from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.diffusion.singlestep import ddim
 from jaxdiff.diffusion.times import RULES, default_scheduler, skip_prk_steps, time_grid
 from tests.make_golden_schedulers import GOLDEN
-from tests.scheduler_cases import (
+from tests.support.scheduler_cases import (
     CLASSES,
     CONFIGS,
     KEY,
@@ -113,7 +113,7 @@ def test_every_golden_path_is_compared(golden):
 
 def test_golden_paths_are_those_of_diffusers(golden):
     pytest.importorskip("diffusers")
-    from tests import scheduler_oracle
+    from tests.support import scheduler_oracle
 
     for case in cases():
         run = scheduler_oracle.run(case)
@@ -136,7 +136,7 @@ def counts(values: SchedulerConfig, name: str) -> list[int]:
 def test_grid_equals_that_of_diffusers(config, name):
     """Times, levels and the scale of the first noise, for many numbers of steps: ties must round alike."""
     pytest.importorskip("diffusers")
-    from tests import scheduler_oracle
+    from tests.support import scheduler_oracle
 
     flow = config.startswith("flow")
     points = unequal = 0
@@ -170,7 +170,7 @@ SCHEDULES = ["sd1", "defaults", "cosine", "zero_snr", "trained"]
 @pytest.mark.parametrize("config", SCHEDULES)
 def test_schedule_equals_that_of_diffusers(config):
     pytest.importorskip("diffusers")
-    from tests import scheduler_oracle
+    from tests.support import scheduler_oracle
 
     values = CONFIGS[config]
     reference = scheduler_oracle.build(values, "ddim").alphas_cumprod.numpy().astype(np.float64)
@@ -215,7 +215,7 @@ def test_defaults_of_each_class(name):
     pytest.importorskip("diffusers")
     import inspect
 
-    from tests import scheduler_oracle
+    from tests.support import scheduler_oracle
 
     cls = scheduler_oracle.diffusers_class(CLASSES[name])
     defaults = {k: p.default for k, p in inspect.signature(cls.__init__).parameters.items()}

@@ -20,7 +20,7 @@ from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
 from jaxdiff.diffusion.schedules import Time, noise_schedule
 from jaxdiff.diffusion.singlestep import ddim, ddpm, heun
 from jaxdiff.diffusion.times import time_grid
-from tests.scheduler_cases import FLOW, NAMES, SD1, ZERO_SNR
+from tests.support.scheduler_cases import FLOW, NAMES, SD1, ZERO_SNR
 
 SLOW = pytest.mark.slow  # hundreds of small compilations: one process in every run, the others in `make test-all`
 MEAN, SPREAD = 0.7, 0.4

@@ -19,9 +19,9 @@ from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.single_file import _metadata, load_single_file, save_single_file
 from jaxdiff.io.tensor_files import open_tensors
 from jaxdiff.io.vae import load_vae
-from tests import tiny
-from tests.published import BESIDE, small_model, tensors_of
-from tests.tiny import tiny_params
+from tests.support import tiny
+from tests.support.published import BESIDE, small_model, tensors_of
+from tests.support.tiny import tiny_params
 
 FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner", "upscaler")
 

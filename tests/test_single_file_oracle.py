@@ -13,8 +13,8 @@ from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX, openclip_table, 
 from jaxdiff.io.pretrained import save
 from jaxdiff.io.single_file import IGNORED, clip_tokenizer, save_single_file
 from jaxdiff.io.tensor_files import TensorSource, named_tensors
-from tests import tiny
-from tests.published import BESIDE, BIG_G, FULL, SD2, VIT_H, VIT_L, small_model, tensors_of
+from tests.support import tiny
+from tests.support.published import BESIDE, BIG_G, FULL, SD2, VIT_H, VIT_L, small_model, tensors_of
 
 
 def meta_models(name: str) -> dict:

@@ -29,8 +29,7 @@ from diffusers.pipelines.stable_diffusion_xl import (  # noqa: E402
 )
 from diffusers.schedulers import scheduling_lcm  # noqa: E402
 
-from tests import oracle, pipelines  # noqa: E402
-from tests.test_generate import compilations  # noqa: E402, F401
+from tests.support import oracle, pipelines  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -280,7 +279,7 @@ def test_lcm_from_pictures(image, tmp_path, monkeypatch):
         ours(loaded, image=image, strength=1.5)
 
 
-def test_nothing_compiles_for_other_values(image, tmp_path, compilations):  # noqa: F811
+def test_nothing_compiles_for_other_values(image, tmp_path, compilations):
     """Scales, levels and intervals are traced."""
     loaded = built("upscaler", tmp_path)[1]
     small = image[:, ::2, ::2]

@@ -18,7 +18,7 @@ from jaxdiff.models.model import encode_text as eager_encode_text
 from jaxdiff.text.chunks import Tokens, tokens
 from jaxdiff.text.emphasis import apply_emphasis
 from jaxdiff.text.tokenizer import Tokenizer
-from tests import tiny
+from tests.support import tiny
 
 # Float32 rounding of some hundred operations, each with sums of tens of terms: 1e-6, with a margin of ten.
 TOLERANCE = 1e-5
@@ -86,7 +86,7 @@ def oracles(models, tmp_path_factory):
     from transformers import CLIPTextConfig as Config
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    from tests import oracle
+    from tests.support import oracle
 
     made = {}
     for family, model in models.items():

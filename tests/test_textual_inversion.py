@@ -12,7 +12,7 @@ from jaxdiff.errors import WeightsError
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import TABLE, load_textual_inversion, save_textual_inversion
 from jaxdiff.models.model import apply, build, param_shapes
-from tests import tiny as small
+from tests.support import tiny as small
 
 PROMPTS = ["a photo of <cat> on a red house", "<cat>", "a castle, <dog>", "a castle"]
 

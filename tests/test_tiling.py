@@ -12,8 +12,8 @@ from jaxdiff.config import VAEConfig
 from jaxdiff.models.model import decode, encode
 from jaxdiff.models.tiling import decode_tiled, encode_tiled, tile_starts, tiled
 from jaxdiff.models.vae import AutoencoderKL
-from tests import networks
-from tests.test_models import TOLERANCE, drawn, error
+from tests.support import networks
+from tests.support.comparison import TOLERANCE, drawn, error
 
 FACTOR = 4  # of the small autoencoder
 SD15 = {  # of Stable Diffusion 1.5's autoencoder
@@ -49,7 +49,7 @@ def theirs():
     """PyTorch's autoencoder with the same weights."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
-    from tests import oracle
+    from tests.support import oracle
 
     vae = oracle.vae("sd1")
     with torch.no_grad():
@@ -62,7 +62,7 @@ def tiled_by_theirs(theirs, latents, tile: int, overlap: int):
     """(pictures in [0, 1], latents of them) as diffusers tiles."""
     import torch
 
-    from tests.oracle import nchw, nhwc
+    from tests.support.oracle import nchw, nhwc
 
     theirs.enable_tiling()
     theirs.tile_latent_min_size, theirs.tile_sample_min_size = tile, tile * FACTOR

@@ -13,8 +13,8 @@ from jaxdiff.io.modules import save_module
 from jaxdiff.io.vae import load_tiny_vae
 from jaxdiff.models.model import decode, encode
 from jaxdiff.models.tiny_vae import AutoencoderTiny, preview
-from tests import networks
-from tests.test_models import TOLERANCE, drawn, error
+from tests.support import networks
+from tests.support.comparison import TOLERANCE, drawn, error
 
 CONFIGS = {  # name -> config
     "published": {},  # the sizes of every published one; 2.4 million parameters
@@ -41,8 +41,8 @@ def made(name: str):
 def test_tiny_autoencoder_equals_pytorch(name, tmp_path):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    from tests.oracle import drawn as draw_theirs
-    from tests.oracle import nchw, nhwc
+    from tests.support.oracle import drawn as draw_theirs
+    from tests.support.oracle import nchw, nhwc
 
     theirs = draw_theirs(diffusers.AutoencoderTiny(**CONFIGS[name]))
     theirs.save_pretrained(tmp_path)
@@ -100,7 +100,7 @@ def test_the_authors_files_open_and_go_on_as_a_folder(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
-    from tests.oracle import nchw, nhwc
+    from tests.support.oracle import nchw, nhwc
 
     torch.manual_seed(0)
     pair = dict(zip(("encoder", "decoder"), authors(torch), strict=True))

@@ -8,7 +8,7 @@ import pytest
 import jaxdiff
 from benchmarks import train_by_time
 from jaxdiff.io.images import read_image
-from tests import tiny
+from tests.support import tiny
 
 COUNT = 160
 

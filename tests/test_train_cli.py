@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-from jaxdiff.cli import train
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import open_source
 from jaxdiff.data.filters import select
@@ -23,10 +22,9 @@ from jaxdiff.data.latents import LatentShards
 from jaxdiff.io.images import read_image
 from jaxdiff.io.tensor_files import open_tensors
 from jaxdiff.training.run import build_run
-from tests.training_config import get_config
+from tests.support.processes import CONFIG, ROOT
+from tests.support.training_config import get_config
 
-ROOT = Path(__file__).parent.parent
-CONFIG = ROOT / "tests" / "training_config.py"
 # ml_collections loads configs by a method that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30)}
@@ -47,33 +45,10 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def cache_home(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys, cache_home):
-    """Runs a command line: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-    before = jax.config.jax_compilation_cache_dir
-
-    def run(*args) -> tuple[int, str, str]:
-        argv = ["train.py", *map(str, args)]
-        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for --config.…
-        code = train.main(argv)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return code, captured.out, captured.err
-
-    yield run
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_path):
+def test_the_stages_one_after_the_other_make_a_model_that_draws(train_cli, data, tmp_path):
     path = f"--config.data.path={data}"
     for stage in ("vae", "clip"):
-        code, out, err = cli(f"--config={CONFIG}:{stage}", f"--workdir={tmp_path / stage}", path)
+        code, out, err = train_cli(f"--config={CONFIG}:{stage}", f"--workdir={tmp_path / stage}", path)
         assert code == 0, err
         assert "step 4/4:" in out
     parts = [f"--config.init_from.vae={tmp_path}/vae/export", f"--config.init_from.text_encoder={tmp_path}/clip/export"]
@@ -85,7 +60,7 @@ def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_p
         "--config.snapshot_every=1",
     ]
     command = [f"--config={CONFIG}:unet", f"--workdir={tmp_path}/unet", path, *parts, *more]
-    code, out, err = cli(*command)
+    code, out, err = train_cli(*command)
     assert code == 0, err
 
     work = tmp_path / "unet"
@@ -109,7 +84,7 @@ def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_p
     assert 0.5 < scaled.std() < 2
     assert model.vae.config.scaling_factor != 0.18215
 
-    code, _, err = cli(f"--workdir={work}", "--posthoc_ema=0.1")  # a length that was tracked, hence the same
+    code, _, err = train_cli(f"--workdir={work}", "--posthoc_ema=0.1")  # a length that was tracked, hence the same
     assert code == 0, err
     tracked = open_tensors(work / "ema" / "4.safetensors").read("0.1:unet/conv_in/kernel")
     kernel = jaxdiff.load(work / "export-ema-0.1")[1]["unet"]["conv_in"]["kernel"]
@@ -118,7 +93,7 @@ def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_p
     assert np.abs(kernel - params["unet"]["conv_in"]["kernel"]).max() > 1e-4 * np.abs(tracked).max()
 
     before = (work / "export" / "unet" / "config.json").stat().st_mtime_ns
-    code, out, err = cli(*command, "--config.steps=6")  # goes on
+    code, out, err = train_cli(*command, "--config.steps=6")  # goes on
     assert code == 0, err
     assert "goes on from step 4" in out
     assert "images encoded" not in err  # the latents are there already
@@ -126,8 +101,8 @@ def test_the_stages_one_after_the_other_make_a_model_that_draws(cli, data, tmp_p
 
 
 @pytest.mark.slow
-def test_a_pretrained_model_learns_a_folder(cli, data, tiny_folder, tmp_path):
-    code, _, err = cli(
+def test_a_pretrained_model_learns_a_folder(train_cli, data, tiny_folder, tmp_path):
+    code, _, err = train_cli(
         f"--config={ROOT}/configs/folder.py", f"--workdir={tmp_path}", f"--config.data.path={data}",
         f"--config.init_from.model={tiny_folder}", "--config.steps=2", "--config.batch_size=4",
     )  # fmt: skip
@@ -181,9 +156,9 @@ def test_a_pretrained_model_learns_a_folder(cli, data, tiny_folder, tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_every_mistake_is_one_sentence(cli, data, tmp_path, args, code, named):
+def test_every_mistake_is_one_sentence(train_cli, data, tmp_path, args, code, named):
     places = {"tmp": tmp_path / "run", "data": data, "config": CONFIG}
-    got, _, err = cli(*(a.format(**places) for a in args))
+    got, _, err = train_cli(*(a.format(**places) for a in args))
     assert got == code, err
     assert err.count("\n") == 1
     assert err.startswith("train.py: error: ")
@@ -235,16 +210,16 @@ def test_a_selection_has_the_same_pictures_and_nothing_else(data):
         select(source, {"style": ("watercolour",)})
 
 
-def test_latents_are_written_and_trained_on(cli, data, tiny_folder, tmp_path):
+def test_latents_are_written_and_trained_on(train_cli, data, tiny_folder, tmp_path):
     """At the pictures' own aspects, filtered; and with a model that they do not fit."""
     settings = [f"--config={ROOT}/configs/folder.py", f"--config.data.path={data}", "--config.cache_latents=0"]
     settings += [f"--config.init_from.model={tiny_folder}", "--config.steps=2", "--config.batch_size=4"]
     more = ["--config.data.buckets=4", "--config.data.filter.min_side=10", "--config.latents.embeddings=True"]
-    code, _, err = cli(*settings, *more, f"--workdir={tmp_path}/a", "--precompute")
+    code, _, err = train_cli(*settings, *more, f"--workdir={tmp_path}/a", "--precompute")
     assert code == 0, err
     assert (tmp_path / "a" / "latents" / "latents.json").is_file()
     latents = f"--config.latents.path={tmp_path}/a/latents"
-    code, out, err = cli(*settings, *more, latents, f"--workdir={tmp_path}/b")
+    code, out, err = train_cli(*settings, *more, latents, f"--workdir={tmp_path}/b")
     assert code == 0, err
     assert "step 2/2:" in out or (tmp_path / "b" / "export").is_dir()
     assert not (tmp_path / "b" / "data").exists()  # nothing is filtered again
@@ -254,13 +229,15 @@ def test_latents_are_written_and_trained_on(cli, data, tiny_folder, tmp_path):
     shutil.copytree(data, copied)
     (copied / "metadata.jsonl").write_text((data / "metadata.jsonl").read_text().replace("square", "box"))
     other = [f"--config.data.path={copied}", "--config.data.filter.min_side=12", "--config.data.image_size=12"]
-    code, _, err = cli(*settings, *more, latents, f"--workdir={tmp_path}/c", *other, "--config.data.buckets=8")
+    code, _, err = train_cli(*settings, *more, latents, f"--workdir={tmp_path}/c", *other, "--config.data.buckets=8")
     assert code == 1
     for said in ("min_side: 10, now 12", "buckets: 4, now 8", "image_size: 16, now 12", "digest of data.path"):
         assert said in err
-    code, _, err = cli(*settings, *more, latents, f"--workdir={tmp_path}/d", "--config.trainable=('text_encoder',)")
+    code, _, err = train_cli(
+        *settings, *more, latents, f"--workdir={tmp_path}/d", "--config.trainable=('text_encoder',)"
+    )
     assert code == 1
     assert "holds text embeddings" in err
-    code, _, err = cli(*settings, *more, latents, f"--workdir={tmp_path}/a", "--precompute")
+    code, _, err = train_cli(*settings, *more, latents, f"--workdir={tmp_path}/a", "--precompute")
     assert code == 2
     assert "leave out config.latents.path" in err

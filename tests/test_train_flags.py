@@ -17,10 +17,9 @@ from jaxdiff.training.defaults import RENAMED, as_json, base
 from jaxdiff.training.options import NoiseOptions, Options, OptionsError
 from jaxdiff.training.run_data import fingerprints
 from jaxdiff.training.workdir import WorkdirError, settle, stored_config
-from tests.test_trust import write_squares
+from tests.support.processes import CONFIG, ROOT
+from tests.support.written import write_squares
 
-ROOT = Path(__file__).parent.parent
-CONFIG = ROOT / "tests" / "training_config.py"
 # ml_collections loads configs by a method that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 

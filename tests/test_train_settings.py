@@ -22,10 +22,9 @@ from jaxdiff.training.options import NoiseOptions, Options
 from jaxdiff.training.run import build_run
 from jaxdiff.training.stages import vae_stage
 from jaxdiff.training.trainables import TRAINABLES, make
-from tests.test_finetune import settings
-from tests.test_train_cli import ROOT
-from tests.test_training import keys, pictures
-from tests.tiny import LATENT, MAX_LENGTH, SIDE, UNET
+from tests.support.processes import ROOT
+from tests.support.stages import keys, pictures, settings
+from tests.support.tiny import LATENT, MAX_LENGTH, SIDE, UNET
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from jaxdiff.training import init
 from jaxdiff.training.checks import check_sizes
 from jaxdiff.training.options import OptionsError
 from jaxdiff.training.run import build_run
-from tests.datasets_of_pictures import write_folder
-from tests.test_train_cli import CONFIG, cache_home, cli  # noqa: F401 (fixtures)
-from tests.tiny import SIDE, tiny_model
-from tests.training_config import get_config
+from tests.support.datasets_of_pictures import write_folder
+from tests.support.processes import CONFIG
+from tests.support.tiny import SIDE, tiny_model
+from tests.support.training_config import get_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
@@ -69,16 +69,16 @@ def test_what_reads_no_images_at_that_size_takes_any():
     check_sizes(config, tiny_model())
 
 
-def test_train_and_plan_end_before_weights_are_read(cli, tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_train_and_plan_end_before_weights_are_read(train_cli, tiny_folder, tmp_path, monkeypatch):
     data = write_folder(tmp_path / "data", 2)
     monkeypatch.setattr(init, "load", lambda *a, **k: pytest.fail("weights are read"))
     args = [f"--config={CONFIG}:vae", f"--config.data.path={data}", f"--config.init_from.model={tiny_folder}"]
     for more in ((f"--workdir={tmp_path}/run",), ("--plan=quick",)):
-        code, _, err = cli(*args, *more, "--config.crop=14")
+        code, _, err = train_cli(*args, *more, "--config.crop=14")
         assert code == 2, err
         assert err.startswith("train.py: error: config.crop 14 must be from 8 to 16")
         assert err.count("\n") == 1
-    code, _, err = cli(*args, f"--workdir={tmp_path}/run", "--config.eval.pictures=-1")
+    code, _, err = train_cli(*args, f"--workdir={tmp_path}/run", "--config.eval.pictures=-1")
     assert (code, err) == (2, "train.py: error: config.eval.pictures -1 must be 0, for none, or more.\n")
 
 

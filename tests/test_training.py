@@ -9,39 +9,17 @@ import numpy as np
 import pytest
 
 from jaxdiff import parallel
-from jaxdiff.config import CLIPVisionConfig, SchedulerConfig
+from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.diffusion_loss import min_snr_weight
 from jaxdiff.diffusion.schedules import at, noise_schedule
-from jaxdiff.models.model import Model, build
 from jaxdiff.training.losses import contrastive_loss, kl_divergence, reconstruction_loss
 from jaxdiff.training.optimizer import learning_rate, optimizer
-from jaxdiff.training.options import Options, OptionsError
+from jaxdiff.training.options import OptionsError
 from jaxdiff.training.precompute import encoder, fingerprint
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage, random_times, vae_stage
 from jaxdiff.training.train_step import accumulated_grad, ema_update, init_state, make_train_step
-from tests.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_params, tokenizer
-
-VISION = CLIPVisionConfig(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    image_size=SIDE,
-    patch_size=8,
-    projection_dim=16,
-)
-BATCH = 4
-# One level is enough, and quick to compile.
-UNET = dataclasses.replace(
-    UNET,
-    down_block_types=("CrossAttnDownBlock2D",),
-    up_block_types=("CrossAttnUpBlock2D",),
-    block_out_channels=(8,),
-)
-
-
-def whole_model(scheduler: SchedulerConfig = SCHEDULER, **kwargs) -> Model:
-    return build(text_config(), UNET, VAE, tokenizer(), scheduler, VISION, **kwargs)
+from tests.support.stages import BATCH, keys, options, pairs, whole_model
+from tests.support.tiny import VAE, tiny_params, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -65,29 +43,6 @@ def gradients(params):
         return jax.jit(jax.value_and_grad(lambda p: loss(p, pairs(BATCH), keys())[0]))(params)
 
     return functools.cache(run)
-
-
-def pictures(count: int = 8, seed: int = 0) -> np.ndarray:
-    """Plain squares of one colour each, uint8 [count, SIDE, SIDE, 3]."""
-    rng = np.random.default_rng(seed)
-    images = np.full((count, SIDE, SIDE, 3), 255, np.uint8)
-    images[:, 4:12, 4:12] = rng.integers(0, 255, (count, 1, 1, 3))
-    return images
-
-
-def pairs(count: int = 8) -> dict:
-    words = ["castle", "red", "dragon", "blue", "house", "blurry", "a castle", "a house", "red house", "a dragon"]
-    return {"image": pictures(count), "tokens": tokenizer()(words[:count])}
-
-
-def options(**changes) -> Options:
-    defaults = {"steps": 4, "batch_size": BATCH, "learning_rate": 1e-3, "weight_decay": 0.0, "log_every": 1}
-    defaults |= {"warmup_steps": 0, "schedule": "constant", "b2": 0.999, "checkpoint_every": 1000}
-    return Options(**{**defaults, **changes})
-
-
-def keys(count: int = BATCH) -> jax.Array:
-    return jax.random.split(jax.random.key(0), count)
 
 
 # --- losses

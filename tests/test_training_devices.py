@@ -1,53 +1,23 @@
 """Training on several devices and several hosts, simulated by processes of their own."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.train_on_devices import MESHES, OPTIMIZERS
-from tests.train_on_hosts import write_pictures
-
-ROOT = Path(__file__).parent.parent
-
-
-def start(module: str, *args: object, devices: int) -> subprocess.Popen:
-    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
-    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", module, *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def finish(*processes: subprocess.Popen) -> None:
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=600)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
+from tests.support.processes import finish, free_port, start
+from tests.support.train_on_devices import MESHES, OPTIMIZERS
+from tests.support.train_on_hosts import write_pictures
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
-    """Of tests/train_on_devices.py: losses and messages by mesh, "hosts" those of two processes with four devices."""
+    """Of train_on_devices: losses and messages by mesh, "hosts" those of two processes with four devices."""
     folder = tmp_path_factory.mktemp("devices")
-    finish(start("tests.train_on_devices", folder / "report.json", devices=8))
+    finish(start("tests.support.train_on_devices", folder / "report.json", devices=8))
     files = [folder / f"host-{i}.json" for i in range(2)]
     port = free_port()
-    finish(*(start("tests.train_on_devices", file, port, i, 2, devices=4) for i, file in enumerate(files)))
+    finish(*(start("tests.support.train_on_devices", file, port, i, 2, devices=4) for i, file in enumerate(files)))
     hosts = [json.loads(file.read_text()) for file in files]
     assert hosts[0] == hosts[1]
     report = json.loads((folder / "report.json").read_text())
@@ -122,7 +92,9 @@ def test_hosts_train_together_and_others_go_on(tmp_path):
         workdir, port = tmp_path / folder, free_port()
         workdir.mkdir(exist_ok=True)
         rest = (processes, data, workdir, steps)
-        finish(*(start("tests.train_on_hosts", port, i, *rest, devices=8 // processes) for i in range(processes)))
+        finish(
+            *(start("tests.support.train_on_hosts", port, i, *rest, devices=8 // processes) for i in range(processes))
+        )
         results = [np.load(workdir / f"result-{i}.npz") for i in range(processes)]
         assert [int(r["step"]) for r in results] == [steps] * processes
         assert all((r["w"] == results[0]["w"]).all() for r in results)

@@ -14,45 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff import parallel
 from jaxdiff.data.captioned import captioned_data
 from jaxdiff.training.checkpoint import CheckpointError, Checkpoints
-from jaxdiff.training.loop import Stage, TrainingError, fit
+from jaxdiff.training.loop import TrainingError, fit
 from jaxdiff.training.memory_plan import bytes_each
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.progress import Report
 from jaxdiff.training.trackers import TensorBoard, TrackedImages
 from jaxdiff.training.train_step import abstract_state, cast_frozen, init_state, make_train_step
 from jaxdiff.training.workdir import WorkdirError
-from tests.batches import FromMemory
-from tests.test_training import BATCH, options
-from tests.tiny import SIDE
-
-
-def same(a, b) -> bool:
-    """Whether two trees are equal bit for bit."""
-    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b)))
-
-
-def linear_stage() -> Stage:
-    """A stage that is quick to compile: fit w to noisy targets, through each kind of state that there is."""
-
-    def loss(params, batch, keys):
-        noise = jax.vmap(lambda key: jax.random.normal(key, ()))(keys)
-        error = batch["x"] @ params["line"]["w"] + params["offset"] - batch["y"] + 0.1 * noise
-        return (error**2).mean(), {"bias": params["offset"]}
-
-    return Stage("line", ("line",), loss, lambda batch: batch)
-
-
-def line_data(count: int = 10) -> dict:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(count, 3)).astype(np.float32)
-    return {"x": x, "y": x @ np.asarray([1.0, -2.0, 0.5], np.float32), "index": np.arange(count)}
-
-
-OFFSET = {"offset": np.zeros((), np.float32)}
-LINE = {"line": {"w": np.zeros(3, np.float32)}, **OFFSET}
+from tests.support.batches import FromMemory
+from tests.support.line import LINE, OFFSET, line_data, linear_stage, one_device, same
+from tests.support.stages import BATCH, options
+from tests.support.tiny import SIDE
 
 
 def test_fit_learns_and_leaves_what_is_frozen(tmp_path, capsys):
@@ -86,10 +60,6 @@ def test_what_is_frozen_may_be_kept_in_half_of_the_memory(tmp_path):
     assert bias(frozen_dtype="bfloat16") == 1
     half = {"w": np.zeros(2, np.float16), "count": np.zeros(2, np.int32)}
     assert {k: v.dtype for k, v in cast_frozen(half, options()).items()} == {"w": np.float16, "count": np.int32}
-
-
-def one_device():
-    return parallel.mesh(devices=jax.devices()[:1])
 
 
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path):

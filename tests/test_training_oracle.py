@@ -12,13 +12,13 @@ from jaxdiff.training import adapters
 from jaxdiff.training.options import NoiseOptions
 from jaxdiff.training.stages import random_noise, random_times
 from jaxdiff.training.trainables import make
-from tests.test_finetune import settings
+from tests.support.stages import settings
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from tests import oracle, pipelines  # noqa: E402
+from tests.support import oracle, pipelines  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and peft's own
 TEXTS = ["a castle", "a red dragon", "blurry"]

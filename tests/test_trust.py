@@ -15,29 +15,18 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from jaxdiff.training import checkpoint
 from jaxdiff.training.checkpoint import SUMS, CheckpointError, Checkpoints, damage
 from jaxdiff.training.loop import fit
 from jaxdiff.training.trackers import JsonLines
 from jaxdiff.training.workdir import Lock, WorkdirError
-from tests.batches import FromMemory
-from tests.test_training import options
-from tests.test_training_devices import finish, start
-from tests.test_training_loop import LINE, line_data, linear_stage, one_device, same
-from tests.tiny import SIDE
-from tests.train_on_hosts import write_pictures
-
-ROOT = Path(__file__).parent.parent
-
-
-def write_squares(folder: Path) -> Path:
-    lines = [{"file_name": f"{i}.png", "text": [f"a square {i}", f"number {i}"]} for i in range(9)]
-    for i, line in enumerate(lines):
-        Image.fromarray(np.full((SIDE, SIDE, 3), 25 * i, np.uint8)).save(folder / line["file_name"])
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return folder
+from tests.support.batches import FromMemory
+from tests.support.line import LINE, line_data, linear_stage, one_device, same
+from tests.support.processes import ROOT, finish, start
+from tests.support.stages import options
+from tests.support.train_on_hosts import write_pictures
+from tests.support.written import write_squares
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +43,7 @@ class Runs:
     def __init__(self, stage: str, data: Path, cache: Path, steps: int) -> None:
         self.steps = steps
         settings = {"steps": steps, "log_every": 1, "checkpoint_every": 3, "data.path": data, "data.flip": True}
-        self._command = [sys.executable, "train.py", f"--config=tests/training_config.py:{stage}"]
+        self._command = [sys.executable, "train.py", f"--config=tests/support/training_config.py:{stage}"]
         self._command += [f"--config.{k}={v}" for k, v in settings.items()]
         quick = {"XDG_CACHE_HOME": str(cache), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
         self._env = {**os.environ, **quick}
@@ -259,7 +248,7 @@ def test_what_cannot_be_written_is_named(tmp_path):
 
 
 def test_other_devices_and_meshes_go_on(tmp_path):
-    finish(start("tests.train_on_meshes", tmp_path, devices=4))
+    finish(start("tests.support.train_on_meshes", tmp_path, devices=4))
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["devices"] == [1, 4, 2]
     assert report["restored"] == [True, True]  # bit for bit, and divided as the new mesh says
@@ -272,7 +261,7 @@ def test_a_notice_to_one_host_stops_all_at_the_same_step(tmp_path):
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     data = write_pictures(tmp_path / "data")
-    processes = [start("tests.train_on_hosts", port, i, 2, data, tmp_path, 10**6, devices=1) for i in range(2)]
+    processes = [start("tests.support.train_on_hosts", port, i, 2, data, tmp_path, 10**6, devices=1) for i in range(2)]
     while not metrics(tmp_path) and all(p.poll() is None for p in processes):
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)

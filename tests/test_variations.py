@@ -15,8 +15,8 @@ from jaxdiff.models.model import with_controlnets
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.sampling.inputs import slerp
 from jaxdiff.sampling.resolve import image_keys
-from tests.test_generate import levels
-from tests.tiny import LATENT, SIDE, tiny_controlnet
+from tests.support.comparison import levels
+from tests.support.tiny import LATENT, SIDE, tiny_controlnet
 
 STEPS, LEVEL = 3, 1  # LEVEL: see test_generate
 

@@ -21,14 +21,13 @@ from jaxdiff.training.mfu import PEAKS, Speed, flops, peak_flops
 from jaxdiff.training.progress import Report
 from jaxdiff.training.trackers import JsonLines, TrackedImages, WandB
 from jaxdiff.training.workdir import Lock, WorkdirError, data_fingerprint, settle
-from tests.batches import FromMemory
-from tests.datasets_of_pictures import write_tars
-from tests.test_training import options
-from tests.test_training_loop import LINE, line_data, linear_stage, one_device
-from tests.test_trust import write_squares
-from tests.tiny import LATENT, tiny_model, tiny_params, tokenizer
-
-ROOT = Path(__file__).parent.parent
+from tests.support.batches import FromMemory
+from tests.support.datasets_of_pictures import write_tars
+from tests.support.line import LINE, line_data, linear_stage, one_device
+from tests.support.processes import ROOT
+from tests.support.stages import options
+from tests.support.tiny import LATENT, tiny_model, tiny_params, tokenizer
+from tests.support.written import write_squares
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +238,12 @@ def test_train_py_refuses_in_a_sentence(data, tmp_path, monkeypatch, capsys):
     from jaxdiff.cli import train
 
     def cli(*args) -> str:
-        argv = ["train.py", f"--config={ROOT}/tests/training_config.py:clip", f"--config.data.path={data}", *args]
+        argv = [
+            "train.py",
+            f"--config={ROOT}/tests/support/training_config.py:clip",
+            f"--config.data.path={data}",
+            *args,
+        ]
         monkeypatch.setattr(sys, "argv", argv)
         before = jax.config.jax_compilation_cache_dir
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

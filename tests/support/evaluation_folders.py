@@ -14,7 +14,7 @@ from jaxdiff.io.modules import write_json
 from jaxdiff.io.tensor_files import named_tensors, save_tensors
 from jaxdiff.io.torch_names import from_torch_layout, tensor_name, to_torch_layout
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
-from tests import networks, tiny
+from tests.support import networks, tiny
 
 SIZE = 16  # pixels that the encoder reads
 WIDTH = 6  # numbers of a feature

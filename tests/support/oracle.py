@@ -16,7 +16,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from tests import networks
+from tests.support import networks
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """One of several processes that train together on a folder of pictures.
 
-Usage: python -m tests.train_on_hosts PORT PROCESS PROCESSES DATA WORKDIR STEPS
+Usage: python -m tests.support.train_on_hosts PORT PROCESS PROCESSES DATA WORKDIR STEPS
 """
 
 import json
@@ -37,8 +37,8 @@ def main(port: int, process: int, processes: int, data: Path, workdir: Path, ste
         jax.distributed.initialize(f"localhost:{port}", processes, process)
     from jaxdiff.data.captioned import captioned_data
     from jaxdiff.training.loop import fit
-    from tests.test_training import options
-    from tests.test_training_loop import LINE, linear_stage
+    from tests.support.line import LINE, linear_stage
+    from tests.support.stages import options
 
     hosts = {"host_index": process, "host_count": processes}
     batches = captioned_data(data, BATCH // processes, 8, seed=5, threads=1, **hosts)

@@ -13,7 +13,7 @@ from jaxdiff.io.lora import merge_lora
 from jaxdiff.io.lora_names import layers
 from jaxdiff.io.torch_names import from_torch_layout, tensor_name, to_torch_layout
 from jaxdiff.models.model import Model, build, param_shapes
-from tests import networks, tiny
+from tests.support import networks, tiny
 
 ATTENTION = r"attn[12]\.to_|self_attn"
 
@@ -25,7 +25,7 @@ def small_model(unet: str = "sd1", text_2: str | None = None) -> Model:
 
 
 def drawn_params(model: Model):
-    """The weights that `tests.oracle.drawn` gives to the PyTorch networks."""
+    """The weights that `tests.support.oracle.drawn` gives to the PyTorch networks."""
     flat = {}
     for path, leaf in flatten_dict(param_shapes(model)).items():
         shape = to_torch_layout(path, np.broadcast_to(0, leaf.shape)).shape

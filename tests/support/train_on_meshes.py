@@ -1,6 +1,6 @@
 """Run with four simulated devices: a run that goes on on other devices than it began with.
 
-Usage: python -m tests.train_on_meshes FOLDER, with XLA_FLAGS=--xla_force_host_platform_device_count=4.
+Usage: python -m tests.support.train_on_meshes FOLDER, with XLA_FLAGS=--xla_force_host_platform_device_count=4.
 """
 
 import json
@@ -15,9 +15,9 @@ from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.loop import fit
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.train_step import init_state
-from tests.batches import FromMemory
-from tests.test_training import options
-from tests.test_training_loop import linear_stage
+from tests.support.batches import FromMemory
+from tests.support.line import linear_stage
+from tests.support.stages import options
 
 PARAMS = {"line": {"w": np.zeros(8, np.float32)}, "offset": np.zeros((), np.float32)}
 ROWS = 12

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from jaxdiff.config import SchedulerConfig
-from tests.scheduler_cases import CLASSES, MASK, Case, mixing, network, noise, original, start
+from tests.support.scheduler_cases import CLASSES, MASK, Case, mixing, network, noise, original, start
 
 SIGMAS = ("EulerDiscrete", "EulerAncestral", "HeunDiscrete", "LMSDiscrete", "DPMSolverSDE")  # of sigma / alpha
 

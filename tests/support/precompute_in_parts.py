@@ -1,6 +1,7 @@
 """One of several processes that write latents together.
 
-Usage: python -m tests.precompute_in_parts DATA FOLDER PROCESS PROCESSES SECONDS, which each part takes at least.
+Usage: python -m tests.support.precompute_in_parts DATA FOLDER PROCESS PROCESSES SECONDS.
+Each part takes at least so many seconds.
 """
 
 import sys
@@ -15,7 +16,7 @@ def main(data: str, folder: Path, process: int, processes: int, seconds: float) 
 
     from jaxdiff.data.captioned import open_source
     from jaxdiff.training import precompute as module
-    from tests.tiny import SIDE, tiny_model, tiny_params
+    from tests.support.tiny import SIDE, tiny_model, tiny_params
 
     logging.set_verbosity(logging.INFO)  # says which parts it makes
     encoder = module.encoder

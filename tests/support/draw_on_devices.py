@@ -1,6 +1,6 @@
 """Run with simulated devices: pictures drawn on all of them and on one, and the collectives in the compiled program.
 
-Usage: python -m tests.draw_on_devices FOLDER, with XLA_FLAGS=--xla_force_host_platform_device_count=8.
+Usage: python -m tests.support.draw_on_devices FOLDER, with XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from jaxdiff.cli import sample
 from jaxdiff.io.images import read_image
 from jaxdiff.models.model import with_controlnets
 from jaxdiff.sampling.generate import sampler
-from tests.tiny import SIDE, tiny_controlnet, tiny_model, tiny_params
+from tests.support.tiny import SIDE, tiny_controlnet, tiny_model, tiny_params
 
 COLLECTIVE = re.compile(
     r"\b(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter|ragged-all-to-all)"

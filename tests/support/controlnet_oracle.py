@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
-from tests.oracle import drawn, nchw, nhwc
+from tests.support.oracle import drawn, nchw, nhwc
 
 
 def controlnet(config: dict) -> ControlNetModel:

@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from jaxdiff.text.tokenizer import EOS
-from tests import networks, oracle, tiny
+from tests.support import networks, oracle, tiny
 
 SIDE = 16  # pixels; the autoencoder halves it
 LATENT = 8

@@ -1,7 +1,7 @@
 """Run with simulated devices: the losses of some updates, and what the compiled step sends, on several meshes.
 
-Usage: python -m tests.train_on_devices FILE [PORT PROCESS PROCESSES], with as many devices as XLA_FLAGS simulates. With
-a port it is one of several processes that share their devices, and writes FILE of its own.
+Usage: python -m tests.support.train_on_devices FILE [PORT PROCESS PROCESSES], with as many devices
+as XLA_FLAGS simulates. With a port it is one of several processes that share their devices, and writes FILE of its own.
 """
 
 import json
@@ -36,9 +36,9 @@ MESHES = {"one": (1, 1), "data": (1, 1), "fsdp": (8, 1), "all": (2, 2)}  # name 
 
 
 def model_and_params():
-    """A tiny model whose axes the meshes divide; more of its UNet attends than that of tests/tiny.py."""
-    from tests.test_training import whole_model
-    from tests.tiny import tiny_params
+    """A tiny model whose axes the meshes divide; more of its UNet attends than that of tests/support/tiny.py."""
+    from tests.support.stages import whole_model
+    from tests.support.tiny import tiny_params
 
     model = whole_model()
     return model, clip_params(tiny_params(model))
@@ -46,7 +46,7 @@ def model_and_params():
 
 def batches(steps: int):
     """The same examples of the whole batch on every host, each host its part of them."""
-    from tests.test_training import pairs
+    from tests.support.stages import pairs
 
     rng = np.random.default_rng(0)
     rows = BATCH // jax.process_count()
@@ -93,7 +93,7 @@ def in_half_precision(folder: Path) -> dict:
 
     Not what the compiled program gathers: the compiler for CPUs widens every collective of bfloat16.
     """
-    from tests.test_training import whole_model
+    from tests.support.stages import whole_model
 
     stage, mesh, report = clip_stage(whole_model(dtype=jnp.bfloat16)), parallel.mesh(fsdp=8), {}
     params = {name: x for name, x in model_and_params()[1].items() if name in stage.trainable}

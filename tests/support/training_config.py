@@ -1,11 +1,11 @@
-"""A config of train.py for the tiny model: tests/training_config.py:clip, :vae or :unet."""
+"""A config of train.py for the tiny model: tests/support/training_config.py:clip, :vae or :unet."""
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
 from jaxdiff.training.defaults import base
-from tests.tiny import SCHEDULER, SIDE, UNET, VAE
+from tests.support.tiny import SCHEDULER, SIDE, UNET, VAE
 
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -11,8 +11,8 @@ from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
 from jaxdiff.io.infer_config import SCALING, pipeline_options, scheduler_config
 from jaxdiff.io.single_file import save_single_file
 from jaxdiff.models.model import build
-from tests import tiny
-from tests.networks import SDXL, XL_LEVELS
+from tests.support import tiny
+from tests.support.networks import SDXL, XL_LEVELS
 
 SD1 = UNetConfig(cross_attention_dim=768)
 SD2 = UNetConfig(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
