@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxdiff.models.cpu import gathered, winograd
 
 # Measured on CPUs with the shapes of SD 1.5: products of gathered neighbours are up to three times as fast as XLA's
-# convolution at so few positions and so many channels; at more positions Winograd's products are, up to twice.
+# convolution at so few positions and so many channels; at more positions Winograd's products are, up to twice. They take
+# longer to compile, which at few positions is not won back.
 FEW_POSITIONS, GATHERED_CHANNELS = 1024, 512
-WINOGRAD_NARROW, WINOGRAD_WIDE = 128, 256  # channels of the kernel's narrower and wider side, at least
+WINOGRAD_CHANNELS = 64  # of the kernel's narrower side, at least
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **kwargs) -> jax.Array:
@@ -25,16 +26,16 @@ def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **kwargs) -> jax
 
     b, h, w, c = x.shape
     usual = kernel.shape[:2] == (3, 3) and strides[0] == strides[1] and tuple(map(tuple, padding)) == ((1, 1), (1, 1))
-    divided = jax.sharding.get_abstract_mesh().auto_axes  # then the reshaped kernel would be brought together first
-    if not usual or divided:
+    mesh = jax.sharding.get_abstract_mesh()
+    # A kernel divided over "tensor" (the others divide examples) would be brought together before it is reshaped.
+    if not usual or ("tensor" in mesh.auto_axes and mesh.shape["tensor"] > 1):
         return general(x, kernel)
     form: Callable | None = None
     if b * h * w <= FEW_POSITIONS:
         if c >= GATHERED_CHANNELS:
             form = gathered
     elif strides[0] == 1 and h % 2 == w % 2 == 0 and x.dtype == jnp.float32:
-        narrow, wide = sorted(kernel.shape[2:])
-        form = winograd if narrow >= WINOGRAD_NARROW and wide >= WINOGRAD_WIDE else None
+        form = winograd if min(kernel.shape[2:]) >= WINOGRAD_CHANNELS else None
     if form is None:
         return general(x, kernel)
     # The gradient gathers anew rather than keep the gathered, which is four or nine times as large as x.
