@@ -65,7 +65,7 @@ DIFFUSION = in_folder(
     ("singlestep.py", "jnp.where(time.t > 0, scale", "jnp.where(time.t >= 0, scale",
      SCHEDULERS.format("adds_no_noise")),
     ("singlestep.py", "(next_slope - slope) / 2", "(next_slope - slope)",
-     SCHEDULERS.format("order_of_convergence and heun-preserving")),
+     SCHEDULERS.format("order_of_convergence and heun")),
     ("singlestep.py", "m.alpha + m.sigma if flow else m.alpha", "m.alpha", GOLDEN.format("flow-heun")),
     ("singlestep.py", "(next_time.sigma > 0) & (s > 0)", "next_time.sigma > 0",
      SAMPLING.format("gradient and heun-zero_snr")),
@@ -136,7 +136,50 @@ DIFFUSION = in_folder(
     ("schedulers.py", '{"flow": is_flow(config)}', "{}", GOLDEN.format("flow-heun")),
 )  # fmt: skip
 
-MUTATIONS = [*DIFFUSION]
+# What the tests of the other folders are called below.
+PROMPTS = "tests/test_prompts.py -k '{}'"
+TILING = "tests/test_tiling.py -k '{}'"
+NETWORKS = "tests/test_models.py -k 'golden and {}'"
+
+SAMPLES = in_folder(
+    "jaxdiff/sampling",
+    ("inputs.py", "jnp.sin(straight * angle) / sine", "straight", "tests/test_variations.py -k slerp"),
+    ("resolve.py", "np.linspace(first, last, frames)", "np.linspace(0, last, frames)",
+     "tests/test_resolve.py -k left_open"),
+    ("denoiser.py", "(batch,)) - 1)", "(batch,)))", "tests/test_tasks.py -k guidance_embedding"),
+)  # fmt: skip
+
+MODELS = in_folder(
+    "jaxdiff/models",
+    ("tiling.py", "*= 1 - ramp", "*= ramp", TILING.format("seam")),
+    ("tiling.py", "gaps = -(-room // (tile - overlap))", "gaps = room // (tile - overlap)", TILING.format("cover_all")),
+    ("layers.py", "(half - freq_shift)", "half", NETWORKS.format("distilled")),
+    ("layers.py", "jax.nn.sigmoid(1.702 * x)", "jax.nn.sigmoid(1.5 * x)", NETWORKS.format("vit_l")),
+)
+
+IO = in_folder(
+    "jaxdiff/io",
+    ("edges.py", "(i % 2 == 0)", "(i % 2 == 1)", "tests/test_edges.py -k opencv"),
+    ("torch_names.py", "x.transpose(2, 3, 1, 0)", "x.transpose(3, 2, 1, 0)",
+     "tests/test_single_file.py -k 'comes_back and sd1'"),
+    ("original_layout.py", '"qkv".index', '"kqv".index', "tests/test_single_file_oracle.py -k 'openclip and sd2'"),
+    ("lora.py", "(f.alpha / f.rank) *", "f.alpha *", "tests/test_lora.py -k locon"),
+    ("images.py", "(n + SEAM * (n > 0) for", "(n + SEAM for", "jaxdiff/io/images.py"),
+)  # fmt: skip
+
+TEXT = in_folder(
+    "jaxdiff/text",
+    ("chunks.py", "next((i + 1 for i in near", "next((i for i in near", PROMPTS.format("cut_after_a_comma")),
+    ("chunks.py", "np.arange(count) < own[:, None]", "np.arange(count) <= own[:, None]",
+     PROMPTS.format("its_own_chunks")),
+    ("emphasis.py", '(start, None, _STEP if mark == "(" else 1 / _STEP)', "(start, None, _STEP)",
+     PROMPTS.format("test_emphasis")),
+    ("tokenizer.py", "[*tokens[: self.max_length - 1], self.eos_id]", "tokens[: self.max_length]",
+     "tests/test_tokenizer.py -k equals_transformers"),
+    ("wildcards.py", "return math.prod(sum(", "return sum(sum(", "tests/test_prompt_files.py -k cannot_be_expanded"),
+)  # fmt: skip
+
+MUTATIONS = [*DIFFUSION, *SAMPLES, *MODELS, *IO, *TEXT]
 
 
 def stale(mutation: Mutation) -> bool:

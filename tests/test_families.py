@@ -45,11 +45,18 @@ CLASSES = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def made(tmp_path_factory):
+    """PyTorch's pipeline of each family."""
+    folder = tmp_path_factory.mktemp("parts")
+    return {name: pipelines.pipeline(name, folder) for name in CLASSES}
+
+
+@pytest.fixture(scope="module")
+def folders(made, tmp_path_factory):
     """A folder of each family as PyTorch diffusers writes it. Not to be written to."""
     folder = tmp_path_factory.mktemp("families")
-    for name in CLASSES:
-        pipelines.pipeline(name, folder / "parts").save_pretrained(folder / name)
+    for name, pipeline in made.items():
+        pipeline.save_pretrained(folder / name)
     return folder
 
 
@@ -68,7 +75,7 @@ def assert_same_tensors(a, b):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_there_and_back(name, folders, tmp_path):
+def test_there_and_back(name, made, folders, tmp_path):
     """The tensors' bytes, the model, its ControlNets and what PyTorch makes of the folder come back."""
     model, params = jaxdiff.load(folders / name)
     jaxdiff.save(tmp_path / "ours", model, params)
@@ -79,7 +86,7 @@ def test_there_and_back(name, folders, tmp_path):
 
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
     assert type(pipeline).__name__ == CLASSES[name] == pipeline_class(model)
-    theirs = diffusers.DiffusionPipeline.from_pretrained(folders / name)
+    theirs = made[name]
     for part, module in theirs.components.items():
         if isinstance(module, torch.nn.Module):
             loaded = getattr(pipeline, part).state_dict()

@@ -74,14 +74,14 @@ def written_out(name: str):
 @pytest.mark.parametrize("name", ["sd1", "only_cross"])
 def test_masked_tokens_are_not_there(name):
     """Also where the picture's own tokens are never attended to; rounding of sums in another order."""
-    module, args, _ = written_out(f"unet/{name}")
+    module, args, run = case(f"unet/{name}")
     variables, (x, t, embeddings, *_) = drawn(module, args), args
     mask = np.repeat([[1.0, 0.0]], len(x), 0).repeat(embeddings.shape[1], 1)
     longer = np.concatenate([embeddings, 3 - embeddings], 1)
-    apply = jax.jit(module.apply)
-    masked = apply(variables, x, t, longer, attention_mask=mask)
-    assert error(masked, apply(variables, x, t, embeddings)) < TOLERANCE
-    assert error(masked, apply(variables, x, t, longer)) > 100 * TOLERANCE
+    apply = jax.jit(lambda mask: module.apply(variables, x, t, longer, attention_mask=mask))
+    masked, whole = apply(mask), apply(np.ones_like(mask))
+    assert error(masked, run(variables)["output"]) < TOLERANCE
+    assert error(masked, whole) > 100 * TOLERANCE
 
 
 def check(ours, reference) -> None:
@@ -124,7 +124,7 @@ def test_text_encoder_is_causal():
         params = variables["params"] | {"embeddings_token_embedding": {"embedding": embedding}}
         return module.apply({"params": params}, tokens).last_hidden_state[0, 2].sum()
 
-    gradient = jax.grad(third_state)(jnp.asarray(table))
+    gradient = jax.jit(jax.grad(third_state))(jnp.asarray(table))
     assert np.all(gradient[17] == 0)
     assert np.all(np.abs(gradient[jnp.array([598, 5, 9])]).sum(-1) > 0)
 
@@ -198,13 +198,14 @@ def test_a_models_functions_in_an_application_of_other_settings(tiny):
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     texts = tokens(model, ["a (red) castle", "blue"])
 
-    def run():
+    @jax.jit
+    def run(params):
         latents = encode(model, params, images, jax.random.key(0, impl="threefry2x32"))
         return latents, decode_tiled(model, params, latents, 6, 2), *encode_text(model, params, texts)
 
-    usual = jax.tree.map(np.asarray, run())
+    usual = jax.tree.map(np.asarray, run(params))
     with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
-        for ours, expected in zip(jax.tree.leaves(run()), jax.tree.leaves(usual), strict=True):
+        for ours, expected in zip(jax.tree.leaves(run(params)), jax.tree.leaves(usual), strict=True):
             assert ours.dtype == expected.dtype
             np.testing.assert_allclose(ours, expected, atol=1e-5)
 

@@ -1,6 +1,7 @@
 """One-file checkpoints against diffusers: the names of its own converters, configs from shapes, whole pipelines."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.support import tiny
 from tests.support.published import BESIDE, BIG_G, FULL, SD2, VIT_H, VIT_L, small_model, tensors_of
 
 
+@functools.cache
 def meta_models(name: str) -> dict:
     """Published networks as PyTorch makes them, without numbers: by key in `params`, with their configs."""
     torch, diffusers, transformers = (pytest.importorskip(m) for m in ("torch", "diffusers", "transformers"))
@@ -37,6 +39,7 @@ def named_shapes(model) -> dict[str, list[int]]:
     return {n.removeprefix("text_model."): list(x.shape) for n, x in model.named_parameters()}
 
 
+@functools.cache
 def original(name: str) -> dict[str, list[int]]:
     """Names and shapes in the original layout by our tables, from PyTorch's of diffusers' networks."""
     shapes = {}

@@ -3,6 +3,7 @@
 All pictures are as wide as 13 latents and as high as 9, which do not halve evenly in the UNet.
 """
 
+import dataclasses
 import inspect
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 import jaxdiff
 from jaxdiff.diffusion.sampling_loop import step_keys
+from jaxdiff.models.model import build
 from jaxdiff.sampling.inputs import upscaler_noise
 from jaxdiff.sampling.resolve import image_keys
 
@@ -29,7 +31,7 @@ from diffusers.pipelines.stable_diffusion_xl import (  # noqa: E402
 )
 from diffusers.schedulers import scheduling_lcm  # noqa: E402
 
-from tests.support import oracle, pipelines  # noqa: E402
+from tests.support import oracle, pipelines, tiny  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -279,10 +281,11 @@ def test_lcm_from_pictures(image, tmp_path, monkeypatch):
         ours(loaded, image=image, strength=1.5)
 
 
-def test_nothing_compiles_for_other_values(image, tmp_path, compilations):
+def test_nothing_compiles_for_other_values(image, compilations):
     """Scales, levels and intervals are traced."""
-    loaded = built("upscaler", tmp_path)[1]
-    small = image[:, ::2, ::2]
+    unet = dataclasses.replace(tiny.UNET, in_channels=7, num_class_embeds=50)
+    model = build(tiny.text_config(), unet, tiny.VAE, tiny.tokenizer(), tiny.SCHEDULER)
+    loaded, small = (model, tiny.tiny_params(model)), image[:, ::2, ::2]
     first = {"image": small, "noise_level": 3, "guidance_rescale": 0.2, "guidance_interval": (0.1, 5)}
     other = {"image": small, "noise_level": [4, 40], "guidance_rescale": [0, 0.9], "guidance_interval": (0, 100)}
     drawn = ours(loaded, **first)
