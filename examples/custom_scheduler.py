@@ -8,7 +8,7 @@ through its last two values over log(rho). DDIM takes it to stay as it is.
 
 Cost: 26 s on two CPU cores, compilation included; peak memory 0.8 GB.
 Expect: after 20 network calls the latents are 0.012 (relative) from those of 250 calls with DEIS, 0.040 with DDIM. The
-three pictures [reference, DEIS, DDIM] can hardly be told apart.
+three images [reference, DEIS, DDIM] can hardly be told apart.
 """
 
 import sys

@@ -1,15 +1,15 @@
-"""DDIM inversion: from a given picture to the noise that the model draws it from, back again, and to another prompt.
+"""DDIM inversion: from a given image to the noise that the model draws it from, back again, and to another prompt.
 
-    python examples/ddim_inversion.py [OUTPUT.png [PICTURE]]
+    python examples/ddim_inversion.py [OUTPUT.png [IMAGE]]
 
 DDIM's step (Song et al. 2021, equation 13) solves an ordinary differential equation, so that a grid turned round leads
-from picture to noise. Each way takes the network's prediction where it stands, at opposite ends of the step: the
+from image to noise. Each way takes the network's prediction where it stands, at opposite ends of the step: the
 difference is what reconstruction loses. Guidance would enlarge it, and is used only for the new prompt.
 
 Cost: 14 s on two CPU cores, compilation included; peak memory 1 GB.
-Expect: an apple reconstructed at 32.9 dB of what the autoencoder makes of it (25.3 dB of the given picture, where the
-autoencoder alone has 26.3), and a soccer ball in its place. The noise of a picture that the model does not know is not
-quite Gaussian (here its standard deviation is 1.6), and not every prompt makes a picture of it: "an orange" is a blot.
+Expect: an apple reconstructed at 32.9 dB of what the autoencoder makes of it (25.3 dB of the given image, where the
+autoencoder alone has 26.3), and a soccer ball in its place. The noise of an image that the model does not know is not
+quite Gaussian (here its standard deviation is 1.6), and not every prompt makes an image of it: "an orange" is a blot.
 """
 
 import sys
@@ -25,15 +25,15 @@ APPLE = Path(__file__).with_name("apple.png")  # drawn for this script, unknown 
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio of pictures in [0, 1], in decibels."""
+    """Peak signal-to-noise ratio of images in [0, 1], in decibels."""
     return float(-10 * np.log10(np.mean((a - b) ** 2)))
 
 
-def main(output="ddim_inversion.png", picture=APPLE, prompt="a red apple", edit="a soccer ball", steps=50):
+def main(output="ddim_inversion.png", image=APPLE, prompt="a red apple", edit="a soccer ball", steps=50):
     """Write [given, encoded and decoded, reconstructed, edited]; returns them [4, H, W, 3] in [0, 1] and the noise."""
     model, params = jaxdiff.load("icons")
-    given = fit(read_image(picture), 128, 128) / np.float32(255)
-    # "leading" ends before pure noise, where nothing is left of the picture; the grid's last point, no noise at all,
+    given = fit(read_image(image), 128, 128) / np.float32(255)
+    # "leading" ends before pure noise, where nothing is left of the image; the grid's last point, no noise at all,
     # is left out, since DDIM cannot start from it.
     times, _ = jaxdiff.time_grid(model.scheduler, steps, "euler", "leading")
     down = jax.tree.map(lambda a: a[:-1], times)
@@ -53,7 +53,7 @@ def main(output="ddim_inversion.png", picture=APPLE, prompt="a red apple", edit=
     decoded = [jaxdiff.decode(model, params, x)[0] for x in (latents, reconstructed, edited)]
     images = np.stack([given, *decoded])
     print(f"autoencoder alone {psnr(images[1], given):.1f} dB, reconstruction {psnr(images[2], given):.1f} dB")
-    print(f"reconstruction against the autoencoder's picture {psnr(images[2], images[1]):.1f} dB")
+    print(f"reconstruction against the autoencoder's image {psnr(images[2], images[1]):.1f} dB")
     write_png(output, strip(images))
     return images, noise
 

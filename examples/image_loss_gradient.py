@@ -1,4 +1,4 @@
-"""The gradient of a loss on the finished picture, through decoder and sampler, down to the noise it began as.
+"""The gradient of a loss on the finished image, through decoder and sampler, down to the noise it began as.
 
     python examples/image_loss_gradient.py [OUTPUT.png]
 
@@ -23,7 +23,7 @@ BLUE = (0.2, 0.4, 1.0)
 
 
 def compile_gradient(model, params, prompt, steps, remat):
-    """Noise [1, h, w, C], params -> ((loss, picture [1, H, W, 3]), gradient like noise), compiled."""
+    """Noise [1, h, w, C], params -> ((loss, image [1, H, W, 3]), gradient like noise), compiled."""
     tokens, empty = (jaxdiff.tokenize(model, [text]) for text in (prompt, ""))
     times, noise_scale = jaxdiff.time_grid(model.scheduler, steps, "ddim")
     checkpoint = jax.checkpoint if remat else lambda function: function
@@ -43,7 +43,7 @@ def compile_gradient(model, params, prompt, steps, remat):
 
 
 def main(output="image_loss_gradient.png", prompt="a balloon", steps=10, updates=12, remat=True, seed=0):
-    """Write a strip of the descent; returns losses [updates + 1] and pictures [updates + 1, H, W, 3]."""
+    """Write a strip of the descent; returns losses [updates + 1] and images [updates + 1, H, W, 3]."""
     model, params = jaxdiff.load("icons")
     gradient_of = compile_gradient(model, params, prompt, steps, remat)
     noise = jaxdiff.initial_noise(jax.random.key(seed)[None], (16, 16, model.unet.config.in_channels))

@@ -1,13 +1,13 @@
-"""A batch of pictures over a mesh of one's own, here eight devices that two axes name.
+"""A batch of images over a mesh of one's own, here eight devices that two axes name.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/shard_batch.py [OUTPUT.png]
 
 Without the flag it takes the devices there are. Under `shard_map` each device runs the whole sampler on its own
-pictures, and the program has no communication. (Plain `jit` on sharded arrays draws the same pictures, but guidance
+images, and the program has no communication. (Plain `jit` on sharded arrays draws the same images, but guidance
 joins the two halves of its batch along the sharded axis, which makes devices exchange rows at every step.)
 
 Cost: 26 s on two CPU cores that simulate eight devices, compilation of both programs included; peak memory 1.3 GB.
-Expect: two rows of four pictures, one from each device; the largest difference from one device is 1e-6, as float32 sums
+Expect: two rows of four images, one from each device; the largest difference from one device is 1e-6, as float32 sums
 in another order make it.
 """
 
@@ -24,12 +24,12 @@ SUBJECTS = ("dog", "cat", "owl", "pig", "fish", "crown", "robot", "castle")
 
 
 def main(output="shard_batch.png", subjects=SUBJECTS, steps=20, seed=0):
-    """Write a sheet; returns the pictures [B, H, W, 3] of the mesh (as they lie on it) and of one device."""
+    """Write a sheet; returns the images [B, H, W, 3] of the mesh (as they lie on it) and of one device."""
     model, params = jaxdiff.load("icons")
     prompts = [f"a {subject}" for subject in subjects]
     tokens, empty = (jaxdiff.tokenize(model, texts) for texts in (prompts, [""] * len(prompts)))
     times, noise_scale = jaxdiff.time_grid(model.scheduler, steps, "dpmpp_2m")
-    keys = jax.random.split(jax.random.key(seed), len(prompts))  # one a picture, so that none depends on its place
+    keys = jax.random.split(jax.random.key(seed), len(prompts))  # one an image, so that none depends on its place
 
     def draw(params, tokens, empty, keys):
         cond, uncond = (jaxdiff.encode_text(model, params, ids) for ids in (tokens, empty))
@@ -46,7 +46,7 @@ def main(output="shard_batch.png", subjects=SUBJECTS, steps=20, seed=0):
     meshed = over_mesh(params, tokens, empty, keys)
     single = jax.jit(draw)(params, tokens, empty, keys)
     shards = {shard.device: shard.data.shape[0] for shard in meshed.addressable_shards}
-    print(f"{dict(mesh.shape)}: {list(shards.values())} pictures on each of {len(shards)} devices")
+    print(f"{dict(mesh.shape)}: {list(shards.values())} images on each of {len(shards)} devices")
     print(f"largest difference from one device: {np.abs(np.asarray(meshed) - np.asarray(single)).max():.1e}")
     write_png(output, grid(np.asarray(meshed), columns=4))
     return meshed, single

@@ -1,4 +1,4 @@
-"""One picture at many guidance scales: `vmap` over the scale, one compiled program, one strip.
+"""One image at many guidance scales: `vmap` over the scale, one compiled program, one strip.
 
     python examples/vmap_guidance.py [OUTPUT.png]
 
@@ -19,7 +19,7 @@ SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 12.0)
 
 
 def main(output="vmap_guidance.png", prompt="a castle", scales=SCALES, steps=20, seed=0):
-    """Write the strip; returns its pictures [scales, H, W, 3] in [0, 1]."""
+    """Write the strip; returns its images [scales, H, W, 3] in [0, 1]."""
     model, params = jaxdiff.load("icons")
     tokens, empty = (jaxdiff.tokenize(model, [text]) for text in (prompt, ""))
     times, noise_scale = jaxdiff.time_grid(model.scheduler, steps, "dpmpp_2m")

@@ -75,6 +75,6 @@ assert np.abs(np.asarray(meshed)[0] - np.asarray(meshed)[1]).mean() > 0.01
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "{'rack': 2, 'chip': 4}: [1, 1, 1, 1, 1, 1, 1, 1] pictures" in done.stdout
+    assert "{'rack': 2, 'chip': 4}: [1, 1, 1, 1, 1, 1, 1, 1] images" in done.stdout
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.size == (4 * (side + 2) - 2, 2 * (side + 2) - 2)

@@ -124,7 +124,7 @@ def test_pictures_without_captions_get_those_of_the_config(folders):
     found = [next(batches) for _ in range(4)]
     assert {t for b in found for t in b["text"]} == {"a photo of <cat>", "<cat>"}
     assert len({b["image"][i].tobytes() for b in found for i in range(3)}) == 3
-    with pytest.raises(ConfigError, match="holds no picture"):
+    with pytest.raises(ConfigError, match="holds no image"):
         dreambooth.captioned(folders, ("x",), folders / "other")
 
 

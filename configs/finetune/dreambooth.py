@@ -6,10 +6,10 @@
         --config.prior_preservation.path=class/ --config.prior_preservation.captions="('a photo of a dog',)" \
         --config.init_from.model=my-sd15/ --config.eval.prompts="('sks dog on a beach',)"
 
-Half of each batch are images of the class, and their loss counts config.prior_preservation.weight times; without
+Half of each batch are images of the class, whose loss counts config.prior_preservation.weight times. Without
 prior_preservation.path the model forgets the class.
 
-Cost: as configs/finetune/full.py; --config.stage=lora trains a LoRA instead, at a rate of 1e-4.
+Cost: as configs/finetune/full.py. --config.stage=lora trains a LoRA instead, which wants --config.learning_rate=1e-4.
 """
 
 from ml_collections import ConfigDict

@@ -4,9 +4,9 @@
         --config.data.path=images/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"
 
 Cost: parameters, average and moments in float32 are 16 bytes a parameter, 14 GB for the UNet of Stable Diffusion 1.5
-and 41 GB for SDXL's; --config.moment_dtype=int8 saves 6 of the 16, --config.fsdp=8 divides them over eight devices. In
+and 41 GB for SDXL's; --config.moment_dtype=int8 saves 6 of the 16, --config.fsdp=8 divides them over eight devices.
 runs/full/export is a diffusers folder.
---config.trainable="('unet','text_encoder')" teaches the text encoder as well, here at a tenth of the rate.
+--config.trainable="('unet','text_encoder')" trains the text encoder as well, at a tenth of the learning rate.
 """
 
 from ml_collections import ConfigDict

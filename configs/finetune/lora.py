@@ -4,7 +4,7 @@
         --config.data.path=images/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"
     python sample.py --model my-sd15/ --lora runs/lora/export/pytorch_lora_weights.safetensors --prompt "a castle"
 
-In runs/lora/export are pytorch_lora_weights.safetensors, which PyTorch diffusers opens, and kohya.safetensors for other
+runs/lora/export holds pytorch_lora_weights.safetensors, which PyTorch diffusers opens, and kohya.safetensors for other
 programs. Cost: beside the model itself (2 bytes a parameter) only the LoRA's few million parameters have moments and an
 average. --config.trainable="('unet','text_encoder')" changes the text encoder as well; --config.lora.rank is its size.
 For a folder without captions: --config.data.captions="('a picture in the style of sks',)".

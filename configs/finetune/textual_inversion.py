@@ -4,8 +4,8 @@
         --config.data.path=my-cat/ --config.textual_inversion.token="<my-cat>" --config.textual_inversion.initial=cat \
         --config.init_from.model=my-sd15/ --config.eval.prompts="('a painting of <my-cat>',)"
 
-my-cat/ is a folder of images, which needs no captions. In runs/cat/export is learned_embeds.safetensors, a few
-kilobytes, which PyTorch diffusers opens and `jaxdiff.load_textual_inversion` reads.
+my-cat/ is a folder of images, which needs no captions. runs/cat/export holds learned_embeds.safetensors, a few
+kilobytes, which PyTorch diffusers and `jaxdiff.load_textual_inversion` read.
 --config.textual_inversion.vectors=4 gives the word more room.
 Cost: gradients go through the whole UNet, but only the word has moments.
 """

@@ -1,1 +1,1 @@
-"""The commands: flags to calls to files, and errors in one sentence."""
+"""The commands: from flags through calls to files. An error is one sentence."""

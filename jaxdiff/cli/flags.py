@@ -1,4 +1,4 @@
-"""A command line of the command that draws, and what can be said of it without a model."""
+"""The command line of sample.py, with all checks that need no model."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""The options of the command that draws, one table: flags, their checks, a PNG's metadata and docs/flags.md follow it.
+"""The options of sample.py in one table. Flags, their checks, a PNG's metadata and docs/flags.md follow it.
 
     python -m jaxdiff.cli.options > docs/flags.md
 
@@ -91,8 +91,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         text("styles_file", "run", "A JSON file of presets in place of the package's own.", needs="style"),
         switch("matrix", "run", "Expand {red|green} and every line of __wildcards__ in prompts, an image for each "
                "combination."),
-        text("wildcards", "run", "Folder of text files. With --matrix, __colour__ in a prompt becomes every line of "
-             "colour.txt; without, one line drawn by each image's seed, while {red|green} is expanded all the same."),
+        text("wildcards", "run", "Folder of text files. __colour__ in a prompt becomes a line of colour.txt, drawn by "
+             "each image's seed, or with --matrix every line. {red|green} is expanded in both cases."),
         switch("emphasis", "prompts", "Read (word:1.3), [word] and BREAK in prompts as emphasis and chunks; "
                "--noemphasis takes them as they are.", True),
         whole("clip_skip", "settings", "Text encoder layers left out at the end.", 0, 0),
@@ -108,11 +108,11 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
               "number of devices.", 0, 0, high=SEEDS - 1),
         whole("variation_seed", "image", "Mixes the noise of this seed in, for a variation of the image.", None, 0,
               high=SEEDS - 1),
-        number("variation_strength", "image", "How much of that noise, from 0, the seed's own image, to "
-               "1, the other's.", 0.1, low=0.0,
+        number("variation_strength", "image", "How much of that noise, from 0 (the seed's own image) "
+               "to 1 (the other's).", 0.1, low=0.0,
                high=1.0, needs="variation_seed"),
-        whole("interpolate", "run", "Frames from each prompt and its negative prompt to the next (from one: seed to "
-              "seed), also as an animated GIF.", None, 2),
+        whole("interpolate", "run", "Frames from each prompt and its negative prompt to the next, or from one prompt's "
+              "seed to the next seed; also as an animated GIF.", None, 2),
         whole("steps", "settings", "Number of denoising steps.", 25, always=True),
         number("guidance_scale", "image", "Weight of the prompt; 1 or less turns guidance off. A folder recommends its "
                "own as _guidance_scale in model_index.json.", without="the model's, else 7.5"),
@@ -136,7 +136,7 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
              needs="image"),
         Option("outpaint", "kept", int, "Pixels added at left,top,right,bottom of --image, and drawn.", count=4,
                needs="image"),
-        whole("noise_level", "image", "Of an upscaling model: noise put on the small image.", None, 0, without="20"),
+        whole("noise_level", "image", "Noise put on the small image, for an upscaling model.", None, 0, without="20"),
         number("hires", "settings", "Draw this many times smaller first, enlarge, and draw the details; also from an "
                "--image, with a --mask, under a ControlNet.", low=1.0),
         number("hires_strength", "settings", "How much is redrawn at full size.", 0.6, low=0.0, high=1.0,
@@ -172,7 +172,7 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         text("output", "run", "A .png (castle.png; several: castle-000.png …), a folder (files are named by prompt and "
              "seed), or a pattern of {prompt}, {seed}, {index}: 'o/{prompt}-{index}.png'.", "outputs"),
         switch("grid", "run", "Also write all images on one sheet (…grid.png): one row a prompt, or one for each of "
-               "the last alternatives of a --matrix; near to a square with one image a prompt."),
+               "the last alternatives of a --matrix; about a square with one image a prompt."),
         switch("preview", "kept", "Also write how each image came about, as a strip (…-preview.png)."),
         text("preview_vae", "kept", "A tiny autoencoder (TAESD) that draws the strip in place of the model's.",
              needs="preview"),

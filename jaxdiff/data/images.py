@@ -1,4 +1,4 @@
-"""Image files in: the one reader, of training, evaluation and drawing."""
+"""The one reader of image files, for training, evaluation and drawing."""
 
 import io
 from pathlib import Path

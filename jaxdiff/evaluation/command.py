@@ -1,6 +1,6 @@
 """Measure how good, how varied and how original a model's images are.
 
-    python -m jaxdiff.evaluation --model my-model/ --prompts prompts.txt --data pictures/ --held_out_split test
+    python -m jaxdiff.evaluation --model my-model/ --prompts prompts.txt --data my-images/ --held_out_split test
     python -m jaxdiff.evaluation --images drawn/ --encoder clip-vit-large-patch14/ --output report/
 
 Draws the prompts, or takes the images of a folder, and writes a folder: report.md (also to stdout), report.json,

@@ -1,7 +1,7 @@
 """Scaled dot-product attention (Vaswani et al. 2017, equation 1) in a form that suits each platform.
 
-What is in memory of the scores, B * H * N * M float32 numbers, is bounded: on a CPU to some queries of one
-head (cpu.py), elsewhere and on the devices of a mesh to SCORES bytes a device. Gradients keep to the same bounds.
+The memory of the scores, B * H * N * M float32 numbers, is bounded: on a CPU by taking some queries of one head at a
+time (cpu.py), elsewhere and on the devices of a mesh to SCORES bytes a device. Gradients keep to the same bounds.
 """
 
 import functools

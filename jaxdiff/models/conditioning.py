@@ -1,4 +1,4 @@
-"""What the UNet is told of a prompt: the hidden states of a text encoder, chunk by chunk."""
+"""What the UNet sees of a prompt: the hidden states of a text encoder, chunk by chunk."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""Convolutions; on a CPU the wide 3x3 ones as matrix products, which run there at more than XLA's convolution does."""
+"""Convolutions; on a CPU the wide 3x3 ones as matrix products, which are faster there than XLA's convolution."""
 
 from collections.abc import Callable
 

@@ -1,1 +1,1 @@
-"""Draw: from prompts, or from arguments of any kind, to images. Knows no file."""
+"""From prompts and other arguments to images. Knows no file."""

@@ -1,4 +1,4 @@
-"""Arguments to what is drawn, the same for `generate` and for the command. Pure functions that know no file.
+"""From arguments to what is drawn, the same for `generate` and for the command. Pure functions that know no file.
 
 `resolve_settings` decides what all images of a call share. It needs the model's configuration alone, so that a command
 finds mistakes before it reads weights. `resolve_images` then brings into form what each image is drawn from.

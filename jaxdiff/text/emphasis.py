@@ -1,4 +1,4 @@
-r"""Emphasis: brackets in a prompt to weights of its tokens, and those weights onto the embeddings.
+r"""Emphasis: brackets in a prompt become weights of its tokens, which scale the embeddings.
 
 It is written as in the AUTOMATIC1111 web UI, whose prompts people share:
 

@@ -122,7 +122,7 @@ def base() -> Settings:
             # images that a device encodes at a time, as for cache_latents.
             "latents": {"path": "", "views": 1, "embeddings": False, "batch_size": 8},
             "cache_latents": 0,  # encode so many views of every image beforehand; 0: encode as they are read
-            # Numbers also go to Weights & Biases (pip install jaxdiff[wandb]) where a project is named.
+            # Numbers also go to Weights & Biases (pip install ".[wandb]") where a project is named.
             "wandb": {"project": "", "name": ""},
             "eval": {
                 # Number of held-out images: reconstructed (vae), ranked (clip), denoised (others, with

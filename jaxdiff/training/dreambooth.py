@@ -26,7 +26,7 @@ def captioned(path: str | Path, captions: Sequence[str], folder: Path) -> Path:
     path = Path(path).absolute()
     names = [p.name for p in image_files(path)]
     if not names:
-        raise ConfigError(f"The folder {path} holds no picture ({', '.join(IMAGE_SUFFIXES)}).")
+        raise ConfigError(f"The folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"file_name": f"pictures/{name}", "text": list(captions)}) + "\n" for name in names]
     with atomic_write(folder / "pictures") as link:

@@ -1,4 +1,4 @@
-"""The one loop that every stage is trained by."""
+"""The training loop, one for all stages."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""What a run looks at on its way: numbers of images set aside, and sheets of samples."""
+"""Evaluation during a run: measures of images set aside, and sheets of samples."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What can be set of an optimisation and of the noise that a denoiser learns from: each with its default and its check.
+"""The options of the optimization and of the noise that a denoiser learns from, each with its default and its check.
 
 These are the defaults of all configs: `jaxdiff.training.defaults.base` takes them over.
 """

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a bar on a terminal, a line an interval otherwise, and its numbers to trackers."""
+"""The progress of a run: a bar on a terminal, otherwise a line each interval, and numbers for trackers."""
 
 import collections
 import sys

@@ -133,7 +133,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases (`pip install jaxdiff[wandb]`), the same one when the workdir's run goes on.
+    """A run of Weights & Biases (`pip install ".[wandb]"`), the same one when the workdir's run goes on.
 
     Args:
         project, name: as in its web pages; an empty name lets the service choose one.
@@ -149,7 +149,7 @@ class WandB:
             import wandb
         except ImportError:
             raise ConfigError(
-                "wandb.project is set but wandb is not installed: pip install jaxdiff[wandb], or leave it empty."
+                "wandb.project is set but wandb is not installed: pip install wandb, or leave it empty."
             ) from None
         self._image, stored = wandb.Image, folder / "wandb-id"
         id = stored.read_text(encoding="utf-8").strip() if stored.exists() else None
