@@ -14,10 +14,17 @@ import pytest
 from tests.support import documented, documents
 from tests.support.documents import ROOT, blocks, commands, program
 
+
+def shell(page: str) -> list[list[str]]:
+    """The commands of a page's blocks, in their order."""
+    return [words for block in blocks(page) if block.language == "bash" for words in commands(block.text)]
+
+
 PAGES = documents.files(documents.PAGES)
 RUNNABLE = [page for page in PAGES if any(block.language in ("bash", "python") for block in blocks(page))]
-# Whose commands train, which takes minutes of compilation.
-SLOW = ("docs/data.md", "docs/icons.md", "docs/training.md", "jaxdiff/bundled/icons/README.md")
+# Pages that are about training run with `make test-all` alone; on other pages a command that trains does.
+ABOUT_TRAINING = ("docs/data.md", "docs/icons.md", "docs/training.md", "jaxdiff/bundled/icons/README.md")
+TRAINING = [page for page in RUNNABLE if page in ABOUT_TRAINING or any(map(documented.trains, shell(page)))]
 # Names that a page's excerpts take for granted.
 GIVEN = {
     "docs/python.md": "def refiner_denoise(x, time): return denoise(x, time)",
@@ -32,11 +39,6 @@ chunks, groups = [real], np.arange(24) // 2
 FOLDERS = (".", "jaxdiff", *(f"jaxdiff/{part}" for part in ("diffusion", "training", "models", "io")), "examples")
 # ml_collections loads configs by a method that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def cache_home(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +63,13 @@ def folder(tmp_path, monkeypatch, cache_home, bundled):
 def test_every_block_has_a_language_and_every_command_a_place(page):
     for block in blocks(page):
         assert block.language in ("bash", "python", "json", "text"), block.place
-        if block.language == "bash":
-            for words in commands(block.text):
-                name, _ = program(words)
-                assert (name in documented.RUN) != (name in documented.NOT_RUN), f"{block.place}: {name}"
+    for words in shell(page):
+        name, _ = program(words)
+        assert (name in documented.RUN) != (name in documented.NOT_RUN), name
 
 
-@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow if p in SLOW else ()) for p in RUNNABLE])
-def test_every_block_runs_in_its_place(page, folder, capsys):
+def run(page: str, folder: Path, capsys, train: bool) -> None:
+    """Run a page's blocks; without the commands that train, stand-ins take the place of what those write."""
     namespace: dict = {}
     exec(GIVEN.get(page, ""), namespace)
     for block in blocks(page):
@@ -81,9 +82,22 @@ def test_every_block_runs_in_its_place(page, folder, capsys):
         elif block.language == "bash":
             for words in commands(block.text):
                 name, arguments = program(words)
-                if name in documented.RUN and documented.RUN[name](arguments) != 0:
+                if name not in documented.RUN or (documented.trains(words) and not train):
+                    continue
+                if documented.RUN[name](arguments) != 0:
                     pytest.fail(f"{block.place}: {' '.join(words)}\n{capsys.readouterr().err}")
     check_ignored(folder)
+
+
+@pytest.mark.parametrize("page", [page for page in RUNNABLE if page not in ABOUT_TRAINING])
+def test_every_block_runs_in_its_place(page, folder, capsys):
+    run(page, folder, capsys, train=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TRAINING)
+def test_every_block_runs_in_its_place_and_trains(page, folder, capsys):
+    run(page, folder, capsys, train=True)
 
 
 def check_ignored(folder: Path) -> None:
@@ -110,9 +124,7 @@ def wrong(found: list[tuple[str, list[str]]]) -> str:
 
 def test_commands_and_flags_of_all_pages_exist(folder):
     documented.image(folder / "castle.png")
-    found = [(block.place, words) for page in PAGES for block in blocks(page) if block.language == "bash"
-             for words in commands(block.text)]  # fmt: skip
-    assert not wrong(found + [(page, words) for page in PAGES for words in documents.inline_commands(page)])
+    assert not wrong([(page, words) for page in PAGES for words in shell(page) + documents.inline_commands(page)])
     known = documented.known_flags() | {"logdir"}  # of TensorBoard
     assert not {page: unknown for page in PAGES if (unknown := documents.inline_flags(page) - known)}
 
@@ -128,4 +140,4 @@ def test_links_and_named_files_exist(page):
     for link in documents.links(page):
         assert ((ROOT / page).parent / link).exists(), link
     for name in documents.named_files(page):
-        assert any((ROOT / folder / name).is_file() for folder in FOLDERS), name
+        assert any((ROOT / folder / name).is_file() for folder in (*FOLDERS, Path(page).parent)), name

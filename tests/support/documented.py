@@ -27,7 +27,7 @@ from jaxdiff.io.textual_inversion import extend, save_textual_inversion
 from jaxdiff.models.model import Model, build
 from jaxdiff.training.defaults import base
 from tests.support import datasets_of_pictures, evaluation_folders, tiny
-from tests.support.documents import ROOT, read
+from tests.support.documents import ROOT, program, read
 from tests.support.training_config import TEXT
 
 # Few steps on small images; flags given last win. One image at a time, so that all commands share a compiled program.
@@ -155,10 +155,16 @@ def run_sample(arguments: list[str]) -> int:
     return sample.main(["sample.py", *arguments, *FEW_STEPS, *ONE_BY_ONE, *sides])
 
 
+def trains(words: list[str]) -> bool:
+    """Whether a command trains, or writes latents to train on."""
+    name, arguments = program(words)
+    planned = any(a.startswith("--plan") for a in arguments)
+    return name in ("train.py", "jaxdiff-train") and any(a.startswith("--config=") for a in arguments) and not planned
+
+
 def run_train(arguments: list[str]) -> int:
-    trains = any(a.startswith("--config=") for a in arguments) and not any(a.startswith("--plan") for a in arguments)
     crop = ["--config.crop=16"] if any("vae.py" in a for a in arguments) else []
-    sys.argv = ["train.py", *arguments, *(FEW_UPDATES + crop if trains else [])]
+    sys.argv = ["train.py", *arguments, *(FEW_UPDATES + crop if trains(["train.py", *arguments]) else [])]
     return train.main(sys.argv)
 
 
