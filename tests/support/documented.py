@@ -175,8 +175,9 @@ def run_evaluation(arguments: list[str]) -> int:
 def run_train_by_time(arguments: list[str]) -> int:
     from benchmarks import train_by_time
 
-    (latents,) = Path().glob("runs/*/latents-*")
-    arguments = [re.sub(r"runs/\w+/latents-\w+", str(latents), a) for a in arguments]  # the name depends on the data
+    for i, given in enumerate(arguments):
+        if Path(given).name.startswith("latents-"):  # whose name depends on the data
+            arguments[i] = str(*Path(given).parent.glob("latents-*"))
     train_by_time.main([*arguments, *(SHORT_TRAINING if arguments[0] == "train" else [])])
     return 0
 
