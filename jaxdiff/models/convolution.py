@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxdiff.models.cpu import gathered, winograd
 
 # Measured on CPUs with the shapes of SD 1.5: products of gathered neighbours are up to three times as fast as XLA's
-# convolution at so few positions and so many channels; at more positions Winograd's products are, up to twice. They take
-# longer to compile, which at few positions is not won back.
+# convolution at so few positions and so many channels; at more positions Winograd's products are, up to twice. They
+# take longer to compile, which at few positions is not won back.
 FEW_POSITIONS, GATHERED_CHANNELS = 1024, 512
 WINOGRAD_CHANNELS = 64  # of the kernel's narrower side, at least
 
