@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.io.pretrained import save
 from jaxdiff.training import checkpoint
 from jaxdiff.training.checkpoint import SUMS, CheckpointError, Checkpoints, damage
 from jaxdiff.training.loop import fit
@@ -24,7 +25,8 @@ from jaxdiff.training.workdir import Lock, WorkdirError
 from tests.support.batches import FromMemory
 from tests.support.line import LINE, line_data, linear_stage, one_device, same
 from tests.support.processes import CONFIG, ROOT, finish, start
-from tests.support.stages import options
+from tests.support.stages import options, whole_model
+from tests.support.tiny import tiny_params
 from tests.support.train_on_hosts import write_pictures
 from tests.support.written import write_squares
 
@@ -34,15 +36,24 @@ def data(tmp_path_factory) -> Path:
     return write_squares(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A model to start from: to compile what draws random parameters takes longer than a step."""
+    folder = tmp_path_factory.mktemp("model") / "whole"
+    save(folder, whole_model(), tiny_params(whole_model()))
+    return folder
+
+
 # --- kill -9
 
 
 class Runs:
     """A command line of train.py, here or in a process of its own; both find the programs that either compiled."""
 
-    def __init__(self, stage: str, data: Path, steps: int, train_cli) -> None:
+    def __init__(self, stage: str, data: Path, model: Path, steps: int, train_cli) -> None:
         self.steps, self._train = steps, train_cli
         settings = {"steps": steps, "log_every": 1, "checkpoint_every": 3, "data.path": data, "data.flip": True}
+        settings["init_from.model"] = model
         self._flags = [f"--config={CONFIG}:{stage}", *(f"--config.{k}={v}" for k, v in settings.items())]
 
     def start(self, workdir: Path) -> subprocess.Popen:
@@ -107,15 +118,15 @@ def check_kills(runs: Runs, tmp_path: Path, moments: list[str], seed: int) -> No
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by which ml_collections loads configs
-def test_a_killed_run_goes_on_as_if_nothing_had_been(data, tmp_path, train_cli):
-    check_kills(Runs("clip", data, 24, train_cli), tmp_path, ["step", "write"], seed=0)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(data, model, tmp_path, train_cli):
+    check_kills(Runs("clip", data, model, 24, train_cli), tmp_path, ["step", "write"], seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_a_run_killed_ten_times_goes_on_as_if_nothing_had_been(data, tmp_path, train_cli):
+def test_a_run_killed_ten_times_goes_on_as_if_nothing_had_been(data, model, tmp_path, train_cli):
     moments = ["start", "step", "write", "step", "write", "step", "step", "write", "step", "write"]
-    check_kills(Runs("unet", data, 120, train_cli), tmp_path, moments, seed=1)
+    check_kills(Runs("unet", data, model, 120, train_cli), tmp_path, moments, seed=1)
 
 
 # --- checkpoints
