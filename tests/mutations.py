@@ -179,7 +179,61 @@ TEXT = in_folder(
     ("wildcards.py", "return math.prod(sum(", "return sum(sum(", "tests/test_prompt_files.py -k cannot_be_expanded"),
 )  # fmt: skip
 
-MUTATIONS = [*DIFFUSION, *SAMPLES, *MODELS, *IO, *TEXT]
+# What the tests of training and of its data are called below.
+STEPS = "tests/test_training.py -k '{}'"
+LOOP = "tests/test_training_loop.py -k '{}'"
+OPTIMIZERS = "tests/test_optimizers.py -k '{}'"
+TARGETS = "tests/test_finetune.py -k '{}'"
+SETTINGS = "tests/test_train_settings.py -k '{}'"
+MESHES = "tests/test_parallel.py -k '{}'"
+TRUST = "tests/test_trust.py -k '{}'"
+FILTERS = "tests/test_filters.py -k '{}'"
+BUCKETS = "tests/test_buckets.py -k '{}'"
+SOURCES = "tests/test_sources.py -k '{}'"
+
+TRAINING = in_folder(
+    "jaxdiff/training",
+    # ---- a step
+    ("train_step.py", "(1.0 + step) / (10.0 + step)", "1.0 / (10.0 + step)", STEPS.format("ema_forgets")),
+    ("train_step.py", "jnp.where(finite, new, old)", "new", LOOP.format("leaves_the_state")),
+    ("train_step.py", "lambda x: x / parts, total", "lambda x: x, total", STEPS.format("batch_in_parts and diffusion")),
+    ("losses.py", "jnp.where(same & ~own, -jnp.inf,", "jnp.where(False, -jnp.inf,", STEPS.format("equal_captions")),
+    ("losses.py", "return total / scales", "return total", STEPS.format("tone_and_edges")),
+    ("stages.py", "jnp.where(drop[:, None], empty[name], batch[name])", "batch[name]",
+     STEPS.format("dropping_every_caption")),
+    ("stages.py", '(errors * batch.get("weight", 1.0)).mean()', "errors.mean()",
+     SETTINGS.format("weigh_what_is_asked")),
+    ("optimizer.py", "jnp.minimum(1.0, max_norm / optax.tree.norm(updates))", "max_norm / optax.tree.norm(updates)",
+     OPTIMIZERS.format("clipping")),
+    # ---- what is trained, and on what
+    ("finetune.py", "mask | (jax.random.uniform(key_whole, (), jnp.float32) < WHOLE_SHARE)", "mask",
+     TARGETS.format("masks_are")),
+    ("trainables.py", "rescale_betas_zero_snr=True, ", "", TARGETS.format("zero_terminal")),
+    ("dreambooth.py", "self.prior[batch * others + row - own]", "self.prior[batch * others + row]",
+     SETTINGS.format("any_number_of_hosts")),
+    # ---- runs
+    ("loop.py", "            iterator.set_state(position)\n", "", LOOP.format("resumed_run_equals")),
+    ("checkpoint.py", "if wanted.get(name) != found[name]:", "if name not in wanted:",
+     TRUST.format("damage_of_any and flipped")),
+    ("collectives.py", "visit(called, times * turns)", "visit(called, times)",
+     MESHES.format("collectives_are_counted")),
+) + in_folder(
+    "jaxdiff",
+    ("parallel.py", "max(left, key=lambda i: shape[i])", "min(left, key=lambda i: shape[i])",
+     MESHES.format("largest_divisible")),
+)  # fmt: skip
+
+DATA = in_folder(
+    "jaxdiff/data",
+    ("hashes.py", "small[:, 1:] > small[:, :-1]", "small[:, 1:] >= small[:, :-1]", FILTERS.format("plain_images")),
+    ("hashes.py", " + BEYOND_WHITE * (1 - alpha)", "", FILTERS.format("transparent_drawings")),
+    ("hashes.py", "distance + 2).astype(int)", "distance + 1).astype(int)", FILTERS.format("no_near_duplicate")),
+    ("buckets.py", "(aspects[order][1:] + aspects[order][:-1]) / 2", "aspects[order][1:]",
+     BUCKETS.format("nearest_aspect")),
+    ("orders.py", "every[host_shard::host_shards]", "every[host_shard:]", SOURCES.format("read_by_one_host")),
+)  # fmt: skip
+
+MUTATIONS = [*DIFFUSION, *SAMPLES, *MODELS, *IO, *TEXT, *TRAINING, *DATA]
 
 
 def stale(mutation: Mutation) -> bool:

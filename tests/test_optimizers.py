@@ -1,5 +1,7 @@
 """Every optimizer makes its own update: moments in few bits, rates of groups, decay, clipping."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,11 +31,10 @@ def weights() -> dict:
     )
 
 
-def run(steps: int = 1, **changes):
-    """(parameters before, after, state of the optimizer) on a quadratic whose curvature differs by row."""
-    o = options(**{"learning_rate": 1e-2, "clip_norm": 0.0, "schedule": "constant", **changes})
-    params, tx = weights(), optimizer(o)
-    state = tx.init(params)
+@functools.cache
+def updates_of(**changes):
+    """(optimizer, step of it on a quadratic whose curvature differs by row), each compiled once."""
+    tx = optimizer(options(**{"learning_rate": 1e-2, "clip_norm": 0.0, "schedule": "constant", **changes}))
 
     @jax.jit
     def step(p, state):
@@ -41,7 +42,15 @@ def run(steps: int = 1, **changes):
         updates, state = tx.update(grads, state, p)
         return optax.apply_updates(p, updates), state
 
-    new = params
+    return tx, step
+
+
+@functools.cache
+def run(steps: int = 1, **changes):
+    """(parameters before, after, state of the optimizer)."""
+    tx, step = updates_of(**changes)
+    params = new = weights()
+    state = tx.init(params)
     for _ in range(steps):
         new, state = step(new, state)
     return params, new, state

@@ -17,9 +17,9 @@ from jaxdiff.training.optimizer import learning_rate, optimizer
 from jaxdiff.training.options import OptionsError
 from jaxdiff.training.precompute import encoder, fingerprint
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage, random_times, vae_stage
-from jaxdiff.training.train_step import accumulated_grad, ema_update, init_state, make_train_step
-from tests.support.stages import BATCH, keys, options, pairs, whole_model
-from tests.support.tiny import VAE, tiny_params, tokenizer
+from jaxdiff.training.train_step import accumulated_grad, ema_update
+from tests.support.stages import BATCH, keys, options, pairs, trained, whole_model
+from tests.support.tiny import LATENT, VAE, tiny_params, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +134,14 @@ def test_decay_spares_vectors():
 
 @pytest.mark.parametrize("stage", [pytest.param(vae_stage, marks=pytest.mark.slow), diffusion_stage])
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole(stage, params):
-    stage, batch, mesh = stage(whole_model()), pairs(BATCH), parallel.mesh(devices=jax.devices()[:1])
+    stage, mesh = stage(whole_model()), parallel.mesh(devices=jax.devices()[:1])
+    latents = np.random.default_rng(0).normal(size=(BATCH, *LATENT)).astype(np.float32)
+    batch = {**pairs(BATCH), "latents": latents}
     trained = {k: params[k] for k in stage.trainable}
 
     def grad(parts):
-        return jax.jit(lambda p: accumulated_grad(stage.loss, p, params, batch, keys(), parts, mesh))(trained)
+        run = jax.jit(lambda p: accumulated_grad(stage.loss, p, params, batch, keys(), parts, mesh))
+        return jax.device_get(run(trained))
 
     whole, metrics = grad(1)
     parts, part_metrics = grad(2)
@@ -146,27 +149,17 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(stage, params):
     # Sums in another order: float32 rounding (6e-8) grown by the depth of the network; relative to the largest entry
     # of each array, for entries that cancel have no relative precision of their own.
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()) + 1e-7)
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max() + 1e-7)
 
 
 # --- stages
 
 
-def test_the_loss_of_each_stage_falls(params, tmp_path):
-    model, batch = whole_model(), pairs()
-    rates = {"clip": 1e-3, "vae": 3e-3, "unet": 3e-3}
-    for stage in (clip_stage(model), vae_stage(model), diffusion_stage(model)):
-        o = options(batch_size=8, learning_rate=rates[stage.name], ema_decay=0.0)
-        mesh = parallel.mesh(devices=jax.devices()[:1])
-        trained = {k: params[k] for k in stage.trainable}
-        state = init_state(trained, optimizer(o), mesh)
-        step = make_train_step(stage.loss, o, mesh, state)
-        losses = []
-        for _ in range(40):
-            state, metrics = step(state, params, batch)
-            losses.append(float(metrics["loss"]))
-        # Ten steps on average, since the times and noise of each differ.
-        assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5]), (stage.name, losses)
+@pytest.mark.parametrize("stage", [clip_stage, vae_stage])
+def test_the_loss_of_each_stage_falls(stage, params):
+    """The UNet's is one of those in test_finetune.py."""
+    _, before, after = trained(stage(whole_model()), params, pairs(), steps=20)
+    assert after < 0.85 * before
 
 
 def test_dropping_every_caption_makes_the_loss_independent_of_them(params, denoising_loss):

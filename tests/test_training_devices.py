@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.support.processes import finish, free_port, start
-from tests.support.train_on_devices import MESHES, OPTIMIZERS
+from tests.support.train_on_devices import CLIP_STEPS, MESHES, OPTIMIZERS, STEPS
+from tests.support.train_on_hosts import main as train_on_hosts
 from tests.support.train_on_hosts import write_pictures
 
 
@@ -25,19 +26,23 @@ def report(tmp_path_factory) -> dict:
     return report | {"hosts": hosts[0]["hosts"]}
 
 
-@pytest.mark.parametrize("mesh", ["data", "fsdp", "all", "hosts"])
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "all"])
 def test_every_mesh_gives_the_same_losses(report, mesh):
     one, other = report["one"], report[mesh]
-    assert len(one["losses"]) == 20
-    assert one["losses"][-1] < 0.9 * one["losses"][0]  # something is learnt
+    assert len(set(one["losses"])) == STEPS
+    assert one["moved"] > 0.01 * one["norm"]
     np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-5)
     np.testing.assert_allclose(other["norm"], one["norm"], rtol=1e-5)
+    np.testing.assert_allclose(other["moved"], one["moved"], rtol=1e-4)
 
 
-def test_a_loss_over_pairs_of_examples_is_the_same_on_every_mesh(report):
-    one, other = report["clip one"]["losses"], report["clip all"]["losses"]
-    assert len(set(one)) == 3
-    np.testing.assert_allclose(other, one, rtol=1e-5)
+@pytest.mark.parametrize("mesh", ["clip all", "hosts"])
+def test_a_loss_over_pairs_of_examples_is_the_same_on_every_mesh(report, mesh):
+    one, other = report["clip one"], report[mesh]
+    assert len(set(one["losses"])) == CLIP_STEPS
+    np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-5)
+    np.testing.assert_allclose(other["norm"], one["norm"], rtol=1e-5)
+    np.testing.assert_allclose(other["moved"], one["moved"], rtol=1e-4)
 
 
 def test_parameters_are_divided_where_the_mesh_says_so(report):
@@ -85,16 +90,19 @@ def test_the_tensor_axis_adds_sums_of_activations_and_the_halves_of_gated_layers
 
 
 def test_hosts_train_together_and_others_go_on(tmp_path):
-    """Two processes, then one of as many devices, then two: as if it had always been one. A picture is damaged."""
+    """One process with one device, then two with four each, then the one: as if it had never changed. A picture is
+    damaged.
+    """
     data = write_pictures(tmp_path / "data")
 
     def run(folder: str, steps: int, processes: int) -> np.ndarray:
         workdir, port = tmp_path / folder, free_port()
         workdir.mkdir(exist_ok=True)
-        rest = (processes, data, workdir, steps)
-        finish(
-            *(start("tests.support.train_on_hosts", port, i, *rest, devices=8 // processes) for i in range(processes))
-        )
+        if processes == 1:
+            train_on_hosts(port, 0, 1, data, workdir, steps)
+        else:
+            rest = (processes, data, workdir, steps)
+            finish(*(start("tests.support.train_on_hosts", port, i, *rest, devices=4) for i in range(processes)))
         results = [np.load(workdir / f"result-{i}.npz") for i in range(processes)]
         assert [int(r["step"]) for r in results] == [steps] * processes
         assert all((r["w"] == results[0]["w"]).all() for r in results)
@@ -103,7 +111,7 @@ def test_hosts_train_together_and_others_go_on(tmp_path):
 
     unbroken = run("a", 9, 1)  # 72 examples of 13: the borders of epochs are within batches
     assert len(set(unbroken.tolist())) == 9
-    for steps, processes in ((3, 2), (6, 1), (9, 2)):
+    for steps, processes in ((3, 1), (6, 2), (9, 1)):
         broken = run("b", steps, processes)
     np.testing.assert_allclose(broken, unbroken, rtol=1e-5)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.io.pretrained import save
 from jaxdiff.training import checkpoint
 from jaxdiff.training.checkpoint import SUMS, CheckpointError, Checkpoints, damage
 from jaxdiff.training.loop import fit
@@ -23,8 +24,9 @@ from jaxdiff.training.trackers import JsonLines
 from jaxdiff.training.workdir import Lock, WorkdirError
 from tests.support.batches import FromMemory
 from tests.support.line import LINE, line_data, linear_stage, one_device, same
-from tests.support.processes import ROOT, finish, start
-from tests.support.stages import options
+from tests.support.processes import CONFIG, ROOT, finish, start
+from tests.support.stages import options, whole_model
+from tests.support.tiny import tiny_params
 from tests.support.train_on_hosts import write_pictures
 from tests.support.written import write_squares
 
@@ -34,30 +36,36 @@ def data(tmp_path_factory) -> Path:
     return write_squares(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A model to start from: to compile what draws random parameters takes longer than a step."""
+    folder = tmp_path_factory.mktemp("model") / "whole"
+    save(folder, whole_model(), tiny_params(whole_model()))
+    return folder
+
+
 # --- kill -9
 
 
 class Runs:
-    """A command line of train.py in a process of its own, with compiled programs kept between runs."""
+    """A command line of train.py, here or in a process of its own; both find the programs that either compiled."""
 
-    def __init__(self, stage: str, data: Path, cache: Path, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, stage: str, data: Path, model: Path, steps: int, train_cli) -> None:
+        self.steps, self._train = steps, train_cli
         settings = {"steps": steps, "log_every": 1, "checkpoint_every": 3, "data.path": data, "data.flip": True}
-        self._command = [sys.executable, "train.py", f"--config=tests/support/training_config.py:{stage}"]
-        self._command += [f"--config.{k}={v}" for k, v in settings.items()]
-        quick = {"XDG_CACHE_HOME": str(cache), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
-        self._env = {**os.environ, **quick}
+        settings["init_from.model"] = model
+        self._flags = [f"--config={CONFIG}:{stage}", *(f"--config.{k}={v}" for k, v in settings.items())]
 
     def start(self, workdir: Path) -> subprocess.Popen:
         return subprocess.Popen(
-            [*self._command, f"--workdir={workdir}"],
-            cwd=ROOT, env=self._env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "train.py", *self._flags, f"--workdir={workdir}"],
+            cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def finish(self, workdir: Path) -> list[dict]:
-        process = self.start(workdir)
-        error = process.communicate(timeout=600)[1]
-        assert process.returncode == 0, error
+        code, _, error = self._train(*self._flags, f"--workdir={workdir}")
+        assert code == 0, error
         return metrics(workdir)
 
     def kill(self, workdir: Path, wish, delay: float) -> list[dict]:
@@ -67,7 +75,7 @@ class Runs:
             deadline = time.monotonic() + 300
             while process.poll() is None and not wish():
                 assert time.monotonic() < deadline
-                time.sleep(0.001)
+                time.sleep(0.002)
             time.sleep(delay)
             assert process.poll() is None, process.stderr.read()
         finally:
@@ -97,7 +105,7 @@ def check_kills(runs: Runs, tmp_path: Path, moments: list[str], seed: int) -> No
             return bool(seen) and seen[-1]["step"] >= aim  # noqa: B023
 
         def writing() -> bool:
-            return far() and any((workdir / "checkpoints").glob("*tmp*"))
+            return any((workdir / "checkpoints").glob("*tmp*")) and far()
 
         seen = runs.kill(workdir, {"start": lambda: True, "step": far, "write": writing}[moment], rng.random() * 0.01)
         assert seen == unbroken[: len(seen)], moment
@@ -109,14 +117,16 @@ def check_kills(runs: Runs, tmp_path: Path, moments: list[str], seed: int) -> No
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(data, tmp_path):
-    check_kills(Runs("clip", data, tmp_path / "cache", 24), tmp_path, ["step", "write"], seed=0)
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by which ml_collections loads configs
+def test_a_killed_run_goes_on_as_if_nothing_had_been(data, model, tmp_path, train_cli):
+    check_kills(Runs("clip", data, model, 24, train_cli), tmp_path, ["step", "write"], seed=0)
 
 
 @pytest.mark.slow
-def test_a_run_killed_ten_times_goes_on_as_if_nothing_had_been(data, tmp_path):
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_run_killed_ten_times_goes_on_as_if_nothing_had_been(data, model, tmp_path, train_cli):
     moments = ["start", "step", "write", "step", "write", "step", "step", "write", "step", "write"]
-    check_kills(Runs("unet", data, tmp_path / "cache", 120), tmp_path, moments, seed=1)
+    check_kills(Runs("unet", data, model, 120, train_cli), tmp_path, moments, seed=1)
 
 
 # --- checkpoints

@@ -4,6 +4,7 @@ import sys
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxdiff.cli import sample, train
 
@@ -37,9 +38,13 @@ def sample_cli(tiny_folder, tmp_path, monkeypatch, capsys, caplog, cache_home):
 
 @pytest.fixture
 def train_cli(monkeypatch, capsys, cache_home):
-    """Runs a command line: (exit code, stdout, stderr)."""
+    """Runs a command line: (exit code, stdout, stderr). Every program that is compiled is kept for the next one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # of processes that a test starts
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compilation_cache.reset_cache()  # JAX looks at the folder's name once
 
     def run(*args) -> tuple[int, str, str]:
         argv = ["train.py", *map(str, args)]
@@ -50,7 +55,9 @@ def train_cli(monkeypatch, capsys, cache_home):
         return code, captured.out, captured.err
 
     yield run
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from jaxdiff.training.defaults import base
-from tests.support.tiny import SCHEDULER, SIDE, UNET, VAE
+from tests.support.stages import UNET
+from tests.support.tiny import SCHEDULER, SIDE, VAE
 
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
