@@ -113,7 +113,7 @@ def extend(model: Model, params: Params, encoder: str, word: str, rows: Array) -
         ConfigError: the tokenizer knows the word already.
     """
     old = getattr(model, TOKENIZERS[encoder])
-    tokenizer = old.with_tokens([word, *(f"{word}_{i}" for i in range(1, len(rows)))])
+    tokenizer = old.with_word(word, len(rows))
     table = params[TABLE]["embedding"]
     # Some published tables are longer than the vocabulary: the new ids take the spare rows first.
     size = max(tokenizer.vocab_size, len(table))

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ DEFAULT_LENGTH = 77  # tokens: what every published CLIP text encoder takes
 # Hub folders of transformers 4 hold the first four, those saved by transformers 5 the third and the last.
 _VOCAB, _MERGES, _CONFIG, _JSON = "vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"
 _ADDED = "added_tokens.json"  # may lie in either
+_COUNTS = "word_vectors"  # a key of ours in tokenizer_config.json: added word -> how many ids stand for it
 _FILES = (_VOCAB, _MERGES, _CONFIG, "special_tokens_map.json", _ADDED, _JSON)
 
 # How CLIP cuts text into words before merging (Radford et al. 2021, the published `simple_tokenizer`).
@@ -91,25 +93,49 @@ class Tokenizer:
             except Exception as e:  # whatever the version of transformers at hand raises
                 raise ConfigError(f"The tokenizer's files cannot be opened by transformers ({e}).") from e
 
-    def with_tokens(self, tokens: Sequence[str]) -> Self:
-        """The tokenizer with more tokens, each with the next id; prompts may hold them anywhere, in any letter case.
+    def with_word(self, word: str, vectors: int = 1) -> Self:
+        """The tokenizer with a word of its own, for which so many new ids stand in a row, in any letter case.
 
-        If `token`, `token_1`, `token_2` … are added, `token` in a prompt stands for all of them in that order.
+        A word that begins and ends with a letter, digit or underscore counts where it stands alone: `art` is not found
+        in `party`. Other words (`<cat>`) count anywhere. Further ids have names too, as in diffusers: `word_1`,
+        `word_2` …; where one is a word already, or becomes one, the further id is called `word_1_` instead.
 
         Raises:
-            ConfigError: a token is blank, given twice or already known.
+            ConfigError: the word is blank or already known.
         """
-        known = set(self._clip.get_vocab())
-        known |= {token.lower() for token in self._clip.added_tokens_encoder}  # which match in any case
-        for token in tokens:
-            if not token.strip() or not token.isprintable():
-                raise ConfigError(f"{token!r} cannot be a token: give it a visible name, such as '<cat-toy>'.")
-            if {token, token.lower()} & known:
-                raise ConfigError(f"The tokenizer has a token {token!r} already: give another name.")
-            known.add(token.lower())
+        if not word.strip() or not word.isprintable():
+            raise ConfigError(f"{word!r} cannot be a token: give it a visible name, such as '<cat-toy>'.")
+        added = dict(sorted(self._clip.added_tokens_decoder.items()))
+        names = {i: token.content for i, token in added.items()}
+        further = {i for ids in self._vectors.values() for i in ids[1:]}
+        known = set(self._clip.get_vocab()) - {names[i] for i in further}
+        known |= {name.lower() for i, name in names.items() if i not in further}  # which match in any case
+        if {word, word.lower()} & known:
+            raise ConfigError(f"The tokenizer has a token {word!r} already: give another name.")
         first = self.vocab_size
-        added = json.loads(self.files.get(_ADDED, b"{}")) | {token: first + i for i, token in enumerate(tokens)}
-        return type(self)({**self.files, _ADDED: json.dumps(added, indent=2).encode()}, self.max_length)
+        for i in sorted(further) + list(range(first, first + vectors)):
+            name = names[i] if i in further else word if i == first else f"{word}_{i - first}"
+            while i != first and name.lower() in known | {word.lower()}:
+                name += "_"
+            names[i] = name
+            known.add(name.lower())
+        specs = {
+            str(i): {
+                "content": name,
+                "single_word": added[i].single_word if i in added else bool(re.fullmatch(r"\w(.*\w)?", word)),
+                "lstrip": i in added and added[i].lstrip,
+                "rstrip": i in added and added[i].rstrip,
+                "normalized": i not in added or added[i].normalized,
+                "special": i in added and added[i].special,
+            }
+            for i, name in names.items()
+        }
+        config = json.loads(self.files.get(_CONFIG, b"{}"))
+        config |= {"added_tokens_decoder": specs, _COUNTS: {**config.get(_COUNTS, {}), word: vectors}}
+        # With these, transformers reads no other file for them.
+        config |= {kind: getattr(self._clip, kind) for kind in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        files = {name: data for name, data in self.files.items() if name != _ADDED}
+        return type(self)({**files, _CONFIG: json.dumps(config, indent=2).encode()}, self.max_length)
 
     def added_ids(self, token: str) -> list[int]:
         """The ids that an added token stands for, one a vector; empty where there is no such token."""
@@ -118,13 +144,19 @@ class Tokenizer:
 
     @functools.cached_property
     def _vectors(self) -> dict[int, list[int]]:
-        """Added tokens that stand for several: id of `token` -> ids of `token`, `token_1` …"""
+        """Added words that stand for several ids: the first -> all of them."""
         added = self._clip.added_tokens_encoder
+        words = json.loads(self.files.get(_CONFIG, b"{}")).get(_COUNTS, {})
         groups = {}
         for token, first in added.items():
             group = [first]
-            while (following := added.get(f"{token}_{len(group)}")) is not None:
-                group.append(following)
+            if token in words:
+                if first + words[token] > self.vocab_size:
+                    raise ConfigError(f"{_CONFIG} gives {token!r} {words[token]} ids, more than there are: save it again.")
+                group += range(first + 1, first + words[token])
+            # Folders that diffusers saved have names alone.
+            while token not in words and (following := f"{token}_{len(group)}") in added and following not in words:
+                group.append(added[following])
             if len(group) > 1:
                 groups[first] = group
         return groups
@@ -222,6 +254,9 @@ def _check(folder: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) 
     else:
         raise ConfigError(f"{folder} holds no CLIP vocabulary: put vocab.json and merges.txt there, or tokenizer.json.")
     again = "download or save it again."
+    words = config.get(_COUNTS, {})
+    if not isinstance(words, dict) or not all(type(n) is int and n >= 1 for n in words.values()):
+        raise ConfigError(f"{folder / _CONFIG}: {_COUNTS} must be words with how many ids each has: {again}")
     if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
         raise ConfigError(f"{folder / name} is not a CLIP vocabulary (tokens with their ids): {again}")
     if len(set(vocab.values())) != len(vocab):
