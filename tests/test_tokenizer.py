@@ -318,7 +318,9 @@ def test_words_that_cannot_be_added(extended, word, message):
 SIZES = {"qzfoo": 2, "qzfoo_1": 1, "Qzfoo_1_1": 3, "<s>": 2, "<s>_1": 2}
 
 
-@pytest.mark.parametrize("order", [list(SIZES), list(reversed(SIZES)), ["qzfoo_1", "<s>_1", "qzfoo", "Qzfoo_1_1", "<s>"]])
+@pytest.mark.parametrize(
+    "order", [list(SIZES), list(reversed(SIZES)), ["qzfoo_1", "<s>_1", "qzfoo", "Qzfoo_1_1", "<s>"]]
+)
 def test_no_word_swallows_another_in_any_order(order, trained, tmp_path):
     from transformers import CLIPTokenizer
 
@@ -347,5 +349,5 @@ def test_damaged_words_of_a_folder(trained, tmp_path):
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     for value in (3, {"<cat>": 0}, {"<cat>": "2"}, {"<cat>": 10**9}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"word_vectors": value}))
-        with pytest.raises(ConfigError, match="word_vectors must be words|gives '<cat>' 1000000000 ids"):
+        with pytest.raises(ConfigError, match=r"word_vectors must be words|gives '<cat>' 1000000000 ids"):
             Tokenizer.load(tmp_path).encode(["<cat>"])

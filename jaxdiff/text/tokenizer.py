@@ -152,7 +152,9 @@ class Tokenizer:
             group = [first]
             if token in words:
                 if first + words[token] > self.vocab_size:
-                    raise ConfigError(f"{_CONFIG} gives {token!r} {words[token]} ids, more than there are: save it again.")
+                    raise ConfigError(
+                        f"{_CONFIG} gives {token!r} {words[token]} ids, more than there are: save it again."
+                    )
                 group += range(first + 1, first + words[token])
             # Folders that diffusers saved have names alone.
             while token not in words and (following := f"{token}_{len(group)}") in added and following not in words:
