@@ -201,3 +201,17 @@ def test_an_embedding_beside_a_lora(names, tiny, tmp_path, caplog):
     assert bundled_words(model, file) == ["bad cat", "out"]
     again, _ = load_bundled(model, params, file)
     assert again == model
+
+
+def test_metadata_of_one_network_alone(sd1, tmp_path):
+    """As `save_lora_adapter` of a network of diffusers writes it: neither names nor settings say which network."""
+    model, params = sd1
+    found = matrices(params, r"attn1\.to_[qk]", only=("unet",))
+
+    def bare(module, name, down, up):
+        return {tensor.removeprefix("unet."): x for tensor, x in peft(module, name, down, up).items()}
+
+    settings = {"r": 3, "lora_alpha": 6, "alpha_pattern": {"attn1.to_k": 1.5}, "lora_bias": False}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+    lora = read_lora(model, written(tmp_path / "pytorch_lora_weights.safetensors", bare, found, metadata))
+    assert {(name.endswith("to_k"), f.alpha) for name, f in lora.items()} == {(True, 1.5), (False, 6.0)}

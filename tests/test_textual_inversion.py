@@ -274,7 +274,6 @@ def test_a_token_is_loaded_once(tiny, cat):
         ({" ": (2, 16)}, "' ' cannot be a token"),
         ({"clip_l": (2, 16), "clip_l_out": (2, 16)}, r"output embeddings for 'bad' \(clip_l_out\), which are not"),
         ({"clip_l": (2, 16), "emb_params": (2, 16)}, r"has several embeddings for 'bad' \(clip_l, emb_params\)"),
-        ({"zero_convs.0.0.weight": (2, 16), "zero_convs.0.0.bias": (2,)}, "is a ControlNet: it is not a textual inv"),
     ],
 )
 def test_files_that_do_not_fit(tensors, message, tiny, tmp_path):

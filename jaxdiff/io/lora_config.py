@@ -53,7 +53,7 @@ def read_configs(source: TensorSource) -> tuple[dict[str, Config], str | None]:
             config = read_json(beside)
             found = dict.fromkeys(MODULES, config)
             kind = (config.get("auto_mapping") or {}).get("base_model_class")
-            module = source.path.parent.name if source.path.parent.name in MODULES else CLASSES.get(kind)
+            module = source.path.parent.name if source.path.parent.name in MODULES else CLASSES.get(str(kind))
         else:
             return {}, None
         configs = {name: {k: v for k, v in config.items() if v} for name, config in found.items()}

@@ -31,7 +31,6 @@ from typing import NamedTuple
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.errors import WeightsError
-from jaxdiff.io.kinds import split
 from jaxdiff.io.original_layout import Table, place
 from jaxdiff.io.tensor_files import TensorSource
 from jaxdiff.io.torch_names import tensor_name
@@ -44,10 +43,35 @@ KOHYA = {  # the prefix that is written first
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }
+# peft may put the adapter's name between, as in `lora_A.default_0.weight`.
+ROLES = {  # of a LoRA's tensor -> how its name ends
+    "down": r"\.(?:lora_A(?:\.[^.]+)?|lora_down|lora_linear_layer\.down)\.weight|[._]lora\.down\.weight",
+    "up": r"\.(?:lora_B(?:\.[^.]+)?|lora_up|lora_linear_layer\.up)\.weight|[._]lora\.up\.weight",
+    "alpha": r"\.alpha",
+    "mid": r"\.lora_mid\.weight",  # LoCon's, between down and up
+    "magnitude": r"\.dora_scale|\.lora_magnitude_vector(?:\.[^.]+){0,2}",
+}
+LORA = re.compile("(.+?)(?:" + "|".join(f"(?P<{role}>{ending})" for role, ending in ROLES.items()) + ")")
+OTHER_ADAPTERS = {  # pattern in a tensor's name -> the kind of adapter that has it
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.b?oft_": "OFT",
+    r"ia3_l|\.on_input$": "(IA)³",
+    r"\.[ab][12m]\.weight$": "GLoRA",
+    r"\.[wb]_norm$": "LyCORIS (changed norms)",
+    r"\.scalar$": "LyCORIS (learned scale)",
+    r"\.(diff(_b)?|set_weight)$": "LyCORIS (full difference)",
+    r"\.reshape_weight$": "LoRA (layer of another size)",
+    r"lora_(B|up)(\.[^.]+)?\.bias$": "LoRA-with-bias",
+    r"lora_embedding_": "LoRA (table of embeddings)",
+    r"lora_E$|ranknum$": "AdaLoRA",
+    r"vera_lambda": "VeRA",
+    r"trainable_tokens|token_adapter": "LoRA (trained tokens)",
+    r"modules_to_save": "LoRA (whole modules beside it)",
+    r"\.(fourierft|hra|vblora|randlora|bone|miss|shira|c3a|waveft|ln_tuning|road)_": "peft (other than LoRA)",
+}
 CLIP = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}  # what OneTrainer and ComfyUI call them
 PROCESSOR = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-
-
 BUNDLED = "bundle_emb."  # of embeddings that lie beside the LoRA: see `textual_inversion.bundled`
 
 FAMILIES = {  # width of the text that the UNet attends to -> whose
@@ -55,6 +79,14 @@ FAMILIES = {  # width of the text that the UNet attends to -> whose
     1024: "Stable Diffusion 2.x",
     2048: "SDXL",
     1280: "the SDXL refiner",
+}
+PARTS_OF_FAMILIES = {  # of a tensor's name -> whose
+    "te2_": "SDXL",
+    "text_encoder_2": "SDXL",
+    "clip_g": "SDXL",
+    "joint_blocks": "Stable Diffusion 3",
+    "double_blocks": "Flux",
+    "single_transformer_blocks": "Flux",
 }
 
 
@@ -103,6 +135,24 @@ def spellings(layer: Layer, original: Table | None = None) -> list[str]:
     return [f"{module}.{full}", *underscored, full, f"base_model.model.{full}", *more]
 
 
+def split(path: object, name: str) -> tuple[str, str]:
+    """A tensor's name in a LoRA's file -> what the file calls the layer, and the tensor's role: see `ROLES`.
+
+    Raises:
+        WeightsError: the tensor belongs to no LoRA, or to a kind of adapter that is not built here.
+
+    >>> split("x", "lora_unet_conv_in.lora_down.weight"), split("x", "attn1.processor.to_q_lora.up.weight")
+    (('lora_unet_conv_in', 'down'), ('attn1.processor.to_q', 'up'))
+    """
+    if kind := next((kind for pattern, kind in OTHER_ADAPTERS.items() if re.search(pattern, name)), None):
+        article = "an" if kind.startswith(("A", "O", "(I")) else "a"
+        raise WeightsError(f"{path} is {article} {kind} adapter (tensor {name}): give a LoRA, LoCon or DoRA.")
+    match = LORA.fullmatch(name)
+    if match is None or match.lastgroup is None:
+        raise WeightsError(f"{path}: tensor {name} is not part of a LoRA: is this a LoRA file?")
+    return match[1], match.lastgroup
+
+
 def find_layers(
     source: TensorSource, model: list[Layer], original: Table, module: str | None = None
 ) -> list[tuple[Layer, Tensors]]:
@@ -119,7 +169,7 @@ def find_layers(
     """
     found = _listed(source, model) or _named(source, model, original, module)
     if not found:
-        raise WeightsError(f"{source.path} holds no LoRA: it has no tensors.")
+        raise WeightsError(f"{source.path} holds no LoRA: no tensor is of one.")
     return found
 
 
@@ -263,11 +313,12 @@ def _misfit(source: TensorSource, model: list[Layer], what: str) -> WeightsError
 
 def guess_family(source: TensorSource) -> str | None:
     """Whose LoRA a file seems to be, from its names and from widths that only ever go into a layer: the text's."""
-    for part, family in (("te2_", "SDXL"), ("text_encoder_2", "SDXL"), ("double_blocks", "Flux")):
+    for part, family in PARTS_OF_FAMILIES.items():
         if any(part in name for name in source.shapes):
             return family
-    unet = [s for n, s in source.shapes.items() if len(s) >= 2 and not n.startswith(("text_encoder", "lora_te"))]
-    matrices = unet or [s for s in source.shapes.values() if len(s) >= 2]
+    shapes = {n: s for n, s in source.shapes.items() if len(s) >= 2 and not n.startswith(BUNDLED)}
+    unet = [s for n, s in shapes.items() if not n.startswith(("text_encoder", "lora_te", "clip_"))]
+    matrices = unet or list(shapes.values())
     inputs = {shape[1] for shape in matrices if shape[0] < shape[1]}
     outputs = {shape[0] for shape in matrices if shape[0] > shape[1]}
     # A text encoder's widths are inputs and outputs, and none is less than that of its text.

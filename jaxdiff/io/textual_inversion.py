@@ -16,7 +16,7 @@ from absl import logging
 from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import replace_config
-from jaxdiff.io.kinds import kinds
+from jaxdiff.io.lora_names import LORA
 from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
@@ -61,8 +61,6 @@ def read_textual_inversion(model: Model, path: str | Path, token: str | None = N
     found = bundled(source) or _own(source)
     if not found:
         raise WeightsError(f"{path} holds no embeddings: is it a textual inversion?")
-    if (found_kinds := kinds(source.shapes)) and "a textual inversion" not in found_kinds and len(found) > 1:
-        raise WeightsError(f"{path} is {found_kinds[0]}: it is not a textual inversion, which --embedding takes.")
     if token is not None:
         if len(found) > 1:
             raise WeightsError(f"{path} holds {len(found)} tokens, but `token` names only one: leave `token` out.")
@@ -74,6 +72,8 @@ def _own(source: TensorSource) -> Parts:
     """The words of an embedding's own file."""
     # A LoRA may lie beside them, and the web UI's first files hold the ids that their words had.
     names = [n for n in source.shapes if not re.fullmatch(r"\w+:\d+:(up|down)|string_to_token\..*", n)]
+    if any(map(LORA.fullmatch, names)):
+        raise WeightsError(f"{source.path} is a LoRA: it is not a textual inversion; load it as a LoRA.")
     several = sum(name.startswith(WEB_UI) for name in names) > 1
     found: Parts = {}
     for name in names:
