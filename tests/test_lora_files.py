@@ -129,6 +129,8 @@ def test_config_beside_a_text_encoders_adapter(sd1, tmp_path, caplog):
             model, peft_file(tmp_path / "a", params, {"peft_type": "LORA", "r": 3, "lora_alpha": 24}, name)
         )
         assert {f.alpha for f in lora.values()} == {24.0}
+    off = read_lora(model, peft_file(tmp_path / "off", params, {"lora_alpha": 0, "use_qalora": False, "r": 3}))
+    assert {f.alpha for f in off.values()} == {0.0}
     assert {layer.partition(".")[0] for layer in lora} == {"text_encoder"}
     assert not caplog.records
     lora = read_lora(model, peft_file(tmp_path / "b", params))

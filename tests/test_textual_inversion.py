@@ -166,6 +166,15 @@ def test_files_of_the_first_trainers(protocol, half, legacy, tiny, tmp_path):
     np.testing.assert_array_equal(table(params)[size:], rows.float())
 
 
+def test_a_folder_of_diffusers(tiny, tmp_path):
+    with pytest.raises(WeightsError, match=r"learned_embeds\.safetensors does not exist"):
+        load_textual_inversion(*tiny, tmp_path)
+    torch = pytest.importorskip("torch")
+    torch.save({"<cat>": torch.from_numpy(vectors(2, 16))}, tmp_path / "learned_embeds.bin")
+    model, params = load_textual_inversion(*tiny, tmp_path)
+    np.testing.assert_array_equal(table(params)[model.tokenizer.added_ids("<cat>")], vectors(2, 16))
+
+
 def test_several_words_of_a_first_trainers_file(tiny, tmp_path):
     torch = pytest.importorskip("torch")
     content = {name: {"cat": torch.from_numpy(vectors(2, 16)), "<dog>": torch.from_numpy(vectors(1, 16))} for name in

@@ -344,6 +344,24 @@ def test_no_word_swallows_another_in_any_order(order, trained, tmp_path):
     assert {word: theirs.convert_tokens_to_ids(word) for word in order} == {word: ids[word][0] for word in order}
 
 
+def test_words_beside_those_of_a_folder_of_diffusers(trained, tmp_path):
+    """Such a folder has names alone, by which the ids of a word are found; one may become another word's name."""
+    trained.save(tmp_path)
+    first = trained.vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<cat>": first, "<cat>_1": first + 1, "<dog>": first + 2}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.added_ids("<cat>") == [first, first + 1]
+    tokenizer = tokenizer.with_word("<cat>_1", 2)
+    assert tokenizer.added_ids("<cat>") == [first, first + 1]
+    assert tokenizer.added_ids("<cat>_1") == [first + 3, first + 4]
+    assert tokenizer.encode(["<dog> <cat>"])[0] == [first + 2, first, first + 1]
+
+
+def test_words_of_scripts_without_spaces(trained):
+    tokenizer = trained.with_word("猫")
+    assert trained.vocab_size in tokenizer.encode(["一只猫在"])[0]
+
+
 def test_damaged_words_of_a_folder(trained, tmp_path):
     trained.with_word("<cat>", 2).save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())

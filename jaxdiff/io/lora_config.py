@@ -56,7 +56,9 @@ def read_configs(source: TensorSource) -> tuple[dict[str, Config], str | None]:
             module = source.path.parent.name if source.path.parent.name in MODULES else CLASSES.get(str(kind))
         else:
             return {}, None
-        configs = {name: {k: v for k, v in config.items() if v} for name, config in found.items()}
+        configs = {
+            name: {k: v for k, v in config.items() if v or type(v) in (int, float)} for name, config in found.items()
+        }
         for config in configs.values():
             _check(source.path, config)
     except (AttributeError, TypeError, ValueError) as e:
@@ -78,7 +80,7 @@ def _check(path: Path, config: Config) -> None:
             f"{path} starts from other weights than the model's (init_lora_weights {start}): let peft save it as a "
             "plain LoRA, with path_initial_model_for_weight_conversion."
         )
-    if other := [name for name in UNSUPPORTED if name in config]:
+    if other := [name for name in UNSUPPORTED if config.get(name)]:
         raise WeightsError(f"{path} needs {other[0]}, which is not supported: train a plain LoRA.")
 
 

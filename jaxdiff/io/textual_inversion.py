@@ -35,6 +35,7 @@ TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 Vectors = dict[str, dict[str, np.ndarray]]  # token -> text encoder -> [vectors, width]
 Parts = dict[str, dict[str, str]]  # token -> what the file calls its vectors -> the tensor's name in the file
 WEB_UI = "string_to_param."
+FILES = ("learned_embeds.safetensors", "learned_embeds.bin")  # of diffusers' trainer
 
 
 def encoders(model: Model) -> list[str]:
@@ -47,7 +48,7 @@ def read_textual_inversion(model: Model, path: str | Path, token: str | None = N
     Args:
         path: safetensors, .pt or .bin; either {"<token>": [n, D] or [D]} as diffusers writes it, or the AUTOMATIC1111
             web UI's `emb_params` or `string_to_param`, or for SDXL `clip_l` and `clip_g` (`text_encoders_0` and `_1`);
-            or a LoRA's file that brings words along (`bundle_emb`).
+            or a LoRA's file that brings words along (`bundle_emb`); or the folder in which diffusers put one.
         token: the word to use; needed only to have another one than the file's, which is the file's name where the
             file says none.
 
@@ -57,6 +58,9 @@ def read_textual_inversion(model: Model, path: str | Path, token: str | None = N
     Raises:
         WeightsError: the file is no textual inversion, or one for text encoders of other widths.
     """
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     source = open_tensors(path)
     found = bundled(source) or _own(source)
     if not found:

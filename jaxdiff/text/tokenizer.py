@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -97,42 +98,33 @@ class Tokenizer:
         """The tokenizer with a word of its own, for which so many new ids stand in a row, in any letter case.
 
         A word that begins and ends with a letter, digit or underscore counts where it stands alone: `art` is not found
-        in `party`. Other words (`<cat>`) count anywhere. Further ids have names too, as in diffusers: `word_1`,
-        `word_2` …; where one is a word already, or becomes one, the further id is called `word_1_` instead.
+        in `party`. Others (`<cat>`, and those of scripts without spaces) count anywhere. Further ids have names too, as
+        in diffusers: `word_1`, `word_2` …; where one is a word already, or becomes one, that id is called `word_1_`.
 
         Raises:
             ConfigError: the word is blank or already known.
         """
         if not word.strip() or not word.isprintable():
             raise ConfigError(f"{word!r} cannot be a token: give it a visible name, such as '<cat-toy>'.")
-        added = dict(sorted(self._clip.added_tokens_decoder.items()))
-        names = {i: token.content for i, token in added.items()}
-        further = {i for ids in self._vectors.values() for i in ids[1:]}
-        known = set(self._clip.get_vocab()) - {names[i] for i in further}
+        added, groups, first = self._clip.added_tokens_decoder, self._vectors.values(), self.vocab_size
+        names = {i: added[i].content for i in sorted(added)}
+        further = {i: names[i] for ids in groups for i in ids[1:]}
+        known = set(self._clip.get_vocab()).difference(further.values())
         known |= {name.lower() for i, name in names.items() if i not in further}  # which match in any case
         if {word, word.lower()} & known:
             raise ConfigError(f"The tokenizer has a token {word!r} already: give another name.")
-        first = self.vocab_size
-        for i in sorted(further) + list(range(first, first + vectors)):
-            name = names[i] if i in further else word if i == first else f"{word}_{i - first}"
-            while i != first and name.lower() in known | {word.lower()}:
+        names[first] = word
+        known.add(word.lower())
+        for i, name in [*further.items(), *((first + i, f"{word}_{i}") for i in range(1, vectors))]:
+            while name.lower() in known:
                 name += "_"
             names[i] = name
             known.add(name.lower())
-        specs = {
-            str(i): {
-                "content": name,
-                "single_word": added[i].single_word if i in added else bool(re.fullmatch(r"\w(.*\w)?", word)),
-                "lstrip": i in added and added[i].lstrip,
-                "rstrip": i in added and added[i].rstrip,
-                "normalized": i not in added or added[i].normalized,
-                "special": i in added and added[i].special,
-            }
-            for i, name in names.items()
-        }
         config = json.loads(self.files.get(_CONFIG, b"{}"))
-        config |= {"added_tokens_decoder": specs, _COUNTS: {**config.get(_COUNTS, {}), word: vectors}}
-        # With these, transformers reads no other file for them.
+        counts = {ids[0]: len(ids) for ids in groups if ids[-1] - ids[0] == len(ids) - 1} | {first: vectors}
+        config[_COUNTS] = config.get(_COUNTS, {}) | {names[i]: count for i, count in counts.items()}
+        config["added_tokens_decoder"] = {str(i): _described(name, added.get(i), word) for i, name in names.items()}
+        # With the latter, transformers reads no other file for these.
         config |= {kind: getattr(self._clip, kind) for kind in ("bos_token", "eos_token", "pad_token", "unk_token")}
         files = {name: data for name, data in self.files.items() if name != _ADDED}
         return type(self)({**files, _CONFIG: json.dumps(config, indent=2).encode()}, self.max_length)
@@ -221,6 +213,23 @@ class Tokenizer:
 
     def _expanded(self, ids: list[int]) -> list[int]:
         return [vector for i in ids for vector in self._vectors.get(i, (i,))]
+
+
+def _described(name: str, token: Any, word: str) -> dict[str, Any]:
+    """How tokenizer_config.json describes an added token: one that was there, or a new one of a word's."""
+    if token is not None:
+        kept = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        return {"content": name, **{option: getattr(token, option) for option in kept}}
+    spaced = not any(unicodedata.east_asian_width(character) in "WF" for character in word)
+    alone = spaced and re.fullmatch(r"\w(.*\w)?", word) is not None
+    return {
+        "content": name,
+        "single_word": alone,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": True,
+        "special": False,
+    }
 
 
 def _readable(text: str) -> str:
