@@ -17,6 +17,7 @@ from tests.support import networks
 from tests.support.lora_files import (
     ATTENTION,
     drawn_params,
+    full,
     kohya,
     matrices,
     merge,
@@ -224,6 +225,49 @@ SGM = {  # the small SDXL's layers in the names of the original code, written ou
 }
 
 
+SGM_DOTS = {  # the same with dots
+    name: re.sub(r"_(?=\d)|(?<=\d)_", ".", name).replace("ff_net", "ff.net") for name in SGM.values()
+}
+
+
+def original(prefixes, alpha=True):
+    """Names of the original code behind a prefix a module, as OneTrainer and ComfyUI write them."""
+
+    def writer(module, name, down, up):
+        inner = SGM_DOTS[SGM[name]] if module == "unet" else full(module, name)
+        stem = f"{prefixes[module]}.{inner}"
+        tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        return tensors | ({f"{stem}.alpha": np.array(2.0, np.float32)} if alpha else {})
+
+    return writer
+
+
+ORIGINAL = {
+    "OneTrainer": original({"unet": "unet", "text_encoder": "clip_l", "text_encoder_2": "clip_g"}),
+    "ComfyUI": original(
+        {
+            "unet": "diffusion_model",
+            "text_encoder": "text_encoders.clip_l.transformer",
+            "text_encoder_2": "text_encoders.clip_g.transformer",
+        },
+        alpha=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("writer", ORIGINAL)
+def test_names_of_the_original_code_mean_those_of_diffusers(writer, dtype, sdxl, tmp_path):
+    model, params = sdxl
+    found = matrices(params, rf"^unet\.({'|'.join(map(re.escape, SGM))})$|layers\.0\.", rank=2)
+    found = [(module, name, *(np.asarray(x, jnp.dtype(dtype)) for x in pair)) for module, name, *pair in found]
+    expected = read_lora(model, written(tmp_path / "a.safetensors", peft, found))
+    ours = read_lora(model, written(tmp_path / "b.safetensors", ORIGINAL[writer], found))
+    assert {f.alpha for f in ours.values()} == {2.0}
+    assert len(ours) == len(found)
+    jax.tree.map(np.testing.assert_array_equal, dict(ours), dict(expected))
+
+
 def sgm(module, name, down, up):
     if module != "unet":
         return kohya(module, name, down, up, double=True)
@@ -302,4 +346,7 @@ def test_every_layer_has_spellings_of_its_own(sd1, sdxl):
         found = {}
         for layer in layers(params):
             for spelling in spellings(layer, unet_table(model.unet.config)):
-                assert found.setdefault(spelling, layer) == layer, spelling
+                # peft calls the layers of both text encoders alike: their shapes and its config tell them apart.
+                bare = spelling.startswith(("base_model.model.", "text_")) and layer.module == "text_encoder_2"
+                known = found.setdefault(spelling, layer)
+                assert known == layer or (bare and known.module == "text_encoder"), spelling

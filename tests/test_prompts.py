@@ -222,7 +222,7 @@ def test_a_phrase_that_just_fits_is_not_cut_for_the_comma_after_it(clip):
 )
 def test_a_word_of_several_vectors_stays_in_one_chunk(clip, before, sizes):
     """As in the web UI: where it does not fit, the next chunk begins with it."""
-    own = clip.with_tokens(["<cat>", "<cat>_1", "<cat>_2", "<cat>_3"])
+    own = clip.with_word("<cat>", 4)
     chunks = content(own, tokens(model(own), ["a " * before + "<cat> a"]))
     assert [len(c) for c in chunks] == sizes
     word = own.added_ids("<cat>")
@@ -233,21 +233,21 @@ def test_a_word_of_several_vectors_stays_in_one_chunk(clip, before, sizes):
 
 
 def test_a_comma_moves_a_phrase_with_its_word_of_several_vectors(clip):
-    own = clip.with_tokens(["<cat>", "<cat>_1", "<cat>_2", "<cat>_3"])
+    own = clip.with_word("<cat>", 4)
     chunks = content(own, tokens(model(own), ["a " * 68 + ", <cat> a a a"]))
     assert [len(c) for c in chunks] == [69, 7]
     assert chunks[1][:4] == own.added_ids("<cat>")
 
 
 def test_a_word_of_more_vectors_than_a_chunk_holds_fills_several(clip):
-    own = clip.with_tokens(["<cat>", *(f"<cat>_{i}" for i in range(1, 80))])
+    own = clip.with_word("<cat>", 80)
     chunks = content(own, tokens(model(own), ["a <cat> a"]))
     assert [len(c) for c in chunks] == [1, 75, 6]
     assert chunks[1] + chunks[2][:5] == own.added_ids("<cat>")
 
 
 def test_a_word_of_several_vectors_that_does_not_fit_the_last_chunk_is_left_out(clip):
-    own = clip.with_tokens(["<cat>", "<cat>_1"])
+    own = clip.with_word("<cat>", 2)
     given = tokens(model(own), ["a " * 74 + "<cat>"], chunks=1)
     assert content(own, given) == own.encode(["a " * 74])
 

@@ -147,6 +147,46 @@ def test_pickled_files(form, suffix, tiny, tmp_path):
     np.testing.assert_array_equal(table(params)[size:], rows)
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_files_of_the_first_trainers(protocol, half, legacy, tiny, tmp_path):
+    """A ParameterDict, ids of words as tensors, half precision, and PyTorch's format before 1.6 (no zip)."""
+    torch = pytest.importorskip("torch")
+    rows = torch.from_numpy(vectors(2, 16))
+    rows = rows.half() if half else rows
+    words = torch.nn.ParameterDict({"*": torch.nn.Parameter(rows)})
+    content = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": words}
+    file = tmp_path / "style.pt"
+    torch.save(content, file, _use_new_zipfile_serialization=not legacy, pickle_protocol=protocol)
+    assert (file.read_bytes()[:2] == b"PK") != legacy
+    model, params = load_textual_inversion(*tiny, file)
+    size = tiny[0].tokenizer.vocab_size
+    assert model.tokenizer.added_ids("style") == [size, size + 1]
+    np.testing.assert_array_equal(table(params)[size:], rows.float())
+
+
+def test_a_folder_of_diffusers(tiny, tmp_path):
+    with pytest.raises(WeightsError, match=r"learned_embeds\.safetensors does not exist"):
+        load_textual_inversion(*tiny, tmp_path)
+    torch = pytest.importorskip("torch")
+    torch.save({"<cat>": torch.from_numpy(vectors(2, 16))}, tmp_path / "learned_embeds.bin")
+    model, params = load_textual_inversion(*tiny, tmp_path)
+    np.testing.assert_array_equal(table(params)[model.tokenizer.added_ids("<cat>")], vectors(2, 16))
+
+
+def test_several_words_of_a_first_trainers_file(tiny, tmp_path):
+    torch = pytest.importorskip("torch")
+    content = {name: {"cat": torch.from_numpy(vectors(2, 16)), "<dog>": torch.from_numpy(vectors(1, 16))} for name in
+               ("string_to_token", "string_to_param")}  # fmt: skip
+    torch.save(content, tmp_path / "pets.pt")
+    with pytest.raises(WeightsError, match="holds 2 tokens"):
+        load_textual_inversion(*tiny, tmp_path / "pets.pt", "pets")
+    model, params = load_textual_inversion(*tiny, tmp_path / "pets.pt")
+    np.testing.assert_array_equal(table(params)[model.tokenizer.added_ids("cat")], vectors(2, 16))
+    np.testing.assert_array_equal(table(params)[model.tokenizer.added_ids("<dog>")], vectors(1, 16))
+
+
 def test_several_words_of_one_file(tiny, tmp_path):
     file = file_of(tmp_path / "two.safetensors", **{"<s1>": vectors(16), "<s2>": vectors(2, 16)})
     model, params = load_textual_inversion(*tiny, file)
@@ -182,6 +222,34 @@ def test_two_text_encoders(double, tmp_path):
     }
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pti", ".pt"])
+def test_two_text_encoders_by_their_numbers(suffix, double, tmp_path):
+    """cog-sdxl's names."""
+    tensors = {"text_encoders_0": vectors(2, 16), "text_encoders_1": vectors(2, 24)}
+    file = tmp_path / f"xl{suffix}"
+    if suffix == ".pt":
+        torch = pytest.importorskip("torch")
+        torch.save({name: torch.from_numpy(x).half() for name, x in tensors.items()}, file)
+    else:
+        save_file(tensors, file)
+    model, params = load_textual_inversion(*double, file)
+    ids = model.tokenizer.added_ids("xl")
+    for encoder, rows in zip(("text_encoder", "text_encoder_2"), tensors.values(), strict=True):
+        np.testing.assert_allclose(table(params, encoder)[ids], rows, rtol=1e-3 if suffix == ".pt" else 0)
+
+
+def test_words_of_others_are_left_alone(tiny, tmp_path):
+    """One word begins with the other, in either order; each stands for its own vectors."""
+    short = file_of(tmp_path / "qzfoo.safetensors", emb_params=vectors(2, 16))
+    long = file_of(tmp_path / "qzfoo_1.safetensors", emb_params=vectors(3, 16))
+    for files in ((short, long), (long, short)):
+        model, params = tiny
+        for file in files:
+            model, params = load_textual_inversion(model, params, file)
+        (ids,) = model.tokenizer.encode(["qzfoo qzfoo_1"])
+        np.testing.assert_array_equal(table(params)[ids], np.concatenate([vectors(2, 16), vectors(3, 16)]))
+
+
 def test_saving_gives_the_same_bytes(tiny, cat, tmp_path):
     model, params = load_textual_inversion(*tiny, cat)
     save_textual_inversion(tmp_path / "again.safetensors", model, params, "<cat>")
@@ -213,6 +281,8 @@ def test_a_token_is_loaded_once(tiny, cat):
         ),
         ({"clip_l": (2, 16), "clip_g": (2, 24)}, "for text_encoder and text_encoder_2; this model has text_encoder:"),
         ({" ": (2, 16)}, "' ' cannot be a token"),
+        ({"clip_l": (2, 16), "clip_l_out": (2, 16)}, r"output embeddings for 'bad' \(clip_l_out\), which are not"),
+        ({"clip_l": (2, 16), "emb_params": (2, 16)}, r"has several embeddings for 'bad' \(clip_l, emb_params\)"),
     ],
 )
 def test_files_that_do_not_fit(tensors, message, tiny, tmp_path):

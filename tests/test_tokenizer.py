@@ -256,7 +256,7 @@ def extended(trained, request, tmp_path_factory):
     clip = CLIPTokenizer.from_pretrained(folder)
     clip.add_tokens(ADDED)
     tokenizer = Tokenizer.load(folder)
-    return tokenizer, tokenizer.with_tokens(ADDED), clip
+    return tokenizer, tokenizer.with_word("<cat-toy>", 3).with_word("Easy-Negative"), clip
 
 
 def test_added_tokens_equal_transformers(extended, tmp_path):
@@ -282,7 +282,7 @@ def test_added_tokens_equal_transformers(extended, tmp_path):
 
 def test_tokens_are_added_to_added_ones(extended):
     old, new, _ = extended
-    more = new.with_tokens(["<dog>"])
+    more = new.with_word("<dog>")
     prompt = ["<dog> <cat-toy>"]
     assert list(more(prompt)[0][1:5]) == [old.vocab_size + i for i in (4, 0, 1, 2)]
     np.testing.assert_array_equal(more(TRICKY), new(TRICKY))
@@ -299,17 +299,73 @@ def test_several_vectors_count_when_a_prompt_is_cut(extended, caplog):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"),
+    ("word", "message"),
     [
-        (["a</w>"], "has a token 'a</w>' already"),
-        (["<cat-toy>"], "has a token '<cat-toy>' already"),
-        (["<CAT-toy>_2"], "has a token '<CAT-toy>_2' already"),
-        (["<new>", "<New>"], "has a token '<New>' already"),
-        ([" "], "' ' cannot be a token"),
-        ([""], "'' cannot be a token"),
-        (["a\nb"], "cannot be a token"),
+        ("a</w>", "has a token 'a</w>' already"),
+        ("<cat-toy>", "has a token '<cat-toy>' already"),
+        ("<CAT-toy>", "has a token '<CAT-toy>' already"),
+        ("easy-negative", "has a token 'easy-negative' already"),
+        (" ", "' ' cannot be a token"),
+        ("", "'' cannot be a token"),
+        ("a\nb", "cannot be a token"),
     ],
 )
-def test_tokens_that_cannot_be_added(extended, tokens, message):
+def test_words_that_cannot_be_added(extended, word, message):
     with pytest.raises(ConfigError, match=message):
-        extended[1].with_tokens(tokens)
+        extended[1].with_word(word)
+
+
+SIZES = {"qzfoo": 2, "qzfoo_1": 1, "Qzfoo_1_1": 3, "<s>": 2, "<s>_1": 2}
+
+
+@pytest.mark.parametrize(
+    "order", [list(SIZES), list(reversed(SIZES)), ["qzfoo_1", "<s>_1", "qzfoo", "Qzfoo_1_1", "<s>"]]
+)
+def test_no_word_swallows_another_in_any_order(order, trained, tmp_path):
+    from transformers import CLIPTokenizer
+
+    tokenizer, ids = trained, {}
+    for word in order:
+        first = tokenizer.vocab_size
+        tokenizer, ids[word] = tokenizer.with_word(word, SIZES[word]), list(range(first, first + SIZES[word]))
+    tokenizer.save(tmp_path)
+    for opened in (tokenizer, Tokenizer.load(tmp_path)):
+        assert opened == tokenizer
+        assert {word: opened.added_ids(word) for word in order} == ids
+        prompt = ", ".join(order).upper()
+        assert [i for i in opened.encode([prompt])[0] if i >= trained.vocab_size] == [i for w in order for i in ids[w]]
+        # What is written as a part of another word is not found there, what is in brackets of its own is.
+        for text in ("qzfoobar", "aqzfoo", "qzfoo_2", "qzfoo2"):
+            assert opened.encode([text]) == trained.encode([text])
+        assert opened.encode(["a<s>b (qzfoo)"])[0][1:3] == ids["<s>"]
+        assert opened.encode(["(qzfoo)"])[0][1:3] == ids["qzfoo"]
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == tokenizer.vocab_size
+    assert {word: theirs.convert_tokens_to_ids(word) for word in order} == {word: ids[word][0] for word in order}
+
+
+def test_words_beside_those_of_a_folder_of_diffusers(trained, tmp_path):
+    """Such a folder has names alone, by which the ids of a word are found; one may become another word's name."""
+    trained.save(tmp_path)
+    first = trained.vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<cat>": first, "<cat>_1": first + 1, "<dog>": first + 2}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.added_ids("<cat>") == [first, first + 1]
+    tokenizer = tokenizer.with_word("<cat>_1", 2)
+    assert tokenizer.added_ids("<cat>") == [first, first + 1]
+    assert tokenizer.added_ids("<cat>_1") == [first + 3, first + 4]
+    assert tokenizer.encode(["<dog> <cat>"])[0] == [first + 2, first, first + 1]
+
+
+def test_words_of_scripts_without_spaces(trained):
+    tokenizer = trained.with_word("猫")
+    assert trained.vocab_size in tokenizer.encode(["一只猫在"])[0]
+
+
+def test_damaged_words_of_a_folder(trained, tmp_path):
+    trained.with_word("<cat>", 2).save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for value in (3, {"<cat>": 0}, {"<cat>": "2"}, {"<cat>": 10**9}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"word_vectors": value}))
+        with pytest.raises(ConfigError, match=r"word_vectors must be words|gives '<cat>' 1000000000 ids"):
+            Tokenizer.load(tmp_path).encode(["<cat>"])

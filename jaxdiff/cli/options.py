@@ -157,7 +157,7 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         Option("prediction_type", "kept", str, "What the UNet predicts, where the file does not say: epsilon for SD "
                "2.x at 512 pixels.", choices=("epsilon", "v_prediction", "sample", "flow_prediction"),
                without="the model's"),
-        texts("lora", "kept", "A LoRA file; path:0.8 sets its weight."),
+        texts("lora", "kept", "A LoRA's file or folder; path:0.8 sets its weight."),
         texts("embedding", "kept", "A textual-inversion file; token=path names its token."),
         text("vae", "kept", "Another autoencoder in place of the model's: a folder or a file.", without="the model's"),
         Option("dtype", "kept", str, "Type to compute in and to hold the weights in.", "float32",

@@ -42,6 +42,7 @@ from jaxdiff.cli.requests import (
 from jaxdiff.io import cache, diffusers_folder, images, model_paths
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.edges import canny
+from jaxdiff.io.lora import load_bundled
 from jaxdiff.io.vae import load_tiny_vae
 from jaxdiff.sampling.generate import draw
 from jaxdiff.sampling.resolve import Request, Settings, resolve_images, resolve_settings
@@ -90,6 +91,8 @@ def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple
         model, params = jaxdiff.load_textual_inversion(model, params, *named(given))
     if f.lora:
         files = [weighted(given) for given in f.lora]
+        for path, _ in files:
+            model, params = load_bundled(model, params, path)
         params = jaxdiff.load_lora(model, params, [path for path, _ in files], [scale for _, scale in files])
     if f.controlnet:
         nets = [load_controlnet(path, dtype=f.dtype) for path in f.controlnet]

@@ -15,8 +15,6 @@ function of params, LoRAs and scales, which may be traced.
 
 import dataclasses
 import functools
-import json
-import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -26,9 +24,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdiff.errors import WeightsError
+from jaxdiff.io import textual_inversion
+from jaxdiff.io.lora_config import MODULES, STEM, read_configs
+from jaxdiff.io.lora_config import alpha as config_alpha
 from jaxdiff.io.lora_names import Layer, find_layers, layers, written_name
 from jaxdiff.io.original_layout import unet_table
 from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
@@ -124,30 +126,89 @@ def load_lora(model: Model, params: Params, paths: Any, scale: Any = 1.0) -> Par
         WeightsError: one sentence that names the file and what does not fit.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    for path in paths:
+        if words := bundled_words(model, path):
+            shown = ", ".join(map(repr, words))
+            logging.warning("%s brings an embedding along, for %s: load it as a textual inversion too.", path, shown)
     return merge_lora(params, [read_lora(model, path) for path in paths], scale)
+
+
+def bundled_words(model: Model, path: str | Path) -> list[str]:
+    """The words whose embeddings lie in a LoRA's file, without those that the model knows."""
+    words = [word for file in adapter_files(path) for word in textual_inversion.bundled(open_tensors(file))]
+    return [word for word in words if not textual_inversion.knows(model, word)]
+
+
+def load_bundled(model: Model, params: Params, path: str | Path) -> tuple[Model, Params]:
+    """A model that knows the words whose embeddings lie in a LoRA's file: see `textual_inversion.load_bundled`."""
+    for file in adapter_files(path):
+        model, params = textual_inversion.load_bundled(model, params, file)
+    return model, params
 
 
 def read_lora(model: Model, path: str | Path) -> Lora:
     """The LoRA in a file, for the UNet and the text encoders.
 
     Args:
-        path: safetensors, or PyTorch's .pt and .bin, in the names of diffusers, peft, kohya (for SDXL also those of
-            the original layout) or in the lists of cloneofsimo/lora; LoCon and DoRA too. Factors keep the file's type.
+        path: safetensors, or PyTorch's .pt and .bin, in the names of diffusers, peft (with `adapter_config.json`
+            beside), kohya, OneTrainer, ComfyUI or SimpleTuner, or in the lists of cloneofsimo/lora; LoCon and DoRA too.
+            Or the folder of such a file. Factors keep the file's type.
 
     Raises:
         WeightsError: the file is missing or damaged, holds anything but a LoRA, or one for another model.
     """
+    lora: dict[str, Factors] = {}
+    for file in adapter_files(path):
+        for name, factors in _read_file(model, file).items():
+            if name in lora:
+                raise WeightsError(f"{path} changes {name} in several of its files: give the one that you mean.")
+            lora[name] = factors
+    return lora
+
+
+FILES = tuple(f"{stem}{end}" for stem in ("pytorch_lora_weights", STEM) for end in (".safetensors", ".bin"))
+
+
+def adapter_files(path: str | Path) -> list[Path]:
+    """The files of a LoRA: the one given, or those of a folder that diffusers or peft wrote, a sub-folder a network.
+
+    Raises:
+        WeightsError: the folder holds none, or several LoRAs.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return [folder]
+    for name in FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+    inner = [next(f for n in FILES if (f := d / n).is_file()) for d in sorted(folder.iterdir()) if _holds_lora(d)]
+    found = inner or sorted(folder.glob("*.safetensors"))
+    if len(found) == 1 or (found and all(f.parent.name in MODULES for f in found)):
+        return found
+    listed = (
+        f"several LoRAs ({found[0].relative_to(folder)}, {found[1].relative_to(folder)}, …)" if found else "no LoRA"
+    )
+    raise WeightsError(f"{folder} holds {listed}: give its file, such as {FILES[0]}.")
+
+
+def _holds_lora(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / name).is_file() for name in FILES)
+
+
+def _read_file(model: Model, path: Path) -> Lora:
     source = open_tensors(path)
-    config = _adapter_config(source)
+    configs, module = read_configs(source)
     lora = {}
-    for layer, tensors in find_layers(source, list(layers(param_shapes(model))), unet_table(model.unet.config)):
+    known = list(layers(param_shapes(model)))
+    for layer, tensors in find_layers(source, known, unet_table(model.unet.config), module):
+        config = configs.get(layer.module, {})
         down, up = (source.read(tensors[role]) for role in ("down", "up"))
         if "mid" in tensors:  # a 1x1 convolution followed by one of the kernel's size is one of that size
             first, then = (np.asarray(x, np.float32) for x in (down, source.read(tensors["mid"])))
             down = np.einsum("abhw,bi->aihw", then, first.reshape(len(first), -1)).astype(down.dtype)
         rank = len(down)
         written = tensors.get("alpha")
-        alpha = _alpha(source, written) if written else _config_alpha(source, config, layer.name, rank)
+        alpha = _alpha(source, written) if written else config_alpha(source, config, layer.name.partition(".")[2], rank)
         down = from_torch_layout(KERNEL, down).reshape(*layer.shape[:-1], rank)
         # Copies, in a layout of their own: what was read may be a view into the file.
         factors = [jnp.asarray(np.array(x, order="C")) for x in (down, up.reshape(-1, rank).T)]
@@ -158,7 +219,7 @@ def read_lora(model: Model, path: str | Path) -> Lora:
 def _magnitude(source: TensorSource, config: dict[str, Any], layer: Layer, tensors: Mapping[str, str]) -> Array | None:
     """A layer's magnitudes as `Factors` has them: [out, 1 …] in the file or for one an input [1, in, …]."""
     if "magnitude" not in tensors:
-        if config.get(f"{layer.module}.use_dora"):
+        if config.get("use_dora"):
             raise WeightsError(f"{source.path} is a DoRA but lacks the magnitude of {layer.name}.")
         return None
     x = np.asarray(source.read(tensors["magnitude"]))
@@ -172,30 +233,6 @@ def _alpha(source: TensorSource, tensor: str) -> float:
     if value.size != 1 or not np.isfinite(value).all():
         raise WeightsError(f"{source.path}: {tensor} must be one finite number: the file is damaged, fetch it again.")
     return float(value.reshape(()))
-
-
-def _adapter_config(source: TensorSource) -> dict[str, Any]:
-    """peft's configuration, which diffusers writes into a safetensors file's metadata; often there is none."""
-    try:
-        config = json.loads(source.metadata.get("lora_adapter_metadata", "{}"))
-        return {k: v for k, v in config.items() if v}
-    except (AttributeError, ValueError) as e:
-        raise WeightsError(f"{source.path} has damaged metadata ({e}): fetch it again.") from None
-
-
-def _config_alpha(source: TensorSource, config: dict[str, Any], name: str, rank: int) -> float:
-    """A layer's alpha by peft's configuration; its rank where there is none, so that the product counts as it is."""
-    module, _, name = name.partition(".")
-    try:
-        alpha = float(config.get(f"{module}.lora_alpha", rank))
-        for ending, value in config.get(f"{module}.alpha_pattern", {}).items():
-            if f".{name}".endswith(f".{ending.removeprefix('text_model.')}"):
-                alpha = float(value)
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha {alpha}")
-    except (AttributeError, TypeError, ValueError) as e:
-        raise WeightsError(f"{source.path} has damaged metadata ({e}): fetch it again.") from None
-    return alpha * math.sqrt(rank) if config.get(f"{module}.use_rslora") else alpha
 
 
 def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffusers", "kohya"] = "diffusers") -> None:

@@ -7,12 +7,19 @@ looked up among them. The spellings, here of the UNet's `down_blocks.0.attention
     attention processor  unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.processor.to_q
     kohya                lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q
     kohya, SDXL          lora_unet_input_blocks_2_1_transformer_blocks_0_attn1_to_q
+    OneTrainer (OMI)     unet.input_blocks.2.1.transformer_blocks.0.attn1.to_q
+    ComfyUI              diffusion_model.input_blocks.2.1.transformer_blocks.0.attn1.to_q
+    peft                 base_model.model.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q
+    SimpleTuner          lycoris_down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q
 
 and of the text encoder's `encoder.layers.0.self_attn.q_proj`:
 
     diffusers, peft      text_encoder.text_model.encoder.layers.0.self_attn.q_proj
     attention processor  text_encoder.text_model.encoder.layers.0.self_attn.to_q
     kohya                lora_te_text_model_encoder_layers_0_self_attn_q_proj (SDXL: lora_te1_, lora_te2_)
+    OneTrainer (OMI)     clip_l.text_model.encoder.layers.0.self_attn.q_proj (SDXL: clip_l, clip_g)
+    ComfyUI              text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj
+    peft                 base_model.model.text_model.encoder.layers.0.self_attn.q_proj (of either encoder)
 
 Files of cloneofsimo/lora hold no names but a list, in the order in which PyTorch visits the layers: see `list_orders`.
 """
@@ -36,41 +43,50 @@ KOHYA = {  # the prefix that is written first
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }
-SUFFIXES = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".alpha": "alpha",
-    ".lora_mid.weight": "mid",  # LoCon's, between down and up
-    ".dora_scale": "magnitude",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_magnitude_vector.default.weight": "magnitude",
+# peft may put the adapter's name between, as in `lora_A.default_0.weight`.
+ROLES = {  # of a LoRA's tensor -> how its name ends
+    "down": r"\.(?:lora_A(?:\.[^.]+)?|lora_down|lora_linear_layer\.down)\.weight|[._]lora\.down\.weight",
+    "up": r"\.(?:lora_B(?:\.[^.]+)?|lora_up|lora_linear_layer\.up)\.weight|[._]lora\.up\.weight",
+    "alpha": r"\.alpha",
+    "mid": r"\.lora_mid\.weight",  # LoCon's, between down and up
+    "magnitude": r"\.dora_scale|\.lora_magnitude_vector(?:\.[^.]+){0,2}",
 }
-OTHER_KINDS = {  # pattern in a tensor's name -> the kind of adapter that has it
-    r"hada_w": "LoHa",
-    r"lokr_w": "LoKr",
-    r"oft_": "OFT",
-    r"\.diff(_b)?$": "LyCORIS (full difference)",
-    r"lora_(B|up)\.bias$": "LoRA-with-bias",
+LORA = re.compile("(.+?)(?:" + "|".join(f"(?P<{role}>{ending})" for role, ending in ROLES.items()) + ")")
+OTHER_ADAPTERS = {  # pattern in a tensor's name -> the kind of adapter that has it
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.b?oft_": "OFT",
+    r"ia3_l|\.on_input$": "(IA)³",
+    r"\.[ab][12m]\.weight$": "GLoRA",
+    r"\.[wb]_norm$": "LyCORIS (changed norms)",
+    r"\.scalar$": "LyCORIS (learned scale)",
+    r"\.(diff(_b)?|set_weight)$": "LyCORIS (full difference)",
+    r"\.reshape_weight$": "LoRA (layer of another size)",
+    r"lora_(B|up)(\.[^.]+)?\.bias$": "LoRA-with-bias",
+    r"lora_embedding_": "LoRA (table of embeddings)",
+    r"lora_E$|ranknum$": "AdaLoRA",
+    r"vera_lambda": "VeRA",
+    r"trainable_tokens|token_adapter": "LoRA (trained tokens)",
+    r"modules_to_save": "LoRA (whole modules beside it)",
+    r"\.(fourierft|hra|vblora|randlora|bone|miss|shira|c3a|waveft|ln_tuning|road)_": "peft (other than LoRA)",
 }
+CLIP = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}  # what OneTrainer and ComfyUI call them
 PROCESSOR = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-
+BUNDLED = "bundle_emb."  # of embeddings that lie beside the LoRA: see `textual_inversion.bundled`
 
 FAMILIES = {  # width of the text that the UNet attends to -> whose
     768: "Stable Diffusion 1.x",
     1024: "Stable Diffusion 2.x",
     2048: "SDXL",
     1280: "the SDXL refiner",
+}
+PARTS_OF_FAMILIES = {  # of a tensor's name -> whose
+    "te2_": "SDXL",
+    "text_encoder_2": "SDXL",
+    "clip_g": "SDXL",
+    "joint_blocks": "Stable Diffusion 3",
+    "double_blocks": "Flux",
+    "single_transformer_blocks": "Flux",
 }
 
 
@@ -103,19 +119,24 @@ def spellings(layer: Layer, original: Table | None = None) -> list[str]:
     module, name = layer.module, layer.name.removeprefix(f"{layer.module}.")
     if module == "unet":
         old = re.sub(r"\.(attn\d)\.(\w+)(\.0)?$", r".\1.processor.\2", name)
-        more = [name, old, f"unet.{old}", f"base_model.model.{name}"]
-        if found := place(name, original or {}, "lora_unet_"):
-            more.append(found.name.replace(".", "_"))
-        full = name
+        full, more = name, [old, f"unet.{old}"]
+        if found := place(name, original or {}, ""):
+            more += [f"{prefix}{found.name}" for prefix in ("unet.", "diffusion_model.", "model.diffusion_model.")]
+            more.append(f"lora_unet_{found.name.replace('.', '_')}")
     else:
         stem, _, last = name.rpartition(".")
-        more = [layer.name, f"{module}.text_model.{stem}.{PROCESSOR.get(last, last)}"]
         full = name if name == "text_projection" else f"text_model.{name}"
-    return [f"{module}.{full}", *(prefix + full.replace(".", "_") for prefix in KOHYA[module]), *more]
+        more = [layer.name, f"{module}.text_model.{stem}.{PROCESSOR.get(last, last)}", f"base_model.model.{name}"]
+        more += [
+            f"{prefix}{full}" for clip in CLIP[module] for prefix in (f"{clip}.", f"text_encoders.{clip}.transformer.")
+        ]
+    prefixes = KOHYA[module] + (("lycoris_",) if module == "unet" else ())
+    underscored = [prefix + full.replace(".", "_") for prefix in prefixes]
+    return [f"{module}.{full}", *underscored, full, f"base_model.model.{full}", *more]
 
 
 def split(path: object, name: str) -> tuple[str, str]:
-    """A tensor's name in a file -> what the file calls the layer, and the tensor's role: see `Tensors`.
+    """A tensor's name in a LoRA's file -> what the file calls the layer, and the tensor's role: see `ROLES`.
 
     Raises:
         WeightsError: the tensor belongs to no LoRA, or to a kind of adapter that is not built here.
@@ -123,50 +144,63 @@ def split(path: object, name: str) -> tuple[str, str]:
     >>> split("x", "lora_unet_conv_in.lora_down.weight"), split("x", "attn1.processor.to_q_lora.up.weight")
     (('lora_unet_conv_in', 'down'), ('attn1.processor.to_q', 'up'))
     """
-    for pattern, kind in OTHER_KINDS.items():
-        if re.search(pattern, name):
-            raise WeightsError(f"{path} is a {kind} adapter (tensor {name}): give a LoRA, LoCon or DoRA.")
-    for suffix, role in SUFFIXES.items():
-        if name.endswith(suffix):
-            return name.removesuffix(suffix), role
-    raise WeightsError(f"{path}: tensor {name} is not part of a LoRA: is this a LoRA file?")
+    if kind := next((kind for pattern, kind in OTHER_ADAPTERS.items() if re.search(pattern, name)), None):
+        article = "an" if kind.startswith(("A", "O", "(I")) else "a"
+        raise WeightsError(f"{path} is {article} {kind} adapter (tensor {name}): give a LoRA, LoCon or DoRA.")
+    match = LORA.fullmatch(name)
+    if match is None or match.lastgroup is None:
+        raise WeightsError(f"{path}: tensor {name} is not part of a LoRA: is this a LoRA file?")
+    return match[1], match.lastgroup
 
 
-def find_layers(source: TensorSource, model: list[Layer], original: Table) -> list[tuple[Layer, Tensors]]:
+def find_layers(
+    source: TensorSource, model: list[Layer], original: Table, module: str | None = None
+) -> list[tuple[Layer, Tensors]]:
     """The layers of a model that a file changes, with its tensors for each, of the right shapes.
 
     Args:
         source: the file.
         model: the model's layers.
         original: its UNet's names in the original layout, by `unet_table`.
+        module: the one that the file is for, where something beside the names says so.
 
     Raises:
         WeightsError: something in the file is no LoRA, or none of this model; the sentence names the first such tensor.
     """
-    found = _listed(source, model) or _named(source, model, original)
+    found = _listed(source, model) or _named(source, model, original, module)
     if not found:
-        raise WeightsError(f"{source.path} holds no LoRA: it has no tensors.")
+        raise WeightsError(f"{source.path} holds no LoRA: no tensor is of one.")
     return found
 
 
-def _named(source: TensorSource, model: list[Layer], original: Table) -> list[tuple[Layer, Tensors]]:
-    known = {spelling: layer for layer in model for spelling in spellings(layer, original)}
+def _named(
+    source: TensorSource, model: list[Layer], original: Table, module: str | None
+) -> list[tuple[Layer, Tensors]]:
+    known: dict[str, list[Layer]] = {}  # peft calls the layers of both text encoders alike
+    for layer in model:
+        for spelling in dict.fromkeys(spellings(layer, original)):
+            known.setdefault(spelling, []).append(layer)
     found: dict[str, Tensors] = {}  # by what the file calls the layer
     for tensor in sorted(source.shapes):
+        if tensor.startswith(BUNDLED):
+            continue
         stem, role = split(source.path, tensor)
-        found.setdefault(stem, {})[role] = tensor
+        if other := found.setdefault(stem, {}).get(role):
+            raise WeightsError(f"{source.path} holds several adapters, with {other} and {tensor}: keep one of them.")
+        found[stem][role] = tensor
     called: dict[Layer, str] = {}
     for stem, tensors in found.items():
         if stem not in known:
             raise _misfit(source, model, f"it changes {stem}, which the model does not have")
-        layer = known[stem]
+        if missing := sorted({"down", "up"} - tensors.keys()):
+            raise WeightsError(f"{source.path} has no {missing[0]} matrix for {stem}: the file is incomplete.")
+        fitting = [layer for layer in known[stem] if _fits(source, layer, tensors)]
+        layer = next((x for x in fitting if x.module == module), (fitting or known[stem])[0])
+        if not fitting:
+            raise _misfit(source, model, _mismatch(source, layer, tensors))
         if other := called.get(layer):
             raise WeightsError(f"{source.path} changes {layer.name} twice, as {other} and {stem}: keep one of them.")
         called[layer] = stem
-        if missing := sorted({"down", "up"} - tensors.keys()):
-            raise WeightsError(f"{source.path} has no {missing[0]} matrix for {stem}: the file is incomplete.")
-        if not _fits(source, layer, tensors):
-            raise _misfit(source, model, _mismatch(source, layer, tensors))
     return [(layer, found[stem]) for layer, stem in called.items()]
 
 
@@ -279,11 +313,12 @@ def _misfit(source: TensorSource, model: list[Layer], what: str) -> WeightsError
 
 def guess_family(source: TensorSource) -> str | None:
     """Whose LoRA a file seems to be, from its names and from widths that only ever go into a layer: the text's."""
-    for part, family in (("te2_", "SDXL"), ("text_encoder_2", "SDXL"), ("double_blocks", "Flux")):
+    for part, family in PARTS_OF_FAMILIES.items():
         if any(part in name for name in source.shapes):
             return family
-    unet = [s for n, s in source.shapes.items() if len(s) >= 2 and not n.startswith(("text_encoder", "lora_te"))]
-    matrices = unet or [s for s in source.shapes.values() if len(s) >= 2]
+    shapes = {n: s for n, s in source.shapes.items() if len(s) >= 2 and not n.startswith(BUNDLED)}
+    unet = [s for n, s in shapes.items() if not n.startswith(("text_encoder", "lora_te", "clip_"))]
+    matrices = unet or list(shapes.values())
     inputs = {shape[1] for shape in matrices if shape[0] < shape[1]}
     outputs = {shape[0] for shape in matrices if shape[0] > shape[1]}
     # A text encoder's widths are inputs and outputs, and none is less than that of its text.

@@ -57,6 +57,10 @@ class _Nothing:
         return self
 
 
+class _Parameters(dict):
+    """PyTorch's ParameterDict: the tensors that its state holds as parameters. See `_build`."""
+
+
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
     counts = (offset, *shape, *strides)
     if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in counts):
@@ -89,6 +93,10 @@ GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means h
     "collections.OrderedDict": _rebuild_dict,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch.nn.modules.container.ParameterDict": _Parameters,
+    "__builtin__.set": _Nothing(),  # in its state, by the protocols 2 and 3
+    "builtins.set": _Nothing(),
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
     "torch.HalfStorage": np.dtype(np.float16),
@@ -107,12 +115,12 @@ GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means h
 }
 CALLABLE = (_rebuild_dict, _rebuild_tensor, _rebuild_parameter)
 
-# Instructions that put plain values, lists, tuples and dictionaries together. Those that make instances (NEWOBJ, OBJ,
-# INST, EXT …) are not among them.
+# Instructions that put plain values, lists, tuples and dictionaries together. Those that make instances (OBJ, INST,
+# EXT …) are not among them; NEWOBJ makes a dictionary of ours, see `_new_object`.
 _VALUES = (
     "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 "
     "FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES UNICODE BINUNICODE SHORT_BINUNICODE "
-    "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT "
+    "EMPTY_SET EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT "
     "GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL BINPERSID"
 )
 
@@ -137,7 +145,9 @@ class _Machine(pickle._Unpickler):  # the one written in Python, whose table of 
             raise PickleError(f"holds more than tensors: it asks for {full}, which is not run; {CONVERT}")
         return GLOBALS[full]
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] == "module" and pid[1] is _Parameters:  # before PyTorch 1.6 with the source code of its class
+            return _Parameters
         kind, dtype, key, _, size, *view = pid
         known = kind == "storage" and isinstance(dtype, np.dtype) and isinstance(key, str) and type(size) is int
         if not known or any(view):
@@ -161,8 +171,19 @@ def _reduce(machine: Any) -> None:
     machine.stack.append(function(*args))
 
 
+def _new_object(machine: Any) -> None:
+    args, kind = machine.stack.pop(), machine.stack.pop()
+    if kind is not _Parameters or args != ():
+        raise PickleError(DAMAGED.format("an object of no class"))
+    machine.stack.append(_Parameters())
+
+
 def _build(machine: Any) -> None:
-    machine.stack.pop()  # an object's state: that of a state_dict is the versions of PyTorch's modules
+    """An object's state. Only a ParameterDict's counts: a state_dict's is the versions of PyTorch's modules."""
+    state = machine.stack.pop()
+    parameters = state.get("_parameters") if isinstance(state, dict) else None
+    if isinstance(machine.stack[-1], _Parameters) and isinstance(parameters, dict):
+        machine.stack[-1].update(parameters)
 
 
 def _setitem(machine: Any) -> None:
@@ -181,6 +202,7 @@ def _dict(machine: Any) -> None:
 
 _Machine.dispatch |= {
     pickle.REDUCE[0]: _reduce,
+    pickle.NEWOBJ[0]: _new_object,
     pickle.BUILD[0]: _build,
     pickle.SETITEM[0]: _setitem,
     pickle.SETITEMS[0]: _setitems,
@@ -295,9 +317,10 @@ def _open_legacy(path: Path) -> tuple[Any, Offsets]:
         sizes: dict[str, int] = {}
         load = machine.persistent_load
 
-        def persistent_load(pid: Any) -> _Storage:
+        def persistent_load(pid: Any) -> Any:
             storage = load(pid)
-            sizes[storage.key] = storage.dtype.itemsize
+            if isinstance(storage, _Storage):
+                sizes[storage.key] = storage.dtype.itemsize
             return storage
 
         machine.persistent_load = persistent_load  # type: ignore[method-assign]

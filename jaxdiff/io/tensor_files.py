@@ -147,6 +147,7 @@ def _open_pickle(path: Path) -> TensorSource:
 
 OPENERS: dict[str, Callable[[Path], TensorSource]] = {
     ".safetensors": _open_safetensors,
+    ".pti": _open_safetensors,  # cog-sdxl's embeddings
     ".json": _open_index,
     ".msgpack": _open_flax,
     **dict.fromkeys(PICKLES, _open_pickle),

@@ -11,19 +11,31 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import replace_config
+from jaxdiff.io.lora_names import LORA
 from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
 
 TABLE = "embeddings_token_embedding"
 SDXL_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+ENCODERS = {  # what files of SDXL call the vectors of each text encoder; the second pair is cog-sdxl's
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "text_encoders_0": "text_encoder",
+    "text_encoders_1": "text_encoder_2",
+}
+OUTPUTS = ("clip_l_out", "clip_g_out", "emb_params_out")  # OneTrainer's, of what a text encoder puts out
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 Vectors = dict[str, dict[str, np.ndarray]]  # token -> text encoder -> [vectors, width]
+Parts = dict[str, dict[str, str]]  # token -> what the file calls its vectors -> the tensor's name in the file
+WEB_UI = "string_to_param."
+FILES = ("learned_embeds.safetensors", "learned_embeds.bin")  # of diffusers' trainer
 
 
 def encoders(model: Model) -> list[str]:
@@ -35,7 +47,8 @@ def read_textual_inversion(model: Model, path: str | Path, token: str | None = N
 
     Args:
         path: safetensors, .pt or .bin; either {"<token>": [n, D] or [D]} as diffusers writes it, or the AUTOMATIC1111
-            web UI's `emb_params` or `string_to_param`, or for SDXL `clip_l` and `clip_g`.
+            web UI's `emb_params` or `string_to_param`, or for SDXL `clip_l` and `clip_g` (`text_encoders_0` and `_1`);
+            or a LoRA's file that brings words along (`bundle_emb`); or the folder in which diffusers put one.
         token: the word to use; needed only to have another one than the file's, which is the file's name where the
             file says none.
 
@@ -46,29 +59,62 @@ def read_textual_inversion(model: Model, path: str | Path, token: str | None = N
         WeightsError: the file is no textual inversion, or one for text encoders of other widths.
     """
     path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     source = open_tensors(path)
-    names = [name for name in source.shapes if not re.fullmatch(r"\w+:\d+:(up|down)", name)]  # a LoRA beside them
-    wanted = encoders(model)
-    if not names:
+    found = bundled(source) or _own(source)
+    if not found:
         raise WeightsError(f"{path} holds no embeddings: is it a textual inversion?")
-    if set(names) <= set(SDXL_NAMES.values()):
-        tensors = {token or path.stem: {encoder: name for encoder, name in SDXL_NAMES.items() if name in names}}
-    else:
-        if token is not None and len(names) > 1:
-            raise WeightsError(f"{path} holds {len(names)} tokens, but `token` names only one: leave `token` out.")
-        only = wanted[0] if len(wanted) == 1 else "text_encoder"
-        tensors = {token or _token(path, name): {only: name} for name in names}
-    for word, parts in tensors.items():
-        if sorted(parts) != sorted(wanted):
-            raise WeightsError(
-                f"{path} has {word!r} for {' and '.join(sorted(parts))}; this model has {' and '.join(wanted)}: "
-                "it is of another family."
-            )
-    return {word: {e: _vectors(model, source, e, name) for e, name in parts.items()} for word, parts in tensors.items()}
+    if token is not None:
+        if len(found) > 1:
+            raise WeightsError(f"{path} holds {len(found)} tokens, but `token` names only one: leave `token` out.")
+        found = {token: next(iter(found.values()))}
+    return {word: _encoded(model, source, word, parts) for word, parts in found.items()}
 
 
-def _token(path: Path, name: str) -> str:
-    return path.stem if name == "emb_params" or name.startswith("string_to_param") or name.isdigit() else name
+def _own(source: TensorSource) -> Parts:
+    """The words of an embedding's own file."""
+    # A LoRA may lie beside them, and the web UI's first files hold the ids that their words had.
+    names = [n for n in source.shapes if not re.fullmatch(r"\w+:\d+:(up|down)|string_to_token\..*", n)]
+    if any(map(LORA.fullmatch, names)):
+        raise WeightsError(f"{source.path} is a LoRA: it is not a textual inversion; load it as a LoRA.")
+    several = sum(name.startswith(WEB_UI) for name in names) > 1
+    found: Parts = {}
+    for name in names:
+        inner = name.removeprefix(WEB_UI)
+        unnamed = name in (*ENCODERS, *OUTPUTS, "emb_params") or name.isdigit() or (inner != name and not several)
+        found.setdefault(source.path.stem if unnamed else inner, {})[inner if inner == name else "*"] = name
+    return found
+
+
+def bundled(source: TensorSource) -> Parts:
+    """The words that a LoRA's file brings along: `bundle_emb.WORD.` before the names of an embedding's file."""
+    found: Parts = {}
+    for name in source.shapes:
+        match = re.fullmatch(r"bundle_emb\.(.+?)\.(string_to_(?:param|token)\..+|\w+)", name)
+        if match and not match[2].startswith("string_to_token."):
+            found.setdefault(match[1], {})[match[2]] = name
+    return found
+
+
+def _encoded(model: Model, source: TensorSource, word: str, parts: dict[str, str]) -> dict[str, np.ndarray]:
+    """One word's vectors [n, D] for each text encoder."""
+    wanted = encoders(model)
+    only = wanted[0] if len(wanted) == 1 else "text_encoder"
+    if outputs := sorted(set(OUTPUTS) & parts.keys()):
+        raise WeightsError(
+            f"{source.path} has output embeddings for {word!r} ({outputs[0]}), which are not supported: train and save "
+            "it without them."
+        )
+    tensors = {ENCODERS.get(part, only): name for part, name in parts.items()}
+    if len(tensors) < len(parts):
+        raise WeightsError(f"{source.path} has several embeddings for {word!r} ({', '.join(parts)}): keep one of them.")
+    if sorted(tensors) != sorted(wanted):
+        raise WeightsError(
+            f"{source.path} has {word!r} for {' and '.join(sorted(tensors))}; this model has {' and '.join(wanted)}: "
+            "it is of another family."
+        )
+    return {encoder: _vectors(model, source, encoder, name) for encoder, name in tensors.items()}
 
 
 def _vectors(model: Model, source: TensorSource, encoder: str, name: str) -> np.ndarray:
@@ -96,13 +142,41 @@ def load_textual_inversion(
     Raises:
         WeightsError: the file does not fit, or a token exists already; nothing has been changed then.
     """
-    params = dict(params)
     for word, vectors in read_textual_inversion(model, path, token).items():
-        for encoder, rows in vectors.items():
+        model, params = _extended(model, params, path, word, vectors)
+    return model, params
+
+
+def load_bundled(model: Model, params: Params, path: str | Path) -> tuple[Model, Params]:
+    """The model with the words that a LoRA's file brings along, as `load_textual_inversion`.
+
+    Words that the model knows stay as they are; one that does not fit it is named in a warning.
+    """
+    source = open_tensors(path)
+    for word, parts in bundled(source).items():
+        if not knows(model, word):
             try:
-                model, params[encoder] = extend(model, params[encoder], encoder, word, rows)
-            except ConfigError as e:
-                raise WeightsError(f"{path}: {str(e)[0].lower()}{str(e)[1:]}") from None
+                model, params = _extended(model, params, path, word, _encoded(model, source, word, parts))
+            except WeightsError as e:
+                logging.warning("%s The LoRA is used without this embedding.", e)
+    return model, params
+
+
+def knows(model: Model, word: str) -> bool:
+    """Whether the tokenizers have been given a word."""
+    return all(getattr(model, TOKENIZERS[encoder]).added_ids(word) for encoder in encoders(model))
+
+
+def _extended(
+    model: Model, params: Params, path: str | Path, word: str, vectors: dict[str, np.ndarray]
+) -> tuple[Model, Params]:
+    """`extend` for all text encoders. Raises WeightsError, and has changed nothing then."""
+    params = dict(params)
+    for encoder, rows in vectors.items():
+        try:
+            model, params[encoder] = extend(model, params[encoder], encoder, word, rows)
+        except ConfigError as e:
+            raise WeightsError(f"{path}: {str(e)[0].lower()}{str(e)[1:]}") from None
     return model, params
 
 
@@ -113,7 +187,7 @@ def extend(model: Model, params: Params, encoder: str, word: str, rows: Array) -
         ConfigError: the tokenizer knows the word already.
     """
     old = getattr(model, TOKENIZERS[encoder])
-    tokenizer = old.with_tokens([word, *(f"{word}_{i}" for i in range(1, len(rows)))])
+    tokenizer = old.with_word(word, len(rows))
     table = params[TABLE]["embedding"]
     # Some published tables are longer than the vocabulary: the new ids take the spare rows first.
     size = max(tokenizer.vocab_size, len(table))

@@ -9,7 +9,9 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +28,7 @@ DEFAULT_LENGTH = 77  # tokens: what every published CLIP text encoder takes
 # Hub folders of transformers 4 hold the first four, those saved by transformers 5 the third and the last.
 _VOCAB, _MERGES, _CONFIG, _JSON = "vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"
 _ADDED = "added_tokens.json"  # may lie in either
+_COUNTS = "word_vectors"  # a key of ours in tokenizer_config.json: added word -> how many ids stand for it
 _FILES = (_VOCAB, _MERGES, _CONFIG, "special_tokens_map.json", _ADDED, _JSON)
 
 # How CLIP cuts text into words before merging (Radford et al. 2021, the published `simple_tokenizer`).
@@ -91,25 +94,40 @@ class Tokenizer:
             except Exception as e:  # whatever the version of transformers at hand raises
                 raise ConfigError(f"The tokenizer's files cannot be opened by transformers ({e}).") from e
 
-    def with_tokens(self, tokens: Sequence[str]) -> Self:
-        """The tokenizer with more tokens, each with the next id; prompts may hold them anywhere, in any letter case.
+    def with_word(self, word: str, vectors: int = 1) -> Self:
+        """The tokenizer with a word of its own, for which so many new ids stand in a row, in any letter case.
 
-        If `token`, `token_1`, `token_2` … are added, `token` in a prompt stands for all of them in that order.
+        A word that begins and ends with a letter, digit or underscore counts where it stands alone: `art` is not found
+        in `party`. Others (`<cat>`, and those of scripts without spaces) count anywhere. Further ids have names too, as
+        in diffusers: `word_1`, `word_2` …; where one is a word already, or becomes one, that id is called `word_1_`.
 
         Raises:
-            ConfigError: a token is blank, given twice or already known.
+            ConfigError: the word is blank or already known.
         """
-        known = set(self._clip.get_vocab())
-        known |= {token.lower() for token in self._clip.added_tokens_encoder}  # which match in any case
-        for token in tokens:
-            if not token.strip() or not token.isprintable():
-                raise ConfigError(f"{token!r} cannot be a token: give it a visible name, such as '<cat-toy>'.")
-            if {token, token.lower()} & known:
-                raise ConfigError(f"The tokenizer has a token {token!r} already: give another name.")
-            known.add(token.lower())
-        first = self.vocab_size
-        added = json.loads(self.files.get(_ADDED, b"{}")) | {token: first + i for i, token in enumerate(tokens)}
-        return type(self)({**self.files, _ADDED: json.dumps(added, indent=2).encode()}, self.max_length)
+        if not word.strip() or not word.isprintable():
+            raise ConfigError(f"{word!r} cannot be a token: give it a visible name, such as '<cat-toy>'.")
+        added, groups, first = self._clip.added_tokens_decoder, self._vectors.values(), self.vocab_size
+        names = {i: added[i].content for i in sorted(added)}
+        further = {i: names[i] for ids in groups for i in ids[1:]}
+        known = set(self._clip.get_vocab()).difference(further.values())
+        known |= {name.lower() for i, name in names.items() if i not in further}  # which match in any case
+        if {word, word.lower()} & known:
+            raise ConfigError(f"The tokenizer has a token {word!r} already: give another name.")
+        names[first] = word
+        known.add(word.lower())
+        for i, name in [*further.items(), *((first + i, f"{word}_{i}") for i in range(1, vectors))]:
+            while name.lower() in known:
+                name += "_"
+            names[i] = name
+            known.add(name.lower())
+        config = json.loads(self.files.get(_CONFIG, b"{}"))
+        counts = {ids[0]: len(ids) for ids in groups if ids[-1] - ids[0] == len(ids) - 1} | {first: vectors}
+        config[_COUNTS] = config.get(_COUNTS, {}) | {names[i]: count for i, count in counts.items()}
+        config["added_tokens_decoder"] = {str(i): _described(name, added.get(i), word) for i, name in names.items()}
+        # With the latter, transformers reads no other file for these.
+        config |= {kind: getattr(self._clip, kind) for kind in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        files = {name: data for name, data in self.files.items() if name != _ADDED}
+        return type(self)({**files, _CONFIG: json.dumps(config, indent=2).encode()}, self.max_length)
 
     def added_ids(self, token: str) -> list[int]:
         """The ids that an added token stands for, one a vector; empty where there is no such token."""
@@ -118,13 +136,21 @@ class Tokenizer:
 
     @functools.cached_property
     def _vectors(self) -> dict[int, list[int]]:
-        """Added tokens that stand for several: id of `token` -> ids of `token`, `token_1` …"""
+        """Added words that stand for several ids: the first -> all of them."""
         added = self._clip.added_tokens_encoder
+        words = json.loads(self.files.get(_CONFIG, b"{}")).get(_COUNTS, {})
         groups = {}
         for token, first in added.items():
             group = [first]
-            while (following := added.get(f"{token}_{len(group)}")) is not None:
-                group.append(following)
+            if token in words:
+                if first + words[token] > self.vocab_size:
+                    raise ConfigError(
+                        f"{_CONFIG} gives {token!r} {words[token]} ids, more than there are: save it again."
+                    )
+                group += range(first + 1, first + words[token])
+            # Folders that diffusers saved have names alone.
+            while token not in words and (following := f"{token}_{len(group)}") in added and following not in words:
+                group.append(added[following])
             if len(group) > 1:
                 groups[first] = group
         return groups
@@ -189,6 +215,23 @@ class Tokenizer:
         return [vector for i in ids for vector in self._vectors.get(i, (i,))]
 
 
+def _described(name: str, token: Any, word: str) -> dict[str, Any]:
+    """How tokenizer_config.json describes an added token: one that was there, or a new one of a word's."""
+    if token is not None:
+        kept = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        return {"content": name, **{option: getattr(token, option) for option in kept}}
+    spaced = not any(unicodedata.east_asian_width(character) in "WF" for character in word)
+    alone = spaced and re.fullmatch(r"\w(.*\w)?", word) is not None
+    return {
+        "content": name,
+        "single_word": alone,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": True,
+        "special": False,
+    }
+
+
 def _readable(text: str) -> str:
     """The text with question marks for lone surrogates (undecodable bytes of a command line), which have no tokens."""
     return text.encode("utf-8", "replace").decode()
@@ -222,6 +265,9 @@ def _check(folder: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) 
     else:
         raise ConfigError(f"{folder} holds no CLIP vocabulary: put vocab.json and merges.txt there, or tokenizer.json.")
     again = "download or save it again."
+    words = config.get(_COUNTS, {})
+    if not isinstance(words, dict) or not all(type(n) is int and n >= 1 for n in words.values()):
+        raise ConfigError(f"{folder / _CONFIG}: {_COUNTS} must be words with how many ids each has: {again}")
     if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
         raise ConfigError(f"{folder / name} is not a CLIP vocabulary (tokens with their ids): {again}")
     if len(set(vocab.values())) != len(vocab):
