@@ -85,6 +85,7 @@ def _fill(target: Any, items: list) -> dict:
     return target
 
 
+LIGHTNING = ("pytorch_lightning", "lightning.pytorch")
 GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means here
     "collections.OrderedDict": _rebuild_dict,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -100,8 +101,11 @@ GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means h
     "torch.ByteStorage": np.dtype(np.uint8),
     "torch.BoolStorage": np.dtype(np.bool_),
     # What the trainer of the published Stable Diffusion 1.x left beside the weights.
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": _Nothing(),
+    **{f"{lightning}.callbacks.model_checkpoint.ModelCheckpoint": _Nothing() for lightning in LIGHTNING},
+    "torch.device": _Nothing(),
+    "torch.Size": _Nothing(),
     "numpy.core.multiarray.scalar": _Nothing(),
+    "numpy._core.multiarray.scalar": _Nothing(),  # numpy 2
     "numpy.dtype": _Nothing(),
     "_codecs.encode": _Nothing(),
 }
