@@ -109,7 +109,7 @@ def load_folder(
     with as_config_error(f"the configs in {folder} do not make a model"):
         shapes = param_shapes(model)
     check_channels(model, folder)
-    if without_vae:
+    if without_vae and not (folder / "vae" / CONFIG).is_file():
         del shapes["vae"]
     names = controlnets(folder)
     variants = {

@@ -27,7 +27,16 @@ from jaxdiff.config import (
 )
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import NETWORKS, as_config_error, check_channels, check_dtype, example_image, module_shapes
-from jaxdiff.io.infer_config import TEXTS, Shapes, as_weights_error, detect, infer_configs, text_prefixes, vae_config
+from jaxdiff.io.infer_config import (
+    TEXTS,
+    Shapes,
+    as_weights_error,
+    detect,
+    has_vae,
+    infer_configs,
+    text_prefixes,
+    vae_config,
+)
 from jaxdiff.io.model_paths import BUNDLED
 from jaxdiff.io.original_layout import (
     UNET_PREFIX,
@@ -88,7 +97,7 @@ def load_single_file(
         path: a file of tensors in any format that `open_tensors` knows.
         dtype: type to compute in and to hold the parameters in, "float32" by default.
         remat: recompute activations in the backward pass.
-        without_vae: leave the autoencoder out of the parameters; the file may lack it.
+        without_vae: whether the file may lack an autoencoder, as then the parameters do.
         prediction_type: "epsilon" or "v_prediction", which the tensors do not tell. By default that of the published
             model: v for SD 2.x, but for its inpainting and SD-Turbo, and for the upscaler. The 512-pixel base of SD 2.x
             needs "epsilon" here.
@@ -116,7 +125,7 @@ def load_single_file(
         shapes = param_shapes(model)
     check_channels(model, source.path)
     prefixes = PREFIXES | text_prefixes(source, family)
-    if without_vae:
+    if not has_vae(source):
         del shapes["vae"]
     places = {name: _places(shapes[name], name, model.modules[name].config, prefixes[name], source) for name in shapes}
     _check_others(source, places, tuple(prefixes[name] for name in shapes), family)

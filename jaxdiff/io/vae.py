@@ -8,7 +8,7 @@ from typing import Any
 from jaxdiff.config import ConfigError, TinyVAEConfig, VAEConfig
 from jaxdiff.errors import WeightsError
 from jaxdiff.io import kinds, taesd
-from jaxdiff.io.configs import VAES, check_dtype, example_image, module_shapes, read_config
+from jaxdiff.io.configs import VAES, check_channels, check_dtype, example_image, module_shapes, read_config
 from jaxdiff.io.infer_config import as_weights_error
 from jaxdiff.io.infer_diffusers import vae_from_names
 from jaxdiff.io.modules import CONFIG, existing, load_module, without_config
@@ -86,7 +86,9 @@ def load_vae(model: Model, params: Params, path: str | Path, *, variant: str | N
         raise ConfigError(f"{path} does not exist: give the folder or file of an autoencoder.")
     vae, tree = _read_vae(path, model, variant)
     found = vae.config
-    if (found.factor, found.latent_channels) != (own.factor, own.latent_channels):
+    if "vae" not in params:  # no autoencoder of its own to compare with
+        check_channels(dataclasses.replace(model, vae=vae), path)
+    elif (found.factor, found.latent_channels) != (own.factor, own.latent_channels):
         raise ConfigError(
             f"{path} has {found.latent_channels} latent channels, each of {found.factor} pixels, the model "
             f"{own.latent_channels} of {own.factor}: take an autoencoder of its family."
