@@ -1,6 +1,7 @@
 """Whatever a file or prompt holds, reading it ends in a result or in one of the project's own sentences."""
 
 import contextlib
+import dataclasses
 import inspect
 import io
 import json
@@ -296,7 +297,10 @@ KINDS = {  # what is made up -> strategies of its parts, and what reads it
     "PNG metadata": lambda known: ((metadata,), png_metadata),
     "prompts": lambda known: ((prompt,), read_prompt),
     "prompt files": lambda known: ((st.one_of(lines, value.map(json.dumps), st.text()),), prompts_file),
-    "scheduler configs": lambda known: ((rewritten(tiny.SCHEDULER.to_dict()),), scheduler_config),
+    "scheduler configs": lambda known: (
+        (rewritten(dataclasses.asdict(tiny.SCHEDULER) | {"_class_name": "DDIMScheduler"}),),
+        scheduler_config,
+    ),
     "network configs": lambda known: (
         (st.one_of(*(rewritten(module.config.to_dict()) for module in known.model.modules.values())),),
         network_config,

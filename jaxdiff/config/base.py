@@ -21,6 +21,10 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 
+# Fields that count layers, of which a damaged file may ask for more than can ever be built.
+LAYERS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "num_encoder_blocks",
+          "num_decoder_blocks")  # fmt: skip
+MOST_LAYERS = 1000
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 
 
@@ -66,8 +70,10 @@ class Config:
         # null means "the default" in these files, but for NULLABLE and the few fields whose own default is None.
         given = {k: _frozen(v) for k, v in values.items() if k in names and (v is not None or k in cls.NULLABLE)}
         for key, value in given.items():
-            if not _is_of(value, kind := _types(cls)[key]):
+            if not _is_of(value, kind := _types(cls)[key]):  # type: ignore[arg-type]
                 raise ConfigError(f"{key} is {values[key]!r} and must be {_described(kind)}.")
+            if key in LAYERS and max(value if isinstance(value, tuple) else (value,), default=0) > MOST_LAYERS:
+                raise ConfigError(f"{key} is {values[key]!r} and must be at most {MOST_LAYERS}.")
         return cls(**given)
 
     @classmethod

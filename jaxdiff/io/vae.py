@@ -8,7 +8,15 @@ from typing import Any
 from jaxdiff.config import ConfigError, TinyVAEConfig, VAEConfig
 from jaxdiff.errors import WeightsError
 from jaxdiff.io import kinds, taesd
-from jaxdiff.io.configs import VAES, check_channels, check_dtype, example_image, module_shapes, read_config
+from jaxdiff.io.configs import (
+    VAES,
+    as_config_error,
+    check_channels,
+    check_dtype,
+    example_image,
+    module_shapes,
+    read_config,
+)
 from jaxdiff.io.infer_config import as_weights_error
 from jaxdiff.io.infer_diffusers import vae_from_names
 from jaxdiff.io.modules import CONFIG, existing, load_module, without_config
@@ -87,7 +95,8 @@ def load_vae(model: Model, params: Params, path: str | Path, *, variant: str | N
     vae, tree = _read_vae(path, model, variant)
     found = vae.config
     if "vae" not in params:  # no autoencoder of its own to compare with
-        check_channels(dataclasses.replace(model, vae=vae), path)
+        with as_config_error(f"{path} does not fit the model"):
+            check_channels(dataclasses.replace(model, vae=vae), "it")
     elif (found.factor, found.latent_channels) != (own.factor, own.latent_channels):
         raise ConfigError(
             f"{path} has {found.latent_channels} latent channels, each of {found.factor} pixels, the model "
