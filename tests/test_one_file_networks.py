@@ -189,7 +189,11 @@ def test_the_command_names_the_flag_before_weights_are_read(flag, sample_cli, mo
     monkeypatch.setattr("jaxdiff.load", None)
     save_file({"lora_unet_x.alpha": np.zeros(1, np.float32)}, "lora.safetensors")
     beside = {"vae": [], "preview_vae": ["--preview"], "controlnet": ["--control_image=x.png"]}[flag]
-    for path, sentence in (("lora.safetensors", "holds a LoRA"), ("none.safetensors", "does not exist"), ("", "")):
+    for path, sentence in (
+        ("lora.safetensors", "holds a LoRA"),
+        ("none.safetensors", "does not exist"),
+        ("", "is empty: say which"),
+    ):
         code, out, err = sample_cli("--prompt=a", f"--{flag}={path}", *beside)
         assert (code, out) == (2, [])
         assert f"--{flag} " in err
@@ -200,4 +204,4 @@ def test_the_command_names_the_flag_before_weights_are_read(flag, sample_cli, mo
 def test_an_empty_model_is_named(sample_cli):
     code, out, err = sample_cli("--prompt=a", model="")
     assert (code, out) == (2, [])
-    assert "--model is empty: give a folder, a file or a name" in err
+    assert "--model is empty: say which, or leave it out." in err

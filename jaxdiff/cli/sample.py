@@ -101,12 +101,12 @@ def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple
 
 def check_networks(f: flags.FlagValues) -> None:
     """Raise UsageError for paths of networks that are empty or hold something else, before weights are read."""
-    if not f.model:
-        raise UsageError("--model is empty: give a folder, a file or a name, or leave it out.")
-    checks = {"vae": check_vae, "preview_vae": check_tiny_vae, "controlnet": check_controlnet}
+    checks = {"model": str, "vae": check_vae, "preview_vae": check_tiny_vae, "controlnet": check_controlnet}
     for name, check in checks.items():
         given = f[name].value if isinstance(f[name].value, list) else [f[name].value]
         for path in given:
+            if path == "":
+                raise UsageError(f"--{name} is empty: say which, or leave it out.")
             try:
                 if path is not None:
                     check(path)

@@ -61,8 +61,9 @@ def check_controlnet(path: str | Path) -> None:
 def _open(path: str | Path) -> TensorSource:
     """The tensors of a ControlNet's file, unread. Raises WeightsError if it is something else."""
     source = open_tensors(path)
-    kinds.refuse(source, "a ControlNet")
+    kinds.refuse_control(source)
     if not any(f"{prefix}{name}" in source.shapes for prefix in PREFIXES for name in (HINT.format(0), CONDITION)):
+        kinds.refuse(source, "a ControlNet")
         raise WeightsError(f"{path} holds no ControlNet: it lacks the tensor {CONDITION}.")
     return source
 

@@ -38,7 +38,7 @@ FAMILIES: dict[str, str] = {  # checkpoints of models that are not drawn: a name
     rf"{_NET}(net\.)?(x_embedder|t_embedder|pos_embedder|patch_embed)\.": "a diffusion transformer",
 }
 _NO = "which is not supported: take a whole ControlNet"
-ADAPTERS: dict[str, tuple[str, str]] = {  # what goes beside a model: a name in each -> what it is, and how it is used
+CONTROLS: dict[str, tuple[str, str]] = {  # networks like a ControlNet: a name in each -> what it is, and how it is used
     r"^lora_controlnet$": ("a Control-LoRA", _NO),
     r"^lllite_": ("a ControlNet-LLLite", _NO),
     r"^difference$": ("a ControlNet as the difference from a model's weights", _NO),
@@ -49,6 +49,8 @@ ADAPTERS: dict[str, tuple[str, str]] = {  # what goes beside a model: a name in 
         "which is not supported: take one of Stable Diffusion 1.x, 2.x or XL",
     ),
     r"motion_modules\.": ("a motion module (AnimateDiff)", "which is not supported: videos are not drawn"),
+}
+ADAPTERS: dict[str, tuple[str, str]] = {  # what else goes beside a model
     r"^(adapter\.)?body\.\d+\.(block\d|in_conv|resnets|down_opt)": ("a T2I-Adapter", _NO),
     r"^(image_proj|ip_adapter|image_proj_model|adapter_modules)\.|\.to_k_ip\.": (
         "an IP-Adapter",
@@ -101,14 +103,22 @@ def refuse_family(source: TensorSource) -> None:
         raise WeightsError(f"{source.path} is of {FAMILIES[found]}, which is not supported: {SUPPORTED}.")
 
 
+def _refuse_one(kinds: dict[str, tuple[str, str]], source: TensorSource, wanted: str = "") -> None:
+    found = _first(kinds, source)
+    if found and kinds[found][0] != wanted:
+        what, use = kinds[found]
+        raise WeightsError(f"{source.path} holds {what}{', ' if use.startswith('which') else ': '}{use}.")
+
+
+def refuse_control(source: TensorSource) -> None:
+    """Raise a WeightsError if a file holds a network that is like a ControlNet and none."""
+    _refuse_one(CONTROLS, source)
+
+
 def refuse(source: TensorSource, wanted: str = "") -> None:
     """Raise a WeightsError that says what a file is, if that is known and not `wanted`, such as "a ControlNet"."""
-    for kinds in (ADAPTERS, NETWORKS):
-        found = _first(kinds, source)
-        if found and kinds[found][0] != wanted:
-            what, use = kinds[found]
-            raise WeightsError(f"{source.path} holds {what}{', ' if use.startswith('which') else ': '}{use}.")
-        if kinds is ADAPTERS:
-            refuse_family(source)
+    _refuse_one(CONTROLS | ADAPTERS, source, wanted)
+    refuse_family(source)
+    _refuse_one(NETWORKS, source, wanted)
     if wanted and any(n.startswith("model.diffusion_model.") for n in source.shapes):
         raise WeightsError(f"{source.path} holds a whole checkpoint, not {wanted}: give the file of one.")
