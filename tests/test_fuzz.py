@@ -33,12 +33,16 @@ from jaxdiff.io.pickles import GLOBALS
 from jaxdiff.io.tensor_files import TensorSource, named_tensors, open_tensors
 from jaxdiff.io.textual_inversion import read_textual_inversion
 from jaxdiff.io.vae import check_tiny_vae, check_vae
+from jaxdiff.models.controlnet import ControlNet, example_inputs
+from jaxdiff.models.model import Model
 from jaxdiff.text.chunks import tokens
 from jaxdiff.text.prompt_files import read_prompts
 from jaxdiff.text.styles import read_styles
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.text.wildcards import expand
-from tests.support import tiny
+from jaxdiff.typing import Params
+from tests.support import tiny as small
+from tests.support.comparison import drawn
 from tests.support.published import tensors_of
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -150,14 +154,15 @@ def safetensors(head: str, end: bytes, length: int, path: Path) -> None:
 class Known:
     """Names and shapes of the files that the readers know, made once."""
 
-    def __init__(self) -> None:
-        self.model = tiny.tiny_model()
-        self.params = tiny.tiny_params(self.model)
-        _, params = tiny.tiny_controlnet(self.model)
+    def __init__(self, model: Model, params: Params) -> None:
+        self.model, self.params = model, params
+        hints = {"conditioning_embedding_out_channels": (8, 16)}
+        net = ControlNet(ControlNetConfig.from_dict(dataclasses.asdict(model.unet.config) | hints))
+        controlnet = drawn(net, example_inputs(net.config))["params"]
         self.files = [
             {n: x.shape for n, x in tensors_of(self.model, self.params).items()},
             {n: x.shape for n, x in named_tensors(self.params["vae"])},
-            {n: x.shape for n, x in named_tensors(params)},
+            {n: x.shape for n, x in named_tensors(controlnet)},
         ]
 
     def shapes(self) -> st.SearchStrategy:
@@ -172,8 +177,8 @@ class Known:
 
 
 @pytest.fixture(scope="module")
-def known():
-    return Known()
+def known(tiny):
+    return Known(*tiny)
 
 
 def tensor_names(shapes: dict, path: Path, known: Known) -> None:
@@ -272,7 +277,7 @@ def index(values: dict, path: Path) -> None:
 
 
 def tokenizer_files(config: dict, words: object, path: Path) -> None:
-    tiny.tokenizer().save(path.parent / "tokenizer")
+    small.tokenizer().save(path.parent / "tokenizer")
     written(path.parent / "tokenizer/tokenizer_config.json", json.dumps(config))
     survive(Tokenizer.load, path.parent / "tokenizer")
     written(path.parent / "tokenizer/vocab.json", json.dumps(words))
@@ -298,7 +303,7 @@ KINDS = {  # what is made up -> strategies of its parts, and what reads it
     "prompts": lambda known: ((prompt,), read_prompt),
     "prompt files": lambda known: ((st.one_of(lines, value.map(json.dumps), st.text()),), prompts_file),
     "scheduler configs": lambda known: (
-        (rewritten(dataclasses.asdict(tiny.SCHEDULER) | {"_class_name": "DDIMScheduler"}),),
+        (rewritten(dataclasses.asdict(small.SCHEDULER) | {"_class_name": "DDIMScheduler"}),),
         scheduler_config,
     ),
     "network configs": lambda known: (

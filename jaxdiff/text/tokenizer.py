@@ -216,7 +216,8 @@ def _check(folder: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) 
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     elif _JSON in files:
         name, model = _JSON, read_json(folder / _JSON).get("model") or {}
-        vocab, given = (model.get("vocab"), model.get("merges") or []) if isinstance(model, dict) else (None, [])
+        vocab, given = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
+        given = given if isinstance(given, list) else [given] if given else []
         # One string "a b" up to tokenizers 0.19, a pair since.
         merges = [tuple(m) if isinstance(m, list) else tuple(str(m).split(" ")) for m in given]
     else:
