@@ -101,10 +101,15 @@ def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple
 
 def check_networks(f: flags.FlagValues) -> None:
     """Raise UsageError for paths of networks that are empty or hold something else, before weights are read."""
-    checks = {"model": str, "vae": check_vae, "preview_vae": check_tiny_vae, "controlnet": check_controlnet}
+    checks: dict[str, Any] = {
+        "model": str,
+        "vae": check_vae,
+        "preview_vae": check_tiny_vae,
+        "controlnet": check_controlnet,
+    }
     for name, check in checks.items():
-        given = f[name].value if isinstance(f[name].value, list) else [f[name].value]
-        for path in given:
+        value: Any = f[name].value
+        for path in value if isinstance(value, list) else [value]:
             if path == "":
                 raise UsageError(f"--{name} is empty: say which, or leave it out.")
             try:

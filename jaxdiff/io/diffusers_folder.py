@@ -110,7 +110,7 @@ def load_folder(
         shapes = param_shapes(model)
     check_channels(model, folder)
     if without_vae and not (folder / "vae" / CONFIG).is_file():
-        del shapes["vae"]
+        shapes = {name: tree for name, tree in shapes.items() if name != "vae"}
     names = controlnets(folder)
     variants = {
         name: variant_of(folder / name, name if name in STEMS else "unet", variant) for name in (*shapes, *names)

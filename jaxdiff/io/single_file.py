@@ -125,8 +125,7 @@ def load_single_file(
         shapes = param_shapes(model)
     check_channels(model, source.path)
     prefixes = PREFIXES | text_prefixes(source, family)
-    if not has_vae(source):
-        del shapes["vae"]
+    shapes = {name: tree for name, tree in shapes.items() if name != "vae" or has_vae(source)}
     places = {name: _places(shapes[name], name, model.modules[name].config, prefixes[name], source) for name in shapes}
     _check_others(source, places, tuple(prefixes[name] for name in shapes), family)
     return model, {name: load_tensors(_renamed(source, places[name]), shapes[name], dtype) for name in shapes}
