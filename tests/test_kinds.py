@@ -111,6 +111,7 @@ def test_numbers_of_numpy_beside_the_weights(legacy, tmp_path):
     """As training programs leave them under numpy 1 and 2; PyTorch's file under the name of a safetensors file."""
     torch = pytest.importorskip("torch")
     beside = {"best": np.float64(0.5), "step": np.int64(3), "sizes": torch.Size([2]), "device": torch.device("cpu")}
+    beside["means"] = np.arange(3.0)
     content = {"state_dict": {"a": torch.ones(2)}, **beside, "more": [{"deep": np.float32(1)}]}
     for name in ("x.ckpt", "x.safetensors"):
         torch.save(content, tmp_path / name, _use_new_zipfile_serialization=not legacy)

@@ -85,6 +85,7 @@ def _fill(target: Any, items: list) -> dict:
     return target
 
 
+NUMPY = ("scalar", "_reconstruct")
 LIGHTNING = ("pytorch_lightning", "lightning.pytorch")
 GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means here
     "collections.OrderedDict": _rebuild_dict,
@@ -104,8 +105,8 @@ GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means h
     **{f"{lightning}.callbacks.model_checkpoint.ModelCheckpoint": _Nothing() for lightning in LIGHTNING},
     "torch.device": _Nothing(),
     "torch.Size": _Nothing(),
-    "numpy.core.multiarray.scalar": _Nothing(),
-    "numpy._core.multiarray.scalar": _Nothing(),  # numpy 2
+    **{f"numpy.{core}.multiarray.{name}": _Nothing() for core in ("core", "_core") for name in NUMPY},  # 1 and 2
+    "numpy.ndarray": _Nothing(),
     "numpy.dtype": _Nothing(),
     "_codecs.encode": _Nothing(),
 }
