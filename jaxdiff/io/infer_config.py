@@ -211,6 +211,8 @@ def unet_config(shapes: Shapes, family: str, pooled: int | None = None) -> UNetC
             levels[-1].append(block)
         else:
             break
+    if not levels[-1]:
+        _ = shapes[f"input_blocks.{block}.0.in_layers.2.weight"]  # for its error
     parts = [f"input_blocks.{blocks[0]}" for blocks in levels]
     widths = tuple(shapes[f"{part}.0.out_layers.3.weight"][0] for part in parts)
     attend = [f"{part}.1.proj_in.weight" in shapes for part in parts]
