@@ -34,7 +34,6 @@ CLASSES = {  # parts of a pipeline -> their classes that are built here
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModelWithProjection", "CLIPTextModel"),
-    "controlnet": ("ControlNetModel", "MultiControlNetModel"),
 }
 OTHER_PARTS = ("prior", "decoder", "motion_adapter", "movq", "vqvae", "vqgan", "bert", "vocoder", "image_normalizer",
                "text_encoder_3", "projection_model", "t2i_adapter")  # fmt: skip
