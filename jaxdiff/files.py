@@ -44,3 +44,15 @@ def replace_folder(folder: Path, new: Path, old: Path) -> None:
         if old.exists():
             old.rename(folder)
         raise
+
+
+def not_fetched(head: bytes) -> str | None:
+    """What a file is that lies where another should, by its first bytes; None if it may be the right one.
+
+    The end of a sentence that begins with its path.
+    """
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        return "is a Git LFS pointer, not the file itself: fetch it again with `git lfs pull`, or download it."
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "is a web page, not the file itself: fetch it again by its download link."
+    return None

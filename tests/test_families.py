@@ -151,7 +151,9 @@ def test_variants(folder):
     assert find_weights(folder / "unet", "unet").name == "diffusion_pytorch_model.safetensors"
     assert find_weights(folder / "unet", "unet", "fp16").name == "diffusion_pytorch_model.fp16.safetensors"
     with pytest.raises(WeightsError, match=r"text_encoder holds no weights of the variant 'fp16': leave it out"):
-        jaxdiff.load(folder, variant="fp16")
+        find_weights(folder / "text_encoder", "text_encoder", "fp16")
+    with pytest.raises(WeightsError, match=r"model holds no weights of the variant 'bf16': leave it out"):
+        jaxdiff.load(folder, variant="bf16")
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])

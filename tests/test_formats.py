@@ -203,6 +203,15 @@ SHARDS = {f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in 
         (weights("bin") | weights("fp16.bin"), None, weights("bin")),
         (weights("fp16.bin"), "fp16", weights("fp16.bin")),
         (weights("safetensors"), "fp16", set()),
+        (
+            {
+                "unet/diffusion_pytorch_model.fp16.safetensors",
+                "text_encoder/model.safetensors",
+                "text_encoder/model.bin",
+            },
+            "fp16",
+            {"unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.safetensors"},
+        ),
         (SHARDS | weights("bin"), None, SHARDS),
     ],
 )

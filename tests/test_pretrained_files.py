@@ -184,7 +184,7 @@ def test_unknown_block_is_named(folder):
             {"act_fn": "mish"},
             r"unet/config\.json does not describe .*: act_fn 'mish' is unknown; known are silu",
         ),
-        ("vae", {"act_fn": 3}, r"vae/config\.json does not describe a AutoencoderKL: act_fn 3 is unknown"),
+        ("vae", {"act_fn": 3}, r"vae/config\.json does not describe a AutoencoderKL: act_fn is 3 and must be a text"),
         ("text_encoder", {"hidden_act": "mish"}, r"text_encoder/config\.json .*: hidden_act 'mish' is unknown"),
         (
             "text_encoder",

@@ -296,7 +296,7 @@ def test_flags_that_do_not_go_together(flags, sentence, sample_cli):
 def test_files_that_are_not_there(flags, sentence, sample_cli):
     write_png("hint.png", PICTURE)
     code, out, err = sample_cli(CASTLE, *flags)
-    assert (code, out) == (1, [])
+    assert (code, out) == (2 if "--controlnet" in flags[0] else 1, [])
     assert sentence in err
     assert err.count("\n") == 1
 

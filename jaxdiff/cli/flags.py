@@ -80,7 +80,12 @@ def flags_of(f: flags.FlagValues) -> list[str]:
             raise UsageError(f"--from_png {f.from_png} holds {name}, which is no flag here: give the flags themselves.")
         if f[name].present or (name == "prompt" and f.prompts_file is not None):
             continue
-        value = ",".join(map(str, value)) if OPTIONS[name].count else value
+        if OPTIONS[name].count:
+            if not isinstance(value, list):
+                raise UsageError(
+                    f"--from_png {f.from_png} holds {name}: {value!r}, no list: give the flags themselves."
+                )
+            value = ",".join(map(str, value))
         found += [f"--{name}={x}" for x in (value if isinstance(value, list) else [value])]
     return found
 

@@ -159,7 +159,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
                without="the model's"),
         texts("lora", "kept", "A LoRA's file or folder; path:0.8 sets its weight."),
         texts("embedding", "kept", "A textual-inversion file; token=path names its token."),
-        text("vae", "kept", "Another autoencoder in place of the model's: a folder or a file.", without="the model's"),
+        text("vae", "kept", "Another autoencoder in place of the model's, which may then lack one: a folder or a file.",
+             without="the model's"),
         Option("dtype", "kept", str, "Type to compute in and to hold the weights in.", "float32",
                choices=("float32", "bfloat16", "float16"), always=True),
         # The batch size, and whether there is a preview, are kept because other programs may round otherwise.

@@ -39,11 +39,12 @@ from jaxdiff.cli.requests import (
     prompt_lines,
     sheet_columns,
 )
+from jaxdiff.errors import JaxdiffError
 from jaxdiff.io import cache, diffusers_folder, images, model_paths
-from jaxdiff.io.controlnet import load_controlnet
+from jaxdiff.io.controlnet import check_controlnet, load_controlnet
 from jaxdiff.io.edges import canny
 from jaxdiff.io.lora import load_bundled
-from jaxdiff.io.vae import load_tiny_vae
+from jaxdiff.io.vae import check_tiny_vae, check_vae, load_tiny_vae
 from jaxdiff.sampling.generate import draw
 from jaxdiff.sampling.resolve import Request, Settings, resolve_images, resolve_settings
 
@@ -84,9 +85,7 @@ def outpainted_size(f: flags.FlagValues, model: jaxdiff.Model, shape: tuple[int,
 def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple[jaxdiff.Model, Any]:
     """The model (`opened` already, or to be) with all that is laid onto it, and its parameters wherever is drawn."""
     params: Any
-    model, params = opened or jaxdiff.load(f.model, dtype=f.dtype, prediction_type=f.prediction_type)
-    if f.vae:
-        model, params = jaxdiff.load_vae(model, params, f.vae)
+    model, params = opened or jaxdiff.load(f.model, dtype=f.dtype, prediction_type=f.prediction_type, vae=f.vae)
     for given in f.embedding:
         model, params = jaxdiff.load_textual_inversion(model, params, *named(given))
     if f.lora:
@@ -95,12 +94,32 @@ def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple
             model, params = load_bundled(model, params, path)
         params = jaxdiff.load_lora(model, params, [path for path, _ in files], [scale for _, scale in files])
     if f.controlnet:
-        nets = [load_controlnet(path, dtype=f.dtype) for path in f.controlnet]
+        nets = [load_controlnet(path, dtype=f.dtype, like=model.unet.config) for path in f.controlnet]
         model, params = jaxdiff.with_controlnets(model, params, *nets)
     if f.preview_vae:
         tiny, tree = load_tiny_vae(f.preview_vae, dtype=f.dtype)
         model, params = dataclasses.replace(model, tiny_vae=tiny), params | {"tiny_vae": tree}
     return model, jaxdiff.replicate(params, jax.local_devices()[: f.batch_size])
+
+
+def check_networks(f: flags.FlagValues) -> None:
+    """Raise UsageError for paths of networks that are empty or hold something else, before weights are read."""
+    checks: dict[str, Any] = {
+        "model": str,
+        "vae": check_vae,
+        "preview_vae": check_tiny_vae,
+        "controlnet": check_controlnet,
+    }
+    for name, check in checks.items():
+        value: Any = f[name].value
+        for path in value if isinstance(value, list) else [value]:
+            if path == "":
+                raise UsageError(f"--{name} is empty: say which, or leave it out.")
+            try:
+                if path is not None:
+                    check(path)
+            except JaxdiffError as e:
+                raise UsageError(f"--{name} {e}") from None
 
 
 def named(given: str) -> tuple[str, str | None]:
@@ -188,11 +207,13 @@ def run(f: flags.FlagValues) -> None:
     """Draw what the flags say. Whatever can be wrong is found in order of its cost."""
     check_folder(Path(f.output.split("{")[0] or ".").parent)
     lines = prompt_lines(f)
+    check_networks(f)
     path, opened = model_paths.find(f.model), None
     if path.is_dir():  # configs alone: weights are slow to read
-        model = diffusers_folder.load_model(path, f.dtype, prediction_type=f.prediction_type)
+        more = {"prediction_type": f.prediction_type, "without_vae": f.vae is not None}
+        model = diffusers_folder.load_model(path, f.dtype, **more)
     else:  # of a one-file checkpoint the tensors tell the configs
-        opened = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type)
+        opened = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type, vae=f.vae)
         model = opened[0]
     read = functools.cache(images.read_image)
     settings = resolve(f, model, count_images(f, lines), read)

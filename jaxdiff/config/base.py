@@ -1,11 +1,15 @@
 """What every config shares: reading and writing the dict of a `config.json`."""
 
 import dataclasses
+import functools
 import json
+import types
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from jaxdiff.errors import JaxdiffError
+from jaxdiff.files import not_fetched
 
 
 class ConfigError(JaxdiffError, ValueError):
@@ -15,6 +19,42 @@ class ConfigError(JaxdiffError, ValueError):
 def _frozen(value: Any) -> Any:
     """Lists become tuples, so that a config is hashable and may be static under `jit`."""
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+# Fields that count layers, of which a damaged file may ask for more than can ever be built.
+LAYERS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "num_encoder_blocks",
+          "num_decoder_blocks")  # fmt: skip
+MOST_LAYERS = 1000
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type; whole numbers are numbers, true and false are not."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(value, k) for k in get_args(kind))
+    if get_origin(kind) is tuple:
+        first, *rest = get_args(kind)
+        sized = rest == [...] or (isinstance(value, tuple) and len(value) == 1 + len(rest))
+        return isinstance(value, tuple) and sized and all(_is_of(v, first) for v in value)
+    if isinstance(value, bool) or kind is bool:
+        return kind is bool and value in (False, True)
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
+
+
+def _described(kind: Any) -> str:
+    """A field's type in words."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_described(k) for k in get_args(kind) if k is not type(None))
+    return (
+        f"a list, each of which is {_described(get_args(kind)[0])}"
+        if get_origin(kind) is tuple
+        else KINDS.get(kind, str(kind))
+    )
+
+
+@functools.cache
+def _types(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +68,22 @@ class Config:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         names = {f.name for f in dataclasses.fields(cls)}
         # null means "the default" in these files, but for NULLABLE and the few fields whose own default is None.
-        return cls(**{k: _frozen(v) for k, v in values.items() if k in names and (v is not None or k in cls.NULLABLE)})
+        given = {k: _frozen(v) for k, v in values.items() if k in names and (v is not None or k in cls.NULLABLE)}
+        for key, value in given.items():
+            if not _is_of(value, kind := _types(cls)[key]):  # type: ignore[arg-type]
+                raise ConfigError(f"{key} is {values[key]!r} and must be {_described(kind)}.")
+            if key in LAYERS and max(value if isinstance(value, tuple) else (value,), default=0) > MOST_LAYERS:
+                raise ConfigError(f"{key} is {values[key]!r} and must be at most {MOST_LAYERS}.")
+        return cls(**given)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read one JSON file; raises ConfigError in one sentence naming the file."""
-        return cls.from_dict(read_json(path))
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as e:
+            raise ConfigError(f"{path}: {e}") from None
 
     def to_dict(self) -> dict[str, Any]:
         return {"_class_name": self.CLASS_NAME, **dataclasses.asdict(self)}
@@ -42,10 +92,15 @@ class Config:
 def read_json(path: str | Path) -> dict[str, Any]:
     """One JSON object from a file; raises ConfigError naming the file and what is wrong with it."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        if (reason := not_fetched(text[:200].encode())) is not None:
+            raise ConfigError(f"{path} {reason}")
+        values = json.loads(text)
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: is the folder a complete diffusers folder?") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{path} cannot be read as JSON ({e}): download or save it again.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, not a JSON object: download or save it again.")

@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
-from jaxdiff.config.base import Config
+from jaxdiff.config.base import Config, ConfigError
 
+MOST_TIMESTEPS = 100_000  # published models have 1000
 _FLOW = {"prediction_type": "flow_prediction", "beta_schedule": "flow"}
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {  # of scheduler classes whose defaults differ from the others'
@@ -74,6 +75,9 @@ class SchedulerConfig(Config):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         name = str(values.get("_class_name") or cls.class_name).removeprefix("Flax")
+        steps = values.get("num_train_timesteps")
+        if isinstance(steps, int) and not 1 <= steps <= MOST_TIMESTEPS:
+            raise ConfigError(f"num_train_timesteps is {steps} and must be 1 to {MOST_TIMESTEPS}.")
         if values.get("use_flow_sigmas"):  # how classes that are not of flows only say it
             values = {**values, "beta_schedule": "flow", "shift": values.get("flow_shift", 1.0)}
         return super().from_dict({"class_name": name, **CLASS_DEFAULTS.get(name, {}), **values})

@@ -74,9 +74,13 @@ def betas(config: SchedulerConfig) -> np.ndarray:
     """The training betas, [T] float64, before any rescaling: equations (3) to (5), or `trained_betas`.
 
     Raises:
-        ValueError: an unknown `beta_schedule`.
+        ValueError: an unknown `beta_schedule`, or values that are none of a variance.
     """
     steps, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
+    given = (start, end) if config.trained_betas is None else config.trained_betas
+    if not given or not all(0 <= beta <= 1 for beta in given):
+        names = "beta_start and beta_end" if config.trained_betas is None else "trained_betas"
+        raise ValueError(f"{names} (scheduler_config.json) must be from 0 to 1, at least one: take the model's own.")
     if config.trained_betas is not None:
         return np.asarray(config.trained_betas, np.float64)
     if config.beta_schedule == "linear":

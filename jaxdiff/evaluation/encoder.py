@@ -147,7 +147,9 @@ def load_encoder(path: str | Path, dtype: Any = jnp.float32) -> tuple[Encoder, P
         ConfigError, WeightsError: one sentence naming the file and the mend.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not (has_encoder(folder) or (folder / "config.json").is_file()) and (
+        str(path) in bundled() or not folder.is_dir()
+    ):
         if str(path) not in bundled():
             raise ConfigError(f"{path} is no folder: give {GIVE}.")
         folder = BUNDLED / str(path)

@@ -83,7 +83,7 @@ def example_image(c: VAEConfig | TinyVAEConfig) -> tuple[Array, ...]:
     return (jnp.zeros((1, c.factor, c.factor, c.in_channels)),)
 
 
-def check_channels(model: Model, source: Path) -> None:
+def check_channels(model: Model, source: Path | str) -> None:
     """Raises ConfigError if the UNet's input channels fit no supported task, or another autoencoder's latents.
 
     Channels beside the latents are a mask and the masked image's latents, or a small image to be enlarged.

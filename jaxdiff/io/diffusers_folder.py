@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +17,10 @@ from jaxdiff.errors import WeightsError
 from jaxdiff.files import replace_folder
 from jaxdiff.io.configs import NETWORKS, VAES, as_config_error, check_channels, check_dtype, read_config
 from jaxdiff.io.controlnet import load_controlnet
-from jaxdiff.io.modules import STEMS, find_weights, load_tokenizer, write_json
+from jaxdiff.io.infer_config import published_vae
+from jaxdiff.io.kinds import SUPPORTED
+from jaxdiff.io.model_paths import SINGLE_FILES
+from jaxdiff.io.modules import CONFIG, STEMS, find_weights, load_tokenizer, variant_of, write_json
 from jaxdiff.io.tensor_files import load_tensors, save_tensors
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.model import Model, build, param_shapes, with_controlnets
@@ -24,33 +28,48 @@ from jaxdiff.typing import Params
 
 TOKENIZERS, LOW_RES, CONTROLNET = ("tokenizer", "tokenizer_2"), "low_res_scheduler", "controlnet"
 COMPONENTS = (*NETWORKS, *TOKENIZERS, "scheduler", LOW_RES, "model_index.json")
-SCHEDULER = "scheduler_config.json"
+SCHEDULER, INDEX = "scheduler_config.json", "model_index.json"
+CLASSES = {  # parts of a pipeline -> their classes that are built here
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "CLIPTextModel"),
+}
+OTHER_PARTS = ("prior", "decoder", "motion_adapter", "movq", "vqvae", "vqgan", "bert", "vocoder", "image_normalizer",
+               "text_encoder_3", "projection_model", "t2i_adapter")  # fmt: skip
+_KINDS = r"(XL)?(ControlNet)?(Img2Img|Inpaint)?|StableDiffusionUpscale|LatentConsistencyModel(Img2Img)?"
+DRAWN = rf"(Flax)?(StableDiffusion{_KINDS})Pipeline"
+NOT_DRAWN = "Pix2Pix(?!Zero)|Depth2Img|LatentUpscale|LDM3D|ImageVariation|GLIGEN|UnCLIP|PaintByExample|Marigold"
 
 
-def load_model(folder: Path, dtype: Any = None, *, prediction_type: str | None = None, remat: bool = False) -> Model:
-    """The model of a folder without its weights; computes in `dtype`. See `load`."""
+def load_model(
+    folder: Path,
+    dtype: Any = None,
+    *,
+    prediction_type: str | None = None,
+    remat: bool = False,
+    without_vae: bool = False,
+) -> Model:
+    """The model of a folder without its weights; computes in `dtype`. See `load`.
+
+    Args:
+        without_vae: whether the folder may lack an autoencoder; the config is then the published one.
+    """
     if prediction_type not in (None, *PREDICTION_TYPES):
         known = ", ".join(PREDICTION_TYPES)
         raise ConfigError(f"prediction_type {prediction_type!r} is unknown; known are {known}.")
-    index = read_json(folder / "model_index.json")
-    if "transformer" in index:
-        raise ConfigError(
-            f"{folder} holds a {index.get('_class_name')}, which has no UNet: take a Stable Diffusion model."
-        )
-
-    def listed(name: str) -> bool:
-        return isinstance(index.get(name), list) and None not in index[name]
-
-    two, low_res = listed("text_encoder_2"), folder / LOW_RES
-    present = {"text_encoder": listed("text_encoder") or not two, "text_encoder_2": two, "unet": True, "vae": True}
+    index = read_index(folder)
+    two, low_res = "text_encoder_2" in listed(index), folder / LOW_RES
+    present = {"text_encoder": "text_encoder" in listed(index) or not two, "text_encoder_2": two, "unet": True}
+    present["vae"] = not without_vae or (folder / "vae" / CONFIG).is_file()
     present["vision_encoder"] = (folder / "vision_encoder").is_dir()
     configs: dict[str, Any] = {
-        name: read_config(folder / name / "config.json", *(VAES if name == "vae" else (cls,)))
-        if present[name]
-        else None
+        name: read_config(folder / name / CONFIG, *(VAES if name == "vae" else (cls,))) if present[name] else None
         for name, cls in NETWORKS.items()
     }
-    options = PipelineOptions.from_dict(index)
+    configs["vae"] = configs["vae"] or published_vae("sdxl" if two else "sd1")
+    with as_config_error(f"{folder / INDEX} does not describe a pipeline"):
+        options = PipelineOptions.from_dict(index)
     if low_res.is_dir():
         options = dataclasses.replace(options, low_res_scheduler=SchedulerConfig.load(low_res / SCHEDULER))
     scheduler = SchedulerConfig.load(folder / "scheduler" / SCHEDULER)
@@ -81,19 +100,72 @@ def load_folder(
     variant: str | None = None,
     prediction_type: str | None = None,
     remat: bool = False,
+    without_vae: bool = False,
 ) -> tuple[Model, Params]:
     """The model of a folder and its parameters, with its ControlNets. See `load`."""
     dtype = check_dtype(dtype)
-    model = load_model(folder, dtype, prediction_type=prediction_type, remat=remat)
+    model = load_model(folder, dtype, prediction_type=prediction_type, remat=remat, without_vae=without_vae)
     with as_config_error(f"the configs in {folder} do not make a model"):
         shapes = param_shapes(model)
     check_channels(model, folder)
-    files = {name: find_weights(folder / name, name, variant) for name in shapes}
+    if without_vae and not (folder / "vae" / CONFIG).is_file():
+        shapes = {name: tree for name, tree in shapes.items() if name != "vae"}
+    names = controlnets(folder)
+    variants = {
+        name: variant_of(folder / name, name if name in STEMS else "unet", variant) for name in (*shapes, *names)
+    }
+    if variant and not any(variants.values()):
+        raise WeightsError(f"{folder} holds no weights of the variant {variant!r}: leave it out, or name another.")
+    files = {name: find_weights(folder / name, name, variants[name]) for name in shapes}
     params = {name: load_tensors(files[name], shapes[name], dtype) for name in shapes}
-    if not (names := controlnets(folder)):
-        return model, params
-    nets = [load_controlnet(folder / name, dtype=dtype, variant=variant) for name in names]
-    return with_controlnets(model, params, *nets)
+    nets = [load_controlnet(folder / name, dtype=dtype, variant=variants[name]) for name in names]
+    return with_controlnets(model, params, *nets) if nets else (model, params)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """`model_index.json` of a model that is drawn with.
+
+    Raises:
+        ConfigError: it is missing, damaged, or of another kind of pipeline; the sentence says what the folder is.
+    """
+    path = folder / INDEX
+    if not path.is_file() and (folder / CONFIG).is_file():
+        kind = read_json(folder / CONFIG)
+        what = kind.get("_class_name") or kind.get("model_type") or "network"
+        raise ConfigError(f"{folder} holds one {what}, not a whole model: {INDEX} is missing.")
+    single = sorted(p for p in folder.glob("*.*") if p.suffix.lower() in SINGLE_FILES)
+    if not path.is_file() and single and not (folder / "unet").is_dir():
+        raise ConfigError(f"{path} is missing: if one of the folder's files is the model, give its path, {single[0]}.")
+    index = read_json(path)
+    if reason := _not_drawn(index):
+        name = index.get("_class_name") or "pipeline"
+        raise ConfigError(f"{folder} holds a {name}, which {reason}: take a Stable Diffusion model; {SUPPORTED}.")
+    return index
+
+
+def listed(index: dict[str, Any]) -> dict[str, str]:
+    """The parts that a pipeline has, and their classes."""
+    parts = {name: part for name, part in index.items() if isinstance(part, list) and None not in part}
+    return {name: str(part[-1]).removeprefix("Flax") if part else "" for name, part in parts.items()}
+
+
+def _not_drawn(index: dict[str, Any]) -> str | None:
+    """Why a pipeline cannot be drawn with, as the end of a sentence; None if nothing speaks against it."""
+    parts, name = listed(index), str(index.get("_class_name") or "")
+    if "transformer" in parts:
+        return "has no UNet"
+    for part, classes in CLASSES.items():
+        if part in parts and parts[part] not in classes:
+            return f"has a {parts[part]} as its {part}, not a {classes[0]}"
+    if others := [part for part in OTHER_PARTS if part in parts]:
+        return f"needs a {others[0]}"
+    if re.search(NOT_DRAWN, name):
+        return "is not supported"
+    encoders = [part for part in parts if part.startswith("text_encoder")]
+    if parts and "image_encoder" in parts and not encoders:
+        return "has no text encoder"
+    whole = "unet" in parts and "vae" in parts and encoders
+    return None if not name or whole or re.fullmatch(DRAWN, name) else "is not supported"
 
 
 def controlnets(folder: Path) -> list[str]:

@@ -48,6 +48,14 @@ def fetch(repo_id: str, revision: str | None = None, variant: str | None = None)
             )
             if any(found.suffix != ".json" for found in folder.glob("unet/*.*")):
                 break
+        parts = [p.parent for p in folder.glob("*/config.json")]
+        without = [p for p in parts if all(found.suffix == ".json" for found in p.glob("*.*"))]
+        for part in without if variant and len(without) < len(parts) else ():  # whose weights have no such variant
+            for suffix in FORMATS:
+                plain = [f"{part.name}/*.{suffix}"]
+                snapshot_download(repo_id, revision=revision, allow_patterns=plain, ignore_patterns=UNUSED + VARIANTS)
+                if any(part.glob(f"*.{suffix}")):
+                    break
         return folder
     except Exception as e:  # the package's own errors, those of its HTTP client, and of the disk
         reason = " ".join(str(e).split())[:200] or type(e).__name__

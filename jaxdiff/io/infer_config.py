@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxdiff.config import CLIPTextConfig, PipelineOptions, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.errors import WeightsError
+from jaxdiff.io import kinds
 from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
 from jaxdiff.io.tensor_files import TensorSource
 
@@ -88,44 +89,47 @@ def as_weights_error(source: TensorSource) -> Iterator[None]:
         raise WeightsError(f"{source.path} has tensors of unexpected shapes ({e}): fetch it again.") from None
 
 
-OTHER_FILES = {  # how the names in a file that is not a complete checkpoint begin -> what it is, and how it is used
-    "encoder.conv_in.": "an autoencoder alone: load a model, then give the file to jaxdiff.load_vae",
-    "lora_": "a LoRA: load a model, then give the file to jaxdiff.load_lora",
-    "control_model.": "a ControlNet: give it to jaxdiff.load_controlnet",
-    "input_hint_block.": "a ControlNet: give it to jaxdiff.load_controlnet",
-    "down_blocks.": "a UNet of a diffusers folder: put it into one, beside the other parts",
-}
-
-
-def detect(source: TensorSource) -> str:
+def detect(source: TensorSource, *, without_vae: bool = False) -> str:
     """The family of a one-file checkpoint by its tensors' names, as `Model.family` calls it.
+
+    Args:
+        without_vae: whether it may lack an autoencoder.
 
     Raises:
         WeightsError: it is not a complete checkpoint; the sentence says what it seems to be.
     """
     shapes = source.shapes
-    has_unet, has_vae = (any(n.startswith(p) for n in shapes) for p in (UNET_PREFIX, VAE_PREFIX))
-    if not has_unet:
-        names = [n.removeprefix(VAE_PREFIX) for n in shapes]
-        for start, what in OTHER_FILES.items():
-            if any(n.startswith(start) for n in names):
-                raise WeightsError(f"{source.path} holds {what}.")
-    for family, texts in TEXTS.items():
+    has_unet = any(n.startswith(UNET_PREFIX) for n in shapes)
+    kinds.refuse_family(source) if has_unet else kinds.refuse(source)
+    for family in sorted(TEXTS, key=lambda f: not all(_has_tokens(source, p) for p in TEXTS[f].values())):
+        texts = TEXTS[family]
         if all(any(n.startswith(p.removesuffix("text_model.")) for n in shapes) for p in texts.values()):
-            if not has_vae:
+            if not (without_vae or has_vae(source)):
                 raise WeightsError(
-                    f"{source.path} has no autoencoder ({VAE_PREFIX}…): it was pruned, fetch the whole file."
+                    f"{source.path} has no autoencoder ({VAE_PREFIX}…): it was pruned, fetch the whole file, or give "
+                    "an autoencoder's file as --vae (`vae` of jaxdiff.load)."
                 )
             if family == "sdxl_refiner" and f"{UNET_PREFIX}label_emb.0.0.weight" not in shapes:
                 return "sd2"  # SD-Turbo, whose UNet is told no sizes
             upscales = family == "sd2" and f"{UNET_PREFIX}label_emb.weight" in shapes
             return "upscaler" if upscales else family
     Shapes(source, UNET_PREFIX)["input_blocks.0.0.weight"]  # for its error, where the file is something else altogether
-    more = "" if has_vae else " and no autoencoder"
+    more = "" if has_vae(source) else " and no autoencoder"
     raise WeightsError(
         f"{source.path} has no text encoder of Stable Diffusion 1.x, 2.x or XL{more}: it was pruned, fetch the whole "
         "file."
     )
+
+
+def _has_tokens(source: TensorSource, prefix: str) -> bool:
+    """Whether a text encoder stands at a prefix, and not just a stray tensor."""
+    starts = (prefix, f"{prefix}embeddings.", f"{prefix.removesuffix('text_model.')}embeddings.")
+    return any(f"{start}token_embedding.weight" in source.shapes for start in starts)
+
+
+def has_vae(source: TensorSource) -> bool:
+    """Whether a one-file checkpoint holds an autoencoder."""
+    return any(n.startswith((f"{VAE_PREFIX}encoder.", f"{VAE_PREFIX}decoder.")) for n in source.shapes)
 
 
 def text_prefixes(source: TensorSource, family: str) -> dict[str, str]:
@@ -159,7 +163,7 @@ def infer_configs(source: TensorSource, family: str, prediction_type: str | None
         }
         pooled = configs["text_encoder_2"].projection_dim if "text_encoder_2" in configs else None
         unet = unet_config(Shapes(source, UNET_PREFIX), family, pooled)
-        vae = vae_config(Shapes(source, VAE_PREFIX), family)
+        vae = vae_config(Shapes(source, VAE_PREFIX), family) if has_vae(source) else published_vae(family)
     marked = "v_pred" in source.shapes  # by fine-tuned SDXL: a tensor without numbers
     turbo = is_turbo(source, family)
     v_family = family == "sd2" and not turbo and unet.in_channels == vae.latent_channels
@@ -207,6 +211,8 @@ def unet_config(shapes: Shapes, family: str, pooled: int | None = None) -> UNetC
             levels[-1].append(block)
         else:
             break
+    if not levels[-1]:
+        _ = shapes[f"input_blocks.{block}.0.in_layers.2.weight"]  # for its error
     parts = [f"input_blocks.{blocks[0]}" for blocks in levels]
     widths = tuple(shapes[f"{part}.0.out_layers.3.weight"][0] for part in parts)
     attend = [f"{part}.1.proj_in.weight" in shapes for part in parts]
@@ -273,6 +279,19 @@ def vae_config(shapes: Shapes, family: str) -> VAEConfig:
         use_quant_conv="quant_conv.weight" in shapes,
         use_post_quant_conv="post_quant_conv.weight" in shapes,
         mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes,
+    )
+
+
+def published_vae(family: str) -> VAEConfig:
+    """The autoencoder that a published family was trained with."""
+    levels = 3 if family == "upscaler" else 4
+    return VAEConfig(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(128, 256, 512, 512)[:levels],
+        layers_per_block=2,
+        sample_size=SAMPLE_SIZES[family] * 2 ** (levels - 1),
+        scaling_factor=SCALING.get(family, 0.18215),
     )
 
 

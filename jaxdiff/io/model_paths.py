@@ -3,11 +3,15 @@
 import re
 from pathlib import Path
 
+from absl import logging
+
 from jaxdiff.config import ConfigError
 from jaxdiff.io.hub import fetch
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
+SINGLE_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")  # in any letter case
+MARKS = ("model_index.json", "config.json")  # of the folder of a model or a network
+HUB = r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?"  # owner/name@revision
 
 
 def bundled() -> list[str]:
@@ -26,15 +30,21 @@ def find(name_or_path: str | Path, variant: str | None = None) -> Path:
         ConfigError: it is none of these, or cannot be fetched; the sentence says what there is.
     """
     path, name = Path(name_or_path), str(name_or_path)
-    if path.is_dir() or (path.is_file() and path.suffix in SINGLE_FILES):
+    one_file = path.suffix.lower() in SINGLE_FILES
+    if not name:
+        raise ConfigError("the model's name is empty: give a folder, a file or a name, or leave it out.")
+    if name in bundled() and path.exists() and not any((path / mark).exists() for mark in MARKS):
+        logging.warning("%s is the bundled model; what is here under that name is no model (./%s).", name, name)
+        return BUNDLED / name
+    if path.is_dir() or (path.is_file() and one_file):
         return path
     if path.is_file():
         raise ConfigError(f"{path} is not a model file: known are {', '.join(SINGLE_FILES)}, and diffusers folders.")
     if name in bundled():
         return BUNDLED / name
-    if (hub := re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", name)) and path.suffix not in SINGLE_FILES:
+    if (hub := re.fullmatch(HUB, name)) and not one_file:
         return fetch(hub[1], hub[2], variant)
-    if path.suffix in SINGLE_FILES:
+    if one_file:
         raise ConfigError(f"The model's file {name} does not exist: check the path, or fetch the file first.")
     known = ", ".join(bundled()) or "none"
     raise ConfigError(

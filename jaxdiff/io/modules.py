@@ -31,6 +31,12 @@ SUFFIXES = (  # of those files, {} the variant; the first found is read
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
+def _weights(folder: Path, name: str, middle: str) -> Path | None:
+    """The first file of a module's weights that is there, with `middle` before its suffix."""
+    patterns = (stem + suffix.format(middle) for stem in STEMS.get(name, STEMS["unet"]) for suffix in SUFFIXES)
+    return next((found for pattern in patterns for found in sorted(folder.glob(pattern))), None)
+
+
 def find_weights(folder: Path, name: str, variant: str | None = None) -> Path:
     """The file that holds a module's weights, or the index of several such files.
 
@@ -43,14 +49,16 @@ def find_weights(folder: Path, name: str, variant: str | None = None) -> Path:
         WeightsError: there are none.
     """
     for middle in (f".{variant}",) if variant else ("", ".*"):
-        for stem in STEMS[name]:
-            for suffix in SUFFIXES:
-                found = sorted(folder.glob(stem + suffix.format(middle)))
-                if found:
-                    return found[0]
+        if found := _weights(folder, name, middle):
+            return found
     if variant:
         raise WeightsError(f"{folder} holds no weights of the variant {variant!r}: leave it out, or name another.")
     raise WeightsError(f"{folder / STEMS[name][0]}.safetensors is missing: is the folder a complete diffusers folder?")
+
+
+def variant_of(folder: Path, name: str, variant: str | None) -> str | None:
+    """The variant where a module has weights of it, else None."""
+    return variant if variant and _weights(folder, name, f".{variant}") else None
 
 
 def load_module(
@@ -73,13 +81,23 @@ def load_module(
     Raises:
         ConfigError, WeightsError: one sentence that names the file and the fix.
     """
-    path, dtype = Path(path), check_dtype(dtype)
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist: give a {config_class.CLASS_NAME} folder or .safetensors file.")
+    path, dtype = existing(path, config_class), check_dtype(dtype)
     file = (path if path.is_dir() else path.parent) / CONFIG
     module = module_class(read_config(file, config_class), dtype=dtype)
     shapes = module_shapes(module, inputs, file)
     return module, load_tensors(find_weights(path, "unet", variant) if path.is_dir() else path, shapes, dtype)
+
+
+def existing(path: str | Path, config_class: type[Config]) -> Path:
+    """The path of a network; raises ConfigError if nothing is there."""
+    if not str(path) or not Path(path).exists():
+        raise ConfigError(f"{path} does not exist: give a {config_class.CLASS_NAME} folder or .safetensors file.")
+    return Path(path)
+
+
+def without_config(path: str | Path) -> bool:
+    """Whether a network is one file without `config.json` beside it."""
+    return Path(path).is_file() and not (Path(path).parent / CONFIG).is_file()
 
 
 def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any = None) -> None:

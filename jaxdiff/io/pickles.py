@@ -89,6 +89,8 @@ def _fill(target: Any, items: list) -> dict:
     return target
 
 
+NUMPY = ("scalar", "_reconstruct")
+LIGHTNING = ("pytorch_lightning", "lightning.pytorch")
 GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means here
     "collections.OrderedDict": _rebuild_dict,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -108,8 +110,11 @@ GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means h
     "torch.ByteStorage": np.dtype(np.uint8),
     "torch.BoolStorage": np.dtype(np.bool_),
     # What the trainer of the published Stable Diffusion 1.x left beside the weights.
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": _Nothing(),
-    "numpy.core.multiarray.scalar": _Nothing(),
+    **{f"{lightning}.callbacks.model_checkpoint.ModelCheckpoint": _Nothing() for lightning in LIGHTNING},
+    "torch.device": _Nothing(),
+    "torch.Size": _Nothing(),
+    **{f"numpy.{core}.multiarray.{name}": _Nothing() for core in ("core", "_core") for name in NUMPY},  # 1 and 2
+    "numpy.ndarray": _Nothing(),
     "numpy.dtype": _Nothing(),
     "_codecs.encode": _Nothing(),
 }

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxdiff.io.diffusers_folder import CONTROLNET, load_folder, save_folder
-from jaxdiff.io.model_paths import find
+from jaxdiff.io.model_paths import SINGLE_FILES, find
 from jaxdiff.io.single_file import load_single_file, save_single_file
+from jaxdiff.io.vae import load_vae
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Params
 
@@ -18,18 +19,20 @@ def load(
     variant: str | None = None,
     prediction_type: str | None = None,
     remat: bool = False,
+    vae: str | Path | None = None,
 ) -> tuple[Model, Params]:
     """Open a model.
 
     Args:
-        name_or_path: a diffusers folder, a single-file checkpoint (.safetensors, .ckpt), the name of a bundled model
+        name_or_path: a diffusers folder, a single-file checkpoint (.safetensors, .ckpt, …), the name of a bundled model
             ("icons"), or "owner/name" on the Hugging Face hub ("owner/name@v1.0" at a branch, tag or commit).
         dtype: type to compute in and to hold the parameters in: "float32" (default), "bfloat16" or "float16".
-        variant: of a folder's weights: "fp16" reads its `*.fp16.safetensors`; None those without such a word, where
-            there are any.
+        variant: of a folder's weights: "fp16" reads its `*.fp16.safetensors`, and parts without such a file as without
+            a variant; None those without such a word, where there are any.
         prediction_type: what the UNet was trained to predict, "epsilon", "v_prediction", …, where the file does not say
             so or says it wrong: of one-file checkpoints of SD 2.x those for 512 pixels predict epsilon.
         remat: recompute activations in the backward pass, for gradients through large models.
+        vae: another autoencoder in place of the model's, which may then lack one; see `load_vae`.
 
     Returns:
         The model, static under `jit`, with the ControlNets that its folder lists, and its parameters on the default
@@ -40,9 +43,12 @@ def load(
         ConfigError, WeightsError: one sentence that names the file and the fix.
     """
     path = find(name_or_path, variant)
+    more: Any = {"prediction_type": prediction_type, "remat": remat, "without_vae": vae is not None}
     if path.is_file():
-        return load_single_file(path, dtype, remat, prediction_type=prediction_type)
-    return load_folder(path, dtype, variant=variant, prediction_type=prediction_type, remat=remat)
+        model, params = load_single_file(path, dtype, **more)
+    else:
+        model, params = load_folder(path, dtype, variant=variant, **more)
+    return (model, params) if vae is None else load_vae(model, params, vae)
 
 
 def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None) -> None:
@@ -61,7 +67,7 @@ def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None)
     folder = Path(folder)
     if CONTROLNET not in params:
         model = dataclasses.replace(model, controlnets=())
-    if folder.suffix == ".safetensors":
+    if folder.suffix.lower() in SINGLE_FILES:
         save_single_file(folder, model, params, dtype)
     else:
         save_folder(folder, model, params, dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.config import (
@@ -26,7 +27,16 @@ from jaxdiff.config import (
 )
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import NETWORKS, as_config_error, check_channels, check_dtype, example_image, module_shapes
-from jaxdiff.io.infer_config import TEXTS, Shapes, as_weights_error, detect, infer_configs, text_prefixes, vae_config
+from jaxdiff.io.infer_config import (
+    TEXTS,
+    Shapes,
+    as_weights_error,
+    detect,
+    has_vae,
+    infer_configs,
+    text_prefixes,
+    vae_config,
+)
 from jaxdiff.io.model_paths import BUNDLED
 from jaxdiff.io.original_layout import (
     UNET_PREFIX,
@@ -68,6 +78,8 @@ IGNORED = re.compile(
     """,
     re.VERBOSE,
 )
+# Tensors in a network's own place that other programs leave there: of a LoRA, and of CLIP's image side.
+STRAY = re.compile(r"\.alpha$|\.lora_|\.dora_scale$|\.(vision_model|visual)\.|\.num_batches_tracked$")
 
 
 def load_single_file(
@@ -75,6 +87,7 @@ def load_single_file(
     dtype: Any = None,
     remat: bool = False,
     *,
+    without_vae: bool = False,
     prediction_type: str | None = None,
     configs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Model, Params]:
@@ -84,6 +97,7 @@ def load_single_file(
         path: a file of tensors in any format that `open_tensors` knows.
         dtype: type to compute in and to hold the parameters in, "float32" by default.
         remat: recompute activations in the backward pass.
+        without_vae: whether the file may lack an autoencoder, as then the parameters do.
         prediction_type: "epsilon" or "v_prediction", which the tensors do not tell. By default that of the published
             model: v for SD 2.x, but for its inpainting and SD-Turbo, and for the upscaler. The 512-pixel base of SD 2.x
             needs "epsilon" here.
@@ -91,13 +105,13 @@ def load_single_file(
             {"unet": {"attention_head_dim": 4, "norm_num_groups": 8}}; keys as in `params`, and "scheduler", "options".
 
     Returns:
-        The model and its parameters, as `load` does.
+        The model and its parameters, as `load` does. A warning names tensors beside those of the networks.
 
     Raises:
         ConfigError, WeightsError: one sentence that names the file and any tensor that is missing or unknown.
     """
     source, dtype = open_tensors(path), check_dtype(dtype)
-    family = detect(source)
+    family = detect(source, without_vae=without_vae)
     found, tokenizers = _read_metadata(source) or (infer_configs(source, family, prediction_type), {})
     if prediction_type is not None:
         found["scheduler"] = dataclasses.replace(found["scheduler"], prediction_type=prediction_type)
@@ -110,18 +124,35 @@ def load_single_file(
         model = _build(found, tokenizers, dtype, remat)
         shapes = param_shapes(model)
     check_channels(model, source.path)
-    places = {
-        name: _places(shapes[name], name, model.modules[name].config, prefix, source)
-        for name, prefix in (PREFIXES | text_prefixes(source, family)).items()
-    }
+    prefixes = PREFIXES | text_prefixes(source, family)
+    shapes = {name: tree for name, tree in shapes.items() if name != "vae" or has_vae(source)}
+    places = {name: _places(shapes[name], name, model.modules[name].config, prefixes[name], source) for name in shapes}
+    _check_others(source, places, tuple(prefixes[name] for name in shapes), family)
+    return model, {name: load_tensors(_renamed(source, places[name]), shapes[name], dtype) for name in shapes}
+
+
+def _check_others(
+    source: TensorSource, places: dict[str, dict[str, Place]], prefixes: tuple[str, ...], family: str
+) -> None:
+    """Name the tensors that no network has a place for: a warning, or an error if they stand among a network's own."""
     used = {at.name for network in places.values() for at in network.values()}
-    unknown = sorted(n for n in source.shapes if n not in used and not IGNORED.fullmatch(n))
-    if unknown:
+    averaged = [n for n in source.shapes if n.startswith("model_ema.")]
+    partial = averaged if len(averaged) < len(places["unet"]) else []
+    others = [n for n in source.shapes if n not in used and not IGNORED.fullmatch(n)]
+    if "vae" not in places:
+        others = [n for n in others if not n.startswith(VAE_PREFIX)]
+    if unknown := sorted(n for n in others if n.startswith(prefixes) and not STRAY.search(n)):
         raise WeightsError(
             f"{source.path} holds {len(unknown)} tensors that a model of the family {family} has no place for, first "
             f"{unknown[0]}."
         )
-    return model, {name: load_tensors(_renamed(source, places[name]), shapes[name], dtype) for name in shapes}
+    if strays := sorted(others + partial):
+        groups = list({n.partition(".")[0]: n for n in strays[::-1]}.values())[::-1]  # the first of each
+        more = " (a ControlNet: give the file to --controlnet too)" if "control_model." in " ".join(groups) else ""
+        logging.warning(
+            "%s: %d tensors that drawing does not need are passed over, such as %s%s.",
+            source.path, len(strays), ", ".join(groups[:5]), more,
+        )  # fmt: skip
 
 
 def _build(configs: dict[str, Any], tokenizers: dict[str, Tokenizer], dtype: Any, remat: bool) -> Model:
@@ -194,6 +225,12 @@ def _renamed(source: TensorSource, places: dict[str, Place]) -> TensorSource:
     return TensorSource(source.path, {name: shape(at) for name, at in places.items()}, read)
 
 
+def vae_like(found: VAEConfig, like: VAEConfig) -> VAEConfig:
+    """An autoencoder's config from its tensors, and what no tensor tells as in `like`."""
+    untold = ("act_fn", "norm_num_groups", "sample_size", "scaling_factor", "shift_factor", "force_upcast")
+    return dataclasses.replace(found, **{name: getattr(like, name) for name in untold})
+
+
 def load_original_vae(source: TensorSource, prefix: str, like: VAEConfig, dtype: Any) -> tuple[VAEConfig, Params]:
     """The autoencoder in a file of the original layout whose names start with `prefix`.
 
@@ -202,9 +239,7 @@ def load_original_vae(source: TensorSource, prefix: str, like: VAEConfig, dtype:
         dtype: type to hold the parameters in.
     """
     with as_weights_error(source):
-        found = vae_config(Shapes(source, prefix), "sd1")
-    untold = ("act_fn", "norm_num_groups", "sample_size", "scaling_factor", "shift_factor", "force_upcast")
-    config = dataclasses.replace(found, **{name: getattr(like, name) for name in untold})
+        config = vae_like(vae_config(Shapes(source, prefix), "sd1"), like)
     shapes = module_shapes(AutoencoderKL(config), example_image, source.path)
     return config, load_tensors(_renamed(source, _places(shapes, "vae", config, prefix, source)), shapes, dtype)
 
@@ -223,7 +258,7 @@ def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any 
         WeightsError: it cannot be written, or the layout has no place for a part of the model.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() not in (".safetensors", ".sft"):
         raise WeightsError(f"{path} does not end in .safetensors, the only format written: rename it.")
     if model.controlnets:
         raise WeightsError("A single file cannot hold ControlNets: save a folder, or leave them out of params.")

@@ -14,6 +14,7 @@ from jaxdiff.errors import WeightsError
 from jaxdiff.io.infer_config import Shapes, as_weights_error
 from jaxdiff.io.tensor_files import TensorSource, open_tensors
 
+FIRST_LAYER = "encoder.layers.0.weight"  # in diffusers' names
 FIRST = {"encoder": 0, "decoder": 1}  # the number of each one's first convolution
 
 

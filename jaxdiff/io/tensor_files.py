@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from jaxdiff.config import read_json
 from jaxdiff.errors import WeightsError
-from jaxdiff.files import atomic_write
+from jaxdiff.files import atomic_write, not_fetched
 from jaxdiff.io.pickles import PickleError, open_pickle
 from jaxdiff.io.torch_names import current_name, flax_name, from_torch_layout, tensor_name, to_torch_layout
 from jaxdiff.typing import Params
@@ -37,17 +37,19 @@ class TensorSource:
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)  # of a safetensors file
 
 
+SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 IGNORED = ("position_ids",)  # buffers that older files carry as if they were weights
-SUFFIXES = (".safetensors", *PICKLES, ".msgpack")  # in the order of preference
+SUFFIXES = (*SAFETENSORS, *PICKLES, ".msgpack")  # in the order of preference
 
 
 def open_tensors(path: str | Path) -> TensorSource:
     """Open a file of tensors without reading them.
 
     Args:
-        path: `.safetensors`; `.bin`, `.ckpt`, `.pt` or `.pth` of PyTorch, out of which tensors alone are read and no
-            code ever runs; `.msgpack` of Flax; or the `.index.json` of a file in shards.
+        path: `.safetensors` or `.sft`; `.bin`, `.ckpt`, `.pt` or `.pth` of PyTorch, out of which tensors alone are read
+            and no code ever runs; `.msgpack` of Flax; or the `.index.json` of a file in shards. Of safetensors and
+            PyTorch's files the content tells which it is.
 
     Raises:
         WeightsError, ConfigError: the file is missing, damaged, of another format, or holds more than tensors.
@@ -58,11 +60,25 @@ def open_tensors(path: str | Path) -> TensorSource:
         known = ", ".join(OPENERS)
         raise WeightsError(f"{path} is in no format known here ({known}): convert it to .safetensors.")
     try:
+        if path.suffix.lower() != ".json":
+            opener = _by_content(path, opener)
         return opener(path)
     except FileNotFoundError:
         raise WeightsError(f"{path} does not exist: check the path, or fetch the model again.") from None
     except OSError as e:
         raise WeightsError(f"{path} cannot be read ({e.strerror or e}): fetch it again.") from None
+
+
+def _by_content(path: Path, opener: Callable[[Path], TensorSource]) -> Callable[[Path], TensorSource]:
+    """The opener of a file's own format, which its name may get wrong: `.ckpt` for a safetensors file or reversed."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if (reason := not_fetched(head)) is not None:
+        raise WeightsError(f"{path} {reason}")
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 2**32:
+        return _open_safetensors
+    pickled = head.startswith((b"PK\3\4", b"\x80\2")) and head[8:9] != b"{"
+    return _open_pickle if pickled and opener is _open_safetensors else opener
 
 
 def _open_safetensors(path: Path) -> TensorSource:
@@ -146,7 +162,7 @@ def _open_pickle(path: Path) -> TensorSource:
 
 
 OPENERS: dict[str, Callable[[Path], TensorSource]] = {
-    ".safetensors": _open_safetensors,
+    **dict.fromkeys(SAFETENSORS, _open_safetensors),
     ".pti": _open_safetensors,  # cog-sdxl's embeddings
     ".json": _open_index,
     ".msgpack": _open_flax,

@@ -259,9 +259,10 @@ def _check(folder: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) 
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     elif _JSON in files:
         name, model = _JSON, read_json(folder / _JSON).get("model") or {}
-        vocab = model.get("vocab")
+        vocab, given = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
+        given = given if isinstance(given, list) else [given] if given else []
         # One string "a b" up to tokenizers 0.19, a pair since.
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges") or ()]
+        merges = [tuple(m) if isinstance(m, list) else tuple(str(m).split(" ")) for m in given]
     else:
         raise ConfigError(f"{folder} holds no CLIP vocabulary: put vocab.json and merges.txt there, or tokenizer.json.")
     again = "download or save it again."
@@ -275,10 +276,11 @@ def _check(folder: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) 
     for key, default in (("bos_token", BOS), ("eos_token", EOS)):
         token = config.get(key, default)
         token = token.get("content") if isinstance(token, dict) else token
-        if token not in vocab:
+        if not isinstance(token, str) or token not in vocab:
             raise ConfigError(f"{folder / name} lacks the {key} {token!r}: it is not CLIP's, or damaged; {again}")
     for pair in merges:
-        if len(pair) != 2 or not all(part in vocab for part in (*pair, "".join(pair))):
+        words = all(isinstance(part, str) for part in pair)
+        if len(pair) != 2 or not words or not all(part in vocab for part in (*pair, "".join(pair))):
             raise ConfigError(
                 f"The merge {' '.join(map(str, pair))!r} in {folder / (_MERGES if name == _VOCAB else name)} "
                 f"does not fit the vocabulary: {again}"

@@ -203,7 +203,7 @@ def _controlnet(config: Any, model: Model, params: Params) -> Trainable:
     _check_no_choice(config)
     c = config.controlnet
     if c.init_from:
-        net, values = load_controlnet(c.init_from, dtype=None)
+        net, values = load_controlnet(c.init_from, dtype=None, like=model.unet.config)
         net = net.copy(dtype=model.unet.dtype, remat=model.unet.remat)
     else:
         net, values = from_unet(
