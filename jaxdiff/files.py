@@ -1,6 +1,8 @@
 """Files and folders that appear whole or not at all: written under a temporary name, then renamed."""
 
 import contextlib
+import itertools
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,42 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_new(path: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """As `atomic_write`, but a file that exists is never replaced: castle.png then becomes castle-2.png, and so on.
+
+    Several processes may write into one folder: each takes a name that no other has.
+
+    Yields:
+        The temporary name, and a list that holds the name taken after the block.
+
+    Raises:
+        OSError: no name can be taken, or the block raised it.
+    """
+    temporary, taken = path.with_name(f".{uuid.uuid4().hex}.tmp"), list[Path]()
+    try:
+        yield temporary, taken
+        names = itertools.chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2)))
+        taken.append(next(name for name in names if _claim(temporary, name)))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _claim(temporary: Path, name: Path) -> bool:
+    """Give a file a name that none has; False where one has it."""
+    try:
+        os.link(temporary, name)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links, such as FAT: the name is taken first, then filled
+        try:
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        temporary.replace(name)
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

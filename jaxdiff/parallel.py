@@ -13,6 +13,7 @@ Examples are divided over "data" and "fsdp" alike.
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -260,6 +261,17 @@ class Mapped(NamedTuple):
 def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
     """Devices in the order given, over one axis "data": nothing is sent along it, so that any order will do."""
     return Mesh(np.asarray(devices), ("data",))
+
+
+def device_memory() -> float:
+    """Bytes of memory of one of this process's devices, or of the machine where it is the CPU; inf if unknown."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit", float("inf"))
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on this system
+        return float("inf")
 
 
 def replicate(params: Any, devices: Sequence[jax.Device] | None = None) -> Any:

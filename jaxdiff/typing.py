@@ -13,3 +13,4 @@ Denoise = Callable[[Array, Any], Array]  # (x [B, ...], Time) -> denoised [B, ..
 
 # Of every key made here, so that a seed draws the same image whatever JAX_DEFAULT_PRNG_IMPL says.
 PRNG = "threefry2x32"
+SEEDS = 2**32  # of a key: seeds are below

@@ -56,6 +56,49 @@ def test_sixteen_bit_colours_with_and_without_alpha(colour_type, values, expecte
     np.testing.assert_array_equal(read(tmp_path, png(1, 1, 16, colour_type, row)), [[expected]])
 
 
+def words(*values: int) -> bytes:
+    return struct.pack(f">{len(values)}H", *values)
+
+
+# White that is transparent, white or nearly so that is not, and black: as PNG (depth, color type, row, chunks) has it.
+WHITE_16, NEAR_16 = 65535, 65279
+TRANSPARENT = {
+    "1 bit": (1, 0, b"\x80", [chunk(b"tRNS", words(1))], (0, 0, 0)),
+    "2 bits": (2, 0, b"\xe0", [chunk(b"tRNS", words(3))], (0, 170, 0)),
+    "4 bits": (4, 0, b"\xfe\x00", [chunk(b"tRNS", words(15))], (0, 238, 0)),
+    "8 bits": (8, 0, bytes([255, 254, 0]), [chunk(b"tRNS", words(255))], (0, 254, 0)),
+    "16 bits": (16, 0, words(65535, 65534, 0), [chunk(b"tRNS", words(65535))], (0, 255, 0)),
+    "RGB": (8, 2, bytes([255] * 3 + [254] * 3 + [0] * 3), [chunk(b"tRNS", words(255, 255, 255))], (0, 254, 0)),
+    "RGB of 16 bits": (
+        *(16, 2, words(*[WHITE_16] * 3, *[NEAR_16] * 3, *[0] * 3), [chunk(b"tRNS", words(*[WHITE_16] * 3))]),
+        (0, 254, 0),
+    ),
+    "middle RGB of 16 bits": (
+        *(16, 2, words(*[0x1234] * 3, *[NEAR_16] * 3, *[0] * 3), [chunk(b"tRNS", words(*[0x1234] * 3))]),
+        (0, 254, 0),
+    ),
+    "palette": (
+        *(8, 3, bytes([0, 1, 2]), [chunk(b"PLTE", bytes([255] * 6 + [0] * 3)), chunk(b"tRNS", b"\0\xff\xff")]),
+        (0, 255, 0),
+    ),
+    "palette of 2 bits": (
+        *(2, 3, b"\x18", [chunk(b"PLTE", bytes([255] * 6 + [0] * 3)), chunk(b"tRNS", b"\0")]),
+        (0, 255, 0),
+    ),
+    "LA": (8, 4, bytes([255, 0, 255, 255, 0, 255]), [], (0, 255, 0)),
+    "LA of 16 bits": (16, 4, words(65535, 0, 65535, 65535, 0, 65535), [], (0, 255, 0)),
+    "RGBA": (8, 6, bytes([255] * 3 + [0] + [255] * 4 + [0] * 3 + [255]), [], (0, 255, 0)),
+    "RGBA of 16 bits": (16, 6, words(*[65535] * 3, 0, *[65535] * 4, *[0] * 3, 65535), [], (0, 255, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_every_kind_of_transparency(kind, tmp_path):
+    depth, colour_type, row, chunks, expected = TRANSPARENT[kind]
+    (tmp_path / "a.png").write_bytes(png(3, 1, depth, colour_type, b"\0" + row, *chunks))
+    assert read_image(tmp_path / "a.png", (0, 0, 0))[0].tolist() == [[grey] * 3 for grey in expected]
+
+
 def test_cmyk_photograph(tmp_path):
     """Adobe's JPEG files hold inverted inks; a wrong reading gives the complementary colour."""
     image = read(tmp_path, encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))

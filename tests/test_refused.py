@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff.cli import sample
+from jaxdiff.cli import adapters, sample
 from jaxdiff.cli.errors import UsageError
 from jaxdiff.cli.flags import check_model, parse, weighted
 from jaxdiff.cli.options import define
@@ -42,7 +42,7 @@ def test_a_weight_and_a_path_are_told_apart():
     for given in ("x.safetensors:0.8", "c:/x:-2", "x.safetensors", "a:b", ":nan"):
         expected = {"x.safetensors:0.8": ("x.safetensors", 0.8), "c:/x:-2": ("c:/x", -2.0)}.get(given, (given, 1.0))
         assert weighted(given) == expected
-    assert sample.weighted is weighted
+    assert adapters.weighted is weighted
 
 
 def test_every_flag_of_a_number_is_finite():

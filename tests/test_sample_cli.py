@@ -277,12 +277,12 @@ def test_an_image_to_start_from_is_cut_and_resized(sample_cli):
 
 def test_an_unreadable_image_is_named(sample_cli):
     Path("text.png").write_text("no picture")
-    for name, sentence in (
-        ("text.png", "text.png cannot be read as an image"),
-        ("none.png", "none.png does not exist"),
+    for name, status, sentence in (
+        ("text.png", 1, "text.png cannot be read as an image"),
+        ("none.png", 2, "--image: none.png does not exist: check the path"),
     ):
         code, out, err = sample_cli(CASTLE, f"--image={name}")
-        assert (code, out) == (1, [])
+        assert (code, out) == (status, [])
         assert sentence in err
         assert err.count("\n") == 1
     with pytest.raises(ImageError):

@@ -33,6 +33,23 @@ def test_options_and_configs_have_the_same_defaults():
     assert (Options().b2, Options().schedule, Options().warmup_steps) == (0.99, "cosine", 500)
 
 
+# --- paths
+
+
+def test_home_is_where_the_user_is(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    given = ["--config.data.path=~/d", "--config.init_from.vae=~/v", "--config.prior_preservation.path=a/~"]
+    f = parse(["train.py", f"--config={CONFIG}:unet", "--workdir=~/w", *given])
+    assert (f.workdir, f.config.data.path, f.config.init_from.vae) == (
+        "/home/someone/w",
+        "/home/someone/d",
+        "/home/someone/v",
+    )
+    assert f.config.prior_preservation.path == "a/~"
+    with pytest.raises(UsageError, match=r"--workdir x+… has a name of 300 bytes"):
+        parse(["train.py", f"--config={CONFIG}:unet", f"--workdir={'x' * 300}", *given])
+
+
 # --- old names
 
 

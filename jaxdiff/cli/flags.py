@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,8 +47,12 @@ def parse(argv: list[str]) -> flags.FlagValues:
     f = read(define(), argv, hint)
     if f.help:
         return f
+    check_paths(f)
     if f.from_png is not None:
+        if not os.path.exists(f.from_png):
+            raise UsageError(f"--from_png: {f.from_png} does not exist: check the path.")
         f = read(define(), [argv[0], *flags_of(f), *argv[1:]], hint)
+        check_paths(f)
     if not f.prompt and not f.prompts_file:
         raise UsageError('--prompt is missing: say what to draw, such as --prompt "a castle".')
     for option in OPTIONS.values():
@@ -90,6 +96,53 @@ def flags_of(f: flags.FlagValues) -> list[str]:
     return found
 
 
+LONGEST_NAME = 255  # bytes, on all common file systems
+
+
+def at_home(path: str) -> str:
+    """A path, or token=path, with a ~ at its beginning as the home folder."""
+    return re.sub(r"(?:^|(?<==))~[^/]*", lambda home: os.path.expanduser(home[0]), path, count=1)
+
+
+def check_paths(f: flags.FlagValues) -> None:
+    """Put the home folder for ~ into flags that take a path; raises UsageError for what can be none."""
+    for name in (option.name for option in OPTIONS.values() if option.path):
+        given = f[name].value
+        if isinstance(given, list):
+            f[name].value = [at_home(path) for path in given]
+        elif given is not None:
+            f[name].value = at_home(given)
+        for path in given if isinstance(given, list) else [] if given is None else [given]:
+            check_path(f"--{name}", path)
+
+
+def check_path(flag: str, path: str) -> None:
+    """Raise UsageError for a path that is empty, or that no file system takes."""
+    if not path.strip() or "\0" in path:
+        raise UsageError(f"{flag}={path!r} is no path: name a file or folder, or leave {flag} out.")
+    longest = max(len(os.fsencode(part)) for part in path.split("/"))
+    if longest > LONGEST_NAME:
+        raise UsageError(f"{flag} {path:.40}… has a name of {longest} bytes, above {LONGEST_NAME}: shorten it.")
+
+
+def check_files(f: flags.FlagValues) -> None:
+    """Raise UsageError for a flag that names a file or folder which is not there."""
+    paths_of = {"lora": lambda given: weighted(given)[0], "embedding": lambda given: named(given)[0]}
+    for name, option in OPTIONS.items():
+        value = f[name].value
+        for given in (value if option.many else [value]) if option.path == "old" and value else ():
+            path = paths_of.get(name, str)(given)
+            if not os.path.exists(path):
+                weight = ", and write the weight as a number, path:0.8" if name == "lora" and ":" in path else ""
+                raise UsageError(f"--{name}: {path} does not exist: check the path{weight}.")
+
+
+def named(given: str) -> tuple[str, str | None]:
+    """token=path as a path and a token; None where there is none. A path may have an = too."""
+    token, equals, path = given.partition("=")
+    return (path, token) if equals and "/" not in token and not os.path.exists(given) else (given, None)
+
+
 def weighted(given: str) -> tuple[str, float]:
     """path:0.8, as --lora has it, as a path and a weight; 1 where there is none. Raises UsageError."""
     path, _, number = given.rpartition(":")
@@ -127,6 +180,9 @@ def check_model(f: flags.FlagValues, model: Any) -> None:
         raise UsageError("--noise_level is for upscaling models, which this one is not: leave it out.")
     if f["strength"].present and upscales:
         raise UsageError("--strength is for images that are redrawn, and this model enlarges them: leave it out.")
+    for name in ("prompt_2", "negative_prompt_2"):
+        if f[name].present and model.tokenizer_2 is None:
+            raise UsageError(f"--{name} is for the second text encoder of SDXL, which this model lacks: leave it out.")
     for name in ("negative_prompt", "negative_prompt_2", "guidance_rescale", "guidance_interval"):
         if distilled and f[name].present:
             raise UsageError(f"--{name} is for guidance, which this model was distilled to do without: leave it out.")
@@ -134,6 +190,8 @@ def check_model(f: flags.FlagValues, model: Any) -> None:
 
 def check_tasks(f: flags.FlagValues) -> None:
     """Raise UsageError for flags that do not go together."""
+    if f.lora_dir is not None and not f.emphasis:
+        raise UsageError("--lora_dir is for <lora:…> in prompts, which --noemphasis takes for words: leave one out.")
     if f.mask is not None and f.outpaint is not None:
         raise UsageError("--mask and --outpaint both say what is drawn: give one of them.")
     for name in ("variation_seed", "blend_prompt"):

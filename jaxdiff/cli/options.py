@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from absl import flags
 
-SEEDS = 2**32
+from jaxdiff.typing import SEEDS
+
 INTRODUCTION = """# Flags
 
 The flags of `python sample.py`, which is `jaxdiff-sample` where the package is installed. Lists are written with
@@ -45,6 +46,7 @@ class Option:
     always: bool = False  # in the metadata, even if it has its default
     argument: str = ""  # what `generate` calls it, if not by its name
     without: str = ""  # the default in words, where something else decides
+    path: str = ""  # "old": of a file or folder that must exist; "any": of one that may
 
     @property
     def meaning(self) -> str:
@@ -81,20 +83,22 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
     "prompts": (
         texts("prompt", "image", "What to draw. (word:1.3), [word] and BREAK work as in the AUTOMATIC1111 web UI. Long "
               "prompts go in chunks, each of which attends to its own.", argument="prompts"),
-        text("prompts_file", "run", "A file of prompts: one a line, or .jsonl with prompt, negative_prompt, seed."),
+        text("prompts_file", "run", "A file of prompts: one a line, or .jsonl with prompt, negative_prompt, seed.",
+             path="any"),
         text("negative_prompt", "image", "What to steer away from.", argument="negative_prompts"),
         text("prompt_2", "image", "What SDXL's second text encoder reads.", argument="prompts_2", without="the prompt"),
         text("negative_prompt_2", "image", "What it reads as negative prompt.", needs="negative_prompt",
              argument="negative_prompts_2", without="the negative prompt"),
         text("style", "run", "A preset that adds words to prompt and negative prompt: watercolor, photo, … "
              "(jaxdiff/text/styles.json)."),
-        text("styles_file", "run", "A JSON file of presets in place of the package's own.", needs="style"),
+        text("styles_file", "run", "A JSON file of presets in place of the package's own.", needs="style", path="any"),
         switch("matrix", "run", "Expand {red|green} and every line of __wildcards__ in prompts, an image for each "
                "combination."),
         text("wildcards", "run", "Folder of text files. __colour__ in a prompt becomes a line of colour.txt, drawn by "
-             "each image's seed, or with --matrix every line. {red|green} is expanded in both cases."),
-        switch("emphasis", "prompts", "Read (word:1.3), [word] and BREAK in prompts as emphasis and chunks; "
-               "--noemphasis takes them as they are.", True),
+             "each image's seed, or with --matrix every line. {red|green} is expanded in both cases.", path="any"),
+        switch("emphasis", "prompts", "Read (word:1.3), [word] and BREAK in prompts as emphasis and chunks, "
+               "[cat:dog:0.5] and [cat|dog] as editing by step, and <lora:…>; --noemphasis takes them as they are.",
+               True),
         whole("clip_skip", "settings", "Text encoder layers left out at the end.", 0, 0),
         text("blend_prompt", "image", "Blend the prompt's embedding towards this prompt's; see --blend.",
              argument="blend_prompts"),
@@ -129,11 +133,11 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
     ),
     "from images": (
         text("image", "kept", "Image to start from (PNG, JPEG, WebP, GIF, BMP, TIFF), cut at its centre and resized to "
-             "height and width. An upscaling model enlarges it."),
+             "height and width. An upscaling model enlarges it.", path="old"),
         number("strength", "settings", "How much of the image is redrawn, in (0, 1]. An LCM takes all its steps at any "
                "strength.", low=0.0, high=1.0, needs="image", without="0.6; 1 with --mask or --outpaint"),
-        text("mask", "kept", "An image, white where --image is to be redrawn, by an inpainting model or any other.",
-             needs="image"),
+        text("mask", "kept", "An image, white where --image is to be redrawn, by an inpainting model or any other. "
+             "What is transparent is kept.", needs="image", path="old"),
         Option("outpaint", "kept", int, "Pixels added at left,top,right,bottom of --image, and drawn.", count=4,
                needs="image"),
         whole("noise_level", "image", "Noise put on the small image, for an upscaling model.", None, 0, without="20"),
@@ -144,8 +148,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         Option("hires_upscale", "settings", str, "What is enlarged.", "pixel", choices=("pixel", "latent"),
                needs="hires"),
         texts("controlnet", "kept", "A ControlNet, a folder or file, each with its --control_image.",
-              needs="control_image"),
-        texts("control_image", "kept", "What a ControlNet follows.", argument="control_images"),
+              needs="control_image", path="old"),
+        texts("control_image", "kept", "What a ControlNet follows.", argument="control_images", path="old"),
         Option("controlnet_scale", "kept", float, "Weight of each ControlNet.", [], many=True, needs="control_image",
                without="1"),
         switch("control_edges", "kept", "Find the edges (Canny) of each --control_image first.", needs="control_image"),
@@ -153,14 +157,16 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
     ),
     "model": (
         text("model", "kept", "A diffusers folder, a .safetensors or .ckpt checkpoint, owner/name on the hub, or the "
-             "name of a bundled model.", "icons", always=True),
+             "name of a bundled model.", "icons", always=True, path="any"),
         Option("prediction_type", "kept", str, "What the UNet predicts, where the file does not say: epsilon for SD "
                "2.x at 512 pixels.", choices=("epsilon", "v_prediction", "sample", "flow_prediction"),
                without="the model's"),
-        texts("lora", "kept", "A LoRA's file or folder; path:0.8 sets its weight."),
-        texts("embedding", "kept", "A textual-inversion file; token=path names its token."),
+        texts("lora", "kept", "A LoRA's file or folder; path:0.8 sets its weight.", path="old"),
+        text("lora_dir", "kept", "Folder of the LoRA files that prompts name: <lora:detail:0.7> is its "
+             "detail.safetensors.", path="old"),
+        texts("embedding", "kept", "A textual-inversion file; token=path names its token.", path="old"),
         text("vae", "kept", "Another autoencoder in place of the model's, which may then lack one: a folder or a file.",
-             without="the model's"),
+             without="the model's", path="old"),
         Option("dtype", "kept", str, "Type to compute in and to hold the weights in.", "float32",
                choices=("float32", "bfloat16", "float16"), always=True),
         # The batch size, and whether there is a preview, are kept because other programs may round otherwise.
@@ -169,15 +175,16 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
     ),
     "files": (
         text("from_png", "run", "Take the flags that this PNG of an earlier run holds; flags given beside it "
-             "win."),
+             "win.", path="old"),
         text("output", "run", "A .png (castle.png; several: castle-000.png …), a folder (files are named by prompt and "
-             "seed), or a pattern of {prompt}, {seed}, {index}: 'o/{prompt}-{index}.png'.", "outputs"),
+             "seed), or a pattern of {prompt}, {seed}, {index}: 'o/{prompt}-{index}.png'.", "outputs", path="any"),
+        switch("overwrite", "run", "Replace files that exist; without, a new file's name is numbered (castle-2.png)."),
         switch("grid", "run", "Also write all images on one sheet (…grid.png): one row a prompt, or one for each of "
                "the last alternatives of a --matrix; about a square with one image a prompt."),
         switch("preview", "kept", "Also write how each image came about, as a strip (…-preview.png)."),
         text("preview_vae", "kept", "A tiny autoencoder (TAESD) that draws the strip in place of the model's.",
-             needs="preview"),
-        text("cache_dir", "run", "Folder of compiled programs.", without="jaxdiff in your cache folder"),
+             needs="preview", path="old"),
+        text("cache_dir", "run", "Folder of compiled programs.", without="jaxdiff in your cache folder", path="any"),
         switch("verbose", "run", "Show the traceback of an error."),
     ),
 }  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from jaxdiff.cli.errors import Failure, UsageError
+from jaxdiff.cli.flags import LONGEST_NAME
 
 NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -59,12 +60,20 @@ class Files(NamedTuple):
     animation: Path
 
 
+def preview_path(image: Path) -> Path:
+    """Where the strip goes that shows how an image came about."""
+    return image.with_name(f"{image.stem}-preview.png")
+
+
 def output_files(f: flags.FlagValues, requests: list[dict[str, Any]]) -> Files:
     """Where the files go that the flags ask for. Raises UsageError where two of them have one name."""
     paths, sheet = output_paths(f.output, requests)
-    previews = [path.with_name(f"{path.stem}-preview.png") for path in paths]
+    previews = [preview_path(path) for path in paths]
     files = Files(paths, previews, sheet, sheet.with_name(f"{sheet.stem.removesuffix('grid')}animation.gif"))
     written = [*paths, *(previews if f.preview else ()), *([sheet] if f.grid else ())]
+    for path in written:
+        if len(os.fsencode(path.name)) > LONGEST_NAME:
+            raise UsageError(f"--output {f.output:.40} gives a file the name {path.name:.40}…, too long: shorten it.")
     # Some file systems take names for one that differ in capitals alone.
     counts = collections.Counter(str(path).casefold() for path in written)
     for path in written:

@@ -7,11 +7,13 @@ from typing import Any
 from absl import flags
 
 from jaxdiff.cli.errors import UsageError
-from jaxdiff.cli.options import OPTIONS, SEEDS, Option, is_given
+from jaxdiff.cli.options import OPTIONS, Option, is_given
 from jaxdiff.text.prompt_files import PromptError, PromptLine, read_prompts
 from jaxdiff.text.styles import apply_style
 from jaxdiff.text.wildcards import expand
+from jaxdiff.typing import SEEDS
 
+MAX_IMAGES = 10**6  # of a run
 ImageRequest = dict[str, Any]  # the flags that draw one image, by name
 
 
@@ -22,7 +24,13 @@ def prompt_lines(f: flags.FlagValues) -> list[PromptLine]:
     """
     try:
         found: list[PromptLine] = []
-        for line in [PromptLine(p) for p in f.prompt] + (read_prompts(f.prompts_file) if f.prompts_file else []):
+        lines = [PromptLine(p) for p in f.prompt] + file_lines(f)
+        if len(lines) * f.num_images * (f.interpolate or 1) > MAX_IMAGES:
+            flag = "interpolate" if f.interpolate else "num_images"
+            raise UsageError(
+                f"--{flag} {f[flag].value} makes more than {MAX_IMAGES} images: draw them in several runs."
+            )
+        for line in lines:
             negative = f.negative_prompt if line.negative_prompt is None else line.negative_prompt
             for (i, prompt), k in itertools.product(enumerate(alternatives(f, line.prompt)), range(f.num_images)):
                 seed = (f.seed + len(found) if line.seed is None else line.seed + k) % SEEDS
@@ -34,6 +42,14 @@ def prompt_lines(f: flags.FlagValues) -> list[PromptLine]:
         return [PromptLine(*texts, line.seed) for texts, line in zip(styled, found, strict=True)]
     except PromptError as e:
         raise UsageError(str(e)) from None
+
+
+def file_lines(f: flags.FlagValues) -> list[PromptLine]:
+    """The lines of --prompts_file, if it is given."""
+    try:
+        return read_prompts(f.prompts_file) if f.prompts_file else []
+    except PromptError as e:
+        raise UsageError(f"--prompts_file: {e}") from None
 
 
 def alternatives(f: flags.FlagValues, prompt: str, seed: int = 0) -> list[str]:
@@ -105,6 +121,6 @@ def batch_arguments(batch: list[ImageRequest]) -> dict[str, Any]:
     return found
 
 
-def batch_size(total: int, devices: int) -> int:
-    """Batches of equal size, of at most 4 images a device."""
-    return math.ceil(total / math.ceil(total / (4 * devices)))
+def batch_size(total: int, devices: int, most: int = 4) -> int:
+    """Batches of equal size, of at most so many images a device."""
+    return math.ceil(total / math.ceil(total / (most * devices)))

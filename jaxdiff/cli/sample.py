@@ -14,9 +14,10 @@ for any other failure.
 import dataclasses
 import functools
 import logging
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,21 @@ from absl import flags
 
 import jaxdiff
 from jaxdiff.cli import errors
+from jaxdiff.cli.adapters import (
+    Adapters,
+    Weighted,
+    merge_named,
+    named_loras,
+    naming,
+    read_adapters,
+    read_named,
+    runs,
+    without_tags,
+)
 from jaxdiff.cli.errors import Failure, UsageError
-from jaxdiff.cli.flags import check_model, flag_errors, parse, weighted
+from jaxdiff.cli.flags import check_files, check_model, flag_errors, named, parse, weighted
 from jaxdiff.cli.options import OPTIONS
-from jaxdiff.cli.outputs import check_folder, make_folder, output_files
+from jaxdiff.cli.outputs import check_folder, make_folder, output_files, preview_path
 from jaxdiff.cli.requests import (
     ImageRequest,
     batch_arguments,
@@ -39,19 +51,27 @@ from jaxdiff.cli.requests import (
     prompt_lines,
     sheet_columns,
 )
+from jaxdiff.config import ControlNetConfig
+from jaxdiff.data.images import MAX_PIXELS
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.io import cache, diffusers_folder, images, model_paths
-from jaxdiff.io.controlnet import check_controlnet, load_controlnet
+from jaxdiff.io.configs import read_config
+from jaxdiff.io.controlnet import check_controlnet
 from jaxdiff.io.edges import canny
-from jaxdiff.io.lora import load_bundled
-from jaxdiff.io.vae import check_tiny_vae, check_vae, load_tiny_vae
+from jaxdiff.io.lora import brings_words, load_bundled, merge_lora
+from jaxdiff.io.vae import check_tiny_vae, check_vae
+from jaxdiff.models.controlnet import ControlNet
+from jaxdiff.parallel import device_memory
+from jaxdiff.sampling.checks import check_memory, least_memory
 from jaxdiff.sampling.generate import draw
 from jaxdiff.sampling.resolve import Request, Settings, resolve_images, resolve_settings
 
 FRAMES = 8  # of a --preview
 FRAME_SECONDS = 0.1  # of an --interpolate animation
 
-Reader = Callable[[str], np.ndarray]  # a file as an image uint8 [H, W, 3]
+BLACK = (0, 0, 0)
+
+Reader = Callable[..., np.ndarray]  # a file, and what its transparency is laid over, to an image uint8 [H, W, 3]
 
 
 def resolve(f: flags.FlagValues, model: jaxdiff.Model, count: int, read: Reader) -> Settings:
@@ -59,6 +79,8 @@ def resolve(f: flags.FlagValues, model: jaxdiff.Model, count: int, read: Reader)
     check_model(f, model)
     arguments: dict[str, Any] = {name: f[name].value for name, option in OPTIONS.items() if option.part == "settings"}
     arguments |= {"image": f.image, "mask": f.mask or f.outpaint, "guidance_scale": f.guidance_scale}
+    if f.outpaint or model.family == "upscaler":
+        check_files(f)
     if f.outpaint:
         arguments |= outpainted_size(f, model, read(f.image).shape)
     elif f.image and model.family == "upscaler":  # its size is that of the image, enlarged
@@ -70,7 +92,12 @@ def resolve(f: flags.FlagValues, model: jaxdiff.Model, count: int, read: Reader)
         raise UsageError(str(e)) from None
     for name in ("scheduler", "guidance_scale", "strength", "height", "width"):
         f[name].value = getattr(settings, name)
-    f["batch_size"].value = f.batch_size or batch_size(count, jax.local_device_count())
+    devices, size = jax.local_device_count(), (settings.height, settings.width, settings.tile)
+    if f.batch_size is None:
+        most = int(min(4, max(1, device_memory() / least_memory(model, *size))))
+        f["batch_size"].value = batch_size(count, devices, most)
+    with flag_errors():
+        check_memory(model, *size, count=math.ceil(f.batch_size / devices))
     return settings
 
 
@@ -78,28 +105,38 @@ def outpainted_size(f: flags.FlagValues, model: jaxdiff.Model, shape: tuple[int,
     """Height and width as the flags say, or of the extended image [H, W, 3], rounded down to the VAE's factor."""
     left, top, right, bottom = f.outpaint
     factor = model.vae.config.factor
-    height, width = ((side // factor) * factor for side in (shape[0] + top + bottom, shape[1] + left + right))
+    sides = shape[0] + top + bottom, shape[1] + left + right
+    if sides[0] * sides[1] > MAX_PIXELS:
+        size = f"{sides[1]} x {sides[0]}"
+        raise UsageError(f"--outpaint makes {size} pixels, more than the {MAX_PIXELS} of an image: add fewer.")
+    height, width = ((side // factor) * factor for side in sides)
     return {"height": f.height or height, "width": f.width or width}
 
 
-def load(f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None) -> tuple[jaxdiff.Model, Any]:
-    """The model (`opened` already, or to be) with all that is laid onto it, and its parameters wherever is drawn."""
+def load(
+    f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None, laid: Adapters, lora_files: Sequence[str | Path]
+) -> tuple[jaxdiff.Model, Any]:
+    """The model (`opened` already, or to be) with all that flags lay onto it, and its parameters.
+
+    Args:
+        lora_files: of all LoRAs, those that prompts name too; embeddings in them come along.
+    """
     params: Any
     model, params = opened or jaxdiff.load(f.model, dtype=f.dtype, prediction_type=f.prediction_type, vae=f.vae)
-    for given in f.embedding:
-        model, params = jaxdiff.load_textual_inversion(model, params, *named(given))
-    if f.lora:
-        files = [weighted(given) for given in f.lora]
-        for path, _ in files:
-            model, params = load_bundled(model, params, path)
-        params = jaxdiff.load_lora(model, params, [path for path, _ in files], [scale for _, scale in files])
-    if f.controlnet:
-        nets = [load_controlnet(path, dtype=f.dtype, like=model.unet.config) for path in f.controlnet]
-        model, params = jaxdiff.with_controlnets(model, params, *nets)
-    if f.preview_vae:
-        tiny, tree = load_tiny_vae(f.preview_vae, dtype=f.dtype)
+    with naming("--embedding"):
+        for given in f.embedding:
+            model, params = jaxdiff.load_textual_inversion(model, params, *named(given))
+    with naming("--lora"):
+        for file in lora_files:
+            model, params = load_bundled(model, params, file)
+        if laid.loras:
+            params = merge_lora(params, [lora for lora, _ in laid.loras], [scale for _, scale in laid.loras])
+    if laid.controlnets:
+        model, params = jaxdiff.with_controlnets(model, params, *laid.controlnets)
+    if laid.tiny_vae:
+        tiny, tree = laid.tiny_vae
         model, params = dataclasses.replace(model, tiny_vae=tiny), params | {"tiny_vae": tree}
-    return model, jaxdiff.replicate(params, jax.local_devices()[: f.batch_size])
+    return model, params
 
 
 def check_networks(f: flags.FlagValues) -> None:
@@ -122,10 +159,14 @@ def check_networks(f: flags.FlagValues) -> None:
                 raise UsageError(f"--{name} {e}") from None
 
 
-def named(given: str) -> tuple[str, str | None]:
-    """token=path as a path and a token; None where there is none. A path may have an = too."""
-    token, equals, path = given.partition("=")
-    return (path, token) if equals and "/" not in token and not Path(given).exists() else (given, None)
+def with_controlnets(model: jaxdiff.Model, path: Path, laid: Adapters) -> jaxdiff.Model:
+    """The model with the ControlNets that it will have: those of flags, else its folder's own."""
+    nets = [net for net, _ in laid.controlnets]
+    if not nets and path.is_dir():
+        for name in diffusers_folder.controlnets(path):
+            config: Any = read_config(path / name / "config.json", ControlNetConfig)
+            nets.append(ControlNet(config))
+    return dataclasses.replace(model, controlnets=tuple(nets))
 
 
 def given_images(f: flags.FlagValues, model: jaxdiff.Model, read: Reader) -> dict[str, Any]:
@@ -138,11 +179,13 @@ def given_images(f: flags.FlagValues, model: jaxdiff.Model, read: Reader) -> dic
         shrink = model.vae.config.factor if model.family == "upscaler" else 1
         found["image"] = fitted("--image", f.image, f.height // shrink, f.width // shrink, read)
     if f.mask:
-        sizes = [read(path).shape[:2] for path in (f.image, f.mask)]
+        # What is transparent is black, so that it is kept.
+        mask = read(f.mask, BLACK)
+        sizes = [x.shape[:2] for x in (read(f.image), mask)]
         if sizes[0] != sizes[1]:
             shown = " and ".join(f"{width} x {height}" for height, width in sizes)
             raise Failure(f"--image and --mask are {shown}: make the mask as large as the image.")
-        found["mask"] = fitted("--mask", f.mask, f.height, f.width, read).mean(-1) >= 127.5
+        found["mask"] = fitted("--mask", f.mask, f.height, f.width, lambda path: mask).mean(-1) >= 127.5
     if f.control_image:
         given = [fitted("--control_image", path, f.height, f.width, read) for path in f.control_image]
         found["control_images"] = [canny(x) for x in given] if f.control_edges else given
@@ -160,12 +203,17 @@ def fitted(flag: str, path: str, height: int, width: int, read: Reader) -> np.nd
 
 
 def batches(
-    model: jaxdiff.Model, settings: Settings, requests: list[ImageRequest], size: int, given: dict[str, Any]
+    model: jaxdiff.Model,
+    settings: Settings,
+    requests: list[ImageRequest],
+    given: dict[str, Any],
+    slices: Sequence[tuple[int, int]],
+    size: int,
 ) -> list[Request]:
-    """What each batch is drawn from. The last one is filled up. Warns of prompts that are cut; raises UsageError."""
+    """What each batch is drawn from, filled up to a size. Warns of prompts that are cut; raises UsageError."""
     found = []
-    for i in range(0, len(requests), size):
-        batch = requests[i : i + size]
+    for start, end in slices:
+        batch = requests[start:end]
         filled = batch + batch[-1:] * (size - len(batch))
         with flag_errors():
             found.append(resolve_images(model, settings, **batch_arguments(filled), **given))
@@ -194,13 +242,17 @@ def with_progress(batches: Iterator[list[tuple]], total: int) -> Iterator[tuple]
             yield from batch
 
 
-def drawn(model: jaxdiff.Model, params: Any, requests: list[Request], total: int) -> Iterator[list[tuple]]:
-    """Batch by batch: [(image [H, W, 3], frames [F, H, W, 3] or None), …], `total` in all."""
-    for request in requests:
-        size = min(total, len(request.prompts))
-        total -= size
-        found, frames = draw(model, params, request)
-        yield list(zip(found, [None] * len(found) if frames is None else frames, strict=True))[:size]
+def drawn(
+    model: jaxdiff.Model, params_of: Callable[[int], Any], requests: list[Request], slices: Sequence[tuple[int, int]]
+) -> Iterator[list[tuple]]:
+    """Batch by batch: [(image [H, W, 3], frames [F, H, W, 3] or None), …], without what fills batches up.
+
+    Args:
+        params_of: the parameters that an image is drawn with, by its number.
+    """
+    for request, (start, end) in zip(requests, slices, strict=True):
+        found, frames = draw(model, params_of(start), request)
+        yield list(zip(found, [None] * len(found) if frames is None else frames, strict=True))[: end - start]
 
 
 def run(f: flags.FlagValues) -> None:
@@ -220,30 +272,63 @@ def run(f: flags.FlagValues) -> None:
     requests = image_requests(f, lines)
     files = output_files(f, requests)
     check_folder(files.images[0].parent)
+    check_files(f)
     given = given_images(f, model, read)
+    laid, chosen = read_adapters(f, model), named_loras(f, requests)
+    loras, slices = read_named(model, chosen), list(runs(chosen, f.batch_size))
+    wanted = [without_tags(f, request) for request in requests]
+    plan = functools.partial(batches, settings=settings, requests=wanted, given=given, slices=slices, size=f.batch_size)
+    lora_files: list[str | Path] = [*(weighted(given)[0] for given in f.lora), *loras]
+    new_words = f.embedding or any(map(brings_words, lora_files))  # with tokens of their own
+    parts = None if new_words else plan(with_controlnets(model, path, laid))
     cache.cache_compilations(f.cache_dir)
-    model, params = load(f, opened)
-    parts = batches(model, settings, requests, f.batch_size, given)
+    model, params = load(f, opened, laid, lora_files)
+    del opened, laid
+    parts = parts or plan(model)
+    devices = jax.local_devices()[: f.batch_size]
+    if len(set(chosen)) == 1:  # nothing is kept that no image needs
+        params, chosen = merge_named(params, loras, chosen[0]), [()] * len(chosen)
+    params = jaxdiff.replicate(params, devices)
+
+    merged: dict[Weighted, Any] = {}  # the latest alone
+
+    def params_with(named: Weighted) -> Any:
+        if named not in merged:
+            merged.clear()
+            merged[named] = merge_named(params, loras, named)
+        return merged[named]
+
     for folder in {p.parent for p in files.images}:
         make_folder(folder)
 
-    def write(path: Path, image: np.ndarray, metadata: Any) -> None:
-        images.write_png(path, image, metadata)
-        print(path, flush=True)
+    numbered: list[Path] = []  # files whose names were taken
+
+    def said(wanted: Path, written: Path) -> Path:
+        print(written, flush=True)
+        if written != wanted and not numbered:
+            logging.warning(
+                "%s exists, so this run's is %s, and others likewise; --overwrite replaces.", wanted, written
+            )
+            numbered.append(written)
+        return written
+
+    def write(path: Path, image: np.ndarray, metadata: Any) -> Path:
+        return said(path, images.write_png(path, image, metadata, overwrite=f.overwrite))
 
     shown: list[np.ndarray] = []
-    finished = with_progress(drawn(model, params, parts, len(requests)), len(requests))
+    images_drawn = drawn(model, lambda i: params_with(chosen[i]), parts, slices)
+    finished = with_progress(images_drawn, len(requests))
     for i, (metadata, (image, frames)) in enumerate(zip(requests, finished, strict=True)):
-        write(files.images[i], image, metadata)
+        path = write(files.images[i], image, metadata)
         if f.preview:
-            write(files.previews[i], images.strip(frames), metadata)
+            write(preview_path(path), images.strip(frames), metadata)
         if f.grid or f.interpolate:
             shown.append(image)
     if f.grid:
         write(files.sheet, images.grid(shown, sheet_columns(f, len(shown))), requests)
     if f.interpolate:
-        images.write_gif(files.animation, shown, FRAME_SECONDS)
-        print(files.animation, flush=True)
+        written = images.write_gif(files.animation, shown, FRAME_SECONDS, overwrite=f.overwrite)
+        said(files.animation, written)
 
 
 def main(argv: list[str] | None = None) -> int:

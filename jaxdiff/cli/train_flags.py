@@ -1,18 +1,25 @@
 """The flags of train.py."""
 
+import functools
 import re
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 import jaxdiff
 from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.flags import at_home, check_path
 from jaxdiff.training.checks import check_settings
 from jaxdiff.training.defaults import current_name
 from jaxdiff.training.options import OptionsError
 
 PACKAGE = Path(jaxdiff.__file__).parent
+PATHS = (
+    *("data.path", "prior_preservation.path", "controlnet.init_from", "latents.path"),
+    *(f"init_from.{part}" for part in ("model", "text_encoder", "vision_encoder", "vae", "unet")),
+)
 CONFIG_FOLDERS = (Path("configs"), PACKAGE / "configs", PACKAGE.parent / "configs")  # the last, of a checkout
 
 
@@ -51,6 +58,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
     try:
         rest = f(argv)[1:]
+        f["workdir"].value = f.workdir and at_home(f.workdir)
         _ = f.config is not None and f.config.stage  # raises where the file could not be read
     except (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as e:
         raise UsageError(config_error(e)) from None
@@ -64,6 +72,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         return f
     if f.config is None:
         raise UsageError("--config is missing: name the experiment, such as --config=lora.")
+    if f.workdir:
+        check_path("--workdir", f.workdir)
     if not f.workdir and not f.plan:
         raise UsageError("--workdir is missing: name a folder for the run, such as --workdir=runs/vae.")
     among = f.num_processes, f.process_id
@@ -71,10 +81,19 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UsageError("--coordinator_address needs --num_processes and a --process_id from 0 to one less.")
     if among != (None, None) and not f.coordinator_address:
         raise UsageError("--num_processes and --process_id need --coordinator_address=host:port.")
+    expand_home(f.config)
     check_settings(f.config)
     if not f.config.data.path and not f.plan:
         raise OptionsError("data.path is missing: name a captioned folder, --config.data.path=images/.")
     return f
+
+
+def expand_home(config: Any) -> None:
+    """Put the home folder for ~ into the settings that are paths."""
+    for name in PATHS:
+        *parents, last = name.split(".")
+        section = functools.reduce(getattr, parents, config)
+        section[last] = at_home(section[last])
 
 
 def find_config(name: str) -> str:
@@ -101,11 +120,11 @@ def find_config(name: str) -> str:
 def as_known(previous: str, argument: str) -> str:
     """An argument with the config's file found, settings under today's names, and --plan with a value."""
     if previous in ("-config", "--config"):
-        return find_config(argument)
+        return find_config(at_home(argument))
     if argument.lstrip("-") == "plan":
         return f"{argument}=full"
     if match := re.fullmatch(r"(--?config=)(.+)", argument):
-        return match[1] + find_config(match[2])
+        return match[1] + find_config(at_home(match[2]))
     if match := re.fullmatch(r"(--?config\.)(\w+)(.*)", argument, re.DOTALL):
         return match[1] + current_name(match[2]) + match[3]
     return argument

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -33,12 +34,33 @@ def open_image(file: str | Path | bytes, min_side: int | None = None) -> Image.I
             raise ImageError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
         if min_side:
             image.draft(None, (2 * min_side, 2 * min_side))
+        clear = transparent_value(image)
+        if clear is not None:
+            image.info["transparency"] = clear
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F":
             return Image.fromarray(to_uint8(np.asarray(image))).convert("RGB")
         if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255 instead of scaling
-            return Image.fromarray(to_uint8(np.clip(np.asarray(image) / 65535, 0, 1))).convert("RGB")
+            values = np.asarray(image)
+            grey = Image.fromarray(to_uint8(np.clip(values / 65535, 0, 1))).convert("RGB")
+            if clear is not None:
+                grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+            return grey
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def transparent_value(image: Image.Image) -> Any:
+    """The grey or color of a PNG that is transparent (tRNS), as the pixels have it; None where there is none.
+
+    Pillow gives it in the file's own bits, but the pixels of 2 and 4 bits a grey, and of 16 a color, in 8.
+    """
+    tiles = getattr(image, "tile", None)
+    clear, kind = image.info.get("transparency"), tiles[0][3] if tiles else None
+    if isinstance(clear, int) and kind in ("L;2", "L;4"):
+        return clear * (85 if kind == "L;2" else 17)
+    if isinstance(clear, tuple) and kind == "RGB;16B":
+        return tuple(value >> 8 for value in clear)
+    return clear
 
 
 def on_background(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:

@@ -5,9 +5,9 @@ import math
 from absl import flags
 
 from jaxdiff.cli.errors import UsageError
-from jaxdiff.cli.flags import read
-from jaxdiff.cli.options import SEEDS
+from jaxdiff.cli.flags import at_home, check_path, read
 from jaxdiff.evaluation.measures import LEAST
+from jaxdiff.typing import SEEDS
 
 DRAWING = (
     "dtype", "num_images", "seed", "steps", "guidance_scale", "scheduler", "spacing", "height", "width",
@@ -16,6 +16,8 @@ DRAWING = (
 OF_DATA = (
     "split", "held_out_split", "real_split", "group", "image_column", "text_column", "features", "pairs", "most_real",
 )  # fmt: skip
+
+PATHS = ("model", "prompts", "images", "encoder", "data", "features", "output", "cache_dir")
 
 
 def without_drawing(f: flags.FlagValues) -> tuple[str, ...]:
@@ -97,6 +99,11 @@ def parse(argv: list[str]) -> flags.FlagValues:
     f = read(define(), argv, "--help shows all flags")
     if f.help:
         return f
+    for name in PATHS:
+        path: str | None = f[name].value
+        if path is not None:
+            check_path(f"--{name}", path)
+            f[name].value = at_home(path)
     if f.guidance_scale is not None and not math.isfinite(f.guidance_scale):
         raise UsageError(f"--guidance_scale {f.guidance_scale} must be finite.")
     if f.images is None and f.prompts is None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxdiff
-from jaxdiff.cli.options import SEEDS
 from jaxdiff.config import ConfigError
 from jaxdiff.data.folder import METADATA, examples, image_files
 from jaxdiff.data.source import Record
@@ -19,8 +18,10 @@ from jaxdiff.files import write_text
 from jaxdiff.io.images import read_metadata, write_png
 from jaxdiff.models.model import Model
 from jaxdiff.text.emphasis import parse_emphasis
+from jaxdiff.text.other_programs import only_words
 from jaxdiff.text.prompt_files import PromptLine
-from jaxdiff.typing import Params
+from jaxdiff.text.schedule import END, parse_schedule, text_at
+from jaxdiff.typing import SEEDS, Params
 
 
 class Wanted(NamedTuple):
@@ -66,12 +67,13 @@ def wanted(lines: Sequence[PromptLine], num_images: int, seed: int, negative_pro
 
 
 def plain(prompt: str) -> str:
-    """A prompt as a caption, without the brackets of emphasis.
+    """A prompt as a caption: what it is edited to in the end, without the brackets of emphasis.
 
-    >>> plain("a (red:1.3) castle")
+    >>> plain("a (red:1.3) [house:castle:0.5]")
     'a red castle'
     """
-    return " ".join(" ".join(p.text or " " for p in parse_emphasis(prompt)).split())
+    words = text_at(parse_schedule(only_words(prompt)), 0, 1, stage=END)
+    return " ".join(" ".join(p.text or " " for p in parse_emphasis(words)).split())
 
 
 def draw(

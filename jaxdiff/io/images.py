@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from jaxdiff.data.images import FORMATS, WHITE, on_background, open_image, to_uint8
 from jaxdiff.errors import ImageError
-from jaxdiff.files import atomic_write
+from jaxdiff.files import atomic_write, write_new
 
 CHUNK = "jaxdiff"  # name of the PNG text chunk that holds the metadata as JSON
 
@@ -123,14 +123,22 @@ def describe(flags: Mapping[str, Any]) -> str:
 
 
 def write_png(
-    path: str | Path, image: np.ndarray, metadata: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
-) -> None:
+    path: str | Path,
+    image: np.ndarray,
+    metadata: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    *,
+    overwrite: bool = True,
+) -> Path:
     """Write one image, whole or not at all: under a temporary name first, then renamed.
 
     Args:
         image: [H, W, 3], uint8 or float in [0, 1].
         metadata: flags by name that draw this image again (of a sheet: those of each image). Kept as JSON in a
             text chunk "jaxdiff", for `read_metadata`, and for people in a chunk "parameters".
+        overwrite: whether an earlier file is replaced; else it stays, and this one's name is numbered.
+
+    Returns:
+        The file's name.
 
     Raises:
         ImageError: the file cannot be written.
@@ -142,24 +150,30 @@ def write_png(
         readable = "\n\n".join(describe(flags) for flags in each)
         # Lone surrogates (undecodable bytes of a command line) fit no PNG text.
         text.add_text("parameters", readable.encode("utf-8", "replace").decode())
-    _write(path, lambda file: Image.fromarray(to_uint8(image)).save(file, format="png", pnginfo=text))
+    return _write(path, lambda file: Image.fromarray(to_uint8(image)).save(file, format="png", pnginfo=text), overwrite)
 
 
-def write_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float) -> None:
+def write_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float, *, overwrite: bool = True) -> Path:
     """Write images [H, W, 3], uint8 or float in [0, 1], as an endless animation; `seconds` is the time of a frame.
 
-    Whole or not at all; raises ImageError if the file cannot be written.
+    Whole or not at all; `overwrite` and what is returned as of `write_png`. Raises ImageError if the file cannot be
+    written.
     """
     first, *rest = (Image.fromarray(to_uint8(frame)) for frame in frames)
     options = {"append_images": rest, "duration": round(1000 * seconds), "loop": 0}
-    _write(Path(path), lambda file: first.save(file, format="gif", save_all=True, **options))
+    return _write(Path(path), lambda file: first.save(file, format="gif", save_all=True, **options), overwrite)
 
 
-def _write(path: Path, save: Callable[[Path], None]) -> None:
-    """Let `save` write a temporary file, then give it the name."""
+def _write(path: Path, save: Callable[[Path], None], overwrite: bool) -> Path:
+    """Let `save` write a temporary file, then give it the name, or a numbered one; returns it."""
     try:
-        with atomic_write(path) as temporary:
+        if overwrite:
+            with atomic_write(path) as temporary:
+                save(temporary)
+            return path
+        with write_new(path) as (temporary, taken):
             save(temporary)
+        return taken[0]
     except OSError as e:
         raise ImageError(f"{path} cannot be written ({e.strerror or e}): free it or choose another place.") from None
 

@@ -139,6 +139,11 @@ def bundled_words(model: Model, path: str | Path) -> list[str]:
     return [word for word in words if not textual_inversion.knows(model, word)]
 
 
+def brings_words(path: str | Path) -> bool:
+    """Whether an embedding lies in a LoRA's file."""
+    return any(textual_inversion.bundled(open_tensors(file)) for file in adapter_files(path))
+
+
 def load_bundled(model: Model, params: Params, path: str | Path) -> tuple[Model, Params]:
     """A model that knows the words whose embeddings lie in a LoRA's file: see `textual_inversion.load_bundled`."""
     for file in adapter_files(path):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxdiff import parallel
+from jaxdiff.config import TinyVAEConfig
 from jaxdiff.errors import ArgumentError
 from jaxdiff.models.controlnet import check_fits
 from jaxdiff.models.model import Model
@@ -25,6 +26,39 @@ def as_whole(name: str, value: int, low: int, high: int | None = None) -> int:
         allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ArgumentError(name, f"{value} must be a whole number {allowed}.")
     return number
+
+
+def least_memory(model: Model, height: int, width: int, tile: int | None) -> float:
+    """Bytes of memory that an image takes at the least while it is drawn.
+
+    They are those of the image, and of the largest features that the UNet, or the autoencoder without tiles, holds.
+    """
+    vae, unet, own = model.vae, model.unet, model.vae.config
+    widest = min(own.decoder_block_out_channels if isinstance(own, TinyVAEConfig) else own.block_out_channels)
+    features = widest * np.dtype(vae.dtype).itemsize if tile is None else 0
+    of_latents = unet.config.block_out_channels[0] * np.dtype(unet.dtype).itemsize / own.factor**2
+    return height * width * (max(features, of_latents) + 15)  # 3 bytes, of 3 floats
+
+
+def check_memory(model: Model, height: int, width: int, tile: int | None, count: int = 1) -> None:
+    """Raise ArgumentError where so many images at once cannot fit into a device's memory."""
+    needed = count * least_memory(model, height, width, tile)
+    if needed < 2**30 or needed <= (there := parallel.device_memory()):
+        return
+    gigabytes = f"take at least {needed / 2**30:,.1f} GiB of memory, and a device has {there / 2**30:,.1f}"
+    if count == 1:
+        raise ArgumentError("height", f"{height} and width {width} {gigabytes}: draw a smaller image.")
+    raise ArgumentError("batch_size", f"is too large: {count} images a device {gigabytes}.")
+
+
+def check_clip_skip(model: Model, clip_skip: int) -> int:
+    """A number of layers that every text encoder has to leave out."""
+    sdxl = model.text_encoder_2 is not None
+    encoders = [encoder for encoder in (model.text_encoder, model.text_encoder_2) if encoder is not None]
+    most = min(encoder.config.num_hidden_layers for encoder in encoders) - sdxl
+    if as_whole("clip_skip", clip_skip, 0) > most:
+        raise ArgumentError("clip_skip", f"{clip_skip} must be 0 to {most}: the text encoder has no more layers.")
+    return clip_skip
 
 
 def as_prompts(prompts: str | Sequence[str]) -> list[str]:

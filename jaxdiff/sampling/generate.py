@@ -19,6 +19,7 @@ from jaxdiff.sampling.denoiser import denoiser
 from jaxdiff.sampling.inputs import (
     CallInputs,
     ImageInputs,
+    by_step,
     codec,
     conditions,
     extra_channels,
@@ -64,12 +65,11 @@ def sampler(
             inputs: ImageInputs, keys: Key, start: Array | None, lowres: Array | None = None
         ) -> Callable[..., Any]:
             """`sample` of these inputs, from noise or from the latents of a smaller image."""
-            denoise = denoiser(
+            denoise_with = functools.partial(
+                denoiser,
                 model,
                 params,
-                cond,
-                uncond,
-                inputs.guidance_scale,
+                guidance_scale=inputs.guidance_scale,
                 guidance_rescale=inputs.guidance_rescale,
                 guidance_interval=call.guidance_interval,
                 extra_channels=extra_channels(model, vae, inputs),
@@ -78,7 +78,10 @@ def sampler(
                 controlnet_scale=inputs.controlnet_scale,
             )
             x, steps = starting_point(model, vae, call, inputs, start, lowres, method)
-            return functools.partial(sample, denoise, x, call.times, steps, keys, start=start)
+            if inputs.picks is not None:
+                picks = inputs.picks[:, 0 if lowres is None else 1]
+                steps = by_step(steps, picks, start, (cond, uncond), denoise_with)
+            return functools.partial(sample, denoise_with(cond, uncond), x, call.times, steps, keys, start=start)
 
         keys, lowres = inputs.keys, None
         if inputs.lowres_noise is not None:
@@ -202,13 +205,13 @@ def generate(
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Draw one image a prompt: from text alone, or from an image redrawn, inpainted, enlarged or followed.
 
-    Compiled once for each batch size, image size, type, scheduler, number of steps, chunks of the longest prompt, and
-    set of arguments given; prompts, seeds, noise, images, scales, interval, spacing, strength and noise level are
-    traced.
+    Compiled once for each batch size, image size, type, scheduler, number of steps, chunks of the longest prompt, texts
+    that a prompt is edited to, and set of arguments given; prompts, seeds, noise, images, scales, interval, spacing,
+    strength and noise level are traced.
 
     Args:
-        prompts: B prompts; brackets give emphasis, and long ones go in chunks (jaxdiff/text/). Each attends to its
-            own chunks only, whatever the length of the others.
+        prompts: B prompts; brackets give emphasis or edit, and long ones go in chunks (jaxdiff/text/). Each attends to
+            its own chunks only, whatever the length of the others.
         negative_prompts: what to steer away from: none, one for all, or one a prompt.
         prompts_2, negative_prompts_2: what the second text encoder of SDXL reads instead, at both ends of a blend;
             None: the same.
@@ -225,7 +228,8 @@ def generate(
         guidance_rescale: in [0, 1], how much of the contrast that guidance adds is taken back (Lin et al. 2023).
         guidance_interval: (low, high) of sigma / alpha, the noise levels with guidance (Kynkäänniemi et al. 2024).
         clip_skip: how many of the text encoder's layers are left out at its end, beyond those always left out.
-        emphasis: whether brackets and BREAK in prompts mean something.
+        emphasis: whether brackets, tags and BREAK in prompts mean something: emphasis, and editing by step, such as
+            [cat:dog:0.5] and [cat|dog] (jaxdiff/text/schedule.py).
         scheduler: a name of `SCHEDULERS`, or a `Scheduler` of your own, which takes the time grid of "euler"; None
             takes what the model's scheduler_config.json says.
         spacing: of the time grid, see `time_grid`; None takes what the config says. "ays" is SDXL's own table for it.

@@ -15,7 +15,7 @@ from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.model import Model, decode, encode, encode_text
 from jaxdiff.models.tiling import decode_tiled, encode_tiled
 from jaxdiff.text.chunks import Tokens
-from jaxdiff.typing import Array, Key, Params
+from jaxdiff.typing import Array, Denoise, Key, Params
 
 UPSCALER_NOISE = 2**31  # folded into an image's key for the upscaler's noise; steps take small numbers
 
@@ -49,6 +49,9 @@ class ImageInputs(NamedTuple):
     blend_tokens: Tokens | None = None
     blend_negative: Tokens | None = None
     lowres_noise: Array | None = None  # [B, h', w', C]: of a smaller image, drawn first and then enlarged
+    # int32 [B, stages, N]: which of T texts each step of each stage attends to. None: all have one. Else all tokens are
+    # [B, T, …], and their conditioning [B, T, …].
+    picks: Array | None = None
 
 
 class Codec(NamedTuple):
@@ -80,18 +83,50 @@ def conditions(
 ) -> tuple[Conditioning, Conditioning | None]:
     """What the UNet is told of the prompts and of the negative ones (None: without guidance)."""
 
+    def encode_each(tokens: Tokens) -> Conditioning:
+        if inputs.picks is None:
+            return encode_text(model, params, tokens, clip_skip=clip_skip)
+        shape = tokens.ids.shape[:2]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tokens)
+        cond = encode_text(model, params, flat, clip_skip=clip_skip)
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), cond)
+
     def encoded(tokens: Tokens | None, other: Tokens | None) -> Conditioning | None:
         if tokens is None:
             return None
-        cond = encode_text(model, params, tokens, clip_skip=clip_skip)
+        cond = encode_each(tokens)
         if other is None:
             return cond
-        towards = encode_text(model, params, other, clip_skip=clip_skip)
+        towards = encode_each(other)
         return jax.tree.map(lambda a, b: a + expand(inputs.blend, a) * (b - a), cond, towards)
 
     cond = encoded(inputs.tokens, inputs.blend_tokens)
     assert cond is not None
     return cond, encoded(inputs.negative, inputs.blend_negative)
+
+
+def by_step(
+    scheduler: Scheduler,
+    picks: Array,
+    start: Array | None,
+    conds: tuple[Conditioning, Conditioning | None],
+    denoise_with: Callable[[Conditioning, Conditioning | None], Denoise],
+) -> Scheduler:
+    """The same scheduler, each of whose steps attends to its own text.
+
+    Args:
+        picks: int32 [B, N], which of T texts each step attends to, from the first one taken.
+        start: the first step taken.
+        conds: of all texts, [B, T, …].
+        denoise_with: a denoiser of conditions [B, …].
+    """
+
+    def step(_: Denoise, state: Any, times: Time, i: Array, keys: Key) -> Any:
+        now = picks[:, i if start is None else i - start]
+        chosen = jax.tree.map(lambda x: x[jnp.arange(len(now)), now], conds)
+        return scheduler.step(denoise_with(*chosen), state, times, i, keys)
+
+    return scheduler._replace(step=step)
 
 
 def starting_point(

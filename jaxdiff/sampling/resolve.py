@@ -27,15 +27,17 @@ from jaxdiff.sampling.checks import (
     as_numbers,
     as_prompts,
     as_whole,
+    check_clip_skip,
+    check_memory,
     check_task,
 )
 from jaxdiff.sampling.inputs import CallInputs, ImageInputs
+from jaxdiff.sampling.texts import Texts, encoder_inputs
 from jaxdiff.text import chunks as text
 from jaxdiff.typing import PRNG, Array, Key
 
+MAX_STEPS = 10_000
 CUSTOM_GRID = "euler"  # whose time grid a `Scheduler` of one's own takes: sigma / alpha falls to 0, with no detours
-
-Texts = str | Sequence[str | None] | None
 
 
 class Settings(NamedTuple):
@@ -92,7 +94,10 @@ def resolve_settings(
     """
     check_task(model, image, mask, hires, hires_upscale)
     latents = latent_shape(model, *resolve_size(model, height, width, noise, image))
-    steps = as_whole("steps", steps, 1)
+    factor = model.vae.config.factor
+    check_memory(model, latents[0] * factor, latents[1] * factor, tile)
+    if as_whole("steps", steps, 1) > MAX_STEPS:
+        raise ArgumentError("steps", f"{steps} are too many: give at most {MAX_STEPS}.")
     scheduler = default_scheduler(model.scheduler) if scheduler is None else scheduler
     grid = CUSTOM_GRID if isinstance(scheduler, Scheduler) else scheduler
     get_scheduler(grid, model.scheduler)
@@ -108,13 +113,13 @@ def resolve_settings(
         scheduler=scheduler,
         guidance_scale=model.options.guidance_scale if guidance_scale is None else guidance_scale,
         strength=strength,
-        height=latents[0] * model.vae.config.factor,
-        width=latents[1] * model.vae.config.factor,
+        height=latents[0] * factor,
+        width=latents[1] * factor,
         latents=latents,
         lowres_latents=None if hires is None else lowres_shape(latents, hires),
         hires_upscale=hires_upscale,
-        clip_skip=as_whole("clip_skip", clip_skip, 0),
-        tile=None if tile is None else as_whole("tile", tile, 1),
+        clip_skip=check_clip_skip(model, clip_skip),
+        tile=None if tile is None else min(as_whole("tile", tile, 1), max(latents[:2])),
         call=CallInputs(times, np.asarray(noise_scale), start.first, start.lowres, interval, preview_steps),
     )
 
@@ -150,7 +155,7 @@ def resolve_images(
     rescale = as_numbers("guidance_rescale", guidance_rescale, count, 0.0, 1.0)
     guided = bool((scales > 1).any()) and model.unet.config.time_cond_proj_dim is None
     blended = blend_prompts is not None
-    tokens, negative, blend_tokens, blend_negative = encoder_inputs(
+    (tokens, negative, blend_tokens, blend_negative), picks = encoder_inputs(
         model,
         {
             "prompts": (prompts, prompts_2),
@@ -162,6 +167,8 @@ def resolve_images(
         },
         count,
         emphasis,
+        len(settings.call.times.t) - 1,
+        1 if settings.lowres_latents is None else 2,
     )
     assert tokens is not None
     variation = None
@@ -185,6 +192,7 @@ def resolve_images(
         blend=as_numbers("blend", blend, count, 0.0, 1.0),
         blend_tokens=blend_tokens,
         blend_negative=blend_negative,
+        picks=picks,
     )
     return Request(settings, prompts, images, variation)
 
@@ -316,26 +324,3 @@ def tokenize(
     second = as_batch("prompts_2", prompts_2, len(prompts))
     tokens = text.tokens(model, prompts, second, emphasis=emphasis, chunks=chunks)
     return tokens.ids if all(field is None for field in tokens[1:]) else tokens
-
-
-def encoder_inputs(
-    model: Model, given: dict[str, tuple[Texts, Texts] | None], count: int, emphasis: bool
-) -> list[text.Tokens | None]:
-    """Tokens of each group of prompts, such as the negative ones, in as many chunks as any prompt of any group needs.
-
-    A group, by its name, is what the first text encoder reads and what SDXL's second one reads instead, None where it
-    is the same. A group that is None stays None.
-    """
-    groups = {
-        name: None if pair is None else (as_batch(name, pair[0], count), as_batch(f"{name}_2", pair[1], count))
-        for name, pair in given.items()
-    }
-    first, second = ([p for pair in groups.values() if pair for p in pair[i]] for i in (0, 1))
-    every = text.tokens(model, first, second, emphasis=emphasis)
-    every = text.weighed(every) if emphasis else every
-    starts = iter(range(0, len(first), count))
-
-    def part(i: int) -> text.Tokens:
-        return jax.tree.map(lambda a: a[i : i + count], every)
-
-    return [None if pair is None else part(next(starts)) for pair in groups.values()]

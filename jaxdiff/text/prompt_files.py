@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxdiff.errors import JaxdiffError
+from jaxdiff.typing import SEEDS
 
 
 class PromptError(JaxdiffError, ValueError):
@@ -71,4 +72,6 @@ def _from_json(line: str) -> PromptLine:
         raise ValueError("has a negative_prompt that is not text")
     if type(values.get("seed")) not in (int, type(None)):
         raise ValueError("has a seed that is not a whole number")
+    if not 0 <= (values.get("seed") or 0) < SEEDS:
+        raise ValueError(f"has the seed {values['seed']}, and a seed is from 0 to {SEEDS - 1}")
     return PromptLine(**values)

@@ -1,0 +1,123 @@
+"""What the flags and the prompts lay onto a model. Files are read before the model's own weights."""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+
+import jaxdiff
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.flags import named, weighted
+from jaxdiff.cli.requests import ImageRequest
+from jaxdiff.config import ConfigError
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.controlnet import load_controlnet
+from jaxdiff.io.lora import Lora, merge_lora, read_lora
+from jaxdiff.io.textual_inversion import read_textual_inversion
+from jaxdiff.io.vae import load_tiny_vae
+from jaxdiff.text.other_programs import LoraTag, split_tags
+from jaxdiff.text.prompt_files import PromptError
+from jaxdiff.typing import Params
+
+LORA_FILES = (".safetensors", ".sft", ".pt", ".bin", ".ckpt")
+TEXT_ENCODERS = "text_encoder"  # begins the names of layers of text encoders
+
+
+class Adapters(NamedTuple):
+    """What is laid onto a model, but for what changes its tokenizers or its autoencoder."""
+
+    loras: list[tuple[Lora, float]]
+    controlnets: list[tuple[Any, Params]]
+    tiny_vae: tuple[Any, Params] | None
+
+
+Weighted = tuple[tuple[Path, float, float], ...]  # LoRA files with weights of the text encoders and of the UNet
+
+
+@contextlib.contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Errors of a file become errors of the flag that names it."""
+    try:
+        yield
+    except (ConfigError, WeightsError) as e:
+        raise UsageError(f"{flag}: {e}") from None
+
+
+def read_adapters(f: flags.FlagValues, model: jaxdiff.Model) -> Adapters:
+    """The files of --lora, --controlnet and --preview_vae; --embedding is tried. Raises UsageError."""
+    with naming("--embedding"):
+        for given in f.embedding:
+            read_textual_inversion(model, *named(given))
+    with naming("--lora"):
+        loras = [(read_lora(model, path), weight) for path, weight in map(weighted, f.lora)]
+    with naming("--controlnet"):
+        nets = [load_controlnet(path, dtype=f.dtype, like=model.unet.config) for path in f.controlnet]
+        jaxdiff.with_controlnets(model, {}, *nets)  # complains
+    with naming("--preview_vae"):
+        return Adapters(loras, nets, load_tiny_vae(f.preview_vae, dtype=f.dtype) if f.preview_vae else None)
+
+
+def named_loras(f: flags.FlagValues, requests: Sequence[ImageRequest]) -> list[Weighted]:
+    """The LoRAs that each image's prompt names, where --lora_dir says where they are. Raises UsageError."""
+    if f.lora_dir is None:
+        return [()] * len(requests)
+    files = sorted(p for p in Path(f.lora_dir).rglob("*") if p.suffix.lower() in LORA_FILES and p.is_file())
+
+    @functools.cache
+    def find(name: str) -> Path:
+        known = {path: path.relative_to(f.lora_dir).with_suffix("").as_posix() for path in files}
+        found = [path for path in files if known[path] == name] or [path for path in files if path.stem == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            both = f"{found[0]} and {found[1]}"
+            raise UsageError(f"--lora_dir: <lora:{name}> may be {both}: write <lora:{known[found[0]]}>.")
+        there = ", ".join(path.stem for path in files[:10]) or "no LoRA"
+        raise UsageError(f"--lora_dir {f.lora_dir} has no {name}.safetensors for <lora:{name}>: it has {there}.")
+
+    def of(tag: LoraTag) -> tuple[Path, float, float]:
+        return find(tag.name), tag.text_encoder, tag.unet
+
+    try:
+        return [tuple(map(of, split_tags(request["prompt"])[1])) for request in requests]
+    except PromptError as e:
+        raise UsageError(f"--prompt: {e}") from None
+
+
+def without_tags(f: flags.FlagValues, request: ImageRequest) -> ImageRequest:
+    """An image's flags as they are drawn: the LoRAs that its prompt names are laid onto the model, and are no words."""
+    if f.lora_dir is None:
+        return request
+    words, own = split_tags(request["prompt"])
+    blended = request.get("blend_prompt")
+    if blended is not None and split_tags(blended)[1] == own:  # others are left out, with a warning
+        request = request | {"blend_prompt": split_tags(blended)[0]}
+    return request | {"prompt": words}
+
+
+def read_named(model: jaxdiff.Model, chosen: Sequence[Weighted]) -> dict[Path, Lora]:
+    """The files of all LoRAs that prompts name. Raises UsageError."""
+    with naming("--lora_dir"):
+        return {path: read_lora(model, path) for path in sorted({path for each in chosen for path, *_ in each})}
+
+
+def merge_named(params: Params, files: dict[Path, Lora], chosen: Weighted) -> Params:
+    """Parameters with the LoRAs of one prompt."""
+    parts: list[tuple[Lora, float]] = []
+    for path, text_encoder, unet in chosen:
+        for weight, is_text in ((text_encoder, True), (unet, False)):
+            part = {n: x for n, x in files[path].items() if n.startswith(TEXT_ENCODERS) == is_text}
+            parts += [(part, weight)] if part and weight else []
+    return merge_lora(params, [lora for lora, _ in parts], [weight for _, weight in parts]) if parts else params
+
+
+def runs(chosen: Sequence[Weighted], size: int) -> Iterator[tuple[int, int]]:
+    """Batches, from where to where: of at most so many images in a row whose prompts name the same LoRAs."""
+    for _, group in itertools.groupby(range(len(chosen)), lambda i: chosen[i]):
+        same = list(group)
+        for i in range(0, len(same), size):
+            yield same[i], same[min(i + size, len(same)) - 1] + 1

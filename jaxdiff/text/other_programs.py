@@ -1,0 +1,76 @@
+"""What prompts of other programs hold that are not words: tags such as <lora:add_detail:0.7>, and operators."""
+
+import functools
+import re
+from typing import NamedTuple
+
+from absl import logging
+
+from jaxdiff.text.prompt_files import PromptError
+
+HYPERNET = "hypernet"
+_TAG = re.compile(rf"<(lora|lyco|{HYPERNET}):([^<>:]+)((?::[^<>:]*)*)>", re.IGNORECASE)
+_WEIGHT = re.compile(r"\s*[+-]?(\d{1,9}\.?\d*|\.\d+)\s*")
+_OPERATORS = {
+    r"\S\s+AND\s+\S": "in other programs AND joins prompts",
+    r"<\w+(\[[^<>\]]*\])?:[^<>]+>": "it is a tag of another program",
+    r"\bembedding:\w": "it names a file in ComfyUI; give --embedding here, and write its token",
+    r"\)(\++|--+)(?=\s|,|$)": "it is a weight in InvokeAI; write (word:1.1) here",
+    r"[\w)\"]\.(swap|blend|and)\(": "it is an operator of InvokeAI; write [cat:dog:0.5] or [cat|dog] here",
+}
+
+
+class LoraTag(NamedTuple):
+    """A LoRA that a prompt names, with its weights."""
+
+    name: str
+    text_encoder: float
+    unet: float
+
+
+def split_tags(prompt: str) -> tuple[str, list[LoraTag]]:
+    """A prompt without the tags of LoRAs, and these; those of other kinds stay.
+
+    As in the AUTOMATIC1111 web UI, <lora:name:0.7> has one weight, and <lora:name:0.5:0.8>, or
+    <lora:name:te=0.5:unet=0.8>, one of the text encoders and one of the UNet. <lyco:…> is the same.
+
+    Raises:
+        PromptError: a weight is no number.
+
+    >>> split_tags("a cat <lora:detail:0.7>, big <hypernet:x:1>")
+    ('a cat , big <hypernet:x:1>', [LoraTag(name='detail', text_encoder=0.7, unet=0.7)])
+    """
+    tags = [match for match in _TAG.finditer(prompt) if match[1].lower() != HYPERNET]
+    return _TAG.sub(lambda m: m[0] if m[1].lower() == HYPERNET else "", prompt), list(map(_lora, tags))
+
+
+def _lora(tag: re.Match) -> LoraTag:
+    given = tag[3].split(":")[1:]
+    named = {key: value for key, equals, value in (w.partition("=") for w in given) if equals}
+    plain = [w for w in given if "=" not in w]
+    text_encoder = named.get("te", plain[0] if plain else "1")
+    unet = named.get("unet", plain[1] if len(plain) > 1 else text_encoder)
+    if (
+        len(plain) > 2
+        or set(named) - {"te", "unet"}
+        or not (_WEIGHT.fullmatch(text_encoder) and _WEIGHT.fullmatch(unet))
+    ):
+        raise PromptError(f"{tag[0]} has weights that are not understood: write <{tag[1]}:{tag[2]}:0.8>.")
+    return LoraTag(tag[2].strip(), float(text_encoder), float(unet))
+
+
+@functools.lru_cache(maxsize=4096)
+def only_words(prompt: str) -> str:
+    """A prompt without tags; warns, once a prompt, of them and of what other programs do not draw as words."""
+    for tag in _TAG.finditer(prompt):
+        mend = (
+            "hypernetworks are not supported"
+            if tag[1].lower() == HYPERNET
+            else "sample.py acts on it in --prompt, by --lora_dir"
+        )
+        logging.warning("The prompt %.60r has %s, which is left out: %s.", prompt, tag[0], mend)
+    text = _TAG.sub("", prompt)
+    for pattern, what in _OPERATORS.items():
+        if match := re.search(pattern, text):
+            logging.warning("The prompt %.60r has %r, drawn as words: %s.", prompt, match[0].strip(), what)
+    return text
