@@ -1,6 +1,8 @@
 """The flags of train.py."""
 
+import os
 import re
+from dataclasses import Field
 from pathlib import Path
 
 from absl import flags
@@ -9,8 +11,9 @@ from ml_collections import config_flags
 import jaxdiff
 from jaxdiff.cli.errors import UsageError
 from jaxdiff.training.checks import check_settings
-from jaxdiff.training.defaults import current_name
-from jaxdiff.training.options import OptionsError
+from jaxdiff.training.defaults import OPEN, RULES, current_name
+from jaxdiff.training.options import Options, OptionsError
+from jaxdiff.training.ranges import near, wanted
 
 PACKAGE = Path(jaxdiff.__file__).parent
 CONFIG_FOLDERS = (Path("configs"), PACKAGE / "configs", PACKAGE.parent / "configs")  # the last, of a checkout
@@ -23,6 +26,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         UsageError, OptionsError: one sentence naming the flag or setting.
     """
     f, argv = flags.FlagValues(), [argv[0], *map(as_known, argv, argv[1:])]
+    check_known(argv)
     config_flags.DEFINE_config_file(
         "config", None, "The experiment: a file, or the name of one of configs/.", flag_values=f, sys_argv=argv
     )
@@ -52,10 +56,14 @@ def parse(argv: list[str]) -> flags.FlagValues:
     try:
         rest = f(argv)[1:]
         _ = f.config is not None and f.config.stage  # raises where the file could not be read
+    except flags.UnrecognizedFlagError as e:
+        others = list({*f, *(f"config.{name}" for name in RULES)})
+        raise UsageError(f"--{e.flagname} is no flag: {near(e.flagname, others)}") from None
     except (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as e:
         raise UsageError(config_error(e)) from None
     if f.help:
         return f
+    f.workdir = f.workdir and os.path.expanduser(f.workdir)
     if rest:
         raise UsageError(f"{rest[0]!r} belongs to no flag; --help shows all.")
     if f.posthoc_ema is not None and not 0 < f.posthoc_ema < 12**-0.5:
@@ -72,9 +80,24 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if among != (None, None) and not f.coordinator_address:
         raise UsageError("--num_processes and --process_id need --coordinator_address=host:port.")
     check_settings(f.config)
+    for name in (name for name, field in RULES.items() if isinstance(field, Field) and field.metadata["path"]):
+        f.config.update_from_flattened_dict({name: os.path.expanduser(f.config[name])})
+    f.config.warmup_steps = Options.from_config(f.config).warmup  # so that run.json has the number
+    if f.profile and f.profile + 2 > f.config.steps:
+        raise UsageError(f"--profile={f.profile} begins with the third step: config.steps is {f.config.steps}.")
     if not f.config.data.path and not f.plan:
         raise OptionsError("data.path is missing: name a captioned folder, --config.data.path=images/.")
     return f
+
+
+def check_known(argv: list[str]) -> None:
+    """Raise UsageError for a flag of a setting that there is not, or of a whole group."""
+    for name in (match[1] for a in argv[1:] if (match := re.match(r"--?config\.([\w.]+)", a))):
+        if name in RULES or name.startswith(tuple(f"{group}." for group in OPEN)):
+            continue
+        if inside := [known for known in RULES if known.startswith(f"{name}.")]:
+            raise UsageError(f"--config.{name} is a group of settings: give one of them, such as --config.{inside[0]}.")
+        raise UsageError(f"--config.{name} is no setting: {near(name, list(RULES))}")
 
 
 def find_config(name: str) -> str:
@@ -85,6 +108,7 @@ def find_config(name: str) -> str:
     Raises:
         UsageError: several files have that name.
     """
+    name = os.path.expanduser(name)
     stem, colon, argument = name.partition(":")
     if Path(stem).is_file() or not re.fullmatch(r"[\w/]+", stem):
         return name
@@ -114,6 +138,10 @@ def as_known(previous: str, argument: str) -> str:
 def config_error(error: Exception) -> str:
     """One sentence out of what ml_collections says, which may hold a whole traceback."""
     text = " ".join(str(error).split())
-    if isinstance(error, LookupError):
-        return f"--config has no setting {text.strip(chr(34))}; jaxdiff/training/defaults.py and options.py list all."
+    if match := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
+        name, value = match.groups()
+        if isinstance(field := RULES.get(name), Field):
+            return f"--config.{name}={value} must be {wanted(field)}."
+    if match := re.fullmatch(r"[\"'\\]*(\w+)[\"'\\]*( ?Did you mean.*)?", text.replace("\\n", " ")):
+        return f"--config gives no {match[1]!r}: a size of config.model can be changed where the config has it."
     return f"--config: {re.split(r'Error: |.Errno [0-9]+. ', text)[-1]}"
