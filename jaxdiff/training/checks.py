@@ -61,9 +61,11 @@ def check_names(config: Any) -> None:
     """Raise OptionsError for settings that there are not, such as a config's own misspelt ones, and missing ones."""
     given = flat(config.to_dict())
     groups = tuple(f"{name}." for name in OPEN)
-    for name in given:
+    for name, value in given.items():
         if name not in RULES and not name.startswith(groups):
             raise OptionsError(f"{name} is no setting: {near(name, list(RULES))}")
+        if name not in RULES and name.startswith("data.filter.") and not isinstance(value, tuple | list):
+            raise OptionsError(f"{name} {value!r} must be a tuple of the values that the column may have.")
     for name in RULES:
         if name not in given and name not in OPEN:
             raise OptionsError(f"{name} is missing: begin the config with jaxdiff.training.defaults.base().")

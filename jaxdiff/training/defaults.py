@@ -124,8 +124,8 @@ SETTINGS: dict[str, Any] = {
     "kl_weight": setting(1e-3, 0),
     "edge_weight": setting(1.0, 0),
     # Stage "unet" and those after it.
-    # What learns, or what a LoRA changes: also "text_encoder", "text_encoder_2".
-    "trainable": ("unet",),
+    # What learns, or what a LoRA changes.
+    "trainable": setting(("unet",), choices=("unet", "text_encoder", "text_encoder_2")),
     "prediction_type": setting("", choices=("", *PREDICTION_TYPES)),  # "": the model's own
     "zero_terminal_snr": False,  # no signal at all at the last step; True turns it on
     **fields(NoiseOptions),  # jaxdiff/training/options.py

@@ -52,30 +52,25 @@ class Options(FromConfig):
 
     steps: int = setting(10_000, 1, MOST)  # updates in all
     batch_size: int = setting(64, 1, MOST)  # examples of one update, over all devices and hosts
-    accumulate: int = setting(
-        1, 1, MOST
-    )  # parts that a batch is taken in, to save memory; may change on resuming, but for clip
+    # Parts that a batch is taken in, to save memory; may change on resuming, but for clip.
+    accumulate: int = setting(1, 1, MOST)
     learning_rate: float = setting(1e-4, above=0, high=1000)  # its peak
     warmup_steps: int | None = setting(None, 0, MOST, kind=int)  # linear, from 0; None: see `default_warmup`
-    schedule: str = setting(
-        "cosine", choices=SCHEDULES
-    )  # after the warm-up, to 0 at the last step; or "linear", or "constant"
+    # After the warm-up, to 0 at the last step; or "linear", or "constant".
+    schedule: str = setting("cosine", choices=SCHEDULES)
     weight_decay: float = setting(0.01, 0, 1000)  # of matrices and kernels; biases, norms and scalars are left alone
     b1: float = setting(0.9, 0, below=1)
     b2: float = setting(0.99, 0, below=1)
     optimizer: str = setting("adamw", choices=OPTIMIZERS)  # or "adafactor", "lion", "muon"
-    moment_dtype: str = setting(
-        "float32", choices=MOMENT_DTYPES
-    )  # of the optimizer's moments: or "bfloat16" (the first), "int8" (both, adamw)
+    # Of the optimizer's moments: or "bfloat16" (the first), "int8" (both, adamw).
+    moment_dtype: str = setting("float32", choices=MOMENT_DTYPES)
     # Factors of learning_rate by the start of a parameter's path: (("text_encoder", 0.1),).
     lr_multipliers: tuple[tuple[str, float], ...] = setting((), items=object)
-    frozen_dtype: str = setting(
-        "float32", choices=DTYPES
-    )  # of parameters that do not learn: or "bfloat16", "float16", half the memory
+    # Of parameters that do not learn: or "bfloat16", "float16", half the memory.
+    frozen_dtype: str = setting("float32", choices=DTYPES)
     clip_norm: float = setting(1.0, 0)  # of the whole gradient; 0 does not clip
-    ema_decay: float = setting(
-        0.999, 0, below=1
-    )  # of the average of parameters that is evaluated and exported; 0 keeps no past
+    # Of the average of parameters that is evaluated and exported; 0 keeps no past.
+    ema_decay: float = setting(0.999, 0, below=1)
     # Lengths, as shares of the run, of averages of which snapshots are kept, for one of any length later: (0.05, 0.1).
     ema_sigmas: tuple[float, ...] = setting((), above=0, below=12**-0.5, items=float)
     snapshot_every: int = setting(1000, 1, MOST)  # steps
@@ -87,9 +82,8 @@ class Options(FromConfig):
     eval_every: int = setting(1000, 0, MOST)  # steps; 0 evaluates at the end only
     checkpoint_every: int = setting(1000, 1, MOST)  # steps
     keep_checkpoints: int = setting(2, 1, MOST)
-    max_skipped: int = setting(
-        10, 1, MOST
-    )  # updates in a row that may be left out because loss or gradient is not finite
+    # Updates in a row that may be left out because loss or gradient is not finite.
+    max_skipped: int = setting(10, 1, MOST)
 
     def check(self, devices: int) -> None:
         """Raises OptionsError, one sentence naming the option."""
@@ -143,9 +137,8 @@ class NoiseOptions(FromConfig):
     offset_noise: float = setting(0.0, 0, 100)
     # Deviation of more noise that is in the input and not in the target (Ning et al. 2023, algorithm 1; 0.1). 0: off.
     input_perturbation: float = setting(0.0, 0, 100)
-    times: str = setting(
-        "uniform", choices=TIMES
-    )  # or "logit_normal": the middle times more often (Esser et al. 2024, equation 19)
+    # Or "logit_normal": the middle times more often (Esser et al. 2024, equation 19).
+    times: str = setting("uniform", choices=TIMES)
     logit_mean: float = setting(0.0, -100, 100)  # of the logit of t / T; above 0 means more noise
     logit_std: float = setting(1.0, above=0, high=100)
 

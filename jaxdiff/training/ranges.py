@@ -80,9 +80,9 @@ def wanted(field: Any) -> str:
         return ", ".join(filter(None, (KINDS[kind], _range(rule))))
     if rule["items"] not in (str, float):
         return KINDS[kind]
-    if rule["items"] is str:
+    if rule["items"] is str and not rule["choices"]:
         return """a tuple of text, such as "('a castle',)\""""
-    return f"a tuple of numbers, each {_range(rule)}, such as (0.05, 0.1)"
+    return f"a tuple, each {_range(rule)}"
 
 
 def _is(kind: type, value: Any) -> bool:
