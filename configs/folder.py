@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.init_from.model = "icons"
     config.data.image_size = 0  # the model's own
     config.cache_latents = 4
-    config.update({"steps": 2000, "batch_size": 8, "accumulate": 2, "learning_rate": 2e-5, "warmup_steps": 100})
+    config.update({"steps": 2000, "batch_size": 8, "accumulate": 2, "learning_rate": 2e-5})
     config.update({"schedule": "constant", "ema_decay": 0.995, "remat": "full"})
     config.update({"log_every": 10, "eval_every": 250, "checkpoint_every": 250})
     return config

@@ -379,7 +379,7 @@ def test_bytes_that_are_no_utf8_name_the_line(tmp_path):
 def test_missing_folders(tmp_path):
     with pytest.raises(ConfigError, match=r"folder .*nowhere does not exist"):
         examples(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"has no train/metadata.jsonl\."):
+    with pytest.raises(ConfigError, match=r"has no train/metadata.jsonl, no metadata.csv and no text files"):
         examples(tmp_path)
     write(tmp_path, [{"file_name": "a", "text": "b"}], "validation")
     with pytest.raises(ConfigError, match=r"has no test/metadata.jsonl; its splits are validation"):

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 def test_options_and_configs_have_the_same_defaults():
     assert Options.from_config(base()) == Options()
     assert NoiseOptions.from_config(base()) == NoiseOptions()
-    assert (Options().b2, Options().schedule, Options().warmup_steps) == (0.99, "cosine", 500)
+    assert (Options().b2, Options().schedule, Options().warmup) == (0.99, "cosine", 500)
 
 
 # --- paths

@@ -79,7 +79,7 @@ def test_train_and_plan_end_before_weights_are_read(train_cli, tiny_folder, tmp_
         assert err.startswith("train.py: error: config.crop 14 must be from 8 to 16")
         assert err.count("\n") == 1
     code, _, err = train_cli(*args, f"--workdir={tmp_path}/run", "--config.eval.pictures=-1")
-    assert (code, err) == (2, "train.py: error: config.eval.pictures -1 must be 0, for none, or more.\n")
+    assert (code, err) == (2, "train.py: error: config.eval.pictures -1 must be from 0 to 2147483647.\n")
 
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "inpainting"])

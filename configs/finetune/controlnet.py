@@ -19,7 +19,7 @@ from jaxdiff.training.defaults import fine_tuning
 def get_config() -> ConfigDict:
     config = fine_tuning("controlnet")
     config.caption_dropout = 0.5  # so that it learns to read the steering image by itself (section 3.3)
-    config.update({"steps": 20_000, "batch_size": 32, "accumulate": 4, "learning_rate": 1e-5, "warmup_steps": 500})
+    config.update({"steps": 20_000, "batch_size": 32, "accumulate": 4, "learning_rate": 1e-5})
     config.update({"schedule": "constant", "ema_decay": 0.999})
     config.frozen_dtype = config.get_ref("dtype")
     return config

@@ -15,6 +15,6 @@ from jaxdiff.training.defaults import fine_tuning
 
 def get_config() -> ConfigDict:
     config = fine_tuning("inpainting")
-    config.update({"steps": 50_000, "batch_size": 32, "accumulate": 2, "learning_rate": 1e-5, "warmup_steps": 1000})
+    config.update({"steps": 50_000, "batch_size": 32, "accumulate": 2, "learning_rate": 1e-5})
     config.update({"schedule": "constant", "ema_decay": 0.9995})
     return config

@@ -14,7 +14,6 @@ for any other failure.
 
 import logging
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from absl import flags
 
 import jaxdiff
 from jaxdiff.cli import errors, train_plan
-from jaxdiff.cli.errors import UsageError
-from jaxdiff.cli.outputs import make_folder
+from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.train_flags import parse
 from jaxdiff.training.defaults import as_json, base
 from jaxdiff.training.options import OptionsError
@@ -37,22 +35,28 @@ def run(f: flags.FlagValues) -> None:
     from jaxdiff.io.cache import cache_compilations
     from jaxdiff.training.run import build_run
     from jaxdiff.training.run_data import fingerprints
-    from jaxdiff.training.workdir import Lock, settle
+    from jaxdiff.training.workdir import claimed, settle
 
     workdir = Path(f.workdir)
     if f.precompute and f.config.latents.path:
         raise UsageError("--precompute writes latents of images: leave out config.latents.path.")
     if f.posthoc_ema is not None:
-        return build_run(f.config or stored(workdir), workdir).posthoc_ema(f.posthoc_ema)
-    make_folder(workdir, "--workdir")
+        config = f.config or stored(workdir)
+        if not any((workdir / "ema").glob("*.safetensors")):
+            raise Failure(f"{workdir / 'ema'} holds no snapshots of averages: set config.ema_sigmas when training.")
+        return build_run(config, workdir).posthoc_ema(f.posthoc_ema)
     if f.distributed or f.coordinator_address:
         # What is not given comes from the environment of a TPU pod, Slurm or Open MPI.
         jax.distributed.initialize(f.coordinator_address, f.num_processes, f.process_id)
     cache_compilations()
     first = jax.process_index() == 0
-    with Lock(workdir) if first else nullcontext():
-        settle(workdir, as_json(f.config), fingerprints(f.config), as_json(base()), write=first)
+    data = fingerprints(f.config)
+    with claimed(workdir, first) as keep:
+        run = as_json(f.config), data, as_json(base())
+        settle(workdir, *run, write=False)
         this = build_run(f.config, workdir)
+        keep()
+        settle(workdir, *run, write=first)
         if not f.precompute:
             return this.train(f.profile)
         folder, how = workdir / "latents", f.config.latents
@@ -78,8 +82,10 @@ def from_jaxdiff(record: logging.LogRecord) -> bool:
 
 
 def command(argv: list[str]) -> int:
+    workdir = None
     try:
         f = parse(argv)
+        workdir = f.workdir
         if f.help:
             print(__doc__, f.get_help(), sep="\n")
         elif f.plan:
@@ -88,6 +94,13 @@ def command(argv: list[str]) -> int:
             run(f)
     except OptionsError as e:  # which begins with a setting's name
         raise UsageError(f"config.{e}") from None
+    except OSError as e:
+        if isinstance(e, BrokenPipeError):  # of stdout
+            raise
+        raise Failure(
+            f"{e.filename or workdir} cannot be read or written ({e.strerror or e}): mend that, and the same command "
+            "goes on from the last checkpoint; or choose another place."
+        ) from e
     return 0
 
 

@@ -1,25 +1,22 @@
 """The flags of train.py."""
 
-import functools
+import os
 import re
+from dataclasses import Field
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 import jaxdiff
 from jaxdiff.cli.errors import UsageError
-from jaxdiff.cli.flags import at_home, check_path
+from jaxdiff.cli.flags import check_path
 from jaxdiff.training.checks import check_settings
-from jaxdiff.training.defaults import current_name
-from jaxdiff.training.options import OptionsError
+from jaxdiff.training.defaults import OPEN, RULES, current_name
+from jaxdiff.training.options import Options, OptionsError
+from jaxdiff.training.ranges import near, wanted
 
 PACKAGE = Path(jaxdiff.__file__).parent
-PATHS = (
-    *("data.path", "prior_preservation.path", "controlnet.init_from", "latents.path"),
-    *(f"init_from.{part}" for part in ("model", "text_encoder", "vision_encoder", "vae", "unet")),
-)
 CONFIG_FOLDERS = (Path("configs"), PACKAGE / "configs", PACKAGE.parent / "configs")  # the last, of a checkout
 
 
@@ -30,6 +27,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         UsageError, OptionsError: one sentence naming the flag or setting.
     """
     f, argv = flags.FlagValues(), [argv[0], *map(as_known, argv, argv[1:])]
+    check_known(argv)
     config_flags.DEFINE_config_file(
         "config", None, "The experiment: a file, or the name of one of configs/.", flag_values=f, sys_argv=argv
     )
@@ -58,12 +56,15 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
     try:
         rest = f(argv)[1:]
-        f["workdir"].value = f.workdir and at_home(f.workdir)
         _ = f.config is not None and f.config.stage  # raises where the file could not be read
+    except flags.UnrecognizedFlagError as e:
+        others = list({*f, *(f"config.{name}" for name in RULES)})
+        raise UsageError(f"--{e.flagname} is no flag: {near(e.flagname, others)}") from None
     except (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as e:
         raise UsageError(config_error(e)) from None
     if f.help:
         return f
+    f.workdir = f.workdir and os.path.expanduser(f.workdir)
     if rest:
         raise UsageError(f"{rest[0]!r} belongs to no flag; --help shows all.")
     if f.posthoc_ema is not None and not 0 < f.posthoc_ema < 12**-0.5:
@@ -73,7 +74,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if f.config is None:
         raise UsageError("--config is missing: name the experiment, such as --config=lora.")
     if f.workdir:
-        check_path("--workdir", f.workdir)
+        check_path("--workdir", str(f.workdir))
     if not f.workdir and not f.plan:
         raise UsageError("--workdir is missing: name a folder for the run, such as --workdir=runs/vae.")
     among = f.num_processes, f.process_id
@@ -81,19 +82,25 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UsageError("--coordinator_address needs --num_processes and a --process_id from 0 to one less.")
     if among != (None, None) and not f.coordinator_address:
         raise UsageError("--num_processes and --process_id need --coordinator_address=host:port.")
-    expand_home(f.config)
     check_settings(f.config)
+    for name in (name for name, field in RULES.items() if isinstance(field, Field) and field.metadata["path"]):
+        f.config.update_from_flattened_dict({name: os.path.expanduser(f.config[name])})
+    f.config.warmup_steps = Options.from_config(f.config).warmup  # so that run.json has the number
+    if f.profile and f.profile + 2 > f.config.steps:
+        raise UsageError(f"--profile={f.profile} begins with the third step: config.steps is {f.config.steps}.")
     if not f.config.data.path and not f.plan:
         raise OptionsError("data.path is missing: name a captioned folder, --config.data.path=images/.")
     return f
 
 
-def expand_home(config: Any) -> None:
-    """Put the home folder for ~ into the settings that are paths."""
-    for name in PATHS:
-        *parents, last = name.split(".")
-        section = functools.reduce(getattr, parents, config)
-        section[last] = at_home(section[last])
+def check_known(argv: list[str]) -> None:
+    """Raise UsageError for a flag of a setting that there is not, or of a whole group."""
+    for name in (match[1] for a in argv[1:] if (match := re.match(r"--?config\.([\w.]+)", a))):
+        if name in RULES or name.startswith(tuple(f"{group}." for group in OPEN)):
+            continue
+        if inside := [known for known in RULES if known.startswith(f"{name}.")]:
+            raise UsageError(f"--config.{name} is a group of settings: give one of them, such as --config.{inside[0]}.")
+        raise UsageError(f"--config.{name} is no setting: {near(name, list(RULES))}")
 
 
 def find_config(name: str) -> str:
@@ -104,6 +111,7 @@ def find_config(name: str) -> str:
     Raises:
         UsageError: several files have that name.
     """
+    name = os.path.expanduser(name)
     stem, colon, argument = name.partition(":")
     if Path(stem).is_file() or not re.fullmatch(r"[\w/]+", stem):
         return name
@@ -120,11 +128,11 @@ def find_config(name: str) -> str:
 def as_known(previous: str, argument: str) -> str:
     """An argument with the config's file found, settings under today's names, and --plan with a value."""
     if previous in ("-config", "--config"):
-        return find_config(at_home(argument))
+        return find_config(argument)
     if argument.lstrip("-") == "plan":
         return f"{argument}=full"
     if match := re.fullmatch(r"(--?config=)(.+)", argument):
-        return match[1] + find_config(at_home(match[2]))
+        return match[1] + find_config(match[2])
     if match := re.fullmatch(r"(--?config\.)(\w+)(.*)", argument, re.DOTALL):
         return match[1] + current_name(match[2]) + match[3]
     return argument
@@ -133,6 +141,10 @@ def as_known(previous: str, argument: str) -> str:
 def config_error(error: Exception) -> str:
     """One sentence out of what ml_collections says, which may hold a whole traceback."""
     text = " ".join(str(error).split())
-    if isinstance(error, LookupError):
-        return f"--config has no setting {text.strip(chr(34))}; jaxdiff/training/defaults.py and options.py list all."
+    if match := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
+        name, value = match.groups()
+        if isinstance(field := RULES.get(name), Field):
+            return f"--config.{name}={value} must be {wanted(field)}."
+    if match := re.fullmatch(r"[\"'\\]*(\w+)[\"'\\]*( ?Did you mean.*)?", text.replace("\\n", " ")):
+        return f"--config gives no {match[1]!r}: a size of config.model can be changed where the config has it."
     return f"--config: {re.split(r'Error: |.Errno [0-9]+. ', text)[-1]}"

@@ -1,6 +1,6 @@
 """Captioned images of every kind that can be read; the path says which.
 
-    images/                            a captioned folder: [split/]metadata.jsonl beside the images
+    images/                            a captioned folder: [split/]metadata.jsonl or .csv, or text files beside images
     shards/, shards-{00000..00099}.tar webdataset tar shards
     table/, table.parquet              Parquet files with the bytes of images
     records/, data.array_record        ArrayRecord files of tf.train.Example messages
@@ -22,8 +22,9 @@ import numpy as np
 from jaxdiff.config import ConfigError
 from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import BucketOrder, Buckets
-from jaxdiff.data.folder import HINT, METADATA, FolderSource, ImageDecoder, examples, find_metadata
+from jaxdiff.data.folder import FolderSource, ImageDecoder
 from jaxdiff.data.latents import LatentShards
+from jaxdiff.data.listing import METADATA, TABLE, listed_files
 from jaxdiff.data.orders import BlockOrder, HostShards, Order
 from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.data.records import ArrayRecords
@@ -54,7 +55,7 @@ def open_source(
       split: "train", "validation", …
       cache: folder for what is computed once, such as the index of tar shards, shared by all hosts; None keeps it in
         memory.
-      image_column, text_column: of tables and records; "" looks for a usual name.
+      image_column, text_column: of tables, records and the metadata of folders; "" looks for a usual name.
       host_index, host_count: hosts that share `cache` divide that work.
 
     Raises:
@@ -63,7 +64,7 @@ def open_source(
     kind, files = _resolved(path, split)
     columns = {"image_column": image_column, "text_column": text_column}
     if kind == "folder":
-        return FolderSource(path, split)
+        return FolderSource(path, split, **columns)
     if kind == "arrow":
         return ArrowTable(files[0].parent, **columns)
     if kind == "tar":
@@ -71,18 +72,14 @@ def open_source(
     return (ParquetTable if kind == "parquet" else ArrayRecords)(str(path), files, **columns)
 
 
-def source_files(path: str | Path, split: str = "train") -> list[Path]:
+def source_files(path: str | Path, split: str = "train", **columns: str) -> list[Path]:
     """The files that `open_source` reads, including those named in a folder's metadata, whether they exist or not.
 
     Raises:
       ConfigError: the path or its metadata are missing, empty or damaged.
     """
     kind, files = _resolved(path, split)
-    if kind != "folder":
-        return files
-    found = examples(path, split)
-    hints = [e.extras[HINT] for e in found if HINT in e.extras]
-    return [find_metadata(Path(path), split), *(Path(p) for p in (*(e.path for e in found), *hints))]
+    return listed_files(path, split, **columns) if kind == "folder" else files
 
 
 def _resolved(path: str | Path, split: str) -> tuple[str, list[Path]]:
@@ -95,7 +92,7 @@ def _resolved(path: str | Path, split: str) -> tuple[str, list[Path]]:
             splits = ", ".join(sorted(p.parent.name for p in path.glob(f"*/{STATE}"))) or "none"
             raise ConfigError(f"{path} has no split {split!r}; its splits are {splits}.")
         return "arrow", _saved(path / split)
-    if any((path / p).is_file() for p in (METADATA, f"{split}/{METADATA}")):
+    if any((path / p / name).is_file() for p in ("", split) for name in (METADATA, TABLE)):
         return "folder", []
     files = _files(name, split)
     kinds = {KINDS[p.suffix] for p in files}

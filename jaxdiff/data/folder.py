@@ -1,26 +1,17 @@
-"""Captioned folders, and how images are read and decoded.
-
-The layout is Hugging Face datasets' "imagefolder": `path/[split/]metadata.jsonl` beside the images, a line for each:
-
-    {"file_name": "castle.webp", "text": ["a castle", "a castle with two towers"], "license": "CC0"}
-
-`text` is one caption or a list, from which one is drawn whenever the image is read. A line may name a
-"conditioning_file", a ControlNet's input image, and "repeats", how often a pass over the data shows the image (1).
-`jaxdiff.data.captioned` reads other kinds of data too.
-"""
+"""Captioned folders as a source, and how images are read and decoded; see `jaxdiff.data.listing` for the layout."""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from jaxdiff.config import ConfigError
 from jaxdiff.data.images import on_background, open_image
+from jaxdiff.data.listing import HINT, examples
 from jaxdiff.data.source import Record, Source
 
 # Colours that transparent images are put on, by the name that goes into the caption: sRGB in 0..255.
@@ -38,101 +29,11 @@ BACKGROUNDS = {
     "pink": (250, 150, 190),
     "brown": (130, 80, 45),
 }
-METADATA = "metadata.jsonl"  # names the images of a split and their captions
-HINT = "conditioning_file"  # the metadata's key for a ControlNet's input image
-REPEATS = "repeats"  # and for how often a pass over the data shows an image
-MAX_REPEATS = 1000
 WHITE_FRACTION = 0.5  # of the images with background="random"
 MIN_BACKGROUND = 0.02  # fraction of the image; a smaller background is white: nobody would mention it
 # Black ink does not show on black: this fraction of the subject must differ by more than so much in some channel of
 # 0..255, or the background is white, or black.
 MIN_SUBJECT, MIN_CONTRAST = 0.2, 48
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-class Example(NamedTuple):
-    """One line of `metadata.jsonl`."""
-
-    path: str  # of the image
-    captions: tuple[str, ...]
-    extras: dict[str, Any]  # the line's other keys
-
-
-def examples(path: str | Path, split: str = "train") -> list[Example]:
-    """The examples of a captioned folder, in the order of its metadata; images are not read.
-
-    One with "repeats" is listed so many times.
-
-    Args:
-      path: the folder; `metadata.jsonl` lies in its subfolder `split`, or in itself for the split "train".
-      split: "train", "validation", "test", …
-
-    Raises:
-      ConfigError: folder, split or metadata are missing, empty or damaged; the sentence names the line.
-    """
-    metadata = find_metadata(Path(path), split)
-    try:
-        lines = metadata.read_bytes().split(b"\n")
-    except OSError as e:
-        raise ConfigError(f"{metadata} cannot be read ({e.strerror}).") from None
-    found: list[Example] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            example = _example(metadata, number, line)
-            found += [example] * example.extras.get(REPEATS, 1)
-    if len({HINT in e.extras for e in found}) > 1:
-        raise ConfigError(f'{metadata} gives some images a "{HINT}" and others none: give one to all, or to none.')
-    if not found:
-        raise ConfigError(f'{metadata} is empty: give it a line {{"file_name": …, "text": …}} for each image.')
-    return found
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The image files of a folder, by their suffixes, sorted by name; without subfolders."""
-    return sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-
-
-def find_metadata(path: Path, split: str) -> Path:
-    """The file that lists the images of a split. Raises ConfigError where there is none."""
-    if not path.is_dir():
-        raise ConfigError(f"The data folder {path} does not exist.")
-    inside, beside = path / split / METADATA, path / METADATA
-    if inside.is_file():
-        return inside
-    if split == "train" and beside.is_file():
-        return beside
-    splits = sorted(p.parent.name for p in path.glob(f"*/{METADATA}"))
-    there = f"; its splits are {', '.join(splits)}" if splits else ""
-    raise ConfigError(f"The data folder {path} has no {split}/{METADATA}{there}.")
-
-
-def _example(metadata: Path, number: int, line: bytes) -> Example:
-    where = f"{metadata}, line {number}"
-    try:
-        values = json.loads(line)
-    except ValueError as e:
-        raise ConfigError(f"{where} is not JSON ({e}).") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where} is not a JSON object with file_name and text.")
-    for key in ("file_name", "text"):
-        if key not in values:
-            raise ConfigError(f'{where} lacks "{key}".')
-    name, text = values.pop("file_name"), values.pop("text")
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f'{where}: "file_name" must be the name of an image, not {name!r}.')
-    for inside in (name, values.get(HINT, "")):
-        if not isinstance(inside, str) or inside.startswith("/") or ".." in inside.split("/"):
-            raise ConfigError(f"{where}: the image {inside!r} lies outside of the folder: name one inside.")
-    if HINT in values:
-        values[HINT] = f"{metadata.parent}/{values[HINT]}"
-    repeats = values.get(REPEATS, 1)
-    if type(repeats) is not int or not 1 <= repeats <= MAX_REPEATS:
-        raise ConfigError(f'{where}: "{REPEATS}" must be a whole number from 1 to {MAX_REPEATS}, not {repeats!r}.')
-    captions = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list) else ()
-    if not captions or not all(isinstance(c, str) for c in captions):
-        raise ConfigError(f'{where}: "text" must be a caption or a list of captions, not {text!r}.')
-    return Example(f"{metadata.parent}/{name}", captions, values)
 
 
 class FolderSource:
@@ -140,8 +41,8 @@ class FolderSource:
 
     blocks: np.ndarray | None = None
 
-    def __init__(self, path: str | Path, split: str = "train") -> None:
-        self.name, self._examples = str(path), examples(path, split)
+    def __init__(self, path: str | Path, split: str = "train", **columns: str) -> None:
+        self.name, self._examples = str(path), examples(path, split, **columns)
         listed = [(e.path, e.captions) for e in self._examples]
         self.digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
 

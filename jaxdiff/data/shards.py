@@ -17,7 +17,7 @@ from absl import logging
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data import store
-from jaxdiff.data.folder import IMAGE_SUFFIXES
+from jaxdiff.data.listing import IMAGE_SUFFIXES
 from jaxdiff.data.source import MAX_BYTES, MAX_TEXT, TEXT_NAMES, Record, files_digest, text_of
 
 TEXT_SUFFIXES = ("txt", "text", "caption")

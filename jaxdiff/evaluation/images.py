@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxdiff
 from jaxdiff.config import ConfigError
-from jaxdiff.data.folder import METADATA, examples, image_files
+from jaxdiff.data.listing import METADATA, examples, has_text_files, image_files, metadata_files
 from jaxdiff.data.source import Record
 from jaxdiff.files import write_text
 from jaxdiff.io.images import read_metadata, write_png
@@ -125,7 +125,8 @@ def find_images(folder: Path, lines: Sequence[PromptLine] | None) -> Images:
     """The images of a folder with their prompts.
 
     Args:
-        folder: with a metadata.jsonl that names each image and its text, as in training; or of image files alone.
+        folder: with captions as in training (metadata.jsonl, metadata.csv, or text files beside the images, which
+            count where there are no `lines`); or of image files alone.
         lines: the prompts of the image files in the order of their names: one each, or each that of equally many in a
             row. None takes the prompts that sample.py wrote into the PNG files.
 
@@ -135,9 +136,10 @@ def find_images(folder: Path, lines: Sequence[PromptLine] | None) -> Images:
     """
     if not folder.is_dir():
         raise ConfigError(f"--images {folder} is no folder: give one of images.")
-    if (folder / METADATA).is_file():
-        if lines is not None:
-            raise ConfigError(f"--prompts: the images of {folder} have theirs in its {METADATA}: leave --prompts out.")
+    metadata = metadata_files(folder)
+    if metadata and lines is not None:
+        raise ConfigError(f"--prompts: the images of {folder} have theirs in its {metadata[0]}: leave --prompts out.")
+    if metadata or (lines is None and has_text_files(folder)):
         found = [next(same) for _, same in itertools.groupby(examples(folder, "."), id)]  # repeats count once
         seeds = tuple(s if isinstance(s := e.extras.get("seed"), int) else None for e in found)
         return Images(str(folder), tuple(e.path for e in found), tuple(e.captions[0] for e in found), seeds)

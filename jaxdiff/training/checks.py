@@ -1,12 +1,19 @@
 """Settings that cannot be right, found before data or weights are read. Raises OptionsError."""
 
+import dataclasses
+import math
 from typing import Any
 
+from jaxdiff.config import SchedulerConfig
+from jaxdiff.config.networks import FIXED_UNET, FIXED_VAE
+from jaxdiff.io.configs import NETWORKS
 from jaxdiff.models.model import Model
+from jaxdiff.training.defaults import OPEN, RULES, flat
 from jaxdiff.training.losses import SCALES
-from jaxdiff.training.options import OptionsError
+from jaxdiff.training.options import STAGES, OptionsError, check_pairs
+from jaxdiff.training.ranges import check_value, near
 
-STAGES = ("clip", "vae", "unet", "lora", "textual_inversion", "controlnet", "inpainting", "upscaler")
+NOT_BUILT = {*FIXED_UNET, *FIXED_VAE, "architectures", "model_type"}  # what files say of networks beside their sizes
 # Settings that only some stages read.
 READ_BY_ALL_BUT = {
     "crop": tuple(stage for stage in STAGES if stage != "vae"),
@@ -14,18 +21,73 @@ READ_BY_ALL_BUT = {
     "latents.path": ("clip", "vae"),
     "prior_preservation.path": ("clip", "vae"),
 }
+# Settings that exclude each other.
+APART = {
+    "latents.path": ("cache_latents", "prior_preservation.path"),
+    "cache_latents": ("prior_preservation.path",),
+    "data.buckets": ("prior_preservation.path", "crop"),
+}
+# Of each pair the first is no more than the second, where that is not 0.
+ORDERED = (("controlnet.canny_low", "controlnet.canny_high"), ("data.filter.min_caption", "data.filter.max_caption"))
 
 
 def check_settings(config: Any) -> None:
-    """Settings by themselves: the stage, what it does not read, and numbers out of range."""
-    if config.stage not in STAGES:
-        raise OptionsError(f"stage {config.stage!r} must be one of {', '.join(STAGES)}.")
+    """Settings by themselves: their names, types and ranges, what the stage does not read, and what goes together."""
+    check_names(config)
+    for name, field in RULES.items():
+        if isinstance(field, dataclasses.Field):
+            check_value(name, config[name], field)
+    check_pairs(config.lr_multipliers)
+    _check_networks(config.model)
     unread = [name for name, stages in READ_BY_ALL_BUT.items() if config[name] and config.stage in stages]
     if unread:
         given = ", ".join(f"{name}={config[name]}" for name in unread)
         raise OptionsError(f"{given}: the stage {config.stage} does not read this; leave it out.")
-    if config.eval.pictures < 0:
-        raise OptionsError(f"eval.pictures {config.eval.pictures} must be 0, for none, or more.")
+    for name, others in APART.items():
+        if config[name] and (both := [other for other in others if config[other]]):
+            raise OptionsError(f"{name}={config[name]} does not go with {both[0]}={config[both[0]]}: leave out one.")
+    if config.batch_size < 2 and config.prior_preservation.path:
+        raise OptionsError("batch_size must be 2 or more, for the class images of prior_preservation.path.")
+    for low, high in ORDERED:
+        if config[low] > config[high] > 0:
+            raise OptionsError(f"{low} {config[low]} must be at most {high}, {config[high]}.")
+    if config.stage == "textual_inversion" and not (
+        config.textual_inversion.token and config.textual_inversion.initial
+    ):
+        raise OptionsError("textual_inversion needs a token, the new word, and initial, the words that it starts from.")
+
+
+def check_names(config: Any) -> None:
+    """Raise OptionsError for settings that there are not, such as a config's own misspelt ones, and missing ones."""
+    given = flat(config.to_dict())
+    groups = tuple(f"{name}." for name in OPEN)
+    for name, value in given.items():
+        if name not in RULES and not name.startswith(groups):
+            raise OptionsError(f"{name} is no setting: {near(name, list(RULES))}")
+        if name not in RULES and name.startswith("data.filter.") and not isinstance(value, tuple | list):
+            raise OptionsError(f"{name} {value!r} must be a tuple of the values that the column may have.")
+    for name in RULES:
+        if name not in given and name not in OPEN:
+            raise OptionsError(f"{name} is missing: begin the config with jaxdiff.training.defaults.base().")
+
+
+def _check_networks(sizes: Any) -> None:
+    """Sizes of fresh parts: their names, and numbers that no network can have."""
+    for part, values in sizes.items():
+        known: dict[str, Any] = {"scheduler": SchedulerConfig, **NETWORKS}
+        if part not in known:
+            raise OptionsError(f"model.{part} is no part of a model: {near(part, list(known))}")
+        if part == "scheduler":  # whose files have many more names
+            continue
+        defaults = {field.name: field.default for field in dataclasses.fields(known[part])}
+        for name, value in values.items():
+            whole = f"model.{part}.{name}"
+            if name not in defaults and name not in NOT_BUILT and not name.startswith("_"):
+                raise OptionsError(f"{whole} is no setting: {near(whole, [f'model.{part}.{n}' for n in defaults])}")
+            number = isinstance(defaults.get(name), int | float)
+            for x in value if isinstance(value, tuple | list) else (value,):
+                if (number and isinstance(x, str)) or (isinstance(x, int | float) and not 0 <= x < math.inf):
+                    raise OptionsError(f"{whole} {value!r} must be a number, at least 0 and finite.")
 
 
 def check_sizes(config: Any, model: Model) -> None:

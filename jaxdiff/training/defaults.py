@@ -7,8 +7,13 @@ from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
-from jaxdiff.training.options import NoiseOptions, Options
+from jaxdiff.diffusion.prediction import PREDICTION_TYPES
+from jaxdiff.diffusion.schedulers import SCHEDULERS
+from jaxdiff.models.layers import REMAT_POLICIES
+from jaxdiff.training.options import DTYPES, SEEDS, STAGES, NoiseOptions, Options
+from jaxdiff.training.ranges import MOST, fields, leaves, setting
 
 # Settings that had another name, which configs, flags and the run.json of older runs may still use.
 RENAMED = {
@@ -32,6 +37,21 @@ def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their whole name.
+
+    >>> flat({"data": {"path": "a", "filter": {}}, "steps": 3})
+    {'data.path': 'a', 'steps': 3}
+    """
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
 class Settings(ConfigDict):
     """A ConfigDict that also takes the old names of settings, with a warning."""
 
@@ -51,92 +71,117 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())
 
 
+# Every setting of train.py, with what it may be where that is not any value of its default's type.
+SETTINGS: dict[str, Any] = {
+    "stage": setting("", choices=STAGES),
+    **fields(Options),  # of the optimisation: jaxdiff/training/options.py
+    "dtype": setting("float32", choices=DTYPES),  # type to compute in; parameters that learn are float32
+    # Compute activations again in the backward pass, to save memory.
+    "remat": setting("", choices=("", *REMAT_POLICIES)),
+    # Diffusers folders, or names of bundled models, that parts come from with weights and sizes; "model" stands
+    # for every part, and "vae" may be the folder of an autoencoder alone.
+    "init_from": {name: setting("", path=True) for name in ("model", "text_encoder", "vision_encoder", "vae", "unet")},
+    "data": {
+        "path": setting("", path=True),
+        "split": "train",
+        "eval_split": "",  # images set aside; "": those of `split`
+        "image_size": setting(128, 0, 16384),  # pixels of a side; 0: the model's own
+        # Of transparent images; random ones are named in the caption.
+        "background": setting("random", choices=("random", "white")),
+        "flip": False,  # mirror at random
+        "captions": (),  # of all images, in place of their own; {} stands for textual_inversion.token
+        "threads": setting(8, 0, 1024),  # that read images
+        "workers": setting(0, 0, 1024),  # processes that read images; 0: the threads of this process
+        "image_column": "",  # of tables, records, metadata.jsonl and metadata.csv; "": a usual name
+        "text_column": "",
+        # Sizes of one area at the images' own aspects, in multiples of so many pixels (64); 0: squares.
+        "buckets": setting(0, 0, 16384),
+        "max_aspect": setting(2.0, 1, 1000),
+        # Allowed values by column of the metadata; an empty tuple allows all, max_subjects 0 as well.
+        # (None,) allows those without the column, such as images of the icons set that were not recoloured.
+        # The others: jaxdiff.data.filters.select.
+        "filter": {
+            "style": setting((), items=object),
+            "source": setting((), items=object),
+            "subject": setting((), items=object),
+            "color": setting((), items=object),
+            "max_subjects": setting(0, 0, MOST),
+            "min_side": setting(0, 0, MOST),  # pixels
+            "max_aspect": setting(0.0, 0, 1000),
+            "min_caption": setting(0, 0, MOST),  # characters
+            "max_caption": setting(0, 0, MOST),
+            "where": (),  # conditions on columns: ("aesthetic>=5", "license=CC0")
+            # "exact": equal files; "near": alike in all but duplicate_bits of 64.
+            "duplicates": setting("", choices=("", "exact", "near")),
+            "duplicate_bits": setting(4, 0, 16),
+        },
+    },
+    # Of a fresh text encoder.
+    "tokenizer": {"vocab_size": setting(4096, 514, 2**24), "max_length": setting(24, 3, 4096)},
+    "model": {},  # sizes of fresh parts: text_encoder, vision_encoder, vae, unet, scheduler
+    # Stage "vae".
+    "crop": setting(0, 0, 16384),  # pixels of random squares to train on; 0: whole images, as all other stages learn
+    "kl_weight": setting(1e-3, 0),
+    "edge_weight": setting(1.0, 0),
+    # Stage "unet" and those after it.
+    # What learns, or what a LoRA changes.
+    "trainable": setting(("unet",), choices=("unet", "text_encoder", "text_encoder_2")),
+    "prediction_type": setting("", choices=("", *PREDICTION_TYPES)),  # "": the model's own
+    "zero_terminal_snr": False,  # no signal at all at the last step; True turns it on
+    **fields(NoiseOptions),  # jaxdiff/training/options.py
+    # Class images beside one's own, so that the class is not forgotten (DreamBooth): a folder, captioned, or
+    # with these captions for all.
+    "prior_preservation": {"path": setting("", path=True), "captions": (), "weight": setting(1.0, 0, 1000)},
+    # Stage "lora"; alpha 0 is the rank; endings of the layers' names, () for the projections of attention.
+    "lora": {"rank": setting(8, 1, 4096), "alpha": setting(0.0, 0), "layers": ()},
+    # Stage "textual_inversion": the new word, the words that it starts from, and how many vectors it has.
+    "textual_inversion": {"token": "<word>", "initial": "", "vectors": setting(1, 1, 75)},
+    # Stage "controlnet": a ControlNet to go on from, "" for the UNet's own way down; thresholds of the edges.
+    "controlnet": {
+        "init_from": setting("", path=True),
+        "canny_low": setting(100.0, 0),
+        "canny_high": setting(200.0, 0),
+    },
+    # What train.py --precompute wrote, and how it writes: views of every image, the text embeddings too, and
+    # images that a device encodes at a time, as for cache_latents.
+    "latents": {
+        "path": setting("", path=True),
+        "views": setting(1, 1, MOST),
+        "embeddings": False,
+        "batch_size": setting(8, 1, MOST),
+    },
+    "cache_latents": setting(0, 0, MOST),  # encode so many views of every image beforehand; 0: encode as they are read
+    # Numbers also go to Weights & Biases (pip install ".[wandb]") where a project is named.
+    "wandb": {"project": "", "name": ""},
+    "eval": {
+        # Number of held-out images: reconstructed (vae), ranked (clip), denoised (others, with
+        # data.eval_split), or used as inputs for sample sheets.
+        "pictures": setting(64, 0, MOST),
+        "prompts": (),
+        "steps": setting(20, 1, 1000),
+        "guidance_scale": setting(0.0, 0, 1000),  # 0: the model's own
+        "scheduler": setting("dpmpp_2m", choices=SCHEDULERS),
+        "seed": setting(0, 0, SEEDS),
+    },
+}
+OPEN = ("model", "data.filter")  # groups that take further names: sizes of networks, columns of the metadata
+RULES = dict(leaves(SETTINGS))  # by whole name
+
+
+def _values(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a tree of settings; one that follows from others, None, may become a value of its type."""
+    found = {}
+    for name, x in tree.items():
+        if isinstance(x, dataclasses.Field):
+            found[name] = placeholder(x.metadata["kind"]) if x.default is None else x.default
+        else:
+            found[name] = _values(x) if isinstance(x, Mapping) else x
+    return found
+
+
 def base() -> Settings:
     """All settings of train.py. Each may be changed on the command line: --config.batch_size=64."""
-    return Settings(
-        {
-            # "clip", "vae" or "unet"; "lora", "textual_inversion", "controlnet", "inpainting", "upscaler"
-            "stage": "",
-            **dataclasses.asdict(Options()),  # of the optimisation: jaxdiff/training/options.py
-            "dtype": "float32",  # type to compute in; parameters that learn are float32
-            "remat": "",  # compute activations again in the backward pass, to save memory: full, dots or dots_no_batch
-            # Diffusers folders, or names of bundled models, that parts come from with weights and sizes; "model" stands
-            # for every part, and "vae" may be the folder of an autoencoder alone.
-            "init_from": {"model": "", "text_encoder": "", "vision_encoder": "", "vae": "", "unet": ""},
-            "data": {
-                "path": "",
-                "split": "train",
-                "eval_split": "",  # images set aside; "": those of `split`
-                "image_size": 128,  # pixels of a side; 0: the model's own
-                "background": "random",  # of transparent images: random (and named in the caption) or white
-                "flip": False,  # mirror at random
-                "captions": (),  # of all images, in place of metadata.jsonl; {} stands for textual_inversion.token
-                "threads": 8,  # that read images
-                "workers": 0,  # processes that read images; 0: the threads of this process
-                "image_column": "",  # of Parquet, Arrow and ArrayRecord data; "": a usual name
-                "text_column": "",
-                # Sizes of one area at the images' own aspects, in multiples of so many pixels (64); 0: squares.
-                "buckets": 0,
-                "max_aspect": 2.0,
-                # Allowed values by column of the metadata; an empty tuple allows all, max_subjects 0 as well.
-                # (None,) allows those without the column, such as images of the icons set that were not recoloured.
-                # The others: jaxdiff.data.filters.select.
-                "filter": {
-                    "style": (),
-                    "source": (),
-                    "subject": (),
-                    "color": (),
-                    "max_subjects": 0,
-                    "min_side": 0,  # pixels
-                    "max_aspect": 0.0,
-                    "min_caption": 0,  # characters
-                    "max_caption": 0,
-                    "where": (),  # conditions on columns: ("aesthetic>=5", "license=CC0")
-                    "duplicates": "",  # "exact": equal files; "near": alike in all but duplicate_bits of 64
-                    "duplicate_bits": 4,
-                },
-            },
-            "tokenizer": {"vocab_size": 4096, "max_length": 24},  # of a fresh text encoder
-            "model": {},  # sizes of fresh parts: text_encoder, vision_encoder, vae, unet, scheduler
-            # Stage "vae".
-            "crop": 0,  # pixels of random squares to train on; 0: whole images, as all other stages learn
-            "kl_weight": 1e-3,
-            "edge_weight": 1.0,
-            # Stage "unet" and those after it.
-            "trainable": (
-                "unet",
-            ),  # or ("unet", "text_encoder", "text_encoder_2"): what learns, or what a LoRA changes
-            "prediction_type": "",  # epsilon, v_prediction, sample or flow_prediction; "": the model's own
-            "zero_terminal_snr": False,  # no signal at all at the last step; True turns it on
-            **dataclasses.asdict(NoiseOptions()),  # jaxdiff/training/options.py
-            # Class images beside one's own, so that the class is not forgotten (DreamBooth): a folder, captioned, or
-            # with these captions for all.
-            "prior_preservation": {"path": "", "captions": (), "weight": 1.0},
-            # Stage "lora"; alpha 0 is the rank; endings of the layers' names, () for the projections of attention.
-            "lora": {"rank": 8, "alpha": 0.0, "layers": ()},
-            # Stage "textual_inversion": the new word, the words that it starts from, and how many vectors it has.
-            "textual_inversion": {"token": "<word>", "initial": "", "vectors": 1},
-            # Stage "controlnet": a ControlNet to go on from, "" for the UNet's own way down; thresholds of the edges.
-            "controlnet": {"init_from": "", "canny_low": 100.0, "canny_high": 200.0},
-            # What train.py --precompute wrote, and how it writes: views of every image, the text embeddings too, and
-            # images that a device encodes at a time, as for cache_latents.
-            "latents": {"path": "", "views": 1, "embeddings": False, "batch_size": 8},
-            "cache_latents": 0,  # encode so many views of every image beforehand; 0: encode as they are read
-            # Numbers also go to Weights & Biases (pip install ".[wandb]") where a project is named.
-            "wandb": {"project": "", "name": ""},
-            "eval": {
-                # Number of held-out images: reconstructed (vae), ranked (clip), denoised (others, with
-                # data.eval_split), or used as inputs for sample sheets.
-                "pictures": 64,
-                "prompts": (),
-                "steps": 20,
-                "guidance_scale": 0.0,  # 0: the model's own
-                "scheduler": "dpmpp_2m",
-                "seed": 0,
-            },
-        },
-        convert_dict=True,
-    )
+    return Settings(_values(SETTINGS), convert_dict=True)
 
 
 def fine_tuning(stage: str) -> Settings:

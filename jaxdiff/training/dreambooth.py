@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.config import ConfigError
-from jaxdiff.data.folder import IMAGE_SUFFIXES, image_files
+from jaxdiff.data.listing import IMAGE_SUFFIXES, REPEATS, repeated, uncaptioned
 from jaxdiff.data.pipeline import CaptionedData, GlobalStream
 from jaxdiff.files import atomic_write, write_text
 
@@ -24,11 +24,12 @@ def captioned(path: str | Path, captions: Sequence[str], folder: Path) -> Path:
         ConfigError: there is no image.
     """
     path = Path(path).absolute()
-    names = [p.name for p in image_files(path)]
-    if not names:
+    images = uncaptioned(path)
+    if not images:
         raise ConfigError(f"The folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"file_name": f"pictures/{name}", "text": list(captions)}) + "\n" for name in names]
+    shown = [({REPEATS: n} if (n := repeated(path, p)[0]) > 1 else {}, p.relative_to(path).as_posix()) for p in images]
+    lines = [json.dumps({"file_name": f"pictures/{p}", "text": list(captions), **n}) + "\n" for n, p in shown]
     with atomic_write(folder / "pictures") as link:
         link.symlink_to(path)
     write_text(folder / "metadata.jsonl", "".join(lines))

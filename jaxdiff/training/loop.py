@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -187,6 +188,8 @@ def fit(
     """
     options.check(jax.device_count() if mesh is None else mesh.size)
     check_multipliers(options.lr_multipliers, params, stage.trainable)
+    for sentence in options.too_long() if jax.process_index() == 0 else ():
+        logging.warning("%s", sentence)
     mesh = parallel.mesh(options.fsdp, options.tensor) if mesh is None else mesh
     workdir, iterator = Path(workdir), iter(batches)
     trained = {k: params[k] for k in stage.trainable}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdiff.training.ema import track
-from jaxdiff.training.options import Options, OptionsError
+from jaxdiff.training.options import Options, OptionsError, check_pairs
 from jaxdiff.typing import Array, Params
 
 SMALL = 4096  # elements: smaller arrays keep float32 moments (Dettmers et al. 2022, section 2)
@@ -19,7 +19,7 @@ MUON_RMS = 0.2  # of an update of Muon's at rate 1, which is AdamW's (Liu et al.
 
 def learning_rate(options: Options) -> optax.Schedule:
     """Linear warm-up, then constant, or linear or cosine decay to 0 (Loshchilov & Hutter 2017, equation 5)."""
-    peak, warmup = options.learning_rate, options.warmup_steps
+    peak, warmup = options.learning_rate, options.warmup
     left = max(options.steps - warmup, 1)
     if options.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, left)
@@ -100,10 +100,9 @@ def scale_by_multipliers(multipliers: tuple[tuple[str, float], ...]) -> optax.Gr
     """
     if not multipliers:
         return optax.identity()
-    longest = sorted(multipliers, key=lambda pair: -len(pair[0]))
 
     def scaled(path: tuple, update: Array) -> Array:
-        return update * next((factor for prefix, factor in longest if _starts(_name(path), prefix)), 1.0)
+        return update * _multiplier(multipliers, _name(path))
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 
@@ -118,18 +117,23 @@ def check_multipliers(multipliers: Sequence[tuple[str, float]], params: Params, 
     Raises:
         OptionsError: one is no pair, or its prefix is the start of no parameter that learns or of such a module.
     """
-    pairs = [r for r in multipliers if isinstance(r, tuple | list) and len(r) == 2]
-    if len(pairs) < len(multipliers) or not all(isinstance(p, str) and isinstance(f, int | float) for p, f in pairs):
-        raise OptionsError(f"lr_multipliers {tuple(multipliers)!r} must be pairs such as (('text_encoder', 0.1),).")
+    check_pairs(multipliers)
     names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     learn = [name for name in names if name.split("/")[0] in trainable]
     modules = {re.split(r"[./]", name.removeprefix(LORA))[0] for name in learn}
     known = learn + [name for name in names if name.split("/")[0] not in modules]
-    for prefix, _ in pairs:
+    for prefix, _ in multipliers:
         if not any(_starts(name, prefix) for name in known):
             raise OptionsError(
                 f"lr_multipliers: {prefix!r} is the start of no parameter that learns, such as {learn[0]!r}."
             )
+    if multipliers and not any(_multiplier(multipliers, name) for name in learn):
+        raise OptionsError(f"lr_multipliers {tuple(multipliers)!r} are 0 for all that learns: leave one out.")
+
+
+def _multiplier(multipliers: Sequence[tuple[str, float]], name: str) -> float:
+    longest = sorted(multipliers, key=lambda pair: -len(pair[0]))
+    return next((factor for prefix, factor in longest if _starts(name, prefix)), 1.0)
 
 
 def _name(path: tuple) -> str:

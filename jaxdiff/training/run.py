@@ -53,16 +53,9 @@ class Run:
     def batches(self) -> CaptionedData:
         """What is trained on: latents written beforehand, latents cached now, or images as they are read."""
         config = self.config
-        by_image = config.prior_preservation.path or self.trainable.sample_inputs
         if config.latents.path:
-            if config.cache_latents or by_image:
-                raise OptionsError(
-                    "latents.path goes with neither cache_latents, prior_preservation nor a stage that needs images."
-                )
             return self.data.batches(source=self.latents(), buckets=None)
         if config.cache_latents:
-            if by_image:
-                raise OptionsError(f"cache_latents {config.cache_latents}: this stage needs the images themselves: 0.")
             return self.data.batches(source=self.cached_latents(), buckets=None)
         if config.prior_preservation.path:
             return self.data.with_class_images()
@@ -137,4 +130,10 @@ def build_run(config: Any, workdir: Path) -> Run:
     trainable = trainables.make(config, model, params)
     at_once = max(1, options.batch_size // (devices * options.accumulate))
     data = TrainingData(images, source, size, buckets, at_once, trainable.make_control_image)
-    return Run(config, workdir, options, trainable, data)
+    run = Run(config, workdir, options, trainable, data)
+    for name in ("latents.path", "cache_latents"):
+        if config[name] and trainable.sample_inputs:
+            raise OptionsError(f"{name} {config[name]}: this stage needs the images themselves; leave it out.")
+    if config.latents.path:
+        run.latents()  # which refuses those of other settings
+    return run

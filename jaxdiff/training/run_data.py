@@ -1,7 +1,7 @@
 """The images of a run: from a config to what is trained on, what is set aside, and what tells the data from others."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,18 @@ import numpy as np
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data.buckets import Buckets
-from jaxdiff.data.captioned import captioned_data, open_source
+from jaxdiff.data.captioned import captioned_data, open_source, source_files
 from jaxdiff.data.filters import select
-from jaxdiff.data.folder import BACKGROUNDS, image_files
+from jaxdiff.data.folder import BACKGROUNDS
 from jaxdiff.data.latents import LatentShards
+from jaxdiff.data.listing import METADATA, TABLE, NoCaptions, image_files
 from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.data.source import Source
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.training import dreambooth, init
-from jaxdiff.training.defaults import as_json
+from jaxdiff.training.defaults import as_json, flat
 from jaxdiff.training.options import OptionsError
-from jaxdiff.training.workdir import data_fingerprint, flat
+from jaxdiff.training.workdir import data_fingerprint
 
 ALONE = {"host_index": 0, "host_count": 1}
 # Data sets of this repository, by their usual place, and how they are made.
@@ -35,6 +36,11 @@ def hosts() -> dict[str, Any]:
     return {"host_index": jax.process_index(), "host_count": jax.process_count()}
 
 
+def columns(config: Any) -> dict[str, Any]:
+    """The columns that the config names, as keyword arguments of what opens data."""
+    return {name: config.data[name] for name in ("image_column", "text_column")}
+
+
 @dataclasses.dataclass(frozen=True)
 class Images:
     """Where the images of a config lie; `workdir` receives what is made of them once."""
@@ -43,9 +49,12 @@ class Images:
     workdir: Path
 
     def open(self, path: str | Path, split: str) -> Source:
-        data = self.config.data
-        columns: dict[str, Any] = {name: data[name] for name in ("image_column", "text_column")}
-        return open_source(path, split, cache=self.workdir / "data", **columns, **hosts())
+        """A split under captions of its own."""
+        return open_source(path, split, cache=self.workdir / "data", **columns(self.config), **hosts())
+
+    def captioned(self, path: Path, captions: Sequence[str], name: str) -> Source:
+        """The images of a folder under captions of the config."""
+        return open_source(dreambooth.captioned(path, captions, self.workdir / name), **hosts())
 
     def split(self, name: str) -> Source:
         """All images of a split of `data.path`, under the captions of the config where it has some."""
@@ -55,8 +64,7 @@ class Images:
         if name != data.split or (folder / name).is_dir():
             folder /= name
         captions = [c.replace("{}", self.config.textual_inversion.token) for c in data.captions]
-        dreambooth.captioned(folder, captions, self.workdir / "captioned" / name)
-        return self.open(self.workdir / "captioned", name)
+        return self.captioned(folder, captions, f"captioned/{name}")
 
     def chosen(self) -> Source:
         """The images to train on, as `data.filter` chooses them; latents written beforehand hold what was chosen."""
@@ -76,10 +84,7 @@ class Images:
         """The sizes that images are cut to; None where all become squares."""
         if self.config.latents.path:
             return None
-        found = init.buckets(source, self.config.data, image_size, self.workdir / "data", **hosts())
-        if found and (self.config.prior_preservation.path or self.config.crop):
-            raise OptionsError("data.buckets go with neither prior_preservation nor crop.")
-        return found
+        return init.buckets(source, self.config.data, image_size, self.workdir / "data", **hosts())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +112,14 @@ class TrainingData:
     def with_class_images(self) -> CaptionedData:
         """Batches of which half are images of the class, in the same order for any number of hosts."""
         config, prior = self.images.config, self.images.config.prior_preservation
-        size, path = config.batch_size, prior.path
-        if size < 2:
-            raise OptionsError("batch_size must be 2 or more, for the class images of prior_preservation.path.")
-        if prior.captions:
-            path = dreambooth.captioned(path, prior.captions, self.images.workdir / "class")
+        size = config.batch_size
+        source = (
+            self.images.captioned(Path(prior.path), prior.captions, "class")
+            if prior.captions
+            else self.images.open(prior.path, "train")
+        )
         own = self.batches(batch_size=size - size // 2, **ALONE)
-        others = {"source": self.images.open(path, "train"), "seed": config.seed + 3}
+        others = {"source": source, "seed": config.seed + 3}
         of_class = self.batches(batch_size=size // 2, **others, **ALONE)
         return dreambooth.with_prior(own, of_class, prior.weight, **hosts())
 
@@ -142,7 +148,8 @@ class TrainingData:
     def settings(self) -> dict[str, Any]:
         """What the config says of the images trained on, as JSON; they may lie elsewhere, but be no others."""
         data = as_json(self.images.config)["data"]
-        digest = data_fingerprint(data.pop("path"), data["split"], bool(data["captions"]))["digest"]
+        captions = bool(data["captions"])
+        digest = data_fingerprint(data.pop("path"), data["split"], captions, **columns(self.images.config))["digest"]
         for name in ("threads", "workers", "eval_split"):
             del data[name]
         return {**flat({"data": data | {"image_size": self.image_size}}), "digest of data.path": digest}
@@ -155,22 +162,37 @@ def fingerprints(config: Any) -> dict[str, Any]:
         ConfigError, OptionsError: there are no such data, or they have no captions.
     """
     data, prior, latents = config.data, config.prior_preservation, config.latents.path
-    found = _fingerprint(data.path, data.split, data.captions, "data.captions", "a photo of sks dog")
+    found = _fingerprint(config, data.path, data.split, data.captions, "data.captions", "a photo of sks dog")
+    if data.eval_split not in ("", data.split) and config.eval.pictures and not latents:
+        _check_apart(config)
     if prior.path:
         name = "prior_preservation.captions"
-        found["prior"] = _fingerprint(prior.path, "train", prior.captions, name, "a photo of a dog")
+        found["prior"] = _fingerprint(config, prior.path, "train", prior.captions, name, "a photo of a dog")
     return found | ({"latents": LatentShards(Path(latents)).fingerprint} if latents else {})
 
 
-def _fingerprint(path: str, split: str, captions: Any, setting: str, example: str) -> dict[str, Any]:
+def _fingerprint(config: Any, path: str, split: str, captions: Any, setting: str, example: str) -> dict[str, Any]:
     try:
-        return data_fingerprint(path, split, bool(captions))
+        return data_fingerprint(path, split, bool(captions), **columns(config))
     except ConfigError as e:
-        if not captions and image_files(Path(path)):
+        if isinstance(e, NoCaptions) and (image_files(Path(path), below=True) or image_files(Path(path) / split)):
             raise OptionsError(
-                f"{setting} is missing: the images in {path} have no metadata.jsonl with captions. Write one, or give "
-                f"one caption for all: --config.{setting}=\"('{example}',)\"."
+                f"{setting} is missing: the images in {path} have no metadata.jsonl, metadata.csv or text files with "
+                f"captions. Write them, or give one caption for all: --config.{setting}=\"('{example}',)\"."
             ) from None
         if path.rstrip("/") in BUILT and not Path(path).exists():
             raise ConfigError(f"{e} {BUILT[path.rstrip('/')]}") from None
         raise
+
+
+def _check_apart(config: Any) -> None:
+    """Raise OptionsError where images set aside are trained on too, ConfigError where there are none."""
+    data = config.data
+    if data.captions:  # taken from folders by the splits' names
+        return
+    trained, aside = (set(source_files(data.path, s, **columns(config))) for s in (data.split, data.eval_split))
+    if both := sorted(p for p in trained & aside if p.name not in (METADATA, TABLE)):
+        raise OptionsError(
+            f"data.eval_split {data.eval_split}: {len(both)} of its files are trained on too, such as {both[0]}: move "
+            f"the images to train on into a folder {data.split}."
+        )

@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,10 +17,11 @@ from typing import Any
 from absl import logging
 
 from jaxdiff.data.captioned import source_files
-from jaxdiff.data.folder import METADATA, image_files
+from jaxdiff.data.listing import CAPTION_SUFFIXES, METADATA, TABLE, uncaptioned
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.files import write_text
-from jaxdiff.training.defaults import with_current_names
+from jaxdiff.training.defaults import flat, with_current_names
+from jaxdiff.training.options import default_warmup
 
 PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Settings that change nothing of what is learnt, or only how it is divided; a name stands for all below it.
@@ -72,6 +75,52 @@ class Lock:
         self._file.close()  # the lock goes with it
 
 
+@contextlib.contextmanager
+def claimed(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
+    """Holds a run's folder, made if missing, for the block, which is given a function `keep`.
+
+    Where the block fails before it has called `keep`, what was written into the folder is removed again.
+
+    Args:
+        first: whether this is the first host, which locks the folder and removes.
+
+    Raises:
+        WorkdirError: another run holds it, or the folder cannot be written to.
+    """
+    whole = folder.absolute()
+    missing = [p for p in (whole, *whole.parents) if not p.exists()]  # the lowest first
+    locked, kept = (folder / "lock").exists(), False
+
+    def keep() -> None:
+        nonlocal kept
+        kept = True
+
+    def drop(paths: Iterable[Path]) -> None:
+        for path in paths:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        drop(())
+        raise WorkdirError(
+            f"--workdir: {folder} cannot be written to ({e.strerror or e}): choose another place."
+        ) from None
+    with Lock(folder) if first else contextlib.nullcontext():
+        there = {path for path in folder.iterdir() if locked or path.name != "lock"}
+        try:
+            yield keep
+        except Exception:
+            if first and not kept:
+                drop(set(folder.iterdir()) - there)
+            raise
+
+
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide what a run computes."""
     found = {"python": platform.python_version()}
@@ -83,18 +132,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def data_fingerprint(path: str | Path, split: str = "train", captions: bool = False) -> dict[str, Any]:
+def data_fingerprint(path: str | Path, split: str = "train", captions: bool = False, **columns: str) -> dict[str, Any]:
     """What tells one data set from another without reading images: the files' names, some sizes, and the captions.
 
     Only files that are read count: a workdir or other folders and files beside them do not.
 
     Args:
-        path, split: see `jaxdiff.data.captioned.open_source`.
+        path, split, columns: see `jaxdiff.data.captioned.open_source`.
         captions: whether all images get the config's captions, so that the folder needs no metadata.
 
     Returns:
         {"files": their number, "digest": of all names in order, the sizes of at most MAX_SIZES of them evenly spread,
-        and the bytes of every metadata.jsonl}.
+        and the bytes of all captions of a folder}.
 
     Raises:
         ConfigError: there are no such data.
@@ -102,10 +151,10 @@ def data_fingerprint(path: str | Path, split: str = "train", captions: bool = Fa
     path, digest = Path(path), hashlib.sha256()
     folder = path if path.is_dir() else path.parent
     alone = path / split if (path / split).is_dir() else path
-    files = image_files(alone) if captions else source_files(path, split)
+    files = uncaptioned(alone) if captions else source_files(path, split, **columns)
     for file in files:
         digest.update(os.path.relpath(file, folder).encode() + b"\n")
-        if file.name == METADATA:
+        if file.name in (METADATA, TABLE) or file.suffix.lower() in CAPTION_SUFFIXES:
             digest.update(file.read_bytes())
     for file in files[:: -(-len(files) // MAX_SIZES) or 1]:
         with contextlib.suppress(OSError):  # a missing image is named when it comes up
@@ -146,7 +195,7 @@ def settle(
                 f"The workdir {folder} belongs to another config ({'; '.join(changed)}): go on with its own, or choose "
                 f"another workdir; free to change are steps (upwards) and {', '.join(free(now['config']))}."
             )
-        if others:
+        if others and write:
             logging.warning("The run goes on with other versions than before: %s.", "; ".join(others))
     if not write:
         return
@@ -185,6 +234,8 @@ def _refused(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
     def allowed(name: str) -> bool:
         grows = name == "steps" and new.get(name, 0) >= old.get(name, 0)
+        if name == "warmup_steps" and all(x.get(name) == default_warmup(x.get("steps", 0)) for x in (old, new)):
+            return True  # which nobody gave, and follows from the steps
         return grows or any(f"{name}.".startswith(f"{known}.") for known in free(new))
 
     return _changes(*({k: v for k, v in settings.items() if not allowed(k)} for settings in (old, new)))
@@ -193,18 +244,3 @@ def _refused(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return [f"{name}: {json.dumps(old.get(name))} -> {json.dumps(new.get(name))}" for name in names]
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their whole name.
-
-    >>> flat({"data": {"path": "a", "filter": {}}, "steps": 3})
-    {'data.path': 'a', 'steps': 3}
-    """
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            found.update(flat(value, f"{prefix}{name}."))
-        else:
-            found[f"{prefix}{name}"] = value
-    return found

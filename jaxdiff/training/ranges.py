@@ -1,0 +1,144 @@
+"""What values a setting may have, declared with its default; and the sentences about those that it may not have.
+
+A setting is a `dataclasses.Field`, so that one declaration serves the dataclasses of options.py and the tree of
+defaults.py. A plain default declares its type alone.
+"""
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxdiff.errors import JaxdiffError
+
+MOST = 2**31 - 1  # of whole numbers, which devices count in 32 bits
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False", tuple: "a tuple"}
+# Settings under the names that other programs give them.
+ELSEWHERE = {
+    "lr": "learning_rate", "epochs": "steps", "iterations": "steps", "gradient_accumulation": "accumulate",
+    "gradient_accumulation_steps": "accumulate", "gradient_checkpointing": "remat", "mixed_precision": "dtype",
+    "precision": "dtype", "max_grad_norm": "clip_norm", "resolution": "data.image_size", "size": "data.image_size",
+    "train_data_dir": "data.path", "dataset": "data.path", "validation_prompt": "eval.prompts",
+    "network_dim": "lora.rank", "network_alpha": "lora.alpha",
+}  # fmt: skip
+
+
+class OptionsError(JaxdiffError, ValueError):
+    """Settings that do not fit each other, the model or the devices: a sentence that begins with the setting's name."""
+
+
+def setting(
+    default: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    choices: Iterable[str] = (),
+    kind: type | None = None,
+    items: type = str,
+    path: bool = False,
+) -> Any:
+    """A setting with its default and the values that it may have.
+
+    Args:
+        low, high: of a number, or of each number of a tuple, both allowed.
+        above, below: the same, neither allowed.
+        choices: all values of a text; none: any text.
+        kind: its type where the default is None, which stands for a value that follows from others.
+        items: the type of a tuple's elements; `object` allows any.
+        path: whether it is a place in the file system, where ~ is the home folder.
+    """
+    rule = {"low": low, "high": high, "above": above, "below": below, "choices": tuple(choices), "items": items}
+    return dataclasses.field(default=default, metadata={**rule, "kind": kind or type(default), "path": path})
+
+
+def check_value(name: str, value: Any, field: Any) -> None:
+    """Raise OptionsError, one sentence with the setting's name and range and the value, where it cannot be right."""
+    rule, kind = field.metadata, field.metadata["kind"]
+    if value is None and field.default is None:
+        return
+    several = isinstance(value, tuple | list)
+    right = several if kind is tuple else _is(kind, value)
+    if not right or not all(_is(rule["items"], x) for x in (value if several else ())):
+        raise OptionsError(f"{name} {value!r} must be {wanted(field)}.")
+    for x in value if several else (value,):
+        if (rule["choices"] and x not in rule["choices"]) or (isinstance(x, numbers.Real) and not _within(rule, x)):
+            raise OptionsError(f"{name} {value!r} must be {_range(rule) or 'finite'}.")
+
+
+def wanted(field: Any) -> str:
+    """What a setting may be, its type and its range.
+
+    >>> wanted(setting(64, 1)), wanted(setting(0.9, 0, below=1)), wanted(setting(()))
+    ('a whole number, at least 1', 'a number, at least 0 and below 1', 'a tuple of text, such as "(\\'a castle\\',)"')
+    """
+    rule, kind = field.metadata, field.metadata["kind"]
+    if kind is not tuple:
+        return ", ".join(filter(None, (KINDS[kind], _range(rule))))
+    if rule["items"] not in (str, float):
+        return KINDS[kind]
+    if rule["items"] is str and not rule["choices"]:
+        return """a tuple of text, such as "('a castle',)\""""
+    return f"a tuple, each {_range(rule)}"
+
+
+def _is(kind: type, value: Any) -> bool:
+    if kind in (int, float):
+        number = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _within(rule: Mapping[str, Any], x: Any) -> bool:
+    return math.isfinite(x) and rule["low"] <= x <= rule["high"] and rule["above"] < x < rule["below"]
+
+
+def _range(rule: Mapping[str, Any]) -> str:
+    """The range in words; "" where there is none."""
+    if rule["choices"]:
+        return "one of " + ", ".join(x if x else "'' (none)" for x in rule["choices"])
+    if math.isfinite(rule["low"]) and math.isfinite(rule["high"]):
+        return f"from {rule['low']} to {rule['high']}"
+    words = (("at least", "low"), ("above", "above"), ("at most", "high"), ("below", "below"))
+    return " and ".join(f"{word} {rule[end]:.4g}" for word, end in words if math.isfinite(rule[end]))
+
+
+def fields(cls: type) -> dict[str, Any]:
+    """The settings of a dataclass by name."""
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
+def check_fields(options: Any) -> None:
+    """`check_value` of all fields of a dataclass."""
+    for name, field in fields(type(options)).items():
+        check_value(name, getattr(options, name), field)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(whole name, setting) of a tree of settings and plain defaults; a group without settings is given as it is."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            plain = isinstance(value, Mapping | dataclasses.Field)
+            yield f"{prefix}{name}", value if plain else setting(value)
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """What may be meant by a setting that there is not, in words.
+
+    >>> near("lr", ["learning_rate", "lora.rank"]), near("data.imagesize", ["data.image_size", "seed"])
+    ('did you mean learning_rate?', 'did you mean data.image_size?')
+    """
+    known = sorted(known, key=len)
+    last, short = name.rpartition(".")[2], {k: k.rpartition(".")[2] for k in known}
+    found = [ELSEWHERE[last]] if last in ELSEWHERE else []
+    alike = difflib.get_close_matches(last, set(short.values()), 5, 0.7)
+    found += [k for k in known if short[k] == last]
+    found += [k for k in difflib.get_close_matches(name, known, 3, 0.7) if k not in found]
+    found += [k for k in known if short[k] in alike and k not in found]
+    found += [k for k in known if {last} & {*short[k].split("_")} and k not in found]
+    return f"did you mean {' or '.join(found[:3])}?" if found else "docs/training.md says where all are listed."
