@@ -4,6 +4,7 @@ A page's blocks run in their order in one folder that holds what a user would ha
 or named with a reason (`documented.NOT_RUN`); one that is neither fails.
 """
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -141,3 +142,12 @@ def test_links_and_named_files_exist(page):
         assert ((ROOT / page).parent / link).exists(), link
     for name in documents.named_files(page):
         assert any((ROOT / folder / name).is_file() for folder in (*FOLDERS, Path(page).parent)), name
+
+
+def test_what_is_compatible_names_its_tests():
+    rows = re.findall(
+        r"^\|.*\| `(test_\w+)(?:::(test_\w+))?` \|$", (ROOT / "docs" / "compatibility.md").read_text(), re.M
+    )
+    assert len(rows) > 30
+    for file, test in rows:
+        assert f"def {test or 'test_'}" in (ROOT / "tests" / f"{file}.py").read_text(), (file, test)
