@@ -188,15 +188,15 @@ def test_what_is_given_as_a_network_is_called_what_it_is(check, tensor, sentence
 def test_the_command_names_the_flag_before_weights_are_read(flag, sample_cli, monkeypatch):
     monkeypatch.setattr("jaxdiff.load", None)
     save_file({"lora_unet_x.alpha": np.zeros(1, np.float32)}, "lora.safetensors")
-    beside = {"vae": [], "preview_vae": ["--preview"], "controlnet": ["--control_image=x.png"]}[flag]
+    beside = {"vae": [], "preview_vae": ["--preview"], "controlnet": ["--control_image=lora.safetensors"]}[flag]
     for path, sentence in (
         ("lora.safetensors", "holds a LoRA"),
         ("none.safetensors", "does not exist"),
-        ("", "is empty: say which"),
+        ("", "is no path: name a file or folder"),
     ):
         code, out, err = sample_cli("--prompt=a", f"--{flag}={path}", *beside)
         assert (code, out) == (2, [])
-        assert f"--{flag} " in err
+        assert f"--{flag}" in err
         assert sentence in err
     assert [p.name for p in Path().iterdir()] == ["lora.safetensors"]
 
@@ -204,4 +204,4 @@ def test_the_command_names_the_flag_before_weights_are_read(flag, sample_cli, mo
 def test_an_empty_model_is_named(sample_cli):
     code, out, err = sample_cli("--prompt=a", model="")
     assert (code, out) == (2, [])
-    assert "--model is empty: say which, or leave it out." in err
+    assert "--model='' is no path: name a file or folder, or leave --model out." in err

@@ -53,12 +53,11 @@ from jaxdiff.cli.requests import (
 )
 from jaxdiff.config import ControlNetConfig
 from jaxdiff.data.images import MAX_PIXELS
-from jaxdiff.errors import JaxdiffError
 from jaxdiff.io import cache, diffusers_folder, images, model_paths
 from jaxdiff.io.configs import read_config
 from jaxdiff.io.controlnet import check_controlnet
 from jaxdiff.io.edges import canny
-from jaxdiff.io.lora import brings_words, load_bundled, merge_lora
+from jaxdiff.io.lora import bundled_words, load_bundled, merge_lora
 from jaxdiff.io.vae import check_tiny_vae, check_vae
 from jaxdiff.models.controlnet import ControlNet
 from jaxdiff.parallel import device_memory
@@ -140,23 +139,13 @@ def load(
 
 
 def check_networks(f: flags.FlagValues) -> None:
-    """Raise UsageError for paths of networks that are empty or hold something else, before weights are read."""
-    checks: dict[str, Any] = {
-        "model": str,
-        "vae": check_vae,
-        "preview_vae": check_tiny_vae,
-        "controlnet": check_controlnet,
-    }
-    for name, check in checks.items():
+    """Raise UsageError for files of networks that hold something else, before weights are read."""
+    for name, check in {"vae": check_vae, "preview_vae": check_tiny_vae, "controlnet": check_controlnet}.items():
         value: Any = f[name].value
-        for path in value if isinstance(value, list) else [value]:
-            if path == "":
-                raise UsageError(f"--{name} is empty: say which, or leave it out.")
-            try:
+        with naming(f"--{name}"):
+            for path in value if isinstance(value, list) else [value]:
                 if path is not None:
                     check(path)
-            except JaxdiffError as e:
-                raise UsageError(f"--{name} {e}") from None
 
 
 def with_controlnets(model: jaxdiff.Model, path: Path, laid: Adapters) -> jaxdiff.Model:
@@ -259,6 +248,7 @@ def run(f: flags.FlagValues) -> None:
     """Draw what the flags say. Whatever can be wrong is found in order of its cost."""
     check_folder(Path(f.output.split("{")[0] or ".").parent)
     lines = prompt_lines(f)
+    check_files(f)
     check_networks(f)
     path, opened = model_paths.find(f.model), None
     if path.is_dir():  # configs alone: weights are slow to read
@@ -272,14 +262,13 @@ def run(f: flags.FlagValues) -> None:
     requests = image_requests(f, lines)
     files = output_files(f, requests)
     check_folder(files.images[0].parent)
-    check_files(f)
     given = given_images(f, model, read)
     laid, chosen = read_adapters(f, model), named_loras(f, requests)
     loras, slices = read_named(model, chosen), list(runs(chosen, f.batch_size))
     wanted = [without_tags(f, request) for request in requests]
     plan = functools.partial(batches, settings=settings, requests=wanted, given=given, slices=slices, size=f.batch_size)
     lora_files: list[str | Path] = [*(weighted(given)[0] for given in f.lora), *loras]
-    new_words = f.embedding or any(map(brings_words, lora_files))  # with tokens of their own
+    new_words = f.embedding or any(bundled_words(model, file) for file in lora_files)  # with tokens of their own
     parts = None if new_words else plan(with_controlnets(model, path, laid))
     cache.cache_compilations(f.cache_dir)
     model, params = load(f, opened, laid, lora_files)

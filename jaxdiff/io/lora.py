@@ -126,22 +126,18 @@ def load_lora(model: Model, params: Params, paths: Any, scale: Any = 1.0) -> Par
         WeightsError: one sentence that names the file and what does not fit.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    merged = merge_lora(params, [read_lora(model, path) for path in paths], scale)
     for path in paths:
         if words := bundled_words(model, path):
             shown = ", ".join(map(repr, words))
             logging.warning("%s brings an embedding along, for %s: load it as a textual inversion too.", path, shown)
-    return merge_lora(params, [read_lora(model, path) for path in paths], scale)
+    return merged
 
 
 def bundled_words(model: Model, path: str | Path) -> list[str]:
     """The words whose embeddings lie in a LoRA's file, without those that the model knows."""
     words = [word for file in adapter_files(path) for word in textual_inversion.bundled(open_tensors(file))]
     return [word for word in words if not textual_inversion.knows(model, word)]
-
-
-def brings_words(path: str | Path) -> bool:
-    """Whether an embedding lies in a LoRA's file."""
-    return any(textual_inversion.bundled(open_tensors(file)) for file in adapter_files(path))
 
 
 def load_bundled(model: Model, params: Params, path: str | Path) -> tuple[Model, Params]:
