@@ -20,9 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # PyTorch's threads would wait in turns
 
 # The files that take longest, by which parallel workers begin so that they end together.
 LONGEST = (
-    "test_training_devices", "test_scheduler_oracle", "test_train_cli", "test_training", "test_finetune", "test_trust",
-    "test_models", "test_sampling", "test_examples", "test_tasks", "test_generate", "test_single_file",
-    "test_single_file_oracle", "test_evaluation_cli",
+    "test_examples", "test_training_devices", "test_models", "test_train_cli", "test_finetune", "test_tasks",
+    "test_generate", "test_scheduler_oracle", "test_trust", "test_sampling", "test_single_file", "test_controlnet",
+    "test_training", "test_docs", "test_variations", "test_text",
 )  # fmt: skip
 
 
