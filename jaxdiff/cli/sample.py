@@ -144,7 +144,7 @@ def check_networks(f: flags.FlagValues) -> None:
         value: Any = f[name].value
         with naming(f"--{name}"):
             for path in value if isinstance(value, list) else [value]:
-                if path is not None:
+                if path is not None and Path(path).exists():  # else `check_files` says so
                     check(path)
 
 
@@ -248,7 +248,6 @@ def run(f: flags.FlagValues) -> None:
     """Draw what the flags say. Whatever can be wrong is found in order of its cost."""
     check_folder(Path(f.output.split("{")[0] or ".").parent)
     lines = prompt_lines(f)
-    check_files(f)
     check_networks(f)
     path, opened = model_paths.find(f.model), None
     if path.is_dir():  # configs alone: weights are slow to read
@@ -262,6 +261,7 @@ def run(f: flags.FlagValues) -> None:
     requests = image_requests(f, lines)
     files = output_files(f, requests)
     check_folder(files.images[0].parent)
+    check_files(f)
     given = given_images(f, model, read)
     laid, chosen = read_adapters(f, model), named_loras(f, requests)
     loras, slices = read_named(model, chosen), list(runs(chosen, f.batch_size))
