@@ -19,6 +19,7 @@ from jaxdiff.models.controlnet import ControlNet, check_fits, combine, example_i
 from jaxdiff.models.unet import UNet2DConditionModel
 from tests.support import networks
 from tests.support.comparison import TOLERANCE, drawn, error
+from tests.support.published import CONTROLNETS
 
 UNET_ONLY = ("sample_size", "up_block_types")
 HINTS = {"conditioning_embedding_out_channels": (8, 16, 16, 32)}
@@ -311,25 +312,7 @@ def test_full_size_shapes_equal_pytorchs(family):
 
     from jaxdiff.io.torch_names import tensor_name, to_torch_layout
 
-    config = {
-        "sd1": {"cross_attention_dim": 768},
-        "sd2": {
-            "cross_attention_dim": 1024,
-            "attention_head_dim": (5, 10, 20, 20),
-            "use_linear_projection": True,
-        },
-        "sdxl": {
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-    }[family]
+    config = CONTROLNETS[family]
     with torch.device("meta"):
         theirs = {k: tuple(v.shape) for k, v in diffusers.ControlNetModel(**config).state_dict().items()}
     module = ControlNet(ControlNetConfig.from_dict(config))

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
+from jaxdiff import parallel
 from jaxdiff.config import CLIPTextConfig, CLIPVisionConfig, ConfigError, UNetConfig, VAEConfig
 from jaxdiff.io.tensor_files import load_tensors
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
@@ -181,6 +183,16 @@ def test_convolution_as_products_equals_xla(shape, features, stride, chunk, monk
     assert error(computed, reference) < TOLERANCE
     for ours, theirs in zip(our_pull(computed), pull(computed), strict=True):
         assert error(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize(("sizes", "products"), [((2, 1, 1), True), ((1, 2, 1), True), ((1, 1, 2), False)])
+def test_convolutions_stay_whole_where_their_kernels_are_divided(sizes, products):
+    """Over "tensor" alone: the other axes of a mesh divide examples, or kernels that are gathered before their use."""
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 32, 32, 64), (3, 3, 64, 64)))
+    args = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    with jax.sharding.use_abstract_mesh(AbstractMesh(sizes, parallel.AXES)):
+        jaxpr = jax.make_jaxpr(lambda x, k: convolve(x, k, (1, 1), ((1, 1), (1, 1)), **args))(x, kernel)
+    assert ("dot_general" in str(jaxpr)) == products
 
 
 @pytest.mark.parametrize("name", [c for c in CASES if c.count("/") == 1])

@@ -21,35 +21,13 @@ from jaxdiff.io.vae import check_tiny_vae, check_vae, load_tiny_vae, load_vae
 from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from tests.support.comparison import assert_equal, drawn
+from tests.support.published import CONTROLNETS
 from tests.support.tiny import tiny_params
 
-FULL = {
-    "sd1": {"cross_attention_dim": 768},
-    "sd2": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
-    "sdxl": {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    "sdxl mid": {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D"),
-        "transformer_layers_per_block": 1,
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
+    **CONTROLNETS["sd1"],
+    "conditioning_embedding_out_channels": (16, 32),
+    "conditioning_channels": 1,
 }
-FULL["small hint"] = {**FULL["sd1"], "conditioning_embedding_out_channels": (16, 32), "conditioning_channels": 1}
 
 
 def described(net) -> TensorSource:
@@ -57,13 +35,13 @@ def described(net) -> TensorSource:
     return TensorSource(Path("x.safetensors"), {n: list(x.shape) for n, x in net.state_dict().items()}, None)
 
 
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", CONTROLNETS)
 def test_config_of_a_published_controlnet_from_its_tensors(name):
     """As PyTorch diffusers writes it; on its meta device, without the gigabytes."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
-        net = diffusers.ControlNetModel(**FULL[name])
+        net = diffusers.ControlNetModel(**CONTROLNETS[name])
     source = described(net)
     found = controlnet_config(source, controlnet_shapes(source))
     assert found.to_dict() == ControlNetConfig.from_dict(dict(net.config)).to_dict()

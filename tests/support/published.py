@@ -69,6 +69,28 @@ BIG_G = CLIPTextConfig(
     projection_dim=1280,
     with_projection=True,
 )
+SDXL_CONTROLNET = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": XL_LEVELS,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+CONTROLNETS = {  # what differs from the config's defaults
+    "sd1": {"cross_attention_dim": 768},
+    "sd2": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+    "sdxl": SDXL_CONTROLNET,
+    "sdxl mid": SDXL_CONTROLNET | {"down_block_types": ("DownBlock2D",) * 3, "transformer_layers_per_block": 1},
+    "small hint": {
+        "cross_attention_dim": 768,
+        "conditioning_embedding_out_channels": (16, 32),
+        "conditioning_channels": 1,
+    },
+}
 FULL = {  # family or variant -> UNet, VAE, text_encoder, text_encoder_2 as published
     "sd1": (SD1, VAE, VIT_L, None),
     "sd1 inpainting": (dataclasses.replace(SD1, in_channels=9), VAE, VIT_L, None),
