@@ -24,11 +24,6 @@ from tests.support.comparison import assert_equal, drawn
 from tests.support.published import CONTROLNETS
 from tests.support.tiny import tiny_params
 
-    **CONTROLNETS["sd1"],
-    "conditioning_embedding_out_channels": (16, 32),
-    "conditioning_channels": 1,
-}
-
 
 def described(net) -> TensorSource:
     """A PyTorch network's file, as far as its header."""
