@@ -1,7 +1,9 @@
 """Fixtures that many tests share."""
 
 import os
+import shutil
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,13 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 if QUICK and version("jaxlib").startswith(("0.10.", "0.11.")):  # XLA ends the process at a flag that it does not know
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+
+# Compiled programs are kept for all workers, the programs that tests start, and the next run. Their names tell
+# processors, flags and versions apart.
+COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 RUN_LONG = ("test_bundled", "test_examples")  # longer than they compile
 if "PYTEST_XDIST_WORKER" in os.environ:  # PyTorch's threads would wait in turns for cores that other workers have
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +33,13 @@ LONGEST = (
     "test_generate", "test_scheduler_oracle", "test_trust", "test_sampling", "test_single_file", "test_controlnet",
     "test_training", "test_docs", "test_variations", "test_text",
 )  # fmt: skip
+
+
+def pytest_configure(config):
+    """Start afresh where code that changed has left too many programs."""
+    worker = hasattr(config, "workerinput")
+    if not worker and COMPILED.is_dir() and sum(file.stat().st_size for file in COMPILED.iterdir()) > 1 << 30:
+        shutil.rmtree(COMPILED)
 
 
 def pytest_collection_modifyitems(items):

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import jax
 import pytest
 
 from tests.support import documented, documents
@@ -51,13 +50,10 @@ def bundled(tmp_path_factory, tiny_folder):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, cache_home, bundled):
-    """A small world to run in; what a program changes of the process is put back."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+def folder(tmp_path, monkeypatch, bundled):
+    """A small world to run in."""
     monkeypatch.setattr("sys.argv", [])
-    before = jax.config.jax_compilation_cache_dir
-    yield documented.small_world(tmp_path, bundled, monkeypatch)
-    jax.config.update("jax_compilation_cache_dir", before)
+    return documented.small_world(tmp_path, bundled, monkeypatch)
 
 
 @pytest.mark.parametrize("page", PAGES)

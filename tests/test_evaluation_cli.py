@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -42,10 +41,8 @@ def given(tmp_path_factory):
 @pytest.fixture
 def cli(given, tiny_folder, tmp_path, monkeypatch, capsys, caplog):
     """Runs a command line in a folder with a file of prompts: (exit code, stdout, stderr with the warnings)."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(given / "cache"))
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("\n".join(PROMPTS))
-    before = jax.config.jax_compilation_cache_dir
 
     def run(*args, model=tiny_folder, encoder=given / "clip"):
         caplog.clear()
@@ -55,8 +52,7 @@ def cli(given, tiny_folder, tmp_path, monkeypatch, capsys, caplog):
         assert "Traceback" not in captured.err
         return code, captured.out, captured.err + "\n".join(r.getMessage() for r in caplog.records)
 
-    yield run
-    jax.config.update("jax_compilation_cache_dir", before)
+    return run
 
 
 def report(folder="report") -> dict:

@@ -289,14 +289,14 @@ def test_an_unreadable_image_is_named(sample_cli):
         read_metadata("text.png")
 
 
-def process(*args, cwd, cache_home):
-    env = os.environ | {"XDG_CACHE_HOME": str(cache_home), "JAX_PLATFORMS": "cpu"}
+def process(*args, cwd):
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # whether a program is kept must not depend on the machine
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     return subprocess.run([sys.executable, ROOT / "sample.py", *args], cwd=cwd, env=env, capture_output=True, text=True)
 
 
-def test_as_a_process_in_a_pipe(tiny_folder, tmp_path, cache_home):
+def test_as_a_process_in_a_pipe(tiny_folder, tmp_path):
     """Paths alone on stdout, the cut prompt on stderr, and the compiled program kept for the next run."""
     prompt = "a castle " * 100 + "and the end"
     flags = [
@@ -306,7 +306,7 @@ def test_as_a_process_in_a_pipe(tiny_folder, tmp_path, cache_home):
         "--output=castle.png",
         f"--cache_dir={tmp_path / 'c'}",
     ]
-    done = process(*flags, cwd=tmp_path, cache_home=cache_home)
+    done = process(*flags, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "castle.png\n")
     (warning,) = done.stderr.splitlines()
     assert warning.startswith("sample.py: WARNING: The prompt 'a castle a castle")

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import re
 import shutil
 import subprocess
@@ -47,13 +46,12 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vae(data, cache_home, tmp_path_factory) -> tuple[Path, str]:
+def vae(data, tmp_path_factory) -> tuple[Path, str]:
     """(workdir, what it said) of a trained autoencoder. In a process of its own: here pytest has the log."""
     workdir = tmp_path_factory.mktemp("vae")
     command = [sys.executable, "train.py", f"--config={CONFIG}:vae", f"--workdir={workdir}", "--config.steps=2"]
     command += [f"--config.data.path={data}", "--config.data.filter.max_caption=18"]
-    env = {**os.environ, "XDG_CACHE_HOME": str(cache_home), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "step 2/2:" in done.stdout
     return workdir, done.stderr

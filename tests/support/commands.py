@@ -4,7 +4,6 @@ import sys
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxdiff.cli import sample, train
 
@@ -12,18 +11,10 @@ STEPS = "--steps=3"
 CASTLE = "--prompt=a castle"
 
 
-@pytest.fixture(scope="module")
-def cache_home(tmp_path_factory):
-    """A folder for compiled programs, in place of the user's."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def sample_cli(tiny_folder, tmp_path, monkeypatch, capsys, caplog, cache_home):
+def sample_cli(tiny_folder, tmp_path, monkeypatch, capsys, caplog):
     """Runs a command line in an empty folder: (exit code, lines of stdout, stderr with the warnings)."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     monkeypatch.chdir(tmp_path)
-    before = jax.config.jax_compilation_cache_dir
 
     def run(*args, model=tiny_folder):
         caplog.clear()
@@ -32,19 +23,12 @@ def sample_cli(tiny_folder, tmp_path, monkeypatch, capsys, caplog, cache_home):
         assert "Traceback" not in captured.err
         return code, captured.out.splitlines(), captured.err + "\n".join(r.getMessage() for r in caplog.records)
 
-    yield run
-    jax.config.update("jax_compilation_cache_dir", before)
+    return run
 
 
 @pytest.fixture
-def train_cli(monkeypatch, capsys, cache_home):
-    """Runs a command line: (exit code, stdout, stderr). Every program that is compiled is kept for the next one."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # of processes that a test starts
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    compilation_cache.reset_cache()  # JAX looks at the folder's name once
+def train_cli(monkeypatch, capsys):
+    """Runs a command line: (exit code, stdout, stderr)."""
 
     def run(*args) -> tuple[int, str, str]:
         argv = ["train.py", *map(str, args)]
@@ -54,10 +38,7 @@ def train_cli(monkeypatch, capsys, cache_home):
         assert "Traceback" not in captured.err
         return code, captured.out, captured.err
 
-    yield run
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    return run
 
 
 @pytest.fixture

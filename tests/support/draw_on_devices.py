@@ -54,7 +54,7 @@ def from_the_command_line(folder: Path, model, params, count: int) -> np.ndarray
     """Pictures that sample.py draws; a mesh is laid out in another order than the devices', as on TPUs."""
     save(folder / "model", model, params)
     parallel._lay_out = lambda shape, devices: np.asarray(devices)[::-1].reshape(shape)
-    flags = [f"--model={folder}/model", "--seed=3", "--steps=2", f"--batch_size={count}", f"--cache_dir={folder}/cache"]
+    flags = [f"--model={folder}/model", "--seed=3", "--steps=2", f"--batch_size={count}"]
     prompts = [f"--prompt=picture {i}" for i in range(count)]
     assert sample.main(["sample.py", *flags, *prompts, f"--output={folder}/{{index}}.png"]) == 0
     return np.stack([read_image(folder / f"{i}.png") for i in range(count)])
@@ -67,8 +67,6 @@ def sum_program() -> str:
 
 
 def main(folder: Path) -> None:
-    # So that a program is not compiled again for its text.
-    jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
     model = tiny_model()
     params = tiny_params(model)
 
