@@ -15,7 +15,8 @@ pytest_plugins = ("tests.support.commands",)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 if QUICK and version("jaxlib").startswith(("0.10.", "0.11.")):  # XLA ends the process at a flag that it does not know
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    flags = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
 
 # Compiled programs are kept for all workers, the programs that tests start, and the next run. Their names tell
 # processors, flags and versions apart.
