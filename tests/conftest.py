@@ -14,9 +14,13 @@ pytest_plugins = ("tests.support.commands",)
 # what users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
-if QUICK and version("jaxlib").startswith(("0.10.", "0.11.")):  # XLA ends the process at a flag that it does not know
-    flags = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
+if QUICK:
+    flags = {  # and the versions of jaxlib that have them: XLA ends the process at a flag that it does not know
+        "--xla_cpu_use_fusion_emitters=false": ("0.10.", "0.11."),
+        "--xla_cpu_parallel_codegen_split_count=1": ("0.10.", "0.11.", "0.12."),
+    }
+    known = [flag for flag, versions in flags.items() if version("jaxlib").startswith(versions)]
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *known])
 
 # Compiled programs are kept for all workers, the programs that tests start, and the next run. Their names tell
 # processors, flags and versions apart.
