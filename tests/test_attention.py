@@ -1,14 +1,20 @@
 """Attention against the formula in float64, and in bounded memory from the number of queries where it is chunked."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
 
+from jaxdiff import parallel
+from jaxdiff.models import fused_attention
 from jaxdiff.models.attention import CHUNK_FROM, SCORES, _bounded, _float16, _fused, attention, split_heads
 from jaxdiff.models.cpu import CHUNK_QUERIES
+from jaxdiff.models.fused_attention import has_cudnn, pallas_attention
 from tests.support.comparison import error
 
 HEADS = 2
@@ -137,22 +143,119 @@ def test_memory_of_queries_in_chunks_is_a_chunks(gradient):
     assert memory < copies + 2**25 * (5 if gradient else 3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_large_pictures_go_in_chunks_on_gpus_and_tpus(dtype):
+def lowered(platform, n, m, width, heads, dtype, bias=False, gradient=False) -> str:
+    """The program of attention of two examples for another platform than this."""
+    q, k = (jax.ShapeDtypeStruct((2, tokens, width), dtype) for tokens in (n, m))
+
+    def function(q, k, v):
+        hidden = jnp.zeros((2, m)) if bias else None
+        return attention(q, k, v, heads, bias=hidden).astype(jnp.float32).sum()
+
+    program = jax.jit(jax.grad(function, (0, 1, 2)) if gradient else function)
+    return program.trace(q, k, k).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_large_pictures_go_in_chunks_on_gpus_without_a_kernel(dtype):
     """SD 1.5 with guidance: scores of 1 GiB at 512 x 512 are made at once, those of 16 GiB at 1,024 x 1,024 are not."""
-    for platform in ("cuda", "tpu"):
-        for tokens, loops in ((4096, 0), (16384, 1)):
-            x = jax.ShapeDtypeStruct((2, tokens, 320), dtype)
-            lowered = (
-                jax.jit(lambda q, k, v: attention(q, k, v, 8)).trace(x, x, x).lower(lowering_platforms=(platform,))
-            )
-            assert lowered.as_text().count("stablehlo.while") == loops
+    for tokens, loops in ((4096, 0), (16384, 1)):
+        assert lowered("cuda", tokens, tokens, 320, 8, dtype).count("stablehlo.while") == loops
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """As if cuDNN were installed."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    has_cudnn.cache_clear()
+    yield
+    has_cudnn.cache_clear()
+
+
+KERNELS = {"cuda": "__cudnn$fmha", "tpu": "tpu_custom_call"}
+SHAPES = {  # (tokens, keys, width, heads) -> the platforms with a kernel for bfloat16
+    "sd1": ((4096, 4096, 320, 8), {"cuda", "tpu"}),
+    "sd1, second level": ((1024, 1024, 640, 8), {"cuda", "tpu"}),
+    "sdxl": ((4096, 4096, 640, 10), {"cuda", "tpu"}),
+    "odd": ((1100, 1100, 64, 1), {"cuda", "tpu"}),
+    "autoencoder": ((4096, 4096, 512, 1), {"tpu"}),  # wider than cuDNN's takes
+    "text": ((4096, 77, 320, 8), set()),
+    "small": ((256, 256, 1280, 8), set()),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_many_tokens_go_to_the_kernel(cudnn, name):
+    shape, platforms = SHAPES[name]
+    for platform, kernel in KERNELS.items():
+        assert lowered(platform, *shape, jnp.bfloat16).count(kernel) == (platform in platforms)
+        assert kernel not in lowered(platform, *shape, jnp.bfloat16, bias=True)
+    assert not any(kernel in lowered("cpu", *shape, jnp.bfloat16) for kernel in KERNELS.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platforms"), [("bfloat16", {"cuda", "tpu"}), ("float16", {"cuda"}), ("float32", {"tpu"})]
+)
+def test_a_kernel_takes_its_own_types(cudnn, dtype, platforms):
+    """And has one of its own for gradients."""
+    for platform, kernel in KERNELS.items():
+        count = lowered(platform, 4096, 4096, 320, 8, dtype, gradient=True).count(kernel)
+        assert count == ({"cuda": 2, "tpu": 3}[platform] if platform in platforms else 0)
+
+
+@pytest.mark.parametrize(("n", "m"), [(128, 128), (133, 200)])
+def test_the_kernel_of_tpus_is_the_formula(n, m, monkeypatch):
+    """By Pallas' interpreter; the second shape is filled up to whole blocks. Rounding as above."""
+    monkeypatch.setattr(fused_attention, "BLOCK", 128)
+    q, k, v = inputs(n, m, 8)
+
+    def gradient(function):
+        return jax.jit(
+            jax.value_and_grad(lambda *x: (function(*(split_heads(y, HEADS) for y in x)) ** 2).sum(), (0, 1, 2))
+        )
+
+    with pltpu.force_tpu_interpret_mode():
+        ours = gradient(pallas_attention)(q, k, v)
+    for a, b in zip(
+        jax.tree.leaves(ours),
+        jax.tree.leaves(gradient(functools.partial(_fused, bias=None, causal=False))(q, k, v)),
+        strict=True,
+    ):
+        assert error(a, b) < 1e-5
+
+
+def test_on_a_mesh_each_device_gives_the_kernel_its_examples_and_heads(cudnn):
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), parallel.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    for examples, heads, shape in ((4, 8, "[1,4,4096,40]"), (4, 5, None), (2, 8, None)):
+        x = jax.ShapeDtypeStruct((examples, 4096, 40 * heads), jnp.bfloat16)
+        with jax.sharding.use_abstract_mesh(mesh):
+            jaxpr = str(jax.make_jaxpr(lambda q, k, v, heads=heads: attention(q, k, v, heads))(x, x, x))
+        assert ("pallas_call" in jaxpr) == (shape is not None)
+        assert shape is None or f"bf16{shape}" in jaxpr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler: pip install libtpu")
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_compiler_for_tpus_takes_the_kernel(gradient, monkeypatch):
+    """Without a TPU: the widths of SD 1.5, SDXL and the autoencoder, and tokens that fill no block."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    for n, m, width, heads in [shape for shape, platforms in SHAPES.values() if "tpu" in platforms]:
+        q, k = (jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16, sharding=sharding) for tokens in (n, m))
+
+        def function(q, k, v, heads=heads):
+            return attention(q, k, v, heads).astype(jnp.float32).sum()
+
+        program = jax.jit(jax.grad(function, (0, 1, 2)) if gradient else function)
+        compiled = program.trace(q, k, k).lower(lowering_platforms=("tpu",)).compile()
+        assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == (3 if gradient else 1)
 
 
 def test_a_mesh_divides_the_scores():
     """Eight examples on four devices are two a device, with scores of 1 GiB."""
     mesh = jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    x = jax.ShapeDtypeStruct((8, 4096, 320), jnp.float32)
+    x = jax.ShapeDtypeStruct((8, 4096, 320), jnp.float16)  # which no kernel takes here
 
     def chunks():
         jaxpr = jax.make_jaxpr(lambda q, k, v: attention(q, k, v, 8))(x, x, x)

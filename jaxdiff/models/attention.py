@@ -1,7 +1,8 @@
 """Scaled dot-product attention (Vaswani et al. 2017, equation 1) in a form that suits each platform.
 
-The memory of the scores, B * H * N * M float32 numbers, is bounded: on a CPU by taking some queries of one head at a
-time (cpu.py), elsewhere and on the devices of a mesh to SCORES bytes a device. Gradients keep to the same bounds.
+Many tokens on an accelerator go to a fused kernel (fused_attention.py), where there is one for their type and width.
+Else the memory of the scores, B * H * N * M float32 numbers, is bounded: on a CPU by taking some queries of one head at
+a time (cpu.py), elsewhere and on the devices of a mesh to SCORES bytes a device. Gradients keep to the same bounds.
 """
 
 import functools
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.models.cpu import chunked_attention
+from jaxdiff.models.fused_attention import FUSED_FROM, cudnn_attention, cudnn_takes, tpu_attention, tpu_takes
 from jaxdiff.typing import Array
 
 # From this many queries on, the scores of one head no longer fit the cache of a CPU and are made a chunk at a time.
@@ -42,13 +44,19 @@ def attention(q: Array, k: Array, v: Array, heads: int, *, causal: bool = False,
     fused = functools.partial(_float16 if q.dtype == jnp.float16 else _fused, causal=causal)
     bounded = functools.partial(_bounded, fused=fused)
     if causal:  # texts are short
-        out = fused(q, k, v, bias)
+        return fused(q, k, v, bias).reshape(shape)
+    platforms: dict[str, Callable[..., Array]] = {}
     # One head after the other would bring all heads and examples together on each device, were they divided by a mesh.
-    elif shape[1] < CHUNK_FROM or jax.sharding.get_abstract_mesh().auto_axes:
-        out = bounded(q, k, v, bias)
-    else:
-        out = jax.lax.platform_dependent(q, k, v, bias, cpu=chunked_attention, default=bounded)
-    return out.reshape(shape)
+    if shape[1] >= CHUNK_FROM and not jax.sharding.get_abstract_mesh().auto_axes:
+        platforms["cpu"] = chunked_attention
+    if bias is None and min(shape[1], k.shape[1]) >= FUSED_FROM:
+        if cudnn_takes(q):
+            platforms["cuda"] = cudnn_attention
+        if tpu_takes(q):
+            platforms["tpu"] = tpu_attention
+    if not platforms:
+        return bounded(q, k, v, bias).reshape(shape)
+    return jax.lax.platform_dependent(q, k, v, bias, default=bounded, **platforms).reshape(shape)
 
 
 def _bounded(
