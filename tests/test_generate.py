@@ -102,6 +102,16 @@ def test_nothing_compiles_for_other_prompts_seeds_scales_noise_or_spacing(draw, 
     assert any("program" in name for name in compilations)
 
 
+def test_nothing_compiles_for_another_number_of_steps(draw, image, compilations):
+    drawn = [draw("a castle", steps=1)]
+    draw("a [castle|dragon]", image=image, steps=5)
+    compilations.clear()
+    drawn += [draw("a castle", steps=steps) for steps in (2, 7, 50)]
+    draw("a [castle|dragon]", image=image, steps=9)
+    assert compilations == []
+    assert len({pictures.tobytes() for pictures in drawn}) == 4
+
+
 def test_nothing_compiles_for_another_strength_or_image(draw, image, compilations):
     draw("a castle", image=image, strength=1.0)
     compilations.clear()

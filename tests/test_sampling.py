@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxdiff.diffusion.base import filled_up
 from jaxdiff.diffusion.prediction import to_denoised
 from jaxdiff.diffusion.sampling_loop import sample, sample_keys, step_keys
 from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
@@ -169,6 +170,41 @@ def test_one_program_for_every_grid(name):
         assert np.isfinite(results).all()
         assert len(traced) == count
     assert len({float(r.sum()) for r in results}) == len(SPACINGS)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_grid_that_is_filled_up_gives_the_same(name):
+    """From the start, from a later step, and up to one."""
+    x, scheduler = noise(2, 4, 4, 2), get_scheduler(name)
+    with jax.disable_jit():
+        for steps, options in ((1, {}), (4, {"start": 1}), (4, {"stop": 3})):
+            times, scale = time_grid(SD1, steps, name)
+            whole, filled = (
+                sample(denoise, scale * x, grid, scheduler, KEY, trajectory=True, **options)
+                for grid in (times, filled_up(times, 6))
+            )
+            np.testing.assert_array_equal(filled[0], whole[0])
+            np.testing.assert_array_equal(filled[1][: options.get("stop", steps)], whole[1][: options.get("stop")])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_program_for_all_numbers_of_steps(name):
+    """None of which is taken in vain: the network is called as often as for the grid itself."""
+    x, scheduler, calls = noise(2, 4), get_scheduler(name), []
+
+    def counted(x, time):
+        jax.debug.callback(lambda: calls.append(None))
+        return denoise(x, time)
+
+    program = jax.jit(lambda times, scale: sample(counted, scale * x, times, scheduler, KEY))
+    for steps in (1, 2, 15, 20):
+        times, scale = time_grid(SD1, steps, name)
+        calls.clear()
+        drawn = program(filled_up(times, 20), scale)
+        jax.effects_barrier()
+        assert len(calls) == network_calls(SD1, steps, name)
+        np.testing.assert_allclose(drawn, run(name, x, steps=steps), atol=ROUNDING)
+    assert program._cache_size() == 1
 
 
 @pytest.mark.parametrize("name", ALL)

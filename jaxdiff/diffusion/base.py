@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.typing import Array, Denoise, Key
@@ -42,6 +43,21 @@ def time_at(times: Time, i: Array | int | tuple[Array | int, int]) -> Time:
 def step_end(times: Time, i: Array | int) -> Time:
     """The time at which step i ends: entry i + 1, unless the grid has its own `step_end`."""
     return time_at(times, i + 1) if times.step_end is None else time_at(times.step_end, i)
+
+
+def step_count(times: Time) -> Array | int:
+    """N, the number of steps of a grid."""
+    return len(times.t) - 1 if times.steps is None else times.steps
+
+
+def filled_up(times: Time, steps: int) -> Time:
+    """The same grid with entries for so many steps, which are never taken: one program serves all numbers of steps."""
+    missing = steps + 1 - len(times.t)
+
+    def longer(x: Array) -> np.ndarray:
+        return np.concatenate([x, np.repeat(x[-1:], missing, 0)])
+
+    return jax.tree.map(longer, times._replace(steps=None))._replace(steps=np.int32(step_count(times)))
 
 
 def initial(x: Array) -> State:

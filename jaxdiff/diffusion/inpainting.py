@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from jaxdiff.diffusion.base import Scheduler, time_at
+from jaxdiff.diffusion.base import Scheduler, step_count, time_at
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.typing import Array, Denoise, Key
@@ -28,7 +28,7 @@ def masked_blending(scheduler: Scheduler, original: Array, noise: Array, mask: A
 
         state = scheduler.step(blended, state, times, i, keys)
         noised = add_noise(original, noise, time_at(times, i + 1))
-        noised = jnp.where(i == len(times.t) - 2, original, noised)
+        noised = jnp.where(i == step_count(times) - 1, original, noised)
         return state._replace(x=jnp.where(mask, state.x, noised))
 
     return scheduler._replace(step=step)

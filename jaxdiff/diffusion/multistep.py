@@ -32,6 +32,7 @@ from jaxdiff.diffusion.base import (
     noise_like,
     predict,
     sigma_ratio,
+    step_count,
     step_end,
     time_at,
     to_eps,
@@ -143,15 +144,14 @@ def _phi(k: Array) -> tuple[Array, Array, Array, Array]:
     return tuple(values)  # type: ignore[return-value]
 
 
-def _lambda_order(times: Time, i: Array, steps_taken: Array, order: int, lower_order_final: bool) -> Array:
+def _lambda_order(times: Time, i: Array, steps_taken: Array, order: int, lower_order_final: Array | bool) -> Array:
     """The order of step i of a solver in lambda.
 
     At most one more than the steps taken; with `lower_order_final` …, 2, 1 at the last steps; and 1 where the step has
     no length, or starts or ends where lambda is infinite.
     """
     now = jnp.minimum(steps_taken + 1, order)
-    if lower_order_final:
-        now = jnp.minimum(now, len(times.t) - 1 - i)
+    now = jnp.where(lower_order_final, jnp.minimum(now, step_count(times) - i), now)
     r = sigma_ratio(time_at(times, i), time_at(times, i + 1))
     return jnp.where((r > 0) & (r < 1), jnp.maximum(now, 1), 1)
 
@@ -228,11 +228,11 @@ def dpmpp_2m(
         return _weights(now, _nodes(times, i, now, order, _lambda_distance), moments[:order])
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
-        steps = len(times.t) - 1
+        steps = step_count(times)
         time, next_time = time_at(times, i), time_at(times, i + 1)
         x0 = predict(denoise, state.x, time)
         predictions = jnp.concatenate([_from_x0(x0, state.x, time, prediction_type)[None], state.predictions[:-1]])
-        now = _lambda_order(times, i, state.steps_taken, order, lower_order_final and steps < 15)
+        now = _lambda_order(times, i, state.steps_taken, order, jnp.asarray(steps < 15) & lower_order_final)
         if euler_at_final:
             now = jnp.where(i == steps - 1, 1, now)
         noise = noise_like(keys, state.x) if eta else 0.0
@@ -348,8 +348,8 @@ def pndm(skip_prk_steps: bool = True, prediction_type: str = "epsilon") -> Sched
         return _ddim_step_with(total / (6 if runge_kutta else 2), x, prediction_type, leave, next_time)
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
-        steps = len(times.t) - 1
-        runge_kutta = not skip_prk_steps and steps >= 4
+        steps = step_count(times)
+        runge_kutta = not skip_prk_steps and len(times.t) > 4  # a grid of fewer steps is not filled up to more
         starting = state.steps_taken < (3 if runge_kutta else 1)
         starting &= steps > 1 if skip_prk_steps else i < steps - 1
         time = time_at(times, jnp.where(starting, start_index(i), i))

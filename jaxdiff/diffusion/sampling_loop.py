@@ -5,7 +5,7 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.diffusion.base import Scheduler
+from jaxdiff.diffusion.base import Scheduler, step_count
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.typing import Array, Denoise, Key
 
@@ -59,6 +59,8 @@ def sample(
 ) -> Array | tuple[Array, Array]:
     """Follow the process from noise to a clean sample: one `lax.scan` over the time grid.
 
+    Over a grid that is filled up (`times.steps`) it is a loop with a traced end, which has no gradient.
+
     Everything but `denoise`, `scheduler` and `trajectory` may be traced; the result may be mapped and differentiated
     with respect to whatever x, `times` and the closure of `denoise` hold.
 
@@ -79,16 +81,27 @@ def sample(
     times = jax.tree.map(jnp.asarray, times)
     keys = sample_keys(key, x.shape[0])
 
-    def body(state, i):
-        def step(state):
-            return scheduler.step(denoise, state, times, i, step_keys(keys, i))
+    first, end = 0 if start is None else start, step_count(times)
+    end = end if stop is None else jnp.minimum(end, stop)
 
+    def step(state, i):
+        return scheduler.step(denoise, state, times, i, step_keys(keys, i))
+
+    def scanned(state, i):
         if start is None and stop is None:
-            state = step(state)
+            state = step(state, i)
         else:
-            active = (i >= (0 if start is None else start)) & (i < (len(times.t) if stop is None else stop))
-            state = jax.lax.cond(active, step, lambda state: state, state)
+            state = jax.lax.cond((i >= first) & (i < end), step, lambda state, i: state, state, i)
         return state, state.denoised if trajectory else None
 
-    state, denoised = jax.lax.scan(body, scheduler.init(x), jnp.arange(len(times.t) - 1))
+    def looped(i, carry):
+        state, denoised = step(carry[0], i), carry[1]
+        return state, denoised.at[i].set(state.denoised) if trajectory else None
+
+    state, entries = scheduler.init(x), len(times.t) - 1
+    if times.steps is None:
+        state, denoised = jax.lax.scan(scanned, state, jnp.arange(entries))
+    else:
+        denoised = jnp.broadcast_to(state.denoised, (entries, *x.shape)) if trajectory else None
+        state, denoised = jax.lax.fori_loop(first, end, looped, (state, denoised))
     return (state.x, denoised) if trajectory else state.x

@@ -56,6 +56,9 @@ class Time(NamedTuple):
     # Of grids only:
     step_end: "Time | None" = None  # [N], where step i ends if not at entry i + 1, as in diffusers' DDIM (times.py)
     substeps: "Time | None" = None  # [N, K], times that some schedulers visit within step i
+    steps: Array | int | None = (
+        None  # N, may be traced, of a grid that is filled up; None: there are as many as entries
+    )
 
 
 class NoiseSchedule(NamedTuple):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff import parallel
-from jaxdiff.diffusion.base import Scheduler
+from jaxdiff.diffusion.base import Scheduler, filled_up
 from jaxdiff.diffusion.sampling_loop import sample, step_keys
 from jaxdiff.diffusion.schedulers import get_scheduler
+from jaxdiff.diffusion.times import skip_prk_steps
 from jaxdiff.models.model import Model
 from jaxdiff.models.tiny_vae import preview
 from jaxdiff.sampling.checks import as_devices
@@ -28,9 +29,11 @@ from jaxdiff.sampling.inputs import (
     starting_point,
     upscaled,
 )
-from jaxdiff.sampling.resolve import Request, resolve_images, resolve_settings
+from jaxdiff.sampling.resolve import MAX_STEPS, Request, resolve_images, resolve_settings
 from jaxdiff.typing import Array, Key, Params
 
+# A grid is filled up to one of these numbers of steps, so that few programs are compiled for all of them.
+FILLED = (50, 250, 1000, MAX_STEPS)
 HIRES = 2**30  # folded into the keys of a second stage; steps take small numbers
 
 
@@ -147,6 +150,24 @@ def with_noise(request: Request) -> ImageInputs:
     return inputs._replace(noise=drawn(settings.latents, inputs.noise), lowres_noise=lowres)
 
 
+def with_filled_grid(model: Model, request: Request) -> tuple[CallInputs, ImageInputs]:
+    """What all images share, and what each is drawn from, for a program of any number of steps.
+
+    A scheduler of one's own counts the steps of a grid as it likes, and Runge and Kutta's steps depend on their number.
+    """
+    settings, inputs = request.settings, with_noise(request)
+    call = settings.call
+    steps = len(call.times.t) - 1
+    counts = settings.scheduler == "pndm" and not skip_prk_steps(model.scheduler)
+    if isinstance(settings.scheduler, Scheduler) or counts:
+        return call, inputs
+    most = next(length for length in FILLED if length >= steps)
+    if inputs.picks is not None:
+        missing = ((0, 0), (0, 0), (0, most - steps))
+        inputs = inputs._replace(picks=np.pad(inputs.picks, missing, "edge"))
+    return call._replace(times=filled_up(call.times, most)), inputs
+
+
 def draw(
     model: Model, params: Params, request: Request, devices: Sequence[jax.Device] | None = None
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -160,7 +181,7 @@ def draw(
         settings.tile,
         as_devices(devices, count, params),
     )
-    drawn = jax.tree.map(np.asarray, program(params, settings.call, with_noise(request)))
+    drawn = jax.tree.map(np.asarray, program(params, *with_filled_grid(model, request)))
     check_finite(drawn.finite, request.prompts, model)
     return drawn.images, drawn.frames
 
@@ -205,9 +226,9 @@ def generate(
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Draw one image a prompt: from text alone, or from an image redrawn, inpainted, enlarged or followed.
 
-    Compiled once for each batch size, image size, type, scheduler, number of steps, chunks of the longest prompt, texts
-    that a prompt is edited to, and set of arguments given; prompts, seeds, noise, images, scales, interval, spacing,
-    strength and noise level are traced.
+    Compiled once for each batch size, image size, type, scheduler, chunks of the longest prompt, texts that a prompt is
+    edited to, and set of arguments given (for up to 50, 250 or more steps); prompts, seeds, noise, images, scales,
+    interval, spacing, strength, noise level and the number of steps are traced.
 
     Args:
         prompts: B prompts; brackets give emphasis or edit, and long ones go in chunks (jaxdiff/text/). Each attends to
