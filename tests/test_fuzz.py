@@ -188,7 +188,7 @@ def tensor_names(shapes: dict, path: Path, known: Known) -> None:
     for check in (check_controlnet, check_vae, check_tiny_vae):
         survive(check, source.path)
     survive(read_lora, known.model, source.path)
-    survive(read_textual_inversion, known.model, source.path)
+    survive(read_textual_inversion, known.model, [(source.path, None)])
 
 
 def pickled(content: bytes, path: Path) -> None:

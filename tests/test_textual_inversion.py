@@ -1,6 +1,7 @@
 """Learned words: every form of their files, against PyTorch diffusers."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import TABLE, load_textual_inversion, save_textual_inversion
 from jaxdiff.models.model import apply, build, param_shapes
 from tests.support import tiny as small
+from tests.support.comparison import assert_equal
 
 PROMPTS = ["a photo of <cat> on a red house", "<cat>", "a castle, <dog>", "a castle"]
 
@@ -167,7 +169,7 @@ def test_files_of_the_first_trainers(protocol, half, legacy, tiny, tmp_path):
 
 
 def test_a_folder_of_diffusers(tiny, tmp_path):
-    with pytest.raises(WeightsError, match=r"learned_embeds\.safetensors does not exist"):
+    with pytest.raises(WeightsError, match=r"holds no learned_embeds\.safetensors: give the file of the textual"):
         load_textual_inversion(*tiny, tmp_path)
     torch = pytest.importorskip("torch")
     torch.save({"<cat>": torch.from_numpy(vectors(2, 16))}, tmp_path / "learned_embeds.bin")
@@ -236,6 +238,64 @@ def test_two_text_encoders_by_their_numbers(suffix, double, tmp_path):
     ids = model.tokenizer.added_ids("xl")
     for encoder, rows in zip(("text_encoder", "text_encoder_2"), tensors.values(), strict=True):
         np.testing.assert_allclose(table(params, encoder)[ids], rows, rtol=1e-3 if suffix == ".pt" else 0)
+
+
+def halves(folder, steps="", **words):
+    """What diffusers' trainer writes for SDXL: a file for each text encoder."""
+    folder.mkdir()
+    words = words or {"<cat>": 2}
+    return [
+        file_of(folder / f"learned_embeds{n}{steps}.safetensors", **{w: vectors(k, d) for w, k in words.items()})
+        for n, d in (("", 16), ("_2", 24))
+    ]
+
+
+@pytest.mark.parametrize("steps", ["", "-steps-500"])
+def test_a_file_for_each_text_encoder(steps, double, tmp_path):
+    """As a folder, one file of two side by side, or both, in any order and under any name."""
+    first, second = halves(tmp_path / "cat", steps=steps, **{"<cat>": 2, "<dog>": 1})
+    (tmp_path / "apart").mkdir()
+    apart = [shutil.copy(file, tmp_path / "apart" / f"{i}.safetensors") for i, file in enumerate((first, second))]
+    folders = [] if steps else [tmp_path / "cat"]
+    for given in (first, [second], [second, first], apart, *folders):
+        model, params = load_textual_inversion(*double, given)
+        for word, count in (("<cat>", 2), ("<dog>", 1)):
+            ids = model.tokenizer.added_ids(word)
+            assert ids == model.tokenizer_2.added_ids(word)
+            np.testing.assert_array_equal(table(params)[ids], vectors(count, 16))
+            np.testing.assert_array_equal(table(params, "text_encoder_2")[ids], vectors(count, 24))
+
+
+def test_half_of_an_embedding_says_what_is_missing(double, tiny, tmp_path):
+    first, second = halves(tmp_path / "cat")
+    alone = [shutil.copy(file, tmp_path / file.name) for file in (first, second)]
+    alone[1] = shutil.move(alone[1], tmp_path / "x_2.safetensors")
+    for file, has, lacks, name in (
+        (alone[0], "text_encoder", "text_encoder_2", "learned_embeds_2"),
+        (alone[1], "text_encoder_2", "text_encoder", "x"),
+    ):
+        with pytest.raises(WeightsError) as error:
+            load_textual_inversion(*double, file)
+        assert f"has '<cat>' for {has}; this model has text_encoder and text_encoder_2" in str(error.value)
+        assert f"give the file for {lacks} too, or put it beside as {name}.safetensors" in str(error.value)
+    model, _ = load_textual_inversion(*tiny, tmp_path / "cat")  # has no use for the other half
+    assert len(model.tokenizer.added_ids("<cat>")) == 2
+    file = file_of(tmp_path / "xl.safetensors", clip_l=vectors(2, 16))
+    with pytest.raises(WeightsError, match="give the file for text_encoder_2 too"):
+        load_textual_inversion(*double, file)
+
+
+def test_halves_equal_one_file(double, tmp_path):
+    """As the same vectors in the form of the web UI, and of cog-sdxl in a folder."""
+    one = file_of(tmp_path / "<cat>.safetensors", clip_l=vectors(2, 16), clip_g=vectors(2, 24))
+    (tmp_path / "advanced").mkdir()
+    file_of(tmp_path / "advanced/<cat>_emb.safetensors", text_encoders_0=vectors(2, 16), text_encoders_1=vectors(2, 24))
+    halves(tmp_path / "cat")
+    expected = load_textual_inversion(*double, one)
+    for given, token in ((tmp_path / "cat", None), (tmp_path / "advanced", "<cat>")):
+        model, params = load_textual_inversion(*double, given, token)
+        assert model == expected[0]
+        assert_equal(params, expected[1])
 
 
 def test_words_of_others_are_left_alone(tiny, tmp_path):

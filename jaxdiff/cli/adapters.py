@@ -17,7 +17,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.lora import Lora, merge_lora, read_lora
-from jaxdiff.io.textual_inversion import read_textual_inversion
+from jaxdiff.io.textual_inversion import Word, read_textual_inversion
 from jaxdiff.io.vae import load_tiny_vae
 from jaxdiff.text.other_programs import LoraTag, split_tags
 from jaxdiff.text.prompt_files import PromptError
@@ -28,8 +28,9 @@ TEXT_ENCODERS = "text_encoder"  # begins the names of layers of text encoders
 
 
 class Adapters(NamedTuple):
-    """What is laid onto a model, but for what changes its tokenizers or its autoencoder."""
+    """What is laid onto a model, but for what changes its autoencoder."""
 
+    words: list[Word]
     loras: list[tuple[Lora, float]]
     controlnets: list[tuple[Any, Params]]
     tiny_vae: tuple[Any, Params] | None
@@ -48,17 +49,16 @@ def naming(flag: str) -> Iterator[None]:
 
 
 def read_adapters(f: flags.FlagValues, model: jaxdiff.Model) -> Adapters:
-    """The files of --lora, --controlnet and --preview_vae; --embedding is tried. Raises UsageError."""
+    """The files of --embedding, --lora, --controlnet and --preview_vae. Raises UsageError."""
     with naming("--embedding"):
-        for given in f.embedding:
-            read_textual_inversion(model, *named(given))
+        words = read_textual_inversion(model, [named(given) for given in f.embedding])
     with naming("--lora"):
         loras = [(read_lora(model, path), weight) for path, weight in map(weighted, f.lora)]
     with naming("--controlnet"):
         nets = [load_controlnet(path, dtype=f.dtype, like=model.unet.config) for path in f.controlnet]
         jaxdiff.with_controlnets(model, {}, *nets)  # complains
     with naming("--preview_vae"):
-        return Adapters(loras, nets, load_tiny_vae(f.preview_vae, dtype=f.dtype) if f.preview_vae else None)
+        return Adapters(words, loras, nets, load_tiny_vae(f.preview_vae, dtype=f.dtype) if f.preview_vae else None)
 
 
 def named_loras(f: flags.FlagValues, requests: Sequence[ImageRequest]) -> list[Weighted]:

@@ -39,7 +39,7 @@ from jaxdiff.cli.adapters import (
     without_tags,
 )
 from jaxdiff.cli.errors import Failure, UsageError
-from jaxdiff.cli.flags import check_files, check_model, flag_errors, named, parse, weighted
+from jaxdiff.cli.flags import check_files, check_model, flag_errors, parse, weighted
 from jaxdiff.cli.options import OPTIONS
 from jaxdiff.cli.outputs import check_folder, make_folder, output_files, preview_path
 from jaxdiff.cli.requests import (
@@ -58,6 +58,7 @@ from jaxdiff.io.configs import read_config
 from jaxdiff.io.controlnet import check_controlnet
 from jaxdiff.io.edges import canny
 from jaxdiff.io.lora import bundled_words, load_bundled, merge_lora
+from jaxdiff.io.textual_inversion import with_words
 from jaxdiff.io.vae import check_tiny_vae, check_vae
 from jaxdiff.models.controlnet import ControlNet
 from jaxdiff.parallel import device_memory
@@ -123,8 +124,7 @@ def load(
     params: Any
     model, params = opened or jaxdiff.load(f.model, dtype=f.dtype, prediction_type=f.prediction_type, vae=f.vae)
     with naming("--embedding"):
-        for given in f.embedding:
-            model, params = jaxdiff.load_textual_inversion(model, params, *named(given))
+        model, params = with_words(model, params, laid.words)
     with naming("--lora"):
         for file in lora_files:
             model, params = load_bundled(model, params, file)

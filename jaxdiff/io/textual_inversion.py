@@ -5,8 +5,11 @@ the text encoder's table gets the vectors as new rows, and `<cat>` in a prompt s
 """
 
 import dataclasses
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,35 +35,87 @@ ENCODERS = {  # what files of SDXL call the vectors of each text encoder; the se
 OUTPUTS = ("clip_l_out", "clip_g_out", "emb_params_out")  # OneTrainer's, of what a text encoder puts out
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
-Vectors = dict[str, dict[str, np.ndarray]]  # token -> text encoder -> [vectors, width]
 Parts = dict[str, dict[str, str]]  # token -> what the file calls its vectors -> the tensor's name in the file
 WEB_UI = "string_to_param."
-FILES = ("learned_embeds.safetensors", "learned_embeds.bin")  # of diffusers' trainer
+# diffusers' trainer writes a file for each text encoder; its advanced script one for both.
+STEMS = {"text_encoder": "learned_embeds", "text_encoder_2": "learned_embeds_2"}
+SUFFIXES = (".safetensors", ".bin")
+BOTH = "*_emb.safetensors"
+
+
+class Word(NamedTuple):
+    """A word that a file brings along."""
+
+    path: Path
+    name: str
+    vectors: dict[str, np.ndarray]  # text encoder -> [vectors, width]
 
 
 def encoders(model: Model) -> list[str]:
     return [name for name in TOKENIZERS if getattr(model, name) is not None]
 
 
-def read_textual_inversion(model: Model, path: str | Path, token: str | None = None) -> Vectors:
-    """The words in a file.
+def read_textual_inversion(model: Model, given: Sequence[tuple[str | Path, str | None]]) -> list[Word]:
+    """The words in files.
 
     Args:
-        path: safetensors, .pt or .bin; either {"<token>": [n, D] or [D]} as diffusers writes it, or the AUTOMATIC1111
-            web UI's `emb_params` or `string_to_param`, or for SDXL `clip_l` and `clip_g` (`text_encoders_0` and `_1`);
-            or a LoRA's file that brings words along (`bundle_emb`); or the folder in which diffusers put one.
-        token: the word to use; needed only to have another one than the file's, which is the file's name where the
-            file says none.
-
-    Returns:
-        For every token, the vectors [n, D] of each text encoder.
+        given: files, and the word to use where it is to be another one than the file's, which is the file's name where
+            the file says none. Each is safetensors, .pt or .bin; either {"<token>": [n, D] or [D]} as diffusers writes
+            it, or the AUTOMATIC1111 web UI's `emb_params` or `string_to_param`, or for SDXL `clip_l` and `clip_g`
+            (`text_encoders_0` and `_1`); or a LoRA's file that brings words along (`bundle_emb`); or the folder in
+            which diffusers put one. Where SDXL has a file for each text encoder, the second one is among `given`, or
+            lies beside the first (`learned_embeds_2` beside `learned_embeds`).
 
     Raises:
-        WeightsError: the file is no textual inversion, or one for text encoders of other widths.
+        WeightsError: a file is no textual inversion, or one for text encoders of other widths.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
+    found: list[Word] = []
+
+    def add(path: Path, token: str | None) -> None:
+        for word in _read_file(model, path, token):
+            begun = (w for w in found if w.name == word.name and not w.vectors.keys() & word.vectors.keys())
+            if other := next(begun, None):
+                other.vectors.update(word.vectors)
+            else:
+                found.append(word)
+
+    tokens = {file: token for path, token in given for file in _files(model, Path(path))}
+    for file, token in tokens.items():
+        add(file, token)
+    half = {word.path for word in found if word.vectors.keys() != set(encoders(model))}
+    for file in sorted(half):
+        if (beside := _other_file(file)).is_file() and beside not in tokens:
+            add(beside, tokens[file])
+    for word in found:
+        if missing := sorted(set(encoders(model)) - word.vectors.keys()):
+            raise WeightsError(
+                f"{word.path} has {word.name!r} for {' and '.join(word.vectors)}; this model has "
+                f"{' and '.join(encoders(model))}: give the file for {missing[0]} too, or put it beside as "
+                f"{_other_file(word.path).name}; else it is of another family."
+            )
+    return found
+
+
+def _files(model: Model, path: Path) -> list[Path]:
+    """The file given, or those of a folder that diffusers wrote. Raises WeightsError where it holds none."""
+    if not path.is_dir():
+        return [path]
+    named = [[path / f"{STEMS[e]}{suffix}" for suffix in SUFFIXES] for e in encoders(model)]
+    found = [next(p for p in paths if p.is_file()) for paths in named if any(p.is_file() for p in paths)]
+    found = found or sorted(path.glob(BOTH))[:2]
+    if not found or (found[0].match(BOTH) and len(found) > 1):
+        raise WeightsError(f"{path} holds no {named[0][0].name}: give the file of the textual inversion.")
+    return found
+
+
+def _other_file(path: Path) -> Path:
+    """Where the vectors of the other text encoder lie: learned_embeds_2 beside learned_embeds, x_2 beside x."""
+    match = re.fullmatch(r"(.*?)(_2)?(-steps-\d+)?", path.stem)
+    assert match is not None
+    return path.with_name(f"{match[1]}{'' if match[2] else '_2'}{match[3] or ''}{path.suffix}")
+
+
+def _read_file(model: Model, path: Path, token: str | None) -> list[Word]:
     source = open_tensors(path)
     found = bundled(source) or _own(source)
     if not found:
@@ -69,7 +124,7 @@ def read_textual_inversion(model: Model, path: str | Path, token: str | None = N
         if len(found) > 1:
             raise WeightsError(f"{path} holds {len(found)} tokens, but `token` names only one: leave `token` out.")
         found = {token: next(iter(found.values()))}
-    return {word: _encoded(model, source, word, parts) for word, parts in found.items()}
+    return [Word(path, word, _encoded(model, source, word, parts)) for word, parts in found.items()]
 
 
 def _own(source: TensorSource) -> Parts:
@@ -98,23 +153,31 @@ def bundled(source: TensorSource) -> Parts:
 
 
 def _encoded(model: Model, source: TensorSource, word: str, parts: dict[str, str]) -> dict[str, np.ndarray]:
-    """One word's vectors [n, D] for each text encoder."""
+    """One word's vectors [n, D] for each text encoder that the file has any for."""
     wanted = encoders(model)
-    only = wanted[0] if len(wanted) == 1 else "text_encoder"
     if outputs := sorted(set(OUTPUTS) & parts.keys()):
         raise WeightsError(
             f"{source.path} has output embeddings for {word!r} ({outputs[0]}), which are not supported: train and save "
             "it without them."
         )
-    tensors = {ENCODERS.get(part, only): name for part, name in parts.items()}
+    tensors = {ENCODERS.get(part) or _encoder_of(model, source, name): name for part, name in parts.items()}
     if len(tensors) < len(parts):
         raise WeightsError(f"{source.path} has several embeddings for {word!r} ({', '.join(parts)}): keep one of them.")
-    if sorted(tensors) != sorted(wanted):
+    if not tensors.keys() <= set(wanted):
         raise WeightsError(
             f"{source.path} has {word!r} for {' and '.join(sorted(tensors))}; this model has {' and '.join(wanted)}: "
             "it is of another family."
         )
     return {encoder: _vectors(model, source, encoder, name) for encoder, name in tensors.items()}
+
+
+def _encoder_of(model: Model, source: TensorSource, name: str) -> str:
+    """The text encoder of vectors without its name: the one of their width, or by the file's name."""
+    wanted = encoders(model)
+    width = source.shapes[name][-1:]
+    fitting = [e for e in wanted if [getattr(model, e).config.hidden_size] == list(width)] or wanted
+    second = re.fullmatch(r".*_2(-steps-\d+)?", source.path.stem)
+    return fitting[-1 if second else 0]
 
 
 def _vectors(model: Model, source: TensorSource, encoder: str, name: str) -> np.ndarray:
@@ -128,12 +191,13 @@ def _vectors(model: Model, source: TensorSource, encoder: str, name: str) -> np.
 
 
 def load_textual_inversion(
-    model: Model, params: Params, path: str | Path, token: str | None = None
+    model: Model, params: Params, path: Any, token: str | None = None
 ) -> tuple[Model, Params]:
     """A model that knows the words of a file.
 
     Args:
-        path, token: see `read_textual_inversion`.
+        path: a file, a folder or a list of them: see `read_textual_inversion`.
+        token: the word to use; needed only to have another one than the file's.
 
     Returns:
         The model with a larger vocabulary, and parameters with larger tables of token embeddings; those given stay
@@ -142,8 +206,14 @@ def load_textual_inversion(
     Raises:
         WeightsError: the file does not fit, or a token exists already; nothing has been changed then.
     """
-    for word, vectors in read_textual_inversion(model, path, token).items():
-        model, params = _extended(model, params, path, word, vectors)
+    paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+    return with_words(model, params, read_textual_inversion(model, [(Path(p), token) for p in paths]))
+
+
+def with_words(model: Model, params: Params, words: Sequence[Word]) -> tuple[Model, Params]:
+    """A model that knows these words, as `load_textual_inversion`."""
+    for word in words:
+        model, params = _extended(model, params, word.path, word.name, word.vectors)
     return model, params
 
 
@@ -156,7 +226,10 @@ def load_bundled(model: Model, params: Params, path: str | Path) -> tuple[Model,
     for word, parts in bundled(source).items():
         if not knows(model, word):
             try:
-                model, params = _extended(model, params, path, word, _encoded(model, source, word, parts))
+                vectors = _encoded(model, source, word, parts)
+                if missing := sorted(set(encoders(model)) - vectors.keys()):
+                    raise WeightsError(f"{path} has {word!r} for {' and '.join(vectors)} and not for {missing[0]}.")
+                model, params = _extended(model, params, path, word, vectors)
             except WeightsError as e:
                 logging.warning("%s The LoRA is used without this embedding.", e)
     return model, params
