@@ -244,3 +244,23 @@ def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
     monkeypatch.setattr("jaxdiff.data.listing.os.walk", walk)
     with pytest.raises(ConfigError, match=r"/sub cannot be read \(Permission denied\)"):
         examples(path)
+
+
+@pytest.mark.parametrize("shard", ["x.tar", "x.parquet", "train-0.array_record"])
+def test_images_beside_shards_are_named(folder, shard, caplog):
+    """Whichever of the two is passed over."""
+    root = folder("0.png", texts={"0.txt": "a cat"})
+    (root / shard).touch()
+    assert source_files(root) == [root / shard]
+    assert f"{root} holds images beside {shard}, and these alone are read" in caplog.text
+    caplog.clear()
+    (root / "metadata.csv").write_text("file_name,text\n0.png,a cat\n")
+    assert source_files(root) == [root / "metadata.csv", root / "0.png"]
+    assert f"{root} holds {shard} beside the captions of images: the images alone are read" in caplog.text
+    other = root / "validation"
+    other.mkdir()
+    (other / "y.tar").touch()
+    (root / "metadata.csv").unlink()
+    caplog.clear()
+    assert source_files(root, "validation") == [other / "y.tar"]  # beside which there is none
+    assert not caplog.records

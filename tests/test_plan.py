@@ -140,7 +140,10 @@ def test_train_prints_a_plan_without_data_or_a_workdir(cli, stage):
         (["--plan=small"], "--plan=small must be quick or full"),
         (["--plan=quick", "--plan_devices=3"], "batch_size 4 must be divisible"),
         (["--plan=quick", "--plan_devices=4", "--config.fsdp=3"], "fsdp 3 x tensor 1 must divide"),
-        (["--plan=quick", f"--config.init_from.model={ONE_FILE}"], "is one file, which is opened as a whole"),
+        (
+            ["--plan=quick", f"--config.init_from.model={ONE_FILE}"],
+            "holds a UNet of a diffusers folder: put it into one",
+        ),
         (["--plan=quick", "--plan_devices=-1"], "--plan_devices=-1 must be at least 1"),
         (["--workdir=x", "--coordinator_address=localhost:1"], "--coordinator_address needs --num_processes"),
         (["--workdir=x", "--process_id=1"], "need --coordinator_address"),

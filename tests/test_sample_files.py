@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jaxdiff
 from jaxdiff.cli import flags, sample
@@ -222,6 +223,22 @@ def test_loras_of_one_name(sample_cli, planes, loras):
     code, _, err = sample_cli("--prompt=<lora:detail> a", "--lora_dir=loras")
     assert code == 2
     assert "--lora_dir: <lora:detail> may be loras/other/detail.pt and loras/sub/detail.safetensors" in err
+
+
+def test_loras_by_the_name_in_their_metadata(sample_cli, planes, tiny, loras):
+    """As the AUTOMATIC1111 web UI finds them, where no file has the name."""
+    detail, ink = loras / "detail.safetensors", loras / "sub/ink.safetensors"
+    save_file(load_file(ink), loras / "a.safetensors", {"ss_output_name": "detail"})  # which a file is called
+    save_file(load_file(ink), loras / "b.safetensors", {"ss_output_name": "my ink"})
+    (loras / "damaged.safetensors").write_bytes(b"x")
+    code, _, err = sample_cli("--prompt=<lora:my ink:0.5> a", "--prompt=<lora:detail> a", "--lora_dir=loras")
+    assert (code, len(planes)) == (0, 2), err
+    for found, (file, weight) in zip(planes, ((ink, 0.5), (detail, 1)), strict=True):
+        jax.tree.map(np.testing.assert_allclose, dict(found), dict(jaxdiff.load_lora(*tiny, file, weight)))
+    save_file(load_file(ink), loras / "c.safetensors", {"ss_output_name": "my ink"})
+    code, _, err = sample_cli("--prompt=<lora:my ink> a", "--lora_dir=loras")
+    assert code == 2
+    assert "<lora:my ink> may be loras/b.safetensors and loras/c.safetensors: write <lora:b>" in err
 
 
 def test_tags_without_a_folder_are_said(sample_cli, planes):

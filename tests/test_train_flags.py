@@ -163,3 +163,18 @@ def test_the_icons_set_that_is_not_there_names_what_builds_it(tmp_path, monkeypa
     config.data.path = "data/others"
     with pytest.raises(ConfigError, match=r"does not exist\.$"):
         fingerprints(config)
+
+
+def test_an_earlier_average_stays_unless_it_is_to_be_replaced(train_cli, tmp_path):
+    export = tmp_path / "export-ema-0.1"
+    export.mkdir()
+    (export / "file").touch()
+    code, _, err = train_cli(f"--workdir={tmp_path}", "--posthoc_ema=0.1")
+    assert code == 2
+    assert f"--posthoc_ema=0.1: {export} exists: move it, or give --overwrite" in err
+    code, _, err = train_cli(f"--workdir={tmp_path}", "--posthoc_ema=0.1", "--overwrite")
+    assert "run.json cannot be read" in err  # past it
+    code, _, err = train_cli(f"--workdir={tmp_path}", "--config=lora", "--overwrite")
+    assert code == 2
+    assert "--overwrite goes with --posthoc_ema" in err
+    assert [p.name for p in export.iterdir()] == ["file"]

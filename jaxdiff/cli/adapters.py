@@ -17,6 +17,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.lora import Lora, merge_lora, read_lora
+from jaxdiff.io.tensor_files import SAFETENSORS, open_tensors
 from jaxdiff.io.textual_inversion import Word, read_textual_inversion
 from jaxdiff.io.vae import load_tiny_vae
 from jaxdiff.text.other_programs import LoraTag, split_tags
@@ -61,16 +62,30 @@ def read_adapters(f: flags.FlagValues, model: jaxdiff.Model) -> Adapters:
         return Adapters(words, loras, nets, load_tiny_vae(f.preview_vae, dtype=f.dtype) if f.preview_vae else None)
 
 
+def output_name(path: Path) -> str | None:
+    """The name that kohya's scripts wrote into a LoRA's metadata, by which the AUTOMATIC1111 web UI knows it too."""
+    try:
+        return open_tensors(path).metadata.get("ss_output_name") if path.suffix.lower() in SAFETENSORS else None
+    except (ConfigError, WeightsError):  # damaged; said where it is named by its file
+        return None
+
+
 def named_loras(f: flags.FlagValues, requests: Sequence[ImageRequest]) -> list[Weighted]:
     """The LoRAs that each image's prompt names, where --lora_dir says where they are. Raises UsageError."""
     if f.lora_dir is None:
         return [()] * len(requests)
     files = sorted(p for p in Path(f.lora_dir).rglob("*") if p.suffix.lower() in LORA_FILES and p.is_file())
 
+    called = functools.cache(output_name)
+
     @functools.cache
     def find(name: str) -> Path:
         known = {path: path.relative_to(f.lora_dir).with_suffix("").as_posix() for path in files}
-        found = [path for path in files if known[path] == name] or [path for path in files if path.stem == name]
+        found = (
+            [path for path in files if known[path] == name]
+            or [path for path in files if path.stem == name]
+            or [path for path in files if called(path) == name]
+        )
         if len(found) == 1:
             return found[0]
         if found:

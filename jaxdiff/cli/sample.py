@@ -53,13 +53,14 @@ from jaxdiff.cli.requests import (
 )
 from jaxdiff.config import ControlNetConfig
 from jaxdiff.data.images import MAX_PIXELS
-from jaxdiff.io import cache, diffusers_folder, images, model_paths
+from jaxdiff.io import cache, diffusers_folder, images, model_paths, pretrained
 from jaxdiff.io.configs import read_config
 from jaxdiff.io.controlnet import check_controlnet
 from jaxdiff.io.edges import canny
 from jaxdiff.io.lora import bundled_words, load_bundled, merge_lora
+from jaxdiff.io.modules import CONFIG
 from jaxdiff.io.textual_inversion import with_words
-from jaxdiff.io.vae import check_tiny_vae, check_vae
+from jaxdiff.io.vae import check_tiny_vae, check_vae, described_vae
 from jaxdiff.models.controlnet import ControlNet
 from jaxdiff.parallel import device_memory
 from jaxdiff.sampling.checks import check_memory, least_memory
@@ -113,16 +114,28 @@ def outpainted_size(f: flags.FlagValues, model: jaxdiff.Model, shape: tuple[int,
     return {"height": f.height or height, "width": f.width or width}
 
 
+def described(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
+    """The model at a path with the autoencoder of --vae: of configs and files' headers, without weights."""
+    with naming("--model"):
+        given = {"prediction_type": f.prediction_type, "without_vae": f.vae is not None}
+        model, own = pretrained.described(path, f.dtype, **given)
+    if f.vae is None or not Path(f.vae).exists():  # `check_files` says so
+        return model
+    with naming("--vae"):
+        return described_vae(model, f.vae, own=own)[0]
+
+
 def load(
-    f: flags.FlagValues, opened: tuple[jaxdiff.Model, Any] | None, laid: Adapters, lora_files: Sequence[str | Path]
+    f: flags.FlagValues, path: Path, laid: Adapters, lora_files: Sequence[str | Path]
 ) -> tuple[jaxdiff.Model, Any]:
-    """The model (`opened` already, or to be) with all that flags lay onto it, and its parameters.
+    """The model at a path with all that flags lay onto it, and its parameters.
 
     Args:
         lora_files: of all LoRAs, those that prompts name too; embeddings in them come along.
     """
     params: Any
-    model, params = opened or jaxdiff.load(f.model, dtype=f.dtype, prediction_type=f.prediction_type, vae=f.vae)
+    with naming("--model" if f.vae is None else "--model, --vae"):
+        model, params = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type, vae=f.vae)
     with naming("--embedding"):
         model, params = with_words(model, params, laid.words)
     with naming("--lora"):
@@ -153,7 +166,7 @@ def with_controlnets(model: jaxdiff.Model, path: Path, laid: Adapters) -> jaxdif
     nets = [net for net, _ in laid.controlnets]
     if not nets and path.is_dir():
         for name in diffusers_folder.controlnets(path):
-            config: Any = read_config(path / name / "config.json", ControlNetConfig)
+            config: Any = read_config(path / name / CONFIG, ControlNetConfig)
             nets.append(ControlNet(config))
     return dataclasses.replace(model, controlnets=tuple(nets))
 
@@ -249,13 +262,9 @@ def run(f: flags.FlagValues) -> None:
     check_folder(Path(f.output.split("{")[0] or ".").parent)
     lines = prompt_lines(f)
     check_networks(f)
-    path, opened = model_paths.find(f.model), None
-    if path.is_dir():  # configs alone: weights are slow to read
-        more = {"prediction_type": f.prediction_type, "without_vae": f.vae is not None}
-        model = diffusers_folder.load_model(path, f.dtype, **more)
-    else:  # of a one-file checkpoint the tensors tell the configs
-        opened = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type, vae=f.vae)
-        model = opened[0]
+    with naming("--model"):
+        path = model_paths.find(f.model)
+    model = described(f, path)
     read = functools.cache(images.read_image)
     settings = resolve(f, model, count_images(f, lines), read)
     requests = image_requests(f, lines)
@@ -271,8 +280,8 @@ def run(f: flags.FlagValues) -> None:
     new_words = f.embedding or any(bundled_words(model, file) for file in lora_files)  # with tokens of their own
     parts = None if new_words else plan(with_controlnets(model, path, laid))
     cache.cache_compilations(f.cache_dir)
-    model, params = load(f, opened, laid, lora_files)
-    del opened, laid
+    model, params = load(f, path, laid, lora_files)
+    del laid
     parts = parts or plan(model)
     devices = jax.local_devices()[: f.batch_size]
     if len(set(chosen)) == 1:  # nothing is kept that no image needs

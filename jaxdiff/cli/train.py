@@ -33,7 +33,7 @@ def run(f: flags.FlagValues) -> None:
     import jax
 
     from jaxdiff.io.cache import cache_compilations
-    from jaxdiff.training.run import build_run
+    from jaxdiff.training.run import build_run, posthoc_name
     from jaxdiff.training.run_data import fingerprints
     from jaxdiff.training.workdir import claimed, settle
 
@@ -41,6 +41,9 @@ def run(f: flags.FlagValues) -> None:
     if f.precompute and f.config.latents.path:
         raise UsageError("--precompute writes latents of images: leave out config.latents.path.")
     if f.posthoc_ema is not None:
+        export = workdir / posthoc_name(f.posthoc_ema)
+        if export.exists() and not f.overwrite:
+            raise UsageError(f"--posthoc_ema={f.posthoc_ema:g}: {export} exists: move it, or give --overwrite.")
         config = f.config or stored(workdir)
         if not any((workdir / "ema").glob("*.safetensors")):
             raise Failure(f"{workdir / 'ema'} holds no snapshots of averages: set config.ema_sigmas when training.")

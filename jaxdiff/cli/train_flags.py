@@ -52,6 +52,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         "posthoc_ema", None, "Only write WORKDIR/export-ema-LENGTH: the average of this length, a share of the run, "
         "out of the snapshots of config.ema_sigmas. Needs no --config.", flag_values=f,
     )  # fmt: skip
+    flags.DEFINE_bool("overwrite", False, "With --posthoc_ema: replace an earlier average of this length.", f)
     flags.DEFINE_bool("verbose", False, "Show the traceback of an error.", f)
     flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
     try:
@@ -69,6 +70,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UsageError(f"{rest[0]!r} belongs to no flag; --help shows all.")
     if f.posthoc_ema is not None and not 0 < f.posthoc_ema < 12**-0.5:
         raise UsageError(f"--posthoc_ema={f.posthoc_ema:g} must be above 0 and below {12**-0.5:.3f}.")
+    if f.overwrite and f.posthoc_ema is None:
+        raise UsageError("--overwrite goes with --posthoc_ema: give that too, or leave --overwrite out.")
     if f.posthoc_ema is not None and f.workdir and f.config is None:
         return f
     if f.config is None:

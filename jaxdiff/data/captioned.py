@@ -24,7 +24,7 @@ from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import BucketOrder, Buckets
 from jaxdiff.data.folder import FolderSource, ImageDecoder
 from jaxdiff.data.latents import LatentShards
-from jaxdiff.data.listing import METADATA, TABLE, listed_files
+from jaxdiff.data.listing import METADATA, TABLE, has_text_files, image_files, listed_files, say_once
 from jaxdiff.data.orders import BlockOrder, HostShards, Order
 from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.data.records import ArrayRecords
@@ -92,13 +92,30 @@ def _resolved(path: str | Path, split: str) -> tuple[str, list[Path]]:
             splits = ", ".join(sorted(p.parent.name for p in path.glob(f"*/{STATE}"))) or "none"
             raise ConfigError(f"{path} has no split {split!r}; its splits are {splits}.")
         return "arrow", _saved(path / split)
-    if any((path / p / name).is_file() for p in ("", split) for name in (METADATA, TABLE)):
-        return "folder", []
     files = _files(name, split)
+    if any((path / p / name).is_file() for p in ("", split) for name in (METADATA, TABLE)):
+        if files:
+            say_once(f"{path} holds {_shown(files)} beside the captions of images: the images alone are read.")
+        return "folder", []
     kinds = {KINDS[p.suffix] for p in files}
     if len(kinds) > 1:
         raise ConfigError(f"{name} holds files of several kinds ({', '.join(sorted(kinds))}): give the path of one.")
+    roots = (path, path / split) if split == "train" else (path / split,)
+    if files and (beside := [root for root in roots if _has_images(root)]):
+        say_once(f"{beside[0]} holds images beside {_shown(files)}, and these alone are read: move one of them away.")
     return (kinds.pop() if kinds else "folder"), files
+
+
+def _has_images(root: Path) -> bool:
+    """Whether a folder holds images that might be meant as data."""
+    try:
+        return bool(image_files(root)) or has_text_files(root)
+    except ConfigError:  # a folder that cannot be read
+        return False
+
+
+def _shown(files: list[Path]) -> str:
+    return files[0].name if len(files) == 1 else f"{len(files)} files such as {files[0].name}"
 
 
 def _saved(folder: Path) -> list[Path]:

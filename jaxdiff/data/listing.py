@@ -67,7 +67,7 @@ def examples(path: str | Path, split: str = "train", *, image_column: str = "", 
     root = find_root(Path(path), split)
     kinds = _kinds(root)
     if len(kinds) > 1:
-        _say_once(f"{root} holds {' and '.join(kinds)}: {kinds[0]} is read.")
+        say_once(f"{root} holds {' and '.join(kinds)}: {kinds[0]} is read.")
     columns = image_column or "file_name", text_column
     if kinds[0] == METADATA:
         once = list(_from_lines(root / METADATA, *columns))
@@ -85,9 +85,9 @@ def examples(path: str | Path, split: str = "train", *, image_column: str = "", 
     if not found:
         raise ConfigError(f"{root / kinds[0]} is empty: give it a line with file_name and text for each image.")
     if empty := [Path(e.path) for e in once if not any(e.captions)]:
-        _say_once(f"{len(empty)} of {len(once)} captions in {root} are empty: {_names(root, empty)}.")
+        say_once(f"{len(empty)} of {len(once)} captions in {root} are empty: {_names(root, empty)}.")
     if kinds[0] != _TEXT_FILES and any(caption_files(Path(e.path)) for e in found[:LOOKED_AT]):
-        _say_once(f"The text files beside the images of {root} are not read: {kinds[0]} has the captions.")
+        say_once(f"The text files beside the images of {root} are not read: {kinds[0]} has the captions.")
     return found
 
 
@@ -167,7 +167,7 @@ def uncaptioned(folder: Path) -> list[Path]:
     below = image_files(folder, below=True) if folder.is_dir() else []
     found = [p for p in below if p.parent == folder] or [p for p in below if repeated(folder, p)[1]]
     if found and len(below) > len(found):
-        _say_once(f"{len(below) - len(found)} images in subfolders of {folder} are not read.")
+        say_once(f"{len(below) - len(found)} images in subfolders of {folder} are not read.")
     return found
 
 
@@ -207,12 +207,12 @@ def _from_files(root: Path) -> list[Example]:
             f"{_names(root, missing)}: write them, or take the images out."
         )
     if two := [p for p, files in zip(images, texts, strict=True) if len({f.suffix.lower() for f in files}) > 1]:
-        _say_once(
+        say_once(
             f"{len(two)} of {len(images)} images in {root} have text files of both kinds ({_names(root, two)}): "
             f"{CAPTION_SUFFIXES[0]} is read."
         )
     if folders := sorted({p.relative_to(root).parts[0] for p, (_, name) in zip(images, named, strict=True) if name}):
-        _say_once(
+        say_once(
             f"Images of {', '.join(folders[:NAMED])} in {root} are shown as often as the number says; the rest of the "
             "name is the caption of those without a text file."
         )
@@ -229,7 +229,7 @@ def _lines(path: Path) -> tuple[str, ...]:
 
 
 @functools.cache
-def _say_once(warning: str) -> None:
+def say_once(warning: str) -> None:
     """A warning, though a folder is listed several times in a run."""
     logging.warning("%s", warning)
 

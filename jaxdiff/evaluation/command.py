@@ -21,6 +21,7 @@ from absl import flags
 
 import jaxdiff
 from jaxdiff.cli import errors
+from jaxdiff.cli.adapters import naming
 from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import flag_errors
 from jaxdiff.cli.outputs import make_folder
@@ -37,7 +38,7 @@ from jaxdiff.evaluation.images import Images, Wanted, draw, find_images, plain, 
 from jaxdiff.evaluation.measures import Measured
 from jaxdiff.evaluation.outputs import Found
 from jaxdiff.evaluation.progress import Progress
-from jaxdiff.io import cache, model_paths
+from jaxdiff.io import cache, model_paths, pretrained
 from jaxdiff.sampling.resolve import resolve_settings
 from jaxdiff.text.prompt_files import PromptError, PromptLine, read_prompts
 from jaxdiff.typing import Params
@@ -93,7 +94,8 @@ def encoder_folder(f: flags.FlagValues) -> str:
     """Where the encoder lies. Raises UsageError."""
     if f.encoder is not None:
         return str(f.encoder)
-    folder = model_paths.find(f.model)
+    with naming("--model"):
+        folder = model_paths.find(f.model)
     if not folder.is_dir() or not has_encoder(folder):
         raise UsageError(f"--encoder is missing: {f.model} has no vision encoder of its own; give {GIVE}.")
     return str(folder)
@@ -124,8 +126,9 @@ def drawn(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:
     """Draw into the folder of the unfinished report what is not there yet."""
     import jax
 
-    path = model_paths.find(f.model)
-    model, params = jaxdiff.load(path, dtype=f.dtype)
+    with naming("--model"):
+        path = model_paths.find(f.model)
+        model, params = jaxdiff.load(path, dtype=f.dtype)
     options = drawing_options(f, model)
     images: list[Wanted] = wanted(lines, f.num_images, f.seed, f.negative_prompt)
     begun = {"model": model_digest(path), "dtype": f.dtype, "options": options, "images": images}
@@ -219,11 +222,21 @@ def measure(images: Images, splits: Splits | None, encoder: Encoder, params: Par
 def run(f: flags.FlagValues) -> None:
     """Measure what the flags say. Whatever can be wrong is found in order of its cost."""
     output = outputs.check_output(f)
+    with outputs.held(outputs.unfinished(output), f.output):
+        make(f, output)
+
+
+def make(f: flags.FlagValues, output: Path) -> None:
+    """Make the report, into a folder that this process holds."""
     lines = prompt_lines(f)
     try:
         images = None if f.images is None else find_images(Path(f.images), lines)
     except ConfigError as e:
         raise UsageError(str(e)) from None
+    if images is None:  # before any weights are read
+        with naming("--model"):
+            model, _ = pretrained.described(model_paths.find(f.model), f.dtype)
+        drawing_options(f, model)
     splits, folder = open_splits(f), encoder_folder(f)
     encoder, params = opened_encoder(f, folder)
     cache.cache_compilations(f.cache_dir)

@@ -1,14 +1,16 @@
 """The folder of a report: begun under another name, filled, and renamed when it is whole."""
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.outputs import check_folder, make_folder
@@ -74,6 +76,48 @@ def check_output(f: flags.FlagValues) -> Path:
     return output
 
 
+@contextlib.contextmanager
+def held(work: Path, output: str) -> Iterator[None]:
+    """Keeps other processes out of the folder of an unfinished report, made if missing, for the block.
+
+    Raises:
+        Failure: another process holds it, or it cannot be made.
+    """
+    missing = [p for p in (work, *work.parents) if not p.exists()]  # the lowest first
+    with writing(work):
+        folder = _locked(work)
+    if folder is None:
+        raise Failure(f"--output {output} is being made by another process: wait for it, or name another folder.")
+    try:
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # it holds something by now, or has got its name
+                path.rmdir()
+        os.close(folder)  # the lock goes with it
+
+
+def _locked(work: Path) -> int | None:
+    """The folder open and locked, whatever it is renamed to; None where another process has it."""
+    while True:
+        make_folder(work)
+        try:
+            folder = os.open(work, os.O_RDONLY)
+        except FileNotFoundError:  # it has just got its name
+            continue
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            return None
+        except OSError as e:  # file systems without locks, as some that are mounted over a network
+            logging.warning("%s cannot be locked (%s): let no second report be made there.", work, e.strerror)
+            return folder
+        if work.exists() and os.path.samestat(os.fstat(folder), work.stat()):
+            return folder
+        os.close(folder)  # renamed since it was opened
+
+
 def begin(work: Path, settings: Any) -> None:
     """Make the folder of an unfinished report; one that was begun with other settings is emptied first."""
     text = json.dumps(settings, sort_keys=True)
@@ -82,10 +126,10 @@ def begin(work: Path, settings: Any) -> None:
     except (OSError, UnicodeDecodeError):
         same = False
     with writing(work):
-        if not same and work.exists():
-            shutil.rmtree(work)
         make_folder(work)
         if not same:
+            for path in work.iterdir():  # the folder itself is locked
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             (work / SETTINGS).write_text(text, encoding="utf-8")
 
 

@@ -84,7 +84,7 @@ NETWORKS: dict[str, tuple[str, str]] = {  # parts of a model, after the families
         "a text encoder",
         "put it into a diffusers folder, beside the other parts",
     ),
-    r"^(conv_first|RRDB_trunk\.|model\.1\.sub\.|body\.\d+\.rdb1)": (
+    r"^(params(_ema)?\.)?(conv_first|RRDB_trunk\.|model\.1\.sub\.|body\.\d+\.rdb1|layers\.\d+\.residual_group\.)": (
         "an image upscaler (ESRGAN)",
         "which is not supported: --hires enlarges while drawing",
     ),
@@ -119,6 +119,7 @@ def refuse(source: TensorSource, wanted: str = "") -> None:
     """Raise a WeightsError that says what a file is, if that is known and not `wanted`, such as "a ControlNet"."""
     _refuse_one(CONTROLS | ADAPTERS, source, wanted)
     refuse_family(source)
-    _refuse_one(NETWORKS, source, wanted)
     if wanted and any(n.startswith("model.diffusion_model.") for n in source.shapes):
-        raise WeightsError(f"{source.path} holds a whole checkpoint, not {wanted}: give the file of one.")
+        use = "give it to jaxdiff.load, or to --model"
+        raise WeightsError(f"{source.path} holds a whole checkpoint, not {wanted}: {use}.")
+    _refuse_one(NETWORKS, source, wanted)

@@ -24,6 +24,7 @@ and of the text encoder's `encoder.layers.0.self_attn.q_proj`:
 Files of cloneofsimo/lora hold no names but a list, in the order in which PyTorch visits the layers: see `list_orders`.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from typing import NamedTuple
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.errors import WeightsError
+from jaxdiff.io import kinds
 from jaxdiff.io.original_layout import Table, place
 from jaxdiff.io.tensor_files import TensorSource
 from jaxdiff.io.torch_names import tensor_name
@@ -176,6 +178,7 @@ def find_layers(
 def _named(
     source: TensorSource, model: list[Layer], original: Table, module: str | None
 ) -> list[tuple[Layer, Tensors]]:
+    _check_kind(source)
     known: dict[str, list[Layer]] = {}  # peft calls the layers of both text encoders alike
     for layer in model:
         for spelling in dict.fromkeys(spellings(layer, original)):
@@ -202,6 +205,18 @@ def _named(
             raise WeightsError(f"{source.path} changes {layer.name} twice, as {other} and {stem}: keep one of them.")
         called[layer] = stem
     return [(layer, found[stem]) for layer, stem in called.items()]
+
+
+def _check_kind(source: TensorSource) -> None:
+    """Raise a WeightsError that says what the file is, if most of its tensors are of no adapter and it is known."""
+    adapters = re.compile("|".join(OTHER_ADAPTERS))
+    others = {
+        name: shape
+        for name, shape in source.shapes.items()
+        if not (name.startswith(BUNDLED) or LORA.fullmatch(name) or adapters.search(name))
+    }
+    if 2 * len(others) > len(source.shapes):
+        kinds.refuse(dataclasses.replace(source, shapes=others), "a LoRA")
 
 
 def _torch(kernel: tuple[int, ...]) -> tuple[int, ...]:

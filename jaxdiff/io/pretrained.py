@@ -4,9 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxdiff.io.diffusers_folder import CONTROLNET, load_folder, save_folder
+from jaxdiff.io.diffusers_folder import CONTROLNET, load_folder, load_model, save_folder
 from jaxdiff.io.model_paths import SINGLE_FILES, find
-from jaxdiff.io.single_file import load_single_file, save_single_file
+from jaxdiff.io.modules import CONFIG
+from jaxdiff.io.single_file import load_single_file, open_single_file, save_single_file
 from jaxdiff.io.vae import load_vae
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Params
@@ -49,6 +50,18 @@ def load(
     else:
         model, params = load_folder(path, dtype, variant=variant, **more)
     return (model, params) if vae is None else load_vae(model, params, vae)
+
+
+def described(path: Path, dtype: Any = None, **more: Any) -> tuple[Model, bool]:
+    """The model that `load` opens at a path, of configs and files' headers, and whether it has an own autoencoder.
+
+    Args:
+        dtype, more: as for `load_folder` and `load_single_file`.
+    """
+    if path.is_dir():
+        return load_model(path, dtype, **more), (path / "vae" / CONFIG).is_file()
+    model, sources = open_single_file(path, dtype, **more)
+    return model, "vae" in sources
 
 
 def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None) -> None:

@@ -5,6 +5,7 @@ file's metadata where jaxdiff wrote it. Loading reads tensor by tensor.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import tempfile
@@ -82,7 +83,14 @@ IGNORED = re.compile(
 STRAY = re.compile(r"\.alpha$|\.lora_|\.dora_scale$|\.(vision_model|visual)\.|\.num_batches_tracked$")
 
 
-def load_single_file(
+def load_single_file(path: str | Path, dtype: Any = None, remat: bool = False, **more: Any) -> tuple[Model, Params]:
+    """The model of a one-file checkpoint and its parameters, as `load` returns them: see `open_single_file`."""
+    model, sources = open_single_file(path, dtype, remat, **more)
+    shapes = param_shapes(model)
+    return model, {name: load_tensors(source, shapes[name], model.unet.dtype) for name, source in sources.items()}
+
+
+def open_single_file(
     path: str | Path,
     dtype: Any = None,
     remat: bool = False,
@@ -90,14 +98,14 @@ def load_single_file(
     without_vae: bool = False,
     prediction_type: str | None = None,
     configs: Mapping[str, Mapping[str, Any]] | None = None,
-) -> tuple[Model, Params]:
+) -> tuple[Model, dict[str, TensorSource]]:
     """Open a one-file checkpoint of Stable Diffusion 1.x, 2.x, XL, XL's refiner or the x4 upscaler.
 
     Args:
         path: a file of tensors in any format that `open_tensors` knows.
         dtype: type to compute in and to hold the parameters in, "float32" by default.
         remat: recompute activations in the backward pass.
-        without_vae: whether the file may lack an autoencoder, as then the parameters do.
+        without_vae: whether the file may lack an autoencoder, which is then not returned.
         prediction_type: "epsilon" or "v_prediction", which the tensors do not tell. By default that of the published
             model: v for SD 2.x, but for its inpainting and SD-Turbo, and for the upscaler. The 512-pixel base of SD 2.x
             needs "epsilon" here.
@@ -105,7 +113,7 @@ def load_single_file(
             {"unet": {"attention_head_dim": 4, "norm_num_groups": 8}}; keys as in `params`, and "scheduler", "options".
 
     Returns:
-        The model and its parameters, as `load` does. A warning names tensors beside those of the networks.
+        The model, and the unread tensors of each of its networks. A warning names tensors beside theirs.
 
     Raises:
         ConfigError, WeightsError: one sentence that names the file and any tensor that is missing or unknown.
@@ -128,7 +136,7 @@ def load_single_file(
     shapes = {name: tree for name, tree in shapes.items() if name != "vae" or has_vae(source)}
     places = {name: _places(shapes[name], name, model.modules[name].config, prefixes[name], source) for name in shapes}
     _check_others(source, places, tuple(prefixes[name] for name in shapes), family)
-    return model, {name: load_tensors(_renamed(source, places[name]), shapes[name], dtype) for name in shapes}
+    return model, {name: _renamed(source, places[name]) for name in shapes}
 
 
 def _check_others(
@@ -149,10 +157,14 @@ def _check_others(
     if strays := sorted(others + partial):
         groups = list({n.partition(".")[0]: n for n in strays[::-1]}.values())[::-1]  # the first of each
         more = " (a ControlNet: give the file to --controlnet too)" if "control_model." in " ".join(groups) else ""
-        logging.warning(
-            "%s: %d tensors that drawing does not need are passed over, such as %s%s.",
-            source.path, len(strays), ", ".join(groups[:5]), more,
-        )  # fmt: skip
+        passed = f"{len(strays)} tensors that drawing does not need are passed over, such as {', '.join(groups[:5])}"
+        _say_once(f"{source.path}: {passed}{more}.")
+
+
+@functools.cache
+def _say_once(warning: str) -> None:
+    """A warning, though a file is opened for its configs and again for its weights."""
+    logging.warning("%s", warning)
 
 
 def _build(configs: dict[str, Any], tokenizers: dict[str, Tokenizer], dtype: Any, remat: bool) -> Model:
@@ -231,17 +243,16 @@ def vae_like(found: VAEConfig, like: VAEConfig) -> VAEConfig:
     return dataclasses.replace(found, **{name: getattr(like, name) for name in untold})
 
 
-def load_original_vae(source: TensorSource, prefix: str, like: VAEConfig, dtype: Any) -> tuple[VAEConfig, Params]:
-    """The autoencoder in a file of the original layout whose names start with `prefix`.
+def original_vae(source: TensorSource, prefix: str, like: VAEConfig) -> tuple[VAEConfig, TensorSource]:
+    """The config and the unread tensors of the autoencoder whose names start with `prefix` in the original layout.
 
     Args:
         like: the config of the autoencoder whose place it takes: what no tensor tells is as there.
-        dtype: type to hold the parameters in.
     """
     with as_weights_error(source):
         config = vae_like(vae_config(Shapes(source, prefix), "sd1"), like)
     shapes = module_shapes(AutoencoderKL(config), example_image, source.path)
-    return config, load_tensors(_renamed(source, _places(shapes, "vae", config, prefix, source)), shapes, dtype)
+    return config, _renamed(source, _places(shapes, "vae", config, prefix, source))
 
 
 def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any = None) -> None:

@@ -18,6 +18,7 @@ from absl import logging
 
 from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
+from jaxdiff.io import kinds
 from jaxdiff.io.configs import replace_config
 from jaxdiff.io.lora_names import LORA
 from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
@@ -132,7 +133,10 @@ def _own(source: TensorSource) -> Parts:
     # A LoRA may lie beside them, and the web UI's first files hold the ids that their words had.
     names = [n for n in source.shapes if not re.fullmatch(r"\w+:\d+:(up|down)|string_to_token\..*", n)]
     if any(map(LORA.fullmatch, names)):
-        raise WeightsError(f"{source.path} is a LoRA: it is not a textual inversion; load it as a LoRA.")
+        raise WeightsError(
+            f"{source.path} is a LoRA: it is not a textual inversion; give it to load_lora, or to --lora."
+        )
+    kinds.refuse(source, "a textual inversion")
     several = sum(name.startswith(WEB_UI) for name in names) > 1
     found: Parts = {}
     for name in names:
@@ -190,9 +194,7 @@ def _vectors(model: Model, source: TensorSource, encoder: str, name: str) -> np.
     return np.asarray(source.read(name)).reshape(-1, width)
 
 
-def load_textual_inversion(
-    model: Model, params: Params, path: Any, token: str | None = None
-) -> tuple[Model, Params]:
+def load_textual_inversion(model: Model, params: Params, path: Any, token: str | None = None) -> tuple[Model, Params]:
     """A model that knows the words of a file.
 
     Args:

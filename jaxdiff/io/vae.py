@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxdiff.config import ConfigError, TinyVAEConfig, VAEConfig
 from jaxdiff.errors import WeightsError
 from jaxdiff.io import kinds, taesd
@@ -19,9 +21,9 @@ from jaxdiff.io.configs import (
 )
 from jaxdiff.io.infer_config import as_weights_error
 from jaxdiff.io.infer_diffusers import vae_from_names
-from jaxdiff.io.modules import CONFIG, existing, load_module, without_config
-from jaxdiff.io.original_layout import VAE_PREFIX
-from jaxdiff.io.single_file import load_original_vae, vae_like
+from jaxdiff.io.modules import CONFIG, existing, find_weights, load_module, without_config
+from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
+from jaxdiff.io.single_file import original_vae, vae_like
 from jaxdiff.io.tensor_files import TensorSource, load_tensors, open_tensors
 from jaxdiff.models.model import Model, autoencoder
 from jaxdiff.models.tiny_vae import AutoencoderTiny
@@ -89,20 +91,33 @@ def load_vae(model: Model, params: Params, path: str | Path, *, variant: str | N
     Raises:
         ConfigError, WeightsError: one sentence that names the file and the fix; it may be of latents that do not fit.
     """
-    path, own = Path(path), model.vae.config
+    described, source = described_vae(model, path, own="vae" in params, variant=variant)
+    shapes = module_shapes(described.vae, example_image, source.path)
+    return described, {**params, "vae": load_tensors(source, shapes, described.unet.dtype)}
+
+
+def described_vae(
+    model: Model, path: str | Path, *, own: bool = True, variant: str | None = None
+) -> tuple[Model, TensorSource]:
+    """The model of `load_vae`, and the unread tensors of its new autoencoder.
+
+    Args:
+        own: whether the model has an autoencoder of its own, with whose latents the new one's are compared.
+    """
+    path, config = Path(path), model.vae.config
     if not path.exists():
         raise ConfigError(f"{path} does not exist: give the folder or file of an autoencoder.")
-    vae, tree = _read_vae(path, model, variant)
-    found = vae.config
-    if "vae" not in params:  # no autoencoder of its own to compare with
+    found, source = open_vae(path, config, variant)
+    changed = dataclasses.replace(model, vae=autoencoder(found, model.unet.dtype, model.vae.remat))
+    if not own:
         with as_config_error(f"{path} does not fit the model"):
-            check_channels(dataclasses.replace(model, vae=vae), "it")
-    elif (found.factor, found.latent_channels) != (own.factor, own.latent_channels):
+            check_channels(changed, "it")
+    elif (found.factor, found.latent_channels) != (config.factor, config.latent_channels):
         raise ConfigError(
             f"{path} has {found.latent_channels} latent channels, each of {found.factor} pixels, the model "
-            f"{own.latent_channels} of {own.factor}: take an autoencoder of its family."
+            f"{config.latent_channels} of {config.factor}: take an autoencoder of its family."
         )
-    return dataclasses.replace(model, vae=vae), {**params, "vae": tree}
+    return changed, source
 
 
 def check_vae(path: str | Path) -> None:
@@ -111,6 +126,13 @@ def check_vae(path: str | Path) -> None:
         read_config(Path(path) / CONFIG, *VAES)
     else:
         _open(path)
+
+
+def is_vae(path: Path) -> bool:
+    """Whether a path is one autoencoder's file or folder, and not of a whole model."""
+    if path.is_dir():
+        return (path / CONFIG).is_file()
+    return path.is_file() and not any(name.startswith(UNET_PREFIX) for name in open_tensors(path).shapes)
 
 
 def _open(path: Path | str) -> TensorSource:
@@ -122,22 +144,28 @@ def _open(path: Path | str) -> TensorSource:
     return source
 
 
-def _read_vae(path: Path, model: Model, variant: str | None) -> tuple[Any, Params]:
-    """The autoencoder at a path, and its parameters. See `load_vae`."""
-    own, dtype = model.vae.config, model.unet.dtype
+def open_vae(
+    path: Path, like: VAEConfig | TinyVAEConfig, variant: str | None = None
+) -> tuple[VAEConfig | TinyVAEConfig, TensorSource]:
+    """The config and the unread tensors of the autoencoder at a path that exists; see `load_vae`.
+
+    Args:
+        like: the config of the autoencoder whose place it takes: what neither tensors nor `config.json` tell is as
+            there.
+    """
     if path.is_file():
         if pair := taesd.open_pair(path):
-            return _from_pair(*pair, dtype)
-        if (source := _open(path)) and without_config(path) and taesd.FIRST_LAYER in source.shapes:
-            return load_tiny_vae(path, dtype=dtype)
-        like = own if isinstance(own, VAEConfig) else VAEConfig(scaling_factor=own.scaling_factor)
+            return pair
+        source = _open(path)
+        if taesd.FIRST_LAYER in source.shapes and (found := _open_tiny(path)):
+            return found
+        known = like if isinstance(like, VAEConfig) else VAEConfig(scaling_factor=like.scaling_factor)
         for prefix in PREFIXES:
             if f"{prefix}encoder.down.0.block.0.conv1.weight" in source.shapes:
-                config, tree = load_original_vae(source, prefix, like, dtype)
-                return autoencoder(config, dtype, model.vae.remat), tree
+                return original_vae(source, prefix, known)
         if without_config(path):
-            vae: Any = autoencoder(vae_like(vae_from_names(source), like), dtype, model.vae.remat)
-            return vae, load_tensors(source, module_shapes(vae, example_image, path), dtype)
-    folder = path if path.is_dir() else path.parent
-    kind = type(read_config(folder / CONFIG, *VAES))
-    return load_module(path, kind, lambda c, dtype: autoencoder(c, dtype), example_image, dtype, variant)
+            return vae_like(vae_from_names(source), known), source
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    config: Any = read_config(file, *VAES)
+    module_shapes(autoencoder(config, jnp.float32), example_image, file)  # complains
+    return config, open_tensors(find_weights(path, "vae", variant) if path.is_dir() else path)

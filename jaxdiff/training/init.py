@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,17 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.config import CLIPTextConfig, ConfigError, SchedulerConfig
+from jaxdiff.config import CLIPTextConfig, ConfigError, SchedulerConfig, TinyVAEConfig, VAEConfig
 from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
 from jaxdiff.data.filters import scan
 from jaxdiff.data.source import Source
-from jaxdiff.io.configs import NETWORKS, VAES, read_config, replace_config
-from jaxdiff.io.diffusers_folder import load_model
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.configs import NETWORKS, read_config, replace_config
+from jaxdiff.io.diffusers_folder import INDEX, load_model
 from jaxdiff.io.model_paths import find
-from jaxdiff.io.modules import find_weights
+from jaxdiff.io.modules import CONFIG, find_weights, load_tokenizer
 from jaxdiff.io.pretrained import load
-from jaxdiff.io.tensor_files import load_tensors
-from jaxdiff.models.model import Model, autoencoder, build, encode, init_params, param_shapes
+from jaxdiff.io.single_file import open_single_file
+from jaxdiff.io.tensor_files import TensorSource, load_tensors
+from jaxdiff.io.vae import is_vae, open_vae
+from jaxdiff.models.model import Model, build, encode, init_params, param_shapes
 from jaxdiff.text.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Key, Params
 
@@ -42,13 +46,13 @@ def starting_model(
 
     Args:
         sizes: the config of each fresh part ("text_encoder", "unet", "vae", "vision_encoder") and of the "scheduler".
-        init_from: diffusers folders, or names of bundled models, by the part that is taken from them, config and
-            weights; for "vae" also the folder of an autoencoder alone. "model" stands for all parts that the folder
-            has, and without others beside it may be of any family or a single file. The tokenizer comes with the text
-            encoder, the scheduler with "model" alone.
+        init_from: models (diffusers folders, single files, names) by the part that is taken from them, config and
+            weights; or the folder of that part alone, and for "vae" whatever `jaxdiff.load_vae` opens. "model" stands
+            for all parts, and without others beside it may be of any family. The tokenizer comes with the text encoder,
+            the scheduler with "model" alone.
         make_tokenizer: makes one where the text encoder is fresh.
         key: of the fresh parameters.
-        check: is called with the model before any weights are read (of a single file, after), to refuse it.
+        check: is called with the model before any weights are read, to refuse it.
 
     Returns:
         The model and its float32 parameters as numpy arrays, which take no memory of a device.
@@ -62,9 +66,7 @@ def starting_model(
     if check is not None:
         check(model)
     shapes = param_shapes(model)
-    read = {
-        name: load_tensors(find_weights(folder, name), shapes[name], jnp.float32) for name, (folder, _) in given.items()
-    }
+    read = {name: load_tensors(part.weights(), shapes[name], jnp.float32) for name, part in given.items()}
     return model, {**_fresh(model, set(shapes) - set(given), key), **jax.device_get(read)}
 
 
@@ -79,24 +81,37 @@ def described_model(
     """The model of `starting_model` alone: configs and vocabularies are read, no weights."""
     if [name for name, folder in init_from.items() if folder] != ["model"]:
         return _described(sizes, init_from, make_tokenizer, dtype, remat)[0]
-    return _rebuilt(_open("model", init_from["model"])[1], dtype, remat)
+    return _rebuilt(_opened("model", init_from["model"])[0], dtype, remat)
 
 
-def _described(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, dict[str, tuple[Path, Any]]]:
-    """The model, and of each part that is not fresh its own folder and the model or single network that it is of."""
-    given = {name: _open(name, folder) for name, folder in init_from.items() if folder}
+class _Part(NamedTuple):
+    """One network that is not fresh."""
+
+    config: Any
+    weights: Callable[[], Path | TensorSource]  # where they are, unread
+    tokenizer: Tokenizer | None = None
+
+
+def _described(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, dict[str, _Part]]:
+    """The model, and its parts that are not fresh."""
+    named = {name: path for name, path in init_from.items() if path}
+    if unknown := [name for name in named if name not in ("model", *PARTS)]:
+        raise ConfigError(f"init_from.{unknown[0]} is unknown; known are model, {', '.join(PARTS)}.")
     scheduler = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", **sizes.get("scheduler", {})})
-    if "model" in given:
-        folder, whole = given.pop("model")
-        given = {**{name: (folder / name, whole) for name in whole.modules}, **given}
+    given: dict[str, _Part] = {}
+    if "model" in named:
+        whole, given = _opened("model", named.pop("model"))
         scheduler = whole.scheduler
     configs: dict[str, Any] = {name: NETWORKS[name].from_dict(dict(sizes[name])) for name in PARTS if name in sizes}
-    configs.update({name: source.modules[name].config for name, (_, source) in given.items()})
+    for name, path in named.items():
+        like = given["vae"].config if "vae" in given else configs.get("vae", VAEConfig())
+        given[name] = _part(name, path, like)
+    configs.update({name: part.config for name, part in given.items()})
     if missing := [name for name in ("text_encoder", "unet", "vae") if name not in configs]:
         raise ConfigError(f"The config gives neither model.{missing[0]} nor init_from.{missing[0]}.")
     _check_fit(configs)
     if "text_encoder" in given:
-        tokenizer = given["text_encoder"][1].tokenizer
+        tokenizer = given["text_encoder"].tokenizer
     else:
         tokenizer = make_tokenizer()
         configs["text_encoder"] = _fit_tokenizer(configs["text_encoder"], tokenizer)
@@ -107,15 +122,10 @@ def _described(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, d
 
 def _whole(path: str, dtype: Any, remat: bool | str, check: Callable[[Model], None] | None) -> tuple[Model, Params]:
     """A model of any family as it is, with float32 parameters, that computes in `dtype`."""
-    try:
-        found = find(path)
-    except ConfigError as e:
-        raise ConfigError(f"init_from.model: {e}") from None
-    if check is not None and found.is_dir():
-        check(load_model(found))
-    m, params = load(found)
-    if check is not None and not found.is_dir():  # whose tensors tell the configs
-        check(m)
+    if check is not None:
+        check(_opened("model", path)[0])
+    with _naming("model"):
+        m, params = load(find(path))
     return _rebuilt(m, dtype, remat), jax.device_get(params)
 
 
@@ -141,34 +151,49 @@ def _fresh(model: Model, names: set[str], key: Key) -> Params:
     return jax.device_get(jax.jit(init, compiler_options=options)(key)) if names else {}
 
 
-class _Alone(NamedTuple):
-    """In the place of a model: one network, out of a folder of its own."""
-
-    modules: Mapping[str, Any]
-
-
-def _open(name: str, folder: str) -> tuple[Path, Any]:
-    """The folder of an entry of init_from, and its model: the part's own folder, or for "model" the whole one's."""
-    if name != "model" and name not in PARTS:
-        raise ConfigError(f"init_from.{name} is unknown; known are model, {', '.join(PARTS)}.")
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors of a file become errors of the entry that names it."""
     try:
-        path = find(folder)
-    except ConfigError as e:
-        raise ConfigError(f"init_from.{name}: {e}") from None
-    if path.is_file():
-        raise ConfigError(
-            f"init_from.{name}: {folder} is one file, which is opened as a whole: for --plan, or beside other parts, "
-            "save it as a folder with jaxdiff.save."
-        )
-    if name == "vae" and (path / "config.json").is_file():  # as diffusers' AutoencoderKL.save_pretrained writes it
-        config: Any = read_config(path / "config.json", *VAES)
-        return path, _Alone({name: autoencoder(config, jnp.float32)})
-    model = load_model(path)
-    if name == "model":
-        return path, model
-    if name not in model.modules:
-        raise ConfigError(f"init_from.{name}: the folder {folder} has no {name}.")
-    return path / name, model
+        yield
+    except (ConfigError, WeightsError) as e:
+        raise type(e)(f"init_from.{name}: {e}") from None
+
+
+def _opened(name: str, path: str) -> tuple[Model, dict[str, _Part]]:
+    """The model that an entry of init_from names, and its parts; no weights are read."""
+    with _naming(name):
+        found = find(path)
+        if found.is_file():
+            model, sources = open_single_file(found)
+            where: dict[str, Callable[[], Path | TensorSource]] = {
+                part: functools.partial(lambda source: source, source) for part, source in sources.items()
+            }
+        else:
+            model = load_model(found)
+            where = {part: functools.partial(find_weights, found / part, part) for part in model.modules}
+    tokenizers = {"text_encoder": model.tokenizer, "text_encoder_2": model.tokenizer_2}
+    modules = model.modules
+    return model, {part: _Part(modules[part].config, at, tokenizers.get(part)) for part, at in where.items()}
+
+
+def _part(name: str, path: str, like: VAEConfig | TinyVAEConfig) -> _Part:
+    """One part: alone in a folder or a file of its own, or out of a whole model."""
+    folder = Path(path)
+    with _naming(name):
+        if name == "vae" and is_vae(folder):
+            vae, source = open_vae(folder, like)
+            return _Part(vae, lambda: source)
+        if (folder / CONFIG).is_file() and not (folder / INDEX).is_file():  # as diffusers' save_pretrained writes it
+            config: Any = read_config(folder / CONFIG, NETWORKS[name])
+            tokenizer = None
+            if name == "text_encoder":
+                tokenizer = load_tokenizer(folder.parent / "tokenizer", config)
+            return _Part(config, lambda: find_weights(folder, name), tokenizer)
+    parts = _opened(name, path)[1]
+    if name not in parts:
+        raise ConfigError(f"init_from.{name}: {path} has no {name}.")
+    return parts[name]
 
 
 def _fit_tokenizer(text: CLIPTextConfig, tokenizer: Tokenizer) -> CLIPTextConfig:

@@ -96,7 +96,7 @@ class Run:
 
     def posthoc_ema(self, sigma: float) -> None:
         """Export the average of this length, a share of the run, out of the snapshots of `ema_sigmas`."""
-        self.export(f"export-ema-{sigma:g}", reconstructed(self.workdir / "ema", sigma, self.trainable.params))
+        self.export(posthoc_name(sigma), reconstructed(self.workdir / "ema", sigma, self.trainable.params))
 
     def export(self, name: str, params: Params) -> None:
         """Write what was trained into a folder of the workdir, on the first host."""
@@ -107,6 +107,11 @@ class Run:
             export = save_model(init.measured(self.trainable.model, params, self.data.to_measure()))
         export(self.workdir / name, params)
         logging.info("What was trained is in %s.", self.workdir / name)
+
+
+def posthoc_name(sigma: float) -> str:
+    """The folder of a workdir for the average of this length."""
+    return f"export-ema-{sigma:g}"
 
 
 def build_run(config: Any, workdir: Path) -> Run:
