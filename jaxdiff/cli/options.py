@@ -164,7 +164,7 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         texts("lora", "kept", "A LoRA's file or folder; path:0.8 sets its weight.", path="old"),
         text("lora_dir", "kept", "Folder of the LoRA files that prompts name: <lora:detail:0.7> is its "
              "detail.safetensors.", path="old"),
-        texts("embedding", "kept", "A textual-inversion file; token=path names its token.", path="old"),
+        texts("embedding", "kept", "A textual-inversion file or folder; token=path names its token.", path="old"),
         text("vae", "kept", "Another autoencoder in place of the model's, which may then lack one: a folder or a file.",
              without="the model's", path="old"),
         Option("dtype", "kept", str, "Type to compute in and to hold the weights in.", "float32",
