@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 AXES = ("data", "fsdp", "tensor")
+AXIS_TYPES = (AxisType.Auto,) * len(AXES)  # the compiler divides what is between: versions of JAX differ in the default
 EXAMPLES = ("data", "fsdp")  # the axes that a batch is divided over
 # Single-head attention, the autoencoder's, is not among them: there is no head to divide it by.
 COLUMNS = re.compile(
@@ -55,7 +56,7 @@ def mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = 
     for row in laid_out.reshape(-1, tensor):
         if len({d.process_index for d in row}) > 1:  # each host reads its own examples, so that these would differ
             raise ValueError(f"tensor {tensor} must divide the devices of one host.")
-    return Mesh(laid_out, AXES)
+    return Mesh(laid_out, AXES, axis_types=AXIS_TYPES)
 
 
 def _lay_out(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
@@ -260,7 +261,7 @@ class Mapped(NamedTuple):
 
 def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
     """Devices in the order given, over one axis "data": nothing is sent along it, so that any order will do."""
-    return Mesh(np.asarray(devices), ("data",))
+    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def device_memory() -> float:

@@ -224,7 +224,7 @@ def test_the_kernel_of_tpus_is_the_formula(n, m, monkeypatch):
 
 
 def test_on_a_mesh_each_device_gives_the_kernel_its_examples_and_heads(cudnn):
-    mesh = jax.sharding.AbstractMesh((2, 2, 2), parallel.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), parallel.AXES, axis_types=parallel.AXIS_TYPES)
     for examples, heads, shape in ((4, 8, "[1,4,4096,40]"), (4, 5, None), (2, 8, None)):
         x = jax.ShapeDtypeStruct((examples, 4096, 40 * heads), jnp.bfloat16)
         with jax.sharding.use_abstract_mesh(mesh):
@@ -254,7 +254,7 @@ def test_the_compiler_for_tpus_takes_the_kernel(gradient, monkeypatch):
 
 def test_a_mesh_divides_the_scores():
     """Eight examples on four devices are two a device, with scores of 1 GiB."""
-    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"), axis_types=parallel.AXIS_TYPES[:2])
     x = jax.ShapeDtypeStruct((8, 4096, 320), jnp.float16)  # which no kernel takes here
 
     def chunks():

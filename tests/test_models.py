@@ -190,7 +190,7 @@ def test_convolutions_stay_whole_where_their_kernels_are_divided(sizes, products
     """Over "tensor" alone: the other axes of a mesh divide examples, or kernels that are gathered before their use."""
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 32, 32, 64), (3, 3, 64, 64)))
     args = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    with jax.sharding.use_abstract_mesh(AbstractMesh(sizes, parallel.AXES)):
+    with jax.sharding.use_abstract_mesh(AbstractMesh(sizes, parallel.AXES, axis_types=parallel.AXIS_TYPES)):
         jaxpr = jax.make_jaxpr(lambda x, k: convolve(x, k, (1, 1), ((1, 1), (1, 1)), **args))(x, kernel)
     assert ("dot_general" in str(jaxpr)) == products
 

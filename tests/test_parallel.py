@@ -10,7 +10,7 @@ from jaxdiff.parallel import PartitionSpec as P
 from jaxdiff.parallel import param_spec
 from jaxdiff.training.collectives import Collective, collectives, collectives_table
 
-MESH = AbstractMesh((2, 2, 2), parallel.AXES)
+MESH = AbstractMesh((2, 2, 2), parallel.AXES, axis_types=parallel.AXIS_TYPES)
 
 
 def test_a_mesh_needs_a_divisor():

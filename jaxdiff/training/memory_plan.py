@@ -44,7 +44,7 @@ def abstract_mesh(devices: int, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
     """
     if devices % (fsdp * tensor):
         raise OptionsError(f"fsdp {fsdp} x tensor {tensor} must divide the number of devices, {devices}.")
-    return AbstractMesh((devices // (fsdp * tensor), fsdp, tensor), parallel.AXES)
+    return AbstractMesh((devices // (fsdp * tensor), fsdp, tensor), parallel.AXES, axis_types=parallel.AXIS_TYPES)
 
 
 def abstract_batch(stage: Stage, read: Mapping[str, Any], size: int, mesh: Mesh | AbstractMesh) -> Any:
