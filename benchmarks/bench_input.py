@@ -1,10 +1,10 @@
 """How fast the input is by itself, and how long a training step waits for it.
 
-    python -m benchmarks.bench_input [--pictures=256]
+    python -m benchmarks.bench_input [--images=256]
 
-Synthetic JPEG pictures of 512 px (smooth noise, quality 90, 640 x 512) are written as a captioned folder, tar shards
+Synthetic JPEG images of 512 px (smooth noise, quality 90, 640 x 512) are written as a captioned folder, tar shards
 and Parquet. Each is read shuffled for two epochs; the first warms up the disk's cache. Then an
-autoencoder's encoder of the bundled model takes the pictures batch after batch, as latent diffusion does: what passes
+autoencoder's encoder of the bundled model takes the images batch after batch, as latent diffusion does: what passes
 before a batch is there is waiting. Prints Markdown.
 """
 
@@ -34,19 +34,19 @@ def jpeg(seed: int) -> bytes:
     return file.getvalue()
 
 
-def write(root: Path, pictures: list[bytes]) -> dict[str, Path]:
-    """The same pictures as every kind of data."""
-    lines = [{"file_name": f"{i}.jpg", "text": f"picture {i}"} for i in range(len(pictures))]
+def write(root: Path, images: list[bytes]) -> dict[str, Path]:
+    """The same images as every kind of data."""
+    lines = [{"file_name": f"{i}.jpg", "text": f"image {i}"} for i in range(len(images))]
     paths = {kind: root / kind for kind in ("folder", "tar shards", "Parquet")}
     for path in paths.values():
         path.mkdir()
-    for line, data in zip(lines, pictures, strict=True):
+    for line, data in zip(lines, images, strict=True):
         (paths["folder"] / line["file_name"]).write_bytes(data)
     (paths["folder"] / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    for start in range(0, len(pictures), 64):
+    for start in range(0, len(images), 64):
         with tarfile.open(paths["tar shards"] / f"{start:05d}.tar", "w") as tar:
-            for i in range(start, min(start + 64, len(pictures))):
-                for name, data in ((f"{i}.jpg", pictures[i]), (f"{i}.txt", lines[i]["text"].encode())):
+            for i in range(start, min(start + 64, len(images))):
+                for name, data in ((f"{i}.jpg", images[i]), (f"{i}.txt", lines[i]["text"].encode())):
                     info = tarfile.TarInfo(name)
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -56,13 +56,13 @@ def write(root: Path, pictures: list[bytes]) -> dict[str, Path]:
     except ImportError:
         del paths["Parquet"]
         return paths
-    table = pa.table({"image": pictures, "text": [line["text"] for line in lines]})
+    table = pa.table({"image": images, "text": [line["text"] for line in lines]})
     pq.write_table(table, paths["Parquet"] / "train-00000.parquet", row_group_size=32)
     return paths
 
 
 def alone(path: Path, **how: int) -> float:
-    """Pictures a second of the loader alone, in the second epoch."""
+    """Images a second of the loader alone, in the second epoch."""
     data = captioned_data(open_source(path), BATCH, SIDE, seed=0, **how)
     batches, count = iter(data), data.size // BATCH
     for _ in range(count):
@@ -94,16 +94,14 @@ def waiting(path: Path, threads: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=256)
-    pictures = [jpeg(i) for i in range(parser.parse_args().pictures)]
-    size = sum(map(len, pictures)) / len(pictures) / 1000
-    print(
-        f"{len(pictures)} JPEG pictures of 640x512, {size:.0f} kB each; {os.cpu_count()} cores; batches of {BATCH}.\n"
-    )
+    parser.add_argument("--images", type=int, default=256)
+    images = [jpeg(i) for i in range(parser.parse_args().images)]
+    size = sum(map(len, images)) / len(images) / 1000
+    print(f"{len(images)} JPEG images of 640x512, {size:.0f} kB each; {os.cpu_count()} cores; batches of {BATCH}.\n")
     print("| data | images/s, 1 thread | 2 threads | 8 threads | encoder step | share of it waiting |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as root:
-        for kind, path in write(Path(root), pictures).items():
+        for kind, path in write(Path(root), images).items():
             rates = [f"{alone(path, threads=n):.0f}" for n in (1, 2, 8)]
             seconds, share = waiting(path, threads=8)
             print(f"| {kind} | {' | '.join(rates)} | {seconds:.2f} s | {share:.1%} |", flush=True)

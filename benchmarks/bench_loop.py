@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_loop [--blocks 16] [--block 20] [--checkpoint_every 1000] [--side 32] [--channels 64]
 
-One run of `fit`, as train.py calls it, of a small UNet on pictures read from a folder: it reads and decodes each
+One run of `fit`, as train.py calls it, of a small UNet on images read from a folder: it reads and decodes each
 batch, logs every 10 steps, and writes a checkpoint in every fourth block of steps. Between two blocks the run stands
 still while the same compiled step is made as many times on one batch that stays on the device, so that each block has a
 bare one right before and right after it, and a machine that is slower for a while slows both:
@@ -47,7 +47,7 @@ from tests.support.tiny import SCHEDULER, VAE, text_config, tiny_params, tokeniz
 FIRST = 3  # steps before the first block; compilation is not the loop's
 
 
-def pictures(folder: Path, side: int, count: int = 64) -> Path:
+def write_images(folder: Path, side: int, count: int = 64) -> Path:
     rng = np.random.default_rng(0)
     lines = []
     for i in range(count):
@@ -125,7 +125,7 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        data = pictures(work, args.side)
+        data = write_images(work, args.side)
 
         def batches() -> Any:
             return captioned_data(data, args.batch, args.side, seed=0, threads=2)

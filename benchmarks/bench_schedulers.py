@@ -4,7 +4,7 @@
 
 Eight prompts that the bundled model knows, at guidance 2, one starting noise each, the grids that its config asks
 for. The deterministic schedulers solve one equation, whose solution 1,000 steps of dpmpp_2m give; their error is the
-root mean square difference of the final latents and of the pictures. Those that draw noise end elsewhere from the
+root mean square difference of the final latents and of the images. Those that draw noise end elsewhere from the
 same start, so that only the spread of their latents is compared: how far its standard deviation is from the
 reference's.
 """
@@ -58,7 +58,7 @@ def main() -> None:
         return np.asarray(x0), np.asarray(decode(params, x0)) * 255
 
     began = time.monotonic()
-    reference, pictures = draw("dpmpp_2m", 1000, "trailing")
+    reference, images = draw("dpmpp_2m", 1000, "trailing")
 
     def rms(a: np.ndarray) -> float:
         return float(np.sqrt(np.mean(np.square(a))))
@@ -73,7 +73,7 @@ def main() -> None:
             if name in STOCHASTIC:
                 cells.append(f"{100 * (x0.std() / reference.std() - 1):+.0f} %")
             else:
-                cells.append(f"{rms(x0 - reference):.3f} / {rms(drawn - pictures):.1f}")
+                cells.append(f"{rms(x0 - reference):.3f} / {rms(drawn - images):.1f}")
         print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
     print(f"\n{time.monotonic() - began:.0f} s")
 

@@ -1,10 +1,10 @@
 """Stable Diffusion 1.5's shapes on random weights: jaxdiff against PyTorch diffusers, in turns, in one process.
 
-    python -m benchmarks.bench_sd15 [--parts load text unet decode picture] [--batches 1 4] [--steps 20] [--repeats 5]
+    python -m benchmarks.bench_sd15 [--parts load text unet decode image] [--batches 1 4] [--steps 20] [--repeats 5]
 
 Prints a line of the table in RESULTS.md for each part and batch: the median of each library, their ratio, the relative
 error between them, and the share of this machine's measured matrix product rate. "unet" is a guided step, twice the
-batch; "picture" is text to pixels with guidance, on the same noise; as each takes minutes, its first turn counts as
+batch; "image" is text to pixels with guidance, on the same noise; as each takes minutes, its first turn counts as
 well, less what compiling took; "load" opens the folder in a process of its own.
 """
 
@@ -26,7 +26,7 @@ import jaxdiff
 from benchmarks import sd15
 from jaxdiff.models.model import apply
 
-PARTS = ("load", "text", "unet", "decode", "picture")
+PARTS = ("load", "text", "unet", "decode", "image")
 COMPILING = "/jax/core/compile/backend_compile_duration"  # as jax.monitoring has it
 PROMPT, NEGATIVE, GUIDANCE = "a photo of a cat", "blurry", 7.5
 LOADING = r"""
@@ -98,7 +98,7 @@ def decode(model, params, pipe, batch: int, steps: int) -> tuple[Callable, Calla
     )
 
 
-def picture(model, params, pipe, batch: int, steps: int) -> tuple[Callable, Callable, object]:
+def image(model, params, pipe, batch: int, steps: int) -> tuple[Callable, Callable, object]:
     noise = np.random.default_rng(0).standard_normal((batch, 64, 64, 4), np.float32)
     shared = {"guidance_scale": GUIDANCE}
 
@@ -131,7 +131,7 @@ def measure(part: Callable, batch: int, args: argparse.Namespace, built: tuple, 
 
         return seconds(run)
 
-    warm_up = 0 if part is picture else 1
+    warm_up = 0 if part is image else 1
     rounds = [(turn(0, ours), turn(1, theirs)) for _ in range(warm_up + args.repeats)][warm_up:]
     mine, other = map(np.asarray, made)
     error = np.linalg.norm(mine - other) / np.linalg.norm(other)
@@ -163,7 +163,7 @@ def main() -> None:
             load(folder)
         rate = matmul_rate()
         built = (*jaxdiff.load(folder), pipe)
-        for part in (text, unet, decode, picture):
+        for part in (text, unet, decode, image):
             if part.__name__ in args.parts:
                 for batch in args.batches:
                     measure(part, batch, args, built, rate)

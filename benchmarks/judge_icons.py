@@ -1,7 +1,7 @@
 """How often a model draws the thing, style, colour and background that were asked for, and how much it varies.
 
     python -m benchmarks.judge_icons --model icons --output runs/judge/icons [--steps 20] [--guidance_scale 2]
-    python -m benchmarks.judge_icons --pictures runs/judge/icons/pictures --output runs/judge/again
+    python -m benchmarks.judge_icons --images runs/judge/icons/images --output runs/judge/again
     python -m benchmarks.judge_icons --model icons --output runs/judge/icons --kinds "" --reconstructions
 
 Draws the prompts of `icons_prompts.json` with fixed seeds, or takes images drawn before, and writes report.json,
@@ -76,7 +76,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="icons", help="bundled name or folder of the model")
     parser.add_argument("--output", type=Path, required=True, help="folder of the report, images and sheets")
-    parser.add_argument("--pictures", type=Path, help="folder of images drawn before, instead of drawing")
+    parser.add_argument("--images", type=Path, help="folder of images drawn before, instead of drawing")
     parser.add_argument("--kinds", default=",".join(KINDS), help="which prompts, separated by commas")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, help="default: the model's own")
@@ -95,18 +95,18 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     cache_compilations()
     report: dict = {"model": given.model, "steps": given.steps, "guidance_scale": given.guidance_scale, "kinds": {}}
-    if given.pictures:
-        report["pictures"] = str(given.pictures)
-    if given.reconstructions or (given.kinds and not given.pictures):
+    if given.images:
+        report["images"] = str(given.images)
+    if given.reconstructions or (given.kinds and not given.images):
         model, params = jaxdiff.load(given.model)
     judge = Judge(given.data)
     for kind in given.kinds:
         began, wanted = time.monotonic(), requests(kind)
-        if given.pictures:
-            images = read_images(given.pictures / kind, len(wanted))
+        if given.images:
+            images = read_images(given.images / kind, len(wanted))
         else:
             images = draw(model, params, wanted, given.steps, given.guidance_scale)
-            save_images(given.output / "pictures" / kind, images)
+            save_images(given.output / "images" / kind, images)
         given.output.mkdir(parents=True, exist_ok=True)
         sheet(kind, images, wanted).save(given.output / f"{kind}.png")
         drawn = time.monotonic()

@@ -9,7 +9,7 @@ batches on the device, compiles one program, and takes its learning rate from th
 the time, then linear decay, so that the decay ends when the time does. Every --every seconds it writes the weights,
 float16 in pieces of at most 15 MB; in the end the better of two averages by the loss on latents set aside, and a sheet
 of prompts. `python -m benchmarks.train_by_time join --out results/ --start runs/start --model model/` makes a diffusers
-folder of the pieces. On an H100 some 9 minutes are a few million pictures; at --batch_size 16 it runs on a CPU.
+folder of the pieces. On an H100 some 9 minutes are a few million images; at --batch_size 16 it runs on a CPU.
 """
 
 import argparse

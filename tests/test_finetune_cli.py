@@ -69,7 +69,7 @@ def command(kind, data, tiny_folder, workdir):
         f"--config={ROOT}/configs/finetune/{kind}.py", f"--workdir={workdir}", f"--config.data.path={data}",
         f"--config.init_from.model={tiny_folder}", "--config.data.eval_split=validation", "--config.data.threads=1",
         f"--config.eval.prompts=('{PROMPT.get(kind, 'a castle')}',)", f"--config.eval.steps={STEPS}",
-        "--config.eval.scheduler=ddim", f"--config.eval.guidance_scale={SCALE}", "--config.eval.pictures=2",
+        "--config.eval.scheduler=ddim", f"--config.eval.guidance_scale={SCALE}", "--config.eval.images=2",
         "--config.steps=2", "--config.batch_size=2", "--config.accumulate=1", "--config.warmup_steps=0",
         f"--config.learning_rate={RATE.get(kind, 1e-2)}", "--config.schedule=constant", "--config.ema_decay=0.0",
         "--config.dtype=float32", "--config.remat=", "--config.eval_every=2", "--config.log_every=1",

@@ -72,7 +72,7 @@ def test_no_file_is_written_over_another_of_the_same_command(args, name):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "name"), [("A  cat_dog!", "a-cat-dog"), ("../../etc", "etc"), ("", "picture"), ("火", "火")]
+    ("prompt", "name"), [("A  cat_dog!", "a-cat-dog"), ("../../etc", "etc"), ("", "image"), ("火", "火")]
 )
 def test_names_of_prompts(prompt, name):
     assert name_of(prompt) == name

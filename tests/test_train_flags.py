@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from jaxdiff.cli import train_flags
 from jaxdiff.cli.errors import UsageError
 from jaxdiff.cli.train_flags import find_config, parse
 from jaxdiff.config import ConfigError
-from jaxdiff.training.defaults import RENAMED, as_json, base
+from jaxdiff.training.defaults import RENAMED, as_json, base, flat
 from jaxdiff.training.options import NoiseOptions, Options, OptionsError
 from jaxdiff.training.run_data import fingerprints
 from jaxdiff.training.workdir import WorkdirError, settle, stored_config
@@ -53,7 +54,10 @@ def test_home_is_where_the_user_is(monkeypatch):
 # --- old names
 
 
-@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+GROUPS_AND_SETTINGS = {old: new for old, new in RENAMED.items() if "." not in old}
+
+
+@pytest.mark.parametrize(("old", "new"), GROUPS_AND_SETTINGS.items())
 def test_old_names_are_accepted_with_a_warning_that_gives_the_new_one(old, new, caplog):
     config, value = base(), {"token": "<x>"} if old == "word" else {"path": "x"} if old == "prior" else "int8"
     if old == "rates":
@@ -76,17 +80,38 @@ def test_old_names_are_accepted_as_attributes_and_as_flags(caplog):
     assert "config.prior is called config.prior_preservation now" in caplog.text
 
 
+@pytest.mark.parametrize("give", [
+    lambda config: setattr(config.eval, "pictures", 3),
+    lambda config: config.eval.update({"pictures": 3}),
+    lambda config: config.update({"eval": {"pictures": 3}}),
+    lambda config: config.__setitem__("eval", {**config.eval.to_dict(), "pictures": 3}),
+    lambda config: config.__setitem__("eval", ConfigDict({**config.eval.to_dict(), "pictures": 3})),
+])  # fmt: skip
+def test_an_old_name_within_a_group_is_accepted_however_it_is_given(give, caplog):
+    config = base()
+    give(config)
+    assert (config.eval.images, config.eval.pictures) == (3, 3)
+    assert as_json(config)["eval"] == {**as_json(base())["eval"], "images": 3}
+    assert "config.eval.pictures is called config.eval.images now" in caplog.text
+    f = parse(
+        ["train.py", f"--config={CONFIG}:unet", "--workdir=x", "--config.data.path=y", "--config.eval.pictures=5"]
+    )
+    assert f.config.eval.images == 5
+
+
 def test_a_workdir_with_old_names_goes_on_and_refuses_other_values(tmp_path):
     config = base()
     config.moment_dtype, config.textual_inversion.token = "int8", "<x>"
     before = as_json(config)
-    for old, new in RENAMED.items():
+    for old, new in GROUPS_AND_SETTINGS.items():
         before[old] = before.pop(new)
+    before["eval"]["pictures"] = before["eval"].pop("images")
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / "run.json").write_text(json.dumps({"config": before, "data": {}, "versions": {}}))
     stored = stored_config(tmp_path)
     assert stored["textual_inversion"]["token"] == "<x>"
-    assert not set(RENAMED) & set(stored)
+    assert not set(RENAMED) & set(flat(stored))
+    assert stored["eval"]["images"] == config.eval.images
     changed = {**as_json(config), "moment_dtype": "bfloat16"}
     with pytest.raises(WorkdirError, match=r'moment_dtype: "int8" -> "bfloat16"\): go on'):
         settle(tmp_path, changed, {}, as_json(base()))

@@ -89,7 +89,7 @@ def test_edges_are_found_where_pictures_are_decoded(run_of):
 
 
 def test_weights_of_the_autoencoders_losses(run_of):
-    run = run_of("vae", kl_weight=2.0, edge_weight=0.0, eval={"pictures": 2})
+    run = run_of("vae", kl_weight=2.0, edge_weight=0.0, eval={"images": 2})
     stage, params = run.trainable.stage, run.trainable.params
     batch = stage.prepare(next(iter(run.batches())))
     args = params, batch, keys(len(batch["image"]))
@@ -110,7 +110,7 @@ def test_activations_are_computed_again_in_the_unet(run_of, tiny, remat):
 
 @pytest.mark.parametrize(("count", "sizes"), [(3, [2, 1]), (9, [2, 2])])
 def test_a_device_is_given_no_more_pictures_than_in_a_step(run_of, count, sizes):
-    held_out = run_of("unet", accumulate=2, eval={"pictures": count}).data.held_out()
+    held_out = run_of("unet", accumulate=2, eval={"images": count}).data.held_out()
     assert [len(b["image"]) for b in held_out] == [len(b["text"]) for b in held_out] == sizes
 
 

@@ -78,8 +78,8 @@ def test_train_and_plan_end_before_weights_are_read(train_cli, tiny_folder, tmp_
         assert code == 2, err
         assert err.startswith("train.py: error: config.crop 14 must be from 8 to 16")
         assert err.count("\n") == 1
-    code, _, err = train_cli(*args, f"--workdir={tmp_path}/run", "--config.eval.pictures=-1")
-    assert (code, err) == (2, "train.py: error: config.eval.pictures -1 must be from 0 to 2147483647.\n")
+    code, _, err = train_cli(*args, f"--workdir={tmp_path}/run", "--config.eval.images=-1")
+    assert (code, err) == (2, "train.py: error: config.eval.images -1 must be from 0 to 2147483647.\n")
 
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "inpainting"])
@@ -91,7 +91,7 @@ def test_no_pictures_to_evaluate_on(tmp_path, stage, monkeypatch):
     model = init.build(*parts, CLIPVisionConfig.from_dict(config.model.vision_encoder.to_dict()))
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), param_shapes(model))
     monkeypatch.setattr(init, "starting_model", lambda *args, **kwargs: (model, params))
-    config.data.path, config.eval.pictures = str(write_folder(tmp_path / "data", 4)), 0
+    config.data.path, config.eval.images = str(write_folder(tmp_path / "data", 4)), 0
     config.data.eval_split = "" if stage == "clip" else "train"
     config.eval.prompts = ("a castle",)
     on_eval = build_run(config, tmp_path).on_eval()

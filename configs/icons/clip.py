@@ -22,7 +22,7 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     config.data.filter.source = sizes.SOURCES
     config.weight_decay = 0.1
     config.learning_rate = 5e-4
-    config.eval.pictures = 256
+    config.eval.images = 256
     if scale == "gpu":
         config.update({"steps": 20_000, "batch_size": 512, "dtype": "bfloat16", "warmup_steps": 1000})
     else:

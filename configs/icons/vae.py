@@ -24,7 +24,7 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     config.crop = 64
     config.weight_decay = 0.0
     config.kl_weight = 2e-4
-    config.eval.pictures = 64
+    config.eval.images = 64
     if scale == "gpu":
         config.update({"steps": 40_000, "batch_size": 64, "learning_rate": 1e-3, "dtype": "bfloat16"})
     else:

@@ -17,7 +17,7 @@ NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 def name_of(prompt: str) -> str:
     """A prompt as part of a file's name."""
-    return re.sub(r"[\W_]+", "-", prompt.lower())[:50].strip("-") or "picture"
+    return re.sub(r"[\W_]+", "-", prompt.lower())[:50].strip("-") or "image"
 
 
 def output_paths(output: str, requests: list[dict[str, Any]]) -> tuple[list[Path], Path]:

@@ -136,7 +136,7 @@ def as_known(previous: str, argument: str) -> str:
         return f"{argument}=full"
     if match := re.fullmatch(r"(--?config=)(.+)", argument):
         return match[1] + find_config(match[2])
-    if match := re.fullmatch(r"(--?config\.)(\w+)(.*)", argument, re.DOTALL):
+    if match := re.fullmatch(r"(--?config\.)([\w.]+)(.*)", argument, re.DOTALL):
         return match[1] + current_name(match[2]) + match[3]
     return argument
 

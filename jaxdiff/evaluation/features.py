@@ -32,9 +32,9 @@ Unread = Callable[[str, str], None]  # told of an image that cannot be read: its
 Progress = Callable[[int], None]  # told of so many more images
 
 
-def read_rgb(picture: str | bytes, min_side: int | None = None) -> Image.Image:
+def read_rgb(file: str | bytes, min_side: int | None = None) -> Image.Image:
     """An image file or its bytes as RGB, on white where it is transparent. Raises what `open_image` does."""
-    return on_background(open_image(picture, min_side))
+    return on_background(open_image(file, min_side))
 
 
 def small(pixels: np.ndarray) -> np.ndarray:
@@ -69,8 +69,8 @@ def encode_records(
     def read(row: int) -> np.ndarray | None:
         name = f"{source.name}: example {row}"
         try:
-            name, picture, *_ = source.read(row)
-            return square(read_rgb(picture, encoder.size), encoder.size)
+            name, file, *_ = source.read(row)
+            return square(read_rgb(file, encoder.size), encoder.size)
         except Exception as e:  # a damaged file makes Pillow raise almost anything
             unread(name, str(e) or type(e).__name__)
             return None

@@ -21,20 +21,27 @@ RENAMED = {
     "moments": "moment_dtype",
     "word": "textual_inversion",
     "prior": "prior_preservation",
+    "eval.pictures": "eval.images",
 }
 
 
-def current_name(name: Any) -> Any:
-    """The name of a setting today, with a warning where it was an old one."""
-    if name not in RENAMED:
-        return name
-    logging.warning("config.%s is called config.%s now; the old name will be refused later.", name, RENAMED[name])
-    return RENAMED[name]
+def current_name(name: str) -> str:
+    """The whole name of a setting today, with a warning where it, or its group, was an old one."""
+    for old, new in RENAMED.items():
+        if name == old or name.startswith(f"{old}."):
+            logging.warning("config.%s is called config.%s now; the old name will be refused later.", old, new)
+            return new + name.removeprefix(old)
+    return name
 
 
-def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+def with_current_names(settings: Mapping[str, Any], group: str = "") -> dict[str, Any]:
     """Settings, such as those of an older run.json, under the names that they have today."""
-    return {RENAMED.get(name, name): value for name, value in settings.items()}
+    found = {}
+    for name, value in settings.items():
+        whole = RENAMED.get(group + name, group + name)
+        inner = with_current_names(value, f"{whole}.") if isinstance(value, Mapping) else value
+        found[whole.removeprefix(group)] = inner
+    return found
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -53,17 +60,36 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Settings(ConfigDict):
-    """A ConfigDict that also takes the old names of settings, with a warning."""
+    """A ConfigDict that also takes the old names of settings, with a warning.
+
+    Args:
+        settings: as for ConfigDict.
+        group: what stands before the settings' names in their whole names, such as "eval.".
+        options: of ConfigDict.
+    """
+
+    _group = ""
+
+    def __init__(self, settings: Any = None, group: str = "", **options: Any) -> None:
+        object.__setattr__(self, "_group", group)  # read while ConfigDict takes in the settings
+        super().__init__(settings, **options)
+
+    def _today(self, name: Any) -> Any:
+        return current_name(self._group + name).removeprefix(self._group) if isinstance(name, str) else name
 
     def __getitem__(self, key: str) -> Any:
-        return super().__getitem__(current_name(key))
+        return super().__getitem__(self._today(key))
 
     def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(current_name(key), value)
+        name = self._today(key)
+        group = f"{self._group}{name}."
+        if isinstance(value, dict | ConfigDict) and any(old.startswith(group) for old in RENAMED):
+            value = Settings(value, group)
+        super().__setitem__(name, value)
 
     def update(self, *other: Mapping[str, Any], **more: Any) -> None:
         for given in (*other, more):
-            super().update({current_name(name): value for name, value in given.items()})
+            super().update({self._today(name): value for name, value in given.items()})
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
@@ -156,7 +182,7 @@ SETTINGS: dict[str, Any] = {
     "eval": {
         # Number of held-out images: reconstructed (vae), ranked (clip), denoised (others, with
         # data.eval_split), or used as inputs for sample sheets.
-        "pictures": setting(64, 0, MOST),
+        "images": setting(64, 0, MOST),
         "prompts": (),
         "steps": setting(20, 1, 1000),
         "guidance_scale": setting(0.0, 0, 1000),  # 0: the model's own

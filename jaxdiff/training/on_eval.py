@@ -19,7 +19,7 @@ from jaxdiff.training.trainables import Trainable
 from jaxdiff.typing import Params
 
 Batch = Mapping[str, Any]
-HeldOut = Callable[[], Sequence[Batch]]  # reads the images set aside, in batches; none where config.eval.pictures is 0
+HeldOut = Callable[[], Sequence[Batch]]  # reads the images set aside, in batches; none where config.eval.images is 0
 OnEval = Callable[[int, Params], Mapping[str, float | TrackedImages]]  # see `jaxdiff.training.loop.fit`
 CONTROLLED = 4  # images drawn of what needs more than a prompt, where no prompts are given
 MAX_PAIRS = 16  # of an image and its reconstruction, in a sheet

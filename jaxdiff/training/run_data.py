@@ -124,9 +124,9 @@ class TrainingData:
         return dreambooth.with_prior(own, of_class, prior.weight, **hosts())
 
     def held_out(self) -> list[Mapping[str, Any]]:
-        """Images set aside, the same on every host and each time; none where `eval.pictures` is 0."""
+        """Images set aside, the same on every host and each time; none where `eval.images` is 0."""
         config = self.images.config
-        left, found = config.eval.pictures, list[Mapping[str, Any]]()
+        left, found = config.eval.images, list[Mapping[str, Any]]()
         if not left:
             return found
         split = {"source": self.images.split(config.data.eval_split)} if config.data.eval_split else {}
@@ -163,7 +163,7 @@ def fingerprints(config: Any) -> dict[str, Any]:
     """
     data, prior, latents = config.data, config.prior_preservation, config.latents.path
     found = _fingerprint(config, data.path, data.split, data.captions, "data.captions", "a photo of sks dog")
-    if data.eval_split not in ("", data.split) and config.eval.pictures and not latents:
+    if data.eval_split not in ("", data.split) and config.eval.images and not latents:
         _check_apart(config)
     if prior.path:
         name = "prior_preservation.captions"

@@ -36,7 +36,7 @@ ONE_BY_ONE = ["--batch_size=1"]
 FEW_UPDATES = [
     "--config.steps=2", "--config.batch_size=4", "--config.accumulate=1", "--config.warmup_steps=0",
     "--config.log_every=1", "--config.eval_every=0", "--config.dtype=float32", "--config.remat=",
-    "--config.data.image_size=16", "--config.data.threads=1", "--config.eval.steps=2", "--config.eval.pictures=2",
+    "--config.data.image_size=16", "--config.data.threads=1", "--config.eval.steps=2", "--config.eval.images=2",
     "--config.tokenizer.vocab_size=560", "--config.latents.batch_size=4",
 ]  # fmt: skip
 SHORT_TRAINING = [
