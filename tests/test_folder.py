@@ -10,8 +10,6 @@ from PIL import Image
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data
 from jaxdiff.data.folder import BACKGROUNDS, examples
-from jaxdiff.data.images import open_image
-from jaxdiff.errors import ImageError
 
 SIZE = 8  # pixels of the pictures drawn here
 
@@ -244,72 +242,6 @@ def test_half_transparent_edges_blend_without_their_hidden_colour(tmp_path):
     batch = next(iter(captioned_data(single(tmp_path, image), 1, SIZE, seed=0, background="white")))
     red, green, blue = np.moveaxis(batch["image"][0].astype(int), -1, 0)
     assert max(np.abs(red - green).max(), np.abs(red - blue).max()) <= 1  # 8-bit rounding of premultiplied colours
-
-
-# Formats
-
-
-def test_sixteen_bit_grey_keeps_its_range(tmp_path):
-    values = (np.arange(64, dtype=np.uint16) * 1040).reshape(8, 8)  # 0..65520
-    Image.fromarray(values).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.png"))[..., 1], np.round(values / 257))
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
-def test_opaque_modes(tmp_path, mode):
-    image = Image.new("RGB", (4, 4), "white")
-    image.paste("black", (0, 0, 2, 4))
-    image.convert(mode).save(tmp_path / "a.tiff")
-    got = open_image(tmp_path / "a.tiff")
-    assert got.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(got), np.asarray(image))
-
-
-@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "L", "RGB"])
-def test_transparency_in_every_mode(tmp_path, mode):
-    image = Image.new("RGBA", (4, 4), (255, 255, 255, 255))
-    image.paste((0, 0, 0, 0), (0, 0, 2, 4))
-    key = {"P": {"transparency": 0}, "L": {"transparency": 0}, "RGB": {"transparency": (0, 0, 0)}}.get(mode, {})
-    image = image.convert("L").convert("P") if mode == "P" else image.convert(mode)
-    image.save(tmp_path / "a.png", **key)
-    got = np.asarray(open_image(tmp_path / "a.png"))
-    assert got.shape == (4, 4, 4)
-    assert (got[:, :2, 3] == 0).all()
-    assert (got[:, 2:] == 255).all()
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff"])
-def test_formats(tmp_path, suffix):
-    Image.new("RGB", (40, 30), (200, 100, 50)).save(tmp_path / f"a.{suffix}")
-    got = open_image(tmp_path / f"a.{suffix}")
-    assert (got.mode, got.size) == ("RGB", (40, 30))
-    np.testing.assert_allclose(np.asarray(got).mean((0, 1)), (200, 100, 50), atol=4)  # lossy ones
-
-
-@pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0))])
-def test_exif_orientation(tmp_path, orientation, corner):
-    image = Image.new("RGB", (32, 16), "black")
-    image.paste("white", (0, 0, 8, 8))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    got = open_image(tmp_path / "a.jpg")
-    assert got.size == ((32, 16) if orientation < 5 else (16, 32))
-    assert np.asarray(got)[corner].min() > 200
-
-
-def test_large_jpegs_are_read_at_a_fraction(tmp_path):
-    Image.new("RGB", (640, 480)).save(tmp_path / "a.jpg")
-    assert open_image(tmp_path / "a.jpg", 60).size == (160, 120)  # a quarter: still twice what is wanted
-    assert open_image(tmp_path / "a.jpg", 300).size == (640, 480)
-
-
-def test_floating_point_grey_is_from_zero_to_one(tmp_path):
-    Image.fromarray(np.array([[0.0, 0.2, 1.0]], np.float32)).save(tmp_path / "a.tif")
-    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.tif"))[0, :, 1], [0, 51, 255])
-    Image.fromarray(np.array([[0.0, 255.0]], np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ImageError, match="float32 from 0 to 255"):
-        open_image(tmp_path / "a.tif")
 
 
 # Bad files

@@ -1,11 +1,14 @@
 """Fixtures for the tests of commands: what a command line prints, and how often XLA compiles."""
 
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 
 from jaxdiff.cli import sample, train
+from jaxdiff.evaluation import command
+from tests.support import evaluation_folders
 
 STEPS = "--steps=3"
 CASTLE = "--prompt=a castle"
@@ -37,6 +40,33 @@ def train_cli(monkeypatch, capsys):
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def clip_and_data(tmp_path_factory):
+    """A folder with an encoder and data, for features that are kept. Not to be written to but by their cache."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    evaluation_folders.clip_model_folder(folder / "clip")
+    evaluation_folders.data_folder(folder / "data")
+    return folder
+
+
+@pytest.fixture
+def evaluation_cli(clip_and_data, tiny_folder, tmp_path, monkeypatch, capsys, caplog):
+    """Runs a command line in a folder with a file of prompts: (exit code, stdout, stderr with the warnings)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(clip_and_data / "cache"))  # where features are kept
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("\n".join(evaluation_folders.PROMPTS))
+
+    def run(*args, model=tiny_folder, encoder=clip_and_data / "clip"):
+        caplog.clear()
+        own = [f"--{k}={v}" for k, v in (("model", model), ("encoder", encoder)) if v is not None]
+        code = command.main(["evaluation", *own, *args])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err + "\n".join(r.getMessage() for r in caplog.records)
 
     return run
 

@@ -1,6 +1,7 @@
-"""A small random CLIP as folders of both kinds, and a captioned data set, for the tests of jaxdiff.evaluation."""
+"""For the tests of jaxdiff.evaluation: a small random CLIP as folders of both kinds, a captioned data set, images."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,6 +17,8 @@ from jaxdiff.io.torch_names import from_torch_layout, tensor_name, to_torch_layo
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
 from tests.support import networks, tiny
 
+PROMPTS = ["a castle", "a red dragon", "a (blue:1.2) house"]
+DRAW = ("--prompts=prompts.txt", "--steps=2", "--num_images=2", "--batch_size=4")
 SIZE = 16  # pixels that the encoder reads
 WIDTH = 6  # numbers of a feature
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), "grey": (120, 120, 120)}
@@ -103,3 +106,15 @@ def data_folder(folder: Path, train: int = 48, held_out: int = 28) -> Path:
         subjects = [list(COLOURS)[i % len(COLOURS)] for i in range(count)]
         write_split(folder / name, [image(s, rng) for s in subjects], subjects)
     return folder
+
+
+def blank(path: str) -> None:
+    Path(path).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (16, 16)).save(path)
+
+
+def copies(given: Path, count: int = 24) -> None:
+    """A folder of training images as if they were drawn, each of its own caption."""
+    shutil.copytree(given / "data/train", "drawn")
+    path = Path("drawn/metadata.jsonl")
+    path.write_text("\n".join(path.read_text().splitlines()[:count]))
