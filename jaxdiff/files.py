@@ -3,9 +3,20 @@
 import contextlib
 import itertools
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def writing(what: object, error: type[Exception], mend: str) -> Iterator[None]:
+    """Turns what the file system raises in the block into an `error` of one sentence: `what` cannot be written, why,
+    and how to mend it."""
+    try:
+        yield
+    except OSError as e:
+        raise error(f"{what} cannot be written ({e.strerror or e}): {mend}") from None
 
 
 @contextlib.contextmanager
@@ -66,6 +77,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all. Raises OSError if it cannot be written."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder if it is missing. Raises OSError if it cannot be made or written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def replace_folder(folder: Path, new: Path, old: Path) -> None:

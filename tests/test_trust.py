@@ -21,7 +21,7 @@ from jaxdiff.training import checkpoint
 from jaxdiff.training.checkpoint import SUMS, CheckpointError, Checkpoints, damage
 from jaxdiff.training.loop import fit
 from jaxdiff.training.trackers import JsonLines
-from jaxdiff.training.workdir import Lock, WorkdirError
+from jaxdiff.training.workdir import WorkdirError, lock
 from tests.support.batches import FromMemory
 from tests.support.line import LINE, line_data, linear_stage, one_device, same
 from tests.support.processes import CONFIG, ROOT, finish, start
@@ -249,7 +249,7 @@ def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="file/checkpoints cannot be written"):
         Checkpoints(tmp_path / "file" / "checkpoints")
     with pytest.raises(WorkdirError, match="file/lock cannot be written"):
-        Lock(tmp_path / "file").__enter__()
+        lock(tmp_path / "file").__enter__()
     with pytest.raises(WorkdirError, match="cannot be written"):
         JsonLines(tmp_path / "file" / "metrics.jsonl", 0)
 

@@ -20,7 +20,7 @@ from jaxdiff.training.metrics import noise_levels
 from jaxdiff.training.mfu import PEAKS, Speed, flops, peak_flops
 from jaxdiff.training.progress import Report
 from jaxdiff.training.trackers import JsonLines, TrackedImages, WandB
-from jaxdiff.training.workdir import Lock, WorkdirError, data_fingerprint, settle
+from jaxdiff.training.workdir import WorkdirError, data_fingerprint, lock, settle
 from tests.support.batches import FromMemory
 from tests.support.datasets_of_pictures import write_tars
 from tests.support.line import LINE, line_data, linear_stage, one_device
@@ -139,9 +139,9 @@ def test_the_fingerprint_knows_the_sizes_of_shards_however_they_are_named(tmp_pa
 
 
 def test_a_second_run_in_a_workdir_is_refused(tmp_path):
-    with Lock(tmp_path), pytest.raises(WorkdirError, match=f"in use by another run .process {os.getpid()} on "):
-        Lock(tmp_path).__enter__()
-    with Lock(tmp_path):
+    with lock(tmp_path), pytest.raises(WorkdirError, match=f"in use by another run .process {os.getpid()} on "):
+        lock(tmp_path).__enter__()
+    with lock(tmp_path):
         pass
 
 
@@ -250,7 +250,7 @@ def test_train_py_refuses_in_a_sentence(data, tmp_path, monkeypatch, capsys):
 
     work = tmp_path / "run"
     work.mkdir()
-    with Lock(work):
+    with lock(work):
         assert re.fullmatch(
             r"train.py: error: The workdir \S+ is in use by another run .*\.\n", cli(f"--workdir={work}")
         )

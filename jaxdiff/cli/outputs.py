@@ -3,7 +3,6 @@
 import collections
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from absl import flags
 
 from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import LONGEST_NAME
+from jaxdiff.files import make_writable
 
 NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -94,7 +94,6 @@ def check_folder(folder: Path) -> None:
 def make_folder(folder: Path, flag: str = "--output") -> None:
     """Make a folder that can be written to; raises Failure."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        make_writable(folder)
     except OSError as e:
         raise Failure(f"{flag}: {folder} cannot be written to ({e.strerror or e}): choose another place.") from None

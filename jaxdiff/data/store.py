@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from jaxdiff.config import ConfigError
+from jaxdiff.files import writing
 
 Arrays = Mapping[str, np.ndarray]
 OPEN_PARTS = 256  # mapped at a time by a process; systems allow some ten thousand maps
@@ -75,19 +76,17 @@ def write_part(path: Path, arrays: Arrays) -> None:
       ConfigError: it cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        for name, array in arrays.items():
-            np.save(partial / f"{name}.npy", array, allow_pickle=False)
+    with writing(path, ConfigError, "free it or choose another place."):
         try:
+            partial.mkdir(parents=True)
+            for name, array in arrays.items():
+                np.save(partial / f"{name}.npy", array, allow_pickle=False)
             partial.rename(path)
         except OSError:
-            if not path.is_dir():  # another host was faster
+            if not path.is_dir():  # else another host was faster
                 raise
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be written ({e.strerror or e}).") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_part(path: str | Path) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from jaxdiff.evaluation.features import Features, read_rgb
 from jaxdiff.evaluation.flags import OF_DATA, without_drawing
 from jaxdiff.evaluation.images import Images
 from jaxdiff.evaluation.measures import Nearest
-from jaxdiff.files import replace_folder
+from jaxdiff.files import replace_folder, writing
 from jaxdiff.io.images import write_png
 from jaxdiff.version import __version__
 
@@ -44,16 +44,10 @@ def unfinished(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing_report(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Turns what the file system raises into a Failure."""
-    try:
-        yield
-    except OSError as e:
-        raise Failure(
-            f"--output: {folder} cannot be written ({e.strerror or e}): make room there or choose another place; the "
-            "same command goes on where it was."
-        ) from None
+    mend = "make room there or choose another place; the same command goes on where it was."
+    return writing(f"--output: {folder}", Failure, mend)
 
 
 def check_output(f: flags.FlagValues) -> Path:
@@ -84,7 +78,7 @@ def held(work: Path, output: str) -> Iterator[None]:
         Failure: another process holds it, or it cannot be made.
     """
     missing = [p for p in (work, *work.parents) if not p.exists()]  # the lowest first
-    with writing(work):
+    with writing_report(work):
         folder = _locked(work)
     if folder is None:
         raise Failure(f"--output {output} is being made by another process: wait for it, or name another folder.")
@@ -125,7 +119,7 @@ def begin(work: Path, settings: Any) -> None:
         same = (work / SETTINGS).read_text(encoding="utf-8") == text
     except (OSError, UnicodeDecodeError):
         same = False
-    with writing(work):
+    with writing_report(work):
         make_folder(work)
         if not same:
             for path in work.iterdir():  # the folder itself is locked
@@ -192,7 +186,7 @@ def write(work: Path, images: Images, found: Found, source: Source | None, f: fl
     Args:
         source: the training images, where there are any.
     """
-    with writing(work):
+    with writing_report(work):
         for earlier in work.glob("pairs-*.png"):  # of a report that was killed
             earlier.unlink()
     write_png(work / "images.png", sheets.image_sheet(image_rows(images)))
@@ -201,7 +195,7 @@ def write(work: Path, images: Images, found: Found, source: Source | None, f: fl
             write_png(work / f"pairs-{number:02d}.png", sheets.pair_sheet(page))
     lines = "".join(json.dumps(line_of(i, images, found, source)) + "\n" for i in range(len(images)))
     values = report.as_json(found.rows, found.notes, settings(f))
-    with writing(work):
+    with writing_report(work):
         (work / "images.jsonl").write_text(lines, encoding="utf-8")
         (work / "report.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         (work / "report.md").write_text(text, encoding="utf-8")
@@ -218,16 +212,12 @@ def settings(f: flags.FlagValues) -> dict[str, Any]:
 def publish(work: Path, output: Path, overwrite: bool) -> None:
     """Give the finished report its name; an earlier one stays until then."""
     old = output.with_name(f".{output.name}.old")
-    try:
+    with writing(f"--output {output}", Failure, f"the report is in {work}; move it."):
         if overwrite:
             if output.exists():
                 shutil.rmtree(old, ignore_errors=True)
             replace_folder(output, work, old)
         else:
             work.rename(output)
-    except OSError as e:
-        raise Failure(
-            f"--output {output} cannot be written ({e.strerror or e}): the report is in {work}; move it."
-        ) from None
     (output / SETTINGS).unlink(missing_ok=True)  # only now, so that whatever fails before goes on where it was
     shutil.rmtree(old, ignore_errors=True)

@@ -1,11 +1,12 @@
 """Compiled programs, kept on disk so that a second run of the same shapes starts at once."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import jax
 from absl import logging
+
+from jaxdiff.files import make_writable
 
 MIN_SECONDS = 0.5  # what compiles faster is not worth a file
 
@@ -27,8 +28,7 @@ def cache_compilations(folder: str | Path | None = None) -> Path | None:
     already = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     path = Path(folder or already or cache_folder())
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        make_writable(path)
     except OSError as e:
         logging.warning(
             "%s cannot be written (%s): every run compiles again; name another --cache_dir.", path, e.strerror or e

@@ -14,7 +14,7 @@ from jaxdiff.config.pipeline import PipelineOptions
 from jaxdiff.config.scheduler import SchedulerConfig
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.errors import WeightsError
-from jaxdiff.files import replace_folder
+from jaxdiff.files import replace_folder, writing
 from jaxdiff.io.configs import NETWORKS, VAES, as_config_error, check_channels, check_dtype, read_config
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.infer_config import published_vae
@@ -27,8 +27,8 @@ from jaxdiff.models.model import Model, build, param_shapes, with_controlnets
 from jaxdiff.typing import Params
 
 TOKENIZERS, LOW_RES, CONTROLNET = ("tokenizer", "tokenizer_2"), "low_res_scheduler", "controlnet"
-COMPONENTS = (*NETWORKS, *TOKENIZERS, "scheduler", LOW_RES, "model_index.json")
 SCHEDULER, INDEX = "scheduler_config.json", "model_index.json"
+COMPONENTS = (*NETWORKS, *TOKENIZERS, "scheduler", LOW_RES, INDEX)
 CLASSES = {  # parts of a pipeline -> their classes that are built here
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
@@ -170,7 +170,7 @@ def _not_drawn(index: dict[str, Any]) -> str | None:
 
 def controlnets(folder: Path) -> list[str]:
     """Folders of a model's ControlNets, where `model_index.json` lists any: `controlnet`, `controlnet_1`, …"""
-    if not any(read_json(folder / "model_index.json").get(CONTROLNET) or ()):
+    if not any(read_json(folder / INDEX).get(CONTROLNET) or ()):
         return []
     more = (f"{CONTROLNET}_{i}" for i in itertools.count(1))
     return [CONTROLNET, *itertools.takewhile(lambda name: (folder / name).is_dir(), more)]
@@ -237,19 +237,15 @@ def encoder_class(encoder: CLIPTextModel | None) -> list[str | None]:
 
 def save_folder(folder: Path, model: Model, params: Params, dtype: Any = None) -> None:
     """Write a model as a folder; whole or not at all. See `save`."""
-    if folder.exists() and not (folder / "model_index.json").exists() and (folder.is_file() or any(folder.iterdir())):
+    if folder.exists() and not (folder / INDEX).exists() and (folder.is_file() or any(folder.iterdir())):
         raise WeightsError(f"{folder} exists and is not the folder of a model: save to another one.")
     dtype = None if dtype is None else check_dtype(dtype)
-    try:
+    with writing(folder, WeightsError, "choose another place or free it."):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary) / "new"
             write_model(new, model, params, dtype)
             replace_model(folder, new, Path(temporary) / "old")
-    except OSError as e:
-        raise WeightsError(
-            f"{folder} cannot be written ({e.strerror or e}): choose another place or free it."
-        ) from None
 
 
 def replace_model(folder: Path, new: Path, old: Path) -> None:
@@ -270,7 +266,7 @@ def write_model(folder: Path, model: Model, params: Params, dtype: Any) -> None:
     for i, (net, own) in enumerate(zip(model.controlnets, params.get(CONTROLNET, ()), strict=True)):
         networks.append((f"{CONTROLNET}_{i}" if i else CONTROLNET, net, own))
     for name, module, own in networks:
-        write_json(folder / name / "config.json", module.config.to_dict())
+        write_json(folder / name / CONFIG, module.config.to_dict())
         # transformers 4 wants the prefix, 5 reads either.
         prefix = "text_model." if name.startswith("text_encoder") else ""
         stem = STEMS.get(name, STEMS["unet"])[0]
@@ -281,4 +277,4 @@ def write_model(folder: Path, model: Model, params: Params, dtype: Any) -> None:
     write_json(folder / "scheduler" / SCHEDULER, model.scheduler.to_dict())
     if model.options.low_res_scheduler is not None:
         write_json(folder / LOW_RES / SCHEDULER, model.options.low_res_scheduler.to_dict())
-    write_json(folder / "model_index.json", model_index(model))
+    write_json(folder / INDEX, model_index(model))

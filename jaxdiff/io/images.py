@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from jaxdiff.data.images import FORMATS, WHITE, on_background, open_image, to_uint8
 from jaxdiff.errors import ImageError
-from jaxdiff.files import atomic_write, write_new
+from jaxdiff.files import atomic_write, write_new, writing
 
 CHUNK = "jaxdiff"  # name of the PNG text chunk that holds the metadata as JSON
 
@@ -166,7 +166,7 @@ def write_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float, *,
 
 def _write(path: Path, save: Callable[[Path], None], overwrite: bool) -> Path:
     """Let `save` write a temporary file, then give it the name, or a numbered one; returns it."""
-    try:
+    with writing(path, ImageError, "free it or choose another place."):
         if overwrite:
             with atomic_write(path) as temporary:
                 save(temporary)
@@ -174,8 +174,6 @@ def _write(path: Path, save: Callable[[Path], None], overwrite: bool) -> Path:
         with write_new(path) as (temporary, taken):
             save(temporary)
         return taken[0]
-    except OSError as e:
-        raise ImageError(f"{path} cannot be written ({e.strerror or e}): free it or choose another place.") from None
 
 
 def read_metadata(path: str | Path) -> Any:

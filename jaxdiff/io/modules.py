@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxdiff.config import CLIPTextConfig, Config, ConfigError
 from jaxdiff.errors import WeightsError
-from jaxdiff.files import atomic_write
+from jaxdiff.files import atomic_write, writing
 from jaxdiff.io.configs import check_dtype, module_shapes, read_config
 from jaxdiff.io.tensor_files import load_tensors, save_tensors
 from jaxdiff.text.tokenizer import Tokenizer
@@ -109,15 +109,11 @@ def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any =
     folder = Path(folder)
     if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists()):
         raise WeightsError(f"{folder} exists and is not the folder of a network: save to another one.")
-    try:
+    with writing(folder, WeightsError, "choose another place or free it."):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / CONFIG) as config, atomic_write(folder / WEIGHTS) as weights:
             save_tensors(weights, params, None if dtype is None else check_dtype(dtype))
             write_json(config, module.config.to_dict())
-    except OSError as e:
-        raise WeightsError(
-            f"{folder} cannot be written ({e.strerror or e}): choose another place or free it."
-        ) from None
 
 
 def load_tokenizer(folder: Path, text: CLIPTextConfig | None) -> Tokenizer | None:

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from jaxdiff.config import read_json
 from jaxdiff.errors import WeightsError
-from jaxdiff.files import atomic_write, not_fetched
+from jaxdiff.files import atomic_write, not_fetched, writing
 from jaxdiff.io.pickles import PickleError, open_pickle
 from jaxdiff.io.torch_names import current_name, flax_name, from_torch_layout, tensor_name, to_torch_layout
 from jaxdiff.typing import Params
@@ -233,10 +233,8 @@ def save_tensors(path: Path, params: Params, dtype: Any = None, prefix: str = ""
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all. Raises WeightsError: it cannot be written."""
-    try:
+    with writing(path, WeightsError, "choose another place or free it."):
         _write(path, {name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
-    except OSError as e:
-        raise WeightsError(f"{path} cannot be written ({e.strerror or e}): choose another place or free it.") from None
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:

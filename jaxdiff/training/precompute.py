@@ -22,10 +22,10 @@ from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.folder import ImageDecoder
 from jaxdiff.data.latents import INFO, LatentShards
 from jaxdiff.data.source import Source
-from jaxdiff.files import write_text
+from jaxdiff.files import write_text, writing
 from jaxdiff.models.model import Model, encode, encode_text
 from jaxdiff.text.chunks import Tokens
-from jaxdiff.training.stages import TOKENS, prepare_pairs
+from jaxdiff.training.stages import prepare_pairs
 from jaxdiff.typing import Params
 
 PART = 2048  # examples of a part
@@ -166,8 +166,7 @@ def encoder(
     def run(params: Params, batch: Mapping[str, Any]) -> dict[str, Any]:
         found = {"latents": encode(model, params, batch["image"].astype(np.float32) / 255.0)}
         if embeddings:
-            ids = [batch[name] for name in TOKENS if name in batch]
-            cond = encode_text(model, params, Tokens(ids[0], ids_2=ids[1] if len(ids) > 1 else None))
+            cond = encode_text(model, params, Tokens(batch["tokens"], ids_2=batch.get("tokens_2")))
             found |= {"embeddings": cond.embeddings} | ({} if cond.pooled is None else {"pooled": cond.pooled})
         return {name: x.astype(np.float16) for name, x in found.items()}
 
@@ -209,8 +208,6 @@ def _check_same(folder: Path, mark: str) -> None:
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
-    try:
+    with writing(path, ConfigError, "free it or choose another place."):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(values))
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be written ({e.strerror}).") from None

@@ -4,15 +4,15 @@ import json
 import math
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from jaxdiff.config import ConfigError
-from jaxdiff.files import write_text
+from jaxdiff.files import write_text, writing
 from jaxdiff.training.workdir import WorkdirError
 
 
@@ -31,16 +31,9 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> AbstractContextManager[None]:
     """A file or folder of the workdir that cannot be written, in one sentence."""
-    try:
-        yield
-    except OSError as e:
-        raise WorkdirError(
-            f"{path} cannot be written ({e.strerror or e}): once it can, the same command goes on from the last "
-            "checkpoint."
-        ) from None
+    return writing(path, WorkdirError, "once it can, the same command goes on from the last checkpoint.")
 
 
 class JsonLines:

@@ -8,10 +8,8 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from absl import logging
@@ -19,7 +17,7 @@ from absl import logging
 from jaxdiff.data.captioned import source_files
 from jaxdiff.data.listing import CAPTION_SUFFIXES, METADATA, TABLE, uncaptioned
 from jaxdiff.errors import JaxdiffError
-from jaxdiff.files import write_text
+from jaxdiff.files import make_writable, write_text, writing
 from jaxdiff.training.defaults import flat, with_current_names
 from jaxdiff.training.options import default_warmup
 
@@ -37,42 +35,32 @@ class WorkdirError(JaxdiffError, ValueError):
     """A workdir that is in use, cannot be written to, or belongs to another config."""
 
 
-class Lock:
-    """Keeps a second run out of a folder for as long as this one lives, however it ends. A context manager.
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of a folder for as long as the block runs, however this process ends.
 
     Raises:
         WorkdirError: another run holds it, or the folder cannot be written to.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "lock"
-
-    def __enter__(self) -> "Lock":
+    path = folder / "lock"
+    with writing(path, WorkdirError, "choose another workdir."):
+        file = path.open("a+", encoding="utf-8")
+    with file:  # the lock goes with it
         try:
-            self._file = self._path.open("a+", encoding="utf-8")
-        except OSError as e:
-            raise WorkdirError(f"{self._path} cannot be written ({e.strerror or e}): choose another workdir.") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
-            self._file.close()
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
             raise WorkdirError(
-                f"The workdir {self._path.parent} is in use by another run (process {holder}): "
-                "wait for it, or choose another workdir."
+                f"The workdir {folder} is in use by another run (process {holder}): wait for it, or choose another "
+                "workdir."
             ) from None
         except OSError as e:  # file systems without locks, as some that are mounted over a network
-            logging.warning("%s cannot be locked (%s): let no second run use this workdir.", self._path, e.strerror)
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()} on {platform.node()}")
-        self._file.flush()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()  # the lock goes with it
+            logging.warning("%s cannot be locked (%s): let no second run use this workdir.", path, e.strerror)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 @contextlib.contextmanager
@@ -104,14 +92,13 @@ def claimed(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
                 path.rmdir()
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        make_writable(folder)
     except OSError as e:
         drop(())
         raise WorkdirError(
             f"--workdir: {folder} cannot be written to ({e.strerror or e}): choose another place."
         ) from None
-    with Lock(folder) if first else contextlib.nullcontext():
+    with lock(folder) if first else contextlib.nullcontext():
         there = {path for path in folder.iterdir() if locked or path.name != "lock"}
         try:
             yield keep
@@ -199,10 +186,8 @@ def settle(
             logging.warning("The run goes on with other versions than before: %s.", "; ".join(others))
     if not write:
         return
-    try:
+    with writing(path, WorkdirError, "choose another workdir."):
         write_text(path, json.dumps(now, indent=2) + "\n")
-    except OSError as e:
-        raise WorkdirError(f"{path} cannot be written ({e.strerror or e}): choose another workdir.") from None
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
