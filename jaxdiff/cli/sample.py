@@ -16,7 +16,6 @@ import functools
 import logging
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import check_files, check_model, flag_errors, parse, weighted
 from jaxdiff.cli.options import OPTIONS
 from jaxdiff.cli.outputs import check_folder, make_folder, output_files, preview_path
+from jaxdiff.cli.progress import progress_bar
 from jaxdiff.cli.requests import (
     ImageRequest,
     batch_arguments,
@@ -224,23 +224,9 @@ def batches(
 
 def with_progress(batches: Iterator[list[tuple]], total: int) -> Iterator[tuple]:
     """The images of all batches, with a bar on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(elapsed_when_finished=True),
-    )  # fmt: skip
-    # Paths printed meanwhile pass through the bar's console only if stdout is a terminal, else they belong to a pipe.
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
-    ) as bar:
-        task, start, done = bar.add_task("compiling and drawing", total=total, speed=""), time.monotonic(), 0
+    with progress_bar("compiling and drawing", total) as advance:
         for batch in batches:
-            done += len(batch)
-            speed = f"{done / (time.monotonic() - start):.2f} images/s"
-            bar.update(task, completed=done, description="drawing", speed=speed)
+            advance(len(batch), "drawing")
             yield from batch
 
 

@@ -25,6 +25,7 @@ from jaxdiff.cli.adapters import naming
 from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import flag_errors
 from jaxdiff.cli.outputs import make_folder
+from jaxdiff.cli.progress import progress_bar
 from jaxdiff.cli.requests import batch_size
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import open_source
@@ -37,7 +38,6 @@ from jaxdiff.evaluation.groups import has_column, real_groups
 from jaxdiff.evaluation.images import Images, Wanted, draw, find_images, plain, wanted
 from jaxdiff.evaluation.measures import Measured
 from jaxdiff.evaluation.outputs import Found
-from jaxdiff.evaluation.progress import Progress
 from jaxdiff.io import cache, model_paths, pretrained
 from jaxdiff.sampling.resolve import resolve_settings
 from jaxdiff.text.prompt_files import PromptError, PromptLine, read_prompts
@@ -135,8 +135,8 @@ def drawn(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:
     outputs.begin(work, begun)
     size = f.batch_size or batch_size(len(images), jax.local_device_count())
     params = jaxdiff.replicate(params, jax.local_devices()[:size])
-    with Progress("drawing", len(images)) as bar:
-        return draw(model, params, images, work / "images", batch_size=size, progress=bar.advance, **options)
+    with progress_bar("drawing", len(images)) as advance:
+        return draw(model, params, images, work / "images", batch_size=size, progress=advance, **options)
 
 
 def model_digest(path: Path) -> str:
@@ -152,10 +152,10 @@ def measured(
     def unread(name: str, reason: str) -> None:
         raise Failure(f"{name} cannot be read ({reason}): mend the file, or take it out.")
 
-    with Progress(f"encoding {what}", len(source)) as bar:
+    with progress_bar(f"encoding {what}", len(source)) as advance:
         found = encode_records(
             source, range(len(source)), encoder, params,
-            batch_size=f.encode_batch_size, threads=f.threads, unread=unread, progress=bar.advance,
+            batch_size=f.encode_batch_size, threads=f.threads, unread=unread, progress=advance,
         )  # fmt: skip
     return with_texts(found["features"], found["pixels"], prompts, encoder, params)
 
@@ -164,10 +164,10 @@ def kept(
     source: Source, f: flags.FlagValues, encoder: Encoder, params: Params, what: str, notes: list[str]
 ) -> Features:
     """Features of a split; a note says how many of its images cannot be read."""
-    with Progress(f"encoding {what}", len(source)) as bar:
+    with progress_bar(f"encoding {what}", len(source)) as advance:
         found = cached_features(
             source, features_folder(f), encoder, params,
-            batch_size=f.encode_batch_size, threads=f.threads, progress=bar.advance,
+            batch_size=f.encode_batch_size, threads=f.threads, progress=advance,
         )  # fmt: skip
     if lost := found.records - len(found):
         notes.append(f"{lost} of the {found.records} {what} of {source.name} cannot be read and are left out.")
@@ -214,8 +214,8 @@ def measure(images: Images, splits: Splits | None, encoder: Encoder, params: Par
     apart, said = measures.distances(mine, real, None if real is other else held_out, f.most_real)
     groups = real_groups(splits.real, real.index, f.group)
     varied, heard = measures.varieties(mine, real, groups, f.group or "caption")
-    with Progress("comparing", 2 * len(train) * (1 if held_out is None else 2)) as bar:
-        new, told, found = measures.originality(mine, train, held_out, bar.advance)
+    with progress_bar("comparing", 2 * len(train) * (1 if held_out is None else 2)) as advance:
+        new, told, found = measures.originality(mine, train, held_out, advance)
     return Found([*rows, *apart, *varied, *new], [*notes, *left_out, *said, *heard, *told], scores, ranks, found, train)
 
 
