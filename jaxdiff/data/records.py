@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.config import ConfigError
-from jaxdiff.data.source import IMAGE_NAMES, MAX_BYTES, TEXT_NAMES, Record, files_digest, text_of
+from jaxdiff.data.source import IMAGE_NAMES, MAX_BYTES, TEXT_NAMES, Record, files_digest, find_column, text_of
 
 
 @functools.cache
@@ -93,16 +93,9 @@ class ArrayRecords:
             found = parse_example(self._records[0])
         except Exception as e:
             raise ConfigError(f"{name}: the first record cannot be read: {e}.") from None
-        self._image, self._text = (
-            self._column(found, *c) for c in ((image_column, IMAGE_NAMES, "image"), (text_column, TEXT_NAMES, "text"))
-        )
-
-    def _column(self, found: dict[str, list[Any]], given: str, usual: Sequence[str], what: str) -> str:
-        name = given or next((n for n in usual if n in found), "")
-        if name not in found:
-            shown = ", ".join(sorted(found)[:20]) or "none"
-            raise ConfigError(f"{self.name} has these features: {shown}; name one of them with data.{what}_column.")
-        return name
+        names = sorted(found)
+        self._image = find_column(name, names, "image", "data.image_column", image_column, IMAGE_NAMES)
+        self._text = find_column(name, names, "caption", "data.text_column", text_column, TEXT_NAMES)
 
     def __len__(self) -> int:
         return len(self._records)

@@ -2,11 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from jaxdiff.config import ConfigError
 
 MAX_BYTES = 2**28  # of one encoded image: more is an attack or a mistake
 MAX_TEXT = 2**20  # bytes of one caption or of one example's metadata
@@ -48,6 +50,25 @@ class Source(Protocol):
           ValueError, OSError: it is damaged.
         """
         ...
+
+
+def find_column(where: str, names: Sequence[str], what: str, setting: str, given: str, usual: Sequence[str]) -> str:
+    """The column of the name given, or where that is "" the first with one of the usual names.
+
+    Args:
+      where: the data, for messages.
+      names: of all columns.
+      what, setting: the column wanted, and the setting that names it.
+
+    Raises:
+      ConfigError: there is no such column.
+    """
+    found = [name for name in ([given] if given else usual) if name in names]
+    if not found:
+        there = ", ".join(names[:20]) or "none"
+        wanted = f"{what} column {given!r}" if given else f"{what} column"
+        raise ConfigError(f"{where} has no {wanted}; its columns are {there}: name one with {setting}.")
+    return found[0]
 
 
 def files_digest(paths: Iterable[str | Path]) -> str:

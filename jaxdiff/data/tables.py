@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from jaxdiff.config import ConfigError
-from jaxdiff.data.source import IMAGE_NAMES, MAX_BYTES, TEXT_NAMES, Record, files_digest, text_of
+from jaxdiff.data.source import IMAGE_NAMES, MAX_BYTES, TEXT_NAMES, Record, files_digest, find_column, text_of
 
 KEPT_GROUPS = 8  # row groups that a process keeps: twice `orders.WINDOW`, those in use and those read ahead
 LARGE_GROUP = 2**28  # bytes of a row group above which a warning says what memory it takes
@@ -41,25 +41,15 @@ def _columns(schema: Any, where: str, image: str, text: str) -> tuple[str, str]:
     Raises:
       ConfigError: there is no such column, or it has another type.
     """
-    found = _column(schema, where, "image", "data.image_column", image or IMAGE_NAMES)
+    found = find_column(where, schema.names, "image", "data.image_column", image, IMAGE_NAMES)
     if not _has_images(kind := schema.field(found).type):
         raise ConfigError(
             f"{where}: the image column {found!r} must hold the bytes of image files, not {str(kind)[:80]}."
         )
-    captions = _column(schema, where, "caption", "data.text_column", text or TEXT_NAMES)
+    captions = find_column(where, schema.names, "caption", "data.text_column", text, TEXT_NAMES)
     if not _has_captions(kind := schema.field(captions).type):
         raise ConfigError(f"{where}: the caption column {captions!r} must hold text, not {str(kind)[:80]}.")
     return found, captions
-
-
-def _column(schema: Any, where: str, what: str, setting: str, wanted: str | Sequence[str]) -> str:
-    """The column of the name given, or the first with one of the usual names."""
-    names = [wanted] if isinstance(wanted, str) else wanted
-    if not (found := [name for name in names if name in schema.names]):
-        given = f" {wanted!r}" if isinstance(wanted, str) else ""
-        there = ", ".join(schema.names[:20]) or "none"
-        raise ConfigError(f"{where} has no {what} column{given}; its columns are {there}: name one with {setting}.")
-    return found[0]
 
 
 def _has_images(kind: Any) -> bool:

@@ -12,9 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.config import CLIPTextConfig, ConfigError, SchedulerConfig, TinyVAEConfig, VAEConfig
-from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
-from jaxdiff.data.filters import scan
-from jaxdiff.data.source import Source
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import NETWORKS, read_config, replace_config
 from jaxdiff.io.diffusers_folder import INDEX, load_model
@@ -24,11 +21,10 @@ from jaxdiff.io.pretrained import load
 from jaxdiff.io.single_file import open_single_file
 from jaxdiff.io.tensor_files import TensorSource, load_tensors
 from jaxdiff.io.vae import is_vae, open_vae
-from jaxdiff.models.model import Model, build, encode, init_params, param_shapes
-from jaxdiff.text.tokenizer import Tokenizer, train_bpe
+from jaxdiff.models.model import Model, autoencoder, build, encode, init_params, param_shapes
+from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Key, Params
 
-MAX_CAPTIONS = 1_000_000  # examples that a tokenizer is learnt from
 PARTS = ("text_encoder", "unet", "vae", "vision_encoder")
 
 
@@ -131,13 +127,11 @@ def _whole(path: str, dtype: Any, remat: bool | str, check: Callable[[Model], No
 
 def _rebuilt(m: Model, dtype: Any, remat: bool | str) -> Model:
     """The same model, ControlNets and all, that computes in `dtype`."""
-    text = m.text_encoder.config if m.text_encoder else None
-    text_2 = m.text_encoder_2.config if m.text_encoder_2 else None
-    vision = m.vision_encoder.config if m.vision_encoder else None
-    more: Any = {"text_2": text_2, "tokenizer_2": m.tokenizer_2, "options": m.options, "dtype": dtype, "remat": remat}
-    made = build(text, m.unet.config, m.vae.config, m.tokenizer, m.scheduler, vision, **more)
-    nets = tuple(net.copy(dtype=made.unet.dtype, remat=remat) for net in m.controlnets)
-    return dataclasses.replace(made, controlnets=nets, tiny_vae=m.tiny_vae)
+    dtype = jnp.dtype(dtype)
+    modules = {name: module.copy(dtype=dtype, remat=remat) for name, module in m.modules.items()}
+    modules["vae"] = autoencoder(m.vae.config, dtype, remat)  # which may compute in float32 nevertheless
+    nets = tuple(net.copy(dtype=dtype, remat=remat) for net in m.controlnets)
+    return dataclasses.replace(m, **modules, controlnets=nets)
 
 
 def _fresh(model: Model, names: set[str], key: Key) -> Params:
@@ -243,25 +237,3 @@ def measured(model: Model, params: Params, images: Iterable[np.ndarray]) -> Mode
     vae = jax.device_put(params["vae"])
     latents = np.concatenate([np.asarray(run(vae, batch)).ravel() for batch in images]).astype(np.float64)
     return replace_config(model, "vae", scaling_factor=float(np.round(1.0 / latents.std(), 5)))
-
-
-def buckets(source: Source, data: Mapping[str, Any], image_size: int, cache: Path, **hosts: Any) -> Buckets | None:
-    """The sizes that the images of a source are cut to, by their aspect ratios; None where all become squares.
-
-    Raises:
-        ConfigError: `data.buckets` that no size is a multiple of.
-    """
-    if not data["buckets"]:
-        return None
-    sizes = bucket_sizes(image_size, data["buckets"], data["max_aspect"])
-    found = scan(source, sizes=True, cache=cache, **hosts)
-    return Buckets(sizes, assign(sizes, found["width"], found["height"]))
-
-
-def corpus_tokenizer(source: Source, vocab_size: int, max_length: int, extra: Iterable[str]) -> Tokenizer:
-    """A tokenizer learnt from the captions of a source and some more texts, such as the names of backgrounds."""
-    captions: list[str] = []
-    for i in range(0, len(source), -(-len(source) // MAX_CAPTIONS)):
-        with contextlib.suppress(ValueError, OSError):  # a damaged example is named when it comes up in training
-            captions += source.read(i, image=False).captions
-    return train_bpe([*captions, *extra], vocab_size, max_length)

@@ -43,20 +43,21 @@ def write_sheet(folder: Path, step: int, sheet: Sheet) -> TrackedImages:
 def make_on_eval(
     config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
 ) -> OnEval | None:
-    """What evaluates a stage, one of ON_EVAL; None where there is nothing to look at.
+    """What evaluates a stage; None where there is nothing to look at.
 
     Args:
         config: all settings.
         samples: a folder for sheets; None draws none, on all hosts but the first.
         at_once: images that each device takes at a time.
     """
-    make = ON_EVAL.get(config.stage, denoiser_on_eval)
-    return make(config, trainable, held_out, samples, at_once)
+    if config.stage == "clip":
+        return clip_on_eval(trainable, held_out)
+    if config.stage == "vae":
+        return vae_on_eval(trainable, held_out, samples)
+    return denoiser_on_eval(config, trainable, held_out, samples, at_once)
 
 
-def clip_on_eval(
-    config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
-) -> OnEval | None:
+def clip_on_eval(trainable: Trainable, held_out: HeldOut) -> OnEval | None:
     """How often an image finds its caption."""
     batches = [trainable.stage.prepare(batch) for batch in held_out()]
     if not batches:
@@ -65,9 +66,7 @@ def clip_on_eval(
     return lambda step, params: evaluate(params)
 
 
-def vae_on_eval(
-    config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
-) -> OnEval | None:
+def vae_on_eval(trainable: Trainable, held_out: HeldOut, samples: Path | None) -> OnEval | None:
     """How well images come out of the autoencoder, and a sheet of some beside their reconstructions."""
     batches = [batch["image"] for batch in held_out()]
     if not batches:
@@ -110,9 +109,6 @@ def denoiser_on_eval(
         return values | measure(params) if measure else values
 
     return on_eval
-
-
-ON_EVAL = {"clip": clip_on_eval, "vae": vae_on_eval}
 
 
 def placed(params: Params, trainable: Trainable, config: Any) -> Params:

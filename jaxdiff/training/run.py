@@ -74,11 +74,12 @@ class Run:
     def precompute(self, folder: Path, views: int, embeddings: bool) -> None:
         """Write the latents of all images, see `jaxdiff.training.precompute`."""
         config, data = self.config, self.data
-        how: dict[str, Any] = {"views": views, "embeddings": embeddings, "buckets": data.buckets}
-        how |= {"flip": config.data.flip, "background": config.data.background, "threads": config.data.threads}
-        how |= {"batch_size": config.latents.batch_size, "made": data.settings(), **hosts()}
-        model, params = self.trainable.model, self.trainable.params
-        precompute(model, params, data.source, folder, image_size=data.image_size, seed=config.seed, **how)
+        precompute(
+            self.trainable.model, self.trainable.params, data.source, folder,
+            image_size=data.image_size, seed=config.seed, views=views, buckets=data.buckets, embeddings=embeddings,
+            flip=config.data.flip, background=config.data.background, threads=config.data.threads,
+            batch_size=config.latents.batch_size, made=data.settings(), **hosts(),
+        )  # fmt: skip
 
     def latents(self) -> LatentShards:
         """What `config.latents.path` holds."""

@@ -1,5 +1,6 @@
 """The images of a run: from a config to what is trained on, what is set aside, and what tells the data from others."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,20 +10,21 @@ import jax
 import numpy as np
 
 from jaxdiff.config import ConfigError
-from jaxdiff.data.buckets import Buckets
+from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
 from jaxdiff.data.captioned import captioned_data, open_source, source_files
-from jaxdiff.data.filters import select
+from jaxdiff.data.filters import scan, select
 from jaxdiff.data.folder import BACKGROUNDS
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.data.listing import METADATA, TABLE, NoCaptions, image_files
 from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.data.source import Source
-from jaxdiff.text.tokenizer import Tokenizer
-from jaxdiff.training import dreambooth, init
+from jaxdiff.text.tokenizer import Tokenizer, train_bpe
+from jaxdiff.training import dreambooth
 from jaxdiff.training.defaults import as_json, flat
 from jaxdiff.training.options import OptionsError
 from jaxdiff.training.workdir import data_fingerprint
 
+MAX_CAPTIONS = 1_000_000  # examples that a tokenizer is learnt from
 ALONE = {"host_index": 0, "host_count": 1}
 # Data sets of this repository, by their usual place, and how they are made.
 BUILT = {
@@ -75,16 +77,26 @@ class Images:
 
     def tokenizer(self) -> Tokenizer:
         """One learnt from the captions of the whole set, so that every subset of it gets the same vocabulary."""
+        source, sizes = self.open(self.config.data.path, self.config.data.split), self.config.tokenizer
         names = [f"on a {name} background" for name in BACKGROUNDS] * 2
-        data, tokenizer = self.config.data, self.config.tokenizer
-        source = self.open(data.path, data.split)
-        return init.corpus_tokenizer(source, tokenizer.vocab_size, tokenizer.max_length, names)
+        captions: list[str] = []
+        for i in range(0, len(source), -(-len(source) // MAX_CAPTIONS)):
+            with contextlib.suppress(ValueError, OSError):  # a damaged example is named when it comes up in training
+                captions += source.read(i, image=False).captions
+        return train_bpe([*captions, *names], sizes.vocab_size, sizes.max_length)
 
     def buckets(self, source: Source, image_size: int) -> Buckets | None:
-        """The sizes that images are cut to; None where all become squares."""
-        if self.config.latents.path:
+        """The sizes that images are cut to by their aspect ratios; None where all become squares.
+
+        Raises:
+            ConfigError: `data.buckets` that no size is a multiple of.
+        """
+        data = self.config.data
+        if self.config.latents.path or not data.buckets:
             return None
-        return init.buckets(source, self.config.data, image_size, self.workdir / "data", **hosts())
+        sizes = bucket_sizes(image_size, data.buckets, data.max_aspect)
+        found = scan(source, sizes=True, cache=self.workdir / "data", **hosts())
+        return Buckets(sizes, assign(sizes, found["width"], found["height"]))
 
 
 @dataclasses.dataclass(frozen=True)
