@@ -75,6 +75,7 @@ def compile_step(fsdp: int, tensor: int, side: int):
     from jaxdiff.training import memory_plan
     from jaxdiff.training.loop import Stage
     from jaxdiff.training.options import Options
+    from jaxdiff.training.train_step import abstract_state
 
     unet = UNet2DConditionModel(UNetConfig(sample_size=64, cross_attention_dim=TEXT[1], attention_head_dim=8))
 
@@ -89,7 +90,7 @@ def compile_step(fsdp: int, tensor: int, side: int):
     batch = {k: jax.ShapeDtypeStruct(v, jnp.float32, sharding=parallel.batch_sharding(mesh)) for k, v in shapes.items()}
     x, t, text = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, side, side, 4), (1,), (1, *TEXT)))
     params = {"unet": jax.eval_shape(unet.init, jax.random.key(0), x, t, text)["params"]}
-    state = memory_plan.abstract_state(params, options, mesh)
+    state = abstract_state(params, options, mesh)
     return mesh, memory_plan.compiled_step(Stage("unet", ("unet",), loss), state, {}, batch, options, mesh)
 
 

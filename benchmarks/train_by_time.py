@@ -36,7 +36,7 @@ from jaxdiff.training.metrics import noise_levels
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import Options
 from jaxdiff.training.stages import diffusion_stage
-from jaxdiff.training.train_step import accumulated_grad, norm
+from jaxdiff.training.train_step import accumulated_grad
 
 SIGMAS = (0.05, 0.1)  # lengths of the averages that are kept, as shares of the training
 TRAINED = ("unet", "text_encoder")
@@ -93,7 +93,7 @@ def make_step(model: Model, options: Options, scale: np.ndarray, held_out: int) 
         grads, metrics = accumulated_grad(stage.loss, params, frozen, batch, keys, 1, mesh, stage.dtypes)
         updates, state = tx.update(grads, state, params)
         updates = jax.tree.map(lambda u: factor * u, updates)  # the rate, and with it the decay of weights
-        return optax.apply_updates(params, updates), state, (metrics["loss"], norm(grads))
+        return optax.apply_updates(params, updates), state, (metrics["loss"], optax.tree.norm(grads))
 
     return step, tx
 

@@ -109,6 +109,11 @@ def param_spec(path: str, shape: Sequence[int], fsdp: int = 1, tensor: int = 1) 
     return PartitionSpec(*axes)
 
 
+def path_name(path: tuple) -> str:
+    """The path of an array in a tree, such as "unet/conv_in/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def param_sharding(mesh: Mesh | AbstractMesh, tree: Any, *, gathered: bool = False) -> Any:
     """A sharding for each array (or shape) of a tree: of parameters, an optimizer's moments, an average.
 
@@ -118,8 +123,7 @@ def param_sharding(mesh: Mesh | AbstractMesh, tree: Any, *, gathered: bool = Fal
     fsdp = 1 if gathered else mesh.shape["fsdp"]
 
     def one(path: tuple, x: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, param_spec(name, x.shape, fsdp, mesh.shape["tensor"]))
+        return NamedSharding(mesh, param_spec(path_name(path), x.shape, fsdp, mesh.shape["tensor"]))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -171,7 +175,7 @@ def sharded_groups(mesh: Mesh | AbstractMesh, params: Any) -> list[ShardedGroup]
     rows: dict[tuple[str, PartitionSpec], list[int]] = {}
     shardings = jax.tree.leaves(param_sharding(mesh, params))
     for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(params), shardings, strict=True):
-        keys = re.sub(r"_\d+", "_*", jax.tree_util.keystr(path, simple=True, separator="/")).split("/")
+        keys = re.sub(r"_\d+", "_*", path_name(path)).split("/")
         row = rows.setdefault(("/".join([keys[0], *keys[max(1, len(keys) - 3) :]]), sharding.spec), [0, 0, 0])
         width = np.dtype(x.dtype).itemsize
         each = int(np.prod(sharding.shard_shape(x.shape), dtype=np.int64)) * width

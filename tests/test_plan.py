@@ -17,7 +17,7 @@ from jaxdiff.training import memory_plan
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.stages import diffusion_stage
-from jaxdiff.training.train_step import cast_frozen, init_state
+from jaxdiff.training.train_step import abstract_state, cast_frozen, init_state, sharded
 from jaxdiff.training.trainables import make
 from tests.support.networks import SDXL
 from tests.support.processes import CONFIG, ROOT
@@ -31,10 +31,10 @@ def test_planned_bytes_are_those_of_a_real_state(tiny):
     stage, options = diffusion_stage(model), Options(steps=1, batch_size=2)
     mesh = parallel.mesh(devices=jax.devices()[:1])
     trained = {k: params[k] for k in stage.trainable}
-    frozen = memory_plan.sharded(mesh, {k: v for k, v in params.items() if k not in trained})
+    frozen = sharded(mesh, {k: v for k, v in params.items() if k not in trained})
     read = {"image": np.zeros((1, SIDE, SIDE, 3), np.uint8), "text": [""]}
     held = memory_plan.memory(
-        memory_plan.abstract_state(trained, options, mesh), frozen, memory_plan.abstract_batch(stage, read, 2, mesh)
+        abstract_state(trained, options, mesh), frozen, memory_plan.abstract_batch(stage, read, 2, mesh)
     )
     state = init_state(trained, optimizer(options), mesh)
     for found, tree in ((held.params, state.params), (held.optimizer, state.opt_state), (held.average, state.ema)):
@@ -75,8 +75,8 @@ def test_of_a_lora_the_frozen_weights_are_held_once_and_have_no_optimizer(config
     options = Options.from_config(config)
     mesh = parallel.mesh(devices=jax.devices()[:1])
     frozen = {k: v for k, v in shapes.items() if k not in stage.trainable}
-    frozen = memory_plan.sharded(mesh, jax.eval_shape(lambda x: cast_frozen(x, options), frozen))
-    held = memory_plan.memory(memory_plan.abstract_state({"lora": shapes["lora"]}, options, mesh), frozen, {})
+    frozen = sharded(mesh, jax.eval_shape(lambda x: cast_frozen(x, options), frozen))
+    held = memory_plan.memory(abstract_state({"lora": shapes["lora"]}, options, mesh), frozen, {})
 
     target = make(config, *tiny)
     state = init_state({"lora": target.params["lora"]}, optimizer(options), mesh)
@@ -95,9 +95,7 @@ def test_sdxl_is_planned_on_a_pod_without_allocating_it():
     count = sum(x.size for x in jax.tree.leaves(params))
     assert count == 2_567_463_684  # as diffusers has it
     options = Options(steps=1, batch_size=64, fsdp=64)
-    held = memory_plan.memory(
-        memory_plan.abstract_state(params, options, memory_plan.abstract_mesh(64, fsdp=64)), {}, {}
-    )
+    held = memory_plan.memory(abstract_state(params, options, memory_plan.abstract_mesh(64, fsdp=64)), {}, {})
     vectors = sum(x.size for x in jax.tree.leaves(params) if x.ndim < 2)
     odd = sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1 and not any(n % 64 == 0 for n in x.shape))
     assert odd == 0
@@ -180,7 +178,7 @@ def test_the_report_is_of_the_state_that_is_trained(tiny):
     _, params = tiny
     mesh = memory_plan.abstract_mesh(8, fsdp=4)
     trained = {"unet": params["unet"]}
-    held = memory_plan.memory(memory_plan.abstract_state(trained, Options(steps=1, batch_size=8), mesh), {}, {})
+    held = memory_plan.memory(abstract_state(trained, Options(steps=1, batch_size=8), mesh), {}, {})
     step = memory_plan.Step(temporary=10**9 + held.gradients, flops=1e12, sent=[])
     text = memory_plan.report(held, step, mesh, trained)
     total = (held.params + held.optimizer + held.average + held.gradients + 10**9) / 1e9

@@ -20,14 +20,9 @@ PACKAGE = Path(jaxdiff.__file__).parent
 CONFIG_FOLDERS = (Path("configs"), PACKAGE / "configs", PACKAGE.parent / "configs")  # the last, of a checkout
 
 
-def parse(argv: list[str]) -> flags.FlagValues:
-    """The flags of a command line, the program's name first.
-
-    Raises:
-        UsageError, OptionsError: one sentence naming the flag or setting.
-    """
-    f, argv = flags.FlagValues(), [argv[0], *map(as_known, argv, argv[1:])]
-    check_known(argv)
+def define(argv: list[str]) -> flags.FlagValues:
+    """The flags, apart from absl's global ones; those of --config's settings are looked for in `argv`."""
+    f = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", None, "The experiment: a file, or the name of one of configs/.", flag_values=f, sys_argv=argv
     )
@@ -55,6 +50,18 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_bool("overwrite", False, "With --posthoc_ema: replace an earlier average of this length.", f)
     flags.DEFINE_bool("verbose", False, "Show the traceback of an error.", f)
     flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
+    return f
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """The flags of a command line, the program's name first.
+
+    Raises:
+        UsageError, OptionsError: one sentence naming the flag or setting.
+    """
+    argv = [argv[0], *map(as_known, argv, argv[1:])]
+    check_known(argv)
+    f = define(argv)
     try:
         rest = f(argv)[1:]
         _ = f.config is not None and f.config.stage  # raises where the file could not be read
@@ -68,12 +75,28 @@ def parse(argv: list[str]) -> flags.FlagValues:
     f.workdir = f.workdir and os.path.expanduser(f.workdir)
     if rest:
         raise UsageError(f"{rest[0]!r} belongs to no flag; --help shows all.")
+    check_flags(f)
+    if f.config is None:  # of --posthoc_ema
+        return f
+    check_settings(f.config)
+    for name in (name for name, field in RULES.items() if isinstance(field, Field) and field.metadata["path"]):
+        f.config.update_from_flattened_dict({name: os.path.expanduser(f.config[name])})
+    f.config.warmup_steps = Options.from_config(f.config).warmup  # so that run.json has the number
+    if f.profile and f.profile + 2 > f.config.steps:
+        raise UsageError(f"--profile={f.profile} begins with the third step: config.steps is {f.config.steps}.")
+    if not f.config.data.path and not f.plan:
+        raise OptionsError("data.path is missing: name a captioned folder, --config.data.path=images/.")
+    return f
+
+
+def check_flags(f: flags.FlagValues) -> None:
+    """Raise UsageError for flags that do not go together, or without which there is no run."""
     if f.posthoc_ema is not None and not 0 < f.posthoc_ema < 12**-0.5:
         raise UsageError(f"--posthoc_ema={f.posthoc_ema:g} must be above 0 and below {12**-0.5:.3f}.")
     if f.overwrite and f.posthoc_ema is None:
         raise UsageError("--overwrite goes with --posthoc_ema: give that too, or leave --overwrite out.")
     if f.posthoc_ema is not None and f.workdir and f.config is None:
-        return f
+        return
     if f.config is None:
         raise UsageError("--config is missing: name the experiment, such as --config=lora.")
     if f.workdir:
@@ -85,15 +108,6 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UsageError("--coordinator_address needs --num_processes and a --process_id from 0 to one less.")
     if among != (None, None) and not f.coordinator_address:
         raise UsageError("--num_processes and --process_id need --coordinator_address=host:port.")
-    check_settings(f.config)
-    for name in (name for name, field in RULES.items() if isinstance(field, Field) and field.metadata["path"]):
-        f.config.update_from_flattened_dict({name: os.path.expanduser(f.config[name])})
-    f.config.warmup_steps = Options.from_config(f.config).warmup  # so that run.json has the number
-    if f.profile and f.profile + 2 > f.config.steps:
-        raise UsageError(f"--profile={f.profile} begins with the third step: config.steps is {f.config.steps}.")
-    if not f.config.data.path and not f.plan:
-        raise OptionsError("data.path is missing: name a captioned folder, --config.data.path=images/.")
-    return f
 
 
 def check_known(argv: list[str]) -> None:

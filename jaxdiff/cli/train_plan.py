@@ -43,7 +43,7 @@ def text(config: Any, kind: str, devices: int) -> str:
     from jaxdiff import parallel
     from jaxdiff.training import memory_plan
     from jaxdiff.training.options import Options
-    from jaxdiff.training.train_step import cast_frozen
+    from jaxdiff.training.train_step import abstract_state, cast_frozen, sharded
 
     options = Options.from_config(config)
     options.check(devices)
@@ -52,9 +52,9 @@ def text(config: Any, kind: str, devices: int) -> str:
         mesh = parallel.mesh(options.fsdp, options.tensor, jax.devices()[:devices])
     stage, shapes, example = described(config)
     trained = {name: shapes[name] for name in stage.trainable}
-    state = memory_plan.abstract_state(trained, options, mesh)
+    state = abstract_state(trained, options, mesh)
     frozen = {name: x for name, x in shapes.items() if name not in trained}
-    frozen = memory_plan.sharded(mesh, jax.eval_shape(lambda params: cast_frozen(params, options), frozen))
+    frozen = sharded(mesh, jax.eval_shape(lambda params: cast_frozen(params, options), frozen))
     batch = memory_plan.abstract_batch(stage, example, options.batch_size, mesh)
     step = memory_plan.compiled_step(stage, state, frozen, batch, options, mesh) if kind == FULL else None
     return memory_plan.report(memory_plan.memory(state, frozen, batch), step, mesh, trained)

@@ -4,7 +4,6 @@ An `Encoder` is static, its parameters are a plain dict, as with `jaxdiff.models
 """
 
 import dataclasses
-import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -65,8 +64,8 @@ def text_features(encoder: Encoder, params: Params, tokens: Array) -> Array:
     return (found.pooled if found.projected is None else found.projected).astype(jnp.float32)
 
 
-encode_images = functools.partial(jax.jit, static_argnums=0)(image_features)
-encode_tokens = functools.partial(jax.jit, static_argnums=0)(text_features)
+encode_images = jax.jit(image_features, static_argnums=0)
+encode_tokens = jax.jit(text_features, static_argnums=0)
 
 
 def token_ids(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, int]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 BLOCKS = 12  # that images are divided into, for errors of what is not a mean; even, so that halves are equal
+DRAWS = 200  # of a bootstrap
 
 
 class Estimate(NamedTuple):
@@ -41,14 +42,14 @@ def mean_estimate(values: np.ndarray, groups: np.ndarray | None = None) -> Estim
     return Estimate(mean, float(error), count)
 
 
-def median_estimate(values: np.ndarray, groups: np.ndarray, draws: int = 200) -> Estimate:
+def median_estimate(values: np.ndarray, groups: np.ndarray) -> Estimate:
     """The median, and its standard error by drawing whole groups anew (bootstrap: Efron 1979)."""
     names, numbers = np.unique(groups, return_inverse=True)
     numbers = np.arange(len(values)) if len(names) == 1 else numbers.ravel()
     members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
     rng = np.random.default_rng(0)
     found = []
-    for _ in range(draws if len(members) > 1 else 0):
+    for _ in range(DRAWS if len(members) > 1 else 0):
         chosen = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
         found.append(np.median(values[chosen]))
     return Estimate(float(np.median(values)), float(np.std(found)) if found else None, len(values))

@@ -1,12 +1,12 @@
 """Real images that belong together: rows of a source that share a caption, or a value of their metadata."""
 
-import hashlib
 from array import array
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from jaxdiff.data.hashes import content_hash
 from jaxdiff.data.source import Source
 
 MOST_GROUPS, MOST_MEMBERS = 1000, 50  # drawn at random where there are more
@@ -55,9 +55,7 @@ def real_groups(source: Source, index: np.ndarray, column: str | None = None, se
             continue
         last = name
         for label in labels(captions, extras, column):
-            keys.append(
-                int.from_bytes(hashlib.blake2b(label.encode("utf-8", "replace"), digest_size=8).digest(), "little")
-            )
+            keys.append(content_hash(label.encode("utf-8", "replace")))
             places.append(place)
     numbers, at = np.asarray(keys, np.uint64), np.asarray(places, np.int64)
     order = np.argsort(numbers, kind="stable")

@@ -129,7 +129,11 @@ def open_single_file(
         for name in text_prefixes(source, family):
             key = name.replace("text_encoder", "tokenizer")
             tokenizers.setdefault(key, clip_tokenizer(found[name]))
-        model = _build(found, tokenizers, dtype, remat)
+        model = build(
+            found.get("text_encoder"), found["unet"], found["vae"], tokenizers.get("tokenizer"), found["scheduler"],
+            text_2=found.get("text_encoder_2"), tokenizer_2=tokenizers.get("tokenizer_2"), options=found["options"],
+            dtype=dtype, remat=remat,
+        )  # fmt: skip
         shapes = param_shapes(model)
     check_channels(model, source.path)
     prefixes = PREFIXES | text_prefixes(source, family)
@@ -165,21 +169,6 @@ def _check_others(
 def _say_once(warning: str) -> None:
     """A warning, though a file is opened for its configs and again for its weights."""
     logging.warning("%s", warning)
-
-
-def _build(configs: dict[str, Any], tokenizers: dict[str, Tokenizer], dtype: Any, remat: bool) -> Model:
-    return build(
-        configs.get("text_encoder"),
-        configs["unet"],
-        configs["vae"],
-        tokenizers.get("tokenizer"),
-        configs["scheduler"],
-        text_2=configs.get("text_encoder_2"),
-        tokenizer_2=tokenizers.get("tokenizer_2"),
-        options=configs["options"],
-        dtype=dtype,
-        remat=remat,
-    )
 
 
 def clip_tokenizer(text: CLIPTextConfig) -> Tokenizer:

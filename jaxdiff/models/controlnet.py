@@ -125,7 +125,6 @@ def example_inputs(c: ControlNetConfig) -> tuple[Array, ...]:
 def from_unet(unet: UNet2DConditionModel, params: Params, key: Key, factor: int = 8) -> tuple[ControlNet, Params]:
     """A ControlNet to train: a copy of the UNet's encoder, with fresh parameters for the layers that the UNet lacks.
 
-
     Args:
         params: of the UNet.
         factor: pixels of the control image to a latent along one side, a power of 2: the autoencoder's.

@@ -5,7 +5,7 @@ from flax import linen as nn
 
 from jaxdiff.config import TinyVAEConfig
 from jaxdiff.models.layers import ACTIVATIONS
-from jaxdiff.typing import Array, Params
+from jaxdiff.typing import Array
 
 NO_VARIANCE = -1e4  # a log-variance whose exponential is 0
 
@@ -95,17 +95,3 @@ class AutoencoderTiny(nn.Module):
     def __call__(self, images: Array) -> Array:
         """Reconstruction: touches every parameter, for initialisation."""
         return self.decode(self.encode(images)[0])
-
-
-def preview(tiny: AutoencoderTiny, params: Params, latents: Array) -> Array:
-    """The UNet's latents [B, h, w, C] to images [B, H, W, 3] float32 in [0, 1], fast and roughly.
-
-    The latents have the UNet's scale. The tiny autoencoder must be distilled on the same family of models.
-
-    Args:
-        params: of the tiny autoencoder.
-    """
-    c = tiny.config
-    z = jnp.asarray(latents, jnp.float32) / c.scaling_factor + c.shift_factor
-    images = jnp.asarray(tiny.apply({"params": params}, z, method="decode"))
-    return jnp.clip(images / 2 + 0.5, 0.0, 1.0)

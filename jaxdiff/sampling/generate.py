@@ -1,5 +1,6 @@
 """From prompts to images: `generate` puts the pure pieces under one compiled program a device."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +15,11 @@ from jaxdiff.diffusion.sampling_loop import sample, step_keys
 from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.times import skip_prk_steps
 from jaxdiff.models.model import Model
-from jaxdiff.models.tiny_vae import preview
 from jaxdiff.sampling.checks import as_devices
 from jaxdiff.sampling.denoiser import denoiser
 from jaxdiff.sampling.inputs import (
     CallInputs,
+    Codec,
     ImageInputs,
     by_step,
     codec,
@@ -94,17 +95,20 @@ def sampler(
             x0, frames = stage(inputs, keys, call.start, lowres)(), None
         else:
             x0, steps = stage(inputs, keys, call.start, lowres)(trajectory=True)
-            frames = as_bytes(frames_of(model, params, vae.decode, steps[call.preview_steps]))
+            previews = vae
+            if model.tiny_vae is not None:
+                tiny = dataclasses.replace(model, vae=model.tiny_vae)
+                previews = codec(tiny, {"vae": params["tiny_vae"]}, None)
+            frames = as_bytes(frames_of(previews, steps[call.preview_steps]))
         images = vae.decode(x0)
         return Drawn(as_bytes(images), jnp.isfinite(images).all((1, 2, 3)), frames)
 
     return parallel.pmap(draw, devices, shared=2)
 
 
-def frames_of(model: Model, params: Params, decode: Callable[[Array], Array], steps: Array) -> Array:
-    """Predictions of latents [F, B, h, w, C] as images [B, F, H, W, 3], by the tiny autoencoder if there is one."""
-    flat = steps.reshape(-1, *steps.shape[2:])
-    frames = decode(flat) if model.tiny_vae is None else preview(model.tiny_vae, params["tiny_vae"], flat)
+def frames_of(vae: Codec, steps: Array) -> Array:
+    """Predictions of latents [F, B, h, w, C] as images [B, F, H, W, 3]."""
+    frames = vae.decode(steps.reshape(-1, *steps.shape[2:]))
     return jnp.moveaxis(frames.reshape(*steps.shape[:2], *frames.shape[1:]), 0, 1)
 
 

@@ -118,8 +118,7 @@ class Snapshots:
 
 def _named(tree: Params) -> list[tuple[str, Any]]:
     """The arrays of a tree by their paths, such as unet/conv_in/kernel."""
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), value) for path, value in found]
+    return [(parallel.path_name(path), value) for path, value in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def inner(t: np.ndarray, g: np.ndarray, t_2: np.ndarray, g_2: np.ndarray) -> np.ndarray:

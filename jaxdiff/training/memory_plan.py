@@ -12,8 +12,6 @@ from jaxdiff.training import collectives
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.train_step import TrainState, make_train_step
-from jaxdiff.training.train_step import abstract_state as abstract_state
-from jaxdiff.training.train_step import sharded as sharded
 from jaxdiff.typing import Params
 
 

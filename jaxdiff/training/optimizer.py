@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxdiff.parallel import path_name
 from jaxdiff.training.ema import track
 from jaxdiff.training.options import Options, OptionsError, check_pairs
 from jaxdiff.typing import Array, Params
@@ -102,7 +103,7 @@ def scale_by_multipliers(multipliers: tuple[tuple[str, float], ...]) -> optax.Gr
         return optax.identity()
 
     def scaled(path: tuple, update: Array) -> Array:
-        return update * _multiplier(multipliers, _name(path))
+        return update * _multiplier(multipliers, path_name(path))
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 
@@ -118,7 +119,7 @@ def check_multipliers(multipliers: Sequence[tuple[str, float]], params: Params, 
         OptionsError: one is no pair, or its prefix is the start of no parameter that learns or of such a module.
     """
     check_pairs(multipliers)
-    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     learn = [name for name in names if name.split("/")[0] in trainable]
     modules = {re.split(r"[./]", name.removeprefix(LORA))[0] for name in learn}
     known = learn + [name for name in names if name.split("/")[0] not in modules]
@@ -134,10 +135,6 @@ def check_multipliers(multipliers: Sequence[tuple[str, float]], params: Params, 
 def _multiplier(multipliers: Sequence[tuple[str, float]], name: str) -> float:
     longest = sorted(multipliers, key=lambda pair: -len(pair[0]))
     return next((factor for prefix, factor in longest if _starts(name, prefix)), 1.0)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _starts(name: str, prefix: str) -> bool:

@@ -194,9 +194,9 @@ def conditioning(model: Model, params: Params, batch: Batch, empty: Batch, drop:
 
         pooled = None if none.pooled is None else chosen(batch["pooled"], none.pooled)
         return Conditioning(chosen(batch["embeddings"], none.embeddings), pooled, batch.get("time_ids"))
-    ids = [jnp.where(drop[:, None], empty[name], batch[name]) for name in TOKENS if name in batch]
+    ids = {name: jnp.where(drop[:, None], empty[name], batch[name]) for name in TOKENS if name in batch}
     zeros = drop if model.tokenizer_2 is not None and model.options.force_zeros_for_empty_prompt else None
-    cond = encode_text(model, params, Tokens(ids[0], ids_2=ids[1] if len(ids) > 1 else None, zeros=zeros))
+    cond = encode_text(model, params, Tokens(ids["tokens"], ids_2=ids.get("tokens_2"), zeros=zeros))
     return cond._replace(time_ids=batch.get("time_ids"))
 
 

@@ -49,11 +49,6 @@ def cast_frozen(frozen: Params, options: Options) -> Params:
     return jax.tree.map(cast, frozen)
 
 
-def norm(tree: Any) -> Array:
-    """Euclidean norm of all arrays of a tree together."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
-
-
 def abstract_state(params: Params, options: Options, mesh: Mesh | AbstractMesh) -> TrainState:
     """`init_state` as shapes with their shardings; `params` are those trained, arrays or shapes."""
     tx = optimizer(options)
@@ -162,8 +157,8 @@ def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState,
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = ema_update(state.ema, params, options.ema_decay, state.step)
-        grad_norm = norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(norm(updates))
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         new = TrainState(state.step, params, ema, opt_state)
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         rate = schedule(scheduled(state.opt_state))

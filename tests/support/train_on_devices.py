@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -22,7 +23,7 @@ from jaxdiff.training.loop import Stage
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import Options
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage
-from jaxdiff.training.train_step import init_state, make_train_step, norm
+from jaxdiff.training.train_step import abstract_state, init_state, make_train_step
 
 BATCH, STEPS, CLIP_STEPS = 8, 6, 3
 PLAIN: dict = {"learning_rate": 1e-3, "warmup_steps": 0, "schedule": "constant", "b2": 0.999}
@@ -76,7 +77,7 @@ def train(stage, params, mesh, steps: int, **compiler) -> dict:
     after = parallel.fetch(state.params)
     rows = collectives.collectives(compiled.as_text(), mesh.shape)
     sizes = {f"{r.kind} {','.join(r.axes)}": r.size for r in rows}
-    planned = memory_plan.bytes_each(memory_plan.abstract_state(trained, options, mesh))
+    planned = memory_plan.bytes_each(abstract_state(trained, options, mesh))
     assert planned == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
     rows = parallel.sharded_groups(mesh, {**trained, **frozen})
     return {
@@ -85,8 +86,8 @@ def train(stage, params, mesh, steps: int, **compiler) -> dict:
         "sends": sizes,
         "trained": sum(x.nbytes for x in jax.tree.leaves(trained)),
         "divided": sum(row.size for row in rows if "fsdp" in row.spec),
-        "norm": float(norm(after)),
-        "moved": float(norm(jax.tree.map(lambda new, old: new - np.asarray(old), after, trained))),
+        "norm": float(optax.tree.norm(after)),
+        "moved": float(optax.tree.norm(jax.tree.map(lambda new, old: new - np.asarray(old), after, trained))),
         "gathered": gather.call_count,  # between hosts, to start
     }
 
@@ -146,7 +147,7 @@ def moved(changes: dict, meshes: list, folder: Path) -> dict:
             state, metrics = step(state, {}, parallel.global_batch(mesh, batch))
             report["losses"].append(float(metrics["loss"]))
     floats = [x for x in jax.tree.leaves(parallel.fetch(state)) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return report | {"specs": sorted(set(specs(state.opt_state))), "norm": float(norm(floats))}
+    return report | {"specs": sorted(set(specs(state.opt_state))), "norm": float(optax.tree.norm(floats))}
 
 
 def specs(state) -> list[str]:
