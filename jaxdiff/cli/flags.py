@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import flags
 
+from jaxdiff.cli import hosts
 from jaxdiff.cli.errors import UsageError
 from jaxdiff.cli.options import FLAG_OF, OPTIONS, define, is_given
 from jaxdiff.errors import ArgumentError
@@ -72,6 +73,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     with flag_errors():
         as_interval(f.guidance_interval)
     check_tasks(f)
+    hosts.check(f)
     return f
 
 

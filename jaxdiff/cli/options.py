@@ -79,6 +79,12 @@ def switch(name: str, part: Any, help: str, default: bool = False, **more: Any) 
     return Option(name, part, bool, help, default, **more)
 
 
+HOSTS = (
+    switch("distributed", "run", "This is one of several processes, on a TPU pod or under Slurm: find the others."),
+    text("coordinator_address", "run", "Where the first of several processes listens, host:port."),
+    whole("num_processes", "run", "How many processes there are.", needs="coordinator_address"),
+    whole("process_id", "run", "Which of them this is, from 0.", low=0, needs="coordinator_address"),
+)
 SECTIONS: dict[str, tuple[Option, ...]] = {
     "prompts": (
         texts("prompt", "image", "What to draw. (word:1.3), [word] and BREAK work as in the AUTOMATIC1111 web UI. Long "
@@ -187,35 +193,41 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         text("cache_dir", "run", "Folder of compiled programs.", without="jaxdiff in your cache folder", path="any"),
         switch("verbose", "run", "Show the traceback of an error."),
     ),
+    "several hosts": HOSTS,
 }  # fmt: skip
 OPTIONS: dict[str, Option] = {option.name: option for options in SECTIONS.values() for option in options}
 FLAG_OF = {option.argument: name for name, option in OPTIONS.items() if option.argument}
+
+
+def define_one(f: flags.FlagValues, option: Option) -> None:
+    """The flag of one option."""
+    help = option.meaning + (f" Default: {option.without}." if option.without else "")
+    name, default = option.name, option.default
+    low: Any = option.low
+    high: Any = option.high
+    if option.count:
+        flags.DEFINE_list(name, default, help, f)
+    elif option.choices:
+        flags.DEFINE_enum(name, default, option.choices, help, f)
+    elif option.many and option.kind is float:
+        flags.DEFINE_multi_float(name, default, help, flag_values=f)
+    elif option.many:
+        flags.DEFINE_multi_string(name, default, help, f)
+    elif option.kind is bool:
+        flags.DEFINE_bool(name, default, help, f)
+    elif option.kind is int:
+        flags.DEFINE_integer(name, default, help, low, high, f)
+    elif option.kind is float:
+        flags.DEFINE_float(name, default, help, low, high, f)
+    else:
+        flags.DEFINE_string(name, default, help, f)
 
 
 def define() -> flags.FlagValues:
     """The flags, apart from absl's global ones, so that any program may import this module."""
     f = flags.FlagValues()
     for option in OPTIONS.values():
-        help = option.meaning + (f" Default: {option.without}." if option.without else "")
-        name, default = option.name, option.default
-        low: Any = option.low
-        high: Any = option.high
-        if option.count:
-            flags.DEFINE_list(name, default, help, f)
-        elif option.choices:
-            flags.DEFINE_enum(name, default, option.choices, help, f)
-        elif option.many and option.kind is float:
-            flags.DEFINE_multi_float(name, default, help, flag_values=f)
-        elif option.many:
-            flags.DEFINE_multi_string(name, default, help, f)
-        elif option.kind is bool:
-            flags.DEFINE_bool(name, default, help, f)
-        elif option.kind is int:
-            flags.DEFINE_integer(name, default, help, low, high, f)
-        elif option.kind is float:
-            flags.DEFINE_float(name, default, help, low, high, f)
-        else:
-            flags.DEFINE_string(name, default, help, f)
+        define_one(f, option)
     flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
     return f
 

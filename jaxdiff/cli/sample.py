@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 import jaxdiff
-from jaxdiff.cli import errors
+from jaxdiff.cli import errors, hosts
 from jaxdiff.cli.adapters import (
     Adapters,
     Weighted,
@@ -66,6 +66,7 @@ from jaxdiff.parallel import device_memory
 from jaxdiff.sampling.checks import check_memory, least_memory
 from jaxdiff.sampling.generate import draw
 from jaxdiff.sampling.resolve import Request, Settings, resolve_images, resolve_settings
+from jaxdiff.text.prompt_files import PromptLine
 
 FRAMES = 8  # of a --preview
 FRAME_SECONDS = 0.1  # of an --interpolate animation
@@ -96,7 +97,7 @@ def resolve(f: flags.FlagValues, model: jaxdiff.Model, count: int, read: Reader)
     devices, size = jax.local_device_count(), (settings.height, settings.width, settings.tile)
     if f.batch_size is None:
         most = int(min(4, max(1, device_memory() / least_memory(model, *size))))
-        f["batch_size"].value = batch_size(count, devices, most)
+        f["batch_size"].value = batch_size(math.ceil(count / jax.process_count()), devices, most)
     with flag_errors():
         check_memory(model, *size, count=math.ceil(f.batch_size / devices))
     return settings
@@ -248,6 +249,12 @@ def run(f: flags.FlagValues) -> None:
     check_folder(Path(f.output.split("{")[0] or ".").parent)
     lines = prompt_lines(f)
     check_networks(f)
+    with hosts.independent(f):
+        draw_lines(f, lines)
+
+
+def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
+    """Draw this process's images of these prompts, and write them; the first process writes the sheet of all."""
     with naming("--model"):
         path = model_paths.find(f.model)
     model = described(f, path)
@@ -259,7 +266,8 @@ def run(f: flags.FlagValues) -> None:
     check_files(f)
     given = given_images(f, model, read)
     laid, chosen = read_adapters(f, model), named_loras(f, requests)
-    loras, slices = read_named(model, chosen), list(runs(chosen, f.batch_size))
+    loras, everyones = read_named(model, chosen), list(runs(chosen, f.batch_size))
+    slices = hosts.mine(everyones)
     wanted = [without_tags(f, request) for request in requests]
     plan = functools.partial(batches, settings=settings, requests=wanted, given=given, slices=slices, size=f.batch_size)
     lora_files: list[str | Path] = [*(weighted(given)[0] for given in f.lora), *loras]
@@ -301,13 +309,18 @@ def run(f: flags.FlagValues) -> None:
 
     shown: list[np.ndarray] = []
     images_drawn = drawn(model, lambda i: params_with(chosen[i]), parts, slices)
-    finished = with_progress(images_drawn, len(requests))
-    for i, (metadata, (image, frames)) in enumerate(zip(requests, finished, strict=True)):
-        path = write(files.images[i], image, metadata)
+    numbers = [i for start, end in slices for i in range(start, end)]
+    for i, (image, frames) in zip(numbers, with_progress(images_drawn, len(numbers)), strict=True):
+        path = write(files.images[i], image, requests[i])
         if f.preview:
-            write(preview_path(path), images.strip(frames), metadata)
+            write(preview_path(path), images.strip(frames), requests[i])
         if f.grid or f.interpolate:
             shown.append(image)
+    hosts.wait_for_all()
+    if f.grid or f.interpolate:
+        shown = hosts.gathered(shown, everyones)
+    if jax.process_index():  # the first writes what shows them all
+        return
     if f.grid:
         write(files.sheet, images.grid(shown, sheet_columns(f, len(shown))), requests)
     if f.interpolate:

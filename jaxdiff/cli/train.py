@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 import jaxdiff
-from jaxdiff.cli import errors, train_plan
+from jaxdiff.cli import errors, hosts, train_plan
 from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.train_flags import parse
 from jaxdiff.training.defaults import as_json, base
@@ -48,9 +48,7 @@ def run(f: flags.FlagValues) -> None:
         if not any((workdir / "ema").glob("*.safetensors")):
             raise Failure(f"{workdir / 'ema'} holds no snapshots of averages: set config.ema_sigmas when training.")
         return build_run(config, workdir).posthoc_ema(f.posthoc_ema)
-    if f.distributed or f.coordinator_address:
-        # What is not given comes from the environment of a TPU pod, Slurm or Open MPI.
-        jax.distributed.initialize(f.coordinator_address, f.num_processes, f.process_id)
+    hosts.start(f)
     cache_compilations()
     first = jax.process_index() == 0
     data = fingerprints(f.config)

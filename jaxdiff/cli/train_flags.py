@@ -9,8 +9,10 @@ from absl import flags
 from ml_collections import config_flags
 
 import jaxdiff
+from jaxdiff.cli import hosts
 from jaxdiff.cli.errors import UsageError
 from jaxdiff.cli.flags import check_path
+from jaxdiff.cli.options import HOSTS, define_one
 from jaxdiff.training.checks import check_settings
 from jaxdiff.training.defaults import OPEN, RULES, current_name
 from jaxdiff.training.options import Options, OptionsError
@@ -27,14 +29,8 @@ def define(argv: list[str]) -> flags.FlagValues:
         "config", None, "The experiment: a file, or the name of one of configs/.", flag_values=f, sys_argv=argv
     )
     flags.DEFINE_string("workdir", None, "Folder of all that the run writes.", f)
-    flags.DEFINE_bool(
-        "distributed", False, "This is one of several processes, on a TPU pod or under Slurm: find the others.", f
-    )
-    flags.DEFINE_string("coordinator_address", None, "Where the first of several processes listens, host:port.", f)
-    flags.DEFINE_integer(
-        "num_processes", None, "How many processes there are, with --coordinator_address.", flag_values=f
-    )
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=f)
+    for option in HOSTS:
+        define_one(f, option)
     flags.DEFINE_string("plan", None, "Print memory and messages of each device instead of training; or =quick.", f)
     flags.DEFINE_integer("plan_devices", 0, "Devices to plan for; 0: those of this machine.", flag_values=f)
     flags.DEFINE_integer(
@@ -103,11 +99,7 @@ def check_flags(f: flags.FlagValues) -> None:
         check_path("--workdir", str(f.workdir))
     if not f.workdir and not f.plan:
         raise UsageError("--workdir is missing: name a folder for the run, such as --workdir=runs/vae.")
-    among = f.num_processes, f.process_id
-    if f.coordinator_address and (None in among or not 0 <= f.process_id < f.num_processes):
-        raise UsageError("--coordinator_address needs --num_processes and a --process_id from 0 to one less.")
-    if among != (None, None) and not f.coordinator_address:
-        raise UsageError("--num_processes and --process_id need --coordinator_address=host:port.")
+    hosts.check(f)
 
 
 def check_known(argv: list[str]) -> None:

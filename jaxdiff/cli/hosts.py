@@ -1,0 +1,94 @@
+"""One of several processes, on a host each: the flags that say so, and what is divided and brought together."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental.multihost_utils import ProcessFailureError, live_devices, process_allgather
+
+from jaxdiff.cli.errors import Failure, UsageError
+
+
+def check(f: flags.FlagValues) -> None:
+    """Raise UsageError unless the flags say where the others are, and which this is."""
+    among = f.num_processes, f.process_id
+    if f.coordinator_address and (None in among or not 0 <= f.process_id < f.num_processes):
+        raise UsageError("--coordinator_address needs --num_processes and a --process_id from 0 to one less.")
+    if among != (None, None) and not f.coordinator_address:
+        raise UsageError("--num_processes and --process_id need --coordinator_address=host:port.")
+
+
+def start(f: flags.FlagValues) -> bool:
+    """Find the other processes; what is not given comes from the environment of a TPU pod, Slurm or Open MPI.
+
+    Returns:
+        Whether there may be others.
+    """
+    several = bool(f.distributed or f.coordinator_address)
+    if several:
+        jax.distributed.initialize(f.coordinator_address, f.num_processes, f.process_id)
+    return several
+
+
+@contextlib.contextmanager
+def independent(f: flags.FlagValues) -> Iterator[None]:
+    """The same for a block in which each process does its own part, whatever becomes of the others."""
+    jax.config.update("jax_enable_recoverability", True)
+    several = start(f)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        if several:
+            leave()
+        raise
+    if several:
+        leave()
+
+
+def leave() -> None:
+    """Let the others go first: they need the first process until they have left."""
+    if jax.process_index() == 0:
+        with contextlib.suppress(ProcessFailureError), live_devices(jax.devices()):
+            pass  # at whose end it waits for all that are there
+    jax.distributed.shutdown()
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here. Raises Failure, on all of them, that names those that never will."""
+    if jax.process_count() == 1:
+        return
+    gone = set(range(jax.process_count()))
+    try:
+        with live_devices(jax.devices()) as alive:
+            gone -= {device.process_index for device in alive}
+    except ProcessFailureError as e:
+        gone |= {device.process_index for device in e.failed_devices}
+    if gone:
+        names = ", ".join(map(str, sorted(gone)))
+        raise Failure(
+            f"Process {names} of {jax.process_count()} has stopped, and its images are missing: see what it said, "
+            "and give the same command again with --overwrite."
+        )
+
+
+def mine(parts: Sequence[Any]) -> list[Any]:
+    """This process's of the parts that each process has a list of: every n-th of n processes."""
+    return list(parts[jax.process_index() :: jax.process_count()])
+
+
+def gathered(images: Sequence[np.ndarray], slices: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """All images in order, on every process, from those that each has of its own slices (see `mine`)."""
+    if jax.process_count() == 1:
+        return list(images)
+    lengths = [end - start for start, end in slices]
+    own = [sum(lengths[i :: jax.process_count()]) for i in range(jax.process_count())]
+    shape = np.max(process_allgather(np.array(images[0].shape if images else (0, 0, 0))), axis=0)
+    filled = np.zeros((max(own), *shape), np.uint8)
+    filled[: len(images)] = images if images else 0
+    found = [iter(rows) for rows in process_allgather(filled)]
+    return [next(found[i % len(found)]) for i, length in enumerate(lengths) for _ in range(length)]

@@ -1,0 +1,55 @@
+"""sample.py on several hosts, simulated by processes."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import ROOT, free_port
+
+PROMPTS = ["--prompt=a castle", "--prompt=a blue house", "--prompt=a red dragon", "--steps=2", "--batch_size=2"]
+
+
+def start(process: int, processes: int, port: int, *args: object, cwd: Path) -> subprocess.Popen:
+    where = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={process}"]
+    command = [sys.executable, str(ROOT / "sample.py"), *map(str, args), *where]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_write_the_files_of_one(sample_cli, tiny_folder, tmp_path):
+    """Five batches of two prompts, so that one has more than the other; each file by one of them, the sheet too."""
+    args = [*PROMPTS, "--num_images=3", "--grid", "--preview"]
+    code, alone, err = sample_cli(*args, "--output=alone")
+    assert code == 0, err
+    port = free_port()
+    more = [*args, f"--model={tiny_folder}", "--output=together"]
+    both = [start(i, 2, port, *more, cwd=tmp_path) for i in range(2)]
+    outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs[0][1]
+    written = [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in outputs]  # CPUs' messages
+    assert len(written[0]) == 2 * 5 + 1
+    assert len(written[1]) == 2 * 4
+    assert sorted(written[0] + written[1]) == sorted(path.replace("alone", "together") for path in alone)
+    for path in alone:
+        assert Path(path).read_bytes() == Path(path.replace("alone", "together")).read_bytes(), path
+
+
+@pytest.mark.slow
+def test_a_host_that_dies_is_named(tiny_folder, tmp_path):
+    """Within two minutes, as long as the others wait for a sign of life; they have written their own images."""
+    port = free_port()
+    args = [*PROMPTS, "--num_images=200", f"--model={tiny_folder}", "--output={index}.png"]
+    alive, dead = (start(i, 2, port, *args, cwd=tmp_path) for i in range(2))
+    while not (tmp_path / "2.png").exists():  # the first of its images
+        time.sleep(0.01)
+    dead.kill()
+    dead.communicate()
+    out, err = alive.communicate(timeout=600)
+    assert alive.returncode == 1
+    assert "Process 1 of 2 has stopped, and its images are missing" in err
+    assert "Traceback" not in err
+    assert len(out.splitlines()) == 300
