@@ -1,13 +1,12 @@
 """What the compiler for TPUs makes of Stable Diffusion, without a TPU: memory, FLOPs, bytes, kernels and messages.
 
-    pip install libtpu          # the version that jax[tpu] names
     python -m benchmarks.tpu_compile [--chips v5e v6e] [--cases sd1 sdxl ...] [--batches 1 4]
 
-Compiles ahead of time, in bfloat16 and at the published shapes: drawing in 20 steps with guidance (`sd1` at 512 pixels,
-`sdxl` at 1024), and a training step of each with float32 weights: all of the UNet divided over 8 chips (`sd1-full`,
-`sdxl-full`), and a LoRA of rank 16 on one (`sd1-lora`, `sdxl-lora`). A program takes minutes. Prints a row of
-docs/accelerators.md for each; the least time is what its FLOPs take at the chip's published rate, or its bytes at its
-published bandwidth, whichever is longer. Batches are a chip's.
+Needs `libtpu`, of the version that jax[tpu] names. Compiles ahead of time, in bfloat16 and at the published shapes:
+drawing in 20 steps with guidance (`sd1` at 512 pixels, `sdxl` at 1024), and a training step of each with float32
+weights: all of the UNet divided over 8 chips (`sd1-full`, `sdxl-full`), and a LoRA of rank 16 on one (`sd1-lora`,
+`sdxl-lora`). A program takes minutes. Prints a table with a row for each; the least time is what its FLOPs take at the
+chip's published rate, or its bytes at its published bandwidth, whichever is longer. Batches are a chip's.
 """
 
 import argparse

@@ -185,8 +185,8 @@ def test_flags_that_cannot_be_right(flags, sentence, sample_cli):
 
 def test_missing_model(sample_cli):
     code, out, err = sample_cli(CASTLE, model="no/such/model")
-    assert (code, out) == (1, [])
-    assert err.startswith("sample.py: error: no/such/model is neither a folder nor a bundled model")
+    assert (code, out) == (2, [])
+    assert err.startswith("sample.py: error: --model: no/such/model is neither a folder nor a bundled model")
 
 
 def test_damaged_weights_leave_no_output(sample_cli, tiny_folder, tmp_path):
@@ -198,7 +198,7 @@ def test_damaged_weights_leave_no_output(sample_cli, tiny_folder, tmp_path):
     for name in ("text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"):
         (tmp_path / f"bad/{name}.safetensors").write_bytes(b"\x08")
     code, out, err = sample_cli(CASTLE, "--output=out/castle.png", model=tmp_path / "bad")
-    assert (code, out) == (1, [])
+    assert (code, out) == (2, [])
     assert "bad/text_encoder/model.safetensors is damaged or not a safetensors file" in err
     assert err.count("\n") == 1
     assert not Path("out").exists()

@@ -10,7 +10,7 @@ from PIL import Image
 
 import jaxdiff
 from jaxdiff.cli import sample
-from jaxdiff.cli.flags import parse
+from jaxdiff.cli.flags import named, parse
 from jaxdiff.cli.requests import batch_arguments, count_images, image_requests, prompt_lines, sheet_columns
 from jaxdiff.config import TinyVAEConfig
 from jaxdiff.io.controlnet import save_controlnet
@@ -72,10 +72,10 @@ def test_what_the_second_encoder_is_to_steer_away_from():
 def test_names_of_embeddings_and_paths_with_an_equals_sign(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=1.safetensors").touch()
-    assert sample.named("t.safetensors") == ("t.safetensors", None)
-    assert sample.named("runs/lr=1e-4/t.safetensors") == ("runs/lr=1e-4/t.safetensors", None)
-    assert sample.named("lr=1.safetensors") == ("lr=1.safetensors", None)
-    assert sample.named("<x>=runs/lr=1e-4/t.safetensors") == ("runs/lr=1e-4/t.safetensors", "<x>")
+    assert named("t.safetensors") == ("t.safetensors", None)
+    assert named("runs/lr=1e-4/t.safetensors") == ("runs/lr=1e-4/t.safetensors", None)
+    assert named("lr=1.safetensors") == ("lr=1.safetensors", None)
+    assert named("<x>=runs/lr=1e-4/t.safetensors") == ("runs/lr=1e-4/t.safetensors", "<x>")
 
 
 @pytest.mark.parametrize(

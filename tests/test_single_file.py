@@ -230,7 +230,7 @@ def test_another_autoencoder_takes_the_models_place(tiny, tensors, tmp_path):
         assert_equal(both, params | {"vae": other["vae"]})
     save_module(tmp_path / "half", model.vae, other["vae"], dtype="float16")
     assert {x.dtype.name for x in jax.tree.leaves(load_vae(model, params, tmp_path / "half")[1]["vae"])} == {"float32"}
-    wide = json.loads((tmp_path / "folder/config.json").read_text()) | {"latent_channels": 8}
+    wide = json.loads((tmp_path / "folder/config.json").read_text()) | {"block_out_channels": [8, 32]}
     (tmp_path / "folder/config.json").write_text(json.dumps(wide))
     with pytest.raises(WeightsError, match=r"has shape .* calls for"):
         load_vae(model, params, tmp_path / "folder")
