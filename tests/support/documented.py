@@ -138,6 +138,8 @@ def small_world(folder: Path, bundled: Path, monkeypatch) -> Path:
     """An empty folder to run in, with configs/; the models in `bundled` take the place of those that ship, and the
     stages of the icons are tiny."""
     (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "datasets" / "icons").mkdir(parents=True)
+    (folder / "datasets" / "icons" / "next").symlink_to(bundled / "icons")
     monkeypatch.setattr(model_paths, "BUNDLED", bundled)
     vision = TEXT | {"image_size": tiny.SIDE, "patch_size": 8, "projection_dim": 16}
     monkeypatch.setattr(sizes, "clip", lambda: {"text_encoder": TEXT, "vision_encoder": vision})
