@@ -111,10 +111,9 @@ def training(family: str, stage: str, chip: Chip, batch: int, small: bool) -> tu
     import jax.numpy as jnp
 
     from jaxdiff import parallel
-    from jaxdiff.training import memory_plan
     from jaxdiff.training.defaults import base
     from jaxdiff.training.options import Options
-    from jaxdiff.training.train_step import make_train_step, sharded
+    from jaxdiff.training.train_step import abstract_state, make_train_step, sharded
     from jaxdiff.training.trainables import described
 
     count = 8 if stage == "unet" else 1
@@ -124,7 +123,7 @@ def training(family: str, stage: str, chip: Chip, batch: int, small: bool) -> tu
     made = described(config, model, params)
     mesh = parallel.mesh(count, 1, devices(chip, count))
     options = Options(steps=1, batch_size=count * batch, fsdp=count)
-    state = memory_plan.abstract_state({k: made.params[k] for k in made.stage.trainable}, options, mesh)
+    state = abstract_state({k: made.params[k] for k in made.stage.trainable}, options, mesh)
     frozen = {k: x for k, x in made.params.items() if k not in made.stage.trainable and k != "vae"}
     side = model.unet.config.side
     arrays = {"latents": ((side, side, model.unet.config.in_channels), jnp.float32)}

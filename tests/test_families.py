@@ -23,6 +23,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from tests.support import pipelines  # noqa: E402
 from tests.support.pipelines import LATENT, SIDE  # noqa: E402
+from tests.support.published import CONTROLNETS  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -263,19 +264,8 @@ def test_a_controlnet_of_another_width_is_named(folders):
 # Full-size shapes, without memory: PyTorch's on its meta device, ours by `eval_shape`.
 
 FULL_UNETS = {
-    "sd2": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
-    "sdxl": {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
+    "sd2": CONTROLNETS["sd2"],  # a ControlNet has the sizes of the half that it copies
+    "sdxl": CONTROLNETS["sdxl"] | {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")},
     "refiner": {
         "block_out_channels": (384, 768, 1536, 1536),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),

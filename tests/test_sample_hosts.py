@@ -38,6 +38,19 @@ def test_two_processes_write_the_files_of_one(sample_cli, tiny_folder, tmp_path)
         assert Path(path).read_bytes() == Path(path.replace("alone", "together")).read_bytes(), path
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_host_that_fails_is_named_and_the_other_ends(tiny_folder, tmp_path, failing):
+    """The first process as well, which the other needs to the end; nobody waits for a sheet that cannot be."""
+    port, args = free_port(), [*PROMPTS, "--grid", f"--model={tiny_folder}", "--output={index}.png"]
+    more = {failing: ["--lora=gone.safetensors"]}
+    both = [start(i, 2, port, *args, *more.get(i, ()), cwd=tmp_path) for i in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert "--lora: gone.safetensors does not exist" in errors[failing]
+    assert f"Process {failing} of 2 has stopped, and its images are missing" in errors[1 - failing]
+    assert [process.returncode for process in both] == [2 if i == failing else 1 for i in range(2)]
+    assert not any("Traceback" in error for error in errors)
+
+
 @pytest.mark.slow
 def test_a_host_that_dies_is_named(tiny_folder, tmp_path):
     """Within two minutes, as long as the others wait for a sign of life; they have written their own images."""

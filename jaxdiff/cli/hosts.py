@@ -21,33 +21,39 @@ def check(f: flags.FlagValues) -> None:
         raise UsageError("--num_processes and --process_id need --coordinator_address=host:port.")
 
 
-def start(f: flags.FlagValues) -> bool:
-    """Find the other processes; what is not given comes from the environment of a TPU pod, Slurm or Open MPI.
+class Gone(Failure):
+    """Other processes have stopped, whose part is missing."""
 
-    Returns:
-        Whether there may be others.
-    """
-    several = bool(f.distributed or f.coordinator_address)
-    if several:
+
+def start(f: flags.FlagValues) -> None:
+    """Find the other processes; what is not given comes from the environment of a TPU pod, Slurm or Open MPI."""
+    if f.distributed or f.coordinator_address:
         jax.distributed.initialize(f.coordinator_address, f.num_processes, f.process_id)
-    return several
 
 
 @contextlib.contextmanager
 def independent(f: flags.FlagValues) -> Iterator[None]:
-    """The same for a block in which each process does its own part, whatever becomes of the others."""
+    """The same for a block in which each process does its own part, whatever becomes of the others.
+
+    The block ends with `wait_for_all`. After Ctrl-C a process does not wait for the others.
+    """
+    if not (f.distributed or f.coordinator_address):
+        yield
+        return
     jax.config.update("jax_enable_recoverability", True)
-    several = start(f)
+    start(f)
     try:
         yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        if several:
-            leave()
-        raise
-    if several:
+    except Gone:
         leave()
+        raise
+    except Exception:
+        if jax.process_index() == 0:  # which stays until the others have left, and so does not seem to be gone
+            with contextlib.suppress(Gone):
+                wait_for_all(failed=True)
+        leave()
+        raise
+    leave()
 
 
 def leave() -> None:
@@ -58,8 +64,12 @@ def leave() -> None:
     jax.distributed.shutdown()
 
 
-def wait_for_all() -> None:
-    """Wait until every process has come here. Raises Failure, on all of them, that names those that never will."""
+def wait_for_all(*, failed: bool = False) -> None:
+    """Wait until every process has come here. Raises Gone, on all of them, that names those that failed or never will.
+
+    Args:
+        failed: whether this one did.
+    """
     if jax.process_count() == 1:
         return
     gone = set(range(jax.process_count()))
@@ -68,9 +78,11 @@ def wait_for_all() -> None:
             gone -= {device.process_index for device in alive}
     except ProcessFailureError as e:
         gone |= {device.process_index for device in e.failed_devices}
+    if not gone:
+        gone |= set(np.flatnonzero(process_allgather(np.array(failed))))
     if gone:
         names = ", ".join(map(str, sorted(gone)))
-        raise Failure(
+        raise Gone(
             f"Process {names} of {jax.process_count()} has stopped, and its images are missing: see what it said, "
             "and give the same command again with --overwrite."
         )
