@@ -1,7 +1,17 @@
-"""The base class of the package's own errors, and those that several of its folders raise.
+"""The base class of the package's own errors, those that several of its folders raise, and warnings said once.
 
 The message of each is one sentence: what is wrong with which file or argument, and how to mend it.
 """
+
+import functools
+
+from absl import logging
+
+
+@functools.cache
+def say_once(warning: str) -> None:
+    """A warning, though what it is about may be looked at several times in a process."""
+    logging.warning("%s", warning)
 
 
 class JaxdiffError(Exception):

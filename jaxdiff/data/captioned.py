@@ -24,13 +24,14 @@ from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import BucketOrder, Buckets
 from jaxdiff.data.folder import FolderSource, ImageDecoder
 from jaxdiff.data.latents import LatentShards
-from jaxdiff.data.listing import METADATA, TABLE, has_text_files, image_files, listed_files, say_once
+from jaxdiff.data.listing import METADATA, TABLE, has_text_files, image_files, listed_files
 from jaxdiff.data.orders import BlockOrder, HostShards, Order
 from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.data.records import ArrayRecords
 from jaxdiff.data.shards import TarShards
 from jaxdiff.data.source import Source
 from jaxdiff.data.tables import KEPT_GROUPS, ArrowTable, ParquetTable
+from jaxdiff.errors import say_once
 
 KINDS = {".tar": "tar", ".parquet": "parquet", ".array_record": "records", ".arrayrecord": "records"}
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")

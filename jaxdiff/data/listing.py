@@ -10,7 +10,6 @@ may lie in subfolders; one named as kohya's scripts have it, "10_sks dog", shows
 """
 
 import csv
-import functools
 import io
 import json
 import os
@@ -20,10 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import logging
-
 from jaxdiff.config import ConfigError
 from jaxdiff.data.source import TEXT_NAMES
+from jaxdiff.errors import say_once
 
 METADATA = "metadata.jsonl"  # names the images of a split and their captions
 TABLE = "metadata.csv"  # the same
@@ -226,12 +224,6 @@ def _lines(path: Path) -> tuple[str, ...]:
     """The captions of a text file, one a line; at least one."""
     lines = [line.strip() for line in _text(path).splitlines()]
     return tuple(line for line in lines if line) or ("",)
-
-
-@functools.cache
-def say_once(warning: str) -> None:
-    """A warning, though a folder is listed several times in a run."""
-    logging.warning("%s", warning)
 
 
 def _names(root: Path, paths: list[Path]) -> str:

@@ -5,7 +5,6 @@ file's metadata where jaxdiff wrote it. Loading reads tensor by tensor.
 """
 
 import dataclasses
-import functools
 import json
 import re
 import tempfile
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.config import (
@@ -26,7 +24,7 @@ from jaxdiff.config import (
     TinyVAEConfig,
     VAEConfig,
 )
-from jaxdiff.errors import WeightsError
+from jaxdiff.errors import WeightsError, say_once
 from jaxdiff.io.configs import NETWORKS, as_config_error, check_channels, check_dtype, example_image, module_shapes
 from jaxdiff.io.infer_config import (
     TEXTS,
@@ -162,13 +160,7 @@ def _check_others(
         groups = list({n.partition(".")[0]: n for n in strays[::-1]}.values())[::-1]  # the first of each
         more = " (a ControlNet: give the file to --controlnet too)" if "control_model." in " ".join(groups) else ""
         passed = f"{len(strays)} tensors that drawing does not need are passed over, such as {', '.join(groups[:5])}"
-        _say_once(f"{source.path}: {passed}{more}.")
-
-
-@functools.cache
-def _say_once(warning: str) -> None:
-    """A warning, though a file is opened for its configs and again for its weights."""
-    logging.warning("%s", warning)
+        say_once(f"{source.path}: {passed}{more}.")
 
 
 def clip_tokenizer(text: CLIPTextConfig) -> Tokenizer:
