@@ -142,6 +142,18 @@ def test_what_lightning_leaves_is_passed_over(tmp_path):
 # Damaged files.
 
 
+def test_tensors_of_containers_in_one_another(tmp_path):
+    """A hypernetwork's file holds pairs of dictionaries by number. What stands in two places is read once."""
+    torch = pytest.importorskip("torch")
+    layer = {"linear.0.weight": torch.zeros(3, 2)}
+    torch.save({320: (layer, {"linear.1.weight": torch.zeros(1)}), "again": layer, "step": 1}, tmp_path / "x.pt")
+    assert open_tensors(tmp_path / "x.pt").shapes == {"320.0.linear.0.weight": [3, 2], "320.1.linear.1.weight": [1]}
+    deep = b"\x80\x02}X\x01\x00\x00\x00a" + b"(" * 5000 + b"l" * 5000 + b"s."
+    (tmp_path / "deep.pt").write_bytes(torch_zip(deep))
+    with pytest.raises(WeightsError, match="no dictionary of tensors"):
+        open_tensors(tmp_path / "deep.pt")
+
+
 def test_the_honest_tensor_is_read(tmp_path):
     (tmp_path / "x.pt").write_bytes(torch_zip(tensor_program(), {"0": np.arange(4, dtype="<f4").tobytes()}))
     np.testing.assert_array_equal(open_tensors(tmp_path / "x.pt").read("x"), [0, 1, 2, 3])

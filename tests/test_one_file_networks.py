@@ -184,6 +184,7 @@ UPSCALER = "holds an image upscaler"
         ("text_model.encoder.layers.0.self_attn.k_proj.weight", "holds a text encoder"),
         ("ip_adapter.1.to_k_ip.weight", "holds an IP-Adapter, which is not supported: leave it out"),
         ("lora_controlnet", "holds a Control-LoRA"),
+        ("320.0.linear.0.weight", "holds a hypernetwork, which is not supported: leave it out"),
         ("double_blocks.0.img_attn.qkv.weight", "is of Flux, which is not supported"),
     ],
 )

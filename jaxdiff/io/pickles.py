@@ -248,16 +248,25 @@ def open_pickle(path: Path) -> tuple[dict[str, list[int]], Callable[[str], np.nd
     return {name: list(x.shape) for name, x in tensors.items()}, read
 
 
-def _tensors(content: Any) -> dict[str, _Tensor]:
-    """The tensors of a dictionary and, under "outer.inner", of dictionaries in it; other values are passed over.
+DEPTH = 4  # containers in one another that are looked into
 
-    Those of a list go by their numbers: "0", "1" …
+
+def _tensors(content: Any) -> dict[str, _Tensor]:
+    """The tensors of a dictionary and, under "outer.inner", of containers in it; other values are passed over.
+
+    Those of a list or tuple go by their numbers: "0", "1" … A container that stands in several places is read once.
     """
     found: dict[str, _Tensor] = {}
-    content = dict(enumerate(content)) if isinstance(content, list) else content
-    for name, value in content.items() if isinstance(content, dict) else ():
-        inner = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {str(name): value}
-        found |= {k: v for k, v in inner.items() if isinstance(v, _Tensor)}
+    seen: set[int] = set()
+    left = [("", content, DEPTH)]
+    while left:
+        name, value, depth = left.pop()
+        if isinstance(value, _Tensor):
+            found[name] = value
+        elif depth and isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            items = list(value.items() if isinstance(value, dict) else enumerate(value))
+            left += [(f"{name}.{key}" if name else str(key), inner, depth - 1) for key, inner in reversed(items)]
     return found
 
 

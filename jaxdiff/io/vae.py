@@ -30,7 +30,7 @@ from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.typing import Params
 
 PREFIXES = (VAE_PREFIX, "vae.", "")
-NAMES = rf"({'|'.join(map(re.escape, PREFIXES))})((en|de)coder\.(conv_in|down|mid|up|layers\.\d+\.(conv|weight))|\d+\.)"
+NAMES = rf"({'|'.join(map(re.escape, PREFIXES))})((en|de)coder\.(conv_in|down|mid|up|layers\.\d+\.(conv|weight))|\d+\.(conv|weight))"
 
 
 def load_tiny_vae(path: str | Path, *, dtype: Any = None, variant: str | None = None) -> tuple[AutoencoderTiny, Params]:
