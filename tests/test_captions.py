@@ -223,6 +223,26 @@ def test_images_set_aside_are_not_trained_on(folder):
         fingerprints(config)
 
 
+def test_images_set_aside_are_filtered_as_those_trained_on(tmp_path):
+    for split, styles in {"train": "aabbc", "test": "cab"}.items():
+        (tmp_path / split).mkdir()
+        for i, style in enumerate(styles):
+            Image.new("RGB", (8, 8)).save(tmp_path / split / f"{i}.png")
+            line = {"file_name": f"{i}.png", "text": f"{style}{i}", "style": style, "subject": style}
+            with (tmp_path / split / "metadata.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    config = base()
+    config.data.path = str(tmp_path)
+    config.data.filter.style = ("b", "c")
+    config.data.filter.max_subjects = 1
+    images = Images(config, tmp_path / "run")
+    assert [images.chosen("train").read(i).captions[0] for i in range(2)] == ["b2", "b3"]
+    assert [images.chosen("test").read(i).captions[0] for i in range(2)] == ["c0", "b2"]
+    config.data.filter.style = ("d",)
+    with pytest.raises(ConfigError, match=r"data\.filter leaves no image of .*test"):
+        images.chosen("test")
+
+
 def test_the_evaluation_takes_them_too(folder):
     path = folder("a.png", "b.png", texts={"a.txt": "x", "b.txt": "y\nz"})
     assert find_images(path, None).prompts == ("x", "y")

@@ -110,7 +110,7 @@ SETTINGS: dict[str, Any] = {
     "data": {
         "path": setting("", path=True),
         "split": "train",
-        "eval_split": "",  # images set aside; "": those of `split`
+        "eval_split": "",  # images set aside, filtered as those of `split`; "": those themselves
         "image_size": setting(128, 0, 16384),  # pixels of a side; 0: the model's own
         # Of transparent images; random ones are named in the caption.
         "background": setting("random", choices=("random", "white")),

@@ -126,7 +126,8 @@ def build_run(config: Any, workdir: Path) -> Run:
     if options.batch_size % processes:
         raise OptionsError(f"batch_size {options.batch_size} must be divisible by {processes} hosts.")
     images = Images(config, workdir)
-    source = images.chosen()
+    source = images.chosen(config.data.split)
+    aside = images.chosen(config.data.eval_split) if config.data.eval_split and config.eval.images else source
     model, params = init.starting_model(
         config.model.to_dict(), config.init_from.to_dict(), images.tokenizer, jax.random.key(config.seed, impl=PRNG),
         dtype=config.dtype, remat=config.remat or False, check=lambda model: check_sizes(config, model),
@@ -135,7 +136,7 @@ def build_run(config: Any, workdir: Path) -> Run:
     buckets = images.buckets(source, size)
     trainable = trainables.make(config, model, params)
     at_once = max(1, options.batch_size // (devices * options.accumulate))
-    data = TrainingData(images, source, size, buckets, at_once, trainable.make_control_image)
+    data = TrainingData(images, source, aside, size, buckets, at_once, trainable.make_control_image)
     run = Run(config, workdir, options, trainable, data)
     for name in ("latents.path", "cache_latents"):
         if config[name] and trainable.sample_inputs:

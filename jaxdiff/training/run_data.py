@@ -68,12 +68,15 @@ class Images:
         captions = [c.replace("{}", self.config.textual_inversion.token) for c in data.captions]
         return self.captioned(folder, captions, f"captioned/{name}")
 
-    def chosen(self) -> Source:
-        """The images to train on, as `data.filter` chooses them; latents written beforehand hold what was chosen."""
-        source, config = self.split(self.config.data.split), self.config
+    def chosen(self, name: str) -> Source:
+        """The images of a split that `data.filter` chooses; latents written beforehand hold what was chosen."""
+        source, config = self.split(name), self.config
         if config.latents.path:
             return source
-        return select(source, config.data.filter.to_dict(), cache=self.workdir / "data", **hosts())
+        wanted = config.data.filter.to_dict()
+        if name != config.data.split:
+            del wanted["max_subjects"]  # those of the training images, which are not the commonest everywhere
+        return select(source, wanted, cache=self.workdir / "data", **hosts())
 
     def tokenizer(self) -> Tokenizer:
         """One learnt from the captions of the whole set, so that every subset of it gets the same vocabulary."""
@@ -105,6 +108,7 @@ class TrainingData:
 
     images: Images
     source: Source  # what is trained on
+    aside: Source  # what the loss is measured on
     image_size: int
     buckets: Buckets | None
     at_once: int  # images that one device takes at a time outside of training, as many as in a part of a step
@@ -141,11 +145,10 @@ class TrainingData:
         left, found = config.eval.images, list[Mapping[str, Any]]()
         if not left:
             return found
-        split = {"source": self.images.split(config.data.eval_split)} if config.data.eval_split else {}
         sizes = {"batch_size": min(left, self.at_once), "epochs": 1, "drop_remainder": False, "workers": 0}
         # Another order than in training, background colours included.
         how = {"seed": config.seed + 1, "flip": False, "buckets": None, **ALONE}
-        stream = iter(self.batches(**split, **sizes, **how))
+        stream = iter(self.batches(source=self.aside, **sizes, **how))
         while left > 0 and (batch := next(stream, None)) is not None:
             found.append({name: values[:left] for name, values in batch.items()})
             left -= len(batch["text"])
