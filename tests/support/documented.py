@@ -110,7 +110,6 @@ STAND_INS: dict[str, Callable[[Path], object]] = {
     "my-sdxl": lambda path: save(path, sdxl()),
     "sdxl.safetensors": lambda path: save(path, sdxl()),
     "runs/mine/export": lambda path: save(path, tiny.tiny_model()),
-    "datasets/icons/next": lambda path: save(path, tiny.tiny_model()),
     "style.safetensors": lambda path: lora(path, tiny.tiny_model()),
     "sdxl-style.safetensors": lambda path: lora(path, sdxl()),
     "token.safetensors": textual_inversion,
@@ -138,8 +137,6 @@ def small_world(folder: Path, bundled: Path, monkeypatch) -> Path:
     """An empty folder to run in, with configs/; the models in `bundled` take the place of those that ship, and the
     stages of the icons are tiny."""
     (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / "datasets" / "icons").mkdir(parents=True)
-    (folder / "datasets" / "icons" / "next").symlink_to(bundled / "icons")
     monkeypatch.setattr(model_paths, "BUNDLED", bundled)
     vision = TEXT | {"image_size": tiny.SIDE, "patch_size": 8, "projection_dim": 16}
     monkeypatch.setattr(sizes, "clip", lambda: {"text_encoder": TEXT, "vision_encoder": vision})
