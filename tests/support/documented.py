@@ -195,6 +195,8 @@ NOT_RUN = {
     "pip": "needs the network",
     "make": "runs this test",
     "datasets.icons": "needs the network, npm and apt",
+    "gcloud": "needs an account of Google Cloud",
+    "xpk": "needs an account of Google Cloud",
 }
 
 # --- what is checked of every command without running it
@@ -216,6 +218,8 @@ def check(name: str, arguments: list[str]) -> None:
         assert all((ROOT / file).is_file() for file in arguments)
     elif name == "pip":
         check_requirements([a for a in arguments if not a.startswith(("-", "http", "install"))])
+    elif name in ("gcloud", "xpk"):
+        assert arguments
     elif name == "make":
         for target in arguments:
             assert re.search(rf"^{target}:", read("Makefile"), re.MULTILINE), target
