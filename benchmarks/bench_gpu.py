@@ -184,7 +184,8 @@ def theirs(case: Case, small: bool) -> tuple[Callable[[], object], Callable[[], 
     torch.set_grad_enabled(False)
     unet = unet.to(memory_format=torch.channels_last)
     vae = diffusers.AutoencoderKL.from_config(model.vae.config.to_dict()).to(device, dtype)
-    parts: dict[str, Any] = {"vae": vae, "unet": unet, "scheduler": diffusers.DPMSolverMultistepScheduler(steps_offset=1)}
+    scheduler = diffusers.DPMSolverMultistepScheduler(steps_offset=1)
+    parts: dict[str, Any] = {"vae": vae, "unet": unet, "scheduler": scheduler}
     for n, (encoder, cls) in enumerate(
         ((model.text_encoder, CLIPTextModel), (model.text_encoder_2, CLIPTextModelWithProjection)), 1
     ):

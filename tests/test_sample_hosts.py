@@ -51,6 +51,24 @@ def test_a_host_that_fails_is_named_and_the_other_ends(tiny_folder, tmp_path, fa
     assert not any("Traceback" in error for error in errors)
 
 
+def test_a_host_that_stays_alone_says_so(tmp_path):
+    port = free_port()
+    program = f"""
+import sys
+from jaxdiff.cli import hosts, sample
+hosts.WAIT = 2
+sys.exit(sample.main(["sample.py", "--prompt=a", "--output=x.png", "--coordinator_address=localhost:{port}",
+                      "--num_processes=2", "--process_id=0"]))
+"""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 1
+    assert f"after 2 s not all processes have met at localhost:{port}: start the same command" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_host_that_dies_is_named(tiny_folder, tmp_path):
     """Within two minutes, as long as the others wait for a sign of life; they have written their own images."""

@@ -1,6 +1,9 @@
 """One of several processes, on a host each: the flags that say so, and what is divided and brought together."""
 
 import contextlib
+import os
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +13,8 @@ from absl import flags
 from jax.experimental.multihost_utils import ProcessFailureError, live_devices, process_allgather
 
 from jaxdiff.cli.errors import Failure, UsageError
+
+WAIT = 300  # seconds for all processes to meet
 
 
 def check(f: flags.FlagValues) -> None:
@@ -26,9 +31,32 @@ class Gone(Failure):
 
 
 def start(f: flags.FlagValues) -> None:
-    """Find the other processes; what is not given comes from the environment of a TPU pod, Slurm or Open MPI."""
-    if f.distributed or f.coordinator_address:
-        jax.distributed.initialize(f.coordinator_address, f.num_processes, f.process_id)
+    """Find the other processes; what is not given comes from the environment of a TPU pod, Slurm or Open MPI.
+
+    Where some are still missing after `WAIT` seconds the process ends with a sentence and exit code 1: JAX would abort.
+    """
+    if not (f.distributed or f.coordinator_address):
+        return
+
+    def give_up() -> None:
+        where = f" at {f.coordinator_address}" if f.coordinator_address else ""
+        print(
+            f"error: after {WAIT} s not all processes have met{where}: start the same command on every host, each with "
+            "a process_id of its own where that is given, and let them reach the first one's port.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(WAIT, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            f.coordinator_address, f.num_processes, f.process_id, initialization_timeout=2 * WAIT
+        )
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

@@ -30,7 +30,8 @@ from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.typing import Params
 
 PREFIXES = (VAE_PREFIX, "vae.", "")
-NAMES = rf"({'|'.join(map(re.escape, PREFIXES))})((en|de)coder\.(conv_in|down|mid|up|layers\.\d+\.(conv|weight))|\d+\.(conv|weight))"
+_TINY = r"\d+\.(conv|weight)"
+NAMES = rf"({'|'.join(map(re.escape, PREFIXES))})((en|de)coder\.(conv_in|down|mid|up|layers\.{_TINY})|{_TINY})"
 
 
 def load_tiny_vae(path: str | Path, *, dtype: Any = None, variant: str | None = None) -> tuple[AutoencoderTiny, Params]:
