@@ -17,7 +17,7 @@ from jaxdiff.io.textual_inversion import load_textual_inversion, save_textual_in
 from jaxdiff.io.vae import load_vae
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.model import Model, decode, encode, encode_text, with_controlnets
-from jaxdiff.parallel import replicate
+from jaxdiff.parallel import replicate, shard
 from jaxdiff.sampling.denoiser import denoiser
 from jaxdiff.sampling.generate import generate, initial_noise
 from jaxdiff.sampling.resolve import tokenize
@@ -48,6 +48,7 @@ __all__ = [
     "sample",
     "save",
     "save_lora",
+    "shard",
     "save_textual_inversion",
     "time_grid",
     "tokenize",

@@ -9,10 +9,13 @@ and shape how it is divided, and its gradient, moments and average with it:
   time of the step that uses them (Zhao et al. 2023; Rajbhandari et al. 2020, section 5.3). Vectors stay whole: they are
   too small to be worth a message.
 
-Examples are divided over "data" and "fsdp" alike.
+Examples are divided over "data" and "fsdp" alike. Sampling maps one program over devices (`pmap`), each of which has a
+whole copy of the parameters (`replicate`) or keeps them divided by the same rule (`shard`).
 """
 
 import contextlib
+import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +38,7 @@ ROWS = re.compile(r"(attn\d+/to_out_0|ff/net_2|self_attn_out_proj|mlp_fc2|resnet
 
 
 def mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices of all hosts as a mesh over ("data", "fsdp", "tensor") for training; "data" is what is left.
+    """All devices of all hosts as a mesh over ("data", "fsdp", "tensor"); "data" is what is left.
 
     Neighbours in the mesh are neighbours in a TPU's network, and only "data" goes from slice to slice.
 
@@ -211,6 +214,8 @@ def put_global(tree: Any, sharding: Any) -> Any:
     def one(x: Any, sharding: Sharding) -> jax.Array:
         if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
             return jax.device_put(x, sharding)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
@@ -219,10 +224,13 @@ def put_global(tree: Any, sharding: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Divided arrays in full as numpy arrays, on every host."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+    """Divided arrays in full as numpy arrays, on every host that has a part of them."""
+
+    def whole(x: Any) -> Any:
+        spans = isinstance(x, jax.Array) and not x.is_fully_addressable
+        return multihost_utils.process_allgather(x, tiled=True) if spans else x
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def global_batch(mesh: Mesh, batch: Any) -> Any:
@@ -286,46 +294,107 @@ def replicate(params: Any, devices: Sequence[jax.Device] | None = None) -> Any:
         params: a tree of arrays.
         devices: None takes all that this process has.
     """
-    return jax.device_put(params, replicated(data_mesh(jax.local_devices() if devices is None else devices)))
+    return put_global(params, replicated(data_mesh(jax.local_devices() if devices is None else devices)))
 
 
-def committed(tree: Any) -> tuple[jax.Device, ...]:
-    """The devices that the arrays of a tree were put on, in their order; none where jax is free to choose."""
+def shard(params: Any, mesh: Mesh) -> Any:
+    """The parameters divided over a `mesh`, so that `generate` draws there and no device holds the whole model."""
+    return put_global(params, param_sharding(mesh, params))
+
+
+def place(x: np.ndarray, path: str, mesh: Mesh | None) -> jax.Array:
+    """One parameter on the default device, or divided over a mesh as by `shard`. Compiles nothing."""
+    return jax.device_put(x) if mesh is None else shard({path: x}, mesh)[path]
+
+
+def committed(tree: Any) -> tuple[jax.Device, ...] | Mesh:
+    """The mesh that divides the arrays of a tree, else the devices that they were put on; none where jax may choose."""
     for x in jax.tree.leaves(tree):
         if getattr(x, "committed", False):
+            mesh = getattr(x.sharding, "mesh", None)
+            if isinstance(mesh, Mesh) and mesh.axis_names == AXES and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+                return mesh
             return tuple(x.sharding.devices_indices_map(x.shape))
     return ()
 
 
-def pmap(function: Callable, devices: Sequence[jax.Device], shared: int = 0) -> Mapped:
+@dataclasses.dataclass(frozen=True)
+class Divided:
+    """Parameters inside a program of `pmap`: those under a key are gathered over "fsdp" when they are taken."""
+
+    parts: Any  # those that each device has
+    shardings: Any
+
+    def __getitem__(self, name: str) -> Any:
+        def one(x: Any, sharding: NamedSharding) -> Any:
+            axes = list(sharding.spec)
+            return jax.lax.all_gather(x, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else x
+
+        def gathered(parts: Any) -> Any:
+            return jax.tree.map(one, parts, self.shardings[name])
+
+        auto = set(jax.sharding.get_abstract_mesh().auto_axes)
+        if auto:  # by itself: else the compiler first puts together what it has divided over "tensor"
+            specs = jax.tree.map(lambda x: without(x.spec, "fsdp"), self.shardings[name])
+            gathered = jax.shard_map(gathered, in_specs=(specs,), out_specs=specs, axis_names=auto, check_vma=False)
+        return gathered(self.parts[name])
+
+
+def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
+    return PartitionSpec(*[None if name == axis else name for name in spec])
+
+
+def anew(params: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+    """The same parameters and x; where they are divided, what is gathered of them is not kept from one x to the next."""
+    if not isinstance(params, Divided):
+        return params, x
+    parts, x = jax.lax.optimization_barrier((params.parts, x))
+    return Divided(parts, params.shardings), x
+
+
+def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int = 0) -> Mapped:
     """Map one program over devices, each with its part of a batch, as `jax.pmap` did; see docs/adr/001-devices.md.
 
     Args:
         function: of `shared` arguments that every device gets whole, then of arguments [B, ...] that are divided along
             their first axis (trees of arrays; None where absent). Returns a tree of arrays [B, ...].
-        devices: what to map over.
+        devices: what to map over; or a `mesh`, over which the first of the shared arguments, parameters, is divided as
+            by `shard`: the function gets them as `Divided`, and batches are divided over "data" and "fsdp".
         shared: how many leading arguments are not divided.
 
     Returns:
         A function of the same arguments for any B >= 1. A batch that does not divide evenly is filled up with its
         last row, and the results of the filling are cut off. The compiled program of a function that treats its rows
-        independently holds no communication.
+        independently holds no communication but that of divided parameters.
     """
-    mesh = data_mesh(devices)
-    whole, divided = PartitionSpec(), PartitionSpec("data")
+    mesh, divided = (devices, True) if isinstance(devices, Mesh) else (data_mesh(devices), False)
+    axes = tuple(axis for axis in EXAMPLES if axis in mesh.axis_names)
+    rows, parts = PartitionSpec(axes), math.prod(mesh.shape[axis] for axis in axes)
+    manual = set(axes) if mesh.shape.get("tensor", 1) > 1 else set(mesh.axis_names)  # "tensor" is the compiler's
+
+    def shardings(args: Sequence[Any]) -> list[Any]:
+        found: list[Any] = [replicated(mesh)] * shared + [NamedSharding(mesh, rows)] * (len(args) - shared)
+        return [param_sharding(mesh, args[0]), *found[1:]] if divided else found
 
     @jax.jit
     def program(*args):
-        specs = (whole,) * shared + (divided,) * (len(args) - shared)
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=divided, check_vma=False)(*args)
+        run, places = function, shardings(args)
+        if divided:
+            run = lambda params, *rest: function(Divided(params, places[0]), *rest)  # noqa: E731
+            args = (jax.lax.with_sharding_constraint(args[0], places[0]), *args[1:])
+        specs = tuple(jax.tree.map(lambda x: without(x.spec, "tensor"), places))
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=manual, check_vma=False)(*args)
 
     def mapped(*args):
         each = args[shared:]
         batch = jax.tree.leaves(each)[0].shape[0]
-        missing = -batch % len(devices)
+        missing = -batch % parts
         if missing:
             each = jax.tree.map(lambda x: x[np.minimum(np.arange(batch + missing), batch - 1)], each)
-        out = program(*args[:shared], *each)
+        args = (*args[:shared], *each)
+        if mesh.is_multi_process:
+            args = [put_global(x, place) for x, place in zip(args, shardings(args), strict=True)]
+        out = program(*args)
         return jax.tree.map(lambda x: x[:batch], out) if missing else out
 
     return Mapped(mapped, program)

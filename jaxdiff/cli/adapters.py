@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
+from jax.sharding import Mesh
 
 import jaxdiff
 from jaxdiff.cli.errors import UsageError
@@ -49,14 +50,19 @@ def naming(flag: str) -> Iterator[None]:
         raise UsageError(f"{flag}: {e}") from None
 
 
-def read_adapters(f: flags.FlagValues, model: jaxdiff.Model) -> Adapters:
-    """The files of --embedding, --lora, --controlnet and --preview_vae. Raises UsageError."""
+def read_adapters(f: flags.FlagValues, model: jaxdiff.Model, mesh: Mesh | None = None) -> Adapters:
+    """The files of --embedding, --lora, --controlnet and --preview_vae. Raises UsageError.
+
+    Args:
+        mesh: what ControlNets are divided over.
+    """
     with naming("--embedding"):
         words = read_textual_inversion(model, [named(given) for given in f.embedding])
     with naming("--lora"):
         loras = [(read_lora(model, path), weight) for path, weight in map(weighted, f.lora)]
     with naming("--controlnet"):
-        nets = [load_controlnet(path, dtype=f.dtype, like=model.unet.config) for path in f.controlnet]
+        more: Any = {"dtype": f.dtype, "like": model.unet.config, "mesh": mesh}
+        nets = [load_controlnet(path, **more) for path in f.controlnet]
         jaxdiff.with_controlnets(model, {}, *nets)  # complains
     with naming("--preview_vae"):
         return Adapters(words, loras, nets, load_tiny_vae(f.preview_vae, dtype=f.dtype) if f.preview_vae else None)

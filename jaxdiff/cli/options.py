@@ -178,6 +178,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         # The batch size, and whether there is a preview, are kept because other programs may round otherwise.
         whole("batch_size", "kept", "Images drawn at once; the last batch is filled up, so that one compiled program "
               "draws all.", without="batches of equal size, at most 4 a device"),
+        whole("fsdp", "run", "Devices over which each parameter is kept divided, for models larger than a device.", 1),
+        whole("tensor", "run", "Devices over which the layers themselves are divided; try --fsdp first.", 1),
     ),
     "files": (
         text("from_png", "run", "Take the flags that this PNG of an earlier run holds; flags given beside it "

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -14,6 +15,7 @@ from jaxdiff.text.wildcards import expand
 from jaxdiff.typing import SEEDS
 
 MAX_IMAGES = 10**6  # of a run
+IN_VAIN = 0.2  # of the images that a device draws, at most: they fill a batch up
 ImageRequest = dict[str, Any]  # the flags that draw one image, by name
 
 
@@ -121,6 +123,19 @@ def batch_arguments(batch: list[ImageRequest]) -> dict[str, Any]:
     return found
 
 
-def batch_size(total: int, devices: int, most: int = 4) -> int:
-    """Batches of equal size, of at most so many images a device."""
-    return math.ceil(total / math.ceil(total / (most * devices)))
+def batch_size(groups: Sequence[int], devices: int, most: int = 4) -> int:
+    """The size of all batches, from 1 to `most` images a device, so that one program draws all.
+
+    There are as few batches as leave at most IN_VAIN of each device's images to filling up; then the smallest that do.
+    Where all fit the devices at one image each, a power of 2 of devices draw them: few programs for any number of images.
+
+    Args:
+        groups: how many images each has that may be in one batch.
+    """
+
+    def batches(each: int) -> int:
+        return sum(math.ceil(count / (each * devices)) for count in groups)
+
+    sizes = [each for each in range(1, most + 1) if (1 - IN_VAIN) * each * batches(each) <= batches(1)]
+    each = min(sizes, key=lambda each: (batches(each), each))
+    return min(devices, 2 ** math.ceil(math.log2(max(groups)))) if each == 1 else each * devices

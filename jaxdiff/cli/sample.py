@@ -23,8 +23,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 import jaxdiff
+from jaxdiff import parallel
 from jaxdiff.cli import errors, hosts
 from jaxdiff.cli.adapters import (
     Adapters,
@@ -62,7 +64,6 @@ from jaxdiff.io.modules import CONFIG
 from jaxdiff.io.textual_inversion import with_words
 from jaxdiff.io.vae import check_tiny_vae, check_vae, described_vae
 from jaxdiff.models.controlnet import ControlNet
-from jaxdiff.parallel import device_memory
 from jaxdiff.sampling.checks import check_memory, least_memory
 from jaxdiff.sampling.generate import draw
 from jaxdiff.sampling.resolve import Request, Settings, resolve_images, resolve_settings
@@ -76,8 +77,31 @@ BLACK = (0, 0, 0)
 Reader = Callable[..., np.ndarray]  # a file, and what its transparency is laid over, to an image uint8 [H, W, 3]
 
 
-def resolve(f: flags.FlagValues, model: jaxdiff.Model, count: int, read: Reader) -> Settings:
-    """What `count` images share. Flags left open get the value that is decided; raises UsageError if one cannot be."""
+def divided_over(f: flags.FlagValues) -> Mesh | None:
+    """The devices of this process over which --fsdp and --tensor divide the model, if they do. Raises UsageError."""
+    if f.fsdp == f.tensor == 1:
+        return None
+    try:
+        return parallel.mesh(f.fsdp, f.tensor, jax.local_devices())
+    except ValueError as e:
+        raise UsageError(f"--{e}") from None
+
+
+def image_groups(f: flags.FlagValues, lines: list[PromptLine]) -> list[int]:
+    """How many images in a row are drawn with the same LoRAs, which alone share batches. Raises UsageError."""
+    if f.lora_dir is None:
+        return [count_images(f, lines)]
+    check_files(f)
+    chosen = named_loras(f, image_requests(f, lines))
+    return [end - start for start, end in runs(chosen, len(chosen))]
+
+
+def resolve(f: flags.FlagValues, model: jaxdiff.Model, groups: list[int], read: Reader) -> Settings:
+    """What all images share. Flags left open get the value that is decided; raises UsageError if one cannot be.
+
+    Args:
+        groups: see `image_groups`.
+    """
     check_model(f, model)
     arguments: dict[str, Any] = {name: f[name].value for name, option in OPTIONS.items() if option.part == "settings"}
     arguments |= {"image": f.image, "mask": f.mask or f.outpaint, "guidance_scale": f.guidance_scale}
@@ -94,10 +118,11 @@ def resolve(f: flags.FlagValues, model: jaxdiff.Model, count: int, read: Reader)
         raise UsageError(str(e)) from None
     for name in ("scheduler", "guidance_scale", "strength", "height", "width"):
         f[name].value = getattr(settings, name)
-    devices, size = jax.local_device_count(), (settings.height, settings.width, settings.tile)
+    devices, size = jax.local_device_count() // f.tensor, (settings.height, settings.width, settings.tile)
     if f.batch_size is None:
-        most = int(min(4, max(1, device_memory() / least_memory(model, *size))))
-        f["batch_size"].value = batch_size(math.ceil(count / jax.process_count()), devices, most)
+        most = int(min(4, max(1, parallel.device_memory() / least_memory(model, *size))))
+        each = [math.ceil(count / jax.process_count()) for count in groups]
+        f["batch_size"].value = batch_size(each, devices, most)
     with flag_errors():
         check_memory(model, *size, count=math.ceil(f.batch_size / devices))
     return settings
@@ -127,16 +152,17 @@ def described(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
 
 
 def load(
-    f: flags.FlagValues, path: Path, laid: Adapters, lora_files: Sequence[str | Path]
+    f: flags.FlagValues, path: Path, laid: Adapters, lora_files: Sequence[str | Path], mesh: Mesh | None = None
 ) -> tuple[jaxdiff.Model, Any]:
     """The model at a path with all that flags lay onto it, and its parameters.
 
     Args:
         lora_files: of all LoRAs, those that prompts name too; embeddings in them come along.
+        mesh: what the parameters are divided over.
     """
     params: Any
     with naming("--model" if f.vae is None else "--model, --vae"):
-        model, params = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type, vae=f.vae)
+        model, params = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type, vae=f.vae, mesh=mesh)
     with naming("--embedding"):
         model, params = with_words(model, params, laid.words)
     with naming("--lora"):
@@ -255,17 +281,18 @@ def run(f: flags.FlagValues) -> None:
 
 def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     """Draw this process's images of these prompts, and write them; the first process writes the sheet of all."""
+    mesh = divided_over(f)
     with naming("--model"):
         path = model_paths.find(f.model)
     model = described(f, path)
     read = functools.cache(images.read_image)
-    settings = resolve(f, model, count_images(f, lines), read)
+    settings = resolve(f, model, image_groups(f, lines), read)
     requests = image_requests(f, lines)
     files = output_files(f, requests)
     check_folder(files.images[0].parent)
     check_files(f)
     given = given_images(f, model, read)
-    laid, chosen = read_adapters(f, model), named_loras(f, requests)
+    laid, chosen = read_adapters(f, model, mesh), named_loras(f, requests)
     loras, everyones = read_named(model, chosen), list(runs(chosen, f.batch_size))
     slices = hosts.mine(everyones)
     wanted = [without_tags(f, request) for request in requests]
@@ -274,20 +301,24 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     new_words = f.embedding or any(bundled_words(model, file) for file in lora_files)  # with tokens of their own
     parts = None if new_words else plan(with_controlnets(model, path, laid))
     cache.cache_compilations(f.cache_dir)
-    model, params = load(f, path, laid, lora_files)
+    model, params = load(f, path, laid, lora_files, mesh)
     del laid
     parts = parts or plan(model)
-    devices = jax.local_devices()[: f.batch_size]
     if len(set(chosen)) == 1:  # nothing is kept that no image needs
         params, chosen = merge_named(params, loras, chosen[0]), [()] * len(chosen)
-    params = jaxdiff.replicate(params, devices)
+
+    def placed(params: Any) -> Any:
+        devices = jax.local_devices()[: f.batch_size]
+        return jaxdiff.replicate(params, devices) if mesh is None else jaxdiff.shard(params, mesh)
+
+    params = placed(params)
 
     merged: dict[Weighted, Any] = {}  # the latest alone
 
     def params_with(named: Weighted) -> Any:
         if named not in merged:
             merged.clear()
-            merged[named] = merge_named(params, loras, named)
+            merged[named] = placed(merge_named(params, loras, named))
         return merged[named]
 
     for folder in {p.parent for p in files.images}:

@@ -133,7 +133,7 @@ def drawn(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:
     images: list[Wanted] = wanted(lines, f.num_images, f.seed, f.negative_prompt)
     begun = {"model": model_digest(path), "dtype": f.dtype, "options": options, "images": images}
     outputs.begin(work, begun)
-    size = f.batch_size or batch_size(len(images), jax.local_device_count())
+    size = f.batch_size or batch_size([len(images)], jax.local_device_count())
     params = jaxdiff.replicate(params, jax.local_devices()[:size])
     with progress_bar("drawing", len(images)) as advance:
         return draw(model, params, images, work / "images", batch_size=size, progress=advance, **options)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
 from jaxdiff.config import ControlNetConfig, UNetConfig
 from jaxdiff.errors import WeightsError
@@ -23,7 +24,12 @@ CONDITION = "controlnet_cond_embedding.conv_in.weight"  # diffusers' name of the
 
 
 def load_controlnet(
-    path: str | Path, *, dtype: Any = None, variant: str | None = None, like: UNetConfig | None = None
+    path: str | Path,
+    *,
+    dtype: Any = None,
+    variant: str | None = None,
+    like: UNetConfig | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[ControlNet, Params]:
     """A ControlNet and its parameters.
 
@@ -34,20 +40,22 @@ def load_controlnet(
         variant: of a folder's weights, such as "fp16".
         like: the config of the UNet that it is to steer, for what no tensor of a file tells, such as the number of
             heads; by default as in the published Stable Diffusion.
+        mesh: what the parameters are divided over as they are read; see `load`.
 
     Raises:
         ConfigError, WeightsError: one sentence that names the file and the fix.
     """
     if not Path(path).is_file():
-        return load_module(path, ControlNetConfig, ControlNet, example_inputs, dtype, variant)
+        return load_module(path, ControlNetConfig, ControlNet, example_inputs, dtype, variant, mesh)
     source = _open(path)
     for prefix in PREFIXES:
         if prefix + HINT.format(0) in source.shapes:
-            return load_original(source, prefix, dtype, like)
+            return load_original(source, prefix, dtype, like, mesh)
     if not without_config(path):
-        return load_module(path, ControlNetConfig, ControlNet, example_inputs, dtype, variant)
+        return load_module(path, ControlNetConfig, ControlNet, example_inputs, dtype, variant, mesh)
     controlnet = ControlNet(controlnet_config(source, controlnet_shapes(source), like), dtype=check_dtype(dtype))
-    return controlnet, load_tensors(source, module_shapes(controlnet, example_inputs, source.path), controlnet.dtype)
+    shapes = module_shapes(controlnet, example_inputs, source.path)
+    return controlnet, load_tensors(source, shapes, controlnet.dtype, mesh)
 
 
 def check_controlnet(path: str | Path) -> None:
@@ -74,7 +82,11 @@ def save_controlnet(folder: str | Path, controlnet: ControlNet, params: Params, 
 
 
 def load_original(
-    source: TensorSource, prefix: str, dtype: Any = None, like: UNetConfig | None = None
+    source: TensorSource,
+    prefix: str,
+    dtype: Any = None,
+    like: UNetConfig | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[ControlNet, Params]:
     """The ControlNet among the tensors of an original file whose names start with `prefix`."""
     dtype = check_dtype(dtype)
@@ -89,4 +101,4 @@ def load_original(
     found |= {name: name for name in set(source.shapes) - set(found.values()) if name.startswith(prefix)}
     renamed = {ours: source.shapes[theirs] for ours, theirs in found.items()}
     ours = TensorSource(source.path, renamed, lambda name: source.read(found[name]))
-    return controlnet, load_tensors(ours, shapes, dtype)
+    return controlnet, load_tensors(ours, shapes, dtype, mesh)

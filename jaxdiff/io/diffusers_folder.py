@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxdiff.config import ConfigError, read_json
 from jaxdiff.config.pipeline import PipelineOptions
 from jaxdiff.config.scheduler import SchedulerConfig
@@ -101,6 +103,7 @@ def load_folder(
     prediction_type: str | None = None,
     remat: bool = False,
     without_vae: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[Model, Params]:
     """The model of a folder and its parameters, with its ControlNets. See `load`."""
     dtype = check_dtype(dtype)
@@ -117,8 +120,8 @@ def load_folder(
     if variant and not any(variants.values()):
         raise WeightsError(f"{folder} holds no weights of the variant {variant!r}: leave it out, or name another.")
     files = {name: find_weights(folder / name, name, variants[name]) for name in shapes}
-    params = {name: load_tensors(files[name], shapes[name], dtype) for name in shapes}
-    nets = [load_controlnet(folder / name, dtype=dtype, variant=variants[name]) for name in names]
+    params = {name: load_tensors(files[name], shapes[name], dtype, mesh) for name in shapes}
+    nets = [load_controlnet(folder / name, dtype=dtype, variant=variants[name], mesh=mesh) for name in names]
     return with_controlnets(model, params, *nets) if nets else (model, params)
 
 

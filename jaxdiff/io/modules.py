@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxdiff.config import CLIPTextConfig, Config, ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.files import atomic_write, writing
@@ -68,6 +70,7 @@ def load_module(
     inputs: Callable[[Any], tuple[Array, ...]],
     dtype: Any = None,
     variant: str | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Any, Params]:
     """One network and its parameters.
 
@@ -77,6 +80,7 @@ def load_module(
         inputs: from the config to inputs that the module can be initialised with.
         dtype: type to compute in and to hold the parameters in, "float32" by default.
         variant: of a folder's weights, such as "fp16".
+        mesh: what the parameters are divided over, see `load_tensors`.
 
     Raises:
         ConfigError, WeightsError: one sentence that names the file and the fix.
@@ -85,7 +89,8 @@ def load_module(
     file = (path if path.is_dir() else path.parent) / CONFIG
     module = module_class(read_config(file, config_class), dtype=dtype)
     shapes = module_shapes(module, inputs, file)
-    return module, load_tensors(find_weights(path, "unet", variant) if path.is_dir() else path, shapes, dtype)
+    weights = find_weights(path, "unet", variant) if path.is_dir() else path
+    return module, load_tensors(weights, shapes, dtype, mesh)
 
 
 def existing(path: str | Path, config_class: type[Config]) -> Path:

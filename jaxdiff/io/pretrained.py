@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxdiff.io.diffusers_folder import CONTROLNET, load_folder, load_model, save_folder
 from jaxdiff.io.model_paths import SINGLE_FILES, find
 from jaxdiff.io.modules import CONFIG
@@ -21,6 +23,7 @@ def load(
     prediction_type: str | None = None,
     remat: bool = False,
     vae: str | Path | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Model, Params]:
     """Open a model.
 
@@ -34,22 +37,24 @@ def load(
             so or says it wrong: of one-file checkpoints of SD 2.x those for 512 pixels predict epsilon.
         remat: recompute activations in the backward pass, for gradients through large models.
         vae: another autoencoder in place of the model's, which may then lack one; see `load_vae`.
+        mesh: of `jaxdiff.parallel.mesh(fsdp=…, tensor=…)`, for models larger than a device: the parameters are divided
+            over it as they are read, and `generate` draws there.
 
     Returns:
         The model, static under `jit`, with the ControlNets that its folder lists, and its parameters on the default
-        device. Each tensor goes from the memory-mapped file straight to its place, so that the peak of memory is the
+        device or the mesh. Each tensor goes from the memory-mapped file straight to its place, so that the peak of memory is the
         parameters and one tensor.
 
     Raises:
         ConfigError, WeightsError: one sentence that names the file and the fix.
     """
     path = find(name_or_path, variant)
-    more: Any = {"prediction_type": prediction_type, "remat": remat, "without_vae": vae is not None}
+    more: Any = {"prediction_type": prediction_type, "remat": remat, "without_vae": vae is not None, "mesh": mesh}
     if path.is_file():
         model, params = load_single_file(path, dtype, **more)
     else:
         model, params = load_folder(path, dtype, variant=variant, **more)
-    return (model, params) if vae is None else load_vae(model, params, vae)
+    return (model, params) if vae is None else load_vae(model, params, vae, mesh=mesh)
 
 
 def described(path: Path, dtype: Any = None, **more: Any) -> tuple[Model, bool]:

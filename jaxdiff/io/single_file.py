@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
 from jaxdiff.config import (
     CLIPTextConfig,
@@ -81,11 +82,13 @@ IGNORED = re.compile(
 STRAY = re.compile(r"\.alpha$|\.lora_|\.dora_scale$|\.(vision_model|visual)\.|\.num_batches_tracked$")
 
 
-def load_single_file(path: str | Path, dtype: Any = None, remat: bool = False, **more: Any) -> tuple[Model, Params]:
+def load_single_file(
+    path: str | Path, dtype: Any = None, remat: bool = False, mesh: Mesh | None = None, **more: Any
+) -> tuple[Model, Params]:
     """The model of a one-file checkpoint and its parameters, as `load` returns them: see `open_single_file`."""
     model, sources = open_single_file(path, dtype, remat, **more)
     shapes = param_shapes(model)
-    return model, {name: load_tensors(source, shapes[name], model.unet.dtype) for name, source in sources.items()}
+    return model, {name: load_tensors(source, shapes[name], model.unet.dtype, mesh) for name, source in sources.items()}
 
 
 def open_single_file(

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -24,6 +25,7 @@ from jaxdiff.errors import WeightsError
 from jaxdiff.files import atomic_write, not_fetched, writing
 from jaxdiff.io.pickles import PickleError, open_pickle
 from jaxdiff.io.torch_names import current_name, flax_name, from_torch_layout, tensor_name, to_torch_layout
+from jaxdiff.parallel import place
 from jaxdiff.typing import Params
 
 
@@ -170,16 +172,17 @@ OPENERS: dict[str, Callable[[Path], TensorSource]] = {
 }
 
 
-def load_tensors(path: Path | TensorSource, target: Params, dtype: Any) -> Params:
+def load_tensors(path: Path | TensorSource, target: Params, dtype: Any, mesh: Mesh | None = None) -> Params:
     """Read a file of PyTorch's weights into the tree `target` (of arrays or shapes).
 
     Args:
         path: a file of any format that `open_tensors` knows, or what it returned.
         target: the tree expected, as `param_shapes` gives it for one module.
         dtype: type of the parameters returned.
+        mesh: what they are divided over as they are read, as by `parallel.shard`.
 
     Returns:
-        A tree like `target` of arrays on the default device.
+        A tree like `target` of arrays on the default device or the mesh.
 
     Raises:
         WeightsError: the file is missing or damaged, lacks a tensor, has one too many, or one of another shape.
@@ -207,8 +210,8 @@ def load_tensors(path: Path | TensorSource, target: Params, dtype: Any) -> Param
                 f"{path}: tensor {name} holds {x.dtype}, not floating-point numbers: it is quantised or damaged."
             )
         x = from_torch_layout(leaf_path, x)
-        # A copy, since the file may change later; device_put compiles nothing, which jnp.asarray does for each shape.
-        params[leaf_path] = jax.device_put(np.array(x, dtype=dtype, order="C"))
+        # A copy, since the file may change later.
+        params[leaf_path] = place(np.array(x, dtype=dtype, order="C"), "/".join(leaf_path), mesh)
     if names:
         raise WeightsError(
             f"{path} holds {len(names)} tensors that its config.json has no place for, first {min(names)}."

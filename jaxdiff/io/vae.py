@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxdiff.config import ConfigError, TinyVAEConfig, VAEConfig
 from jaxdiff.errors import WeightsError
@@ -80,7 +81,9 @@ def _from_pair(config: TinyVAEConfig, source: TensorSource, dtype: Any) -> tuple
     return tiny, load_tensors(source, module_shapes(tiny, example_image, source.path), tiny.dtype)
 
 
-def load_vae(model: Model, params: Params, path: str | Path, *, variant: str | None = None) -> tuple[Model, Params]:
+def load_vae(
+    model: Model, params: Params, path: str | Path, *, variant: str | None = None, mesh: Mesh | None = None
+) -> tuple[Model, Params]:
     """A model with its autoencoder replaced, and parameters to match; the arguments stay as they are.
 
     Args:
@@ -88,13 +91,14 @@ def load_vae(model: Model, params: Params, path: str | Path, *, variant: str | N
             layout (with or without `first_stage_model.`; a whole checkpoint too), the latents are taken to be scaled as
             the model's own; or a tiny autoencoder as `load_tiny_vae` has it.
         variant: of a folder's weights, such as "fp16".
+        mesh: what the parameters are divided over as they are read; see `load`.
 
     Raises:
         ConfigError, WeightsError: one sentence that names the file and the fix; it may be of latents that do not fit.
     """
     described, source = described_vae(model, path, own="vae" in params, variant=variant)
     shapes = module_shapes(described.vae, example_image, source.path)
-    return described, {**params, "vae": load_tensors(source, shapes, described.unet.dtype)}
+    return described, {**params, "vae": load_tensors(source, shapes, described.unet.dtype, mesh)}
 
 
 def described_vae(

@@ -69,16 +69,21 @@ def as_prompts(prompts: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def as_devices(devices: Sequence[jax.Device] | None, count: int, params: Params) -> tuple[jax.Device, ...]:
+def as_devices(
+    devices: Sequence[jax.Device] | None, count: int, params: Params
+) -> tuple[jax.Device, ...] | jax.sharding.Mesh:
     """What `count` images are drawn on: where the parameters were put, else no more devices than images."""
     placed = parallel.committed(params)
     if devices is not None and not len(devices):
         raise ArgumentError("devices", "is empty: give at least one, or None for all of this process.")
     if placed:
-        if devices is not None and set(devices) != set(placed):
-            raise ArgumentError("devices", f"are not the {len(placed)} that params were put on: leave out devices.")
+        there = set(placed.devices.flat) if isinstance(placed, jax.sharding.Mesh) else set(placed)
+        if devices is not None and set(devices) != there:
+            raise ArgumentError("devices", f"are not the {len(there)} that params were put on: leave out devices.")
         return placed
-    return tuple(jax.local_devices() if devices is None else devices)[:count]
+    chosen = tuple(jax.local_devices() if devices is None else devices)
+    # Each of several processes takes part.
+    return chosen if parallel.data_mesh(chosen).is_multi_process else chosen[:count]
 
 
 def as_batch(name: str, value: str | Sequence[str | None] | None, count: int) -> list[str | None]:

@@ -14,6 +14,7 @@ from jaxdiff.diffusion.base import Scheduler, filled_up
 from jaxdiff.diffusion.sampling_loop import sample, step_keys
 from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.times import skip_prk_steps
+from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.model import Model
 from jaxdiff.sampling.checks import as_devices
 from jaxdiff.sampling.denoiser import denoiser
@@ -31,7 +32,7 @@ from jaxdiff.sampling.inputs import (
     upscaled,
 )
 from jaxdiff.sampling.resolve import MAX_STEPS, Request, resolve_images, resolve_settings
-from jaxdiff.typing import Array, Key, Params
+from jaxdiff.typing import Array, Denoise, Key, Params
 
 # A grid is filled up to one of these numbers of steps, so that few programs are compiled for all of them.
 FILLED = (50, 250, 1000, MAX_STEPS)
@@ -53,11 +54,12 @@ def sampler(
     clip_skip: int,
     upscale: str,
     tile: int | None,
-    devices: tuple[jax.Device, ...],
+    devices: tuple[jax.Device, ...] | jax.sharding.Mesh,
 ) -> parallel.Mapped:
     """The compiled program that draws: (params, CallInputs, ImageInputs) -> Drawn.
 
-    It is compiled anew for other shapes, types, or fields that are None; all values are traced.
+    It is compiled anew for other shapes, types, or fields that are None; all values are traced. Over a mesh that divides
+    the parameters, each network is gathered where it is used, the UNet at each step.
     """
 
     def draw(params: Params, call: CallInputs, inputs: ImageInputs) -> Drawn:
@@ -69,18 +71,23 @@ def sampler(
             inputs: ImageInputs, keys: Key, start: Array | None, lowres: Array | None = None
         ) -> Callable[..., Any]:
             """`sample` of these inputs, from noise or from the latents of a smaller image."""
-            denoise_with = functools.partial(
-                denoiser,
-                model,
-                params,
-                guidance_scale=inputs.guidance_scale,
-                guidance_rescale=inputs.guidance_rescale,
-                guidance_interval=call.guidance_interval,
-                extra_channels=extra_channels(model, vae, inputs),
-                class_labels=inputs.noise_level,
-                control_images=inputs.control_images,
-                controlnet_scale=inputs.controlnet_scale,
-            )
+            given: dict[str, Any] = {
+                "guidance_scale": inputs.guidance_scale,
+                "guidance_rescale": inputs.guidance_rescale,
+                "guidance_interval": call.guidance_interval,
+                "extra_channels": extra_channels(model, vae, inputs),
+                "class_labels": inputs.noise_level,
+                "control_images": inputs.control_images,
+                "controlnet_scale": inputs.controlnet_scale,
+            }
+
+            def denoise_with(cond: Conditioning, uncond: Conditioning | None) -> Denoise:
+                def denoise(x: Array, time: Any) -> Array:
+                    here, x = parallel.anew(params, x)
+                    return denoiser(model, here, cond, uncond, **given)(x, time)
+
+                return denoise
+
             x, steps = starting_point(model, vae, call, inputs, start, lowres, method)
             if inputs.picks is not None:
                 picks = inputs.picks[:, 0 if lowres is None else 1]
@@ -185,7 +192,7 @@ def draw(
         settings.tile,
         as_devices(devices, count, params),
     )
-    drawn = jax.tree.map(np.asarray, program(params, *with_filled_grid(model, request)))
+    drawn = parallel.fetch(program(params, *with_filled_grid(model, request)))
     check_finite(drawn.finite, request.prompts, model)
     return drawn.images, drawn.frames
 
@@ -281,7 +288,8 @@ def generate(
         frames: how many predictions of the finished image along the way are returned as well, at most `steps`; where
             fewer steps are taken, one for each.
         devices: what to draw on, the batch divided over them; None takes those that `params` were put on, as by
-            `replicate`, else all that this process has.
+            `replicate` and `shard`, else all that this process has. Where they are of several processes, each calls
+            `generate` with the same arguments, and each has all the images.
 
     Returns:
         uint8 [B, H, W, 3]; with `frames` = F > 0 also uint8 [B, F, H, W, 3], from first (rough) to last.
