@@ -3,8 +3,8 @@
     python -m benchmarks.tpu_compile [--chips v5e v6e] [--cases sd1 sdxl ...] [--batches 1 4]
 
 Needs `libtpu`, of the version that jax[tpu] names. Compiles ahead of time, in bfloat16 and at the published shapes:
-drawing in 20 steps with guidance (`sd1` at 512 pixels, `sdxl` at 1024), and a training step of each with float32
-weights: all of the UNet divided over 8 chips (`sd1-full`, `sdxl-full`), and a LoRA of rank 16 on one (`sd1-lora`,
+drawing in 20 steps with guidance (`sd1` at 512 pixels, `sdxl` at 1024), also with parameters divided over 8 chips
+(`sd1-fsdp`, `sdxl-fsdp`: what is gathered counts once a step), and a training step of each with float32 weights: all of the UNet divided over 8 chips (`sd1-full`, `sdxl-full`), and a LoRA of rank 16 on one (`sd1-lora`,
 `sdxl-lora`). A program takes minutes. Prints a table with a row for each; the least time is what its FLOPs take at the
 chip's published rate, or its bytes at its published bandwidth, whichever is longer. Batches are a chip's.
 """
@@ -32,7 +32,7 @@ CHIPS = {
     "v6e": Chip("v6e:2x2", "v6e:2x4", 32e9, 918e12, 1640e9),
 }
 FAMILIES = {"sd1": 512, "sdxl": 1024}
-CASES = tuple(f"{family}{what}" for family in FAMILIES for what in ("", "-lora", "-full"))
+CASES = tuple(f"{family}{what}" for family in FAMILIES for what in ("", "-fsdp", "-lora", "-full"))
 COLUMNS = (
     "program", "chip", "batch", "arguments GB", "temporary GB", "TFLOP", "GB moved", "kernels", "messages",
     "least ms", "compiling s",
@@ -78,8 +78,8 @@ def shapes_of(tree: Any, sharding: Any, dtype: str | None = None) -> Any:
     return jax.tree.map(one, tree)
 
 
-def sampling(family: str, chip: Chip, batch: int, small: bool) -> tuple[Any, Any]:
-    """The program that draws, and that of its decoder alone, lowered."""
+def sampling(family: str, chip: Chip, batch: int, small: bool, fsdp: int = 1) -> tuple[Any, Any, dict[str, int]]:
+    """The program that draws, and that of its decoder on one chip, lowered; and the sizes of the program's mesh."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
@@ -88,21 +88,23 @@ def sampling(family: str, chip: Chip, batch: int, small: bool) -> tuple[Any, Any
     from jaxdiff.models.model import decode
     from jaxdiff.sampling.generate import sampler, with_noise
     from jaxdiff.sampling.resolve import resolve_images, resolve_settings
+    from jaxdiff.training.train_step import sharded
 
     model, params = model_of(family, small)
-    (device,) = devices(chip, 1)
+    chips = devices(chip, fsdp)
     side = None if small else FAMILIES[family]
     settings = resolve_settings(model, steps=STEPS, height=side, width=side, scheduler="dpmpp_2m")
-    request = resolve_images(model, settings, ["a castle"] * batch)
-    mesh = parallel.data_mesh([device])
-    whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    params = shapes_of(params, whole, "bfloat16")
-    parts = (settings.scheduler, settings.clip_skip, settings.hires_upscale, settings.tile, (device,))
-    call = shapes_of(jax.tree.map(jnp.asarray, settings.call), whole)
-    images = shapes_of(jax.eval_shape(lambda: with_noise(request)), rows)
-    latents = jax.ShapeDtypeStruct((batch, *settings.latents), jnp.float32, sharding=rows)
+    request = resolve_images(model, settings, ["a castle"] * batch * fsdp)
+    one = NamedSharding(parallel.data_mesh(chips[:1]), PartitionSpec())
+    params = shapes_of(params, one, "bfloat16")
+    latents = jax.ShapeDtypeStruct((batch, *settings.latents), jnp.float32, sharding=one)
     decoder = jax.jit(lambda params, x: decode(model, params, x)).lower(params, latents)
-    return sampler(model, *parts).program.lower(params, call, images), decoder
+    mesh = parallel.mesh(fsdp, 1, chips)
+    parts = (settings.scheduler, settings.clip_skip, settings.hires_upscale, settings.tile)
+    program = sampler(model, *parts, mesh if fsdp > 1 else tuple(chips)).program
+    call = shapes_of(jax.tree.map(jnp.asarray, settings.call), parallel.replicated(mesh))
+    images = shapes_of(jax.eval_shape(lambda: with_noise(request)), parallel.batch_sharding(mesh))
+    return program.lower(sharded(mesh, params), call, images), decoder, dict(mesh.shape)
 
 
 def training(family: str, stage: str, chip: Chip, batch: int, small: bool) -> tuple[Any, dict[str, int]]:
@@ -140,15 +142,16 @@ def row(case: str, name: str, batch: int, small: bool) -> list[Any]:
     from jaxdiff.training.collectives import collectives
 
     family, _, what = case.partition("-")
-    chip, mesh, start = CHIPS[name], {"data": 1}, time.perf_counter()
-    if what:
+    chip, start = CHIPS[name], time.perf_counter()
+    draws = what in ("", "fsdp")
+    if not draws:
         lowered, mesh = training(family, {"full": "unet", "lora": "lora"}[what], chip, batch, small)
     else:
-        lowered, decoder = sampling(family, chip, batch, small)
+        lowered, decoder, mesh = sampling(family, chip, batch, small, 8 if what else 1)
     compiled = lowered.compile()
     took, text, memory = time.perf_counter() - start, compiled.as_text(), compiled.memory_analysis()
     cost = {key: compiled.cost_analysis()[key] for key in ("flops", "bytes accessed")}
-    if not what:  # the compiler counts a loop's body once
+    if draws:  # the compiler counts a loop's body once
         once = decoder.compile().cost_analysis()
         cost = {key: STEPS * (cost[key] - once[key]) + once[key] for key in cost}
     sent = collectives(text, mesh)

@@ -140,6 +140,9 @@ def test_every_flag_of_a_path_is_checked():
         (["--prompt=<lora:x:1> a", "--lora_dir=."], "--lora_dir . has no x.safetensors for <lora:x>: it has no LoRA"),
         (["--lora_dir=.", "--noemphasis"], "--lora_dir is for <lora:…> in prompts, which --noemphasis takes for words"),
         (["--prompt=<lora:x:y> a", "--lora_dir=."], "--prompt: <lora:x:y> has weights that are not understood"),
+        (["--prompt=<lora:x> a", "--lora_dir=gone"], "--lora_dir: gone does not exist: check the path"),
+        (["--fsdp=3"], "--fsdp 3 must divide the number of devices, 1"),
+        (["--tensor=2"], "--fsdp 1 x tensor 2 must divide the number of devices, 1"),
     ],
 )
 def test_what_cannot_be_is_found_before_weights(given, sentence, sample_cli, monkeypatch):
@@ -192,6 +195,7 @@ def test_loras_act_by_name(sample_cli, planes, tiny, loras):
     given = [f"--prompt={p}" for p in prompts]
     code, out, err = sample_cli(*given, "--lora_dir=loras", "--output=o", "--batch_size=2")
     assert (code, err, len(planes)) == (0, "", 4)
+    assert (read_metadata(out[0])["batch_size"], len(out)) == (2, 5)
 
     def parts(lora, text_encoder, unet):
         return [{n: x for n, x in lora.items() if n.startswith(m)} for m in ("text_encoder", "unet")], [

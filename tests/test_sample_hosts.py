@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from jaxdiff.io.images import read_image
+from tests.support.comparison import levels
 from tests.support.processes import ROOT, free_port
 
 PROMPTS = ["--prompt=a castle", "--prompt=a blue house", "--prompt=a red dragon", "--steps=2", "--batch_size=2"]
 
 
-def start(process: int, processes: int, port: int, *args: object, cwd: Path) -> subprocess.Popen:
+def start(process: int, processes: int, port: int, *args: object, cwd: Path, devices: int = 1) -> subprocess.Popen:
     where = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={process}"]
     command = [sys.executable, str(ROOT / "sample.py"), *map(str, args), *where]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    flags = os.environ.get("XLA_FLAGS", "") + (f" --xla_force_host_platform_device_count={devices}" * (devices > 1))
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -36,6 +39,19 @@ def test_two_processes_write_the_files_of_one(sample_cli, tiny_folder, tmp_path)
     assert sorted(written[0] + written[1]) == sorted(path.replace("alone", "together") for path in alone)
     for path in alone:
         assert Path(path).read_bytes() == Path(path.replace("alone", "together")).read_bytes(), path
+
+
+def test_each_process_divides_the_model_over_its_own_devices(sample_cli, tiny_folder, tmp_path):
+    """The images of one process that has the whole model: gathering it is exact, and sums differ by the batch alone."""
+    args = [*PROMPTS, "--num_images=2"]
+    code, alone, err = sample_cli(*args, "--output=alone")
+    assert code == 0, err
+    port, more = free_port(), [*args, "--fsdp=2", f"--model={tiny_folder}", "--output=together"]
+    both = [start(i, 2, port, *more, cwd=tmp_path, devices=2) for i in range(2)]
+    outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs[0][1]
+    for path in alone:
+        assert levels(read_image(path), read_image(path.replace("alone", "together"))) <= 1, path
 
 
 @pytest.mark.parametrize("failing", [0, 1])

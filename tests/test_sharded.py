@@ -1,0 +1,67 @@
+"""Drawing with parameters that are divided over devices: simulated ones, of one process and of two."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.support.comparison import levels
+from tests.support.processes import finish, free_port, start
+
+
+LEVEL = 1  # of 255
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """What `tests/support/draw_sharded.py` reports from a process with eight simulated devices."""
+    out = tmp_path_factory.mktemp("sharded")
+    finish(start("tests.support.draw_sharded", out, devices=8))
+    return json.loads((out / "report.json").read_text()) | {"images": dict(np.load(out / "images.npz"))}
+
+
+def test_divided_parameters_draw_the_same_images(sharded):
+    """On 8 devices by fsdp, on 4 x 2 by fsdp and tensor (by sample.py), as on one, and where images are fewer.
+
+    Gathering is exact, so that fsdp computes what whole copies do; tensor adds products in another order. Such float32
+    sums differ by some 1e-6 of 1, so that a pixel is rounded to the next of 255 levels at the most.
+    """
+    images = sharded["images"]
+    for name in ("eight", "fsdp", "commanded"):
+        assert levels(images[name], images["one"]) <= LEVEL, name
+    assert levels(images["three"], images["one"][:3]) <= LEVEL
+
+
+def test_each_device_holds_its_part_of_every_network(sharded):
+    """An eighth, and the vectors, which stay whole; also of one file, another autoencoder and a ControlNet."""
+    assert sharded["held"].keys() == {"text_encoder", "unet", "vae"}
+    assert sharded["opened"]["held"].keys() == {*sharded["held"], "controlnet"}
+    for name, (whole, each) in [*sharded["held"].items(), *sharded["opened"]["held"].items()]:
+        assert whole / 8 <= each < whole / 6, name
+
+
+def test_parameters_go_to_their_devices_as_they_are_read(sharded):
+    assert sharded["opened"]["all_over_the_mesh"]
+
+
+@pytest.mark.parametrize("name", ["fsdp", "both"])
+def test_only_parameters_are_gathered_and_each_step_anew(sharded, name):
+    """To the byte those that draw, the UNet's inside the loop; of the batch nothing is sent.
+
+    Over tensor there are the sums of pairs of layers, and what the two halves of gated layers change places by.
+    """
+    found = sharded[name]
+    assert found["sent"].pop("all-gather fsdp") == found["divided"]
+    assert found["gathered_each_step"] == found["of_the_unet"] > 0
+    assert set(found["sent"]) == (set() if name == "fsdp" else {"all-reduce tensor", "collective-permute tensor"})
+
+
+def test_a_mesh_of_two_processes_draws_the_images_of_one(sharded, tmp_path):
+    """`generate` on both, which each get all the images: with divided parameters, with copies, and by devices."""
+    port = free_port()
+    files = [tmp_path / f"{i}.npz" for i in range(2)]
+    finish(*(start("tests.support.draw_on_hosts", file, port, i, devices=2) for i, file in enumerate(files)))
+    for found in map(np.load, files):
+        assert set(found) == {"divided", "copied", "devices"}
+        for name, images in found.items():
+            assert levels(images, sharded["images"]["one"][: len(images)]) <= LEVEL, name
