@@ -4,9 +4,11 @@
 
 Needs `libtpu`, of the version that jax[tpu] names. Compiles ahead of time, in bfloat16 and at the published shapes:
 drawing in 20 steps with guidance (`sd1` at 512 pixels, `sdxl` at 1024), also with parameters divided over 8 chips
-(`sd1-fsdp`, `sdxl-fsdp`: what is gathered counts once a step), and a training step of each with float32 weights: all of the UNet divided over 8 chips (`sd1-full`, `sdxl-full`), and a LoRA of rank 16 on one (`sd1-lora`,
-`sdxl-lora`). A program takes minutes. Prints a table with a row for each; the least time is what its FLOPs take at the
-chip's published rate, or its bytes at its published bandwidth, whichever is longer. Batches are a chip's.
+(`sd1-fsdp`, `sdxl-fsdp`), and a training step of each with float32 weights: all of the UNet divided over 8 chips
+(`sd1-full`, `sdxl-full`), and a LoRA of rank 16 on one (`sd1-lora`, `sdxl-lora`). A program takes minutes. Prints a
+table with a row for each; the least time is what its FLOPs take at the chip's published rate, or its bytes at its
+published bandwidth, whichever is longer. Batches are a chip's; messages are those of one step and, of a program that
+draws, of what is done once.
 """
 
 import argparse

@@ -345,7 +345,7 @@ def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
 
 
 def anew(params: Any, x: jax.Array) -> tuple[Any, jax.Array]:
-    """The same parameters and x; where they are divided, what is gathered of them is not kept from one x to the next."""
+    """The same parameters and x; divided ones are gathered for this x anew, rather than kept from one to the next."""
     if not isinstance(params, Divided):
         return params, x
     parts, x = jax.lax.optimization_barrier((params.parts, x))

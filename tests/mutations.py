@@ -224,6 +224,9 @@ TRAINING = in_folder(
     "jaxdiff",
     ("parallel.py", "max(left, key=lambda i: shape[i])", "min(left, key=lambda i: shape[i])",
      MESHES.format("largest_divisible")),
+    ("cli/requests.py", "(batches(each), each)", "(batches(each), -each)", "tests/test_batch_sizes.py -k equal"),
+    ("cli/requests.py", "(1 - IN_VAIN) * each * batches(each) <= batches(1)", "True",
+     "tests/test_batch_sizes.py -k nearly_full"),
 )  # fmt: skip
 
 DATA = in_folder(

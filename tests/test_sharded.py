@@ -8,7 +8,6 @@ import pytest
 from tests.support.comparison import levels
 from tests.support.processes import finish, free_port, start
 
-
 LEVEL = 1  # of 255
 
 

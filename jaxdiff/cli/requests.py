@@ -126,8 +126,8 @@ def batch_arguments(batch: list[ImageRequest]) -> dict[str, Any]:
 def batch_size(groups: Sequence[int], devices: int, most: int = 4) -> int:
     """The size of all batches, from 1 to `most` images a device, so that one program draws all.
 
-    There are as few batches as leave at most IN_VAIN of each device's images to filling up; then the smallest that do.
-    Where all fit the devices at one image each, a power of 2 of devices draw them: few programs for any number of images.
+    Of the sizes that leave at most IN_VAIN of a device's images to filling up, the smallest of those with the fewest
+    batches. Where one image a device is enough, a power of 2 of devices draw them, for few programs in all.
 
     Args:
         groups: how many images each has that may be in one batch.

@@ -42,8 +42,8 @@ def load(
 
     Returns:
         The model, static under `jit`, with the ControlNets that its folder lists, and its parameters on the default
-        device or the mesh. Each tensor goes from the memory-mapped file straight to its place, so that the peak of memory is the
-        parameters and one tensor.
+        device or the mesh. Each tensor goes from the memory-mapped file straight to its place, so that the peak of
+        memory is the parameters and one tensor.
 
     Raises:
         ConfigError, WeightsError: one sentence that names the file and the fix.

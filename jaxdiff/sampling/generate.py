@@ -58,8 +58,8 @@ def sampler(
 ) -> parallel.Mapped:
     """The compiled program that draws: (params, CallInputs, ImageInputs) -> Drawn.
 
-    It is compiled anew for other shapes, types, or fields that are None; all values are traced. Over a mesh that divides
-    the parameters, each network is gathered where it is used, the UNet at each step.
+    It is compiled anew for other shapes, types, or fields that are None; all values are traced. Over a mesh that
+    divides the parameters, each network is gathered where it is used, the UNet at each step.
     """
 
     def draw(params: Params, call: CallInputs, inputs: ImageInputs) -> Drawn:

@@ -97,7 +97,9 @@ def main(folder: Path) -> None:
     model = tiny_model()
     params = tiny_params(model)
     save(folder / "model", model, params)
-    images = {name: generate(model, replicate(params, jax.devices()[:n]), PROMPTS, **HOW) for name, n in ONE_AND_EIGHT.items()}
+    images = {
+        name: generate(model, replicate(params, jax.devices()[:n]), PROMPTS, **HOW) for name, n in ONE_AND_EIGHT.items()
+    }
     fsdp, both = parallel.mesh(fsdp=8), parallel.mesh(fsdp=4, tensor=2)
     placed = load(folder / "model", mesh=fsdp)[1]
     with programs() as texts:
@@ -115,7 +117,6 @@ def main(folder: Path) -> None:
     }
     np.savez(folder / "images.npz", **images)
     (folder / "report.json").write_text(json.dumps(report))
-
 
 
 if __name__ == "__main__":
