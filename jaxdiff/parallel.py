@@ -344,7 +344,7 @@ def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
     return PartitionSpec(*[None if name == axis else name for name in spec])
 
 
-def anew(params: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+def anew(params: Any, x: Any) -> tuple[Any, Any]:
     """The same parameters and x; divided ones are gathered for this x anew, rather than kept from one to the next."""
     if not isinstance(params, Divided):
         return params, x
@@ -393,7 +393,7 @@ def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int =
             each = jax.tree.map(lambda x: x[np.minimum(np.arange(batch + missing), batch - 1)], each)
         args = (*args[:shared], *each)
         if mesh.is_multi_process:
-            args = [put_global(x, place) for x, place in zip(args, shardings(args), strict=True)]
+            args = tuple(map(put_global, args, shardings(args)))
         out = program(*args)
         return jax.tree.map(lambda x: x[:batch], out) if missing else out
 

@@ -1,10 +1,16 @@
 """Drawing with parameters that are divided over devices: simulated ones, of one process and of two."""
 
 import json
+import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
 
+from jaxdiff import parallel
+from jaxdiff.models.attention import attention
 from tests.support.comparison import levels
 from tests.support.processes import finish, free_port, start
 
@@ -64,3 +70,13 @@ def test_a_mesh_of_two_processes_draws_the_images_of_one(sharded, tmp_path):
         assert set(found) == {"divided", "copied", "devices"}
         for name, images in found.items():
             assert levels(images, sharded["images"]["one"][: len(images)]) <= LEVEL, name
+
+
+def test_a_tpus_attention_kernel_takes_each_devices_heads():
+    """The compiler divides the heads over tensor; a kernel, which it does not know, must be told."""
+    mesh = AbstractMesh((2, 2, 2), parallel.AXES, axis_types=parallel.AXIS_TYPES)
+    rows = PartitionSpec(parallel.EXAMPLES)
+    how = {"in_specs": rows, "out_specs": rows, "axis_names": {*parallel.EXAMPLES}, "check_vma": False}  # as `pmap`
+    drawing = jax.shard_map(lambda x: attention(x, x, x, heads=4), mesh=mesh, **how)
+    text = str(jax.make_jaxpr(drawing)(jax.ShapeDtypeStruct((4, 1024, 256), jnp.bfloat16)))
+    assert re.search(r"bf16\[1,2,1024,64\] = pallas_call", text)  # one of 4 images, two of 4 heads
