@@ -262,13 +262,13 @@ def _row_order(owner: np.ndarray) -> np.ndarray:
 
 
 class Mapped(NamedTuple):
-    """What `pmap` returns: call it as a function."""
+    """What `pmap` returns: call it as a function; `lookup(program, *args)` may give the program compiled before."""
 
     run: Callable
     program: Any  # the jitted program of batches that divide evenly; `lower` on it shows what is compiled
 
-    def __call__(self, *args: Any) -> Any:
-        return self.run(*args)
+    def __call__(self, *args: Any, lookup: Callable[..., Callable] | None = None) -> Any:
+        return self.run(*args, lookup=lookup)
 
 
 def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
@@ -385,7 +385,7 @@ def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int =
         specs = tuple(jax.tree.map(lambda x: without(x.spec, "tensor"), places))
         return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=manual, check_vma=False)(*args)
 
-    def mapped(*args):
+    def mapped(*args, lookup):
         each = args[shared:]
         batch = jax.tree.leaves(each)[0].shape[0]
         missing = -batch % parts
@@ -394,7 +394,7 @@ def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int =
         args = (*args[:shared], *each)
         if mesh.is_multi_process:
             args = tuple(map(put_global, args, shardings(args)))
-        out = program(*args)
+        out = (program if lookup is None else lookup(program, *args))(*args)
         return jax.tree.map(lambda x: x[:batch], out) if missing else out
 
     return Mapped(mapped, program)

@@ -55,7 +55,7 @@ from jaxdiff.cli.requests import (
 )
 from jaxdiff.config import ControlNetConfig
 from jaxdiff.data.images import MAX_PIXELS
-from jaxdiff.io import cache, diffusers_folder, images, model_paths, pretrained
+from jaxdiff.io import cache, diffusers_folder, images, model_paths, pretrained, programs
 from jaxdiff.io.configs import read_config
 from jaxdiff.io.controlnet import check_controlnet
 from jaxdiff.io.edges import canny
@@ -266,7 +266,7 @@ def drawn(
         params_of: the parameters that an image is drawn with, by its number.
     """
     for request, (start, end) in zip(requests, slices, strict=True):
-        found, frames = draw(model, params_of(start), request)
+        found, frames = draw(model, params_of(start), request, lookup=programs.lookup)
         yield list(zip(found, [None] * len(found) if frames is None else frames, strict=True))[: end - start]
 
 

@@ -9,6 +9,7 @@ from absl import logging
 from jaxdiff.files import make_writable
 
 MIN_SECONDS = 0.5  # what compiles faster is not worth a file
+_kept: Path | None = None
 
 
 def cache_folder() -> Path:
@@ -34,7 +35,14 @@ def cache_compilations(folder: str | Path | None = None) -> Path | None:
             "%s cannot be written (%s): every run compiles again; name another --cache_dir.", path, e.strerror or e
         )
         return None
+    global _kept
+    _kept = path if folder or not already else None
     jax.config.update("jax_compilation_cache_dir", str(path))
     least = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", min(least, MIN_SECONDS))
     return path
+
+
+def kept() -> Path | None:
+    """The folder of `cache_compilations`, for what else saves start-up; None before, and where it is JAX's own."""
+    return _kept

@@ -17,6 +17,7 @@ from jaxdiff.config.scheduler import SchedulerConfig
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.errors import WeightsError
 from jaxdiff.files import replace_folder, writing
+from jaxdiff.io import programs
 from jaxdiff.io.configs import NETWORKS, VAES, as_config_error, check_channels, check_dtype, read_config
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.infer_config import published_vae
@@ -25,7 +26,7 @@ from jaxdiff.io.model_paths import SINGLE_FILES
 from jaxdiff.io.modules import CONFIG, STEMS, find_weights, load_tokenizer, variant_of, write_json
 from jaxdiff.io.tensor_files import load_tensors, save_tensors
 from jaxdiff.models.clip import CLIPTextModel
-from jaxdiff.models.model import Model, build, param_shapes, with_controlnets
+from jaxdiff.models.model import Model, build, with_controlnets
 from jaxdiff.typing import Params
 
 TOKENIZERS, LOW_RES, CONTROLNET = ("tokenizer", "tokenizer_2"), "low_res_scheduler", "controlnet"
@@ -109,7 +110,7 @@ def load_folder(
     dtype = check_dtype(dtype)
     model = load_model(folder, dtype, prediction_type=prediction_type, remat=remat, without_vae=without_vae)
     with as_config_error(f"the configs in {folder} do not make a model"):
-        shapes = param_shapes(model)
+        shapes = programs.shapes(model)
     check_channels(model, folder)
     if without_vae and not (folder / "vae" / CONFIG).is_file():
         shapes = {name: tree for name, tree in shapes.items() if name != "vae"}

@@ -28,14 +28,14 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdiff.errors import WeightsError
-from jaxdiff.io import textual_inversion
+from jaxdiff.io import programs, textual_inversion
 from jaxdiff.io.lora_config import MODULES, STEM, read_configs
 from jaxdiff.io.lora_config import alpha as config_alpha
 from jaxdiff.io.lora_names import Layer, find_layers, layers, written_name
 from jaxdiff.io.original_layout import unet_table
 from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
 from jaxdiff.io.torch_names import from_torch_layout, to_torch_layout
-from jaxdiff.models.model import Model, param_shapes
+from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Key, Params
 
 
@@ -200,7 +200,7 @@ def _read_file(model: Model, path: Path) -> Lora:
     source = open_tensors(path)
     configs, module = read_configs(source)
     lora = {}
-    known = list(layers(param_shapes(model)))
+    known = list(layers(programs.shapes(model)))
     for layer, tensors in find_layers(source, known, unet_table(model.unet.config), module):
         config = configs.get(layer.module, {})
         down, up = (source.read(tensors[role]) for role in ("down", "up"))
@@ -248,7 +248,7 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
     """
     if layout not in ("diffusers", "kohya"):
         raise WeightsError(f"layout {layout!r} is unknown; known are diffusers, kohya.")
-    known = {layer.name: layer for layer in layers(param_shapes(model))}
+    known = {layer.name: layer for layer in layers(programs.shapes(model))}
     tensors: dict[str, np.ndarray] = {}
     for name, f in lora.items():
         if name not in known:

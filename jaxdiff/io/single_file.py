@@ -26,6 +26,7 @@ from jaxdiff.config import (
     VAEConfig,
 )
 from jaxdiff.errors import WeightsError, say_once
+from jaxdiff.io import programs
 from jaxdiff.io.configs import NETWORKS, as_config_error, check_channels, check_dtype, example_image, module_shapes
 from jaxdiff.io.infer_config import (
     TEXTS,
@@ -50,7 +51,7 @@ from jaxdiff.io.original_layout import (
 )
 from jaxdiff.io.tensor_files import TensorSource, load_tensors, named_tensors, open_tensors, write_tensors
 from jaxdiff.io.torch_names import tensor_name
-from jaxdiff.models.model import Model, build, param_shapes
+from jaxdiff.models.model import Model, build
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Params
@@ -87,7 +88,7 @@ def load_single_file(
 ) -> tuple[Model, Params]:
     """The model of a one-file checkpoint and its parameters, as `load` returns them: see `open_single_file`."""
     model, sources = open_single_file(path, dtype, remat, **more)
-    shapes = param_shapes(model)
+    shapes = programs.shapes(model)
     return model, {name: load_tensors(source, shapes[name], model.unet.dtype, mesh) for name, source in sources.items()}
 
 
@@ -135,7 +136,7 @@ def open_single_file(
             text_2=found.get("text_encoder_2"), tokenizer_2=tokenizers.get("tokenizer_2"), options=found["options"],
             dtype=dtype, remat=remat,
         )  # fmt: skip
-        shapes = param_shapes(model)
+        shapes = programs.shapes(model)
     check_channels(model, source.path)
     prefixes = PREFIXES | text_prefixes(source, family)
     shapes = {name: tree for name, tree in shapes.items() if name != "vae" or has_vae(source)}

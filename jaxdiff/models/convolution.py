@@ -17,7 +17,7 @@ WINOGRAD_CHANNELS = 64  # of the kernel's narrower side, at least
 def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **kwargs) -> jax.Array:
     """`lax.conv_general_dilated` in NHWC; on a CPU in float32 and in the fastest of three forms, equal up to rounding.
 
-    XLA's convolutions of 16 bits are slower than those of float32 on CPUs, and Winograd's form, which adds and subtracts
+    XLA's convolutions of 16 bits are slower there than those of float32, and Winograd's form, which adds and subtracts
     neighbours before it multiplies, is for float32 alone. The forms hold for 3x3 kernels with padding 1.
     """
 

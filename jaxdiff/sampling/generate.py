@@ -180,11 +180,21 @@ def with_filled_grid(model: Model, request: Request) -> tuple[CallInputs, ImageI
 
 
 def draw(
-    model: Model, params: Params, request: Request, devices: Sequence[jax.Device] | None = None
+    model: Model,
+    params: Params,
+    request: Request,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    lookup: Callable[..., Callable] | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images uint8 [B, H, W, 3] of a request, and frames [B, F, H, W, 3] where it asks for them. See `generate`."""
+    """The images uint8 [B, H, W, 3] of a request, and frames [B, F, H, W, 3] where it asks for them. See `generate`.
+
+    Args:
+        lookup: finds the program compiled by an earlier process, see `jaxdiff.io.programs.lookup`, which is given what
+            decides it, the program, and its arguments.
+    """
     settings, count = request.settings, len(request.prompts)
-    program = sampler(
+    static = (
         model,
         settings.scheduler,
         settings.clip_skip,
@@ -192,7 +202,8 @@ def draw(
         settings.tile,
         as_devices(devices, count, params),
     )
-    drawn = parallel.fetch(program(params, *with_filled_grid(model, request)))
+    find = None if lookup is None else functools.partial(lookup, static)
+    drawn = parallel.fetch(sampler(*static)(params, *with_filled_grid(model, request), lookup=find))
     check_finite(drawn.finite, request.prompts, model)
     return drawn.images, drawn.frames
 
