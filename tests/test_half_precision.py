@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff.models.model import build, with_controlnets
+from jaxdiff.models.model import build, computing_in, with_controlnets
 from tests.support import tiny
 from tests.support.tiny import SIDE
 
@@ -65,3 +65,13 @@ def test_every_task_ends_in_pictures(task, dtype):
     drawn = jaxdiff.generate(model, params, ["a castle"], steps=2, **given)
     for pictures in drawn if "frames" in given else [drawn]:
         assert pictures.std() > 10  # of 255: no plane
+
+
+def test_bfloat16_is_computed_in_float32_on_cpus():
+    """Weights are bfloat16's; what is computed with them is as exact as in float32, up to the order of sums."""
+    model = tiny.tiny_model()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.tiny_params(model))
+    half = computing_in(model, "bfloat16")
+    drawn = [jaxdiff.generate(m, params, ["a castle"], steps=3, frames=1) for m in (model, half)]
+    for exact, ours in zip(*drawn, strict=True):
+        assert np.abs(exact.astype(int) - ours).max() <= 1

@@ -71,6 +71,14 @@ class Model:
         return self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
 
 
+def computing_in(model: Model, dtype: Any) -> Model:
+    """The model with networks that compute in another type; its parameters may have any."""
+    networks = {name: module.clone(dtype=jnp.dtype(dtype)) for name, module in model.modules.items()}
+    controlnets = tuple(module.clone(dtype=jnp.dtype(dtype)) for module in model.controlnets)
+    tiny = model.tiny_vae and model.tiny_vae.clone(dtype=jnp.dtype(dtype))
+    return dataclasses.replace(model, **networks, controlnets=controlnets, tiny_vae=tiny)
+
+
 def with_controlnets(model: Model, params: Params, *controlnets: tuple[Any, Params]) -> tuple[Model, Params]:
     """The model with these ControlNets instead of its own; each is (module, params), as `load_controlnet` returns it.
 

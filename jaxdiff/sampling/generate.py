@@ -15,7 +15,7 @@ from jaxdiff.diffusion.sampling_loop import sample, step_keys
 from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.times import skip_prk_steps
 from jaxdiff.models.conditioning import Conditioning
-from jaxdiff.models.model import Model
+from jaxdiff.models.model import Model, computing_in
 from jaxdiff.sampling.checks import as_devices
 from jaxdiff.sampling.denoiser import denoiser
 from jaxdiff.sampling.inputs import (
@@ -58,11 +58,19 @@ def sampler(
 ) -> parallel.Mapped:
     """The compiled program that draws: (params, CallInputs, ImageInputs) -> Drawn.
 
+    On CPUs a model in bfloat16 computes in float32, which is faster there; its weights are widened once a call.
+
     It is compiled anew for other shapes, types, or fields that are None; all values are traced. Over a mesh that
     divides the parameters, each network is gathered where it is used, the UNet at each step.
     """
 
+    on_cpu = not isinstance(devices, jax.sharding.Mesh) and devices[0].platform == "cpu"
+    widen = on_cpu and model.unet.dtype == jnp.bfloat16
+    model = computing_in(model, jnp.float32) if widen else model
+
     def draw(params: Params, call: CallInputs, inputs: ImageInputs) -> Drawn:
+        if widen:
+            params = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, params)
         cond, uncond = conditions(model, params, inputs, clip_skip)
         method = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(scheduler, model.scheduler)
         vae = codec(model, params, tile)
