@@ -42,7 +42,7 @@ def recorded_programs():
 
     def recording(function, devices, shared=0):
         program = pmap(function, devices, shared).program
-        return lambda *args: texts.append(program.lower(*args).compile().as_text()) or program(*args)
+        return lambda *args, lookup: texts.append(program.lower(*args).compile().as_text()) or program(*args)
 
     sampler.cache_clear()
     parallel.pmap = recording

@@ -35,7 +35,7 @@ def programs():
     def recording(function, devices, shared=0):
         program = pmap(function, devices, shared).program
 
-        def run(*args):
+        def run(*args, lookup):
             compiled = program.lower(*args).compile()
             texts.append(compiled.as_text())
             return compiled(*args)
