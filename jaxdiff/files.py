@@ -1,4 +1,7 @@
-"""Files and folders that appear whole or not at all: written under a temporary name, then renamed."""
+"""Files and folders that appear whole or not at all: written under a temporary name, then renamed.
+
+A file whose place stands for an object of a store is uploaded instead of renamed, see `jaxdiff.stores`.
+"""
 
 import contextlib
 import itertools
@@ -7,6 +10,8 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from jaxdiff import stores
 
 
 @contextlib.contextmanager
@@ -32,7 +37,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
-        temporary.replace(path)
+        if url := stores.behind(path, stores.OUTPUTS):
+            stores.put(temporary, url)
+        else:
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -60,6 +68,8 @@ def write_new(path: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 def _claim(temporary: Path, name: Path) -> bool:
     """Give a file a name that none has; False where one has it."""
+    if url := stores.behind(name, stores.OUTPUTS):
+        return stores.put_new(temporary, url)
     try:
         os.link(temporary, name)
     except FileExistsError:
@@ -83,6 +93,8 @@ def make_writable(folder: Path) -> None:
     """Make a folder if it is missing. Raises OSError if it cannot be made or written to."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
+    if url := stores.behind(folder, stores.OUTPUTS):
+        stores.probe(url)
 
 
 def replace_folder(folder: Path, new: Path, old: Path) -> None:

@@ -25,7 +25,7 @@ HOUSES = (
     ("jaxdiff.models",),
     ("jaxdiff.text",),
     ("jaxdiff.config",),
-    ("jaxdiff.errors", "jaxdiff.files", "jaxdiff.typing", "jaxdiff.version"),
+    ("jaxdiff.errors", "jaxdiff.stores", "jaxdiff.files", "jaxdiff.typing", "jaxdiff.version"),
 )
 FOLDERS = ("jaxdiff", "configs", "datasets")
 ORACLES = ("torch", "diffusers", "tensorflow")  # of tests alone

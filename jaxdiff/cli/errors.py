@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from jaxdiff import stores
 from jaxdiff.errors import JaxdiffError
 
 
@@ -51,7 +52,7 @@ def run(name: str, argv: list[str], command: Callable[[list[str]], int | None], 
     except Exception as e:
         if any(a.lstrip("-") == "verbose" for a in argv[1:]):
             logging.exception("traceback")
-        print(f"{name}: error: {message(e, smaller)}", file=sys.stderr)
+        print(f"{name}: error: {stores.shown(message(e, smaller))}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
 
 

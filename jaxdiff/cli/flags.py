@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import flags
 
+from jaxdiff import stores
 from jaxdiff.cli import hosts
 from jaxdiff.cli.errors import UsageError
 from jaxdiff.cli.options import FLAG_OF, OPTIONS, define, is_given
@@ -115,13 +116,19 @@ def check_paths(f: flags.FlagValues) -> None:
         elif given is not None:
             f[name].value = at_home(given)
         for path in given if isinstance(given, list) else [] if given is None else [given]:
-            check_path(f"--{name}", path)
+            check_path(f"--{name}", path, stored=OPTIONS[name].stored)
+    if stores.is_store(f.output):  # what is written there is uploaded
+        f["output"].value = str(stores.place(f.output, stores.OUTPUTS))
 
 
-def check_path(flag: str, path: str) -> None:
-    """Raise UsageError for a path that is empty, or that no file system takes."""
+def check_path(flag: str, path: str, stored: bool = False) -> None:
+    """Raise UsageError for a path that is empty, or that no file system takes; `stored`: it may be of a store."""
     if not path.strip() or "\0" in path:
         raise UsageError(f"{flag}={path!r} is no path: name a file or folder, or leave {flag} out.")
+    if reason := stores.wrong(path):
+        raise UsageError(f"{flag}={path} {reason}")
+    if stores.is_store(path) and not stored:
+        raise UsageError(f"{flag}={path}: this flag takes paths of this machine alone: copy that here first.")
     longest = max(len(os.fsencode(part)) for part in path.split("/"))
     if longest > LONGEST_NAME:
         raise UsageError(f"{flag} {path:.40}… has a name of {longest} bytes, above {LONGEST_NAME}: shorten it.")

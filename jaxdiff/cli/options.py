@@ -47,6 +47,7 @@ class Option:
     argument: str = ""  # what `generate` calls it, if not by its name
     without: str = ""  # the default in words, where something else decides
     path: str = ""  # "old": of a file or folder that must exist; "any": of one that may
+    stored: bool = False  # the path may be of an object store
 
     @property
     def meaning(self) -> str:
@@ -162,8 +163,9 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         whole("tile", "settings", "Encode and decode in tiles of this many latents, for large images.", None, 8),
     ),
     "model": (
-        text("model", "kept", "A diffusers folder, a .safetensors or .ckpt checkpoint, owner/name on the hub, or the "
-             "name of a bundled model.", "icons", always=True, path="any"),
+        text("model", "kept", "A diffusers folder, a .safetensors or .ckpt checkpoint, either at gs:// or s3:// as "
+             "well, owner/name on the hub, or the name of a bundled model.", "icons", always=True, path="any",
+             stored=True),
         Option("prediction_type", "kept", str, "What the UNet predicts, where the file does not say: epsilon for SD "
                "2.x at 512 pixels.", choices=("epsilon", "v_prediction", "sample", "flow_prediction"),
                without="the model's"),
@@ -185,14 +187,16 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         text("from_png", "run", "Take the flags that this PNG of an earlier run holds; flags given beside it "
              "win.", path="old"),
         text("output", "run", "A .png (castle.png; several: castle-000.png …), a folder (files are named by prompt and "
-             "seed), or a pattern of {prompt}, {seed}, {index}: 'o/{prompt}-{index}.png'.", "outputs", path="any"),
+             "seed), or a pattern of {prompt}, {seed}, {index}: 'o/{prompt}-{index}.png'; gs:// and s3:// as well.",
+             "outputs", path="any", stored=True),
         switch("overwrite", "run", "Replace files that exist; without, a new file's name is numbered (castle-2.png)."),
         switch("grid", "run", "Also write all images on one sheet (…grid.png): one row a prompt, or one for each of "
                "the last alternatives of a --matrix; about a square with one image a prompt."),
         switch("preview", "kept", "Also write how each image came about, as a strip (…-preview.png)."),
         text("preview_vae", "kept", "A tiny autoencoder (TAESD) that draws the strip in place of the model's.",
              needs="preview", path="old"),
-        text("cache_dir", "run", "Folder of compiled programs.", without="jaxdiff in your cache folder", path="any"),
+        text("cache_dir", "run", "Folder of compiled programs; gs:// and s3:// as well.",
+             without="jaxdiff in your cache folder", path="any", stored=True),
         switch("verbose", "run", "Show the traceback of an error."),
     ),
     "several hosts": HOSTS,

@@ -26,7 +26,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 import jaxdiff
-from jaxdiff import parallel
+from jaxdiff import parallel, stores
 from jaxdiff.cli import errors, hosts
 from jaxdiff.cli.adapters import (
     Adapters,
@@ -327,11 +327,10 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     numbered: list[Path] = []  # files whose names were taken
 
     def said(wanted: Path, written: Path) -> Path:
-        print(written, flush=True)
+        print(stores.shown(written), flush=True)
         if written != wanted and not numbered:
-            logging.warning(
-                "%s exists, so this run's is %s, and others likewise; --overwrite replaces.", wanted, written
-            )
+            names = stores.shown(wanted), stores.shown(written)
+            logging.warning("%s exists, so this run's is %s, and others likewise; --overwrite replaces.", *names)
             numbered.append(written)
         return written
 

@@ -20,9 +20,10 @@ from typing import Any
 from absl import flags
 
 import jaxdiff
+from jaxdiff import stores
 from jaxdiff.cli import errors, hosts, train_plan
 from jaxdiff.cli.errors import Failure, UsageError
-from jaxdiff.cli.train_flags import parse
+from jaxdiff.cli.train_flags import PLANNED, parse, with_copies
 from jaxdiff.training.defaults import as_json, base
 from jaxdiff.training.options import OptionsError
 
@@ -33,36 +34,41 @@ def run(f: flags.FlagValues) -> None:
     import jax
 
     from jaxdiff.io.cache import cache_compilations
+    from jaxdiff.training import remote
     from jaxdiff.training.run import build_run, posthoc_name
     from jaxdiff.training.run_data import fingerprints
     from jaxdiff.training.workdir import claimed, settle
 
-    workdir = Path(f.workdir)
     if f.precompute and f.config.latents.path:
         raise UsageError("--precompute writes latents of images: leave out config.latents.path.")
     if f.posthoc_ema is not None:
+        workdir = remote.workdir(f.workdir)
         export = workdir / posthoc_name(f.posthoc_ema)
-        if export.exists() and not f.overwrite:
+        url = stores.behind(export)
+        if (stores.listing(url) if url else export.exists()) and not f.overwrite:
             raise UsageError(f"--posthoc_ema={f.posthoc_ema:g}: {export} exists: move it, or give --overwrite.")
-        config = f.config or stored(workdir)
+        remote.pull(workdir, snapshots=True)
+        config = with_copies(f.config or stored(workdir))
         if not any((workdir / "ema").glob("*.safetensors")):
             raise Failure(f"{workdir / 'ema'} holds no snapshots of averages: set config.ema_sigmas when training.")
         return build_run(config, workdir).posthoc_ema(f.posthoc_ema)
     hosts.start(f)
     cache_compilations()
-    first = jax.process_index() == 0
-    data = fingerprints(f.config)
-    with claimed(workdir, first) as keep:
+    workdir, first, config = remote.workdir(f.workdir), jax.process_index() == 0, with_copies(f.config)
+    data = fingerprints(config)
+    with claimed(workdir, first) as keep, remote.held(workdir, first) as begin_uploads:
         run = as_json(f.config), data, as_json(base())
         settle(workdir, *run, write=False)
-        this = build_run(f.config, workdir)
+        this = build_run(config, workdir)
         keep()
         settle(workdir, *run, write=first)
+        begin_uploads()
         if not f.precompute:
             return this.train(f.profile)
         folder, how = workdir / "latents", f.config.latents
         this.precompute(folder, how.views, how.embeddings)
-        logging.info("The latents are in %s; --config.latents.path=%s trains on them.", folder, folder)
+        shown = stores.shown(folder)
+        logging.info("The latents are in %s; --config.latents.path=%s trains on them.", shown, shown)
 
 
 def stored(workdir: Path) -> Any:
@@ -90,7 +96,7 @@ def command(argv: list[str]) -> int:
         if f.help:
             print(__doc__, f.get_help(), sep="\n")
         elif f.plan:
-            return train_plan.run(f.config, f.plan, f.plan_devices, argv)
+            return train_plan.run(with_copies(f.config, PLANNED), f.plan, f.plan_devices, argv)
         else:
             run(f)
     except OptionsError as e:  # which begins with a setting's name

@@ -2,22 +2,28 @@
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import Field
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 import jaxdiff
+from jaxdiff import stores
 from jaxdiff.cli import hosts
-from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import check_path
 from jaxdiff.cli.options import HOSTS, define_one
+from jaxdiff.io import hub
 from jaxdiff.training.checks import check_settings
 from jaxdiff.training.defaults import OPEN, RULES, current_name
 from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.ranges import near, wanted
 
+PATHS = [name for name, field in RULES.items() if isinstance(field, Field) and field.metadata["path"]]
+PLANNED = [name for name in PATHS if "init_from" in name]  # that --plan reads
 PACKAGE = Path(jaxdiff.__file__).parent
 CONFIG_FOLDERS = (Path("configs"), PACKAGE / "configs", PACKAGE.parent / "configs")  # the last, of a checkout
 
@@ -28,7 +34,7 @@ def define(argv: list[str]) -> flags.FlagValues:
     config_flags.DEFINE_config_file(
         "config", None, "The experiment: a file, or the name of one of configs/.", flag_values=f, sys_argv=argv
     )
-    flags.DEFINE_string("workdir", None, "Folder of all that the run writes.", f)
+    flags.DEFINE_string("workdir", None, "Folder of all that the run writes, here or at gs:// or s3://.", f)
     for option in HOSTS:
         define_one(f, option)
     flags.DEFINE_string("plan", None, "Print memory and messages of each device instead of training; or =quick.", f)
@@ -75,7 +81,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if f.config is None:  # of --posthoc_ema
         return f
     check_settings(f.config)
-    for name in (name for name, field in RULES.items() if isinstance(field, Field) and field.metadata["path"]):
+    for name in PATHS:
+        if reason := stores.wrong(f.config[name]):
+            raise OptionsError(f"{name} {f.config[name]} {reason}")
         f.config.update_from_flattened_dict({name: os.path.expanduser(f.config[name])})
     f.config.warmup_steps = Options.from_config(f.config).warmup  # so that run.json has the number
     if f.profile and f.profile + 2 > f.config.steps:
@@ -85,6 +93,21 @@ def parse(argv: list[str]) -> flags.FlagValues:
     return f
 
 
+def with_copies(config: Any, names: Iterable[str] = PATHS) -> Any:
+    """A config whose settings, where they are paths of stores, name this machine's copies of what lies there.
+
+    Raises:
+        Failure: there is nothing, or it cannot be read.
+    """
+    copied = config.copy_and_resolve_references()
+    for name in names:
+        try:
+            copied.update_from_flattened_dict({name: stores.local(config[name], hub.chosen)})
+        except stores.StoreError as e:
+            raise Failure(f"config.{name}: {e}") from None
+    return copied
+
+
 def check_flags(f: flags.FlagValues) -> None:
     """Raise UsageError for flags that do not go together, or without which there is no run."""
     if f.posthoc_ema is not None and not 0 < f.posthoc_ema < 12**-0.5:
@@ -92,11 +115,12 @@ def check_flags(f: flags.FlagValues) -> None:
     if f.overwrite and f.posthoc_ema is None:
         raise UsageError("--overwrite goes with --posthoc_ema: give that too, or leave --overwrite out.")
     if f.posthoc_ema is not None and f.workdir and f.config is None:
+        check_path("--workdir", str(f.workdir), stored=True)
         return
     if f.config is None:
         raise UsageError("--config is missing: name the experiment, such as --config=lora.")
     if f.workdir:
-        check_path("--workdir", str(f.workdir))
+        check_path("--workdir", str(f.workdir), stored=True)
     if not f.workdir and not f.plan:
         raise UsageError("--workdir is missing: name a folder for the run, such as --workdir=runs/vae.")
     hosts.check(f)

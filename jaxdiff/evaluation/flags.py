@@ -102,7 +102,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     for name in PATHS:
         path: str | None = f[name].value
         if path is not None:
-            check_path(f"--{name}", path)
+            check_path(f"--{name}", path, stored=name in ("model", "cache_dir"))
             f[name].value = at_home(path)
     if f.guidance_scale is not None and not math.isfinite(f.guidance_scale):
         raise UsageError(f"--guidance_scale {f.guidance_scale} must be finite.")

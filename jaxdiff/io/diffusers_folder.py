@@ -180,6 +180,11 @@ def controlnets(folder: Path) -> list[str]:
     return [CONTROLNET, *itertools.takewhile(lambda name: (folder / name).is_dir(), more)]
 
 
+def is_part(name: str) -> bool:
+    """Whether a file or folder of this name belongs to a model."""
+    return name in COMPONENTS or name.startswith(CONTROLNET)
+
+
 def pipeline_class(model: Model) -> str:
     """The class of PyTorch diffusers that draws with a model of this kind."""
     control = "ControlNet" if model.controlnets else ""

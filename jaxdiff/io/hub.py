@@ -1,5 +1,7 @@
 """Model folders from the Hugging Face hub."""
 
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from jaxdiff.config import ConfigError
@@ -26,6 +28,21 @@ def attempts(variant: str | None) -> list[tuple[list[str], list[str]]]:
             tries.append(([f"{f}/*.{suffix}" for f in WEIGHT_FOLDERS], UNUSED + VARIANTS))
         tries.append(([f"{f}/{w}.{suffix}" for f in WEIGHT_FOLDERS for w in wanted], UNUSED))
     return [(CONFIG_FILES + weights, unwanted) for weights, unwanted in tries]
+
+
+def chosen(names: Sequence[str], variant: str | None = None) -> list[str]:
+    """Of all files of a folder, by their names in it, those that are fetched: of other folders than a model's, all."""
+    if "model_index.json" not in names:
+        return list(names)
+    for wanted, unwanted in attempts(variant):
+        found = [n for n in names if _matches(n, wanted) and not _matches(n, unwanted)]
+        if any(fnmatch(n, "unet/*.*") and not n.endswith(".json") for n in found):
+            break
+    return found
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def fetch(repo_id: str, revision: str | None = None, variant: str | None = None) -> Path:

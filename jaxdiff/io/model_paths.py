@@ -5,8 +5,9 @@ from pathlib import Path
 
 from absl import logging
 
+from jaxdiff import stores
 from jaxdiff.config import ConfigError
-from jaxdiff.io.hub import fetch
+from jaxdiff.io import hub
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 SINGLE_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")  # in any letter case
@@ -20,7 +21,7 @@ def bundled() -> list[str]:
 
 
 def find(name_or_path: str | Path, variant: str | None = None) -> Path:
-    """A model's folder or file: a path, a bundled model's name, or "owner/name" on the hub, which is then fetched.
+    """A model's folder or file: a path, a bundled model's name, or what is then fetched: "owner/name", a store's path.
 
     Args:
         name_or_path: "owner/name@v1.0" is the hub's model at that branch, tag or commit.
@@ -29,6 +30,11 @@ def find(name_or_path: str | Path, variant: str | None = None) -> Path:
     Raises:
         ConfigError: it is none of these, or cannot be fetched; the sentence says what there is.
     """
+    if stores.wrong(name_or_path) or stores.is_store(name_or_path):
+        try:
+            name_or_path = stores.fetch(str(name_or_path), lambda names: hub.chosen(names, variant))
+        except stores.StoreError as e:
+            raise ConfigError(str(e)) from None
     path, name = Path(name_or_path), str(name_or_path)
     one_file = path.suffix.lower() in SINGLE_FILES
     if not name:
@@ -42,8 +48,8 @@ def find(name_or_path: str | Path, variant: str | None = None) -> Path:
         raise ConfigError(f"{path} is not a model file: known are {', '.join(SINGLE_FILES)}, and diffusers folders.")
     if name in bundled():
         return BUNDLED / name
-    if (hub := re.fullmatch(HUB, name)) and not one_file:
-        return fetch(hub[1], hub[2], variant)
+    if (named := re.fullmatch(HUB, name)) and not one_file:
+        return hub.fetch(named[1], named[2], variant)
     if one_file:
         raise ConfigError(f"The model's file {name} does not exist: check the path, or fetch the file first.")
     known = ", ".join(bundled()) or "none"

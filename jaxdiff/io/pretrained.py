@@ -1,12 +1,16 @@
 """Models in and out: diffusers folders, single-file checkpoints, bundled models and the Hugging Face hub."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdiff.io.diffusers_folder import CONTROLNET, load_folder, load_model, save_folder
+from jaxdiff import stores
+from jaxdiff.errors import WeightsError
+from jaxdiff.files import writing
+from jaxdiff.io.diffusers_folder import CONTROLNET, INDEX, is_part, load_folder, load_model, save_folder
 from jaxdiff.io.model_paths import SINGLE_FILES, find
 from jaxdiff.io.modules import CONFIG
 from jaxdiff.io.single_file import load_single_file, open_single_file, save_single_file
@@ -29,7 +33,8 @@ def load(
 
     Args:
         name_or_path: a diffusers folder, a single-file checkpoint (.safetensors, .ckpt, …), the name of a bundled model
-            ("icons"), or "owner/name" on the Hugging Face hub ("owner/name@v1.0" at a branch, tag or commit).
+            ("icons"), "owner/name" on the Hugging Face hub ("owner/name@v1.0" at a branch, tag or commit), or a path
+            gs://bucket/… or s3://bucket/…, of which this machine keeps a copy.
         dtype: type to compute in and to hold the parameters in: "float32" (default), "bfloat16" or "float16".
         variant: of a folder's weights: "fp16" reads its `*.fp16.safetensors`, and parts without such a file as without
             a variant; None those without such a word, where there are any.
@@ -76,12 +81,16 @@ def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None)
 
     Args:
         folder: made; if it is a model's folder already, its model is replaced and other files in it stay; any other
-            non-empty folder is refused. A name that ends in .safetensors becomes a single-file checkpoint.
+            non-empty folder is refused. A name that ends in .safetensors becomes a single-file checkpoint. A path
+            gs://bucket/… or s3://bucket/… is uploaded, `model_index.json` last; an earlier model is gone meanwhile.
         dtype: type of the tensors written; as they are by default.
 
     Raises:
         WeightsError: the folder cannot be written, or holds something else.
     """
+    if stores.wrong(folder) or stores.is_store(folder):
+        _save_to_store(str(folder), model, params, dtype)
+        return
     folder = Path(folder)
     if CONTROLNET not in params:
         model = dataclasses.replace(model, controlnets=())
@@ -89,6 +98,26 @@ def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None)
         save_single_file(folder, model, params, dtype)
     else:
         save_folder(folder, model, params, dtype)
+
+
+def _save_to_store(url: str, model: Model, params: Params, dtype: Any) -> None:
+    """Write a model on this machine, then upload it; `model_index.json`, without which none is opened, last."""
+    try:
+        one_file = Path(url).suffix.lower() in SINGLE_FILES
+        place = stores.place(url, stores.OUTPUTS if one_file else "saved")
+        with writing(place, WeightsError, "choose another place or free it."):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        if one_file:
+            save(place, model, params, dtype=dtype)  # which is uploaded as all files of that area are
+            return
+        tops = {name.split("/")[0] for name in stores.listing(url)}
+        if INDEX not in tops and any(not is_part(top) for top in tops):
+            raise WeightsError(f"{url} exists and is not the folder of a model: save to another one.")
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as temporary:
+            save(Path(temporary) / "new", model, params, dtype=dtype)
+            stores.publish(Path(temporary) / "new", url, INDEX)
+    except stores.StoreError as e:
+        raise WeightsError(str(e)) from None
 
 
 def parts(model: Model, params: Params) -> Params:

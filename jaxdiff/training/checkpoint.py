@@ -1,13 +1,11 @@
 """Checkpoints of training: the state of the optimisation and the position in the data, through orbax.
 
 A checkpoint is written under another name and renamed when it is whole, with the SHA-256 of each of its files among
-them. Orbax itself does not notice every flipped byte, so that the sums are compared before a checkpoint is read.
+them, which are compared before it is read. Those of a folder in an object store are uploaded before they are renamed.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from jaxdiff import stores
 from jaxdiff.errors import JaxdiffError
+from jaxdiff.training import remote_checkpoints
+from jaxdiff.training.digests import SUMS, damage, digests, reason
+from jaxdiff.training.workdir import WorkdirError
 
 STATE, DATA = "state", "data"
-SUMS = "sha256.json"
-UNCHECKED = (SUMS, "_CHECKPOINT_METADATA", "commit_success.txt")  # orbax writes these last, and reads nothing from them
+TIMEOUT = 4 * 3600  # seconds that hosts wait for each other, which may upload in that time
 
 
 class CheckpointError(JaxdiffError, RuntimeError):
@@ -42,19 +43,28 @@ class Checkpoints:
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         self._folder = Path(folder).absolute()
         self._saving: int | None = None
+        self._url, self._keep = stores.behind(self._folder), keep
         with self._explained():
             self._folder.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
+            if self._url:
+                remote_checkpoints.copy_newest(self._url, self._folder)
+            elif jax.process_index() == 0:
                 set_damaged_aside(self._folder)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("checkpoints")  # the others look at what is left
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),  # just before it is renamed
+            seal = ocp.AsyncOptions(post_finalization_callback=self._seal)  # just before it is renamed
+            if self._url:
+                seal.timeout_secs = TIMEOUT
+            common: dict[str, Any] = {
+                "max_to_keep": 1 if self._url else keep, "cleanup_tmp_directories": True,
+                "enable_async_checkpointing": True, "async_options": seal,
+            }  # fmt: skip
+            apart = bool(self._url) and jax.process_count() > 1
+            self._manager = (
+                _apart(self._folder, common)
+                if apart
+                else ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(**common))
             )
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -109,7 +119,7 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, TypeError, KeyError) as e:
             raise CheckpointError(
-                f"The checkpoint {self._folder}/{step} does not fit this config ({_reason(e)}): "
+                f"The checkpoint {self._folder}/{step} does not fit this config ({reason(e)}): "
                 "go on with the config it was begun with, or choose another workdir."
             ) from None
         hosts = restored[DATA]["hosts"]
@@ -123,52 +133,44 @@ class Checkpoints:
         return restored[STATE], hosts[0]
 
     def _seal(self) -> None:
-        """On the first host, once all have written."""
+        """Once all hosts have written: on the first, or on each where they share no folder."""
         for folder in self._folder.glob(f"{self._saving}.*tmp*"):
-            (folder / SUMS).write_text(json.dumps(digests(folder), indent=1), encoding="utf-8")
+            sums = digests(folder)
+            if self._url and self._saving is not None:
+                sums = remote_checkpoints.commit(self._url, folder, self._saving, self._keep, sums)
+            (folder / SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Whatever orbax raises while it writes, in one sentence."""
         try:
             yield
-        except CheckpointError:
+        except (CheckpointError, WorkdirError):
             raise
+        except remote_checkpoints.NoneIntact as e:
+            raise CheckpointError(f"{self._url} holds no intact checkpoint ({e}): choose another workdir.") from None
+        except stores.StoreError as e:
+            text = f"{str(e).rstrip('.')}; the same command goes on from the last checkpoint."
+            raise CheckpointError(text) from None
         except (OSError, ValueError, RuntimeError) as e:
             what = self._folder if self._saving is None else f"The checkpoint {self._folder}/{self._saving}"
             raise CheckpointError(
-                f"{what} cannot be written ({_reason(e)}): free space there and the same command goes on from the last "
+                f"{what} cannot be written ({reason(e)}): free space there and the same command goes on from the last "
                 "checkpoint, or choose another workdir."
             ) from None
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a checkpoint's folder, by its path in there."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in UNCHECKED)
-
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor() as pool:  # the sums are computed without Python's lock
-        return dict(zip((p.relative_to(folder).as_posix() for p in files), pool.map(digest, files), strict=True))
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing: a file that is missing, of other bytes, or one too many."""
-    try:
-        wanted = json.loads((folder / SUMS).read_text(encoding="utf-8"))
-        found = digests(folder)
-    except (OSError, ValueError) as e:
-        return f"{SUMS} cannot be read: {_reason(e)}"
-    if not isinstance(wanted, dict):
-        return f"{SUMS} holds no sums"
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            return f"{name} is missing, which {SUMS} lists"
-        if wanted.get(name) != found[name]:
-            return f"{name} holds other bytes than {SUMS} says"
-    return None
+def _apart(folder: Path, options: dict[str, Any]) -> ocp.CheckpointManager:
+    """A manager of hosts that share no folder: each writes what it holds as files that no other writes."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=None)
+    chosen = ocp.CheckpointManagerOptions(
+        **options, multiprocessing_options=alone, enable_per_process_directory_creation=True
+    )
+    handlers: Any = {
+        STATE: ocp.StandardCheckpointHandler(multiprocessing_options=alone, use_ocdbt=False),
+        DATA: ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    }
+    return ocp.CheckpointManager(folder, options=chosen, item_handlers=handlers)
 
 
 def set_damaged_aside(folder: Path) -> None:
@@ -193,16 +195,6 @@ def set_damaged_aside(folder: Path) -> None:
         logging.warning(
             "The checkpoint %s is damaged (%s): renamed to %s, an older one is used.", path, wrong, aside.name
         )
-
-
-def _reason(error: BaseException) -> str:
-    """What an error says, without what follows its first line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    for known in ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied"):
-        if known.lower() in str(error).lower():
-            return known
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
 
 
 def _gather(position: Any) -> list[Any]:

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 from absl import logging
 
+from jaxdiff import stores
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.data.pipeline import CaptionedData
-from jaxdiff.training import init, trainables
+from jaxdiff.training import init, remote, trainables
 from jaxdiff.training.checks import check_sizes, image_size
 from jaxdiff.training.defaults import as_json
 from jaxdiff.training.ema import reconstructed
@@ -74,12 +75,16 @@ class Run:
     def precompute(self, folder: Path, views: int, embeddings: bool) -> None:
         """Write the latents of all images, see `jaxdiff.training.precompute`."""
         config, data = self.config, self.data
+        if stores.behind(folder) and jax.process_count() > 1:
+            raise OptionsError(f"latents of {stores.shown(folder)} cannot be written by several hosts, which share no "
+                               "folder there: write them on one, for latents.path.")  # fmt: skip
         precompute(
             self.trainable.model, self.trainable.params, data.source, folder,
             image_size=data.image_size, seed=config.seed, views=views, buckets=data.buckets, embeddings=embeddings,
             flip=config.data.flip, background=config.data.background, threads=config.data.threads,
             batch_size=config.latents.batch_size, made=data.settings(), **hosts(),
         )  # fmt: skip
+        remote.publish(folder)
 
     def latents(self) -> LatentShards:
         """What `config.latents.path` holds."""
@@ -107,7 +112,8 @@ class Run:
         if "vae" in self.trainable.stage.trainable:  # whose latents have another deviation now
             export = save_model(init.measured(self.trainable.model, params, self.data.to_measure()))
         export(self.workdir / name, params)
-        logging.info("What was trained is in %s.", self.workdir / name)
+        remote.publish(self.workdir / name)
+        logging.info("What was trained is in %s.", stores.shown(self.workdir / name))
 
 
 def posthoc_name(sigma: float) -> str:

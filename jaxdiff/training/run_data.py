@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxdiff import stores
 from jaxdiff.config import ConfigError
 from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
 from jaxdiff.data.captioned import captioned_data, open_source, source_files
@@ -52,11 +53,15 @@ class Images:
 
     def open(self, path: str | Path, split: str) -> Source:
         """A split under captions of its own."""
-        return open_source(path, split, cache=self.workdir / "data", **columns(self.config), **hosts())
+        return open_source(path, split, cache=self.workdir / "data", **columns(self.config), **self._sharing())
 
     def captioned(self, path: Path, captions: Sequence[str], name: str) -> Source:
         """The images of a folder under captions of the config."""
-        return open_source(dreambooth.captioned(path, captions, self.workdir / name), **hosts())
+        return open_source(dreambooth.captioned(path, captions, self.workdir / name), **self._sharing())
+
+    def _sharing(self) -> dict[str, Any]:
+        """The hosts that share the workdir: with one in a store each has a folder of its own."""
+        return ALONE if stores.behind(self.workdir) else hosts()
 
     def split(self, name: str) -> Source:
         """All images of a split of `data.path`, under the captions of the config where it has some."""
@@ -76,7 +81,7 @@ class Images:
         wanted = config.data.filter.to_dict()
         if name != config.data.split:
             del wanted["max_subjects"]  # those of the training images, which are not the commonest everywhere
-        return select(source, wanted, cache=self.workdir / "data", **hosts())
+        return select(source, wanted, cache=self.workdir / "data", **self._sharing())
 
     def tokenizer(self) -> Tokenizer:
         """One learnt from the captions of the whole set, so that every subset of it gets the same vocabulary."""
@@ -98,7 +103,7 @@ class Images:
         if self.config.latents.path or not data.buckets:
             return None
         sizes = bucket_sizes(image_size, data.buckets, data.max_aspect)
-        found = scan(source, sizes=True, cache=self.workdir / "data", **hosts())
+        found = scan(source, sizes=True, cache=self.workdir / "data", **self._sharing())
         return Buckets(sizes, assign(sizes, found["width"], found["height"]))
 
 

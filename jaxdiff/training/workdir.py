@@ -14,11 +14,13 @@ from typing import Any
 
 from absl import logging
 
+from jaxdiff import stores
 from jaxdiff.data.captioned import source_files
 from jaxdiff.data.listing import CAPTION_SUFFIXES, METADATA, TABLE, uncaptioned
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.files import make_writable, write_text, writing
 from jaxdiff.training.defaults import flat, with_current_names
+from jaxdiff.training.digests import SUMS
 from jaxdiff.training.options import default_warmup
 
 PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -168,7 +170,7 @@ def settle(
     path = folder / "run.json"
     now = {"config": config, "data": dict(data), "versions": versions()}
     now = json.loads(json.dumps(now))
-    if path.exists() and any(p.name.isdigit() for p in (folder / "checkpoints").glob("*")):
+    if path.exists() and _has_checkpoints(folder):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             old = {**flat(json.loads(json.dumps(defaults))), **flat(with_current_names(before["config"]))}
@@ -188,6 +190,12 @@ def settle(
         return
     with writing(path, WorkdirError, "choose another workdir."):
         write_text(path, json.dumps(now, indent=2) + "\n")
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    if url := stores.behind(folder):
+        return any(name.endswith(f"/{SUMS}") and name[0].isdigit() for name in stores.listing(f"{url}/checkpoints"))
+    return any(p.name.isdigit() for p in (folder / "checkpoints").glob("*"))
 
 
 def stored_config(folder: Path) -> dict[str, Any]:

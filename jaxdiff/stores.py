@@ -1,0 +1,359 @@
+"""Object stores: paths gs://bucket/… and s3://bucket/…, read and written through fsspec.
+
+Nothing reads from a store directly. What lies there is copied to this machine first, and what is written is written
+here, whole, and then uploaded. So each path of a store has a place below `copies()`, and the place says the path:
+
+    copies() / AREA / s3 / bucket / run / model.safetensors   <->   s3://bucket/run/model.safetensors
+
+A store has no renaming, and its folders are names. One object appears whole or not at all; of several, the one that
+readers look for is uploaded last.
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from jaxdiff.errors import JaxdiffError, say_once
+
+SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}  # and the packages that fsspec reads them with
+FETCHED, OUTPUTS = "fetched", "outputs"  # areas: what is read, and what is on its way to a store
+PATIENCE = 600.0  # seconds for which a store that answers errors is asked again
+LONGEST_PAUSE = 15.0  # seconds between two tries
+THREADS = 16  # objects under way at a time
+_SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/(/?)(.*)", re.DOTALL)
+# What asking again does not mend: credentials, names, this machine's disk, mistakes of the program.
+_FINAL = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound")
+_FINAL_NUMBERS = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
+_MISTAKES = (TypeError, ValueError, LookupError, AttributeError, ImportError, NotImplementedError)
+
+Listing = dict[str, tuple[int, str]]  # names below a path ("": the path itself) -> (bytes, what changes with them)
+
+
+class StoreError(JaxdiffError, ValueError):
+    """A store that cannot be reached, read or written, or a path that names none."""
+
+
+def is_store(path: object) -> bool:
+    """Whether a path is of a store that is known."""
+    return str(path).partition("://")[0] in SCHEMES and "://" in str(path)
+
+
+def wrong(path: object) -> str | None:
+    """Why a path can be neither of a store nor of this machine, as the end of a sentence; None if it can."""
+    if not (match := _SCHEME.match(str(path))):
+        return None
+    scheme, second, rest = match.groups()
+    known = " and ".join(f"{name}://" for name in SCHEMES)
+    if scheme not in SCHEMES:
+        return f"is of an unknown kind: known are {known}, and paths of this machine." if second else None
+    if not second:
+        return f"has one slash after {scheme}: and would be a folder of this machine: write {scheme}://{rest}."
+    if any(part in ("", ".", "..") for part in rest.rstrip("/").split("/")):
+        return f"has an empty part, or . or ..: write {scheme}://bucket/folder."
+    if importlib.util.find_spec(SCHEMES[scheme]) is None:
+        return f"needs the package {SCHEMES[scheme]}: pip install 'jaxdiff[stores]'."
+    return None
+
+
+def check(path: object) -> None:
+    """Raise StoreError for a path that can be neither of a store nor of this machine."""
+    if reason := wrong(path):
+        raise StoreError(f"{path} {reason}")
+
+
+# --- places on this machine
+
+
+def cache_folder() -> Path:
+    """`jaxdiff` in the user's cache folder: $XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxdiff"
+
+
+def copies() -> Path:
+    """The folder of all copies."""
+    return cache_folder().absolute() / "stores"
+
+
+def place(url: str, area: str) -> Path:
+    """Where a store's path lies on this machine; nothing is made. Raises StoreError for a path that is of no store."""
+    check(url)
+    scheme, _, rest = url.partition("://")
+    return copies() / area / scheme / rest.rstrip("/")
+
+
+def behind(path: str | Path, area: str = "") -> str | None:
+    """The store's path that a place stands for, of a given area or any; None of other paths."""
+    try:
+        own, scheme, *rest = Path(path).absolute().relative_to(copies()).parts
+    except ValueError:
+        return None
+    return f"{scheme}://{'/'.join(rest)}" if rest and area in ("", own) else None
+
+
+def shown(text: object) -> str:
+    """A text with the places in it as the stores' paths."""
+    return re.sub(rf"{re.escape(str(copies()))}/[\w-]+/({'|'.join(SCHEMES)})/", r"\1://", str(text))
+
+
+# --- objects
+
+
+@functools.cache
+def _filesystem(scheme: str) -> Any:
+    import fsspec  # orbax brings it
+
+    return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+def _call(url: str, method: str, *args: Any, **more: Any) -> Any:
+    """Call a method of a store's file system, again and again while the store answers errors that may pass.
+
+    Raises:
+        FileNotFoundError, FileExistsError: as the method does.
+        StoreError: of anything else that does not pass within `PATIENCE`.
+    """
+    check(url)
+    since, pause, said = time.monotonic(), 0.5, False
+    while True:
+        try:
+            return getattr(_filesystem(url.partition("://")[0]), method)(*args, **more)
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except Exception as e:
+            reason = " ".join((getattr(e, "strerror", None) or str(e) or type(e).__name__).split())[:200]
+            if _is_final(e) or time.monotonic() - since > PATIENCE:
+                raise StoreError(f"{url} cannot be read or written ({reason}): check the path, your rights there and "
+                                 "the network.") from None  # fmt: skip
+            if not said:
+                logging.warning("%s answers errors (%s): trying again for up to %.0f s.", url, reason, PATIENCE)
+                said = True
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _is_final(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in _FINAL_NUMBERS:
+        return True
+    code = getattr(error, "code", None)  # of gcsfs
+    refused = isinstance(code, int) and 400 <= code < 500 and code not in (408, 429)
+    return refused or isinstance(error, (PermissionError, *_MISTAKES)) or type(error).__name__ in _FINAL
+
+
+def listing(url: str) -> Listing:
+    """All objects at and below a path; empty where there are none."""
+    url = url.rstrip("/")
+    try:
+        found = _call(url, "find", url, detail=True)
+    except FileNotFoundError:
+        return {}
+    root, objects = _filesystem(url.partition("://")[0])._strip_protocol(url).rstrip("/"), Listing()
+    for name, info in found.items():
+        if info.get("type") == "directory" or not (name == root or name.startswith(f"{root}/")):
+            continue
+        relative = name[len(root) + 1 :]
+        if any(part in ("", ".", "..") for part in relative.split("/")) and relative:
+            if not relative.endswith("/"):  # those are made by browsers, for folders
+                say_once(f"{url}/{relative} is left out: its name is no path.")
+            continue
+        tags = [str(info[key]) for key in ("ETag", "etag", "generation", "created") if key in info]
+        objects[relative] = int(info["size"]), " ".join(tags)
+    if len(objects) > 1:
+        objects.pop("", None)  # here a name is a file or a folder
+    return objects
+
+
+def exists(url: str) -> bool:
+    """Whether there is an object of this name."""
+    return bool(_call(url, "isfile", url))
+
+
+def read(url: str) -> bytes | None:
+    """What an object holds; None where it is missing."""
+    try:
+        return _call(url, "cat_file", url)
+    except FileNotFoundError:
+        return None
+
+
+def write(url: str, data: bytes, *, new: bool = False) -> None:
+    """Write an object. With `new`, raises FileExistsError where there is one, whoever else may be writing."""
+    if new and exists(url):  # for stores that know no conditions
+        raise FileExistsError(url)
+    _call(url, "pipe_file", url, data, mode="create" if new else "overwrite")
+
+
+def put(path: Path, url: str) -> None:
+    """Upload a file."""
+    _call(url, "put_file", str(path), url)
+
+
+def put_new(path: Path, url: str) -> bool:
+    """Upload a small file to a name that none has; False where one has it."""
+    try:
+        write(url, path.read_bytes(), new=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def remove(*urls: str) -> None:
+    """Remove objects; those that are missing do not matter."""
+
+    def one(url: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            _call(url, "rm_file", url)
+
+    _each(one, urls)
+
+
+def move(url: str, to: str, first: str) -> None:
+    """Rename all below a path, one object after the other, beginning with `first`."""
+    names = listing(url)
+    for name in sorted(names, key=lambda name: name != first):
+        _call(url, "copy", f"{url}/{name}", f"{to}/{name}")
+        remove(f"{url}/{name}")
+
+
+def probe(url: str) -> None:
+    """Raise StoreError where nothing can be written below a path."""
+    name = f"{url.rstrip('/')}/.{uuid.uuid4().hex}.tmp"
+    try:
+        write(name, b"")
+    except FileNotFoundError:  # no such bucket
+        raise StoreError(f"{url} cannot be written: there is no such bucket.") from None
+    remove(name)
+
+
+def _each(run: Callable[[Any], Any], items: Iterable[Any]) -> None:
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(run, items):
+            pass
+
+
+# --- folders
+
+
+def files(folder: Path) -> list[str]:
+    """Names of the files below a folder, without hidden and linked ones."""
+    paths = (p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    names = (p.relative_to(folder).as_posix() for p in paths)
+    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+
+
+def upload(folder: Path, url: str, names: Iterable[str]) -> None:
+    """Upload files of a folder, by their names in there."""
+    _each(lambda name: put(folder / name, f"{url}/{name}"), names)
+
+
+def download(url: str, folder: Path, names: Iterable[str]) -> None:
+    """Copy objects below a path into a folder; each appears whole. Raises FileNotFoundError for one that is missing."""
+
+    def one(name: str) -> None:
+        path = folder / name if name else folder
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _call(url, "get_file", f"{url}/{name}" if name else url, str(temporary))
+            if path.is_dir():  # of an earlier copy
+                shutil.rmtree(path)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    _each(one, names)
+
+
+def publish(folder: Path, url: str, marker: str) -> None:
+    """Upload a folder so that whoever finds its file `marker` finds all of it. Other objects in there stay.
+
+    Args:
+        marker: a file of the folder. An earlier one is removed first, and this one is uploaded last.
+    """
+    url, names = url.rstrip("/"), files(folder)
+    inside = {name.split("/")[0] for name in names if "/" in name}  # folders that are replaced
+    old = [name for name in listing(url) if name.split("/")[0] in inside and name not in names]
+    remove(f"{url}/{marker}")
+    upload(folder, url, (name for name in names if name != marker))
+    remove(*(f"{url}/{name}" for name in old))
+    put(folder / marker, f"{url}/{marker}")
+
+
+def fetch(url: str, choose: Callable[[Sequence[str]], Sequence[str]] | None = None) -> Path:
+    """This machine's copy of what lies at a path, brought up to date. Only what has changed is copied.
+
+    Args:
+        url: of an object or of all below it. In a name with {00..99} or * all are taken that begin alike.
+        choose: of all names those to copy; by default all.
+
+    Raises:
+        StoreError: there is nothing, or it cannot be read.
+    """
+    check(url)
+    if match := re.search(r"[{*?\[]", url):
+        cut = url.rfind("/", 0, match.start())
+        root, start = url[:cut], url[cut + 1 : match.start()]
+        return fetch(root, lambda names: [n for n in names if n.startswith(start)]) / url[cut + 1 :]
+    url, objects = url.rstrip("/"), listing(url)
+    names = list(objects) if choose is None else list(choose(list(objects)))
+    if not names:
+        raise StoreError(f"{url} does not exist, or holds nothing: check the path.")
+    folder = place(url, FETCHED)
+    kept = folder.with_name(f".{folder.name}.json")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(kept.with_suffix(".lock")):
+        try:
+            before = json.loads(kept.read_bytes())
+        except (OSError, ValueError):
+            before = {}
+        now: dict[str, list[Any]] = {name: list(objects[name]) for name in names}
+        there = {name for name in names if before.get(name) == now[name] and _size(folder / name) == now[name][0]}
+        if missing := [name for name in names if name not in there]:
+            total = sum(now[name][0] for name in missing)
+            logging.info("Copying %d files (%.1f MB) of %s to %s.", len(missing), total / 1e6, url, folder)
+            kept.unlink(missing_ok=True)  # what is copied now is of neither list
+            try:
+                download(url, folder, missing)
+            except FileNotFoundError as e:
+                raise StoreError(f"{url} changes while it is read ({e}): try again.") from None
+        if folder.is_dir():  # what was removed from the store
+            for name in set(files(folder)) - set(objects):
+                (folder / name).unlink(missing_ok=True)
+        temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(now))
+        temporary.replace(kept)
+    return folder
+
+
+def local(path: str, choose: Callable[[Sequence[str]], Sequence[str]] | None = None) -> str:
+    """A path of this machine: what is given, or the copy of what lies at a store's path, see `fetch`."""
+    return str(fetch(path, choose)) if is_store(path) else path
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds other processes of this machine back, where its file system has locks."""
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,257 @@
+"""A run whose folder lies in an object store: it writes into a folder of this machine, which is uploaded.
+
+What the run reads again comes from the store when it begins, so that it goes on on any machine. A lock object keeps a
+second run out: it is written on condition that there is none, and renewed as long as its process lives. Checkpoints
+have their own way, see `remote_checkpoints`; exports and latents are uploaded when they are whole.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from jaxdiff import stores
+from jaxdiff.data.latents import INFO
+from jaxdiff.errors import say_once
+from jaxdiff.io.diffusers_folder import INDEX
+from jaxdiff.training.workdir import WorkdirError
+
+LOCK = "lock"
+BEAT, LEASE = 20.0, 70.0  # seconds between two renewals of the lock, and after which one that is not renewed is dead
+UPLOAD_EVERY = 30.0  # seconds
+TREES = ("tb", "samples", "profile", "wandb", "ema")  # uploaded as they grow, as are the files beside them
+NOT_READ = TREES[1:]  # by a run that goes on
+TOKEN = uuid.uuid4().hex  # of this process
+
+
+def workdir(path: str) -> Path:
+    """A run's folder on this machine; each process has its own for a store's path."""
+    return stores.place(path, f"workdir-{jax.process_index()}") if stores.is_store(path) else Path(path)
+
+
+@contextlib.contextmanager
+def held(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
+    """Holds a run's folder in a store for the block, which is given a function that begins the uploading.
+
+    Of other folders there is nothing to do.
+
+    Args:
+        first: whether this is the first host, which locks and uploads.
+
+    Raises:
+        WorkdirError: another run holds it.
+        StoreError: it cannot be read or written.
+    """
+    if (url := stores.behind(folder)) is None:
+        yield lambda: None
+        return
+    with _locked(url) if first else contextlib.nullcontext():
+        pull(folder)
+        uploads = _Uploads(folder, url)
+        try:
+            yield uploads.begin if first else lambda: None
+        except BaseException:
+            with contextlib.suppress(stores.StoreError):  # what ended the block counts
+                uploads.end()
+            raise
+        uploads.end()
+
+
+def pull(folder: Path, *, snapshots: bool = False) -> None:
+    """Copy what a run reads again from the store, and remove what an earlier one left on this machine.
+
+    Args:
+        snapshots: those of averages as well.
+    """
+    if (url := stores.behind(folder)) is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [*folder.iterdir()]:
+        if path.name in TREES or path.name.startswith("export"):
+            shutil.rmtree(path)
+        elif path.is_file() and path.name != LOCK:
+            path.unlink()
+    objects = stores.listing(url)
+    latents = [name.removesuffix(INFO) for name in objects if name.endswith(f"/{INFO}")]
+    skipped = tuple(f"{tree}/" for tree in NOT_READ if not (snapshots and tree == "ema"))
+    grown = [name for name in objects if _grows(name) and not name.startswith(skipped)]
+    stores.download(url, folder, [*grown, *(name for name in objects if name.startswith(tuple(latents)))])
+
+
+def publish(folder: Path) -> None:
+    """Upload a folder of the run, such as an export, now that it is whole. Of other folders there is nothing to do."""
+    if url := stores.behind(folder):
+        names = stores.files(folder)
+        stores.publish(folder, url, next((name for name in (INDEX, INFO) if name in names), names[-1]))
+
+
+def _grows(name: str) -> bool:
+    top, *below = name.split("/")
+    return top in TREES if below else top != LOCK
+
+
+class _Uploads:
+    """Uploads the files of a run that have changed, now and then in the background, and in the end."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self._folder, self._url = folder, url
+        self._uploaded = self._found()
+        self._one = threading.Lock()
+        self._every: _Every | None = None
+
+    def begin(self) -> None:
+        self.flush()
+        _begun[self._url] = self
+        self._every = _Every(UPLOAD_EVERY, self.flush)
+
+    def end(self) -> None:
+        if self._every is not None:
+            del _begun[self._url]
+            self._every.stop()
+            self.flush()
+
+    def flush(self) -> None:
+        with self._one:
+            changed = {name: state for name, state in self._found().items() if self._uploaded.get(name) != state}
+            stores.upload(self._folder, self._url, changed)
+            self._uploaded |= changed
+
+    def _found(self) -> dict[str, tuple[int, int]]:
+        """Bytes and time of each file that is uploaded as it grows."""
+        names = [path.name for path in self._folder.iterdir() if path.is_file() and path.name[0] != "."]
+        names += [f"{tree}/{name}" for tree in TREES for name in stores.files(self._folder / tree)]
+        found = {name: (self._folder / name).stat() for name in names if _grows(name)}
+        return {name: (info.st_size, info.st_mtime_ns) for name, info in found.items()}
+
+
+_begun: dict[str, _Uploads] = {}  # by the run's path
+
+
+def flush(url: str) -> None:
+    """Upload now what a run has written, so that nothing is missing of before a checkpoint."""
+    if url in _begun:
+        _begun[url].flush()
+
+
+class _Every:
+    """Calls a function every so many seconds, on a thread of its own."""
+
+    def __init__(self, seconds: float, run: Callable[[], None]) -> None:
+        self._seconds, self._run, self._stopped = seconds, run, threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while not self._stopped.wait(self._seconds):
+            try:
+                self._run()
+            except Exception as e:  # tried again the next time; the end of the run says it if it stays so
+                say_once(str(e))
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+# --- one run at a time
+
+
+@contextlib.contextmanager
+def _locked(url: str) -> Iterator[None]:
+    lock, beats = f"{url}/{LOCK}", 0
+
+    def renew() -> None:
+        nonlocal beats
+        check_own(url)
+        beats += 1
+        stores.write(lock, _mark(beats))
+
+    _acquire(url, lock)
+    every = _Every(BEAT, renew)
+    try:
+        yield
+    finally:
+        every.stop()
+        with contextlib.suppress(stores.StoreError):
+            if _holder(lock).get("token") == TOKEN:
+                stores.remove(lock)
+
+
+def check_own(url: str) -> None:
+    """Raise WorkdirError where another run has taken over the folder since this one was thought dead."""
+    if _holder(f"{url}/{LOCK}").get("token", TOKEN) != TOKEN:
+        raise WorkdirError(f"The workdir {url} has been taken over by another run, as this one was not heard of for "
+                           f"{LEASE:.0f} s: this run ends.")  # fmt: skip
+
+
+def _acquire(url: str, lock: str) -> None:
+    while True:
+        try:
+            return stores.write(lock, _mark(0), new=True)
+        except FileExistsError:
+            if (holder := _holder(lock)).get("token") == TOKEN:  # written by a try whose answer was lost
+                return
+        except FileNotFoundError:
+            raise WorkdirError(f"The workdir {url} cannot be written: there is no such bucket.") from None
+        if not holder and not stores.exists(lock):  # gone meanwhile
+            continue
+        if not _dead(lock, holder):
+            raise WorkdirError(
+                f"The workdir {url} is in use by another run (process {holder.get('pid', 'unknown')} on "
+                f"{holder.get('host', 'unknown')}): wait for it, or choose another workdir."
+            )
+        stores.remove(lock)
+
+
+def _dead(lock: str, holder: dict[str, Any]) -> bool:
+    """Whether the process that holds a lock has gone: on this machine it is looked for, of others a renewal."""
+    if holder.get("machine") == _machine():
+        return _started(holder.get("pid")) != holder.get("started")
+    logging.info("Waiting up to %g s to see whether the run that holds %s still lives.", LEASE, lock)
+    since = time.monotonic()
+    while time.monotonic() - since < LEASE:
+        time.sleep(min(BEAT / 10, LEASE / 10))
+        if _holder(lock) != holder:
+            return False
+    return True
+
+
+def _mark(beats: int) -> bytes:
+    pid = os.getpid()
+    where = {"pid": pid, "started": _started(pid), "host": platform.node(), "machine": _machine()}
+    return json.dumps({"token": TOKEN, "beats": beats, **where}).encode()
+
+
+def _machine() -> list[str]:
+    """What all processes that see each other's numbers have in common until the machine restarts, on Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return [platform.node(), boot, os.readlink("/proc/self/ns/pid")]
+    except OSError:
+        return [uuid.uuid4().hex]  # none
+
+
+def _started(pid: object) -> str:
+    """When a process began, "" if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _holder(lock: str) -> dict[str, Any]:
+    try:
+        found = json.loads(stores.read(lock) or b"{}")
+    except ValueError:
+        found = {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,149 @@
+"""Checkpoints of a run whose folder lies in an object store.
+
+They are written on this machine and uploaded under the same names. A store has no renaming, so that the file of sums,
+uploaded last by the first host, says that a checkpoint is whole; one without it counts as none. Of several hosts, which
+share no folder, each writes and uploads the chunks that it holds, and then its sums for the first.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+from jaxdiff import stores
+from jaxdiff.errors import JaxdiffError
+from jaxdiff.training import remote
+from jaxdiff.training.digests import SUMS, UNCHECKED, damage
+
+PATIENCE = 3600.0  # seconds that the first host waits for the others' uploads
+
+
+class NoneIntact(JaxdiffError):
+    """What is wrong with each checkpoint, in words."""
+
+
+def copy_newest(url: str, folder: Path) -> None:
+    """Make a folder hold the newest intact checkpoint of the store, and nothing else. To be called on every host.
+
+    The first host removes what was never finished, and renames newer ones that are damaged.
+
+    Raises:
+        NoneIntact: there are some, and none is intact.
+        StoreError: the store cannot be read.
+    """
+    newest = None
+    if jax.process_index() == 0:
+        _remove_unfinished(url)
+        newest = _set_damaged_aside(url, folder)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("remote checkpoints")
+        if jax.process_index() and (steps := whole(url)):
+            newest = steps[0]
+            if wrong := _copy(url, folder, newest):
+                raise NoneIntact(f"{newest}: {wrong}")
+    _leave_only(folder, newest)
+
+
+def whole(url: str) -> list[int]:
+    """Steps of the checkpoints that are whole, the newest first."""
+    names = (name.split("/") for name in stores.listing(url))
+    return sorted((int(p[0]) for p in names if len(p) == 2 and p[0].isdigit() and p[1] == SUMS), reverse=True)
+
+
+def commit(url: str, folder: Path, step: int, keep: int, sums: dict[str, str]) -> dict[str, str]:
+    """Upload this host's files of a checkpoint; on the first host also say that it is whole, once all have done so.
+
+    Args:
+        folder: what this host has written.
+        keep: checkpoints in the store; older ones are removed.
+        sums: of this host's files.
+
+    Returns:
+        The sums of all hosts, on the first; else the own ones.
+
+    Raises:
+        StoreError, WorkdirError: it cannot be written, or another run has taken the folder over.
+    """
+    there, own = f"{url}/{step}", [*sums, *(name for name in UNCHECKED if name != SUMS and (folder / name).exists())]
+    host, hosts = jax.process_index(), jax.process_count()
+    if host:
+        stores.upload(folder, there, own)
+        stores.write(f"{there}/{SUMS}.{host}", json.dumps(sums).encode())
+        return sums
+    everyones = dict[str, str]()
+    for other in range(1, hosts):
+        everyones |= _sums_of(f"{there}/{SUMS}.{other}")
+    everyones |= sums  # files that several write are this host's, which uploads last
+    stores.upload(folder, there, own)
+    stores.remove(*(f"{there}/{SUMS}.{other}" for other in range(1, hosts)))
+    remote.flush(url.rpartition("/")[0])
+    remote.check_own(url.rpartition("/")[0])
+    stores.write(f"{there}/{SUMS}", json.dumps(everyones, indent=1).encode())
+    for old in whole(url)[keep:]:
+        _remove(f"{url}/{old}")
+    return everyones
+
+
+def _sums_of(url: str) -> dict[str, str]:
+    since = time.monotonic()
+    while (data := stores.read(url)) is None:
+        if time.monotonic() - since > PATIENCE:
+            raise stores.StoreError(f"{url} was not written by its host within {PATIENCE:.0f} s.")
+        time.sleep(0.5)
+    return json.loads(data)
+
+
+def _remove(url: str) -> None:
+    """Remove a checkpoint, beginning with what says that it is whole."""
+    stores.remove(f"{url}/{SUMS}")
+    stores.remove(*(f"{url}/{name}" for name in stores.listing(url)))
+
+
+def _remove_unfinished(url: str) -> None:
+    kept = whole(url)
+    names = [name for name in stores.listing(url) if name.split("/")[0].isdigit()]
+    stores.remove(*(f"{url}/{name}" for name in names if int(name.split("/")[0]) not in kept))
+
+
+def _set_damaged_aside(url: str, folder: Path) -> int | None:
+    """The newest intact step, which is copied here; None where there is none at all."""
+    damaged: dict[int, str] = {}
+    for step in whole(url):
+        wrong = _copy(url, folder, step)
+        if wrong is None:
+            break
+        damaged[step] = wrong
+    else:
+        if damaged:
+            raise NoneIntact("; ".join(f"{step}: {wrong}" for step, wrong in damaged.items()))
+        return None
+    for other, wrong in damaged.items():
+        aside = next(u for i in range(10**6) if not stores.listing(u := f"{url}/damaged-{other}{f'-{i}' * bool(i)}"))
+        stores.move(f"{url}/{other}", aside, SUMS)
+        logging.warning(
+            "The checkpoint %s/%d is damaged (%s): renamed to %s, an older one is used.",
+            url, other, wrong, aside.rpartition("/")[2],
+        )  # fmt: skip
+    return step
+
+
+def _copy(url: str, folder: Path, step: int) -> str | None:
+    """Copy a checkpoint here, unless it is here; says what is wrong with it, None if nothing."""
+    there, here = f"{url}/{step}", folder / str(step)
+    sums = stores.read(f"{there}/{SUMS}")
+    if here.is_dir() and (here / SUMS).is_file() and (here / SUMS).read_bytes() == sums and damage(here) is None:
+        return None
+    _leave_only(folder, None)
+    logging.info("Copying the checkpoint %s to this machine.", there)
+    stores.download(there, here, stores.listing(there))
+    return damage(here)
+
+
+def _leave_only(folder: Path, step: int | None) -> None:
+    for path in folder.iterdir():
+        if path.name != str(step):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
