@@ -25,6 +25,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding
 
 from jaxdiff.files import atomic_write, write_text
 from jaxdiff.io import cache
@@ -48,7 +49,9 @@ def lookup(key: object, program: Any, *args: Any) -> Callable[..., Any]:
         args: arrays in trees.
     """
     leaves, tree = jax.tree.flatten(args)
-    places = [(jax.typeof(x), getattr(x, "sharding", None)) for x in leaves]
+    shardings = [getattr(x, "sharding", None) for x in leaves]
+    meshes = {s.mesh: s.mesh.device_ids.tolist() for s in shardings if isinstance(s, NamedSharding)}
+    places = [*map(jax.typeof, leaves), shardings, list(meshes.values())]
     decided = repr((key, str(tree), places, surroundings()))
     folder = cache.kept()
     if folder is None or " at 0x" in decided or jax.process_count() > 1:
