@@ -22,7 +22,7 @@ from jaxdiff.data.latents import LatentShards
 from jaxdiff.io.images import read_image
 from jaxdiff.io.tensor_files import open_tensors
 from jaxdiff.training.run import build_run
-from tests.support.processes import CONFIG, ROOT
+from tests.support.processes import CONFIG, ROOT, free_port
 from tests.support.training_config import get_config
 
 # ml_collections loads configs by a method that Python has deprecated.
@@ -250,3 +250,27 @@ def test_latents_are_written_and_trained_on(train_cli, data, tiny_folder, tmp_pa
     code, _, err = train_cli(*settings, *more, latents, f"--workdir={tmp_path}/a", "--precompute")
     assert code == 2
     assert "leave out config.latents.path" in err
+
+
+@pytest.mark.parametrize(
+    ("workdirs", "count", "sentence"),
+    [
+        (("a", "b"), 0, "process 1 sees another folder than process 0: give one that all hosts share"),
+        (("a", "a"), 1, "config.data: process 1 has other files or captions than process 0"),
+    ],
+)
+def test_hosts_that_see_other_folders_are_told_so(data, tmp_path, workdirs, count, sentence):
+    other = shutil.copytree(data, tmp_path / "data")
+    lines = (other / "metadata.jsonl").read_text().splitlines()
+    (other / "metadata.jsonl").write_text("\n".join(lines[count:]))
+    port, both = free_port(), []
+    for i, (workdir, path) in enumerate(zip(workdirs, (data, other), strict=True)):
+        command = [sys.executable, str(ROOT / "train.py"), f"--config={CONFIG}:vae", f"--workdir={workdir}"]
+        command += [f"--config.data.path={path}", f"--coordinator_address=localhost:{port}", "--num_processes=2"]
+        command.append(f"--process_id={i}")
+        both.append(subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True))
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 1], said
+    assert all(sentence in err for err in said)
+    assert not list(tmp_path.glob("*/*host*"))
+    assert not (tmp_path / "b").exists()

@@ -1,15 +1,19 @@
 """One of several processes, on a host each: the flags that say so, and what is divided and brought together."""
 
 import contextlib
+import hashlib
+import json
 import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from jax.experimental.multihost_utils import ProcessFailureError, live_devices, process_allgather
 
 from jaxdiff.cli.errors import Failure, UsageError
@@ -114,6 +118,35 @@ def wait_for_all(*, failed: bool = False) -> None:
             f"Process {names} of {jax.process_count()} has stopped, and its images are missing: see what it said, "
             "and give the same command again with --overwrite."
         )
+
+
+def check_alike(workdir: Path | None, data: Any) -> None:
+    """Raise Failure, on all processes, unless each sees the first one's workdir and has the same data.
+
+    Args:
+        workdir: a folder that exists on each; None where they need not share one.
+        data: what tells data apart, as JSON holds it.
+    """
+    if jax.process_count() == 1:
+        return
+    first = jax.process_index() == 0
+    token = multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8))
+    mark = (workdir or Path()) / f".host-{bytes(token).hex()}"
+    with contextlib.ExitStack() as stack:
+        if workdir and first:
+            mark.touch()
+            stack.callback(mark.unlink, missing_ok=True)
+        multihost_utils.sync_global_devices("workdir")
+        seen = not workdir or mark.exists()
+        digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).digest()
+        rows = process_allgather(np.frombuffer(bytes([seen]) + digest, np.uint8))
+    if names := ", ".join(str(i) for i, row in enumerate(rows) if not row[0]):
+        raise Failure(
+            f"--workdir {workdir}: process {names} sees another folder than process 0: give one that all hosts share, "
+            "or a path in a bucket."
+        )
+    if names := ", ".join(str(i) for i, row in enumerate(rows) if (row != rows[0]).any()):
+        raise Failure(f"config.data: process {names} has other files or captions than process 0: give all the same.")
 
 
 def mine(parts: Sequence[Any]) -> list[Any]:

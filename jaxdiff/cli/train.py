@@ -57,6 +57,7 @@ def run(f: flags.FlagValues) -> None:
     workdir, first, config = remote.workdir(f.workdir), jax.process_index() == 0, with_copies(f.config)
     data = fingerprints(config)
     with claimed(workdir, first) as keep, remote.held(workdir, first) as begin_uploads:
+        hosts.check_alike(None if stores.behind(workdir) else workdir, data)
         run = as_json(f.config), data, as_json(base())
         settle(workdir, *run, write=False)
         this = build_run(config, workdir)

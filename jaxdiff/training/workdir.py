@@ -105,8 +105,8 @@ def claimed(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
         try:
             yield keep
         except Exception:
-            if first and not kept:
-                drop(set(folder.iterdir()) - there)
+            if not kept:
+                drop(set(folder.iterdir()) - there if first else ())
             raise
 
 
