@@ -99,4 +99,4 @@ def test_inversion_reconstructs_a_given_picture(tmp_path):
     np.testing.assert_array_equal(np.round(255 * given), read_image(ddim_inversion.APPLE))
     assert ddim_inversion.psnr(reconstructed, coded) > 25
     assert ddim_inversion.psnr(edited, coded) < 15
-    assert noise.shape == (1, 16, 16, 4)
+    assert noise.shape == (1, 16, 16, 8)
