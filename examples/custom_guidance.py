@@ -3,13 +3,13 @@
     python examples/custom_guidance.py [OUTPUT.png]
 
 Of the step from the unguided to the guided prediction, the part along the prediction raises contrast and saturation,
-the part across it brings the subject: the first is left out (Sadat et al. 2025, "Eliminating Oversaturation and
-Artifacts of High Guidance Scales in Diffusion Models", algorithm 1 without momentum and radius). Directions are taken
-from the background, the prediction's median over the image, because white is not 0 in this autoencoder.
+the part across it brings the subject: a quarter of the first is kept (Sadat et al. 2025, "Eliminating Oversaturation
+and Artifacts of High Guidance Scales in Diffusion Models", algorithm 1 without momentum and radius). Directions are
+taken from the background, the prediction's median over the image, because white is not 0 in this autoencoder.
 
-Cost: 16 s on two CPU cores, compilation included; peak memory 0.9 GB.
-Expect: at scale 10 the mean saturation is 0.150 with classifier-free guidance, with heavy outlines and darkened
-colours, and 0.139 projected, where it is 0.138 at scale 2. Neither is as clean as scale 2 with this model.
+Cost: 34 s on two CPU cores, compilation included; peak memory 1.0 GB.
+Expect: at scale 10 the mean saturation is 0.187 with classifier-free guidance, with heavy outlines and a stained
+background, and 0.159 projected, where it is 0.164 at scale 2. Neither is as clean as scale 2 with this model.
 """
 
 import sys
@@ -60,7 +60,7 @@ def main(output="custom_guidance.png", prompts=PROMPTS, scale=10.0, steps=20, se
         x0 = jaxdiff.sample(denoise, noise, times, jaxdiff.get_scheduler("dpmpp_2m"), keys)
         return jaxdiff.decode(model, params, x0)
 
-    rows = np.stack([draw(params, *options) for options in ((2.0, 1.0), (scale, 1.0), (scale, 0.0))])
+    rows = np.stack([draw(params, *options) for options in ((2.0, 1.0), (scale, 1.0), (scale, 0.25))])
     names = ("classifier-free at 2", f"classifier-free at {scale:g}", f"projected at {scale:g}")
     for name, row in zip(names, rows, strict=True):
         print(f"{name}: saturation {saturation(row):.3f}, {np.mean((row - rows[0]) ** 2):.4f} from the first row")

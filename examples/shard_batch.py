@@ -6,8 +6,8 @@ Without the flag it takes the devices there are. Under `shard_map` each device r
 images, and the program has no communication. (Plain `jit` on sharded arrays draws the same images, but guidance
 joins the two halves of its batch along the sharded axis, which makes devices exchange rows at every step.)
 
-Cost: 26 s on two CPU cores that simulate eight devices, compilation of both programs included; peak memory 1.3 GB.
-Expect: two rows of four images, one from each device; the largest difference from one device is 1e-6, as float32 sums
+Cost: 56 s on two CPU cores that simulate eight devices, compilation of both programs included; peak memory 1.6 GB.
+Expect: two rows of four images, one from each device; the largest difference from one device is 7e-6, as float32 sums
 in another order make it.
 """
 

@@ -122,7 +122,8 @@ def wrong(found: list[tuple[str, list[str]]]) -> str:
 def test_commands_and_flags_of_all_pages_exist(folder):
     documented.image(folder / "castle.png")
     assert not wrong([(page, words) for page in PAGES for words in shell(page) + documents.inline_commands(page)])
-    known = documented.known_flags() | {"logdir"}  # of TensorBoard
+    others = {"logdir", "command", "worker", "max", "num", "signal"}  # of TensorBoard, gcloud, xpk and Slurm
+    known = documented.known_flags() | others
     assert not {page: unknown for page in PAGES if (unknown := documents.inline_flags(page) - known)}
 
 

@@ -27,7 +27,7 @@ def planes(monkeypatch):
     """Draws planes in place of images, as many as there are calls; their parameters."""
     seen = []
 
-    def draw(model, params, request):
+    def draw(model, params, request, lookup):
         seen.append(params)
         count = len(request.prompts)
         frames = np.zeros((count, 2, 4, 4, 3), np.uint8) if request.settings.call.preview_steps is not None else None
