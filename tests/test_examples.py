@@ -76,7 +76,7 @@ def test_projected_guidance_keeps_colours_at_a_high_scale(tmp_path):
 
 
 def test_descent_turns_the_balloon_blue(tmp_path):
-    losses, images = image_loss_gradient.main(tmp_path / "a.png", steps=4, updates=6)
+    losses, images = image_loss_gradient.main(tmp_path / "a.png", steps=4, updates=9)
     assert min(losses) < 0.5 * losses[0]
     subject = images[[0, -1]].min(-1) < 0.7
     red, _, blue = np.moveaxis(np.stack([im[s].mean(0) for im, s in zip(images[[0, -1]], subject, strict=True)]), 1, 0)

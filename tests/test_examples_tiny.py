@@ -34,7 +34,7 @@ def test_mapped_guidance_draws_what_each_scale_draws_alone(tmp_path, loaded):
     alone = jaxdiff.generate(
         model,
         params,
-        ["a castle"] * 3,
+        ["an owl"] * 3,
         guidance_scale=scales,
         steps=steps,
         scheduler="dpmpp_2m",
