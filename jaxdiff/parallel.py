@@ -1,4 +1,4 @@
-"""Devices: meshes and shardings. No other module knows how many there are.
+"""Devices: meshes and shardings. Only this module and mapping.py know how many there are.
 
 Training lays its devices out as a mesh ("data", "fsdp", "tensor"). One rule, `param_spec`, says from a parameter's path
 and shape how it is divided, and its gradient, moments and average with it:
@@ -9,16 +9,14 @@ and shape how it is divided, and its gradient, moments and average with it:
   time of the step that uses them (Zhao et al. 2023; Rajbhandari et al. 2020, section 5.3). Vectors stay whole: they are
   too small to be worth a message.
 
-Examples are divided over "data" and "fsdp" alike. Sampling maps one program over devices (`pmap`), each of which has a
-whole copy of the parameters (`replicate`) or keeps them divided by the same rule (`shard`).
+Examples are divided over "data" and "fsdp" alike. Sampling maps one program over devices (mapping.py), each of which
+has a whole copy of the parameters (`replicate`) or keeps them divided by the same rule (`shard`).
 """
 
 import contextlib
-import dataclasses
-import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -261,16 +259,6 @@ def _row_order(owner: np.ndarray) -> np.ndarray:
     return found
 
 
-class Mapped(NamedTuple):
-    """What `pmap` returns: call it as a function; `lookup(program, *args)` may give the program compiled before."""
-
-    run: Callable
-    program: Any  # the jitted program of batches that divide evenly; `lower` on it shows what is compiled
-
-    def __call__(self, *args: Any, lookup: Callable[..., Callable] | None = None) -> Any:
-        return self.run(*args, lookup=lookup)
-
-
 def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
     """Devices in the order given, over one axis "data": nothing is sent along it, so that any order will do."""
     return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
@@ -316,85 +304,3 @@ def committed(tree: Any) -> tuple[jax.Device, ...] | Mesh:
                 return mesh
             return tuple(x.sharding.devices_indices_map(x.shape))
     return ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Divided:
-    """Parameters inside a program of `pmap`: those under a key are gathered over "fsdp" when they are taken."""
-
-    parts: Any  # those that each device has
-    shardings: Any
-
-    def __getitem__(self, name: str) -> Any:
-        def one(x: Any, sharding: NamedSharding) -> Any:
-            axes = list(sharding.spec)
-            return jax.lax.all_gather(x, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else x
-
-        def gathered(parts: Any) -> Any:
-            return jax.tree.map(one, parts, self.shardings[name])
-
-        auto = set(jax.sharding.get_abstract_mesh().auto_axes)
-        if auto:  # by itself: else the compiler first puts together what it has divided over "tensor"
-            specs = jax.tree.map(lambda x: without(x.spec, "fsdp"), self.shardings[name])
-            gathered = jax.shard_map(gathered, in_specs=(specs,), out_specs=specs, axis_names=auto, check_vma=False)
-        return gathered(self.parts[name])
-
-
-def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
-    return PartitionSpec(*[None if name == axis else name for name in spec])
-
-
-def anew(params: Any, x: Any) -> tuple[Any, Any]:
-    """The same parameters and x; divided ones are gathered for this x anew, rather than kept from one to the next."""
-    if not isinstance(params, Divided):
-        return params, x
-    parts, x = jax.lax.optimization_barrier((params.parts, x))
-    return Divided(parts, params.shardings), x
-
-
-def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int = 0) -> Mapped:
-    """Map one program over devices, each with its part of a batch, as `jax.pmap` did; see docs/adr/001-devices.md.
-
-    Args:
-        function: of `shared` arguments that every device gets whole, then of arguments [B, ...] that are divided along
-            their first axis (trees of arrays; None where absent). Returns a tree of arrays [B, ...].
-        devices: what to map over; or a `mesh`, over which the first of the shared arguments, parameters, is divided as
-            by `shard`: the function gets them as `Divided`, and batches are divided over "data" and "fsdp".
-        shared: how many leading arguments are not divided.
-
-    Returns:
-        A function of the same arguments for any B >= 1. A batch that does not divide evenly is filled up with its
-        last row, and the results of the filling are cut off. The compiled program of a function that treats its rows
-        independently holds no communication but that of divided parameters.
-    """
-    mesh, divided = (devices, True) if isinstance(devices, Mesh) else (data_mesh(devices), False)
-    axes = tuple(axis for axis in EXAMPLES if axis in mesh.axis_names)
-    rows, parts = PartitionSpec(axes), math.prod(mesh.shape[axis] for axis in axes)
-    manual = set(axes) if mesh.shape.get("tensor", 1) > 1 else set(mesh.axis_names)  # "tensor" is the compiler's
-
-    def shardings(args: Sequence[Any]) -> list[Any]:
-        found: list[Any] = [replicated(mesh)] * shared + [NamedSharding(mesh, rows)] * (len(args) - shared)
-        return [param_sharding(mesh, args[0]), *found[1:]] if divided else found
-
-    @jax.jit
-    def program(*args):
-        run, places = function, shardings(args)
-        if divided:
-            run = lambda params, *rest: function(Divided(params, places[0]), *rest)  # noqa: E731
-            args = (jax.lax.with_sharding_constraint(args[0], places[0]), *args[1:])
-        specs = tuple(jax.tree.map(lambda x: without(x.spec, "tensor"), places))
-        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=manual, check_vma=False)(*args)
-
-    def mapped(*args, lookup):
-        each = args[shared:]
-        batch = jax.tree.leaves(each)[0].shape[0]
-        missing = -batch % parts
-        if missing:
-            each = jax.tree.map(lambda x: x[np.minimum(np.arange(batch + missing), batch - 1)], each)
-        args = (*args[:shared], *each)
-        if mesh.is_multi_process:
-            args = tuple(map(put_global, args, shardings(args)))
-        out = (program if lookup is None else lookup(program, *args))(*args)
-        return jax.tree.map(lambda x: x[:batch], out) if missing else out
-
-    return Mapped(mapped, program)

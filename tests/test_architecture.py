@@ -20,6 +20,7 @@ HOUSES = (
     ("jaxdiff.io",),
     ("jaxdiff.data",),
     ("jaxdiff.sampling",),
+    ("jaxdiff.mapping",),
     ("jaxdiff.parallel",),
     ("jaxdiff.diffusion",),
     ("jaxdiff.models",),

@@ -13,7 +13,7 @@ from jaxdiff.models.model import param_shapes
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_kept", tmp_path)
-    programs._read.cache_clear()
+    programs._programs.clear()
     return tmp_path
 
 
@@ -28,7 +28,7 @@ class Traced:
             self.count += 1
             return {"product": x @ y["w"], "nothing": None}
 
-        programs._read.cache_clear()
+        programs._programs.clear()
         return programs.lookup(key, jax.jit(function), *args)(*args)["product"]
 
 
@@ -72,6 +72,21 @@ def test_a_damaged_file_is_written_again(folder, content, caplog):
     assert traced.count == 2
 
 
+def test_a_process_compiles_once_where_nothing_can_be_kept(folder, monkeypatch):
+    """As on a disk that is full."""
+    monkeypatch.setattr(programs, "atomic_write", None)
+    traced = Traced()
+
+    def function(x, y):
+        traced.count += 1
+        return x @ y["w"]
+
+    for _ in range(3):
+        programs.lookup("key", jax.jit(function), X, Y)(X, Y)
+    assert traced.count == 1
+    assert not list(folder.iterdir())
+
+
 def test_what_no_other_process_would_find_is_not_kept(folder, monkeypatch):
     traced = Traced()
     traced(X, Y, key=lambda: None)
@@ -99,7 +114,7 @@ def test_the_command_draws_the_same_image_untraced(sample_cli, tiny_folder, tmp_
     args = [f"--model={tiny_folder}", "--prompt=a castle", "--steps=2", f"--cache_dir={tmp_path / 'kept'}"]
     monkeypatch.setattr(cache, "_kept", None)
     for name in ("first", "again"):
-        programs._read.cache_clear()
+        programs._programs.clear()
         jaxdiff.sampling.generate.sampler.cache_clear()
         code, _, err = sample_cli(*args, f"--output={name}.png")
         assert code == 0, err

@@ -35,6 +35,7 @@ from jaxdiff.typing import Params
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes")
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 CODE = Path(__file__).parent.parent
+_programs: dict[Path, Callable[..., Any]] = {}  # of this process
 
 
 def lookup(key: object, program: Any, *args: Any) -> Callable[..., Any]:
@@ -57,14 +58,17 @@ def lookup(key: object, program: Any, *args: Any) -> Callable[..., Any]:
     if folder is None or " at 0x" in decided or jax.process_count() > 1:
         return program
     path = folder / f"program-{hashlib.sha256(decided.encode()).hexdigest()[:32]}"
+    if path in _programs:
+        return _programs[path]
     try:
-        return _read(path)
+        _programs[path] = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+        return _programs[path]
     except FileNotFoundError:
         pass
     except Exception as e:  # of pickle, of XLA: a file that is damaged or of a machine that the name does not tell
         logging.warning("%s cannot be used (%s): compiled again.", path, e)
     with _without_jax_cache():
-        compiled = program.lower(*args).compile()
+        _programs[path] = compiled = program.lower(*args).compile()
     try:
         content = pickle.dumps(serialize_executable.serialize(compiled))
         with atomic_write(path) as temporary:
@@ -86,11 +90,6 @@ def _without_jax_cache() -> Iterator[None]:
     finally:
         jax.config.update(name, before)
         compilation_cache.reset_cache()
-
-
-@functools.lru_cache(maxsize=32)
-def _read(path: Path) -> Callable[..., Any]:
-    return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
 
 
 def surroundings() -> tuple[Any, ...]:

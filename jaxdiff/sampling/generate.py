@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff import parallel
+from jaxdiff import mapping, parallel
 from jaxdiff.diffusion.base import Scheduler, filled_up
 from jaxdiff.diffusion.sampling_loop import sample, step_keys
 from jaxdiff.diffusion.schedulers import get_scheduler
@@ -55,7 +55,7 @@ def sampler(
     upscale: str,
     tile: int | None,
     devices: tuple[jax.Device, ...] | jax.sharding.Mesh,
-) -> parallel.Mapped:
+) -> mapping.Mapped:
     """The compiled program that draws: (params, CallInputs, ImageInputs) -> Drawn.
 
     On CPUs a model in bfloat16 computes in float32, which is faster there; its weights are widened once a call.
@@ -64,8 +64,7 @@ def sampler(
     divides the parameters, each network is gathered where it is used, the UNet at each step.
     """
 
-    on_cpu = not isinstance(devices, jax.sharding.Mesh) and devices[0].platform == "cpu"
-    widen = on_cpu and model.unet.dtype == jnp.bfloat16
+    widen = mapping.on_cpus(devices) and model.unet.dtype == jnp.bfloat16
     model = computing_in(model, jnp.float32) if widen else model
 
     def draw(params: Params, call: CallInputs, inputs: ImageInputs) -> Drawn:
@@ -91,7 +90,7 @@ def sampler(
 
             def denoise_with(cond: Conditioning, uncond: Conditioning | None) -> Denoise:
                 def denoise(x: Array, time: Any) -> Array:
-                    here, x = parallel.anew(params, x)
+                    here, x = mapping.anew(params, x)
                     return denoiser(model, here, cond, uncond, **given)(x, time)
 
                 return denoise
@@ -118,7 +117,7 @@ def sampler(
         images = vae.decode(x0)
         return Drawn(as_bytes(images), jnp.isfinite(images).all((1, 2, 3)), frames)
 
-    return parallel.pmap(draw, devices, shared=2)
+    return mapping.pmap(draw, devices, shared=2)
 
 
 def frames_of(vae: Codec, steps: Array) -> Array:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from jaxdiff import parallel
+from jaxdiff import mapping, parallel
 from jaxdiff.config import ConfigError
 from jaxdiff.data import pipeline, store
 from jaxdiff.data.buckets import Buckets
@@ -170,7 +170,7 @@ def encoder(
             found |= {"embeddings": cond.embeddings} | ({} if cond.pooled is None else {"pooled": cond.pooled})
         return {name: x.astype(np.float16) for name, x in found.items()}
 
-    mapped = parallel.pmap(run, jax.local_devices(), shared=1)
+    mapped = mapping.pmap(run, jax.local_devices(), shared=1)
 
     def every(examples: Iterable[dict[str, Any]]) -> dict[str, np.ndarray]:
         parts, rest = [], iter(examples)

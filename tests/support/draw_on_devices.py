@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxdiff import generate, parallel, replicate, save
+from jaxdiff import generate, mapping, parallel, replicate, save
 from jaxdiff.cli import sample
 from jaxdiff.io.images import read_image
 from jaxdiff.models.model import with_controlnets
@@ -38,16 +38,16 @@ def partitions(texts: list[str]) -> list[int]:
 @contextlib.contextmanager
 def recorded_programs():
     """Texts of the compiled samplers that run meanwhile, in the order they run."""
-    texts, pmap = [], parallel.pmap
+    texts, pmap = [], mapping.pmap
 
     def recording(function, devices, shared=0):
         program = pmap(function, devices, shared).program
         return lambda *args, lookup: texts.append(program.lower(*args).compile().as_text()) or program(*args)
 
     sampler.cache_clear()
-    parallel.pmap = recording
+    mapping.pmap = recording
     yield texts
-    parallel.pmap = pmap
+    mapping.pmap = pmap
 
 
 def from_the_command_line(folder: Path, model, params, count: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxdiff import generate, load, parallel, replicate, save, shard
+from jaxdiff import generate, load, mapping, parallel, replicate, save, shard
 from jaxdiff.cli import sample
 from jaxdiff.io.controlnet import load_controlnet, save_controlnet
 from jaxdiff.io.images import read_image
@@ -30,7 +30,7 @@ HOW = {"seed": 3, "steps": 3, "scheduler": "euler"}
 @contextlib.contextmanager
 def programs():
     """Texts of the compiled samplers that run meanwhile, in the order they run."""
-    texts, pmap = [], parallel.pmap
+    texts, pmap = [], mapping.pmap
 
     def recording(function, devices, shared=0):
         program = pmap(function, devices, shared).program
@@ -43,7 +43,7 @@ def programs():
         return run
 
     sampler.cache_clear()
-    with mock.patch.object(parallel, "pmap", recording):
+    with mock.patch.object(mapping, "pmap", recording):
         yield texts
     sampler.cache_clear()
 
