@@ -11,7 +11,6 @@ readers look for is uploaded last.
 
 import contextlib
 import errno
-import fcntl
 import functools
 import importlib.util
 import json
@@ -354,6 +353,8 @@ def _size(path: Path) -> int:
 def _alone(path: Path) -> Iterator[None]:
     """Holds other processes of this machine back, where its file system has locks."""
     with path.open("w") as file:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ImportError, OSError):  # systems and file systems without locks
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
