@@ -45,8 +45,8 @@ def start(f: flags.FlagValues) -> None:
     def give_up() -> None:
         name, where = Path(sys.argv[0]).name, f" at {f.coordinator_address}" if f.coordinator_address else ""
         print(
-            f"{name}: error: after {WAIT} s not all processes have met{where}: start the same command on every host, each "
-            "with a process_id of its own where that is given, and let them reach the first one's port.",
+            f"{name}: error: after {WAIT} s not all processes have met{where}: start the same command on every host, "
+            "each with a process_id of its own where that is given, and let them reach the first one's port.",
             file=sys.stderr,
             flush=True,
         )
