@@ -4,6 +4,8 @@ import collections
 import itertools
 import json
 import pickle
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -91,6 +93,45 @@ def test_equals_transformers(trained, tmp_path, pad):
         tokenizer.save(tmp_path / "again")
         assert Tokenizer.load(tmp_path / "again") == tokenizer
         np.testing.assert_array_equal(oracle(tmp_path / "again", TRICKY, 77), ids)
+
+
+KEPT = """
+import json, sys
+from pathlib import Path
+from jaxdiff.text.tokenizer import Tokenizer
+tokenizer = Tokenizer.load(sys.argv[1])
+tokenizer = Tokenizer(tokenizer.files, 77, Path(sys.argv[2]))
+texts = json.loads(sys.stdin.read())
+found = {"ids": tokenizer(texts).tolist(), "words": tokenizer.encode_words(texts), "added": tokenizer.added_ids("<x>")}
+print(json.dumps(found | {"size": tokenizer.vocab_size, "imported": "transformers" in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_kept_backend_gives_the_same_ids_without_transformers(trained, tmp_path, split, caplog):
+    with_words = trained.with_word("<x>", 3).with_word("art")
+    config = json.loads(with_words.files["tokenizer_config.json"]) | {"split_special_tokens": split}
+    files = {**with_words.files, "tokenizer_config.json": json.dumps(config).encode()}
+    Tokenizer(files).save(tmp_path / "tokenizer")
+    texts = [*TRICKY, "an <x> of Art, party <X>"]
+    (tmp_path / "kept").mkdir()
+    first = Tokenizer(files, 77, tmp_path / "kept")
+    ids = first(texts)
+    np.testing.assert_array_equal(ids, Tokenizer(files, 77)(texts))
+    np.testing.assert_array_equal(ids[: len(TRICKY)], oracle(tmp_path / "tokenizer", TRICKY, 77))
+    found = subprocess.run(
+        [sys.executable, "-c", KEPT, tmp_path / "tokenizer", tmp_path / "kept"],
+        input=json.dumps(texts), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    expected = {"ids": ids.tolist(), "words": first.encode_words(texts), "added": first.added_ids("<x>")}
+    assert json.loads(found.stdout) == expected | {"size": first.vocab_size, "imported": False}
+    assert pickle.loads(pickle.dumps(first)) == first
+
+    (file,) = (tmp_path / "kept").iterdir()
+    file.write_text("{")
+    np.testing.assert_array_equal(Tokenizer(files, 77, tmp_path / "kept")(texts), ids)
+    assert "written again" in caplog.text
+    assert json.loads(file.read_text())["split"] is split
 
 
 def test_rows_start_end_and_are_padded(trained):

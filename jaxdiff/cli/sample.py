@@ -284,6 +284,7 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     mesh = divided_over(f)
     with naming("--model"):
         path = model_paths.find(f.model)
+    cache.cache_compilations(f.cache_dir)
     model = described(f, path)
     read = functools.cache(images.read_image)
     settings = resolve(f, model, image_groups(f, lines), read)
@@ -300,7 +301,6 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     lora_files: list[str | Path] = [*(weighted(given)[0] for given in f.lora), *loras]
     new_words = f.embedding or any(bundled_words(model, file) for file in lora_files)  # with tokens of their own
     parts = None if new_words else plan(with_controlnets(model, path, laid))
-    cache.cache_compilations(f.cache_dir)
     model, params = load(f, path, laid, lora_files, mesh)
     del laid
     parts = parts or plan(model)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxdiff.config import CLIPTextConfig, Config, ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.files import atomic_write, writing
+from jaxdiff.io import cache
 from jaxdiff.io.configs import check_dtype, module_shapes, read_config
 from jaxdiff.io.tensor_files import load_tensors, save_tensors
 from jaxdiff.text.tokenizer import Tokenizer
@@ -126,7 +127,8 @@ def load_tokenizer(folder: Path, text: CLIPTextConfig | None) -> Tokenizer | Non
     if text is None:
         return None
     tokenizer = Tokenizer.load(folder)
-    return dataclasses.replace(tokenizer, max_length=min(tokenizer.max_length, text.max_position_embeddings))
+    length = min(tokenizer.max_length, text.max_position_embeddings)
+    return dataclasses.replace(tokenizer, max_length=length, cache=cache.kept())
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

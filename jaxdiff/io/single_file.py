@@ -26,7 +26,7 @@ from jaxdiff.config import (
     VAEConfig,
 )
 from jaxdiff.errors import WeightsError, say_once
-from jaxdiff.io import programs
+from jaxdiff.io import cache, programs
 from jaxdiff.io.configs import NETWORKS, as_config_error, check_channels, check_dtype, example_image, module_shapes
 from jaxdiff.io.infer_config import (
     TEXTS,
@@ -174,7 +174,7 @@ def clip_tokenizer(text: CLIPTextConfig) -> Tokenizer:
     if text.hidden_act == "gelu":
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             files[name] = json.dumps(json.loads(files[name]) | {"pad_token": "!"}, indent=2).encode()
-    return Tokenizer(files, min(tokenizer.max_length, text.max_position_embeddings))
+    return Tokenizer(files, min(tokenizer.max_length, text.max_position_embeddings), cache.kept())
 
 
 def _table(name: str, config: Any, prefix: str) -> Table | None:

@@ -1,7 +1,8 @@
 """Prompts to token ids by the byte-pair encoding of CLIP (Radford et al. 2021, section 2.4; Sennrich et al. 2016).
 
 A `Tokenizer` holds the *contents* of a Hugging Face `tokenizer/` folder and lets transformers' `CLIPTokenizer` read
-them, so that ids are those of every published model. transformers takes a second to import, therefore on first use.
+them, so that ids are those of every published model. transformers takes a second or two to import, therefore on first
+use, and what it made of the files can be kept (`jaxdiff.text.tokenizer_backend`).
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from absl import logging
 
 from jaxdiff.config import ConfigError, read_json
 from jaxdiff.files import atomic_write
+from jaxdiff.text.tokenizer_backend import Backend, kept_file, of_transformers, read
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 DEFAULT_LENGTH = 77  # tokens: what every published CLIP text encoder takes
@@ -44,6 +46,8 @@ class Tokenizer:
 
     files: Mapping[str, bytes] = dataclasses.field(repr=False, compare=False)  # file name -> content
     max_length: int = DEFAULT_LENGTH  # tokens of one prompt, start and end included
+    # A folder for what transformers makes of the files, which later processes open without it.
+    cache: Path | None = dataclasses.field(default=None, repr=False, compare=False)
     digest: str = dataclasses.field(init=False)  # of all the files
 
     def __post_init__(self) -> None:
@@ -79,7 +83,7 @@ class Tokenizer:
                 (folder / name).unlink(missing_ok=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.files, self.max_length)  # without the tokenizer that `_clip` opens lazily
+        return type(self), (self.files, self.max_length)  # without what is opened lazily
 
     @functools.cached_property
     def _clip(self) -> Any:
@@ -93,6 +97,11 @@ class Tokenizer:
                 return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             except Exception as e:  # whatever the version of transformers at hand raises
                 raise ConfigError(f"The tokenizer's files cannot be opened by transformers ({e}).") from e
+
+    @functools.cached_property
+    def _backend(self) -> Backend:
+        file = self.cache and kept_file(self.cache, self.digest)
+        return (file and read(file)) or of_transformers(self._clip, file)
 
     def with_word(self, word: str, vectors: int = 1) -> Self:
         """The tokenizer with a word of its own, for which so many new ids stand in a row, in any letter case.
@@ -127,17 +136,17 @@ class Tokenizer:
         # With the latter, transformers reads no other file for these.
         config |= {kind: getattr(self._clip, kind) for kind in ("bos_token", "eos_token", "pad_token", "unk_token")}
         files = {name: data for name, data in self.files.items() if name != _ADDED}
-        return type(self)({**files, _CONFIG: json.dumps(config, indent=2).encode()}, self.max_length)
+        return type(self)({**files, _CONFIG: json.dumps(config, indent=2).encode()}, self.max_length, self.cache)
 
     def added_ids(self, token: str) -> list[int]:
         """The ids that an added token stands for, one a vector; empty where there is no such token."""
-        first = self._clip.added_tokens_encoder.get(token)
+        first = self._backend.added.get(token)
         return [] if first is None else self._expanded([first])
 
     @functools.cached_property
     def _vectors(self) -> dict[int, list[int]]:
         """Added words that stand for several ids: the first -> all of them."""
-        added = self._clip.added_tokens_encoder
+        added = self._backend.added
         words = json.loads(self.files.get(_CONFIG, b"{}")).get(_COUNTS, {})
         groups = {}
         for token, first in added.items():
@@ -158,19 +167,19 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
-        return len(self._clip)
+        return self._backend.size
 
     @property
     def bos_id(self) -> int:
-        return self._clip.bos_token_id
+        return self._backend.bos_id
 
     @property
     def eos_id(self) -> int:
-        return self._clip.eos_token_id
+        return self._backend.eos_id
 
     @property
     def pad_id(self) -> int:
-        return self._clip.pad_token_id
+        return self._backend.pad_id
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [B, max_length] of B prompts: start, text, end, padding.
@@ -186,10 +195,10 @@ class Tokenizer:
         if not len(prompts):
             return ids
         texts = [_readable(p) for p in prompts]
-        encoded = self._clip(texts, return_offsets_mapping=True, verbose=False)
-        for row, text, tokens, spans in zip(ids, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            spans = [span for token, span in zip(tokens, spans, strict=True) for _ in self._vectors.get(token, (0,))]
-            tokens = self._expanded(tokens)
+        for row, text, encoded in zip(ids, texts, self._backend.encoder.encode_batch(texts), strict=True):
+            each = zip(encoded.ids, encoded.offsets, strict=True)
+            spans = [span for token, span in each for _ in self._vectors.get(token, (0,))]
+            tokens = self._expanded(encoded.ids)
             if len(tokens) > self.max_length:
                 _warn_cut(text[spans[self.max_length - 1][0] :], text, self.max_length)
                 tokens = [*tokens[: self.max_length - 1], self.eos_id]
@@ -204,8 +213,8 @@ class Tokenizer:
         """`encode`, token by token: one id each, or those of all vectors that an added token stands for."""
         if not len(texts):
             return []
-        encoded = self._clip([_readable(t) for t in texts], add_special_tokens=False, verbose=False)
-        return [[self._vectors.get(i, [i]) for i in ids] for ids in encoded["input_ids"]]
+        encoded = self._backend.encoder.encode_batch([_readable(t) for t in texts], add_special_tokens=False)
+        return [[self._vectors.get(i, [i]) for i in one.ids] for one in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids as CLIP reads it: in lower case, with single spaces."""

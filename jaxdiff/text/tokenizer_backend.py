@@ -1,0 +1,64 @@
+"""What transformers makes of a tokenizer's files, kept on disk for later processes.
+
+transformers builds a `tokenizers.Tokenizer` out of the files, which takes a second or two to import and to build; that
+library alone opens what was built in a few milliseconds. A kept file is named by the content of the files and by the
+versions of both libraries.
+"""
+
+import contextlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import logging
+
+from jaxdiff.files import write_text
+
+
+class Backend(NamedTuple):
+    """A tokenizer that only encodes, and what is known of its ids."""
+
+    encoder: Any  # tokenizers.Tokenizer
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    size: int  # ids in all, special tokens included
+    added: dict[str, int]  # tokens beside the vocabulary
+
+
+def kept_file(folder: Path, digest: str) -> Path:
+    """Where a tokenizer of this digest is kept."""
+    return folder / f"tokenizer-{digest}-{version('transformers')}-{version('tokenizers')}.json"
+
+
+def of_transformers(clip: Any, file: Path | None) -> Backend:
+    """The backend of transformers' `CLIPTokenizer`, written to a file where one is given."""
+    ids = {"bos_id": clip.bos_token_id, "eos_id": clip.eos_token_id, "pad_id": clip.pad_token_id}
+    known = ids | {"size": len(clip), "added": dict(clip.added_tokens_encoder)}
+    values = {"tokenizer": clip.backend_tokenizer.to_str(), "split": bool(clip.split_special_tokens), **known}
+    if file is not None:
+        with contextlib.suppress(OSError):
+            write_text(file, json.dumps(values))
+    return _opened(values)
+
+
+def read(file: Path) -> Backend | None:
+    """A backend that was kept; None where there is none, and with a warning where it cannot be used."""
+    try:
+        return _opened(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except Exception as e:  # of JSON, and of the library, which has no type of its own
+        logging.warning("%s cannot be used (%s): written again.", file, e)
+        return None
+
+
+def _opened(values: dict[str, Any]) -> Backend:
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_str(values["tokenizer"])
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = values["split"]
+    return Backend(encoder, *(values[name] for name in Backend._fields[1:]))
