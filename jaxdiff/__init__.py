@@ -16,7 +16,8 @@ from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import load_textual_inversion, save_textual_inversion
 from jaxdiff.io.vae import load_vae
 from jaxdiff.models.conditioning import Conditioning
-from jaxdiff.models.model import Model, decode, encode, encode_text, with_controlnets
+from jaxdiff.models.model import Model, decode, encode, with_controlnets
+from jaxdiff.models.text_encoding import encode_text
 from jaxdiff.parallel import replicate, shard
 from jaxdiff.sampling.denoiser import denoiser
 from jaxdiff.sampling.generate import generate, initial_noise

@@ -9,12 +9,14 @@ from jaxdiff.config.networks import (
     CLIPTextConfig,
     CLIPVisionConfig,
     ControlNetConfig,
+    Flux2VAEConfig,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
 )
 from jaxdiff.config.pipeline import PipelineOptions
 from jaxdiff.config.scheduler import SchedulerConfig
+from jaxdiff.config.transformers import Flux2Config, FluxConfig, Qwen3Config, SD3Config, T5Config, ZImageConfig
 
 __all__ = [
     "CLIPTextConfig",
@@ -22,10 +24,17 @@ __all__ = [
     "Config",
     "ConfigError",
     "ControlNetConfig",
+    "Flux2Config",
+    "Flux2VAEConfig",
+    "FluxConfig",
     "PipelineOptions",
+    "Qwen3Config",
+    "SD3Config",
     "SchedulerConfig",
+    "T5Config",
     "TinyVAEConfig",
     "UNetConfig",
     "VAEConfig",
+    "ZImageConfig",
     "read_json",
 ]

@@ -227,6 +227,31 @@ class VAEConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
+class Flux2VAEConfig(VAEConfig):
+    """FLUX.2's autoencoder, whose latents are normalised in 2 x 2 patches by measured means and deviations."""
+
+    CLASS_NAME: ClassVar[str] = "AutoencoderKLFlux2"
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 32
+    sample_size: int = 1024
+    scaling_factor: float = 1.0  # not in the files
+    force_upcast: bool = False
+    batch_norm_eps: float = 1e-4
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        _check_fixed(cls.CLASS_NAME, values, {"decoder_block_out_channels": None, "patch_size": [2, 2]})
+        return super().from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        ours = ("scaling_factor", "shift_factor", "force_upcast")
+        return {name: value for name, value in super().to_dict().items() if name not in ours}
+
+
+@dataclasses.dataclass(frozen=True)
 class ControlNetConfig(UNetConfig):
     """ControlNet (Zhang et al. 2023): the encoder of a UNet, and one of the control image."""
 

@@ -16,6 +16,7 @@ class PipelineOptions(Config):
     requires_aesthetics_score: bool = False  # SDXL refiner: its time ids end in a score, not in the target size
     max_noise_level: int = 350  # x4 upscaler: the most noise on the low-resolution image, in steps of low_res_scheduler
     low_res_scheduler: SchedulerConfig | None = None  # x4 upscaler: its noise schedule; a folder of its own
+    is_distilled: bool = False  # FLUX.2: drawn without guidance
     guidance_scale: float = 7.5  # the model's default; "_guidance_scale" in the file, which diffusers ignores
 
     @classmethod

@@ -34,7 +34,12 @@ class SchedulerConfig(Config):
     prediction_type: str = "epsilon"  # "epsilon", "v_prediction", "sample", "flow_prediction"
     rescale_betas_zero_snr: bool = False
     shift: float = 1.0  # rectified flow: t -> shift t / (1 + (shift - 1) t)
-    use_dynamic_shifting: bool = False  # of flows, by the size of the image: refused
+    use_dynamic_shifting: bool = False  # of flows, by the size of the image instead of `shift`
+    time_shift_type: str = "exponential"  # of a dynamic shift; or "linear"
+    base_shift: float = 0.5  # the dynamic shift of images of `base_image_seq_len` patches
+    max_shift: float = 1.15  # … and of `max_image_seq_len`
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
     # The time grid.
     timestep_spacing: str | None = None  # "leading", "trailing", "linspace"
     steps_offset: int = 0

@@ -144,10 +144,35 @@ def at(schedule: NoiseSchedule, t: Array | float) -> Time:
     return Time(t, interpolate(jnp.asarray(schedule.alpha)), interpolate(jnp.asarray(schedule.sigma)))
 
 
-def shift_time(t: Any, config: SchedulerConfig) -> Any:
+def shift_time(t: Any, config: SchedulerConfig, mu: float | None = None) -> Any:
     """Times of a flow in [0, T], shifted towards noise by the config's `shift`: equation (8).
 
     Sampling applies it to its grid, training to its random times; a shift of 1 changes nothing.
+
+    Args:
+        mu: of a config with `use_dynamic_shifting`, whose `shift` has no effect: equation (8) with s = exp(mu), or mu
+            itself if its `time_shift_type` is "linear".
     """
-    u = t / config.num_train_timesteps
-    return config.num_train_timesteps * config.shift * u / (1 + (config.shift - 1) * u)
+    u, shift = t / config.num_train_timesteps, config.shift
+    if mu is not None and config.use_dynamic_shifting:
+        shift = np.exp(mu) if config.time_shift_type == "exponential" else mu
+    return config.num_train_timesteps * shift * u / (1 + (shift - 1) * u)
+
+
+def dynamic_shift(config: SchedulerConfig, patches: int) -> float:
+    """The mu of an image of so many 2 x 2 patches of latents, linear in their number (FLUX.1, SD 3, Z-Image)."""
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return config.base_shift + slope * (patches - config.base_image_seq_len)
+
+
+def empirical_shift(patches: int, steps: int) -> float:
+    """The mu of an image of so many patches in so many steps, as FLUX.2's authors fitted it.
+
+    >>> round(empirical_shift(4096, 50), 4), round(empirical_shift(5000, 4), 4)
+    (2.0205, 1.303)
+    """
+    at_200 = 0.00016927 * patches + 0.45666666
+    if patches > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * patches + 1.89833333
+    return at_200 + (steps - 200) * (at_200 - at_10) / 190

@@ -115,6 +115,7 @@ def time_grid(
     spacing: str | None = None,
     *,
     strength: float = 1.0,
+    mu: float | None = None,
 ) -> tuple[Time, np.float32]:
     """The grid of a scheduler, and the scale of the unit noise that it starts from.
 
@@ -126,6 +127,7 @@ def time_grid(
             level takes its ends from the grid by timestep that the config names.
         strength: in (0, 1], for the grids of distilled models (see `is_distilled`): the part of the distillation's
             steps that is left, over which all N lie, for images that have the noise of the first of them.
+        mu: of a flow whose shift is dynamic, see `shift_time`.
 
     Returns:
         Time with float32 numpy fields [N + 1], from noise to image, and the scale: sample from scale * noise.
@@ -149,7 +151,7 @@ def time_grid(
         raise ArgumentError("spacing", f"{by_timestep!r} is unknown; known are {known} (levels: use_…_sigmas).")
     process.check_config(by_sigma)
     if process.flow:
-        t, sigmas = _flow_points(process, steps, by_timestep, by_sigma)
+        t, sigmas = _flow_points(process, steps, by_timestep, by_sigma, mu)
     else:
         t, sigmas = _points(process, steps, by_timestep, by_sigma, strength)
     times = process.to_time(np.append(t, 0), np.append(sigmas, process.final_sigma()))
@@ -300,15 +302,19 @@ def _points(
     return t, sigmas
 
 
-def _flow_points(process: Process, steps: int, by_timestep: str, by_sigma: str | None) -> tuple[np.ndarray, np.ndarray]:
+def _flow_points(
+    process: Process, steps: int, by_timestep: str, by_sigma: str | None, mu: float | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps t = T sigma_t and noise levels [N] of a rectified flow.
 
     linspace is that of FlowMatchEulerDiscreteScheduler, except for dpmpp_2m and unipc: theirs is that of their own
     classes with flow sigmas.
     """
     config, total = process.config, float(process.config.num_train_timesteps)
-    if config.use_dynamic_shifting:
-        raise ValueError("use_dynamic_shifting (scheduler_config.json) is refused: set it to false, and shift.")
+    if config.use_dynamic_shifting and mu is None:
+        raise ValueError(
+            "use_dynamic_shifting (scheduler_config.json) is refused without a transformer: set it to false, and shift."
+        )
     if by_timestep == "leading":
         raise ArgumentError(
             "spacing", '"leading" does not start from pure noise, as a flow must: take linspace or trailing.'
@@ -321,8 +327,8 @@ def _flow_points(process: Process, steps: int, by_timestep: str, by_sigma: str |
         t = total * (1 - np.linspace(1, 1 / total, steps + 1))[:0:-1]
     else:
         # The class shifts its range when it is made, and the points in that range again.
-        t = np.linspace(total, shift_time(1.0, config), steps)
-    t = shift_time(t, config)
+        t = np.linspace(total, 1.0 if config.use_dynamic_shifting else shift_time(1.0, config), steps)
+    t = shift_time(t, config, mu)
     if by_sigma is not None:
         if by_sigma not in ("karras", "exponential", "beta"):
             raise ArgumentError(

@@ -14,23 +14,41 @@ from jaxdiff.config import (
     CLIPVisionConfig,
     Config,
     ConfigError,
+    Flux2Config,
+    Flux2VAEConfig,
+    FluxConfig,
+    Qwen3Config,
+    SD3Config,
+    T5Config,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
+    ZImageConfig,
     read_json,
 )
 from jaxdiff.models.layers import ACTIVATIONS
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
 
-NETWORKS: dict[str, type[Config]] = {  # by their folder's name, as in `params`
+NETWORKS: dict[str, type[Config]] = {  # of Stable Diffusion, by their folder's name, as in `params`
     "text_encoder": CLIPTextConfig,
     "text_encoder_2": CLIPTextConfig,
     "unet": UNetConfig,
     "vae": VAEConfig,
     "vision_encoder": CLIPVisionConfig,
 }
-VAES: tuple[type[Config], ...] = (VAEConfig, TinyVAEConfig)  # configs that the folder `vae` may hold
+FOLDERS: dict[str, tuple[type[Config], ...]] = {  # what each folder of a model may hold
+    "text_encoder": (CLIPTextConfig, Qwen3Config),
+    "text_encoder_2": (CLIPTextConfig, T5Config),
+    "text_encoder_3": (T5Config,),
+    "unet": (UNetConfig,),
+    "transformer": (FluxConfig, SD3Config, ZImageConfig, Flux2Config),
+    "vae": (VAEConfig, TinyVAEConfig, Flux2VAEConfig),
+    "vision_encoder": (CLIPVisionConfig,),
+}
+VAES = FOLDERS["vae"]
+# Of transformers' configs, which name no class: how their `model_type` begins.
+MODEL_TYPES: dict[type[Config], str] = {T5Config: "t5", Qwen3Config: "qwen3"}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -52,9 +70,11 @@ def read_config(path: Path, *known: type[Config]) -> Config:
         ConfigError: the file is missing or damaged, names another class, or asks for what is not implemented.
     """
     values = read_json(path)
-    found = str(values.get("_class_name", known[0].CLASS_NAME)).removeprefix("Flax")
+    kind = str(values.get("model_type", "clip"))
+    typed = next((cls for cls in known if kind == MODEL_TYPES.get(cls)), known[0])
+    found = str(values.get("_class_name", typed.CLASS_NAME)).removeprefix("Flax")
     for cls in known:
-        if found == cls.CLASS_NAME and str(values.get("model_type", "clip")).startswith("clip"):
+        if found == cls.CLASS_NAME and kind.startswith(MODEL_TYPES.get(cls, "clip")):
             with as_config_error(f"{path} does not describe a {cls.CLASS_NAME}"):
                 config = cls.from_dict(values)
                 _check_activation(config)
@@ -88,7 +108,12 @@ def check_channels(model: Model, source: Path | str) -> None:
 
     Channels beside the latents are a mask and the masked image's latents, or a small image to be enlarged.
     """
-    found, latent = model.unet.config.in_channels, model.vae.config.latent_channels
+    latent = model.vae.config.latent_channels
+    if model.transformer is not None:
+        if (own := model.transformer.config.latent_channels) != latent:
+            raise ConfigError(f"{source} has a transformer of {own} latent channels and an autoencoder of {latent}.")
+        return
+    found = model.unet.config.in_channels
     known = {latent: "text to image", 2 * latent + 1: "inpainting", latent + 3: "upscaling"}
     if found in known:
         return

@@ -6,40 +6,57 @@ import itertools
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdiff.config import ConfigError, read_json
+from jaxdiff.config import CLIPTextConfig, Config, ConfigError, Qwen3Config, T5Config, read_json
 from jaxdiff.config.pipeline import PipelineOptions
 from jaxdiff.config.scheduler import SchedulerConfig
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.errors import WeightsError
 from jaxdiff.files import replace_folder, writing
 from jaxdiff.io import programs
-from jaxdiff.io.configs import NETWORKS, VAES, as_config_error, check_channels, check_dtype, read_config
+from jaxdiff.io.configs import FOLDERS, as_config_error, check_channels, check_dtype, read_config
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.infer_config import published_vae
 from jaxdiff.io.kinds import SUPPORTED
 from jaxdiff.io.model_paths import SINGLE_FILES
 from jaxdiff.io.modules import CONFIG, STEMS, find_weights, load_tokenizer, variant_of, write_json
 from jaxdiff.io.tensor_files import load_tensors, save_tensors
-from jaxdiff.models.clip import CLIPTextModel
-from jaxdiff.models.model import Model, build, with_controlnets
+from jaxdiff.models.model import FAMILIES, Model, build, with_controlnets
+from jaxdiff.text.plain_tokenizer import PlainTokenizer
 from jaxdiff.typing import Params
 
-TOKENIZERS, LOW_RES, CONTROLNET = ("tokenizer", "tokenizer_2"), "low_res_scheduler", "controlnet"
+TOKENIZERS, LOW_RES, CONTROLNET = ("tokenizer", "tokenizer_2", "tokenizer_3"), "low_res_scheduler", "controlnet"
 SCHEDULER, INDEX = "scheduler_config.json", "model_index.json"
-COMPONENTS = (*NETWORKS, *TOKENIZERS, "scheduler", LOW_RES, INDEX)
+COMPONENTS = (*FOLDERS, *TOKENIZERS, "scheduler", LOW_RES, INDEX)
 CLASSES = {  # parts of a pipeline -> their classes that are built here
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModelWithProjection", "CLIPTextModel"),
+    "vae": ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLFlux2"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", "Qwen3ForCausalLM", "Qwen3Model"),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "CLIPTextModel", "T5EncoderModel"),
+    "text_encoder_3": ("T5EncoderModel",),
+    "transformer": tuple(cls.CLASS_NAME for cls in FAMILIES),
 }
 OTHER_PARTS = ("prior", "decoder", "motion_adapter", "movq", "vqvae", "vqgan", "bert", "vocoder", "image_normalizer",
-               "text_encoder_3", "projection_model", "t2i_adapter")  # fmt: skip
+               "projection_model", "t2i_adapter")  # fmt: skip
+# Of each family with a transformer: the guidance scale of its pipeline, and the configs of its text encoders.
+GUIDANCE = {"": PipelineOptions.guidance_scale, "flux": 3.5, "sd3": 7.0, "z_image": 5.0, "flux2": 4.0}
+ENCODERS: dict[str, dict[str, type[Config]]] = {
+    "flux": {"text_encoder": CLIPTextConfig, "text_encoder_2": T5Config},
+    "sd3": {"text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig, "text_encoder_3": T5Config},
+    "z_image": {"text_encoder": Qwen3Config},
+    "flux2": {"text_encoder": Qwen3Config},
+}
+PIPELINES = {
+    "flux": "FluxPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "z_image": "ZImagePipeline",
+    "flux2": "Flux2KleinPipeline",
+}
 _KINDS = r"(XL)?(ControlNet)?(Img2Img|Inpaint)?|StableDiffusionUpscale|LatentConsistencyModel(Img2Img)?"
 DRAWN = rf"(Flax)?(StableDiffusion{_KINDS})Pipeline"
 NOT_DRAWN = "Pix2Pix(?!Zero)|Depth2Img|LatentUpscale|LDM3D|ImageVariation|GLIGEN|UnCLIP|PaintByExample|Marigold"
@@ -62,24 +79,28 @@ def load_model(
         known = ", ".join(PREDICTION_TYPES)
         raise ConfigError(f"prediction_type {prediction_type!r} is unknown; known are {known}.")
     index = read_index(folder)
-    two, low_res = "text_encoder_2" in listed(index), folder / LOW_RES
-    present = {"text_encoder": "text_encoder" in listed(index) or not two, "text_encoder_2": two, "unet": True}
+    parts, low_res = listed(index), folder / LOW_RES
+    two, transformer = "text_encoder_2" in parts, "transformer" in parts
+    present = {name: name in parts for name in ("text_encoder_2", "text_encoder_3", "transformer")}
+    present |= {"text_encoder": "text_encoder" in parts or not two, "unet": not transformer}
     present["vae"] = not without_vae or (folder / "vae" / CONFIG).is_file()
     present["vision_encoder"] = (folder / "vision_encoder").is_dir()
     configs: dict[str, Any] = {
-        name: read_config(folder / name / CONFIG, *(VAES if name == "vae" else (cls,))) if present[name] else None
-        for name, cls in NETWORKS.items()
+        name: read_config(folder / name / CONFIG, *known) if present[name] else None for name, known in FOLDERS.items()
     }
     configs["vae"] = configs["vae"] or published_vae("sdxl" if two else "sd1")
+    if transformer:
+        check_encoders(folder, configs)
+    family = FAMILIES[type(configs["transformer"])] if transformer else ""
     with as_config_error(f"{folder / INDEX} does not describe a pipeline"):
-        options = PipelineOptions.from_dict(index)
+        options = PipelineOptions.from_dict({"_guidance_scale": GUIDANCE[family]} | index)
     if low_res.is_dir():
         options = dataclasses.replace(options, low_res_scheduler=SchedulerConfig.load(low_res / SCHEDULER))
     scheduler = SchedulerConfig.load(folder / "scheduler" / SCHEDULER)
     if prediction_type is not None:
         scheduler = dataclasses.replace(scheduler, prediction_type=prediction_type)
     tokenizers = [
-        load_tokenizer(folder / name, configs[name.replace("tokenizer", "text_encoder")]) for name in TOKENIZERS
+        load_tokenizer(folder / name, configs[name.replace("tokenizer", "text_encoder")], family) for name in TOKENIZERS
     ]
     return build(
         configs["text_encoder"],
@@ -90,6 +111,9 @@ def load_model(
         configs["vision_encoder"],
         text_2=configs["text_encoder_2"],
         tokenizer_2=tokenizers[1],
+        text_3=configs["text_encoder_3"],
+        tokenizer_3=tokenizers[2],
+        transformer=configs["transformer"],
         options=options,
         dtype=check_dtype(dtype),
         remat=remat,
@@ -156,8 +180,6 @@ def listed(index: dict[str, Any]) -> dict[str, str]:
 def _not_drawn(index: dict[str, Any]) -> str | None:
     """Why a pipeline cannot be drawn with, as the end of a sentence; None if nothing speaks against it."""
     parts, name = listed(index), str(index.get("_class_name") or "")
-    if "transformer" in parts:
-        return "has no UNet"
     for part, classes in CLASSES.items():
         if part in parts and parts[part] not in classes:
             return f"has a {parts[part]} as its {part}, not a {classes[0]}"
@@ -168,8 +190,20 @@ def _not_drawn(index: dict[str, Any]) -> str | None:
     encoders = [part for part in parts if part.startswith("text_encoder")]
     if parts and "image_encoder" in parts and not encoders:
         return "has no text encoder"
-    whole = "unet" in parts and "vae" in parts and encoders
+    whole = ("unet" in parts or "transformer" in parts) and "vae" in parts and encoders
     return None if not name or whole or re.fullmatch(DRAWN, name) else "is not supported"
+
+
+def check_encoders(folder: Path, configs: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a transformer lacks a text encoder or has another one; SD 3 can do without T5."""
+    family = FAMILIES[type(configs["transformer"])]
+    for name, cls in ENCODERS[family].items():
+        if configs[name] is None and name != "text_encoder_3":
+            raise ConfigError(f"{folder / INDEX} lists no {name}, which {PIPELINES[family]} needs ({cls.CLASS_NAME}).")
+        if configs[name] is not None and not isinstance(configs[name], cls):
+            raise ConfigError(
+                f"{folder / name / CONFIG} is not of a {cls.CLASS_NAME}, which {PIPELINES[family]} needs."
+            )
 
 
 def controlnets(folder: Path) -> list[str]:
@@ -187,6 +221,8 @@ def is_part(name: str) -> bool:
 
 def pipeline_class(model: Model) -> str:
     """The class of PyTorch diffusers that draws with a model of this kind."""
+    if model.transformer is not None:
+        return PIPELINES[model.family]
     control = "ControlNet" if model.controlnets else ""
     if model.family == "upscaler":
         if control:
@@ -203,6 +239,8 @@ def pipeline_class(model: Model) -> str:
 def model_index(model: Model) -> dict[str, Any]:
     """`model_index.json`: the pipeline and the classes that PyTorch diffusers opens the folder with."""
     nothing, options, name = [None, None], model.options, pipeline_class(model)
+    if model.transformer is not None:
+        return transformer_index(model)
     index: dict[str, Any] = {
         "_class_name": name,
         "_diffusers_version": "0.30.0",
@@ -240,7 +278,37 @@ def model_index(model: Model) -> dict[str, Any]:
     return index | {"image_encoder": nothing, "requires_safety_checker": False}
 
 
-def encoder_class(encoder: CLIPTextModel | None) -> list[str | None]:
+def transformer_index(model: Model) -> dict[str, Any]:
+    """`model_index.json` of a family with a transformer."""
+    index: dict[str, Any] = {
+        "_class_name": pipeline_class(model),
+        "_diffusers_version": "0.36.0",
+        "scheduler": ["diffusers", model.scheduler.class_name],
+        "transformer": ["diffusers", model.transformer.config.CLASS_NAME],
+        "vae": ["diffusers", model.vae.config.CLASS_NAME],
+    }
+    for name in ENCODERS[model.family]:
+        index[name] = encoder_class(getattr(model, name))
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        index[tokenizer] = tokenizer_class(getattr(model, tokenizer))
+    if model.family in ("flux", "sd3"):
+        index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
+    if model.family == "flux2":
+        index["is_distilled"] = model.options.is_distilled
+    if model.options.guidance_scale != GUIDANCE[model.family]:
+        index["_guidance_scale"] = model.options.guidance_scale
+    return index
+
+
+def tokenizer_class(tokenizer: Any) -> list[str | None]:
+    if tokenizer is None:
+        return [None, None]
+    if not isinstance(tokenizer, PlainTokenizer):
+        return ["transformers", "CLIPTokenizer"]
+    return ["transformers", "T5TokenizerFast" if tokenizer.thinking is None else "Qwen2Tokenizer"]
+
+
+def encoder_class(encoder: Any) -> list[str | None]:
     return [None, None] if encoder is None else ["transformers", encoder.config.to_dict()["architectures"][0]]
 
 
@@ -277,7 +345,7 @@ def write_model(folder: Path, model: Model, params: Params, dtype: Any) -> None:
     for name, module, own in networks:
         write_json(folder / name / CONFIG, module.config.to_dict())
         # transformers 4 wants the prefix, 5 reads either.
-        prefix = "text_model." if name.startswith("text_encoder") else ""
+        prefix = {CLIPTextConfig: "text_model.", Qwen3Config: "model."}.get(type(module.config), "")
         stem = STEMS.get(name, STEMS["unet"])[0]
         save_tensors(folder / name / f"{stem}.safetensors", own, dtype, prefix)
     for name in TOKENIZERS:

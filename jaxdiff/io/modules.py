@@ -14,6 +14,7 @@ from jaxdiff.files import atomic_write, writing
 from jaxdiff.io import cache
 from jaxdiff.io.configs import check_dtype, module_shapes, read_config
 from jaxdiff.io.tensor_files import load_tensors, save_tensors
+from jaxdiff.text.plain_tokenizer import PlainTokenizer
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Params
 
@@ -22,6 +23,7 @@ STEMS = {  # names of weight files: first as diffusers (unet, vae) and transform
     "vae": ("diffusion_pytorch_model", "diffusion_flax_model"),
     "text_encoder": ("model", "pytorch_model", "flax_model"),
     "text_encoder_2": ("model", "pytorch_model", "flax_model"),
+    "text_encoder_3": ("model", "pytorch_model", "flax_model"),
     "vision_encoder": ("model", "pytorch_model", "flax_model"),
 }
 SUFFIXES = (  # of those files, {} the variant; the first found is read
@@ -122,10 +124,17 @@ def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any =
             write_json(config, module.config.to_dict())
 
 
-def load_tokenizer(folder: Path, text: CLIPTextConfig | None) -> Tokenizer | None:
-    """The tokenizer of a text encoder, no longer than that reads; None where there is no encoder."""
+def load_tokenizer(folder: Path, text: Config | None, family: str = "") -> Any:
+    """The tokenizer of a text encoder, no longer than that reads; None where there is no encoder.
+
+    Args:
+        family: of a transformer, see `Model.family`; Z-Image's Qwen3 may think, FLUX.2's may not.
+    """
     if text is None:
         return None
+    if not isinstance(text, CLIPTextConfig):
+        thinking = {"z_image": True, "flux2": False}.get(family)
+        return PlainTokenizer.load(folder, 256 if family == "sd3" else 512, thinking)
     tokenizer = Tokenizer.load(folder)
     length = min(tokenizer.max_length, text.max_position_embeddings)
     return dataclasses.replace(tokenizer, max_length=length, cache=cache.kept())

@@ -41,7 +41,8 @@ class TensorSource:
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-IGNORED = ("position_ids",)  # buffers that older files carry as if they were weights
+# Buffers that older files carry as if they were weights, and the head of a language model.
+IGNORED = ("position_ids", "num_batches_tracked", "lm_head.weight")
 SUFFIXES = (*SAFETENSORS, *PICKLES, ".msgpack")  # in the order of preference
 
 

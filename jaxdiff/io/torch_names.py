@@ -11,11 +11,15 @@ import numpy as np
 LISTS = (
     "attentions",
     "blocks",
+    "context_refiner",
     "controlnet_down_blocks",
     "down_blocks",
     "downsamplers",
+    "encoder_block",
     "layers",
+    "noise_refiner",
     "resnets",
+    "single_transformer_blocks",
     "transformer_blocks",
     "up_blocks",
     "upsamplers",
@@ -24,6 +28,14 @@ PART_NAMES = {  # our part of a path -> PyTorch's
     "to_out_0": "to_out.0",
     "net_0_proj": "net.0.proj",
     "net_2": "net.2",
+    "x_embedder_2_1": "all_x_embedder.2-1",
+    "final_layer_2_1": "all_final_layer.2-1",
+    "adaLN_modulation_0": "adaLN_modulation.0",
+    "adaLN_modulation_1": "adaLN_modulation.1",
+    "cap_embedder_0": "cap_embedder.0",
+    "cap_embedder_1": "cap_embedder.1",
+    "mlp_0": "mlp.0",
+    "mlp_2": "mlp.2",
     "conv_0": "conv.0",
     "conv_2": "conv.2",
     "conv_4": "conv.4",
@@ -33,6 +45,18 @@ PART_NAMES = {  # our part of a path -> PyTorch's
     "self_attn_k_proj": "self_attn.k_proj",
     "self_attn_v_proj": "self_attn.v_proj",
     "self_attn_out_proj": "self_attn.out_proj",
+    "self_attn_o_proj": "self_attn.o_proj",
+    "self_attn_q_norm": "self_attn.q_norm",
+    "self_attn_k_norm": "self_attn.k_norm",
+    "mlp_gate_proj": "mlp.gate_proj",
+    "mlp_up_proj": "mlp.up_proj",
+    "mlp_down_proj": "mlp.down_proj",
+    "encoder_block": "encoder.block",
+    "encoder_final_layer_norm": "encoder.final_layer_norm",
+    "layer_0_SelfAttention": "layer.0.SelfAttention",
+    "layer_0_layer_norm": "layer.0.layer_norm",
+    "layer_1_DenseReluDense": "layer.1.DenseReluDense",
+    "layer_1_layer_norm": "layer.1.layer_norm",
     "embeddings_token_embedding": "embeddings.token_embedding",
     "embeddings_position_embedding": "embeddings.position_embedding",
     "embeddings_patch_embedding": "embeddings.patch_embedding",
@@ -48,7 +72,8 @@ OLD_NAMES = {  # names in older files -> today's
     "proj_attn": "to_out.0",
 }
 # transformers puts these before every name but the projection's, in some versions and not in others.
-PREFIXES = ("text_model.", "vision_model.")
+PREFIXES = ("text_model.", "vision_model.", "model.")
+SECOND_NAMES = {"encoder.embed_tokens.weight": "shared.weight"}  # T5's embedding, in files that hold it once
 
 
 def tensor_name(path: tuple[str, ...]) -> str:
@@ -60,7 +85,7 @@ def tensor_name(path: tuple[str, ...]) -> str:
     parts = []
     for part in path:
         stem, _, number = part.rpartition("_")
-        parts.append(f"{stem}.{number}" if stem in LISTS else PART_NAMES.get(part, part))
+        parts.append(f"{PART_NAMES.get(stem, stem)}.{number}" if stem in LISTS else PART_NAMES.get(part, part))
     return ".".join(parts)
 
 
@@ -72,6 +97,7 @@ def current_name(name: str) -> str:
     """
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
+    name = SECOND_NAMES.get(name, name)
     return ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
 
 

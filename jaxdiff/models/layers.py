@@ -81,13 +81,14 @@ class TimestepEmbedding(nn.Module):
 
     features: int
     dtype: jnp.dtype = jnp.float32
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array, cond: Array | None = None) -> Array:
         if cond is not None:
             x = x + nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")(cond)
-        x = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x)
-        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(jax.nn.silu(x))
+        x = nn.Dense(self.features, use_bias=self.bias, dtype=self.dtype, name="linear_1")(x)
+        return nn.Dense(self.features, use_bias=self.bias, dtype=self.dtype, name="linear_2")(jax.nn.silu(x))
 
 
 class ResnetBlock(nn.Module):

@@ -10,38 +10,71 @@ import jax.numpy as jnp
 from jaxdiff.config import (
     CLIPTextConfig,
     CLIPVisionConfig,
+    Config,
+    Flux2Config,
+    Flux2VAEConfig,
+    FluxConfig,
     PipelineOptions,
+    Qwen3Config,
     SchedulerConfig,
+    SD3Config,
+    T5Config,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
+    ZImageConfig,
 )
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
-from jaxdiff.models.conditioning import Conditioning, encode_chunks
+from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.controlnet import check_fits
+from jaxdiff.models.dit import PATCH
+from jaxdiff.models.flux import FluxTransformer2DModel
+from jaxdiff.models.flux2 import Flux2Transformer2DModel
+from jaxdiff.models.qwen3 import Qwen3Model
+from jaxdiff.models.sd3 import SD3Transformer2DModel
+from jaxdiff.models.t5 import T5EncoderModel
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
-from jaxdiff.text.chunks import Tokens
-from jaxdiff.text.emphasis import apply_emphasis
+from jaxdiff.models.z_image import ZImageTransformer2DModel
+from jaxdiff.text.plain_tokenizer import PlainTokenizer
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Key, Params
 
 AESTHETIC_SCORE = 6.0  # the score that the SDXL refiner is asked for
+TRANSFORMER_SIDE = 128  # latents along a side drawn by default, where a transformer's config names none
+MODULES: dict[type[Config], Any] = {
+    CLIPTextConfig: CLIPTextModel,
+    T5Config: T5EncoderModel,
+    Qwen3Config: Qwen3Model,
+    FluxConfig: FluxTransformer2DModel,
+    SD3Config: SD3Transformer2DModel,
+    ZImageConfig: ZImageTransformer2DModel,
+    Flux2Config: Flux2Transformer2DModel,
+}
+FAMILIES: dict[type[Config], str] = {
+    FluxConfig: "flux",
+    SD3Config: "sd3",
+    ZImageConfig: "z_image",
+    Flux2Config: "flux2",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Networks, their configs and the tokenizers; hashable, hence static under `jit`. Holds no parameters."""
 
-    text_encoder: CLIPTextModel | None  # None: the SDXL refiner, which has only text_encoder_2
-    unet: UNet2DConditionModel
+    text_encoder: Any  # CLIPTextModel or Qwen3Model; None: the SDXL refiner, which has only text_encoder_2
+    unet: Any  # UNet2DConditionModel; None where there is a transformer
     vae: AutoencoderKL | AutoencoderTiny
-    tokenizer: Tokenizer | None
+    tokenizer: Any  # Tokenizer, or with Qwen3 PlainTokenizer; or None
     scheduler: SchedulerConfig
     vision_encoder: CLIPVisionModel | None = None  # for contrastive training and scoring; not for drawing
-    text_encoder_2: CLIPTextModel | None = None  # SDXL: OpenCLIP's, with a projection
-    tokenizer_2: Tokenizer | None = None
+    text_encoder_2: Any = None  # SDXL, SD 3: OpenCLIP's, with a projection; FLUX.1: T5's
+    tokenizer_2: Any = None
+    text_encoder_3: T5EncoderModel | None = None  # SD 3, which can do without
+    tokenizer_3: PlainTokenizer | None = None
+    transformer: Any = None  # of FLUX.1, SD 3, Z-Image or FLUX.2
     controlnets: tuple[Any, ...] = ()  # their parameters are the list params["controlnet"], in the same order
     tiny_vae: AutoencoderTiny | None = None  # draws previews, with params["tiny_vae"]
     options: PipelineOptions = dataclasses.field(default_factory=PipelineOptions)
@@ -49,15 +82,23 @@ class Model:
     @property
     def modules(self) -> dict:
         """The Flax modules by their key in `params`, without ControlNets."""
-        names = ("text_encoder", "text_encoder_2", "unet", "vae", "vision_encoder")
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer", "vae", "vision_encoder")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
     @property
-    def family(self) -> str:
-        """Which Stable Diffusion this is built like: "sd1", "sd2", "sdxl", "sdxl_refiner" or "upscaler".
+    def denoising(self) -> Any:
+        """The network that removes noise: the UNet or the transformer."""
+        return self.unet if self.transformer is None else self.transformer
 
-        Inpainting and distilled models (`unet.config.time_cond_proj_dim`) exist in any family.
+    @property
+    def family(self) -> str:
+        """Which model this is built like.
+
+        "sd1", "sd2", "sdxl", "sdxl_refiner" or "upscaler", of which inpainting and distilled models
+        (`unet.config.time_cond_proj_dim`) exist as well; "flux", "sd3", "z_image" or "flux2".
         """
+        if self.transformer is not None:
+            return FAMILIES[type(self.transformer.config)]
         if self.text_encoder_2 is not None:
             return "sdxl_refiner" if self.text_encoder is None else "sdxl"
         if self.unet.config.num_class_embeds is not None:
@@ -66,9 +107,26 @@ class Model:
         return "sd2" if self.text_encoder is not None and self.text_encoder.config.hidden_act == "gelu" else "sd1"
 
     @property
+    def sample_size(self) -> int | tuple[int, int]:
+        """Latents drawn by default: of a square's side, or height and width."""
+        return getattr(self.denoising.config, "sample_size", TRANSFORMER_SIDE)
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that divide height and width: to a latent, or to a transformer's patch of latents."""
+        return self.vae.config.factor * (1 if self.transformer is None else PATCH)
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether a step needs no pass with the negative prompt: the network is told of the guidance, or has none."""
+        if self.transformer is None:
+            return self.unet.config.time_cond_proj_dim is not None
+        return self.family == "flux" or self.options.is_distilled
+
+    @property
     def inpaints(self) -> bool:
         """Whether the UNet was trained for inpainting: its input also holds a mask and the masked image's latents."""
-        return self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
+        return self.unet is not None and self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
 
 
 def computing_in(model: Model, dtype: Any) -> Model:
@@ -94,15 +152,18 @@ def with_controlnets(model: Model, params: Params, *controlnets: tuple[Any, Para
 
 
 def build(
-    text: CLIPTextConfig | None,
-    unet: UNetConfig,
+    text: Config | None,
+    unet: UNetConfig | None,
     vae: VAEConfig | TinyVAEConfig,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | PlainTokenizer | None,
     scheduler: SchedulerConfig,
     vision: CLIPVisionConfig | None = None,
     *,
-    text_2: CLIPTextConfig | None = None,
-    tokenizer_2: Tokenizer | None = None,
+    text_2: Config | None = None,
+    tokenizer_2: Tokenizer | PlainTokenizer | None = None,
+    text_3: Config | None = None,
+    tokenizer_3: PlainTokenizer | None = None,
+    transformer: Config | None = None,
     options: PipelineOptions | None = None,
     dtype=jnp.float32,
     remat: bool | str = False,
@@ -110,21 +171,29 @@ def build(
     """A model from its configs.
 
     Args:
-        text, text_2, vision: None for an encoder that the model lacks.
+        text, text_2, text_3, vision: None for an encoder that the model lacks.
+        unet, transformer: one of them.
         dtype: type that the networks compute in.
         remat: whether the backward pass recomputes activations, or a policy; see `rematerialised`.
     """
     dtype = jnp.dtype(dtype)
     rest = remat, dtype
+
+    def network(config: Config | None) -> Any:
+        return None if config is None else MODULES[type(config)](config, *rest)
+
     return Model(
-        None if text is None else CLIPTextModel(text, *rest),
-        UNet2DConditionModel(unet, *rest),
+        network(text),
+        None if unet is None else UNet2DConditionModel(unet, *rest),
         autoencoder(vae, dtype, remat),
         tokenizer,
         scheduler,
         None if vision is None else CLIPVisionModel(vision, *rest),
-        None if text_2 is None else CLIPTextModel(text_2, *rest),
+        network(text_2),
         tokenizer_2,
+        network(text_3),
+        tokenizer_3,
+        network(transformer),
         options=options or PipelineOptions(),
     )
 
@@ -141,18 +210,36 @@ def autoencoder(
 
 def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
     """The smallest inputs of each module, by its key in `params`; the parameters' shapes do not depend on them."""
-    unet, vae = model.unet.config, model.vae.config
+    vae = model.vae.config
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    tokens = (array(1, 2, dtype=jnp.int32),)
+    inputs: dict[str, tuple] = {n: tokens for n in model.modules if n.startswith("text_encoder")}
+    inputs["vae"] = (array(1, vae.factor, vae.factor, vae.in_channels),)
+    if model.unet is not None:
+        inputs["unet"] = unet_inputs(model)
+    else:
+        c = model.transformer.config
+        text = getattr(c, "joint_attention_dim", None) or c.cap_feat_dim
+        pooled = getattr(c, "pooled_projection_dim", None)
+        x = array(1, PATCH, PATCH, c.latent_channels)
+        inputs["transformer"] = (x, array(1), array(1, 2, text), pooled and array(1, pooled), None, array(1))
+    if model.vision_encoder is not None:
+        size = model.vision_encoder.config.image_size
+        inputs["vision_encoder"] = (array(1, size, size, 3),)
+    return inputs
+
+
+def unet_inputs(model: Model) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+    """The smallest inputs of a UNet."""
+    unet = model.unet.config
 
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     side = 2 ** (len(unet.block_out_channels) - 1)
-    tokens = (array(1, 2, dtype=jnp.int32),)
-    inputs: dict[str, tuple] = {n: tokens for n in model.modules if n.startswith("text_encoder")}
-    inputs |= {
-        "unet": (array(1, side, side, unet.in_channels), array(1), array(1, 2, unet.cross_attention_dim)),
-        "vae": (array(1, vae.factor, vae.factor, vae.in_channels),),
-    }
     extra: list[jax.ShapeDtypeStruct | None] = [None] * 5  # pooled, time_ids, attention_mask, class_labels, guidance
     if unet.addition_embed_type == "text_time":
         assert unet.projection_class_embeddings_input_dim  # `UNetConfig.from_dict` sees to it
@@ -168,11 +255,8 @@ def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
         extra[3] = array(1) if width is None else array(1, width)
     if unet.time_cond_proj_dim is not None:
         extra[4] = array(1, unet.time_cond_proj_dim)
-    inputs["unet"] += tuple(extra)
-    if model.vision_encoder is not None:
-        size = model.vision_encoder.config.image_size
-        inputs["vision_encoder"] = (array(1, size, size, 3),)
-    return inputs
+    x = array(1, side, side, unet.in_channels)
+    return x, array(1), array(1, 2, unet.cross_attention_dim), *extra
 
 
 def time_id_count(model: Model) -> int:
@@ -206,45 +290,6 @@ def apply(model: Model, params: Params, name: str, *args: Any, method: str | Non
     return model.modules[name].apply({"params": params[name]}, *args, method=method)
 
 
-def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_skip: int = 0) -> Conditioning:
-    """Token ids to what the UNet is told of the prompts.
-
-    One encoder (SD 1.x, 2.x) gives its last hidden state after the final norm. SDXL takes the state before the last,
-    without the norm, of its two encoders side by side, and the refiner that of its only one; their pooled text is the
-    last encoder's projection of the first chunk (Podell et al. 2023, section 2.1).
-
-    Args:
-        tokens: `Tokens`, or for a model of one encoder token ids, int32 [B, L] or [B, K L] in K chunks.
-        clip_skip: last layers to skip, at least 0.
-
-    Returns:
-        embeddings [B, K L, D], the tokens' attention mask [B, K L] or None and, for SDXL, pooled [B, P]; no time ids.
-
-    Raises:
-        ValueError: `clip_skip` is negative or leaves no layer, or `tokens` lack the ids of the second encoder.
-    """
-    tokens = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
-    given = ((tokens.ids, tokens.weights), (tokens.ids_2, tokens.weights_2))
-    names = [n for n in ("text_encoder", "text_encoder_2") if n in model.modules]
-    sdxl = names[-1] == "text_encoder_2"  # or its refiner
-    embeddings, pooled = [], None
-    for name, (ids, weights) in zip(names, given, strict=False):
-        if ids is None:
-            raise ValueError("tokens are for one text encoder, this model has two: make them with jaxdiff.tokenize.")
-        encoder, tokenizer = model.modules[name], model.tokenizer if name == "text_encoder" else model.tokenizer_2
-        length = encoder.config.max_position_embeddings if tokenizer is None else tokenizer.max_length
-        states, pooled = encode_chunks(encoder, params[name], ids, length, clip_skip, sdxl)
-        embeddings.append(apply_emphasis(states, weights, length))
-    cond = Conditioning(jnp.concatenate(embeddings, -1), pooled if sdxl else None, None, tokens.attention_mask)
-    if tokens.zeros is None:
-        return cond
-    zeros = jnp.asarray(tokens.zeros)
-    return cond._replace(
-        embeddings=jnp.where(zeros[:, None, None], 0, cond.embeddings),
-        pooled=None if cond.pooled is None else jnp.where(zeros[:, None], 0, cond.pooled),
-    )
-
-
 def with_time_ids(model: Model, cond: Conditioning, x: Array, score: float = AESTHETIC_SCORE) -> Conditioning:
     """The conditioning of a model of the SDXL family with time ids [B, 6 or 5] for latents x [B, h, w, C].
 
@@ -252,7 +297,7 @@ def with_time_ids(model: Model, cond: Conditioning, x: Array, score: float = AES
     the refiner has `score`, an aesthetic score, instead of the last two (Podell et al. 2023, sections 2.2 and 2.5). Ids
     that `cond` already has are kept.
     """
-    if model.unet.config.addition_embed_type != "text_time" or cond.time_ids is not None:
+    if model.unet is None or model.unet.config.addition_embed_type != "text_time" or cond.time_ids is not None:
         return cond
     size = [n * model.vae.config.factor for n in x.shape[1:3]]
     last = [score] if model.options.requires_aesthetics_score else size
@@ -274,17 +319,45 @@ def encode(model: Model, params: Params, images: Array, key: Key | None = None) 
         key: draws the latents from the encoder's Gaussian; None returns its mean.
 
     Returns:
-        [B, h, w, C] float32, scaled as the UNet expects them: (z - shift_factor) * scaling_factor.
+        [B, h, w, C] float32, scaled as the network expects them: (z - shift_factor) * scaling_factor.
     """
-    c = model.vae.config
-    mean, logvar = apply(model, params, "vae", 2 * in_unit(images) - 1, method="encode")
-    z = mean if key is None else mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
-    return (z - (c.shift_factor or 0.0)) * c.scaling_factor
+    return scaled(model, params, encode_unscaled(model, params, images, key))
 
 
 def decode(model: Model, params: Params, latents: Array) -> Array:
     """Latents [B, h, w, C], scaled, to images [B, H, W, 3] float32 in [0, 1]."""
-    c = model.vae.config
-    z = jnp.asarray(latents, jnp.float32) / c.scaling_factor + (c.shift_factor or 0.0)
-    images = apply(model, params, "vae", z, method="decode")
-    return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
+    return decode_unscaled(model, params, unscaled(model, params, latents))
+
+
+def encode_unscaled(model: Model, params: Params, images: Array, key: Key | None = None) -> Array:
+    """`encode` without its scaling."""
+    mean, logvar = apply(model, params, "vae", 2 * in_unit(images) - 1, method="encode")
+    return mean if key is None else mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
+
+
+def decode_unscaled(model: Model, params: Params, z: Array) -> Array:
+    """`decode` of what `unscaled` returns."""
+    return jnp.clip(apply(model, params, "vae", z, method="decode") / 2 + 0.5, 0.0, 1.0)
+
+
+def scaled(model: Model, params: Params, z: Array) -> Array:
+    """The autoencoder's latents [B, h, w, C] as the denoising network expects them."""
+    c: Any = model.vae.config
+    if isinstance(c, Flux2VAEConfig):
+        mean, deviation = patch_statistics(model, params, z)
+        return (z - mean) / deviation
+    return (z - (c.shift_factor or 0.0)) * c.scaling_factor
+
+
+def unscaled(model: Model, params: Params, latents: Array) -> Array:
+    """The reverse of `scaled`."""
+    c: Any = model.vae.config
+    latents = jnp.asarray(latents, jnp.float32)
+    if isinstance(c, Flux2VAEConfig):
+        mean, deviation = patch_statistics(model, params, latents)
+        return latents * deviation + mean
+    return latents / c.scaling_factor + (c.shift_factor or 0.0)
+
+
+def patch_statistics(model: Model, params: Params, z: Array) -> tuple[Array, Array]:
+    return model.vae.apply({"params": params["vae"]}, *z.shape[1:3], method="statistics")  # type: ignore[return-value]

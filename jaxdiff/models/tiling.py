@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.models.model import Model, decode, encode
+from jaxdiff.models.model import Model, decode_unscaled, encode_unscaled, scaled, unscaled
 from jaxdiff.typing import Array, Params
 
 TILE, OVERLAP = 64, 16  # latents: 512 pixels and 128 with Stable Diffusion's factor of 8
@@ -97,7 +97,8 @@ def decode_tiled(
     """
     tile, overlap = (max(latents.shape[1:3]), 0) if tile is None else (tile, overlap)
     starts = tile_starts(latents.shape[1], tile, overlap), tile_starts(latents.shape[2], tile, overlap)
-    return tiled(lambda z: decode(model, params, z), latents, starts, tile, lambda i: i * model.vae.config.factor)
+    z = unscaled(model, params, latents)
+    return tiled(lambda z: decode_unscaled(model, params, z), z, starts, tile, lambda i: i * model.vae.config.factor)
 
 
 def encode_tiled(model: Model, params: Params, images: Array, tile: int | None = TILE, overlap: int = OVERLAP) -> Array:
@@ -115,4 +116,5 @@ def encode_tiled(model: Model, params: Params, images: Array, tile: int | None =
     tile, overlap = (max(h, w), 0) if tile is None else (tile, overlap)
     places = tile_starts(h, tile, overlap), tile_starts(w, tile, overlap)
     starts = [factor * i for i in places[0]], [factor * i for i in places[1]]
-    return tiled(lambda x: encode(model, params, x), images, starts, factor * tile, lambda i: i // factor)
+    z = tiled(lambda x: encode_unscaled(model, params, x), images, starts, factor * tile, lambda i: i // factor)
+    return scaled(model, params, z)

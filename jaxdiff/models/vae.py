@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxdiff.config import VAEConfig
+from jaxdiff.config import Flux2VAEConfig, VAEConfig
 from jaxdiff.models.layers import ACTIVATIONS, Attention, Downsample, ResnetBlock, Upsample, conv, rematerialised
 from jaxdiff.typing import Array
 
@@ -105,6 +105,20 @@ class Decoder(nn.Module):
         return conv(c.out_channels, dtype, "conv_out")(ACTIVATIONS[c.act_fn](x))
 
 
+class PatchStatistics(nn.Module):
+    """Mean and variance [4 C] of the latents' 2 x 2 patches, by channel, row and column: measured, not learned."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        size = (4 * self.channels,)
+        return (
+            self.param("running_mean", nn.initializers.zeros, size),
+            self.param("running_var", nn.initializers.ones, size),
+        )
+
+
 class AutoencoderKL(nn.Module):
     """Encoder to a diagonal Gaussian and decoder. Images are in [-1, 1]; latents are not scaled here."""
 
@@ -120,6 +134,19 @@ class AutoencoderKL(nn.Module):
             self.quant_conv = nn.Conv(2 * c.latent_channels, (1, 1), dtype=self.dtype)
         if c.use_post_quant_conv:
             self.post_quant_conv = nn.Conv(c.latent_channels, (1, 1), dtype=self.dtype)
+        if isinstance(c, Flux2VAEConfig):
+            self.bn = PatchStatistics(c.latent_channels)
+
+    def statistics(self, height: int, width: int) -> tuple[Array, Array]:
+        """Of FLUX.2: mean and deviation [height, width, C] of latents of this size."""
+        c = self.config
+
+        def tiled(values: Array) -> Array:
+            patch = values.astype(jnp.float32).reshape(c.latent_channels, 2, 2).transpose(1, 2, 0)
+            return jnp.tile(patch, (height // 2, width // 2, 1))
+
+        mean, variance = self.bn()
+        return tiled(mean), tiled(jnp.sqrt(variance.astype(jnp.float32) + c.batch_norm_eps))
 
     def encode(self, images: Array) -> tuple[Array, Array]:
         """[B, H, W, 3] in [-1, 1] -> mean and log-variance in [-30, 20], float32 [B, h, w, latent_channels]."""
@@ -137,4 +164,6 @@ class AutoencoderKL(nn.Module):
 
     def __call__(self, images: Array) -> Array:
         """Reconstruction through the mean: touches every parameter, for initialisation."""
+        if isinstance(self.config, Flux2VAEConfig):
+            self.statistics(2, 2)
         return self.decode(self.encode(images)[0])

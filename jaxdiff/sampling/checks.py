@@ -10,6 +10,7 @@ from jaxdiff import parallel
 from jaxdiff.config import TinyVAEConfig
 from jaxdiff.errors import ArgumentError
 from jaxdiff.models.controlnet import check_fits
+from jaxdiff.models.dit import PATCH
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
 
@@ -33,10 +34,11 @@ def least_memory(model: Model, height: int, width: int, tile: int | None) -> flo
 
     They are those of the image, and of the largest features that the UNet, or the autoencoder without tiles, holds.
     """
-    vae, unet, own = model.vae, model.unet, model.vae.config
+    vae, network, own = model.vae, model.denoising, model.vae.config
     widest = min(own.decoder_block_out_channels if isinstance(own, TinyVAEConfig) else own.block_out_channels)
     features = widest * np.dtype(vae.dtype).itemsize if tile is None else 0
-    of_latents = unet.config.block_out_channels[0] * np.dtype(unet.dtype).itemsize / own.factor**2
+    width = network.config.block_out_channels[0] if model.unet is not None else network.config.width / PATCH**2
+    of_latents = width * np.dtype(network.dtype).itemsize / own.factor**2
     return height * width * (max(features, of_latents) + 15)  # 3 bytes, of 3 floats
 
 
@@ -53,6 +55,10 @@ def check_memory(model: Model, height: int, width: int, tile: int | None, count:
 
 def check_clip_skip(model: Model, clip_skip: int) -> int:
     """A number of layers that every text encoder has to leave out."""
+    if model.transformer is not None and model.family != "sd3":
+        if clip_skip:
+            raise ArgumentError("clip_skip", f"{clip_skip} is for Stable Diffusion: leave it out.")
+        return 0
     sdxl = model.text_encoder_2 is not None
     encoders = [encoder for encoder in (model.text_encoder, model.text_encoder_2) if encoder is not None]
     most = min(encoder.config.num_hidden_layers for encoder in encoders) - sdxl

@@ -56,6 +56,8 @@ def denoiser(
     """
     schedule = noise_schedule(model.scheduler)
     copies = 1 if uncond is None else 2
+    if model.family == "z_image":  # c + g (c - u), as its pipeline has it
+        guidance_scale = 1.0 + jnp.asarray(guidance_scale)
     hints = [in_unit(x) for x in control_images]
 
     def twice(x: Array) -> Array:
@@ -69,6 +71,13 @@ def denoiser(
             negative = with_time_ids(model, uncond, x, NEGATIVE_SCORE)
             both = stacked(both, negative)
         x_in, labels, embedded, residuals = twice(x), None, None, None
+        if model.transformer is not None:
+            told = jnp.asarray(guidance_scale, jnp.float32)
+            scale = jnp.broadcast_to(told, (batch,)) if uncond is None else None
+            t = jnp.broadcast_to(time.t, (len(x_in),))
+            pooled, mask = both.pooled, both.attention_mask
+            output = apply(model, params, "transformer", x_in, t, both.embeddings, pooled, mask, scale)
+            return denoised(output.astype(jnp.float32), x, time)
         if hints:
             nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
             each = [
@@ -81,7 +90,10 @@ def denoiser(
             labels = twice(jnp.broadcast_to(class_labels, (batch,)))
         if model.unet.config.time_cond_proj_dim is not None:
             embedded = twice(guidance_embedding(guidance_scale, batch, model.unet.config.time_cond_proj_dim))
-        output = apply(model, params, "unet", x_in, time.t, *both, labels, embedded, residuals).astype(jnp.float32)
+        output = apply(model, params, "unet", x_in, time.t, *both, labels, embedded, residuals)
+        return denoised(output.astype(jnp.float32), x, time)
+
+    def denoised(output: Array, x: Array, time: Time) -> Array:
         if uncond is not None:
             output = guided(output, time, guidance_scale, guidance_rescale, guidance_interval)
         return to_denoised(output, x, time, model.scheduler.prediction_type)

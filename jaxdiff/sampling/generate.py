@@ -64,7 +64,7 @@ def sampler(
     divides the parameters, each network is gathered where it is used, the UNet at each step.
     """
 
-    widen = mapping.on_cpus(devices) and model.unet.dtype == jnp.bfloat16
+    widen = mapping.on_cpus(devices) and model.denoising.dtype == jnp.bfloat16
     model = computing_in(model, jnp.float32) if widen else model
 
     def draw(params: Params, call: CallInputs, inputs: ImageInputs) -> Drawn:
@@ -135,7 +135,7 @@ def check_finite(finite: Array, prompts: list[str], model: Model) -> None:
     """Raise FloatingPointError for images of which some pixel is no number."""
     bad = np.flatnonzero(~np.asarray(finite))
     if bad.size:
-        half = model.unet.dtype == jnp.float16
+        half = model.denoising.dtype == jnp.float16
         mend = (
             "float16 overflows in this model, so load it with dtype bfloat16 or float32"
             if half

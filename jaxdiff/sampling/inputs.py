@@ -12,7 +12,8 @@ from jaxdiff.diffusion.inpainting import masked_blending
 from jaxdiff.diffusion.prediction import add_noise, expand
 from jaxdiff.diffusion.schedules import Time, noise_schedule
 from jaxdiff.models.conditioning import Conditioning
-from jaxdiff.models.model import Model, decode, encode, encode_text
+from jaxdiff.models.model import Model, decode, encode
+from jaxdiff.models.text_encoding import encode_text
 from jaxdiff.models.tiling import decode_tiled, encode_tiled
 from jaxdiff.text.chunks import Tokens
 from jaxdiff.typing import Array, Denoise, Key, Params

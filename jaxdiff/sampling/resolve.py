@@ -13,8 +13,10 @@ import numpy as np
 
 from jaxdiff.diffusion.base import Scheduler
 from jaxdiff.diffusion.schedulers import get_scheduler
+from jaxdiff.diffusion.schedules import dynamic_shift, empirical_shift
 from jaxdiff.diffusion.times import default_scheduler, is_distilled, time_grid
 from jaxdiff.errors import ArgumentError
+from jaxdiff.models.dit import PATCH
 from jaxdiff.models.model import Model
 from jaxdiff.sampling.checks import (
     as_batch,
@@ -104,7 +106,8 @@ def resolve_settings(
     strength = resolve_strength(model, image, mask, strength)
     start = resolve_start(model, steps, grid, spacing, mask is not None, strength, hires, hires_strength)
     spacing = "ays_sdxl" if spacing == "ays" and model.family.startswith("sdxl") else spacing
-    times, noise_scale = time_grid(model.scheduler, steps, grid, spacing, strength=start.part)
+    spacing, mu = flow_grid(model, steps, spacing, latents)
+    times, noise_scale = time_grid(model.scheduler, steps, grid, spacing, strength=start.part, mu=mu)
     first, last = 0 if start.first is None else int(start.first), len(times.t) - 2
     frames = as_whole("frames", frames, 0, steps)
     preview_steps = np.unique(np.linspace(first, last, frames).round().astype(np.int32)) if frames else None
@@ -153,7 +156,8 @@ def resolve_images(
     count, size = len(prompts), (settings.height, settings.width)
     scales = as_numbers("guidance_scale", settings.guidance_scale if guidance_scale is None else guidance_scale, count)
     rescale = as_numbers("guidance_rescale", guidance_rescale, count, 0.0, 1.0)
-    guided = bool((scales > 1).any()) and model.unet.config.time_cond_proj_dim is None
+    guided = bool((scales > (0 if model.family == "z_image" else 1)).any()) and not model.one_pass
+    emphasis = emphasis and model.transformer is None  # whose prompts are read as they are
     blended = blend_prompts is not None
     (tokens, negative, blend_tokens, blend_negative), picks = encoder_inputs(
         model,
@@ -197,15 +201,33 @@ def resolve_images(
     return Request(settings, prompts, images, variation)
 
 
+def flow_grid(
+    model: Model, steps: int, spacing: str | None, latents: tuple[int, int, int]
+) -> tuple[str | None, float | None]:
+    """The spacing of a transformer family's grid where none is given, and the mu of its dynamic shift.
+
+    The pipelines of all but SD 3 lay out the times evenly from 1 to 1/N, as "trailing" does.
+    """
+    if model.transformer is None:
+        return spacing, None
+    patches = latents[0] * latents[1] // PATCH**2
+    fitted = model.family == "flux2"
+    mu = empirical_shift(patches, steps) if fitted else dynamic_shift(model.scheduler, patches)
+    own = model.scheduler
+    named = own.timestep_spacing or own.use_karras_sigmas or own.use_exponential_sigmas or own.use_beta_sigmas
+    return spacing or (None if model.family == "sd3" or named else "trailing"), mu
+
+
 def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[int, int, int]:
     """(h, w, C) of an image's latents; raises ArgumentError if the VAE's factor does not divide height or width."""
-    own, factor = model.unet.config.sample_size, model.vae.config.factor
+    own, factor, multiple = model.sample_size, model.vae.config.factor, model.multiple
     sizes = []
     for i, (name, pixels) in enumerate((("height", height), ("width", width))):
         if pixels is None:
             pixels = (own if isinstance(own, int) else own[i]) * factor
-        if not isinstance(pixels, int | np.integer) or pixels < factor or pixels % factor:
-            raise ArgumentError(name, f"{pixels} must be a positive multiple of {factor}, the VAE's factor.")
+        if not isinstance(pixels, int | np.integer) or pixels < multiple or pixels % multiple:
+            whose = "the VAE's factor" if multiple == factor else f"the VAE's factor times {PATCH} latents to a patch"
+            raise ArgumentError(name, f"{pixels} must be a positive multiple of {multiple}, {whose}.")
         sizes.append(int(pixels) // factor)
     return sizes[0], sizes[1], model.vae.config.latent_channels
 
@@ -266,7 +288,7 @@ def resolve_start(
     As in diffusers' LatentConsistencyModelImg2ImgPipeline; all else leaves out the first steps, as its other pipelines.
     """
     first = lowres = None
-    part, distilled = 1.0, model.unet.config.time_cond_proj_dim is not None
+    part, distilled = 1.0, model.unet is not None and model.one_pass
     plain = distilled and not masked and hires is None
     if strength is not None and plain and is_distilled(model.scheduler, scheduler, spacing):
         first_step(model.scheduler.original_inference_steps, strength)  # complains

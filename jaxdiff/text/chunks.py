@@ -10,6 +10,7 @@ from absl import logging
 
 from jaxdiff.errors import ArgumentError
 from jaxdiff.text.emphasis import Piece, parse_emphasis
+from jaxdiff.text.plain_tokenizer import PlainTokenizer
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array
 
@@ -28,17 +29,22 @@ class Tokens(NamedTuple):
     # [B, K L] float32: 1 in a prompt's own chunks and 0 in those that fill it up to the longest one's K, so that no
     # image depends on the prompts beside it. None where K is 1.
     attention_mask: Array | None = None
+    ids_3: Array | None = None  # the same for the third encoder (SD 3)
 
 
 class HasTokenizers(Protocol):
     """What `tokens` needs of a model."""
 
     @property
-    def tokenizer(self) -> Tokenizer | None: ...
+    def tokenizer(self) -> Any: ...
     @property
-    def tokenizer_2(self) -> Tokenizer | None: ...
+    def tokenizer_2(self) -> Any: ...
+    @property
+    def tokenizer_3(self) -> PlainTokenizer | None: ...
     @property
     def options(self) -> Any: ...
+    @property
+    def transformer(self) -> Any: ...
 
 
 def tokens(
@@ -74,6 +80,8 @@ def tokens(
         raise ArgumentError("prompts_2", f"holds {len(prompts_2)} for {len(prompts)} prompts: give one a prompt.")
     if model.tokenizer_2 is None and any(p is not None for p in prompts_2 or ()):
         raise ArgumentError("prompts_2", "are for the second text encoder of SDXL, which this model lacks.")
+    if model.transformer is not None:
+        return _plain_tokens(model, prompts, prompts_2 or prompts)
     if chunks is not None and not 1 <= chunks <= MAX_CHUNKS:
         raise ValueError(f"chunks {chunks} must be 1 to {MAX_CHUNKS}.")
     second = prompts if prompts_2 is None else [a if b is None else b for a, b in zip(prompts, prompts_2, strict=True)]
@@ -91,6 +99,21 @@ def tokens(
     filled = np.arange(count) < own[:, None]  # [B, K]
     mask = None if count == 1 else filled.repeat(ids.shape[1] // count, axis=1).astype(np.float32)
     return Tokens(ids, weights, ids_2, weights_2, zeros, mask)
+
+
+def _plain_tokens(model: HasTokenizers, prompts: Sequence[str | None], second: Sequence[str | None]) -> Tokens:
+    """Prompts to what the transformer families read: a row of each tokenizer, cut with a warning; None is empty."""
+    texts = [p or "" for p in prompts]
+    seconds = [text if p is None else p for text, p in zip(texts, second, strict=True)]
+
+    def ids(tokenizer: Any, given: list[str]) -> np.ndarray | None:
+        if tokenizer is None:
+            return None
+        return tokenizer(given)[0] if isinstance(tokenizer, PlainTokenizer) else tokenizer(given)
+
+    mask = model.tokenizer(texts)[1] if isinstance(model.tokenizer, PlainTokenizer) else None
+    rows = ids(model.tokenizer, texts)
+    return Tokens(rows, ids_2=ids(model.tokenizer_2, seconds), ids_3=ids(model.tokenizer_3, texts), attention_mask=mask)
 
 
 def weighed(tokens: Tokens) -> Tokens:

@@ -23,7 +23,8 @@ from jaxdiff.data.folder import ImageDecoder
 from jaxdiff.data.latents import INFO, LatentShards
 from jaxdiff.data.source import Source
 from jaxdiff.files import write_text, writing
-from jaxdiff.models.model import Model, encode, encode_text
+from jaxdiff.models.model import Model, encode
+from jaxdiff.models.text_encoding import encode_text
 from jaxdiff.text.chunks import Tokens
 from jaxdiff.training.stages import prepare_pairs
 from jaxdiff.typing import Params

@@ -13,7 +13,8 @@ from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import Time, at, is_flow, noise_schedule, shift_time
 from jaxdiff.models.clip import CLIP_MEAN, CLIP_STD
 from jaxdiff.models.conditioning import Conditioning
-from jaxdiff.models.model import Model, apply, encode, encode_text, with_time_ids
+from jaxdiff.models.model import Model, apply, encode, with_time_ids
+from jaxdiff.models.text_encoding import encode_text
 from jaxdiff.text.chunks import Tokens
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.losses import SCALES, contrastive_loss, kl_divergence, reconstruction_loss

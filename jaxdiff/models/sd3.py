@@ -1,0 +1,87 @@
+"""Stable Diffusion 3's transformer (Esser et al. 2024, section 4), as in diffusers' `SD3Transformer2DModel`."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxdiff.config import SD3Config
+from jaxdiff.models.dit import MLP, PATCH, JointAttention, Modulation, VectorEmbedding, modulated, unfold
+from jaxdiff.models.layers import rematerialised
+from jaxdiff.typing import Array
+
+
+class PatchEmbedding(nn.Module):
+    """Latents [B, h, w, C] to tokens [B, N, D], with the middle of a table of positions."""
+
+    config: SD3Config
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, most = self.config, self.config.pos_embed_max_size
+        h, w = (side // PATCH for side in x.shape[1:3])
+        if max(h, w) > most:
+            raise ValueError(
+                f"latents of {x.shape[1]} x {x.shape[2]} are larger than {PATCH * most}, this model's most."
+            )
+        table = self.param("pos_embed", nn.initializers.zeros, (1, most**2, c.width))
+        table = jax.lax.stop_gradient(table).reshape(most, most, -1)  # it is fixed: sines and cosines
+        top, left = (most - h) // 2, (most - w) // 2
+        patch = (PATCH, PATCH)
+        tokens = nn.Conv(c.width, patch, patch, "VALID", dtype=self.dtype, name="proj")(x).reshape(len(x), h * w, -1)
+        return tokens + table[top : top + h, left : left + w].reshape(1, h * w, -1).astype(self.dtype)
+
+
+class JointBlock(nn.Module):
+    """Text and image with parameters of their own, and one attention over both."""
+
+    config: SD3Config
+    dual: bool  # whether the image has an attention over itself beside
+    last: bool  # whether the text is read and not changed
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, text: Array, vector: Array) -> tuple[Array, Array]:
+        """x [B, N, D], text [B, L, D], vector [B, D] -> x and text."""
+        c, dtype, normed = self.config, self.dtype, self.config.qk_norm == "rms_norm"
+        shift, scale, gate, *rest = Modulation(9 if self.dual else 6, c.width, dtype=dtype, name="norm1")(vector)
+        of_text = Modulation(2 if self.last else 6, c.width, dtype=dtype, name="norm1_context")(vector)
+        read = modulated(text, *(of_text[::-1] if self.last else of_text[:2]))  # the last one's scale comes first
+        attn = JointAttention(
+            c.num_attention_heads, c.width, normed, answer_text=not self.last, dtype=dtype, name="attn"
+        )
+        attended, answer = attn(modulated(x, shift, scale), read)
+        first, x = x, x + gate * attended  # both attentions start from the same input
+        if self.dual:
+            own = JointAttention(c.num_attention_heads, c.width, normed, dtype=dtype, name="attn2")
+            x = x + rest[5] * own(modulated(first, *rest[3:5]))[0]
+        x = x + rest[2] * MLP(dtype, name="ff")(modulated(x, *rest[:2]))
+        if answer is None:  # the last block
+            return x, text
+        text = text + of_text[2] * answer
+        return x, text + of_text[5] * MLP(dtype, name="ff_context")(modulated(text, *of_text[3:5]))
+
+
+class SD3Transformer2DModel(nn.Module):
+    """Latents and a prompt to the flow's velocity."""
+
+    config: SD3Config
+    remat: bool | str = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, t: Array, text: Array, pooled: Array, mask: None = None, guidance: None = None
+    ) -> Array:
+        """x [B, h, w, C], t [B], text [B, L, D] of all encoders, pooled [B, P] of both CLIPs."""
+        c, dtype = self.config, self.dtype
+        tokens = PatchEmbedding(c, dtype, name="pos_embed")(x)
+        vector = VectorEmbedding(c.width, dtype=dtype, name="time_text_embed")(t, pooled)
+        text = nn.Dense(c.caption_projection_dim, dtype=dtype, name="context_embedder")(text)
+        block = rematerialised(JointBlock, self.remat)
+        for i in range(c.num_layers):
+            dual, last = i in c.dual_attention_layers, i == c.num_layers - 1
+            tokens, text = block(c, dual, last, dtype, name=f"transformer_blocks_{i}")(tokens, text, vector)
+        scale, shift = Modulation(2, c.width, dtype=dtype, name="norm_out")(vector)
+        out = nn.Dense(PATCH**2 * c.out_channels, dtype=dtype, name="proj_out")(modulated(tokens, shift, scale))
+        return unfold(out, *x.shape[1:3], channels_first=False)

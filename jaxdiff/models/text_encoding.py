@@ -1,0 +1,100 @@
+"""From token ids to what the denoising network is told of a prompt, for each family."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from jaxdiff.models.conditioning import Conditioning, encode_chunks
+from jaxdiff.models.model import Model, apply
+from jaxdiff.text.chunks import Tokens
+from jaxdiff.text.emphasis import apply_emphasis
+from jaxdiff.typing import Array, Params
+
+FLUX2_LAYERS = (9, 18, 27)  # of Qwen3, whose states FLUX.2 reads side by side
+SD3_TOKENS = 256  # of T5
+
+
+def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_skip: int = 0) -> Conditioning:
+    """Token ids to what the UNet is told of the prompts.
+
+    One encoder (SD 1.x, 2.x) gives its last hidden state after the final norm. SDXL takes the state before the last,
+    without the norm, of its two encoders side by side, and the refiner that of its only one; their pooled text is the
+    last encoder's projection of the first chunk (Podell et al. 2023, section 2.1). The transformer families are below.
+
+    Args:
+        tokens: `Tokens`, or for a model of one encoder token ids, int32 [B, L] or [B, K L] in K chunks.
+        clip_skip: last layers to skip, at least 0.
+
+    Returns:
+        embeddings [B, K L, D], the tokens' attention mask [B, K L] or None and, for SDXL, pooled [B, P]; no time ids.
+
+    Raises:
+        ValueError: `clip_skip` is negative or leaves no layer, or `tokens` lack the ids of the second encoder.
+    """
+    tokens = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
+    if model.transformer is not None:
+        return ENCODERS[model.family](model, params, tokens, clip_skip)
+    given = ((tokens.ids, tokens.weights), (tokens.ids_2, tokens.weights_2))
+    names = [n for n in ("text_encoder", "text_encoder_2") if n in model.modules]
+    sdxl = names[-1] == "text_encoder_2"  # or its refiner
+    embeddings, pooled = [], None
+    for name, (ids, weights) in zip(names, given, strict=False):
+        if ids is None:
+            raise ValueError("tokens are for one text encoder, this model has two: make them with jaxdiff.tokenize.")
+        encoder, tokenizer = model.modules[name], model.tokenizer if name == "text_encoder" else model.tokenizer_2
+        length = encoder.config.max_position_embeddings if tokenizer is None else tokenizer.max_length
+        states, pooled = encode_chunks(encoder, params[name], ids, length, clip_skip, sdxl)
+        embeddings.append(apply_emphasis(states, weights, length))
+    cond = Conditioning(jnp.concatenate(embeddings, -1), pooled if sdxl else None, None, tokens.attention_mask)
+    if tokens.zeros is None:
+        return cond
+    zeros = jnp.asarray(tokens.zeros)
+    return cond._replace(
+        embeddings=jnp.where(zeros[:, None, None], 0, cond.embeddings),
+        pooled=None if cond.pooled is None else jnp.where(zeros[:, None], 0, cond.pooled),
+    )
+
+
+def encode_flux(model: Model, params: Params, tokens: Tokens, clip_skip: int) -> Conditioning:
+    """FLUX.1: T5's states, and CLIP's pooled one after the final norm."""
+    text = apply(model, params, "text_encoder_2", tokens.ids_2)
+    return Conditioning(text, apply(model, params, "text_encoder", tokens.ids).pooled)
+
+
+def encode_sd3(model: Model, params: Params, tokens: Tokens, clip_skip: int) -> Conditioning:
+    """SD 3: both CLIPs' states before the last side by side, filled with zeros to T5's width, and T5's behind them.
+
+    Without T5 its tokens are zeros (Esser et al. 2024, section B.3).
+    """
+    clips = [apply(model, params, name, ids) for name, ids in
+             (("text_encoder", tokens.ids), ("text_encoder_2", tokens.ids_2))]  # fmt: skip
+    pooled = jnp.concatenate([clip.projected for clip in clips], -1)
+    states = jnp.concatenate([clip.hidden_states[-2 - clip_skip] for clip in clips], -1)
+    width = model.transformer.config.joint_attention_dim
+    states = jnp.pad(states, ((0, 0), (0, 0), (0, width - states.shape[-1])))
+    if model.text_encoder_3 is None:
+        text = jnp.zeros((len(states), SD3_TOKENS, width), states.dtype)
+    else:
+        text = apply(model, params, "text_encoder_3", tokens.ids_3)
+    return Conditioning(jnp.concatenate([states, text], 1), pooled)
+
+
+def encode_z_image(model: Model, params: Params, tokens: Tokens, clip_skip: int) -> Conditioning:
+    """Z-Image: Qwen3's state before the last, of a prompt's own tokens."""
+    layer = model.text_encoder.config.num_hidden_layers - 1
+    (text,) = apply(model, params, "text_encoder", tokens.ids, tokens.attention_mask, (layer,))
+    return Conditioning(text, attention_mask=tokens.attention_mask)
+
+
+def encode_flux2(model: Model, params: Params, tokens: Tokens, clip_skip: int) -> Conditioning:
+    """FLUX.2: three of Qwen3's states side by side; Qwen3 is told of the padding, the transformer is not."""
+    states = apply(model, params, "text_encoder", tokens.ids, tokens.attention_mask, FLUX2_LAYERS)
+    return Conditioning(jnp.concatenate(states, -1))
+
+
+ENCODERS: dict[str, Callable[[Model, Params, Tokens, int], Conditioning]] = {
+    "flux": encode_flux,
+    "sd3": encode_sd3,
+    "z_image": encode_z_image,
+    "flux2": encode_flux2,
+}

@@ -1,0 +1,144 @@
+"""Z-Image's transformer (Z-Image Team 2025), as in diffusers' `ZImageTransformer2DModel`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxdiff.config import ZImageConfig
+from jaxdiff.models.dit import JointAttention, Rope, fold, grid_positions, layer_norm, rope, unfold
+from jaxdiff.models.layers import rematerialised, timestep_embedding
+from jaxdiff.typing import Array
+
+MULTIPLE = 32  # to which texts and images are filled up with a learned token
+VECTOR = 256  # width of the conditioning vector, at most
+
+
+class SwiGLU(nn.Module):
+    """A feed-forward gated by SiLU, without biases."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, use_bias=False, dtype=self.dtype, name=name)
+
+        hidden = int(width / 3 * 8)
+        return dense(width, "w2")(jax.nn.silu(dense(hidden, "w1")(x)) * dense(hidden, "w3")(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each between two RMS norms; scaled and gated by the vector where there is one."""
+
+    config: ZImageConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, angles: Rope, score_bias: Array | None, vector: Array | None = None) -> Array:
+        """x [B, N, D], score_bias [B, N] of the keys, vector [B, 256] -> [B, N, D]."""
+        c, dtype = self.config, self.dtype
+
+        def norm(name: str) -> nn.RMSNorm:
+            return nn.RMSNorm(c.norm_eps, dtype, name=name)
+
+        scale, gate, mlp_scale, mlp_gate = (jnp.asarray(value, dtype) for value in (0, 1, 0, 1))
+        if vector is not None:
+            parts = nn.Dense(4 * c.dim, dtype=dtype, name="adaLN_modulation_0")(vector)[:, None]
+            scale, gate, mlp_scale, mlp_gate = jnp.split(parts, 4, -1)
+            gate, mlp_gate = jnp.tanh(gate), jnp.tanh(mlp_gate)
+        attn = JointAttention(c.n_heads, c.dim, c.qk_norm, False, eps=1e-5, dtype=dtype, name="attention")
+        attended, _ = attn(norm("attention_norm1")(x) * (1 + scale), None, angles, score_bias)
+        x = x + gate * norm("attention_norm2")(attended)
+        hidden = SwiGLU(dtype, name="feed_forward")(norm("ffn_norm1")(x) * (1 + mlp_scale))
+        return x + mlp_gate * norm("ffn_norm2")(hidden)
+
+
+class TimeEmbedding(nn.Module):
+    """Times [B] to the conditioning vector [B, D]."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        h = nn.Dense(1024, dtype=self.dtype, name="mlp_0")(timestep_embedding(t, 256))
+        return nn.Dense(self.features, dtype=self.dtype, name="mlp_2")(jax.nn.silu(h))
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B, N, D] to patches [B, N, 4 C]."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, vector: Array) -> Array:
+        scale = nn.Dense(x.shape[-1], dtype=self.dtype, name="adaLN_modulation_1")(jax.nn.silu(vector))[:, None]
+        return nn.Dense(self.features, dtype=self.dtype, name="linear")(layer_norm(x) * (1 + scale))
+
+
+class ZImageTransformer2DModel(nn.Module):
+    """Latents and a prompt to the flow's velocity."""
+
+    config: ZImageConfig
+    remat: bool | str = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, t: Array, text: Array, pooled: None = None, mask: Array | None = None, guidance: None = None
+    ) -> Array:
+        """x [B, h, w, C], t [B], text [B, L, D], mask [B, L]: 1 for a prompt's own tokens, which come first.
+
+        A prompt is filled up to a multiple of 32 with a learned token, and only what follows is hidden; so is an image.
+        """
+        c, dtype = self.config, self.dtype
+        b, h, w, _ = x.shape
+        block = rematerialised(Block, self.remat)
+        # The network counts time from noise to image.
+        vector = TimeEmbedding(min(c.dim, VECTOR), dtype, name="t_embedder")((1000 - t) * (c.t_scale / 1000))
+
+        own = jnp.ones(text.shape[:2], bool) if mask is None else mask > 0
+        text, own = (jnp.pad(z, ((0, 0), (0, -text.shape[1] % MULTIPLE), (0, 0))[: z.ndim]) for z in (text, own))
+        filled = -(-own.sum(1, keepdims=True) // MULTIPLE) * MULTIPLE  # [B, 1], tokens of each prompt with its filling
+        order = jnp.arange(text.shape[1])[None]
+        shown = order < filled  # [B, L]
+        words = jnp.pad((order + 1)[..., None], ((0, 0), (0, 0), (0, 2)))
+        text_angles = rope(words, c.axes_dims, c.rope_theta, c.axes_lens[0])
+
+        count = h * w // 4
+        missing = -count % MULTIPLE
+        grid = np.pad(grid_positions(h, w), ((0, missing), (0, 0)))
+        first = jnp.where(jnp.arange(count + missing)[None] < count, filled + 1, 0)
+        places = jnp.concatenate([first[..., None], jnp.broadcast_to(grid, (b, *grid.shape))], -1)
+        angles = rope(places, c.axes_dims, c.rope_theta, max(c.axes_lens))
+
+        def pad_token(name: str) -> Array:
+            return self.param(name, nn.initializers.zeros, (1, c.dim)).astype(dtype)
+
+        tokens = nn.Dense(c.dim, dtype=dtype, name="x_embedder_2_1")(fold(x, channels_first=False))
+        padding = jnp.broadcast_to(pad_token("x_pad_token")[None], (b, missing, c.dim))
+        tokens = jnp.concatenate([tokens, padding], 1)
+        for i in range(c.n_refiner_layers):
+            tokens = block(c, dtype, name=f"noise_refiner_{i}")(tokens, angles, None, vector)
+
+        text = nn.RMSNorm(c.norm_eps, dtype, name="cap_embedder_0")(text)
+        text = nn.Dense(c.dim, dtype=dtype, name="cap_embedder_1")(text)
+        text = jnp.where(own[..., None], text, pad_token("cap_pad_token"))
+        hidden = jnp.where(shown, 0.0, -jnp.inf)
+        for i in range(c.n_refiner_layers):
+            text = block(c, dtype, name=f"context_refiner_{i}")(text, text_angles, hidden)
+
+        both = jnp.concatenate([tokens, text], 1)
+        cos, sin = (
+            jnp.concatenate([a, jnp.broadcast_to(z, (b, *z.shape[1:]))], 1)
+            for a, z in zip(angles, text_angles, strict=True)
+        )
+        hidden = jnp.pad(hidden, ((0, 0), (tokens.shape[1], 0)))
+        for i in range(c.n_layers):
+            both = block(c, dtype, name=f"layers_{i}")(both, Rope(cos, sin), hidden, vector)
+        out = FinalLayer(4 * c.in_channels, dtype, name="final_layer_2_1")(both[:, :count], vector)
+        return -unfold(out, h, w, channels_first=False)

@@ -1,0 +1,95 @@
+"""Prompts to token ids as transformers' own tokenizers make them: T5's, and Qwen's with its chat template.
+
+Here brackets in a prompt mean nothing, and a prompt is one row of a fixed length.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from absl import logging
+
+from jaxdiff.config import ConfigError
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainTokenizer:
+    """The contents of a `tokenizer/` folder. Hashable and equal by content, so it may be static under `jit`."""
+
+    files: Mapping[str, bytes] = dataclasses.field(repr=False, compare=False)  # file name -> content
+    max_length: int  # tokens of a row: longer prompts are cut, shorter ones padded
+    # Of a chat template: whether the answer may begin with a thought. None: prompts are read as they are.
+    thinking: bool | None = None
+    digest: str = dataclasses.field(init=False)  # of all the files
+
+    def __post_init__(self) -> None:
+        content = hashlib.sha256()
+        for name, data in sorted(self.files.items()):
+            content.update(f"{name} {len(data)} ".encode() + data)
+        object.__setattr__(self, "digest", content.hexdigest()[:16])
+
+    @classmethod
+    def load(cls, folder: str | Path, max_length: int, thinking: bool | None = None) -> Self:
+        """Read a `tokenizer/` folder. Raises ConfigError where it holds none."""
+        files = {name: (Path(folder) / name).read_bytes() for name in FILES if (Path(folder) / name).is_file()}
+        if not {"tokenizer.json", "spiece.model", "vocab.json"} & set(files):
+            raise ConfigError(f"{folder} holds no tokenizer: put tokenizer.json there.")
+        return cls(files, max_length, thinking)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files into `folder`, which is made if missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+            if name in self.files:
+                (folder / name).write_bytes(self.files[name])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.files, self.max_length, self.thinking)
+
+    @functools.cached_property
+    def _opened(self) -> Any:
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers import AutoTokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            try:
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except Exception as e:  # whatever the version of transformers at hand raises
+                raise ConfigError(f"The tokenizer's files cannot be opened by transformers ({e}).") from e
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 [B, max_length] of B prompts, and which are not padding, float32 [B, max_length]."""
+        texts = [p.encode("utf-8", "replace").decode() for p in prompts]  # undecodable bytes of a command line
+        if self.thinking is not None:
+            texts = [self._chat(text) for text in texts]
+        rows = self._opened(texts, padding="max_length", max_length=self.max_length, truncation=True)
+        mask = np.asarray(rows["attention_mask"], np.float32)
+        for prompt, text, full in zip(prompts, texts, mask.all(1), strict=True):
+            if full and len(self._opened(text)["input_ids"]) > self.max_length:
+                _warn_cut(prompt, self.max_length)
+        return np.asarray(rows["input_ids"], np.int32), mask
+
+    def _chat(self, prompt: str) -> str:
+        message = [{"role": "user", "content": prompt}]
+        return self._opened.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _warn_cut(prompt: str, length: int) -> None:
+    logging.warning("The text encoder reads %d tokens; the end of the prompt %.60r… is left out.", length, prompt)

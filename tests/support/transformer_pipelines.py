@@ -1,0 +1,177 @@
+"""Small pipelines of the transformer families as PyTorch diffusers builds them, with drawn weights.
+
+Imported only by tests that have asked for torch with `pytest.importorskip`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+from tests.support import oracle
+from tests.support.pipelines import PROJECTION, TEXT_WIDTH, open_clip, text_encoder, tokenizer
+
+FAMILIES = ("flux", "schnell", "sd3", "sd3_without_t5", "z_image", "flux2", "flux2_distilled")
+FACTOR = 2  # of the autoencoder
+CORPUS = ["a castle at night with two towers", "the red fox and a blue dog, on the hill", "<think>user assistant"] * 9
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+VAE = {
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+CHANNELS = VAE["latent_channels"]
+T5_WIDTH = 40
+
+
+def t5_tokenizer(folder: Path) -> Any:
+    """A tokenizer of T5's kind: pieces of words, an end token, padding of id 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "T5TokenizerFast", "extra_ids": 0, "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": "<unk>"}))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def qwen_tokenizer(folder: Path) -> Any:
+    """A tokenizer of Qwen's kind: bytes, marks of turns, and a chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def t5() -> torch.nn.Module:
+    sizes = {"d_model": T5_WIDTH, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3}
+    config = transformers.T5Config(vocab_size=100, feed_forward_proj="gated-gelu", **sizes)
+    return oracle.drawn(transformers.T5EncoderModel(config))
+
+
+def qwen3(layers: int, width: int) -> torch.nn.Module:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}
+    config = transformers.Qwen3Config(
+        vocab_size=340, hidden_size=width, intermediate_size=40, num_hidden_layers=layers,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **heads,
+    )  # fmt: skip
+    return oracle.drawn(transformers.Qwen3ForCausalLM(config))
+
+
+def scheduler(**config: Any) -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**config)
+
+
+def autoencoder() -> torch.nn.Module:
+    return oracle.drawn(diffusers.AutoencoderKL(**VAE, scaling_factor=0.36, shift_factor=0.11))
+
+
+def flux(folder: Path, dev: bool) -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=4 * CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH, pooled_projection_dim=TEXT_WIDTH, guidance_embeds=dev, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if dev else {"shift": 1.0}
+    return diffusers.FluxPipeline(
+        scheduler(**shift), autoencoder(), text_encoder(), tokenizer(folder / "clip"), t5(),
+        t5_tokenizer(folder / "t5"), oracle.drawn(transformer),
+    )  # fmt: skip
+
+
+def sd3(folder: Path, with_t5: bool) -> Any:
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=3, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=T5_WIDTH, caption_projection_dim=32,
+        pooled_projection_dim=2 * PROJECTION, pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    third = (t5(), t5_tokenizer(folder / "t5")) if with_t5 else (None, None)
+    first = text_encoder(transformers.CLIPTextModelWithProjection)
+    return diffusers.StableDiffusion3Pipeline(
+        oracle.drawn(transformer), scheduler(shift=3.0), autoencoder(), first, tokenizer(folder / "clip"),
+        open_clip(), tokenizer(folder / "second", "!"), *third,
+    )  # fmt: skip
+
+
+def z_image(folder: Path) -> Any:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=CHANNELS, dim=48, n_layers=2, n_refiner_layers=1, n_heads=3, n_kv_heads=3, cap_feat_dim=24,
+        axes_dims=[4, 6, 6], axes_lens=[600, 32, 32],
+    )  # fmt: skip
+    tokens = qwen_tokenizer(folder / "qwen")
+    return diffusers.ZImagePipeline(
+        scheduler(shift=3.0), autoencoder(), qwen3(3, 24), tokens, oracle.drawn(transformer)
+    )
+
+
+def flux2(folder: Path, distilled: bool) -> Any:
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=4 * CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * 24, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    vae = oracle.drawn(diffusers.AutoencoderKLFlux2(**VAE))
+    generator = torch.Generator().manual_seed(0)
+    vae.bn.running_mean.copy_(torch.randn(4 * CHANNELS, generator=generator))
+    vae.bn.running_var.copy_(1 + torch.rand(4 * CHANNELS, generator=generator))
+    return diffusers.Flux2KleinPipeline(
+        scheduler(shift=3.0, use_dynamic_shifting=True), vae, qwen3(28, 24), qwen_tokenizer(folder / "qwen"),
+        oracle.drawn(transformer), is_distilled=distilled,
+    )  # fmt: skip
+
+
+def pipeline(family: str, folder: Path) -> Any:
+    """The pipeline of one of `FAMILIES`; the folder takes its tokenizers."""
+    made = {
+        "flux": lambda: flux(folder, True),
+        "schnell": lambda: flux(folder, False),
+        "sd3": lambda: sd3(folder, True),
+        "sd3_without_t5": lambda: sd3(folder, False),
+        "z_image": lambda: z_image(folder),
+        "flux2": lambda: flux2(folder, False),
+        "flux2_distilled": lambda: flux2(folder, True),
+    }[family]()
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def latents(pipe: Any, noise: np.ndarray) -> torch.Tensor:
+    """Unit noise [B, h, w, C] as the pipeline takes it."""
+    x = torch.tensor(noise).permute(0, 3, 1, 2)
+    if isinstance(pipe, diffusers.FluxPipeline):
+        return pipe._pack_latents(x, *x.shape)
+    return pipe._patchify_latents(x) if isinstance(pipe, diffusers.Flux2KleinPipeline) else x
+
+
+def draw(pipe: Any, prompts: list[str], noise: np.ndarray, steps: int, guidance: float) -> np.ndarray:
+    """Images [B, H, W, 3] in [0, 1]."""
+    height, width = (FACTOR * side for side in noise.shape[1:3])
+    out = pipe(
+        prompt=list(prompts), height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
+        latents=latents(pipe, noise), output_type="np",
+    )  # fmt: skip
+    return np.asarray(out.images)
