@@ -201,9 +201,9 @@ def test_pickles_of_tensors(tiny, folder):
 def test_other_architectures_are_named(folder):
     index = folder / "model_index.json"
     index.write_text(
-        json.dumps({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]})
+        json.dumps({"_class_name": "PixArtSigmaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]})
     )
-    with pytest.raises(ConfigError, match="holds a FluxPipeline, which has no UNet: take a Stable Diffusion model"):
+    with pytest.raises(ConfigError, match="holds a PixArtSigmaPipeline, which has a PixArtTransformer2DModel as its"):
         jaxdiff.load(folder)
 
 

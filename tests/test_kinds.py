@@ -199,11 +199,11 @@ SD = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "Autoe
     [
         (
             {"_class_name": "IFPipeline"},
-            "holds a IFPipeline, which is not supported: take a Stable Diffusion model",
+            "holds a IFPipeline, which is not supported: supported are Stable Diffusion 1.x",
         ),
         (
             {"_class_name": "IFPipeline", **SD, "text_encoder": ["transformers", "T5EncoderModel"]},
-            "holds a IFPipeline, which has a T5EncoderModel as its text_encoder, not a CLIPTextModel: take",
+            "holds a IFPipeline, which has a T5EncoderModel as its text_encoder, not a CLIPTextModel: supp",
         ),
         ({"_class_name": "StableDiffusionInstructPix2PixPipeline", **SD}, "InstructPix2PixPipeline, which is not sup"),
         ({"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}, "InstructPix2PixPipeline, which is not sup"),
@@ -213,7 +213,7 @@ SD = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "Autoe
         ),
         (
             {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]},
-            "holds a StableDiffusion3Pipeline, which has no UNet: take a Stable Diffusion model",
+            "holds a StableDiffusion3Pipeline, which is not supported: supported are",
         ),
         ({"_class_name": "StableDiffusion3Pipeline"}, "holds a StableDiffusion3Pipeline, which is not supported"),
         ({"_class_name": "FluxPipeline"}, "holds a FluxPipeline, which is not supported"),

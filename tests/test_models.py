@@ -15,7 +15,8 @@ from jaxdiff.io.tensor_files import load_tensors
 from jaxdiff.models.clip import CLIPTextModel, CLIPVisionModel
 from jaxdiff.models.convolution import convolve
 from jaxdiff.models.layers import timestep_embedding
-from jaxdiff.models.model import encode, encode_text
+from jaxdiff.models.model import encode
+from jaxdiff.models.text_encoding import encode_text
 from jaxdiff.models.tiling import decode_tiled
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL

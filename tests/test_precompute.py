@@ -19,7 +19,8 @@ from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.captioned import captioned_data, open_source
 from jaxdiff.data.latents import LatentShards
-from jaxdiff.models.model import encode, encode_text
+from jaxdiff.models.model import encode
+from jaxdiff.models.text_encoding import encode_text
 from jaxdiff.training.precompute import precompute
 from jaxdiff.training.stages import diffusion_stage
 from tests.support.datasets_of_pictures import write_tars

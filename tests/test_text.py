@@ -14,7 +14,7 @@ from jaxdiff.config import CLIPTextConfig, PipelineOptions
 from jaxdiff.io.tensor_files import load_tensors
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.model import build, param_shapes
-from jaxdiff.models.model import encode_text as eager_encode_text
+from jaxdiff.models.text_encoding import encode_text as eager_encode_text
 from jaxdiff.text.chunks import Tokens, tokens
 from jaxdiff.text.emphasis import apply_emphasis
 from jaxdiff.text.tokenizer import Tokenizer

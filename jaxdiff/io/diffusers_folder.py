@@ -167,7 +167,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     index = read_json(path)
     if reason := _not_drawn(index):
         name = index.get("_class_name") or "pipeline"
-        raise ConfigError(f"{folder} holds a {name}, which {reason}: take a Stable Diffusion model; {SUPPORTED}.")
+        raise ConfigError(f"{folder} holds a {name}, which {reason}: {SUPPORTED}.")
     return index
 
 

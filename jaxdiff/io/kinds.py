@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.tensor_files import TensorSource
 
-SUPPORTED = "supported are Stable Diffusion 1.x, 2.x and XL, their inpainting and LCM, XL's refiner and the x4 upscaler"
+SUPPORTED = (
+    "supported are Stable Diffusion 1.x, 2.x and XL, their inpainting and LCM, XL's refiner and the x4 upscaler, and as "
+    "folders FLUX.1, Stable Diffusion 3 and 3.5, Z-Image and FLUX.2 klein"
+)
 _NET = r"^(model\.diffusion_model\.|transformer\.|unet\.)?"
 FAMILIES: dict[str, str] = {  # checkpoints of models that are not drawn: a name in each of them -> the model
     r"\.(absmax|quant_map|scale_weight|weight_scale)$|^scaled_fp8$": "a model quantised with scales of its own",

@@ -112,7 +112,7 @@ class Modulation(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, vector: Array) -> list[Array]:
+    def __call__(self, vector: Array) -> Sequence[Array]:
         dense = nn.Dense(self.parts * self.width, use_bias=self.bias, dtype=self.dtype, name="linear")
         return jnp.split(dense(jax.nn.silu(vector))[:, None], self.parts, -1)
 

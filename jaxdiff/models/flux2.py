@@ -1,5 +1,7 @@
 """FLUX.2's transformer (Black Forest Labs 2025), as in diffusers' `Flux2Transformer2DModel`."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -43,7 +45,7 @@ class DoubleBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, text: Array, of_image: list[Array], of_text: list[Array], angles: Rope
+        self, x: Array, text: Array, of_image: Sequence[Array], of_text: Sequence[Array], angles: Rope
     ) -> tuple[Array, Array]:
         """x [B, N, D], text [B, L, D], six vectors [B, 1, D] each -> x and text."""
         c, dtype = self.config, self.dtype
@@ -79,7 +81,7 @@ class SingleBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, vectors: list[Array], angles: Rope) -> Array:
+    def __call__(self, x: Array, vectors: Sequence[Array], angles: Rope) -> Array:
         shift, scale, gate = vectors
         return x + gate * FusedAttention(self.config, self.dtype, name="attn")(modulated(x, shift, scale), angles)
 

@@ -1,5 +1,7 @@
 """The variational autoencoder of latent diffusion (Rombach et al. 2022, section 3.1), as diffusers' AutoencoderKL."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -139,7 +141,7 @@ class AutoencoderKL(nn.Module):
 
     def statistics(self, height: int, width: int) -> tuple[Array, Array]:
         """Of FLUX.2: mean and deviation [height, width, C] of latents of this size."""
-        c = self.config
+        c: Any = self.config
 
         def tiled(values: Array) -> Array:
             patch = values.astype(jnp.float32).reshape(c.latent_channels, 2, 2).transpose(1, 2, 0)

@@ -106,14 +106,15 @@ def _plain_tokens(model: HasTokenizers, prompts: Sequence[str | None], second: S
     texts = [p or "" for p in prompts]
     seconds = [text if p is None else p for text, p in zip(texts, second, strict=True)]
 
-    def ids(tokenizer: Any, given: list[str]) -> np.ndarray | None:
-        if tokenizer is None:
-            return None
-        return tokenizer(given)[0] if isinstance(tokenizer, PlainTokenizer) else tokenizer(given)
+    def read(tokenizer: Any, given: list[str]) -> tuple[Any, Any]:
+        """Ids, and which of them are no padding where the text encoder is told."""
+        if isinstance(tokenizer, PlainTokenizer):
+            return tokenizer(given)
+        return None if tokenizer is None else tokenizer(given), None
 
-    mask = model.tokenizer(texts)[1] if isinstance(model.tokenizer, PlainTokenizer) else None
-    rows = ids(model.tokenizer, texts)
-    return Tokens(rows, ids_2=ids(model.tokenizer_2, seconds), ids_3=ids(model.tokenizer_3, texts), attention_mask=mask)
+    ids, mask = read(model.tokenizer, texts)
+    ids_2, ids_3 = read(model.tokenizer_2, seconds)[0], read(model.tokenizer_3, texts)[0]
+    return Tokens(ids, ids_2=ids_2, attention_mask=mask, ids_3=ids_3)
 
 
 def weighed(tokens: Tokens) -> Tokens:

@@ -78,8 +78,8 @@ class PlainTokenizer:
             texts = [self._chat(text) for text in texts]
         rows = self._opened(texts, padding="max_length", max_length=self.max_length, truncation=True)
         mask = np.asarray(rows["attention_mask"], np.float32)
-        for prompt, text, full in zip(prompts, texts, mask.all(1), strict=True):
-            if full and len(self._opened(text)["input_ids"]) > self.max_length:
+        for prompt, text, row in zip(prompts, texts, mask, strict=True):
+            if row.all() and len(self._opened(text)["input_ids"]) > self.max_length:
                 _warn_cut(prompt, self.max_length)
         return np.asarray(rows["input_ids"], np.int32), mask
 
