@@ -34,6 +34,25 @@ def test_draws_what_pytorch_draws(pair, size, steps, guidance):
     assert np.abs(found - 255 * expected).max() <= 3
 
 
+@pytest.mark.parametrize("task", ["img2img", "inpaint"])
+def test_redraws_what_pytorch_redraws(pair, task, monkeypatch):
+    import diffusers
+
+    family, pipe, model, params = pair
+    names = {"flux": "Flux", "sd3": "StableDiffusion3", "z_image": "ZImage"}
+    if family not in names:
+        pytest.skip("the same task of the same code; PyTorch's FLUX.2 reads the image otherwise")
+    cls = getattr(diffusers, f"{names[family]}{'Img2Img' if task == 'img2img' else 'Inpaint'}Pipeline")
+    same = cls(**{name: part for name, part in pipe.components.items() if name in cls.__init__.__annotations__})
+    same.set_progress_bar_config(disable=True)
+    noise, images = noise_of((8, 12)), np.random.default_rng(2).random((2, 16, 24, 3)).astype(np.float32)
+    expected = oracle.redraw(same, PROMPTS, images, noise, monkeypatch, task == "inpaint")
+    given = {"image": images, "steps": 5, "strength": 0.5, "guidance_scale": 2.0, "noise": noise}
+    if task == "inpaint":
+        given["mask"] = oracle.MASK
+    assert np.abs(jaxdiff.generate(model, params, PROMPTS, **given) - 255 * expected).max() <= 3
+
+
 def test_a_saved_folder_opens_in_pytorch_and_draws_the_same(pair, tmp_path):
     family, pipe, model, params = pair
     jaxdiff.save(tmp_path / "saved", model, params)

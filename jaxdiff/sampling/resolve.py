@@ -257,9 +257,14 @@ def resolve_strength(model: Model, image: Any, mask: Any, strength: float | None
     return (0.6 if mask is None else 1.0) if strength is None else strength
 
 
-def first_step(steps: int, strength: float, name: str = "strength") -> int:
-    """How many of the steps are left out at the beginning, so that the part `strength` of them is taken."""
-    taken = int(steps * strength) if 0 < strength <= 1 else 0
+def first_step(steps: int, strength: float, name: str = "strength", *, round_up: bool = False) -> int:
+    """How many of the steps are left out at the beginning, so that the part `strength` of them is taken.
+
+    Args:
+        round_up: whether a broken number of steps is rounded up, as diffusers has it for the transformer families.
+    """
+    part = steps * strength if 0 < strength <= 1 else 0
+    taken = steps - int(steps - part) if round_up else int(part)
     if not taken:
         raise ArgumentError(name, f"{strength} must be in (0, 1] and leave at least one of {steps} steps.")
     return steps - taken
@@ -294,7 +299,7 @@ def resolve_start(
         first_step(model.scheduler.original_inference_steps, strength)  # complains
         first, part = 0, strength
     elif strength is not None:
-        first = first_step(steps, strength)
+        first = first_step(steps, strength, round_up=model.transformer is not None)
     if hires is not None:
         first, lowres = first_step(steps, hires_strength, "hires_strength"), first
     first_array, lowres_array = (None if n is None else np.asarray(n, np.int32) for n in (first, lowres))

@@ -4,6 +4,7 @@ Imported only by tests that have asked for torch with `pytest.importorskip`.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from tests.support import oracle
@@ -29,7 +31,7 @@ VAE = {
     "norm_num_groups": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "latent_channels": 4,
+    "latent_channels": 16,
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
@@ -173,5 +175,22 @@ def draw(pipe: Any, prompts: list[str], noise: np.ndarray, steps: int, guidance:
     out = pipe(
         prompt=list(prompts), height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
         latents=latents(pipe, noise), output_type="np",
+    )  # fmt: skip
+    return np.asarray(out.images)
+
+
+MASK = np.zeros((16, 24), bool)
+MASK[4:12, 8:24] = True
+
+
+def redraw(pipe: Any, prompts: list[str], images: np.ndarray, noise: np.ndarray, monkeypatch, mask: bool) -> np.ndarray:
+    """Images [B, H, W, 3] in [0, 1], half redrawn in five steps; of the autoencoder's Gaussian the mean is taken."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    x = torch.tensor(noise).permute(0, 3, 1, 2)
+    monkeypatch.setattr(sys.modules[type(pipe).__module__], "randn_tensor", lambda shape, **how: x.reshape(shape))
+    more = {"mask_image": torch.tensor(MASK)[None, None].float()} if mask else {}
+    out = pipe(
+        prompt=list(prompts), image=torch.tensor(images).permute(0, 3, 1, 2), strength=0.5, num_inference_steps=5,
+        guidance_scale=2.0, height=images.shape[1], width=images.shape[2], output_type="np", **more,
     )  # fmt: skip
     return np.asarray(out.images)
