@@ -189,8 +189,14 @@ def redraw(pipe: Any, prompts: list[str], images: np.ndarray, noise: np.ndarray,
     x = torch.tensor(noise).permute(0, 3, 1, 2)
     monkeypatch.setattr(sys.modules[type(pipe).__module__], "randn_tensor", lambda shape, **how: x.reshape(shape))
     more = {"mask_image": torch.tensor(MASK)[None, None].float()} if mask else {}
+    forgets = isinstance(pipe, diffusers.StableDiffusion3InpaintPipeline)  # the shift, when it decodes
     out = pipe(
         prompt=list(prompts), image=torch.tensor(images).permute(0, 3, 1, 2), strength=0.5, num_inference_steps=5,
-        guidance_scale=2.0, height=images.shape[1], width=images.shape[2], output_type="np", **more,
+        guidance_scale=2.0, height=images.shape[1], width=images.shape[2],
+        output_type="latent" if forgets else "np", **more,
     )  # fmt: skip
-    return np.asarray(out.images)
+    if not forgets:
+        return np.asarray(out.images)
+    z = out.images / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    with torch.no_grad():
+        return (pipe.vae.decode(z).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
