@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 pytest.importorskip("diffusers")
 import jaxdiff
@@ -63,6 +64,60 @@ def test_a_saved_folder_opens_in_pytorch_and_draws_the_same(pair, tmp_path):
     drawn = [oracle.draw(p, PROMPTS, noise_of((8, 8)), 2, 2.0) for p in (pipe, again)]
     np.testing.assert_array_equal(*drawn)
     assert jaxdiff.load(tmp_path / "saved")[0] == model
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", "base_model.model."])
+def test_a_lora_changes_the_image_as_in_pytorch(pair, prefix, tmp_path):
+    """Of every attention's queries and outputs, as peft and as ai-toolkit write it."""
+    import torch
+
+    family, pipe, model, params = pair
+    if family not in ("flux", "z_image", "sd3", "flux2"):
+        pytest.skip("the same transformer")
+    rng = np.random.default_rng(3)
+    weights = {
+        name.removesuffix(".weight"): tensor
+        for name, tensor in pipe.transformer.state_dict().items()
+        if name.endswith(("to_q.weight", "to_out.0.weight", "to_qkv_mlp_proj.weight"))
+    }
+    file = {}
+    for name, tensor in weights.items():
+        file[f"{prefix}{name}.lora_A.weight"] = rng.normal(size=(2, tensor.shape[1])).astype(np.float32)
+        file[f"{prefix}{name}.lora_B.weight"] = rng.normal(size=(tensor.shape[0], 2)).astype(np.float32)
+    save_file(file, tmp_path / "lora.safetensors")
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    for name, tensor in weights.items():
+        up, down = (torch.tensor(file[f"{prefix}{name}.lora_{part}.weight"]) for part in "BA")
+        tensor += 0.1 * up @ down  # state_dict shares its memory
+    expected = oracle.draw(pipe, PROMPTS, noise_of((8, 8)), 2, 2.0)
+    for name, tensor in weights.items():
+        tensor.copy_(before[name])
+    changed = jaxdiff.load_lora(model, params, tmp_path / "lora.safetensors", scale=0.1)
+    given = {"steps": 2, "guidance_scale": 2.0, "noise": noise_of((8, 8))}
+    found = jaxdiff.generate(model, changed, PROMPTS, **given)
+    assert np.abs(found - 255 * expected).max() <= 3
+    assert np.abs(found.astype(int) - jaxdiff.generate(model, params, PROMPTS, **given)).max() > 10
+
+
+def test_the_command_draws(pair, tmp_path, capsys):
+    from jaxdiff.cli.sample import main
+
+    family, _, model, params = pair
+    jaxdiff.save(tmp_path / "model", model, params)
+    given = [f"--model={tmp_path / 'model'}", "--prompt=a castle", "--steps=2", "--height=16", "--width=16"]
+    output = tmp_path / "a.png"
+    assert main(["sample.py", *given, f"--output={output}", "--preview", "--scheduler=heun"]) == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {"a.png", "a-preview.png"}
+    refused = {"--embedding=x": "UNet", "--clip_skip=1": "clip_skip", "--height=18": "multiple of 4"}
+    if family == "sd3" or family == "sd3_without_t5":
+        del refused["--clip_skip=1"]
+    if family in ("flux", "schnell", "flux2_distilled"):
+        refused["--negative_prompt=x"] = "distilled"
+    if family in ("schnell", "flux2_distilled"):
+        refused["--guidance_scale=2"] = "no effect"
+    for flag, words in refused.items():
+        assert main(["sample.py", *given, flag, f"--output={output}"]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_size_that_makes_no_patches_is_refused(pair):

@@ -61,7 +61,8 @@ def read_adapters(f: flags.FlagValues, model: jaxdiff.Model, mesh: Mesh | None =
     with naming("--lora"):
         loras = [(read_lora(model, path), weight) for path, weight in map(weighted, f.lora)]
     with naming("--controlnet"):
-        more: Any = {"dtype": f.dtype, "like": model.unet.config, "mesh": mesh}
+        like = None if model.unet is None else model.unet.config
+        more: Any = {"dtype": f.dtype, "like": like, "mesh": mesh}
         nets = [load_controlnet(path, **more) for path in f.controlnet]
         jaxdiff.with_controlnets(model, {}, *nets)  # complains
     with naming("--preview_vae"):

@@ -7,8 +7,8 @@ from jaxdiff.errors import WeightsError
 from jaxdiff.io.tensor_files import TensorSource
 
 SUPPORTED = (
-    "supported are Stable Diffusion 1.x, 2.x and XL, their inpainting and LCM, XL's refiner and the x4 upscaler, and as "
-    "folders FLUX.1, Stable Diffusion 3 and 3.5, Z-Image and FLUX.2 klein"
+    "supported are Stable Diffusion 1.x, 2.x and XL, their inpainting and LCM, XL's refiner and the x4 upscaler, and "
+    "as folders FLUX.1, Stable Diffusion 3 and 3.5, Z-Image and FLUX.2 klein"
 )
 _NET = r"^(model\.diffusion_model\.|transformer\.|unet\.)?"
 FAMILIES: dict[str, str] = {  # checkpoints of models that are not drawn: a name in each of them -> the model

@@ -201,7 +201,8 @@ def _read_file(model: Model, path: Path) -> Lora:
     configs, module = read_configs(source)
     lora = {}
     known = list(layers(programs.shapes(model)))
-    for layer, tensors in find_layers(source, known, unet_table(model.unet.config), module):
+    original = {} if model.unet is None else unet_table(model.unet.config)
+    for layer, tensors in find_layers(source, known, original, module):
         config = configs.get(layer.module, {})
         down, up = (source.read(tensors[role]) for role in ("down", "up"))
         if "mid" in tensors:  # a 1x1 convolution followed by one of the kernel's size is one of that size

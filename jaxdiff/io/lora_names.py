@@ -42,6 +42,7 @@ Tensors = dict[str, str]  # "down", "up", perhaps "alpha", "mid", "magnitude" ->
 
 KOHYA = {  # the prefix that is written first
     "unet": ("lora_unet_",),
+    "transformer": ("lora_transformer_", "lora_unet_"),
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }
@@ -125,14 +126,18 @@ def spellings(layer: Layer, original: Table | None = None) -> list[str]:
         if found := place(name, original or {}, ""):
             more += [f"{prefix}{found.name}" for prefix in ("unet.", "diffusion_model.", "model.diffusion_model.")]
             more.append(f"lora_unet_{found.name.replace('.', '_')}")
+    elif module == "transformer":
+        full, more = name, [f"diffusion_model.{name}"]
     else:
         stem, _, last = name.rpartition(".")
         full = name if name == "text_projection" else f"text_model.{name}"
         more = [layer.name, f"{module}.text_model.{stem}.{PROCESSOR.get(last, last)}", f"base_model.model.{name}"]
         more += [
-            f"{prefix}{full}" for clip in CLIP[module] for prefix in (f"{clip}.", f"text_encoders.{clip}.transformer.")
+            f"{prefix}{full}"
+            for clip in CLIP.get(module, ())
+            for prefix in (f"{clip}.", f"text_encoders.{clip}.transformer.")
         ]
-    prefixes = KOHYA[module] + (("lycoris_",) if module == "unet" else ())
+    prefixes = KOHYA[module] + (("lycoris_",) if module in ("unet", "transformer") else ())
     underscored = [prefix + full.replace(".", "_") for prefix in prefixes]
     return [f"{module}.{full}", *underscored, full, f"base_model.model.{full}", *more]
 

@@ -23,6 +23,7 @@ from jaxdiff.io.configs import replace_config
 from jaxdiff.io.lora_names import LORA
 from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
 from jaxdiff.models.model import Model
+from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Params
 
 TABLE = "embeddings_token_embedding"
@@ -53,7 +54,8 @@ class Word(NamedTuple):
 
 
 def encoders(model: Model) -> list[str]:
-    return [name for name in TOKENIZERS if getattr(model, name) is not None]
+    """The text encoders that learn words: CLIP's."""
+    return [name for name in TOKENIZERS if isinstance(getattr(model, TOKENIZERS[name]), Tokenizer)]
 
 
 def read_textual_inversion(model: Model, given: Sequence[tuple[str | Path, str | None]]) -> list[Word]:

@@ -11,6 +11,7 @@ from jaxdiff.config import (
     CLIPTextConfig,
     CLIPVisionConfig,
     Config,
+    ConfigError,
     Flux2Config,
     Flux2VAEConfig,
     FluxConfig,
@@ -124,6 +125,12 @@ class Model:
         return self.family == "flux" or self.options.is_distilled
 
     @property
+    def takes_guidance(self) -> bool:
+        """Whether another guidance scale draws another image."""
+        told = self.family == "flux" and self.transformer.config.guidance_embeds
+        return self.transformer is None or told or not self.one_pass
+
+    @property
     def inpaints(self) -> bool:
         """Whether the UNet was trained for inpainting: its input also holds a mask and the masked image's latents."""
         return self.unet is not None and self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
@@ -145,6 +152,8 @@ def with_controlnets(model: Model, params: Params, *controlnets: tuple[Any, Para
     Raises:
         ConfigError: a ControlNet was trained for a UNet of another shape.
     """
+    if model.unet is None and controlnets:
+        raise ConfigError("ControlNets are for models with a UNet, which this one lacks.")
     for net, _ in controlnets:
         check_fits(net.config, model.unet.config)
     model = dataclasses.replace(model, controlnets=tuple(net for net, _ in controlnets))
