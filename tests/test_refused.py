@@ -1,7 +1,6 @@
 """What would be ignored, or spoil an image unseen, is refused in one sentence that names the flag or argument."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,8 +97,8 @@ def test_other_arguments_are_finite(bad, upscaler):
 
 
 def test_flags_of_other_models(upscaler):
-    plain, lcm = tiny_model(), SimpleNamespace(family="sd1", unet=SimpleNamespace(config=SimpleNamespace()))
-    lcm.unet.config.time_cond_proj_dim = 8
+    plain = tiny_model()
+    lcm = replace_config(plain, "unet", time_cond_proj_dim=8)
 
     def check(model, *flags):
         check_model(parse(["sample.py", CASTLE, *flags]), model)
