@@ -175,6 +175,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         texts("embedding", "kept", "A textual-inversion file or folder; token=path names its token.", path="old"),
         text("vae", "kept", "Another autoencoder in place of the model's, which may then lack one: a folder or a file.",
              without="the model's", path="old"),
+        text("transformer", "kept", "A file in place of the transformer of the --model's folder: safetensors or GGUF.",
+             without="the model's", path="old"),
         Option("dtype", "kept", str, "Type to compute in and to hold the weights in.", "float32",
                choices=("float32", "bfloat16", "float16"), always=True),
         # The batch size, and whether there is a preview, are kept because other programs may round otherwise.

@@ -143,7 +143,9 @@ def outpainted_size(f: flags.FlagValues, model: jaxdiff.Model, shape: tuple[int,
 def described(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
     """The model at a path with the autoencoder of --vae: of configs and files' headers, without weights."""
     with naming("--model"):
-        given = {"prediction_type": f.prediction_type, "without_vae": f.vae is not None}
+        given: dict[str, Any] = {"prediction_type": f.prediction_type, "without_vae": f.vae is not None}
+        if f.transformer is not None and path.is_dir():
+            given["transformer"] = Path(f.transformer)
         model, own = pretrained.described(path, f.dtype, **given)
     if f.vae is None or not Path(f.vae).exists():  # `check_files` says so
         return model
@@ -161,8 +163,9 @@ def load(
         mesh: what the parameters are divided over.
     """
     params: Any
-    with naming("--model" if f.vae is None else "--model, --vae"):
-        model, params = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type, vae=f.vae, mesh=mesh)
+    others = {"vae": f.vae, "transformer": f.transformer}
+    with naming(", ".join(["--model", *(f"--{name}" for name, file in others.items() if file is not None)])):
+        model, params = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type, mesh=mesh, **others)
     with naming("--embedding"):
         model, params = with_words(model, params, laid.words)
     with naming("--lora"):

@@ -25,7 +25,8 @@ from jaxdiff.io.infer_config import published_vae
 from jaxdiff.io.kinds import SUPPORTED
 from jaxdiff.io.model_paths import SINGLE_FILES
 from jaxdiff.io.modules import CONFIG, STEMS, find_weights, load_tokenizer, variant_of, write_json
-from jaxdiff.io.tensor_files import load_tensors, save_tensors
+from jaxdiff.io.tensor_files import load_tensors, open_tensors, save_tensors
+from jaxdiff.io.transformer_layout import described_transformer, transformer_source
 from jaxdiff.models.model import FAMILIES, Model, build, with_controlnets
 from jaxdiff.text.plain_tokenizer import PlainTokenizer
 from jaxdiff.typing import Params
@@ -69,29 +70,35 @@ def load_model(
     prediction_type: str | None = None,
     remat: bool = False,
     without_vae: bool = False,
+    transformer: Path | None = None,
 ) -> Model:
     """The model of a folder without its weights; computes in `dtype`. See `load`.
 
     Args:
         without_vae: whether the folder may lack an autoencoder; the config is then the published one.
+        transformer: a file that takes the place of the folder's; it says how many blocks there are.
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         known = ", ".join(PREDICTION_TYPES)
         raise ConfigError(f"prediction_type {prediction_type!r} is unknown; known are {known}.")
     index = read_index(folder)
     parts, low_res = listed(index), folder / LOW_RES
-    two, transformer = "text_encoder_2" in parts, "transformer" in parts
+    two, flow = "text_encoder_2" in parts, "transformer" in parts
     present = {name: name in parts for name in ("text_encoder_2", "text_encoder_3", "transformer")}
-    present |= {"text_encoder": "text_encoder" in parts or not two, "unet": not transformer}
+    present |= {"text_encoder": "text_encoder" in parts or not two, "unet": not flow}
     present["vae"] = not without_vae or (folder / "vae" / CONFIG).is_file()
     present["vision_encoder"] = (folder / "vision_encoder").is_dir()
     configs: dict[str, Any] = {
         name: read_config(folder / name / CONFIG, *known) if present[name] else None for name, known in FOLDERS.items()
     }
     configs["vae"] = configs["vae"] or published_vae("sdxl" if two else "sd1")
-    if transformer:
+    if flow:
         check_encoders(folder, configs)
-    family = FAMILIES[type(configs["transformer"])] if transformer else ""
+    family = FAMILIES[type(configs["transformer"])] if flow else ""
+    if transformer is not None:
+        if not flow:
+            raise ConfigError(f"{transformer} is for a model with a transformer, and {folder} has a UNet.")
+        configs["transformer"] = described_transformer(open_tensors(transformer), configs["transformer"])
     with as_config_error(f"{folder / INDEX} does not describe a pipeline"):
         options = PipelineOptions.from_dict({"_guidance_scale": GUIDANCE[family]} | index)
     if low_res.is_dir():
@@ -129,10 +136,12 @@ def load_folder(
     remat: bool = False,
     without_vae: bool = False,
     mesh: Mesh | None = None,
+    transformer: Path | None = None,
 ) -> tuple[Model, Params]:
     """The model of a folder and its parameters, with its ControlNets. See `load`."""
     dtype = check_dtype(dtype)
-    model = load_model(folder, dtype, prediction_type=prediction_type, remat=remat, without_vae=without_vae)
+    given: Any = {"remat": remat, "without_vae": without_vae, "transformer": transformer}
+    model = load_model(folder, dtype, prediction_type=prediction_type, **given)
     with as_config_error(f"the configs in {folder} do not make a model"):
         shapes = programs.shapes(model)
     check_channels(model, folder)
@@ -144,7 +153,13 @@ def load_folder(
     }
     if variant and not any(variants.values()):
         raise WeightsError(f"{folder} holds no weights of the variant {variant!r}: leave it out, or name another.")
-    files = {name: find_weights(folder / name, name, variants[name]) for name in shapes}
+    files: dict[str, Any] = {
+        name: find_weights(folder / name, name, variants[name])
+        for name in shapes
+        if name != "transformer" or transformer is None
+    }
+    if transformer is not None:
+        files["transformer"] = transformer_source(open_tensors(transformer), model.family, shapes["transformer"])
     params = {name: load_tensors(files[name], shapes[name], dtype, mesh) for name in shapes}
     nets = [load_controlnet(folder / name, dtype=dtype, variant=variants[name], mesh=mesh) for name in names]
     return with_controlnets(model, params, *nets) if nets else (model, params)

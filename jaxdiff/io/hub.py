@@ -8,12 +8,16 @@ from jaxdiff.config import ConfigError
 
 # The folders of a diffusers model that are read: configs, vocabularies, weights. Everything else is left on the hub:
 # single-file copies, a safety checker, ONNX copies, older autoencoders.
-WEIGHT_FOLDERS = ["unet", "vae", "text_encoder", "text_encoder_2", "vision_encoder", "controlnet", "controlnet_?"]
-OTHER_FOLDERS = ["scheduler", "low_res_scheduler", "tokenizer", "tokenizer_2"]
+DENOISERS = ["unet", "transformer"]
+WEIGHT_FOLDERS = [
+    *DENOISERS, "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "vision_encoder", "controlnet",
+    "controlnet_?",
+]  # fmt: skip
+OTHER_FOLDERS = ["scheduler", "low_res_scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"]
 CONFIG_FILES = [
     "model_index.json",
     *(f"{f}/*.json" for f in WEIGHT_FOLDERS + OTHER_FOLDERS),
-    *(f"{f}/*.txt" for f in OTHER_FOLDERS),
+    *(f"{f}/*.{suffix}" for f in OTHER_FOLDERS for suffix in ("txt", "model", "jinja")),
 ]
 FORMATS = ("safetensors", "bin")  # the second only where the first is missing; none of its code is run
 UNUSED = ["*.non_ema*", "*/*/*"]
@@ -36,7 +40,7 @@ def chosen(names: Sequence[str], variant: str | None = None) -> list[str]:
         return list(names)
     for wanted, unwanted in attempts(variant):
         found = [n for n in names if _matches(n, wanted) and not _matches(n, unwanted)]
-        if any(fnmatch(n, "unet/*.*") and not n.endswith(".json") for n in found):
+        if any(fnmatch(n, f"{f}/*.*") and not n.endswith(".json") for n in found for f in DENOISERS):
             break
     return found
 
@@ -63,7 +67,7 @@ def fetch(repo_id: str, revision: str | None = None, variant: str | None = None)
             folder = Path(
                 snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
             )
-            if any(found.suffix != ".json" for found in folder.glob("unet/*.*")):
+            if any(found.suffix != ".json" for f in DENOISERS for found in folder.glob(f"{f}/*.*")):
                 break
         parts = [p.parent for p in folder.glob("*/config.json")]
         without = [p for p in parts if all(found.suffix == ".json" for found in p.glob("*.*"))]

@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxdiff import stores
+from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.files import writing
 from jaxdiff.io.diffusers_folder import CONTROLNET, INDEX, is_part, load_folder, load_model, save_folder
@@ -27,6 +28,7 @@ def load(
     prediction_type: str | None = None,
     remat: bool = False,
     vae: str | Path | None = None,
+    transformer: str | Path | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Model, Params]:
     """Open a model.
@@ -42,6 +44,8 @@ def load(
             so or says it wrong: of one-file checkpoints of SD 2.x those for 512 pixels predict epsilon.
         remat: recompute activations in the backward pass, for gradients through large models.
         vae: another autoencoder in place of the model's, which may then lack one; see `load_vae`.
+        transformer: a file in place of the folder's transformer, whose weights may then be missing: in diffusers' names
+            or the original layout, with ComfyUI's prefix or without; `.gguf` as well.
         mesh: of `jaxdiff.parallel.mesh(fsdp=…, tensor=…)`, for models larger than a device: the parameters are divided
             over it as they are read, and `generate` draws there.
 
@@ -56,9 +60,12 @@ def load(
     path = find(name_or_path, variant)
     more: Any = {"prediction_type": prediction_type, "remat": remat, "without_vae": vae is not None, "mesh": mesh}
     if path.is_file():
+        if transformer is not None:
+            raise ConfigError(f"transformer goes with a folder, which has the rest of the model; {path} is a file.")
         model, params = load_single_file(path, dtype, **more)
     else:
-        model, params = load_folder(path, dtype, variant=variant, **more)
+        file = None if transformer is None else Path(transformer)
+        model, params = load_folder(path, dtype, variant=variant, transformer=file, **more)
     return (model, params) if vae is None else load_vae(model, params, vae, mesh=mesh)
 
 

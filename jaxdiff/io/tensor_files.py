@@ -51,8 +51,8 @@ def open_tensors(path: str | Path) -> TensorSource:
 
     Args:
         path: `.safetensors` or `.sft`; `.bin`, `.ckpt`, `.pt` or `.pth` of PyTorch, out of which tensors alone are read
-            and no code ever runs; `.msgpack` of Flax; or the `.index.json` of a file in shards. Of safetensors and
-            PyTorch's files the content tells which it is.
+            and no code ever runs; `.msgpack` of Flax; `.gguf` of llama.cpp, with the package gguf; or the `.index.json`
+            of a file in shards. Of safetensors and PyTorch's files the content tells which it is.
 
     Raises:
         WeightsError, ConfigError: the file is missing, damaged, of another format, or holds more than tensors.
@@ -164,11 +164,37 @@ def _open_pickle(path: Path) -> TensorSource:
     return TensorSource(path, shapes, read)
 
 
+def _open_gguf(path: Path) -> TensorSource:
+    """A file of llama.cpp's, whose quantised tensors become float32 as they are read."""
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError:
+        raise WeightsError(f'{path} needs the package gguf: pip install ".[gguf]".') from None
+    try:
+        tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+        shapes = {name: [int(n) for n in tensor.shape[::-1]] for name, tensor in tensors.items()}
+    except OSError:
+        raise
+    except Exception as e:  # whatever the library raises on bytes that are none
+        raise WeightsError(f"{path} is damaged or not a GGUF file ({e}): fetch it again.") from None
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        try:
+            return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shapes[name])
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise WeightsError(f"{path}: {name} is quantised as {kind}, which cannot be read: take Q8_0.") from None
+
+    return TensorSource(path, shapes, read)
+
+
 OPENERS: dict[str, Callable[[Path], TensorSource]] = {
     **dict.fromkeys(SAFETENSORS, _open_safetensors),
     ".pti": _open_safetensors,  # cog-sdxl's embeddings
     ".json": _open_index,
     ".msgpack": _open_flax,
+    ".gguf": _open_gguf,
     **dict.fromkeys(PICKLES, _open_pickle),
 }
 

@@ -1,0 +1,166 @@
+"""Transformers in one file, in their authors' layout, against PyTorch diffusers' converters; quantised ones."""
+
+import inspect
+import re
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+pytest.importorskip("diffusers")
+import torch
+from diffusers.loaders import single_file_utils
+
+import jaxdiff
+from jaxdiff.errors import WeightsError
+from jaxdiff.io.transformer_layout import pieces, swap_halves
+from tests.support import transformer_pipelines as oracle
+
+CONVERTERS = {"flux": "flux", "sd3": "sd3", "z_image": "z_image", "flux2": "flux2"}
+
+
+@pytest.fixture(scope="module", params=CONVERTERS)
+def saved(request, tmp_path_factory):
+    """(family, the folder of a small pipeline, its transformer's tensors, our parameters)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    pipe = oracle.pipeline(request.param, folder / "tokenizers")
+    pipe.save_pretrained(folder / "model")
+    tensors = {name: x.numpy() for name, x in pipe.transformer.state_dict().items()}
+    return request.param, folder / "model", tensors, jaxdiff.load(folder / "model")[1]
+
+
+def original(family, tensors):
+    """The tensors in their authors' layout, as `test_the_layout_is_the_one_that_pytorch_converts` shows."""
+    rows = {name.rpartition(".")[0] or name: x.shape[0] for name, x in tensors.items()}
+    found = {}
+    for name, x in tensors.items():
+        layer, dot, last = name.rpartition(".")
+        piece = pieces(family, rows)[layer or name]
+        if name == "pos_embed.pos_embed" or not dot:
+            found["pos_embed" if dot else name] = [(0, x)]
+            continue
+        if re.search("(query|key)_norm", piece.name):
+            last = "scale"
+        found.setdefault(f"{piece.name}{dot}{last}", []).append((piece.start, swap_halves(x) if piece.swapped else x))
+    in_order = {name: sorted(parts, key=lambda part: part[0]) for name, parts in found.items()}
+    return {name: np.concatenate([x for _, x in parts]) for name, parts in in_order.items()}
+
+
+def converter(family, width):
+    """PyTorch's function; FLUX.1's knows one width."""
+    name = f"convert_{CONVERTERS[family]}_transformer_checkpoint_to_diffusers"
+    source = inspect.getsource(getattr(single_file_utils, name)).replace("inner_dim = 3072", f"inner_dim = {width}")
+    namespace = dict(vars(single_file_utils))
+    exec(source, namespace)
+    return namespace[name]
+
+
+def test_the_layout_is_the_one_that_pytorch_converts(saved):
+    family, _, tensors, _ = saved
+    theirs = {name: torch.tensor(x) for name, x in original(family, tensors).items()}
+    assert len(theirs) < len(tensors)
+    converted = converter(family, 32)(theirs)
+    assert {name: x.shape for name, x in converted.items()} == {name: x.shape for name, x in tensors.items()}
+    for name, x in tensors.items():
+        np.testing.assert_array_equal(converted[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_a_file_takes_the_place_of_the_folders_transformer(saved, prefix, layout, tmp_path):
+    family, folder, tensors, params = saved
+    file = original(family, tensors) if layout == "original" else tensors
+    others = {"text_encoders.clip_l.logit_scale": np.ones(1, np.float32)} if prefix else {}
+    save_file({f"{prefix}{name}": x for name, x in file.items()} | others, tmp_path / "one.safetensors")
+    _, found = jaxdiff.load(folder, transformer=tmp_path / "one.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, found["transformer"], params["transformer"])
+
+
+def test_the_file_says_how_many_blocks_there_are(saved, tmp_path):
+    family, folder, tensors, _ = saved
+    first = {"flux": "single_transformer_blocks.1", "flux2": "single_transformer_blocks.1", "z_image": "layers.1"}
+    if family not in first:
+        pytest.skip("SD 3's last block differs from the others")
+    fewer = {name: x for name, x in tensors.items() if not name.startswith(f"{first[family]}.")}
+    save_file(fewer, tmp_path / "fewer.safetensors")
+    model, _ = jaxdiff.load(folder, transformer=tmp_path / "fewer.safetensors")
+    assert len(jax.tree.leaves(jaxdiff.load(folder)[1])) > len(jax.tree.leaves(_))
+    assert model.family == family
+
+
+def test_files_of_eight_bits_are_widened(saved, tmp_path):
+    """As ComfyUI's fp8 files: float8_e4m3fn."""
+    family, folder, tensors, params = saved
+    from safetensors.torch import save_file as save_torch
+
+    half = {name: torch.tensor(x).to(torch.float8_e4m3fn) for name, x in original(family, tensors).items()}
+    save_torch({name: x.contiguous() for name, x in half.items()}, tmp_path / "fp8.safetensors")
+    _, found = jaxdiff.load(folder, transformer=tmp_path / "fp8.safetensors")
+    rounded = jax.tree.map(lambda x: torch.tensor(np.asarray(x)).to(torch.float8_e4m3fn).float().numpy(),
+                           params["transformer"])  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, found["transformer"], rounded)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16", "BF16"])
+def test_gguf(saved, kind, tmp_path):
+    """Against the library's own quantisation and back; rows that are no multiple of a block stay float32."""
+    gguf = pytest.importorskip("gguf")
+    family, folder, tensors, params = saved
+    writer = gguf.GGUFWriter(tmp_path / "q.gguf", family)
+    wanted = getattr(gguf.GGMLQuantizationType, kind)
+    expected = {}
+    for name, x in original(family, tensors).items():
+        blocks = x.ndim == 2 and x.shape[-1] % 32 == 0
+        stored = gguf.quantize(x, wanted) if blocks else x
+        expected[name] = gguf.dequantize(stored, wanted).reshape(x.shape) if blocks else x
+        writer.add_tensor(name, stored, raw_dtype=wanted if blocks else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file(expected, tmp_path / "same.safetensors")
+    _, found = jaxdiff.load(folder, transformer=tmp_path / "q.gguf")
+    _, same = jaxdiff.load(folder, transformer=tmp_path / "same.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, found["transformer"], same["transformer"])
+    changed = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True)]
+    assert max(changed) > 0
+
+
+def test_what_does_not_fit_is_refused(saved, tiny_folder, tmp_path):
+    family, folder, tensors, _ = saved
+    other = "flux" if family != "flux" else "sd3"
+    names = {"flux": "double_blocks.0.img_mod.lin.weight", "sd3": "joint_blocks.0.x_block.attn.qkv.weight"}
+    file = tmp_path / "other.safetensors"
+    save_file({names[other]: np.zeros((4, 4), np.float32)}, file)
+    with pytest.raises(WeightsError, match=f"holds a transformer of {other}, and the folder's is of {family}"):
+        jaxdiff.load(folder, transformer=file)
+    save_file({"a.weight": np.zeros((4, 4), np.float32)}, file)
+    with pytest.raises(WeightsError, match="holds no transformer that is known here"):
+        jaxdiff.load(folder, transformer=file)
+    lacking = original(family, tensors)
+    del lacking[next(name for name in lacking if "qkv.weight" in name or "linear2" in name)]
+    save_file(lacking, file)
+    with pytest.raises(WeightsError, match="lacks the tensor"):
+        jaxdiff.load(folder, transformer=file)
+    save_file({**tensors, "stray.weight": np.zeros(3, np.float32)}, file)
+    with pytest.raises(WeightsError, match=r"1 tensors .* first stray\.weight"):
+        jaxdiff.load(folder, transformer=file)
+    with pytest.raises(ValueError, match="has a UNet"):
+        jaxdiff.load(tiny_folder, transformer=file)
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(WeightsError, match=r"damaged or not a GGUF file"):
+        jaxdiff.load(folder, transformer=tmp_path / "damaged.gguf")
+
+
+def test_the_command_takes_a_file(saved, tmp_path):
+    from jaxdiff.cli.sample import main
+
+    family, folder, tensors, _ = saved
+    save_file(original(family, tensors), tmp_path / "one.safetensors")
+    given = ["sample.py", f"--model={folder}", "--prompt=a castle", "--steps=1", "--height=16", "--width=16"]
+    for name, more in (("a", []), ("b", [f"--transformer={tmp_path / 'one.safetensors'}"])):
+        assert main([*given, *more, f"--output={tmp_path / name}.png"]) == 0
+    from jaxdiff.io.images import read_image
+
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), read_image(tmp_path / "b.png"))
