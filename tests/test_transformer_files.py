@@ -1,6 +1,7 @@
 """Transformers in one file, in their authors' layout, against PyTorch diffusers' converters; quantised ones."""
 
 import inspect
+import json
 import re
 
 import jax
@@ -164,3 +165,56 @@ def test_the_command_takes_a_file(saved, tmp_path):
     from jaxdiff.io.images import read_image
 
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), read_image(tmp_path / "b.png"))
+
+
+@pytest.mark.parametrize("spelling", ["comfy", "kohya"])
+def test_a_lora_of_their_layers_changes_ours(saved, spelling, tmp_path):
+    """Merged into their weights, and those converted as PyTorch does; with an alpha of half the rank."""
+    family, folder, tensors, _ = saved
+    model, params = jaxdiff.load(folder)
+    theirs, rng, file = original(family, tensors), np.random.default_rng(0), {}
+    ours = {re.sub(r"\.weight$", "", n): x for n, x in theirs.items() if n.endswith(".weight") and x.ndim == 2}
+    for layer, x in ours.items():
+        down, up = (rng.normal(size=size).astype(np.float32) for size in ((4, x.shape[1]), (x.shape[0], 4)))
+        stem = f"diffusion_model.{layer}" if spelling == "comfy" else f"lora_unet_{layer.replace('.', '_')}"
+        names = ("lora_A", "lora_B") if spelling == "comfy" else ("lora_down", "lora_up")
+        file |= {f"{stem}.{names[0]}.weight": down, f"{stem}.{names[1]}.weight": up}
+        file[f"{stem}.alpha"] = np.array(2, np.float32)
+        theirs[f"{layer}.weight"] = x + 0.3 * 0.5 * up @ down
+    save_file(file, tmp_path / "lora.safetensors")
+    save_file(theirs, tmp_path / "merged.safetensors")
+    found = jaxdiff.load_lora(model, params, tmp_path / "lora.safetensors", scale=0.3)
+    _, expected = jaxdiff.load(folder, transformer=tmp_path / "merged.safetensors")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found["transformer"], expected["transformer"]
+    )
+
+
+def test_alpha_may_stand_in_the_metadata_alone(saved, tmp_path):
+    """As diffusers writes it: `lora_adapter_metadata`."""
+    _, folder, tensors, _ = saved
+    model, params = jaxdiff.load(folder)
+    layer = next(name for name in tensors if name.endswith(("attn.to_q.weight", "attention.to_q.weight")))
+    out, inputs = tensors[layer].shape
+    rng, stem = np.random.default_rng(0), f"transformer.{layer.removesuffix('.weight')}"
+    file = {f"{stem}.lora_A.weight": rng.normal(size=(2, inputs)).astype(np.float32)}
+    file[f"{stem}.lora_B.weight"] = rng.normal(size=(out, 2)).astype(np.float32)
+    settings = {"transformer.r": 2, "transformer.lora_alpha": 6}
+    changes = []
+    for metadata in (None, {"lora_adapter_metadata": json.dumps(settings)}):
+        save_file(file, tmp_path / "lora.safetensors", metadata)
+        found = jaxdiff.load_lora(model, params, tmp_path / "lora.safetensors")
+        changes.append(jax.tree.map(lambda a, b: np.asarray(a - b), found["transformer"], params["transformer"]))
+    jax.tree.map(lambda one, three: np.testing.assert_allclose(three, 3 * one, atol=1e-5), *changes)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(changes[0])) > 0.1
+
+
+def test_a_lora_of_another_family_is_refused(saved, tmp_path):
+    family, folder, _, _ = saved
+    model, params = jaxdiff.load(folder)
+    stems = {"flux": "double_blocks.0.img_attn.qkv", "z_image": "layers.0.attention.qkv"}
+    stem = stems["z_image" if family in ("flux", "flux2") else "flux"]
+    file = {f"diffusion_model.{stem}.lora_{part}.weight": np.zeros((4, 4), np.float32) for part in "AB"}
+    save_file(file, tmp_path / "lora.safetensors")
+    with pytest.raises(WeightsError, match=r"lora\.safetensors .* which the model does not have"):
+        jaxdiff.load_lora(model, params, tmp_path / "lora.safetensors")

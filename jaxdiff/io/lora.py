@@ -35,6 +35,7 @@ from jaxdiff.io.lora_names import Layer, find_layers, layers, written_name
 from jaxdiff.io.original_layout import unet_table
 from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
 from jaxdiff.io.torch_names import from_torch_layout, to_torch_layout
+from jaxdiff.io.transformer_loras import in_our_layers
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Key, Params
 
@@ -202,6 +203,8 @@ def _read_file(model: Model, path: Path) -> Lora:
     lora = {}
     known = list(layers(programs.shapes(model)))
     original = {} if model.unet is None else unet_table(model.unet.config)
+    if model.transformer is not None:
+        source = in_our_layers(source, model.family, known)
     for layer, tensors in find_layers(source, known, original, module):
         config = configs.get(layer.module, {})
         down, up = (source.read(tensors[role]) for role in ("down", "up"))

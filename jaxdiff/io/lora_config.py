@@ -18,7 +18,7 @@ from jaxdiff.io.tensor_files import TensorSource
 
 FILE = "adapter_config.json"
 STEM = "adapter_model"  # of the file of tensors beside it
-MODULES = ("unet", "text_encoder", "text_encoder_2")
+MODULES = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 CLASSES = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}
 WEIGHTS_CHANGED = ("pissa", "corda", "olora", "loftq", "lora_ga")  # beginnings that change the model's own weights
 UNSUPPORTED = (  # settings that change what a layer computes

@@ -45,7 +45,9 @@ KOHYA = {  # the prefix that is written first
     "transformer": ("lora_transformer_", "lora_unet_"),
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
+    "text_encoder_3": ("lora_te3_",),
 }
+T5 = ("lora_te3_",)  # of FLUX.1 too, whose second text encoder it is
 # peft may put the adapter's name between, as in `lora_A.default_0.weight`.
 ROLES = {  # of a LoRA's tensor -> how its name ends
     "down": r"\.(?:lora_A(?:\.[^.]+)?|lora_down|lora_linear_layer\.down)\.weight|[._]lora\.down\.weight",
@@ -128,6 +130,8 @@ def spellings(layer: Layer, original: Table | None = None) -> list[str]:
             more.append(f"lora_unet_{found.name.replace('.', '_')}")
     elif module == "transformer":
         full, more = name, [f"diffusion_model.{name}"]
+    elif name.startswith("encoder.block."):
+        full, more = name, []
     else:
         stem, _, last = name.rpartition(".")
         full = name if name == "text_projection" else f"text_model.{name}"
@@ -137,7 +141,8 @@ def spellings(layer: Layer, original: Table | None = None) -> list[str]:
             for clip in CLIP.get(module, ())
             for prefix in (f"{clip}.", f"text_encoders.{clip}.transformer.")
         ]
-    prefixes = KOHYA[module] + (("lycoris_",) if module in ("unet", "transformer") else ())
+    kohya = T5 if name.startswith("encoder.block.") else KOHYA[module]
+    prefixes = kohya + (("lycoris_",) if module in ("unet", "transformer") else ())
     underscored = [prefix + full.replace(".", "_") for prefix in prefixes]
     return [f"{module}.{full}", *underscored, full, f"base_model.model.{full}", *more]
 

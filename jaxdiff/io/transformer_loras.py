@@ -1,0 +1,58 @@
+"""LoRAs of transformers in the original layout: what they change in one of their layers, in each of ours.
+
+A LoRA of queries, keys and values together has one `down` for all three, and an `up` whose rows are divided among them.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+from jaxdiff.io.lora_names import LORA, Layer
+from jaxdiff.io.tensor_files import TensorSource
+from jaxdiff.io.transformer_layout import Piece, pieces, swap_halves
+
+PREFIXES = ("", "diffusion_model.", "transformer.", "model.diffusion_model.", "base_model.model.", "unet.")
+UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
+MODULE = "transformer"
+
+
+def in_our_layers(source: TensorSource, family: str, layers: Iterable[Layer]) -> TensorSource:
+    """The file with a tensor for each of our layers where it has one for several; other tensors as they are.
+
+    Args:
+        family: of the model, see `Model.family`.
+        layers: the model's, those of its transformer among them.
+    """
+    rows = {x.name.removeprefix(f"{MODULE}."): x.shape[-1] for x in layers if x.module == MODULE}
+    changed: dict[str, list[tuple[str, Piece]]] = {}  # their layer -> ours
+    for ours, piece in pieces(family, rows).items():
+        if piece.name != ours:
+            changed.setdefault(piece.name, []).append((ours, piece))
+    spelled = {prefix + theirs: theirs for theirs in changed for prefix in PREFIXES}
+    spelled |= {prefix + theirs.replace(".", "_"): theirs for theirs in changed for prefix in UNDERSCORED}
+    shapes: dict[str, list[int]] = {}
+    places: dict[str, tuple[str, Piece, int | None]] = {}
+    for name, shape in source.shapes.items():
+        match = LORA.fullmatch(name)
+        if match is None or match[1] not in spelled:
+            shapes[name] = shape
+            continue
+        role, ending = match.lastgroup, name.removeprefix(match[1])
+        for ours, piece in changed[spelled[match[1]]]:
+            divided = role in ("up", "magnitude")  # by outputs
+            new = f"{MODULE}.{ours}{ending}"
+            shapes[new] = [rows[ours], *shape[1:]] if divided else list(shape)
+            places[new] = name, piece, rows[ours] if divided else None
+
+    def read(name: str) -> np.ndarray:
+        if name not in places:
+            return source.read(name)
+        theirs, piece, count = places[name]
+        x = np.asarray(source.read(theirs))
+        if count is None:
+            return x
+        x = x if piece.whole else x[piece.start : piece.start + count]
+        return swap_halves(x) if piece.swapped else x
+
+    return dataclasses.replace(source, shapes=shapes, read=read)
