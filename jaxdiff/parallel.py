@@ -30,9 +30,13 @@ AXIS_TYPES = (AxisType.Auto,) * len(AXES)  # the compiler divides what is betwee
 EXAMPLES = ("data", "fsdp")  # the axes that a batch is divided over
 # Single-head attention, the autoencoder's, is not among them: there is no head to divide it by.
 COLUMNS = re.compile(
-    r"(attn\d+/to_[qkv]|ff/net_0_proj|self_attn_[qkv]_proj|mlp_fc1|resnets_\d+/(conv1|time_emb_proj|norm2))/\w+$"
+    r"(att(n\d*|ention)/(to_[qkv]|add_[qkv]_proj)|ff(_context)?/net_0_proj|feed_forward/w[13]|self_attn_[qkv]_proj|"
+    r"SelfAttention/[qkv]|wi_[01]|mlp_(fc1|gate_proj|up_proj)|resnets_\d+/(conv1|time_emb_proj|norm2))/\w+$"
 )
-ROWS = re.compile(r"(attn\d+/to_out_0|ff/net_2|self_attn_out_proj|mlp_fc2|resnets_\d+/conv2)/kernel$")
+ROWS = re.compile(
+    r"(att(n\d*|ention)/(to_out_0|to_add_out)|ff(_context)?/net_2|feed_forward/w2|self_attn_(out|o)_proj|"
+    r"SelfAttention/o|DenseReluDense/wo|mlp_(fc2|down_proj)|resnets_\d+/conv2)/kernel$"
+)
 
 
 def mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

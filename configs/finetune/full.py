@@ -1,4 +1,4 @@
-"""Teach a model of Stable Diffusion's shape (1.x, 2.x, SDXL) captioned images, all of its UNet.
+"""Teach a model of any family captioned images, all of its UNet or transformer.
 
     python train.py --config=configs/finetune/full.py --workdir=runs/full \
         --config.data.path=images/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"

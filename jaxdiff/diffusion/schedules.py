@@ -151,11 +151,11 @@ def shift_time(t: Any, config: SchedulerConfig, mu: float | None = None) -> Any:
 
     Args:
         mu: of a config with `use_dynamic_shifting`, whose `shift` has no effect: equation (8) with s = exp(mu), or mu
-            itself if its `time_shift_type` is "linear".
+            itself if its `time_shift_type` is "linear". None shifts nothing then.
     """
     u, shift = t / config.num_train_timesteps, config.shift
-    if mu is not None and config.use_dynamic_shifting:
-        shift = np.exp(mu) if config.time_shift_type == "exponential" else mu
+    if config.use_dynamic_shifting:
+        shift = 1.0 if mu is None else np.exp(mu) if config.time_shift_type == "exponential" else mu
     return config.num_train_timesteps * shift * u / (1 + (shift - 1) * u)
 
 

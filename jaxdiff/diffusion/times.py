@@ -327,7 +327,7 @@ def _flow_points(
         t = total * (1 - np.linspace(1, 1 / total, steps + 1))[:0:-1]
     else:
         # The class shifts its range when it is made, and the points in that range again.
-        t = np.linspace(total, 1.0 if config.use_dynamic_shifting else shift_time(1.0, config), steps)
+        t = np.linspace(total, shift_time(1.0, config), steps)
     t = shift_time(t, config, mu)
     if by_sigma is not None:
         if by_sigma not in ("karras", "exponential", "beta"):

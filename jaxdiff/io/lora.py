@@ -35,7 +35,7 @@ from jaxdiff.io.lora_names import Layer, find_layers, layers, written_name
 from jaxdiff.io.original_layout import unet_table
 from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
 from jaxdiff.io.torch_names import from_torch_layout, to_torch_layout
-from jaxdiff.io.transformer_loras import in_our_layers
+from jaxdiff.io.transformer_loras import MODULE, in_our_layers, in_their_layers
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Key, Params
 
@@ -254,11 +254,15 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
         raise WeightsError(f"layout {layout!r} is unknown; known are diffusers, kohya.")
     known = {layer.name: layer for layer in layers(programs.shapes(model))}
     tensors: dict[str, np.ndarray] = {}
+    theirs: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
     for name, f in lora.items():
         if name not in known:
             raise WeightsError(f"the LoRA changes {name}, which the model does not have: save it with its own model.")
         down = to_torch_layout(KERNEL, np.asarray(jax.device_get(f.down)))
         up = np.asarray(jax.device_get(f.up)).T.reshape(*f.up.shape[::-1], *(1,) * (down.ndim - 2))
+        if layout == "kohya" and known[name].module == MODULE and f.magnitude is None:
+            theirs[name] = down, up, f.alpha
+            continue
         stem = written_name(known[name], layout, two_text_encoders="text_encoder_2" in model.modules)
         if f.magnitude is not None:
             tensors |= _written_magnitude(stem, np.asarray(jax.device_get(f.magnitude)), layout, down.ndim)
@@ -268,7 +272,7 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
         else:
             up = (up * np.float32(f.alpha / f.rank)).astype(up.dtype)
             tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
-    write_tensors(Path(path), tensors)
+    write_tensors(Path(path), tensors | in_their_layers(theirs, model.family, known.values()) if theirs else tensors)
 
 
 def _written_magnitude(stem: str, x: np.ndarray, layout: str, axes: int) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ A LoRA of queries, keys and values together has one `down` for all three, and an
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -56,3 +56,38 @@ def in_our_layers(source: TensorSource, family: str, layers: Iterable[Layer]) ->
         return swap_halves(x) if piece.swapped else x
 
     return dataclasses.replace(source, shapes=shapes, read=read)
+
+
+def in_their_layers(
+    factors: Mapping[str, tuple[np.ndarray, np.ndarray, float]], family: str, layers: Iterable[Layer]
+) -> dict[str, np.ndarray]:
+    """A transformer's LoRA as kohya's scripts write it: their layers, each of the ranks of ours together.
+
+    Args:
+        factors: by our layer's name with its module: down [rank, in], up [out, rank], and alpha.
+        family, layers: as of `in_our_layers`.
+
+    Returns:
+        The tensors by name; alpha is the rank, and up holds what remains of ours.
+    """
+    rows = {x.name.removeprefix(f"{MODULE}."): x.shape[-1] for x in layers if x.module == MODULE}
+    members: dict[str, list[tuple[str, Piece]]] = {}
+    for ours, piece in pieces(family, rows).items():
+        members.setdefault(piece.name, []).append((ours, piece))
+    found: dict[str, np.ndarray] = {}
+    for theirs, group in members.items():
+        own = [(ours, piece, factors[name]) for ours, piece in group if (name := f"{MODULE}.{ours}") in factors]
+        if not own:
+            continue
+        down = np.concatenate([down for _, _, (down, _, _) in own])
+        up = np.zeros((sum(rows[ours] for ours, _ in group), len(down)), down.dtype)
+        first = 0
+        for ours, piece, (_, part, alpha) in own:
+            rank = part.shape[1]
+            part = swap_halves(part) if piece.swapped else part
+            up[piece.start : piece.start + rows[ours], first : first + rank] = part * np.float32(alpha / rank)
+            first += rank
+        stem = f"lora_unet_{theirs.replace('.', '_')}"
+        found |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        found[f"{stem}.alpha"] = np.asarray(first, np.float32)
+    return found

@@ -94,10 +94,12 @@ def check_sizes(config: Any, model: Model) -> None:
     """Sizes of images that the autoencoder, or its loss at several scales, cannot take."""
     if config.stage == "clip" or config.latents.path:  # any size will do, or was settled when they were written
         return
-    factor, crop, buckets = model.vae.config.factor, config.crop, config.data.buckets
+    crop, buckets = config.crop, config.data.buckets
+    factor = model.vae.config.factor if config.stage == "vae" else model.multiple
     side = image_size(config, model)
     step = least = factor
-    reason = f"{factor}, the autoencoder's factor"
+    whose = "the autoencoder's factor" if model.transformer is None else "that of the autoencoder and of patches"
+    reason = f"{factor}, {whose}"
     if config.stage == "vae":
         step, least = max(factor, 2 ** (SCALES - 1)), max(factor, 2**SCALES)
         reason = f"{step}, for the autoencoder's factor {factor} and the loss's {SCALES} scales"
@@ -117,4 +119,5 @@ def check_sizes(config: Any, model: Model) -> None:
 
 def image_size(config: Any, model: Model) -> int:
     """Pixels of a side of the images to train on."""
-    return config.data.image_size or model.unet.config.side * model.vae.config.factor
+    own = model.sample_size
+    return config.data.image_size or (own if isinstance(own, int) else min(own)) * model.vae.config.factor

@@ -150,11 +150,12 @@ SETTINGS: dict[str, Any] = {
     "kl_weight": setting(1e-3, 0),
     "edge_weight": setting(1.0, 0),
     # Stage "unet" and those after it.
-    # What learns, or what a LoRA changes.
-    "trainable": setting(("unet",), choices=("unet", "text_encoder", "text_encoder_2")),
+    # What learns, or what a LoRA changes; "unet" is whatever denoises, a transformer too.
+    "trainable": setting(("unet",), choices=("unet", "transformer", "text_encoder", "text_encoder_2")),
     "prediction_type": setting("", choices=("", *PREDICTION_TYPES)),  # "": the model's own
     "zero_terminal_snr": False,  # no signal at all at the last step; True turns it on
     **fields(NoiseOptions),  # jaxdiff/training/options.py
+    "embedded_guidance": setting(1.0, 0, 100),  # the scale that FLUX.1 dev is told of while it learns
     # Class images beside one's own, so that the class is not forgotten (DreamBooth): a folder, captioned, or
     # with these captions for all.
     "prior_preservation": {"path": setting("", path=True), "captions": (), "weight": setting(1.0, 0, 1000)},

@@ -26,11 +26,11 @@ WHOLE_SHARE = 0.25  # of masks that cover the whole image, so that drawing from 
 NOISE_LEVEL = 20  # of the small images that an upscaler is tried on
 
 
-def network_of(model: Model) -> Network:
-    """What the model's UNet is given beside the prompt while it learns."""
+def network_of(model: Model, guidance: float = 1.0) -> Network:
+    """What denoises, with what it is given beside the prompt while it learns; `guidance` as of `plain_network`."""
     if model.inpaints:
         return inpainting_network(model)
-    return upscaler_network(model) if model.family == "upscaler" else plain_network(model)
+    return upscaler_network(model) if model.family == "upscaler" else plain_network(model, guidance)
 
 
 # --- ControlNet

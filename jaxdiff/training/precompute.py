@@ -25,8 +25,7 @@ from jaxdiff.data.source import Source
 from jaxdiff.files import write_text, writing
 from jaxdiff.models.model import Model, encode
 from jaxdiff.models.text_encoding import encode_text
-from jaxdiff.text.chunks import Tokens
-from jaxdiff.training.stages import prepare_pairs
+from jaxdiff.training.stages import as_tokens, prepare_pairs
 from jaxdiff.typing import Params
 
 PART = 2048  # examples of a part
@@ -167,7 +166,7 @@ def encoder(
     def run(params: Params, batch: Mapping[str, Any]) -> dict[str, Any]:
         found = {"latents": encode(model, params, batch["image"].astype(np.float32) / 255.0)}
         if embeddings:
-            cond = encode_text(model, params, Tokens(batch["tokens"], ids_2=batch.get("tokens_2")))
+            cond = encode_text(model, params, as_tokens(batch))
             found |= {"embeddings": cond.embeddings} | ({} if cond.pooled is None else {"pooled": cond.pooled})
         return {name: x.astype(np.float16) for name, x in found.items()}
 

@@ -15,7 +15,7 @@ from jaxdiff.models.clip import CLIP_MEAN, CLIP_STD
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.model import Model, apply, encode, with_time_ids
 from jaxdiff.models.text_encoding import encode_text
-from jaxdiff.text.chunks import Tokens
+from jaxdiff.text.chunks import Tokens, tokens
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.losses import SCALES, contrastive_loss, kl_divergence, reconstruction_loss
 from jaxdiff.training.options import NoiseOptions
@@ -80,18 +80,26 @@ def clip_stage(model: Model) -> Stage:
     return Stage("clip", trainable, loss, prepare_pairs(model), compute_dtypes(model))
 
 
-TOKENS = ("tokens", "tokens_2")  # of each text encoder that the model has
+TOKENS = ("tokens", "tokens_2", "tokens_3", "tokens_mask")  # what the model's text encoders read
 PASSED = ("image", "hint", "time_ids", "weight")  # arrays of a batch that are what the losses read
 
 
 def prepare_pairs(model: Model):
-    """Batches with "text" as the input gives them -> the same with token ids int32 [b, L] instead, for each encoder."""
+    """Batches with "text" as the input gives them -> the same with token ids int32 [b, L] instead, for each encoder.
+
+    Of transformers with Qwen3 also "tokens_mask" float32 [b, L], which of them are no padding.
+    """
     tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
 
+    def tokens_of(texts: list[str]) -> dict[str, Any]:
+        if model.transformer is None:
+            return {name: tokenizer(texts) for name, tokenizer in zip(TOKENS, tokenizers, strict=False)}
+        found = tokens(model, texts)
+        rows = (found.ids, found.ids_2, found.ids_3, found.attention_mask)
+        return {name: x for name, x in zip(TOKENS, rows, strict=True) if x is not None}
+
     def prepare(batch: Mapping[str, Any]) -> Batch:
-        texts = list(batch["text"])
-        tokens = {name: tokenizer(texts) for name, tokenizer in zip(TOKENS, tokenizers, strict=False)}
-        return {name: batch[name] for name in PASSED if name in batch} | tokens
+        return {name: batch[name] for name in PASSED if name in batch} | tokens_of(list(batch["text"]))
 
     return prepare
 
@@ -128,8 +136,20 @@ def vae_stage(model: Model, *, kl_weight: float = 1e-3, edge_weight: float = 1.0
 Network = Callable[[Params, Array, Time, Conditioning, Batch, Key], Array]  # see `plain_network`
 
 
-def plain_network(model: Model) -> Network:
-    """The UNet by itself: (params, x [B, h, w, C], time, conditioning, batch, keys [B]) -> output [B, h, w, C]."""
+def plain_network(model: Model, guidance: float = 1.0) -> Network:
+    """The UNet or transformer by itself: (params, x [B, h, w, C], time, conditioning, batch, keys [B]) -> [B, h, w, C].
+
+    Args:
+        guidance: the scale that a transformer is told of, where it is.
+    """
+    if model.transformer is not None:
+
+        def network(params: Params, x: Array, time: Time, cond: Conditioning, batch: Batch, keys: Key) -> Array:
+            told = jnp.full(len(x), guidance, jnp.float32)
+            given = cond.embeddings, cond.pooled, cond.attention_mask, told
+            return apply(model, params, "transformer", x, time.t, *given).astype(jnp.float32)
+
+        return network
     return lambda params, x, time, cond, batch, keys: apply(model, params, "unet", x, time.t, *cond)
 
 
@@ -194,11 +214,24 @@ def conditioning(model: Model, params: Params, batch: Batch, empty: Batch, drop:
             return jnp.where(drop.reshape(-1, *[1] * (stored.ndim - 1)), other, stored.astype(other.dtype))
 
         pooled = None if none.pooled is None else chosen(batch["pooled"], none.pooled)
-        return Conditioning(chosen(batch["embeddings"], none.embeddings), pooled, batch.get("time_ids"))
+        mask = batch.get("tokens_mask")
+        if mask is not None and none.attention_mask is not None:
+            mask = jnp.where(drop[:, None], none.attention_mask, mask)
+        return Conditioning(chosen(batch["embeddings"], none.embeddings), pooled, batch.get("time_ids"), mask)
     ids = {name: jnp.where(drop[:, None], empty[name], batch[name]) for name in TOKENS if name in batch}
-    zeros = drop if model.tokenizer_2 is not None and model.options.force_zeros_for_empty_prompt else None
-    cond = encode_text(model, params, Tokens(ids["tokens"], ids_2=ids.get("tokens_2"), zeros=zeros))
+    zeros = (
+        drop
+        if model.unet is not None and model.tokenizer_2 is not None and model.options.force_zeros_for_empty_prompt
+        else None
+    )
+    cond = encode_text(model, params, as_tokens(ids)._replace(zeros=zeros))
     return cond._replace(time_ids=batch.get("time_ids"))
+
+
+def as_tokens(batch: Batch) -> Tokens:
+    """What a batch holds for the text encoders."""
+    ids_2, ids_3, mask = (batch.get(name) for name in TOKENS[1:])
+    return Tokens(batch["tokens"], ids_2=ids_2, ids_3=ids_3, attention_mask=mask)
 
 
 def random_times(scheduler: SchedulerConfig, keys: Key, how: NoiseOptions | None = None) -> Array:

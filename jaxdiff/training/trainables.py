@@ -80,7 +80,12 @@ def described(config: Any, model: Model, shapes: Params) -> Trainable:
     return made[-1]._replace(params=shapes)
 
 
+OF_UNETS = ("textual_inversion", "controlnet", "inpainting", "upscaler")
+
+
 def _made(config: Any, model: Model, params: Params) -> Trainable:
+    if model.unet is None and config.stage in OF_UNETS:
+        raise OptionsError(f"stage {config.stage!r} is for models with a UNet, which init_from.model lacks.")
     if config.stage in DENOISERS:
         model = dataclasses.replace(model, scheduler=process(config, model.scheduler))
     trainable = TRAINABLES[config.stage](config, model, params)
@@ -122,7 +127,9 @@ def _diffusion_stage(config: Any, model: Model, trainable: tuple[str, ...], netw
 
 def _modules(config: Any, model: Model) -> tuple[str, ...]:
     """`config.trainable`. Raises OptionsError where the model has no such part."""
-    known, chosen = ["unet", *encoders(model)], tuple(config.trainable)
+    denoises = "unet" if model.transformer is None else "transformer"
+    known = [denoises, *encoders(model)]
+    chosen = tuple(denoises if name == "unet" else name for name in config.trainable)
     if not chosen or set(chosen) - set(known):
         raise OptionsError(f"trainable {chosen} must name some of {', '.join(known)}.")
     return chosen
@@ -143,9 +150,9 @@ def save_model(model: Model) -> Callable[[Path, Params], None]:
     return lambda folder, params: save(folder, model, parts(model, params))
 
 
-def _seen(model: Model) -> tuple[Network, Callable[[Mapping[str, Any]], SampleInputs] | None]:
+def _seen(config: Any, model: Model) -> tuple[Network, Callable[[Mapping[str, Any]], SampleInputs] | None]:
     """The network of a model without ControlNets, and what it draws from beside a prompt."""
-    network = finetune.network_of(model)
+    network = finetune.network_of(model, config.embedded_guidance)
     if model.inpaints:
         return network, finetune.drawn_around
     return network, functools.partial(finetune.drawn_larger, model) if model.family == "upscaler" else None
@@ -163,7 +170,7 @@ def _vae(config: Any, model: Model, params: Params) -> Trainable:
 
 
 def _unet(config: Any, model: Model, params: Params) -> Trainable:
-    network, sample_inputs = _seen(model)
+    network, sample_inputs = _seen(config, model)
     stage = _diffusion_stage(config, model, _modules(config, model), network)
     return Trainable(stage, params, model, save_model(model), network=network, sample_inputs=sample_inputs)
 
@@ -174,7 +181,7 @@ def _lora(config: Any, model: Model, params: Params) -> Trainable:
     chosen = {"targets": _modules(config, model), "endings": tuple(c.layers) or ATTENTION}
     key = jax.random.key(config.seed, impl=PRNG)
     params, merge = adapters.with_lora(model, params, c.rank, alpha, key, **chosen)
-    network, sample_inputs = _seen(model)
+    network, sample_inputs = _seen(config, model)
     stage = _diffusion_stage(config, model, ("lora",), network, merge_params=merge)
 
     def export(folder: Path, params: Params) -> None:
@@ -189,7 +196,7 @@ def _textual_inversion(config: Any, model: Model, params: Params) -> Trainable:
     _check_no_choice(config)
     c = config.textual_inversion
     model, params, merge = adapters.with_word(model, params, c.token, c.initial, c.vectors)
-    network, sample_inputs = _seen(model)
+    network, sample_inputs = _seen(config, model)
     stage = _diffusion_stage(config, model, ("words",), network, merge_params=merge)
 
     def export(folder: Path, params: Params) -> None:
