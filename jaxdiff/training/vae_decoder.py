@@ -115,6 +115,6 @@ def vae_decoder_stage(
         return total, {**metrics, **both.metrics, "weight": factor, "psnr": psnr}
 
     dtypes = compute_dtypes(model)
-    dtypes = {**dtypes, "vae_decoder": dtypes["vae"], "discriminator": discriminator.dtype}  # type: ignore[attr-defined]
+    dtypes = {**dtypes, "vae_decoder": dtypes["vae"], "discriminator": jnp.dtype(discriminator.dtype)}  # type: ignore[attr-defined]
     trainable = ("vae_decoder", "discriminator")
     return Stage("vae_decoder", trainable, loss, lambda batch: {"image": batch["image"]}, dtypes)
