@@ -3,9 +3,9 @@
     python -m benchmarks.judge_decoders --models icons runs/decoder/export --data data/icons --images photographs/ \
         --output runs/decoders
 
-Prints a row for each model and kind of image: PSNR and SSIM (Wang et al. 2004) in RGB, means over images, and 1 - cosine
-of features by two ImageNet networks (see judge_features.py). Into the folder --output go the images and what each model
-makes of them, side by side at full size: the image, then a column a model.
+Prints a row for each model and kind of image: PSNR and SSIM (Wang et al. 2004) in RGB, means over images, and 1 - the
+cosine of features by two ImageNet networks (see judge_features.py). Into the folder --output go the images and what
+each model makes of them, side by side at full size: the image, then a column a model.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--data", type=Path, help="the icons set, of which subjects held out are taken")
-    parser.add_argument("--count", type=int, default=128, help="icons, at most")
+    parser.add_argument("--count", type=int, default=96, help="icons, at most")
     parser.add_argument("--images", type=Path, help="a folder of photographs")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()

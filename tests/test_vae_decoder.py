@@ -174,7 +174,9 @@ def run(tmp_path, tiny_folder):
 
     def train(name: str, **changes):
         config = settings("vae_decoder", **TINY, batch_size=4, warmup_steps=0, schedule="constant", **changes)
-        config.update({"learning_rate": 1e-3, "discriminator_b1": 0.5, "eval_every": 0, "log_every": 1})
+        config.update(
+            {"learning_rate": 1e-3, "discriminator_b1": 0.5, "accumulate": 2, "eval_every": 0, "log_every": 1}
+        )
         config.init_from.model, config.eval.images = str(tiny_folder), 4
         config.data.update({"path": str(tmp_path / "data"), "image_size": SIDE, "threads": 1})
         check_settings(config)

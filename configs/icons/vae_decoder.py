@@ -28,14 +28,14 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     config.data.filter.source = sizes.SOURCES
     config.crop = 64
     config.weight_decay = 0.0
-    config.b1, config.discriminator_b1 = 0.9, 0.5
-    config.adversary.update({"weight": 0.3, "start": 200, "features": 32})
+    config.discriminator_b1 = 0.5
+    config.adversary.update({"weight": 0.3, "start": 100, "features": 32})
     config.eval.images = 64
     if scale == "gpu":
         config.update({"steps": 40_000, "batch_size": 64, "learning_rate": 2e-4, "dtype": "bfloat16"})
-        config.adversary.features = 64
+        config.adversary.update({"start": 1000, "features": 64})
     else:
-        config.update({"steps": 2000, "batch_size": 16, "learning_rate": 4e-4, "warmup_steps": 30})
+        config.update({"steps": 600, "batch_size": 16, "learning_rate": 4e-4, "warmup_steps": 30})
         config.update({"discriminator_learning_rate": 4e-4, "ema_decay": 0.998})
-        config.update({"log_every": 20, "eval_every": 250, "checkpoint_every": 100})
+        config.update({"log_every": 20, "eval_every": 150, "checkpoint_every": 100})
     return config
