@@ -3,7 +3,7 @@
 python train.py --config=configs/icons/vae_decoder.py --workdir=runs/decoder
     One GPU; not run yet.
 python train.py --config=configs/icons/vae_decoder.py:cpu --workdir=runs/decoder
-    Two CPU cores (AMD EPYC, Zen 3): some 27 minutes of processor time. Its result, at update 503, is in docs/icons.md.
+    Two CPU cores (AMD EPYC, Zen 3): some 20 minutes of processor time. Its result, at update 503, is in docs/icons.md.
 python train.py --config=configs/icons/vae_decoder.py --workdir=runs/decoder --config.init_from.model=my-sd15/ \
         --config.data.path=images/ --config.data.filter.source="()" --config.crop=256 --config.data.image_size=512
     The autoencoder of another model, of any Stable Diffusion family. --plan says what it takes.
