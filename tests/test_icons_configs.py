@@ -6,6 +6,7 @@ import pytest
 
 from configs.icons import sizes
 from jaxdiff.text.tokenizer import train_bpe
+from jaxdiff.training.checks import check_settings
 from jaxdiff.training.init import described_model
 from jaxdiff.training.options import Options
 
@@ -20,6 +21,15 @@ def test_each_stage_describes_a_model_and_options_that_can_be(stage, scale):
     assert model.unet.config.side * model.vae.config.factor == config.data.image_size
     assert model.vision_encoder.config.projection_dim == model.text_encoder.config.hidden_size
     Options.from_config(config).check(1)
+
+
+@pytest.mark.parametrize("scale", sizes.SCALES)
+def test_the_decoder_goes_on_from_the_bundled_model(scale):
+    config = importlib.import_module("configs.icons.vae_decoder").get_config(scale)
+    check_settings(config)
+    Options.from_config(config).check(1)
+    assert config.init_from.model == "icons"
+    assert 0 < config.adversary.start < config.steps
 
 
 def test_drawings_that_the_model_is_judged_by_are_not_learned_from():

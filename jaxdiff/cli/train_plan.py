@@ -81,6 +81,7 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
         model = replace_config(model, "text_encoder", vocab_size=sizes.vocab_size)
     alone = config.copy_and_resolve_references()
     alone.controlnet.init_from = ""  # it has the UNet's shape, so that its weights need not be read
+    alone.adversary.init_from = ""
     trainable = trainables.described(alone, model, param_shapes(model))
     side = image_size(config, model)
     read = config.crop or side

@@ -17,6 +17,7 @@ LISTS = (
     "downsamplers",
     "encoder_block",
     "layers",
+    "main",
     "noise_refiner",
     "resnets",
     "single_transformer_blocks",

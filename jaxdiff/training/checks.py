@@ -14,12 +14,15 @@ from jaxdiff.training.options import STAGES, OptionsError, check_pairs
 from jaxdiff.training.ranges import check_value, near
 
 NOT_BUILT = {*FIXED_UNET, *FIXED_VAE, "architectures", "model_type"}  # what files say of networks beside their sizes
+AUTOENCODERS = ("vae", "vae_decoder")  # stages that train one
 # Settings that only some stages read.
 READ_BY_ALL_BUT = {
-    "crop": tuple(stage for stage in STAGES if stage != "vae"),
-    "cache_latents": ("clip", "vae"),
-    "latents.path": ("clip", "vae"),
-    "prior_preservation.path": ("clip", "vae"),
+    "crop": tuple(stage for stage in STAGES if stage not in AUTOENCODERS),
+    "cache_latents": ("clip", *AUTOENCODERS),
+    "latents.path": ("clip", *AUTOENCODERS),
+    "prior_preservation.path": ("clip", *AUTOENCODERS),
+    "feature_weight": tuple(stage for stage in STAGES if stage != "vae_decoder"),
+    "adversary.init_from": tuple(stage for stage in STAGES if stage != "vae_decoder"),
 }
 # Settings that exclude each other.
 APART = {
@@ -95,14 +98,16 @@ def check_sizes(config: Any, model: Model) -> None:
     if config.stage == "clip" or config.latents.path:  # any size will do, or was settled when they were written
         return
     crop, buckets = config.crop, config.data.buckets
-    factor = model.vae.config.factor if config.stage == "vae" else model.multiple
+    factor = model.vae.config.factor if config.stage in AUTOENCODERS else model.multiple
     side = image_size(config, model)
     step = least = factor
     whose = "the autoencoder's factor" if model.transformer is None else "that of the autoencoder and of patches"
     reason = f"{factor}, {whose}"
-    if config.stage == "vae":
+    if config.stage in AUTOENCODERS:
         step, least = max(factor, 2 ** (SCALES - 1)), max(factor, 2**SCALES)
         reason = f"{step}, for the autoencoder's factor {factor} and the loss's {SCALES} scales"
+    if config.stage == "vae_decoder":
+        least = max(least, 3 * 2**config.adversary.layers)  # of which the discriminator's last layer makes one score
     whole = factor if crop or buckets else step  # what is evaluated is not cropped, and has no loss
     if side < least or side % whole:
         raise OptionsError(

@@ -12,7 +12,7 @@ from ml_collections.config_dict import placeholder
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.diffusion.schedulers import SCHEDULERS
 from jaxdiff.models.layers import REMAT_POLICIES
-from jaxdiff.training.options import DTYPES, SEEDS, STAGES, NoiseOptions, Options
+from jaxdiff.training.options import ADVERSARIES, AUGMENTATIONS, DTYPES, SEEDS, STAGES, NoiseOptions, Options
 from jaxdiff.training.ranges import MOST, fields, leaves, setting
 
 # Settings that had another name, which configs, flags and the run.json of older runs may still use.
@@ -145,10 +145,24 @@ SETTINGS: dict[str, Any] = {
     # Of a fresh text encoder.
     "tokenizer": {"vocab_size": setting(4096, 514, 2**24), "max_length": setting(24, 3, 4096)},
     "model": {},  # sizes of fresh parts: text_encoder, vision_encoder, vae, unet, scheduler
-    # Stage "vae".
+    # Stages "vae" and "vae_decoder".
     "crop": setting(0, 0, 16384),  # pixels of random squares to train on; 0: whole images, as all other stages learn
     "kl_weight": setting(1e-3, 0),
     "edge_weight": setting(1.0, 0),
+    # Stage "vae_decoder".
+    "feature_weight": setting(0.0, 0),  # of the distance between features of the model's vision encoder; 0: none
+    "adversary": {
+        "loss": setting("hinge", choices=ADVERSARIES),
+        "weight": setting(0.5, 0),  # of its loss; 0 leaves the decoder to the other losses
+        "adaptive": True,  # times the ratio of the gradients at the decoder's last layer
+        "start": setting(0, 0, MOST),  # steps that the discriminator learns before the decoder hears it
+        "r1": setting(0.0, 0),  # penalties of the discriminator's gradient on real images and on the others
+        "r2": setting(0.0, 0),
+        "augment": setting((), choices=AUGMENTATIONS),  # of what the discriminator sees
+        "features": setting(64, 1, 4096),  # of its first layer
+        "layers": setting(3, 1, 8),  # of stride 2
+        "init_from": setting("", path=True),  # weights in taming-transformers' layout; "": random ones
+    },
     # Stage "unet" and those after it.
     # What learns, or what a LoRA changes; "unet" is whatever denoises, a transformer too.
     "trainable": setting(("unet",), choices=("unet", "transformer", "text_encoder", "text_encoder_2")),

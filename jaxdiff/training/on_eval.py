@@ -11,6 +11,7 @@ from absl import logging
 
 from jaxdiff.io.images import grid, write_png
 from jaxdiff.sampling.generate import generate
+from jaxdiff.training.checks import AUTOENCODERS
 from jaxdiff.training.finetune import SampleInputs
 from jaxdiff.training.metrics import for_each, noise_levels, reconstructions, retrieval
 from jaxdiff.training.trackers import TrackedImages
@@ -52,7 +53,7 @@ def make_on_eval(
     """
     if config.stage == "clip":
         return clip_on_eval(trainable, held_out)
-    if config.stage == "vae":
+    if config.stage in AUTOENCODERS:
         return vae_on_eval(trainable, held_out, samples)
     return denoiser_on_eval(config, trainable, held_out, samples, at_once)
 
@@ -74,7 +75,7 @@ def vae_on_eval(trainable: Trainable, held_out: HeldOut, samples: Path | None) -
     images, evaluate = np.concatenate(batches), reconstructions(trainable.model, batches)
 
     def on_eval(step: int, params: Params) -> Mapping[str, float | TrackedImages]:
-        reconstructed, values = evaluate(params)
+        reconstructed, values = evaluate(trainable.merge_params(params))
         if samples is None:
             return values
         pairs = np.stack([images, reconstructed], 1)[:MAX_PAIRS].reshape(-1, *images.shape[1:])

@@ -1,5 +1,6 @@
 """How a gradient becomes an update: the optimizers, their moments' dtypes, and learning-rate multipliers."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,6 +38,27 @@ def decayed(params: Params) -> Any:
 
 
 def optimizer(options: Options) -> optax.GradientTransformation:
+    """The optimizer of a stage: one, or two where params["discriminator"] learns beside the rest.
+
+    Each of the two clips, decays and counts by itself, and the discriminator's has settings of its own.
+    """
+    alone, inner = _optimizer(options), dataclasses.replace(options, ema_sigmas=())
+    both = optax.partition(
+        {"discriminator": _optimizer(inner.of_discriminator), "others": _optimizer(inner)},
+        lambda params: {name: name if name == "discriminator" else "others" for name in params},
+    )
+    both = optax.chain(both, track(options.ema_sigmas)) if options.ema_sigmas else both
+
+    def chosen(params: Params) -> optax.GradientTransformation:
+        return both if "discriminator" in params else alone
+
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        return chosen(updates).update(updates, state, params)
+
+    return optax.GradientTransformation(lambda params: chosen(params).init(params), update)
+
+
+def _optimizer(options: Options) -> optax.GradientTransformation:
     """What `options.optimizer` names, on clipped gradients, at each group's learning rate.
 
     AdamW (Loshchilov & Hutter 2019), Adafactor (Shazeer & Stern 2018, without momentum, at a given rate), Lion (Chen et

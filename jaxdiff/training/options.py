@@ -11,15 +11,18 @@ from jaxdiff.training.ranges import MOST, OptionsError, check_fields, setting
 
 __all__ = ["NoiseOptions", "Options", "OptionsError"]
 
-STAGES = ("clip", "vae", "unet", "lora", "textual_inversion", "controlnet", "inpainting", "upscaler")
+STAGES = ("clip", "vae", "vae_decoder", "unet", "lora", "textual_inversion", "controlnet", "inpainting", "upscaler")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 # Types of the optimizer's moments, and which optimizers can have them.
 MOMENT_DTYPES = {"float32": OPTIMIZERS, "bfloat16": ("adamw", "lion", "muon"), "int8": ("adamw",)}
 DTYPES = ("float32", "bfloat16", "float16")
 TIMES = ("uniform", "logit_normal")
+ADVERSARIES = ("hinge", "non_saturating", "relativistic")
+AUGMENTATIONS = ("color", "translation", "cutout")
 SEEDS = 2**32 - 4  # the highest: some more are drawn from those that follow
 LONGEST_WARMUP = 500
+DISCRIMINATOR = "discriminator_"  # before the settings that it has of its own
 
 
 def default_warmup(steps: int) -> int:
@@ -69,6 +72,12 @@ class Options(FromConfig):
     # Of parameters that do not learn: or "bfloat16", "float16", half the memory.
     frozen_dtype: str = setting("float32", choices=DTYPES)
     clip_norm: float = setting(1.0, 0)  # of the whole gradient; 0 does not clip
+    # Of the discriminator, where the stage has one; None: as of what it judges.
+    discriminator_learning_rate: float | None = setting(None, above=0, high=1000, kind=float)
+    discriminator_weight_decay: float | None = setting(None, 0, 1000, kind=float)
+    discriminator_b1: float | None = setting(None, 0, below=1, kind=float)
+    discriminator_b2: float | None = setting(None, 0, below=1, kind=float)
+    discriminator_clip_norm: float | None = setting(None, 0, kind=float)
     # Of the average of parameters that is evaluated and exported; 0 keeps no past.
     ema_decay: float = setting(0.999, 0, below=1)
     # Lengths, as shares of the run, of averages of which snapshots are kept, for one of any length later: (0.05, 0.1).
@@ -101,6 +110,13 @@ class Options(FromConfig):
         if self.optimizer not in MOMENT_DTYPES.get(self.moment_dtype, ()):
             known = ", ".join(f"{name} (with {', '.join(who)})" for name, who in MOMENT_DTYPES.items())
             raise OptionsError(f"moment_dtype {self.moment_dtype!r} of {self.optimizer} must be one of {known}.")
+
+    @property
+    def of_discriminator(self) -> "Options":
+        """The same with the discriminator's own values in place of the others."""
+        names = (field.name for field in dataclasses.fields(self) if field.name.startswith(DISCRIMINATOR))
+        own = {name.removeprefix(DISCRIMINATOR): value for name in names if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **own)
 
     @property
     def warmup(self) -> int:

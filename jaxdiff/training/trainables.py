@@ -7,25 +7,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.diffusion.schedules import is_flow
 from jaxdiff.io.controlnet import load_controlnet, save_controlnet
+from jaxdiff.io.discriminator import load_patches
 from jaxdiff.io.edges import canny
 from jaxdiff.io.lora import ATTENTION, save_lora
 from jaxdiff.io.pretrained import parts, save
 from jaxdiff.io.textual_inversion import encoders, save_textual_inversion
 from jaxdiff.models.controlnet import from_unet
+from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.models.model import Model, with_controlnets
+from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.training import adapters, finetune
 from jaxdiff.training.adapters import MergeParams
+from jaxdiff.training.adversarial import Rules
 from jaxdiff.training.finetune import SampleInputs
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.optimizer import check_multipliers
 from jaxdiff.training.options import NoiseOptions, OptionsError
 from jaxdiff.training.stages import Network, clip_params, clip_stage, diffusion_stage, vae_stage
+from jaxdiff.training.vae_decoder import merge_decoder, split_decoder, vae_decoder_stage
 from jaxdiff.typing import PRNG, Params
 
 LORA_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
@@ -169,6 +175,34 @@ def _vae(config: Any, model: Model, params: Params) -> Trainable:
     return Trainable(stage, params, model, save_model(model))
 
 
+def _vae_decoder(config: Any, model: Model, params: Params) -> Trainable:
+    _check_no_choice(config)
+    if isinstance(model.vae, AutoencoderTiny):
+        raise OptionsError("vae_decoder trains the decoder of an AutoencoderKL; this model has an AutoencoderTiny.")
+    if config.feature_weight and model.vision_encoder is None:
+        raise OptionsError(
+            f"feature_weight {config.feature_weight} needs a vision encoder, which this model lacks: set "
+            "init_from.vision_encoder, or leave it out."
+        )
+    c = config.adversary
+    discriminator = PatchDiscriminator(c.features, c.layers, model.vae.dtype)
+    side, key = 3 * 2**c.layers, jax.random.key(config.seed, impl=PRNG)
+    fresh = discriminator.init(key, jnp.zeros((1, side, side, model.vae.config.out_channels)))["params"]
+    read = ("vae", "vision_encoder") if config.feature_weight else ("vae",)  # the rest need not be on the devices
+    rest = {name: x for name, x in params.items() if name not in read}
+    params = split_decoder({name: params[name] for name in read})
+    params = {**params, "discriminator": load_patches(c.init_from, fresh) if c.init_from else fresh}
+    stage = vae_decoder_stage(
+        model, discriminator, rules=Rules(c.loss, c.r1, c.r2, tuple(c.augment)), weight=c.weight, adaptive=c.adaptive,
+        start=c.start, edge_weight=config.edge_weight, feature_weight=config.feature_weight,
+    )  # fmt: skip
+
+    def export(folder: Path, params: Params) -> None:
+        save_model(model)(folder, {**rest, **merge_decoder(params)})
+
+    return Trainable(stage, params, model, export, merge_decoder)
+
+
 def _unet(config: Any, model: Model, params: Params) -> Trainable:
     network, sample_inputs = _seen(config, model)
     stage = _diffusion_stage(config, model, _modules(config, model), network)
@@ -248,4 +282,4 @@ DENOISERS: Mapping[str, Make] = {
     "inpainting": _inpainting,
     "upscaler": _upscaler,
 }
-TRAINABLES: Mapping[str, Make] = {"clip": _clip, "vae": _vae, **DENOISERS}
+TRAINABLES: Mapping[str, Make] = {"clip": _clip, "vae": _vae, "vae_decoder": _vae_decoder, **DENOISERS}

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxdiff import parallel
+from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.training import collectives, memory_plan
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.loop import Stage
@@ -24,6 +25,7 @@ from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import Options
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage
 from jaxdiff.training.train_step import abstract_state, init_state, make_train_step
+from jaxdiff.training.vae_decoder import split_decoder, vae_decoder_stage
 
 BATCH, STEPS, CLIP_STEPS = 8, 6, 3
 PLAIN: dict = {"learning_rate": 1e-3, "warmup_steps": 0, "schedule": "constant", "b2": 0.999}
@@ -44,6 +46,13 @@ def model_and_params():
 
     model = whole_model()
     return model, clip_params(tiny_params(model))
+
+
+def against_an_adversary(model, params):
+    """The stage of a decoder and its discriminator, which normalises by the whole batch, with their parameters."""
+    net = PatchDiscriminator(8, 2)
+    fresh = net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    return vae_decoder_stage(model, net, weight=0.5, start=1), {**split_decoder(params), "discriminator": fresh}
 
 
 def batches(steps: int):
@@ -169,6 +178,7 @@ def main(file: Path, port: str = "", process: str = "0", processes: str = "1") -
             report[name] = train(unet, params, mesh, STEPS)
             if name in ("one", "all"):
                 report[f"clip {name}"] = train(clip_stage(model), params, mesh, CLIP_STEPS)
+                report[f"adversary {name}"] = train(*against_an_adversary(model, params), mesh, CLIP_STEPS)
         one, *others = (
             parallel.mesh(*MESHES[n], jax.devices()[:1] if n == "one" else None) for n in ("one", "fsdp", "all")
         )

@@ -1,4 +1,4 @@
-"""A config of train.py for the tiny model: tests/support/training_config.py:clip, :vae or :unet."""
+"""A config of train.py for the tiny model: tests/support/training_config.py:clip, :vae, :vae_decoder or :unet."""
 
 import dataclasses
 
@@ -26,6 +26,7 @@ def get_config(stage: str = "vae") -> ConfigDict:
     config.tokenizer.vocab_size = 560
     config.data.image_size = SIDE
     config.data.threads = 1
+    config.adversary.update({"features": 4, "layers": 2})
     config.eval.update({"images": 4, "steps": 2})
     config.update({"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0})
     config.update({"log_every": 2, "eval_every": 0, "checkpoint_every": 100})
