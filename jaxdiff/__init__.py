@@ -14,6 +14,7 @@ from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.lora import load_lora, merge_lora, read_lora, save_lora
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import load_textual_inversion, save_textual_inversion
+from jaxdiff.io.upscaler import load_upscaler, save_upscaler
 from jaxdiff.io.vae import load_vae
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.model import Model, decode, encode, with_controlnets
@@ -42,6 +43,7 @@ __all__ = [
     "load_controlnet",
     "load_lora",
     "load_textual_inversion",
+    "load_upscaler",
     "load_vae",
     "merge_lora",
     "read_lora",
@@ -50,6 +52,7 @@ __all__ = [
     "save",
     "save_lora",
     "save_textual_inversion",
+    "save_upscaler",
     "shard",
     "time_grid",
     "tokenize",
