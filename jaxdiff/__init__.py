@@ -17,12 +17,13 @@ from jaxdiff.io.textual_inversion import load_textual_inversion, save_textual_in
 from jaxdiff.io.upscaler import load_upscaler, save_upscaler
 from jaxdiff.io.vae import load_vae
 from jaxdiff.models.conditioning import Conditioning
-from jaxdiff.models.model import Model, decode, encode, with_controlnets
+from jaxdiff.models.model import Model, decode, encode, with_controlnets, with_upscaler
 from jaxdiff.models.text_encoding import encode_text
 from jaxdiff.parallel import replicate, shard
 from jaxdiff.sampling.denoiser import denoiser
 from jaxdiff.sampling.generate import generate, initial_noise
 from jaxdiff.sampling.resolve import tokenize
+from jaxdiff.sampling.upscale import upscale
 from jaxdiff.version import __version__
 
 __all__ = [
@@ -56,5 +57,7 @@ __all__ = [
     "shard",
     "time_grid",
     "tokenize",
+    "upscale",
     "with_controlnets",
+    "with_upscaler",
 ]
