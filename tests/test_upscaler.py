@@ -104,6 +104,16 @@ def test_a_missing_tensor_or_file_is_named(tmp_path):
     torch.save(state, tmp_path / "net.pth")
     with pytest.raises(WeightsError, match=r"lacks the tensor body.1.rdb2.conv3.bias"):
         jaxdiff.load_upscaler(tmp_path / "net.pth")
+    state = {**network().state_dict(), "extra.weight": torch.zeros(2)}
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(WeightsError, match=r"holds 1 tensors beside a network of 2 blocks, such as extra.weight"):
+        open_upscaler(tmp_path / "net.pth")
+    state = {**network().state_dict(), "conv_hr.weight": torch.zeros(8, 4, 3, 3)}
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(
+        WeightsError, match=r"conv_hr.weight has shape \[8, 4, 3, 3\], and a network of 2 blocks \[8, 8"
+    ):
+        open_upscaler(tmp_path / "net.pth")
     with pytest.raises(WeightsError, match="neither a file nor a bundled upscaler"):
         jaxdiff.load_upscaler(tmp_path / "none.pth")
     (tmp_path / "folder").mkdir()

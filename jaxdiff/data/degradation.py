@@ -52,7 +52,9 @@ class Degradation:
         x = blurred(x, kernel(rng, strength * self.blur))
         least, most = SMALLEST * size[0] / x.shape[1], 1.2
         factor = np.exp(rng.uniform(np.log(min(max(least, 0.05), 1.0)), np.log(most)))
-        x = resized(x, rng, (max(size[0] // 2, round(x.shape[1] * factor)), max(size[1] // 2, round(x.shape[0] * factor))))
+        x = resized(
+            x, rng, (max(size[0] // 2, round(x.shape[1] * factor)), max(size[1] // 2, round(x.shape[0] * factor)))
+        )
         return self.compressed(noisy(x, rng, strength * self.noise), rng)
 
     def compressed(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -85,9 +87,7 @@ def blurred(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] under a kernel; beyond its border the image is mirrored."""
     padded = np.pad(x.astype(np.float64), ((RADIUS, RADIUS), (RADIUS, RADIUS), (0, 0)), "reflect")
     size, (h, w) = padded.shape[:2], x.shape[:2]
-    found = np.fft.irfft2(
-        np.fft.rfft2(padded, axes=(0, 1)) * np.fft.rfft2(kernel, size)[..., None], size, axes=(0, 1)
-    )
+    found = np.fft.irfft2(np.fft.rfft2(padded, axes=(0, 1)) * np.fft.rfft2(kernel, size)[..., None], size, axes=(0, 1))
     return as_bytes(found[2 * RADIUS : 2 * RADIUS + h, 2 * RADIUS : 2 * RADIUS + w])
 
 

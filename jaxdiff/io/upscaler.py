@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jaxdiff.config.upscaler import RRDBConfig
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.model_paths import BUNDLED
 from jaxdiff.io.tensor_files import PICKLES, SAFETENSORS, TensorSource, named_tensors, open_tensors, write_tensors
 from jaxdiff.io.tensor_files import load_tensors as read_into
+from jaxdiff.io.torch_names import tensor_name, to_torch_layout
 from jaxdiff.models.rrdb import RRDBNet, param_shapes
 from jaxdiff.typing import Params
 
@@ -72,6 +75,7 @@ def open_upscaler(name_or_path: str | Path) -> tuple[RRDBConfig, TensorSource]:
         names = {_renamed(name): given for name, given in names.items()}
     shapes = {name: source.shapes[given] for name, given in names.items()}
     config = _config(path, shapes)
+    _check_tensors(path, shapes, config)
     return config, TensorSource(path, shapes, lambda name: source.read(names[name]), source.metadata)
 
 
@@ -110,12 +114,31 @@ def _config(path: Path, shapes: Mapping[str, list[int]]) -> RRDBConfig:
     channels = {3: 1, 12: 2, 48: 4}
     if first[1] not in channels:
         known = "3, 12 or 48"
-        raise WeightsError(f"{path}: the network takes {first[1]} channels, not {known} of colour images: give another.")
+        raise WeightsError(
+            f"{path}: the network takes {first[1]} channels, not {known} of colour images: give another."
+        )
     sizes = {"num_block": len(blocks), "num_feat": first[0], "num_grow_ch": grow[0], "upsamples": len(ups)}
     config = RRDBConfig(**sizes, unshuffle=channels[first[1]])
     if config.scale < 1 or any(sizes[name] > most for name, most in MOST.items()):
         raise WeightsError(f"{path}: a network of {sizes} is none that can be built: fetch the file again.")
     return config
+
+
+def _check_tensors(path: Path, shapes: Mapping[str, list[int]], config: RRDBConfig) -> None:
+    """Raise WeightsError where tensors are missing, too many, or of other shapes than the network's."""
+    what = f"a network of {config.num_block} blocks"
+    for leaf_path, leaf in flatten_dict(param_shapes(RRDBNet(config))).items():
+        name = tensor_name(leaf_path)
+        if name not in shapes:
+            raise WeightsError(f"{path} lacks the tensor {name} of {what}: fetch it again.")
+        expected = to_torch_layout(leaf_path, np.broadcast_to(0, leaf.shape)).shape
+        if tuple(shapes[name]) != expected:
+            raise WeightsError(f"{path}: tensor {name} has shape {shapes[name]}, and {what} {list(expected)}.")
+    sizes = 15 * 2 * config.num_block + 2 * (4 + config.upsamples)  # weights and biases
+    if len(shapes) > sizes:
+        known = r"body\.\d+\.rdb[123]\.conv[1-5]\.\w+|conv_(first|body|up\d|hr|last)\.\w+"
+        other = min(name for name in shapes if not re.fullmatch(known, name))
+        raise WeightsError(f"{path} holds {len(shapes) - sizes} tensors beside {what}, such as {other}: it is another.")
 
 
 def load_upscaler(name_or_path: str | Path = DEFAULT, *, dtype: Any = None) -> tuple[RRDBNet, Params]:

@@ -4,6 +4,8 @@
 named as in Real-ESRGAN's files.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -90,6 +92,7 @@ class RRDBNet(nn.Module):
         return conv3x3(3, self.dtype, "conv_last")(h).astype(jnp.float32)
 
 
+@functools.lru_cache(maxsize=8)
 def param_shapes(module: RRDBNet) -> dict:
     """The tree of the network's parameters as shapes."""
     side = module.config.unshuffle

@@ -1,11 +1,12 @@
 """Images enlarged by an upscaling network: any scale, any size in tiles, transparency as well.
 
-A tile is cut out with a margin, and of what the network makes of it only the middle is kept. Where the margin is as wide
-as the network can see (`RRDBConfig.reach`) the result is that of the whole image; deep networks see much further than
-they look, so that MARGIN is enough.
+A tile is cut out with a margin, and of what the network makes of it only the middle is kept. Where the margin is as
+wide as the network can see (`RRDBConfig.reach`) the result is that of the whole image; deep networks could see further
+than they look, so that MARGIN is enough.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -141,7 +142,7 @@ def windows(size: int, tile: int, margin: int, multiple: int) -> list[tuple[int,
     if size <= length:
         return [(0, size, 0, size)]
     starts = [start - start % multiple for start in tile_starts(size, length, 2 * margin + multiple)]
-    middles = [(start + length + after) // 2 for start, after in zip(starts, starts[1:], strict=False)]
+    middles = [(start + length + after) // 2 for start, after in itertools.pairwise(starts)]
     cuts = [0, *middles, size]
     return [(start, start + length, *cuts[i : i + 2]) for i, start in enumerate(starts)]
 

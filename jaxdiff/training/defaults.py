@@ -107,8 +107,7 @@ SETTINGS: dict[str, Any] = {
     # Diffusers folders, or names of bundled models, that parts come from with weights and sizes; "model" stands
     # for every part, and "vae" may be the folder of an autoencoder alone.
     "init_from": {
-        name: setting("", path=True)
-        for name in ("model", "text_encoder", "vision_encoder", "vae", "unet", "upscaler")
+        name: setting("", path=True) for name in ("model", "text_encoder", "vision_encoder", "vae", "unet", "upscaler")
     },
     "data": {
         "path": setting("", path=True),

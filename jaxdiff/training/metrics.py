@@ -10,8 +10,8 @@ import numpy as np
 from jaxdiff.diffusion.diffusion_loss import diffusion_loss
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import at, noise_schedule
-from jaxdiff.models.rrdb import RRDBNet
 from jaxdiff.models.model import Model, decode, encode, with_time_ids
+from jaxdiff.models.rrdb import RRDBNet
 from jaxdiff.training.stages import (
     Network,
     clip_embeddings,

@@ -49,7 +49,9 @@ def check(config: Any) -> RRDBConfig:
     given = [name for name, path in config.init_from.items() if path and name != NAME]
     if given or config.model:
         what = f"init_from.{given[0]}" if given else f"model.{next(iter(config.model))}"
-        raise OptionsError(f"{what} means nothing to the stage super_resolution, which trains an upscaler: leave it out.")
+        raise OptionsError(
+            f"{what} means nothing to the stage super_resolution, which trains an upscaler: leave it out."
+        )
     network = network_config(config)
     step, side, crop = network.scale * network.unshuffle, config.data.image_size, config.crop
     for name, size in (("data.image_size", side), ("crop", crop or side)):
@@ -93,7 +95,13 @@ def fresh(module: RRDBNet, key: Key) -> Params:
     centre, linear = np.zeros((3, 3)), np.outer([1, 2, 1], [1, 2, 1]) / 16
     centre[1, 1] = 1
     ups = {f"conv_up{i}": linear for i in range(1, module.config.upsamples + 1)}
-    for name, taps in {"conv_first": centre, "conv_body": 0 * centre, **ups, "conv_hr": centre, "conv_last": centre}.items():
+    for name, taps in {
+        "conv_first": centre,
+        "conv_body": 0 * centre,
+        **ups,
+        "conv_hr": centre,
+        "conv_last": centre,
+    }.items():
         kernel = np.array(params[name]["kernel"])  # [3, 3, in, out]
         kernel[..., :3] = 0.003 * kernel[..., :3]
         for channel in range(3):
