@@ -13,6 +13,8 @@ from jaxdiff.io.images import image_size, read_metadata
 from jaxdiff.io.upscaler import save_upscaler
 from jaxdiff.models.rrdb import RRDBNet
 from jaxdiff.sampling import upscale as upscaling
+from jaxdiff.sampling.resolve import resolve_settings
+from tests.support import tiny
 from tests.support.commands import CASTLE, STEPS
 
 
@@ -131,6 +133,15 @@ def test_a_network_of_scale_one_mends_only():
     upscaling.check_upscale(module, 8, 8, 1)
     with pytest.raises(ArgumentError, match="scale 4 is none of this network"):
         upscaling.check_upscale(module, 8, 8, 4)
+
+
+def test_hires_by_a_network_needs_one(network):
+    model = tiny.tiny_model()
+    with pytest.raises(ArgumentError, match="hires_upscale network needs a model with an upscaler that enlarges"):
+        resolve_settings(model, hires=2, hires_upscale="network")
+    model, params = jaxdiff.with_upscaler(model, {}, network)
+    assert params["upscaler"] is network[1]
+    assert resolve_settings(model, hires=2, hires_upscale="network").hires_upscale == "network"
 
 
 # --- sample.py
