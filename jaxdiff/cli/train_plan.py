@@ -76,8 +76,8 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
 
         trainable = super_resolution.make(config, shapes_only=True)
         side = config.crop or config.data.image_size
-        image = np.zeros((1, side, side, 3), np.uint8)
-        return trainable.stage, trainable.params, {"image": image, "hint": trainable.make_control_image(image[0])[None]}
+        image, scale = np.zeros((1, side, side, 3), np.uint8), trainable.upscaler.config.scale
+        return trainable.stage, trainable.params, {"image": image, "hint": image[:, ::scale, ::scale]}
     sizes = config.tokenizer
     model = described_model(
         config.model.to_dict(), config.init_from.to_dict(), lambda: train_bpe(["a"], 520, sizes.max_length),

@@ -164,18 +164,21 @@ def starting_point(
 NETWORK_TILE = 256  # pixels of a tile of the upscaler's input; three quarters are its own
 
 
-def enlarged(model: Model, params: Params, images: Array, least: int) -> Array:
+def enlarged(model: Model, params: Params, images: Any, least: int) -> Any:
     """Images [B, H, W, 3] in [0, 1] through the model's upscaler until their height is `least` or more, in tiles."""
     net = model.upscaler
     assert net is not None
     scale, multiple = net.config.scale, net.config.unshuffle
+
+    def apply(x: Array) -> Any:
+        return net.apply({"params": params["upscaler"]}, x)
+
     while images.shape[1] < least:
         height, width = images.shape[1:3]
         padding = [(0, 0), (0, -height % multiple), (0, -width % multiple), (0, 0)]
-        x = jnp.pad(jnp.clip(images, 0.0, 1.0), padding, "symmetric")
-        starts = [[n - n % multiple for n in tile_starts(side, NETWORK_TILE, 64)] for side in x.shape[1:3]]
-        x = tiled(lambda x: net.apply({"params": params["upscaler"]}, x), x, (starts[0], starts[1]), NETWORK_TILE,
-                  lambda i: i * scale)  # fmt: skip
+        x: Any = jnp.pad(jnp.clip(images, 0.0, 1.0), padding, "symmetric")
+        rows, columns = ([n - n % multiple for n in tile_starts(side, NETWORK_TILE, 64)] for side in x.shape[1:3])
+        x = tiled(apply, x, (rows, columns), NETWORK_TILE, lambda i: i * scale)
         images = x[:, : height * scale, : width * scale]
     return images
 

@@ -50,7 +50,8 @@ def upscale(
         raise ArgumentError("images", f"has shape {list(given.shape)}: give [H, W, 3] or [B, H, W, 3], or 4 channels.")
     scale = float(module.config.scale if scale is None else scale)
     tile = as_whole("tile", tile, 16)
-    check_upscale(module, *given.shape[-3:-1], scale)
+    height, width = given.shape[-3:-1]
+    check_upscale(module, height, width, scale)
     if given.dtype != np.uint8:
         given = np.round(255 * np.clip(in_unit("images", given), 0, 1)).astype(np.uint8)
     batch = given[None] if given.ndim == 3 else given
@@ -126,7 +127,7 @@ def spread(image: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 def network(module: RRDBNet, params: Params, images: Array) -> jax.Array:
     """Images uint8 [B, H, W, 3] -> uint8 [B, scale H, scale W, 3]."""
-    x = module.apply({"params": params}, jnp.asarray(images, jnp.float32) / 255.0)
+    x: Any = module.apply({"params": params}, jnp.asarray(images, jnp.float32) / 255.0)
     return jnp.round(255 * jnp.clip(x, 0.0, 1.0)).astype(jnp.uint8)
 
 
@@ -144,7 +145,7 @@ def windows(size: int, tile: int, margin: int, multiple: int) -> list[tuple[int,
     starts = [start - start % multiple for start in tile_starts(size, length, 2 * margin + multiple)]
     middles = [(start + length + after) // 2 for start, after in itertools.pairwise(starts)]
     cuts = [0, *middles, size]
-    return [(start, start + length, *cuts[i : i + 2]) for i, start in enumerate(starts)]
+    return [(start, start + length, cuts[i], cuts[i + 1]) for i, start in enumerate(starts)]
 
 
 def in_tiles(module: RRDBNet, params: Params, image: np.ndarray, tile: int = TILE) -> np.ndarray:

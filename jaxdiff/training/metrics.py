@@ -75,8 +75,8 @@ def enlargements(module: RRDBNet, batches: Sequence[Mapping[str, Any]]):
     @jax.jit
     def run(upscaler: Params, batch: Batch) -> tuple[Array, Array, Array]:
         image, small = (jnp.asarray(batch[name], jnp.float32) / 255.0 for name in ("image", "hint"))
-        x, plain = module.apply({"params": upscaler}, small), jax.image.resize(small, image.shape, "cubic")
-        x, plain = jnp.clip(x, 0.0, 1.0), jnp.clip(plain, 0.0, 1.0)
+        x: Any = module.apply({"params": upscaler}, small)
+        x, plain = jnp.clip(x, 0.0, 1.0), jnp.clip(jax.image.resize(small, image.shape, "cubic"), 0.0, 1.0)
         return jnp.round(255 * x).astype(jnp.uint8), psnr(x, image), psnr(plain, image)
 
     def evaluate(params: Params) -> tuple[np.ndarray, dict[str, float]]:

@@ -75,7 +75,7 @@ def super_resolution_stage(module: RRDBNet) -> Stage:
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
         image, small = (batch[name].astype(jnp.float32) / 255.0 for name in ("image", "hint"))
-        x = module.apply({"params": params[NAME]}, small)
+        x: Any = module.apply({"params": params[NAME]}, small)
         return jnp.abs(x - image).mean(), {"psnr": psnr(x, image).mean()}
 
     def prepare(batch: Mapping[str, Any]) -> Batch:

@@ -19,7 +19,6 @@ from jaxdiff.io.pretrained import parts, save
 from jaxdiff.io.textual_inversion import encoders, save_textual_inversion
 from jaxdiff.models.controlnet import from_unet
 from jaxdiff.models.model import Model, with_controlnets
-from jaxdiff.models.rrdb import RRDBNet
 from jaxdiff.training import adapters, finetune
 from jaxdiff.training.adapters import MergeParams
 from jaxdiff.training.finetune import SampleInputs
@@ -43,14 +42,14 @@ class Trainable(NamedTuple):
 
     stage: Stage
     params: Params  # all that the loss reads
-    model: Model | None  # as it is in the end; None: a network that is part of no model
+    model: Any  # a `Model`, as it is in the end; None: the network is part of none
     export: Callable[[Path, Params], None]  # writes what was trained, of params of the loss, into a folder
     merge_params: MergeParams = _same  # params of the loss -> those that `model` draws with
     network: Network | None = None  # what denoises, of merged parameters
     # What the model draws from beside a prompt, of a batch read; None where a prompt is enough.
     sample_inputs: Callable[[Mapping[str, Any]], SampleInputs] | None = None
     make_control_image: Callable[[np.ndarray], np.ndarray] | None = None  # see `jaxdiff.data.captioned.captioned_data`
-    upscaler: RRDBNet | None = None  # of the stage "super_resolution"
+    upscaler: Any = None  # an `RRDBNet`, of the stage "super_resolution"
 
 
 def make(config: Any, model: Model, params: Params) -> Trainable:
