@@ -14,14 +14,16 @@ from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.lora import load_lora, merge_lora, read_lora, save_lora
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import load_textual_inversion, save_textual_inversion
+from jaxdiff.io.upscaler import load_upscaler, save_upscaler
 from jaxdiff.io.vae import load_vae
 from jaxdiff.models.conditioning import Conditioning
-from jaxdiff.models.model import Model, decode, encode, with_controlnets
+from jaxdiff.models.model import Model, decode, encode, with_controlnets, with_upscaler
 from jaxdiff.models.text_encoding import encode_text
 from jaxdiff.parallel import replicate, shard
 from jaxdiff.sampling.denoiser import denoiser
 from jaxdiff.sampling.generate import generate, initial_noise
 from jaxdiff.sampling.resolve import tokenize
+from jaxdiff.sampling.upscale import upscale
 from jaxdiff.version import __version__
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "load_controlnet",
     "load_lora",
     "load_textual_inversion",
+    "load_upscaler",
     "load_vae",
     "merge_lora",
     "read_lora",
@@ -50,8 +53,11 @@ __all__ = [
     "save",
     "save_lora",
     "save_textual_inversion",
+    "save_upscaler",
     "shard",
     "time_grid",
     "tokenize",
+    "upscale",
     "with_controlnets",
+    "with_upscaler",
 ]

@@ -273,6 +273,11 @@ def device_memory() -> float:
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit", float("inf"))
+    return host_memory()
+
+
+def host_memory() -> float:
+    """Bytes of memory of this machine; inf if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not on this system

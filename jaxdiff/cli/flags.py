@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
             raise UsageError(f"--from_png: {f.from_png} does not exist: check the path.")
         f = read(define(), [argv[0], *flags_of(f), *argv[1:]], hint)
         check_paths(f)
-    if not f.prompt and not f.prompts_file:
+    if not f.prompt and not f.prompts_file and f.upscale is None:
         raise UsageError('--prompt is missing: say what to draw, such as --prompt "a castle".')
     for option in OPTIONS.values():
         if option.needs and f[option.name].present and not is_given(f[option.needs].value):
@@ -203,8 +203,34 @@ def check_model(f: flags.FlagValues, model: Any) -> None:
         raise UsageError("--guidance_scale has no effect on this model, which was distilled with one: leave it out.")
 
 
+# Flags that mean something where an image is enlarged and nothing drawn.
+ENLARGING = ("image", "upscale", "upscaler", "upscale_tile", "dtype", "output", "overwrite", "cache_dir", "verbose",
+             "from_png")  # fmt: skip
+
+
+def check_upscale(f: flags.FlagValues) -> None:
+    """Raise UsageError for flags that do not go with --upscale, or with its absence."""
+    network = f.hires is not None and f.hires_upscale == "network"
+    if f["upscaler"].present and f.upscale is None and not network:
+        raise UsageError(
+            "--upscaler goes with --upscale, or with --hires and --hires_upscale=network: give one of these too, or "
+            "leave --upscaler out."
+        )
+    if f.upscale is None or f.prompt or f.prompts_file:
+        return
+    if f.image is None:
+        raise UsageError("--upscale enlarges what --prompt draws, or else an --image: give one of the two.")
+    for name in OPTIONS:
+        if f[name].present and name not in ENLARGING:
+            raise UsageError(
+                f"--{name} is for images that are drawn, and without --prompt the --image is only enlarged: leave it "
+                "out, or give --prompt."
+            )
+
+
 def check_tasks(f: flags.FlagValues) -> None:
     """Raise UsageError for flags that do not go together."""
+    check_upscale(f)
     if f.lora_dir is not None and not f.emphasis:
         raise UsageError("--lora_dir is for <lora:…> in prompts, which --noemphasis takes for words: leave one out.")
     if f.mask is not None and f.outpaint is not None:

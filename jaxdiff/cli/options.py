@@ -152,8 +152,14 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
                "--image, with a --mask, under a ControlNet.", low=1.0),
         number("hires_strength", "settings", "How much is redrawn at full size.", 0.6, low=0.0, high=1.0,
                needs="hires"),
-        Option("hires_upscale", "settings", str, "What is enlarged.", "pixel", choices=("pixel", "latent"),
-               needs="hires"),
+        Option("hires_upscale", "settings", str, "What is enlarged: the image, the latents, or the image by the "
+               "network of --upscaler.", "pixel", choices=("pixel", "latent", "network"), needs="hires"),
+        number("upscale", "kept", "Enlarge so many times by a network: each image drawn, or without --prompt the "
+               "--image, which may be a folder of images.", low=1.0, high=16.0, argument="scale"),
+        text("upscaler", "kept", "The network that enlarges: a .pth or .safetensors file in Real-ESRGAN's layout, a "
+             "folder that training exported, or the name of a bundled one.", "icons", path="any"),
+        whole("upscale_tile", "kept", "Enlarge in tiles of this many pixels of the small image.", 192, 16,
+              needs="upscale"),
         texts("controlnet", "kept", "A ControlNet, a folder or file, each with its --control_image.",
               needs="control_image", path="old"),
         texts("control_image", "kept", "What a ControlNet follows.", argument="control_images", path="old"),

@@ -1,16 +1,20 @@
 """Where the images of a command go."""
 
 import collections
+import logging
 import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from absl import flags
 
+from jaxdiff import stores
 from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import LONGEST_NAME
 from jaxdiff.files import make_writable
+from jaxdiff.io import images
 
 NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -51,6 +55,31 @@ def output_paths(output: str, requests: list[dict[str, Any]]) -> tuple[list[Path
     return [path.with_name(f"{path.stem}-{i:03d}.png") for i in range(len(requests))], sheet
 
 
+def enlarged_paths(output: str, files: list[Path], scale: float) -> list[Path]:
+    """Where each of these files goes when it is enlarged: small.png to small-x4.png in a folder.
+
+    Raises:
+        UsageError: `output` is no PNG, or a pattern of something else than {name} and {index}, or without a name for
+            each file.
+    """
+    names = [f"{file.stem}-x{scale:g}" for file in files]
+    counts = collections.Counter(name.casefold() for name in names)
+    names = [name if counts[name.casefold()] == 1 else f"{name}-{i:03d}" for i, name in enumerate(names)]
+    if "{" in output:
+        try:
+            paths = [Path(output.format(index=i, name=file.stem)) for i, file in enumerate(files)]
+        except (LookupError, ValueError, AttributeError):
+            raise UsageError(f"--output {output} may name {{name}} and {{index}} only, of images enlarged.") from None
+        if not output.lower().endswith(".png"):
+            raise UsageError(f"--output {output} is a pattern, and images are PNG: end it in .png.")
+    else:
+        paths = output_paths(output, [{"prompt": name, "seed": i} for i, name in enumerate(names)])[0]
+        if Path(output).suffix.lower() != ".png" or Path(output).is_dir():
+            paths = [Path(output) / f"{name}.png" for name in names]
+    check_names(output, paths)
+    return paths
+
+
 class Files(NamedTuple):
     """Where everything goes that a command writes."""
 
@@ -70,16 +99,42 @@ def output_files(f: flags.FlagValues, requests: list[dict[str, Any]]) -> Files:
     paths, sheet = output_paths(f.output, requests)
     previews = [preview_path(path) for path in paths]
     files = Files(paths, previews, sheet, sheet.with_name(f"{sheet.stem.removesuffix('grid')}animation.gif"))
-    written = [*paths, *(previews if f.preview else ()), *([sheet] if f.grid else ())]
+    check_names(f.output, [*paths, *(previews if f.preview else ()), *([sheet] if f.grid else ())])
+    return files
+
+
+def check_names(output: str, written: list[Path]) -> None:
+    """Raise UsageError where a file's name is too long, or two have the same."""
     for path in written:
         if len(os.fsencode(path.name)) > LONGEST_NAME:
-            raise UsageError(f"--output {f.output:.40} gives a file the name {path.name:.40}…, too long: shorten it.")
+            raise UsageError(f"--output {output:.40} gives a file the name {path.name:.40}…, too long: shorten it.")
     # Some file systems take names for one that differ in capitals alone.
     counts = collections.Counter(str(path).casefold() for path in written)
     for path in written:
         if counts[str(path).casefold()] > 1:
-            raise UsageError(f"--output {f.output} gives two files the name {path.name}: add {{index}} to it.")
-    return files
+            raise UsageError(f"--output {output} gives two files the name {path.name}: add {{index}} to it.")
+
+
+class Writer:
+    """Writes the files of a command and prints their paths, one a line."""
+
+    def __init__(self, overwrite: bool) -> None:
+        self._overwrite, self._warned = overwrite, False
+
+    def png(self, path: Path, image: np.ndarray, metadata: Any) -> Path:
+        """Write an image; returns the file's name, which is numbered where another file has it."""
+        return self._said(path, images.write_png(path, image, metadata, overwrite=self._overwrite))
+
+    def gif(self, path: Path, frames: list[np.ndarray], seconds: float) -> Path:
+        return self._said(path, images.write_gif(path, frames, seconds, overwrite=self._overwrite))
+
+    def _said(self, wanted: Path, written: Path) -> Path:
+        print(stores.shown(written), flush=True)
+        if written != wanted and not self._warned:
+            names = stores.shown(wanted), stores.shown(written)
+            logging.warning("%s exists, so this run's is %s, and others likewise; --overwrite replaces.", *names)
+            self._warned = True
+        return written
 
 
 def check_folder(folder: Path) -> None:

@@ -3,6 +3,8 @@
     python sample.py --prompt "a castle"
     python sample.py --prompt "a castle" --prompt "a dog" --num_images 4 --grid --output drawn/
     python sample.py --prompt "a castle" --image castle.png --strength 0.6 --output again.png
+    python sample.py --prompt "a castle" --upscale 4
+    python sample.py --image small.png --upscale 4
     python sample.py --from_png castle.png --steps 50 --output finer.png
 
 Written paths go to stdout, one a line; progress, warnings and errors to stderr. Images are counted over all prompts,
@@ -26,7 +28,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 import jaxdiff
-from jaxdiff import parallel, stores
+from jaxdiff import parallel
 from jaxdiff.cli import errors, hosts
 from jaxdiff.cli.adapters import (
     Adapters,
@@ -42,7 +44,7 @@ from jaxdiff.cli.adapters import (
 from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import check_files, check_model, flag_errors, parse, weighted
 from jaxdiff.cli.options import OPTIONS
-from jaxdiff.cli.outputs import check_folder, make_folder, output_files, preview_path
+from jaxdiff.cli.outputs import Writer, check_folder, make_folder, output_files, preview_path
 from jaxdiff.cli.progress import progress_bar
 from jaxdiff.cli.requests import (
     ImageRequest,
@@ -53,6 +55,7 @@ from jaxdiff.cli.requests import (
     prompt_lines,
     sheet_columns,
 )
+from jaxdiff.cli.upscale import check_sizes, described_upscaler, enlarge_files, enlarger
 from jaxdiff.config import ControlNetConfig
 from jaxdiff.data.images import MAX_PIXELS
 from jaxdiff.io import cache, diffusers_folder, images, model_paths, pretrained, programs
@@ -62,6 +65,7 @@ from jaxdiff.io.edges import canny
 from jaxdiff.io.lora import bundled_words, load_bundled, merge_lora
 from jaxdiff.io.modules import CONFIG
 from jaxdiff.io.textual_inversion import with_words
+from jaxdiff.io.upscaler import load_upscaler
 from jaxdiff.io.vae import check_tiny_vae, check_vae, described_vae
 from jaxdiff.models.controlnet import ControlNet
 from jaxdiff.sampling.checks import check_memory, least_memory
@@ -147,6 +151,7 @@ def described(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
         if f.transformer is not None and path.is_dir():
             given["transformer"] = Path(f.transformer)
         model, own = pretrained.described(path, f.dtype, **given)
+    model = dataclasses.replace(model, upscaler=described_upscaler(f) if f.hires else None)
     if f.vae is None or not Path(f.vae).exists():  # `check_files` says so
         return model
     with naming("--vae"):
@@ -178,6 +183,10 @@ def load(
     if laid.tiny_vae:
         tiny, tree = laid.tiny_vae
         model, params = dataclasses.replace(model, tiny_vae=tiny), params | {"tiny_vae": tree}
+    if f.hires and f.hires_upscale == "network":
+        with naming("--upscaler"):
+            upscaler = load_upscaler(f.upscaler, dtype=f.dtype)
+        model, params = jaxdiff.with_upscaler(model, params, upscaler)
     return model, params
 
 
@@ -276,6 +285,8 @@ def drawn(
 def run(f: flags.FlagValues) -> None:
     """Draw what the flags say. Whatever can be wrong is found in order of its cost."""
     check_folder(Path(f.output.split("{")[0] or ".").parent)
+    if not (f.prompt or f.prompts_file):
+        return enlarge_files(f)
     lines = prompt_lines(f)
     check_networks(f)
     with hosts.independent(f):
@@ -291,11 +302,13 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     model = described(f, path)
     read = functools.cache(images.read_image)
     settings = resolve(f, model, image_groups(f, lines), read)
+    check_sizes(f, [(settings.height, settings.width)])
     requests = image_requests(f, lines)
     files = output_files(f, requests)
     check_folder(files.images[0].parent)
     check_files(f)
     given = given_images(f, model, read)
+    enlarge = enlarger(f)
     laid, chosen = read_adapters(f, model, mesh), named_loras(f, requests)
     loras, everyones = read_named(model, chosen), list(runs(chosen, f.batch_size))
     slices = hosts.mine(everyones)
@@ -327,26 +340,15 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     for folder in {p.parent for p in files.images}:
         make_folder(folder)
 
-    numbered: list[Path] = []  # files whose names were taken
-
-    def said(wanted: Path, written: Path) -> Path:
-        print(stores.shown(written), flush=True)
-        if written != wanted and not numbered:
-            names = stores.shown(wanted), stores.shown(written)
-            logging.warning("%s exists, so this run's is %s, and others likewise; --overwrite replaces.", *names)
-            numbered.append(written)
-        return written
-
-    def write(path: Path, image: np.ndarray, metadata: Any) -> Path:
-        return said(path, images.write_png(path, image, metadata, overwrite=f.overwrite))
-
+    writer = Writer(f.overwrite)
     shown: list[np.ndarray] = []
     images_drawn = drawn(model, lambda i: params_with(chosen[i]), parts, slices)
     numbers = [i for start, end in slices for i in range(start, end)]
     for i, (image, frames) in zip(numbers, with_progress(images_drawn, len(numbers)), strict=True):
-        path = write(files.images[i], image, requests[i])
+        image = enlarge(image)
+        path = writer.png(files.images[i], image, requests[i])
         if f.preview:
-            write(preview_path(path), images.strip(frames), requests[i])
+            writer.png(preview_path(path), images.strip(frames), requests[i])
         if f.grid or f.interpolate:
             shown.append(image)
     hosts.wait_for_all()
@@ -355,10 +357,9 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     if jax.process_index():  # the first writes what shows them all
         return
     if f.grid:
-        write(files.sheet, images.grid(shown, sheet_columns(f, len(shown))), requests)
+        writer.png(files.sheet, images.grid(shown, sheet_columns(f, len(shown))), requests)
     if f.interpolate:
-        written = images.write_gif(files.animation, shown, FRAME_SECONDS, overwrite=f.overwrite)
-        said(files.animation, written)
+        writer.gif(files.animation, shown, FRAME_SECONDS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -370,6 +371,6 @@ def main(argv: list[str] | None = None) -> int:
         __doc__,
         parse,
         run,
-        smaller="lower --batch_size, --height or --width, give --tile, or use --dtype=bfloat16",
+        smaller="lower --batch_size, --height, --width or --upscale_tile, give --tile, or use --dtype=bfloat16",
         stopped="the images listed so far are whole",
     )

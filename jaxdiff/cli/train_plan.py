@@ -71,6 +71,13 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     from jaxdiff.training.checks import check_sizes, image_size
     from jaxdiff.training.init import described_model
 
+    if config.stage == "super_resolution":
+        from jaxdiff.training import super_resolution
+
+        trainable = super_resolution.make(config, shapes_only=True)
+        side = config.crop or config.data.image_size
+        image, scale = np.zeros((1, side, side, 3), np.uint8), trainable.upscaler.config.scale
+        return trainable.stage, trainable.params, {"image": image, "hint": image[:, ::scale, ::scale]}
     sizes = config.tokenizer
     model = described_model(
         config.model.to_dict(), config.init_from.to_dict(), lambda: train_bpe(["a"], 520, sizes.max_length),

@@ -27,12 +27,32 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np
     Raises:
         ImageError: the file is missing, damaged, too large, of another format, or of greys outside of [0, 1].
     """
+    return np.array(_opened(path, lambda path: on_background(open_image(path), background)))
+
+
+def _opened(path: str | Path, read: Callable[[str | Path], Any]) -> Any:
+    """What `read` makes of an image file. Raises ImageError where it cannot."""
     try:
-        return np.array(on_background(open_image(path), background))
+        return read(path)
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist: give an existing image.") from None
     except Exception as e:  # damage shows as errors of many kinds: struct.error, TypeError, DecompressionBombError, …
         raise ImageError(f"{path} cannot be read as an image ({e}): save it again as PNG or JPEG.") from None
+
+
+def read_with_alpha(path: str | Path) -> np.ndarray:
+    """An image file as `read_image` reads it, but with its opacity: uint8 [H, W, 3], or [H, W, 4] where it has some."""
+    return np.array(_opened(path, open_image))
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of an image file, of its header alone; the two may be exchanged. Raises ImageError."""
+
+    def size(path: str | Path) -> tuple[int, int]:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.height, image.width
+
+    return _opened(path, size)
 
 
 def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 LISTS = (
     "attentions",
     "blocks",
+    "body",
     "context_refiner",
     "controlnet_down_blocks",
     "down_blocks",

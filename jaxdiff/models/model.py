@@ -32,6 +32,7 @@ from jaxdiff.models.dit import PATCH
 from jaxdiff.models.flux import FluxTransformer2DModel
 from jaxdiff.models.flux2 import Flux2Transformer2DModel
 from jaxdiff.models.qwen3 import Qwen3Model
+from jaxdiff.models.rrdb import RRDBNet
 from jaxdiff.models.sd3 import SD3Transformer2DModel
 from jaxdiff.models.t5 import T5EncoderModel
 from jaxdiff.models.tiny_vae import AutoencoderTiny
@@ -78,6 +79,7 @@ class Model:
     transformer: Any = None  # of FLUX.1, SD 3, Z-Image or FLUX.2
     controlnets: tuple[Any, ...] = ()  # their parameters are the list params["controlnet"], in the same order
     tiny_vae: AutoencoderTiny | None = None  # draws previews, with params["tiny_vae"]
+    upscaler: RRDBNet | None = None  # enlarges between two stages, with params["upscaler"]
     options: PipelineOptions = dataclasses.field(default_factory=PipelineOptions)
 
     @property
@@ -141,7 +143,8 @@ def computing_in(model: Model, dtype: Any) -> Model:
     networks = {name: module.clone(dtype=jnp.dtype(dtype)) for name, module in model.modules.items()}
     controlnets = tuple(module.clone(dtype=jnp.dtype(dtype)) for module in model.controlnets)
     tiny = model.tiny_vae and model.tiny_vae.clone(dtype=jnp.dtype(dtype))
-    return dataclasses.replace(model, **networks, controlnets=controlnets, tiny_vae=tiny)
+    upscaler = model.upscaler and model.upscaler.clone(dtype=jnp.dtype(dtype))
+    return dataclasses.replace(model, **networks, controlnets=controlnets, tiny_vae=tiny, upscaler=upscaler)
 
 
 def with_controlnets(model: Model, params: Params, *controlnets: tuple[Any, Params]) -> tuple[Model, Params]:
@@ -158,6 +161,11 @@ def with_controlnets(model: Model, params: Params, *controlnets: tuple[Any, Para
         check_fits(net.config, model.unet.config)
     model = dataclasses.replace(model, controlnets=tuple(net for net, _ in controlnets))
     return model, {**params, "controlnet": [p for _, p in controlnets]}
+
+
+def with_upscaler(model: Model, params: Params, upscaler: tuple[RRDBNet, Params]) -> tuple[Model, Params]:
+    """The model with an upscaling network, as `load_upscaler` returns it, for `generate(hires_upscale="network")`."""
+    return dataclasses.replace(model, upscaler=upscaler[0]), {**params, "upscaler": upscaler[1]}
 
 
 def build(

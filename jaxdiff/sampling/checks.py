@@ -236,5 +236,7 @@ def check_task(model: Model, image: Array | None, mask: Array | None, hires: flo
         raise ArgumentError("image", "is missing: this model is for upscaling: give the small image as image.")
     if hires is not None and model.family == "upscaler":
         raise ArgumentError("hires", "is not for models that upscale: leave it out.")
-    if hires_upscale not in ("pixel", "latent"):
-        raise ArgumentError("hires_upscale", f"{hires_upscale!r} is unknown; known are pixel and latent.")
+    if hires_upscale not in ("pixel", "latent", "network"):
+        raise ArgumentError("hires_upscale", f"{hires_upscale!r} is unknown; known are pixel, latent and network.")
+    if hires is not None and hires_upscale == "network" and (model.upscaler is None or model.upscaler.config.scale < 2):
+        raise ArgumentError("hires_upscale", "network needs a model with an upscaler that enlarges: see with_upscaler.")

@@ -104,7 +104,7 @@ def sampler(
         keys, lowres = inputs.keys, None
         if inputs.lowres_noise is not None:
             latents = stage(lowres_inputs(model, inputs), keys, call.lowres_start)()
-            lowres, keys = upscaled(model, vae, latents, inputs.noise.shape, upscale), step_keys(keys, HIRES)
+            lowres, keys = upscaled(model, params, vae, latents, inputs.noise.shape, upscale), step_keys(keys, HIRES)
         if call.preview_steps is None:
             x0, frames = stage(inputs, keys, call.start, lowres)(), None
         else:
@@ -299,7 +299,8 @@ def generate(
         controlnet_scale: weight of the ControlNets, for all or one for each.
         hires: draw so many times smaller first, enlarge, and redraw the part `hires_strength` of the steps at full
             size: large images of models that were taught small ones. Enlarged is the image, or as
-            `hires_upscale` says "latent", what the autoencoder makes of it, which is cheaper and blurrier. An image,
+            `hires_upscale` says "latent", what the autoencoder makes of it, which is cheaper and blurrier, or
+            "network", the image by the network of `with_upscaler`. An image,
             mask and control images are resized for the small image; `strength` is of its steps.
         tile: encode and decode in overlapping tiles of this many latents (jaxdiff/models/tiling.py), for images that
             the autoencoder has no memory for.

@@ -14,7 +14,7 @@ from jaxdiff.diffusion.schedules import Time, noise_schedule
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.model import Model, decode, encode
 from jaxdiff.models.text_encoding import encode_text
-from jaxdiff.models.tiling import decode_tiled, encode_tiled
+from jaxdiff.models.tiling import decode_tiled, encode_tiled, tile_starts, tiled
 from jaxdiff.text.chunks import Tokens
 from jaxdiff.typing import Array, Denoise, Key, Params
 
@@ -161,13 +161,38 @@ def starting_point(
     return x, scheduler
 
 
-def upscaled(model: Model, vae: Codec, latents: Array, shape: tuple[int, ...], upscale: str) -> Array:
+NETWORK_TILE = 256  # pixels of a tile of the upscaler's input; three quarters are its own
+
+
+def enlarged(model: Model, params: Params, images: Any, least: int) -> Any:
+    """Images [B, H, W, 3] in [0, 1] through the model's upscaler until their height is `least` or more, in tiles."""
+    net = model.upscaler
+    assert net is not None
+    scale, multiple = net.config.scale, net.config.unshuffle
+
+    def apply(x: Array) -> Any:
+        return net.apply({"params": params["upscaler"]}, x)
+
+    while images.shape[1] < least:
+        height, width = images.shape[1:3]
+        padding = [(0, 0), (0, -height % multiple), (0, -width % multiple), (0, 0)]
+        x: Any = jnp.pad(jnp.clip(images, 0.0, 1.0), padding, "symmetric")
+        rows, columns = ([n - n % multiple for n in tile_starts(side, NETWORK_TILE, 64)] for side in x.shape[1:3])
+        x = tiled(apply, x, (rows, columns), NETWORK_TILE, lambda i: i * scale)
+        images = x[:, : height * scale, : width * scale]
+    return images
+
+
+def upscaled(model: Model, params: Params, vae: Codec, latents: Array, shape: tuple[int, ...], upscale: str) -> Array:
     """Clean latents [B, h', w', C] at another size, [B, h, w, C] = shape: resized as they are, or as an image."""
     if upscale == "latent":
         return jax.image.resize(latents, shape, "cubic")
     factor = model.vae.config.factor
     size = (shape[0], shape[1] * factor, shape[2] * factor, model.vae.config.out_channels)
-    image = jax.image.resize(vae.decode(latents), size, "lanczos3")
+    image = vae.decode(latents)
+    if upscale == "network":
+        image = enlarged(model, params, image, size[1])
+    image = jax.image.resize(image, size, "lanczos3")
     return vae.encode(jnp.clip(image, 0.0, 1.0))
 
 

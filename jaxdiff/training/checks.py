@@ -15,20 +15,24 @@ from jaxdiff.training.ranges import check_value, near
 
 NOT_BUILT = {*FIXED_UNET, *FIXED_VAE, "architectures", "model_type"}  # what files say of networks beside their sizes
 AUTOENCODERS = ("vae", "vae_decoder")  # stages that train one
+WITHOUT_LATENTS = ("clip", *AUTOENCODERS, "super_resolution")  # stages that read images themselves
 # Settings that only some stages read.
 READ_BY_ALL_BUT = {
-    "crop": tuple(stage for stage in STAGES if stage not in AUTOENCODERS),
-    "cache_latents": ("clip", *AUTOENCODERS),
-    "latents.path": ("clip", *AUTOENCODERS),
-    "prior_preservation.path": ("clip", *AUTOENCODERS),
+    "crop": tuple(stage for stage in STAGES if stage not in (*AUTOENCODERS, "super_resolution")),
+    "cache_latents": WITHOUT_LATENTS,
+    "latents.path": WITHOUT_LATENTS,
+    "prior_preservation.path": WITHOUT_LATENTS,
     "feature_weight": tuple(stage for stage in STAGES if stage != "vae_decoder"),
     "adversary.init_from": tuple(stage for stage in STAGES if stage != "vae_decoder"),
+    "super_resolution.photographs": tuple(stage for stage in STAGES if stage != "super_resolution"),
+    "init_from.upscaler": tuple(stage for stage in STAGES if stage != "super_resolution"),
+    "eval.prompts": ("super_resolution",),
 }
 # Settings that exclude each other.
 APART = {
     "latents.path": ("cache_latents", "prior_preservation.path"),
     "cache_latents": ("prior_preservation.path",),
-    "data.buckets": ("prior_preservation.path", "crop"),
+    "data.buckets": ("prior_preservation.path", "crop", "super_resolution.photographs"),
 }
 # Of each pair the first is no more than the second, where that is not 0.
 ORDERED = (("controlnet.canny_low", "controlnet.canny_high"), ("data.filter.min_caption", "data.filter.max_caption"))

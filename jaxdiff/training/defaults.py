@@ -106,7 +106,9 @@ SETTINGS: dict[str, Any] = {
     "remat": setting("", choices=("", *REMAT_POLICIES)),
     # Diffusers folders, or names of bundled models, that parts come from with weights and sizes; "model" stands
     # for every part, and "vae" may be the folder of an autoencoder alone.
-    "init_from": {name: setting("", path=True) for name in ("model", "text_encoder", "vision_encoder", "vae", "unet")},
+    "init_from": {
+        name: setting("", path=True) for name in ("model", "text_encoder", "vision_encoder", "vae", "unet", "upscaler")
+    },
     "data": {
         "path": setting("", path=True),
         "split": "train",
@@ -145,8 +147,10 @@ SETTINGS: dict[str, Any] = {
     # Of a fresh text encoder.
     "tokenizer": {"vocab_size": setting(4096, 514, 2**24), "max_length": setting(24, 3, 4096)},
     "model": {},  # sizes of fresh parts: text_encoder, vision_encoder, vae, unet, scheduler
+    # Stages "vae", "vae_decoder" and "super_resolution": pixels of random squares to train on; 0: whole images, as all
+    # others learn.
+    "crop": setting(0, 0, 16384),
     # Stages "vae" and "vae_decoder".
-    "crop": setting(0, 0, 16384),  # pixels of random squares to train on; 0: whole images, as all other stages learn
     "kl_weight": setting(1e-3, 0),
     "edge_weight": setting(1.0, 0),
     # Stage "vae_decoder".
@@ -182,6 +186,20 @@ SETTINGS: dict[str, Any] = {
         "init_from": setting("", path=True),
         "canny_low": setting(100.0, 0),
         "canny_high": setting(200.0, 0),
+    },
+    # Stage "super_resolution": sizes of a fresh network; a folder of photographs, half of each batch; and what becomes
+    # of images before they are enlarged, see jaxdiff/data/degradation.py.
+    "super_resolution": {
+        "scale": setting(4, 2, 16),
+        "num_block": setting(6, 1, 1000),
+        "num_feat": setting(32, 3, 4096),
+        "num_grow_ch": setting(16, 1, 4096),
+        "photographs": setting("", path=True),
+        "clean": setting(0.3, 0, 1),  # share of images that are only resized
+        "blur": setting(2.0, 0, 7),  # the widest kernel's deviation, in pixels
+        "noise": setting(0.06, 0, 1),  # the highest deviation
+        "jpeg": setting(40, 1, 95),  # the lowest quality
+        "second": setting(0.5, 0, 1),  # share of damaged images that go through a second round
     },
     # What train.py --precompute wrote, and how it writes: views of every image, the text embeddings too, and
     # images that a device encodes at a time, as for cache_latents.

@@ -11,6 +11,7 @@ from jaxdiff.diffusion.diffusion_loss import diffusion_loss
 from jaxdiff.diffusion.prediction import add_noise
 from jaxdiff.diffusion.schedules import at, noise_schedule
 from jaxdiff.models.model import Model, decode, encode, with_time_ids
+from jaxdiff.models.rrdb import RRDBNet
 from jaxdiff.training.stages import (
     Network,
     clip_embeddings,
@@ -38,6 +39,11 @@ def for_each(run: Callable[[Any], Any], batches: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
 
+def psnr(x: Array, target: Array) -> Array:
+    """Peak signal-to-noise ratio of each image, in dB: [B, H, W, C] in [0, 1] -> [B]."""
+    return -10 * jnp.log10(jnp.maximum(((x - target) ** 2).mean((1, 2, 3)), 1e-10))
+
+
 def reconstructions(model: Model, batches: Sequence[np.ndarray]):
     """A function params -> (images after the autoencoder uint8 [N, H, W, 3], their mean PSNR in dB).
 
@@ -49,13 +55,34 @@ def reconstructions(model: Model, batches: Sequence[np.ndarray]):
     def run(vae: Params, images: Array) -> tuple[Array, Array]:
         x = images.astype(jnp.float32) / 255.0
         y = decode(model, {"vae": vae}, encode(model, {"vae": vae}, x))
-        errors = jnp.maximum(((x - y) ** 2).mean((1, 2, 3)), 1e-10)
-        return jnp.round(255 * y).astype(jnp.uint8), -10 * jnp.log10(errors)
+        return jnp.round(255 * y).astype(jnp.uint8), psnr(x, y)
 
     def evaluate(params: Params) -> tuple[np.ndarray, dict[str, float]]:
         vae = jax.device_put(params["vae"])
         images, psnr = for_each(lambda images: run(vae, images), batches)
         return images, {"eval_psnr": float(psnr.mean())}
+
+    return evaluate
+
+
+def enlargements(module: RRDBNet, batches: Sequence[Mapping[str, Any]]):
+    """A function params -> (images uint8 [N, H, W, 3], {"eval_psnr", "eval_psnr_bicubic"}): dB against the originals.
+
+    Args:
+        batches: of images and their small, damaged versions, as the stage "super_resolution" prepares them.
+    """
+
+    @jax.jit
+    def run(upscaler: Params, batch: Batch) -> tuple[Array, Array, Array]:
+        image, small = (jnp.asarray(batch[name], jnp.float32) / 255.0 for name in ("image", "hint"))
+        x: Any = module.apply({"params": upscaler}, small)
+        x, plain = jnp.clip(x, 0.0, 1.0), jnp.clip(jax.image.resize(small, image.shape, "cubic"), 0.0, 1.0)
+        return jnp.round(255 * x).astype(jnp.uint8), psnr(x, image), psnr(plain, image)
+
+    def evaluate(params: Params) -> tuple[np.ndarray, dict[str, float]]:
+        upscaler = jax.device_put(params["upscaler"])
+        images, values, plain = for_each(lambda batch: run(upscaler, batch), batches)
+        return images, {"eval_psnr": float(values.mean()), "eval_psnr_bicubic": float(plain.mean())}
 
     return evaluate
 

@@ -13,7 +13,7 @@ from jaxdiff.io.images import grid, write_png
 from jaxdiff.sampling.generate import generate
 from jaxdiff.training.checks import AUTOENCODERS
 from jaxdiff.training.finetune import SampleInputs
-from jaxdiff.training.metrics import for_each, noise_levels, reconstructions, retrieval
+from jaxdiff.training.metrics import enlargements, for_each, noise_levels, reconstructions, retrieval
 from jaxdiff.training.trackers import TrackedImages
 from jaxdiff.training.train_step import cast_frozen
 from jaxdiff.training.trainables import Trainable
@@ -55,6 +55,8 @@ def make_on_eval(
         return clip_on_eval(trainable, held_out)
     if config.stage in AUTOENCODERS:
         return vae_on_eval(trainable, held_out, samples)
+    if config.stage == "super_resolution":
+        return upscaler_on_eval(trainable, held_out, samples)
     return denoiser_on_eval(config, trainable, held_out, samples, at_once)
 
 
@@ -80,6 +82,27 @@ def vae_on_eval(trainable: Trainable, held_out: HeldOut, samples: Path | None) -
             return values
         pairs = np.stack([images, reconstructed], 1)[:MAX_PAIRS].reshape(-1, *images.shape[1:])
         sheet = Sheet(pairs, 8, ["given", "reconstructed"] * (len(pairs) // 2))
+        return {**values, "samples": write_sheet(samples, step, sheet)}
+
+    return on_eval
+
+
+def upscaler_on_eval(trainable: Trainable, held_out: HeldOut, samples: Path | None) -> OnEval | None:
+    """How near enlarged images come to those set aside, beside bicubic ones, and a sheet: small, enlarged, itself."""
+    batches = [trainable.stage.prepare(batch) for batch in held_out()]
+    if not batches:
+        return None
+    images, small = (np.concatenate([batch[name] for batch in batches]) for name in ("image", "hint"))
+    evaluate = enlargements(trainable.upscaler, batches)
+    scale = images.shape[1] // small.shape[1]
+    shown = small.repeat(scale, axis=1).repeat(scale, axis=2)
+
+    def on_eval(step: int, params: Params) -> Mapping[str, float | TrackedImages]:
+        enlarged, values = evaluate(params)
+        if samples is None:
+            return values
+        rows = np.stack([shown, enlarged, images], 1)[:MAX_PAIRS]
+        sheet = Sheet(rows.reshape(-1, *images.shape[1:]), 6, ["given", "enlarged", "image"] * len(rows))
         return {**values, "samples": write_sheet(samples, step, sheet)}
 
     return on_eval

@@ -11,7 +11,18 @@ from jaxdiff.training.ranges import MOST, OptionsError, check_fields, setting
 
 __all__ = ["NoiseOptions", "Options", "OptionsError"]
 
-STAGES = ("clip", "vae", "vae_decoder", "unet", "lora", "textual_inversion", "controlnet", "inpainting", "upscaler")
+STAGES = (
+    "clip",
+    "vae",
+    "vae_decoder",
+    "unet",
+    "lora",
+    "textual_inversion",
+    "controlnet",
+    "inpainting",
+    "upscaler",
+    "super_resolution",
+)
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 # Types of the optimizer's moments, and which optimizers can have them.

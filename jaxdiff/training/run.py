@@ -16,7 +16,7 @@ from absl import logging
 from jaxdiff import stores
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.data.pipeline import CaptionedData
-from jaxdiff.training import init, remote, trainables
+from jaxdiff.training import init, remote, super_resolution, trainables
 from jaxdiff.training.checks import check_sizes, image_size
 from jaxdiff.training.defaults import as_json
 from jaxdiff.training.ema import reconstructed
@@ -60,6 +60,8 @@ class Run:
             return self.data.batches(source=self.cached_latents(), buckets=None)
         if config.prior_preservation.path:
             return self.data.with_class_images()
+        if config.super_resolution.photographs:
+            return self.data.with_photographs(crop=config.crop or None)
         return self.data.batches(crop=config.crop or None)
 
     def on_eval(self) -> OnEval | None:
@@ -75,6 +77,8 @@ class Run:
     def precompute(self, folder: Path, views: int, embeddings: bool) -> None:
         """Write the latents of all images, see `jaxdiff.training.precompute`."""
         config, data = self.config, self.data
+        if self.trainable.model is None:
+            raise OptionsError(f"stage {config.stage} learns from images, not latents: leave --precompute out.")
         if stores.behind(folder) and jax.process_count() > 1:
             raise OptionsError(f"latents of {stores.shown(folder)} cannot be written by several hosts, which share no "
                                "folder there: write them on one, for latents.path.")  # fmt: skip
@@ -134,13 +138,8 @@ def build_run(config: Any, workdir: Path) -> Run:
     images = Images(config, workdir)
     source = images.chosen(config.data.split)
     aside = images.chosen(config.data.eval_split) if config.data.eval_split and config.eval.images else source
-    model, params = init.starting_model(
-        config.model.to_dict(), config.init_from.to_dict(), images.tokenizer, jax.random.key(config.seed, impl=PRNG),
-        dtype=config.dtype, remat=config.remat or False, check=lambda model: check_sizes(config, model),
-    )  # fmt: skip
-    size = image_size(config, model)
+    trainable, size = starting_point(config, images)
     buckets = images.buckets(source, size)
-    trainable = trainables.make(config, model, params)
     at_once = max(1, options.batch_size // (devices * options.accumulate))
     data = TrainingData(images, source, aside, size, buckets, at_once, trainable.make_control_image)
     run = Run(config, workdir, options, trainable, data)
@@ -150,3 +149,14 @@ def build_run(config: Any, workdir: Path) -> Run:
     if config.latents.path:
         run.latents()  # which refuses those of other settings
     return run
+
+
+def starting_point(config: Any, images: Images) -> tuple[Trainable, int]:
+    """What is trained, and the side of the images that it learns from, in pixels."""
+    if config.stage == "super_resolution":
+        return super_resolution.make(config), config.data.image_size
+    model, params = init.starting_model(
+        config.model.to_dict(), config.init_from.to_dict(), images.tokenizer, jax.random.key(config.seed, impl=PRNG),
+        dtype=config.dtype, remat=config.remat or False, check=lambda model: check_sizes(config, model),
+    )  # fmt: skip
+    return trainables.make(config, model, params), image_size(config, model)

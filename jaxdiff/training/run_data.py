@@ -26,6 +26,7 @@ from jaxdiff.training.options import OptionsError
 from jaxdiff.training.workdir import data_fingerprint
 
 MAX_CAPTIONS = 1_000_000  # examples that a tokenizer is learnt from
+PHOTOGRAPH = ("a photograph",)  # the caption of images of which only the pixels count
 ALONE = {"host_index": 0, "host_count": 1}
 # Data sets of this repository, by their usual place, and how they are made.
 BUILT = {
@@ -132,17 +133,25 @@ class TrainingData:
 
     def with_class_images(self) -> CaptionedData:
         """Batches of which half are images of the class, in the same order for any number of hosts."""
-        config, prior = self.images.config, self.images.config.prior_preservation
-        size = config.batch_size
+        prior = self.images.config.prior_preservation
         source = (
             self.images.captioned(Path(prior.path), prior.captions, "class")
             if prior.captions
             else self.images.open(prior.path, "train")
         )
-        own = self.batches(batch_size=size - size // 2, **ALONE)
-        others = {"source": source, "seed": config.seed + 3}
-        of_class = self.batches(batch_size=size // 2, **others, **ALONE)
-        return dreambooth.with_prior(own, of_class, prior.weight, **hosts())
+        return self._half_from(source, prior.weight)
+
+    def with_photographs(self, **changes: Any) -> CaptionedData:
+        """Batches of which half are photographs, which need no captions; changes as of `batches`."""
+        photographs = Path(self.images.config.super_resolution.photographs)
+        return self._half_from(self.images.captioned(photographs, PHOTOGRAPH, "photographs"), 1.0, **changes)
+
+    def _half_from(self, source: Source, weight: float, **changes: Any) -> CaptionedData:
+        """Batches of which half are of another source, whose loss counts `weight` times."""
+        config, size = self.images.config, self.images.config.batch_size
+        own = self.batches(batch_size=size - size // 2, **changes, **ALONE)
+        others = self.batches(batch_size=size // 2, source=source, seed=config.seed + 3, **changes, **ALONE)
+        return dreambooth.with_prior(own, others, weight, **hosts())
 
     def held_out(self) -> list[Mapping[str, Any]]:
         """Images set aside, the same on every host and each time; none where `eval.images` is 0."""
@@ -188,6 +197,9 @@ def fingerprints(config: Any) -> dict[str, Any]:
     if prior.path:
         name = "prior_preservation.captions"
         found["prior"] = _fingerprint(config, prior.path, "train", prior.captions, name, "a photo of a dog")
+    if config.super_resolution.photographs:
+        path, name = config.super_resolution.photographs, "super_resolution.photographs"
+        found["photographs"] = _fingerprint(config, path, "train", PHOTOGRAPH, name, PHOTOGRAPH[0])
     return found | ({"latents": LatentShards(Path(latents)).fingerprint} if latents else {})
 
 

@@ -48,13 +48,14 @@ class Trainable(NamedTuple):
 
     stage: Stage
     params: Params  # all that the loss reads
-    model: Model  # as it is in the end
+    model: Any  # a `Model`, as it is in the end; None: the network is part of none
     export: Callable[[Path, Params], None]  # writes what was trained, of params of the loss, into a folder
     merge_params: MergeParams = _same  # params of the loss -> those that `model` draws with
     network: Network | None = None  # what denoises, of merged parameters
     # What the model draws from beside a prompt, of a batch read; None where a prompt is enough.
     sample_inputs: Callable[[Mapping[str, Any]], SampleInputs] | None = None
     make_control_image: Callable[[np.ndarray], np.ndarray] | None = None  # see `jaxdiff.data.captioned.captioned_data`
+    upscaler: Any = None  # an `RRDBNet`, of the stage "super_resolution"
 
 
 def make(config: Any, model: Model, params: Params) -> Trainable:

@@ -17,6 +17,7 @@ import jaxdiff
 from configs.icons import sizes
 from jaxdiff.cli import flags as sample_flags
 from jaxdiff.cli import options, sample, train, train_flags
+from jaxdiff.config.upscaler import RRDBConfig
 from jaxdiff.evaluation import command as evaluation
 from jaxdiff.evaluation import flags as evaluation_flags
 from jaxdiff.io import model_paths
@@ -24,7 +25,9 @@ from jaxdiff.io.images import write_png
 from jaxdiff.io.lora import init_lora, save_lora
 from jaxdiff.io.modules import save_module
 from jaxdiff.io.textual_inversion import extend, save_textual_inversion
+from jaxdiff.io.upscaler import save_upscaler
 from jaxdiff.models.model import Model, build
+from jaxdiff.models.rrdb import RRDBNet, param_shapes
 from jaxdiff.training.defaults import base
 from tests.support import datasets_of_pictures, evaluation_folders, tiny
 from tests.support.documents import ROOT, program, read
@@ -93,6 +96,19 @@ def without_captions(folder: Path) -> None:
             Image.new("RGB", (16, 16), (50 * i, 0, 99)).save(folder / split / f"{i}.png")
 
 
+def photographs(folder: Path) -> None:
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (16, 16), (90 * i, 50, 99)).save(folder / f"{i}.jpg")
+
+
+def upscaler(path: Path) -> None:
+    """A tiny upscaling network, as safetensors whatever its name."""
+    module = RRDBNet(RRDBConfig(num_block=1, num_feat=4, num_grow_ch=4))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_upscaler(path, jax.tree.map(lambda x: np.zeros(x.shape, np.float32), param_shapes(module)))
+
+
 def icons_set(folder: Path) -> None:
     """Laid out as datasets.icons writes it."""
     for split in ("train", "heldout_pairs", "heldout_subjects"):
@@ -115,6 +131,10 @@ STAND_INS: dict[str, Callable[[Path], object]] = {
     "token.safetensors": textual_inversion,
     "vae.safetensors": vae,
     "castle.png": image,
+    "small.png": image,
+    "photographs": photographs,
+    "RealESRGAN_x4plus.pth": upscaler,
+    "runs/x4/export": lambda path: upscaler(path / "upscaler.safetensors"),
     "my-images": lambda path: evaluation_folders.data_folder(path, train=24, held_out=24),
     "elephant": without_captions,
     "shards": lambda path: datasets_of_pictures.write_tars(path, 8),
@@ -162,7 +182,7 @@ def trains(words: list[str]) -> bool:
 
 
 def run_train(arguments: list[str]) -> int:
-    crop = ["--config.crop=16"] if any("vae.py" in a for a in arguments) else []
+    crop = ["--config.crop=16"] if any(name in a for name in ("vae.py", "upscaler/x4.py") for a in arguments) else []
     sys.argv = ["train.py", *arguments, *(FEW_UPDATES + crop if trains(["train.py", *arguments]) else [])]
     return train.main(sys.argv)
 

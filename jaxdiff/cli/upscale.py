@@ -1,0 +1,85 @@
+"""sample.py --upscale: images enlarged by a network, as they are drawn or as files."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from jaxdiff.cli.adapters import naming
+from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.flags import check_files, flag_errors
+from jaxdiff.cli.options import OPTIONS
+from jaxdiff.cli.outputs import Writer, check_folder, enlarged_paths, make_folder
+from jaxdiff.cli.progress import progress_bar
+from jaxdiff.data.listing import IMAGE_SUFFIXES, image_files
+from jaxdiff.io import cache
+from jaxdiff.io.images import image_size, read_with_alpha
+from jaxdiff.io.upscaler import load_upscaler, open_upscaler
+from jaxdiff.models.rrdb import RRDBNet
+from jaxdiff.sampling.upscale import check_upscale, upscale
+
+Enlarge = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, C] -> uint8 [H', W', C]
+
+
+def described_upscaler(f: flags.FlagValues) -> RRDBNet | None:
+    """The network of --upscaler where one is used, of its file's header alone. Raises UsageError."""
+    if f.upscale is None and not (f.hires and f.hires_upscale == "network"):
+        return None
+    with naming("--upscaler"):
+        return RRDBNet(open_upscaler(f.upscaler)[0], jnp.dtype(f.dtype))
+
+
+def check_sizes(f: flags.FlagValues, sizes: list[tuple[int, int]]) -> None:
+    """Raise UsageError where --upscale is a scale that the network cannot give, or that memory has no room for.
+
+    Args:
+        sizes: heights and widths of images.
+    """
+    network = described_upscaler(f)
+    if f.upscale is None or network is None:
+        return
+    with flag_errors():
+        for size in set(sizes):
+            check_upscale(network, *size, f.upscale)
+
+
+def enlarger(f: flags.FlagValues) -> Enlarge:
+    """What --upscale makes of an image; the image itself where it is not given."""
+    if f.upscale is None:
+        return lambda image: image
+    with naming("--upscaler"):
+        module, params = load_upscaler(f.upscaler, dtype=f.dtype)
+    return lambda image: upscale(module, params, image, scale=f.upscale, tile=f.upscale_tile)
+
+
+def given_files(f: flags.FlagValues) -> list[Path]:
+    """The image of --image, or those of that folder. Raises UsageError."""
+    path = Path(f.image)
+    if not path.is_dir():
+        return [path]
+    found = image_files(path)
+    if not found:
+        raise UsageError(f"--image: the folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+    return found
+
+
+def enlarge_files(f: flags.FlagValues) -> None:
+    """Enlarge --image, or each image of that folder, and write what becomes of it; nothing is drawn."""
+    check_files(f)
+    files = given_files(f)
+    paths = enlarged_paths(f.output, files, f.upscale)
+    check_folder(paths[0].parent)
+    check_sizes(f, [image_size(file) for file in files])
+    cache.cache_compilations(f.cache_dir)
+    enlarge = enlarger(f)
+    for folder in {path.parent for path in paths}:
+        make_folder(folder)
+    kept = ("upscale", "upscaler", "upscale_tile", "dtype")
+    shared = {name: f[name].value for name in kept if f[name].value != OPTIONS[name].default}
+    writer = Writer(f.overwrite)
+    with progress_bar("enlarging", len(files)) as advance:
+        for file, path in zip(files, paths, strict=True):
+            writer.png(path, enlarge(read_with_alpha(file)), {"image": str(file), **shared})
+            advance(1)

@@ -1,0 +1,28 @@
+"""The config of an upscaling network, which files do not hold: it is read from the shapes of their tensors."""
+
+import dataclasses
+from typing import ClassVar
+
+from jaxdiff.config.base import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class RRDBConfig(Config):
+    """A residual-in-residual dense network (Wang et al. 2018, ESRGAN); defaults are Real-ESRGAN's x4plus."""
+
+    CLASS_NAME: ClassVar[str] = "RRDBNet"
+    num_block: int = 23  # residual-in-residual dense blocks
+    num_feat: int = 64  # channels between blocks
+    num_grow_ch: int = 32  # channels that each convolution of a dense block adds
+    upsamples: int = 2  # doublings at the end
+    unshuffle: int = 1  # side of the squares of pixels that become channels first: 2 in the x2 network, 4 in the x1
+
+    @property
+    def scale(self) -> int:
+        """How many times larger an image becomes."""
+        return 2**self.upsamples // self.unshuffle
+
+    @property
+    def reach(self) -> int:
+        """Pixels of the small image, at each side, that a pixel of the large one is made of: one a convolution."""
+        return self.unshuffle * (15 * self.num_block + 2) + self.upsamples + 2

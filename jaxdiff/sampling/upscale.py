@@ -1,0 +1,164 @@
+"""Images enlarged by an upscaling network: any scale, any size in tiles, transparency as well.
+
+A tile is cut out with a margin, and of what the network makes of it only the middle is kept. Where the margin is as
+wide as the network can see (`RRDBConfig.reach`) the result is that of the whole image; deep networks could see further
+than they look, so that MARGIN is enough.
+"""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from jaxdiff import parallel
+from jaxdiff.errors import ArgumentError
+from jaxdiff.models.rrdb import RRDBNet
+from jaxdiff.models.tiling import tile_starts
+from jaxdiff.sampling.checks import as_whole, in_unit
+from jaxdiff.typing import Array, Params
+
+TILE = 192  # pixels of the small image that are kept of a tile
+MARGIN = 32  # pixels around them, at most
+MOST = 16  # times that a side may grow
+
+
+def upscale(
+    module: RRDBNet, params: Params, images: Array, *, scale: float | None = None, tile: int = TILE
+) -> np.ndarray:
+    """Enlarge images by a network.
+
+    Args:
+        module, params: as `load_upscaler` returns them.
+        images: one image [H, W, C] or a batch [B, H, W, C], uint8 or float in [0, 1], of three channels, or four where
+            the last is opacity, which is enlarged as an image of its own.
+        scale: times that each side grows, 1 to 16; None takes the network's own. For another one the network is
+            applied as often as needed, and its image made smaller (Lanczos).
+        tile: pixels of the side of a tile; smaller ones take less memory and more time.
+
+    Returns:
+        uint8 [round(scale H), round(scale W), C], or a batch of them.
+
+    Raises:
+        ArgumentError (a ValueError): one sentence naming the argument and what it may be.
+    """
+    given = np.asarray(images)
+    if given.ndim not in (3, 4) or given.shape[-1] not in (3, 4) or 0 in given.shape:
+        raise ArgumentError("images", f"has shape {list(given.shape)}: give [H, W, 3] or [B, H, W, 3], or 4 channels.")
+    scale = float(module.config.scale if scale is None else scale)
+    tile = as_whole("tile", tile, 16)
+    height, width = given.shape[-3:-1]
+    check_upscale(module, height, width, scale)
+    if given.dtype != np.uint8:
+        given = np.round(255 * np.clip(in_unit("images", given), 0, 1)).astype(np.uint8)
+    batch = given[None] if given.ndim == 3 else given
+    larger = np.stack([_enlarged(module, params, image, scale, tile) for image in batch])
+    return larger[0] if given.ndim == 3 else larger
+
+
+def check_upscale(module: RRDBNet, height: int, width: int, scale: float) -> None:
+    """Raise ArgumentError for a scale that this network cannot give, or one that memory has no room for."""
+    own = module.config.scale
+    if not 1 <= scale <= MOST:  # true of not-a-number too
+        raise ArgumentError("scale", f"{scale:g} must be from 1 to {MOST}.")
+    if own == 1 and scale != 1:
+        raise ArgumentError("scale", f"{scale:g} is none of this network, which mends images at their size: give 1.")
+    side = own ** passes(own, scale)
+    needed = 9.0 * height * width * max(side**2, scale**2)  # bytes: the network's image, the resized one, the file's
+    if needed > 2**30 and needed > (there := parallel.host_memory()):
+        shown = f"{round(width * scale)} x {round(height * scale)} pixels"
+        raise ArgumentError(
+            "scale",
+            f"{scale:g} makes {shown} of {width} x {height}, which take {needed / 2**30:,.1f} GiB of memory, and this "
+            f"machine has {there / 2**30:,.1f}: give a smaller one.",
+        )
+
+
+def passes(own: int, scale: float) -> int:
+    """How often a network is applied for a scale of at least so much.
+
+    >>> passes(4, 2), passes(4, 4), passes(4, 4.5), passes(2, 8)
+    (1, 1, 2, 3)
+    """
+    count = 1
+    while own > 1 and own**count < scale:
+        count += 1
+    return count
+
+
+def _enlarged(module: RRDBNet, params: Params, image: np.ndarray, scale: float, tile: int) -> np.ndarray:
+    """One image uint8 [H, W, 3 or 4]."""
+    height, width = (max(1, round(scale * side)) for side in image.shape[:2])
+
+    def larger(image: np.ndarray) -> np.ndarray:
+        for _ in range(passes(module.config.scale, scale)):
+            image = in_tiles(module, params, image, tile)
+        if image.shape[:2] == (height, width):
+            return image
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+
+    if image.shape[2] == 3:
+        return larger(image)
+    alpha = image[..., 3]
+    if alpha.min() == alpha.max():
+        opacity = np.full((height, width), alpha.flat[0], np.uint8)
+    else:
+        opacity = np.round(larger(np.repeat(alpha[..., None], 3, 2)).mean(2)).astype(np.uint8)
+    return np.dstack([larger(spread(image)), opacity])
+
+
+def spread(image: np.ndarray) -> np.ndarray:
+    """The colours of an image uint8 [H, W, 4], each wholly transparent pixel in that of the nearest that is not.
+
+    What lies under transparency, often black, would else darken the edges.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    clear = image[..., 3] == 0
+    if not clear.any() or clear.all():
+        return np.ascontiguousarray(image[..., :3])
+    y, x = distance_transform_edt(clear, return_distances=False, return_indices=True)
+    return image[y, x, :3]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def network(module: RRDBNet, params: Params, images: Array) -> jax.Array:
+    """Images uint8 [B, H, W, 3] -> uint8 [B, scale H, scale W, 3]."""
+    x: Any = module.apply({"params": params}, jnp.asarray(images, jnp.float32) / 255.0)
+    return jnp.round(255 * jnp.clip(x, 0.0, 1.0)).astype(jnp.uint8)
+
+
+def windows(size: int, tile: int, margin: int, multiple: int) -> list[tuple[int, int, int, int]]:
+    """Where to cut along a side: (start and end of a window, start and end of what is kept of it), in pixels.
+
+    All windows are of one length, so that one program does for all, and begin at a multiple.
+
+    >>> windows(100, 40, 10, 1)
+    [(0, 60, 0, 50), (40, 100, 50, 100)]
+    """
+    length = tile + 2 * margin
+    if size <= length:
+        return [(0, size, 0, size)]
+    starts = [start - start % multiple for start in tile_starts(size, length, 2 * margin + multiple)]
+    middles = [(start + length + after) // 2 for start, after in itertools.pairwise(starts)]
+    cuts = [0, *middles, size]
+    return [(start, start + length, cuts[i], cuts[i + 1]) for i, start in enumerate(starts)]
+
+
+def in_tiles(module: RRDBNet, params: Params, image: np.ndarray, tile: int = TILE) -> np.ndarray:
+    """An image uint8 [H, W, 3] through the network once, a window at a time: uint8 [scale H, scale W, 3]."""
+    c, (height, width) = module.config, image.shape[:2]
+    scale, multiple = c.scale, c.unshuffle
+    padded = np.pad(image, ((0, -height % multiple), (0, -width % multiple), (0, 0)), "symmetric")
+    side, margin = -(-tile // multiple) * multiple, -(-min(MARGIN, c.reach) // multiple) * multiple
+    rows, columns = (windows(n, side, margin, multiple) for n in padded.shape[:2])
+    found = np.empty((padded.shape[0] * scale, padded.shape[1] * scale, 3), np.uint8)
+    for top, bottom, first, last in rows:
+        for left, right, begin, end in columns:
+            out: Any = np.asarray(network(module, params, padded[None, top:bottom, left:right]))[0]
+            kept = out[(first - top) * scale : (last - top) * scale, (begin - left) * scale : (end - left) * scale]
+            found[first * scale : last * scale, begin * scale : end * scale] = kept
+    return found[: height * scale, : width * scale]
