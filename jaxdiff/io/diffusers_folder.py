@@ -244,7 +244,8 @@ def pipeline_class(model: Model) -> str:
             raise WeightsError("PyTorch diffusers has no pipeline of an upscaler under ControlNets: save them alone.")
         return "StableDiffusionUpscalePipeline"
     sd1 = model.text_encoder_2 is None
-    if model.scheduler.class_name == "LCMScheduler" and sd1 and not model.inpaints and not control:
+    told = model.unet.config.time_cond_proj_dim is not None  # of the guidance, which that pipeline always does
+    if model.scheduler.class_name == "LCMScheduler" and told and sd1 and not model.inpaints and not control:
         return "LatentConsistencyModelPipeline"
     kind = f"StableDiffusion{control}" if sd1 else f"StableDiffusionXL{control}"
     task = "Inpaint" if model.inpaints else "Img2Img" if model.family == "sdxl_refiner" else ""
