@@ -19,8 +19,8 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config.lr_multipliers = ()
     config.distillation.update({"guidance_min": 3.0, "guidance_max": 3.0, "tangent_warmup": 100})
     config.update({"caption_dropout": 0.0, "times": "uniform"})
-    config.update({"learning_rate": 2e-4, "schedule": "constant", "weight_decay": 0.0, "ema_decay": 0.99})
+    config.update({"learning_rate": 3e-4, "schedule": "constant", "weight_decay": 0.0, "ema_decay": 0.99})
     config.eval.update({"steps": 4, "scheduler": "lcm", "guidance_scale": 0.0})
     if scale == "cpu":
-        config.update({"steps": 2000, "batch_size": 32, "warmup_steps": 20, "eval_every": 250})
+        config.update({"steps": 2000, "batch_size": 16, "warmup_steps": 20, "eval_every": 250})
     return config

@@ -176,6 +176,8 @@ class DistillationOptions(FromConfig):
     solver_steps: int = setting(50, 1, MOST)  # lcm: DDIM steps from noise to image, of which one is jumped at a time
     huber_c: float = setting(1e-3, above=0, high=1000)  # lcm: errors far below it count as their squares
     tangent_warmup: int = setting(1000, 0, MOST)  # scm: updates over which the student's own derivative comes in
+    # scm: radians a step; sinusoids of the timestep that turn faster lose their weight, see `distillation.smooth`.
+    time_frequency: float = setting(0.05, above=0, high=1)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -280,25 +280,28 @@ def _upscaler(config: Any, model: Model, params: Params) -> Trainable:
 def _distilled(config: Any, model: Model, params: Params) -> Trainable:
     """Stages "lcm" and "scm": all of the UNet learns."""
     _check_no_choice(config)
-    c, how = DistillationOptions.from_config(config.distillation), NoiseOptions.from_config(config)
-    student = distillation.whole_student(model, params, c.guidance_dim, c.solver_steps)
-    make = distillation.lcm_stage if config.stage == "lcm" else distillation.scm_stage
-    stage = make(student, c, **dataclasses.asdict(how))
-    network = distillation.evaluated_network(student.model, c)
-    return Trainable(stage, student.params, student.model, save_model(student.model), network=network)
+    c, how = DistillationOptions.from_config(config.distillation), dataclasses.asdict(NoiseOptions.from_config(config))
+    student = distillation.whole_student(model, params, c)
+    if config.stage == "lcm":
+        stage = distillation.lcm_stage(student, c, **how)
+    else:
+        student = distillation.smooth(student, c.time_frequency)
+        stage = distillation.scm_stage(student, c, **how)
+    network, export = distillation.evaluated_network(student.model, c), save_model(student.model)
+    return Trainable(stage, student.params, student.model, export, student.merge_params, network)
 
 
 def _distilled_lora(config: Any, model: Model, params: Params) -> Trainable:
     """Stage "lcm_lora": a LoRA of the UNet learns, under a teacher that is the model without it."""
     _check_no_choice(config)
-    c, how = DistillationOptions.from_config(config.distillation), NoiseOptions.from_config(config)
+    c, how = DistillationOptions.from_config(config.distillation), dataclasses.asdict(NoiseOptions.from_config(config))
     rank, alpha = config.lora.rank, float(config.lora.alpha or config.lora.rank)
     key = jax.random.key(config.seed, impl=PRNG)
     drawn = distillation.few_steps(model, 0, c.solver_steps)
     chosen = {"targets": ("unet",), "endings": tuple(config.lora.layers) or ATTENTION}
     params, merge = adapters.with_lora(model, params, rank, alpha, key, **chosen)
     student = distillation.Student(drawn, model, params, merge, "unet")
-    stage = distillation.lcm_stage(student, c, name="lcm_lora", trainable=("lora",), **dataclasses.asdict(how))
+    stage = distillation.lcm_stage(student, c, name="lcm_lora", trainable=("lora",), **how)
     network = distillation.evaluated_network(drawn, c)
     return Trainable(stage, params, drawn, _lora_files(model, alpha), merge, network)
 
