@@ -138,9 +138,11 @@ def test_what_is_saved_has_the_class_and_scheduler_that_pytorch_opens(tmp_path):
         assert type(pipe.scheduler) is diffusers.LCMScheduler
         assert pipe.scheduler.config.prediction_type == "v_prediction"
         np.testing.assert_allclose(
-            pipe.scheduler.alphas_cumprod, diffusers.DDPMScheduler.from_pretrained(tmp_path / "model", subfolder="scheduler").alphas_cumprod,
+            pipe.scheduler.alphas_cumprod,
+            diffusers.DDPMScheduler.from_pretrained(tmp_path / "model", subfolder="scheduler").alphas_cumprod,
         )
         opened = jaxdiff.load(tmp_path / cls)[0]
         assert opened.scheduler == target.model.scheduler
         assert opened.options.guidance_scale == (7.5 if dim else 1.0)
+        assert opened.options.steps == 4
         assert dataclasses.replace(opened.unet.config, time_cond_proj_dim=None) == model.unet.config

@@ -5,8 +5,8 @@
     python sample.py --model my-sd15/ --lora runs/lcm_lora/export/pytorch_lora_weights.safetensors \
         --scheduler lcm --steps 4 --guidance_scale 1 --prompt "a castle"
 
-The guidance of the teacher, of scales from 3 to 15, is built in, so that --guidance_scale is 1, or up to 2 with negative
-prompts. Cost: the model itself in bfloat16 and the LoRA's moments and average; a step is about twice one of
+The guidance of the teacher, of scales from 3 to 15, is built in, so that --guidance_scale is 1, or up to 2 with
+negative prompts. Cost: the model itself in bfloat16 and the LoRA's moments and average; a step is about twice one of
 configs/finetune/lora.py. runs/lcm_lora/export holds pytorch_lora_weights.safetensors for PyTorch diffusers, with its
 LCMScheduler, and kohya.safetensors.
 """

@@ -1,6 +1,6 @@
 """Consistency models: networks that go from any point of a probability-flow ODE to its end in one step.
 
-    f(x, t) = c_skip(t) x + c_out(t) x0(x, t),   c_skip = 0.25 / ((s t)^2 + 0.25),   c_out = s t / sqrt((s t)^2 + 0.25)  (1)
+    f(x, t) = c_skip x + c_out x0(x, t),   c_skip = 0.25 / ((s t)^2 + 0.25),   c_out = s t / sqrt((s t)^2 + 0.25)  (1)
 
 is that function, made of the network's prediction of x0, with f(x, 0) = x (Song et al. 2023, equation 5; s is the
 `timestep_scaling` of Luo et al. 2023). It is learnt from a teacher's ODE, by one of two losses:
@@ -18,8 +18,8 @@ along the ODE where its derivative,
     df/dphi = cos(phi) (v - F) - sin(phi) (x + dF/dphi),   dF/dphi = dF/dx v + dF/dt dt/dphi                          (3)
 
 is zero; dF/dphi is one Jacobian-vector product. The gradient of |F - stop(F + g)|^2 moves F by g, which is (3)
-normalised. Their equation 8 has another factor cos(phi); the normalisation takes most of it away again, and without it
-pure noise, cos(phi) = 0, is learnt as well.
+normalised. Their equation 8 has another factor cos(phi); the normalisation takes most of it away again, and without
+it pure noise, cos(phi) = 0, is learnt as well.
 """
 
 from collections.abc import Callable
@@ -79,7 +79,13 @@ def angles(schedule: NoiseSchedule) -> Angles:
 
 
 def tangent(
-    velocity: Callable[[Array, Array], Array], x: Array, t: Array, phi: Array, rate: Array, teacher: Array, warmup: Array
+    velocity: Callable[[Array, Array], Array],
+    x: Array,
+    t: Array,
+    phi: Array,
+    rate: Array,
+    teacher: Array,
+    warmup: Array,
 ) -> tuple[Array, Array]:
     """F and the derivative of equation (3), both [B, ...].
 

@@ -272,6 +272,8 @@ def model_index(model: Model) -> dict[str, Any]:
         index[CONTROLNET] = ["diffusers", "MultiControlNetModel" if several else "ControlNetModel"]
     if options.guidance_scale != PipelineOptions.guidance_scale:
         index["_guidance_scale"] = options.guidance_scale
+    if options.steps != PipelineOptions.steps:
+        index["_steps"] = options.steps
     if model.text_encoder_2 is not None:
         index |= {
             "text_encoder_2": encoder_class(model.text_encoder_2),

@@ -82,9 +82,7 @@ def denoiser(
         t = twice(time.t) if jnp.ndim(time.t) else time.t
         if hints:
             nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
-            each = [
-                net.apply({"params": p}, x_in, t, both.embeddings, twice(hint), *both[1:]) for net, p, hint in nets
-            ]
+            each = [net.apply({"params": p}, x_in, t, both.embeddings, twice(hint), *both[1:]) for net, p, hint in nets]
             residuals = combine(each, [twice(jnp.broadcast_to(s, (batch,))) for s in controlnet_scale])
         if extra_channels is not None:
             x_in = jnp.concatenate([x_in, twice(extra_channels)], -1)

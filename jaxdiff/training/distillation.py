@@ -1,7 +1,7 @@
 """Distillation: a UNet that draws in a few steps what a guided teacher draws in many (diffusion/consistency.py).
 
-A batch is what `diffusion_stage` takes. The student starts as the teacher, of whose guidance it is told by an embedding,
-or of which it learns one mixture.
+A batch is what `diffusion_stage` takes. The student starts as the teacher. An embedding tells it the scale of the
+teacher's guidance, or it learns one mixture of all scales.
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ from jaxdiff.training.train_step import NO_CAST, STATE, Batch, Dtypes, Loss, Met
 from jaxdiff.typing import Array, Denoise, Key, Params
 
 TEACHER = "teacher"  # key of the parameters of a UNet that all of another one learns from
+FEW_STEPS = 4  # that a distilled model recommends
 TIME = "time_embedding"  # part of a UNet
 
 
@@ -72,6 +73,7 @@ def few_steps(model: Model, guidance_dim: int, solver_steps: int) -> Model:
                "rescale_betas_zero_snr")  # fmt: skip
     lcm = SchedulerConfig.from_dict({"_class_name": "LCMScheduler", "original_inference_steps": solver_steps})
     lcm = dataclasses.replace(lcm, **{field: getattr(given, field) for field in process})
+    model = dataclasses.replace(model, options=dataclasses.replace(model.options, steps=FEW_STEPS))
     if guidance_dim:
         return dataclasses.replace(replace_config(model, "unet", time_cond_proj_dim=guidance_dim), scheduler=lcm)
     options = dataclasses.replace(model.options, guidance_scale=1.0)
@@ -121,10 +123,15 @@ class Example(NamedTuple):
 
 
 def example(
-    student: Student, params: Params, batch: Batch, keys: Key, times: Callable[[Key], Array], c: DistillationOptions,
+    student: Student,
+    params: Params,
+    batch: Batch,
+    keys: Key,
+    times: Callable[[Key], Array],
+    c: DistillationOptions,
     how: NoiseOptions,
-) -> Example:  # fmt: skip
-    """Noised latents of a batch and the guided teacher's prediction of the clean ones; `times` are drawn of keys [B]."""
+) -> Example:
+    """Noised latents of a batch, at `times` of keys [B], and the guided teacher's prediction of the clean ones."""
     model, teacher = student.model, student.teacher
     time_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
     latents = latents_of(teacher, params, batch)
@@ -160,9 +167,13 @@ def _mean(errors: Array, batch: Batch) -> Array:
 
 
 def lcm_stage(
-    student: Student, c: DistillationOptions, *, name: str = "lcm", trainable: tuple[str, ...] = ("unet",),
+    student: Student,
+    c: DistillationOptions,
+    *,
+    name: str = "lcm",
+    trainable: tuple[str, ...] = ("unet",),
     **noise_options: Any,
-) -> Stage:  # fmt: skip
+) -> Stage:
     """Latent consistency distillation (Luo et al. 2023, algorithm 1; LCM-LoRA: Luo et al. 2023b).
 
     Args:
