@@ -11,7 +11,6 @@ import pytest
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion import consistency
 from jaxdiff.diffusion.schedules import noise_schedule
-from jaxdiff.models import attention
 from jaxdiff.models.layers import timestep_embedding
 from jaxdiff.training.checks import check_settings
 from jaxdiff.training.loop import fit
@@ -219,27 +218,6 @@ def test_where_the_student_learns_the_teachers_own_guidance_alone_it_says_nothin
     loss, metrics = jax.jit(target.stage.loss)({**target.params, STATE: state}, batch, keys)
     assert loss < 1e-6
     assert metrics["tangent"] < 1e-4
-
-
-def test_a_network_is_differentiated_forward_without_fused_kernels(monkeypatch):
-    """Which have backward passes alone, on whatever platform: `jax.jvp` looks at every branch."""
-
-    @jax.custom_vjp
-    def kernel(q, k, v):
-        return q
-
-    kernel.defvjp(lambda q, k, v: (q, None), lambda _, g: (g, g, g))
-    monkeypatch.setattr(attention, "cudnn_takes", lambda q: True)
-    monkeypatch.setattr(attention, "cudnn_attention", lambda q, k, v, bias: kernel(q, k, v))
-    x = jax.random.normal(jax.random.key(0), (1, attention.FUSED_FROM, 8))
-
-    def derivative():
-        return jax.jit(lambda x: jax.jvp(lambda q: attention.attention(q, x, x, 1), (x,), (x,))[1])(x)
-
-    with pytest.raises(TypeError, match="forward-mode"):
-        derivative()
-    with attention.forward_differentiable():
-        assert jnp.isfinite(derivative()).all()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ Continuous (sCM, Lu & Song 2024). In a variance-preserving process the angle phi
 with v the teacher's v-prediction and F the network's: their TrigFlow, with latents of unit deviation. f is constant
 along the ODE where its derivative,
 
-    df/dphi = cos(phi) (v - F) - sin(phi) (x + dF/dphi),   dF/dphi = dF/dx v + dF/dt dt/dphi                          (3)
+    df/dphi = cos(phi) (v - F) - sin(phi) (x + dF/dphi),   dF/dphi = dF/dx v + dF/dt dt/dphi                         (3)
 
 is zero; dF/dphi is one Jacobian-vector product. The gradient of |F - stop(F + g)|^2 moves F by g, which is (3)
 normalised. Their equation 8 has another factor cos(phi); the normalisation takes most of it away again, and without
