@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs.icons import unet
 
 
-def get_config(scale: str = "cpu") -> ConfigDict:
+def get_config(scale: str = "gpu") -> ConfigDict:
     config = unet.get_config(scale)
     config.stage = "scm"
     config.init_from.model = "icons"
@@ -21,6 +21,9 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config.update({"caption_dropout": 0.0, "times": "uniform"})
     config.update({"learning_rate": 3e-4, "schedule": "constant", "weight_decay": 0.0, "ema_decay": 0.99})
     config.eval.update({"steps": 4, "scheduler": "lcm", "guidance_scale": 0.0})
-    if scale == "cpu":
+    config.dtype = "float32"  # 16 bits are too few for the derivative
+    if scale == "gpu":
+        config.update({"steps": 20_000, "batch_size": 256, "learning_rate": 1e-4, "eval_every": 2000})
+    else:
         config.update({"steps": 2000, "batch_size": 16, "warmup_steps": 20, "eval_every": 250})
     return config
