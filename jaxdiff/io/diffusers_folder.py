@@ -315,6 +315,8 @@ def transformer_index(model: Model) -> dict[str, Any]:
         index["is_distilled"] = model.options.is_distilled
     if model.options.guidance_scale != GUIDANCE[model.family]:
         index["_guidance_scale"] = model.options.guidance_scale
+    if model.options.steps != PipelineOptions.steps:
+        index["_steps"] = model.options.steps
     return index
 
 
