@@ -56,7 +56,7 @@ def consistency(x0: Array, x: Array, t: Array, timestep_scaling: float = 10.0) -
 
 def solver_step(x0: Array, x: Array, time: Time, below: Time) -> Array:
     """x' [B, ...] of the DDIM step from `time` to `below`, fields [B], by a prediction of x0."""
-    start, end = (Time(*(expand(field, x) for field in part[:3])) for part in (time, below))
+    start, end = (Time(expand(s.t, x), expand(s.alpha, x), expand(s.sigma, x)) for s in (time, below))
     return ddim_step(x0, to_eps(x, x0, start), start, end)
 
 

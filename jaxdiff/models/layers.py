@@ -47,7 +47,7 @@ def rematerialised(cls: Any, remat: bool | str) -> Any:
     return nn.remat(cls, policy=REMAT_POLICIES[name])
 
 
-def sinusoid_frequencies(half: int, freq_shift: int = 0) -> Array:
+def sinusoid_frequencies(half: int, freq_shift: float = 0) -> Array:
     """Of a timestep's sinusoids, in radians a step: [half] float32, from 1 down to about 1 / 10000."""
     return jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
 

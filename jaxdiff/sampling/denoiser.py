@@ -79,7 +79,7 @@ def denoiser(
             pooled, mask = both.pooled, both.attention_mask
             output = apply(model, params, "transformer", x_in, t, both.embeddings, pooled, mask, scale)
             return denoised(output.astype(jnp.float32), x, time)
-        t = twice(time.t) if jnp.ndim(time.t) else time.t
+        t = twice(time.t) if jnp.ndim(time.t) else jnp.asarray(time.t)
         if hints:
             nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
             each = [net.apply({"params": p}, x_in, t, both.embeddings, twice(hint), *both[1:]) for net, p, hint in nets]
