@@ -73,7 +73,8 @@ DIFFUSION = in_folder(
      GOLDEN.format("sd1-dpmpp_sde")),
     ("singlestep.py", "to_eps(state.x, next_x0, time)", "to_eps(x, next_x0, time)",
      SCHEDULERS.format("2s_ancestral_is_the_published")),
-    ("singlestep.py", "0.25 / (scaled**2 + 0.25)", "0.5 / (scaled**2 + 0.25)", GOLDEN.format("distilled-lcm")),
+    ("consistency.py", "return SIGMA_DATA**2 / (scaled", "return 2 * SIGMA_DATA**2 / (scaled",
+     GOLDEN.format("distilled-lcm")),
     ("singlestep.py", "up * x + spread", "x + spread", SCHEDULERS.format("tcd")),
     # ---- multistep methods
     ("multistep.py", "(a - other * b) / (node - other)", "(a - other * b) / (other - node)",

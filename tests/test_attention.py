@@ -12,7 +12,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxdiff import parallel
 from jaxdiff.models import fused_attention
-from jaxdiff.models.attention import CHUNK_FROM, SCORES, _bounded, _float16, _fused, attention, split_heads
+from jaxdiff.models.attention import (
+    CHUNK_FROM,
+    SCORES,
+    _bounded,
+    _float16,
+    _fused,
+    attention,
+    forward_differentiable,
+    split_heads,
+)
 from jaxdiff.models.cpu import CHUNK_QUERIES
 from jaxdiff.models.fused_attention import has_cudnn, pallas_attention
 from tests.support.comparison import error
@@ -151,7 +160,11 @@ def lowered(platform, n, m, width, heads, dtype, bias=False, gradient=False) -> 
         hidden = jnp.zeros((2, m)) if bias else None
         return attention(q, k, v, heads, bias=hidden).astype(jnp.float32).sum()
 
-    program = jax.jit(jax.grad(function, (0, 1, 2)) if gradient else function)
+    def derivative(q, k, v):
+        return jax.jvp(function, (q, k, v), (q, k, v))[1]
+
+    kinds = {False: function, True: jax.grad(function, (0, 1, 2)), "forward": derivative}
+    program = jax.jit(kinds[gradient])
     return program.trace(q, k, k).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -200,6 +213,17 @@ def test_a_kernel_takes_its_own_types(cudnn, dtype, platforms):
     for platform, kernel in KERNELS.items():
         count = lowered(platform, 4096, 4096, 320, 8, dtype, gradient=True).count(kernel)
         assert count == ({"cuda": 2, "tpu": 3}[platform] if platform in platforms else 0)
+
+
+@pytest.mark.parametrize("platform", KERNELS)
+def test_a_derivative_of_forward_mode_needs_no_kernel(cudnn, platform):
+    """Kernels have a backward pass alone, and say so."""
+    with pytest.raises(TypeError, match="forward-mode"):
+        lowered(platform, 4096, 4096, 320, 8, jnp.bfloat16, gradient="forward")
+    with forward_differentiable():
+        text = lowered(platform, 4096, 4096, 320, 8, jnp.bfloat16, gradient="forward")
+    assert KERNELS[platform] not in text
+    assert KERNELS[platform] in lowered(platform, 4096, 4096, 320, 8, jnp.bfloat16)
 
 
 @pytest.mark.parametrize(("n", "m"), [(128, 128), (133, 200)])

@@ -10,6 +10,7 @@ from PIL import Image
 
 import jaxdiff
 from jaxdiff.cli import sample
+from jaxdiff.diffusion.sampling_loop import step_keys
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.images import read_image
 from jaxdiff.models.model import with_controlnets
@@ -28,14 +29,17 @@ from diffusers.pipelines.stable_diffusion import (  # noqa: E402
     pipeline_stable_diffusion_inpaint,
     pipeline_stable_diffusion_upscale,
 )
+from diffusers.schedulers import scheduling_lcm  # noqa: E402
 
 from jaxdiff.sampling.inputs import upscaler_noise  # noqa: E402
 from tests.support import oracle, pipelines  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and ml_collections' own
 STEPS, SCALE, LEVELS = 2, 7.5, 2  # LEVELS: see tests/test_tasks.py
+FEW = ("lcm", "lcm_lora")  # drawn by LCM's scheduler
+WHOLE = ("full", "dreambooth", "inpainting", "upscaler", "lcm")  # whose export is a model
 PROMPT = {"textual_inversion": "a <cat>"}
-RATE = {"textual_inversion": 0.3, "lora": 0.1, "controlnet": 0.05}
+RATE = {"textual_inversion": 0.3, "lora": 0.1, "lcm_lora": 0.1, "controlnet": 0.05}
 MORE = {
     "lora": ["--config.trainable=('unet', 'text_encoder')", "--config.lr_multipliers=(('lora/text_encoder', 0.0),)"],
     "dreambooth": [
@@ -69,7 +73,8 @@ def command(kind, data, tiny_folder, workdir):
         f"--config={ROOT}/configs/finetune/{kind}.py", f"--workdir={workdir}", f"--config.data.path={data}",
         f"--config.init_from.model={tiny_folder}", "--config.data.eval_split=validation", "--config.data.threads=1",
         f"--config.eval.prompts=('{PROMPT.get(kind, 'a castle')}',)", f"--config.eval.steps={STEPS}",
-        "--config.eval.scheduler=ddim", f"--config.eval.guidance_scale={SCALE}", "--config.eval.images=2",
+        f"--config.eval.scheduler={'lcm' if kind in FEW else 'ddim'}", f"--config.eval.guidance_scale={SCALE}",
+        "--config.eval.images=2",
         "--config.steps=2", "--config.batch_size=2", "--config.accumulate=1", "--config.warmup_steps=0",
         f"--config.learning_rate={RATE.get(kind, 1e-2)}", "--config.schedule=constant", "--config.ema_decay=0.0",
         "--config.dtype=float32", "--config.remat=", "--config.eval_every=2", "--config.log_every=1",
@@ -87,10 +92,10 @@ def sheet(workdir, step, given):
 
 def opened(kind, base, export):
     """The model of an export, alone or on what it was trained from."""
-    if kind in ("full", "dreambooth", "inpainting", "upscaler"):
+    if kind in WHOLE:
         return jaxdiff.load(export)
     model, params = jaxdiff.load(base)
-    if kind == "lora":
+    if kind in ("lora", "lcm_lora"):
         changed = jaxdiff.load_lora(model, params, export / LORA_FILES["kohya"])
         jax.tree.map(np.testing.assert_array_equal, changed["text_encoder"], params["text_encoder"])  # its rate is 0
         return model, changed
@@ -100,21 +105,23 @@ def opened(kind, base, export):
 
 
 def torch_pipeline(kind, base, export):
-    if kind in ("full", "dreambooth", "inpainting", "upscaler"):
+    if kind in WHOLE:
         return diffusers.DiffusionPipeline.from_pretrained(export)
     if kind == "controlnet":
         net = diffusers.ControlNetModel.from_pretrained(export)
         return diffusers.StableDiffusionControlNetPipeline.from_pretrained(base, controlnet=net)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(base)
-    if kind == "lora":
+    if kind in ("lora", "lcm_lora"):
         pipe.load_lora_weights(str(export), weight_name=LORA_FILES["diffusers"])
+        if kind == "lcm_lora":
+            pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
     else:
         pipe.load_textual_inversion(str(export), weight_name=EMBEDDING_FILE)
     return pipe
 
 
 # In long runs alone: what these have of their own is also tested in test_finetune.py.
-LONG = ("full", "dreambooth", "inpainting", "controlnet", "upscaler", "textual_inversion")
+LONG = ("full", "dreambooth", "inpainting", "controlnet", "upscaler", "textual_inversion", *FEW)
 KINDS = sorted(path.stem for path in (ROOT / "configs" / "finetune").glob("*.py"))
 
 
@@ -171,12 +178,16 @@ def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
         theirs |= {"image": small[None] / 255.0, "noise_level": 20}
     prompt, options = PROMPT.get(kind, "a castle"), {"guidance_scale": SCALE}
     loaded = opened(kind, tiny_folder, tmp_path / "export")
-    again = jaxdiff.generate(*loaded, prompt, **options, **ours, steps=STEPS, scheduler="ddim")[0]
+    scheduler = "lcm" if kind in FEW else "ddim"
+    if kind in FEW:  # the noise of each step is that of our keys
+        noises = [jax.random.normal(step_keys(image_keys(0, 1), i)[0], LATENT)[None] for i in range(STEPS)]
+        pipelines.inject(monkeypatch, scheduling_lcm, *noises)
+    again = jaxdiff.generate(*loaded, prompt, **options, **ours, steps=STEPS, scheduler=scheduler)[0]
     assert np.abs(again.astype(int) - drawn).max() <= 1  # a LoRA's file holds rounded products
     pipe = torch_pipeline(kind, tiny_folder, tmp_path / "export")
     pipe.check_inputs = lambda *args, **kwargs: None  # it wants multiples of 8 whatever the autoencoder's factor
     pipe.set_progress_bar_config(disable=True)
-    if kind in ("full", "dreambooth", "lora", "textual_inversion", "inpainting"):
+    if kind in ("full", "dreambooth", "lora", "textual_inversion", "inpainting", *FEW):
         theirs |= {"height": SIDE, "width": SIDE}
     theirs = pipe(prompt, **options, **theirs, num_inference_steps=STEPS, output_type="np").images[0]
     assert np.abs(drawn / 255.0 - theirs).max() <= LEVELS / 255

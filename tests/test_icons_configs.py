@@ -11,7 +11,7 @@ from jaxdiff.training.init import described_model
 from jaxdiff.training.options import Options
 
 
-@pytest.mark.parametrize("stage", ["vae", "clip", "unet"])
+@pytest.mark.parametrize("stage", ["vae", "clip", "unet", "few_steps"])
 @pytest.mark.parametrize("scale", sizes.SCALES)
 def test_each_stage_describes_a_model_and_options_that_can_be(stage, scale):
     config = importlib.import_module(f"configs.icons.{stage}").get_config(scale)
@@ -21,6 +21,7 @@ def test_each_stage_describes_a_model_and_options_that_can_be(stage, scale):
     assert model.unet.config.side * model.vae.config.factor == config.data.image_size
     assert model.vision_encoder.config.projection_dim == model.text_encoder.config.hidden_size
     Options.from_config(config).check(1)
+    check_settings(config)
 
 
 @pytest.mark.parametrize("scale", sizes.SCALES)

@@ -334,6 +334,8 @@ def test_pointers_in_the_place_of_configs(name, tiny_folder, tmp_path):
             "force_zeros_for_empty_prompt is 'yes' and must be",
         ),
         ("model_index", {"_guidance_scale": "7"}, "_guidance_scale '7'"),
+        ("model_index", {"_steps": "4"}, "_steps '4'"),
+        ("model_index", {"_steps": 0}, "_steps 0"),
     ],
 )
 def test_values_of_another_type_are_named_with_their_file(part, change, sentence, tiny_folder, tmp_path):

@@ -117,6 +117,13 @@ def test_a_model_recommends_its_guidance_scale(sample_cli, told, tiny):
     assert sample_cli(CASTLE, "--output=c.png")[0] == 0
     assert [b["guidance_scale"] for b in told] == [[2.0], [3.0], [7.5]]
     assert read_metadata("a.png")["guidance_scale"] == 2.0  # for whoever draws it with another version of the model
+    options = dataclasses.replace(options, steps=2)
+    jaxdiff.save("recommends", dataclasses.replace(model, options=options), params)
+    assert sample_cli(CASTLE, "--output=d.png", model="recommends")[0] == 0
+    assert sample_cli(CASTLE, "--output=e.png", STEPS, model="recommends")[0] == 0
+    assert [read_metadata(f"{name}.png")["steps"] for name in "cde"] == [25, 2, 3]
+    Path("recommends/model_index.json").write_text('{"_steps": "few"}')
+    assert "_steps 'few' in model_index.json must be a whole number" in sample_cli(CASTLE, model="recommends")[2]
     Path("recommends/model_index.json").write_text('{"_guidance_scale": "much"}')
     assert "_guidance_scale 'much' in model_index.json must be a number" in sample_cli(CASTLE, model="recommends")[2]
     assert load_model(find("icons")).options.guidance_scale == 3

@@ -124,7 +124,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
                high=1.0, needs="variation_seed"),
         whole("interpolate", "run", "Frames from each prompt and its negative prompt to the next, or from one prompt's "
               "seed to the next seed; also as an animated GIF.", None, 2),
-        whole("steps", "settings", "Number of denoising steps.", 25, always=True),
+        whole("steps", "settings", "Number of denoising steps. The folder of a distilled model recommends its own as "
+              "_steps in model_index.json.", always=True, without="the model's, else 25"),
         number("guidance_scale", "image", "Weight of the prompt; 1 or less turns guidance off. A folder recommends its "
                "own as _guidance_scale in model_index.json.", without="the model's, else 7.5"),
         number("guidance_rescale", "image", "How much of the contrast that guidance adds is taken back.", 0.0, low=0.0,

@@ -117,10 +117,11 @@ def resolve(f: flags.FlagValues, model: jaxdiff.Model, groups: list[int], read: 
         arguments["image"] = read(f.image)
     try:
         with flag_errors():
-            settings = resolve_settings(model, frames=min(FRAMES, f.steps) if f.preview else 0, **arguments)
+            frames = min(FRAMES, f.steps or model.options.steps) if f.preview else 0
+            settings = resolve_settings(model, frames=frames, **arguments)
     except ValueError as e:  # the model's scheduler_config.json
         raise UsageError(str(e)) from None
-    for name in ("scheduler", "guidance_scale", "strength", "height", "width"):
+    for name in ("scheduler", "steps", "guidance_scale", "strength", "height", "width"):
         f[name].value = getattr(settings, name)
     devices, size = jax.local_device_count() // f.tensor, (settings.height, settings.width, settings.tile)
     if f.batch_size is None:

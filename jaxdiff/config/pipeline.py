@@ -19,10 +19,15 @@ class PipelineOptions(Config):
     is_distilled: bool = False  # FLUX.2: drawn without guidance
     guidance_scale: float = 7.5  # the model's default; "_guidance_scale" in the file, which diffusers ignores
 
+    steps: int = 25  # the model's default; "_steps" in the file, which diffusers ignores
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         scale = values.get("_guidance_scale", cls.guidance_scale)
         if not isinstance(scale, int | float) or not math.isfinite(scale):
             raise ConfigError(f"_guidance_scale {scale!r} in model_index.json must be a number, such as 7.5.")
+        steps = values.get("_steps", cls.steps)
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ConfigError(f"_steps {steps!r} in model_index.json must be a whole number, such as 25.")
         given = {k: v for k, v in values.items() if k != "low_res_scheduler"}
-        return super().from_dict(given | {"guidance_scale": float(scale)})
+        return super().from_dict(given | {"guidance_scale": float(scale), "steps": steps})

@@ -17,6 +17,7 @@ from jaxdiff.diffusion.base import (
     time_at,
     to_eps,
 )
+from jaxdiff.diffusion.consistency import consistency
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.typing import Array, Denoise, Key
 
@@ -159,14 +160,12 @@ def lcm(timestep_scaling: float = 10.0) -> Scheduler:
     """Sampling of latent consistency models (Luo et al. 2023, algorithm 1): predict x0, add fresh noise to it.
 
     Args:
-        timestep_scaling: factor of t in the boundary condition, equation (8) of the paper with sigma_data = 1/2.
+        timestep_scaling: factor of t in the boundary condition, equation (1) of consistency.py.
     """
 
     def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
         time, next_time = time_at(times, i), time_at(times, i + 1)
-        scaled = time.t * timestep_scaling
-        skip, out = 0.25 / (scaled**2 + 0.25), scaled / jnp.sqrt(scaled**2 + 0.25)
-        x0 = out * predict(denoise, state.x, time) + skip * state.x
+        x0 = consistency(predict(denoise, state.x, time), state.x, time.t, timestep_scaling)
         return State(next_time.alpha * x0 + next_time.sigma * noise_like(keys, state.x), x0)
 
     return Scheduler(initial, step)

@@ -47,7 +47,7 @@ def define() -> flags.FlagValues:
     text("negative_prompt", None, "What to steer away from, where a line says nothing.")
     whole("num_images", 4, "Images of each prompt; variety needs two.")
     whole("seed", 0, "Seed of the first image; the next ones count up.", 0, SEEDS - 1)
-    whole("steps", 25, "Number of denoising steps.")
+    whole("steps", None, "Number of denoising steps; default: the model's, else 25.")
     flags.DEFINE_float(
         "guidance_scale", None, "Weight of the prompt, 1 or less: off; default: the model's, else 7.5.", flag_values=f
     )

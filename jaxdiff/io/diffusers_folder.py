@@ -244,7 +244,8 @@ def pipeline_class(model: Model) -> str:
             raise WeightsError("PyTorch diffusers has no pipeline of an upscaler under ControlNets: save them alone.")
         return "StableDiffusionUpscalePipeline"
     sd1 = model.text_encoder_2 is None
-    if model.scheduler.class_name == "LCMScheduler" and sd1 and not model.inpaints and not control:
+    told = model.unet.config.time_cond_proj_dim is not None  # of the guidance, which that pipeline always does
+    if model.scheduler.class_name == "LCMScheduler" and told and sd1 and not model.inpaints and not control:
         return "LatentConsistencyModelPipeline"
     kind = f"StableDiffusion{control}" if sd1 else f"StableDiffusionXL{control}"
     task = "Inpaint" if model.inpaints else "Img2Img" if model.family == "sdxl_refiner" else ""
@@ -271,6 +272,8 @@ def model_index(model: Model) -> dict[str, Any]:
         index[CONTROLNET] = ["diffusers", "MultiControlNetModel" if several else "ControlNetModel"]
     if options.guidance_scale != PipelineOptions.guidance_scale:
         index["_guidance_scale"] = options.guidance_scale
+    if options.steps != PipelineOptions.steps:
+        index["_steps"] = options.steps
     if model.text_encoder_2 is not None:
         index |= {
             "text_encoder_2": encoder_class(model.text_encoder_2),
@@ -312,6 +315,8 @@ def transformer_index(model: Model) -> dict[str, Any]:
         index["is_distilled"] = model.options.is_distilled
     if model.options.guidance_scale != GUIDANCE[model.family]:
         index["_guidance_scale"] = model.options.guidance_scale
+    if model.options.steps != PipelineOptions.steps:
+        index["_steps"] = model.options.steps
     return index
 
 

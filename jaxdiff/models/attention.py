@@ -5,9 +5,11 @@ Else the memory of the scores, B * H * N * M float32 numbers, is bounded: on a C
 a time (cpu.py), elsewhere and on the devices of a mesh to SCORES bytes a device. Gradients keep to the same bounds.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,17 @@ from jaxdiff.typing import Array
 # From this many queries on, the scores of one head no longer fit the cache of a CPU and are made a chunk at a time.
 CHUNK_FROM = 1024
 SCORES = 2**30  # bytes; where all take more, queries go in chunks
+_UNFUSED = contextvars.ContextVar("unfused", default=False)
+
+
+@contextlib.contextmanager
+def forward_differentiable() -> Iterator[None]:
+    """Within it no attention takes a fused kernel, which have backward passes alone: for `jax.jvp` of a network."""
+    token = _UNFUSED.set(True)
+    try:
+        yield
+    finally:
+        _UNFUSED.reset(token)
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -49,7 +62,7 @@ def attention(q: Array, k: Array, v: Array, heads: int, *, causal: bool = False,
     # One head after the other would bring all heads and examples together on each device, were they divided by a mesh.
     if shape[1] >= CHUNK_FROM and not jax.sharding.get_abstract_mesh().auto_axes:
         platforms["cpu"] = chunked_attention
-    if bias is None and min(shape[1], k.shape[1]) >= FUSED_FROM:
+    if bias is None and min(shape[1], k.shape[1]) >= FUSED_FROM and not _UNFUSED.get():
         if cudnn_takes(q):
             platforms["cuda"] = cudnn_attention
         if tpu_takes(q):

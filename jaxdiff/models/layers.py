@@ -47,6 +47,11 @@ def rematerialised(cls: Any, remat: bool | str) -> Any:
     return nn.remat(cls, policy=REMAT_POLICIES[name])
 
 
+def sinusoid_frequencies(half: int, freq_shift: float = 0) -> Array:
+    """Of a timestep's sinusoids, in radians a step: [half] float32, from 1 down to about 1 / 10000."""
+    return jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+
+
 def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Array:
     """Sinusoids of t at `dim / 2` frequencies from 1 down to 1/10000 (Vaswani et al. 2017, section 3.5).
 
@@ -60,8 +65,7 @@ def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq
         [B, dim] float32.
     """
     half = dim // 2
-    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
-    angles = jnp.asarray(t, jnp.float32)[:, None] * frequencies[None]
+    angles = jnp.asarray(t, jnp.float32)[:, None] * sinusoid_frequencies(half, freq_shift)[None]
     pair = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
     return jnp.concatenate(pair, -1)
 

@@ -51,7 +51,8 @@ def denoiser(
         controlnet_scale: the weight of each, scalar or [B].
 
     Returns:
-        denoise(x [B, h, w, C], time) -> float32 [B, h, w, C]; `time` is a `Time` or a plain time in training steps.
+        denoise(x [B, h, w, C], time) -> float32 [B, h, w, C]; `time` is a `Time` or a plain time in training steps, of
+        all images or one of each.
         Both halves of the guidance go through the UNet as one batch.
     """
     schedule = noise_schedule(model.scheduler)
@@ -78,11 +79,10 @@ def denoiser(
             pooled, mask = both.pooled, both.attention_mask
             output = apply(model, params, "transformer", x_in, t, both.embeddings, pooled, mask, scale)
             return denoised(output.astype(jnp.float32), x, time)
+        t = twice(time.t) if jnp.ndim(time.t) else jnp.asarray(time.t)
         if hints:
             nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
-            each = [
-                net.apply({"params": p}, x_in, time.t, both.embeddings, twice(hint), *both[1:]) for net, p, hint in nets
-            ]
+            each = [net.apply({"params": p}, x_in, t, both.embeddings, twice(hint), *both[1:]) for net, p, hint in nets]
             residuals = combine(each, [twice(jnp.broadcast_to(s, (batch,))) for s in controlnet_scale])
         if extra_channels is not None:
             x_in = jnp.concatenate([x_in, twice(extra_channels)], -1)
@@ -90,7 +90,7 @@ def denoiser(
             labels = twice(jnp.broadcast_to(class_labels, (batch,)))
         if model.unet.config.time_cond_proj_dim is not None:
             embedded = twice(guidance_embedding(guidance_scale, batch, model.unet.config.time_cond_proj_dim))
-        output = apply(model, params, "unet", x_in, time.t, *both, labels, embedded, residuals)
+        output = apply(model, params, "unet", x_in, t, *both, labels, embedded, residuals)
         return denoised(output.astype(jnp.float32), x, time)
 
     def denoised(output: Array, x: Array, time: Time) -> Array:

@@ -229,7 +229,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     variation_seed: int | Sequence[int] | None = None,
     variation_strength: float | Sequence[float] = 0.1,
-    steps: int = 25,
+    steps: int | None = None,
     guidance_scale: float | Sequence[float] | None = None,
     guidance_rescale: float | Sequence[float] = 0.0,
     guidance_interval: tuple[float, float] | None = None,
@@ -272,7 +272,7 @@ def generate(
             draws changes the order of sums, so that a pixel may differ by one grey level); or a seed an image.
         variation_seed, variation_strength: noise drawn from another seed (counted up like `seed`), and how far, 0 to 1,
             the noise is turned towards it: a little gives variations of an image, many values an animation between two.
-        steps: length of the time grid.
+        steps: length of the time grid; None takes what the model recommends, else 25.
         guidance_scale: weight of the prompt, for all or one an image; 1 or less turns guidance off. None takes what
             the model recommends, else 7.5. Distilled models (LCM) are told of it, and need no second half of the batch.
         guidance_rescale: in [0, 1], how much of the contrast that guidance adds is taken back (Lin et al. 2023).

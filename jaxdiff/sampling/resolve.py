@@ -46,6 +46,7 @@ class Settings(NamedTuple):
     """What all images of a call share."""
 
     scheduler: str | Scheduler
+    steps: int
     guidance_scale: float | Sequence[float]
     strength: float | None  # None: no image, or one that is enlarged
     height: int  # pixels
@@ -70,7 +71,7 @@ class Request(NamedTuple):
 def resolve_settings(
     model: Model,
     *,
-    steps: int = 25,
+    steps: int | None = None,
     guidance_scale: float | Sequence[float] | None = None,
     guidance_interval: tuple[float, float] | None = None,
     clip_skip: int = 0,
@@ -98,7 +99,8 @@ def resolve_settings(
     latents = latent_shape(model, *resolve_size(model, height, width, noise, image))
     factor = model.vae.config.factor
     check_memory(model, latents[0] * factor, latents[1] * factor, tile)
-    if as_whole("steps", steps, 1) > MAX_STEPS:
+    steps = as_whole("steps", model.options.steps if steps is None else steps, 1)
+    if steps > MAX_STEPS:
         raise ArgumentError("steps", f"{steps} are too many: give at most {MAX_STEPS}.")
     scheduler = default_scheduler(model.scheduler) if scheduler is None else scheduler
     grid = CUSTOM_GRID if isinstance(scheduler, Scheduler) else scheduler
@@ -114,6 +116,7 @@ def resolve_settings(
     interval = as_interval(guidance_interval)
     return Settings(
         scheduler=scheduler,
+        steps=steps,
         guidance_scale=model.options.guidance_scale if guidance_scale is None else guidance_scale,
         strength=strength,
         height=latents[0] * factor,

@@ -10,7 +10,7 @@ from jaxdiff.io.configs import NETWORKS
 from jaxdiff.models.model import Model
 from jaxdiff.training.defaults import OPEN, RULES, flat
 from jaxdiff.training.losses import SCALES
-from jaxdiff.training.options import STAGES, OptionsError, check_pairs
+from jaxdiff.training.options import DISTILLED, STAGES, OptionsError, check_pairs
 from jaxdiff.training.ranges import check_value, near
 
 NOT_BUILT = {*FIXED_UNET, *FIXED_VAE, "architectures", "model_type"}  # what files say of networks beside their sizes
@@ -27,6 +27,11 @@ READ_BY_ALL_BUT = {
     "super_resolution.photographs": tuple(stage for stage in STAGES if stage != "super_resolution"),
     "init_from.upscaler": tuple(stage for stage in STAGES if stage != "super_resolution"),
     "eval.prompts": ("super_resolution",),
+    "prediction_type": DISTILLED,  # which learn in the teacher's own process
+    "zero_terminal_snr": DISTILLED,
+    "min_snr_gamma": DISTILLED,
+    "input_perturbation": DISTILLED,
+    "distillation.guidance_dim": tuple(stage for stage in STAGES if stage not in ("lcm", "scm")),
 }
 # Settings that exclude each other.
 APART = {
@@ -35,7 +40,8 @@ APART = {
     "data.buckets": ("prior_preservation.path", "crop", "super_resolution.photographs"),
 }
 # Of each pair the first is no more than the second, where that is not 0.
-ORDERED = (("controlnet.canny_low", "controlnet.canny_high"), ("data.filter.min_caption", "data.filter.max_caption"))
+ORDERED = (("controlnet.canny_low", "controlnet.canny_high"), ("data.filter.min_caption", "data.filter.max_caption"),
+           ("distillation.guidance_min", "distillation.guidance_max"))  # fmt: skip
 
 
 def check_settings(config: Any) -> None:

@@ -12,7 +12,16 @@ from ml_collections.config_dict import placeholder
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
 from jaxdiff.diffusion.schedulers import SCHEDULERS
 from jaxdiff.models.layers import REMAT_POLICIES
-from jaxdiff.training.options import ADVERSARIES, AUGMENTATIONS, DTYPES, SEEDS, STAGES, NoiseOptions, Options
+from jaxdiff.training.options import (
+    ADVERSARIES,
+    AUGMENTATIONS,
+    DTYPES,
+    SEEDS,
+    STAGES,
+    DistillationOptions,
+    NoiseOptions,
+    Options,
+)
 from jaxdiff.training.ranges import MOST, fields, leaves, setting
 
 # Settings that had another name, which configs, flags and the run.json of older runs may still use.
@@ -201,6 +210,7 @@ SETTINGS: dict[str, Any] = {
         "jpeg": setting(40, 1, 95),  # the lowest quality
         "second": setting(0.5, 0, 1),  # share of damaged images that go through a second round
     },
+    "distillation": fields(DistillationOptions),  # stages "lcm", "lcm_lora", "scm": jaxdiff/training/options.py
     # What train.py --precompute wrote, and how it writes: views of every image, the text embeddings too, and
     # images that a device encodes at a time, as for cache_latents.
     "latents": {

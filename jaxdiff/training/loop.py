@@ -52,6 +52,7 @@ class Stage(NamedTuple):
     loss: Loss  # (all parameters, batch, keys [B]) -> (mean loss, metrics)
     prepare: Callable[[Mapping[str, Any]], Batch] = lambda batch: batch  # on the host: what is read -> arrays [b, ...]
     dtypes: Dtypes = NO_CAST  # of the networks, where nothing else reads matrices, kernels and tables of these keys
+    reads_state: bool = False  # whether the loss also reads the step and the moving average: `train_step.with_state`
 
 
 class BatchIterator(Protocol):
@@ -212,7 +213,7 @@ def fit(
         if not all_finite(state):
             raise TrainingError(f"The parameters of {', '.join(stage.trainable)} to start from are not all finite.")
         start = step = int(state.step)
-        train_step = make_train_step(stage.loss, options, mesh, state, stage.dtypes)
+        train_step = make_train_step(stage.loss, options, mesh, state, stage.dtypes, stage.reads_state)
         report = stack.enter_context(open_report(workdir, stage.name, start, options, trackers))
         trace = stack.enter_context(closing(Trace(workdir / "profile", profile)))
         if start:
@@ -293,7 +294,7 @@ def speed_of(
     """What the report needs to tell FLOP/s by."""
     if options.accumulate > 1:  # XLA counts a loop once: as if the batch were taken in one part
         options = dataclasses.replace(options, accumulate=1)
-        train_step = make_train_step(stage.loss, options, mesh, state, stage.dtypes)
+        train_step = make_train_step(stage.loss, options, mesh, state, stage.dtypes, stage.reads_state)
     devices = tuple(mesh.devices.flat)
     here = tuple(d for d in devices if d.process_index == jax.process_index())
     return Speed(flops(train_step, state, frozen, batch), peak_flops(devices), here)

@@ -69,7 +69,7 @@ def memory(state: TrainState, frozen: Params, batch: Any) -> Memory:
 
 def compiled_step(stage: Stage, state: TrainState, frozen: Params, batch: Any, options: Options, mesh: Mesh) -> Step:
     """The step of these shapes, compiled for the devices of the mesh; nothing is allocated."""
-    step: Any = make_train_step(stage.loss, options, mesh, state, stage.dtypes)
+    step: Any = make_train_step(stage.loss, options, mesh, state, stage.dtypes, stage.reads_state)
     compiled = step.lower(state, frozen, batch).compile()
     sent = collectives.collectives(compiled.as_text(), mesh.shape)
     return Step(compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"], sent)

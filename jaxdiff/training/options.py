@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from jaxdiff.training.ranges import MOST, OptionsError, check_fields, setting
 
-__all__ = ["NoiseOptions", "Options", "OptionsError"]
+__all__ = ["DistillationOptions", "NoiseOptions", "Options", "OptionsError"]
 
 STAGES = (
     "clip",
@@ -22,7 +22,11 @@ STAGES = (
     "inpainting",
     "upscaler",
     "super_resolution",
+    "lcm",
+    "lcm_lora",
+    "scm",
 )
+DISTILLED = ("lcm", "lcm_lora", "scm")  # those that learn from a teacher (distillation.py)
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 # Types of the optimizer's moments, and which optimizers can have them.
@@ -168,6 +172,25 @@ class NoiseOptions(FromConfig):
     times: str = setting("uniform", choices=TIMES)
     logit_mean: float = setting(0.0, -100, 100)  # of the logit of t / T; above 0 means more noise
     logit_std: float = setting(1.0, above=0, high=100)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationOptions(FromConfig):
+    """What a student learns of its teacher."""
+
+    # Scales of the teacher's guidance, drawn evenly between these; the same for one that is built in.
+    guidance_min: float = setting(3.0, 1, 1000)
+    guidance_max: float = setting(15.0, 1, 1000)
+    # Width of the embedding that tells the student which scale it is, 256 in published models; 0 tells it nothing.
+    guidance_dim: int = setting(0, 0, 4096)
+    solver_steps: int = setting(50, 1, MOST)  # lcm: DDIM steps from noise to image, of which one is jumped at a time
+    huber_c: float = setting(1e-3, above=0, high=1000)  # lcm: errors far below it count as their squares
+    tangent_warmup: int = setting(1000, 0, MOST)  # scm: updates over which the student's own derivative comes in
+    # scm: radians a step; sinusoids of the timestep that turn faster lose their weight, see `distillation.smooth`.
+    time_frequency: float = setting(0.05, above=0, high=1)
 
     def __post_init__(self) -> None:
         check_fields(self)

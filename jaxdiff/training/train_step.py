@@ -21,6 +21,7 @@ Metrics = Mapping[str, Array]  # scalars by name
 Loss = Callable[[Params, Batch, Key], tuple[Array, Metrics]]
 Dtypes = Mapping[str, Any]  # types that networks compute in, by the keys of their parameters
 NO_CAST: Dtypes = MappingProxyType({})
+STATE = "train_state"  # key of the parameters under which a loss finds the state, where its stage asks for it
 
 
 class TrainState(NamedTuple):
@@ -135,10 +136,17 @@ def scheduled(opt_state: Any) -> Array:
     return next(x.count for x in states if isinstance(x, kind))
 
 
-def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState, dtypes: Dtypes = NO_CAST) -> Callable:
+def with_state(frozen: Params, state: TrainState) -> Params:
+    """Frozen parameters with the number of updates made and the moving average of those that are trained."""
+    return {**frozen, STATE: {"step": state.step, "ema": state.ema}}
+
+
+def make_train_step(
+    loss: Loss, options: Options, mesh: Mesh, state: TrainState, dtypes: Dtypes = NO_CAST, reads_state: bool = False
+) -> Callable:
     """One update, compiled: (state (donated), frozen parameters, batch [B, ...]) -> (state, metrics).
 
-    The new state is divided as `state` is. `dtypes` are a stage's.
+    The new state is divided as `state` is. `dtypes` and `reads_state` are a stage's.
 
     A step whose loss, gradient or update is not finite leaves all of the state but `step` as it was, and the metric
     "skipped" is 1 instead of 0.
@@ -155,6 +163,7 @@ def make_train_step(loss: Loss, options: Options, mesh: Mesh, state: TrainState,
         )
         keys = keys if in_order else keys[rows]
         batch = {**batch, "step": jnp.full(options.batch_size, state.step)}
+        frozen = with_state(frozen, state) if reads_state else frozen
         grads, metrics = accumulated_grad(loss, state.params, frozen, batch, keys, options.accumulate, mesh, dtypes)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

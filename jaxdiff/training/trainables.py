@@ -23,13 +23,13 @@ from jaxdiff.models.controlnet import from_unet
 from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.models.model import Model, with_controlnets
 from jaxdiff.models.tiny_vae import AutoencoderTiny
-from jaxdiff.training import adapters, finetune
+from jaxdiff.training import adapters, distillation, finetune
 from jaxdiff.training.adapters import MergeParams
 from jaxdiff.training.adversarial import Rules
 from jaxdiff.training.finetune import SampleInputs
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.optimizer import check_multipliers
-from jaxdiff.training.options import NoiseOptions, OptionsError
+from jaxdiff.training.options import DistillationOptions, NoiseOptions, OptionsError
 from jaxdiff.training.stages import Network, clip_params, clip_stage, diffusion_stage, vae_stage
 from jaxdiff.training.vae_decoder import merge_decoder, split_decoder, vae_decoder_stage
 from jaxdiff.typing import PRNG, Params
@@ -146,8 +146,8 @@ def _check_no_choice(config: Any) -> None:
     """Raises OptionsError where `config.trainable` names what a stage does not train, which only trains its own."""
     if tuple(config.trainable) != DEFAULT_TRAINABLE:
         raise OptionsError(
-            f"trainable {tuple(config.trainable)} means nothing to the stage {config.stage}, which trains nothing of "
-            "the model itself: leave it out."
+            f"trainable {tuple(config.trainable)} means nothing to the stage {config.stage}, which trains what it "
+            "is made for: leave it out."
         )
 
 
@@ -219,12 +219,16 @@ def _lora(config: Any, model: Model, params: Params) -> Trainable:
     network, sample_inputs = _seen(config, model)
     stage = _diffusion_stage(config, model, ("lora",), network, merge_params=merge)
 
+    return Trainable(stage, params, model, _lora_files(model, alpha), merge, network, sample_inputs)
+
+
+def _lora_files(model: Model, alpha: float) -> Callable[[Path, Params], None]:
     def export(folder: Path, params: Params) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for layout, name in LORA_FILES.items():
             save_lora(folder / name, model, adapters.lora_of(params, alpha), layout)  # type: ignore[arg-type]
 
-    return Trainable(stage, params, model, export, merge, network, sample_inputs)
+    return export
 
 
 def _textual_inversion(config: Any, model: Model, params: Params) -> Trainable:
@@ -274,6 +278,35 @@ def _upscaler(config: Any, model: Model, params: Params) -> Trainable:
     return _unet(config, *finetune.upscaler_model(model, params))
 
 
+def _distilled(config: Any, model: Model, params: Params) -> Trainable:
+    """Stages "lcm" and "scm": all of the UNet learns."""
+    _check_no_choice(config)
+    c, how = DistillationOptions.from_config(config.distillation), dataclasses.asdict(NoiseOptions.from_config(config))
+    student = distillation.whole_student(model, params, c)
+    if config.stage == "lcm":
+        stage = distillation.lcm_stage(student, c, **how)
+    else:
+        student = distillation.smooth(student, c.time_frequency)
+        stage = distillation.scm_stage(student, c, **how)
+    network, export = distillation.evaluated_network(student.model, c), save_model(student.model)
+    return Trainable(stage, student.params, student.model, export, student.merge_params, network)
+
+
+def _distilled_lora(config: Any, model: Model, params: Params) -> Trainable:
+    """Stage "lcm_lora": a LoRA of the UNet learns, under a teacher that is the model without it."""
+    _check_no_choice(config)
+    c, how = DistillationOptions.from_config(config.distillation), dataclasses.asdict(NoiseOptions.from_config(config))
+    rank, alpha = config.lora.rank, float(config.lora.alpha or config.lora.rank)
+    key = jax.random.key(config.seed, impl=PRNG)
+    drawn = distillation.few_steps(model, 0, c.solver_steps)
+    chosen = {"targets": ("unet",), "endings": tuple(config.lora.layers) or ATTENTION}
+    params, merge = adapters.with_lora(model, params, rank, alpha, key, **chosen)
+    student = distillation.Student(drawn, model, params, merge, "unet")
+    stage = distillation.lcm_stage(student, c, name="lcm_lora", trainable=("lora",), **how)
+    network = distillation.evaluated_network(drawn, c)
+    return Trainable(stage, params, drawn, _lora_files(model, alpha), merge, network)
+
+
 Make = Callable[[Any, Model, Params], Trainable]
 DENOISERS: Mapping[str, Make] = {
     "unet": _unet,
@@ -282,5 +315,8 @@ DENOISERS: Mapping[str, Make] = {
     "controlnet": _controlnet,
     "inpainting": _inpainting,
     "upscaler": _upscaler,
+    "lcm": _distilled,
+    "lcm_lora": _distilled_lora,
+    "scm": _distilled,
 }
 TRAINABLES: Mapping[str, Make] = {"clip": _clip, "vae": _vae, "vae_decoder": _vae_decoder, **DENOISERS}

@@ -182,8 +182,10 @@ def trains(words: list[str]) -> bool:
 
 
 def run_train(arguments: list[str]) -> int:
-    crop = ["--config.crop=16"] if any(name in a for name in ("vae.py", "upscaler/x4.py") for a in arguments) else []
-    sys.argv = ["train.py", *arguments, *(FEW_UPDATES + crop if trains(["train.py", *arguments]) else [])]
+    crops = ("vae.py", "upscaler/x4.py")
+    more = ["--config.crop=16"] if any(name in a for name in crops for a in arguments) else []
+    more += ["--config.stage=lcm"] if any("few_steps.py" in a for a in arguments) else []  # the stand-in predicts noise
+    sys.argv = ["train.py", *arguments, *(FEW_UPDATES + more if trains(["train.py", *arguments]) else [])]
     return train.main(sys.argv)
 
 

@@ -1,0 +1,263 @@
+"""Distillation: a UNet that draws in a few steps what a guided teacher draws in many (diffusion/consistency.py).
+
+A batch is what `diffusion_stage` takes. The student starts as the teacher. An embedding tells it the scale of the
+teacher's guidance, or it learns one mixture of all scales.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff.config import SchedulerConfig
+from jaxdiff.diffusion import consistency
+from jaxdiff.diffusion.prediction import add_noise
+from jaxdiff.diffusion.schedules import Time, at, is_flow, noise_schedule
+from jaxdiff.io.configs import replace_config
+from jaxdiff.models.attention import forward_differentiable
+from jaxdiff.models.conditioning import Conditioning
+from jaxdiff.models.layers import sinusoid_frequencies
+from jaxdiff.models.model import Model, apply, with_time_ids
+from jaxdiff.sampling.denoiser import denoiser, guidance_embedding
+from jaxdiff.training.loop import Stage
+from jaxdiff.training.options import DistillationOptions, NoiseOptions, OptionsError
+from jaxdiff.training.stages import (
+    Network,
+    compute_dtypes,
+    conditioning,
+    fold_in_each,
+    latents_of,
+    per_example,
+    prepare_diffusion,
+    prepare_pairs,
+    random_noise,
+    random_times,
+)
+from jaxdiff.training.train_step import NO_CAST, STATE, Batch, Dtypes, Loss, Metrics
+from jaxdiff.typing import Array, Denoise, Key, Params
+
+TEACHER = "teacher"  # key of the parameters of a UNet that all of another one learns from
+FEW_STEPS = 4  # that a distilled model recommends
+TIME = "time_embedding"  # part of a UNet
+
+
+class Student(NamedTuple):
+    """A model to be distilled."""
+
+    model: Model  # as it draws in the end
+    teacher: Model  # as it was
+    params: Params  # of both
+    merge_params: Callable[[Params], Params]  # parameters of the loss -> those of `model`
+    teacher_key: str  # of the teacher's UNet among the parameters of the loss
+
+
+def few_steps(model: Model, guidance_dim: int, solver_steps: int) -> Model:
+    """The model with the scheduler of a consistency model, and a UNet that is told of the guidance if `guidance_dim`.
+
+    Raises:
+        OptionsError: the model draws from more than a prompt, is a flow, or is distilled already.
+    """
+    given, name = model.scheduler, "init_from.model"
+    if model.inpaints or model.family == "upscaler" or model.controlnets:
+        raise OptionsError(f"{name}: distillation is for models that draw from a prompt alone.")
+    if is_flow(given):
+        raise OptionsError(f"{name}: distillation is for models whose scheduler has betas, and this one is a flow.")
+    if model.unet.config.time_cond_proj_dim is not None:
+        raise OptionsError(f"{name} is a distilled model already, and has no guidance to learn from.")
+    if solver_steps > given.num_train_timesteps:
+        raise OptionsError(f"distillation.solver_steps {solver_steps} must be at most {given.num_train_timesteps}.")
+    process = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+               "rescale_betas_zero_snr")  # fmt: skip
+    lcm = SchedulerConfig.from_dict({"_class_name": "LCMScheduler", "original_inference_steps": solver_steps})
+    lcm = dataclasses.replace(lcm, **{field: getattr(given, field) for field in process})
+    model = dataclasses.replace(model, options=dataclasses.replace(model.options, steps=FEW_STEPS))
+    if guidance_dim:
+        return dataclasses.replace(replace_config(model, "unet", time_cond_proj_dim=guidance_dim), scheduler=lcm)
+    options = dataclasses.replace(model.options, guidance_scale=1.0)
+    return dataclasses.replace(model, scheduler=lcm, options=options)
+
+
+def whole_student(model: Model, params: Params, c: DistillationOptions) -> Student:
+    """A student of which all of the UNet learns; at first the embedding of the guidance has no weight."""
+    student, unet = few_steps(model, c.guidance_dim, c.solver_steps), dict(params["unet"])
+    if c.guidance_dim:
+        kernel = np.zeros((c.guidance_dim, model.unet.config.block_out_channels[0]), np.float32)
+        unet[TIME] = {**unet[TIME], "cond_proj": {"kernel": kernel}}
+    return Student(student, model, {**params, "unet": unet, TEACHER: params["unet"]}, lambda params: params, TEACHER)
+
+
+def smooth(student: Student, frequency: float) -> Student:
+    """The student without weights of the sinusoids of t that turn by more than `frequency` radians a step.
+
+    A network that has learnt of whole timesteps alone is rough between them: the fast sinusoids hardly change its
+    output, but they make most of its derivative by t, and all of that is noise (Lu & Song 2024, section 4.1, where
+    they are left out of the network). In the bundled model 0.05 changes 1 % of the output, and brings the derivative
+    to within a tenth of a finite difference over forty steps, but for the last fifty.
+    """
+    config = student.model.unet.config
+    rates = sinusoid_frequencies(config.block_out_channels[0] // 2, config.freq_shift)
+    kept = jnp.tile(rates <= frequency, 2)[:, None]
+
+    def smoothed(params: Params) -> Params:
+        part = params["unet"][TIME]
+        first = {**part["linear_1"], "kernel": jnp.where(kept, part["linear_1"]["kernel"], 0.0)}
+        return {**params, "unet": {**params["unet"], TIME: {**part, "linear_1": first}}}
+
+    return student._replace(params=smoothed(student.params), merge_params=smoothed)
+
+
+# --- what both losses begin with
+
+
+class Example(NamedTuple):
+    """What is drawn for each image of a batch, and what the teacher says of it."""
+
+    x: Array  # [B, h, w, C], noised latents
+    time: Time  # of each
+    cond: Conditioning
+    scale: Array  # [B], of the guidance
+    x0: Array  # the guided teacher's prediction
+
+
+def example(
+    student: Student,
+    params: Params,
+    batch: Batch,
+    keys: Key,
+    times: Callable[[Key], Array],
+    c: DistillationOptions,
+    how: NoiseOptions,
+) -> Example:
+    """Noised latents of a batch, at `times` of keys [B], and the guided teacher's prediction of the clean ones."""
+    model, teacher = student.model, student.teacher
+    time_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
+    latents = latents_of(teacher, params, batch)
+    empty = prepare_pairs(model)({"text": [""]})
+    drop = per_example(jax.random.uniform, drop_keys, ()) < how.caption_dropout
+    cond = with_time_ids(teacher, conditioning(teacher, params, batch, empty, drop), latents)
+    none = conditioning(teacher, params, empty, empty, jnp.ones(1, bool))
+    none = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), none)
+    if not teacher.options.requires_aesthetics_score:
+        none = none._replace(time_ids=cond.time_ids)
+    time = at(noise_schedule(model.scheduler), times(time_keys))
+    x = add_noise(latents, random_noise(noise_keys, latents.shape[1:], how.offset_noise), time)
+    share = per_example(jax.random.uniform, fold_in_each(keys, 2), ())
+    scale = c.guidance_min + (c.guidance_max - c.guidance_min) * share
+    frozen = {"unet": params[student.teacher_key]}
+    x0 = denoiser(teacher, frozen, cond, none, scale)(x, time)
+    return jax.lax.stop_gradient(Example(x, time, cond, scale, x0))
+
+
+def _stage(student: Student, name: str, trainable: tuple[str, ...], loss: Loss) -> Stage:
+    dtypes: Dtypes = NO_CAST
+    if student.teacher_key == TEACHER:
+        dtypes = {**compute_dtypes(student.teacher), TEACHER: student.teacher.unet.dtype}
+    return Stage(name, trainable, loss, prepare_diffusion(student.model), dtypes, reads_state=True)
+
+
+def _mean(errors: Array, batch: Batch) -> Array:
+    """Of errors [B, ...], by each example's weight."""
+    return (errors.reshape(len(errors), -1).mean(1) * batch.get("weight", 1.0)).mean()
+
+
+# --- latent consistency distillation
+
+
+def lcm_stage(
+    student: Student,
+    c: DistillationOptions,
+    *,
+    name: str = "lcm",
+    trainable: tuple[str, ...] = ("unet",),
+    **noise_options: Any,
+) -> Stage:
+    """Latent consistency distillation (Luo et al. 2023, algorithm 1; LCM-LoRA: Luo et al. 2023b).
+
+    Args:
+        trainable: keys of what learns; their moving average makes the target.
+        noise_options: fields of `NoiseOptions`.
+    """
+    model, how = student.model, NoiseOptions(**noise_options)
+    schedule, total = noise_schedule(model.scheduler), model.scheduler.num_train_timesteps
+    skip, scaling = total // c.solver_steps, model.scheduler.timestep_scaling
+
+    def times(keys: Key) -> Array:
+        """Of the solver's steps, as sampling takes them (diffusion/spacing.py, equation 4)."""
+        step = jnp.minimum(random_times(model.scheduler, keys, how) // skip, c.solver_steps - 1)
+        return (step + 1) * skip - 1
+
+    def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
+        params, state = {k: x for k, x in params.items() if k != STATE}, params[STATE]
+        drawn = example(student, params, batch, keys, times, c, how)
+        below = at(schedule, jnp.maximum(drawn.time.t - skip, 0))
+        x_below = consistency.solver_step(drawn.x0, drawn.x, drawn.time, below)
+
+        def f(params: Params, x: Array, time: Time) -> Array:
+            denoise: Denoise = denoiser(model, student.merge_params(params), drawn.cond, None, drawn.scale)
+            return consistency.consistency(denoise(x, time), x, time.t, scaling)
+
+        wanted = jax.lax.stop_gradient(f({**params, **state["ema"]}, x_below, below))
+        errors = consistency.pseudo_huber(f(params, drawn.x, drawn.time) - wanted, c.huber_c)
+        return _mean(errors, batch), {}
+
+    return _stage(student, name, trainable, loss)
+
+
+# --- continuous consistency distillation
+
+
+def scm_stage(student: Student, c: DistillationOptions, *, name: str = "scm", **noise_options: Any) -> Stage:
+    """Consistency distillation in continuous time (Lu & Song 2024, algorithm 1, without the learnt weight of times).
+
+    Args:
+        student: of `smooth`.
+
+    Raises:
+        OptionsError: the model predicts something else than v.
+    """
+    model, how = student.model, NoiseOptions(**noise_options)
+    if model.scheduler.prediction_type != "v_prediction":
+        raise OptionsError(
+            f"init_from.model predicts {model.scheduler.prediction_type}, and the stage {name} needs v_prediction: "
+            "take the stage lcm, or train the model with prediction_type=v_prediction first."
+        )
+    table = consistency.angles(noise_schedule(model.scheduler))
+    network = guided_network(model)
+
+    def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
+        params, state = {k: x for k, x in params.items() if k != STATE}, params[STATE]
+        drawn = example(student, params, batch, keys, lambda k: random_times(model.scheduler, k, how), c, how)
+        index = drawn.time.t.astype(jnp.int32)
+        phi, rate = jnp.asarray(table.phi)[index], jnp.asarray(table.rate)[index]
+        teacher = (jnp.cos(phi)[:, None, None, None] * drawn.x - drawn.x0) / jnp.sin(phi)[:, None, None, None]
+        warmup = jnp.minimum(1.0, (state["step"] + 1) / max(c.tangent_warmup, 1))
+
+        def velocity(x: Array, t: Array) -> Array:
+            return network(student.merge_params(params), x, t, drawn.cond, drawn.scale).astype(jnp.float32)
+
+        with forward_differentiable():
+            f, g = consistency.tangent(velocity, drawn.x, drawn.time.t, phi, rate, teacher, warmup)
+        errors = (f - jax.lax.stop_gradient(f + consistency.normalised(g))) ** 2
+        return _mean(errors, batch), {"tangent": jnp.sqrt((g**2).mean())}
+
+    return _stage(student, name, ("unet",), loss)
+
+
+def guided_network(model: Model) -> Callable[[Params, Array, Array, Conditioning, Array | float], Array]:
+    """The student's UNet by itself: (params, x, t, conditioning, guidance scale) -> output."""
+    dim = model.unet.config.time_cond_proj_dim
+
+    def network(params: Params, x: Array, t: Array, cond: Conditioning, scale: Array | float) -> Array:
+        embedded = None if dim is None else guidance_embedding(scale, len(x), dim)
+        return apply(model, params, "unet", x, t, *cond, None, embedded)
+
+    return network
+
+
+def evaluated_network(model: Model, c: DistillationOptions) -> Network:
+    """What the loss by noise level is measured of, told of the middle of the guidance."""
+    network, scale = guided_network(model), (c.guidance_min + c.guidance_max) / 2
+    return lambda params, x, time, cond, batch, keys: network(params, x, time.t, cond, scale)
