@@ -2,7 +2,6 @@
 
 import itertools
 
-import jax
 import numpy as np
 import pytest
 
@@ -96,14 +95,3 @@ def test_closing_ends_the_drawing(tiny):
 def test_pieces_have_about_the_length_asked_for(tiny):
     moments = draw_stepwise(*tiny, request_of(tiny[0], {"scheduler": "dpmpp_2m"}, {}), seconds=100)
     assert [m.step for m in moments] == [1, 3, 5]
-
-
-def test_images_that_do_not_divide_over_the_devices(tiny):
-    """The scheduler's state is no row of a batch; the batch is filled up before the first piece."""
-    model, params = tiny
-    settings = resolve_settings(model, steps=2, scheduler="dpmpp_2m")
-    request = resolve_images(model, settings, ["a castle", "a red dragon", "a house"], seed=3)
-    devices = jax.devices()[:2]
-    *_, last = draw_stepwise(model, jaxdiff.replicate(params, devices), request)
-    assert last.images().shape == (3, SIDE, SIDE, 3)
-    assert levels(last.images(), draw(model, params, request, jax.devices()[:1])[0]) <= 1

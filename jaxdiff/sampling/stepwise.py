@@ -93,16 +93,17 @@ def programs(
         vae = codec(model, params, tile)
         cond, uncond = conditions(model, params, inputs, clip_skip)
         x, _ = starting_point(model, vae, call, inputs, call.start, None, method)
-        blended = inputs.mask is not None and not model.inpaints
-        original = vae.encode(inputs.image) if blended else None
+        original = None
+        if inputs.image is not None and inputs.mask is not None and not model.inpaints:
+            original = vae.encode(inputs.image)
         extra = extra_channels(model, vae, inputs)
-        unread = dict.fromkeys(("tokens", "negative", "image", "blend_tokens", "blend_negative"))
+        unread: dict[str, Any] = dict.fromkeys(("tokens", "negative", "image", "blend_tokens", "blend_negative"))
         return packed(Begun(inputs._replace(**unread), cond, uncond, extra, original, method.init(x)))
 
     def some_steps(params: Params, call: CallInputs, span: Array, begun: Begun) -> Begun:
         inputs, cond, uncond, extra, original, state = begun = unpacked(begun)
         denoise_with, steps = network(model, widened(params), call, inputs, extra), method
-        if original is not None:
+        if original is not None and inputs.mask is not None:
             steps = masked_blending(steps, original, inputs.noise, latent_mask(model, inputs.mask))
         if inputs.picks is not None:
             steps = by_step(steps, inputs.picks[:, 0], call.start, (cond, uncond), denoise_with)
@@ -181,8 +182,8 @@ def shown(program: Programs, params: Params, begun: Begun, count: int) -> np.nda
 
 def finished(steps: int, drawn: Drawn, count: int) -> Moment:
     """The last moment, of the first `count` of the images drawn."""
-    drawn = parallel.fetch(drawn)
-    return Moment(steps, steps, lambda: drawn.images[:count], drawn.finite[:count])
+    images, finite, _ = parallel.fetch(drawn)
+    return Moment(steps, steps, lambda: images[:count], finite[:count])
 
 
 def filled_rows(inputs: ImageInputs, count: int, parts: int) -> ImageInputs:
