@@ -61,6 +61,12 @@ def anew(params: Any, x: Any) -> tuple[Any, Any]:
     return Divided(parts, params.shardings), x
 
 
+def part_count(devices: Sequence[jax.Device] | Mesh) -> int:
+    """Over how many parts `pmap` divides a batch."""
+    mesh = devices if isinstance(devices, Mesh) else data_mesh(devices)
+    return math.prod(mesh.shape[axis] for axis in EXAMPLES if axis in mesh.axis_names)
+
+
 def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int = 0) -> Mapped:
     """Map one program over devices, each with its part of a batch, as `jax.pmap` did; see docs/adr/001-devices.md.
 
@@ -78,7 +84,7 @@ def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int =
     """
     mesh, divided = (devices, True) if isinstance(devices, Mesh) else (data_mesh(devices), False)
     axes = tuple(axis for axis in EXAMPLES if axis in mesh.axis_names)
-    rows, parts = PartitionSpec(axes), math.prod(mesh.shape[axis] for axis in axes)
+    rows, parts = PartitionSpec(axes), part_count(mesh)
     manual = set(axes) if mesh.shape.get("tensor", 1) > 1 else set(mesh.axis_names)  # "tensor" is the compiler's
 
     def shardings(args: Sequence[Any]) -> list[Any]:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 HOUSES = (
     ("sample", "train", "configs", "datasets"),
     ("jaxdiff.cli", "jaxdiff.evaluation"),
+    ("jaxdiff.serving",),
     ("jaxdiff",),  # the package itself only re-exports
     ("jaxdiff.training",),
     ("jaxdiff.io",),

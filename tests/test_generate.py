@@ -290,6 +290,7 @@ def test_devices_do_not_change_pictures(eight_devices):
     assert levels(eight_devices["sixteen"][:9], eight_devices["one"]) <= LEVEL
     assert levels(eight_devices["nine"], eight_devices["one"]) <= LEVEL
     assert levels(eight_devices["five"], eight_devices["one"][:5]) <= LEVEL
+    assert levels(eight_devices["five_stepwise"], eight_devices["one"][:5]) <= LEVEL  # drawn in pieces
     drawn, one = eight_devices["from_pictures"], eight_devices["from_pictures_one"]
     assert levels(drawn, one) <= LEVEL  # images, masks and control images go to where their picture is drawn
     assert min(levels(a, b) for a, b in itertools.combinations(one, 2)) > 10

@@ -35,6 +35,7 @@ def test_divided_parameters_draw_the_same_images(sharded):
     for name in ("eight", "fsdp", "commanded"):
         assert levels(images[name], images["one"]) <= LEVEL, name
     assert levels(images["three"], images["one"][:3]) <= LEVEL
+    assert levels(images["three_stepwise"], images["one"][:3]) <= LEVEL  # drawn in pieces, on 4 x 2
 
 
 def test_each_device_holds_its_part_of_every_network(sharded):

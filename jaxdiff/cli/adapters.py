@@ -17,7 +17,7 @@ from jaxdiff.cli.requests import ImageRequest
 from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.controlnet import load_controlnet
-from jaxdiff.io.lora import Lora, merge_lora, read_lora
+from jaxdiff.io.lora import Lora, Weighted, read_lora
 from jaxdiff.io.tensor_files import SAFETENSORS, open_tensors
 from jaxdiff.io.textual_inversion import Word, read_textual_inversion
 from jaxdiff.io.vae import load_tiny_vae
@@ -26,7 +26,6 @@ from jaxdiff.text.prompt_files import PromptError
 from jaxdiff.typing import Params
 
 LORA_FILES = (".safetensors", ".sft", ".pt", ".bin", ".ckpt")
-TEXT_ENCODERS = "text_encoder"  # begins the names of layers of text encoders
 
 
 class Adapters(NamedTuple):
@@ -36,9 +35,6 @@ class Adapters(NamedTuple):
     loras: list[tuple[Lora, float]]
     controlnets: list[tuple[Any, Params]]
     tiny_vae: tuple[Any, Params] | None
-
-
-Weighted = tuple[tuple[Path, float, float], ...]  # LoRA files with weights of the text encoders and of the UNet
 
 
 @contextlib.contextmanager
@@ -125,16 +121,6 @@ def read_named(model: jaxdiff.Model, chosen: Sequence[Weighted]) -> dict[Path, L
     """The files of all LoRAs that prompts name. Raises UsageError."""
     with naming("--lora_dir"):
         return {path: read_lora(model, path) for path in sorted({path for each in chosen for path, *_ in each})}
-
-
-def merge_named(params: Params, files: dict[Path, Lora], chosen: Weighted) -> Params:
-    """Parameters with the LoRAs of one prompt."""
-    parts: list[tuple[Lora, float]] = []
-    for path, text_encoder, unet in chosen:
-        for weight, is_text in ((text_encoder, True), (unet, False)):
-            part = {n: x for n, x in files[path].items() if n.startswith(TEXT_ENCODERS) == is_text}
-            parts += [(part, weight)] if part and weight else []
-    return merge_lora(params, [lora for lora, _ in parts], [weight for _, weight in parts]) if parts else params
 
 
 def runs(chosen: Sequence[Weighted], size: int) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -12,7 +12,7 @@ from absl import flags
 from jaxdiff import stores
 from jaxdiff.cli import hosts
 from jaxdiff.cli.errors import UsageError
-from jaxdiff.cli.options import FLAG_OF, OPTIONS, define, is_given
+from jaxdiff.cli.options import FLAG_OF, OPTIONS, Option, define, is_given
 from jaxdiff.errors import ArgumentError
 from jaxdiff.io.images import read_metadata
 from jaxdiff.sampling.checks import as_interval
@@ -62,10 +62,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
             raise UsageError(
                 f"--{option.name} goes with --{option.needs}: give that too, or leave --{option.name} out."
             )
-    for name, value in f.flag_values_dict().items():
-        numeric = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, float)]
-        if not all(map(math.isfinite, numeric)):
-            raise UsageError(f"--{name} {value} must be finite.")
+    check_finite(f)
     for given in f.lora:
         weighted(given)
     for option in OPTIONS.values():
@@ -76,6 +73,14 @@ def parse(argv: list[str]) -> flags.FlagValues:
     check_tasks(f)
     hosts.check(f)
     return f
+
+
+def check_finite(f: flags.FlagValues) -> None:
+    """Raise UsageError for numbers that are none."""
+    for name, value in f.flag_values_dict().items():
+        numeric = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, float)]
+        if not all(map(math.isfinite, numeric)):
+            raise UsageError(f"--{name} {value} must be finite.")
 
 
 def flags_of(f: flags.FlagValues) -> list[str]:
@@ -107,17 +112,17 @@ def at_home(path: str) -> str:
     return re.sub(r"(?:^|(?<==))~[^/]*", lambda home: os.path.expanduser(home[0]), path, count=1)
 
 
-def check_paths(f: flags.FlagValues) -> None:
+def check_paths(f: flags.FlagValues, options: Mapping[str, Option] = OPTIONS) -> None:
     """Put the home folder for ~ into flags that take a path; raises UsageError for what can be none."""
-    for name in (option.name for option in OPTIONS.values() if option.path):
+    for name in (option.name for option in options.values() if option.path):
         given = f[name].value
         if isinstance(given, list):
             f[name].value = [at_home(path) for path in given]
         elif given is not None:
             f[name].value = at_home(given)
         for path in given if isinstance(given, list) else [] if given is None else [given]:
-            check_path(f"--{name}", path, stored=OPTIONS[name].stored)
-    if stores.is_store(f.output):  # what is written there is uploaded
+            check_path(f"--{name}", path, stored=options[name].stored)
+    if "output" in options and stores.is_store(f.output):  # what is written there is uploaded
         f["output"].value = str(stores.place(f.output, stores.OUTPUTS))
 
 
@@ -134,10 +139,10 @@ def check_path(flag: str, path: str, stored: bool = False) -> None:
         raise UsageError(f"{flag} {path:.40}… has a name of {longest} bytes, above {LONGEST_NAME}: shorten it.")
 
 
-def check_files(f: flags.FlagValues) -> None:
+def check_files(f: flags.FlagValues, options: Mapping[str, Option] = OPTIONS) -> None:
     """Raise UsageError for a flag that names a file or folder which is not there."""
     paths_of = {"lora": lambda given: weighted(given)[0], "embedding": lambda given: named(given)[0]}
-    for name, option in OPTIONS.items():
+    for name, option in options.items():
         value = f[name].value
         for given in (value if option.many else [value]) if option.path == "old" and value else ():
             path = paths_of.get(name, str)(given)

@@ -12,6 +12,7 @@ Where an option goes is its `part`:
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from absl import flags
@@ -238,10 +239,10 @@ def define_one(f: flags.FlagValues, option: Option) -> None:
         flags.DEFINE_string(name, default, help, f)
 
 
-def define() -> flags.FlagValues:
+def define(options: Mapping[str, Option] = OPTIONS) -> flags.FlagValues:
     """The flags, apart from absl's global ones, so that any program may import this module."""
     f = flags.FlagValues()
-    for option in OPTIONS.values():
+    for option in options.values():
         define_one(f, option)
     flags.DEFINE_bool("help", False, "Show this help.", f, short_name="h")
     return f
@@ -252,17 +253,17 @@ def is_given(value: Any) -> bool:
     return value is not None and value is not False and value != []
 
 
-def document() -> str:
-    """docs/flags.md."""
+def document(introduction: str = INTRODUCTION, sections: Mapping[str, Sequence[Option]] = SECTIONS) -> str:
+    """docs/flags.md, or that of another command."""
     rows = []
-    for section, options in SECTIONS.items():
+    for section, options in sections.items():
         rows.append(f"| **{section}** | | |")
         for option in options:
             default = option.without or (f"`{option.default}`" if is_given(option.default) else "")
             choices = f" One of {', '.join(f'`{choice}`' for choice in option.choices)}." if option.choices else ""
             meaning = (option.meaning + choices).replace("|", "\\|").replace("__", "\\_\\_")
             rows.append(f"| `--{option.name}`{' …' if option.many else ''} | {default} | {meaning} |")
-    return INTRODUCTION + "\n".join(rows) + "\n"
+    return introduction + "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":

@@ -32,8 +32,6 @@ from jaxdiff import parallel
 from jaxdiff.cli import errors, hosts
 from jaxdiff.cli.adapters import (
     Adapters,
-    Weighted,
-    merge_named,
     named_loras,
     naming,
     read_adapters,
@@ -57,12 +55,12 @@ from jaxdiff.cli.requests import (
 )
 from jaxdiff.cli.upscale import check_sizes, described_upscaler, enlarge_files, enlarger
 from jaxdiff.config import ControlNetConfig
-from jaxdiff.data.images import MAX_PIXELS
+from jaxdiff.data.images import BLACK, MAX_PIXELS
 from jaxdiff.io import cache, diffusers_folder, images, model_paths, pretrained, programs
 from jaxdiff.io.configs import read_config
 from jaxdiff.io.controlnet import check_controlnet
 from jaxdiff.io.edges import canny
-from jaxdiff.io.lora import bundled_words, load_bundled, merge_lora
+from jaxdiff.io.lora import Weighted, bundled_words, load_bundled, merge_lora, merge_named
 from jaxdiff.io.modules import CONFIG
 from jaxdiff.io.textual_inversion import with_words
 from jaxdiff.io.upscaler import load_upscaler
@@ -75,8 +73,6 @@ from jaxdiff.text.prompt_files import PromptLine
 
 FRAMES = 8  # of a --preview
 FRAME_SECONDS = 0.1  # of an --interpolate animation
-
-BLACK = (0, 0, 0)
 
 Reader = Callable[..., np.ndarray]  # a file, and what its transparency is laid over, to an image uint8 [H, W, 3]
 

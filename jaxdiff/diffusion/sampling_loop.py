@@ -1,6 +1,6 @@
 """The sampling loop, one for all schedulers."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -105,3 +105,25 @@ def sample(
         denoised = jnp.broadcast_to(state.denoised, (entries, *x.shape)) if trajectory else None
         state, denoised = jax.lax.fori_loop(first, end, looped, (state, denoised))
     return (state.x, denoised) if trajectory else state.x
+
+
+def advance(
+    denoise: Denoise, state: Any, times: Time, scheduler: Scheduler, key: Key, start: Array | int, stop: Array | int
+) -> Any:
+    """A scheduler's state after the steps from `start` up to `stop`, both traced: `sample` in pieces.
+
+    >>> from jaxdiff.diffusion.schedulers import ddim
+    >>> x, steps = jnp.ones((1, 2)), jnp.linspace(1.0, 0.0, 5)
+    >>> times, key, method = Time(1000 * steps, 1 - 0.9 * steps, 0.9 * steps), jax.random.key(0), ddim()
+    >>> half = advance(lambda x, time: x / 2, method.init(x), times, method, key, 0, 2)
+    >>> whole = advance(lambda x, time: x / 2, half, times, method, key, 2, 4)
+    >>> bool(jnp.allclose(whole.x, sample(lambda x, time: x / 2, x, times, method, key)))
+    True
+    """
+    times = jax.tree.map(jnp.asarray, times)
+    keys = sample_keys(key, state.x.shape[0])
+
+    def step(i: Array, state: Any) -> Any:
+        return scheduler.step(denoise, state, times, i, step_keys(keys, i))
+
+    return jax.lax.fori_loop(start, stop, step, state)

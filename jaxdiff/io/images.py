@@ -142,6 +142,17 @@ def describe(flags: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def png_text(metadata: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> PngInfo:
+    """The text chunks of a PNG: see `write_png`."""
+    text = PngInfo()
+    text.add_text(CHUNK, json.dumps(metadata))
+    each = [metadata] if isinstance(metadata, Mapping) else metadata
+    readable = "\n\n".join(describe(flags) for flags in each)
+    # Lone surrogates (undecodable bytes of a command line) fit no PNG text.
+    text.add_text("parameters", readable.encode("utf-8", "replace").decode())
+    return text
+
+
 def write_png(
     path: str | Path,
     image: np.ndarray,
@@ -163,13 +174,7 @@ def write_png(
     Raises:
         ImageError: the file cannot be written.
     """
-    path, text = Path(path), PngInfo()
-    if metadata is not None:
-        text.add_text(CHUNK, json.dumps(metadata))
-        each = [metadata] if isinstance(metadata, Mapping) else metadata
-        readable = "\n\n".join(describe(flags) for flags in each)
-        # Lone surrogates (undecodable bytes of a command line) fit no PNG text.
-        text.add_text("parameters", readable.encode("utf-8", "replace").decode())
+    path, text = Path(path), None if metadata is None else png_text(metadata)
     return _write(path, lambda file: Image.fromarray(to_uint8(image)).save(file, format="png", pnginfo=text), overwrite)
 
 

@@ -57,6 +57,8 @@ class Factors:
 
 Lora = Mapping[str, Factors]  # by module and PyTorch name of a layer: "unet.mid_block.attentions.0.proj_in"
 KERNEL = ("kernel",)  # what the factors are laid out as
+TEXT_ENCODERS = "text_encoder"  # begins the names of layers of text encoders
+Weighted = tuple[tuple[Path, float, float], ...]  # LoRA files with weights of the text encoders and of the UNet
 
 
 def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) -> Params:
@@ -91,6 +93,16 @@ def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) 
     for name, changes in parts.items():
         flat[paths[name]] = _changed(flat[paths[name]], changes)
     return unflatten_dict(flat)
+
+
+def merge_named(params: Params, files: Mapping[Path, Lora], chosen: Weighted) -> Params:
+    """Parameters with the LoRAs of one prompt."""
+    parts: list[tuple[Lora, float]] = []
+    for path, text_encoder, unet in chosen:
+        for weight, is_text in ((text_encoder, True), (unet, False)):
+            part = {n: x for n, x in files[path].items() if n.startswith(TEXT_ENCODERS) == is_text}
+            parts += [(part, weight)] if part and weight else []
+    return merge_lora(params, [lora for lora, _ in parts], [weight for _, weight in parts]) if parts else params
 
 
 def _changed(kernel: Array, changes: Sequence[tuple[Factors, Any]]) -> jax.Array:

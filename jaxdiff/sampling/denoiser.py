@@ -72,14 +72,13 @@ def denoiser(
             negative = with_time_ids(model, uncond, x, NEGATIVE_SCORE)
             both = stacked(both, negative)
         x_in, labels, embedded, residuals = twice(x), None, None, None
+        t = twice(time.t) if jnp.ndim(time.t) else jnp.asarray(time.t)
         if model.transformer is not None:
             told = jnp.asarray(guidance_scale, jnp.float32)
             scale = jnp.broadcast_to(told, (batch,)) if uncond is None else None
-            t = jnp.broadcast_to(time.t, (len(x_in),))
-            pooled, mask = both.pooled, both.attention_mask
-            output = apply(model, params, "transformer", x_in, t, both.embeddings, pooled, mask, scale)
+            given = both.embeddings, both.pooled, both.attention_mask, scale
+            output = apply(model, params, "transformer", x_in, jnp.broadcast_to(t, (len(x_in),)), *given)
             return denoised(output.astype(jnp.float32), x, time)
-        t = twice(time.t) if jnp.ndim(time.t) else jnp.asarray(time.t)
         if hints:
             nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
             each = [net.apply({"params": p}, x_in, t, both.embeddings, twice(hint), *both[1:]) for net, p, hint in nets]

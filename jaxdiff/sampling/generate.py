@@ -64,12 +64,10 @@ def sampler(
     divides the parameters, each network is gathered where it is used, the UNet at each step.
     """
 
-    widen = mapping.on_cpus(devices) and model.denoising.dtype == jnp.bfloat16
-    model = computing_in(model, jnp.float32) if widen else model
+    model, widened = computed_in(model, devices)
 
     def draw(params: Params, call: CallInputs, inputs: ImageInputs) -> Drawn:
-        if widen:
-            params = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, params)
+        params = widened(params)
         cond, uncond = conditions(model, params, inputs, clip_skip)
         method = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(scheduler, model.scheduler)
         vae = codec(model, params, tile)
@@ -78,23 +76,7 @@ def sampler(
             inputs: ImageInputs, keys: Key, start: Array | None, lowres: Array | None = None
         ) -> Callable[..., Any]:
             """`sample` of these inputs, from noise or from the latents of a smaller image."""
-            given: dict[str, Any] = {
-                "guidance_scale": inputs.guidance_scale,
-                "guidance_rescale": inputs.guidance_rescale,
-                "guidance_interval": call.guidance_interval,
-                "extra_channels": extra_channels(model, vae, inputs),
-                "class_labels": inputs.noise_level,
-                "control_images": inputs.control_images,
-                "controlnet_scale": inputs.controlnet_scale,
-            }
-
-            def denoise_with(cond: Conditioning, uncond: Conditioning | None) -> Denoise:
-                def denoise(x: Array, time: Any) -> Array:
-                    here, x = mapping.anew(params, x)
-                    return denoiser(model, here, cond, uncond, **given)(x, time)
-
-                return denoise
-
+            denoise_with = network(model, params, call, inputs, extra_channels(model, vae, inputs))
             x, steps = starting_point(model, vae, call, inputs, start, lowres, method)
             if inputs.picks is not None:
                 picks = inputs.picks[:, 0 if lowres is None else 1]
@@ -109,15 +91,60 @@ def sampler(
             x0, frames = stage(inputs, keys, call.start, lowres)(), None
         else:
             x0, steps = stage(inputs, keys, call.start, lowres)(trajectory=True)
-            previews = vae
-            if model.tiny_vae is not None:
-                tiny = dataclasses.replace(model, vae=model.tiny_vae)
-                previews = codec(tiny, {"vae": params["tiny_vae"]}, None)
+            previews = preview_codec(model, params, vae)
             frames = as_bytes(frames_of(previews, steps[call.preview_steps]))
         images = vae.decode(x0)
         return Drawn(as_bytes(images), jnp.isfinite(images).all((1, 2, 3)), frames)
 
     return mapping.pmap(draw, devices, shared=2)
+
+
+def computed_in(
+    model: Model, devices: Sequence[jax.Device] | jax.sharding.Mesh
+) -> tuple[Model, Callable[[Params], Params]]:
+    """The model as it computes on these devices, and what makes its parameters of those that are held."""
+    if not mapping.on_cpus(devices) or model.denoising.dtype != jnp.bfloat16:
+        return model, lambda params: params
+
+    def widened(params: Params) -> Params:
+        return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, params)
+
+    return computing_in(model, jnp.float32), widened
+
+
+def network(
+    model: Model, params: Params, call: CallInputs, inputs: ImageInputs, extra: Array | None
+) -> Callable[[Conditioning, Conditioning | None], Denoise]:
+    """The denoiser of these inputs, for conditions that are still to be given.
+
+    Args:
+        extra: see `extra_channels`.
+    """
+    given: dict[str, Any] = {
+        "guidance_scale": inputs.guidance_scale,
+        "guidance_rescale": inputs.guidance_rescale,
+        "guidance_interval": call.guidance_interval,
+        "extra_channels": extra,
+        "class_labels": inputs.noise_level,
+        "control_images": inputs.control_images,
+        "controlnet_scale": inputs.controlnet_scale,
+    }
+
+    def denoise_with(cond: Conditioning, uncond: Conditioning | None) -> Denoise:
+        def denoise(x: Array, time: Any) -> Array:
+            here, x = mapping.anew(params, x)
+            return denoiser(model, here, cond, uncond, **given)(x, time)
+
+        return denoise
+
+    return denoise_with
+
+
+def preview_codec(model: Model, params: Params, vae: Codec) -> Codec:
+    """What decodes previews: the tiny autoencoder where there is one."""
+    if model.tiny_vae is None:
+        return vae
+    return codec(dataclasses.replace(model, vae=model.tiny_vae), {"vae": params["tiny_vae"]}, None)
 
 
 def frames_of(vae: Codec, steps: Array) -> Array:

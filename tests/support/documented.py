@@ -16,7 +16,7 @@ from PIL import Image
 import jaxdiff
 from configs.icons import sizes
 from jaxdiff.cli import flags as sample_flags
-from jaxdiff.cli import options, sample, train, train_flags
+from jaxdiff.cli import options, sample, serve_options, train, train_flags
 from jaxdiff.config.upscaler import RRDBConfig
 from jaxdiff.evaluation import command as evaluation
 from jaxdiff.evaluation import flags as evaluation_flags
@@ -213,6 +213,7 @@ RUN |= {"jaxdiff-sample": run_sample, "jaxdiff-train": run_train}
 
 # Commands that are only checked to be possible, and why.
 NOT_RUN = {
+    "jaxdiff-serve": "serves until it is stopped",
     "venv": "makes the environment that this test runs in",
     "pip": "needs the network",
     "make": "runs this test",
@@ -232,6 +233,8 @@ def check(name: str, arguments: list[str]) -> None:
         sample_flags.parse([name, *arguments])
     elif name in ("train.py", "jaxdiff-train"):
         train_flags.parse([name, *arguments])
+    elif name in ("jaxdiff-serve", "jaxdiff.cli.serve"):
+        serve_options.parse(["jaxdiff-serve", *arguments])
     elif name == "jaxdiff.evaluation":
         evaluation_flags.parse([name, *arguments])
     elif name == "venv":
@@ -279,7 +282,7 @@ def defined_flags(source: str) -> set[str]:
 
 def known_flags() -> set[str]:
     """The flags of every command, and the settings of a training run as flags."""
-    found = set(options.define()) | set(evaluation_flags.define())
+    found = set(options.define()) | set(evaluation_flags.define()) | set(serve_options.ALL)
     found |= defined_flags(read("jaxdiff/cli/train_flags.py"))
     for script in (*ROOT.glob("benchmarks/*.py"), ROOT / "datasets/icons/__main__.py"):
         found |= defined_flags(script.read_text(encoding="utf-8"))

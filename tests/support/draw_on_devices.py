@@ -17,6 +17,8 @@ from jaxdiff.cli import sample
 from jaxdiff.io.images import read_image
 from jaxdiff.models.model import with_controlnets
 from jaxdiff.sampling.generate import sampler
+from jaxdiff.sampling.resolve import resolve_images, resolve_settings
+from jaxdiff.sampling.stepwise import draw_stepwise
 from tests.support.tiny import SIDE, tiny_controlnet, tiny_model, tiny_params
 
 COLLECTIVE = re.compile(
@@ -92,6 +94,9 @@ def main(folder: Path) -> None:
     pictures = {"from_pictures": draw_from_pictures(8), "from_pictures_one": draw_from_pictures(1)}
     pictures |= {"one": draw(9, 1), "sixteen": sixteen, "nine": draw(9, 8), "five": draw(5, 8)}
     pictures["five_replicated"] = draw(5, None, replicate(params, jax.devices()[::-1]))
+    given = [f"picture {i}" for i in range(5)]
+    request = resolve_images(model, resolve_settings(model, steps=2), given, seed=3)
+    pictures["five_stepwise"] = list(draw_stepwise(model, replicate(params), request))[-1].images()
     with recorded_programs() as commanded:
         pictures["commanded"] = from_the_command_line(folder, model, params, 16)
     np.savez(folder / "pictures.npz", **pictures)

@@ -19,6 +19,8 @@ from jaxdiff.cli import sample
 from jaxdiff.io.controlnet import load_controlnet, save_controlnet
 from jaxdiff.io.images import read_image
 from jaxdiff.sampling.generate import sampler
+from jaxdiff.sampling.resolve import resolve_images, resolve_settings
+from jaxdiff.sampling.stepwise import draw_stepwise
 from jaxdiff.training.collectives import collectives
 from tests.support.tiny import tiny_controlnet, tiny_model, tiny_params
 
@@ -108,6 +110,8 @@ def main(folder: Path) -> None:
         flags += [f"--{name}={value}" for name, value in HOW.items()] + [f"--prompt={p}" for p in PROMPTS]
         assert sample.main(["sample.py", *flags]) == 0
     images["three"] = generate(model, placed, PROMPTS[:3], **HOW)  # filled up to the eight that are compiled
+    request = resolve_images(model, resolve_settings(model, steps=3, scheduler="euler"), PROMPTS[:3], seed=3)
+    images["three_stepwise"] = list(draw_stepwise(model, shard(params, both), request))[-1].images()
     images["commanded"] = np.stack([read_image(folder / f"{i}.png") for i in range(len(PROMPTS))])
     report = {
         "fsdp": told(texts[0], placed, fsdp),

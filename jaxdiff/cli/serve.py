@@ -1,0 +1,175 @@
+"""Draw for other programs: a server with OpenAI's images API and AUTOMATIC1111's.
+
+    jaxdiff-serve --model icons
+    jaxdiff-serve --model sd15/ --dtype bfloat16 --lora_dir loras/ --host 0.0.0.0 --api_key "$JAXDIFF_API_KEY"
+
+It loads the model once, and draws requests that fit one program together. Its address goes to stdout, warnings and
+errors to stderr. SIGTERM or Ctrl-C stops it: what is being drawn is delivered, what waits is told. Exit code: 0 when
+stopped so; 2 for flags that cannot be right; 1 for any other failure.
+"""
+
+import importlib.util
+import logging
+import math
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+from absl import flags
+
+import jaxdiff
+from jaxdiff import parallel
+from jaxdiff.cli import errors, sample
+from jaxdiff.cli.adapters import naming, read_adapters
+from jaxdiff.cli.errors import Failure, UsageError
+from jaxdiff.cli.flags import check_files, flag_errors, weighted
+from jaxdiff.cli.serve_options import ALL, LOOPBACK, parse, parsed_sizes
+from jaxdiff.io import cache, model_paths
+from jaxdiff.sampling.checks import check_memory, least_memory
+from jaxdiff.sampling.resolve import latent_shape
+from jaxdiff.serving.loras import Loras, lora_files
+
+EXTRA = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+SHAPES = (1.0, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16)  # of the sizes drawn by default
+LAST = 30.0  # seconds that the engine has to end
+CONNECTIONS = 512
+
+
+def sizes(f: flags.FlagValues, model: jaxdiff.Model) -> tuple[tuple[int, int], ...]:
+    """Width and height of what is drawn. Raises UsageError."""
+    factor, multiple = model.vae.config.factor, model.multiple
+    chosen = parsed_sizes(f)
+    if not chosen:
+        height, width, _ = latent_shape(model, None, None)
+        own = width * factor, height * factor
+        levels = 0 if model.unet is None else len(model.unet.config.block_out_channels) - 1
+        unit = multiple * 2**levels
+        around = [(math.sqrt(own[0] * own[1] * shape), math.sqrt(own[0] * own[1] / shape)) for shape in SHAPES]
+        chosen = tuple(dict.fromkeys([own, *((rounded(w, unit), rounded(h, unit)) for w, h in around)]))
+    for width, height in chosen:
+        if width % multiple or height % multiple or not width or not height:
+            raise UsageError(f"--sizes: {width}x{height} must be multiples of {multiple} for this model.")
+        with flag_errors():
+            check_memory(model, height, width, None)
+    return chosen
+
+
+def rounded(pixels: float, unit: int) -> int:
+    return max(unit, round(pixels / unit) * unit)
+
+
+def batch_sizes(f: flags.FlagValues, model: jaxdiff.Model, largest: tuple[int, int]) -> list[int]:
+    """How many images are drawn at once: on every device one, two, four, … up to --batch_size."""
+    devices = jax.local_device_count() // f.tensor
+    most = f.batch_size
+    if most is None:
+        width, height = largest
+        each = int(min(4, max(1, parallel.device_memory() / least_memory(model, height, width, None))))
+        most = devices * each
+    return [devices * 2**k for k in range(12) if k == 0 or devices * 2**k <= most]
+
+
+def loaded(f: flags.FlagValues) -> tuple[jaxdiff.Model, Any, Loras, tuple[tuple[int, int], ...]]:
+    """The model with all that flags lay onto it, its parameters where they draw, LoRAs, and the sizes drawn."""
+    mesh = sample.divided_over(f)
+    with naming("--model"):
+        path = model_paths.find(f.model)
+    cache.cache_compilations(f.cache_dir)
+    sample.check_networks(f)
+    model = sample.described(f, path)
+    if model.family == "upscaler":
+        raise UsageError("--model enlarges images, which no request asks for: give a model that draws from text.")
+    for name in ("controlnet", "embedding"):
+        if model.unet is None and f[name].value:
+            raise UsageError(f"--{name} is for models with a UNet, which this one lacks: leave it out.")
+    chosen = sizes(f, model)
+    laid = read_adapters(f, model, mesh)
+    named = lora_files(f.lora_dir)
+    with_words: list[str | Path] = [
+        *(weighted(given)[0] for given in f.lora),
+        *named.values(),
+    ]  # embeddings may come with them
+    model, params = sample.load(f, path, laid, with_words, mesh)
+
+    def placed(params: Any) -> Any:
+        return jaxdiff.replicate(params) if mesh is None else jaxdiff.shard(params, mesh)
+
+    params = placed(params)
+    return model, params, Loras(model, params, named, placed), chosen
+
+
+def listening(f: flags.FlagValues) -> socket.socket:
+    """The socket of --host and --port. Raises Failure."""
+    family = socket.AF_INET6 if ":" in f.host else socket.AF_INET
+    try:
+        return socket.create_server((f.host, f.port), family=family, backlog=256)
+    except OSError as e:
+        reason = e.strerror or e
+        raise Failure(f"--host {f.host} --port {f.port}: {reason}: stop what listens there, or name others.") from None
+
+
+def run(f: flags.FlagValues) -> None:
+    """Serve until a signal comes."""
+    if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
+        raise Failure(f"{missing[0]} is not installed: pip install 'jaxdiff[serve]'.")
+    check_files(f, ALL)
+    import uvicorn
+
+    from jaxdiff.serving.app import create_app
+    from jaxdiff.serving.engine import Engine
+    from jaxdiff.serving.metrics import Metrics
+    from jaxdiff.serving.requests import Limits
+    from jaxdiff.serving.service import Service
+
+    place = listening(f)
+    model, params, loras, chosen = loaded(f)
+    metrics = Metrics()
+    limits = Limits(chosen, steps=f.max_steps, images=f.max_images, queue=f.queue, seconds=f.time_limit)
+    counts = batch_sizes(f, model, max(chosen, key=math.prod))
+    window = f.window_ms / 1000
+    engine = Engine(model, params, limits, batch_sizes=counts, window=window, loras=loras, observe=metrics.observe)
+    name = f.model_name or Path(f.model.rstrip("/")).name
+    service = Service(engine, name, {"model": name, "dtype": f.dtype}, f.steps)
+    hosts = LOOPBACK if f.api_key is None and f.host in LOOPBACK else None
+    app = create_app(service, metrics, api_key=f.api_key, hosts=hosts, body=f.max_body_mb << 20)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, ws="none", limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=30, timeout_graceful_shutdown=math.ceil(f.time_limit),
+    )  # fmt: skip
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            engine.stop()
+            super().handle_exit(sig, frame)
+
+    engine.start()
+    address = f"[{f.host}]" if ":" in f.host else f.host
+    print(f"http://{address}:{place.getsockname()[1]}", flush=True)
+    for sig in (signal.SIGTERM, signal.SIGINT):  # which uvicorn handles, and raises once more at the end
+        signal.signal(sig, signal.SIG_IGN)
+    Server(config).run([place])
+    engine.stop()
+    if not engine.join(LAST):
+        logging.warning("what is being drawn is left unfinished.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line, by default this program's; returns the exit code."""
+    argv = sys.argv if argv is None else argv
+    return errors.main(
+        Path(argv[0]).name,
+        argv,
+        __doc__,
+        parse,
+        run,
+        smaller="lower --batch_size or --sizes, or use --dtype=bfloat16",
+        stopped="nothing is being drawn",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A server that draws for many: one engine, and the APIs that other programs speak."""

@@ -1,0 +1,198 @@
+"""AUTOMATIC1111's API, which many programs speak: /sdapi/v1/txt2img, img2img, progress, interrupt, options, …
+
+https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Whatever has no effect here is named among the
+warnings in an answer's info, or refused.
+"""
+
+import contextlib
+import datetime
+import json
+import time
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+
+from jaxdiff.io.images import describe
+from jaxdiff.serving import uploads
+from jaxdiff.serving.automatic_fields import (
+    SAMPLERS,
+    SCHEDULERS,
+    ImageToImage,
+    TextToImage,
+    check_options,
+    draw_request,
+)
+from jaxdiff.serving.requests import Cancelled, Job
+from jaxdiff.serving.service import Service, owner
+from jaxdiff.text.styles import read_styles
+
+PREVIEW = 2.0  # seconds that a request for progress waits for its preview
+
+
+class Picture(BaseModel):
+    """The body of png-info."""
+
+    image: str
+
+
+class Drawn(BaseModel):
+    """The answer of txt2img and img2img."""
+
+    images: list[str] = Field(description="PNGs in base64.")
+    parameters: dict[str, Any]
+    info: str = Field(description="JSON.")
+
+
+def router(service: Service) -> APIRouter:
+    """The endpoints."""
+    routes = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+
+    async def drawn(http: Request, body: TextToImage) -> Drawn:
+        began = time.time()
+        asked, warnings = await run_in_threadpool(draw_request, service, body)
+        job = await service.submit(http, asked)
+        try:
+            images: list[np.ndarray | None] = list(await service.finished(http, job))
+        except Cancelled:  # by interrupt: what is finished is given
+            images = job.images
+        found = {i: image for i, image in enumerate(images) if image is not None}
+        texts = await run_in_threadpool(lambda: [service.base64(job, i, image) for i, image in found.items()])
+        parameters = body.model_dump(exclude={"init_images", "mask"})
+        info = info_of(service, job, list(found), warnings, began)
+        return Drawn(images=texts if body.send_images else [], parameters=parameters, info=json.dumps(info))
+
+    @routes.post("/txt2img")
+    async def txt2img(http: Request, body: TextToImage) -> Drawn:
+        return await drawn(http, body)
+
+    @routes.post("/img2img")
+    async def img2img(http: Request, body: ImageToImage) -> Drawn:
+        return await drawn(http, body)
+
+    @routes.get("/progress")
+    async def progress(http: Request, skip_current_image: bool = False) -> dict[str, Any]:
+        jobs = [job for job in service.engine.jobs(owner(http)) if job.begun]
+        job = jobs[0] if jobs else None
+        preview = None
+        if job is not None and not skip_current_image:
+            image = await run_in_threadpool(previewed, job)
+            preview = None if image is None else await run_in_threadpool(service.base64, job, 0, image)
+        return state_of(job, len(jobs), preview)
+
+    @routes.post("/interrupt")
+    @routes.post("/skip")
+    def interrupt(http: Request) -> dict[str, Any]:
+        for job in service.engine.jobs(owner(http)):
+            job.cancel()
+        return {}
+
+    @routes.post("/png-info")
+    def png_info(body: Picture) -> dict[str, Any]:
+        text, flags = uploads.infotext(uploads.from_base64("image", body.image))
+        return {"info": text, "items": {"parameters": text} if text else {}, "parameters": flags}
+
+    @routes.get("/options")
+    def options() -> dict[str, Any]:
+        return {"sd_model_checkpoint": service.name, "samples_format": "png", "CLIP_stop_at_last_layers": 1}
+
+    @routes.post("/options")
+    def set_options(body: dict[str, Any]) -> None:
+        fixed = options()
+        check_options(service, {name: value for name, value in body.items() if fixed.get(name) != value})
+
+    @routes.get("/samplers")
+    def samplers() -> list[dict[str, Any]]:
+        return [{"name": name, "aliases": [here], "options": {}} for name, here in SAMPLERS.items()]
+
+    @routes.get("/schedulers")
+    def schedulers() -> list[dict[str, Any]]:
+        more: dict[str, Any] = {"aliases": None, "default_rho": -1, "need_inner_model": False}
+        return [{"name": name, "label": label, **more} for name, (label, _) in SCHEDULERS.items()]
+
+    @routes.get("/sd-models")
+    def sd_models() -> list[dict[str, Any]]:
+        name = service.name
+        return [{"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}]
+
+    @routes.get("/upscalers")
+    def upscalers() -> list[dict[str, Any]]:
+        more = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
+        return [{"name": name, **more} for name in ("None", "Lanczos")]
+
+    @routes.get("/latent-upscale-modes")
+    def latent_upscale_modes() -> list[dict[str, str]]:
+        return [{"name": "Latent"}]
+
+    @routes.get("/loras")
+    def loras() -> list[dict[str, Any]]:
+        return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in service.engine.loras.files]
+
+    @routes.get("/prompt-styles")
+    def prompt_styles() -> list[dict[str, str]]:
+        return [{"name": name, **style._asdict()} for name, style in read_styles().items()]
+
+    return routes
+
+
+def previewed(job: Job) -> np.ndarray | None:
+    """What an image under way looks like, after the next steps; the latest there is where they take long."""
+    job.watched = True
+    end = time.monotonic() + PREVIEW
+    while job.watched and time.monotonic() < end and not job.future.done():
+        time.sleep(0.02)
+    return job.preview
+
+
+def state_of(job: Job | None, count: int, preview: str | None) -> dict[str, Any]:
+    """The answer of progress."""
+    fraction = 0.0 if job is None else job.fraction
+    steps = 0 if job is None else job.request.steps
+    state = {
+        "skipped": False,
+        "interrupted": False,
+        "stopping_generation": False,
+        "job": "" if job is None else "scripts_txt2img",
+        "job_count": count,
+        "job_timestamp": datetime.datetime.now().strftime("%Y%m%d%H%M%S"),
+        "job_no": 0,
+        "sampling_step": round(fraction * steps),
+        "sampling_steps": steps,
+    }
+    left = 0.0
+    if job is not None and fraction:
+        with contextlib.suppress(ZeroDivisionError):
+            left = (time.monotonic() - job.since) * (1 - fraction) / fraction
+    return {"progress": fraction, "eta_relative": left, "state": state, "current_image": preview, "textinfo": None}
+
+
+def info_of(service: Service, job: Job, found: list[int], warnings: list[str], began: float) -> dict[str, Any]:
+    """What an answer says of its images; `found` are the numbers of those that were finished."""
+    each = [service.metadata(job, i) for i in found]
+    asked = job.request
+    return {
+        "prompt": asked.prompt,
+        "all_prompts": [asked.prompt] * len(found),
+        "negative_prompt": asked.negative_prompt or "",
+        "all_negative_prompts": [asked.negative_prompt or ""] * len(found),
+        "seed": job.seeds[0],
+        "all_seeds": [job.seeds[i] for i in found],
+        "subseed": asked.variation_seed if asked.variation_seed is not None else -1,
+        "subseed_strength": asked.variation_strength,
+        "width": asked.width,
+        "height": asked.height,
+        "sampler_name": next(
+            (n for n, s in SAMPLERS.items() if s == (asked.scheduler or service.engine.scheduler)), ""
+        ),
+        "cfg_scale": asked.guidance_scale,
+        "steps": asked.steps,
+        "batch_size": len(job.seeds),
+        "sd_model_name": service.name,
+        "denoising_strength": asked.strength,
+        "clip_skip": asked.clip_skip + 1,
+        "infotexts": [describe(flags) for flags in each],
+        "job_timestamp": datetime.datetime.fromtimestamp(began).strftime("%Y%m%d%H%M%S"),
+        "warnings": warnings,
+    }

@@ -1,0 +1,67 @@
+"""The page: three files that ask the server's own APIs, and what they are told of the model."""
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from jaxdiff.diffusion.schedulers import SCHEDULERS
+from jaxdiff.serving.service import Service
+from jaxdiff.text.styles import read_styles
+
+FOLDER = Path(__file__).parent / "page"
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def router(service: Service) -> APIRouter:
+    """The page at /, and its files."""
+    routes = APIRouter(include_in_schema=False)
+
+    def file(name: str, kind: str) -> Response:
+        return Response((FOLDER / name).read_bytes(), media_type=kind, headers=HEADERS)
+
+    @routes.get("/")
+    def index() -> Response:
+        return file("index.html", "text/html; charset=utf-8")
+
+    @routes.get("/page/page.css")
+    def css() -> Response:
+        return file("page.css", "text/css; charset=utf-8")
+
+    @routes.get("/page/page.js")
+    def js() -> Response:
+        return file("page.js", "text/javascript; charset=utf-8")
+
+    @routes.get("/page/page.json")
+    def can() -> dict[str, Any]:
+        return capabilities(service)
+
+    return routes
+
+
+def capabilities(service: Service) -> dict[str, Any]:
+    """What the model and the server can do, so that the page offers that alone."""
+    engine = service.engine
+    model = engine.model
+    return {
+        "model": service.name,
+        "sizes": [f"{width}x{height}" for width, height in engine.limits.sizes],
+        "schedulers": list(SCHEDULERS),
+        "scheduler": engine.scheduler,
+        "styles": sorted(read_styles()),
+        "loras": list(engine.loras.files),
+        "steps": service.steps,
+        "max_steps": engine.limits.steps,
+        "max_images": engine.limits.images,
+        "guidance_scale": model.options.guidance_scale,
+        "guidance": model.takes_guidance,
+        "negative_prompt": not model.one_pass,
+        "needs_mask": model.inpaints,
+    }

@@ -1,0 +1,130 @@
+"""What a client asks for, what it may ask for, and how it is refused."""
+
+import concurrent.futures
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxdiff.errors import JaxdiffError
+
+
+class QueueFull(JaxdiffError):
+    """Too many images wait already."""
+
+    def __init__(self, seconds: int):
+        super().__init__(f"Too many images are waiting: try again in {seconds} s.")
+        self.seconds = seconds
+
+
+class Stopping(JaxdiffError):
+    """The server is stopping, and draws what it has begun only."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is stopping: ask another one, or again later.")
+
+
+class Cancelled(JaxdiffError):
+    """Nobody waits for these images any more."""
+
+    def __init__(self) -> None:
+        super().__init__("The request was cancelled.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels; others would each be compiled for
+    steps: int = 150
+    images: int = 10
+    prompt: int = 4000  # characters
+    texts: int = 8  # that one image attends to: chunks of a long prompt, times the texts it is edited to
+    guidance_scale: float = 100.0
+    queue: int = 64  # images that wait
+    seconds: float = 600.0  # that a client waits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DrawRequest:
+    """Arguments of `jaxdiff.generate`, by its names but for `prompt`; None is the model's or the server's default."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    n: int = 1
+    seed: int | None = None  # of the first image; None: a random one
+    steps: int = 25
+    guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    scheduler: str | None = None
+    spacing: str | None = None
+    width: int | None = None
+    height: int | None = None
+    clip_skip: int = 0
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
+    image: np.ndarray | None = None  # uint8 [H, W, 3] at the size drawn, as the next ones
+    strength: float | None = None
+    mask: np.ndarray | None = None  # bool [H, W], true where the image is redrawn
+    control_images: tuple[np.ndarray, ...] = ()
+    controlnet_scale: float | tuple[float, ...] = 1.0
+    hires: float | None = None
+    hires_strength: float = 0.6
+    hires_upscale: str = "pixel"
+
+
+Preview = Callable[[int, float, np.ndarray], None]  # number of the image, part of its steps taken, uint8 [H, W, 3]
+
+
+class Job:
+    """A request under way. Whoever waits for it, waits for `future`; once that is done, nothing more is drawn."""
+
+    def __init__(
+        self, request: DrawRequest, seeds: list[int], owner: str, previews: int, on_preview: Preview | None
+    ) -> None:
+        self.request, self.seeds, self.owner = request, seeds, owner
+        self.future: concurrent.futures.Future[list[np.ndarray]] = concurrent.futures.Future()
+        self.future.set_running_or_notify_cancel()  # from now on `end` alone ends it
+        self.images: list[np.ndarray | None] = [None] * len(seeds)
+        self.fractions = [0.0] * len(seeds)  # of the steps of each image that are taken
+        self.begun = False
+        self.since = time.monotonic()
+        self.watched = False  # whether the next preview is wanted as `preview`
+        self.preview: np.ndarray | None = None
+        self.previews, self._sent, self._on_preview = previews, [0] * len(seeds), on_preview
+        self._lock = threading.Lock()
+
+    @property
+    def fraction(self) -> float:
+        """How much of it is drawn, from 0 to 1."""
+        return sum(self.fractions) / len(self.fractions)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Give the images, or an error, to whoever waits; the first one counts."""
+        with self._lock:
+            if self.future.done():
+                return
+            if error is not None:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result([image for image in self.images if image is not None])
+
+    def cancel(self) -> None:
+        self.end(Cancelled())
+
+    def due(self, index: int, fraction: float) -> bool:
+        """Whether a preview of an image is wanted, so many of whose steps are taken."""
+        return self.watched or (
+            self._on_preview is not None
+            and self._sent[index] < self.previews
+            and fraction * (self.previews + 1) >= self._sent[index] + 1 - 1e-9
+        )
+
+    def show(self, index: int, fraction: float, image: np.ndarray) -> None:
+        """Take a preview that was due."""
+        self.preview, self.watched = image, False
+        if self._on_preview is not None and self.previews:
+            self._sent[index] = max(self._sent[index] + 1, int(fraction * (self.previews + 1)))
+            self._on_preview(index, fraction, image)

@@ -1,0 +1,74 @@
+"""Images in and out of requests: read as training reads them, with smaller bounds."""
+
+import base64
+import binascii
+import io
+import json
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jaxdiff.data.images import FORMATS, MAX_PIXELS, on_background, open_image
+from jaxdiff.errors import ArgumentError
+from jaxdiff.io.images import CHUNK, fit, png_text
+
+PIXELS = 4096 * 4096  # of an uploaded image
+MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+_decoding = threading.Semaphore(2)  # images that are large while they are decoded
+
+
+def opened(name: str, data: bytes, pixels: int = PIXELS) -> Image.Image:
+    """An uploaded file as RGB or RGBA. Raises ArgumentError, named after the parameter it came in."""
+    try:
+        with _decoding:
+            return open_image(data, max_pixels=min(pixels, MAX_PIXELS))
+    except Exception as e:  # damage shows as errors of many kinds
+        reason = str(e) if type(e).__module__.startswith("jaxdiff") else "it is damaged, or no image"
+        raise ArgumentError(name, f"cannot be read ({reason}): send a PNG, JPEG or WebP.") from None
+
+
+def from_base64(name: str, text: str) -> bytes:
+    """The bytes of base64, with or without "data:image/png;base64," before it. Raises ArgumentError."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ArgumentError(name, "is no image in base64; paths and addresses are not opened.") from None
+
+
+def as_image(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """uint8 [H, W, 3] at the size drawn, cut at its centre, on white."""
+    return fit(np.array(on_background(image)), height, width)
+
+
+def transparency(name: str, image: Image.Image, width: int, height: int) -> np.ndarray:
+    """Bool [H, W] at the size drawn, true where it is transparent. Raises ArgumentError if it is nowhere."""
+    if image.mode == "RGBA":
+        clear = 255 - np.array(image.getchannel("A"))
+        if clear.any():
+            return fit(np.repeat(clear[..., None], 3, -1), height, width)[..., 0] >= 128
+    raise ArgumentError(name, "is nowhere transparent: make transparent what is to be redrawn.")
+
+
+def encoded(image: np.ndarray, metadata: Mapping[str, Any], format: str = "png", quality: int = 95) -> bytes:
+    """An image uint8 [H, W, 3] as a file; a PNG holds the flags that draw it again, as `write_png` has it."""
+    file = io.BytesIO()
+    options: dict[str, Any] = {"pnginfo": png_text(metadata)} if format == "png" else {"quality": quality}
+    Image.fromarray(image).save(file, format, **options)
+    return file.getvalue()
+
+
+def infotext(data: bytes) -> tuple[str, dict[str, Any]]:
+    """What a PNG says about how it was drawn: as people read it, and as flags (none if it says nothing)."""
+    opened("image", data)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        text, kept = image.info.get("parameters", ""), image.info.get(CHUNK, "{}")
+    try:
+        flags = json.loads(kept)
+    except (ValueError, TypeError, RecursionError):
+        flags = {}
+    return str(text), flags if isinstance(flags, dict) else {}
