@@ -18,6 +18,7 @@ from jaxdiff.training.checks import check_settings
 from jaxdiff.training.options import OptionsError
 from jaxdiff.training.run import build_run
 from jaxdiff.training.stages import per_example
+from jaxdiff.training.train_step import STATE
 from jaxdiff.training.trainables import make
 from jaxdiff.training.vae_decoder import feature_distance, merge_decoder, split_decoder, vae_decoder_stage
 from tests.support.stages import BATCH, keys, pictures, settings, whole_model
@@ -76,10 +77,10 @@ def test_losses_gradients_and_the_adaptive_weight_equal_pytorchs():
     params = split_decoder(tiny_params(model)) | {"discriminator": fresh(discriminator)}
     stage = vae_decoder_stage(model, discriminator, weight=0.8, edge_weight=0.0)
     images = np.random.default_rng(0).integers(0, 256, (BATCH, SIDE, SIDE, 3)).astype(np.uint8)
-    batch = {"image": images, "step": np.zeros(BATCH, np.int32)}
+    batch, state = {"image": images}, {STATE: {"step": jnp.int32(0)}}
     trained = {name: params[name] for name in stage.trainable}
     (total, metrics), grads = jax.jit(
-        jax.value_and_grad(lambda trained: stage.loss({**params, **trained}, batch, keys()), has_aux=True)
+        jax.value_and_grad(lambda trained: stage.loss({**params, **state, **trained}, batch, keys()), has_aux=True)
     )(trained)
 
     vae = diffusers.AutoencoderKL.from_config(model.vae.config.to_dict())
@@ -133,8 +134,8 @@ def test_the_decoder_does_not_hear_the_discriminator_before_the_start():
 
     @jax.jit
     def grads(step, params):
-        now = {**batch, "step": jnp.full(BATCH, step)}
-        return [jax.grad(lambda p, loss=loss: loss(p, now, keys())[0])(params) for loss in losses]
+        state = {STATE: {"step": step}}
+        return [jax.grad(lambda p, loss=loss: loss(p | state, batch, keys())[0])(params) for loss in losses]
 
     for step, same in ((2, True), (3, False)):
         late, never = grads(step, params)

@@ -16,8 +16,7 @@ from jaxdiff.typing import PRNG, Array, Key, Params
 
 Batch = Mapping[str, Any]  # arrays [B, ...] by name
 Metrics = Mapping[str, Array]  # scalars by name
-# (all parameters, batch, keys [B], one an example) -> (mean loss over the batch, metrics). The batch also holds "step",
-# int32 [B]: how many steps were made before.
+# (all parameters, batch, keys [B], one an example) -> (mean loss over the batch, metrics)
 Loss = Callable[[Params, Batch, Key], tuple[Array, Metrics]]
 Dtypes = Mapping[str, Any]  # types that networks compute in, by the keys of their parameters
 NO_CAST: Dtypes = MappingProxyType({})
@@ -162,7 +161,6 @@ def make_train_step(
             jax.random.fold_in(jax.random.key(options.seed, impl=PRNG), state.step), options.batch_size
         )
         keys = keys if in_order else keys[rows]
-        batch = {**batch, "step": jnp.full(options.batch_size, state.step)}
         frozen = with_state(frozen, state) if reads_state else frozen
         grads, metrics = accumulated_grad(loss, state.params, frozen, batch, keys, options.accumulate, mesh, dtypes)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -12,7 +12,7 @@ from jaxdiff.training.adversarial import Rules, adaptive_weight, contest, stop, 
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.losses import SCALES, reconstruction_loss
 from jaxdiff.training.stages import clip_pixels, compute_dtypes, fold_in_each, per_example
-from jaxdiff.training.train_step import Batch, Metrics
+from jaxdiff.training.train_step import STATE, Batch, Metrics
 from jaxdiff.typing import Array, Key, Params
 
 DECODER = ("decoder", "post_quant_conv")  # parts of an autoencoder that come after the latents
@@ -92,6 +92,7 @@ def vae_decoder_stage(
         return pixels + feature_weight * metrics["features"], metrics
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
+        params, step = {k: x for k, x in params.items() if k != STATE}, params[STATE]["step"]
         images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
         mean, logvar = apply(model, params, "vae", images, method="encode")
         z = stop(mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, keys, mean.shape[1:]))
@@ -109,7 +110,7 @@ def vae_decoder_stage(
 
         both = contest(score, params["discriminator"], images, x, fold_in_each(keys, 1), rules)
         factor = weight * (adaptive_weight(lambda g: pullback(g)[0], gradient, both.gradient) if adaptive else 1.0)
-        factor = jnp.where(batch["step"][0] < start, 0.0, factor)
+        factor = jnp.where(step < start, 0.0, factor)
         psnr = 10 * jnp.log10(4.0 / jnp.maximum(((x - images) ** 2).mean(), 1e-10))  # the range of [-1, 1] is 2
         total = value + with_gradient(factor * both.generator, factor * both.gradient, x) + both.discriminator
         return total, {**metrics, **both.metrics, "weight": factor, "psnr": psnr}
@@ -117,4 +118,4 @@ def vae_decoder_stage(
     dtypes = compute_dtypes(model)
     dtypes = {**dtypes, "vae_decoder": dtypes["vae"], "discriminator": jnp.dtype(discriminator.dtype)}  # type: ignore[attr-defined]
     trainable = ("vae_decoder", "discriminator")
-    return Stage("vae_decoder", trainable, loss, lambda batch: {"image": batch["image"]}, dtypes)
+    return Stage("vae_decoder", trainable, loss, lambda batch: {"image": batch["image"]}, dtypes, reads_state=True)
