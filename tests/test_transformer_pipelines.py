@@ -7,6 +7,7 @@ from safetensors.numpy import save_file
 pytest.importorskip("diffusers")
 import jaxdiff
 from jaxdiff.errors import ArgumentError
+from jaxdiff.io.images import read_image
 from tests.support import transformer_pipelines as oracle
 
 PROMPTS = ["a castle at night", ""]
@@ -108,6 +109,9 @@ def test_the_command_draws(pair, tmp_path, capsys):
     output = tmp_path / "a.png"
     assert main(["sample.py", *given, f"--output={output}", "--preview", "--scheduler=heun"]) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"a.png", "a-preview.png"}
+    assert main(["sample.py", *given, f"--output={tmp_path / 'b.png'}", "--scheduler=heun", "--offload=text"]) == 0
+    difference = read_image(output).astype(int) - read_image(tmp_path / "b.png")
+    assert np.abs(difference).max() <= 1  # other programs may round otherwise
     refused = {"--embedding=x": "UNet", "--clip_skip=1": "clip_skip", "--height=18": "multiple of 4"}
     if family == "sd3" or family == "sd3_without_t5":
         del refused["--clip_skip=1"]

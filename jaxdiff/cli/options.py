@@ -191,6 +191,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         whole("batch_size", "kept", "Images drawn at once; the last batch is filled up, so that one compiled program "
               "draws all.", without="batches of equal size, at most 4 a device"),
         whole("fsdp", "run", "Devices over which each parameter is kept divided, for models larger than a device.", 1),
+        Option("offload", "run", str, "What is held only while it is used: with text, the text encoders read all "
+               "prompts, and are let go before the rest of the model is loaded.", choices=("text",)),
         whole("tensor", "run", "Devices over which the layers themselves are divided; try --fsdp first.", 1),
     ),
     "files": (

@@ -41,6 +41,7 @@ from jaxdiff.cli.adapters import (
 )
 from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import check_files, check_model, flag_errors, parse, weighted
+from jaxdiff.cli.loading import encoded, load, own
 from jaxdiff.cli.options import OPTIONS
 from jaxdiff.cli.outputs import Writer, check_folder, make_folder, output_files, preview_path
 from jaxdiff.cli.progress import progress_bar
@@ -60,10 +61,8 @@ from jaxdiff.io import cache, diffusers_folder, images, model_paths, pretrained,
 from jaxdiff.io.configs import read_config
 from jaxdiff.io.controlnet import check_controlnet
 from jaxdiff.io.edges import canny
-from jaxdiff.io.lora import Weighted, bundled_words, load_bundled, merge_lora, merge_named
+from jaxdiff.io.lora import Weighted, bundled_words, merge_named
 from jaxdiff.io.modules import CONFIG
-from jaxdiff.io.textual_inversion import with_words
-from jaxdiff.io.upscaler import load_upscaler
 from jaxdiff.io.vae import check_tiny_vae, check_vae, described_vae
 from jaxdiff.models.controlnet import ControlNet
 from jaxdiff.sampling.checks import check_memory, least_memory
@@ -153,38 +152,6 @@ def described(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
         return model
     with naming("--vae"):
         return described_vae(model, f.vae, own=own)[0]
-
-
-def load(
-    f: flags.FlagValues, path: Path, laid: Adapters, lora_files: Sequence[str | Path], mesh: Mesh | None = None
-) -> tuple[jaxdiff.Model, Any]:
-    """The model at a path with all that flags lay onto it, and its parameters.
-
-    Args:
-        lora_files: of all LoRAs, those that prompts name too; embeddings in them come along.
-        mesh: what the parameters are divided over.
-    """
-    params: Any
-    others = {"vae": f.vae, "transformer": f.transformer}
-    with naming(", ".join(["--model", *(f"--{name}" for name, file in others.items() if file is not None)])):
-        model, params = jaxdiff.load(path, dtype=f.dtype, prediction_type=f.prediction_type, mesh=mesh, **others)
-    with naming("--embedding"):
-        model, params = with_words(model, params, laid.words)
-    with naming("--lora"):
-        for file in lora_files:
-            model, params = load_bundled(model, params, file)
-        if laid.loras:
-            params = merge_lora(params, [lora for lora, _ in laid.loras], [scale for _, scale in laid.loras])
-    if laid.controlnets:
-        model, params = jaxdiff.with_controlnets(model, params, *laid.controlnets)
-    if laid.tiny_vae:
-        tiny, tree = laid.tiny_vae
-        model, params = dataclasses.replace(model, tiny_vae=tiny), params | {"tiny_vae": tree}
-    if f.hires and f.hires_upscale == "network":
-        with naming("--upscaler"):
-            upscaler = load_upscaler(f.upscaler, dtype=f.dtype)
-        model, params = jaxdiff.with_upscaler(model, params, upscaler)
-    return model, params
 
 
 def check_networks(f: flags.FlagValues) -> None:
@@ -314,9 +281,15 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     lora_files: list[str | Path] = [*(weighted(given)[0] for given in f.lora), *loras]
     new_words = f.embedding or any(bundled_words(model, file) for file in lora_files)  # with tokens of their own
     parts = None if new_words else plan(with_controlnets(model, path, laid))
-    model, params = load(f, path, laid, lora_files, mesh)
+    networks = list(model.modules)
+    if f.offload == "text":
+        texts = [name for name in networks if name.startswith("text_encoder")]
+        parts = encoded(f, load(f, path, laid, lora_files, mesh, texts), parts, plan, loras, chosen, slices)
+        networks = [name for name in networks if name not in texts]
+    model, params = load(f, path, laid, lora_files, mesh, networks if f.offload else None)
     del laid
     parts = parts or plan(model)
+    loras = {file: own(lora, params) for file, lora in loras.items()}
     if len(set(chosen)) == 1:  # nothing is kept that no image needs
         params, chosen = merge_named(params, loras, chosen[0]), [()] * len(chosen)
 

@@ -27,6 +27,7 @@ from jaxdiff.cli import errors, sample
 from jaxdiff.cli.adapters import naming, read_adapters
 from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import check_files, flag_errors, weighted
+from jaxdiff.cli.loading import load
 from jaxdiff.cli.serve_options import ALL, LOOPBACK, parse, parsed_sizes
 from jaxdiff.io import cache, model_paths
 from jaxdiff.sampling.checks import check_memory, least_memory
@@ -93,7 +94,7 @@ def loaded(f: flags.FlagValues) -> tuple[jaxdiff.Model, Any, Loras, tuple[tuple[
         *(weighted(given)[0] for given in f.lora),
         *named.values(),
     ]  # embeddings may come with them
-    model, params = sample.load(f, path, laid, with_words, mesh)
+    model, params = load(f, path, laid, with_words, mesh)
 
     def placed(params: Any) -> Any:
         return jaxdiff.replicate(params) if mesh is None else jaxdiff.shard(params, mesh)

@@ -6,7 +6,7 @@ import itertools
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,7 @@ def load_folder(
     without_vae: bool = False,
     mesh: Mesh | None = None,
     transformer: Path | None = None,
+    parts: Sequence[str] | None = None,
 ) -> tuple[Model, Params]:
     """The model of a folder and its parameters, with its ControlNets. See `load`."""
     dtype = check_dtype(dtype)
@@ -147,6 +148,7 @@ def load_folder(
     check_channels(model, folder)
     if without_vae and not (folder / "vae" / CONFIG).is_file():
         shapes = {name: tree for name, tree in shapes.items() if name != "vae"}
+    shapes = {name: tree for name, tree in shapes.items() if parts is None or name in parts}
     names = controlnets(folder)
     variants = {
         name: variant_of(folder / name, name if name in STEMS else "unet", variant) for name in (*shapes, *names)
@@ -158,7 +160,7 @@ def load_folder(
         for name in shapes
         if name != "transformer" or transformer is None
     }
-    if transformer is not None:
+    if transformer is not None and "transformer" in shapes:
         files["transformer"] = transformer_source(open_tensors(transformer), model.family, shapes["transformer"])
     params = {name: load_tensors(files[name], shapes[name], dtype, mesh) for name in shapes}
     nets = [load_controlnet(folder / name, dtype=dtype, variant=variants[name], mesh=mesh) for name in names]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def load(
     remat: bool = False,
     vae: str | Path | None = None,
     transformer: str | Path | None = None,
+    parts: Sequence[str] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Model, Params]:
     """Open a model.
@@ -46,6 +48,7 @@ def load(
         vae: another autoencoder in place of the model's, which may then lack one; see `load_vae`.
         transformer: a file in place of the folder's transformer, whose weights may then be missing: in diffusers' names
             or the original layout, with ComfyUI's prefix or without; `.gguf` as well.
+        parts: the networks whose parameters are read, of `model.modules` ("text_encoder", "unet", …); None reads all.
         mesh: of `jaxdiff.parallel.mesh(fsdp=…, tensor=…)`, for models larger than a device: the parameters are divided
             over it as they are read, and `generate` draws there.
 
@@ -59,6 +62,7 @@ def load(
     """
     path = find(name_or_path, variant)
     more: Any = {"prediction_type": prediction_type, "remat": remat, "without_vae": vae is not None, "mesh": mesh}
+    more["parts"] = parts
     if path.is_file():
         if transformer is not None:
             raise ConfigError(f"transformer goes with a folder, which has the rest of the model; {path} is a file.")
@@ -66,7 +70,8 @@ def load(
     else:
         file = None if transformer is None else Path(transformer)
         model, params = load_folder(path, dtype, variant=variant, transformer=file, **more)
-    return (model, params) if vae is None else load_vae(model, params, vae, mesh=mesh)
+    wanted = vae is not None and (parts is None or "vae" in parts)
+    return load_vae(model, params, vae, mesh=mesh) if wanted else (model, params)  # type: ignore[arg-type]
 
 
 def described(path: Path, dtype: Any = None, **more: Any) -> tuple[Model, bool]:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,16 @@ STRAY = re.compile(r"\.alpha$|\.lora_|\.dora_scale$|\.(vision_model|visual)\.|\.
 
 
 def load_single_file(
-    path: str | Path, dtype: Any = None, remat: bool = False, mesh: Mesh | None = None, **more: Any
+    path: str | Path,
+    dtype: Any = None,
+    remat: bool = False,
+    mesh: Mesh | None = None,
+    parts: Sequence[str] | None = None,
+    **more: Any,
 ) -> tuple[Model, Params]:
     """The model of a one-file checkpoint and its parameters, as `load` returns them: see `open_single_file`."""
     model, sources = open_single_file(path, dtype, remat, **more)
+    sources = {name: source for name, source in sources.items() if parts is None or name in parts}
     shapes = programs.shapes(model)
     return model, {name: load_tensors(source, shapes[name], model.unet.dtype, mesh) for name, source in sources.items()}
 

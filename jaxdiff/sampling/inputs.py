@@ -35,7 +35,7 @@ class CallInputs(NamedTuple):
 class ImageInputs(NamedTuple):
     """What each of B images is drawn from."""
 
-    tokens: Tokens
+    tokens: Tokens | None  # None where `conditions` are given
     negative: Tokens | None  # None: without guidance
     guidance_scale: Array  # [B]
     guidance_rescale: Array | None  # [B]
@@ -53,6 +53,7 @@ class ImageInputs(NamedTuple):
     # int32 [B, stages, N]: which of T texts each step of each stage attends to. None: all have one. Else all tokens are
     # [B, T, …], and their conditioning [B, T, …].
     picks: Array | None = None
+    conditions: "tuple[Conditioning, Conditioning | None] | None" = None  # of texts that were encoded beforehand
 
 
 class Codec(NamedTuple):
@@ -83,6 +84,8 @@ def conditions(
     model: Model, params: Params, inputs: ImageInputs, clip_skip: int
 ) -> tuple[Conditioning, Conditioning | None]:
     """What the UNet is told of the prompts and of the negative ones (None: without guidance)."""
+    if inputs.conditions is not None:
+        return inputs.conditions
 
     def encode_each(tokens: Tokens) -> Conditioning:
         if inputs.picks is None:

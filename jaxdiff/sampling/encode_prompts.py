@@ -1,0 +1,41 @@
+"""Texts encoded by a program of their own, so that their encoders may be let go before an image is drawn."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+
+from jaxdiff import mapping, parallel
+from jaxdiff.models.model import Model
+from jaxdiff.sampling.checks import as_devices
+from jaxdiff.sampling.generate import computed_in
+from jaxdiff.sampling.inputs import conditions
+from jaxdiff.sampling.resolve import Request
+from jaxdiff.typing import Params
+
+
+@functools.lru_cache(maxsize=64)
+def text_encoder(model: Model, clip_skip: int, devices: tuple[jax.Device, ...] | jax.sharding.Mesh) -> mapping.Mapped:
+    """The compiled program that encodes texts: (params of text encoders, ImageInputs) -> what `conditions` returns."""
+    model, widened = computed_in(model, devices)
+    return mapping.pmap(lambda params, inputs: conditions(model, widened(params), inputs, clip_skip), devices, shared=1)
+
+
+def encode_prompts(
+    model: Model, params: Params, request: Request, devices: Sequence[jax.Device] | None = None
+) -> Request:
+    """The request with its texts encoded, held by the host: `draw` then needs no parameters of text encoders.
+
+    Args:
+        params: of the text encoders; others are not used.
+        devices: as of `generate`.
+    """
+    texts = request.images._replace(
+        noise=None, image=None, mask=None, noise_level=None, control_images=(), controlnet_scale=()
+    )
+    static = model, request.settings.clip_skip, as_devices(devices, len(request.prompts), params)
+    found = parallel.fetch(text_encoder(*static)(params, texts))
+    encoded = request.images._replace(
+        conditions=found, tokens=None, negative=None, blend_tokens=None, blend_negative=None
+    )
+    return request._replace(images=encoded)
