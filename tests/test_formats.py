@@ -145,7 +145,7 @@ def test_damaged_flax_file(content, tmp_path):
         open_tensors(tmp_path / "flax_model.msgpack")
 
 
-@pytest.mark.parametrize("name", ["x.gguf", "x", "x.onnx"])
+@pytest.mark.parametrize("name", ["x.tflite", "x", "x.onnx"])
 def test_unknown_format(name, tmp_path):
     with pytest.raises(WeightsError, match=rf"{name} is in no format known here"):
         open_tensors(tmp_path / name)

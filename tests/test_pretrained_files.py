@@ -140,7 +140,7 @@ def test_unknown_block_is_named(folder):
         (
             "vae",
             {"_class_name": "AsymmetricAutoencoderKL"},
-            "describes a AsymmetricAutoencoderKL, but AutoencoderKL or AutoencoderTiny is needed: choose a",
+            "describes a AsymmetricAutoencoderKL, but AutoencoderKL or AutoencoderTiny or AutoencoderKLFlux2 is needed",
         ),
         (
             "vae",
@@ -189,7 +189,7 @@ def test_unknown_block_is_named(folder):
         (
             "text_encoder",
             {"model_type": "roberta_series"},
-            "config.json describes a roberta_series, but CLIPTextModel is needed",
+            "config.json describes a roberta_series, but CLIPTextModel or Qwen3ForCausalLM is needed",
         ),
     ],
 )

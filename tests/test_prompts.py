@@ -36,6 +36,8 @@ def model(tokenizer, tokenizer_2=None, force=True):
     return SimpleNamespace(
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
+        tokenizer_3=None,
+        transformer=None,
         options=SimpleNamespace(force_zeros_for_empty_prompt=force),
     )
 

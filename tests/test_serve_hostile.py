@@ -23,6 +23,7 @@ from tests.support.tiny import SIDE
 httpx = pytest.importorskip("httpx", reason="needs the packages of the extra test")
 pytest.importorskip("uvicorn")
 
+from jaxdiff.sampling import stepwise
 from jaxdiff.serving.guard import password  # noqa: E402
 from jaxdiff.serving.requests import Cancelled, DrawRequest, Limits  # noqa: E402
 from jaxdiff.serving.service import Files  # noqa: E402
@@ -190,13 +191,26 @@ def test_a_client_that_has_gone_is_not_drawn_for(server):
     assert httpx.get(f"{address}/sdapi/v1/progress").json()["state"]["job_count"] == 0
 
 
-def test_a_stream_that_nobody_reads_any_more(server):
+def test_a_stream_that_nobody_reads_any_more(server, monkeypatch):
+    """Of images that are not finished before the client has gone."""
     address, engine, _ = server
+    gone = threading.Event()
+
+    def held(*args, **how):
+        for moment in stepwise.draw_stepwise(*args, **how):
+            if moment.finite is not None:
+                gone.wait(60)
+            yield moment
+
+    monkeypatch.setattr("jaxdiff.serving.engine.draw_stepwise", held)
     asked = {"prompt": "a castle", "n": 6, "steps": 60, "stream": True, "partial_images": 3}
     with httpx.stream("POST", address + GENERATIONS, json=asked, timeout=120) as answer:
         assert next(answer.iter_lines()).startswith("event: ")
         (job,) = engine.jobs("127.0.0.1")
-    assert isinstance(job.future.exception(60), Cancelled)
+    try:
+        assert isinstance(job.future.exception(60), Cancelled)
+    finally:
+        gone.set()
 
 
 def test_memory_is_back(tiny, server):

@@ -80,7 +80,11 @@ def test_what_no_setting_can_be(name):
         ("data.background", "blue", "data.background 'blue' must be one of random, white."),
         ("data.filter.duplicates", "all", "data.filter.duplicates 'all' must be one of"),
         ("data.captions", ("a", 1), "data.captions ('a', 1) must be a tuple of text, such as \"('a castle',)\"."),
-        ("trainable", ("unett",), "trainable ('unett',) must be one of unet, text_encoder, text_encoder_2."),
+        (
+            "trainable",
+            ("unett",),
+            "trainable ('unett',) must be one of unet, transformer, text_encoder, text_",
+        ),
         ("data.filter.license", "CC0", "data.filter.license 'CC0' must be a tuple of the values"),
         ("data.filter.license", ("CC0",), None),
         ("lr_multipliers", (("unet", NAN),), "each factor must be from 0"),

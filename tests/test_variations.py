@@ -208,7 +208,7 @@ def test_frames_are_drawn_by_a_tiny_autoencoder_where_there_is_one(tiny, draw):
         ({"hires": 1.0}, "hires 1.0 must be above 1"),
         ({"hires": 100.0}, "hires 100.0 must be above 1, and leave something"),
         ({"hires": 2, "hires_strength": 0.0}, "hires_strength 0.0 must be in"),
-        ({"hires": 2, "hires_upscale": "esrgan"}, "known are pixel and latent"),
+        ({"hires": 2, "hires_upscale": "esrgan"}, "known are pixel, latent and network"),
         ({"blend_prompts": "x", "blend": 1.5}, "blend 1.5 must be from 0.0 to 1.0"),
         ({"variation_seed": 1, "variation_strength": -0.1}, "variation_strength -0.1 must be from 0.0 to 1.0"),
         ({"blend_prompts": ["x", "y"]}, "blend_prompts holds 2 texts for 1 prompts"),

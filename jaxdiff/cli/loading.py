@@ -54,7 +54,7 @@ def load(
     if laid.tiny_vae:
         tiny, tree = laid.tiny_vae
         model, params = dataclasses.replace(model, tiny_vae=tiny), params | {"tiny_vae": tree}
-    if f.hires and f.hires_upscale == "network":
+    if "hires" in f and f.hires and f.hires_upscale == "network":  # a server's requests say it
         with naming("--upscaler"):
             upscaler = load_upscaler(f.upscaler, dtype=f.dtype)
         model, params = jaxdiff.with_upscaler(model, params, upscaler)

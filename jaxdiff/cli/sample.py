@@ -147,7 +147,6 @@ def described(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
         if f.transformer is not None and path.is_dir():
             given["transformer"] = Path(f.transformer)
         model, own = pretrained.described(path, f.dtype, **given)
-    model = dataclasses.replace(model, upscaler=described_upscaler(f) if f.hires else None)
     if f.vae is None or not Path(f.vae).exists():  # `check_files` says so
         return model
     with naming("--vae"):
@@ -263,7 +262,7 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     with naming("--model"):
         path = model_paths.find(f.model)
     cache.cache_compilations(f.cache_dir)
-    model = described(f, path)
+    model = dataclasses.replace(described(f, path), upscaler=described_upscaler(f) if f.hires else None)
     read = functools.cache(images.read_image)
     settings = resolve(f, model, image_groups(f, lines), read)
     check_sizes(f, [(settings.height, settings.width)])

@@ -17,7 +17,7 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-def open_image(file: str | Path | bytes, min_side: int | None = None, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(file: str | Path | bytes, min_side: int | None = None, *, max_pixels: int | None = None) -> Image.Image:
     """An image as RGB, or RGBA when it has transparency; upright by its EXIF orientation, 8 bits a channel.
 
     16-bit greys are scaled to 8 bits; floating-point greys must be in [0, 1] and are scaled too.
@@ -25,15 +25,16 @@ def open_image(file: str | Path | bytes, min_side: int | None = None, *, max_pix
     Args:
         file: a PNG, JPEG, WebP, GIF, BMP or TIFF file, or its bytes; of an animation the first frame is read.
         min_side: pixels wanted of each side: a much larger JPEG is read at a half, quarter or eighth of its size.
-        max_pixels: of the image, at most.
+        max_pixels: of the image, at most; None is `MAX_PIXELS`.
 
     Raises:
         ImageError: the image is larger than `max_pixels`, or of floating-point greys outside of [0, 1].
         Exception: whatever Pillow raises on a damaged or missing file: OSError, SyntaxError, struct.error, …
     """
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
-        if image.width * image.height > max_pixels:
-            raise ImageError(f"{image.width}x{image.height} pixels are more than the {max_pixels} allowed")
+        most = MAX_PIXELS if max_pixels is None else max_pixels
+        if image.width * image.height > most:
+            raise ImageError(f"{image.width}x{image.height} pixels are more than the {most} allowed")
         if min_side:
             image.draft(None, (2 * min_side, 2 * min_side))
         clear = transparent_value(image)

@@ -37,8 +37,8 @@ def least_memory(model: Model, height: int, width: int, tile: int | None) -> flo
     vae, network, own = model.vae, model.denoising, model.vae.config
     widest = min(own.decoder_block_out_channels if isinstance(own, TinyVAEConfig) else own.block_out_channels)
     features = widest * np.dtype(vae.dtype).itemsize if tile is None else 0
-    width = network.config.block_out_channels[0] if model.unet is not None else network.config.width / PATCH**2
-    of_latents = width * np.dtype(network.dtype).itemsize / own.factor**2
+    channels = network.config.block_out_channels[0] if model.unet is not None else network.config.width / PATCH**2
+    of_latents = channels * np.dtype(network.dtype).itemsize / own.factor**2
     return height * width * (max(features, of_latents) + 15)  # 3 bytes, of 3 floats
 
 

@@ -137,7 +137,7 @@ def windows(size: int, tile: int, margin: int, multiple: int) -> list[tuple[int,
     All windows are of one length, so that one program does for all, and begin at a multiple.
 
     >>> windows(100, 40, 10, 1)
-    [(0, 60, 0, 50), (40, 100, 50, 100)]
+    [(0, 60, 0, 40), (20, 80, 40, 60), (40, 100, 60, 100)]
     """
     length = tile + 2 * margin
     if size <= length:

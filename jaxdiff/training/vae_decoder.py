@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from jaxdiff.models.clip import CLIPEncoder
 from jaxdiff.models.model import Model, apply
@@ -62,7 +61,7 @@ def feature_distance(model: Model, params: Params, x: Array, images: Array) -> A
 
 def vae_decoder_stage(
     model: Model,
-    discriminator: nn.Module,
+    discriminator: Any,
     *,
     rules: Rules = DEFAULT_RULES,
     weight: float = 0.5,

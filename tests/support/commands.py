@@ -21,7 +21,7 @@ def sample_cli(tiny_folder, tmp_path, monkeypatch, capsys, caplog):
 
     def run(*args, model=tiny_folder):
         caplog.clear()
-        code = sample.main(["sample.py", *([f"--model={model}"] if model else []), *args])
+        code = sample.main(["sample.py", *([] if model is None else [f"--model={model}"]), *args])
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return code, captured.out.splitlines(), captured.err + "\n".join(r.getMessage() for r in caplog.records)

@@ -171,7 +171,8 @@ def small_world(folder: Path, bundled: Path, monkeypatch) -> Path:
 
 def run_sample(arguments: list[str]) -> int:
     sides = [f"--{name}={tiny.SIDE}" for name in ("height", "width") if f"--{name}" in arguments]
-    return sample.main(["sample.py", *arguments, *FEW_STEPS, *ONE_BY_ONE, *sides])
+    draws = any(a.startswith(("--prompt", "--from_png")) for a in arguments)  # else it enlarges
+    return sample.main(["sample.py", *arguments, *(FEW_STEPS + ONE_BY_ONE if draws else []), *sides])
 
 
 def trains(words: list[str]) -> bool:
