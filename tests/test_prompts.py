@@ -163,7 +163,7 @@ def test_text_without_brackets_is_plain(clip, text):
     for emphasis in (True, False):
         given = tokens(model(clip), [text], emphasis=emphasis)
         np.testing.assert_array_equal(given.ids, clip([text]))
-        assert given[1:] == (None,) * 5
+        assert given[1:] == (None,) * 6
 
 
 def test_emphasis_off_is_plain_text(clip):

@@ -23,7 +23,7 @@ from tests.support.tiny import SIDE
 httpx = pytest.importorskip("httpx", reason="needs the packages of the extra test")
 pytest.importorskip("uvicorn")
 
-from jaxdiff.sampling import stepwise
+from jaxdiff.sampling import stepwise  # noqa: E402
 from jaxdiff.serving.guard import password  # noqa: E402
 from jaxdiff.serving.requests import Cancelled, DrawRequest, Limits  # noqa: E402
 from jaxdiff.serving.service import Files  # noqa: E402

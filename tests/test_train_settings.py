@@ -57,8 +57,7 @@ def run_of(folders, tiny_folder):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_is_one_of_a_target(path):
-    assert set(TRAINABLES) == set(STAGES)
-    assert len(TRAINABLES) == len(STAGES)
+    assert {*TRAINABLES, "super_resolution"} == set(STAGES)  # which trains no model that draws from text
     config = importlib.import_module(f"configs.finetune.{path.stem}").get_config()
     assert config.stage in TRAINABLES
     assert path.name in importlib.import_module(f"configs.finetune.{path.stem}").__doc__  # its command
