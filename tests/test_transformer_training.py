@@ -66,6 +66,8 @@ def velocity(family, pipe, x, t, cond):
 def test_the_loss_is_pytorchs(pair, precomputed):
     """The mean square of velocity - (noise - latents), of logit-normal times."""
     family, pipe, folder = pair
+    if precomputed and family not in ("flux", "z_image"):
+        pytest.skip("as these two, of pooled texts and of masks")
     model, params = jaxdiff.load(folder)
     network = plain_network(model, GUIDANCE)
     stage = diffusion_stage(
@@ -93,7 +95,9 @@ def test_the_loss_is_pytorchs(pair, precomputed):
 
 
 def test_a_dropped_caption_is_the_empty_one(pair):
-    _, _, folder = pair
+    family, _, folder = pair
+    if family not in ("flux", "z_image"):
+        pytest.skip("as these two, of pooled texts and of masks")
     model, params = jaxdiff.load(folder)
     images = np.zeros((2, 16, 16, 3), np.uint8)
     keys = jax.random.split(jax.random.key(0), 2)
