@@ -146,6 +146,7 @@ STAND_INS: dict[str, Callable[[Path], object]] = {
 
 def furnish(folder: Path, text: str) -> None:
     """Put what a block names into the folder, as far as nothing before has made it."""
+    text += " data/icons" * ("configs/upscaler/" in text)  # which that config names
     for name, make in STAND_INS.items():
         path = folder / name
         if re.search(rf"(?<![\w/-]){re.escape(name)}(?![\w-])", text) and not path.exists():
