@@ -69,7 +69,7 @@ def refused(answer, *statuses) -> str:
 )  # fmt: skip
 def test_broken_json_and_numbers(server, body):
     headers = {"content-type": "application/json"}
-    refused(httpx.post(server[0] + GENERATIONS, content=body, headers=headers), 400)
+    assert refused(httpx.post(server[0] + GENERATIONS, content=body, headers=headers), 400)
 
 
 def test_any_unicode_is_drawn(server):

@@ -74,11 +74,8 @@ def denoiser(
         x_in, labels, embedded, residuals = twice(x), None, None, None
         t = twice(time.t) if jnp.ndim(time.t) else jnp.asarray(time.t)
         if model.transformer is not None:
-            told = jnp.asarray(guidance_scale, jnp.float32)
-            scale = jnp.broadcast_to(told, (batch,)) if uncond is None else None
-            given = both.embeddings, both.pooled, both.attention_mask, scale
-            output = apply(model, params, "transformer", x_in, jnp.broadcast_to(t, (len(x_in),)), *given)
-            return denoised(output.astype(jnp.float32), x, time)
+            told = guidance_scale if uncond is None else None
+            return denoised(transformer_output(model, params, x_in, t, both, told), x, time)
         if hints:
             nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
             each = [net.apply({"params": p}, x_in, t, both.embeddings, twice(hint), *both[1:]) for net, p, hint in nets]
@@ -98,6 +95,21 @@ def denoiser(
         return to_denoised(output, x, time, model.scheduler.prediction_type)
 
     return denoise
+
+
+def transformer_output(
+    model: Model, params: Params, x: Array, t: Array, cond: Conditioning, guidance_scale: Array | float | None
+) -> Array:
+    """The velocity float32 [B, h, w, C] that a transformer sees in x at times t, scalar or [B].
+
+    Args:
+        guidance_scale: what FLUX.1 dev is told, scalar or [B]; None where guidance takes a second pass.
+    """
+    told = guidance_scale
+    if told is not None:
+        told = jnp.broadcast_to(jnp.asarray(told, jnp.float32), (len(x),))
+    given = cond.embeddings, cond.pooled, cond.attention_mask, told
+    return apply(model, params, "transformer", x, jnp.broadcast_to(t, (len(x),)), *given).astype(jnp.float32)
 
 
 def stacked(*conds: Conditioning) -> Conditioning:

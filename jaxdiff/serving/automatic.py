@@ -103,6 +103,13 @@ def router(service: Service) -> APIRouter:
         fixed = options()
         check_options(service, {name: value for name, value in body.items() if fixed.get(name) != value})
 
+    list_what_there_is(routes, service)
+    return routes
+
+
+def list_what_there_is(routes: APIRouter, service: Service) -> None:
+    """The endpoints that only list names."""
+
     @routes.get("/samplers")
     def samplers() -> list[dict[str, Any]]:
         return [{"name": name, "aliases": [here], "options": {}} for name, here in SAMPLERS.items()]
@@ -133,8 +140,6 @@ def router(service: Service) -> APIRouter:
     @routes.get("/prompt-styles")
     def prompt_styles() -> list[dict[str, str]]:
         return [{"name": name, **style._asdict()} for name, style in read_styles().items()]
-
-    return routes
 
 
 def previewed(job: Job) -> np.ndarray | None:

@@ -5,9 +5,6 @@ Here brackets in a prompt mean nothing, and a prompt is one row of a fixed lengt
 
 import dataclasses
 import functools
-import hashlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +13,7 @@ import numpy as np
 from absl import logging
 
 from jaxdiff.config import ConfigError
+from jaxdiff.text.tokenizer_files import digest_of, open_files, read_files, readable, write_files
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model",
@@ -34,46 +32,30 @@ class PlainTokenizer:
     digest: str = dataclasses.field(init=False)  # of all the files
 
     def __post_init__(self) -> None:
-        content = hashlib.sha256()
-        for name, data in sorted(self.files.items()):
-            content.update(f"{name} {len(data)} ".encode() + data)
-        object.__setattr__(self, "digest", content.hexdigest()[:16])
+        object.__setattr__(self, "digest", digest_of(self.files))
 
     @classmethod
     def load(cls, folder: str | Path, max_length: int, thinking: bool | None = None) -> Self:
         """Read a `tokenizer/` folder. Raises ConfigError where it holds none."""
-        files = {name: (Path(folder) / name).read_bytes() for name in FILES if (Path(folder) / name).is_file()}
+        files = read_files(Path(folder), FILES)
         if not {"tokenizer.json", "spiece.model", "vocab.json"} & set(files):
             raise ConfigError(f"{folder} holds no tokenizer: put tokenizer.json there.")
         return cls(files, max_length, thinking)
 
     def save(self, folder: str | Path) -> None:
         """Write the files into `folder`, which is made if missing."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
-            if name in self.files:
-                (folder / name).write_bytes(self.files[name])
+        write_files(Path(folder), self.files, FILES)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.files, self.max_length, self.thinking)
 
     @functools.cached_property
     def _opened(self) -> Any:
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import AutoTokenizer
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
-            try:
-                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            except Exception as e:  # whatever the version of transformers at hand raises
-                raise ConfigError(f"The tokenizer's files cannot be opened by transformers ({e}).") from e
+        return open_files("AutoTokenizer", self.files)
 
     def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [B, max_length] of B prompts, and which are not padding, float32 [B, max_length]."""
-        texts = [p.encode("utf-8", "replace").decode() for p in prompts]  # undecodable bytes of a command line
+        texts = [readable(p) for p in prompts]
         if self.thinking is not None:
             texts = [self._chat(text) for text in texts]
         rows = self._opened(texts, padding="max_length", max_length=self.max_length, truncation=True)

@@ -7,11 +7,8 @@ use, and what it made of the files can be kept (`jaxdiff.text.tokenizer_backend`
 
 import dataclasses
 import functools
-import hashlib
 import json
-import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +18,8 @@ import numpy as np
 from absl import logging
 
 from jaxdiff.config import ConfigError, read_json
-from jaxdiff.files import atomic_write
 from jaxdiff.text.tokenizer_backend import Backend, kept_file, of_transformers, read
+from jaxdiff.text.tokenizer_files import digest_of, open_files, read_files, readable, write_files
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 DEFAULT_LENGTH = 77  # tokens: what every published CLIP text encoder takes
@@ -51,10 +48,7 @@ class Tokenizer:
     digest: str = dataclasses.field(init=False)  # of all the files
 
     def __post_init__(self) -> None:
-        content = hashlib.sha256()
-        for name, data in sorted(self.files.items()):
-            content.update(f"{name} {len(data)} ".encode() + data)
-        object.__setattr__(self, "digest", content.hexdigest()[:16])
+        object.__setattr__(self, "digest", digest_of(self.files))
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -64,7 +58,7 @@ class Tokenizer:
             ConfigError: a file is missing or damaged; the message names it.
         """
         folder = Path(folder)
-        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+        files = read_files(folder, _FILES)
         config = read_json(folder / _CONFIG) if _CONFIG in files else {}
         _check(folder, files, config)
         length = config.get("model_max_length")
@@ -73,30 +67,14 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write the files into `folder`, which is made if missing. transformers' `CLIPTokenizer` opens them too."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
-            if name in self.files:
-                with atomic_write(folder / name) as temporary:
-                    temporary.write_bytes(self.files[name])
-            else:  # a leftover of another tokenizer would be read together with these
-                (folder / name).unlink(missing_ok=True)
+        write_files(Path(folder), self.files, _FILES)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.files, self.max_length)  # without what is opened lazily
 
     @functools.cached_property
     def _clip(self) -> Any:
-        # It would advise to install PyTorch, which nothing here needs.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import CLIPTokenizer
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
-            try:
-                return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-            except Exception as e:  # whatever the version of transformers at hand raises
-                raise ConfigError(f"The tokenizer's files cannot be opened by transformers ({e}).") from e
+        return open_files("CLIPTokenizer", self.files)
 
     @functools.cached_property
     def _backend(self) -> Backend:
@@ -194,7 +172,7 @@ class Tokenizer:
         ids = np.full((len(prompts), self.max_length), self.pad_id, np.int32)
         if not len(prompts):
             return ids
-        texts = [_readable(p) for p in prompts]
+        texts = [readable(p) for p in prompts]
         for row, text, encoded in zip(ids, texts, self._backend.encoder.encode_batch(texts), strict=True):
             each = zip(encoded.ids, encoded.offsets, strict=True)
             spans = [span for token, span in each for _ in self._vectors.get(token, (0,))]
@@ -213,7 +191,7 @@ class Tokenizer:
         """`encode`, token by token: one id each, or those of all vectors that an added token stands for."""
         if not len(texts):
             return []
-        encoded = self._backend.encoder.encode_batch([_readable(t) for t in texts], add_special_tokens=False)
+        encoded = self._backend.encoder.encode_batch([readable(t) for t in texts], add_special_tokens=False)
         return [[self._vectors.get(i, [i]) for i in one.ids] for one in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -239,11 +217,6 @@ def _described(name: str, token: Any, word: str) -> dict[str, Any]:
         "normalized": True,
         "special": False,
     }
-
-
-def _readable(text: str) -> str:
-    """The text with question marks for lone surrogates (undecodable bytes of a command line), which have no tokens."""
-    return text.encode("utf-8", "replace").decode()
 
 
 @functools.lru_cache(maxsize=4096)  # a caption that is seen every epoch is reported once
