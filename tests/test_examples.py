@@ -1,4 +1,4 @@
-"""The example scripts do what they say, on the bundled model with few steps."""
+"""The example scripts do what they say: what takes the bundled model in `make test-all`, their parts always."""
 
 from pathlib import Path
 
@@ -68,6 +68,7 @@ def test_projected_guidance_leaves_the_prediction_s_own_direction_alone():
     assert np.abs((across * picture).sum((1, 2, 3))).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_projected_guidance_keeps_colours_at_a_high_scale(tmp_path):
     mild, burnt, projected = custom_guidance.main(tmp_path / "a.png", prompts=["a castle", "a dog"])
     saturation = [custom_guidance.saturation(row) for row in (mild, burnt, projected)]
@@ -75,6 +76,7 @@ def test_projected_guidance_keeps_colours_at_a_high_scale(tmp_path):
     assert ((projected - mild) ** 2).mean() < ((burnt - mild) ** 2).mean()
 
 
+@pytest.mark.slow
 def test_descent_turns_the_balloon_blue(tmp_path):
     losses, images = image_loss_gradient.main(tmp_path / "a.png", steps=4, updates=9)
     assert min(losses) < 0.5 * losses[0]
@@ -93,6 +95,7 @@ def test_remat_makes_memory_independent_of_the_steps(capsys):
     assert fifty < 1.1 * ten
 
 
+@pytest.mark.slow
 def test_inversion_reconstructs_a_given_picture(tmp_path):
     images, noise = ddim_inversion.main(tmp_path / "a.png", steps=20)
     given, coded, reconstructed, edited = images

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-from examples import vmap_guidance
+from examples import custom_guidance, image_loss_gradient, vmap_guidance
 from jaxdiff.io.images import read_image
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +45,23 @@ def test_mapped_guidance_draws_what_each_scale_draws_alone(tmp_path, loaded):
     assert np.abs(images[0] - images[2]).mean() > 0.01
     side = images.shape[1]
     assert read_image(tmp_path / "a.png").shape == (side, 3 * (side + 2) - 2, 3)
+
+
+def test_descent_lowers_the_loss_of_the_image(tmp_path, loaded):
+    losses, images = image_loss_gradient.main(tmp_path / "a.png", steps=2, updates=4)
+    assert min(losses) < losses[0]
+    assert images.shape[0] == len(losses) == 5
+
+
+def test_custom_guidance_that_keeps_all_is_classifier_free(tmp_path, loaded):
+    rows = custom_guidance.main(tmp_path / "a.png", prompts=["an owl"], scale=4.0, steps=2, seed=5)
+    model, params = loaded
+    noise = jaxdiff.initial_noise(jax.random.split(jax.random.key(5), 1), (16, 16, model.unet.config.in_channels))
+    settings = {"steps": 2, "scheduler": "dpmpp_2m", "noise": noise}
+    for row, scale in zip(rows, (2.0, 4.0), strict=False):
+        image = jaxdiff.generate(model, params, ["an owl"], guidance_scale=scale, **settings)
+        assert np.abs(np.round(255 * row) - image).max() <= 1
+    assert np.abs(rows[1] - rows[2]).max() > 1e-4  # far more than rounding: 1e-6
 
 
 TINY = """
