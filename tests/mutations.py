@@ -114,7 +114,7 @@ DIFFUSION = in_folder(
      PROPERTIES.format("levels_keep_the_ends")),
     ("spacing.py", "betaincinv(0.6, 0.6, 1 - u)", "betaincinv(0.6, 0.6, u)", PROPERTIES.format("falls_from_noise")),
     ("schedules.py", "(alpha[0] / (alpha[0] - alpha[-1]))", "1.0", PROPERTIES.format("zero_terminal")),
-    ("schedules.py", "1 + (config.shift - 1) * u", "1 + config.shift * u", PROPERTIES.format("shift_multiplies")),
+    ("schedules.py", "1 + (shift - 1) * u", "1 + shift * u", PROPERTIES.format("shift_multiplies")),
     ("schedules.py", "jnp.clip(t - low, 0.0, 1.0)", "(t - low)", PROPERTIES.format("at_inter")),
     # ---- predictions, guidance, loss
     ("prediction.py", "(alpha * x - sigma * output) / (alpha**2 + sigma**2)", "alpha * x - sigma * output",
@@ -127,12 +127,12 @@ DIFFUSION = in_folder(
      PROPERTIES.format("min_snr")),
     ("diffusion_loss.py", "divisor**2", "divisor", PROPERTIES.format("min_snr and exploding")),
     # ---- the loop, blending, options
-    ("inpainting.py", "jnp.where(i == len(times.t) - 2, original, noised)", "noised",
+    ("inpainting.py", "jnp.where(i == step_count(times) - 1, original, noised)", "noised",
      GOLDEN.format("sd1-euler")),
     ("inpainting.py", "first_call = (i == 0) & (time.t == times.t[0])", "first_call = False",
      GOLDEN.format("sd1-euler")),
     ("sampling_loop.py", "(keys, step + 1)", "(keys, step - step)", SAMPLING.format("keys_are_all")),
-    ("sampling_loop.py", "active = (i >= (0", "active = (i > (0", SAMPLING.format("start_runs and ddim")),
+    ("sampling_loop.py", "(i >= first) &", "(i > first) &", SAMPLING.format("start_runs and ddim")),
     ("schedulers.py", '"heun": False', '"heun": True', GOLDEN.format("defaults-heun")),
     ("schedulers.py", '{"flow": is_flow(config)}', "{}", GOLDEN.format("flow-heun")),
 )  # fmt: skip
@@ -157,6 +157,15 @@ MODELS = in_folder(
     ("layers.py", "(half - freq_shift)", "half", NETWORKS.format("distilled")),
     ("layers.py", "jax.nn.sigmoid(1.702 * x)", "jax.nn.sigmoid(1.5 * x)", NETWORKS.format("vit_l")),
 )
+
+TRANSFORMERS = in_folder(
+    "jaxdiff/models",
+    ("dit.py", "layer_norm(x) * (1 + scale) + shift", "layer_norm(x) * scale + shift", "tests/test_transformers.py -k sd3"),
+    ("dit.py", "(0, 1, 3, 5, 2, 4) if channels_first", "(0, 1, 3, 5, 4, 2) if channels_first",
+     "tests/test_transformers.py -k unfold"),
+    ("t5.py", "half * (distance > 0)", "half * (distance >= 0)", "tests/test_transformers.py -k t5"),
+    ("qwen3.py", "is_causal=True", "is_causal=False", "tests/test_transformers.py -k qwen3"),
+)  # fmt: skip
 
 IO = in_folder(
     "jaxdiff/io",
@@ -209,6 +218,13 @@ TRAINING = in_folder(
      SETTINGS.format("weigh_what_is_asked")),
     ("optimizer.py", "jnp.minimum(1.0, max_norm / optax.tree.norm(updates))", "max_norm / optax.tree.norm(updates)",
      OPTIMIZERS.format("clipping")),
+    # ---- against a discriminator, and into few steps
+    ("adversarial.py", "(gradient**2).sum((1, 2, 3)).mean() / 2", "(gradient**2).sum((1, 2, 3)).mean()",
+     "tests/test_adversarial.py -k penalties"),
+    ("adversarial.py", "of_fake(stop(params), x)", "of_fake(params, x)",
+     "tests/test_adversarial.py -k finite_differences"),
+    ("adversarial.py", "one / (other + SMALLEST_NORM)", "other / (one + SMALLEST_NORM)",
+     "tests/test_adversarial.py -k adaptive_weight"),
     # ---- what is trained, and on what
     ("finetune.py", "mask | (jax.random.uniform(key_whole, (), jnp.float32) < WHOLE_SHARE)", "mask",
      TARGETS.format("masks_are")),
@@ -217,7 +233,7 @@ TRAINING = in_folder(
      SETTINGS.format("any_number_of_hosts")),
     # ---- runs
     ("loop.py", "            iterator.set_state(position)\n", "", LOOP.format("resumed_run_equals")),
-    ("checkpoint.py", "if wanted.get(name) != found[name]:", "if name not in wanted:",
+    ("digests.py", "if wanted.get(name) != found[name]:", "if name not in wanted:",
      TRUST.format("damage_of_any and flipped")),
     ("collectives.py", "visit(called, times * turns)", "visit(called, times)",
      MESHES.format("collectives_are_counted")),
@@ -240,7 +256,14 @@ DATA = in_folder(
     ("orders.py", "every[host_shard::host_shards]", "every[host_shard:]", SOURCES.format("read_by_one_host")),
 )  # fmt: skip
 
-MUTATIONS = [*DIFFUSION, *SAMPLES, *MODELS, *IO, *TEXT, *TRAINING, *DATA]
+SERVING = in_folder(
+    "jaxdiff/serving",
+    ("engine.py", "item.key == first.key][:most]", "True][:most]", "tests/test_serve_engine.py -k drawn_at_once"),
+    ("guard.py", "urlsplit(origin).netloc != host", "False", "tests/test_serve_hostile.py -k other_sites"),
+    ("guard.py", "path not in OPEN", "path in OPEN", "tests/test_serve_hostile.py -k the_key"),
+)  # fmt: skip
+
+MUTATIONS = [*DIFFUSION, *SAMPLES, *MODELS, *TRANSFORMERS, *IO, *TEXT, *TRAINING, *DATA, *SERVING]
 
 
 def stale(mutation: Mutation) -> bool:
