@@ -160,7 +160,8 @@ MODELS = in_folder(
 
 TRANSFORMERS = in_folder(
     "jaxdiff/models",
-    ("dit.py", "layer_norm(x) * (1 + scale) + shift", "layer_norm(x) * scale + shift", "tests/test_transformers.py -k sd3"),
+    ("dit.py", "layer_norm(x) * (1 + scale) + shift", "layer_norm(x) * scale + shift",
+     "tests/test_transformers.py -k sd3"),
     ("dit.py", "(0, 1, 3, 5, 2, 4) if channels_first", "(0, 1, 3, 5, 4, 2) if channels_first",
      "tests/test_transformers.py -k unfold"),
     ("t5.py", "half * (distance > 0)", "half * (distance >= 0)", "tests/test_transformers.py -k t5"),
