@@ -10,6 +10,8 @@ import jaxdiff
 from benchmarks.judge_drawings import images_of, read, rows, some
 from benchmarks.judge_features import Images, features
 from benchmarks.judge_measures import share
+from benchmarks.judge_probes import style_probe, styled
+from benchmarks.judge_prompts import styles
 from benchmarks.judge_scores import Judge
 
 SOURCES = ("noto", "fluent-flat", "fluent-gradient", "fluent-3d")
@@ -35,8 +37,8 @@ def psnr(first: Images, second: Images) -> np.ndarray:
 
 
 def reconstructions(model, params, judge: Judge, data: Path) -> dict:
-    """Right things among drawings before and after the autoencoder, by source; PSNR on unseen subjects, by style."""
-    report: dict = {"things": {}, "psnr": {}}
+    """Right things before and after the autoencoder, by source; right styles and PSNR on unseen subjects, by style."""
+    report: dict = {"things": {}, "styles": {}, "psnr": {}}
     for source in SOURCES:
         images, subjects = images_of(source, list(judge.prompt))
         prompts = [judge.prompt[subject] for subject in subjects]
@@ -44,6 +46,16 @@ def reconstructions(model, params, judge: Judge, data: Path) -> dict:
             name: share(judge.places(features(x), prompts, False) == 1, prompts)
             for name, x in (("originals", images), ("reconstructions", passed(model, params, images)))
         }
+    subjects = set(judge.gallery.subject)
+    probe, labels, found = style_probe(data, styles(), subjects)
+    chosen = styled(data, "heldout_subjects", styles(), subjects)
+    after = np.array(probe(features(passed(model, params, read(chosen)))))
+    asked, before = np.array(labels), np.array(found)
+    for name in ("all", *sorted(set(labels))):
+        mine = np.full(len(asked), True) if name == "all" else asked == name
+        words = [str(i) for i in range(mine.sum())]
+        both = {"originals": before, "reconstructions": after}
+        report["styles"][name] = {what: share(x[mine] == asked[mine], words) for what, x in both.items()}
     chosen = some(rows(data, "heldout_subjects"), COUNT)
     images = read(chosen)
     decibels = psnr(images, passed(model, params, images))

@@ -55,6 +55,9 @@ def _reconstructions(found: dict) -> list[str]:
     lines = ["", "| real drawings | right thing, originals | right thing, through the autoencoder |", "|---|---|---|"]
     for source, row in found["things"].items():
         lines.append(f"| {source} | {percent(row['originals'])} | {percent(row['reconstructions'])} |")
+    lines += ["", "| style, subjects held out | right style, originals | through the autoencoder |", "|---|---|---|"]
+    for name, row in found["styles"].items():
+        lines.append(f"| {name} | {percent(row['originals'])} | {percent(row['reconstructions'])} |")
     lines += ["", "| style, subjects held out | images | PSNR |", "|---|---|---|"]
     return lines + [f"| {name} | {row['count']} | {row['mean']:.1f} dB |" for name, row in found["psnr"].items()]
 
