@@ -25,6 +25,18 @@ def test_each_stage_describes_a_model_and_options_that_can_be(stage, scale):
 
 
 @pytest.mark.parametrize("scale", sizes.SCALES)
+def test_the_gan_is_made_of_the_bundled_model(scale):
+    config = importlib.import_module("configs.icons.gan").get_config(scale)
+    check_settings(config)
+    Options.from_config(config).check(1)
+    assert (config.stage, config.init_from.model, config.adversary.loss) == ("gan", "icons", "relativistic")
+    assert config.adversary.r1 == config.adversary.r2 > 0
+    assert config.b1 == 0
+    side = config.data.image_size // 2 ** (len(sizes.vae()["vae"]["block_out_channels"]) - 1)
+    assert side % 2 ** max(config.adversary.layers, config.generator.layers) == 0
+
+
+@pytest.mark.parametrize("scale", sizes.SCALES)
 def test_the_decoder_goes_on_from_the_bundled_model(scale):
     config = importlib.import_module("configs.icons.vae_decoder").get_config(scale)
     check_settings(config)

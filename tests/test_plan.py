@@ -121,7 +121,7 @@ def cli(monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-@pytest.mark.parametrize("stage", ["clip", "vae", "vae_decoder", "unet"])
+@pytest.mark.parametrize("stage", ["clip", "vae", "vae_decoder", "gan", "unet"])
 def test_train_prints_a_plan_without_data_or_a_workdir(cli, stage):
     code, out, err = cli(
         f"--config={CONFIG}:{stage}", "--plan=quick", "--plan_devices=4", "--config.fsdp=2", "--config.tensor=2"

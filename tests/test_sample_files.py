@@ -15,6 +15,7 @@ from jaxdiff.cli.errors import UsageError
 from jaxdiff.evaluation.flags import parse as parse_evaluation
 from jaxdiff.io.images import read_image, read_metadata, write_gif, write_png
 from jaxdiff.io.lora import init_lora, merge_lora, read_lora
+from jaxdiff.sampling.generate import Drawn
 from jaxdiff.text.prompt_files import PromptError, read_prompts
 from tests.support.commands import CASTLE
 from tests.support.written import existing
@@ -31,7 +32,7 @@ def planes(monkeypatch):
         seen.append(params)
         count = len(request.prompts)
         frames = np.zeros((count, 2, 4, 4, 3), np.uint8) if request.settings.call.preview_steps is not None else None
-        return np.full((count, 4, 4, 3), len(seen), np.uint8), frames
+        return Drawn(np.full((count, 4, 4, 3), len(seen), np.uint8), np.ones(count, bool), frames)
 
     monkeypatch.setattr(sample, "draw", draw)
     return seen

@@ -36,9 +36,10 @@ def test_every_mesh_gives_the_same_losses(report, mesh):
     np.testing.assert_allclose(other["moved"], one["moved"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", ["clip all", "hosts", "adversary all"])
+@pytest.mark.parametrize("mesh", ["clip all", "hosts", "adversary all", "gan all"])
 def test_a_loss_over_pairs_of_examples_is_the_same_on_every_mesh(report, mesh):
-    one, other = report["adversary one" if mesh.startswith("adversary") else "clip one"], report[mesh]
+    kind = mesh.split()[0].replace("hosts", "clip")
+    one, other = report[f"{kind} one"], report[mesh]
     assert len(set(one["losses"])) == CLIP_STEPS
     np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-5)
     np.testing.assert_allclose(other["norm"], one["norm"], rtol=1e-5)

@@ -197,6 +197,32 @@ def test_what_is_drawn_is_enlarged(sample_cli, network, network_file):
     assert kept["prompt"] == "a castle"
 
 
+def test_a_preview_shows_every_layer(sample_cli, network_file):
+    """Small image, enlarged and refined, enlarged by the network: each at its own size, and as an animation."""
+    cascade = (CASTLE, STEPS, "--hires=2", "--upscale=2", f"--upscaler={network_file}", "--output=a.png")
+    code, out, err = sample_cli(*cascade, "--preview", "--preview_animation")
+    assert (code, out) == (0, ["a.png", "a-preview.png", "a-preview.webp"]), err
+    sheet, image = (np.asarray(Image.open(name)).astype(int) for name in out[:2][::-1])
+    side = tiny.SIDE
+    assert image.shape == (2 * side, 2 * side, 3)
+    assert sheet.shape == (side // 2 + 2 + side + 2 + 2 * side, 2 * side + 2, 3)
+    np.testing.assert_array_equal(sheet[-2 * side :, : 2 * side], image)
+    small = sheet[: side // 2, 2 * (side // 2 + 2) :][:, : side // 2]  # the last of three steps
+    enlarged, refined = (sheet[side // 2 + 2 :][:side, i * (side + 2) :][:, :side] for i in (0, 1))
+    assert np.abs(refined - enlarged).mean() > 1
+    with Image.open(out[2]) as animation:
+        assert (animation.n_frames, animation.size) == (3 + 1 + 1 + 1, (2 * side, 2 * side))
+        animation.seek(5)
+        assert np.abs(np.asarray(animation.convert("RGB")).astype(int) - image).mean() < 10
+    # What is drawn small is what the same seed draws at that size, and nothing else changes by looking.
+    code, out, err = sample_cli(CASTLE, STEPS, f"--height={side // 2}", f"--width={side // 2}", "--output=small.png")
+    assert code == 0, err
+    assert np.abs(np.asarray(Image.open("small.png")).astype(int) - small).max() <= 1
+    code, out, err = sample_cli(*cascade, "--output=b.png")
+    assert code == 0, err
+    assert np.abs(np.asarray(Image.open("b.png")).astype(int) - image).max() <= 2
+
+
 def test_hires_by_the_network(sample_cli, network_file):
     """The network's image is another start of the second stage than a resized one, and the same each time."""
     hires = (CASTLE, STEPS, "--hires=2")
@@ -227,6 +253,7 @@ def test_hires_by_the_network(sample_cli, network_file):
         (("--image=small.png", "--upscale=4", "--output=x.jpg"), "images are written as PNG"),
         ((CASTLE, "--upscaler=other.safetensors"), "--upscaler goes with --upscale"),
         ((CASTLE, "--upscale_tile=64"), "--upscale_tile goes with --upscale"),
+        ((CASTLE, "--preview_animation"), "--preview_animation goes with --preview"),
         ((CASTLE, "--upscale=4", "--upscaler=other.safetensors"), "--upscaler: other.safetensors is no network"),
     ],
 )

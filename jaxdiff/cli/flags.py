@@ -190,10 +190,11 @@ def numbers(f: flags.FlagValues, name: str, count: int, kind: type) -> tuple | N
 def check_model(f: flags.FlagValues, model: Any) -> None:
     """Raise UsageError for flags that mean nothing to this model."""
     upscales = model.family == "upscaler"
-    if model.unet is None:
-        for name in ("controlnet", "embedding"):
-            if f[name].value:
-                raise UsageError(f"--{name} is for models with a UNet, which this one lacks: leave it out.")
+    for name in ("controlnet", "embedding"):
+        if f[name].value and (model.unet is None or (model.is_gan and name == "controlnet")):
+            raise UsageError(f"--{name} is for models with a UNet, which this one lacks: leave it out.")
+    if model.is_gan and f.preview:
+        raise UsageError("--preview shows images as they form, and this model draws them at once: leave it out.")
     if f["noise_level"].present and not upscales:
         raise UsageError("--noise_level is for upscaling models, which this one is not: leave it out.")
     if f["strength"].present and upscales:
@@ -203,8 +204,8 @@ def check_model(f: flags.FlagValues, model: Any) -> None:
             raise UsageError(f"--{name} is for the second text encoder of SDXL, which this model lacks: leave it out.")
     for name in ("negative_prompt", "negative_prompt_2", "guidance_rescale", "guidance_interval"):
         if model.one_pass and f[name].present:
-            raise UsageError(f"--{name} is for guidance, which this model was distilled to do without: leave it out.")
-    if f["guidance_scale"].present and not model.takes_guidance:
+            raise UsageError(f"--{name} is for guidance, which this model does without: leave it out.")
+    if f["guidance_scale"].present and not (model.takes_guidance or model.is_gan):  # which is refused later
         raise UsageError("--guidance_scale has no effect on this model, which was distilled with one: leave it out.")
 
 

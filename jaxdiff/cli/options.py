@@ -204,7 +204,9 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         switch("overwrite", "run", "Replace files that exist; without, a new file's name is numbered (castle-2.png)."),
         switch("grid", "run", "Also write all images on one sheet (…grid.png): one row a prompt, or one for each of "
                "the last alternatives of a --matrix; about a square with one image a prompt."),
-        switch("preview", "kept", "Also write how each image came about, as a strip (…-preview.png)."),
+        switch("preview", "kept", "Also write how each image came about, as a strip (…-preview.png): with --hires and "
+               "--upscale a strip of each layer."),
+        switch("preview_animation", "run", "The same also as an animated WebP (…-preview.webp).", needs="preview"),
         text("preview_vae", "kept", "A tiny autoencoder (TAESD) that draws the strip in place of the model's.",
              needs="preview", path="old"),
         text("cache_dir", "run", "Folder of compiled programs; gs:// and s3:// as well.",

@@ -94,12 +94,18 @@ def preview_path(image: Path) -> Path:
     return image.with_name(f"{image.stem}-preview.png")
 
 
+def animation_path(preview: Path) -> Path:
+    """Where the same goes as an animation."""
+    return preview.with_suffix(".webp")
+
+
 def output_files(f: flags.FlagValues, requests: list[dict[str, Any]]) -> Files:
     """Where the files go that the flags ask for. Raises UsageError where two of them have one name."""
     paths, sheet = output_paths(f.output, requests)
     previews = [preview_path(path) for path in paths]
     files = Files(paths, previews, sheet, sheet.with_name(f"{sheet.stem.removesuffix('grid')}animation.gif"))
-    check_names(f.output, [*paths, *(previews if f.preview else ()), *([sheet] if f.grid else ())])
+    moving = [animation_path(path) for path in previews] if f.preview_animation else []
+    check_names(f.output, [*paths, *(previews if f.preview else ()), *moving, *([sheet] if f.grid else ())])
     return files
 
 
@@ -127,6 +133,9 @@ class Writer:
 
     def gif(self, path: Path, frames: list[np.ndarray], seconds: float) -> Path:
         return self._said(path, images.write_gif(path, frames, seconds, overwrite=self._overwrite))
+
+    def webp(self, path: Path, frames: list[np.ndarray], seconds: float, last: float) -> Path:
+        return self._said(path, images.write_webp(path, frames, seconds, last, overwrite=self._overwrite))
 
     def _said(self, wanted: Path, written: Path) -> Path:
         print(stores.shown(written), flush=True)

@@ -77,7 +77,7 @@ def says_something(f: flags.FlagValues, option: Option) -> bool:
     value = f[option.name].value
     if option.needs:
         return is_given(value) and is_given(f[option.needs].value)
-    return option.always or value != option.default
+    return (option.always and value is not None) or value != option.default
 
 
 def animation(requests: list[ImageRequest], frames: int) -> list[ImageRequest]:

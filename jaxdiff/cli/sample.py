@@ -43,7 +43,7 @@ from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import check_files, check_model, flag_errors, parse, weighted
 from jaxdiff.cli.loading import encoded, load, own
 from jaxdiff.cli.options import OPTIONS
-from jaxdiff.cli.outputs import Writer, check_folder, make_folder, output_files, preview_path
+from jaxdiff.cli.outputs import Writer, animation_path, check_folder, make_folder, output_files, preview_path
 from jaxdiff.cli.progress import progress_bar
 from jaxdiff.cli.requests import (
     ImageRequest,
@@ -66,12 +66,13 @@ from jaxdiff.io.modules import CONFIG
 from jaxdiff.io.vae import check_tiny_vae, check_vae, described_vae
 from jaxdiff.models.controlnet import ControlNet
 from jaxdiff.sampling.checks import check_memory, least_memory
-from jaxdiff.sampling.generate import draw
+from jaxdiff.sampling.generate import Drawn, draw
 from jaxdiff.sampling.resolve import Request, Settings, resolve_images, resolve_settings
 from jaxdiff.text.prompt_files import PromptLine
 
 FRAMES = 8  # of a --preview
 FRAME_SECONDS = 0.1  # of an --interpolate animation
+PREVIEW_SECONDS, LAST_SECONDS = 0.3, 2.0  # of a frame of a --preview_animation, and of its last one
 
 Reader = Callable[..., np.ndarray]  # a file, and what its transparency is laid over, to an image uint8 [H, W, 3]
 
@@ -116,7 +117,8 @@ def resolve(f: flags.FlagValues, model: jaxdiff.Model, groups: list[int], read: 
             settings = resolve_settings(model, frames=frames, **arguments)
     except ValueError as e:  # the model's scheduler_config.json
         raise UsageError(str(e)) from None
-    for name in ("scheduler", "steps", "guidance_scale", "strength", "height", "width"):
+    stepwise = () if model.is_gan else ("scheduler", "steps", "guidance_scale", "strength")
+    for name in (*stepwise, "height", "width"):
         f[name].value = getattr(settings, name)
     devices, size = jax.local_device_count() // f.tensor, (settings.height, settings.width, settings.tile)
     if f.batch_size is None:
@@ -235,14 +237,24 @@ def with_progress(batches: Iterator[list[tuple]], total: int) -> Iterator[tuple]
 def drawn(
     model: jaxdiff.Model, params_of: Callable[[int], Any], requests: list[Request], slices: Sequence[tuple[int, int]]
 ) -> Iterator[list[tuple]]:
-    """Batch by batch: [(image [H, W, 3], frames [F, H, W, 3] or None), …], without what fills batches up.
+    """Batch by batch: [(image [H, W, 3], layers of frames or None), …], without what fills batches up.
 
     Args:
         params_of: the parameters that an image is drawn with, by its number.
     """
     for request, (start, end) in zip(requests, slices, strict=True):
-        found, frames = draw(model, params_of(start), request, lookup=programs.lookup)
-        yield list(zip(found, [None] * len(found) if frames is None else frames, strict=True))[: end - start]
+        found = draw(model, params_of(start), request, lookup=programs.lookup)
+        yield [(found.images[i], layers_of(found, i)) for i in range(end - start)]
+
+
+def layers_of(found: Drawn, i: int) -> list[list[np.ndarray]] | None:
+    """The frames of an image, a list a layer: of the smaller one, and of what becomes of it enlarged."""
+    if found.frames is None:
+        return None
+    frames = list(found.frames[i])
+    if found.small is None or found.enlarged is None:
+        return [frames]
+    return [list(found.small[i]), [found.enlarged[i], *frames]]
 
 
 def run(f: flags.FlagValues) -> None:
@@ -313,11 +325,15 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     shown: list[np.ndarray] = []
     images_drawn = drawn(model, lambda i: params_with(chosen[i]), parts, slices)
     numbers = [i for start, end in slices for i in range(start, end)]
-    for i, (image, frames) in zip(numbers, with_progress(images_drawn, len(numbers)), strict=True):
+    for i, (image, layers) in zip(numbers, with_progress(images_drawn, len(numbers)), strict=True):
         image = enlarge(image)
         path = writer.png(files.images[i], image, requests[i])
-        if f.preview:
-            writer.png(preview_path(path), images.strip(frames), requests[i])
+        if layers is not None:
+            layers = [*layers, [image]] if f.upscale else layers
+            preview = writer.png(preview_path(path), images.layers(layers), requests[i])
+            if f.preview_animation:
+                frames = [frame for layer in layers for frame in layer]
+                writer.webp(animation_path(preview), frames, PREVIEW_SECONDS, LAST_SECONDS)
         if f.grid or f.interpolate:
             shown.append(image)
     hosts.wait_for_all()

@@ -84,6 +84,8 @@ def loaded(f: flags.FlagValues) -> tuple[jaxdiff.Model, Any, Loras, tuple[tuple[
     model = sample.described(f, path)
     if model.family == "upscaler":
         raise UsageError("--model enlarges images, which no request asks for: give a model that draws from text.")
+    if model.is_gan:
+        raise UsageError("--model is a GAN, and requests are for models that draw step by step: use sample.py.")
     for name in ("controlnet", "embedding"):
         if model.unet is None and f[name].value:
             raise UsageError(f"--{name} is for models with a UNet, which this one lacks: leave it out.")

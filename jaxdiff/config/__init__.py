@@ -5,6 +5,7 @@ PyTorch needs are ignored, so that every published file of a supported architect
 """
 
 from jaxdiff.config.base import Config, ConfigError, read_json
+from jaxdiff.config.generator import GeneratorConfig
 from jaxdiff.config.networks import (
     CLIPTextConfig,
     CLIPVisionConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "Flux2Config",
     "Flux2VAEConfig",
     "FluxConfig",
+    "GeneratorConfig",
     "PipelineOptions",
     "Qwen3Config",
     "SD3Config",

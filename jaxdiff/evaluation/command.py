@@ -119,7 +119,7 @@ def drawing_options(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]
             settings = resolve_settings(model, scheduler=f.scheduler, **options)
     except ValueError as e:
         raise UsageError(str(e)) from None
-    return {**options, "scheduler": settings.scheduler, "steps": settings.steps}
+    return options if model.is_gan else {**options, "scheduler": settings.scheduler, "steps": settings.steps}
 
 
 def drawn(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:

@@ -12,7 +12,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdiff.config import CLIPTextConfig, Config, ConfigError, Qwen3Config, T5Config, read_json
+from jaxdiff.config import CLIPTextConfig, Config, ConfigError, GeneratorConfig, Qwen3Config, T5Config, read_json
 from jaxdiff.config.pipeline import PipelineOptions
 from jaxdiff.config.scheduler import SchedulerConfig
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
@@ -35,7 +35,7 @@ TOKENIZERS, LOW_RES, CONTROLNET = ("tokenizer", "tokenizer_2", "tokenizer_3"), "
 SCHEDULER, INDEX = "scheduler_config.json", "model_index.json"
 COMPONENTS = (*FOLDERS, *TOKENIZERS, "scheduler", LOW_RES, INDEX)
 CLASSES = {  # parts of a pipeline -> their classes that are built here
-    "unet": ("UNet2DConditionModel",),
+    "unet": ("UNet2DConditionModel", GeneratorConfig.CLASS_NAME),
     "vae": ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLFlux2"),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", "Qwen3ForCausalLM", "Qwen3Model"),
     "text_encoder_2": ("CLIPTextModelWithProjection", "CLIPTextModel", "T5EncoderModel"),
@@ -59,6 +59,7 @@ PIPELINES = {
     "flux2": "Flux2KleinPipeline",
 }
 _KINDS = r"(XL)?(ControlNet)?(Img2Img|Inpaint)?|StableDiffusionUpscale|LatentConsistencyModel(Img2Img)?"
+GAN = "TextConditionalGANPipeline"  # of no other program
 DRAWN = rf"(Flax)?(StableDiffusion{_KINDS})Pipeline"
 NOT_DRAWN = "Pix2Pix(?!Zero)|Depth2Img|LatentUpscale|LDM3D|ImageVariation|GLIGEN|UnCLIP|PaintByExample|Marigold"
 
@@ -237,9 +238,11 @@ def is_part(name: str) -> bool:
 
 
 def pipeline_class(model: Model) -> str:
-    """The class of PyTorch diffusers that draws with a model of this kind."""
+    """The class of PyTorch diffusers that draws with a model of this kind; of GANs, which it has none for, our own."""
     if model.transformer is not None:
         return PIPELINES[model.family]
+    if model.is_gan:
+        return GAN
     control = "ControlNet" if model.controlnets else ""
     if model.family == "upscaler":
         if control:
@@ -266,7 +269,7 @@ def model_index(model: Model) -> dict[str, Any]:
         "scheduler": ["diffusers", model.scheduler.class_name],
         "text_encoder": encoder_class(model.text_encoder),
         "tokenizer": ["transformers", "CLIPTokenizer"] if model.tokenizer else nothing,
-        "unet": ["diffusers", "UNet2DConditionModel"],
+        "unet": ["jaxdiff" if model.is_gan else "diffusers", model.unet.config.CLASS_NAME],
         "vae": ["diffusers", model.vae.config.CLASS_NAME],
     }
     if model.controlnets:

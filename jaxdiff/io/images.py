@@ -127,6 +127,25 @@ def strip(frames: np.ndarray, gap: int = 2) -> np.ndarray:
     return grid(frames, columns=len(frames), gap=gap)
 
 
+def layers(rows: Sequence[Sequence[np.ndarray]], gap: int = 2) -> np.ndarray:
+    """A strip for each layer of an image that is drawn small and enlarged, below each other, at their own sizes.
+
+    Args:
+        rows: of each layer its frames [H, W, 3], of one size.
+
+    >>> layers([[np.zeros((4, 4, 3))] * 3, [np.zeros((8, 8, 3))] * 2]).shape
+    (14, 18, 3)
+    """
+    strips = [strip(np.asarray(row), gap) for row in rows]
+    height = sum(len(s) + gap for s in strips) - gap
+    sheet = np.full((height, max(s.shape[1] for s in strips), 3), WHITE, np.uint8)
+    top = 0
+    for s in strips:
+        sheet[top : top + len(s), : s.shape[1]] = s
+        top += len(s) + gap
+    return sheet
+
+
 def describe(flags: Mapping[str, Any]) -> str:
     """Flags that drew an image, as the text that image viewers show under "parameters".
 
@@ -187,6 +206,21 @@ def write_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float, *,
     first, *rest = (Image.fromarray(to_uint8(frame)) for frame in frames)
     options = {"append_images": rest, "duration": round(1000 * seconds), "loop": 0}
     return _write(Path(path), lambda file: first.save(file, format="gif", save_all=True, **options), overwrite)
+
+
+def write_webp(
+    path: str | Path, frames: Sequence[np.ndarray], seconds: float, last: float, *, overwrite: bool = True
+) -> Path:
+    """Write images uint8 [H, W, 3] as an endless animation, all as large as the last, whose time is `last` seconds.
+
+    Smaller ones show their own pixels. Whole or not at all; `overwrite` and what is returned as of `write_png`. Raises
+    ImageError if the file cannot be written.
+    """
+    height, width = frames[-1].shape[:2]
+    shown = [Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST) for frame in frames]
+    times = [round(1000 * seconds)] * (len(shown) - 1) + [round(1000 * last)]
+    options: dict[str, Any] = {"append_images": shown[1:], "duration": times, "loop": 0, "quality": 90}
+    return _write(Path(path), lambda file: shown[0].save(file, format="webp", save_all=True, **options), overwrite)
 
 
 def _write(path: Path, save: Callable[[Path], None], overwrite: bool) -> Path:

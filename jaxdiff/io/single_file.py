@@ -262,6 +262,8 @@ def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any 
     path = Path(path)
     if path.suffix.lower() not in (".safetensors", ".sft"):
         raise WeightsError(f"{path} does not end in .safetensors, the only format written: rename it.")
+    if model.is_gan:
+        raise WeightsError("A single file cannot hold a GAN: save a folder.")
     if model.controlnets:
         raise WeightsError("A single file cannot hold ControlNets: save a folder, or leave them out of params.")
     if isinstance(model.vae.config, TinyVAEConfig):

@@ -15,6 +15,7 @@ from jaxdiff.config import (
     Flux2Config,
     Flux2VAEConfig,
     FluxConfig,
+    GeneratorConfig,
     PipelineOptions,
     Qwen3Config,
     SchedulerConfig,
@@ -31,6 +32,7 @@ from jaxdiff.models.controlnet import check_fits
 from jaxdiff.models.dit import PATCH
 from jaxdiff.models.flux import FluxTransformer2DModel
 from jaxdiff.models.flux2 import Flux2Transformer2DModel
+from jaxdiff.models.generator import TextConditionalGenerator
 from jaxdiff.models.qwen3 import Qwen3Model
 from jaxdiff.models.rrdb import RRDBNet
 from jaxdiff.models.sd3 import SD3Transformer2DModel
@@ -49,6 +51,8 @@ MODULES: dict[type[Config], Any] = {
     CLIPTextConfig: CLIPTextModel,
     T5Config: T5EncoderModel,
     Qwen3Config: Qwen3Model,
+    UNetConfig: UNet2DConditionModel,
+    GeneratorConfig: TextConditionalGenerator,
     FluxConfig: FluxTransformer2DModel,
     SD3Config: SD3Transformer2DModel,
     ZImageConfig: ZImageTransformer2DModel,
@@ -67,7 +71,7 @@ class Model:
     """Networks, their configs and the tokenizers; hashable, hence static under `jit`. Holds no parameters."""
 
     text_encoder: Any  # CLIPTextModel or Qwen3Model; None: the SDXL refiner, which has only text_encoder_2
-    unet: Any  # UNet2DConditionModel; None where there is a transformer
+    unet: Any  # UNet2DConditionModel, or a GAN's generator; None where there is a transformer
     vae: AutoencoderKL | AutoencoderTiny
     tokenizer: Any  # Tokenizer, or with Qwen3 PlainTokenizer; or None
     scheduler: SchedulerConfig
@@ -120,17 +124,22 @@ class Model:
         return self.vae.config.factor * (1 if self.transformer is None else PATCH)
 
     @property
+    def is_gan(self) -> bool:
+        """Whether a GAN's generator stands in the UNet's place, which makes latents of noise at once."""
+        return self.unet is not None and isinstance(self.unet.config, GeneratorConfig)
+
+    @property
     def one_pass(self) -> bool:
         """Whether a step needs no pass with the negative prompt: the network is told of the guidance, or has none."""
         if self.transformer is None:
-            return self.unet.config.time_cond_proj_dim is not None
+            return self.is_gan or self.unet.config.time_cond_proj_dim is not None
         return self.family == "flux" or self.options.is_distilled
 
     @property
     def takes_guidance(self) -> bool:
         """Whether another guidance scale draws another image."""
         told = self.family == "flux" and self.transformer.config.guidance_embeds
-        return self.transformer is None or told or not self.one_pass
+        return (self.transformer is None and not self.is_gan) or told or not self.one_pass
 
     @property
     def inpaints(self) -> bool:
@@ -155,7 +164,7 @@ def with_controlnets(model: Model, params: Params, *controlnets: tuple[Any, Para
     Raises:
         ConfigError: a ControlNet was trained for a UNet of another shape.
     """
-    if model.unet is None and controlnets:
+    if (model.unet is None or model.is_gan) and controlnets:
         raise ConfigError("ControlNets are for models with a UNet, which this one lacks.")
     for net, _ in controlnets:
         check_fits(net.config, model.unet.config)
@@ -170,7 +179,7 @@ def with_upscaler(model: Model, params: Params, upscaler: tuple[RRDBNet, Params]
 
 def build(
     text: Config | None,
-    unet: UNetConfig | None,
+    unet: UNetConfig | GeneratorConfig | None,
     vae: VAEConfig | TinyVAEConfig,
     tokenizer: Tokenizer | PlainTokenizer | None,
     scheduler: SchedulerConfig,
@@ -201,7 +210,7 @@ def build(
 
     return Model(
         network(text),
-        None if unet is None else UNet2DConditionModel(unet, *rest),
+        network(unet),
         autoencoder(vae, dtype, remat),
         tokenizer,
         scheduler,
@@ -256,7 +265,7 @@ def unet_inputs(model: Model) -> tuple[jax.ShapeDtypeStruct | None, ...]:
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    side = 2 ** (len(unet.block_out_channels) - 1)
+    side = unet.sample_size if model.is_gan else 2 ** (len(unet.block_out_channels) - 1)
     extra: list[jax.ShapeDtypeStruct | None] = [None] * 5  # pooled, time_ids, attention_mask, class_labels, guidance
     if unet.addition_embed_type == "text_time":
         assert unet.projection_class_embeddings_input_dim  # `UNetConfig.from_dict` sees to it

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -222,6 +223,42 @@ def as_noise_level(model: Model, value: int | Sequence[int] | None, count: int) 
         return None
     most = most_noise(model)
     return as_numbers("noise_level", min(NOISE_LEVEL, most) if value is None else value, count, 0, most, np.int32)
+
+
+STEPWISE = "is for models that remove noise step by step, and this one draws at once"
+REDRAWN = "is for models that redraw images, and this one draws from text alone"
+UNGUIDED = "is for guidance, which this model has none of"
+NOT_OF_GANS = {  # argument -> why a GAN has no use for it
+    "steps": STEPWISE,
+    "scheduler": STEPWISE,
+    "spacing": STEPWISE,
+    "frames": STEPWISE,
+    "hires": STEPWISE,
+    "guidance_scale": UNGUIDED,
+    "guidance_interval": UNGUIDED,
+    "guidance_rescale": UNGUIDED,
+    "negative_prompts": UNGUIDED,
+    "blend_negative_prompts": UNGUIDED,
+    "image": REDRAWN,
+    "mask": REDRAWN,
+    "strength": REDRAWN,
+}
+
+
+def check_gan(model: Model, **given: Any) -> None:
+    """Raise ArgumentError where something is given that a GAN has no use for; other models take it."""
+    wrong = [name for name, value in given.items() if value is not None and name in NOT_OF_GANS]
+    if model.is_gan and wrong:
+        raise ArgumentError(wrong[0], f"{NOT_OF_GANS[wrong[0]]}: leave it out.")
+
+
+def check_gan_size(model: Model, latents: tuple[int, int, int]) -> None:
+    """Raise ArgumentError where a GAN is to draw another size than it has learnt."""
+    own = model.sample_size
+    for name, side in zip(("height", "width"), latents, strict=False):
+        if model.is_gan and side != own:
+            pixels = [n * model.vae.config.factor for n in (side, own)]
+            raise ArgumentError(name, f"{pixels[0]} must be {pixels[1]}, the only size that this model draws.")
 
 
 def check_task(model: Model, image: Array | None, mask: Array | None, hires: float | None, hires_upscale: str) -> None:

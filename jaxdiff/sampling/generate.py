@@ -45,6 +45,8 @@ class Drawn(NamedTuple):
     images: Array  # uint8 [B, H, W, 3]
     finite: Array  # bool [B]: whether every pixel came out as a number
     frames: Array | None  # uint8 [B, F, H, W, 3], where asked for
+    small: Array | None = None  # uint8 [B, F', h, w, 3], frames of a smaller image that is drawn first
+    enlarged: Array | None = None  # uint8 [B, H, W, 3], that image as it is enlarged
 
 
 @functools.lru_cache(maxsize=64)
@@ -83,18 +85,24 @@ def sampler(
                 steps = by_step(steps, picks, start, (cond, uncond), denoise_with)
             return functools.partial(sample, denoise_with(cond, uncond), x, call.times, steps, keys, start=start)
 
-        keys, lowres = inputs.keys, None
+        previews = preview_codec(model, params, vae)
+
+        def followed(run: Callable[..., Any], steps: Array | None) -> tuple[Array, Array | None]:
+            """What a stage draws, and frames of its predictions at these steps."""
+            if steps is None:
+                return run(), None
+            x0, predictions = run(trajectory=True)
+            return x0, as_bytes(frames_of(previews, predictions[steps]))
+
+        keys, lowres, small, enlarged = inputs.keys, None, None, None
         if inputs.lowres_noise is not None:
-            latents = stage(lowres_inputs(model, inputs), keys, call.lowres_start)()
+            run = stage(lowres_inputs(model, inputs), keys, call.lowres_start)
+            latents, small = followed(run, call.lowres_preview_steps)
             lowres, keys = upscaled(model, params, vae, latents, inputs.noise.shape, upscale), step_keys(keys, HIRES)
-        if call.preview_steps is None:
-            x0, frames = stage(inputs, keys, call.start, lowres)(), None
-        else:
-            x0, steps = stage(inputs, keys, call.start, lowres)(trajectory=True)
-            previews = preview_codec(model, params, vae)
-            frames = as_bytes(frames_of(previews, steps[call.preview_steps]))
+            enlarged = None if small is None else as_bytes(previews.decode(lowres))
+        x0, frames = followed(stage(inputs, keys, call.start, lowres), call.preview_steps)
         images = vae.decode(x0)
-        return Drawn(as_bytes(images), jnp.isfinite(images).all((1, 2, 3)), frames)
+        return Drawn(as_bytes(images), jnp.isfinite(images).all((1, 2, 3)), frames, small, enlarged)
 
     return mapping.pmap(draw, devices, shared=2)
 
@@ -220,8 +228,8 @@ def draw(
     devices: Sequence[jax.Device] | None = None,
     *,
     lookup: Callable[..., Callable] | None = None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images uint8 [B, H, W, 3] of a request, and frames [B, F, H, W, 3] where it asks for them. See `generate`.
+) -> Drawn:
+    """The images of a request as numpy arrays, with the frames that it asks for. See `generate`.
 
     Args:
         lookup: finds the program compiled by an earlier process, see `jaxdiff.io.programs.lookup`, which is given what
@@ -239,7 +247,7 @@ def draw(
     find = None if lookup is None else functools.partial(lookup, static)
     drawn = parallel.fetch(sampler(*static)(params, *with_filled_grid(model, request), lookup=find))
     check_finite(drawn.finite, request.prompts, model)
-    return drawn.images, drawn.frames
+    return drawn
 
 
 def generate(
@@ -386,5 +394,5 @@ def generate(
         control_images=control_images,
         controlnet_scale=controlnet_scale,
     )
-    images, previews = draw(model, params, request, devices)
-    return images if previews is None else (images, previews)
+    drawn: Any = draw(model, params, request, devices)
+    return drawn.images if drawn.frames is None else (drawn.images, drawn.frames)

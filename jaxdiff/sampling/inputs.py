@@ -30,6 +30,7 @@ class CallInputs(NamedTuple):
     lowres_start: Array | None  # the same of a smaller image that is drawn first
     guidance_interval: tuple[Array, Array] | None
     preview_steps: Array | None  # int32 [F], the steps whose predictions are decoded as well
+    lowres_preview_steps: Array | None = None  # the same of a smaller image that is drawn first
 
 
 class ImageInputs(NamedTuple):

@@ -30,6 +30,8 @@ from jaxdiff.sampling.checks import (
     as_prompts,
     as_whole,
     check_clip_skip,
+    check_gan,
+    check_gan_size,
     check_memory,
     check_task,
 )
@@ -95,11 +97,17 @@ def resolve_settings(
         ArgumentError: an argument cannot be right, alone, with others or for this model.
         ValueError: the model's scheduler_config.json cannot be followed.
     """
+    check_gan(
+        model, steps=steps, scheduler=scheduler, guidance_scale=guidance_scale, spacing=spacing, image=image, mask=mask,
+        strength=strength, hires=hires, guidance_interval=guidance_interval, frames=frames or None,
+    )  # fmt: skip
     check_task(model, image, mask, hires, hires_upscale)
     latents = latent_shape(model, *resolve_size(model, height, width, noise, image))
+    check_gan_size(model, latents)
     factor = model.vae.config.factor
     check_memory(model, latents[0] * factor, latents[1] * factor, tile)
-    steps = as_whole("steps", model.options.steps if steps is None else steps, 1)
+    own_steps = 1 if model.is_gan else model.options.steps
+    steps = as_whole("steps", own_steps if steps is None else steps, 1)
     if steps > MAX_STEPS:
         raise ArgumentError("steps", f"{steps} are too many: give at most {MAX_STEPS}.")
     scheduler = default_scheduler(model.scheduler) if scheduler is None else scheduler
@@ -110,9 +118,7 @@ def resolve_settings(
     spacing = "ays_sdxl" if spacing == "ays" and model.family.startswith("sdxl") else spacing
     spacing, mu = flow_grid(model, steps, spacing, latents)
     times, noise_scale = time_grid(model.scheduler, steps, grid, spacing, strength=start.part, mu=mu)
-    first, last = 0 if start.first is None else int(start.first), len(times.t) - 2
-    frames = as_whole("frames", frames, 0, steps)
-    preview_steps = np.unique(np.linspace(first, last, frames).round().astype(np.int32)) if frames else None
+    frames, last = as_whole("frames", frames, 0, steps), len(times.t) - 2
     interval = as_interval(guidance_interval)
     return Settings(
         scheduler=scheduler,
@@ -126,7 +132,11 @@ def resolve_settings(
         hires_upscale=hires_upscale,
         clip_skip=check_clip_skip(model, clip_skip),
         tile=None if tile is None else min(as_whole("tile", tile, 1), max(latents[:2])),
-        call=CallInputs(times, np.asarray(noise_scale), start.first, start.lowres, interval, preview_steps),
+        call=CallInputs(
+            times, np.asarray(noise_scale), start.first, start.lowres, interval,
+            preview_steps(start.first, last, frames),
+            None if hires is None else preview_steps(start.lowres, last, frames),
+        ),  # fmt: skip
     )
 
 
@@ -156,6 +166,9 @@ def resolve_images(
 ) -> Request:
     """What each of B images is drawn from; see `generate` for the arguments. Raises ArgumentError."""
     prompts = as_prompts(prompts)
+    for name, texts in (("negative_prompts", negative_prompts), ("blend_negative_prompts", blend_negative_prompts)):
+        check_gan(model, **{name: texts if any(as_batch(name, texts, len(prompts))) else None})
+    check_gan(model, guidance_rescale=guidance_rescale if np.any(guidance_rescale) else None)
     count, size = len(prompts), (settings.height, settings.width)
     scales = as_numbers("guidance_scale", settings.guidance_scale if guidance_scale is None else guidance_scale, count)
     rescale = as_numbers("guidance_rescale", guidance_rescale, count, 0.0, 1.0)
@@ -307,6 +320,13 @@ def resolve_start(
         first, lowres = first_step(steps, hires_strength, "hires_strength"), first
     first_array, lowres_array = (None if n is None else np.asarray(n, np.int32) for n in (first, lowres))
     return Start(first_array, lowres_array, part)
+
+
+def preview_steps(first: np.ndarray | None, last: int, frames: int) -> np.ndarray | None:
+    """At most so many of the steps from `first` (None: the very first) to `last`, evenly; None for no frames."""
+    if not frames:
+        return None
+    return np.unique(np.linspace(0 if first is None else int(first), last, frames).round().astype(np.int32))
 
 
 def lowres_shape(shape: tuple[int, int, int], hires: float) -> tuple[int, int, int]:

@@ -182,8 +182,8 @@ def shown(program: Programs, params: Params, begun: Begun, count: int) -> np.nda
 
 def finished(steps: int, drawn: Drawn, count: int) -> Moment:
     """The last moment, of the first `count` of the images drawn."""
-    images, finite, _ = parallel.fetch(drawn)
-    return Moment(steps, steps, lambda: images[:count], finite[:count])
+    found = parallel.fetch(drawn)
+    return Moment(steps, steps, lambda: found.images[:count], found.finite[:count])
 
 
 def filled_rows(inputs: ImageInputs, count: int, parts: int) -> ImageInputs:

@@ -21,16 +21,18 @@ READ_BY_ALL_BUT = {
     "crop": tuple(stage for stage in STAGES if stage not in (*AUTOENCODERS, "super_resolution")),
     "cache_latents": WITHOUT_LATENTS,
     "latents.path": WITHOUT_LATENTS,
-    "prior_preservation.path": WITHOUT_LATENTS,
+    "prior_preservation.path": (*WITHOUT_LATENTS, "gan"),
+    "data.buckets": ("gan",),  # whose generator has one size
     "feature_weight": tuple(stage for stage in STAGES if stage != "vae_decoder"),
     "adversary.init_from": tuple(stage for stage in STAGES if stage != "vae_decoder"),
     "super_resolution.photographs": tuple(stage for stage in STAGES if stage != "super_resolution"),
     "init_from.upscaler": tuple(stage for stage in STAGES if stage != "super_resolution"),
     "eval.prompts": ("super_resolution",),
-    "prediction_type": DISTILLED,  # which learn in the teacher's own process
-    "zero_terminal_snr": DISTILLED,
-    "min_snr_gamma": DISTILLED,
-    "input_perturbation": DISTILLED,
+    "prediction_type": (*DISTILLED, "gan"),  # which learn in the teacher's own process, or in none
+    "zero_terminal_snr": (*DISTILLED, "gan"),
+    "min_snr_gamma": (*DISTILLED, "gan"),
+    "input_perturbation": (*DISTILLED, "gan"),
+    "offset_noise": ("gan",),
     "distillation.guidance_dim": tuple(stage for stage in STAGES if stage not in ("lcm", "scm")),
 }
 # Settings that exclude each other.

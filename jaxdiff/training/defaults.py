@@ -164,17 +164,26 @@ SETTINGS: dict[str, Any] = {
     "edge_weight": setting(1.0, 0),
     # Stage "vae_decoder".
     "feature_weight": setting(0.0, 0),  # of the distance between features of the model's vision encoder; 0: none
-    "adversary": {
+    "adversary": {  # and of the stage "gan"
         "loss": setting("hinge", choices=ADVERSARIES),
-        "weight": setting(0.5, 0),  # of its loss; 0 leaves the decoder to the other losses
-        "adaptive": True,  # times the ratio of the gradients at the decoder's last layer
-        "start": setting(0, 0, MOST),  # steps that the discriminator learns before the decoder hears it
+        "weight": setting(0.5, 0),  # vae_decoder: of its loss; 0 leaves the decoder to the other losses
+        "adaptive": True,  # vae_decoder: times the ratio of the gradients at the decoder's last layer
+        "start": setting(0, 0, MOST),  # vae_decoder: steps that it learns before the decoder hears it
         "r1": setting(0.0, 0),  # penalties of the discriminator's gradient on real images and on the others
         "r2": setting(0.0, 0),
         "augment": setting((), choices=AUGMENTATIONS),  # of what the discriminator sees
-        "features": setting(64, 1, 4096),  # of its first layer
-        "layers": setting(3, 1, 8),  # of stride 2
+        "features": setting(64, 1, 4096),  # of its first layer; each next level has twice as many
+        "layers": setting(3, 1, 8),  # of stride 2, or in the stage gan, after which the size is halved
         "init_from": setting("", path=True),  # weights in taming-transformers' layout; "": random ones
+    },
+    # Stage "gan": sizes of a fresh generator.
+    "generator": {
+        "features": setting(64, 1, 4096),  # at full size; each level below has twice as many
+        "layers": setting(2, 0, 8),  # doublings of the size, from where it begins
+        "blocks": setting(1, 1, 100),  # of each level
+        "heads": setting(4, 1, 1024),  # that attend to the text
+        "noise_dim": setting(128, 1, 65536),  # numbers that the noise is brought down to
+        "style_dim": setting(256, 1, 65536),  # numbers that noise and text become
     },
     # Stage "unet" and those after it.
     # What learns, or what a LoRA changes; "unet" is whatever denoises, a transformer too.

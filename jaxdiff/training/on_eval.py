@@ -113,13 +113,15 @@ def denoiser_on_eval(
 ) -> OnEval | None:
     """The loss by noise level where `data.eval_split` names images, and a sheet of what `eval.prompts` draw.
 
+    A GAN has the sheet alone.
+
     What draws from more than a prompt has a sheet without prompts too, of images set aside.
     """
     if not (config.data.eval_split or config.eval.prompts):
         return None
-    batches = held_out() if config.data.eval_split or trainable.sample_inputs else []
+    batches = held_out() if (config.data.eval_split and trainable.network) or trainable.sample_inputs else []
     measure = None
-    if config.data.eval_split and batches:
+    if trainable.network and batches and config.data.eval_split:
         how = {"network": trainable.network, "merge_params": trainable.merge_params, "seed": config.eval.seed}
         measure = noise_levels(trainable.model, [trainable.stage.prepare(batch) for batch in batches], **how)
     draw = None if samples is None else drawing(config.eval, trainable, batches, at_once)
@@ -172,8 +174,10 @@ def drawing(
         images = {name: np.concatenate([batch[name] for batch in held_out])[chosen] for name in names}
     if not prompts:
         return None
-    options = {name: config[name] for name in ("steps", "scheduler")}
-    options["guidance_scale"] = config.guidance_scale or None  # the model's own
+    options: dict[str, Any] = {}
+    if not trainable.model.is_gan:
+        options = {name: config[name] for name in ("steps", "scheduler")}
+        options["guidance_scale"] = config.guidance_scale or None  # the model's own
     at_once *= jax.local_device_count()
     rows = [np.arange(i, min(i + at_once, len(prompts))) for i in range(0, len(prompts), at_once)]
 

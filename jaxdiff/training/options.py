@@ -25,6 +25,7 @@ STAGES = (
     "lcm",
     "lcm_lora",
     "scm",
+    "gan",
 )
 DISTILLED = ("lcm", "lcm_lora", "scm")  # those that learn from a teacher (distillation.py)
 SCHEDULES = ("constant", "linear", "cosine")

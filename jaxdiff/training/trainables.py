@@ -27,6 +27,7 @@ from jaxdiff.training import adapters, distillation, finetune
 from jaxdiff.training.adapters import MergeParams
 from jaxdiff.training.adversarial import Rules
 from jaxdiff.training.finetune import SampleInputs
+from jaxdiff.training.gan import gan_discriminator, gan_model, gan_stage
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.optimizer import check_multipliers
 from jaxdiff.training.options import DistillationOptions, NoiseOptions, OptionsError
@@ -93,6 +94,8 @@ OF_UNETS = ("textual_inversion", "controlnet", "inpainting", "upscaler")
 def _made(config: Any, model: Model, params: Params) -> Trainable:
     if model.unet is None and config.stage in OF_UNETS:
         raise OptionsError(f"stage {config.stage!r} is for models with a UNet, which init_from.model lacks.")
+    if model.is_gan and config.stage in DENOISERS:
+        raise OptionsError(f"stage {config.stage!r} is for models that remove noise, and init_from.model is a GAN.")
     if config.stage in DENOISERS:
         model = dataclasses.replace(model, scheduler=process(config, model.scheduler))
     trainable = TRAINABLES[config.stage](config, model, params)
@@ -307,6 +310,16 @@ def _distilled_lora(config: Any, model: Model, params: Params) -> Trainable:
     return Trainable(stage, params, drawn, _lora_files(model, alpha), merge, network)
 
 
+def _gan(config: Any, model: Model, params: Params) -> Trainable:
+    _check_no_choice(config)
+    c = config.adversary
+    model, params = gan_model(config, model, params)
+    discriminator, fresh = gan_discriminator(config, model)
+    rules = Rules(c.loss, c.r1, c.r2, tuple(c.augment))
+    stage = gan_stage(model, discriminator, rules=rules, caption_dropout=config.caption_dropout)
+    return Trainable(stage, {**params, "discriminator": fresh}, model, save_model(model))
+
+
 Make = Callable[[Any, Model, Params], Trainable]
 DENOISERS: Mapping[str, Make] = {
     "unet": _unet,
@@ -319,4 +332,4 @@ DENOISERS: Mapping[str, Make] = {
     "lcm_lora": _distilled_lora,
     "scm": _distilled,
 }
-TRAINABLES: Mapping[str, Make] = {"clip": _clip, "vae": _vae, "vae_decoder": _vae_decoder, **DENOISERS}
+TRAINABLES: Mapping[str, Make] = {"clip": _clip, "vae": _vae, "vae_decoder": _vae_decoder, "gan": _gan, **DENOISERS}

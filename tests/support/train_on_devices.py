@@ -25,6 +25,7 @@ from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import Options
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage
 from jaxdiff.training.train_step import abstract_state, init_state, make_train_step
+from jaxdiff.training.trainables import make
 from jaxdiff.training.vae_decoder import split_decoder, vae_decoder_stage
 
 BATCH, STEPS, CLIP_STEPS = 8, 6, 3
@@ -57,6 +58,16 @@ def against_an_adversary(model, params):
     net = PatchDiscriminator(8, 2)
     fresh = net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     return vae_decoder_stage(model, net, weight=0.5, start=1), {**split_decoder(params), "discriminator": fresh}
+
+
+def against_text(model, params):
+    """The stage of a GAN, with both penalties, and its parameters."""
+    from tests.support.stages import settings
+
+    small = {"features": 8, "layers": 1}
+    changes = {"loss": "relativistic", "r1": 0.5, "r2": 0.5, **small}
+    made = make(settings("gan", adversary=changes, generator=small, data={"image_size": 16}), model, params)
+    return made.stage, made.params
 
 
 def batches(steps: int):
@@ -183,6 +194,7 @@ def main(file: Path, port: str = "", process: str = "0", processes: str = "1") -
             if name in ("one", "all"):
                 report[f"clip {name}"] = train(clip_stage(model), params, mesh, CLIP_STEPS)
                 report[f"adversary {name}"] = train(*against_an_adversary(model, params), mesh, CLIP_STEPS, 1e-6)
+                report[f"gan {name}"] = train(*against_text(model, params), mesh, CLIP_STEPS)
         one, *others = (
             parallel.mesh(*MESHES[n], jax.devices()[:1] if n == "one" else None) for n in ("one", "fsdp", "all")
         )

@@ -1,4 +1,4 @@
-"""A config of train.py for the tiny model: tests/support/training_config.py:clip, :vae, :vae_decoder or :unet."""
+"""A config of train.py for the tiny model: tests/support/training_config.py:clip, :vae, :vae_decoder, :gan or :unet."""
 
 import dataclasses
 

@@ -1,0 +1,40 @@
+"""The config of a GAN's generator, which stands in a model's folder where others have a UNet."""
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+from jaxdiff.config.base import Config, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig(Config):
+    """The generator of a text-conditional GAN; see jaxdiff/models/generator.py."""
+
+    CLASS_NAME: ClassVar[str] = "TextConditionalGenerator"
+    # What a UNet may be told beside the text, and a generator is not.
+    addition_embed_type: ClassVar[None] = None
+    class_embed_type: ClassVar[None] = None
+    num_class_embeds: ClassVar[None] = None
+    time_cond_proj_dim: ClassVar[None] = None
+
+    sample_size: int = 16  # latents along a side; others are not drawn
+    in_channels: int = 8  # of the noise and of the latents
+    block_out_channels: tuple[int, ...] = (64, 128, 256)  # of each level, from full size down to where it begins
+    layers_per_block: int = 1
+    num_attention_heads: int = 4  # that attend to the text, at all levels but that of full size
+    cross_attention_dim: int = 192  # width of the text's states
+    noise_dim: int = 128  # numbers that the noise is brought down to
+    style_dim: int = 256  # numbers that noise and text together become, by which channels are scaled
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        config = super().from_dict(values)
+        sizes = (*config.block_out_channels, config.sample_size, config.in_channels, config.layers_per_block,
+                 config.num_attention_heads, config.cross_attention_dim, config.noise_dim, config.style_dim)  # fmt: skip
+        if not config.block_out_channels or min(sizes) < 1:
+            raise ConfigError(f"The {cls.CLASS_NAME}'s config has sizes below 1, or no block_out_channels.")
+        if config.sample_size % 2 ** (len(config.block_out_channels) - 1):
+            raise ConfigError(
+                f"sample_size {config.sample_size} must be divisible by 2 for each of block_out_channels but the first."
+            )
+        return config
