@@ -8,8 +8,8 @@ the docs, the grid few_steps.webp, report.json, and the images of each column. A
 
 - Prompts are the plain ones of `icons_prompts.json`, each with two seeds, or those of --prompts, a line each.
 - Seconds and CPU seconds an image are of batches of --batch_size, after one that compiles.
-- Agreement and variety are those of `python -m jaxdiff.evaluation` by --encoder; with --data its distance to real images
-  and its originality too. Without an encoder they are left out.
+- Agreement and variety are those of `python -m jaxdiff.evaluation` by --encoder; with --data its distance to real
+  images and its originality too. Without an encoder they are left out.
 - --judge adds the share of right things by the galleries' judge, with its requirements (judge_icons.py).
 """
 
@@ -143,8 +143,14 @@ def markdown(report: dict[str, Any], image: str) -> str:
     """The page: what was drawn, the grid, and a row a column."""
     titles = list(dict.fromkeys(title for row in report["columns"] for title in row["measures"]))
     head = ["model", "steps", "seconds an image", "CPU seconds", *titles]
-    lines = [f"{report['images']} images of {report['prompts']} prompts by each, in batches of {report['batch_size']}.",
-             "", f"![The same prompts by each]({image})", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]  # fmt: skip
+    lines = [
+        f"{report['images']} images of {report['prompts']} prompts by each, in batches of {report['batch_size']}.",
+        "",
+        f"![The same prompts by each]({image})",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+    ]
     for row in report["columns"]:
         cells = [cell(row["measures"].get(title)) for title in titles]
         seconds = [f"{row['seconds'][name]:.3g}" for name in ("wall", "cpu")]

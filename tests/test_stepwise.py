@@ -44,7 +44,7 @@ def test_text_to_image(tiny):
     distances = [levels(p, previews[-1]) for p in previews]
     assert distances[0] > distances[3] > 0
     settings = resolve_settings(tiny[0], steps=STEPS, scheduler="dpmpp_2m", frames=STEPS)
-    _, frames = draw(*tiny, resolve_images(tiny[0], settings, PROMPTS, "blurry", seed=3))
+    frames = draw(*tiny, resolve_images(tiny[0], settings, PROMPTS, "blurry", seed=3)).frames
     for i in range(STEPS - 1):
         assert levels(previews[i], frames[:, i]) <= 1
 

@@ -211,9 +211,11 @@ def test_a_preview_shows_every_layer(sample_cli, network_file):
     enlarged, refined = (sheet[side // 2 + 2 :][:side, i * (side + 2) :][:, :side] for i in (0, 1))
     assert np.abs(refined - enlarged).mean() > 1
     with Image.open(out[2]) as animation:
-        assert (animation.n_frames, animation.size) == (3 + 1 + 1 + 1, (2 * side, 2 * side))
-        animation.seek(5)
-        assert np.abs(np.asarray(animation.convert("RGB")).astype(int) - image).mean() < 10
+        assert 3 < animation.n_frames <= 3 + 1 + 1 + 1  # those that are alike become one
+        assert animation.size == (2 * side, 2 * side)
+        animation.seek(animation.n_frames - 1)
+        shown, wanted = (np.asarray(x.convert("L")).ravel() for x in (animation, Image.open(out[0])))
+        assert np.corrcoef(shown, wanted)[0, 1] > 0.9  # its colours are coarser
     # What is drawn small is what the same seed draws at that size, and nothing else changes by looking.
     code, out, err = sample_cli(CASTLE, STEPS, f"--height={side // 2}", f"--width={side // 2}", "--output=small.png")
     assert code == 0, err

@@ -29,8 +29,8 @@ class GeneratorConfig(Config):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         config = super().from_dict(values)
-        sizes = (*config.block_out_channels, config.sample_size, config.in_channels, config.layers_per_block,
-                 config.num_attention_heads, config.cross_attention_dim, config.noise_dim, config.style_dim)  # fmt: skip
+        numbers = (x for x in dataclasses.asdict(config).values() if isinstance(x, int))
+        sizes = (*config.block_out_channels, *numbers)
         if not config.block_out_channels or min(sizes) < 1:
             raise ConfigError(f"The {cls.CLASS_NAME}'s config has sizes below 1, or no block_out_channels.")
         if config.sample_size % 2 ** (len(config.block_out_channels) - 1):

@@ -133,10 +133,14 @@ def resolve_settings(
         clip_skip=check_clip_skip(model, clip_skip),
         tile=None if tile is None else min(as_whole("tile", tile, 1), max(latents[:2])),
         call=CallInputs(
-            times, np.asarray(noise_scale), start.first, start.lowres, interval,
+            times,
+            np.asarray(noise_scale),
+            start.first,
+            start.lowres,
+            interval,
             preview_steps(start.first, last, frames),
             None if hires is None else preview_steps(start.lowres, last, frames),
-        ),  # fmt: skip
+        ),
     )
 
 
