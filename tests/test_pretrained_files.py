@@ -150,7 +150,7 @@ def test_unknown_block_is_named(folder):
         (
             "unet",
             {"_class_name": "UNetMotionModel"},
-            r"unet/config\.json describes a UNetMotionModel, but UNet2DConditionModel or TextConditionalGenerator is needed",
+            r"unet/config\.json describes a UNetMotionModel, but UNet2DConditionModel or TextConditionalGenerator is",
         ),
         (
             "unet",

@@ -219,10 +219,10 @@ def test_a_preview_shows_every_layer(sample_cli, network_file):
     # What is drawn small is what the same seed draws at that size, and nothing else changes by looking.
     code, out, err = sample_cli(CASTLE, STEPS, f"--height={side // 2}", f"--width={side // 2}", "--output=small.png")
     assert code == 0, err
-    assert np.abs(np.asarray(Image.open("small.png")).astype(int) - small).max() <= 1
+    assert np.abs(np.asarray(Image.open("small.png")).astype(int) - small).max() <= 3
     code, out, err = sample_cli(*cascade, "--output=b.png")
     assert code == 0, err
-    assert np.abs(np.asarray(Image.open("b.png")).astype(int) - image).max() <= 2
+    assert np.abs(np.asarray(Image.open("b.png")).astype(int) - image).max() <= 3
 
 
 def test_hires_by_the_network(sample_cli, network_file):
