@@ -78,7 +78,7 @@ def against_text(model, params):
 
 def enlarging():
     """The stage of an upscaling network that doubles, and its parameters."""
-    module = RRDBNet(RRDBConfig(1, 8, 4, upsamples=1))
+    module = RRDBNet(RRDBConfig(1, 8, 4, upsamples=1), jnp.dtype("float32"))
     return super_resolution_stage(module), {"upscaler": fresh(module, jax.random.key(0))}
 
 
