@@ -4,6 +4,7 @@ import base64
 import contextlib
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 import jaxdiff
 from jaxdiff.io.edges import canny
+from jaxdiff.sampling import stepwise
 from jaxdiff.sampling.stepwise import Moment
 from jaxdiff.serving import engine as engine_file
 from jaxdiff.serving.loras import Loras
@@ -130,13 +132,24 @@ def test_type_a_prompt_and_see_the_image(page):
     shot(page, "drawn")
 
 
-def test_previews_and_cancel(page):
+def test_previews_and_cancel(page, monkeypatch):
+    """Of images that are not finished before the button is pressed."""
+    cancelled = threading.Event()
+
+    def held(*args, **how):
+        for moment in stepwise.draw_stepwise(*args, **how):
+            if moment.finite is not None:
+                cancelled.wait(WAIT / 1000)
+            yield moment
+
+    monkeypatch.setattr(engine_file, "draw_stepwise", held)
     draw(page, steps=60, n=6)
     page.wait_for_selector("#previews img", timeout=WAIT)
     assert page.is_disabled("#draw")
     shot(page, "drawing")
     page.click("#cancel")
     sync_api.expect(page.locator("#status")).to_have_text("Cancelled.")
+    cancelled.set()
     assert page.locator("#previews img").count() == 0
     draw(page, steps=2)
     drawn(page)
@@ -233,6 +246,7 @@ def test_outpaint(page, asked, grey):
     assert (request.width, request.height, request.strength) == (2 * SIDE, SIDE, 1)
     assert request.mask[:, SIDE:].all()
     assert not request.mask[:, : SIDE // 4].any()
+    assert page.evaluate("document.querySelector('#canvas').width") == 2 * SIDE
     assert page.evaluate("document.querySelector('#gallery img').naturalWidth") == 2 * SIDE
     assert f"{2 * SIDE}x{SIDE}" in page.locator("#gallery figcaption").first.inner_text()
 
@@ -268,7 +282,7 @@ def test_prompt_matrix(page, asked, grey):
     assert [caption.split(" (")[0] for caption in captions] == ["a red castle", "a blue castle"]
     assert [request.matrix for request in asked] == [True]
     shot(page, "matrix")
-    page.locator("text=Use settings").nth(1).click()
+    page.locator("#gallery .again").nth(1).click()
     assert page.input_value("#prompt") == "a blue castle"
     assert not page.is_checked("#matrix")
     draw(page, prompt="{" + "|".join("abcdefgh") + "}")  # nothing is expanded any more

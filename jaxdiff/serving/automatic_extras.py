@@ -45,7 +45,7 @@ def enlarge_images(routes: APIRouter, service: Service) -> None:
         how = method(service, body)
         data = uploads.from_base64("image", body.image)
         image = await run_in_threadpool(lambda: np.array(uploads.opened("image", data, service.pixels)))
-        flags = (await run_in_threadpool(uploads.infotext, data))[1]
+        flags = plain((await run_in_threadpool(uploads.infotext, data))[1])
         if how == "none":
             larger = image
         elif how == LANCZOS:
@@ -72,6 +72,12 @@ def method(service: Service, body: Extras) -> str:
     if how not in (name.lower() for name in known):
         raise ArgumentError("upscaler_1", f"{body.upscaler_1!r} is not here; known are {', '.join(known)}.")
     return how
+
+
+def plain(flags: dict[str, Any]) -> dict[str, Any]:
+    """Of the flags that an upload says it was drawn by, those that are words and numbers."""
+    found = {name: value for name, value in flags.items() if isinstance(value, str | int | float)}
+    return found if isinstance(found.get("prompt", ""), str) else {}
 
 
 def resampled(service: Service, image: np.ndarray, scale: float) -> np.ndarray:

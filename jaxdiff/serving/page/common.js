@@ -21,7 +21,8 @@ export function unavailable(why, ...elements) {
   said.id = `why_${elements[0].id}`;
   said.textContent = why;
   const first = elements[0];
-  (first.querySelector("summary, legend") || first.closest("label") || first).append(" ", said);
+  const label = first.closest("label");
+  (first.querySelector("summary") || (label && label.querySelector("span")) || label).append(" ", said);
   for (const element of elements) {
     const controls = "input, select, textarea, button";
     for (const part of element.matches(controls) ? [element] : element.querySelectorAll(controls)) {

@@ -15,7 +15,7 @@ export function hasSource() {
 
 // Whether something is added at a side of the image.
 export function outpaints() {
-  return source !== null && SIDES.some((side) => Number($(side).value) > 0);
+  return source !== null && margins().some((added) => added > 0);
 }
 
 // The fields of an edit.
@@ -25,7 +25,7 @@ export async function addSource(form) {
   if (painted) form.append("mask", await blob(transparentMask()), "mask.png");
   if (outpaints()) {
     form.set("strength", 1); // what is added has nothing to start from
-    form.append("outpaint", SIDES.map((side) => Number($(side).value)).join());
+    form.append("outpaint", margins().join());
   }
 }
 
@@ -50,26 +50,37 @@ export function addControls(count) {
   }
 }
 
+function margins() {
+  return SIDES.map((side) => Math.max(0, Math.round(Number($(side).value)) || 0));
+}
+
 export function setSource(image) {
   source = canvasOf(image.naturalWidth, image.naturalHeight);
   source.getContext("2d").drawImage(image, 0, 0);
   mask = canvasOf(source.width, source.height);
   painted = false;
-  $("canvas").width = source.width;
-  $("canvas").height = source.height;
   $("canvas").hidden = false;
   show();
   $("image_part").open = true;
   say("The next images start from this one.");
 }
 
+// The image with what is painted over it, and margins in the colour of paint.
 function show() {
+  if (!source) return;
+  const [left, top, right, bottom] = margins();
+  const [width, height] = [left + source.width + right, top + source.height + bottom];
+  $("canvas").width = width;
+  $("canvas").height = height;
   const context = $("canvas").getContext("2d");
-  context.clearRect(0, 0, source.width, source.height);
-  context.drawImage(source, 0, 0);
   context.globalAlpha = 0.6;
-  context.drawImage(mask, 0, 0);
+  context.fillStyle = PAINT;
+  context.fillRect(0, 0, width, height);
   context.globalAlpha = 1;
+  context.clearRect(left, top, source.width, source.height);
+  context.drawImage(source, left, top);
+  context.globalAlpha = 0.6;
+  context.drawImage(mask, left, top);
 }
 
 function transparentMask() {
@@ -84,10 +95,11 @@ function transparentMask() {
 function paint(event) {
   if (!source || !(event.buttons & 1)) return;
   const box = $("canvas").getBoundingClientRect();
-  const scale = source.width / box.width;
+  const [left, top] = margins();
+  const scale = $("canvas").width / box.width;
   const context = mask.getContext("2d");
-  const x = (event.clientX - box.left) * scale;
-  const y = (event.clientY - box.top) * scale;
+  const x = (event.clientX - box.left) * scale - left;
+  const y = (event.clientY - box.top) * scale - top;
   context.fillStyle = PAINT;
   context.beginPath();
   context.arc(x, y, (Number($("brush").value) / 100) * source.width / 2, 0, 2 * Math.PI);
@@ -133,4 +145,5 @@ $("image").addEventListener("change", () => $("image").files[0] && chosen($("ima
 $("clear_image").addEventListener("click", removeSource);
 $("clear_mask").addEventListener("click", clearMask);
 $("mask_part").addEventListener("change", paintPart);
+for (const side of SIDES) $(side).addEventListener("input", show);
 for (const kind of ["pointerdown", "pointermove"]) $("canvas").addEventListener(kind, paint);

@@ -172,16 +172,17 @@ function keepDrawn(address, before, given, event) {
 
 function keepImage(address, before, shown, name, more = {}) {
   const actions = { ...more, redraw: setSource };
-  if (can.upscaler_scale >= 2) actions.upscale = (image) => busy("Upscaling …", (signal) => upscale(image.src, shown, signal));
+  if (can.upscaler_scale >= 2) actions.upscale = (image) => busy("Upscaling …", (signal) => upscale(image.src, shown, signal, more));
   keep(address, before, shown, name, actions);
 }
 
-async function upscale(image, shown, signal) {
+async function upscale(image, shown, signal, more = {}) {
   const scale = Number($("scale").value);
   const before = place();
   const body = { image, upscaling_resize: scale, upscaler_1: can.upscaler };
   const found = await post("sdapi/v1/extra-single-image", body, signal);
-  keepImage(`data:image/png;base64,${found.image}`, before, `${shown}, upscaled ${scale} ×`, `${shown.slice(0, 40)}-x${scale}`);
+  const address = `data:image/png;base64,${found.image}`;
+  keepImage(address, before, `${shown}, upscaled ${scale} ×`, `${shown.slice(0, 40)}-x${scale}`, more);
   return "One image is upscaled.";
 }
 
