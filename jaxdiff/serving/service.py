@@ -180,7 +180,8 @@ class Service:
 
     def enlarge(self, owner: str, image: np.ndarray, scale: float) -> Job:
         """Ask the engine to enlarge an image. Raises ArgumentError, and what `Engine.enlarge` does."""
-        check_enlarging(self.engine.model, *image.shape[:2], scale, self.pixels)
+        height, width = image.shape[:2]
+        check_enlarging(self.engine.model, height, width, scale, self.pixels)
         return self.engine.enlarge(EnlargeRequest(image, scale), owner=owner)
 
     def base64(self, job: Job, index: int, image: np.ndarray, format: str = "png", quality: int = 95) -> str:
