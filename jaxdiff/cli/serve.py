@@ -131,6 +131,12 @@ def run(f: flags.FlagValues) -> None:
     if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
         raise Failure(f"{missing[0]} is not installed: pip install 'jaxdiff[serve]'.")
     check_files(f, ALL)
+    with listening(f) as place:
+        serve(f, place)
+
+
+def serve(f: flags.FlagValues, place: socket.socket) -> None:
+    """Load the model and answer at a socket until a signal comes."""
     import uvicorn
 
     from jaxdiff.serving.app import create_app
@@ -139,7 +145,6 @@ def run(f: flags.FlagValues) -> None:
     from jaxdiff.serving.requests import Limits
     from jaxdiff.serving.service import Service
 
-    place = listening(f)
     model, params, loras, chosen = loaded(f)
     metrics = Metrics()
     limits = Limits(
