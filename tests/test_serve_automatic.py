@@ -1,6 +1,7 @@
 """AUTOMATIC1111's API, asked by a client that programs use for it."""
 
 import base64
+import functools
 import io
 import threading
 import time
@@ -12,7 +13,7 @@ from PIL import Image
 import jaxdiff
 from jaxdiff.io.edges import canny
 from tests.support.comparison import levels
-from tests.support.tiny import SIDE, tiny_controlnet
+from tests.support.tiny import SIDE, tiny_controlnet, tiny_upscaler
 
 webuiapi = pytest.importorskip("webuiapi", reason="needs the packages of the extra test")
 httpx = pytest.importorskip("httpx")
@@ -20,8 +21,11 @@ pytest.importorskip("uvicorn")
 
 from jaxdiff.diffusion.schedulers import SCHEDULERS as OURS  # noqa: E402
 from jaxdiff.diffusion.spacing import SPACINGS  # noqa: E402
-from jaxdiff.serving.automatic_fields import SAMPLERS, SCHEDULERS, TextToImage, sampler_of  # noqa: E402
-from tests.support.server import NAME, STEPS, serving  # noqa: E402
+from jaxdiff.errors import ArgumentError  # noqa: E402
+from jaxdiff.serving import engine as engine_file  # noqa: E402
+from jaxdiff.serving.automatic_fields import SAMPLERS, SCHEDULERS, TextToImage, draw_request, sampler_of  # noqa: E402
+from jaxdiff.serving.service import Service  # noqa: E402
+from tests.support.server import NAME, STEPS, UPSCALER, serving  # noqa: E402
 
 SIDES = {"width": SIDE, "height": SIDE}
 CASTLE = {"prompt": "a castle", "seed": 7, "steps": STEPS, "cfg_scale": 5.0, "sampler_name": "DDIM", **SIDES}
@@ -82,6 +86,34 @@ def test_an_image_drawn_small_first(tiny, api):
     assert levels(np.array(answer.image)[None], alone) <= 1
 
 
+def test_enlarging(tiny, source):
+    """extra-single-image by the network, by Lanczos' filter or not at all; the network between two stages too."""
+    upscaler = tiny_upscaler()
+    with serving(jaxdiff.with_upscaler(*tiny, upscaler), start=False) as (address, engine, service):
+        engine._warm_up.clear()
+        engine.start()
+        api = webuiapi.WebUIApi(baseurl=f"{address}/sdapi/v1")
+        assert {u["name"] for u in api.get_upscalers()} == {"None", "Lanczos", UPSCALER}
+        image = Image.fromarray(np.tile(source, (4, 4, 1)))
+        larger = np.array(api.extra_single_image(image, upscaler_1=UPSCALER, upscaling_resize=4).image)
+        assert levels(larger, jaxdiff.upscale(*upscaler, np.array(image), scale=4)) <= 1
+        resized = image.resize((128, 128), Image.Resampling.LANCZOS)
+        assert levels(np.array(api.extra_single_image(image, upscaler_1="Lanczos").image), np.array(resized)) == 0
+        assert levels(np.array(api.extra_single_image(image).image), np.array(image)) == 0
+        text = webuiapi.webuiapi.b64_img(image)
+        for wrong in ({"upscaler_1": "LDSR"}, {"resize_mode": 1}, {"gfpgan_visibility": 0.5}, {"image": "/etc/passwd"},
+                      {"upscaler_1": UPSCALER, "upscaling_resize": 16}, {"upscaling_resize": 0}):  # fmt: skip
+            refused = httpx.post(f"{address}/sdapi/v1/extra-single-image", json={"image": text} | wrong)
+            assert refused.status_code in (400, 422)
+        small = {"width": SIDE // 2, "height": SIDE // 2, "enable_hr": True, "hr_upscaler": UPSCALER}
+        asked, _ = draw_request(service, TextToImage(**CASTLE | small))
+        assert (asked.hires, asked.hires_upscale) == (2.0, "network")
+        engine.resolver.job(asked)
+    plain = Service(engine, NAME, {})
+    with pytest.raises(ArgumentError, match="hr_upscaler"):
+        draw_request(plain, TextToImage(**CASTLE | small))
+
+
 def test_controlnets(tiny, source):
     controlled = jaxdiff.with_controlnets(*tiny, tiny_controlnet(tiny[0]))
     with serving(controlled) as (address, *_):
@@ -134,8 +166,10 @@ def test_every_sampler_is_one_of_ours():
     assert sampler_of(TextToImage(sampler_name="Euler", scheduler="Align Your Steps")) == ("euler", "ays")
 
 
-def test_progress_and_interrupt(api):
+def test_progress_and_interrupt(api, monkeypatch):
     """Progress and a preview while it is drawn; what is interrupted comes back without its images."""
+    one_by_one = functools.partial(engine_file.draw_stepwise, seconds=0)  # so that all of it can be seen
+    monkeypatch.setattr(engine_file, "draw_stepwise", one_by_one)
     answers = []
     drawing = threading.Thread(target=lambda: answers.append(api.txt2img(**(CASTLE | {"steps": 60}), n_iter=6)))
     drawing.start()

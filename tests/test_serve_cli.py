@@ -63,6 +63,13 @@ def test_files_that_are_not_there(flag, capsys):
     assert f"{flag.split('=')[0]}: missing" in capsys.readouterr().err
 
 
+def test_an_upscaler_that_is_none(tiny_folder, capsys):
+    """It is said before the model's weights are read."""
+    pytest.importorskip("uvicorn")
+    assert serve.main(["serve", "--port=0", f"--model={tiny_folder}", "--upscaler=missing"]) == 2
+    assert "--upscaler: missing is neither a file nor a bundled upscaler" in capsys.readouterr().err
+
+
 def test_sizes_are_those_of_the_model(tiny):
     f = parse(["serve"])
     chosen = serve.sizes(f, tiny[0])

@@ -14,9 +14,9 @@ from jaxdiff.io.lora import init_lora, save_lora
 from jaxdiff.serving import engine as engine_file
 from jaxdiff.serving.engine import Engine
 from jaxdiff.serving.loras import Loras, lora_files
-from jaxdiff.serving.requests import Cancelled, DrawRequest, Limits, QueueFull, Stopping
+from jaxdiff.serving.requests import Cancelled, DrawRequest, EnlargeRequest, Limits, QueueFull, Stopping, TooVaried
 from tests.support.comparison import levels
-from tests.support.tiny import SIDE
+from tests.support.tiny import SIDE, tiny_upscaler
 
 LIMITS = Limits(((SIDE, SIDE),), steps=20, images=6, queue=8, prompt=200)
 WAIT = 120  # seconds, on a busy machine
@@ -76,6 +76,32 @@ def test_images_wait_a_moment_for_others(new_engine):
     assert [number for what, number in events if what == "batch"] == [4]
 
 
+def test_the_only_client_waits_for_nobody(new_engine, monkeypatch):
+    """Once nobody else has asked for a while; a second one at the same time makes both wait again."""
+    monkeypatch.setattr(engine_file, "ALONE", 0.0)
+    engine, events = new_engine(window=60.0)
+    assert images(engine.submit(castle())).shape == (1, SIDE, SIDE, 3)
+    monkeypatch.setattr(engine_file, "ALONE", 1000.0)
+    jobs = [engine.submit(castle(seed=seed)) for seed in range(4)]
+    for job in jobs:
+        images(job)
+    assert [number for what, number in events if what == "batch"] == [1, 4]
+
+
+def test_a_matrix_of_prompts(tiny, new_engine):
+    """In order, seeds counting up, in one batch; each image as alone."""
+    engine, events = new_engine(start=False)
+    job = engine.submit(castle(prompt="a {red|blue} {castle|house}", matrix=True))
+    assert job.prompts == ["a red castle", "a red house", "a blue castle", "a blue house"]
+    assert job.seeds == [7, 8, 9, 10]
+    engine.start()
+    assert levels(images(job), jaxdiff.generate(*tiny, job.prompts, steps=3, seed=7)) <= 1
+    assert [number for what, number in events if what == "batch"] == [4]
+    twice = engine.submit(castle(prompt="a {red|red} castle", n=2, matrix=True))
+    assert twice.prompts == ["a red castle"] * 4
+    images(twice)
+
+
 def test_random_seeds(new_engine):
     engine, _ = new_engine()
     one, other = (engine.submit(castle(seed=None)) for _ in range(2))
@@ -96,6 +122,48 @@ def test_the_queue_has_a_bound_and_frees_what_nobody_waits_for(new_engine):
     assert images(last).shape == (1, SIDE, SIDE, 3)
     assert images(jobs[1]).shape == (4, SIDE, SIDE, 3)
     assert not engine._queue
+
+
+def test_what_would_be_compiled_for_has_a_bound(new_engine, monkeypatch):
+    """Other sizes, schedulers and forms of prompts count; other words, steps, seeds and scales do not."""
+    engine, _ = new_engine(start=False, limits=dataclasses.replace(LIMITS, queue=50, programs=3))
+    for seed, more in enumerate(({}, {"steps": 5}, {"guidance_scale": 4.0}, {"prompt": "a red dragon", "n": 2})):
+        engine.submit(castle(seed=seed, **more))
+    engine.submit(castle(scheduler="euler"))
+    engine.submit(castle(guidance_scale=1.0))
+    for more in ({"scheduler": "heun"}, {"hires": 2.0}, {"clip_skip": 1}, {"prompt": "a BREAK b"}):
+        with pytest.raises(TooVaried, match="try again in 3600 s"):
+            engine.submit(castle(**more))
+    engine.submit(castle(scheduler="euler", seed=3))
+    monkeypatch.setattr(engine_file, "HOUR", 0.0)
+    engine.submit(castle(scheduler="heun"))
+
+
+def test_enlarging(tiny, new_engine):
+    """As the network does it alone, but for the border, where sides are filled up; a job that has ended stops it."""
+    upscaler = tiny_upscaler()
+    full = jaxdiff.with_upscaler(*tiny, upscaler)
+    image = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
+    events = []
+    engine = Engine(*full, LIMITS, observe=lambda *event: events.append(event))
+    engine._warm_up.clear()
+    gone = engine.enlarge(EnlargeRequest(image, 4.0))
+    gone.cancel()
+    job = engine.enlarge(EnlargeRequest(image, 4.0))
+    engine.start()
+    (larger,) = job.future.result(WAIT)
+    alone = jaxdiff.upscale(*upscaler, image, scale=4)
+    assert larger.shape == alone.shape == (160, 256, 3)
+    border = 4 * upscaler[0].config.reach
+    assert levels(larger[:-border], alone[:-border]) <= 1
+    assert engine.enlarge(EnlargeRequest(image, 1.5)).future.result(WAIT)[0].shape == (60, 96, 3)
+    ended = engine.enlarge(EnlargeRequest(np.zeros((600, 600, 3), np.uint8), 4.0))
+    while not ended.begun:
+        time.sleep(0.001)
+    ended.cancel()
+    engine.stop()
+    assert engine.join(WAIT)
+    assert ("images", 1) in events
 
 
 def test_cancelling_ends_the_drawing(new_engine):
@@ -147,6 +215,10 @@ def test_previews_come_evenly_and_near_the_image(new_engine):
         (castle(prompt=" BREAK ".join("abcdefghijk")), "prompt"),
         (castle(negative_prompt="x" * 201), "negative_prompt"),
         (castle(scheduler="fastest"), "scheduler"),
+        (castle(prompt="{a|b|c|d|e|f|g}", matrix=True), "prompt"),
+        (castle(prompt="{a|b}", n=4, matrix=True), "prompt"),
+        (castle(prompt="{a|b", matrix=True), "prompt"),
+        (castle(prompt="__../../etc/passwd__ __colour__", matrix=True), "prompt"),
         (castle(mask=np.ones((SIDE, SIDE), bool)), "mask"),
         (castle(control_images=(np.zeros((SIDE, SIDE, 3), np.uint8),)), "control_images"),
         (castle(image=np.zeros((SIDE, SIDE, 3), np.uint8), strength=-1.0), "strength"),

@@ -87,6 +87,13 @@ def test_images_that_are_bombs_or_none(server, data):
     """A gigapixel is refused by its header; what is no image is not handed to other programs."""
     answer = httpx.post(f"{server[0]}/v1/images/edits", files={"image": ("x.png", data)}, data={"prompt": "a"})
     assert refused(answer, 400).startswith("image ")
+    for more in ({"outpaint": "0,0,9999,9999"}, {"outpaint": "-1,0,0,0"}, {"outpaint": "9" * 30 + ",0,0,0"}):
+        files = {"image": ("x.png", data), "control_image": ("x.png", data)}
+        assert httpx.post(f"{server[0]}/v1/images/edits", files=files, data={"prompt": "a"} | more).status_code == 400
+    extras = httpx.post(f"{server[0]}/sdapi/v1/extra-single-image", json={"image": base64.b64encode(data).decode()})
+    assert extras.status_code == 400
+    controls = {"prompt": "a", "control_images": [base64.b64encode(data).decode()]}
+    assert refused(httpx.post(server[0] + GENERATIONS, json=controls), 400)
     found = httpx.post(server[0] + IMG2IMG, json={"init_images": [base64.b64encode(data).decode()]})
     assert found.status_code == 400
     assert found.json()["detail"].startswith("init_images ")
@@ -100,6 +107,18 @@ def test_files_that_do_not_say_how_they_were_drawn(server, format, chunk):
     Image.new("RGB", (4, 4)).save(file, format, **({"pnginfo": text} if chunk else {}))
     answer = httpx.post(f"{server[0]}/sdapi/v1/png-info", json={"image": base64.b64encode(file.getvalue()).decode()})
     assert answer.json() == {"info": "", "items": {}, "parameters": {}}
+
+
+@pytest.mark.parametrize("chunk", ['{"prompt": 1}', '{"prompt": "a", "steps": [1], "x": {"y": null}, "z": NaN}'])
+def test_settings_that_are_none_do_not_go_on_into_what_is_enlarged(server, chunk):
+    file, text = io.BytesIO(), PngInfo()
+    text.add_text("jaxdiff", chunk)
+    Image.new("RGB", (4, 4)).save(file, "png", pnginfo=text)
+    body = {"image": base64.b64encode(file.getvalue()).decode(), "upscaler_1": "Lanczos"}
+    answer = httpx.post(f"{server[0]}/sdapi/v1/extra-single-image", json=body)
+    with Image.open(io.BytesIO(base64.b64decode(answer.json()["image"]))) as image:
+        assert image.size == (8, 8)
+        assert set(json.loads(image.info["jaxdiff"])) <= {"prompt", "z"}
 
 
 @pytest.mark.parametrize("path", ["../../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/x", "\u0000", "x" * 5000])

@@ -9,14 +9,16 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-from jaxdiff.io.images import read_metadata
+from jaxdiff.io.edges import canny
+from jaxdiff.io.images import extend, read_metadata
 from tests.support.comparison import levels
-from tests.support.tiny import SIDE
+from tests.support.tiny import SIDE, tiny_controlnet
 
 openai = pytest.importorskip("openai", reason="needs the packages of the extra test")
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
+from jaxdiff.serving.requests import QueueFull  # noqa: E402
 from tests.support.server import NAME, STEPS, serving  # noqa: E402
 
 SIZE = f"{SIDE}x{SIDE}"
@@ -130,6 +132,60 @@ def test_edit_without_a_mask_redraws_the_image(tiny, client, source):
     assert levels(decoded(events[0])[None], alone) <= 1
 
 
+def test_outpaint(tiny, client, source):
+    """As `sample.py --outpaint` does it, by a field of this server's own."""
+    half = source[:, : SIDE // 2]
+    more = {"prompt": "a castle", "size": SIZE}
+    own = OWN | {"outpaint": f"0,0,{SIDE // 2},0"}
+    answer = client.images.edit(image=png(half), extra_body=own, **more)
+    canvas, mask = extend(half, 0, 0, SIDE // 2, 0)
+    alone = jaxdiff.generate(*tiny, "a castle", seed=7, steps=STEPS, image=canvas, mask=mask > 0)
+    assert levels(decoded(answer.data[0])[None], alone) <= 1
+    for wrong in ("1,2,3", "0,0,0,0", "-1,0,0,0", "0,0,99999,99999", "a,b,c,d"):
+        with pytest.raises(openai.BadRequestError) as e:
+            client.images.edit(image=png(half), extra_body={"outpaint": wrong}, **more)
+        assert e.value.param == "outpaint"
+    with pytest.raises(openai.BadRequestError, match="give one of them"):
+        client.images.edit(image=png(half), mask=png(half), extra_body=own, **more)
+
+
+def test_a_matrix_of_prompts(client):
+    """`revised_prompt` says which of the alternatives an image shows, and so does its PNG."""
+    more = {"prompt": "a {red dragon|castle}", "extra_body": OWN | {"matrix": True}}
+    answer = client.images.generate(**more)
+    assert [entry.revised_prompt for entry in answer.data] == ["a red dragon", "a castle"]
+    kept = read_metadata(io.BytesIO(base64.b64decode(answer.data[1].b64_json)))
+    assert (kept["prompt"], kept["seed"]) == ("a castle", 8)
+    events = list(client.images.generate(stream=True, **more))
+    assert [event.revised_prompt for event in events] == ["a red dragon", "a castle"]
+
+
+def test_control_images(tiny, source):
+    """From text, in base64, and with an image, as a file; only where the server has a ControlNet."""
+    with serving(jaxdiff.with_controlnets(*tiny, tiny_controlnet(tiny[0])), start=False) as (address, engine, _):
+        asked = []
+
+        def submit(request, **more):
+            asked.append(request)
+            raise QueueFull(9)
+
+        engine.submit = submit
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            text = base64.b64encode(png(source).getvalue()).decode()
+            own = {"control_images": [text], "control_edges": True, "controlnet_scale": 0.7}
+            with pytest.raises(openai.RateLimitError):
+                client.images.generate(prompt="a castle", extra_body=own)
+            with pytest.raises(openai.BadRequestError) as e:
+                client.images.generate(prompt="a castle", extra_body={"control_images": ["/etc/passwd"]})
+            assert e.value.param == "control_images"
+        files = {"image": ("a.png", png(source)), "control_image": ("b.png", png(source))}
+        answer = httpx.post(f"{address}/v1/images/edits", files=files, data={"prompt": "a castle"})
+        assert answer.status_code == 429
+    np.testing.assert_array_equal(asked[0].control_images[0], canny(source))
+    assert asked[0].controlnet_scale == 0.7
+    np.testing.assert_array_equal(asked[1].control_images[0], source)
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [
@@ -144,6 +200,9 @@ def test_edit_without_a_mask_redraws_the_image(tiny, client, source):
         ({"style": "vivid"}, None),
         ({"partial_images": 2}, "partial_images"),
         ({"extra_body": {"steps": 61}}, "steps"),
+        ({"extra_body": {"matrix": True}, "prompt": "{a|b"}, "prompt"),
+        ({"extra_body": {"controlnet_scale": -1}}, "controlnet_scale"),
+        ({"extra_body": {"control_images": [""]}}, "control_images"),
         ({"extra_body": {"steps": 10**30}}, "steps"),
         ({"extra_body": {"seed": -1}}, "seed"),
         ({"extra_body": {"guidance_scale": 1e300}}, "guidance_scale"),

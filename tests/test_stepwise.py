@@ -8,7 +8,7 @@ import pytest
 import jaxdiff
 from jaxdiff.sampling.generate import draw
 from jaxdiff.sampling.resolve import resolve_images, resolve_settings
-from jaxdiff.sampling.stepwise import draw_stepwise
+from jaxdiff.sampling.stepwise import Pace, draw_stepwise
 from tests.support.comparison import levels
 from tests.support.tiny import SIDE, tiny_controlnet
 
@@ -90,6 +90,19 @@ def test_closing_ends_the_drawing(tiny):
     assert [m.step for m in itertools.islice(moments, 2)] == [1, 2]
     moments.close()
     assert list(moments) == []
+
+
+def test_the_pace_of_earlier_images_is_followed(tiny):
+    """Known to be quick, all steps are one piece; known to be slow, they are taken one by one."""
+    request = request_of(tiny[0], {"scheduler": "dpmpp_2m"}, {})
+    pace = Pace()
+    assert [m.step for m in draw_stepwise(*tiny, request, seconds=100, pace=pace)] == [1, 3, 5]
+    assert 0 < pace.seconds < 100 / STEPS
+    (whole,) = draw_stepwise(*tiny, request, seconds=100, pace=pace)
+    assert levels(whole.images(), draw(*tiny, request)[0]) <= 1
+    assert 0 < pace.seconds < 100 / STEPS
+    assert [m.step for m in draw_stepwise(*tiny, request, seconds=1, pace=Pace(1e6), stops=(2,))][:2] == [1, 2]
+    assert [m.step for m in draw_stepwise(*tiny, request, seconds=100, pace=pace, stops=(2,))] == [2, 5]
 
 
 def test_pieces_have_about_the_length_asked_for(tiny):

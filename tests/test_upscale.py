@@ -1,6 +1,5 @@
 """Enlarging: any size in tiles without seams, any scale, opacity, files and images as they are drawn."""
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,16 +17,9 @@ from tests.support import tiny
 from tests.support.commands import CASTLE, STEPS
 
 
-def random_network(**sizes):
-    module = RRDBNet(RRDBConfig(**{"num_block": 1, "num_feat": 8, "num_grow_ch": 4, **sizes}))
-    side = module.config.unshuffle
-    params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, side, side, 3), np.float32))["params"]
-    return module, jax.tree.map(lambda x: 2 * x, params)
-
-
 @pytest.fixture(scope="module")
 def network():
-    return random_network()
+    return tiny.tiny_upscaler()
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +36,7 @@ def picture(height, width, channels=3, seed=0):
 @pytest.mark.parametrize("sizes", [{}, {"unshuffle": 2}], ids=["x4", "x2"])
 def test_tiles_make_the_image_of_the_whole(sizes):
     """The margin is as wide as this network sees, so that nothing but rounding may differ, seams least of all."""
-    module, params = random_network(**sizes)
+    module, params = tiny.tiny_upscaler(**sizes)
     assert sizes or module.config.reach <= upscaling.MARGIN
     image = picture(97, 83)
     whole = jaxdiff.upscale(module, params, image, tile=128)

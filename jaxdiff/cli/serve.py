@@ -30,6 +30,7 @@ from jaxdiff.cli.flags import check_files, flag_errors, weighted
 from jaxdiff.cli.loading import load
 from jaxdiff.cli.serve_options import ALL, LOOPBACK, parse, parsed_sizes
 from jaxdiff.io import cache, model_paths
+from jaxdiff.io.upscaler import load_upscaler
 from jaxdiff.sampling.checks import check_memory, least_memory
 from jaxdiff.sampling.resolve import latent_shape
 from jaxdiff.serving.loras import Loras, lora_files
@@ -38,6 +39,7 @@ EXTRA = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 SHAPES = (1.0, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16)  # of the sizes drawn by default
 LAST = 30.0  # seconds that the engine has to end
 CONNECTIONS = 512
+WITHOUT = "none"  # in place of an upscaler's name
 
 
 def sizes(f: flags.FlagValues, model: jaxdiff.Model) -> tuple[tuple[int, int], ...]:
@@ -90,6 +92,10 @@ def loaded(f: flags.FlagValues) -> tuple[jaxdiff.Model, Any, Loras, tuple[tuple[
         if model.unet is None and f[name].value:
             raise UsageError(f"--{name} is for models with a UNet, which this one lacks: leave it out.")
     chosen = sizes(f, model)
+    upscaler = None
+    if f.upscaler != WITHOUT:
+        with naming("--upscaler"):
+            upscaler = load_upscaler(f.upscaler, dtype=f.dtype)
     laid = read_adapters(f, model, mesh)
     named = lora_files(f.lora_dir)
     with_words: list[str | Path] = [
@@ -97,12 +103,19 @@ def loaded(f: flags.FlagValues) -> tuple[jaxdiff.Model, Any, Loras, tuple[tuple[
         *named.values(),
     ]  # embeddings may come with them
     model, params = load(f, path, laid, with_words, mesh)
+    if upscaler is not None:
+        model, params = jaxdiff.with_upscaler(model, params, upscaler)
 
     def placed(params: Any) -> Any:
         return jaxdiff.replicate(params) if mesh is None else jaxdiff.shard(params, mesh)
 
     params = placed(params)
     return model, params, Loras(model, params, named, placed), chosen
+
+
+def named(path: str) -> str:
+    """What the APIs call a file or folder."""
+    return Path(path.rstrip("/")).name
 
 
 def listening(f: flags.FlagValues) -> socket.socket:
@@ -120,6 +133,12 @@ def run(f: flags.FlagValues) -> None:
     if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
         raise Failure(f"{missing[0]} is not installed: pip install 'jaxdiff[serve]'.")
     check_files(f, ALL)
+    with listening(f) as place:
+        serve(f, place)
+
+
+def serve(f: flags.FlagValues, place: socket.socket) -> None:
+    """Load the model and answer at a socket until a signal comes."""
     import uvicorn
 
     from jaxdiff.serving.app import create_app
@@ -128,15 +147,17 @@ def run(f: flags.FlagValues) -> None:
     from jaxdiff.serving.requests import Limits
     from jaxdiff.serving.service import Service
 
-    place = listening(f)
     model, params, loras, chosen = loaded(f)
     metrics = Metrics()
-    limits = Limits(chosen, steps=f.max_steps, images=f.max_images, queue=f.queue, seconds=f.time_limit)
+    limits = Limits(
+        chosen, steps=f.max_steps, images=f.max_images, queue=f.queue, programs=f.programs, seconds=f.time_limit
+    )
     counts = batch_sizes(f, model, max(chosen, key=math.prod))
     window = f.window_ms / 1000
     engine = Engine(model, params, limits, batch_sizes=counts, window=window, loras=loras, observe=metrics.observe)
-    name = f.model_name or Path(f.model.rstrip("/")).name
-    service = Service(engine, name, {"model": name, "dtype": f.dtype}, f.steps)
+    name = f.model_name or named(f.model)
+    upscaler = None if model.upscaler is None else named(f.upscaler)
+    service = Service(engine, name, {"model": name, "dtype": f.dtype}, f.steps, upscaler=upscaler)
     hosts = LOOPBACK if f.api_key is None and f.host in LOOPBACK else None
     app = create_app(service, metrics, api_key=f.api_key, hosts=hosts, body=f.max_body_mb << 20)
     config = uvicorn.Config(

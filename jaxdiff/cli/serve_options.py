@@ -31,6 +31,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         texts("controlnet", "run", "A ControlNet, a folder or file, whose image requests may send.", path="old"),
         text("preview_vae", "run", "A tiny autoencoder (TAESD) that draws previews in place of the model's.",
              path="old"),
+        text("upscaler", "run", "The network that enlarges: a .pth or .safetensors file in Real-ESRGAN's layout, a "
+             "folder that training exported, or the name of a bundled one; none does without.", "icons", path="any"),
         text("model_name", "run", "What the APIs call the model.", without="the end of --model"),
     ),
     "images": (
@@ -48,6 +50,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         whole("batch_size", "run", "Images drawn at once, at most.", without="at most 4 a device"),
         whole("window_ms", "run", "Milliseconds that an image waits for others to be drawn with.", 20, 0),
         whole("queue", "run", "Images that may wait; further requests are refused (429).", 64),
+        whole("programs", "run", "Programs compiled within an hour, at most; requests for another size, scheduler or "
+              "the like are then refused (429).", 40),
         number("time_limit", "run", "Seconds that a client waits for its images, at most.", 600.0, low=1.0),
         whole("max_body_mb", "run", "Megabytes of a request.", 32),
         *(OPTIONS[name] for name in ("fsdp", "tensor", "cache_dir", "verbose")),

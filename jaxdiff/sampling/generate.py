@@ -31,7 +31,7 @@ from jaxdiff.sampling.inputs import (
     starting_point,
     upscaled,
 )
-from jaxdiff.sampling.resolve import MAX_STEPS, Request, resolve_images, resolve_settings
+from jaxdiff.sampling.resolve import MAX_STEPS, Request, Settings, resolve_images, resolve_settings
 from jaxdiff.typing import Array, Denoise, Key, Params
 
 # A grid is filled up to one of these numbers of steps, so that few programs are compiled for all of them.
@@ -204,21 +204,26 @@ def with_noise(request: Request) -> ImageInputs:
 
 
 def with_filled_grid(model: Model, request: Request) -> tuple[CallInputs, ImageInputs]:
-    """What all images share, and what each is drawn from, for a program of any number of steps.
+    """What all images share, and what each is drawn from, for a program of any number of steps."""
+    settings, inputs = request.settings, with_noise(request)
+    most = filled_length(model, settings)
+    if most is None:
+        return settings.call, inputs
+    if inputs.picks is not None:
+        missing = ((0, 0), (0, 0), (0, most - inputs.picks.shape[2]))
+        inputs = inputs._replace(picks=np.pad(inputs.picks, missing, "edge"))
+    return settings.call._replace(times=filled_up(settings.call.times, most)), inputs
+
+
+def filled_length(model: Model, settings: Settings) -> int | None:
+    """Steps of the grid that a program is compiled for; None: of those asked for.
 
     A scheduler of one's own counts the steps of a grid as it likes, and Runge and Kutta's steps depend on their number.
     """
-    settings, inputs = request.settings, with_noise(request)
-    call = settings.call
-    steps = len(call.times.t) - 1
     counts = settings.scheduler == "pndm" and not skip_prk_steps(model.scheduler)
     if isinstance(settings.scheduler, Scheduler) or counts:
-        return call, inputs
-    most = next(length for length in FILLED if length >= steps)
-    if inputs.picks is not None:
-        missing = ((0, 0), (0, 0), (0, most - steps))
-        inputs = inputs._replace(picks=np.pad(inputs.picks, missing, "edge"))
-    return call._replace(times=filled_up(call.times, most)), inputs
+        return None
+    return next(length for length in FILLED if length >= len(settings.call.times.t) - 1)
 
 
 def draw(

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.diffusion.base import Scheduler
@@ -349,7 +348,13 @@ def image_keys(seed: int | Sequence[int], count: int, name: str = "seed") -> Key
     if seeds.dtype.kind not in "iu" or seeds.shape not in ((), (count,)):
         raise ArgumentError(name, f"{seed} must be a whole number below 2**64, or one for each of {count} prompts.")
     seeds = seeds.astype(np.int64) + (np.arange(count) if seeds.ndim == 0 else 0)
-    return jax.vmap(lambda s: jax.random.key(s, impl=PRNG))(jnp.asarray(seeds % 2**32, jnp.uint32))
+    return _keys((seeds % 2**32).astype(np.uint32))
+
+
+@jax.jit
+def _keys(seeds: Array) -> Key:
+    """A key of each seed, uint32 [B]."""
+    return jax.vmap(lambda seed: jax.random.key(seed, impl=PRNG))(seeds)
 
 
 def tokenize(

@@ -4,6 +4,7 @@ The same pieces as of `generate`'s one program, in three: what comes before the 
 Between them everything stays on the devices.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -43,7 +44,7 @@ from jaxdiff.sampling.inputs import (
 from jaxdiff.sampling.resolve import Request
 from jaxdiff.typing import Array, Params
 
-SECONDS = 0.3  # between two moments at which there is control
+SECONDS = 0.5  # between two moments at which there is control
 PROGRAMS = 64  # kept of each kind
 
 
@@ -54,6 +55,13 @@ class Moment(NamedTuple):
     steps: int  # in all; the images are finished when all are taken
     images: Callable[[], np.ndarray]  # uint8 [B, H, W, 3]: what the latest step predicts, or the finished ones
     finite: np.ndarray | None = None  # bool [B], of finished ones: whether every pixel came out as a number
+
+
+@dataclasses.dataclass
+class Pace:
+    """How long a step takes, as far as known: whoever draws the like again passes it on."""
+
+    seconds: float | None = None
 
 
 class Begun(NamedTuple):
@@ -141,6 +149,7 @@ def draw_stepwise(
     *,
     seconds: float = SECONDS,
     stops: Collection[int] = (),
+    pace: Pace | None = None,
 ) -> Iterator[Moment]:
     """Draw the images of a request, with control at the caller between any two of the moments: close it to cancel.
 
@@ -149,7 +158,9 @@ def draw_stepwise(
     Args:
         seconds: about how long one piece takes.
         stops: steps, counted from the first taken, at which there is a moment in any case.
+        pace: of earlier images like these, which is kept up to date; without, pieces begin with one step and grow.
     """
+    pace = Pace() if pace is None else pace
     settings, count = request.settings, len(request.prompts)
     devices = as_devices(None, count, params)
     if settings.lowres_latents is not None:
@@ -161,18 +172,25 @@ def draw_stepwise(
     inputs = filled_rows(inputs, count, mapping.part_count(devices))
     first = 0 if call.start is None else int(call.start)
     steps = len(settings.call.times.t) - 1 - first
-    begun = jax.block_until_ready(program.begin(params, call, inputs))
-    step, size = 0, 1
+    begun = program.begin(params, call, inputs)
+    step, size = 0, steps
+    if pace.seconds is None:
+        begun, size = jax.block_until_ready(begun), 1
     while step < steps:
         began = time.perf_counter()
-        end = min(step + size, steps, *(stop for stop in stops if stop > step))
-        span = np.asarray([first + step, first + end], np.int32)
-        begun = jax.block_until_ready(program.advance(params, call, span, begun))
-        each = (time.perf_counter() - began) / (end - step)
-        step, size = end, max(1, min(round(seconds / each), 2 * size))
+        if pace.seconds is not None:
+            size = max(1, min(round(seconds / pace.seconds), size))
+        start, step = step, min(step + size, steps, *(stop for stop in stops if stop > step))
+        begun = program.advance(params, call, np.asarray([first + start, first + step], np.int32), begun)
+        moment = Moment(step, steps, functools.partial(shown, program, params, begun, count))
         if step < steps:
-            yield Moment(step, steps, functools.partial(shown, program, params, begun, count))
-    yield finished(steps, program.finish(params, begun), count)
+            jax.block_until_ready(begun)
+        else:  # the last steps and what follows them without a pause
+            moment = finished(steps, program.finish(params, begun), count)
+        if step < steps or not start:
+            pace.seconds = (time.perf_counter() - began) / (step - start)
+        size *= 2
+        yield moment
 
 
 def shown(program: Programs, params: Params, begun: Begun, count: int) -> np.ndarray:

@@ -7,6 +7,7 @@ than they look, so that MARGIN is enough.
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +28,13 @@ MOST = 16  # times that a side may grow
 
 
 def upscale(
-    module: RRDBNet, params: Params, images: Array, *, scale: float | None = None, tile: int = TILE
+    module: RRDBNet,
+    params: Params,
+    images: Array,
+    *,
+    scale: float | None = None,
+    tile: int = TILE,
+    before_tile: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Enlarge images by a network.
 
@@ -38,6 +45,7 @@ def upscale(
         scale: times that each side grows, 1 to 16; None takes the network's own. For another one the network is
             applied as often as needed, and its image made smaller (Lanczos).
         tile: pixels of the side of a tile; smaller ones take less memory and more time.
+        before_tile: is called before each tile; what it raises ends the work.
 
     Returns:
         uint8 [round(scale H), round(scale W), C], or a batch of them.
@@ -55,7 +63,7 @@ def upscale(
     if given.dtype != np.uint8:
         given = np.round(255 * np.clip(in_unit("images", given), 0, 1)).astype(np.uint8)
     batch = given[None] if given.ndim == 3 else given
-    larger = np.stack([_enlarged(module, params, image, scale, tile) for image in batch])
+    larger = np.stack([_enlarged(module, params, image, scale, tile, before_tile) for image in batch])
     return larger[0] if given.ndim == 3 else larger
 
 
@@ -89,13 +97,15 @@ def passes(own: int, scale: float) -> int:
     return count
 
 
-def _enlarged(module: RRDBNet, params: Params, image: np.ndarray, scale: float, tile: int) -> np.ndarray:
+def _enlarged(
+    module: RRDBNet, params: Params, image: np.ndarray, scale: float, tile: int, before_tile: Callable[[], None]
+) -> np.ndarray:
     """One image uint8 [H, W, 3 or 4]."""
     height, width = (max(1, round(scale * side)) for side in image.shape[:2])
 
     def larger(image: np.ndarray) -> np.ndarray:
         for _ in range(passes(module.config.scale, scale)):
-            image = in_tiles(module, params, image, tile)
+            image = in_tiles(module, params, image, tile, before_tile)
         if image.shape[:2] == (height, width):
             return image
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
@@ -148,7 +158,13 @@ def windows(size: int, tile: int, margin: int, multiple: int) -> list[tuple[int,
     return [(start, start + length, cuts[i], cuts[i + 1]) for i, start in enumerate(starts)]
 
 
-def in_tiles(module: RRDBNet, params: Params, image: np.ndarray, tile: int = TILE) -> np.ndarray:
+def in_tiles(
+    module: RRDBNet,
+    params: Params,
+    image: np.ndarray,
+    tile: int = TILE,
+    before_tile: Callable[[], None] = lambda: None,
+) -> np.ndarray:
     """An image uint8 [H, W, 3] through the network once, a window at a time: uint8 [scale H, scale W, 3]."""
     c, (height, width) = module.config, image.shape[:2]
     scale, multiple = c.scale, c.unshuffle
@@ -158,6 +174,7 @@ def in_tiles(module: RRDBNet, params: Params, image: np.ndarray, tile: int = TIL
     found = np.empty((padded.shape[0] * scale, padded.shape[1] * scale, 3), np.uint8)
     for top, bottom, first, last in rows:
         for left, right, begin, end in columns:
+            before_tile()
             out: Any = np.asarray(network(module, params, padded[None, top:bottom, left:right]))[0]
             kept = out[(first - top) * scale : (last - top) * scale, (begin - left) * scale : (end - left) * scale]
             found[first * scale : last * scale, begin * scale : end * scale] = kept

@@ -31,7 +31,7 @@ def create_app(service: Service, metrics: Metrics, **guard: Any) -> FastAPI:
     Args:
         guard: arguments of `Guard`: the API key, and the bounds of bodies.
     """
-    app = FastAPI(title="jaxdiff", version=__version__, responses=ERRORS, redoc_url=None)
+    app = FastAPI(title="jaxdiff", version=__version__, responses=ERRORS, docs_url=None, redoc_url=None)
     app.include_router(openai.router(service))
     app.include_router(automatic.router(service))
     app.include_router(page.router(service))

@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from jaxdiff.io.images import describe
 from jaxdiff.serving import uploads
+from jaxdiff.serving.automatic_extras import enlarge_images
 from jaxdiff.serving.automatic_fields import (
     SAMPLERS,
     SCHEDULERS,
@@ -104,6 +105,7 @@ def router(service: Service) -> APIRouter:
         check_options(service, {name: value for name, value in body.items() if fixed.get(name) != value})
 
     list_what_there_is(routes, service)
+    enlarge_images(routes, service)
     return routes
 
 
@@ -127,7 +129,8 @@ def list_what_there_is(routes: APIRouter, service: Service) -> None:
     @routes.get("/upscalers")
     def upscalers() -> list[dict[str, Any]]:
         more = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
-        return [{"name": name, **more} for name in ("None", "Lanczos")]
+        names = ["None", "Lanczos", *([] if service.upscaler is None else [service.upscaler])]
+        return [{"name": name, **more} for name in names]
 
     @routes.get("/latent-upscale-modes")
     def latent_upscale_modes() -> list[dict[str, str]]:
@@ -179,7 +182,7 @@ def info_of(service: Service, job: Job, found: list[int], warnings: list[str], b
     asked = job.request
     return {
         "prompt": asked.prompt,
-        "all_prompts": [asked.prompt] * len(found),
+        "all_prompts": [job.prompts[i] for i in found],
         "negative_prompt": asked.negative_prompt or "",
         "all_negative_prompts": [asked.negative_prompt or ""] * len(found),
         "seed": job.seeds[0],
@@ -189,7 +192,7 @@ def info_of(service: Service, job: Job, found: list[int], warnings: list[str], b
         "width": asked.width,
         "height": asked.height,
         "sampler_name": next(
-            (n for n, s in SAMPLERS.items() if s == (asked.scheduler or service.engine.scheduler)), ""
+            (n for n, s in SAMPLERS.items() if s == (asked.scheduler or service.engine.resolver.scheduler)), ""
         ),
         "cfg_scale": asked.guidance_scale,
         "steps": asked.steps,

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jaxdiff.data.images import BLACK, WHITE, on_background
 from jaxdiff.errors import ArgumentError
-from jaxdiff.io.edges import canny
 from jaxdiff.serving import uploads
 from jaxdiff.serving.requests import DrawRequest
 from jaxdiff.serving.service import Service
@@ -124,7 +123,7 @@ def draw_request(service: Service, body: TextToImage) -> tuple[DrawRequest, list
     scheduler, spacing = sampler_of(body)
     enlarged = body.hr_scale if body.enable_hr else 1
     width, height = (None if side is None else round(side * enlarged) for side in (body.width, body.height))
-    width, height = service.engine.size(width, height)
+    width, height = service.engine.resolver.size(width, height)
     given: dict[str, Any] = {
         "prompt": prompt,
         "negative_prompt": negative,
@@ -142,9 +141,10 @@ def draw_request(service: Service, body: TextToImage) -> tuple[DrawRequest, list
         given["variation_seed"] = 0 if body.subseed in (None, -1) else body.subseed
         given["variation_strength"] = body.subseed_strength
     if body.enable_hr:
-        upscale = UPSCALERS.get((body.hr_upscaler or "Latent").lower())
+        known = UPSCALERS | ({} if service.upscaler is None else {service.upscaler.lower(): "network"})
+        upscale = known.get((body.hr_upscaler or "Latent").lower())
         if upscale is None:
-            raise ArgumentError("hr_upscaler", f"{body.hr_upscaler!r} is not here; known are Latent and Lanczos.")
+            raise ArgumentError("hr_upscaler", f"{body.hr_upscaler!r} is not here; known are {', '.join(known)}.")
         strength = 0.7 if body.denoising_strength is None else body.denoising_strength
         given |= {"hires": body.hr_scale, "hires_strength": strength, "hires_upscale": upscale}
     if isinstance(body, ImageToImage):
@@ -268,7 +268,4 @@ def controls_of(service: Service, body: TextToImage, width: int, height: int) ->
 def edges(image: np.ndarray, unit: dict[str, Any]) -> np.ndarray:
     """The edges of an image, with a unit's thresholds where it has any. Raises ArgumentError."""
     given = [x for x in (unit.get("threshold_a"), unit.get("threshold_b")) if isinstance(x, int | float) and x >= 0]
-    try:
-        return canny(image, *given) if len(given) == 2 else canny(image)
-    except ValueError as e:
-        raise ArgumentError("controlnet.threshold_a", f"cannot be used: {e}") from None
+    return uploads.edges("controlnet.threshold_a", image, *(given if len(given) == 2 else ()))

@@ -2,48 +2,48 @@
 
 import collections
 import dataclasses
+import functools
 import math
-import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 
-from jaxdiff.diffusion.times import default_scheduler
-from jaxdiff.errors import ArgumentError
-from jaxdiff.io.lora import Weighted
 from jaxdiff.models.model import Model
 from jaxdiff.sampling.generate import check_finite
-from jaxdiff.sampling.inputs import ImageInputs
-from jaxdiff.sampling.resolve import Request, Settings, image_keys, resolve_images, resolve_settings
-from jaxdiff.sampling.stepwise import draw_stepwise
+from jaxdiff.sampling.stepwise import PROGRAMS, Pace, draw_stepwise
+from jaxdiff.serving.enlarging import enlarge
 from jaxdiff.serving.loras import Loras
-from jaxdiff.serving.requests import DrawRequest, Job, Limits, Preview, QueueFull, Stopping
-from jaxdiff.typing import SEEDS, Params
+from jaxdiff.serving.requests import (
+    Cancelled,
+    DrawRequest,
+    EnlargeRequest,
+    Job,
+    Limits,
+    Preview,
+    QueueFull,
+    Stopping,
+    TooVaried,
+)
+from jaxdiff.serving.resolving import Item, Resolver
+from jaxdiff.typing import Params
 
-SHARED = ("steps", "clip_skip", "scheduler", "spacing", "height", "width", "image", "strength", "mask", "hires",
-          "hires_strength", "hires_upscale")  # fmt: skip
-EACH = ("guidance_scale", "guidance_rescale", "image", "mask", "control_images", "controlnet_scale")
+HOUR = 3600.0
+ALONE = 10.0  # seconds after which a client that found nobody else is taken to be the only one
 # What happens, with a number: "waiting" images, a "batch" of so many, which took "seconds", a request's "latency", …
 Observer = Callable[[str, float], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Item:
-    """One image of a job."""
+class Enlarging:
+    """An image that is enlarged, alone. Named as `Item`'s fields are."""
 
     job: Job
-    index: int
-    key: tuple[Any, ...]  # equal for those that one program draws, at once
-    settings: Settings
-    loras: Weighted
-    row: ImageInputs  # without the axis of the batch, and without a key
-    seed: int
-    since: float  # when it was asked for
+    key: object = dataclasses.field(default_factory=object)  # of nothing else
+    since: float = 0.0  # so that it waits for no others
 
 
 class Engine:
@@ -53,7 +53,7 @@ class Engine:
         model, params: as `jaxdiff.load` gives them; `params` lie where images are drawn.
         limits: what one request may ask for.
         batch_sizes: how many images are drawn at once; fewer are filled up, so that few programs are compiled.
-        window: seconds for which an image waits for others that would fit its batch.
+        window: seconds for which an image waits for others that would fit its batch, if others have asked lately.
         loras: that prompts may name.
         observe: is told what happens.
     """
@@ -71,13 +71,18 @@ class Engine:
     ) -> None:
         self.model, self.limits, self.batch_sizes = model, limits, sorted(batch_sizes)
         self.loras = Loras(model, params, {}) if loras is None else loras
+        self.resolver = Resolver(model, limits, self.loras, self.batch_sizes)
         self.ready = threading.Event()  # after the first program is compiled
         self._window, self._observe = window, observe
-        self._queue: collections.deque[Item] = collections.deque()
+        self._queue: collections.deque[Item | Enlarging] = collections.deque()
         self._jobs: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._seconds = 1.0  # an image, lately
+        self._crowded = time.monotonic()  # when somebody last asked while another one was drawn for
+        self._programs: dict[tuple[Any, ...], None] = {}  # what is compiled for, the latest one last
+        self._compiled: collections.deque[float] = collections.deque()  # when others came to these, within an hour
+        self._pace = functools.lru_cache(PROGRAMS)(lambda program, count: Pace())
         self._warm_up = list(self.batch_sizes)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -103,11 +108,6 @@ class Engine:
         return not self._thread.is_alive()
 
     @property
-    def scheduler(self) -> str:
-        """What draws where a request names none."""
-        return default_scheduler(self.model.scheduler)
-
-    @property
     def stopping(self) -> bool:
         return self._stopping
 
@@ -128,19 +128,30 @@ class Engine:
 
         Raises:
             ArgumentError: one sentence naming the argument.
-            QueueFull, Stopping: not now.
+            QueueFull, TooVaried, Stopping: not now.
         """
-        self._check(request)
-        first = secrets.randbelow(SEEDS) if request.seed is None else request.seed
-        seeds = [(first + i) % SEEDS for i in range(request.n)]
-        job = Job(request, seeds, owner, previews, on_preview)
-        items = self._items(job)
+        job = self.resolver.job(request, owner, previews, on_preview)
+        items = self.resolver.items(job, time.monotonic())
+        self._put(job, items)
+        return job
+
+    def enlarge(self, request: EnlargeRequest, *, owner: str = "") -> Job:
+        """Put an image into the queue that the model's upscaler enlarges. Raises QueueFull, Stopping."""
+        job = Job(request, [""], [0], owner)
+        self._put(job, [Enlarging(job)])
+        return job
+
+    def _put(self, job: Job, items: Sequence[Item | Enlarging]) -> None:
+        """Put the images of a job into the queue. Raises QueueFull, TooVaried, Stopping."""
         with self._changed:
             if self._stopping:
                 raise Stopping
             self._drop_ended()
             if len(self._queue) + len(items) > self.limits.queue:
                 raise QueueFull(max(1, math.ceil(self._seconds * len(self._queue))))
+            self._count_programs({item.program for item in items if isinstance(item, Item)})
+            if self._jobs:
+                self._crowded = time.monotonic()
             self._queue.extend(items)
             self._jobs.append(job)
             self._observe("waiting", len(self._queue))
@@ -154,64 +165,21 @@ class Engine:
             self._observe("failed" if failed else "latency", 1 if failed else time.monotonic() - began)
 
         job.future.add_done_callback(done)
-        return job
 
-    def size(self, width: int | None, height: int | None) -> tuple[int, int]:
-        """Width and height that are drawn, by default the first of the sizes. Raises ArgumentError for others."""
-        own = self.limits.sizes[0]
-        size = own[0] if width is None else width, own[1] if height is None else height
-        if size not in self.limits.sizes:
-            known = ", ".join(f"{w}x{h}" for w, h in self.limits.sizes)
-            raise ArgumentError("size", f"{size[0]}x{size[1]} is not drawn here; known are {known}.")
-        return size
-
-    def _check(self, request: DrawRequest) -> None:
-        """Raise ArgumentError for more than the limits."""
-        limits = self.limits
-        self.size(request.width, request.height)
-        for name in ("prompt", "negative_prompt"):
-            text = getattr(request, name) or ""
-            if len(text) > limits.prompt:
-                raise ArgumentError(name, f"has {len(text)} characters, more than {limits.prompt}: shorten it.")
-            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise ArgumentError(name, "is no valid Unicode: it holds half a surrogate pair.")
-        numbers = (("n", 1, limits.images), ("steps", 1, limits.steps), ("guidance_scale", 0, limits.guidance_scale),
-                   ("seed", 0, SEEDS - 1), ("variation_seed", 0, SEEDS - 1))  # fmt: skip
-        for name, low, high in numbers:
-            value = getattr(request, name)
-            if value is not None and not low <= value <= high:
-                raise ArgumentError(name, f"{value} must be from {low} to {high}.")
-
-    def _items(self, job: Job) -> list[Item]:
-        """The images of a job, resolved. Raises ArgumentError."""
-        request, count = job.request, len(job.seeds)
-        width, height = self.size(request.width, request.height)
-        words, chosen = self.loras.split(request.prompt)
-        shared: dict[str, Any] = {name: getattr(request, name) for name in SHARED} | {"height": height, "width": width}
-        each: dict[str, Any] = {name: getattr(request, name) for name in EACH}
-        if request.variation_seed is not None:
-            each |= {"variation_seed": request.variation_seed, "variation_strength": request.variation_strength}
-        settings = resolve_settings(self.model, **shared)
-        prompts = [words] * count
-        images = resolve_images(self.model, settings, prompts, request.negative_prompt, seed=job.seeds, **each).images
-        tokenizer = self.model.tokenizer or self.model.tokenizer_2
-        assert tokenizer is not None
-        texts = max(
-            np.prod(t.ids.shape[1:]) // tokenizer.max_length for t in (images.tokens, images.negative) if t is not None
-        )
-        if texts > self.limits.texts:
-            raise ArgumentError("prompt", f"fills {texts} texts, more than {self.limits.texts}: shorten it.")
-        no_keys: Any = None
-        rows = jax.tree.map(np.asarray, images._replace(keys=no_keys))
-        shapes = jax.tree.structure(rows), tuple((x.shape[1:], x.dtype.str) for x in jax.tree.leaves(rows))
-        varied = request.variation_seed is not None
-        alike = tuple(value for name, value in shared.items() if name not in ("image", "mask", "strength"))
-        key = (*alike, settings.strength, varied, chosen, shapes)
+    def _count_programs(self, programs: set[tuple[Any, ...]]) -> None:
+        """Remember what is compiled for. Raises TooVaried where that would be too much within an hour."""
         now = time.monotonic()
-        return [
-            Item(job, i, key, settings, chosen, jax.tree.map(lambda x, i=i: x[i], rows), seed, now)
-            for i, seed in enumerate(job.seeds)
-        ]
+        while self._compiled and self._compiled[0] < now - HOUR:
+            self._compiled.popleft()
+        new = programs - self._programs.keys()
+        if new and len(self._compiled) + len(new) > self.limits.programs:
+            raise TooVaried(math.ceil(HOUR - (now - self._compiled[0] if self._compiled else 0)))
+        self._compiled.extend([now] * len(new))
+        for program in programs:
+            self._programs.pop(program, None)
+            self._programs[program] = None
+        while len(self._programs) > PROGRAMS:  # more are not kept
+            del self._programs[next(iter(self._programs))]
 
     # The engine's own thread.
 
@@ -233,7 +201,7 @@ class Engine:
         if any(item.job.future.done() for item in self._queue):
             self._queue = collections.deque(item for item in self._queue if not item.job.future.done())
 
-    def _next_batch(self) -> list[Item] | None:
+    def _next_batch(self) -> list[Any] | None:
         """Images that fit one program; none, for a program to be compiled ahead; None at the end."""
         with self._changed:
             while True:
@@ -247,23 +215,26 @@ class Engine:
                     continue
                 first, most = self._queue[0], self.batch_sizes[-1]
                 fitting = [item for item in self._queue if item.key == first.key][:most]
-                left = first.since + self._window - time.monotonic()
+                now = time.monotonic()
+                left = first.since + self._window - now if now < self._crowded + ALONE else 0
                 if len(fitting) < most and left > 0 and not self._stopping:
                     self._changed.wait(left)
                     continue
                 self._queue = collections.deque(item for item in self._queue if item not in fitting)
-                for item in fitting:
-                    item.job.begun = True
+                for each in fitting:
+                    each.job.begun = True
                 self._observe("waiting", len(self._queue))
                 return fitting
 
-    def _draw(self, batch: list[Item]) -> None:
+    def _draw(self, batch: list[Any]) -> None:
         """Draw a batch and give its images away. Whatever goes wrong ends its jobs alone."""
         try:
-            if batch:
-                self._draw_stepwise(batch)
-            else:
+            if not batch:
                 self._compile()
+            elif isinstance(batch[0], Enlarging):
+                self._enlarge(batch[0].job)
+            else:
+                self._draw_stepwise(batch)
         except Exception as e:
             if "RESOURCE_EXHAUSTED" in str(e) and len(batch) > 1:
                 logging.warning("Memory is too small for %d images at once: drawing fewer.", len(batch))
@@ -277,27 +248,33 @@ class Engine:
 
     def _compile(self) -> None:
         """Compile the program of the next batch size, for images of the first size and no other wishes."""
-        width, height = self.limits.sizes[0]
-        count = self._warm_up.pop(0)
-        settings = resolve_settings(self.model, steps=2, width=width, height=height, **self._needed())
-        request = resolve_images(self.model, settings, [""] * count, "", **self._needed())
+        request = self.resolver.example(self._warm_up.pop(0))
         for moment in draw_stepwise(self.model, self.loras.params_with(()), request, seconds=0):
             moment.images()
 
-    def _needed(self) -> dict[str, Any]:
-        """Images that a model for inpainting needs: grey, and all to be redrawn."""
-        width, height = self.limits.sizes[0]
-        if not self.model.inpaints:
-            return {}
-        return {"image": np.full((height, width, 3), 127, np.uint8), "mask": np.ones((height, width), bool)}
+    def _enlarge(self, job: Job) -> None:
+        """Enlarge an image, as long as somebody waits for it."""
+
+        def check() -> None:
+            if job.future.done():
+                raise Cancelled
+
+        try:
+            job.images = [enlarge(self.model, self.loras.params_with(()), job.request, check)]
+        except Cancelled:
+            self._observe("cancelled", 1)
+        else:
+            self._observe("images", 1)
+            job.end()
 
     def _draw_stepwise(self, batch: list[Item]) -> None:
-        request = self._request(batch)
+        request = self.resolver.request(batch)
         params = self.loras.params_with(batch[0].loras)
         taken = len(request.settings.call.times.t) - 1 - int(request.settings.call.start or 0)
         counts = {item.job.previews for item in batch}
         stops = {math.ceil(taken * (k + 1) / (count + 1)) for count in counts for k in range(count)}
-        for moment in draw_stepwise(self.model, params, request, stops=stops):
+        pace = self._pace(batch[0].program, len(request.prompts))
+        for moment in draw_stepwise(self.model, params, request, stops=stops, pace=pace):
             alive = [(i, item) for i, item in enumerate(batch) if not item.job.future.done()]
             if not alive:
                 self._observe("cancelled", len(batch))
@@ -318,7 +295,7 @@ class Engine:
         """Give one image to its job, which ends with its last."""
         job = item.job
         try:
-            check_finite(np.asarray([finite]), [job.request.prompt], self.model)
+            check_finite(np.asarray([finite]), [job.prompts[item.index]], self.model)
         except FloatingPointError as e:
             job.end(e)
             return
@@ -326,16 +303,3 @@ class Engine:
         job.images[item.index] = image
         if all(image is not None for image in job.images):
             job.end()
-
-    def _request(self, batch: list[Item]) -> Request:
-        """A batch, filled up with its last image."""
-        size = next(size for size in self.batch_sizes if size >= len(batch))
-        filled = batch + batch[-1:] * (size - len(batch))
-        rows = jax.tree.map(lambda *each: np.stack(each), *(item.row for item in filled))
-        images = rows._replace(keys=image_keys([item.seed for item in filled], size))
-        requests, variation = [item.job.request for item in filled], None
-        if requests[0].variation_seed is not None:
-            seeds = [((r.variation_seed or 0) + item.index) % SEEDS for r, item in zip(requests, filled, strict=True)]
-            amounts = np.asarray([r.variation_strength for r in requests], np.float32)
-            variation = image_keys(seeds, size, "variation_seed"), amounts
-        return Request(batch[0].settings, [r.prompt for r in requests], images, variation)

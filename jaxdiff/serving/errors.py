@@ -7,7 +7,7 @@ from absl import logging
 from fastapi.responses import JSONResponse
 
 from jaxdiff.errors import ArgumentError, ImageError, JaxdiffError
-from jaxdiff.serving.requests import Cancelled, QueueFull, Stopping
+from jaxdiff.serving.requests import Cancelled, QueueFull, Stopping, TooVaried
 from jaxdiff.text.prompt_files import PromptError
 
 AUTOMATIC = "/sdapi/"  # begins the paths of AUTOMATIC1111's API; all others have OpenAI's form
@@ -50,6 +50,8 @@ def http_error(error: BaseException) -> HttpError:
         return HttpError(400, str(error), code="invalid_value")
     if isinstance(error, QueueFull):
         return HttpError(429, str(error), wait=error.seconds)
+    if isinstance(error, TooVaried):
+        return HttpError(429, str(error), code="too_varied", wait=error.seconds)
     if isinstance(error, Stopping):
         return HttpError(503, str(error), code="stopping", wait=30)
     if isinstance(error, Cancelled):

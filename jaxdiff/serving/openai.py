@@ -1,7 +1,7 @@
 """OpenAI's images endpoints: /v1/images/generations, /v1/images/edits and /v1/models.
 
 https://platform.openai.com/docs/api-reference/images. Fields of OpenAI's that this server cannot follow are refused by
-name; a few of its own go beyond: negative_prompt, seed, steps, guidance_scale, scheduler and strength.
+name; a few of its own go beyond, such as negative_prompt, seed and steps.
 """
 
 import functools
@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from jaxdiff.errors import ArgumentError
+from jaxdiff.io.images import fit, fit_mask
 from jaxdiff.serving import uploads
 from jaxdiff.serving.errors import HttpError, http_error, openai_body
 from jaxdiff.serving.requests import DrawRequest, Job
@@ -28,6 +29,7 @@ from jaxdiff.typing import SEEDS
 OWNER = "jaxdiff"
 STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}  # of the server's number, by quality
 QUALITIES = {"standard": "medium", "auto": "medium", "hd": "high"}  # as answers call them
+CONTROLS = "control_images"
 MAX_CHARACTERS = 32_000  # of a prompt that is read at all; the engine draws fewer
 
 
@@ -55,19 +57,24 @@ class Shared(BaseModel):
     steps: int | None = Field(None, ge=1, le=10_000)
     guidance_scale: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
     scheduler: str | None = Field(None, max_length=40)
+    style: str | None = Field(None, max_length=100, description="A preset of jaxdiff/text/styles.json.")
+    matrix: bool = Field(False, description="{red|green} in the prompt draws each of them, n times.")
+    control_edges: bool = Field(False, description="Find the edges of the control images first.")
+    controlnet_scale: float = Field(1.0, ge=0, le=2)
 
 
 class Generation(Shared):
     """The body of /v1/images/generations."""
 
-    style: str | None = Field(None, max_length=100, description="A preset of jaxdiff/text/styles.json.")
     moderation: Literal["auto", "low"] = "auto"  # nothing is moderated here
+    control_images: list[str] = Field([], max_length=8, description="In base64, one for each ControlNet.")
 
 
 class Edit(Shared):
     """The form of /v1/images/edits, but for its files."""
 
     strength: float | None = Field(None, gt=0, le=1)
+    outpaint: str | None = Field(None, max_length=40, description="Pixels added and drawn: left,top,right,bottom.")
 
 
 def router(service: Service) -> APIRouter:
@@ -88,29 +95,24 @@ def router(service: Service) -> APIRouter:
     async def generations(http: Request, body: Generation) -> Response:
         check_model(service, body.model)
         prompt, negative = service.styled(body.prompt, body.negative_prompt, body.style)
-        width, height = size_of(service, body.size)
-        asked = draw_request(service, body, prompt=prompt, negative_prompt=negative, width=width, height=height)
+        size = size_of(service, body.size)
+        controls = await run_in_threadpool(
+            lambda: followed(service, body, [uploads.from_base64(CONTROLS, x) for x in body.control_images], size)
+        )
+        more = {"prompt": prompt, "negative_prompt": negative, "width": size[0], "height": size[1], **controls}
+        asked = draw_request(service, body, **more)
         return await answer(service, http, body, asked, "image_generation")
 
     @routes.post("/images/edits", openapi_extra={"requestBody": edit_schema()})
     async def edits(http: Request) -> Response:
-        async with http.form(max_files=4, max_fields=40) as sent:
-            files = [(name, file) for name, file in sent.multi_items() if isinstance(file, UploadFile)]
-            try:
-                form = Edit.model_validate({name: x for name, x in sent.items() if not isinstance(x, UploadFile)})
-            except ValidationError as e:
-                raise RequestValidationError([{**x, "loc": ("body", *x["loc"])} for x in e.errors()]) from None
-            if unknown := {name for name, _ in files} - {"image", "image[]", "mask"}:
-                raise ArgumentError(min(unknown)[:60], "is no file that an edit takes.")
-            images = [await file.read() for name, file in files if name != "mask"]
-            masks = [await file.read() for name, file in files if name == "mask"]
+        form, files = await form_of(http)
         check_model(service, form.model)
-        if len(images) != 1:
-            raise ArgumentError("image", f"must be one file, and {len(images)} came.")
-        if len(masks) > 1:
-            raise ArgumentError("mask", f"must be one file, and {len(masks)} came.")
-        more = await run_in_threadpool(edited, service, form, images[0], masks[0] if masks else None)
-        asked = draw_request(service, form, strength=form.strength, **more)
+        for name, most in (("image", 1), ("mask", 1), ("control_image", 8)):
+            if len(files[name]) > most or (name == "image" and not files[name]):
+                raise ArgumentError(name, f"must be one file, and {len(files[name])} came.")
+        prompt, negative = service.styled(form.prompt, form.negative_prompt, form.style)
+        more = await run_in_threadpool(edited, service, form, files)
+        asked = draw_request(service, form, prompt=prompt, negative_prompt=negative, strength=form.strength, **more)
         return await answer(service, http, form, asked, "image_edit")
 
     @routes.get("/images/files/{name}")
@@ -123,11 +125,28 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
+async def form_of(http: Request) -> tuple[Edit, dict[str, list[bytes]]]:
+    """The fields and the files of an edit. Raises RequestValidationError, ArgumentError."""
+    names = {"image": "image", "image[]": "image", "mask": "mask", "control_image": "control_image"}
+    files: dict[str, list[bytes]] = {name: [] for name in names.values()}
+    async with http.form(max_files=12, max_fields=40) as sent:
+        try:
+            form = Edit.model_validate({name: x for name, x in sent.items() if not isinstance(x, UploadFile)})
+        except ValidationError as e:
+            raise RequestValidationError([{**x, "loc": ("body", *x["loc"])} for x in e.errors()]) from None
+        given = [(name, file) for name, file in sent.multi_items() if isinstance(file, UploadFile)]
+        if unknown := {name for name, _ in given} - names.keys():
+            raise ArgumentError(min(unknown)[:60], "is no file that an edit takes.")
+        for name, file in given:
+            files[names[name]].append(await file.read())
+    return form, files
+
+
 def edit_schema() -> dict[str, Any]:
     """The body of an edit as OpenAPI describes it."""
     schema = Edit.model_json_schema()
     file = {"type": "string", "contentMediaType": "application/octet-stream"}
-    schema["properties"] |= {"image": file, "mask": file}
+    schema["properties"] |= {"image": file, "mask": file, "control_image": file}
     schema["required"] = [*schema["required"], "image"]
     return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
 
@@ -142,7 +161,7 @@ def check_model(service: Service, name: str | None) -> None:
 def size_of(service: Service, size: str) -> tuple[int, int]:
     """Width and height of "512x512" or "auto". Raises ArgumentError."""
     given = (None, None) if size == "auto" else tuple(map(int, size.split("x")))
-    return service.engine.size(*given)
+    return service.engine.resolver.size(*given)
 
 
 def nearest_size(service: Service, width: int, height: int) -> tuple[int, int]:
@@ -165,29 +184,61 @@ def draw_request(service: Service, body: Shared, **more: Any) -> DrawRequest:
         "steps": own if body.steps is None else body.steps,
         "guidance_scale": body.guidance_scale,
         "scheduler": body.scheduler,
+        "matrix": body.matrix,
     }
     return DrawRequest(**(given | more))
 
 
-def edited(service: Service, form: Edit, image: bytes, mask: bytes | None) -> dict[str, Any]:
+def edited(service: Service, form: Edit, files: dict[str, list[bytes]]) -> dict[str, Any]:
     """The images of an edit: transparent is redrawn, in the mask or, without one, in the image if it is anywhere."""
-    source = uploads.opened("image", image, service.pixels)
-    size = nearest_size(service, *source.size) if form.size == "auto" else size_of(service, form.size)
-    found: dict[str, Any] = {"image": uploads.as_image(source, *size), "width": size[0], "height": size[1]}
-    if mask is not None:
-        opened = uploads.opened("mask", mask, service.pixels)
+    source = uploads.opened("image", files["image"][0], service.pixels)
+    found: dict[str, Any]
+    if form.outpaint is not None:
+        if files["mask"]:
+            raise ArgumentError("outpaint", "and mask both say what is drawn: give one of them.")
+        canvas, margins = uploads.outpainted("outpaint", source, margins_of(form.outpaint), service.pixels)
+        size = edit_size(service, form, canvas.shape[1], canvas.shape[0])
+        found = {"image": fit(canvas, *size[::-1]), "mask": fit_mask(margins, *size[::-1]) > 0}
+    else:
+        size = edit_size(service, form, *source.size)
+        found = {"image": uploads.as_image(source, *size)}
+    if files["mask"]:
+        opened = uploads.opened("mask", files["mask"][0], service.pixels)
         if opened.size != source.size:
             shown = "{}x{} and {}x{}".format(*source.size, *opened.size)
             raise ArgumentError("mask", f"must be as large as the image; they are {shown}.")
         found["mask"] = uploads.transparency("mask", opened, *size)
-    elif source.mode == "RGBA" and np.array(source.getchannel("A")).min() < 128:
+    elif "mask" not in found and source.mode == "RGBA" and np.array(source.getchannel("A")).min() < 128:
         found["mask"] = uploads.transparency("image", source, *size)
-    return found
+    return {**found, "width": size[0], "height": size[1], **followed(service, form, files["control_image"], size)}
+
+
+def edit_size(service: Service, form: Edit, width: int, height: int) -> tuple[int, int]:
+    """Width and height that an image of such a shape is drawn in."""
+    return nearest_size(service, width, height) if form.size == "auto" else size_of(service, form.size)
+
+
+def margins_of(text: str) -> tuple[int, int, int, int]:
+    """Of "64,0,64,0". Raises ArgumentError."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 4 or not all(part.isascii() and part.isdigit() and len(part) <= 5 for part in parts):
+        raise ArgumentError("outpaint", "must be four numbers of pixels: left,top,right,bottom.")
+    left, top, right, bottom = map(int, parts)
+    return left, top, right, bottom
+
+
+def followed(service: Service, body: Shared, files: list[bytes], size: tuple[int, int]) -> dict[str, Any]:
+    """What ControlNets follow. Raises ArgumentError."""
+    if not files:
+        return {}
+    images = [uploads.as_image(uploads.opened(CONTROLS, file, service.pixels), *size) for file in files]
+    images = [uploads.edges(CONTROLS, image) for image in images] if body.control_edges else images
+    return {"control_images": tuple(images), "controlnet_scale": body.controlnet_scale}
 
 
 async def answer(service: Service, http: Request, body: Shared, asked: DrawRequest, kind: str) -> Response:
     """The images at once, or a stream of events."""
-    width, height = service.engine.size(asked.width, asked.height)
+    width, height = service.engine.resolver.size(asked.width, asked.height)
     described = {
         "background": "opaque",
         "output_format": body.output_format,
@@ -213,9 +264,14 @@ def entry(service: Service, http: Request, body: Shared, job: Job, index: int, i
     """One image of an answer."""
     how = body.output_format, body.output_compression
     if body.response_format == "b64_json":
-        return {"b64_json": service.base64(job, index, image, *how)}
+        return {"b64_json": service.base64(job, index, image, *how), **alternative(body, job, index)}
     name = service.files.add(uploads.encoded(image, service.metadata(job, index), *how), body.output_format)
-    return {"url": f"{str(http.base_url).rstrip('/')}/v1/images/files/{name}"}
+    return {"url": f"{str(http.base_url).rstrip('/')}/v1/images/files/{name}", **alternative(body, job, index)}
+
+
+def alternative(body: Shared, job: Job, index: int) -> dict[str, str]:
+    """Which of a matrix's prompts an image shows."""
+    return {"revised_prompt": job.prompts[index]} if body.matrix else {}
 
 
 def event(
@@ -233,6 +289,8 @@ def event(
         "b64_json": service.base64(job, index, image, body.output_format, body.output_compression),
         "created_at": int(time.time()),
         "image_index": index,  # this server's own, as it streams several images
+        "seed": job.seeds[index],  # as well
+        **alternative(body, job, index),
         **described,
     }
     data |= {"usage": usage(job, 1)} if preview is None else {"partial_image_index": preview}

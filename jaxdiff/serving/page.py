@@ -1,4 +1,4 @@
-"""The page: three files that ask the server's own APIs, and what they are told of the model."""
+"""The page: a few files that ask the server's own APIs, and what they are told of the model."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,9 @@ from jaxdiff.serving.service import Service
 from jaxdiff.text.styles import read_styles
 
 FOLDER = Path(__file__).parent / "page"
+FILES = {"page.css": "text/css"} | dict.fromkeys(
+    ("page.js", "common.js", "docs.js", "gallery.js", "images.js"), "text/javascript"
+)
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'none'",
@@ -24,20 +27,15 @@ def router(service: Service) -> APIRouter:
     """The page at /, and its files."""
     routes = APIRouter(include_in_schema=False)
 
-    def file(name: str, kind: str) -> Response:
-        return Response((FOLDER / name).read_bytes(), media_type=kind, headers=HEADERS)
+    def add(path: str, name: str, kind: str) -> None:
+        @routes.get(path)
+        def file() -> Response:
+            return Response((FOLDER / name).read_bytes(), media_type=f"{kind}; charset=utf-8", headers=HEADERS)
 
-    @routes.get("/")
-    def index() -> Response:
-        return file("index.html", "text/html; charset=utf-8")
-
-    @routes.get("/page/page.css")
-    def css() -> Response:
-        return file("page.css", "text/css; charset=utf-8")
-
-    @routes.get("/page/page.js")
-    def js() -> Response:
-        return file("page.js", "text/javascript; charset=utf-8")
+    add("/", "index.html", "text/html")
+    add("/docs", "docs.html", "text/html")
+    for name, kind in FILES.items():
+        add(f"/page/{name}", name, kind)
 
     @routes.get("/page/page.json")
     def can() -> dict[str, Any]:
@@ -54,7 +52,7 @@ def capabilities(service: Service) -> dict[str, Any]:
         "model": service.name,
         "sizes": [f"{width}x{height}" for width, height in engine.limits.sizes],
         "schedulers": list(SCHEDULERS),
-        "scheduler": engine.scheduler,
+        "scheduler": engine.resolver.scheduler,
         "styles": sorted(read_styles()),
         "loras": list(engine.loras.files),
         "steps": service.steps,
@@ -64,4 +62,7 @@ def capabilities(service: Service) -> dict[str, Any]:
         "guidance": model.takes_guidance,
         "negative_prompt": not model.one_pass,
         "needs_mask": model.inpaints,
+        "controlnets": len(model.controlnets),
+        "upscaler": service.upscaler,
+        "upscaler_scale": 0 if model.upscaler is None else model.upscaler.config.scale,
     }

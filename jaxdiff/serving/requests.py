@@ -5,6 +5,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,17 @@ class QueueFull(JaxdiffError):
 
     def __init__(self, seconds: int):
         super().__init__(f"Too many images are waiting: try again in {seconds} s.")
+        self.seconds = seconds
+
+
+class TooVaried(JaxdiffError):
+    """Too many programs have been compiled lately for one more."""
+
+    def __init__(self, seconds: int):
+        super().__init__(
+            "Too many different combinations of size, scheduler and other settings were asked for lately: ask for one "
+            f"of these, or try again in {seconds} s."
+        )
         self.seconds = seconds
 
 
@@ -44,6 +56,7 @@ class Limits:
     texts: int = 8  # that one image attends to: chunks of a long prompt, times the texts it is edited to
     guidance_scale: float = 100.0
     queue: int = 64  # images that wait
+    programs: int = 40  # that are compiled within an hour, for each number of images
     seconds: float = 600.0  # that a client waits
 
 
@@ -73,6 +86,17 @@ class DrawRequest:
     hires: float | None = None
     hires_strength: float = 0.6
     hires_upscale: str = "pixel"
+    matrix: bool = False  # whether {red|green} in the prompt stands for several, each with `n` images
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EnlargeRequest:
+    """An image to be enlarged by the network."""
+
+    image: np.ndarray  # uint8 [H, W, 3 or 4]
+    scale: float
+    steps: int = 1
+    n: int = 1
 
 
 Preview = Callable[[int, float, np.ndarray], None]  # number of the image, part of its steps taken, uint8 [H, W, 3]
@@ -82,9 +106,15 @@ class Job:
     """A request under way. Whoever waits for it, waits for `future`; once that is done, nothing more is drawn."""
 
     def __init__(
-        self, request: DrawRequest, seeds: list[int], owner: str, previews: int, on_preview: Preview | None
+        self,
+        request: Any,  # DrawRequest or EnlargeRequest
+        prompts: list[str],
+        seeds: list[int],
+        owner: str = "",
+        previews: int = 0,
+        on_preview: Preview | None = None,
     ) -> None:
-        self.request, self.seeds, self.owner = request, seeds, owner
+        self.request, self.prompts, self.seeds, self.owner = request, prompts, seeds, owner  # one of each an image
         self.future: concurrent.futures.Future[list[np.ndarray]] = concurrent.futures.Future()
         self.future.set_running_or_notify_cancel()  # from now on `end` alone ends it
         self.images: list[np.ndarray | None] = [None] * len(seeds)

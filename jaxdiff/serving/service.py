@@ -15,10 +15,12 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from jaxdiff.serving.engine import Engine
+from jaxdiff.serving.enlarging import check_enlarging
 from jaxdiff.serving.errors import HttpError
-from jaxdiff.serving.requests import Cancelled, DrawRequest, Job
+from jaxdiff.serving.requests import Cancelled, DrawRequest, EnlargeRequest, Job
 from jaxdiff.serving.uploads import encoded
 from jaxdiff.text.styles import apply_style
+from jaxdiff.typing import SEEDS
 
 QUIET = 15.0  # seconds after which a stream says that it is alive
 
@@ -62,7 +64,8 @@ class Service:
     name: str  # of the model
     flags: dict[str, Any]  # that draw an image again beside its own: model, dtype
     steps: int = 25
-    pixels: int = 4096 * 4096  # of an uploaded image
+    pixels: int = 4096 * 4096  # of an uploaded image, and of one that is enlarged
+    upscaler: str | None = None  # name of the network that enlarges
     files: Files = dataclasses.field(default_factory=Files)
 
     async def submit(self, http: Request, asked: DrawRequest, **more: Any) -> Job:
@@ -152,24 +155,34 @@ class Service:
     def metadata(self, job: Job, index: int) -> dict[str, Any]:
         """The flags that draw an image again, but for images that were uploaded."""
         asked, engine = job.request, self.engine
-        width, height = engine.size(asked.width, asked.height)
+        width, height = engine.resolver.size(asked.width, asked.height)
         own = engine.model.options.guidance_scale
         given: dict[str, Any] = {
-            "prompt": asked.prompt,
+            "prompt": job.prompts[index],
             "negative_prompt": asked.negative_prompt,
             "seed": job.seeds[index],
             "steps": asked.steps,
             "guidance_scale": own if asked.guidance_scale is None else asked.guidance_scale,
-            "scheduler": asked.scheduler or engine.scheduler,
+            "scheduler": asked.scheduler or engine.resolver.scheduler,
             "spacing": asked.spacing,
             "height": height,
             "width": width,
             "clip_skip": asked.clip_skip or None,
             "strength": asked.strength if asked.image is not None else None,
-            "hires": asked.hires,
             **self.flags,
         }
+        if asked.hires is not None:
+            given |= {name: getattr(asked, name) for name in ("hires", "hires_strength", "hires_upscale")}
+        if asked.variation_seed is not None:
+            given["variation_seed"] = (asked.variation_seed + index) % SEEDS
+            given["variation_strength"] = asked.variation_strength
         return {name: value for name, value in given.items() if value is not None}
+
+    def enlarge(self, owner: str, image: np.ndarray, scale: float) -> Job:
+        """Ask the engine to enlarge an image. Raises ArgumentError, and what `Engine.enlarge` does."""
+        height, width = image.shape[:2]
+        check_enlarging(self.engine.model, height, width, scale, self.pixels)
+        return self.engine.enlarge(EnlargeRequest(image, scale), owner=owner)
 
     def base64(self, job: Job, index: int, image: np.ndarray, format: str = "png", quality: int = 95) -> str:
         return base64.b64encode(encoded(image, self.metadata(job, index), format, quality)).decode()

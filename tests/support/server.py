@@ -19,16 +19,20 @@ from tests.support.tiny import SIDE
 
 NAME = "tiny"
 STEPS = 4
+UPSCALER = "net"
 
 
 @contextlib.contextmanager
-def serving(tiny: tuple, limits: Limits | None = None, start: bool = True, **guard: Any) -> Iterator[tuple]:
+def serving(
+    tiny: tuple, limits: Limits | None = None, start: bool = True, loras: Any = None, **guard: Any
+) -> Iterator[tuple]:
     """(address, engine, service) of a server with the tiny model."""
     metrics = Metrics()
     limits = limits or Limits(((SIDE, SIDE), (2 * SIDE, SIDE)), steps=60, images=6, queue=12, seconds=120, texts=15)
-    engine = Engine(*tiny, limits, batch_sizes=(1, 4), window=0.05, observe=metrics.observe)
+    engine = Engine(*tiny, limits, batch_sizes=(1, 4), window=0.05, loras=loras, observe=metrics.observe)
     engine._warm_up = engine._warm_up[:1]
-    service = Service(engine, NAME, {"model": NAME, "dtype": "float32"}, STEPS, pixels=512 * 512)
+    upscaler = None if tiny[0].upscaler is None else UPSCALER
+    service = Service(engine, NAME, {"model": NAME, "dtype": "float32"}, STEPS, pixels=512 * 512, upscaler=upscaler)
     app = create_app(service, metrics, **({"hosts": LOOPBACK, "body": 1 << 20} | guard))
     place = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=5))

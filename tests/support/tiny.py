@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.config import CLIPTextConfig, ControlNetConfig, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.config.upscaler import RRDBConfig
 from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.models.model import Model, build, param_shapes
+from jaxdiff.models.rrdb import RRDBNet
 from jaxdiff.text.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Params
 
@@ -72,6 +74,14 @@ def tiny_params(model: Model, seed: int = 0) -> Params:
         return jnp.asarray(offset + rng.standard_normal(shape.shape) / np.sqrt(fan_in), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, param_shapes(model))
+
+
+def tiny_upscaler(**sizes) -> tuple[RRDBNet, Params]:
+    """A random upscaling network."""
+    module = RRDBNet(RRDBConfig(**{"num_block": 1, "num_feat": 8, "num_grow_ch": 4, **sizes}))
+    side = module.config.unshuffle
+    params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, side, side, 3), np.float32))["params"]
+    return module, jax.tree.map(lambda x: 2 * x, params)
 
 
 def tiny_controlnet(model: Model) -> tuple[ControlNet, Params]:

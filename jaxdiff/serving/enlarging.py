@@ -1,0 +1,45 @@
+"""Images enlarged by the model's upscaler, with few programs and a bound."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxdiff.errors import ArgumentError
+from jaxdiff.models.model import Model
+from jaxdiff.sampling.upscale import MOST, passes, upscale
+from jaxdiff.serving.requests import EnlargeRequest
+from jaxdiff.typing import Params
+
+UNIT = 64  # pixels of the sides of what the network is compiled for, up to a tile
+
+
+def check_enlarging(model: Model, height: int, width: int, scale: float, pixels: int) -> None:
+    """Raise ArgumentError for what cannot be enlarged so many times.
+
+    Args:
+        pixels: that the network may make of an image.
+    """
+    if model.upscaler is None:
+        raise ArgumentError("upscaler", "is missing: this server was started without one.")
+    if not 1 <= scale <= MOST:
+        raise ArgumentError("scale", f"{scale:g} must be from 1 to {MOST}.")
+    own = model.upscaler.config.scale
+    if own == 1 and scale != 1:
+        raise ArgumentError("scale", f"{scale:g} is none of this network, which mends images at their size: give 1.")
+    side = max(own ** passes(own, scale), scale)
+    if height * width * side**2 > pixels:
+        raise ArgumentError(
+            "image", f"of {width}x{height} pixels would have more than {pixels} pixels: send a smaller one."
+        )
+
+
+def enlarge(model: Model, params: Params, request: EnlargeRequest, before_tile: Callable[[], None]) -> np.ndarray:
+    """The image enlarged by the model's upscaler.
+
+    Its sides are filled up, by their mirror image that is cut off again, so that all sizes share few programs.
+    """
+    assert model.upscaler is not None
+    height, width = request.image.shape[:2]
+    filled = np.pad(request.image, ((0, -height % UNIT), (0, -width % UNIT), (0, 0)), "symmetric")
+    larger = upscale(model.upscaler, params["upscaler"], filled, scale=request.scale, before_tile=before_tile)
+    return larger[: max(1, round(request.scale * height)), : max(1, round(request.scale * width))]
