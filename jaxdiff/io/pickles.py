@@ -117,7 +117,7 @@ DTYPES = {  # PyTorch's names of types that are not numpy's
 BESIDE = (  # what training programs leave beside the weights
     "argparse.Namespace", "collections.Counter", "datetime.datetime", "pathlib.Path", "pathlib.PosixPath",
     "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath", "torch.nn.parameter.Buffer",
-    "torch.nn.parameter.Parameter", "torch.torch_version.TorchVersion",
+    "torch.nn.parameter.Parameter", "torch.Tensor", "torch.torch_version.TorchVersion",
 )  # fmt: skip
 PLAIN = ("bytearray", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set", "slice", "str",
          "xrange")  # fmt: skip
