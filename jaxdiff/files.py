@@ -113,6 +113,12 @@ def replace_folder(folder: Path, new: Path, old: Path) -> None:
         raise
 
 
+def first_bytes(path: str | Path) -> bytes:
+    """As much of a file as `not_fetched` needs."""
+    with Path(path).open("rb") as file:
+        return file.read(64)
+
+
 def not_fetched(head: bytes) -> str | None:
     """What a file is that lies where another should, by its first bytes; None if it may be the right one.
 

@@ -61,6 +61,23 @@ def test_a_text_file_beside_each_image(folder):
     assert data_fingerprint(path) != before[1]
 
 
+def test_a_text_file_with_the_whole_name_of_the_image(folder):
+    assert captions(folder("0.png", texts={"0.png.txt": "a cat"})) == {"0.png": ("a cat",)}
+
+
+def test_a_caption_that_was_not_fetched(folder):
+    with pytest.raises(ConfigError, match=r"0\.txt is a Git LFS pointer, not the file itself: fetch it again"):
+        examples(folder("0.png", texts={"0.txt": "version https://git-lfs.github.com/spec/v1\n"}))
+
+
+def test_folders_as_windows_separates_them(folder):
+    table = "file_name,text\nsub\\0.png,a cat\n"
+    (example,) = examples(folder("sub/0.png", texts={"metadata.csv": table}))
+    assert example.path.endswith("/sub/0.png")
+    with pytest.raises(ConfigError, match="lies outside of the folder"):
+        examples(folder("0.png", texts={"metadata.csv": "file_name,text\n..\\0.png,a cat\n"}))
+
+
 def test_missing_captions_are_counted_and_named(folder):
     path = folder(*(f"{i}.png" for i in range(6)), texts={"0.txt": "a cat"})
     with pytest.raises(
@@ -138,6 +155,7 @@ def test_a_table_as_spreadsheets_write_it(folder):
         ("", r"is empty: give it a line"),
         ("file_name,text\n", r"is empty: give it a line"),
         ("0.png,a cat\n", r"line 1 must name the columns, file_name and text, with commas between\."),
+        ("file_name,text,text\n0.png,a,b\n", r"line 1 names the column 'text' twice: rename one"),
         ("file_name;text\n0.png;a\n", r"line 1 must name .* \(it has semicolons between them\)"),
         ("file_name\ttext\n0.png\ta\n", r"line 1 must name .* \(it has tabs between them\)"),
         ("file_name,text\n\n0.png,a cat, red\n", r"line 3 has 3 cells, the header 2: put a caption with commas"),

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from jaxdiff.config import ConfigError
-from jaxdiff.data.captioned import captioned_data
-from jaxdiff.data.folder import BACKGROUNDS, examples
+from jaxdiff.data.captioned import captioned_data, open_source
+from jaxdiff.data.folder import BACKGROUNDS, ImageDecoder, examples
 
 SIZE = 8  # pixels of the pictures drawn here
 
@@ -339,3 +339,17 @@ WRONG += [("host_index", 1), ("host_count", 0), ("workers", -1), ("threads", -1)
 def test_bad_arguments_are_named(twelve, name, value):
     with pytest.raises(ConfigError, match=f"{name} must be"):
         captioned_data(twelve, **{"batch_size": 2, "image_size": SIZE, "seed": 0, name: value})
+
+
+def test_what_is_transparent_of_a_control_image_is_black(tmp_path):
+    """As drawing has it: see `sample.given_images`."""
+    layer = np.full((8, 8, 4), 255, np.uint8)
+    layer[:, 4:, 3] = 0
+    Image.fromarray(layer).save(tmp_path / "pose.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    line = {"file_name": "0.png", "text": "a cat", "conditioning_file": "pose.png"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    decode = ImageDecoder(open_source(tmp_path), 8)
+    hint = decode(0, np.random.default_rng(0))["hint"]
+    assert (hint[:, :4] == 255).all()
+    assert not hint[:, 4:].any()

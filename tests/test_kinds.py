@@ -1,5 +1,8 @@
 """Checkpoints with more or less than a model, and files and folders of models that are not drawn."""
 
+import argparse
+import collections
+import datetime
 import json
 import logging
 import shutil
@@ -19,6 +22,7 @@ from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.single_file import _metadata, load_single_file
 from jaxdiff.io.tensor_files import open_tensors
+from jaxdiff.io.upscaler import find_upscaler
 from tests.support.comparison import assert_equal
 from tests.support.published import tensors_of
 
@@ -116,6 +120,32 @@ def test_numbers_of_numpy_beside_the_weights(legacy, tmp_path):
     for name in ("x.ckpt", "x.safetensors"):
         torch.save(content, tmp_path / name, _use_new_zipfile_serialization=not legacy)
         assert open_tensors(tmp_path / name).shapes == {"a": [2]}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_training_programs_leave_beside_the_weights(legacy, tmp_path):
+    """Objects of known kinds are passed over; tensors of newer types and of classes of their own are read."""
+    torch = pytest.importorskip("torch")
+    state = {"a": torch.nn.Buffer(torch.arange(2.0)), "b": torch.tensor([1.5, -2]).to(torch.float8_e4m3fn)}
+    beside = {
+        "args": argparse.Namespace(lr=1.0, path=Path("x")),
+        "losses": collections.defaultdict(list, a=[1]),
+        "dtype": torch.float16,
+        "when": datetime.datetime(2024, 1, 1),
+        "seen": frozenset([1]),
+        "version": torch.torch_version.TorchVersion("2.0"),
+    }
+    torch.save({"state_dict": state, **beside}, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not legacy)
+    source = open_tensors(tmp_path / "x.ckpt")
+    assert source.shapes == {"a": [2], "b": [2]}
+    np.testing.assert_array_equal(source.read("a"), [0, 1])
+    np.testing.assert_array_equal(source.read("b").astype(np.float32), [1.5, -2])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_names_of_wrapped_modules(prefix, tiny, tensors, write):
+    """As DistributedDataParallel and torch.compile put them before all names."""
+    assert_equal(load(write({prefix + n: x for n, x in tensors.items()}))[1], tiny[1])
 
 
 def test_a_variant_that_only_some_parts_have(tiny, tmp_path):
@@ -271,8 +301,13 @@ def test_what_is_no_model_does_not_hide_a_bundled_one(tmp_path, monkeypatch, cap
     assert find("icons/") == find("./icons") == Path("icons")
     with pytest.raises(ConfigError, match=r"icons/model_index\.json is missing"):
         load("./icons")
+    (tmp_path / "icons" / "config.json").write_text('{"theme": "dark"}')  # of another program
+    assert find("icons") == BUNDLED / "icons"
+    assert find_upscaler("icons").parent == BUNDLED / "upscaler"
+    assert "icons is the bundled upscaler; what is here under that name is none (./icons)" in caplog.text
     (tmp_path / "icons" / "model_index.json").touch()
     assert find("icons") == Path("icons")
+    assert "icons is the folder here (./icons), not the bundled model of that name" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors", "x.bin", "x.pt", "x.sft", "x.msgpack"])
@@ -317,6 +352,9 @@ def test_pointers_in_the_place_of_configs(name, tiny_folder, tmp_path):
             "trained_betas is .* must be a list, each",
         ),
         ("scheduler/scheduler_config", {"prediction_type": 3}, "prediction_type is 3 and must be a text"),
+        ("scheduler/scheduler_config", {"prediction_type": "v"}, "prediction_type 'v' is unknown; known are epsilon"),
+        ("scheduler/scheduler_config", {"beta_schedule": "cos"}, "beta_schedule 'cos' is unknown; known are linear"),
+        ("vae/config", {"scaling_factor": float("nan")}, "scaling_factor is nan and must be finite"),
         ("unet/config", {"in_channels": "4"}, "in_channels is '4' and must be a whole number"),
         ("unet/config", {"sample_size": "8"}, "sample_size is '8' and must be a whole number or a list"),
         (

@@ -210,6 +210,8 @@ STEM = "unet.conv_in"
     [
         ({}, "holds no LoRA"),
         ({"model.weight": (2, 2)}, "tensor model.weight is not part of a LoRA"),
+        ({"base_model.model.conv_in.bias": (32,)}, r"is a LoRA \(whole layers or biases beside it\) adapter"),
+        ({"base_model.model.conv_in.base_layer.bias": (32,)}, r"\(whole layers or biases beside it\) adapter"),
         ({f"{STEM}.lora_A.weight": (2, 4, 3, 3)}, "has no up matrix for unet.conv_in"),
         ({f"{STEM}.lora_B.weight": (32, 2)}, "has no down matrix for unet.conv_in"),
         (

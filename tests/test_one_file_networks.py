@@ -106,6 +106,9 @@ def test_an_autoencoder_alone(tiny, tmp_path):
         assert found == model
         assert_equal(params["vae"], expected)
         check_vae(tmp_path / name)
+    for prefix in ("vae.", "first_stage_model."):  # of a whole model's names
+        save_file({prefix + n: x for n, x in half.items()}, tmp_path / "a.safetensors")
+        assert_equal(load_vae(model, tiny[1], tmp_path / "a.safetensors")[1]["vae"], expected)
 
 
 def test_a_tiny_autoencoder_alone(tiny, tmp_path):

@@ -34,9 +34,17 @@ def test_prompts_file_of_json_lines(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["P.JSONL", "p.ndjson", "p.json"])
+def test_json_lines_by_other_names(name, tmp_path):
+    assert read_prompts(write(tmp_path / name, '{"prompt": "a castle", "seed": 7}')) == [
+        PromptLine("a castle", None, 7)
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "data", "sentence"),
     [
+        ("p.txt", "version https://git-lfs.github.com/spec/v1\n", r"p\.txt is a Git LFS pointer, .*: fetch it again"),
         (
             "p.txt",
             "a castle\n  \na dragon\n",

@@ -13,11 +13,13 @@ from jaxdiff.cli import sample
 from jaxdiff.cli.flags import named, parse
 from jaxdiff.cli.requests import batch_arguments, count_images, image_requests, prompt_lines, sheet_columns
 from jaxdiff.config import TinyVAEConfig
+from jaxdiff.errors import say_once
 from jaxdiff.io.controlnet import save_controlnet
 from jaxdiff.io.images import extend, read_image, read_metadata, write_gif, write_png
 from jaxdiff.io.lora import init_lora
 from jaxdiff.io.modules import save_module
 from jaxdiff.models.tiny_vae import AutoencoderTiny
+from jaxdiff.sampling.checks import as_mask
 from tests.support.commands import CASTLE, STEPS
 from tests.support.tiny import LATENT, SIDE, tiny_controlnet
 from tests.support.written import existing
@@ -177,6 +179,35 @@ def test_what_is_transparent_in_a_mask_is_kept(kind, tiny, tmp_path):
     mask = sample.given_images(f, tiny[0], read_image)["mask"]
     assert mask[:, : SIDE // 2].all()
     assert not mask[:, SIDE // 2 :].any()
+
+
+def test_what_is_transparent_of_a_control_image_is_black(tiny, tmp_path):
+    """A white pose on a clear layer; a photograph whose edges are found lies on white, as everywhere."""
+    layer = np.full((SIDE, SIDE, 4), 255, np.uint8)
+    layer[:, SIDE // 2 :, 3] = 0
+    Image.fromarray(layer).save(tmp_path / "pose.png")
+    beside = [f"--control_image={tmp_path}/pose.png", "--height=16", "--width=16"]
+    given = {edges: parse(["sample.py", CASTLE, *beside, f"--control_edges={edges}"]) for edges in (True, False)}
+    (hint,) = sample.given_images(given[False], tiny[0], read_image)["control_images"]
+    assert (hint[:, : SIDE // 2] == 255).all()
+    assert not hint[:, SIDE // 2 :].any()
+    (hint,) = sample.given_images(given[True], tiny[0], read_image)["control_images"]
+    assert not hint.any()
+
+
+def test_a_mask_without_white_is_said(caplog):
+    say_once.cache_clear()
+    assert not as_mask(np.zeros((4, 4), np.uint8), 1, (4, 4)).any()
+    assert "The mask is nowhere white: nothing of the image is redrawn" in caplog.text
+
+
+def test_an_image_that_was_not_fetched_names_its_flag(sample_cli):
+    Path("a.png").write_text("version https://git-lfs.github.com/spec/v1\n")
+    code, _, err = sample_cli(CASTLE, STEPS, "--image=a.png")
+    assert code == 1
+    assert (
+        "error: --image: a.png cannot be read as an image (it is a Git LFS pointer, not the file itself: fetch" in err
+    )
 
 
 def test_a_mask_of_another_size(sample_cli):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ def prompt_lines(f: flags.FlagValues) -> list[PromptLine]:
 
     Seeds count up over all images; a line of a prompts file that has a seed starts its own.
     """
+    if f.wildcards is not None and not os.path.isdir(f.wildcards):
+        raise UsageError(f"--wildcards: {f.wildcards} is no folder: check the path.")
     try:
         found: list[PromptLine] = []
         lines = [PromptLine(p) for p in f.prompt] + file_lines(f)
@@ -40,10 +43,13 @@ def prompt_lines(f: flags.FlagValues) -> list[PromptLine]:
                 found.append(PromptLine(drawn, negative, seed))
         if f.style is None:
             return found
-        styled = [apply_style(line.prompt, line.negative_prompt, f.style, f.styles_file) for line in found]
-        return [PromptLine(*texts, line.seed) for texts, line in zip(styled, found, strict=True)]
     except PromptError as e:
         raise UsageError(str(e)) from None
+    try:
+        styled = [apply_style(line.prompt, line.negative_prompt, f.style, f.styles_file) for line in found]
+    except PromptError as e:
+        raise UsageError(f"--{'style' if f.styles_file is None else 'styles_file'}: {e}") from None
+    return [PromptLine(*texts, line.seed) for texts, line in zip(styled, found, strict=True)]
 
 
 def file_lines(f: flags.FlagValues) -> list[PromptLine]:

@@ -56,7 +56,8 @@ from jaxdiff.cli.requests import (
 )
 from jaxdiff.cli.upscale import check_sizes, described_upscaler, enlarge_files, enlarger
 from jaxdiff.config import ControlNetConfig
-from jaxdiff.data.images import BLACK, MAX_PIXELS
+from jaxdiff.data.images import BLACK, MAX_PIXELS, WHITE
+from jaxdiff.errors import ImageError
 from jaxdiff.io import cache, diffusers_folder, images, model_paths, pretrained, programs
 from jaxdiff.io.configs import read_config
 from jaxdiff.io.controlnet import check_controlnet
@@ -144,7 +145,7 @@ def outpainted_size(f: flags.FlagValues, model: jaxdiff.Model, shape: tuple[int,
 
 def described(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
     """The model at a path with the autoencoder of --vae: of configs and files' headers, without weights."""
-    with naming("--model"):
+    with naming("--model" if f.transformer is None else "--model, --transformer"):
         given: dict[str, Any] = {"prediction_type": f.prediction_type, "without_vae": f.vae is not None}
         if f.transformer is not None and path.is_dir():
             given["transformer"] = Path(f.transformer)
@@ -193,10 +194,26 @@ def given_images(f: flags.FlagValues, model: jaxdiff.Model, read: Reader) -> dic
             raise Failure(f"--image and --mask are {shown}: make the mask as large as the image.")
         found["mask"] = fitted("--mask", f.mask, f.height, f.width, lambda path: mask).mean(-1) >= 127.5
     if f.control_image:
-        given = [fitted("--control_image", path, f.height, f.width, read) for path in f.control_image]
+        # Poses, depths and edges are light on black; of other images the edges are found.
+        read_control = read if f.control_edges else lambda path: read(path, BLACK)
+        given = [fitted("--control_image", path, f.height, f.width, read_control) for path in f.control_image]
         found["control_images"] = [canny(x) for x in given] if f.control_edges else given
         found["controlnet_scale"] = f.controlnet_scale or 1.0
     return found
+
+
+def reader(f: flags.FlagValues) -> Reader:
+    """Reads each image of the flags once; errors name the flag."""
+
+    @functools.cache
+    def read(path: str, background: tuple[int, int, int] = WHITE) -> np.ndarray:
+        try:
+            return images.read_image(path, background)
+        except ImageError as e:
+            flag = "image" if path == f.image else "mask" if path == f.mask else "control_image"
+            raise Failure(f"--{flag}: {e}") from None
+
+    return read
 
 
 def fitted(flag: str, path: str, height: int, width: int, read: Reader) -> np.ndarray:
@@ -275,7 +292,7 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
         path = model_paths.find(f.model)
     cache.cache_compilations(f.cache_dir)
     model = dataclasses.replace(described(f, path), upscaler=described_upscaler(f) if f.hires else None)
-    read = functools.cache(images.read_image)
+    read = reader(f)
     settings = resolve(f, model, image_groups(f, lines), read)
     check_sizes(f, [(settings.height, settings.width)])
     requests = image_requests(f, lines)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import types
 from numbers import Integral, Real
 from pathlib import Path
@@ -66,12 +67,14 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        names = {f.name for f in dataclasses.fields(cls)}
+        names = {f.name: f.default for f in dataclasses.fields(cls)}
         # null means "the default" in these files, but for NULLABLE and the few fields whose own default is None.
         given = {k: _frozen(v) for k, v in values.items() if k in names and (v is not None or k in cls.NULLABLE)}
         for key, value in given.items():
             if not _is_of(value, kind := _types(cls)[key]):  # type: ignore[arg-type]
                 raise ConfigError(f"{key} is {values[key]!r} and must be {_described(kind)}.")
+            if isinstance(value, float) and not math.isfinite(value) and value != names[key]:
+                raise ConfigError(f"{key} is {value} and must be finite.")
             if key in LAYERS and max(value if isinstance(value, tuple) else (value,), default=0) > MOST_LAYERS:
                 raise ConfigError(f"{key} is {values[key]!r} and must be at most {MOST_LAYERS}.")
         return cls(**given)

@@ -8,6 +8,10 @@ from jaxdiff.config.base import Config, ConfigError
 MOST_TIMESTEPS = 100_000  # published models have 1000
 _FLOW = {"prediction_type": "flow_prediction", "beta_schedule": "flow"}
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+CHOICES = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "flow"),
+    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
+}
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {  # of scheduler classes whose defaults differ from the others'
     "FlowMatchEulerDiscreteScheduler": _FLOW,
     "FlowMatchHeunDiscreteScheduler": _FLOW,
@@ -83,6 +87,9 @@ class SchedulerConfig(Config):
         steps = values.get("num_train_timesteps")
         if isinstance(steps, int) and not 1 <= steps <= MOST_TIMESTEPS:
             raise ConfigError(f"num_train_timesteps is {steps} and must be 1 to {MOST_TIMESTEPS}.")
+        for key, known in CHOICES.items():
+            if isinstance(value := values.get(key), str) and value not in known:
+                raise ConfigError(f"{key} {value!r} is unknown; known are {', '.join(known)}.")
         if values.get("use_flow_sigmas"):  # how classes that are not of flows only say it
             values = {**values, "beta_schedule": "flow", "shift": values.get("flow_shift", 1.0)}
         return super().from_dict({"class_name": name, **CLASS_DEFAULTS.get(name, {}), **values})

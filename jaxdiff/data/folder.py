@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxdiff.data.images import on_background, open_image
+from jaxdiff.data.images import BLACK, on_background, open_image
 from jaxdiff.data.listing import HINT, examples
 from jaxdiff.data.source import Record, Source
 
@@ -81,7 +81,7 @@ class ImageDecoder:
             # Only in folders, where names were checked: the metadata of a shard must not name files of this machine.
             if isinstance(encoded, str) and isinstance(extras.get(HINT), str):
                 rng.bit_generator.state = before  # so that it is cut at the same place
-                hint = _cut(open_image(extras[HINT], max(size)).convert("RGB"), size, self.crop, rng)
+                hint = _cut(on_background(open_image(extras[HINT], max(size)), BLACK), size, self.crop, rng)
         except Exception as e:  # a damaged file makes Pillow raise almost anything
             return {"skipped": name, "reason": str(e) or type(e).__name__}
         if self.flip and rng.random() < 0.5:

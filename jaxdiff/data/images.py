@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxdiff.errors import ImageError
+from jaxdiff.files import first_bytes, not_fetched
 
 WHITE = (255, 255, 255)
 BLACK = (0, 0, 0)
@@ -31,7 +32,7 @@ def open_image(file: str | Path | bytes, min_side: int | None = None, *, max_pix
         ImageError: the image is larger than `max_pixels`, or of floating-point greys outside of [0, 1].
         Exception: whatever Pillow raises on a damaged or missing file: OSError, SyntaxError, struct.error, …
     """
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+    with _opened(file) as image:
         most = MAX_PIXELS if max_pixels is None else max_pixels
         if image.width * image.height > most:
             raise ImageError(f"{image.width}x{image.height} pixels are more than the {most} allowed")
@@ -50,6 +51,16 @@ def open_image(file: str | Path | bytes, min_side: int | None = None, *, max_pix
                 grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
             return grey
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _opened(file: str | Path | bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+    except UnidentifiedImageError:
+        head = file[:64] if isinstance(file, bytes) else first_bytes(file)
+        if (reason := not_fetched(head)) is None:
+            raise
+        raise ImageError(f"it {reason}") from None
 
 
 def transparent_value(image: Image.Image) -> Any:

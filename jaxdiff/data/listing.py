@@ -2,7 +2,7 @@
 
     images/metadata.jsonl    {"file_name": "castle.webp", "text": ["a castle", "two towers"], "license": "CC0"}
     images/metadata.csv      file_name,text
-    images/castle.txt        beside castle.webp, or castle.caption; a line is a caption
+    images/castle.txt        beside castle.webp, or castle.caption, or castle.webp.txt; a line is a caption
 
 The first kind of a folder that is there, in this order, is read, and a warning names the others. Images with text files
 may lie in subfolders; one named as kohya's scripts have it, "10_sks dog", shows its images 10 times in a pass, and
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from jaxdiff.config import ConfigError
 from jaxdiff.data.source import TEXT_NAMES
 from jaxdiff.errors import say_once
+from jaxdiff.files import not_fetched
 
 METADATA = "metadata.jsonl"  # names the images of a split and their captions
 TABLE = "metadata.csv"  # the same
@@ -176,7 +177,7 @@ def _is_image(name: str) -> bool:
 def caption_files(image: Path) -> list[Path]:
     """The text files beside an image that may hold its caption, the first of which counts."""
     suffixes = [s for suffix in CAPTION_SUFFIXES for s in (suffix, suffix.upper())]
-    return [p for suffix in suffixes if (p := image.with_suffix(suffix)).is_file()]
+    return [p for suffix in suffixes for p in (image.with_suffix(suffix), Path(f"{image}{suffix}")) if p.is_file()]
 
 
 def repeated(root: Path, image: Path) -> tuple[int, str]:
@@ -233,11 +234,14 @@ def _names(root: Path, paths: list[Path]) -> str:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
         raise ConfigError(f"{path} cannot be read ({e.strerror}).") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8: save it as that.") from None
+    if (reason := not_fetched(text[:200].encode())) is not None:
+        raise ConfigError(f"{path} {reason}")
+    return text
 
 
 def _from_lines(metadata: Path, image: str, text: str) -> Iterator[Example]:
@@ -271,6 +275,8 @@ def _from_table(table: Path, image: str, text: str) -> Iterator[Example]:
                 continue
             if not header:
                 header = cells
+                if twice := next((name for name in header if header.count(name) > 1), None):
+                    raise ConfigError(f"{where} names the column {twice!r} twice: rename one of them.")
                 if image not in header:
                     found = next((f" (it has {name} between them)" for c, name in OTHER if c in row[0]), "")
                     raise ConfigError(
@@ -313,6 +319,8 @@ def _example(folder: Path, where: str, given: Mapping[str, Any], image: str, tex
             there = ", ".join(map(str, values)) or "nothing"
             raise ConfigError(f'{where} lacks "{key}"; it has {there}: name the column with data.{setting}.')
     name, captions = values.pop(image), values.pop(text)
+    if isinstance(name, str):
+        name = name.replace("\\", "/")  # as Windows separates folders
     if not isinstance(name, str) or not name:
         raise ConfigError(f'{where}: "{image}" must be the name of an image, not {name!r}.')
     for inside in (name, values.get(HINT, "")):

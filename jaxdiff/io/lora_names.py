@@ -73,6 +73,7 @@ OTHER_ADAPTERS = {  # pattern in a tensor's name -> the kind of adapter that has
     r"vera_lambda": "VeRA",
     r"trainable_tokens|token_adapter": "LoRA (trained tokens)",
     r"modules_to_save": "LoRA (whole modules beside it)",
+    r"^base_model\.model\.(?!.*\.lora_).*\.(weight|bias)$": "LoRA (whole layers or biases beside it)",
     r"\.(fourierft|hra|vblora|randlora|bone|miss|shira|c3a|waveft|ln_tuning|road)_": "peft (other than LoRA)",
 }
 CLIP = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}  # what OneTrainer and ComfyUI call them

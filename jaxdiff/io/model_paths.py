@@ -6,12 +6,13 @@ from pathlib import Path
 from absl import logging
 
 from jaxdiff import stores
-from jaxdiff.config import ConfigError
+from jaxdiff.config import ConfigError, read_json
+from jaxdiff.errors import say_once
 from jaxdiff.io import hub
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 SINGLE_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")  # in any letter case
-MARKS = ("model_index.json", "config.json")  # of the folder of a model or a network
+MARKS = ("_class_name", "model_type", "architectures")  # of a network's config.json
 HUB = r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?"  # owner/name@revision
 
 
@@ -39,9 +40,11 @@ def find(name_or_path: str | Path, variant: str | None = None) -> Path:
     one_file = path.suffix.lower() in SINGLE_FILES
     if not name:
         raise ConfigError("the model's name is empty: give a folder, a file or a name, or leave it out.")
-    if name in bundled() and path.exists() and not any((path / mark).exists() for mark in MARKS):
-        logging.warning("%s is the bundled model; what is here under that name is no model (./%s).", name, name)
-        return BUNDLED / name
+    if name in bundled() and path.exists():
+        if not _is_model(path):
+            logging.warning("%s is the bundled model; what is here under that name is no model (./%s).", name, name)
+            return BUNDLED / name
+        say_once(f"{name} is the folder here (./{name}), not the bundled model of that name.")
     if path.is_dir() or (path.is_file() and one_file):
         return path
     if path.is_file():
@@ -57,3 +60,13 @@ def find(name_or_path: str | Path, variant: str | None = None) -> Path:
         f"{name} is neither a folder nor a bundled model (bundled: {known}): give a diffusers folder, a .safetensors "
         "or .ckpt file, or owner/name on the Hugging Face hub."
     )
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is of a model or a network; other programs have a config.json too."""
+    if (folder / "model_index.json").exists():
+        return True
+    try:
+        return any(mark in read_json(folder / "config.json") for mark in MARKS)
+    except ConfigError:
+        return False

@@ -72,12 +72,31 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
+def _rebuild_typed(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> Any:
+    """A tensor of a type that came after the storages had theirs, such as 8-bit floats: its storage counts bytes."""
+    if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
+        raise PickleError(DAMAGED.format("a tensor without numbers"))
+    typed = _Storage(dtype, storage.key, storage.size * storage.dtype.itemsize // dtype.itemsize)
+    return _rebuild_tensor(typed, offset, shape, strides)
+
+
 def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
+def _rebuild_from_type(function: Any, kind: Any, args: Any, *_: Any) -> Any:
+    """A tensor of a class of its own, such as a module's buffer, as a plain one."""
+    return function(*args) if any(function is f for f in (_rebuild_tensor, _rebuild_typed)) else _Nothing()
+
+
 def _rebuild_dict(items: Any = ()) -> dict:
     return _fill({}, [x for pair in items for x in pair])
+
+
+def _rebuild_default(*_: Any) -> dict:
+    return {}
 
 
 def _fill(target: Any, items: list) -> dict:
@@ -90,6 +109,18 @@ def _fill(target: Any, items: list) -> dict:
 
 
 NUMPY = ("scalar", "_reconstruct")
+DTYPES = {  # PyTorch's names of types that are not numpy's
+    "bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2,
+    **{name: name for name in ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16",
+                               "uint32", "uint64", "bool")},
+}  # fmt: skip
+BESIDE = (  # what training programs leave beside the weights
+    "argparse.Namespace", "collections.Counter", "datetime.datetime", "pathlib.Path", "pathlib.PosixPath",
+    "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath", "torch.nn.parameter.Buffer",
+    "torch.nn.parameter.Parameter", "torch.Tensor", "torch.torch_version.TorchVersion",
+)  # fmt: skip
+PLAIN = ("bytearray", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set", "slice", "str",
+         "xrange")  # fmt: skip
 LIGHTNING = ("pytorch_lightning", "lightning.pytorch")
 GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means here
     "collections.OrderedDict": _rebuild_dict,
@@ -97,8 +128,13 @@ GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means h
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "torch.nn.modules.container.ParameterDict": _Parameters,
-    "__builtin__.set": _Nothing(),  # in its state, by the protocols 2 and 3
-    "builtins.set": _Nothing(),
+    "torch._utils._rebuild_tensor_v3": _rebuild_typed,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
+    "torch.storage.UntypedStorage": np.dtype(np.uint8),
+    **{f"torch.{name}": np.dtype(kind) for name, kind in DTYPES.items()},
+    "collections.defaultdict": _rebuild_default,
+    **{f"{module}.{name}": _Nothing() for module in ("__builtin__", "builtins") for name in PLAIN},  # 2; 3 and later
+    **{name: _Nothing() for name in BESIDE},
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
     "torch.HalfStorage": np.dtype(np.float16),
@@ -118,7 +154,9 @@ GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means h
     "numpy.dtype": _Nothing(),
     "_codecs.encode": _Nothing(),
 }
-CALLABLE = (_rebuild_dict, _rebuild_tensor, _rebuild_parameter)
+CALLABLE = (
+    _rebuild_dict, _rebuild_default, _rebuild_tensor, _rebuild_typed, _rebuild_parameter, _rebuild_from_type,
+)  # fmt: skip
 
 # Instructions that put plain values, lists, tuples and dictionaries together. Those that make instances (OBJ, INST,
 # EXT …) are not among them; NEWOBJ makes a dictionary of ours, see `_new_object`.
@@ -178,6 +216,9 @@ def _reduce(machine: Any) -> None:
 
 def _new_object(machine: Any) -> None:
     args, kind = machine.stack.pop(), machine.stack.pop()
+    if isinstance(kind, _Nothing):
+        machine.stack.append(kind)
+        return
     if kind is not _Parameters or args != ():
         raise PickleError(DAMAGED.format("an object of no class"))
     machine.stack.append(_Parameters())

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from jaxdiff.config import read_json
 from jaxdiff.errors import WeightsError
-from jaxdiff.files import atomic_write, not_fetched, writing
+from jaxdiff.files import atomic_write, first_bytes, not_fetched, writing
 from jaxdiff.io.pickles import PickleError, open_pickle
 from jaxdiff.io.torch_names import current_name, flax_name, from_torch_layout, tensor_name, to_torch_layout
 from jaxdiff.parallel import place
@@ -43,6 +43,7 @@ SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # Buffers that older files carry as if they were weights, and the head of a language model.
 IGNORED = ("position_ids", "num_batches_tracked", "lm_head.weight")
+WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 SUFFIXES = (*SAFETENSORS, *PICKLES, ".msgpack")  # in the order of preference
 
 
@@ -65,17 +66,30 @@ def open_tensors(path: str | Path) -> TensorSource:
     try:
         if path.suffix.lower() != ".json":
             opener = _by_content(path, opener)
-        return opener(path)
+        return _unwrapped(opener(path))
     except FileNotFoundError:
         raise WeightsError(f"{path} does not exist: check the path, or fetch the model again.") from None
     except OSError as e:
         raise WeightsError(f"{path} cannot be read ({e.strerror or e}): fetch it again.") from None
 
 
+def without_prefix(source: TensorSource, prefix: str) -> TensorSource:
+    """Those tensors whose names begin with a prefix, under the rest of their names."""
+    inner = {name.removeprefix(prefix): shape for name, shape in source.shapes.items() if name.startswith(prefix)}
+    return dataclasses.replace(source, shapes=inner, read=lambda name: source.read(prefix + name))
+
+
+def _unwrapped(source: TensorSource) -> TensorSource:
+    """The tensors under their own names where PyTorch's wrappers of a module put theirs before all of them."""
+    for wrapper in WRAPPERS:
+        if source.shapes and all(name.startswith(wrapper) for name in source.shapes):
+            return _unwrapped(without_prefix(source, wrapper))
+    return source
+
+
 def _by_content(path: Path, opener: Callable[[Path], TensorSource]) -> Callable[[Path], TensorSource]:
     """The opener of a file's own format, which its name may get wrong: `.ckpt` for a safetensors file or reversed."""
-    with path.open("rb") as file:
-        head = file.read(64)
+    head = first_bytes(path)
     if (reason := not_fetched(head)) is not None:
         raise WeightsError(f"{path} {reason}")
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 2**32:

@@ -143,7 +143,9 @@ def _own(source: TensorSource) -> Parts:
     found: Parts = {}
     for name in names:
         inner = name.removeprefix(WEB_UI)
-        unnamed = name in (*ENCODERS, *OUTPUTS, "emb_params") or name.isdigit() or (inner != name and not several)
+        unnamed = (
+            not name or name in (*ENCODERS, *OUTPUTS, "emb_params") or name.isdigit() or (inner != name and not several)
+        )
         found.setdefault(source.path.stem if unnamed else inner, {})[inner if inner == name else "*"] = name
     return found
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.config.upscaler import RRDBConfig
-from jaxdiff.errors import WeightsError
+from jaxdiff.errors import WeightsError, say_once
 from jaxdiff.io.model_paths import BUNDLED
 from jaxdiff.io.tensor_files import PICKLES, SAFETENSORS, TensorSource, named_tensors, open_tensors, write_tensors
 from jaxdiff.io.tensor_files import load_tensors as read_into
@@ -43,15 +43,17 @@ def find_upscaler(name_or_path: str | Path) -> Path:
     Raises:
         WeightsError: it is none of these.
     """
-    path = Path(name_or_path)
+    path, name = Path(name_or_path), str(name_or_path)
+    if name in bundled_upscalers() and not (path / FILE).is_file():
+        if path.exists():
+            say_once(f"{name} is the bundled upscaler; what is here under that name is none (./{name}).")
+        return FOLDER / f"{name}.safetensors"
     if path.is_dir() and not (path / FILE).is_file():
         raise WeightsError(f"{path} is a folder without {FILE}: give the network's file.")
     if path.is_dir():
         return path / FILE
     if path.is_file():
         return path
-    if str(name_or_path) in bundled_upscalers():
-        return FOLDER / f"{name_or_path}.safetensors"
     known = ", ".join(bundled_upscalers()) or "none"
     raise WeightsError(f"{name_or_path} is neither a file nor a bundled upscaler (bundled: {known}): check the path.")
 

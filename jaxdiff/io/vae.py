@@ -25,12 +25,13 @@ from jaxdiff.io.infer_diffusers import vae_from_names
 from jaxdiff.io.modules import CONFIG, existing, find_weights, load_module, without_config
 from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
 from jaxdiff.io.single_file import original_vae, vae_like
-from jaxdiff.io.tensor_files import TensorSource, load_tensors, open_tensors
+from jaxdiff.io.tensor_files import TensorSource, load_tensors, open_tensors, without_prefix
 from jaxdiff.models.model import Model, autoencoder
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.typing import Params
 
 PREFIXES = (VAE_PREFIX, "vae.", "")
+DIFFUSERS = "encoder.down_blocks.0.resnets.0.conv1.weight"  # a tensor under diffusers' names
 _TINY = r"\d+\.(conv|weight)"
 NAMES = rf"({'|'.join(map(re.escape, PREFIXES))})((en|de)coder\.(conv_in|down|mid|up|layers\.{_TINY})|{_TINY})"
 
@@ -168,9 +169,11 @@ def open_vae(
         for prefix in PREFIXES:
             if f"{prefix}encoder.down.0.block.0.conv1.weight" in source.shapes:
                 return original_vae(source, prefix, known)
+            if prefix and f"{prefix}{DIFFUSERS}" in source.shapes:
+                source = without_prefix(source, prefix)
         if without_config(path):
             return vae_like(vae_from_names(source), known), source
     file = (path if path.is_dir() else path.parent) / CONFIG
     config: Any = read_config(file, *VAES)
     module_shapes(autoencoder(config, jnp.float32), example_image, file)  # complains
-    return config, open_tensors(find_weights(path, "vae", variant) if path.is_dir() else path)
+    return config, source if path.is_file() else open_tensors(find_weights(path, "vae", variant))

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxdiff import parallel
 from jaxdiff.config import TinyVAEConfig
-from jaxdiff.errors import ArgumentError
+from jaxdiff.errors import ArgumentError, say_once
 from jaxdiff.models.controlnet import check_fits
 from jaxdiff.models.dit import PATCH
 from jaxdiff.models.model import Model
@@ -159,6 +159,8 @@ def as_mask(mask: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
         mask = mask >= 128
     elif mask.dtype != bool:
         mask = in_unit("mask", mask) >= 0.5
+    if not mask.any():
+        say_once("The mask is nowhere white: nothing of the image is redrawn.")
     return np.broadcast_to(mask, (count, *shape))[..., None]
 
 

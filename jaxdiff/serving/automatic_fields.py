@@ -259,7 +259,7 @@ def controls_of(service: Service, body: TextToImage, width: int, height: int) ->
             if unit.get(name, value) != value:
                 raise ArgumentError(f"controlnet.{name}", f"must be {value}: ControlNets count at all steps here.")
         opened = uploads.opened("controlnet.image", uploads.from_base64("controlnet.image", text), service.pixels)
-        found = uploads.as_image(opened, width, height)
+        found = uploads.as_image(opened, width, height, WHITE if module == "canny" else BLACK)
         images.append(edges(found, unit) if module == "canny" else found)
         weights.append(float(weight))
     return {"control_images": tuple(images), "controlnet_scale": tuple(weights)} if images else {}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxdiff.data.images import FORMATS, MAX_PIXELS, on_background, open_image
+from jaxdiff.data.images import FORMATS, MAX_PIXELS, WHITE, on_background, open_image
 from jaxdiff.errors import ArgumentError
 from jaxdiff.io.edges import canny
 from jaxdiff.io.images import CHUNK, extend, fit, png_text
@@ -42,9 +42,9 @@ def from_base64(name: str, text: str) -> bytes:
         raise ArgumentError(name, "is no image in base64; paths and addresses are not opened.") from None
 
 
-def as_image(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """uint8 [H, W, 3] at the size drawn, cut at its centre, on white."""
-    return fit(np.array(on_background(image)), height, width)
+def as_image(image: Image.Image, width: int, height: int, background: tuple[int, int, int] = WHITE) -> np.ndarray:
+    """uint8 [H, W, 3] at the size drawn, cut at its centre, with transparency laid over `background`."""
+    return fit(np.array(on_background(image, background)), height, width)
 
 
 def outpainted(

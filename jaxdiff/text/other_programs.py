@@ -12,11 +12,18 @@ HYPERNET = "hypernet"
 _TAG = re.compile(rf"<(lora|lyco|{HYPERNET}):([^<>:]+)((?::[^<>:]*)*)>", re.IGNORECASE)
 _WEIGHT = re.compile(r"\s*[+-]?(\d{1,9}\.?\d*|\.\d+)\s*")
 _OPERATORS = {
-    r"\S\s+AND\s+\S": "in other programs AND joins prompts",
+    r"\w\W*\bAND(_PERP|_SALT|_TOPK)?\b\W*\w": "in other programs AND joins prompts",
+    r"\b(ADDCOMM|ADDBASE|ADDCOL|ADDROW)\b": "it divides a prompt among regions in other programs",
+    r"\b(COUPLE|MASK|AREA|FEATHER|STYLE|SHUFFLE|SHIFT)\(": "it is a function of a program of ComfyUI's",
     r"<\w+(\[[^<>\]]*\])?:[^<>]+>": "it is a tag of another program",
     r"\bembedding:\w": "it names a file in ComfyUI; give --embedding here, and write its token",
-    r"\)(\++|--+)(?=\s|,|$)": "it is a weight in InvokeAI; write (word:1.1) here",
+    r"(\)|[^\W\d_]{2})(\++|--+)(?=\s|,|$)": "it is a weight in InvokeAI; write (word:1.1) here",
     r"[\w)\"]\.(swap|blend|and)\(": "it is an operator of InvokeAI; write [cat:dog:0.5] or [cat|dog] here",
+    r"(?<!\\)\{[^{}]*\|[^{}]*\}": "it is a choice; --matrix draws each of its alternatives",
+    r"(?<![\w\\])__[^\W_][\w/-]*?__(?!\w)": "it is a wildcard; --wildcards names the folder of its file",
+    r"(?<!\\)\{[^{}|]+\}": "it is a weight in NovelAI; write (word:1.05) here",
+    r"\w::-?\d*\.?\d+(?=\s|,|$)": "it is a weight in Midjourney; write (word:1.1) here",
+    r"(?<!\S)--[a-zA-Z]\w*": "it looks like a flag, which goes beside --prompt",
 }
 
 

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxdiff.errors import JaxdiffError
+from jaxdiff.files import not_fetched
 from jaxdiff.typing import SEEDS
 
 
 class PromptError(JaxdiffError, ValueError):
     """A prompt, or a file of prompts, styles or wildcards, that cannot be used."""
+
+
+JSON = (".jsonl", ".ndjson", ".json")  # in any letter case
 
 
 class PromptLine(NamedTuple):
@@ -23,14 +27,15 @@ class PromptLine(NamedTuple):
 def read_prompts(path: str | Path) -> list[PromptLine]:
     """Prompts from a UTF-8 text file, one a line; lines that begin with # are comments.
 
-    In a file whose name ends in .jsonl each line is a JSON object instead, with the keys of `PromptLine`.
+    In a file whose name ends in .jsonl, .ndjson or .json each line is a JSON object instead, with the keys of
+    `PromptLine`.
 
     Raises:
-        PromptError: the file is missing, not UTF-8 or without a prompt; a line is empty (except at the end) or, in a
-            .jsonl file, not such an object. The message names the file and the line.
+        PromptError: the file is missing, not UTF-8 or without a prompt; a line is empty (except at the end) or, in
+            such a file, not such an object. The message names the file and the line.
     """
     path = Path(path)
-    read = _from_json if path.suffix == ".jsonl" else PromptLine
+    read = _from_json if path.suffix.lower() in JSON else PromptLine
     prompts = []
     for number, line in enumerate(read_lines(path, "prompts file"), 1):
         if not line:
@@ -55,6 +60,8 @@ def read_lines(path: Path, what: str) -> list[str]:
         raise PromptError(f"The {what} {path} is not UTF-8 text (byte {e.start}): save it as UTF-8.") from None
     except (OSError, ValueError) as e:
         raise PromptError(f"The {what} {path} cannot be read ({e}).") from None
+    if (reason := not_fetched(text[:200].encode())) is not None:
+        raise PromptError(f"The {what} {path} {reason}")
     return [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
 
 

@@ -21,7 +21,14 @@ ELSEWHERE = {
     "gradient_accumulation_steps": "accumulate", "gradient_checkpointing": "remat", "mixed_precision": "dtype",
     "precision": "dtype", "max_grad_norm": "clip_norm", "resolution": "data.image_size", "size": "data.image_size",
     "train_data_dir": "data.path", "dataset": "data.path", "validation_prompt": "eval.prompts",
-    "network_dim": "lora.rank", "network_alpha": "lora.alpha",
+    "network_dim": "lora.rank", "network_alpha": "lora.alpha", "max_train_steps": "steps", "max_train_epochs": "steps",
+    "num_train_epochs": "steps", "lr_scheduler": "schedule", "lr_warmup_steps": "warmup_steps",
+    "checkpointing_steps": "checkpoint_every", "save_every_n_steps": "checkpoint_every",
+    "validation_steps": "eval_every", "instance_data_dir": "data.path", "instance_prompt": "data.captions",
+    "class_data_dir": "prior_preservation.path", "enable_bucket": "data.buckets", "noise_offset": "offset_noise",
+    "optimizer_type": "optimizer", "use_8bit_adam": "moment_dtype", "caption_column": "data.text_column",
+    "placeholder_token": "textual_inversion.token", "initializer_token": "textual_inversion.initial",
+    "pretrained_model_name_or_path": "init_from.model",
 }  # fmt: skip
 
 
@@ -135,7 +142,8 @@ def near(name: str, known: Sequence[str]) -> str:
     """
     known = sorted(known, key=len)
     last, short = name.rpartition(".")[2], {k: k.rpartition(".")[2] for k in known}
-    found = [ELSEWHERE[last]] if last in ELSEWHERE else []
+    meant = ELSEWHERE.get(last)
+    found = [next((k for k in known if k == meant or k.endswith(f".{meant}")), meant)] if meant else []
     alike = difflib.get_close_matches(last, set(short.values()), 5, 0.7)
     found += [k for k in known if short[k] == last]
     found += [k for k in difflib.get_close_matches(name, known, 3, 0.7) if k not in found]
