@@ -1,6 +1,5 @@
 """From prompts to images: `generate` puts the pure pieces under one compiled program a device."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,13 +19,15 @@ from jaxdiff.sampling.checks import as_devices
 from jaxdiff.sampling.denoiser import denoiser
 from jaxdiff.sampling.inputs import (
     CallInputs,
-    Codec,
     ImageInputs,
+    as_bytes,
     by_step,
     codec,
     conditions,
     extra_channels,
+    frames_of,
     lowres_inputs,
+    preview_codec,
     slerp,
     starting_point,
     upscaled,
@@ -146,24 +147,6 @@ def network(
         return denoise
 
     return denoise_with
-
-
-def preview_codec(model: Model, params: Params, vae: Codec) -> Codec:
-    """What decodes previews: the tiny autoencoder where there is one."""
-    if model.tiny_vae is None:
-        return vae
-    return codec(dataclasses.replace(model, vae=model.tiny_vae), {"vae": params["tiny_vae"]}, None)
-
-
-def frames_of(vae: Codec, steps: Array) -> Array:
-    """Predictions of latents [F, B, h, w, C] as images [B, F, H, W, 3]."""
-    frames = vae.decode(steps.reshape(-1, *steps.shape[2:]))
-    return jnp.moveaxis(frames.reshape(*steps.shape[:2], *frames.shape[1:]), 0, 1)
-
-
-def as_bytes(images: Array) -> Array:
-    """Images in [0, 1] as uint8."""
-    return jnp.round(255 * images).astype(jnp.uint8)
 
 
 def check_finite(finite: Array, prompts: list[str], model: Model) -> None:

@@ -1,5 +1,6 @@
 """What the compiled program draws from, and how an image is redrawn, inpainted or enlarged. Pure functions, traced."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -79,6 +80,24 @@ def latent_mask(model: Model, mask: Array) -> Array:
     """A mask [B, H, W, 1] at the size of the latents, by the nearest (upper left) pixel as PyTorch's resizing does."""
     factor = model.vae.config.factor
     return mask[:, ::factor, ::factor]
+
+
+def preview_codec(model: Model, params: Params, vae: Codec) -> Codec:
+    """What decodes previews: the tiny autoencoder where there is one."""
+    if model.tiny_vae is None:
+        return vae
+    return codec(dataclasses.replace(model, vae=model.tiny_vae), {"vae": params["tiny_vae"]}, None)
+
+
+def frames_of(vae: Codec, steps: Array) -> Array:
+    """Predictions of latents [F, B, h, w, C] as images [B, F, H, W, 3]."""
+    frames = vae.decode(steps.reshape(-1, *steps.shape[2:]))
+    return jnp.moveaxis(frames.reshape(*steps.shape[:2], *frames.shape[1:]), 0, 1)
+
+
+def as_bytes(images: Array) -> Array:
+    """Images in [0, 1] as uint8."""
+    return jnp.round(255 * images).astype(jnp.uint8)
 
 
 def conditions(

@@ -24,21 +24,21 @@ from jaxdiff.models.model import Model
 from jaxdiff.sampling.checks import as_devices
 from jaxdiff.sampling.generate import (
     Drawn,
-    as_bytes,
     computed_in,
     network,
-    preview_codec,
     sampler,
     with_filled_grid,
 )
 from jaxdiff.sampling.inputs import (
     CallInputs,
     ImageInputs,
+    as_bytes,
     by_step,
     codec,
     conditions,
     extra_channels,
     latent_mask,
+    preview_codec,
     starting_point,
 )
 from jaxdiff.sampling.resolve import Request
