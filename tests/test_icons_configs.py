@@ -5,6 +5,7 @@ import importlib
 import pytest
 
 from configs.icons import sizes
+from jaxdiff.diffusion.schedules import is_flow
 from jaxdiff.text.tokenizer import train_bpe
 from jaxdiff.training.checks import check_settings
 from jaxdiff.training.init import described_model
@@ -34,6 +35,22 @@ def test_the_gan_is_made_of_the_bundled_model(scale):
     assert config.b1 == 0
     side = config.data.image_size // 2 ** (len(sizes.vae()["vae"]["block_out_channels"]) - 1)
     assert side % 2 ** max(config.adversary.layers, config.generator.layers) == 0
+
+
+@pytest.mark.parametrize("scale", sizes.SCALES)
+def test_the_transformer_takes_the_place_of_the_unet(scale):
+    config = importlib.import_module("configs.icons.mmdit").get_config(scale)
+    nothing = dict.fromkeys(config.init_from, "")
+    model = described_model(config.model.to_dict(), nothing, lambda: train_bpe(["a castle"], 600, 24))
+    assert model.family == "sd3"
+    assert model.transformer.config.sample_size * model.vae.config.factor == config.data.image_size
+    assert model.options.max_sequence_length == 0
+    assert is_flow(model.scheduler)
+    Options.from_config(config).check(1)
+    check_settings(config)
+    of_unet = importlib.import_module("configs.icons.unet").get_config(scale)
+    for name in ("data", "steps", "batch_size", "cache_latents", "eval"):  # the same images, as often
+        assert config[name] == of_unet[name]
 
 
 @pytest.mark.parametrize("scale", sizes.SCALES)

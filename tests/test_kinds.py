@@ -16,6 +16,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.diffusers_folder import load_model, read_index
 from jaxdiff.io.infer_config import detect
+from jaxdiff.io.kinds import DRAWN_FROM_FOLDERS
 from jaxdiff.io.model_paths import BUNDLED, find
 from jaxdiff.io.modules import save_module
 from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
@@ -179,6 +180,7 @@ def test_a_variant_that_only_some_parts_have(tiny, tmp_path):
         (f"{UNET_PREFIX}patchify_proj.weight", "LTX Video"),
         ("head.modulation", "Wan"),
         ("cap_embedder.0.weight", "Lumina"),
+        ("cap_pad_token", "Z-Image"),
         ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias", "Hunyuan Video"),
         ("single_stream_modulation.lin.weight", "Flux 2"),
         ("double_stream_blocks.0.block.adaLN_modulation.1.bias", "HiDream"),
@@ -195,7 +197,11 @@ def test_checkpoints_of_other_models_are_called_what_they_are(tensor, name, tmp_
     beside = one(f"{UNET_PREFIX}input_blocks.0.0.weight") | one(f"{VAE_PREFIX}encoder.conv_in.weight")
     for more in ({}, beside) if "blocks.1.0" not in tensor else (beside,):
         save_file(one(tensor) | more, tmp_path / "x.safetensors")
-        with pytest.raises(WeightsError, match=rf"safetensors is of {name}.*, which is not supported: supported are"):
+        why = (
+            "whose tokenizers no file of weights holds: give a diffusers folder of the model as --model, and this file"
+        )
+        why = why if name in DRAWN_FROM_FOLDERS else "which is not supported: supported are"
+        with pytest.raises(WeightsError, match=rf"safetensors is of {name}.*, {why}"):
             detect(open_tensors(tmp_path / "x.safetensors"))
 
 

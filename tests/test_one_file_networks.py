@@ -147,7 +147,11 @@ def test_a_tiny_autoencoder_alone(tiny, tmp_path):
         (check_controlnet, "first_stage_model.encoder.conv_in.weight", "holds an autoencoder alone"),
         (check_controlnet, "down_blocks.0.resnets.0.conv1.weight", "holds a UNet of a diffusers folder"),
         (check_controlnet, "model.diffusion_model.out.2.weight", "holds a whole checkpoint, not a ControlNet"),
-        (check_controlnet, "double_blocks.0.img_attn.qkv.weight", "is of Flux, which is not supported: supported are"),
+        (
+            check_controlnet,
+            "double_blocks.0.img_attn.qkv.weight",
+            "is of Flux, whose tokenizers no file of weights holds: give a diffusers folder",
+        ),
         (check_controlnet, "something", "holds no ControlNet: it lacks the tensor controlnet_cond_embedding.conv_in"),
         (check_vae, "controlnet_cond_embedding.conv_in.weight", "holds a ControlNet: give it to"),
         (check_vae, "text_model.encoder.layers.0.self_attn.k_proj.weight", "holds a text encoder"),
@@ -188,7 +192,7 @@ UPSCALER = "holds an image upscaler"
         ("ip_adapter.1.to_k_ip.weight", "holds an IP-Adapter, which is not supported: leave it out"),
         ("lora_controlnet", "holds a Control-LoRA"),
         ("320.0.linear.0.weight", "holds a hypernetwork, which is not supported: leave it out"),
-        ("double_blocks.0.img_attn.qkv.weight", "is of Flux, which is not supported"),
+        ("double_blocks.0.img_attn.qkv.weight", "is of Flux, whose tokenizers no file of weights holds"),
     ],
 )
 def test_what_is_given_as_an_adapter_is_called_what_it_is(tensor, sentence, tiny, tmp_path):

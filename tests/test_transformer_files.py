@@ -1,8 +1,8 @@
 """Transformers in one file, in their authors' layout, against PyTorch diffusers' converters; quantised ones."""
 
-import inspect
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -11,50 +11,18 @@ from safetensors.numpy import save_file
 
 pytest.importorskip("diffusers")
 import torch
-from diffusers.loaders import single_file_utils
 
 import jaxdiff
 from jaxdiff.errors import WeightsError
-from jaxdiff.io.transformer_layout import pieces, swap_halves
-from tests.support import transformer_pipelines as oracle
-
-CONVERTERS = {"flux": "flux", "sd3": "sd3", "z_image": "z_image", "flux2": "flux2"}
+from tests.support.transformer_pipelines import converter, original
 
 
-@pytest.fixture(scope="module", params=CONVERTERS)
-def saved(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=["flux", "sd3", "z_image", "flux2"])
+def saved(request, made_transformers):
     """(family, the folder of a small pipeline, its transformer's tensors, our parameters)."""
-    folder = tmp_path_factory.mktemp(request.param)
-    pipe = oracle.pipeline(request.param, folder / "tokenizers")
-    pipe.save_pretrained(folder / "model")
+    pipe, folder = made_transformers.pipe(request.param)
     tensors = {name: x.numpy() for name, x in pipe.transformer.state_dict().items()}
-    return request.param, folder / "model", tensors, jaxdiff.load(folder / "model")[1]
-
-
-def original(family, tensors):
-    """The tensors in their authors' layout, as `test_the_layout_is_the_one_that_pytorch_converts` shows."""
-    rows = {name.rpartition(".")[0] or name: x.shape[0] for name, x in tensors.items()}
-    found = {}
-    for name, x in tensors.items():
-        layer, dot, last = name.rpartition(".")
-        piece = pieces(family, rows)[layer or name]
-        if name == "pos_embed.pos_embed" or not dot:
-            found["pos_embed" if dot else name] = [(0, x)]
-            continue
-        if re.search("(query|key)_norm", piece.name):
-            last = "scale"
-        found.setdefault(f"{piece.name}{dot}{last}", []).append((piece.start, swap_halves(x) if piece.swapped else x))
-    in_order = {name: sorted(parts, key=lambda part: part[0]) for name, parts in found.items()}
-    return {name: np.concatenate([x for _, x in parts]) for name, parts in in_order.items()}
-
-
-def converter(family, width):
-    """PyTorch's function; FLUX.1's knows one width."""
-    name = f"convert_{CONVERTERS[family]}_transformer_checkpoint_to_diffusers"
-    source = inspect.getsource(getattr(single_file_utils, name)).replace("inner_dim = 3072", f"inner_dim = {width}")
-    namespace = dict(vars(single_file_utils))
-    exec(source, namespace)
-    return namespace[name]
+    return request.param, folder, tensors, made_transformers.model(request.param)[1]
 
 
 def test_the_layout_is_the_one_that_pytorch_converts(saved):
@@ -79,10 +47,19 @@ def test_a_file_takes_the_place_of_the_folders_transformer(saved, prefix, layout
 
 
 def test_the_file_says_how_many_blocks_there_are(saved, tmp_path):
-    family, folder, tensors, _ = saved
+    """Of SD 3, whose last block differs from the others, the file has one more than the config of its folder."""
+    family, folder, tensors, params = saved
+    if family == "sd3":
+        config = folder / "transformer" / "config.json"
+        folder = shutil.copytree(folder, tmp_path / "model")
+        (folder / "transformer" / "config.json").write_text(
+            json.dumps({**json.loads(config.read_text()), "num_layers": 2})
+        )
+        save_file(tensors, tmp_path / "all.safetensors")
+        _, found = jaxdiff.load(folder, transformer=tmp_path / "all.safetensors")
+        jax.tree.map(np.testing.assert_array_equal, found["transformer"], params["transformer"])
+        return
     first = {"flux": "single_transformer_blocks.1", "flux2": "single_transformer_blocks.1", "z_image": "layers.1"}
-    if family not in first:
-        pytest.skip("SD 3's last block differs from the others")
     fewer = {name: x for name, x in tensors.items() if not name.startswith(f"{first[family]}.")}
     save_file(fewer, tmp_path / "fewer.safetensors")
     model, _ = jaxdiff.load(folder, transformer=tmp_path / "fewer.safetensors")

@@ -85,5 +85,32 @@ def unet() -> dict:
     }
 
 
+def mmdit() -> dict:
+    """A transformer of Stable Diffusion 3's kind: 64 tokens of an image beside 24 of a text, six blocks.
+
+    A pass takes 0.86 GFLOP, the UNet's 0.78.
+    """
+    encoder, width, channels = clip()["text_encoder"], 256, vae()["vae"]["latent_channels"]
+    text = encoder["hidden_size"]
+    return {
+        "text_encoder": encoder,
+        "text_encoder_2": encoder,
+        "transformer": {
+            "sample_size": 16,
+            "in_channels": channels,
+            "out_channels": channels,
+            "num_layers": 6,
+            "attention_head_dim": 64,
+            "num_attention_heads": width // 64,
+            "joint_attention_dim": 2 * text,  # two text encoders' states side by side
+            "caption_projection_dim": width,
+            "pooled_projection_dim": 2 * text,
+            "pos_embed_max_size": 16,
+            "qk_norm": "rms_norm",
+        },
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0},
+    }
+
+
 def model() -> dict:
     return {**clip(), **vae(), **unet()}

@@ -132,9 +132,9 @@ def resolve(f: flags.FlagValues, model: jaxdiff.Model, groups: list[int], read: 
 
 
 def outpainted_size(f: flags.FlagValues, model: jaxdiff.Model, shape: tuple[int, ...]) -> dict[str, int]:
-    """Height and width as the flags say, or of the extended image [H, W, 3], rounded down to the VAE's factor."""
+    """Height and width as the flags say, or of the extended image [H, W, 3], rounded down to what can be drawn."""
     left, top, right, bottom = f.outpaint
-    factor = model.vae.config.factor
+    factor = model.multiple
     sides = shape[0] + top + bottom, shape[1] + left + right
     if sides[0] * sides[1] > MAX_PIXELS:
         size = f"{sides[1]} x {sides[0]}"
@@ -144,12 +144,13 @@ def outpainted_size(f: flags.FlagValues, model: jaxdiff.Model, shape: tuple[int,
 
 
 def described(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
-    """The model at a path with the autoencoder of --vae: of configs and files' headers, without weights."""
-    with naming("--model" if f.transformer is None else "--model, --transformer"):
+    """The model at a path with what --transformer and --vae put in: of configs and files' headers, without weights."""
+    with naming("--model"):
         given: dict[str, Any] = {"prediction_type": f.prediction_type, "without_vae": f.vae is not None}
-        if f.transformer is not None and path.is_dir():
-            given["transformer"] = Path(f.transformer)
         model, own = pretrained.described(path, f.dtype, **given)
+    if f.transformer is not None and Path(f.transformer).exists():
+        with naming("--transformer"):
+            model = diffusers_folder.with_transformer(model, path, Path(f.transformer))
     if f.vae is None or not Path(f.vae).exists():  # `check_files` says so
         return model
     with naming("--vae"):
@@ -238,7 +239,7 @@ def batches(
     for start, end in slices:
         batch = requests[start:end]
         filled = batch + batch[-1:] * (size - len(batch))
-        with flag_errors():
+        with naming("--model"), flag_errors():  # whose tokenizers are opened now
             found.append(resolve_images(model, settings, **batch_arguments(filled), **given))
     return found
 

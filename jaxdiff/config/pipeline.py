@@ -17,6 +17,8 @@ class PipelineOptions(Config):
     max_noise_level: int = 350  # x4 upscaler: the most noise on the low-resolution image, in steps of low_res_scheduler
     low_res_scheduler: SchedulerConfig | None = None  # x4 upscaler: its noise schedule; a folder of its own
     is_distilled: bool = False  # FLUX.2: drawn without guidance
+    # SD 3: tokens of T5, or of zeros in its place; "_max_sequence_length" in the file: diffusers has it as an argument.
+    max_sequence_length: int = 256
     guidance_scale: float = 7.5  # the model's default; "_guidance_scale" in the file, which diffusers ignores
 
     steps: int = 25  # the model's default; "_steps" in the file, which diffusers ignores
@@ -29,5 +31,11 @@ class PipelineOptions(Config):
         steps = values.get("_steps", cls.steps)
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ConfigError(f"_steps {steps!r} in model_index.json must be a whole number, such as 25.")
+        length = values.get("_max_sequence_length", cls.max_sequence_length)
+        if not isinstance(length, int) or isinstance(length, bool) or not 0 <= length <= 512:
+            raise ConfigError(
+                f"_max_sequence_length {length!r} in model_index.json must be from 0 to 512, such as 256."
+            )
         given = {k: v for k, v in values.items() if k != "low_res_scheduler"}
-        return super().from_dict(given | {"guidance_scale": float(scale), "steps": steps})
+        read = {"guidance_scale": float(scale), "steps": steps, "max_sequence_length": length}
+        return super().from_dict(given | read)

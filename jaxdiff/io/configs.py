@@ -38,6 +38,7 @@ NETWORKS: dict[str, type[Config]] = {  # of Stable Diffusion, by their folder's 
     "vae": VAEConfig,
     "vision_encoder": CLIPVisionConfig,
 }
+FRESH: dict[str, type[Config]] = {**NETWORKS, "transformer": SD3Config}  # what training may start from nothing
 FOLDERS: dict[str, tuple[type[Config], ...]] = {  # what each folder of a model may hold
     "text_encoder": (CLIPTextConfig, Qwen3Config),
     "text_encoder_2": (CLIPTextConfig, T5Config),
@@ -112,7 +113,10 @@ def check_channels(model: Model, source: Path | str) -> None:
     latent = model.vae.config.latent_channels
     if model.transformer is not None:
         if (own := model.transformer.config.latent_channels) != latent:
-            raise ConfigError(f"{source} has a transformer of {own} latent channels and an autoencoder of {latent}.")
+            raise ConfigError(
+                f"{source} has a transformer of {own} latent channels and an autoencoder of {latent}: take the "
+                "autoencoder of the transformer's family."
+            )
         return
     found = model.unet.config.in_channels
     known = {latent: "text to image", 2 * latent + 1: "inpainting", latent + 3: "upscaling"}

@@ -6,13 +6,13 @@ import itertools
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdiff.config import CLIPTextConfig, Config, ConfigError, GeneratorConfig, Qwen3Config, T5Config, read_json
+from jaxdiff.config import CLIPTextConfig, ConfigError, GeneratorConfig, Qwen3Config, read_json
 from jaxdiff.config.pipeline import PipelineOptions
 from jaxdiff.config.scheduler import SchedulerConfig
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES
@@ -25,14 +25,14 @@ from jaxdiff.io.infer_config import published_vae
 from jaxdiff.io.kinds import SUPPORTED
 from jaxdiff.io.model_paths import SINGLE_FILES
 from jaxdiff.io.modules import CONFIG, STEMS, find_weights, load_tokenizer, variant_of, write_json
-from jaxdiff.io.tensor_files import load_tensors, open_tensors, save_tensors
+from jaxdiff.io.tensor_files import check_tensors, load_tensors, open_tensors, save_tensors
+from jaxdiff.io.transformer_folder import GUIDANCE, INDEX, PIPELINES, check_encoders, encoder_class, transformer_index
 from jaxdiff.io.transformer_layout import described_transformer, transformer_source
 from jaxdiff.models.model import FAMILIES, Model, build, with_controlnets
-from jaxdiff.text.plain_tokenizer import PlainTokenizer
 from jaxdiff.typing import Params
 
 TOKENIZERS, LOW_RES, CONTROLNET = ("tokenizer", "tokenizer_2", "tokenizer_3"), "low_res_scheduler", "controlnet"
-SCHEDULER, INDEX = "scheduler_config.json", "model_index.json"
+SCHEDULER = "scheduler_config.json"
 COMPONENTS = (*FOLDERS, *TOKENIZERS, "scheduler", LOW_RES, INDEX)
 CLASSES = {  # parts of a pipeline -> their classes that are built here
     "unet": ("UNet2DConditionModel", GeneratorConfig.CLASS_NAME),
@@ -44,20 +44,6 @@ CLASSES = {  # parts of a pipeline -> their classes that are built here
 }
 OTHER_PARTS = ("prior", "decoder", "motion_adapter", "movq", "vqvae", "vqgan", "bert", "vocoder", "image_normalizer",
                "projection_model", "t2i_adapter")  # fmt: skip
-# Of each family with a transformer: the guidance scale of its pipeline, and the configs of its text encoders.
-GUIDANCE = {"": PipelineOptions.guidance_scale, "flux": 3.5, "sd3": 7.0, "z_image": 5.0, "flux2": 4.0}
-ENCODERS: dict[str, dict[str, type[Config]]] = {
-    "flux": {"text_encoder": CLIPTextConfig, "text_encoder_2": T5Config},
-    "sd3": {"text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig, "text_encoder_3": T5Config},
-    "z_image": {"text_encoder": Qwen3Config},
-    "flux2": {"text_encoder": Qwen3Config},
-}
-PIPELINES = {
-    "flux": "FluxPipeline",
-    "sd3": "StableDiffusion3Pipeline",
-    "z_image": "ZImagePipeline",
-    "flux2": "Flux2KleinPipeline",
-}
 _KINDS = r"(XL)?(ControlNet)?(Img2Img|Inpaint)?|StableDiffusionUpscale|LatentConsistencyModel(Img2Img)?"
 GAN = "TextConditionalGANPipeline"  # of no other program
 DRAWN = rf"(Flax)?(StableDiffusion{_KINDS})Pipeline"
@@ -96,10 +82,6 @@ def load_model(
     if flow:
         check_encoders(folder, configs)
     family = FAMILIES[type(configs["transformer"])] if flow else ""
-    if transformer is not None:
-        if not flow:
-            raise ConfigError(f"{transformer} is for a model with a transformer, and {folder} has a UNet.")
-        configs["transformer"] = described_transformer(open_tensors(transformer), configs["transformer"])
     with as_config_error(f"{folder / INDEX} does not describe a pipeline"):
         options = PipelineOptions.from_dict({"_guidance_scale": GUIDANCE[family]} | index)
     if low_res.is_dir():
@@ -108,9 +90,12 @@ def load_model(
     if prediction_type is not None:
         scheduler = dataclasses.replace(scheduler, prediction_type=prediction_type)
     tokenizers = [
-        load_tokenizer(folder / name, configs[name.replace("tokenizer", "text_encoder")], family) for name in TOKENIZERS
+        load_tokenizer(
+            folder / name, configs[name.replace("tokenizer", "text_encoder")], family, options.max_sequence_length
+        )
+        for name in TOKENIZERS
     ]
-    return build(
+    model = build(
         configs["text_encoder"],
         configs["unet"],
         configs["vae"],
@@ -126,6 +111,24 @@ def load_model(
         dtype=check_dtype(dtype),
         remat=remat,
     )
+    return model if transformer is None else with_transformer(model, folder, transformer)
+
+
+def with_transformer(model: Model, path: Path, file: Path) -> Model:
+    """The model with a transformer as the one of a file, whose weights are not read.
+
+    Args:
+        path: the model's, for what is said where the file does not fit.
+
+    Raises:
+        ConfigError, WeightsError: the file holds something else, or the model takes no such file.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{file} goes with a folder, which has the rest of the model, and {path} is a file.")
+    if model.transformer is None:
+        raise ConfigError(f"{file} is for a model with a transformer, and {path} has a UNet: give another --model.")
+    config = described_transformer(open_tensors(file), model.transformer.config)
+    return dataclasses.replace(model, transformer=model.transformer.copy(config=config))
 
 
 def load_folder(
@@ -163,6 +166,9 @@ def load_folder(
     }
     if transformer is not None and "transformer" in shapes:
         files["transformer"] = transformer_source(open_tensors(transformer), model.family, shapes["transformer"])
+    if model.transformer is not None:  # large enough to look at all names and shapes before any part is read
+        for name, shape in shapes.items():
+            check_tensors(files[name], shape)
     params = {name: load_tensors(files[name], shapes[name], dtype, mesh) for name in shapes}
     nets = [load_controlnet(folder / name, dtype=dtype, variant=variants[name], mesh=mesh) for name in names]
     return with_controlnets(model, params, *nets) if nets else (model, params)
@@ -210,18 +216,6 @@ def _not_drawn(index: dict[str, Any]) -> str | None:
         return "has no text encoder"
     whole = ("unet" in parts or "transformer" in parts) and "vae" in parts and encoders
     return None if not name or whole or re.fullmatch(DRAWN, name) else "is not supported"
-
-
-def check_encoders(folder: Path, configs: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a transformer lacks a text encoder or has another one; SD 3 can do without T5."""
-    family = FAMILIES[type(configs["transformer"])]
-    for name, cls in ENCODERS[family].items():
-        if configs[name] is None and name != "text_encoder_3":
-            raise ConfigError(f"{folder / INDEX} lists no {name}, which {PIPELINES[family]} needs ({cls.CLASS_NAME}).")
-        if configs[name] is not None and not isinstance(configs[name], cls):
-            raise ConfigError(
-                f"{folder / name / CONFIG} is not of a {cls.CLASS_NAME}, which {PIPELINES[family]} needs."
-            )
 
 
 def controlnets(folder: Path) -> list[str]:
@@ -299,42 +293,6 @@ def model_index(model: Model) -> dict[str, Any]:
             "max_noise_level": options.max_noise_level,
         }
     return index | {"image_encoder": nothing, "requires_safety_checker": False}
-
-
-def transformer_index(model: Model) -> dict[str, Any]:
-    """`model_index.json` of a family with a transformer."""
-    index: dict[str, Any] = {
-        "_class_name": pipeline_class(model),
-        "_diffusers_version": "0.36.0",
-        "scheduler": ["diffusers", model.scheduler.class_name],
-        "transformer": ["diffusers", model.transformer.config.CLASS_NAME],
-        "vae": ["diffusers", model.vae.config.CLASS_NAME],
-    }
-    for name in ENCODERS[model.family]:
-        index[name] = encoder_class(getattr(model, name))
-        tokenizer = name.replace("text_encoder", "tokenizer")
-        index[tokenizer] = tokenizer_class(getattr(model, tokenizer))
-    if model.family in ("flux", "sd3"):
-        index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
-    if model.family == "flux2":
-        index["is_distilled"] = model.options.is_distilled
-    if model.options.guidance_scale != GUIDANCE[model.family]:
-        index["_guidance_scale"] = model.options.guidance_scale
-    if model.options.steps != PipelineOptions.steps:
-        index["_steps"] = model.options.steps
-    return index
-
-
-def tokenizer_class(tokenizer: Any) -> list[str | None]:
-    if tokenizer is None:
-        return [None, None]
-    if not isinstance(tokenizer, PlainTokenizer):
-        return ["transformers", "CLIPTokenizer"]
-    return ["transformers", "T5TokenizerFast" if tokenizer.thinking is None else "Qwen2Tokenizer"]
-
-
-def encoder_class(encoder: Any) -> list[str | None]:
-    return [None, None] if encoder is None else ["transformers", encoder.config.to_dict()["architectures"][0]]
 
 
 def save_folder(folder: Path, model: Model, params: Params, dtype: Any = None) -> None:

@@ -31,6 +31,7 @@ FAMILIES: dict[str, str] = {  # checkpoints of models that are not drawn: a name
     rf"{_NET}patchify_proj\.": "LTX Video",
     rf"{_NET}head\.modulation$": "Wan",
     rf"{_NET}blocks\.0\.attn\.qkv_x\.": "Mochi",
+    rf"{_NET}(cap_pad_token|x_pad_token)$": "Z-Image",
     rf"{_NET}cap_embedder\.": "Lumina",
     rf"{_NET}(transformer_blocks\.0\.img_mlp|txt_in\.text_norm)\.": "Qwen Image",
     rf"{_NET}(blocks\.0\.cross_attn\.(q|kv)_linear|caption_projection|adaln_single)\.": "PixArt or Sana",
@@ -40,6 +41,7 @@ FAMILIES: dict[str, str] = {  # checkpoints of models that are not drawn: a name
     r"^(model\.model\.transformer\.|conditioner\.conditioners\.)": "Stable Audio",
     rf"{_NET}(net\.)?(x_embedder|t_embedder|pos_embedder|patch_embed)\.": "a diffusion transformer",
 }
+DRAWN_FROM_FOLDERS = ("Stable Diffusion 3", "Flux", "Flux 2", "Z-Image")
 _NO = "which is not supported: take a whole ControlNet"
 CONTROLS: dict[str, tuple[str, str]] = {  # networks like a ControlNet: a name in each -> what it is, and how it is used
     r"^lora_controlnet$": ("a Control-LoRA", _NO),
@@ -104,7 +106,13 @@ def _first(patterns: Iterable[str], source: TensorSource) -> str | None:
 def refuse_family(source: TensorSource) -> None:
     """Raise a WeightsError if a file is a checkpoint of a model that is known and not supported."""
     if found := _first(FAMILIES, source):
-        raise WeightsError(f"{source.path} is of {FAMILIES[found]}, which is not supported: {SUPPORTED}.")
+        family = FAMILIES[found]
+        if family in DRAWN_FROM_FOLDERS:
+            raise WeightsError(
+                f"{source.path} is of {family}, whose tokenizers no file of weights holds: give a diffusers folder of "
+                "the model as --model, and this file as --transformer (`transformer` of jaxdiff.load)."
+            )
+        raise WeightsError(f"{source.path} is of {family}, which is not supported: {SUPPORTED}.")
 
 
 def _refuse_one(kinds: dict[str, tuple[str, str]], source: TensorSource, wanted: str = "") -> None:

@@ -36,6 +36,7 @@ from jaxdiff.io import kinds
 from jaxdiff.io.original_layout import Table, place
 from jaxdiff.io.tensor_files import TensorSource
 from jaxdiff.io.torch_names import tensor_name
+from jaxdiff.io.transformer_layout import family_of
 from jaxdiff.typing import Params
 
 Tensors = dict[str, str]  # "down", "up", perhaps "alpha", "mid", "magnitude" -> the tensor's name in the file
@@ -93,7 +94,11 @@ PARTS_OF_FAMILIES = {  # of a tensor's name -> whose
     "joint_blocks": "Stable Diffusion 3",
     "double_blocks": "Flux",
     "single_transformer_blocks": "Flux",
+    "layers.0.attention": "Z-Image",
+    "layers_0_attention": "Z-Image",
+    "noise_refiner": "Z-Image",
 }
+TRANSFORMERS = {"flux": "Flux", "sd3": "Stable Diffusion 3", "z_image": "Z-Image", "flux2": "Flux 2"}
 
 
 class Layer(NamedTuple):
@@ -331,8 +336,10 @@ def _sorted(model: list[Layer], pattern: str, orders: tuple[tuple[str, ...] | No
 def _misfit(source: TensorSource, model: list[Layer], what: str) -> WeightsError:
     """The error for a LoRA of another model, with a guess of whose it is."""
     ours = next((FAMILIES.get(layer.shape[0]) for layer in model if layer.name.endswith("attn2.to_k")), None)
+    names = [layer.name.removeprefix("transformer.") + "." for layer in model if layer.module == "transformer"]
+    ours = TRANSFORMERS.get(family_of(names) or "", ours)
     theirs = guess_family(source)
-    if theirs is None or theirs == ours:
+    if theirs is None or theirs in (ours or ""):  # Flux's and Flux 2's layers are called alike
         return WeightsError(f"{source.path} does not fit this model: {what}.")
     return WeightsError(f"{source.path} is a LoRA for {theirs}, this model is {ours or 'of another family'}: {what}.")
 

@@ -48,7 +48,9 @@ def find(name_or_path: str | Path, variant: str | None = None) -> Path:
     if path.is_dir() or (path.is_file() and one_file):
         return path
     if path.is_file():
-        raise ConfigError(f"{path} is not a model file: known are {', '.join(SINGLE_FILES)}, and diffusers folders.")
+        more = " A transformer's .gguf goes with such a folder, as --transformer." if path.suffix == ".gguf" else ""
+        known = f"known are {', '.join(SINGLE_FILES)}, and diffusers folders"
+        raise ConfigError(f"{path} is not a model file: {known}.{more}")
     if name in bundled():
         return BUNDLED / name
     if (named := re.fullmatch(HUB, name)) and not one_file:

@@ -124,17 +124,18 @@ def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any =
             write_json(config, module.config.to_dict())
 
 
-def load_tokenizer(folder: Path, text: Config | None, family: str = "") -> Any:
+def load_tokenizer(folder: Path, text: Config | None, family: str = "", sd3_length: int = 256) -> Any:
     """The tokenizer of a text encoder, no longer than that reads; None where there is no encoder.
 
     Args:
         family: of a transformer, see `Model.family`; Z-Image's Qwen3 may think, FLUX.2's may not.
+        sd3_length: tokens of a row that SD 3's T5 reads.
     """
     if text is None:
         return None
     if not isinstance(text, CLIPTextConfig):
         thinking = {"z_image": True, "flux2": False}.get(family)
-        return PlainTokenizer.load(folder, 256 if family == "sd3" else 512, thinking)
+        return PlainTokenizer.load(folder, sd3_length if family == "sd3" else 512, thinking)
     tokenizer = Tokenizer.load(folder)
     length = min(tokenizer.max_length, text.max_position_embeddings)
     return dataclasses.replace(tokenizer, max_length=length, cache=cache.kept())

@@ -229,9 +229,30 @@ def load_tensors(path: Path | TensorSource, target: Params, dtype: Any, mesh: Me
         WeightsError: the file is missing or damaged, lacks a tensor, has one too many, or one of another shape.
     """
     source = path if isinstance(path, TensorSource) else open_tensors(path)
+    params = {}
+    for leaf_path, name in check_tensors(source, target).items():
+        x = source.read(name)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise WeightsError(
+                f"{source.path}: tensor {tensor_name(leaf_path)} holds {x.dtype}, not floating-point numbers: it is "
+                "quantised or damaged."
+            )
+        x = from_torch_layout(leaf_path, x)
+        # A copy, since the file may change later.
+        params[leaf_path] = place(np.array(x, dtype=dtype, order="C"), "/".join(leaf_path), mesh)
+    return unflatten_dict(params)
+
+
+def check_tensors(path: Path | TensorSource, target: Params) -> dict[tuple[str, ...], str]:
+    """The name in a file of each leaf of the tree `target`, by its path; nothing is read. See `load_tensors`.
+
+    Raises:
+        WeightsError: the file lacks a tensor, has one too many, or one of another shape.
+    """
+    source = path if isinstance(path, TensorSource) else open_tensors(path)
     path, shapes = source.path, source.shapes
     names = {current_name(name): name for name in shapes if not name.endswith(IGNORED)}
-    params = {}
+    found_names = {}
     for leaf_path, leaf in flatten_dict(target).items():
         name = tensor_name(leaf_path)
         if name not in names:
@@ -245,19 +266,12 @@ def load_tensors(path: Path | TensorSource, target: Params, dtype: Any, mesh: Me
                 f"{path}: tensor {name} has shape {list(found)}, its config.json calls for {list(expected)}: "
                 "the config and the weights are of different models."
             )
-        x = source.read(names.pop(name))
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise WeightsError(
-                f"{path}: tensor {name} holds {x.dtype}, not floating-point numbers: it is quantised or damaged."
-            )
-        x = from_torch_layout(leaf_path, x)
-        # A copy, since the file may change later.
-        params[leaf_path] = place(np.array(x, dtype=dtype, order="C"), "/".join(leaf_path), mesh)
+        found_names[leaf_path] = names.pop(name)
     if names:
         raise WeightsError(
             f"{path} holds {len(names)} tensors that its config.json has no place for, first {min(names)}."
         )
-    return unflatten_dict(params)
+    return found_names
 
 
 def named_tensors(params: Params, dtype: Any = None, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:

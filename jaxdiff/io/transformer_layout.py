@@ -167,6 +167,14 @@ def pieces(family: str, rows: Mapping[str, int]) -> dict[str, Piece]:
     return found
 
 
+def rows_of_theirs(found: Mapping[str, Piece], rows: Mapping[str, int]) -> dict[str, int]:
+    """The outputs of each of their layers: those of ours that it holds, together."""
+    sums: dict[str, int] = {}
+    for ours, piece in found.items():
+        sums[piece.name] = max(sums.get(piece.name, 0), piece.start + rows[ours])
+    return sums
+
+
 def swap_halves(x: np.ndarray) -> np.ndarray:
     first, second = np.split(x, 2)
     return np.concatenate([second, first])
@@ -186,6 +194,7 @@ def as_diffusers(source: TensorSource, family: str, shapes: Mapping[str, tuple[i
     rows = {layer: shape[0] for layer, shape in layers.items() if layer}
     places: dict[str, tuple[str, Piece, int]] = {}  # our tensor -> theirs, and its place there
     found, read_shapes = pieces(family, rows), dict[str, list[int]]()
+    sums = rows_of_theirs(found, rows)
     for name, shape in shapes.items():
         layer, dot, last = name.rpartition(".")
         piece = found.get(layer or name, Piece(name, 0, True, False))
@@ -199,7 +208,8 @@ def as_diffusers(source: TensorSource, family: str, shapes: Mapping[str, tuple[i
             piece = Piece(name, 0, True, False)
         places[name] = there[theirs], piece, shape[0] if shape else 1
         whole = source.shapes[there[theirs]]
-        read_shapes[name] = list(whole) if piece.whole else [shape[0], *whole[1:]]
+        divides = not piece.whole and whole[0] == sums[piece.name]  # else the reader says that it does not fit
+        read_shapes[name] = [shape[0], *whole[1:]] if divides else list(whole)
     used = {theirs for theirs, _, _ in places.values()}
     # What has no place is said by the reader; "norm_final" is of another version of Z-Image.
     strays = {n: name for n, name in there.items() if name not in used and n != "norm_final.weight"}
@@ -228,6 +238,8 @@ ONES = {  # a layer that only files of a family have, in either layout
     "sd3": r"(joint_blocks\.0\.|pos_embed\.proj\.)",
     "z_image": r"cap_embedder\.",
 }
+# Of files whose numbers mean something with scales alone that lie beside them: ComfyUI's, bitsandbytes'.
+QUANTISED = r"\.(scale_weight|weight_scale|scale_input|input_scale|comfy_quant|absmax|quant_map)$|^(.*\.)?scaled_fp8$"
 GUIDED = ("guidance_in.", "time_text_embed.guidance_embedder.")
 
 
@@ -240,8 +252,13 @@ def described_transformer(source: TensorSource, config: Any) -> Any:
     """The config of a transformer's file, by one of its family: with as many blocks as there are.
 
     Raises:
-        WeightsError: the file holds no transformer of this family.
+        WeightsError: the file holds no transformer of this family, or one that is not read.
     """
+    if scale := next((name for name in source.shapes if re.search(QUANTISED, name)), None):
+        raise WeightsError(
+            f"{source.path} is quantised with scales of its own ({scale}), which are not read: give a file without, "
+            "such as bfloat16, plain fp8 or GGUF."
+        )
     prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in source.shapes)), "")
     names = [name.removeprefix(prefix) for name in source.shapes if name.startswith(prefix)]
     wanted, found = FAMILIES[type(config)], family_of(names)

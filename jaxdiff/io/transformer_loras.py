@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from jaxdiff.errors import WeightsError
 from jaxdiff.io.lora_names import LORA, Layer
 from jaxdiff.io.tensor_files import TensorSource
-from jaxdiff.io.transformer_layout import Piece, pieces, swap_halves
+from jaxdiff.io.transformer_layout import Piece, pieces, rows_of_theirs, swap_halves
 
 PREFIXES = ("", "diffusion_model.", "transformer.", "model.diffusion_model.", "base_model.model.", "unet.")
 UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
@@ -23,10 +24,15 @@ def in_our_layers(source: TensorSource, family: str, layers: Iterable[Layer]) ->
     Args:
         family: of the model, see `Model.family`.
         layers: the model's, those of its transformer among them.
+
+    Raises:
+        WeightsError: a layer of theirs has other outputs than ours together.
     """
     rows = {x.name.removeprefix(f"{MODULE}."): x.shape[-1] for x in layers if x.module == MODULE}
     changed: dict[str, list[tuple[str, Piece]]] = {}  # their layer -> ours
-    for ours, piece in pieces(family, rows).items():
+    found = pieces(family, rows)
+    sums = rows_of_theirs(found, rows)
+    for ours, piece in found.items():
         if piece.name != ours:
             changed.setdefault(piece.name, []).append((ours, piece))
     spelled = {prefix + theirs: theirs for theirs in changed for prefix in PREFIXES}
@@ -40,7 +46,12 @@ def in_our_layers(source: TensorSource, family: str, layers: Iterable[Layer]) ->
             continue
         role, ending = match.lastgroup, name.removeprefix(match[1])
         for ours, piece in changed[spelled[match[1]]]:
-            divided = role in ("up", "magnitude")  # by outputs
+            divided = role == "up" or (role == "magnitude" and shape[:1] != [1])  # by outputs; [1, in] is by inputs
+            if divided and shape[:1] != [sums[piece.name]]:
+                raise WeightsError(
+                    f"{source.path} does not fit this model: {name} has the shape {list(shape)}, for a layer of "
+                    f"{sums[piece.name]} outputs."
+                )
             new = f"{MODULE}.{ours}{ending}"
             shapes[new] = [rows[ours], *shape[1:]] if divided else list(shape)
             places[new] = name, piece, rows[ours] if divided else None

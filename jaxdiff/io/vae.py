@@ -99,7 +99,7 @@ def load_vae(
     """
     described, source = described_vae(model, path, own="vae" in params, variant=variant)
     shapes = module_shapes(described.vae, example_image, source.path)
-    return described, {**params, "vae": load_tensors(source, shapes, described.unet.dtype, mesh)}
+    return described, {**params, "vae": load_tensors(source, shapes, described.denoising.dtype, mesh)}
 
 
 def described_vae(
@@ -114,7 +114,7 @@ def described_vae(
     if not path.exists():
         raise ConfigError(f"{path} does not exist: give the folder or file of an autoencoder.")
     found, source = open_vae(path, config, variant)
-    changed = dataclasses.replace(model, vae=autoencoder(found, model.unet.dtype, model.vae.remat))
+    changed = dataclasses.replace(model, vae=autoencoder(found, model.denoising.dtype, model.vae.remat))
     if not own:
         with as_config_error(f"{path} does not fit the model"):
             check_channels(changed, "it")

@@ -17,6 +17,7 @@ from jaxdiff.models.attention import attention, split_heads
 from jaxdiff.models.layers import TimestepEmbedding, timestep_embedding
 from jaxdiff.typing import Array
 
+ZEROS = nn.initializers.zeros
 PATCH = 2  # latents to a patch along one side
 
 
@@ -104,7 +105,7 @@ def modulated(x: Array, shift: Array, scale: Array) -> Array:
 
 
 class Modulation(nn.Module):
-    """Vectors [B, 1, D] made from the conditioning vector [B, D']."""
+    """Vectors [B, 1, D] made from the conditioning vector [B, D'], fresh ones zero: a fresh block changes nothing."""
 
     parts: int
     width: int
@@ -113,7 +114,9 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, vector: Array) -> Sequence[Array]:
-        dense = nn.Dense(self.parts * self.width, use_bias=self.bias, dtype=self.dtype, name="linear")
+        dense = nn.Dense(
+            self.parts * self.width, use_bias=self.bias, dtype=self.dtype, name="linear", kernel_init=ZEROS
+        )
         return jnp.split(dense(jax.nn.silu(vector))[:, None], self.parts, -1)
 
 

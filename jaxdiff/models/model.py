@@ -129,6 +129,13 @@ class Model:
         return self.unet is not None and isinstance(self.unet.config, GeneratorConfig)
 
     @property
+    def longest_side(self) -> int | None:
+        """Pixels of height or width that the transformer has positions for; None for any."""
+        config = None if self.transformer is None else self.transformer.config
+        most = getattr(config, "pos_embed_max_size", None) or min(getattr(config, "axes_lens", ())[1:], default=None)
+        return most and most * self.multiple
+
+    @property
     def one_pass(self) -> bool:
         """Whether a step needs no pass with the negative prompt: the network is told of the guidance, or has none."""
         if self.transformer is None:

@@ -1,13 +1,28 @@
 """Stable Diffusion 3's transformer (Esser et al. 2024, section 4), as in diffusers' `SD3Transformer2DModel`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxdiff.config import SD3Config
-from jaxdiff.models.dit import MLP, PATCH, JointAttention, Modulation, VectorEmbedding, modulated, unfold
+from jaxdiff.models.dit import MLP, PATCH, ZEROS, JointAttention, Modulation, VectorEmbedding, modulated, unfold
 from jaxdiff.models.layers import rematerialised
-from jaxdiff.typing import Array
+from jaxdiff.typing import Array, Key
+
+
+def position_table(base: int, key: Key, most: int, width: int) -> Array:
+    """Sines and cosines of column and row, each with a quarter of the features: [1, most * most, width].
+
+    Args:
+        base: patches along a side of the images that distances are counted in.
+    """
+    frequencies = 10_000.0 ** (-jnp.arange(width // 4) / (width // 4))
+    angles = (jnp.arange(most) * base / most)[:, None] * frequencies
+    along = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)  # [most, width / 2]
+    rows, columns = (jnp.broadcast_to(x, (most, most, width // 2)) for x in (along[:, None], along[None]))
+    return jnp.concatenate([columns, rows], -1).reshape(1, most**2, width)
 
 
 class PatchEmbedding(nn.Module):
@@ -24,7 +39,7 @@ class PatchEmbedding(nn.Module):
             raise ValueError(
                 f"latents of {x.shape[1]} x {x.shape[2]} are larger than {PATCH * most}, this model's most."
             )
-        table = self.param("pos_embed", nn.initializers.zeros, (1, most**2, c.width))
+        table = self.param("pos_embed", functools.partial(position_table, c.sample_size // PATCH), most, c.width)
         table = jax.lax.stop_gradient(table).reshape(most, most, -1)  # it is fixed: sines and cosines
         top, left = (most - h) // 2, (most - w) // 2
         patch = (PATCH, PATCH)
@@ -83,5 +98,6 @@ class SD3Transformer2DModel(nn.Module):
             dual, last = i in c.dual_attention_layers, i == c.num_layers - 1
             tokens, text = block(c, dual, last, dtype, name=f"transformer_blocks_{i}")(tokens, text, vector)
         scale, shift = Modulation(2, c.width, dtype=dtype, name="norm_out")(vector)
-        out = nn.Dense(PATCH**2 * c.out_channels, dtype=dtype, name="proj_out")(modulated(tokens, shift, scale))
+        project = nn.Dense(PATCH**2 * c.out_channels, dtype=dtype, name="proj_out", kernel_init=ZEROS)
+        out = project(modulated(tokens, shift, scale))
         return unfold(out, *x.shape[1:3], channels_first=False)

@@ -11,7 +11,6 @@ from jaxdiff.text.emphasis import apply_emphasis
 from jaxdiff.typing import Array, Params
 
 FLUX2_LAYERS = (9, 18, 27)  # of Qwen3, whose states FLUX.2 reads side by side
-SD3_TOKENS = 256  # of T5
 
 
 def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_skip: int = 0) -> Conditioning:
@@ -73,7 +72,7 @@ def encode_sd3(model: Model, params: Params, tokens: Tokens, clip_skip: int) -> 
     width = model.transformer.config.joint_attention_dim
     states = jnp.pad(states, ((0, 0), (0, 0), (0, width - states.shape[-1])))
     if model.text_encoder_3 is None:
-        text = jnp.zeros((len(states), SD3_TOKENS, width), states.dtype)
+        text = jnp.zeros((len(states), model.options.max_sequence_length, width), states.dtype)
     else:
         text = apply(model, params, "text_encoder_3", tokens.ids_3)
     return Conditioning(jnp.concatenate([states, text], 1), pooled)

@@ -127,7 +127,7 @@ def resolve_settings(
         height=latents[0] * factor,
         width=latents[1] * factor,
         latents=latents,
-        lowres_latents=None if hires is None else lowres_shape(latents, hires),
+        lowres_latents=None if hires is None else lowres_shape(latents, hires, model.multiple // factor),
         hires_upscale=hires_upscale,
         clip_skip=check_clip_skip(model, clip_skip),
         tile=None if tile is None else min(as_whole("tile", tile, 1), max(latents[:2])),
@@ -238,8 +238,12 @@ def flow_grid(
 
 
 def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """(h, w, C) of an image's latents; raises ArgumentError if the VAE's factor does not divide height or width."""
-    own, factor, multiple = model.sample_size, model.vae.config.factor, model.multiple
+    """(h, w, C) of an image's latents.
+
+    Raises:
+        ArgumentError: the VAE's factor, or a patch, does not divide height or width, or a side is too long.
+    """
+    own, factor, multiple, most = model.sample_size, model.vae.config.factor, model.multiple, model.longest_side
     sizes = []
     for i, (name, pixels) in enumerate((("height", height), ("width", width))):
         if pixels is None:
@@ -247,6 +251,10 @@ def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[i
         if not isinstance(pixels, int | np.integer) or pixels < multiple or pixels % multiple:
             whose = "the VAE's factor" if multiple == factor else f"the VAE's factor times {PATCH} latents to a patch"
             raise ArgumentError(name, f"{pixels} must be a positive multiple of {multiple}, {whose}.")
+        if most is not None and pixels > most:
+            raise ArgumentError(
+                name, f"{pixels} must be at most {most}: this model's transformer has no more positions."
+            )
         sizes.append(int(pixels) // factor)
     return sizes[0], sizes[1], model.vae.config.latent_channels
 
@@ -332,11 +340,11 @@ def preview_steps(first: np.ndarray | None, last: int, frames: int) -> np.ndarra
     return np.unique(np.linspace(0 if first is None else int(first), last, frames).round().astype(np.int32))
 
 
-def lowres_shape(shape: tuple[int, int, int], hires: float) -> tuple[int, int, int]:
-    """The latents' shape (h, w, C) of an image drawn `hires` times smaller."""
-    if not hires > 1 or min(shape[:2]) < hires:
+def lowres_shape(shape: tuple[int, int, int], hires: float, unit: int = 1) -> tuple[int, int, int]:
+    """The latents' shape (h, w, C) of an image drawn about `hires` times smaller, h and w multiples of `unit`."""
+    if not hires > 1 or min(shape[:2]) < unit * hires:
         raise ArgumentError("hires", f"{hires} must be above 1, and leave something of {list(shape[:2])} latents.")
-    return round(shape[0] / hires), round(shape[1] / hires), shape[2]
+    return unit * round(shape[0] / unit / hires), unit * round(shape[1] / unit / hires), shape[2]
 
 
 def image_keys(seed: int | Sequence[int], count: int, name: str = "seed") -> Key:

@@ -15,9 +15,10 @@ from absl import logging
 from jaxdiff.config import ConfigError
 from jaxdiff.text.tokenizer_files import digest_of, open_files, read_files, readable, write_files
 
+TEMPLATE = "chat_template.jinja"  # which may also stand in tokenizer_config.json
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model",
-    "vocab.json", "merges.txt", "chat_template.jinja",
+    "vocab.json", "merges.txt", TEMPLATE,
 )  # fmt: skip
 
 
@@ -40,6 +41,9 @@ class PlainTokenizer:
         files = read_files(Path(folder), FILES)
         if not {"tokenizer.json", "spiece.model", "vocab.json"} & set(files):
             raise ConfigError(f"{folder} holds no tokenizer: put tokenizer.json there.")
+        template = TEMPLATE in files or b"chat_template" in files.get("tokenizer_config.json", b"")
+        if thinking is not None and not template:
+            raise ConfigError(f"{folder} holds no chat template, which prompts are put in: fetch the whole tokenizer.")
         return cls(files, max_length, thinking)
 
     def save(self, folder: str | Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.config.networks import FIXED_UNET, FIXED_VAE
-from jaxdiff.io.configs import NETWORKS
+from jaxdiff.io.configs import FRESH
 from jaxdiff.models.model import Model
 from jaxdiff.training.defaults import OPEN, RULES, flat
 from jaxdiff.training.losses import SCALES
@@ -89,7 +89,7 @@ def check_names(config: Any) -> None:
 def _check_networks(sizes: Any) -> None:
     """Sizes of fresh parts: their names, and numbers that no network can have."""
     for part, values in sizes.items():
-        known: dict[str, Any] = {"scheduler": SchedulerConfig, **NETWORKS}
+        known: dict[str, Any] = {"scheduler": SchedulerConfig, **FRESH}
         if part not in known:
             raise OptionsError(f"model.{part} is no part of a model: {near(part, list(known))}")
         if part == "scheduler":  # whose files have many more names

@@ -116,7 +116,8 @@ SETTINGS: dict[str, Any] = {
     # Diffusers folders, or names of bundled models, that parts come from with weights and sizes; "model" stands
     # for every part, and "vae" may be the folder of an autoencoder alone.
     "init_from": {
-        name: setting("", path=True) for name in ("model", "text_encoder", "vision_encoder", "vae", "unet", "upscaler")
+        name: setting("", path=True)
+        for name in ("model", "text_encoder", "text_encoder_2", "vision_encoder", "vae", "unet", "upscaler")
     },
     "data": {
         "path": setting("", path=True),
@@ -155,7 +156,9 @@ SETTINGS: dict[str, Any] = {
     },
     # Of a fresh text encoder.
     "tokenizer": {"vocab_size": setting(4096, 514, 2**24), "max_length": setting(24, 3, 4096)},
-    "model": {},  # sizes of fresh parts: text_encoder, vision_encoder, vae, unet, scheduler
+    # Sizes of fresh parts: text_encoder, vision_encoder, vae, unet, scheduler; or in place of a UNet a transformer of
+    # SD 3's kind, with text_encoder and text_encoder_2.
+    "model": {},
     # Stages "vae", "vae_decoder" and "super_resolution": pixels of random squares to train on; 0: whole images, as all
     # others learn.
     "crop": setting(0, 0, 16384),

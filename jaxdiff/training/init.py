@@ -11,21 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.config import CLIPTextConfig, ConfigError, SchedulerConfig, TinyVAEConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, ConfigError, PipelineOptions, SchedulerConfig, TinyVAEConfig, VAEConfig
 from jaxdiff.errors import WeightsError
-from jaxdiff.io.configs import NETWORKS, read_config, replace_config
+from jaxdiff.io.configs import FRESH, read_config, replace_config
 from jaxdiff.io.diffusers_folder import INDEX, load_model
 from jaxdiff.io.model_paths import find
 from jaxdiff.io.modules import CONFIG, find_weights, load_tokenizer
 from jaxdiff.io.pretrained import load
 from jaxdiff.io.single_file import open_single_file
 from jaxdiff.io.tensor_files import TensorSource, load_tensors
+from jaxdiff.io.transformer_folder import text_widths
 from jaxdiff.io.vae import is_vae, open_vae
 from jaxdiff.models.model import Model, autoencoder, build, encode, init_params, param_shapes
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Key, Params
 
-PARTS = ("text_encoder", "unet", "vae", "vision_encoder")
+PARTS = ("text_encoder", "text_encoder_2", "unet", "transformer", "vae", "vision_encoder")
+NAMED = tuple(name for name in PARTS if name != "transformer")  # in init_from
 
 
 def starting_model(
@@ -41,7 +43,8 @@ def starting_model(
     """The model that training starts from.
 
     Args:
-        sizes: the config of each fresh part ("text_encoder", "unet", "vae", "vision_encoder") and of the "scheduler".
+        sizes: the config of each fresh part ("text_encoder", "unet", "vae", "vision_encoder") and of the "scheduler". A
+            "transformer", of SD 3's kind, takes the place of a UNet and reads two text encoders.
         init_from: models (diffusers folders, single files, names) by the part that is taken from them, config and
             weights; or the folder of that part alone, and for "vae" whatever `jaxdiff.load_vae` opens. "model" stands
             for all parts, and without others beside it may be of any family. The tokenizer comes with the text encoder,
@@ -62,7 +65,7 @@ def starting_model(
     if check is not None:
         check(model)
     shapes = param_shapes(model)
-    read = {name: load_tensors(part.weights(), shapes[name], jnp.float32) for name, part in given.items()}
+    read = {name: part.read(shapes[name]) for name, part in given.items()}
     return model, {**_fresh(model, set(shapes) - set(given), key), **jax.device_get(read)}
 
 
@@ -86,34 +89,68 @@ class _Part(NamedTuple):
     config: Any
     weights: Callable[[], Path | TensorSource]  # where they are, unread
     tokenizer: Tokenizer | None = None
+    projects: bool = True  # False: a text encoder that gets the identity as its projection
+
+    def read(self, shapes: Params) -> Params:
+        """The parameters."""
+        if self.projects:
+            return load_tensors(self.weights(), shapes, jnp.float32)
+        own = {name: tree for name, tree in shapes.items() if name != "text_projection"}
+        identity = {"kernel": jnp.eye(self.config.hidden_size)}
+        return {**load_tensors(self.weights(), own, jnp.float32), "text_projection": identity}
 
 
 def _described(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, dict[str, _Part]]:
     """The model, and its parts that are not fresh."""
     named = {name: path for name, path in init_from.items() if path}
-    if unknown := [name for name in named if name not in ("model", *PARTS)]:
-        raise ConfigError(f"init_from.{unknown[0]} is unknown; known are model, {', '.join(PARTS)}.")
-    scheduler = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", **sizes.get("scheduler", {})})
+    if unknown := [name for name in named if name not in ("model", *NAMED)]:
+        raise ConfigError(f"init_from.{unknown[0]} is unknown; known are model, {', '.join(NAMED)}.")
+    flow = "transformer" in sizes
+    process = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
+    scheduler = SchedulerConfig.from_dict({"_class_name": process, **sizes.get("scheduler", {})})
     given: dict[str, _Part] = {}
     if "model" in named:
         whole, given = _opened("model", named.pop("model"))
-        scheduler = whole.scheduler
-    configs: dict[str, Any] = {name: NETWORKS[name].from_dict(dict(sizes[name])) for name in PARTS if name in sizes}
+        scheduler = scheduler if flow else whole.scheduler
+    configs: dict[str, Any] = {name: FRESH[name].from_dict(dict(sizes[name])) for name in PARTS if name in sizes}
     for name, path in named.items():
         like = given["vae"].config if "vae" in given else configs.get("vae", VAEConfig())
         given[name] = _part(name, path, like)
-    configs.update({name: part.config for name, part in given.items()})
-    if missing := [name for name in ("text_encoder", "unet", "vae") if name not in configs]:
+    configs.update({name: part.config for name, part in given.items() if name in PARTS})
+    texts = ("text_encoder", "text_encoder_2") if flow else ("text_encoder",)
+    if missing := [name for name in (*texts, "transformer" if flow else "unet", "vae") if name not in configs]:
         raise ConfigError(f"The config gives neither model.{missing[0]} nor init_from.{missing[0]}.")
+    if flow:
+        configs, given = _as_sd3(configs, given)
     _check_fit(configs)
-    if "text_encoder" in given:
-        tokenizer = given["text_encoder"].tokenizer
-    else:
-        tokenizer = make_tokenizer()
-        configs["text_encoder"] = _fit_tokenizer(configs["text_encoder"], tokenizer)
-    text, unet, vae = (configs[name] for name in ("text_encoder", "unet", "vae"))
-    vision = configs.get("vision_encoder")
-    return build(text, unet, vae, tokenizer, scheduler, vision, dtype=dtype, remat=remat), given
+    tokenizers = [given[name].tokenizer if name in given else None for name in texts]
+    if None in tokenizers:
+        fresh = make_tokenizer()
+        configs |= {n: _fit_tokenizer(configs[n], fresh) for n, x in zip(texts, tokenizers, strict=True) if x is None}
+        tokenizers = [x or fresh for x in tokenizers]
+    second: dict[str, Any] = {"text_2": configs["text_encoder_2"], "tokenizer_2": tokenizers[-1]} if flow else {}
+    return build(
+        configs["text_encoder"], configs["unet"], configs["vae"], tokenizers[0], scheduler,
+        configs.get("vision_encoder"), transformer=configs.get("transformer"), dtype=dtype, remat=remat, **second,
+        options=PipelineOptions(max_sequence_length=0) if flow else None,  # nothing in the place of T5's states
+    ), given  # fmt: skip
+
+
+def _as_sd3(configs: dict[str, Any], given: dict[str, _Part]) -> tuple[dict[str, Any], dict[str, _Part]]:
+    """The parts as SD 3's pipeline reads them, without a UNet.
+
+    Its text encoders project their pooled text, by the identity where they did not, and its autoencoder has a shift.
+    """
+    changed = {**configs, "unet": None}
+    for name in ("text_encoder", "text_encoder_2"):
+        if not (text := configs[name]).with_projection:
+            changed[name] = dataclasses.replace(text, with_projection=True, projection_dim=text.hidden_size)
+    changed["vae"] = dataclasses.replace(configs["vae"], shift_factor=configs["vae"].shift_factor or 0.0)
+    return changed, {
+        name: part._replace(config=changed[name], projects=name == "vae" or part.config == changed[name])
+        for name, part in given.items()
+        if changed.get(name) is not None
+    }
 
 
 def _whole(path: str, dtype: Any, remat: bool | str, check: Callable[[Model], None] | None) -> tuple[Model, Params]:
@@ -179,12 +216,15 @@ def _part(name: str, path: str, like: VAEConfig | TinyVAEConfig) -> _Part:
             vae, source = open_vae(folder, like)
             return _Part(vae, lambda: source)
         if (folder / CONFIG).is_file() and not (folder / INDEX).is_file():  # as diffusers' save_pretrained writes it
-            config: Any = read_config(folder / CONFIG, NETWORKS[name])
+            config: Any = read_config(folder / CONFIG, FRESH[name])
             tokenizer = None
-            if name == "text_encoder":
-                tokenizer = load_tokenizer(folder.parent / "tokenizer", config)
+            if name.startswith("text_encoder"):
+                which = "tokenizer_2" if folder.name == "text_encoder_2" else "tokenizer"
+                tokenizer = load_tokenizer(folder.parent / which, config)
             return _Part(config, lambda: find_weights(folder, name), tokenizer)
     parts = _opened(name, path)[1]
+    if name == "text_encoder_2" and name not in parts:  # the same twice
+        return parts["text_encoder"]
     if name not in parts:
         raise ConfigError(f"init_from.{name}: {path} has no {name}.")
     return parts[name]
@@ -207,6 +247,9 @@ def _fit_tokenizer(text: CLIPTextConfig, tokenizer: Tokenizer) -> CLIPTextConfig
 def _check_fit(configs: Mapping[str, Any]) -> None:
     """Raise ConfigError unless the parts fit each other."""
     text, unet, vae = (configs[name] for name in ("text_encoder", "unet", "vae"))
+    if unet is None:
+        _check_transformer(configs)
+        return
     if unet.cross_attention_dim != text.hidden_size:
         raise ConfigError(
             f"unet.cross_attention_dim is {unet.cross_attention_dim}, the text encoder's hidden_size "
@@ -219,6 +262,19 @@ def _check_fit(configs: Mapping[str, Any]) -> None:
         )
     if unet.addition_embed_type or unet.class_embed_type or unet.num_class_embeds:
         raise ConfigError("The UNet wants more than a prompt (SDXL, upscaling); only plain ones can be trained.")
+
+
+def _check_transformer(configs: Mapping[str, Any]) -> None:
+    """`_check_fit` of a transformer."""
+    transformer, vae = configs["transformer"], configs["vae"]
+    for name, read, made in text_widths("sd3", {**configs, "text_encoder_3": None}):
+        if read != made:
+            raise ConfigError(f"transformer.{name} is {read}, and the text encoders make {made}: make them equal.")
+    if not transformer.in_channels == transformer.out_channels == vae.latent_channels:
+        raise ConfigError(
+            f"transformer.in_channels and out_channels are {transformer.in_channels} and {transformer.out_channels}, "
+            f"the autoencoder has {vae.latent_channels} latent channels: make them equal."
+        )
 
 
 def measured(model: Model, params: Params, images: Iterable[np.ndarray]) -> Model:

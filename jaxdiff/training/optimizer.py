@@ -33,8 +33,15 @@ def learning_rate(options: Options) -> optax.Schedule:
 
 
 def decayed(params: Params) -> Any:
-    """Whether weight decay is for an array: matrices and kernels; biases, norms and scalars are left alone."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    """Whether weight decay is for an array: matrices and kernels; biases, norms and scalars are left alone.
+
+    So is SD 3's table of positions, which is fixed.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and _last(path) != "pos_embed", params)
+
+
+def _last(path: tuple) -> str:
+    return getattr(path[-1], "key", "") if path else ""
 
 
 def optimizer(options: Options) -> optax.GradientTransformation:
@@ -103,7 +110,7 @@ def _kernels(params: Params) -> Any:
     """Which arrays Muon takes: dense kernels [in, out] and those of convolutions [H, W, in, out] as matrices."""
 
     def one(path: tuple, p: Array) -> Any:
-        if p.ndim < 2 or getattr(path[-1], "key", "") == "embedding":
+        if p.ndim < 2 or _last(path) in ("embedding", "pos_embed"):
             return None
         return optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)
 

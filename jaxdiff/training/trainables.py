@@ -88,7 +88,7 @@ def described(config: Any, model: Model, shapes: Params) -> Trainable:
     return made[-1]._replace(params=shapes)
 
 
-OF_UNETS = ("textual_inversion", "controlnet", "inpainting", "upscaler")
+OF_UNETS = ("textual_inversion", "controlnet", "inpainting", "upscaler", "lcm", "lcm_lora", "scm")
 
 
 def _made(config: Any, model: Model, params: Params) -> Trainable:

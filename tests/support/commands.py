@@ -45,6 +45,14 @@ def train_cli(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
+def made_transformers(tmp_path_factory):
+    """Small pipelines of the transformer families, for tests that have asked for torch and diffusers."""
+    from tests.support.transformer_pipelines import Made
+
+    return Made(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def clip_and_data(tmp_path_factory):
     """A folder with an encoder and data, for features that are kept. Not to be written to but by their cache."""
     folder = tmp_path_factory.mktemp("evaluation")

@@ -1,4 +1,7 @@
-"""A config of train.py for the tiny model: tests/support/training_config.py:clip, :vae, :vae_decoder, :gan or :unet."""
+"""A config of train.py for the tiny model: tests/support/training_config.py:clip, :vae, :vae_decoder, :gan or :unet.
+
+With :mmdit, a transformer of SD 3's kind stands in the place of the UNet.
+"""
 
 import dataclasses
 
@@ -9,6 +12,12 @@ from tests.support.stages import UNET
 from tests.support.tiny import SCHEDULER, SIDE, VAE
 
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+MMDIT = {
+    "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 8,
+    "num_attention_heads": 2, "joint_attention_dim": 32, "caption_projection_dim": 16, "pooled_projection_dim": 32,
+    "pos_embed_max_size": 6, "qk_norm": "rms_norm",
+}  # fmt: skip
 
 
 def get_config(stage: str = "vae") -> ConfigDict:
@@ -23,6 +32,8 @@ def get_config(stage: str = "vae") -> ConfigDict:
             "scheduler": SCHEDULER.to_dict(),
         }
     )
+    if stage == "mmdit":
+        config.model = ConfigDict({"transformer": MMDIT})
     config.tokenizer.vocab_size = 560
     config.data.image_size = SIDE
     config.data.threads = 1

@@ -3,8 +3,11 @@
 Imported only by tests that have asked for torch with `pytest.importorskip`.
 """
 
+import inspect
 import json
+import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,20 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from diffusers.loaders import single_file_utils
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
+import jaxdiff
+from jaxdiff.io.transformer_layout import pieces, swap_halves
+from jaxdiff.models import text_encoding
 from tests.support import oracle
 from tests.support.pipelines import PROJECTION, TEXT_WIDTH, open_clip, text_encoder, tokenizer
 
 FAMILIES = ("flux", "schnell", "sd3", "sd3_without_t5", "z_image", "flux2", "flux2_distilled")
 FACTOR = 2  # of the autoencoder
+PUBLISHED_LAYERS = text_encoding.FLUX2_LAYERS  # of Qwen3, which FLUX.2 reads
+text_encoding.FLUX2_LAYERS = (1, 2, 3)  # all of this process, so that four layers are enough
 CORPUS = ["a castle at night with two towers", "the red fox and a blue dog, on the hill", "<think>user assistant"] * 9
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -141,7 +150,7 @@ def flux2(folder: Path, distilled: bool) -> Any:
     vae.bn.running_mean.copy_(torch.randn(4 * CHANNELS, generator=generator))
     vae.bn.running_var.copy_(1 + torch.rand(4 * CHANNELS, generator=generator))
     return diffusers.Flux2KleinPipeline(
-        scheduler(shift=3.0, use_dynamic_shifting=True), vae, qwen3(28, 24), qwen_tokenizer(folder / "qwen"),
+        scheduler(shift=3.0, use_dynamic_shifting=True), vae, qwen3(4, 24), qwen_tokenizer(folder / "qwen"),
         oracle.drawn(transformer), is_distilled=distilled,
     )  # fmt: skip
 
@@ -161,6 +170,32 @@ def pipeline(family: str, folder: Path) -> Any:
     return made
 
 
+class Made:
+    """Pipelines and our models of them, each made once a session. Neither they nor their folders are to be changed.
+
+    Args:
+        factory: pytest's `tmp_path_factory`.
+    """
+
+    def __init__(self, factory: Any) -> None:
+        self.factory, self.pipes, self.models = factory, dict[str, Any](), dict[str, Any]()
+
+    def pipe(self, family: str) -> tuple[Any, Path]:
+        """PyTorch's pipeline of one of `FAMILIES`, and the folder that it is saved in."""
+        if family not in self.pipes:
+            place = self.factory.mktemp(family)
+            made = pipeline(family, place / "tokenizers")
+            made.save_pretrained(place / "model")
+            self.pipes[family] = made, place / "model"
+        return self.pipes[family]
+
+    def model(self, family: str) -> tuple[Any, Any]:
+        """Our model of that folder, and its parameters."""
+        if family not in self.models:
+            self.models[family] = jaxdiff.load(self.pipe(family)[1])
+        return self.models[family]
+
+
 def latents(pipe: Any, noise: np.ndarray) -> torch.Tensor:
     """Unit noise [B, h, w, C] as the pipeline takes it."""
     x = torch.tensor(noise).permute(0, 3, 1, 2)
@@ -169,12 +204,14 @@ def latents(pipe: Any, noise: np.ndarray) -> torch.Tensor:
     return pipe._patchify_latents(x) if isinstance(pipe, diffusers.Flux2KleinPipeline) else x
 
 
-def draw(pipe: Any, prompts: list[str], noise: np.ndarray, steps: int, guidance: float) -> np.ndarray:
+def draw(pipe: Any, prompts: list[str], noise: np.ndarray, steps: int, guidance: float, **more: Any) -> np.ndarray:
     """Images [B, H, W, 3] in [0, 1]."""
     height, width = (FACTOR * side for side in noise.shape[1:3])
+    if isinstance(pipe, diffusers.Flux2KleinPipeline):
+        more["text_encoder_out_layers"] = text_encoding.FLUX2_LAYERS
     out = pipe(
         prompt=list(prompts), height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
-        latents=latents(pipe, noise), output_type="np",
+        latents=latents(pipe, noise), output_type="np", **more,
     )  # fmt: skip
     return np.asarray(out.images)
 
@@ -200,3 +237,72 @@ def redraw(pipe: Any, prompts: list[str], images: np.ndarray, noise: np.ndarray,
     z = out.images / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     with torch.no_grad():
         return (pipe.vae.decode(z).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def original(
+    family: str, tensors: Mapping[str, Any], concatenate: Callable = np.concatenate, swap: Callable = swap_halves
+) -> dict[str, Any]:
+    """A transformer's tensors in their authors' layout, as PyTorch's converters show that it is.
+
+    Args:
+        tensors: by diffusers' names, arrays of NumPy.
+        concatenate, swap: of other arrays, such as PyTorch's without memory.
+    """
+    rows = {name.rpartition(".")[0] or name: x.shape[0] for name, x in tensors.items()}
+    places, found = pieces(family, rows), dict[str, list]()
+    for name, x in tensors.items():
+        layer, dot, last = name.rpartition(".")
+        piece = places[layer or name]
+        if name == "pos_embed.pos_embed" or not dot:
+            found["pos_embed" if dot else name] = [(0, x)]
+            continue
+        if re.search("(query|key)_norm", piece.name):
+            last = "scale"
+        found.setdefault(f"{piece.name}{dot}{last}", []).append((piece.start, swap(x) if piece.swapped else x))
+    in_order = {name: sorted(parts, key=lambda part: part[0]) for name, parts in found.items()}
+    return {name: concatenate([x for _, x in parts]) for name, parts in in_order.items()}
+
+
+def converter(family: str, width: int) -> Callable:
+    """PyTorch's function from the authors' layout to diffusers'; FLUX.1's knows one width."""
+    name = f"convert_{family}_transformer_checkpoint_to_diffusers"
+    source = inspect.getsource(getattr(single_file_utils, name)).replace("inner_dim = 3072", f"inner_dim = {width}")
+    namespace = dict(vars(single_file_utils))
+    exec(source, namespace)
+    return namespace[name]
+
+
+@torch.no_grad()
+def velocity(
+    family: str,
+    net: torch.nn.Module,
+    x: np.ndarray,
+    t: np.ndarray,
+    text: np.ndarray,
+    pooled: np.ndarray | None = None,
+    guidance: np.ndarray | None = None,
+    lengths: np.ndarray | None = None,
+) -> np.ndarray:
+    """What PyTorch's transformer says of latents [B, h, w, C] at times [B] in training steps: [B, h, w, C].
+
+    Args:
+        text, pooled, guidance: as our networks have them.
+        lengths: of Z-Image's prompts in tokens; by default all of `text`.
+    """
+    b, h, w, c = x.shape
+    images, times, words = torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(t), torch.tensor(text)
+    vector, told = (None if value is None else torch.tensor(value) for value in (pooled, guidance))
+    if family == "sd3":
+        return net(images, words, vector, times).sample.permute(0, 2, 3, 1).numpy()
+    if family == "z_image":
+        own = [rows if lengths is None else rows[: int(lengths[i])] for i, rows in enumerate(words)]
+        out = net(list(images[:, :, None]), (1000 - times) / 1000, own, return_dict=False)[0]
+        return -torch.stack(list(out)).squeeze(2).permute(0, 2, 3, 1).numpy()
+    packed = diffusers.FluxPipeline._pack_latents(images, b, c, h, w)
+    if family == "flux":
+        ids = diffusers.FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", torch.float32)
+        out = net(packed, words, vector, times / 1000, ids, torch.zeros(text.shape[1], 3), told).sample
+    else:
+        ids = diffusers.Flux2KleinPipeline._prepare_latent_ids(torch.zeros(b, 4 * c, h // 2, w // 2))
+        out = net(packed, words, times / 1000, ids, diffusers.Flux2KleinPipeline._prepare_text_ids(words), told).sample
+    return diffusers.FluxPipeline._unpack_latents(out, 8 * h, 8 * w, 8).permute(0, 2, 3, 1).numpy()
