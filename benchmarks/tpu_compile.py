@@ -4,11 +4,12 @@
 
 Needs `libtpu`, of the version that jax[tpu] names. Compiles ahead of time, in bfloat16 and at the published shapes:
 drawing in 20 steps with guidance (`sd1` at 512 pixels, `sdxl` at 1024), also with parameters divided over 8 chips
-(`sd1-fsdp`, `sdxl-fsdp`), and a training step of each with float32 weights: all of the UNet divided over 8 chips
-(`sd1-full`, `sdxl-full`), and a LoRA of rank 16 on one (`sd1-lora`, `sdxl-lora`). A program takes minutes. Prints a
-table with a row for each; the least time is what its FLOPs take at the chip's published rate, or its bytes at its
-published bandwidth, whichever is longer. Batches are a chip's; messages are those of one step and, of a program that
-draws, of what is done once.
+(`sd1-fsdp`, `sdxl-fsdp`), in 28 steps with their texts encoded before and parameters divided over 8 chips of v5e or 4
+of v6e (`flux`) or over 4 (`z_image`), and a training step of each U-Net with float32 weights: all of it divided over 8
+chips (`sd1-full`, `sdxl-full`), and a LoRA of rank 16 on one (`sd1-lora`, `sdxl-lora`). A program takes minutes to an
+hour. Prints a table with a row for each; the least time is what its FLOPs take at the chip's published rate, or its
+bytes at its published bandwidth, whichever is longer. Batches are a chip's; messages are those of one step and, of a
+program that draws, of what is done once.
 """
 
 import argparse
@@ -34,7 +35,11 @@ CHIPS = {
     "v6e": Chip("v6e:2x2", "v6e:2x4", 32e9, 918e12, 1640e9),
 }
 FAMILIES = {"sd1": 512, "sdxl": 1024}
-CASES = tuple(f"{family}{what}" for family in FAMILIES for what in ("", "-fsdp", "-lora", "-full"))
+CASES = (*(f"{family}{what}" for family in FAMILIES for what in ("", "-fsdp", "-lora", "-full")), "flux", "z_image")
+TRANSFORMERS = {  # the published network, tokens of a text and their width, whether there is a negative text, steps
+    "flux": ("FLUX.1-dev", (512, 4096), False, 28),
+    "z_image": ("Z-Image", (512, 2560), True, 28),
+}
 COLUMNS = (
     "program", "chip", "batch", "arguments GB", "temporary GB", "TFLOP", "GB moved", "kernels", "messages",
     "least ms", "compiling s",
@@ -109,6 +114,57 @@ def sampling(family: str, chip: Chip, batch: int, small: bool, fsdp: int = 1) ->
     return program.lower(sharded(mesh, params), call, images), decoder, dict(mesh.shape)
 
 
+def transforming(family: str, chip: Chip, batch: int, small: bool) -> tuple[Any, Any, dict[str, int]]:
+    """As `sampling`, of a transformer divided over a host's chips, with the texts' embeddings as inputs."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxdiff import parallel
+    from jaxdiff.config import SchedulerConfig, VAEConfig
+    from jaxdiff.models.conditioning import Conditioning
+    from jaxdiff.models.model import MODULES, Model, autoencoder, decode, param_shapes
+    from jaxdiff.sampling.generate import sampler
+    from jaxdiff.sampling.inputs import ImageInputs
+    from jaxdiff.sampling.resolve import resolve_settings
+    from jaxdiff.training.train_step import sharded
+    from tests.support.published_transformers import AUTOENCODERS, PUBLISHED
+
+    name, text, negative, steps = TRANSFORMERS[family]
+    published, vae = PUBLISHED[name], AUTOENCODERS["16 channels"]
+    values = {"num_layers": 1, "num_single_layers": 1, "n_layers": 1, "n_refiner_layers": 1} if small else {}
+    known = published.config.from_dict(published.values).to_dict()
+    config = published.config.from_dict({**published.values, **{k: v for k, v in values.items() if k in known}})
+    scheduler = SchedulerConfig.from_dict({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    model = Model(
+        None, None, autoencoder(VAEConfig.from_dict({**vae.values, "scaling_factor": 0.3611}), "bfloat16"), None,
+        scheduler, transformer=MODULES[published.config](config, dtype=jnp.bfloat16),
+    )  # fmt: skip
+    count = 8 if family == "flux" and chip.eight.startswith("v5e") else 4
+    chips, side = devices(chip, count), 256 if small else 1024
+    one = NamedSharding(parallel.data_mesh(chips[:1]), PartitionSpec())
+    params = shapes_of(param_shapes(model), one, "bfloat16")
+    settings = resolve_settings(model, steps=steps, height=side, width=side)
+    mesh, rows = parallel.mesh(count, 1, chips), batch * count
+    split = parallel.batch_sharding(mesh)
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=split)
+
+    cond = Conditioning(array(*text), array(768) if family == "flux" else None, None, array(text[0]))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl="threefry2x32"), rows))
+    inputs = ImageInputs(
+        None, None, array(), None, array(*settings.latents), shapes_of(keys, split), array(),
+        conditions=(cond, cond if negative else None),
+    )  # fmt: skip
+    latents = jax.ShapeDtypeStruct((batch, *settings.latents), jnp.float32, sharding=one)
+    decoder = jax.jit(lambda params, x: decode(model, params, x)).lower(params, latents)
+    parts = (settings.scheduler, settings.clip_skip, settings.hires_upscale, settings.tile)
+    program = sampler(model, *parts, mesh).program
+    call = shapes_of(jax.tree.map(jnp.asarray, settings.call), parallel.replicated(mesh))
+    return program.lower(sharded(mesh, params), call, inputs), decoder, dict(mesh.shape)
+
+
 def training(family: str, stage: str, chip: Chip, batch: int, small: bool) -> tuple[Any, dict[str, int]]:
     """A training step on latents and tokens, lowered, and the sizes of its mesh."""
     import jax
@@ -145,8 +201,11 @@ def row(case: str, name: str, batch: int, small: bool) -> list[Any]:
 
     family, _, what = case.partition("-")
     chip, start = CHIPS[name], time.perf_counter()
-    draws = what in ("", "fsdp")
-    if not draws:
+    draws, steps = what in ("", "fsdp"), STEPS
+    if family in TRANSFORMERS:
+        lowered, decoder, mesh = transforming(family, chip, batch, small)
+        steps = TRANSFORMERS[family][3]
+    elif not draws:
         lowered, mesh = training(family, {"full": "unet", "lora": "lora"}[what], chip, batch, small)
     else:
         lowered, decoder, mesh = sampling(family, chip, batch, small, 8 if what else 1)
@@ -155,7 +214,7 @@ def row(case: str, name: str, batch: int, small: bool) -> list[Any]:
     cost = {key: compiled.cost_analysis()[key] for key in ("flops", "bytes accessed")}
     if draws:  # the compiler counts a loop's body once
         once = decoder.compile().cost_analysis()
-        cost = {key: STEPS * (cost[key] - once[key]) + once[key] for key in cost}
+        cost = {key: steps * (cost[key] - once[key]) + once[key] for key in cost}
     sent = collectives(text, mesh)
     least = max(cost["flops"] / chip.flops, cost["bytes accessed"] / chip.bandwidth)
     return [
