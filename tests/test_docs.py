@@ -122,7 +122,15 @@ def wrong(found: list[tuple[str, list[str]]]) -> str:
 def test_commands_and_flags_of_all_pages_exist(folder):
     documented.image(folder / "castle.png")
     assert not wrong([(page, words) for page in PAGES for words in shell(page) + documents.inline_commands(page)])
-    others = {"logdir", "command", "worker", "max", "num", "signal"}  # of TensorBoard, gcloud, xpk and Slurm
+    others = {
+        "logdir",
+        "command",
+        "worker",
+        "max",
+        "num",
+        "signal",
+        "ar",
+    }  # of TensorBoard, gcloud, xpk, Slurm, Midjourney
     known = documented.known_flags() | others
     assert not {page: unknown for page in PAGES if (unknown := documents.inline_flags(page) - known)}
 

@@ -17,6 +17,7 @@ from jaxdiff.errors import ImageError
 from jaxdiff.io.diffusers_folder import load_model
 from jaxdiff.io.images import read_image, read_metadata, write_png
 from jaxdiff.io.model_paths import find
+from jaxdiff.sampling.generate import Drawn
 from jaxdiff.sampling.resolve import resolve_images
 from tests.support.commands import CASTLE, STEPS
 from tests.support.tiny import SIDE
@@ -79,7 +80,7 @@ def told(monkeypatch):
 
     def draw(model, params, request, lookup):
         seeds = np.asarray(jax.random.key_data(request.images.keys))[:, 1].astype(np.uint8)
-        return seeds[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8), None
+        return Drawn(seeds[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8), np.ones(len(seeds), bool), None)
 
     monkeypatch.setattr(sample, "resolve_images", resolved)
     monkeypatch.setattr(sample, "draw", draw)

@@ -124,7 +124,7 @@ def test_an_animation_of_two_prompts_and_of_one(tmp_path):
 
 def test_only_what_differs_from_the_defaults_is_kept():
     (picture,) = planned("--prompt=a")
-    assert set(picture) == {"prompt", "seed", "steps", "model", "dtype"}
+    assert set(picture) == {"prompt", "seed", "model", "dtype"}
     (picture,) = planned("--prompt=a", "--noemphasis", "--hires=2", "--variation_seed=0", "--clip_skip=1")
     assert (picture["hires_strength"], picture["variation_strength"], picture["clip_skip"]) == (0.6, 0.1, 1)
 

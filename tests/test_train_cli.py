@@ -144,7 +144,7 @@ def test_a_pretrained_model_learns_a_folder(train_cli, data, tiny_folder, tmp_pa
         (("--config={config}", "--workdir={tmp}"), 2, "config.data.path is missing"),
         (("--config={config}", "--workdir={tmp}", "--config.stpes=3"), 2, "stpes"),
         (("--config={config}", "--workdir={tmp}", "--config.steps=many"), 2, "many"),
-        (("--config={config}:gan", "--workdir={tmp}", "--config.data.path={data}"), 2, "config.stage 'gan'"),
+        (("--config={config}:wgan", "--workdir={tmp}", "--config.data.path={data}"), 2, "config.stage 'wgan'"),
         (("--config={config}", "--workdir={tmp}", "--config.data.path={data}", "extra"), 2, "extra"),
         (("--config={config}", "--workdir={tmp}", "--config.data.path=nowhere"), 1, "nowhere does not exist"),
         (("--config={config}", "--workdir={data}/0.png", "--config.data.path={data}"), 1, "--workdir"),

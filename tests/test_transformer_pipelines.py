@@ -149,7 +149,7 @@ def test_the_command_refuses(family, made_transformers, tmp_path, capsys):
     if family == "sd3" or family == "sd3_without_t5":
         del refused["--clip_skip=1"]
     if family in ("flux", "schnell", "flux2_distilled"):
-        refused["--negative_prompt=x"] = "distilled"
+        refused["--negative_prompt=x"] = "is for guidance, which this model does without"
     if family in ("schnell", "flux2_distilled"):
         refused["--guidance_scale=2"] = "no effect"
     for flag, words in refused.items():
