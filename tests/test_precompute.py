@@ -130,7 +130,7 @@ def test_killed_in_the_middle_two_processes_go_on_and_share_the_rest(pictures, w
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("0*")}
     assert 1 <= len(before) < 5
     two = [start(pictures, tmp_path, i, 2, 0) for i in range(2)]
-    said = [process.communicate(timeout=300)[1] for process in two]
+    said = [process.communicate(timeout=900)[1] for process in two]
     assert [process.returncode for process in two] == [0, 0], said
     assert {n: (tmp_path / n).stat().st_mtime_ns for n in before} == before  # what was there is not written again
     made = [{int(n) - 1 for n in re.findall(r"Part (\d) of 5", text)} for text in said]

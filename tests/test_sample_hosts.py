@@ -31,7 +31,7 @@ def test_two_processes_write_the_files_of_one(sample_cli, tiny_folder, tmp_path)
     port = free_port()
     more = [*args, f"--model={tiny_folder}", "--output=together"]
     both = [start(i, 2, port, *more, cwd=tmp_path) for i in range(2)]
-    outputs = [process.communicate(timeout=300) for process in both]
+    outputs = [process.communicate(timeout=900) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs[0][1]
     written = [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in outputs]  # CPUs' messages
     assert len(written[0]) == 2 * 5 + 1
@@ -48,7 +48,7 @@ def test_each_process_divides_the_model_over_its_own_devices(sample_cli, tiny_fo
     assert code == 0, err
     port, more = free_port(), [*args, "--fsdp=2", f"--model={tiny_folder}", "--output=together"]
     both = [start(i, 2, port, *more, cwd=tmp_path, devices=2) for i in range(2)]
-    outputs = [process.communicate(timeout=300) for process in both]
+    outputs = [process.communicate(timeout=900) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs[0][1]
     for path in alone:
         assert levels(read_image(path), read_image(path.replace("alone", "together"))) <= 1, path
@@ -60,7 +60,7 @@ def test_a_host_that_fails_is_named_and_the_other_ends(tiny_folder, tmp_path, fa
     port, args = free_port(), [*PROMPTS, "--grid", f"--model={tiny_folder}", "--output={index}.png"]
     more = {failing: ["--lora=gone.safetensors"]}
     both = [start(i, 2, port, *args, *more.get(i, ()), cwd=tmp_path) for i in range(2)]
-    errors = [process.communicate(timeout=300)[1] for process in both]
+    errors = [process.communicate(timeout=900)[1] for process in both]
     assert "--lora: gone.safetensors does not exist" in errors[failing]
     assert f"Process {failing} of 2 has stopped, and its images are missing" in errors[1 - failing]
     assert [process.returncode for process in both] == [2 if i == failing else 1 for i in range(2)]

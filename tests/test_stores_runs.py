@@ -265,7 +265,7 @@ def test_a_run_killed_at_any_request_goes_on_as_if_nothing_had_been(s3, starting
 
         application.failing = kill
         try:
-            _, error = program.communicate(timeout=600)
+            _, error = program.communicate(timeout=1800)
         finally:
             program.kill()
         assert program.returncode == -9, f"{method} {part}: {error.decode()}"

@@ -51,7 +51,7 @@ def vae(data, tmp_path_factory) -> tuple[Path, str]:
     workdir = tmp_path_factory.mktemp("vae")
     command = [sys.executable, "train.py", f"--config={CONFIG}:vae", f"--workdir={workdir}", "--config.steps=2"]
     command += [f"--config.data.path={data}", "--config.data.filter.max_caption=18"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert "step 2/2:" in done.stdout
     return workdir, done.stderr
@@ -269,7 +269,7 @@ def test_hosts_that_see_other_folders_are_told_so(data, tmp_path, workdirs, coun
         command += [f"--config.data.path={path}", f"--coordinator_address=localhost:{port}", "--num_processes=2"]
         command.append(f"--process_id={i}")
         both.append(subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True))
-    said = [process.communicate(timeout=300)[1] for process in both]
+    said = [process.communicate(timeout=900)[1] for process in both]
     assert [process.returncode for process in both] == [1, 1], said
     assert all(sentence in err for err in said)
     assert not list(tmp_path.glob("*/*host*"))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+LIMIT = 1800  # seconds, for one that hangs: on a slow processor some take ten minutes
 CONFIG = ROOT / "tests" / "support" / "training_config.py"
 
 
@@ -27,7 +28,7 @@ def free_port() -> int:
 def finish(*processes: subprocess.Popen) -> None:
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=600)
+            output, _ = process.communicate(timeout=LIMIT)
             assert process.returncode == 0, output
     finally:
         for process in processes:
