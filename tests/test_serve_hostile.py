@@ -199,10 +199,27 @@ def test_methods_and_paths(server):
     assert GENERATIONS in httpx.get(f"{server[0]}/openapi.json").json()["paths"]
 
 
-def test_a_client_that_has_gone_is_not_drawn_for(server):
+@pytest.fixture
+def gone(monkeypatch):
+    """Set it when the client has gone: images are not finished before."""
+    event = threading.Event()
+
+    def held(*args, **how):
+        for moment in stepwise.draw_stepwise(*args, **how):
+            if moment.finite is not None:
+                event.wait(60)
+            yield moment
+
+    monkeypatch.setattr("jaxdiff.serving.engine.draw_stepwise", held)
+    yield event
+    event.set()
+
+
+def test_a_client_that_has_gone_is_not_drawn_for(server, gone):
     address, engine, _ = server
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(address + GENERATIONS, json={"prompt": "a castle", "n": 6, "steps": 60}, timeout=0.3)
+    gone.set()
     end = time.monotonic() + 60
     while (engine._queue or any(not job.future.done() for job in engine._jobs)) and time.monotonic() < end:
         time.sleep(0.02)
@@ -210,26 +227,13 @@ def test_a_client_that_has_gone_is_not_drawn_for(server):
     assert httpx.get(f"{address}/sdapi/v1/progress").json()["state"]["job_count"] == 0
 
 
-def test_a_stream_that_nobody_reads_any_more(server, monkeypatch):
-    """Of images that are not finished before the client has gone."""
+def test_a_stream_that_nobody_reads_any_more(server, gone):
     address, engine, _ = server
-    gone = threading.Event()
-
-    def held(*args, **how):
-        for moment in stepwise.draw_stepwise(*args, **how):
-            if moment.finite is not None:
-                gone.wait(60)
-            yield moment
-
-    monkeypatch.setattr("jaxdiff.serving.engine.draw_stepwise", held)
     asked = {"prompt": "a castle", "n": 6, "steps": 60, "stream": True, "partial_images": 3}
     with httpx.stream("POST", address + GENERATIONS, json=asked, timeout=120) as answer:
         assert next(answer.iter_lines()).startswith("event: ")
         (job,) = engine.jobs("127.0.0.1")
-    try:
-        assert isinstance(job.future.exception(60), Cancelled)
-    finally:
-        gone.set()
+    assert isinstance(job.future.exception(60), Cancelled)
 
 
 def test_memory_is_back(tiny, server):
