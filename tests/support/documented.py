@@ -224,6 +224,7 @@ NOT_RUN = {
     "make": "runs this test",
     "datasets.icons": "needs the network, npm and apt",
     "benchmarks.compare_few_steps": "draws with models that several trainings have made",
+    "benchmarks.tpu_compile": "takes a quarter of an hour and more, and the compiler for TPUs",
     "gcloud": "needs an account of Google Cloud",
     "xpk": "needs an account of Google Cloud",
 }
