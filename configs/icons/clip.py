@@ -3,7 +3,9 @@
 python train.py --config=configs/icons/clip.py --workdir=runs/clip
     One GPU; not run yet.
 python train.py --config=configs/icons/clip.py:cpu --workdir=runs/clip
-    Two CPU cores; not run yet on the whole set.
+    Two CPU cores; not run yet on the whole set. With --config.init_from.text_encoder=icons and
+    --config.lr_multipliers='(("text_encoder", 0.0),)' the vision encoder alone learns: docs/icons.md has the result of
+    70 minutes on one core.
 """
 
 from ml_collections import ConfigDict
