@@ -55,7 +55,7 @@ def images(job):
 def test_requests_that_fit_are_drawn_at_once_and_as_alone(tiny, new_engine):
     """Prompts, seeds and scales of one batch differ; a request with other steps has a batch of its own."""
     engine, events = new_engine(start=False)
-    requests = [castle(), castle(seed=20, n=2), castle(prompt="a red dragon", guidance_scale=3.0), castle(steps=2)]
+    requests = [castle(), castle(steps=2), castle(seed=20, n=2), castle(prompt="a red dragon", guidance_scale=3.0)]
     jobs = [engine.submit(request) for request in requests]
     engine.start()
     drawn = [images(job) for job in jobs]
