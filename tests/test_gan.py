@@ -29,7 +29,7 @@ from jaxdiff.training.run import build_run
 from jaxdiff.training.train_step import init_state, make_train_step
 from jaxdiff.training.trainables import make
 from tests.support.commands import CASTLE
-from tests.support.stages import keys, options, pictures, settings
+from tests.support.stages import keys, options, settings, write_houses
 from tests.support.tiny import LATENT, SIDE, tiny_model, tiny_params, tokenizer
 
 IMAGE = np.zeros((SIDE, SIDE, 3), np.uint8)
@@ -261,11 +261,7 @@ def test_it_learns_to_draw_what_each_prompt_asks_for(tiny):
 @pytest.fixture
 def run(tmp_path, tiny_folder):
     """(name of a workdir, settings) -> its run, trained."""
-    (tmp_path / "data").mkdir()
-    for i in range(6):
-        Image.fromarray(pictures(1, seed=i)[0]).save(tmp_path / "data" / f"{i}.png")
-    lines = [json.dumps({"file_name": f"{i}.png", "text": "a house"}) for i in range(6)]
-    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
+    write_houses(tmp_path / "data")
 
     def train(name: str, **changes):
         config = gan_settings(batch_size=4, warmup_steps=0, schedule="constant", b1=0.0, cache_latents=1, **changes)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 import jaxdiff
 from jaxdiff.errors import WeightsError
@@ -21,7 +20,7 @@ from jaxdiff.training.stages import per_example
 from jaxdiff.training.train_step import STATE
 from jaxdiff.training.trainables import make
 from jaxdiff.training.vae_decoder import feature_distance, merge_decoder, split_decoder, vae_decoder_stage
-from tests.support.stages import BATCH, keys, pictures, settings, whole_model
+from tests.support.stages import BATCH, keys, pictures, settings, whole_model, write_houses
 from tests.support.tiny import SIDE, tiny_params
 
 TINY = {"adversary": {"features": 4, "layers": 2}}
@@ -167,11 +166,7 @@ def test_splitting_and_merging_lose_nothing(tiny):
 @pytest.fixture
 def run(tmp_path, tiny_folder):
     """(name of a workdir, settings) -> its run, trained."""
-    (tmp_path / "data").mkdir()
-    for i in range(6):
-        Image.fromarray(pictures(1, seed=i)[0]).save(tmp_path / "data" / f"{i}.png")
-    lines = [json.dumps({"file_name": f"{i}.png", "text": "a house"}) for i in range(6)]
-    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
+    write_houses(tmp_path / "data")
 
     def train(name: str, **changes):
         config = settings("vae_decoder", **TINY, batch_size=4, warmup_steps=0, schedule="constant", **changes)

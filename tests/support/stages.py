@@ -1,10 +1,13 @@
 """Stages of the tiny model, with data and options to train them on."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from jaxdiff import parallel
 from jaxdiff.config import CLIPVisionConfig, SchedulerConfig
@@ -46,6 +49,15 @@ def pictures(count: int = 8, seed: int = 0) -> np.ndarray:
     images = np.full((count, SIDE, SIDE, 3), 255, np.uint8)
     images[:, 4:12, 4:12] = rng.integers(0, 255, (count, 1, 1, 3))
     return images
+
+
+def write_houses(folder: Path) -> None:
+    """Six of them as files, captioned "a house": data to train on."""
+    folder.mkdir()
+    for i in range(6):
+        Image.fromarray(pictures(1, seed=i)[0]).save(folder / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": "a house"}) for i in range(6)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
 def pairs(count: int = 8) -> dict:
