@@ -67,6 +67,13 @@ def part_count(devices: Sequence[jax.Device] | Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in EXAMPLES if axis in mesh.axis_names)
 
 
+def filled_rows(tree: Any, batch: int, parts: int) -> Any:
+    """Arrays [batch, ...] with the last row repeated, until there are as many rows as `parts` divides."""
+    missing = -batch % parts
+    rows = np.minimum(np.arange(batch + missing), batch - 1)
+    return jax.tree.map(lambda x: x[rows], tree) if missing else tree
+
+
 def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int = 0) -> Mapped:
     """Map one program over devices, each with its part of a batch, as `jax.pmap` did; see docs/adr/001-devices.md.
 
@@ -103,13 +110,10 @@ def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int =
     def mapped(*args, lookup):
         each = args[shared:]
         batch = jax.tree.leaves(each)[0].shape[0]
-        missing = -batch % parts
-        if missing:
-            each = jax.tree.map(lambda x: x[np.minimum(np.arange(batch + missing), batch - 1)], each)
-        args = (*args[:shared], *each)
+        args = (*args[:shared], *filled_rows(each, batch, parts))
         if mesh.is_multi_process:
             args = tuple(map(put_global, args, shardings(args)))
         out = (program if lookup is None else lookup(program, *args))(*args)
-        return jax.tree.map(lambda x: x[:batch], out) if missing else out
+        return jax.tree.map(lambda x: x[:batch], out) if batch % parts else out
 
     return Mapped(mapped, program)

@@ -241,13 +241,13 @@ def autoencoder(
     return AutoencoderKL(config, remat, jnp.dtype("float32") if upcast else dtype)
 
 
+def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
     """The smallest inputs of each module, by its key in `params`; the parameters' shapes do not depend on them."""
-    vae = model.vae.config
-
-    def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
+    vae, array = model.vae.config, _array
     tokens = (array(1, 2, dtype=jnp.int32),)
     inputs: dict[str, tuple] = {n: tokens for n in model.modules if n.startswith("text_encoder")}
     inputs["vae"] = (array(1, vae.factor, vae.factor, vae.in_channels),)
@@ -267,11 +267,7 @@ def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
 
 def unet_inputs(model: Model) -> tuple[jax.ShapeDtypeStruct | None, ...]:
     """The smallest inputs of a UNet."""
-    unet = model.unet.config
-
-    def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
+    unet, array = model.unet.config, _array
     side = unet.sample_size if model.is_gan else 2 ** (len(unet.block_out_channels) - 1)
     extra: list[jax.ShapeDtypeStruct | None] = [None] * 5  # pooled, time_ids, attention_mask, class_labels, guidance
     if unet.addition_embed_type == "text_time":
