@@ -50,6 +50,7 @@ class Divided:
 
 
 def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
+    """A spec that no longer divides anything over an axis of the mesh."""
     return PartitionSpec(*[None if name == axis else name for name in spec])
 
 

@@ -389,4 +389,5 @@ def unscaled(model: Model, params: Params, latents: Array) -> Array:
 
 
 def patch_statistics(model: Model, params: Params, z: Array) -> tuple[Array, Array]:
+    """FLUX.2: the mean and deviation [h, w, C] by which latents z [B, h, w, C] are normalised."""
     return model.vae.apply({"params": params["vae"]}, *z.shape[1:3], method="statistics")  # type: ignore[return-value]

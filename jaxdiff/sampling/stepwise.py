@@ -151,9 +151,9 @@ def draw_stepwise(
     stops: Collection[int] = (),
     pace: Pace | None = None,
 ) -> Iterator[Moment]:
-    """Draw the images of a request, with control at the caller between any two of the moments: close it to cancel.
+    """Draw the images of a request; between two moments the caller has control, and may close the iterator to cancel.
 
-    They are those of `draw`, within one grey level. An image that is drawn small first (`hires`) is drawn in one piece.
+    The images are those of `draw`, within one grey level. With `hires` they are drawn in one piece.
 
     Args:
         seconds: about how long one piece takes.
