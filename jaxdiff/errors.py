@@ -1,4 +1,4 @@
-"""The base class of the package's own errors, those that several of its folders raise, and warnings said once.
+"""The base class of the package's own errors, those that several of its folders raise, and warnings logged once.
 
 The message of each is one sentence: what is wrong with which file or argument, and how to mend it.
 """
@@ -10,7 +10,7 @@ from absl import logging
 
 @functools.cache
 def say_once(warning: str) -> None:
-    """A warning, though what it is about may be looked at several times in a process."""
+    """Log a warning once in a process, however often its cause is met."""
     logging.warning("%s", warning)
 
 

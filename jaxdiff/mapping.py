@@ -50,6 +50,7 @@ class Divided:
 
 
 def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
+    """A spec that no longer divides anything over an axis of the mesh."""
     return PartitionSpec(*[None if name == axis else name for name in spec])
 
 
@@ -65,6 +66,13 @@ def part_count(devices: Sequence[jax.Device] | Mesh) -> int:
     """Over how many parts `pmap` divides a batch."""
     mesh = devices if isinstance(devices, Mesh) else data_mesh(devices)
     return math.prod(mesh.shape[axis] for axis in EXAMPLES if axis in mesh.axis_names)
+
+
+def filled_rows(tree: Any, batch: int, parts: int) -> Any:
+    """Arrays [batch, ...] with the last row repeated, until there are as many rows as `parts` divides."""
+    missing = -batch % parts
+    rows = np.minimum(np.arange(batch + missing), batch - 1)
+    return jax.tree.map(lambda x: x[rows], tree) if missing else tree
 
 
 def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int = 0) -> Mapped:
@@ -103,13 +111,10 @@ def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int =
     def mapped(*args, lookup):
         each = args[shared:]
         batch = jax.tree.leaves(each)[0].shape[0]
-        missing = -batch % parts
-        if missing:
-            each = jax.tree.map(lambda x: x[np.minimum(np.arange(batch + missing), batch - 1)], each)
-        args = (*args[:shared], *each)
+        args = (*args[:shared], *filled_rows(each, batch, parts))
         if mesh.is_multi_process:
             args = tuple(map(put_global, args, shardings(args)))
         out = (program if lookup is None else lookup(program, *args))(*args)
-        return jax.tree.map(lambda x: x[:batch], out) if missing else out
+        return jax.tree.map(lambda x: x[:batch], out) if batch % parts else out
 
     return Mapped(mapped, program)

@@ -1,4 +1,4 @@
-"""Devices: meshes and shardings. Only this module and mapping.py know how many there are.
+"""Devices: meshes, shardings, and the one rule by which parameters are divided.
 
 Training lays its devices out as a mesh ("data", "fsdp", "tensor"). One rule, `param_spec`, says from a parameter's path
 and shape how it is divided, and its gradient, moments and average with it:

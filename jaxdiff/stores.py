@@ -351,7 +351,7 @@ def _size(path: Path) -> int:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Holds other processes of this machine back, where its file system has locks."""
+    """Keeps other processes of this machine out of the block, where the file system has locks."""
     with path.open("w") as file:
         with contextlib.suppress(ImportError, OSError):  # systems and file systems without locks
             import fcntl

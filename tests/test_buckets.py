@@ -12,7 +12,7 @@ from jaxdiff.data.buckets import BucketOrder, Buckets, assign, bucket_sizes
 from jaxdiff.data.captioned import captioned_data, open_source
 from jaxdiff.data.filters import scan
 from jaxdiff.data.tables import KEPT_GROUPS
-from tests.support.datasets_of_pictures import numbers, write_folder, write_parquet, write_tars
+from tests.support.image_datasets import numbers, write_folder, write_parquet, write_tars
 
 SIDES = [(16, 16), (32, 16), (16, 32), (24, 12), (15, 15)]  # (width, height) of the pictures
 

@@ -16,7 +16,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data, open_source
 from jaxdiff.data.records import example_class, parse_example
 from jaxdiff.data.shards import index_shard
-from tests.support.datasets_of_pictures import add, picture, write_tars
+from tests.support.image_datasets import add, numbered_image, write_tars
 
 # Tar
 
@@ -26,18 +26,18 @@ def test_names_of_every_format(tmp_path, format):
     name = "/".join(["a" * 30] * (4 if format == tarfile.USTAR_FORMAT else 12)) + "/größe.x.jpg"
     with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
         tar.addfile(tarfile.TarInfo("folder/"))
-        add(tar, name, picture(1))
+        add(tar, name, numbered_image(1))
         add(tar, name.replace(".x.jpg", ".txt"), b"one")
-        add(tar, "other.png", picture(2))
+        add(tar, "other.png", numbered_image(2))
         add(tar, "other.txt", b"two")
     index = index_shard(tmp_path / "a.tar")
     assert len(index["image"]) == 1  # "größe.x.jpg" is of the kind "x.jpg"
     with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
-        add(tar, name.replace(".x", ""), picture(1))
+        add(tar, name.replace(".x", ""), numbered_image(1))
         add(tar, name.replace(".x.jpg", ".txt"), b"one")
     source = open_source(tmp_path / "a.tar")
     assert source.read(0).captions == ("one",)
-    assert source.read(0).image == picture(1)
+    assert source.read(0).image == numbered_image(1)
 
 
 def test_an_index_is_made_once_and_anew_for_another_shard(tmp_path, monkeypatch):
@@ -61,12 +61,12 @@ def shard_of(*entries, tail=b"") -> bytes:
     return file.getvalue() + tail
 
 
-PAIR = (("a.png", picture(1)), ("a.txt", b"one"))
+PAIR = (("a.png", numbered_image(1)), ("a.txt", b"one"))
 
 
 def test_no_metadata_in_a_shard_opens_files_beside_it(tmp_path):
     """A "conditioning_file" is for folders, where it is known to lie inside."""
-    (tmp_path / "secret.png").write_bytes(picture(2))
+    (tmp_path / "secret.png").write_bytes(numbered_image(2))
     (tmp_path / "data").mkdir()
     metadata = json.dumps({"conditioning_file": str(tmp_path / "secret.png")}).encode()
     (tmp_path / "data/0.tar").write_bytes(shard_of(*PAIR, ("a.json", metadata)))
@@ -76,7 +76,7 @@ def test_no_metadata_in_a_shard_opens_files_beside_it(tmp_path):
 
 def absurd(size: bytes, kind: bytes = b"0") -> bytes:
     """The second sample's image claims another size and kind, with a right checksum."""
-    data = bytearray(shard_of(*PAIR, ("b.png", picture(2)), ("b.txt", b"two")))
+    data = bytearray(shard_of(*PAIR, ("b.png", numbered_image(2)), ("b.txt", b"two")))
     at = 4 * 512  # header, image, header, text
     header = data[at : at + 512]
     assert header[:5] == b"b.png"
@@ -95,7 +95,7 @@ def pax(*fields: str) -> bytes:
     with tarfile.open(fileobj=file, mode="w") as tar:
         for name, data in PAIR:
             add(tar, name, data)
-        add(tar, "b.png", picture(2), pax_headers=values)
+        add(tar, "b.png", numbered_image(2), pax_headers=values)
         add(tar, "b.txt", b"two")
     return file.getvalue()
 
@@ -103,8 +103,11 @@ def pax(*fields: str) -> bytes:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (shard_of(("../b.png", picture(2)), ("../b.txt", b"b"), *PAIR), "'../b.png' lies outside of the archive"),
-        (shard_of(("/etc/b.png", picture(2)), *PAIR), "'/etc/b.png' lies outside"),
+        (
+            shard_of(("../b.png", numbered_image(2)), ("../b.txt", b"b"), *PAIR),
+            "'../b.png' lies outside of the archive",
+        ),
+        (shard_of(("/etc/b.png", numbered_image(2)), *PAIR), "'/etc/b.png' lies outside"),
         (absurd(b"77777777777\0"), "claims 8589934591 bytes"),
         (absurd(b"\x80" + b"\x7f" * 11), "claims"),
         (absurd(b"\xff" * 12), "b.png' claims -1 bytes|no tar header at byte 2048"),  # by the version of Python
@@ -117,10 +120,10 @@ def pax(*fields: str) -> bytes:
         (pax("GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=b.png"), "a header is damaged|in the middle"),
         (pax("size=-1024"), "b.png' claims -1024 bytes|no tar header"),
         (pax("size=99999"), "b.png' claims 99999 bytes"),
-        (shard_of(*PAIR, ("b.png", picture(2)))[: 5 * 512 - 100], "ends in the middle of a header"),
-        (shard_of(*PAIR, ("b.png", picture(2)))[: 5 * 512 + 10], "bytes, of which 10 are there"),
+        (shard_of(*PAIR, ("b.png", numbered_image(2)))[: 5 * 512 - 100], "ends in the middle of a header"),
+        (shard_of(*PAIR, ("b.png", numbered_image(2)))[: 5 * 512 + 10], "bytes, of which 10 are there"),
         (shard_of(*PAIR)[: 4 * 512] + b"rubbish" * 100, "no tar header at byte 2048"),
-        (shard_of(*PAIR, ("c.png", picture(2)), ("d.txt", b"d")), "2 of 3 samples lack an image or a caption"),
+        (shard_of(*PAIR, ("c.png", numbered_image(2)), ("d.txt", b"d")), "2 of 3 samples lack an image or a caption"),
     ],
 )
 def test_damaged_shards_keep_what_is_whole_and_say_one_sentence(tmp_path, caplog, content, said):
@@ -277,7 +280,7 @@ def test_what_datasets_saves_is_read(tmp_path):
         pytest.skip("Hugging Face datasets is not installed")
     assert done.returncode == 0, done.stderr
     path = tmp_path / "saved"
-    assert [open_source(path).read(i).image for i in range(4)] == [picture(i) for i in range(4)]
+    assert [open_source(path).read(i).image for i in range(4)] == [numbered_image(i) for i in range(4)]
     assert [open_source(path, "test").read(i).captions for i in range(2)] == [("1",), ("3",)]
     with pytest.raises(ConfigError, match="its splits are test, train"):
         open_source(path, "validation")

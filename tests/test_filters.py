@@ -11,7 +11,7 @@ from jaxdiff.data import filters
 from jaxdiff.data.captioned import captioned_data, open_source
 from jaxdiff.data.filters import scan, select
 from jaxdiff.data.hashes import content_hash, dhash, near_duplicates
-from tests.support.datasets_of_pictures import WRITERS, numbers, write_folder
+from tests.support.image_datasets import WRITERS, numbers, write_folder
 
 
 def photo(seed: int, side: int = 96) -> Image.Image:

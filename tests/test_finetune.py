@@ -18,7 +18,7 @@ from jaxdiff.training.on_eval import drawing, placed
 from jaxdiff.training.options import OptionsError
 from jaxdiff.training.train_step import accumulated_grad
 from jaxdiff.training.trainables import make, process
-from tests.support.stages import BATCH, keys, pictures, settings, trained
+from tests.support.stages import BATCH, keys, random_images, settings, trained
 from tests.support.tiny import SCHEDULER, SIDE, UNET, VAE, text_config, tiny_model, tiny_params, tokenizer
 
 BOTH = (("trainable", ("unet", "text_encoder")),)
@@ -33,7 +33,7 @@ def target_of(tiny):
     def make_once(stage, *changes):
         texts = [f"{t} <cat>" for t in TEXTS] if stage == "textual_inversion" else TEXTS
         target = make(settings(stage, **dict(changes)), *tiny)
-        return target, target.stage.prepare({"image": pictures(BATCH), "text": texts})
+        return target, target.stage.prepare({"image": random_images(BATCH), "text": texts})
 
     return make_once
 
@@ -112,7 +112,7 @@ def test_edges_are_found_unless_a_picture_of_them_is_given(target_of):
     assert set(np.unique(batch["hint"])) == {0, 255}
     given = np.full((BATCH, SIDE, SIDE, 3), 7, np.uint8)
     target, _ = target_of("controlnet")
-    again = target.stage.prepare({"image": pictures(BATCH), "hint": given, "text": TEXTS})
+    again = target.stage.prepare({"image": random_images(BATCH), "hint": given, "text": TEXTS})
     np.testing.assert_array_equal(again["hint"], given)
 
 
@@ -216,7 +216,7 @@ def test_it_is_evaluated_as_it_is_trained(target_of, results):
 def test_a_device_draws_no_more_of_a_sheet_at_a_time_than_it_trains_on(target_of, stage, monkeypatch):
     """And the sheet is the same: each picture from its own seed, and in the place of what it was given."""
     target, _ = target_of(stage)
-    held_out = [{"image": pictures(2, seed=i), "text": TEXTS[2 * i : 2 * i + 2]} for i in range(2)]
+    held_out = [{"image": random_images(2, seed=i), "text": TEXTS[2 * i : 2 * i + 2]} for i in range(2)]
     config = settings(stage, eval={"prompts": tuple(TEXTS[:3]), "steps": 2}).eval
     sizes, sheets, generate = [], [], on_eval.generate
     monkeypatch.setattr(on_eval, "generate", lambda *args, **k: sizes.append(len(args[2])) or generate(*args, **k))
@@ -249,7 +249,7 @@ def test_sdxl_learns_with_its_sizes_and_both_encoders(tmp_path):
     assert model.family == "sdxl"
     params = tiny_params(model)
     target = make(settings("unet", trainable=("unet", "text_encoder_2")), model, params)
-    batch = target.stage.prepare({"image": pictures(BATCH), "text": TEXTS})
+    batch = target.stage.prepare({"image": random_images(BATCH), "text": TEXTS})
     loss = jax.jit(target.stage.loss)
     whole = np.tile(np.float32([SIDE, SIDE, 0, 0, SIDE, SIDE]), (BATCH, 1))
     first = loss(params, batch, keys())[0]

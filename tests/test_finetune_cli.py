@@ -18,7 +18,7 @@ from jaxdiff.sampling.generate import initial_noise
 from jaxdiff.sampling.resolve import image_keys
 from jaxdiff.training.trainables import EMBEDDING_FILE, LORA_FILES
 from tests.support.processes import ROOT
-from tests.support.stages import pictures
+from tests.support.stages import random_images
 from tests.support.tiny import LATENT, SIDE
 
 torch = pytest.importorskip("torch")
@@ -60,7 +60,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for split, count in (("train", 3), ("validation", 2)):
         (folder / split).mkdir()
-        for i, picture in enumerate(pictures(count, seed=count)):
+        for i, picture in enumerate(random_images(count, seed=count)):
             Image.fromarray(picture).save(folder / split / f"{i}.png")
         lines = [json.dumps({"file_name": f"{i}.png", "text": "a house"}) for i in range(count)]
         (folder / split / "metadata.jsonl").write_text("\n".join(lines))

@@ -280,7 +280,7 @@ def eight_devices(tmp_path_factory):
         env=env,
         check=True,
     )
-    return dict(np.load(out / "pictures.npz")) | json.loads((out / "report.json").read_text())
+    return dict(np.load(out / "images.npz")) | json.loads((out / "report.json").read_text())
 
 
 def test_devices_do_not_change_pictures(eight_devices):
@@ -291,7 +291,7 @@ def test_devices_do_not_change_pictures(eight_devices):
     assert levels(eight_devices["nine"], eight_devices["one"]) <= LEVEL
     assert levels(eight_devices["five"], eight_devices["one"][:5]) <= LEVEL
     assert levels(eight_devices["five_stepwise"], eight_devices["one"][:5]) <= LEVEL  # drawn in pieces
-    drawn, one = eight_devices["from_pictures"], eight_devices["from_pictures_one"]
+    drawn, one = eight_devices["from_images"], eight_devices["from_images_one"]
     assert levels(drawn, one) <= LEVEL  # images, masks and control images go to where their picture is drawn
     assert min(levels(a, b) for a, b in itertools.combinations(one, 2)) > 10
 

@@ -169,7 +169,7 @@ def test_what_is_given_as_a_network_is_called_what_it_is(check, tensor, sentence
         check(tmp_path / "x.safetensors")
 
 
-UPSCALER = "holds an image upscaler"
+UPSCALER = r"holds an image upscaler \(ESRGAN\): give it to jaxdiff\.load_upscaler, or to --upscaler"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,10 @@ UPSCALER = "holds an image upscaler"
         ("encoder.layers.0.weight", "holds a tiny autoencoder: load a model, .* to --preview_vae"),
         ("params_ema.conv_first.weight", UPSCALER),
         ("body.0.rdb1.conv1.weight", UPSCALER),
-        ("layers.0.residual_group.blocks.0.norm1.weight", UPSCALER),
+        (
+            "layers.0.residual_group.blocks.0.norm1.weight",
+            r"holds an image upscaler of another .*, which is not supported",
+        ),
         ("down_blocks.0.resnets.0.conv1.weight", "holds a UNet of a diffusers folder"),
         ("text_model.encoder.layers.0.self_attn.k_proj.weight", "holds a text encoder"),
         ("ip_adapter.1.to_k_ip.weight", "holds an IP-Adapter, which is not supported: leave it out"),

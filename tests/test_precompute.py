@@ -23,7 +23,7 @@ from jaxdiff.models.model import encode
 from jaxdiff.models.text_encoding import encode_text
 from jaxdiff.training.precompute import precompute
 from jaxdiff.training.stages import diffusion_stage
-from tests.support.datasets_of_pictures import write_tars
+from tests.support.image_datasets import write_tars
 from tests.support.precompute_in_parts import HOW
 from tests.support.tiny import SIDE, tiny_model, tiny_params
 

@@ -12,7 +12,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data import store
 from jaxdiff.data.captioned import captioned_data, open_source
 from jaxdiff.data.orders import BlockOrder
-from tests.support.datasets_of_pictures import SIZE, WRITERS, numbers
+from tests.support.image_datasets import SIZE, WRITERS, numbers
 
 COUNT = 13
 

@@ -23,7 +23,7 @@ from jaxdiff.training.run import build_run
 from jaxdiff.training.stages import vae_stage
 from jaxdiff.training.trainables import TRAINABLES, make
 from tests.support.processes import ROOT
-from tests.support.stages import keys, pictures, settings
+from tests.support.stages import keys, random_images, settings
 from tests.support.tiny import LATENT, MAX_LENGTH, SIDE, UNET
 
 
@@ -33,7 +33,7 @@ def folders(tmp_path):
     for name, count in (("mine", 3), ("class", 4)):
         (tmp_path / name).mkdir()
         for i in range(count):
-            Image.fromarray(pictures(1, seed=i)[0]).save(tmp_path / name / f"{i}.png")
+            Image.fromarray(random_images(1, seed=i)[0]).save(tmp_path / name / f"{i}.png")
     lines = [json.dumps({"file_name": f"{i}.png", "text": "a house"}) for i in range(4)]
     (tmp_path / "class" / "metadata.jsonl").write_text("\n".join(lines))
     return tmp_path

@@ -10,7 +10,7 @@ from jaxdiff.training import init
 from jaxdiff.training.checks import check_sizes
 from jaxdiff.training.options import OptionsError
 from jaxdiff.training.run import build_run
-from tests.support.datasets_of_pictures import write_folder
+from tests.support.image_datasets import write_folder
 from tests.support.processes import CONFIG
 from tests.support.tiny import SIDE, tiny_model
 from tests.support.training_config import get_config

@@ -8,7 +8,7 @@ import pytest
 from tests.support.processes import finish, free_port, start
 from tests.support.train_on_devices import CLIP_STEPS, MESHES, OPTIMIZERS, STEPS
 from tests.support.train_on_hosts import main as train_on_hosts
-from tests.support.train_on_hosts import write_pictures
+from tests.support.train_on_hosts import write_images
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_hosts_train_together_and_others_go_on(tmp_path):
     """One process with one device, then two with four each, then the one: as if it had never changed. A picture is
     damaged.
     """
-    data = write_pictures(tmp_path / "data")
+    data = write_images(tmp_path / "data")
 
     def run(folder: str, steps: int, processes: int) -> np.ndarray:
         workdir, port = tmp_path / folder, free_port()

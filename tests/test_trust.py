@@ -28,7 +28,7 @@ from tests.support.line import LINE, line_data, linear_stage, one_device, same
 from tests.support.processes import CONFIG, ROOT, finish, start
 from tests.support.stages import options, whole_model
 from tests.support.tiny import tiny_params
-from tests.support.train_on_hosts import write_pictures
+from tests.support.train_on_hosts import write_images
 from tests.support.written import write_squares
 
 
@@ -271,7 +271,7 @@ def test_a_notice_to_one_host_stops_all_at_the_same_step(tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    data = write_pictures(tmp_path / "data")
+    data = write_images(tmp_path / "data")
     processes = [start("tests.support.train_on_hosts", port, i, 2, data, tmp_path, 10**6, devices=1) for i in range(2)]
     while not metrics(tmp_path) and all(p.poll() is None for p in processes):
         time.sleep(0.05)

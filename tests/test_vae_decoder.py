@@ -20,7 +20,7 @@ from jaxdiff.training.stages import per_example
 from jaxdiff.training.train_step import STATE
 from jaxdiff.training.trainables import make
 from jaxdiff.training.vae_decoder import feature_distance, merge_decoder, split_decoder, vae_decoder_stage
-from tests.support.stages import BATCH, keys, pictures, settings, whole_model, write_houses
+from tests.support.stages import BATCH, keys, random_images, settings, whole_model, write_houses
 from tests.support.tiny import SIDE, tiny_params
 
 TINY = {"adversary": {"features": 4, "layers": 2}}
@@ -127,7 +127,7 @@ def test_losses_gradients_and_the_adaptive_weight_equal_pytorchs():
 def test_the_decoder_does_not_hear_the_discriminator_before_the_start():
     model, discriminator = whole_model(), PatchDiscriminator(4, 2)
     params = split_decoder(tiny_params(model)) | {"discriminator": fresh(discriminator)}
-    batch = {"image": pictures(BATCH)}
+    batch = {"image": random_images(BATCH)}
 
     losses = [vae_decoder_stage(model, discriminator, **how).loss for how in ({"start": 3}, {"weight": 0.0})]
 
@@ -147,7 +147,7 @@ def test_the_decoder_does_not_hear_the_discriminator_before_the_start():
 
 def test_the_feature_distance_sees_what_the_vision_encoder_sees():
     model = whole_model()
-    params, images = tiny_params(model), pictures(2) / np.float32(127.5) - 1
+    params, images = tiny_params(model), random_images(2) / np.float32(127.5) - 1
     assert feature_distance(model, params, images, images) == 0
     near, far = (feature_distance(model, params, images + d, images) for d in (0.05, 0.5))
     assert 0 < near < far

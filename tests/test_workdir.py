@@ -22,7 +22,7 @@ from jaxdiff.training.progress import Report
 from jaxdiff.training.trackers import JsonLines, TrackedImages, WandB
 from jaxdiff.training.workdir import WorkdirError, data_fingerprint, lock, settle
 from tests.support.batches import FromMemory
-from tests.support.datasets_of_pictures import write_tars
+from tests.support.image_datasets import write_tars
 from tests.support.line import LINE, line_data, linear_stage, one_device
 from tests.support.processes import ROOT
 from tests.support.stages import options

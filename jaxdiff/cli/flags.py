@@ -187,12 +187,17 @@ def numbers(f: flags.FlagValues, name: str, count: int, kind: type) -> tuple | N
     return values
 
 
-def check_model(f: flags.FlagValues, model: Any) -> None:
-    """Raise UsageError for flags that mean nothing to this model."""
-    upscales = model.family == "upscaler"
+def check_unet(f: flags.FlagValues, model: Any) -> None:
+    """Raise UsageError for flags that need a UNet, where the model has none."""
     for name in ("controlnet", "embedding"):
         if f[name].value and (model.unet is None or (model.is_gan and name == "controlnet")):
             raise UsageError(f"--{name} is for models with a UNet, which this one lacks: leave it out.")
+
+
+def check_model(f: flags.FlagValues, model: Any) -> None:
+    """Raise UsageError for flags that mean nothing to this model."""
+    upscales = model.family == "upscaler"
+    check_unet(f, model)
     if model.is_gan and f.preview:
         raise UsageError("--preview shows images as they form, and this model draws them at once: leave it out.")
     if f["noise_level"].present and not upscales:

@@ -43,7 +43,7 @@ from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import check_files, check_model, flag_errors, parse, weighted
 from jaxdiff.cli.loading import encoded, load, own
 from jaxdiff.cli.options import OPTIONS
-from jaxdiff.cli.outputs import Writer, animation_path, check_folder, make_folder, output_files, preview_path
+from jaxdiff.cli.outputs import Files, Writer, animation_path, check_folder, make_folder, output_files, preview_path
 from jaxdiff.cli.progress import progress_bar
 from jaxdiff.cli.requests import (
     ImageRequest,
@@ -54,7 +54,7 @@ from jaxdiff.cli.requests import (
     prompt_lines,
     sheet_columns,
 )
-from jaxdiff.cli.upscale import check_sizes, described_upscaler, enlarge_files, enlarger
+from jaxdiff.cli.upscale import Enlarge, check_sizes, described_upscaler, enlarge_files, enlarger
 from jaxdiff.config import ControlNetConfig
 from jaxdiff.data.images import BLACK, MAX_PIXELS, WHITE
 from jaxdiff.errors import ImageError
@@ -287,7 +287,7 @@ def run(f: flags.FlagValues) -> None:
 
 
 def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
-    """Draw this process's images of these prompts, and write them; the first process writes the sheet of all."""
+    """Draw this process's images of these prompts, and write them."""
     mesh = divided_over(f)
     with naming("--model"):
         path = model_paths.find(f.model)
@@ -336,14 +336,30 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
             merged[named] = placed(merge_named(params, loras, named))
         return merged[named]
 
+    images_drawn = drawn(model, lambda i: params_with(chosen[i]), parts, slices)
+    write_drawn(f, files, requests, images_drawn, enlarge, everyones)
+
+
+def write_drawn(
+    f: flags.FlagValues,
+    files: Files,
+    requests: list[ImageRequest],
+    batches: Iterator[list[tuple]],
+    enlarge: Enlarge,
+    slices: Sequence[tuple[int, int]],
+) -> None:
+    """Write this process's images as they are drawn, then, on the first process, the sheet and the animation of all.
+
+    Args:
+        batches: of `drawn`, of this process.
+        slices: the batches of all processes.
+    """
     for folder in {p.parent for p in files.images}:
         make_folder(folder)
-
     writer = Writer(f.overwrite)
     shown: list[np.ndarray] = []
-    images_drawn = drawn(model, lambda i: params_with(chosen[i]), parts, slices)
-    numbers = [i for start, end in slices for i in range(start, end)]
-    for i, (image, layers) in zip(numbers, with_progress(images_drawn, len(numbers)), strict=True):
+    numbers = [i for start, end in hosts.mine(slices) for i in range(start, end)]
+    for i, (image, layers) in zip(numbers, with_progress(batches, len(numbers)), strict=True):
         image = enlarge(image)
         path = writer.png(files.images[i], image, requests[i])
         if layers is not None:
@@ -356,7 +372,7 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
             shown.append(image)
     hosts.wait_for_all()
     if f.grid or f.interpolate:
-        shown = hosts.gathered(shown, everyones)
+        shown = hosts.gathered(shown, slices)
     if jax.process_index():  # the first writes what shows them all
         return
     if f.grid:

@@ -26,7 +26,7 @@ from jaxdiff import parallel
 from jaxdiff.cli import errors, sample
 from jaxdiff.cli.adapters import naming, read_adapters
 from jaxdiff.cli.errors import Failure, UsageError
-from jaxdiff.cli.flags import check_files, flag_errors, weighted
+from jaxdiff.cli.flags import check_files, check_unet, flag_errors, weighted
 from jaxdiff.cli.loading import load
 from jaxdiff.cli.serve_options import ALL, LOOPBACK, parse, parsed_sizes
 from jaxdiff.io import cache, model_paths
@@ -88,9 +88,7 @@ def loaded(f: flags.FlagValues) -> tuple[jaxdiff.Model, Any, Loras, tuple[tuple[
         raise UsageError("--model enlarges images, which no request asks for: give a model that draws from text.")
     if model.is_gan:
         raise UsageError("--model is a GAN, and requests are for models that draw step by step: use sample.py.")
-    for name in ("controlnet", "embedding"):
-        if model.unet is None and f[name].value:
-            raise UsageError(f"--{name} is for models with a UNet, which this one lacks: leave it out.")
+    check_unet(f, model)
     chosen = sizes(f, model)
     upscaler = None
     if f.upscaler != WITHOUT:
@@ -98,11 +96,8 @@ def loaded(f: flags.FlagValues) -> tuple[jaxdiff.Model, Any, Loras, tuple[tuple[
             upscaler = load_upscaler(f.upscaler, dtype=f.dtype)
     laid = read_adapters(f, model, mesh)
     named = lora_files(f.lora_dir)
-    with_words: list[str | Path] = [
-        *(weighted(given)[0] for given in f.lora),
-        *named.values(),
-    ]  # embeddings may come with them
-    model, params = load(f, path, laid, with_words, mesh)
+    every_lora: list[str | Path] = [*(weighted(given)[0] for given in f.lora), *named.values()]
+    model, params = load(f, path, laid, every_lora, mesh)
     if upscaler is not None:
         model, params = jaxdiff.with_upscaler(model, params, upscaler)
 

@@ -5,7 +5,6 @@ python -m jaxdiff.cli.serve_options > docs/serve-flags.md
 
 import os
 import re
-from typing import Any
 
 from absl import flags
 
@@ -96,8 +95,6 @@ def described() -> str:
     """docs/serve-flags.md."""
     return document(INTRODUCTION, SECTIONS)
 
-
-__all__: list[Any] = ["ALL", "SECTIONS", "described", "parse", "parsed_sizes"]
 
 if __name__ == "__main__":
     print(described(), end="")

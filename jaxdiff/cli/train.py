@@ -27,8 +27,6 @@ from jaxdiff.cli.train_flags import PLANNED, parse, with_copies
 from jaxdiff.training.defaults import as_json, base
 from jaxdiff.training.options import OptionsError
 
-__all__ = ["main"]
-
 
 def run(f: flags.FlagValues) -> None:
     import jax

@@ -67,6 +67,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The config of a `config.json`'s values; keys that are no field are ignored.
+
+        Raises:
+            ConfigError: a value has another type than its field, is not finite, or counts more than MOST_LAYERS layers.
+        """
         names = {f.name: f.default for f in dataclasses.fields(cls)}
         # null means "the default" in these files, but for NULLABLE and the few fields whose own default is None.
         given = {k: _frozen(v) for k, v in values.items() if k in names and (v is not None or k in cls.NULLABLE)}
@@ -89,6 +94,7 @@ class Config:
             raise ConfigError(f"{path}: {e}") from None
 
     def to_dict(self) -> dict[str, Any]:
+        """The values for a `config.json`."""
         return {"_class_name": self.CLASS_NAME, **dataclasses.asdict(self)}
 
 

@@ -20,7 +20,6 @@ class PipelineOptions(Config):
     # SD 3: tokens of T5, or of zeros in its place; "_max_sequence_length" in the file: diffusers has it as an argument.
     max_sequence_length: int = 256
     guidance_scale: float = 7.5  # the model's default; "_guidance_scale" in the file, which diffusers ignores
-
     steps: int = 25  # the model's default; "_steps" in the file, which diffusers ignores
 
     @classmethod

@@ -8,10 +8,9 @@ from jaxdiff.config.base import Config, ConfigError
 MOST_TIMESTEPS = 100_000  # published models have 1000
 _FLOW = {"prediction_type": "flow_prediction", "beta_schedule": "flow"}
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-CHOICES = {
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "flow"),
-    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
-}
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "flow")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
+CHOICES = {"beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTION_TYPES}
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {  # of scheduler classes whose defaults differ from the others'
     "FlowMatchEulerDiscreteScheduler": _FLOW,
     "FlowMatchHeunDiscreteScheduler": _FLOW,

@@ -174,7 +174,7 @@ class BatchIterator:
         return {"examples": self._consumed(), "host_shards": self._host_shards}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Go on at a state of `get_state`. Raises ConfigError where it is not one."""
+        """Go on from a state of `get_state`. Raises ConfigError where it is none."""
         known = state if isinstance(state, Mapping) else {}
         examples, shards = known.get("examples"), known.get("host_shards", known.get(FORMER_KEY))
         if not isinstance(examples, int) or not isinstance(shards, int):

@@ -1,4 +1,4 @@
-"""What a network predicts, and how x0 follows from it: the only place that knows prediction types.
+"""What a network predicts, and how x0 follows from it: the only place that acts on prediction types.
 
 With x = alpha x0 + sigma eps, a network is trained to predict one of
 
@@ -14,10 +14,9 @@ All but (1) are safe at alpha = 0, where x is pure noise, and all are safe at si
 
 import jax.numpy as jnp
 
+from jaxdiff.config.scheduler import PREDICTION_TYPES
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.typing import Array
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
 def expand(value: Array | float, x: Array) -> Array:

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxdiff.config import SchedulerConfig
-from jaxdiff.diffusion.base import Clip, Scheduler, State, clip_to, dynamic_threshold, time_at, with_clipping
+from jaxdiff.diffusion.base import Clip, Scheduler, clip_to, dynamic_threshold, with_clipping
 from jaxdiff.diffusion.multistep import dpmpp_2m, lms, pndm, unipc
 from jaxdiff.diffusion.schedules import is_flow
 from jaxdiff.diffusion.singlestep import (
@@ -44,8 +44,6 @@ from jaxdiff.diffusion.singlestep import (
 )
 from jaxdiff.diffusion.times import skip_prk_steps
 from jaxdiff.errors import ArgumentError
-
-__all__ = ["SCHEDULERS", "Scheduler", "State", "get_scheduler", "time_at"]
 
 
 def dpmpp_2m_sde(**options: Any) -> Scheduler:

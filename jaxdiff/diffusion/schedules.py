@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.config import SchedulerConfig
+from jaxdiff.config.scheduler import BETA_SCHEDULES
 from jaxdiff.typing import Array
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "flow")
 # Prefixes of diffusers' scheduler classes whose process is neither made from betas nor the flow (7).
 UNSUPPORTED_CLASSES = (
     "Amused",
@@ -56,9 +56,7 @@ class Time(NamedTuple):
     # Of grids only:
     step_end: "Time | None" = None  # [N], where step i ends if not at entry i + 1, as in diffusers' DDIM (times.py)
     substeps: "Time | None" = None  # [N, K], times that some schedulers visit within step i
-    steps: Array | int | None = (
-        None  # N, may be traced, of a grid that is filled up; None: there are as many as entries
-    )
+    steps: Array | int | None = None  # N, may be traced, of a grid that is filled up; None: one less than entries
 
 
 class NoiseSchedule(NamedTuple):

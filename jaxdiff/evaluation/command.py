@@ -40,6 +40,7 @@ from jaxdiff.evaluation.measures import Measured
 from jaxdiff.evaluation.outputs import Found
 from jaxdiff.io import cache, model_paths, pretrained
 from jaxdiff.sampling.resolve import resolve_settings
+from jaxdiff.stores import cache_folder
 from jaxdiff.text.prompt_files import PromptError, PromptLine, read_prompts
 from jaxdiff.typing import Params
 
@@ -64,7 +65,7 @@ def prompt_lines(f: flags.FlagValues) -> list[PromptLine] | None:
 
 def features_folder(f: flags.FlagValues) -> Path:
     """Where features of the data are kept."""
-    return Path(f.features) if f.features else cache.cache_folder() / "features"
+    return Path(f.features) if f.features else cache_folder() / "features"
 
 
 def open_splits(f: flags.FlagValues) -> Splits | None:

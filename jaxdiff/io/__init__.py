@@ -1,1 +1,1 @@
-"""Files: models and adapters, training checkpoints, images."""
+"""Files: models and adapters, images, compiled programs."""

@@ -9,8 +9,6 @@ from jaxdiff import stores
 from jaxdiff.files import make_writable
 from jaxdiff.stores import cache_folder
 
-__all__ = ["cache_compilations", "cache_folder"]
-
 MIN_SECONDS = 0.5  # what compiles faster is not worth a file
 _kept: Path | None = None
 

@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 
 from jaxdiff.config import CLIPTextConfig, ConfigError, GeneratorConfig, Qwen3Config, read_json
 from jaxdiff.config.pipeline import PipelineOptions
-from jaxdiff.config.scheduler import SchedulerConfig
-from jaxdiff.diffusion.prediction import PREDICTION_TYPES
+from jaxdiff.config.scheduler import PREDICTION_TYPES, SchedulerConfig
 from jaxdiff.errors import WeightsError
 from jaxdiff.files import replace_folder, writing
 from jaxdiff.io import programs

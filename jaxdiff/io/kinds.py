@@ -90,9 +90,13 @@ NETWORKS: dict[str, tuple[str, str]] = {  # parts of a model, after the families
         "a text encoder",
         "put it into a diffusers folder, beside the other parts",
     ),
-    r"^(params(_ema)?\.)?(conv_first|RRDB_trunk\.|model\.1\.sub\.|body\.\d+\.rdb1|layers\.\d+\.residual_group\.)": (
+    r"^(params(_ema)?\.)?layers\.\d+\.residual_group\.": (
+        "an image upscaler of another architecture (SwinIR)",
+        "which is not supported: take one of ESRGAN or Real-ESRGAN",
+    ),
+    r"^(params(_ema)?\.)?(conv_first|RRDB_trunk\.|model\.1\.sub\.|body\.\d+\.rdb1)": (
         "an image upscaler (ESRGAN)",
-        "which is not supported: --hires enlarges while drawing",
+        "give it to jaxdiff.load_upscaler, or to --upscaler",
     ),
 }
 

@@ -24,7 +24,14 @@ from jaxdiff.config import read_json
 from jaxdiff.errors import WeightsError
 from jaxdiff.files import atomic_write, first_bytes, not_fetched, writing
 from jaxdiff.io.pickles import PickleError, open_pickle
-from jaxdiff.io.torch_names import current_name, flax_name, from_torch_layout, tensor_name, to_torch_layout
+from jaxdiff.io.torch_names import (
+    current_name,
+    flax_name,
+    from_torch_layout,
+    tensor_name,
+    to_torch_layout,
+    torch_shape,
+)
 from jaxdiff.parallel import place
 from jaxdiff.typing import Params
 
@@ -259,7 +266,7 @@ def check_tensors(path: Path | TensorSource, target: Params) -> dict[tuple[str, 
             raise WeightsError(
                 f"{path} lacks the tensor {name} that its config.json calls for: do the two belong together?"
             )
-        expected = to_torch_layout(leaf_path, np.broadcast_to(0, leaf.shape)).shape
+        expected = torch_shape(leaf_path, leaf.shape)
         found = tuple(shapes[names[name]])
         if found != expected:
             raise WeightsError(

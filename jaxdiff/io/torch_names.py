@@ -6,6 +6,8 @@ dots, lists are numbered (`resnets_0` -> `resnets.0`), PART_NAMES holds the part
 [H, W, in, out] here and [out, in, H, W] there, dense kernels [in, out] here and [out, in] there.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 LISTS = (
@@ -124,6 +126,15 @@ def to_torch_layout(keys: tuple[str, ...], x: np.ndarray) -> np.ndarray:
     if keys[-1] != "kernel":
         return x
     return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+
+
+def torch_shape(keys: tuple[str, ...], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape that a parameter of this path has in PyTorch's layout.
+
+    >>> torch_shape(("conv_in", "kernel"), (3, 3, 4, 320))
+    (320, 4, 3, 3)
+    """
+    return to_torch_layout(keys, np.broadcast_to(0, shape)).shape
 
 
 def from_torch_layout(path: tuple[str, ...], x: np.ndarray) -> np.ndarray:

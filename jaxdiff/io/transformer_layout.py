@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.tensor_files import TensorSource
-from jaxdiff.io.torch_names import tensor_name, to_torch_layout
+from jaxdiff.io.torch_names import tensor_name, torch_shape
 from jaxdiff.models.model import FAMILIES
 from jaxdiff.typing import Params
 
@@ -180,6 +180,12 @@ def swap_halves(x: np.ndarray) -> np.ndarray:
     return np.concatenate([second, first])
 
 
+def _own_names(source: TensorSource) -> dict[str, str]:
+    """The names of a transformer's tensors without the prefix that stands before them -> those in the file."""
+    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in source.shapes)), "")
+    return {name.removeprefix(prefix): name for name in source.shapes if name.startswith(prefix)}
+
+
 def as_diffusers(source: TensorSource, family: str, shapes: Mapping[str, tuple[int, ...]]) -> TensorSource:
     """A transformer's file in diffusers' names and pieces; one that has them already as it is.
 
@@ -188,8 +194,7 @@ def as_diffusers(source: TensorSource, family: str, shapes: Mapping[str, tuple[i
     Args:
         shapes: of our tensors, by their PyTorch names.
     """
-    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in source.shapes)), "")
-    there = {name.removeprefix(prefix): name for name in source.shapes if name.startswith(prefix)}
+    there = _own_names(source)
     layers = {name.rpartition(".")[0] if "." in name else name: shape for name, shape in shapes.items()}
     rows = {layer: shape[0] for layer, shape in layers.items() if layer}
     places: dict[str, tuple[str, Piece, int]] = {}  # our tensor -> theirs, and its place there
@@ -259,8 +264,7 @@ def described_transformer(source: TensorSource, config: Any) -> Any:
             f"{source.path} is quantised with scales of its own ({scale}), which are not read: give a file without, "
             "such as bfloat16, plain fp8 or GGUF."
         )
-    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in source.shapes)), "")
-    names = [name.removeprefix(prefix) for name in source.shapes if name.startswith(prefix)]
+    names = list(_own_names(source))
     wanted, found = FAMILIES[type(config)], family_of(names)
     if found != wanted:
         what = f"a transformer of {found}" if found else "no transformer that is known here"
@@ -277,8 +281,5 @@ def described_transformer(source: TensorSource, config: Any) -> Any:
 
 def transformer_source(source: TensorSource, family: str, shapes: Params) -> TensorSource:
     """A transformer's file of either layout, for `load_tensors`."""
-    flat = flatten_dict(shapes)
-    ours = {
-        tensor_name(path): to_torch_layout(path, np.broadcast_to(0, leaf.shape)).shape for path, leaf in flat.items()
-    }
+    ours = {tensor_name(path): torch_shape(path, leaf.shape) for path, leaf in flatten_dict(shapes).items()}
     return as_diffusers(source, family, ours)

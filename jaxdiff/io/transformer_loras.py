@@ -18,6 +18,11 @@ UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 MODULE = "transformer"
 
 
+def _outputs(layers: Iterable[Layer]) -> dict[str, int]:
+    """The number of outputs of each of the transformer's layers, by its PyTorch name."""
+    return {x.name.removeprefix(f"{MODULE}."): x.shape[-1] for x in layers if x.module == MODULE}
+
+
 def in_our_layers(source: TensorSource, family: str, layers: Iterable[Layer]) -> TensorSource:
     """The file with a tensor for each of our layers where it has one for several; other tensors as they are.
 
@@ -28,7 +33,7 @@ def in_our_layers(source: TensorSource, family: str, layers: Iterable[Layer]) ->
     Raises:
         WeightsError: a layer of theirs has other outputs than ours together.
     """
-    rows = {x.name.removeprefix(f"{MODULE}."): x.shape[-1] for x in layers if x.module == MODULE}
+    rows = _outputs(layers)
     changed: dict[str, list[tuple[str, Piece]]] = {}  # their layer -> ours
     found = pieces(family, rows)
     sums = rows_of_theirs(found, rows)
@@ -81,7 +86,7 @@ def in_their_layers(
     Returns:
         The tensors by name; alpha is the rank, and up holds what remains of ours.
     """
-    rows = {x.name.removeprefix(f"{MODULE}."): x.shape[-1] for x in layers if x.module == MODULE}
+    rows = _outputs(layers)
     members: dict[str, list[tuple[str, Piece]]] = {}
     for ours, piece in pieces(family, rows).items():
         members.setdefault(piece.name, []).append((ours, piece))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.config.upscaler import RRDBConfig
@@ -19,7 +18,7 @@ from jaxdiff.errors import WeightsError, say_once
 from jaxdiff.io.model_paths import BUNDLED
 from jaxdiff.io.tensor_files import PICKLES, SAFETENSORS, TensorSource, named_tensors, open_tensors, write_tensors
 from jaxdiff.io.tensor_files import load_tensors as read_into
-from jaxdiff.io.torch_names import tensor_name, to_torch_layout
+from jaxdiff.io.torch_names import tensor_name, torch_shape
 from jaxdiff.models.rrdb import RRDBNet, param_shapes
 from jaxdiff.typing import Params
 
@@ -133,7 +132,7 @@ def _check_tensors(path: Path, shapes: Mapping[str, list[int]], config: RRDBConf
         name = tensor_name(leaf_path)
         if name not in shapes:
             raise WeightsError(f"{path} lacks the tensor {name} of {what}: fetch it again.")
-        expected = to_torch_layout(leaf_path, np.broadcast_to(0, leaf.shape)).shape
+        expected = torch_shape(leaf_path, leaf.shape)
         if tuple(shapes[name]) != expected:
             raise WeightsError(f"{path}: tensor {name} has shape {shapes[name]}, and {what} {list(expected)}.")
     sizes = 15 * 2 * config.num_block + 2 * (4 + config.upsamples)  # weights and biases

@@ -26,7 +26,7 @@ _UNFUSED = contextvars.ContextVar("unfused", default=False)
 
 @contextlib.contextmanager
 def forward_differentiable() -> Iterator[None]:
-    """Within it no attention takes a fused kernel, which have backward passes alone: for `jax.jvp` of a network."""
+    """Within it no attention takes a fused kernel; those have no forward-mode derivative, which `jax.jvp` needs."""
     token = _UNFUSED.set(True)
     try:
         yield

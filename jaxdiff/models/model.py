@@ -241,37 +241,33 @@ def autoencoder(
     return AutoencoderKL(config, remat, jnp.dtype("float32") if upcast else dtype)
 
 
+def _shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def example_inputs(model: Model) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
     """The smallest inputs of each module, by its key in `params`; the parameters' shapes do not depend on them."""
     vae = model.vae.config
-
-    def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    tokens = (array(1, 2, dtype=jnp.int32),)
+    tokens = (_shape(1, 2, dtype=jnp.int32),)
     inputs: dict[str, tuple] = {n: tokens for n in model.modules if n.startswith("text_encoder")}
-    inputs["vae"] = (array(1, vae.factor, vae.factor, vae.in_channels),)
+    inputs["vae"] = (_shape(1, vae.factor, vae.factor, vae.in_channels),)
     if model.unet is not None:
         inputs["unet"] = unet_inputs(model)
     else:
         c = model.transformer.config
         text = getattr(c, "joint_attention_dim", None) or c.cap_feat_dim
         pooled = getattr(c, "pooled_projection_dim", None)
-        x = array(1, PATCH, PATCH, c.latent_channels)
-        inputs["transformer"] = (x, array(1), array(1, 2, text), pooled and array(1, pooled), None, array(1))
+        x = _shape(1, PATCH, PATCH, c.latent_channels)
+        inputs["transformer"] = (x, _shape(1), _shape(1, 2, text), pooled and _shape(1, pooled), None, _shape(1))
     if model.vision_encoder is not None:
         size = model.vision_encoder.config.image_size
-        inputs["vision_encoder"] = (array(1, size, size, 3),)
+        inputs["vision_encoder"] = (_shape(1, size, size, 3),)
     return inputs
 
 
 def unet_inputs(model: Model) -> tuple[jax.ShapeDtypeStruct | None, ...]:
     """The smallest inputs of a UNet."""
     unet = model.unet.config
-
-    def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
     side = unet.sample_size if model.is_gan else 2 ** (len(unet.block_out_channels) - 1)
     extra: list[jax.ShapeDtypeStruct | None] = [None] * 5  # pooled, time_ids, attention_mask, class_labels, guidance
     if unet.addition_embed_type == "text_time":
@@ -279,17 +275,17 @@ def unet_inputs(model: Model) -> tuple[jax.ShapeDtypeStruct | None, ...]:
         assert unet.addition_time_embed_dim
         ids = time_id_count(model)
         pooled = unet.projection_class_embeddings_input_dim - ids * unet.addition_time_embed_dim
-        extra[:2] = array(1, pooled), array(1, ids)
+        extra[:2] = _shape(1, pooled), _shape(1, ids)
     if unet.class_embed_type is None and unet.num_class_embeds is not None:
-        extra[3] = array(1, dtype=jnp.int32)
+        extra[3] = _shape(1, dtype=jnp.int32)
     elif unet.class_embed_type is not None:
         wide = {"identity": 4 * unet.block_out_channels[0], "timestep": None}
         width = wide.get(unet.class_embed_type, unet.projection_class_embeddings_input_dim)
-        extra[3] = array(1) if width is None else array(1, width)
+        extra[3] = _shape(1) if width is None else _shape(1, width)
     if unet.time_cond_proj_dim is not None:
-        extra[4] = array(1, unet.time_cond_proj_dim)
-    x = array(1, side, side, unet.in_channels)
-    return x, array(1), array(1, 2, unet.cross_attention_dim), *extra
+        extra[4] = _shape(1, unet.time_cond_proj_dim)
+    x = _shape(1, side, side, unet.in_channels)
+    return x, _shape(1), _shape(1, 2, unet.cross_attention_dim), *extra
 
 
 def time_id_count(model: Model) -> int:
@@ -393,4 +389,5 @@ def unscaled(model: Model, params: Params, latents: Array) -> Array:
 
 
 def patch_statistics(model: Model, params: Params, z: Array) -> tuple[Array, Array]:
+    """FLUX.2: the mean and deviation [h, w, C] by which latents z [B, h, w, C] are normalised."""
     return model.vae.apply({"params": params["vae"]}, *z.shape[1:3], method="statistics")  # type: ignore[return-value]

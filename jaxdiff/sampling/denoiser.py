@@ -51,9 +51,8 @@ def denoiser(
         controlnet_scale: the weight of each, scalar or [B].
 
     Returns:
-        denoise(x [B, h, w, C], time) -> float32 [B, h, w, C]; `time` is a `Time` or a plain time in training steps, of
-        all images or one of each.
-        Both halves of the guidance go through the UNet as one batch.
+        denoise(x [B, h, w, C], time) -> float32 [B, h, w, C]; `time` is a `Time` or a number of training steps, for
+        all images or [B]. With `uncond`, both predictions are made in one batch of 2 B.
     """
     schedule = noise_schedule(model.scheduler)
     copies = 1 if uncond is None else 2

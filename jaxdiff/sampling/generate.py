@@ -66,7 +66,6 @@ def sampler(
     It is compiled anew for other shapes, types, or fields that are None; all values are traced. Over a mesh that
     divides the parameters, each network is gathered where it is used, the UNet at each step.
     """
-
     model, widened = computed_in(model, devices)
 
     def draw(params: Params, call: CallInputs, inputs: ImageInputs) -> Drawn:
@@ -201,7 +200,7 @@ def with_filled_grid(model: Model, request: Request) -> tuple[CallInputs, ImageI
 def filled_length(model: Model, settings: Settings) -> int | None:
     """Steps of the grid that a program is compiled for; None: of those asked for.
 
-    A scheduler of one's own counts the steps of a grid as it likes, and Runge and Kutta's steps depend on their number.
+    A user's own scheduler may count the steps of a grid in its own way, and Runge-Kutta steps depend on their number.
     """
     counts = settings.scheduler == "pndm" and not skip_prk_steps(model.scheduler)
     if isinstance(settings.scheduler, Scheduler) or counts:
@@ -320,15 +319,15 @@ def generate(
             None is 20, or as much as there is.
         control_images: for each of the model's ControlNets the image [H, W, 3] or images [B, H, W, 3] to follow.
         controlnet_scale: weight of the ControlNets, for all or one for each.
-        hires: draw so many times smaller first, enlarge, and redraw the part `hires_strength` of the steps at full
-            size: large images of models that were taught small ones. Enlarged is the image, or as
-            `hires_upscale` says "latent", what the autoencoder makes of it, which is cheaper and blurrier, or
-            "network", the image by the network of `with_upscaler`. An image,
-            mask and control images are resized for the small image; `strength` is of its steps.
+        hires: draw this many times smaller first, enlarge, and redraw the part `hires_strength` of the steps at full
+            size, for large images from models that were trained on small ones. An image, mask and control images are
+            resized for the small image; `strength` is of its steps.
+        hires_upscale: how the small image is enlarged: "pixel", its pixels (Lanczos); "latent", its latents, which is
+            cheaper and blurrier; or "network", its pixels by the network of `with_upscaler`.
         tile: encode and decode in overlapping tiles of this many latents (jaxdiff/models/tiling.py), for images that
             the autoencoder has no memory for.
-        frames: how many predictions of the finished image along the way are returned as well, at most `steps`; where
-            fewer steps are taken, one for each.
+        frames: how many predictions of the finished image are returned as well, evenly over the steps, at most `steps`;
+            where fewer steps are taken, one for each.
         devices: what to draw on, the batch divided over them; None takes those that `params` were put on, as by
             `replicate` and `shard`, else all that this process has. Where they are of several processes, each calls
             `generate` with the same arguments, and each has all the images.

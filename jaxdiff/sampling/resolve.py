@@ -40,7 +40,7 @@ from jaxdiff.text import chunks as text
 from jaxdiff.typing import PRNG, Array, Key
 
 MAX_STEPS = 10_000
-CUSTOM_GRID = "euler"  # whose time grid a `Scheduler` of one's own takes: sigma / alpha falls to 0, with no detours
+CUSTOM_GRID = "euler"  # whose time grid a user's own `Scheduler` takes: sigma / alpha falls to 0 without substeps
 
 
 class Settings(NamedTuple):
@@ -315,9 +315,10 @@ def resolve_start(
     hires: float | None,
     hires_strength: float,
 ) -> Start:
-    """Where images start: an LCM takes all its steps through an image, over a part of those that it was distilled of.
+    """Where images start: with an image, all models but LCMs leave out the first steps, as diffusers' pipelines do.
 
-    As in diffusers' LatentConsistencyModelImg2ImgPipeline; all else leaves out the first steps, as its other pipelines.
+    An LCM takes all its steps, over a part of those that it was distilled for, as in diffusers'
+    LatentConsistencyModelImg2ImgPipeline.
     """
     first = lowres = None
     part, distilled = 1.0, model.unet is not None and model.one_pass

@@ -1,6 +1,6 @@
 """Drawing that hands back control every few steps, for progress, previews and cancelling.
 
-The same pieces as of `generate`'s one program, in three: what comes before the steps, some of the steps, and decoding.
+The one program of `generate` is divided into three here: what comes before the steps, some of the steps, and decoding.
 Between them everything stays on the devices.
 """
 
@@ -92,7 +92,7 @@ def programs(
     tile: int | None,
     devices: tuple[jax.Device, ...] | jax.sharding.Mesh,
 ) -> Programs:
-    """The programs of these; compiled anew for other shapes, types, or fields that are None, as `sampler` is."""
+    """The compiled programs; like `sampler`, compiled again for other shapes, types, or fields that are None."""
     model, widened = computed_in(model, devices)
     method = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(scheduler, model.scheduler)
 
@@ -151,9 +151,9 @@ def draw_stepwise(
     stops: Collection[int] = (),
     pace: Pace | None = None,
 ) -> Iterator[Moment]:
-    """Draw the images of a request, with control at the caller between any two of the moments: close it to cancel.
+    """Draw the images of a request; between two moments the caller has control, and may close the iterator to cancel.
 
-    They are those of `draw`, within one grey level. An image that is drawn small first (`hires`) is drawn in one piece.
+    The images are those of `draw`, within one grey level. With `hires` they are drawn in one piece.
 
     Args:
         seconds: about how long one piece takes.
@@ -169,7 +169,7 @@ def draw_stepwise(
         return
     program = programs(model, settings.scheduler, settings.clip_skip, settings.tile, devices)
     call, inputs = with_filled_grid(model, request)
-    inputs = filled_rows(inputs, count, mapping.part_count(devices))
+    inputs = mapping.filled_rows(inputs, count, mapping.part_count(devices))
     first = 0 if call.start is None else int(call.start)
     steps = len(settings.call.times.t) - 1 - first
     begun = program.begin(params, call, inputs)
@@ -202,14 +202,6 @@ def finished(steps: int, drawn: Drawn, count: int) -> Moment:
     """The last moment, of the first `count` of the images drawn."""
     found = parallel.fetch(drawn)
     return Moment(steps, steps, lambda: found.images[:count], found.finite[:count])
-
-
-def filled_rows(inputs: ImageInputs, count: int, parts: int) -> ImageInputs:
-    """Inputs of as many images as divide evenly over devices; the last one is repeated."""
-    missing = -count % parts
-    if not missing:
-        return inputs
-    return jax.tree.map(lambda x: x[np.minimum(np.arange(count + missing), count - 1)], inputs)
 
 
 def decoded(vae: Any, latents: Array) -> Drawn:

@@ -49,7 +49,7 @@ def encoder_inputs(
         groups = {name: None if pair is None else next(pairs) for name, pair in groups.items()}
     first, second = ([p for pair in groups.values() if pair for p in pair[i]] for i in (0, 1))
     every = text.tokens(model, first, second, emphasis=emphasis)
-    every = text.weighed(every) if emphasis else every
+    every = text.with_weights(every) if emphasis else every
     starts = iter(range(0, len(first), count * each))
 
     def part(i: int) -> text.Tokens:

@@ -67,15 +67,23 @@ def upscale(
     return larger[0] if given.ndim == 3 else larger
 
 
-def check_upscale(module: RRDBNet, height: int, width: int, scale: float) -> None:
-    """Raise ArgumentError for a scale that this network cannot give, or one that memory has no room for."""
+def largest_scale(module: RRDBNet, scale: float) -> float:
+    """How many times larger a side is than the given image's at its largest: of the result, or before it is resized.
+
+    Raises ArgumentError for a scale that this network cannot give.
+    """
     own = module.config.scale
     if not 1 <= scale <= MOST:  # true of not-a-number too
         raise ArgumentError("scale", f"{scale:g} must be from 1 to {MOST}.")
     if own == 1 and scale != 1:
         raise ArgumentError("scale", f"{scale:g} is none of this network, which mends images at their size: give 1.")
-    side = own ** passes(own, scale)
-    needed = 9.0 * height * width * max(side**2, scale**2)  # bytes: the network's image, the resized one, the file's
+    return max(own ** passes(own, scale), scale)
+
+
+def check_upscale(module: RRDBNet, height: int, width: int, scale: float) -> None:
+    """Raise ArgumentError for a scale that this network cannot give, or one that memory has no room for."""
+    side = largest_scale(module, scale)
+    needed = 9.0 * height * width * side**2  # bytes: the network's image, the resized one, the file's
     if needed > 2**30 and needed > (there := parallel.host_memory()):
         shown = f"{round(width * scale)} x {round(height * scale)} pixels"
         raise ArgumentError(

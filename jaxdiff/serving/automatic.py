@@ -33,7 +33,7 @@ from jaxdiff.text.styles import read_styles
 PREVIEW = 2.0  # seconds that a request for progress waits for its preview
 
 
-class Picture(BaseModel):
+class PngInfo(BaseModel):
     """The body of png-info."""
 
     image: str
@@ -91,7 +91,7 @@ def router(service: Service) -> APIRouter:
         return {}
 
     @routes.post("/png-info")
-    def png_info(body: Picture) -> dict[str, Any]:
+    def png_info(body: PngInfo) -> dict[str, Any]:
         text, flags = uploads.infotext(uploads.from_base64("image", body.image))
         return {"info": text, "items": {"parameters": text} if text else {}, "parameters": flags}
 

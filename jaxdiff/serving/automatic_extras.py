@@ -86,6 +86,3 @@ def resampled(service: Service, image: np.ndarray, scale: float) -> np.ndarray:
     if height * width > service.pixels:
         raise ArgumentError("upscaling_resize", f"makes {width}x{height} pixels, more than {service.pixels}.")
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
-
-
-__all__: list[Any] = ["enlarge_images"]

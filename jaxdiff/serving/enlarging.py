@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxdiff.errors import ArgumentError
 from jaxdiff.models.model import Model
-from jaxdiff.sampling.upscale import MOST, passes, upscale
+from jaxdiff.sampling.upscale import largest_scale, upscale
 from jaxdiff.serving.requests import EnlargeRequest
 from jaxdiff.typing import Params
 
@@ -21,13 +21,7 @@ def check_enlarging(model: Model, height: int, width: int, scale: float, pixels:
     """
     if model.upscaler is None:
         raise ArgumentError("upscaler", "is missing: this server was started without one.")
-    if not 1 <= scale <= MOST:
-        raise ArgumentError("scale", f"{scale:g} must be from 1 to {MOST}.")
-    own = model.upscaler.config.scale
-    if own == 1 and scale != 1:
-        raise ArgumentError("scale", f"{scale:g} is none of this network, which mends images at their size: give 1.")
-    side = max(own ** passes(own, scale), scale)
-    if height * width * side**2 > pixels:
+    if height * width * largest_scale(model.upscaler, scale) ** 2 > pixels:
         raise ArgumentError(
             "image", f"of {width}x{height} pixels would have more than {pixels} pixels: send a smaller one."
         )

@@ -15,7 +15,6 @@ from jaxdiff.serving.errors import HttpError, error_response
 
 OPEN = ("/healthz", "/readyz")
 FILES = "/v1/images/files/"  # their names are secrets
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Guard:

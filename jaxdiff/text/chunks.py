@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
     # [B, K L] float32: 1 in a prompt's own chunks and 0 in those that fill it up to the longest one's K, so that no
     # image depends on the prompts beside it. None where K is 1.
     attention_mask: Array | None = None
-    ids_3: Array | None = None  # the same for the third encoder (SD 3)
+    ids_3: Array | None = None  # [B, L] int32, for the third encoder: T5, in SD 3
 
 
 class HasTokenizers(Protocol):
@@ -117,7 +117,7 @@ def _plain_tokens(model: HasTokenizers, prompts: Sequence[str | None], second: S
     return Tokens(ids, ids_2=ids_2, attention_mask=mask, ids_3=ids_3)
 
 
-def weighed(tokens: Tokens) -> Tokens:
+def with_weights(tokens: Tokens) -> Tokens:
     """The tokens with weights, 1 where no prompt has any: prompts with and without brackets share one program."""
 
     def filled(ids: Array, weights: Array | None) -> Array:

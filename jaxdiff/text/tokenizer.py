@@ -284,7 +284,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int = DEFAULT_L
         ConfigError: `vocab_size` leaves no room for the bytes, or `max_length` for a word.
     """
     from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Backend
+    from tokenizers import Tokenizer as FastTokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = alphabet + [c + "</w>" for c in alphabet]
@@ -292,7 +292,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int = DEFAULT_L
         raise ConfigError(f"vocab_size must be {len(base) + 2} or more (bytes and special tokens), not {vocab_size}.")
     if max_length < 3:
         raise ConfigError(f"max_length must be 3 or more (start, a token, end), not {max_length}.")
-    backend = Backend(models.BPE(end_of_word_suffix="</w>"))
+    backend = FastTokenizer(models.BPE(end_of_word_suffix="</w>"))
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

@@ -9,7 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jaxdiff.diffusion.prediction import PREDICTION_TYPES
+from jaxdiff.config.scheduler import PREDICTION_TYPES
 from jaxdiff.diffusion.schedulers import SCHEDULERS
 from jaxdiff.models.layers import REMAT_POLICIES
 from jaxdiff.training.options import (

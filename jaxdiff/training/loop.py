@@ -205,13 +205,7 @@ def fit(
         sigmas = options.ema_sigmas
         snapshots = stack.enter_context(Snapshots(workdir / "ema", sigmas)) if sigmas else None
         stop = stack.enter_context(Stop())
-        if checkpoints.latest is None:
-            state = init_state(trained, optimizer(options), mesh)
-        else:  # no state beside it, for which the devices may have no room
-            state, position = checkpoints.restore(abstract_state(trained, options, mesh))
-            iterator.set_state(position)
-        if not all_finite(state):
-            raise TrainingError(f"The parameters of {', '.join(stage.trainable)} to start from are not all finite.")
+        state = starting_state(checkpoints, iterator, trained, options, mesh)
         start = step = int(state.step)
         train_step = make_train_step(stage.loss, options, mesh, state, stage.dtypes, stage.reads_state)
         report = stack.enter_context(open_report(workdir, stage.name, start, options, trackers))
@@ -266,6 +260,28 @@ def fit(
             checkpoints.save(step, state, iterator.get_state())
             report.say(f"stopped at step {step} of {options.steps}; the same command goes on from there.")
         return Result(averaged(state), step)
+
+
+def starting_state(
+    checkpoints: Checkpoints, iterator: BatchIterator, trained: Params, options: Options, mesh: Mesh
+) -> TrainState:
+    """The state of the newest checkpoint, with the iterator set to its position in the data; else a fresh one.
+
+    Args:
+        trained: the parameters to train.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+        TrainingError: parameters are not finite.
+    """
+    if checkpoints.latest is None:
+        state = init_state(trained, optimizer(options), mesh)
+    else:  # no other state is made, for which the devices may have no room
+        state, position = checkpoints.restore(abstract_state(trained, options, mesh))
+        iterator.set_state(position)
+    if not all_finite(state):
+        raise TrainingError(f"The parameters of {', '.join(trained)} to start from are not all finite.")
+    return state
 
 
 @jax.jit

@@ -33,6 +33,11 @@ def kl_divergence(mean: Array, logvar: Array) -> Array:
     return 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar).mean()
 
 
+def batch_psnr(x: Array, target: Array) -> Array:
+    """Peak signal-to-noise ratio in dB of images [B, H, W, C] in [-1, 1], over the whole batch: a scalar."""
+    return 10 * jnp.log10(4.0 / jnp.maximum(((x - target) ** 2).mean(), 1e-10))
+
+
 def _halved(x: Array) -> Array:
     """Images [B, H, W, C] at half the size, each pixel the mean of four."""
     b, h, w, c = x.shape

@@ -113,9 +113,7 @@ def denoiser_on_eval(
 ) -> OnEval | None:
     """The loss by noise level where `data.eval_split` names images, and a sheet of what `eval.prompts` draw.
 
-    A GAN has the sheet alone.
-
-    What draws from more than a prompt has a sheet without prompts too, of images set aside.
+    A GAN has the sheet alone. What draws from more than a prompt has a sheet of images set aside without prompts too.
     """
     if not (config.data.eval_split or config.eval.prompts):
         return None

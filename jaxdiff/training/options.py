@@ -9,8 +9,6 @@ from typing import Any, Self
 
 from jaxdiff.training.ranges import MOST, OptionsError, check_fields, setting
 
-__all__ = ["DistillationOptions", "NoiseOptions", "Options", "OptionsError"]
-
 STAGES = (
     "clip",
     "vae",

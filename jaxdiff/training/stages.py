@@ -17,7 +17,7 @@ from jaxdiff.models.model import Model, apply, encode, with_time_ids
 from jaxdiff.models.text_encoding import encode_text
 from jaxdiff.text.chunks import Tokens, tokens
 from jaxdiff.training.loop import Stage
-from jaxdiff.training.losses import SCALES, contrastive_loss, kl_divergence, reconstruction_loss
+from jaxdiff.training.losses import SCALES, batch_psnr, contrastive_loss, kl_divergence, reconstruction_loss
 from jaxdiff.training.options import NoiseOptions
 from jaxdiff.training.train_step import NO_CAST, Batch, Dtypes, Metrics
 from jaxdiff.typing import Array, Key, Params
@@ -124,9 +124,8 @@ def vae_stage(model: Model, *, kl_weight: float = 1e-3, edge_weight: float = 1.0
         x = apply(model, params, "vae", z, method="decode")
         reconstruction = reconstruction_loss(x, images, edge_weight, scales)
         kl = kl_divergence(mean, logvar)
-        error = ((x - images) ** 2).mean()
-        psnr = 10 * jnp.log10(4.0 / jnp.maximum(error, 1e-10))  # dB; the range of [-1, 1] is 2
-        return reconstruction + kl_weight * kl, {"reconstruction": reconstruction, "kl": kl, "psnr": psnr}
+        metrics = {"reconstruction": reconstruction, "kl": kl, "psnr": batch_psnr(x, images)}
+        return reconstruction + kl_weight * kl, metrics
 
     return Stage("vae", ("vae",), loss, lambda batch: {"image": batch["image"]}, compute_dtypes(model))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.config import SchedulerConfig
-from jaxdiff.diffusion.prediction import PREDICTION_TYPES
+from jaxdiff.config.scheduler import PREDICTION_TYPES
 from jaxdiff.diffusion.schedules import is_flow
 from jaxdiff.io.controlnet import load_controlnet, save_controlnet
 from jaxdiff.io.discriminator import load_patches
@@ -45,7 +45,7 @@ def _same(params: Params) -> Params:
 
 
 class Trainable(NamedTuple):
-    """One thing to train. What follows `export` belongs to stages that train a denoiser."""
+    """One thing to train. What follows `export` is for the stages that need it."""
 
     stage: Stage
     params: Params  # all that the loss reads
@@ -213,15 +213,21 @@ def _unet(config: Any, model: Model, params: Params) -> Trainable:
     return Trainable(stage, params, model, save_model(model), network=network, sample_inputs=sample_inputs)
 
 
-def _lora(config: Any, model: Model, params: Params) -> Trainable:
+def _with_lora(
+    config: Any, model: Model, params: Params, targets: tuple[str, ...]
+) -> tuple[Params, MergeParams, float]:
+    """The parameters with a fresh LoRA of these modules, as `config.lora` says; what merges it, and its alpha."""
     c = config.lora
     alpha = float(c.alpha or c.rank)
-    chosen = {"targets": _modules(config, model), "endings": tuple(c.layers) or ATTENTION}
+    chosen = {"targets": targets, "endings": tuple(c.layers) or ATTENTION}
     key = jax.random.key(config.seed, impl=PRNG)
-    params, merge = adapters.with_lora(model, params, c.rank, alpha, key, **chosen)
+    return *adapters.with_lora(model, params, c.rank, alpha, key, **chosen), alpha
+
+
+def _lora(config: Any, model: Model, params: Params) -> Trainable:
+    params, merge, alpha = _with_lora(config, model, params, _modules(config, model))
     network, sample_inputs = _seen(config, model)
     stage = _diffusion_stage(config, model, ("lora",), network, merge_params=merge)
-
     return Trainable(stage, params, model, _lora_files(model, alpha), merge, network, sample_inputs)
 
 
@@ -299,11 +305,8 @@ def _distilled_lora(config: Any, model: Model, params: Params) -> Trainable:
     """Stage "lcm_lora": a LoRA of the UNet learns, under a teacher that is the model without it."""
     _check_no_choice(config)
     c, how = DistillationOptions.from_config(config.distillation), dataclasses.asdict(NoiseOptions.from_config(config))
-    rank, alpha = config.lora.rank, float(config.lora.alpha or config.lora.rank)
-    key = jax.random.key(config.seed, impl=PRNG)
     drawn = distillation.few_steps(model, 0, c.solver_steps)
-    chosen = {"targets": ("unet",), "endings": tuple(config.lora.layers) or ATTENTION}
-    params, merge = adapters.with_lora(model, params, rank, alpha, key, **chosen)
+    params, merge, alpha = _with_lora(config, model, params, ("unet",))
     student = distillation.Student(drawn, model, params, merge, "unet")
     stage = distillation.lcm_stage(student, c, name="lcm_lora", trainable=("lora",), **how)
     network = distillation.evaluated_network(drawn, c)

@@ -9,7 +9,7 @@ from jaxdiff.models.clip import CLIPEncoder
 from jaxdiff.models.model import Model, apply
 from jaxdiff.training.adversarial import Rules, adaptive_weight, contest, stop, with_gradient
 from jaxdiff.training.loop import Stage
-from jaxdiff.training.losses import SCALES, reconstruction_loss
+from jaxdiff.training.losses import SCALES, batch_psnr, reconstruction_loss
 from jaxdiff.training.stages import clip_pixels, compute_dtypes, fold_in_each, per_example
 from jaxdiff.training.train_step import STATE, Batch, Metrics
 from jaxdiff.typing import Array, Key, Params
@@ -110,9 +110,8 @@ def vae_decoder_stage(
         both = contest(score, params["discriminator"], images, x, fold_in_each(keys, 1), rules)
         factor = weight * (adaptive_weight(lambda g: pullback(g)[0], gradient, both.gradient) if adaptive else 1.0)
         factor = jnp.where(step < start, 0.0, factor)
-        psnr = 10 * jnp.log10(4.0 / jnp.maximum(((x - images) ** 2).mean(), 1e-10))  # the range of [-1, 1] is 2
         total = value + with_gradient(factor * both.generator, factor * both.gradient, x) + both.discriminator
-        return total, {**metrics, **both.metrics, "weight": factor, "psnr": psnr}
+        return total, {**metrics, **both.metrics, "weight": factor, "psnr": batch_psnr(x, images)}
 
     dtypes = compute_dtypes(model)
     dtypes = {**dtypes, "vae_decoder": dtypes["vae"], "discriminator": jnp.dtype(discriminator.dtype)}  # type: ignore[attr-defined]

@@ -38,6 +38,6 @@ def assert_equal(a, b):
 
 
 def levels(a, b) -> int:
-    """Largest difference of two sets of pictures, of 255."""
+    """Largest difference of two sets of images, of 255."""
     assert a.shape == b.shape
     return int(np.abs(a.astype(int) - b.astype(int)).max())

@@ -29,7 +29,7 @@ from jaxdiff.io.upscaler import save_upscaler
 from jaxdiff.models.model import Model, build
 from jaxdiff.models.rrdb import RRDBNet, param_shapes
 from jaxdiff.training.defaults import base
-from tests.support import datasets_of_pictures, evaluation_folders, tiny
+from tests.support import evaluation_folders, image_datasets, tiny
 from tests.support.documents import ROOT, program, read
 from tests.support.training_config import TEXT
 
@@ -137,7 +137,7 @@ STAND_INS: dict[str, Callable[[Path], object]] = {
     "runs/x4/export": lambda path: upscaler(path / "upscaler.safetensors"),
     "my-images": lambda path: evaluation_folders.data_folder(path, train=24, held_out=24),
     "elephant": without_captions,
-    "shards": lambda path: datasets_of_pictures.write_tars(path, 8),
+    "shards": lambda path: image_datasets.write_tars(path, 8),
     "data/icons": icons_set,
     "clip-vit-large-patch14": evaluation_folders.clip_model_folder,
     "prompts.txt": lambda path: path.write_text("a castle\na red dragon\na blue house\na house\na dragon\nblue\n"),

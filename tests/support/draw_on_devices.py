@@ -1,4 +1,4 @@
-"""Run with simulated devices: pictures drawn on all of them and on one, and the collectives in the compiled program.
+"""Run with simulated devices: images drawn on all of them and on one, and the collectives in the compiled program.
 
 Usage: python -m tests.support.draw_on_devices FOLDER, with XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
@@ -53,11 +53,11 @@ def recorded_programs():
 
 
 def from_the_command_line(folder: Path, model, params, count: int) -> np.ndarray:
-    """Pictures that sample.py draws; a mesh is laid out in another order than the devices', as on TPUs."""
+    """Images that sample.py draws; a mesh is laid out in another order than the devices', as on TPUs."""
     save(folder / "model", model, params)
     parallel._lay_out = lambda shape, devices: np.asarray(devices)[::-1].reshape(shape)
     flags = [f"--model={folder}/model", "--seed=3", "--steps=2", f"--batch_size={count}"]
-    prompts = [f"--prompt=picture {i}" for i in range(count)]
+    prompts = [f"--prompt=image {i}" for i in range(count)]
     assert sample.main(["sample.py", *flags, *prompts, f"--output={folder}/{{index}}.png"]) == 0
     return np.stack([read_image(folder / f"{i}.png") for i in range(count)])
 
@@ -73,7 +73,7 @@ def main(folder: Path) -> None:
     params = tiny_params(model)
 
     def draw(count, devices, params=params):
-        prompts = [f"picture {i}" for i in range(count)]
+        prompts = [f"image {i}" for i in range(count)]
         devices = devices and jax.devices()[:devices]
         return generate(model, params, prompts, seed=3, steps=2, devices=devices)
 
@@ -88,18 +88,18 @@ def main(folder: Path) -> None:
         "control_images": rng.random((3, SIDE, SIDE, 3)),
     }
 
-    def draw_from_pictures(devices):
+    def draw_from_images(devices):
         return generate(*controlled, ["a castle"] * 3, steps=2, devices=jax.devices()[:devices], **given)
 
-    pictures = {"from_pictures": draw_from_pictures(8), "from_pictures_one": draw_from_pictures(1)}
-    pictures |= {"one": draw(9, 1), "sixteen": sixteen, "nine": draw(9, 8), "five": draw(5, 8)}
-    pictures["five_replicated"] = draw(5, None, replicate(params, jax.devices()[::-1]))
-    given = [f"picture {i}" for i in range(5)]
+    images = {"from_images": draw_from_images(8), "from_images_one": draw_from_images(1)}
+    images |= {"one": draw(9, 1), "sixteen": sixteen, "nine": draw(9, 8), "five": draw(5, 8)}
+    images["five_replicated"] = draw(5, None, replicate(params, jax.devices()[::-1]))
+    given = [f"image {i}" for i in range(5)]
     request = resolve_images(model, resolve_settings(model, steps=2), given, seed=3)
-    pictures["five_stepwise"] = list(draw_stepwise(model, replicate(params), request))[-1].images()
+    images["five_stepwise"] = list(draw_stepwise(model, replicate(params), request))[-1].images()
     with recorded_programs() as commanded:
-        pictures["commanded"] = from_the_command_line(folder, model, params, 16)
-    np.savez(folder / "pictures.npz", **pictures)
+        images["commanded"] = from_the_command_line(folder, model, params, 16)
+    np.savez(folder / "images.npz", **images)
     report = {
         "device_count": jax.device_count(),
         "partitions": partitions(texts),

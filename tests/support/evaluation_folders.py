@@ -91,8 +91,8 @@ def image(colour: str, rng: np.random.Generator, side: int = 20) -> Image.Image:
 def write_split(folder: Path, images: list[Image.Image], subjects: list[str]) -> None:
     folder.mkdir(parents=True)
     lines = []
-    for i, (picture, subject) in enumerate(zip(images, subjects, strict=True)):
-        picture.save(folder / f"{i:03d}.png")
+    for i, (image, subject) in enumerate(zip(images, subjects, strict=True)):
+        image.save(folder / f"{i:03d}.png")
         lines.append(
             {"file_name": f"{i:03d}.png", "text": [f"a {subject} house", f"{subject} {i}"], "subject": subject}
         )

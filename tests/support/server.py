@@ -9,9 +9,9 @@ from typing import Any
 
 import uvicorn
 
+from jaxdiff.cli.serve_options import LOOPBACK
 from jaxdiff.serving.app import create_app
 from jaxdiff.serving.engine import Engine
-from jaxdiff.serving.guard import LOOPBACK
 from jaxdiff.serving.metrics import Metrics
 from jaxdiff.serving.requests import Limits
 from jaxdiff.serving.service import Service

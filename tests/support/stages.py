@@ -43,7 +43,7 @@ def whole_model(scheduler: SchedulerConfig = SCHEDULER, **kwargs) -> Model:
     return build(text_config(), UNET, VAE, tokenizer(), scheduler, VISION, **kwargs)
 
 
-def pictures(count: int = 8, seed: int = 0) -> np.ndarray:
+def random_images(count: int = 8, seed: int = 0) -> np.ndarray:
     """Plain squares of one colour each, uint8 [count, SIDE, SIDE, 3]."""
     rng = np.random.default_rng(seed)
     images = np.full((count, SIDE, SIDE, 3), 255, np.uint8)
@@ -55,14 +55,14 @@ def write_houses(folder: Path) -> None:
     """Six of them as files, captioned "a house": data to train on."""
     folder.mkdir()
     for i in range(6):
-        Image.fromarray(pictures(1, seed=i)[0]).save(folder / f"{i}.png")
+        Image.fromarray(random_images(1, seed=i)[0]).save(folder / f"{i}.png")
     lines = [json.dumps({"file_name": f"{i}.png", "text": "a house"}) for i in range(6)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
 def pairs(count: int = 8) -> dict:
     words = ["castle", "red", "dragon", "blue", "house", "blurry", "a castle", "a house", "red house", "a dragon"]
-    return {"image": pictures(count), "tokens": tokenizer()(words[:count])}
+    return {"image": random_images(count), "tokens": tokenizer()(words[:count])}
 
 
 def options(**changes) -> Options:

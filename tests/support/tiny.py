@@ -16,7 +16,7 @@ from jaxdiff.text.tokenizer import Tokenizer, train_bpe
 from jaxdiff.typing import Params
 
 MAX_LENGTH = 12  # tokens
-SIDE = 16  # pixels of a picture
+SIDE = 16  # pixels of an image
 FACTOR = 2  # pixels to a latent
 LATENT = (8, 8, 4)
 
@@ -65,7 +65,7 @@ def tiny_model(scheduler: SchedulerConfig = SCHEDULER, **kwargs) -> Model:
 
 
 def tiny_params(model: Model, seed: int = 0) -> Params:
-    """Every parameter random, none zero or one, so that each one matters to the picture."""
+    """Every parameter random, none zero or one, so that each one matters to the image."""
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -1,4 +1,4 @@
-"""One of several processes that train together on a folder of pictures.
+"""One of several processes that train together on a folder of images.
 
 Usage: python -m tests.support.train_on_hosts PORT PROCESS PROCESSES DATA WORKDIR STEPS
 """
@@ -14,14 +14,14 @@ from PIL import Image
 BATCH = 8  # of all processes together
 
 
-def write_pictures(folder: Path, count: int = 13) -> Path:
+def write_images(folder: Path, count: int = 13) -> Path:
     """A captioned folder of plain squares, one of which cannot be read."""
     folder.mkdir()
     lines = []
     for i in range(count):
         lines.append({"file_name": f"{i}.png", "text": [f"{i}", f"number {i}"]})
         Image.fromarray(np.full((8, 8, 3), (19 * i, 255 - 19 * i, 7 * i), np.uint8)).save(folder / f"{i}.png")
-    (folder / "3.png").write_bytes(b"no picture")
+    (folder / "3.png").write_bytes(b"no image")
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 

@@ -25,7 +25,6 @@ from jaxdiff.models import text_encoding
 from tests.support import oracle
 from tests.support.pipelines import PROJECTION, TEXT_WIDTH, open_clip, text_encoder, tokenizer
 
-FAMILIES = ("flux", "schnell", "sd3", "sd3_without_t5", "z_image", "flux2", "flux2_distilled")
 FACTOR = 2  # of the autoencoder
 PUBLISHED_LAYERS = text_encoding.FLUX2_LAYERS  # of Qwen3, which FLUX.2 reads
 text_encoding.FLUX2_LAYERS = (1, 2, 3)  # all of this process, so that four layers are enough
@@ -156,7 +155,7 @@ def flux2(folder: Path, distilled: bool) -> Any:
 
 
 def pipeline(family: str, folder: Path) -> Any:
-    """The pipeline of one of `FAMILIES`; the folder takes its tokenizers."""
+    """The pipeline of a family by its name below; the folder takes its tokenizers."""
     made = {
         "flux": lambda: flux(folder, True),
         "schnell": lambda: flux(folder, False),
@@ -181,7 +180,7 @@ class Made:
         self.factory, self.pipes, self.models = factory, dict[str, Any](), dict[str, Any]()
 
     def pipe(self, family: str) -> tuple[Any, Path]:
-        """PyTorch's pipeline of one of `FAMILIES`, and the folder that it is saved in."""
+        """PyTorch's pipeline of a family, see `pipeline`, and the folder that it is saved in."""
         if family not in self.pipes:
             place = self.factory.mktemp(family)
             made = pipeline(family, place / "tokenizers")

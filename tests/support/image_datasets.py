@@ -1,4 +1,4 @@
-"""The same numbered pictures as every kind of data that is read: shades of grey, captioned by their numbers."""
+"""The same numbered images as every kind of data that is read: shades of grey, captioned by their numbers."""
 
 import io
 import json
@@ -12,16 +12,16 @@ from jaxdiff.data.records import example_class
 SIZE = 8  # pixels
 
 
-def picture(number: int, size: tuple[int, int] = (SIZE, SIZE), kind: str = "PNG") -> bytes:
+def numbered_image(number: int, size: tuple[int, int] = (SIZE, SIZE), kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, (number, number, number)).save(file, kind)
     return file.getvalue()
 
 
 def rows(count, bad=(), sizes=None):
-    """What each example holds; the pictures in `bad` are cut off."""
+    """What each example holds; the images in `bad` are cut off."""
     for i in range(count):
-        data = picture(i, sizes[i % len(sizes)] if sizes else (SIZE, SIZE))
+        data = numbered_image(i, sizes[i % len(sizes)] if sizes else (SIZE, SIZE))
         yield {"image": data[:-30] if i in bad else data, "text": [f"{i}", f"number {i}"], "score": i / 10}
 
 
@@ -109,7 +109,7 @@ WRITERS = {
 
 
 def numbers(batch) -> list[int]:
-    """Which of the numbered pictures a batch holds; picture and caption must belong together."""
+    """Which of the numbered images a batch holds; image and caption must belong together."""
     shades = np.asarray(batch["image"])[:, 0, 0, 0].tolist()
     assert [t.removeprefix("number ") for t in batch["text"]] == [str(s) for s in shades]
     return shades
