@@ -257,9 +257,13 @@ def test_data_that_are_not_there_name_their_flag(setting, value, tmp_path):
     config = base()
     config.data.path = str(write_squares(tmp_path / "data"))
     config.update_from_flattened_dict({setting: value})
-    with pytest.raises(ConfigError, match=rf"^--config\.{setting}: .*nowhere") as error:
-        fingerprints(config)
-    assert "\n" not in str(error.value)
+    group = config[setting.partition(".")[0]]
+    for captions in ((), ("a square",)) if setting.endswith(".path") and setting != "latents.path" else ((),):
+        if captions:  # of all images, which then need none of their own
+            group.captions = captions
+        with pytest.raises(ConfigError, match=rf"^--config\.{setting}: .*nowhere") as error:
+            fingerprints(config)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", ["nowhere", "nowhere.safetensors", "{tmp}/empty.safetensors", "{tmp}"])

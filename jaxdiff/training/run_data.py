@@ -215,7 +215,12 @@ def fingerprints(config: Any) -> dict[str, Any]:
 
 def _fingerprint(config: Any, path: str, split: str, captions: Any, setting: str, example: str) -> dict[str, Any]:
     try:
-        return data_fingerprint(path, split, bool(captions), **columns(config))
+        found = data_fingerprint(path, split, bool(captions), **columns(config))
+        if not found["files"]:  # a folder under captions of the config; others are refused as they are opened
+            there = Path(path)
+            wrong = "holds no image" if there.is_dir() else "is a file" if there.exists() else "does not exist"
+            raise ConfigError(f"{path} {wrong}: give a folder of images.")
+        return found
     except ConfigError as e:
         if isinstance(e, NoCaptions) and (image_files(Path(path), below=True) or image_files(Path(path) / split)):
             raise OptionsError(
