@@ -52,8 +52,9 @@ def load_controlnet(
     source, dtype = _open(path), check_dtype(dtype)
     if HINT.format(0) in source.shapes:
         return _load_original(source, dtype, like, mesh)
+    named = source.path  # what describes it
     if without_config(path):
-        config, named = controlnet_config(source, controlnet_shapes(source), like), source.path
+        config: Any = controlnet_config(source, controlnet_shapes(source), like)
     else:
         named = source.path.parent / CONFIG
         config = read_config(named, ControlNetConfig)
