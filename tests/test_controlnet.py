@@ -247,8 +247,8 @@ def test_bad_files_in_the_original_layout_end_in_one_sentence(tmp_path):
 
     with pytest.raises(WeightsError, match=r"canny.safetensors lacks the tensor controlnet_mid_block.weight"):
         opened(**{"middle_block_out.0.weight": None})
-    with pytest.raises(WeightsError, match=r"canny.safetensors holds 1 tensors .* first surplus"):
-        opened(surplus=np.zeros(3, np.float32))
+    with pytest.raises(WeightsError, match=r"canny.safetensors holds 1 tensors .* first input_blocks.0.surplus"):
+        opened(**{"input_blocks.0.surplus": np.zeros(3, np.float32)})
     with pytest.raises(WeightsError, match=r"canny.safetensors lacks the tensor input_blocks.0.0.weight"):
         opened(**{"input_blocks.0.0.weight": None})
     with pytest.raises(WeightsError, match=r"canny.safetensors has tensors of unexpected shapes"):

@@ -12,6 +12,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 import jaxdiff
+from jaxdiff.data.images import open_image
 from jaxdiff.errors import ImageError, WeightsError
 from jaxdiff.io.images import fit, read_image, read_metadata
 from tests.support.tiny import SIDE
@@ -24,9 +25,11 @@ def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png(width: int, height: int, depth: int, colour_type: int, rows: bytes, *extra: bytes) -> bytes:
+def png(
+    width: int, height: int, depth: int, colour_type: int, rows: bytes, *extra: bytes, interlaced: bool = False
+) -> bytes:
     """A PNG file byte by byte: Pillow writes no 16-bit colours."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, interlaced))
     return PNG + header + b"".join(extra) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -77,6 +80,21 @@ TRANSPARENT = {
         *(16, 2, words(*[0x1234] * 3, *[NEAR_16] * 3, *[0] * 3), [chunk(b"tRNS", words(*[0x1234] * 3))]),
         (0, 254, 0),
     ),
+    "low bytes of RGB of 16 bits": (
+        *(16, 2, words(*[0x1234] * 3, 0x1234, 0x1234, 0x1235, 0x1134, 0x1234, 0x1234)),
+        *([chunk(b"tRNS", words(*[0x1234] * 3))], (0, 0x12, [0x11, 0x12, 0x12])),
+    ),
+    "low bytes of 16 bits": (16, 0, words(0x1234, 0x1235, 0x1334), [chunk(b"tRNS", words(0x1234))], (0, 18, 19)),
+    "more bits than 2": (2, 0, b"\xe0", [chunk(b"tRNS", words(7))], (0, 170, 0)),
+    "more bits than 4": (4, 0, b"\xfe\x00", [chunk(b"tRNS", words(31))], (0, 238, 0)),
+    "more bits than 8": (8, 0, bytes([255, 254, 0]), [chunk(b"tRNS", words(511))], (0, 254, 0)),
+    "RGB of more bits": (
+        8,
+        2,
+        bytes([255] * 3 + [254] * 3 + [0] * 3),
+        [chunk(b"tRNS", words(*[511] * 3))],
+        (0, 254, 0),
+    ),
     "palette": (
         *(8, 3, bytes([0, 1, 2]), [chunk(b"PLTE", bytes([255] * 6 + [0] * 3)), chunk(b"tRNS", b"\0\xff\xff")]),
         (0, 255, 0),
@@ -96,7 +114,49 @@ TRANSPARENT = {
 def test_every_kind_of_transparency(kind, tmp_path):
     depth, colour_type, row, chunks, expected = TRANSPARENT[kind]
     (tmp_path / "a.png").write_bytes(png(3, 1, depth, colour_type, b"\0" + row, *chunks))
-    assert read_image(tmp_path / "a.png", (0, 0, 0))[0].tolist() == [[grey] * 3 for grey in expected]
+    got = read_image(tmp_path / "a.png", (0, 0, 0))[0].tolist()
+    assert got == [grey if isinstance(grey, list) else [grey] * 3 for grey in expected]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_color_of_sixteen_bits_is_transparent_where_it_is_exactly_the_files(
+    channels, interlaced, orientation, tmp_path
+):
+    """Every filter of rows, colors that differ in either byte, images that are stored turned or interlaced."""
+    values = (
+        np.random.default_rng(0)
+        .choice([0x1234, 0x1235, 0x1334], (10, 9, channels), p=[0.8, 0.1, 0.1])
+        .astype(np.uint16)
+    )
+    rows = b"".join(filtered(part, i) for i, part in enumerate(adam7(values) if interlaced else [values]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    extra = [chunk(b"eXIf", exif.tobytes()[6:]), chunk(b"tRNS", words(*[0x1234] * channels))]
+    data = png(9, 10, 16, {1: 0, 3: 2}[channels], rows, *extra, interlaced=interlaced)
+    opaque = (values != 0x1234).any(-1)
+    upright = np.rot90(opaque, -1) if orientation == 6 else opaque
+    for file in data, tmp_path / "a.png":
+        (tmp_path / "a.png").write_bytes(data)
+        np.testing.assert_array_equal(np.asarray(open_image(file))[..., 3], np.where(upright, 255, 0))
+
+
+def adam7(values: np.ndarray) -> list[np.ndarray]:
+    """The passes of an interlaced PNG (PNG specification, 8.2)."""
+    starts = (0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)
+    return [part for y, x, dy, dx in starts if (part := values[y::dy, x::dx]).size]
+
+
+def filtered(values: np.ndarray, first: int) -> bytes:
+    """Rows of 16 bits as PNG keeps them, each by another of the filters none, sub and up (9.2)."""
+    raw = np.ascontiguousarray(values.astype(">u2")).view(np.uint8).reshape(len(values), -1)
+    above, pixel = np.vstack([np.zeros_like(raw[:1]), raw[:-1]]), 2 * values.shape[-1]
+    left = np.hstack([np.zeros_like(raw[:, :pixel]), raw[:, :-pixel]])
+    kinds = [(first + i) % 3 for i in range(len(raw))]
+    return b"".join(
+        bytes([kind]) + (raw[i] - [0 * raw, left, above][kind][i]).tobytes() for i, kind in enumerate(kinds)
+    )
 
 
 def test_cmyk_photograph(tmp_path):

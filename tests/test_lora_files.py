@@ -54,9 +54,19 @@ PEFT = {  # by network, settings of peft's LoraConfig
     "text_encoder": {"target_modules": ["q_proj", "fc1"], "r": 2, "lora_alpha": 32, "use_rslora": True},
     "text_encoder_2": {"target_modules": ["q_proj", "fc2"], "r": 3, "lora_alpha": 5, "use_dora": True},
 }
+# Of which patterns fit, peft's names of the layers decide: transformers 5.6 calls a text encoder's `encoder.layers…`,
+# that of its variant with a projection, as the versions before both, `text_model.encoder.layers…`.
+FIRST = "encoder.layers.0.self_attn.q_proj"
+PATTERNS = {
+    "plain": {"rank_pattern": {FIRST: 3}, "alpha_pattern": {FIRST: 7}},
+    "text_model": {"rank_pattern": {f"text_model.{FIRST}": 3}, "alpha_pattern": {f"text_model.{FIRST}": 7}},
+    "only alpha": {"alpha_pattern": {f"text_model.{FIRST}": 7}},
+    "anchored": {"rank_pattern": {f"^{FIRST}": 3}, "alpha_pattern": {f"^{FIRST}": 7, "q_proj": 5}},
+    "expression": {"rank_pattern": {r".*layers\.[01].*_proj": 3}, "alpha_pattern": {r"model\.enc.*fc1": 7, "fc1": 2}},
+}
 
 
-def peft_folder(folder, name, network):
+def peft_folder(folder, name, network, settings=None):
     """A folder that peft writes for one of the small networks, and the merged weights by PyTorch's names."""
     import peft as library
     import torch
@@ -64,7 +74,7 @@ def peft_folder(folder, name, network):
     from tests.support import oracle
 
     found = oracle.unet(network) if name == "unet" else oracle.text(network)
-    found = library.get_peft_model(found, library.LoraConfig(**PEFT[name], init_lora_weights=False))
+    found = library.get_peft_model(found, library.LoraConfig(**(settings or PEFT[name]), init_lora_weights=False))
     with torch.no_grad():
         for key, x in found.named_parameters():
             if "lora_magnitude_vector" in key:
@@ -109,12 +119,43 @@ def test_peft_files_have_the_strength_of_their_config(given, sdxl, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, merged[name], whole[name])
 
 
-def peft_file(folder, params, config=None, name="adapter_model"):
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("patterns", PATTERNS)
+def test_patterns_of_peft_match_the_names_of_its_layers(patterns, sdxl, tmp_path):
+    """Its text encoders with and without `text_model.` before their layers' names, in the file and in the patterns."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    model, params = sdxl
+    settings = {"target_modules": ["q_proj", "fc1"], "r": 2, "lora_alpha": 8} | PATTERNS[patterns]
+    for name, network in {"text_encoder": "vit_l", "text_encoder_2": "openclip"}.items():
+        theirs = peft_folder(tmp_path / name, name, network, settings)
+        assert_merged(merge(params, read_lora(model, tmp_path / name))[name], params[name], theirs)
+
+
+@pytest.mark.parametrize("written", ["", "text_model."])
+@pytest.mark.parametrize("pattern", ["", "text_model."])
+def test_patterns_of_a_file_of_any_version_of_transformers(pattern, written, sd1, tmp_path, caplog):
+    """The ranks tell which of the two names was meant; without them peft's rule holds, and a warning says so."""
+    model, params = sd1
+    path = peft_file(tmp_path / "a", params, within=written)
+    key = f"{pattern}encoder.layers.0.self_attn.q_proj"
+
+    def alphas(**patterns):
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, **patterns}))
+        return [f.alpha for _, f in sorted(read_lora(model, path).items())]
+
+    fits = not pattern or bool(written)
+    assert alphas(r=3, alpha_pattern={key: 7})[0] == (7 if fits else 8)
+    assert ("as in peft, it changes nothing" in caplog.text) != fits
+    assert alphas(r=4, rank_pattern={f"{pattern}.*": 3}, alpha_pattern={f"{pattern}.*layers.0.*": 7})[0] == 7
+
+
+def peft_file(folder, params, config=None, name="adapter_model", within="text_model."):
     """A text encoder's LoRA of rank 3 in peft's names, with such a config beside it or none."""
     folder.mkdir(exist_ok=True)
     tensors = {}
     for _, layer, down, up in matrices(params, "q_proj", only=("text_encoder",)):
-        stem = f"base_model.model.text_model.{layer}"
+        stem = f"base_model.model.{within}{layer}"
         tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
     save_file(tensors, folder / f"{name}.safetensors")
     if config is not None:

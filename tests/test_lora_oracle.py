@@ -230,11 +230,28 @@ SGM_DOTS = {  # the same with dots
 }
 
 
+LDM_DOTS = {  # the small SD 1's, whose levels attend in the other order, written out by hand
+    "conv_in": "input_blocks.0.0",
+    "down_blocks.0.resnets.0.conv1": "input_blocks.1.0.in_layers.2",
+    "down_blocks.0.attentions.1.proj_in": "input_blocks.2.1.proj_in",
+    "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q": "input_blocks.2.1.transformer_blocks.0.attn1.to_q",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+    "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0": "middle_block.1.transformer_blocks.0.attn2.to_out.0",
+    "mid_block.resnets.1.time_emb_proj": "middle_block.2.emb_layers.1",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.2.1.conv",
+    "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2": "output_blocks.3.1.transformer_blocks.0.ff.net.2",
+    "up_blocks.1.resnets.2.conv2": "output_blocks.5.0.out_layers.3",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_out": "out.2",
+}
+
+
 def original(prefixes, alpha=True):
     """Names of the original code behind a prefix a module, as OneTrainer and ComfyUI write them."""
 
-    def writer(module, name, down, up):
-        inner = SGM_DOTS[SGM[name]] if module == "unet" else full(module, name)
+    def writer(module, name, down, up, double=True):
+        inner = (SGM_DOTS[SGM[name]] if double else LDM_DOTS[name]) if module == "unet" else full(module, name)
         stem = f"{prefixes[module]}.{inner}"
         tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
         return tensors | ({f"{stem}.alpha": np.array(2.0, np.float32)} if alpha else {})
@@ -252,17 +269,29 @@ ORIGINAL = {
         },
         alpha=False,
     ),
+    "ComfyUI, SD 2": original(  # whose text encoder is OpenCLIP's
+        {
+            "unet": "diffusion_model",
+            "text_encoder": "text_encoders.clip_h.transformer",
+            "text_encoder_2": "text_encoders.clip_g.transformer",
+        }
+    ),
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("double", [False, True], ids=["sd1", "sdxl"])
 @pytest.mark.parametrize("writer", ORIGINAL)
-def test_names_of_the_original_code_mean_those_of_diffusers(writer, dtype, sdxl, tmp_path):
-    model, params = sdxl
-    found = matrices(params, rf"^unet\.({'|'.join(map(re.escape, SGM))})$|layers\.0\.", rank=2)
+def test_names_of_the_original_code_mean_those_of_diffusers(writer, double, dtype, sd1, sdxl, tmp_path):
+    model, params = sdxl if double else sd1
+    unet = SGM if double else LDM_DOTS
+    found = matrices(params, rf"^unet\.({'|'.join(map(re.escape, unet))})$|layers\.0\.", rank=2)
+    assert sum(module == "unet" for module, *_ in found) == len(unet)
     found = [(module, name, *(np.asarray(x, jnp.dtype(dtype)) for x in pair)) for module, name, *pair in found]
     expected = read_lora(model, written(tmp_path / "a.safetensors", peft, found))
-    ours = read_lora(model, written(tmp_path / "b.safetensors", ORIGINAL[writer], found))
+    named = functools.partial(ORIGINAL[writer], double=double)
+    ours = read_lora(model, written(tmp_path / "b.safetensors", named, found))
+    assert {f.down.dtype.name for f in ours.values()} == {dtype}
     assert {f.alpha for f in ours.values()} == {2.0}
     assert len(ours) == len(found)
     jax.tree.map(np.testing.assert_array_equal, dict(ours), dict(expected))

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxdiff.config import CLIPTextConfig
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.pretrained import load, save
 from jaxdiff.io.textual_inversion import TABLE, load_textual_inversion, save_textual_inversion
-from jaxdiff.models.model import apply, build, param_shapes
+from jaxdiff.models.model import apply, param_shapes
 from tests.support import tiny as small
 from tests.support.comparison import assert_equal
 
@@ -202,12 +201,7 @@ def test_several_words_of_one_file(tiny, tmp_path):
 @pytest.fixture(scope="module")
 def double():
     """(model, params) with two text encoders, the second wider."""
-    text = small.text_config()
-    wide = CLIPTextConfig.from_dict({**dataclasses.asdict(text), "hidden_size": 24, "with_projection": True})
-    model = build(
-        text, small.UNET, small.VAE, small.tokenizer(), small.SCHEDULER, text_2=wide, tokenizer_2=small.tokenizer()
-    )
-    return model, small.tiny_params(model)
+    return small.with_two_text_encoders()
 
 
 def test_two_text_encoders(double, tmp_path):

@@ -146,7 +146,7 @@ def test_a_pretrained_model_learns_a_folder(train_cli, data, tiny_folder, tmp_pa
         (("--config={config}", "--workdir={tmp}", "--config.steps=many"), 2, "many"),
         (("--config={config}:wgan", "--workdir={tmp}", "--config.data.path={data}"), 2, "config.stage 'wgan'"),
         (("--config={config}", "--workdir={tmp}", "--config.data.path={data}", "extra"), 2, "extra"),
-        (("--config={config}", "--workdir={tmp}", "--config.data.path=nowhere"), 1, "nowhere does not exist"),
+        (("--config={config}", "--workdir={tmp}", "--config.data.path=nowhere"), 1, "--config.data.path: The data"),
         (("--config={config}", "--workdir={data}/0.png", "--config.data.path={data}"), 1, "--workdir"),
         (
             ("--config={config}", "--workdir={tmp}", "--config.data.path={data}", "--config.batch_size=5",
@@ -154,7 +154,7 @@ def test_a_pretrained_model_learns_a_folder(train_cli, data, tiny_folder, tmp_pa
         ),
         (
             ("--config={config}:unet", "--workdir={tmp}", "--config.data.path={data}", "--config.init_from.vae=gone"),
-            1, "init_from.vae: gone is neither a folder",
+            1, "--config.init_from.vae: gone is neither a folder",
         ),
         (
             ("--config={config}:unet", "--workdir={tmp}", "--config.data.path={data}", "--config.crop=8"),

@@ -9,12 +9,17 @@ import pytest
 from jaxdiff.cli import train
 from jaxdiff.cli.errors import UsageError
 from jaxdiff.cli.train_flags import parse
+from jaxdiff.config import ConfigError
+from jaxdiff.errors import WeightsError
+from jaxdiff.training import super_resolution, trainables
 from jaxdiff.training.checks import check_settings
 from jaxdiff.training.defaults import RULES, as_json, base
+from jaxdiff.training.init import described_model
 from jaxdiff.training.loop import fit
 from jaxdiff.training.optimizer import check_multipliers, learning_rate
 from jaxdiff.training.options import NoiseOptions, Options, OptionsError, default_warmup
 from jaxdiff.training.ranges import leaves
+from jaxdiff.training.run_data import fingerprints
 from jaxdiff.training.workdir import WorkdirError, claimed, settle
 from tests.support.line import LINE, linear_stage
 from tests.support.processes import CONFIG, ROOT
@@ -237,6 +242,57 @@ def test_a_warm_up_that_nobody_gave_grows_with_the_steps(tmp_path):
     go_on(4000, 200)
     with pytest.raises(WorkdirError, match="warmup_steps: 200 -> 7"):
         go_on(4000, 7)
+
+
+# --- what a setting names is not there
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["data.path", "data.eval_split", "prior_preservation.path", "super_resolution.photographs", "latents.path"],
+)
+@pytest.mark.parametrize("value", ["nowhere", "nowhere/a.parquet", "nowhere/{000..001}.tar"])
+def test_data_that_are_not_there_name_their_flag(setting, value, tmp_path):
+    (tmp_path / "data").mkdir()
+    config = base()
+    config.data.path = str(write_squares(tmp_path / "data"))
+    config.update_from_flattened_dict({setting: value})
+    group = config[setting.partition(".")[0]]
+    for captions in ((), ("a square",)) if setting.endswith(".path") and setting != "latents.path" else ((),):
+        if captions:  # of all images, which then need none of their own
+            group.captions = captions
+        with pytest.raises(ConfigError, match=rf"^--config\.{setting}: .*nowhere") as error:
+            fingerprints(config)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["nowhere", "nowhere.safetensors", "{tmp}/empty.safetensors", "{tmp}"])
+@pytest.mark.parametrize("entry", ["model", "text_encoder", "unet", "vae", "vision_encoder", "upscaler"])
+def test_models_that_are_not_there_name_their_flag(entry, value, tmp_path):
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    value = value.format(tmp=tmp_path)
+    config = base()
+    config.init_from.update({"model": "icons", entry: value})
+
+    def read():
+        if entry == "upscaler":
+            return super_resolution.network_config(config)
+        return described_model({}, config.init_from.to_dict(), lambda: None)
+
+    with pytest.raises((ConfigError, WeightsError), match=rf"^--config\.init_from\.{entry}: ") as error:
+        read()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "stage"), [("controlnet.init_from", "controlnet"), ("adversary.init_from", "vae_decoder")]
+)
+def test_networks_that_are_not_there_name_their_flag(setting, stage, tiny):
+    config = base()
+    config.stage = stage
+    config.update_from_flattened_dict({setting: "nowhere.safetensors"})
+    with pytest.raises((ConfigError, WeightsError), match=rf"^--config\.{setting}: nowhere.safetensors does not exist"):
+        trainables.make(config, *tiny)
 
 
 # --- nothing is left of a run that is refused

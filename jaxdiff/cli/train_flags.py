@@ -104,7 +104,7 @@ def with_copies(config: Any, names: Iterable[str] = PATHS) -> Any:
         try:
             copied.update_from_flattened_dict({name: stores.local(config[name], hub.chosen)})
         except stores.StoreError as e:
-            raise Failure(f"config.{name}: {e}") from None
+            raise Failure(f"--config.{name}: {e}") from None
     return copied
 
 

@@ -41,7 +41,15 @@ def open_image(file: str | Path | bytes, min_side: int | None = None, *, max_pix
         clear = transparent_value(image)
         if clear is not None:
             image.info["transparency"] = clear
+        # Pillow reads 16 bits a color as 8: the other 8 tell which pixels are transparent.
+        low = _low_bytes(file) if isinstance(clear, tuple) and _raw_mode(image) == "RGB;16B" else None
         ImageOps.exif_transpose(image, in_place=True)
+        if low is not None:
+            high = np.asarray(image.convert("RGB")).astype(np.uint16)
+            opaque = (high << 8 | low != np.asarray(clear)).any(-1)
+            del image.info["transparency"]
+            image.putalpha(Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8)))
+            return image
         if image.mode == "F":
             return Image.fromarray(to_uint8(np.asarray(image))).convert("RGB")
         if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255 instead of scaling
@@ -63,17 +71,29 @@ def _opened(file: str | Path | bytes) -> Image.Image:
         raise ImageError(f"it {reason}") from None
 
 
-def transparent_value(image: Image.Image) -> Any:
-    """The grey or color of a PNG that is transparent (tRNS), as the pixels have it; None where there is none.
+def _low_bytes(file: str | Path | bytes) -> np.ndarray:
+    """The lower 8 bits of each color of a PNG of 16 bits a color, upright by its EXIF orientation: uint8 [H, W, 3]."""
+    with _opened(file) as image:
+        # PNG has the higher byte first. Pillow keeps the one that it takes for the higher, here the second.
+        image.tile = [(*tile[:3], "RGB;16L") for tile in image.tile]  # type: ignore[attr-defined]
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(image)
 
-    Pillow gives it in the file's own bits, but the pixels of 2 and 4 bits a grey, and of 16 a color, in 8.
-    """
+
+def _raw_mode(image: Image.Image) -> Any:
+    """How a file that is not yet decoded holds its pixels, in Pillow's words; None of other images."""
     tiles = getattr(image, "tile", None)
-    clear, kind = image.info.get("transparency"), tiles[0][3] if tiles else None
+    return tiles[0][3] if tiles else None
+
+
+def transparent_value(image: Image.Image) -> Any:
+    """The grey or color of a PNG that is transparent (tRNS); None where there is none.
+
+    In the file's own bits, as Pillow has it, but of 2 and 4 bits a grey in 8, as Pillow has the pixels.
+    """
+    clear, kind = image.info.get("transparency"), _raw_mode(image)
     if isinstance(clear, int) and kind in ("L;2", "L;4"):
-        return clear * (85 if kind == "L;2" else 17)
-    if isinstance(clear, tuple) and kind == "RGB;16B":
-        return tuple(value >> 8 for value in clear)
+        return (clear & 3) * 85 if kind == "L;2" else (clear & 15) * 17
     return clear
 
 

@@ -13,13 +13,15 @@ from jaxdiff.io.configs import check_dtype, module_shapes, read_config
 from jaxdiff.io.infer_config import Shapes
 from jaxdiff.io.infer_diffusers import HINT, controlnet_config, controlnet_shapes, controlnet_table
 from jaxdiff.io.modules import CONFIG, existing, load_module, save_module, without_config
-from jaxdiff.io.original_layout import place
-from jaxdiff.io.tensor_files import TensorSource, load_tensors, open_tensors
+from jaxdiff.io.original_layout import UNET_PREFIX, place
+from jaxdiff.io.strays import only_own, pass_over, without_strays
+from jaxdiff.io.tensor_files import TensorSource, load_tensors, open_tensors, without_prefix
 from jaxdiff.io.torch_names import tensor_name
 from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.typing import Params
 
-PREFIXES = ("control_model.", "")  # of the original layout, in which the whole model may stand beside the ControlNet
+NAMED = "controlnet."  # before all names of a file that was saved out of a pipeline
+PREFIXES = ("control_model.", NAMED, "")  # the first of the original layout, which may hold the whole model beside
 CONDITION = "controlnet_cond_embedding.conv_in.weight"  # diffusers' name of the original layout's first hint block
 
 
@@ -47,15 +49,18 @@ def load_controlnet(
     """
     if not Path(path).is_file():
         return load_module(path, ControlNetConfig, ControlNet, example_inputs, dtype, variant, mesh)
-    source = _open(path)
-    for prefix in PREFIXES:
-        if prefix + HINT.format(0) in source.shapes:
-            return load_original(source, prefix, dtype, like, mesh)
-    if not without_config(path):
-        return load_module(path, ControlNetConfig, ControlNet, example_inputs, dtype, variant, mesh)
-    controlnet = ControlNet(controlnet_config(source, controlnet_shapes(source), like), dtype=check_dtype(dtype))
-    shapes = module_shapes(controlnet, example_inputs, source.path)
-    return controlnet, load_tensors(source, shapes, controlnet.dtype, mesh)
+    source, dtype = _open(path), check_dtype(dtype)
+    if HINT.format(0) in source.shapes:
+        return _load_original(source, dtype, like, mesh)
+    named = source.path  # what describes it
+    if without_config(path):
+        config: Any = controlnet_config(source, controlnet_shapes(source), like)
+    else:
+        named = source.path.parent / CONFIG
+        config = read_config(named, ControlNetConfig)
+    controlnet = ControlNet(config, dtype=dtype)
+    shapes = module_shapes(controlnet, example_inputs, named)
+    return controlnet, load_tensors(without_strays(source, shapes), shapes, dtype, mesh)
 
 
 def check_controlnet(path: str | Path) -> None:
@@ -67,13 +72,25 @@ def check_controlnet(path: str | Path) -> None:
 
 
 def _open(path: str | Path) -> TensorSource:
-    """The tensors of a ControlNet's file, unread. Raises WeightsError if it is something else."""
+    """The unread tensors of a ControlNet's file, without a prefix of their names. Raises WeightsError if it is none."""
     source = open_tensors(path)
+    found = {n.removesuffix(end) for n in source.shapes for end in (HINT.format(0), CONDITION) if n.endswith(end)}
+    prefixes = [prefix for prefix in PREFIXES if prefix in found] or sorted(p for p in found if p.endswith("."))
+    if not found and source.shapes and all(name.startswith(NAMED) for name in source.shapes):
+        source = without_prefix(source, NAMED)  # what it is, if no ControlNet, is told by the names without it
     kinds.refuse_control(source)
-    if not any(f"{prefix}{name}" in source.shapes for prefix in PREFIXES for name in (HINT.format(0), CONDITION)):
+    if not prefixes:
         kinds.refuse(source, "a ControlNet")
         raise WeightsError(f"{path} holds no ControlNet: it lacks the tensor {CONDITION}.")
-    return source
+    if prefixes[0] not in PREFIXES and len(prefixes) > 1:
+        raise WeightsError(
+            f"{path} holds several ControlNets, at {prefixes[0]} and {prefixes[1]}: give a file of one each."
+        )
+    own = without_prefix(source, prefixes[0])
+    kinds.refuse_control(own)
+    if not any(name.startswith(UNET_PREFIX) for name in source.shapes):  # beside a whole model
+        pass_over(source, [name for name in source.shapes if not name.startswith(prefixes[0])])
+    return own
 
 
 def save_controlnet(folder: str | Path, controlnet: ControlNet, params: Params, *, dtype: Any = None) -> None:
@@ -81,24 +98,19 @@ def save_controlnet(folder: str | Path, controlnet: ControlNet, params: Params, 
     save_module(folder, controlnet, params, dtype=dtype)
 
 
-def load_original(
-    source: TensorSource,
-    prefix: str,
-    dtype: Any = None,
-    like: UNetConfig | None = None,
-    mesh: Mesh | None = None,
+def _load_original(
+    source: TensorSource, dtype: Any, like: UNetConfig | None, mesh: Mesh | None
 ) -> tuple[ControlNet, Params]:
-    """The ControlNet among the tensors of an original file whose names start with `prefix`."""
-    dtype = check_dtype(dtype)
-    controlnet = ControlNet(controlnet_config(source, Shapes(source, prefix), like), dtype=dtype)
+    """The ControlNet of a file in the original layout."""
+    controlnet = ControlNet(controlnet_config(source, Shapes(source, ""), like), dtype=dtype)
     shapes, table = module_shapes(controlnet, example_inputs, source.path), controlnet_table(controlnet.config)
     found = {}
     for path in flatten_dict(shapes):
-        where = place(tensor_name(path), table, prefix)
+        where = place(tensor_name(path), table, "")
         if where is not None and where.name in source.shapes:
             found[tensor_name(path)] = where.name
     # What has no place keeps its name, for load_tensors to say so.
-    found |= {name: name for name in set(source.shapes) - set(found.values()) if name.startswith(prefix)}
+    found |= {n: n for n in only_own(source, source.shapes.keys() - set(found.values()), found.values())}
     renamed = {ours: source.shapes[theirs] for ours, theirs in found.items()}
     ours = TensorSource(source.path, renamed, lambda name: source.read(found[name]))
     return controlnet, load_tensors(ours, shapes, dtype, mesh)

@@ -29,7 +29,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdiff.errors import WeightsError
 from jaxdiff.io import programs, textual_inversion
-from jaxdiff.io.lora_config import MODULES, STEM, read_configs
+from jaxdiff.io.lora_config import MODULES, STEM, peft_names, read_configs, warn_of_patterns
 from jaxdiff.io.lora_config import alpha as config_alpha
 from jaxdiff.io.lora_names import Layer, find_layers, layers, written_name
 from jaxdiff.io.original_layout import unet_table
@@ -213,6 +213,7 @@ def _read_file(model: Model, path: Path) -> Lora:
     source = open_tensors(path)
     configs, module = read_configs(source)
     lora = {}
+    names: dict[str, list[tuple[str, str]]] = {}  # of layers without an alpha of their own, by module
     known = list(layers(programs.shapes(model)))
     original = {} if model.unet is None else unet_table(model.unet.config)
     if model.transformer is not None:
@@ -224,12 +225,18 @@ def _read_file(model: Model, path: Path) -> Lora:
             first, then = (np.asarray(x, np.float32) for x in (down, source.read(tensors["mid"])))
             down = np.einsum("abhw,bi->aihw", then, first.reshape(len(first), -1)).astype(down.dtype)
         rank = len(down)
-        written = tensors.get("alpha")
-        alpha = _alpha(source, written) if written else config_alpha(source, config, layer.name.partition(".")[2], rank)
+        if written := tensors.get("alpha"):
+            alpha = _alpha(source, written)
+        else:
+            called = peft_names(layer.name.partition(".")[2], tensors["down"])
+            names.setdefault(layer.module, []).append(called)
+            alpha = config_alpha(source, config, called, rank)
         down = from_torch_layout(KERNEL, down).reshape(*layer.shape[:-1], rank)
         # Copies, in a layout of their own: what was read may be a view into the file.
         factors = [jnp.asarray(np.array(x, order="C")) for x in (down, up.reshape(-1, rank).T)]
         lora[layer.name] = Factors(factors[0], factors[1], alpha, _magnitude(source, config, layer, tensors))
+    for part, called_so in names.items():
+        warn_of_patterns(source, configs.get(part, {}), called_so)
     return lora
 
 

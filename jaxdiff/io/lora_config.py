@@ -6,7 +6,7 @@ peft keeps a layer's alpha out of the file of tensors. Its class `LoraConfig` sa
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,30 +84,57 @@ def _check(path: Path, config: Config) -> None:
         raise WeightsError(f"{path} needs {other[0]}, which is not supported: train a plain LoRA.")
 
 
-def alpha(source: TensorSource, config: Mapping[str, Any], name: str, rank: int) -> float:
+def alpha(source: TensorSource, config: Mapping[str, Any], names: tuple[str, str], rank: int) -> float:
     """A layer's alpha, multiplied by what use_rslora adds to it; its rank where nothing is said.
 
     Args:
         config: its module's, of `read_configs`.
-        name: PyTorch's, without the module's.
+        names: of `peft_names`. The other counts where only with it the settings say the rank that the matrices have.
         rank: of its matrices.
     """
     try:
+        ranks = [_by_pattern(config.get("rank_pattern", {}), name, config.get("r", rank)) for name in names]
+        name = names[ranks.index(rank)] if rank in ranks else names[0]
         value = float(_by_pattern(config.get("alpha_pattern", {}), name, config.get("lora_alpha", rank)))
-        written = _by_pattern(config.get("rank_pattern", {}), name, config.get("r", rank))
         if not math.isfinite(value):
             raise ValueError(f"alpha {value}")
     except (AttributeError, TypeError, ValueError, re.error) as e:
         raise WeightsError(f"{source.path} has damaged metadata ({e}): fetch it again.") from None
-    if written != rank:
+    if rank not in ranks:
         raise WeightsError(
-            f"{source.path} has matrices of rank {rank} for {name}, its settings say {written}: the two do not belong "
+            f"{source.path} has matrices of rank {rank} for {name}, its settings say {ranks[0]}: the two do not belong "
             f"together; fetch the file with its own {FILE}."
         )
     return value * math.sqrt(rank) if config.get("use_rslora") else value
 
 
+def peft_names(name: str, tensor: str) -> tuple[str, str]:
+    """What peft called a layer when it wrote a tensor, and what it calls it in another version of transformers.
+
+    Versions differ in whether a text encoder's layers are called `text_model.encoder…` or `encoder…`.
+
+    >>> peft_names("encoder.layers.0.mlp.fc1", "base_model.model.encoder.layers.0.mlp.fc1.lora_A.weight")
+    ('encoder.layers.0.mlp.fc1', 'text_model.encoder.layers.0.mlp.fc1')
+    """
+    full = f"text_model.{name}"
+    return (full, name) if "text_model" in tensor else (name, full)
+
+
+def warn_of_patterns(source: TensorSource, config: Mapping[str, Any], names: Sequence[tuple[str, str]]) -> None:
+    """Name alphas by pattern that peft gives to none of the layers, since they are for the other of `peft_names`."""
+    for pattern in config.get("alpha_pattern", {}):
+        own, others = ([_matches(pattern, pair[i]) for pair in names] for i in (0, 1))
+        if any(others) and not any(own):
+            logging.warning(
+                "%s: the alpha_pattern %s fits none of the layers, such as %s: as in peft, it changes nothing.",
+                *(source.path, pattern, names[others.index(True)][0]),
+            )
+
+
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """What the first pattern says that matches the end of a layer's name, as peft has it."""
-    names = (name, f"text_model.{name}")  # transformers puts the latter before a text encoder's, or does not
-    return next((x for p, x in patterns.items() if any(re.match(rf"(.*\.)?({p})$", n) for n in names)), default)
+    """What the first pattern says that matches the end of a layer's name, as peft has it (`get_pattern_key`)."""
+    return next((x for pattern, x in patterns.items() if _matches(pattern, name)), default)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None

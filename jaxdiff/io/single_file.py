@@ -6,7 +6,6 @@ file's metadata where jaxdiff wrote it. Loading reads tensor by tensor.
 
 import dataclasses
 import json
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from jaxdiff.config import (
     TinyVAEConfig,
     VAEConfig,
 )
-from jaxdiff.errors import WeightsError, say_once
+from jaxdiff.errors import WeightsError
 from jaxdiff.io import cache, programs
 from jaxdiff.io.configs import NETWORKS, as_config_error, check_channels, check_dtype, example_image, module_shapes
 from jaxdiff.io.infer_config import (
@@ -49,6 +48,7 @@ from jaxdiff.io.original_layout import (
     unet_table,
     vae_table,
 )
+from jaxdiff.io.strays import IGNORED, STRAY, only_own, pass_over
 from jaxdiff.io.tensor_files import TensorSource, load_tensors, named_tensors, open_tensors, write_tensors
 from jaxdiff.io.torch_names import tensor_name
 from jaxdiff.models.model import Model, build
@@ -64,23 +64,6 @@ METADATA_CONFIGS: dict[str, type[Config]] = {
     "options": PipelineOptions,
     "low_res_scheduler": SchedulerConfig,
 }
-# Tensors beside those of the networks, which published files hold and drawing does not need.
-IGNORED = re.compile(
-    r"""
-    model_ema\..*                                             # a second copy of the UNet: its moving average
-    | ((low_scale_model|noise_augmentor)\.)?(betas|\w*alphas_cumprod(_prev)?|posterior_\w+|logvar|lvlb_weights)
-    | denoiser\.\w+ | global_step | scale_factor              # the noise schedule and what else training knew
-    | v_pred | ztsnr                                          # marks, read by `infer_configs`
-    | (first_stage_model\.)?(loss|model_ema)\..*              # the autoencoder's discriminator, its average
-    | embedding_manager\..*                                   # of textual inversion's own program
-    | .*\.(position_ids|logit_scale)                          # counts 0, 1, 2 …; CLIP's temperature
-    | (cond_stage_model|conditioner\.embedders\.0)\.(.*\.)?text_projection(\.weight)?  # where it is not applied
-    | (cond_stage_model|conditioner\.embedders\.0)\.model\.transformer\.resblocks\.23\..*  # SD 2.x: the last, passed by
-    """,
-    re.VERBOSE,
-)
-# Tensors in a network's own place that other programs leave there: of a LoRA, and of CLIP's image side.
-STRAY = re.compile(r"\.alpha$|\.lora_|\.dora_scale$|\.(vision_model|visual)\.|\.num_batches_tracked$")
 
 
 def load_single_file(
@@ -166,11 +149,8 @@ def _check_others(
             f"{source.path} holds {len(unknown)} tensors that a model of the family {family} has no place for, first "
             f"{unknown[0]}."
         )
-    if strays := sorted(others + partial):
-        groups = list({n.partition(".")[0]: n for n in strays[::-1]}.values())[::-1]  # the first of each
-        more = " (a ControlNet: give the file to --controlnet too)" if "control_model." in " ".join(groups) else ""
-        passed = f"{len(strays)} tensors that drawing does not need are passed over, such as {', '.join(groups[:5])}"
-        say_once(f"{source.path}: {passed}{more}.")
+    beside = any(n.startswith("control_model.") for n in others)
+    pass_over(source, others + partial, " (a ControlNet: give the file to --controlnet too)" if beside else "")
 
 
 def clip_tokenizer(text: CLIPTextConfig) -> Tokenizer:
@@ -243,7 +223,15 @@ def original_vae(source: TensorSource, prefix: str, like: VAEConfig) -> tuple[VA
     with as_weights_error(source):
         config = vae_like(vae_config(Shapes(source, prefix), "sd1"), like)
     shapes = module_shapes(AutoencoderKL(config), example_image, source.path)
-    return config, _renamed(source, _places(shapes, "vae", config, prefix, source))
+    places = _places(shapes, "vae", config, prefix, source)
+    used = {at.name for at in places.values()}
+    whole = any(name.startswith(UNET_PREFIX) for name in source.shapes)  # a checkpoint, whose other parts are no strays
+    unused = [n for n in source.shapes if n not in used and (n.startswith(prefix) or not whole)]
+    if unknown := sorted(only_own(source, unused, used, prefix)):
+        raise WeightsError(
+            f"{source.path} holds {len(unknown)} tensors that its autoencoder has no place for, first {unknown[0]}."
+        )
+    return config, _renamed(source, places)
 
 
 def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any = None) -> None:

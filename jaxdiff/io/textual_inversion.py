@@ -20,6 +20,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.io import kinds
 from jaxdiff.io.configs import replace_config
+from jaxdiff.io.embedding_images import is_image, open_image_embedding
 from jaxdiff.io.lora_names import LORA
 from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
 from jaxdiff.models.model import Model
@@ -65,9 +66,9 @@ def read_textual_inversion(model: Model, given: Sequence[tuple[str | Path, str |
         given: files, and the word to use where it is to be another one than the file's, which is the file's name where
             the file says none. Each is safetensors, .pt or .bin; either {"<token>": [n, D] or [D]} as diffusers writes
             it, or the AUTOMATIC1111 web UI's `emb_params` or `string_to_param`, or for SDXL `clip_l` and `clip_g`
-            (`text_encoders_0` and `_1`); or a LoRA's file that brings words along (`bundle_emb`); or the folder in
-            which diffusers put one. Where SDXL has a file for each text encoder, the second one is among `given`, or
-            lies beside the first (`learned_embeds_2` beside `learned_embeds`).
+            (`text_encoders_0` and `_1`), or the web UI's PNG with one in a text; or a LoRA's file that brings words
+            along (`bundle_emb`); or the folder in which diffusers put one. Where SDXL has a file for each text encoder,
+            the second one is among `given`, or lies beside the first (`learned_embeds_2` beside `learned_embeds`).
 
     Raises:
         WeightsError: a file is no textual inversion, or one for text encoders of other widths.
@@ -119,8 +120,8 @@ def _other_file(path: Path) -> Path:
 
 
 def _read_file(model: Model, path: Path, token: str | None) -> list[Word]:
-    source = open_tensors(path)
-    found = bundled(source) or _own(source)
+    source, stem = open_image_embedding(path) if is_image(path) else (open_tensors(path), path.stem)
+    found = bundled(source) or _own(source, stem)
     if not found:
         raise WeightsError(f"{path} holds no embeddings: is it a textual inversion?")
     if token is not None:
@@ -130,8 +131,8 @@ def _read_file(model: Model, path: Path, token: str | None) -> list[Word]:
     return [Word(path, word, _encoded(model, source, word, parts)) for word, parts in found.items()]
 
 
-def _own(source: TensorSource) -> Parts:
-    """The words of an embedding's own file."""
+def _own(source: TensorSource, word: str) -> Parts:
+    """The words of an embedding's own file; `word` where it names none."""
     # A LoRA may lie beside them, and the web UI's first files hold the ids that their words had.
     names = [n for n in source.shapes if not re.fullmatch(r"\w+:\d+:(up|down)|string_to_token\..*", n)]
     if any(map(LORA.fullmatch, names)):
@@ -146,7 +147,7 @@ def _own(source: TensorSource) -> Parts:
         unnamed = (
             not name or name in (*ENCODERS, *OUTPUTS, "emb_params") or name.isdigit() or (inner != name and not several)
         )
-        found.setdefault(source.path.stem if unnamed else inner, {})[inner if inner == name else "*"] = name
+        found.setdefault(word if unnamed else inner, {})[inner if inner == name else "*"] = name
     return found
 
 

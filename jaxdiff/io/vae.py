@@ -25,6 +25,7 @@ from jaxdiff.io.infer_diffusers import vae_from_names
 from jaxdiff.io.modules import CONFIG, existing, find_weights, load_module, without_config
 from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
 from jaxdiff.io.single_file import original_vae, vae_like
+from jaxdiff.io.strays import pass_over, without_strays
 from jaxdiff.io.tensor_files import TensorSource, load_tensors, open_tensors, without_prefix
 from jaxdiff.models.model import Model, autoencoder
 from jaxdiff.models.tiny_vae import AutoencoderTiny
@@ -70,7 +71,8 @@ def _open_tiny(path: str | Path) -> tuple[TinyVAEConfig, TensorSource] | None:
     if pair := taesd.open_pair(path):
         return pair
     source = open_tensors(path)
-    kinds.refuse(source, "a tiny autoencoder")
+    if taesd.FIRST_LAYER not in source.shapes:
+        kinds.refuse(source, "a tiny autoencoder")
     if not without_config(path):
         return None
     with as_weights_error(source):
@@ -79,7 +81,8 @@ def _open_tiny(path: str | Path) -> tuple[TinyVAEConfig, TensorSource] | None:
 
 def _from_pair(config: TinyVAEConfig, source: TensorSource, dtype: Any) -> tuple[AutoencoderTiny, Params]:
     tiny = AutoencoderTiny(config, dtype=check_dtype(dtype))
-    return tiny, load_tensors(source, module_shapes(tiny, example_image, source.path), tiny.dtype)
+    shapes = module_shapes(tiny, example_image, source.path)
+    return tiny, load_tensors(without_strays(source, shapes), shapes, tiny.dtype)
 
 
 def load_vae(
@@ -161,19 +164,28 @@ def open_vae(
     """
     if path.is_file():
         if pair := taesd.open_pair(path):
-            return pair
+            return _alone(*pair)
         source = _open(path)
         if taesd.FIRST_LAYER in source.shapes and (found := _open_tiny(path)):
-            return found
+            return _alone(*found)
         known = like if isinstance(like, VAEConfig) else VAEConfig(scaling_factor=like.scaling_factor)
         for prefix in PREFIXES:
             if f"{prefix}encoder.down.0.block.0.conv1.weight" in source.shapes:
                 return original_vae(source, prefix, known)
             if prefix and f"{prefix}{DIFFUSERS}" in source.shapes:
+                pass_over(source, [name for name in source.shapes if not name.startswith(prefix)])
                 source = without_prefix(source, prefix)
         if without_config(path):
-            return vae_like(vae_from_names(source), known), source
+            return _alone(vae_like(vae_from_names(source), known), source)
     file = (path if path.is_dir() else path.parent) / CONFIG
     config: Any = read_config(file, *VAES)
-    module_shapes(autoencoder(config, jnp.float32), example_image, file)  # complains
-    return config, source if path.is_file() else open_tensors(find_weights(path, "vae", variant))
+    shapes = module_shapes(autoencoder(config, jnp.float32), example_image, file)  # complains
+    if path.is_file():
+        return config, without_strays(source, shapes)
+    return config, open_tensors(find_weights(path, "vae", variant))
+
+
+def _alone(config: Any, source: TensorSource) -> tuple[Any, TensorSource]:
+    """A config and the tensors that are of its autoencoder."""
+    shapes = module_shapes(autoencoder(config, jnp.float32), example_image, source.path)
+    return config, without_strays(source, shapes)

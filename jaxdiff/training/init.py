@@ -1,9 +1,8 @@
 """What a run starts from: a model of given sizes, some of whose parts come from folders of earlier stages."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.config import CLIPTextConfig, ConfigError, PipelineOptions, SchedulerConfig, TinyVAEConfig, VAEConfig
-from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import FRESH, read_config, replace_config
 from jaxdiff.io.diffusers_folder import INDEX, load_model
 from jaxdiff.io.model_paths import find
@@ -24,6 +22,7 @@ from jaxdiff.io.transformer_folder import text_widths
 from jaxdiff.io.vae import is_vae, open_vae
 from jaxdiff.models.model import Model, autoencoder, build, encode, init_params, param_shapes
 from jaxdiff.text.tokenizer import Tokenizer
+from jaxdiff.training.ranges import naming
 from jaxdiff.typing import Key, Params
 
 PARTS = ("text_encoder", "text_encoder_2", "unet", "transformer", "vae", "vision_encoder")
@@ -65,7 +64,10 @@ def starting_model(
     if check is not None:
         check(model)
     shapes = param_shapes(model)
-    read = {name: part.read(shapes[name]) for name, part in given.items()}
+    read = {}
+    for name, part in given.items():
+        with naming(f"init_from.{name if init_from.get(name) else 'model'}"):
+            read[name] = part.read(shapes[name])
     return model, {**_fresh(model, set(shapes) - set(given), key), **jax.device_get(read)}
 
 
@@ -157,7 +159,7 @@ def _whole(path: str, dtype: Any, remat: bool | str, check: Callable[[Model], No
     """A model of any family as it is, with float32 parameters, that computes in `dtype`."""
     if check is not None:
         check(_opened("model", path)[0])
-    with _naming("model"):
+    with naming("init_from.model"):
         m, params = load(find(path))
     return _rebuilt(m, dtype, remat), jax.device_get(params)
 
@@ -182,18 +184,9 @@ def _fresh(model: Model, names: set[str], key: Key) -> Params:
     return jax.device_get(jax.jit(init, compiler_options=options)(key)) if names else {}
 
 
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Errors of a file become errors of the entry that names it."""
-    try:
-        yield
-    except (ConfigError, WeightsError) as e:
-        raise type(e)(f"init_from.{name}: {e}") from None
-
-
 def _opened(name: str, path: str) -> tuple[Model, dict[str, _Part]]:
     """The model that an entry of init_from names, and its parts; no weights are read."""
-    with _naming(name):
+    with naming(f"init_from.{name}"):
         found = find(path)
         if found.is_file():
             model, sources = open_single_file(found)
@@ -211,7 +204,7 @@ def _opened(name: str, path: str) -> tuple[Model, dict[str, _Part]]:
 def _part(name: str, path: str, like: VAEConfig | TinyVAEConfig) -> _Part:
     """One part: alone in a folder or a file of its own, or out of a whole model."""
     folder = Path(path)
-    with _naming(name):
+    with naming(f"init_from.{name}"):
         if name == "vae" and is_vae(folder):
             vae, source = open_vae(folder, like)
             return _Part(vae, lambda: source)
@@ -226,7 +219,7 @@ def _part(name: str, path: str, like: VAEConfig | TinyVAEConfig) -> _Part:
     if name == "text_encoder_2" and name not in parts:  # the same twice
         return parts["text_encoder"]
     if name not in parts:
-        raise ConfigError(f"init_from.{name}: {path} has no {name}.")
+        raise ConfigError(f"--config.init_from.{name}: {path} has no {name}.")
     return parts[name]
 
 

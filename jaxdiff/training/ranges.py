@@ -4,6 +4,7 @@ A setting is a `dataclasses.Field`, so that one declaration serves the dataclass
 defaults.py. A plain default declares its type alone.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -11,7 +12,8 @@ import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxdiff.errors import JaxdiffError
+from jaxdiff.config import ConfigError
+from jaxdiff.errors import JaxdiffError, WeightsError
 
 MOST = 2**31 - 1  # of whole numbers, which devices count in 32 bits
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False", tuple: "a tuple"}
@@ -34,6 +36,17 @@ ELSEWHERE = {
 
 class OptionsError(JaxdiffError, ValueError):
     """Settings that do not fit each other, the model or the devices: a sentence that begins with the setting's name."""
+
+
+@contextlib.contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """Errors of what a setting names begin with its flag."""
+    try:
+        yield
+    except OptionsError:
+        raise
+    except (ConfigError, WeightsError) as e:
+        raise type(e)(f"--config.{setting}: {e}") from None
 
 
 def setting(

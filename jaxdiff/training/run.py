@@ -24,6 +24,7 @@ from jaxdiff.training.loop import fit
 from jaxdiff.training.on_eval import OnEval, make_on_eval
 from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.precompute import fingerprint, open_latents, precompute
+from jaxdiff.training.ranges import naming
 from jaxdiff.training.run_data import Images, TrainingData, hosts
 from jaxdiff.training.trackers import Tracker, WandB
 from jaxdiff.training.trainables import Trainable, save_model
@@ -93,7 +94,8 @@ class Run:
     def latents(self) -> LatentShards:
         """What `config.latents.path` holds."""
         path, model, params = Path(self.config.latents.path), self.trainable.model, self.trainable.params
-        return open_latents(path, model, params, self.config.trainable, self.data.settings())
+        with naming("latents.path"):
+            return open_latents(path, model, params, self.config.trainable, self.data.settings())
 
     def cached_latents(self) -> LatentShards:
         """Latents in the workdir, written now where they are not there; other settings have another folder."""

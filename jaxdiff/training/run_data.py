@@ -23,6 +23,7 @@ from jaxdiff.text.tokenizer import Tokenizer, train_bpe
 from jaxdiff.training import dreambooth
 from jaxdiff.training.defaults import as_json, flat
 from jaxdiff.training.options import OptionsError
+from jaxdiff.training.ranges import naming
 from jaxdiff.training.workdir import data_fingerprint
 
 MAX_CAPTIONS = 1_000_000  # examples that a tokenizer is learnt from
@@ -76,7 +77,9 @@ class Images:
 
     def chosen(self, name: str) -> Source:
         """The images of a split that `data.filter` chooses; latents written beforehand hold what was chosen."""
-        source, config = self.split(name), self.config
+        config = self.config
+        with naming("data.path" if name == config.data.split else "data.eval_split"):
+            source = self.split(name)
         if config.latents.path:
             return source
         wanted = config.data.filter.to_dict()
@@ -191,21 +194,33 @@ def fingerprints(config: Any) -> dict[str, Any]:
         ConfigError, OptionsError: there are no such data, or they have no captions.
     """
     data, prior, latents = config.data, config.prior_preservation, config.latents.path
-    found = _fingerprint(config, data.path, data.split, data.captions, "data.captions", "a photo of sks dog")
+    with naming("data.path"):
+        found = _fingerprint(config, data.path, data.split, data.captions, "data.captions", "a photo of sks dog")
     if data.eval_split not in ("", data.split) and config.eval.images and not latents:
-        _check_apart(config)
+        with naming("data.eval_split"):
+            _check_apart(config)
     if prior.path:
         name = "prior_preservation.captions"
-        found["prior"] = _fingerprint(config, prior.path, "train", prior.captions, name, "a photo of a dog")
+        with naming("prior_preservation.path"):
+            found["prior"] = _fingerprint(config, prior.path, "train", prior.captions, name, "a photo of a dog")
     if config.super_resolution.photographs:
         path, name = config.super_resolution.photographs, "super_resolution.photographs"
-        found["photographs"] = _fingerprint(config, path, "train", PHOTOGRAPH, name, PHOTOGRAPH[0])
-    return found | ({"latents": LatentShards(Path(latents)).fingerprint} if latents else {})
+        with naming(name):
+            found["photographs"] = _fingerprint(config, path, "train", PHOTOGRAPH, name, PHOTOGRAPH[0])
+    if latents:
+        with naming("latents.path"):
+            found["latents"] = LatentShards(Path(latents)).fingerprint
+    return found
 
 
 def _fingerprint(config: Any, path: str, split: str, captions: Any, setting: str, example: str) -> dict[str, Any]:
     try:
-        return data_fingerprint(path, split, bool(captions), **columns(config))
+        found = data_fingerprint(path, split, bool(captions), **columns(config))
+        if not found["files"]:  # a folder under captions of the config; others are refused as they are opened
+            there = Path(path)
+            wrong = "holds no image" if there.is_dir() else "is a file" if there.exists() else "does not exist"
+            raise ConfigError(f"{path} {wrong}: give a folder of images.")
+        return found
     except ConfigError as e:
         if isinstance(e, NoCaptions) and (image_files(Path(path), below=True) or image_files(Path(path) / split)):
             raise OptionsError(

@@ -13,12 +13,12 @@ import numpy as np
 
 from jaxdiff.config.upscaler import RRDBConfig
 from jaxdiff.data.degradation import Degradation
-from jaxdiff.errors import WeightsError
 from jaxdiff.io.upscaler import FILE, load_upscaler, open_upscaler, save_upscaler
 from jaxdiff.models.rrdb import RRDBNet, param_shapes
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.metrics import psnr
 from jaxdiff.training.options import OptionsError
+from jaxdiff.training.ranges import naming
 from jaxdiff.training.train_step import Batch, Metrics
 from jaxdiff.training.trainables import DEFAULT_TRAINABLE, Trainable
 from jaxdiff.typing import PRNG, Array, Key, Params
@@ -32,10 +32,8 @@ def network_config(config: Any) -> RRDBConfig:
     """The network that is trained: that of `init_from.upscaler`, or a fresh one of the sizes given."""
     c = config.super_resolution
     if config.init_from.upscaler:
-        try:
+        with naming("init_from.upscaler"):
             return open_upscaler(config.init_from.upscaler)[0]
-        except WeightsError as e:
-            raise WeightsError(f"init_from.upscaler: {e}") from None
     if c.scale not in UPSAMPLES:
         raise OptionsError(f"super_resolution.scale {c.scale} must be one of {', '.join(map(str, UPSAMPLES))}.")
     sizes = {name: c[name] for name in ("num_block", "num_feat", "num_grow_ch")}
@@ -118,7 +116,8 @@ def make(config: Any, shapes_only: bool = False) -> Trainable:
     if shapes_only:
         params = param_shapes(module)
     elif config.init_from.upscaler:
-        params = jax.device_get(load_upscaler(config.init_from.upscaler)[1])
+        with naming("init_from.upscaler"):
+            params = jax.device_get(load_upscaler(config.init_from.upscaler)[1])
     else:
         params = fresh(module, jax.random.key(config.seed, impl=PRNG))
 

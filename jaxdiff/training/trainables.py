@@ -31,6 +31,7 @@ from jaxdiff.training.gan import gan_discriminator, gan_model, gan_stage
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.optimizer import check_multipliers
 from jaxdiff.training.options import DistillationOptions, NoiseOptions, OptionsError
+from jaxdiff.training.ranges import naming
 from jaxdiff.training.stages import Network, clip_params, clip_stage, diffusion_stage, vae_stage
 from jaxdiff.training.vae_decoder import merge_decoder, split_decoder, vae_decoder_stage
 from jaxdiff.typing import PRNG, Params
@@ -195,7 +196,8 @@ def _vae_decoder(config: Any, model: Model, params: Params) -> Trainable:
     read = ("vae", "vision_encoder") if config.feature_weight else ("vae",)  # the rest need not be on the devices
     rest = {name: x for name, x in params.items() if name not in read}
     params = split_decoder({name: params[name] for name in read})
-    params = {**params, "discriminator": load_patches(c.init_from, fresh) if c.init_from else fresh}
+    with naming("adversary.init_from"):
+        params = {**params, "discriminator": load_patches(c.init_from, fresh) if c.init_from else fresh}
     stage = vae_decoder_stage(
         model, discriminator, rules=Rules(c.loss, c.r1, c.r2, tuple(c.augment)), weight=c.weight, adaptive=c.adaptive,
         start=c.start, edge_weight=config.edge_weight, feature_weight=config.feature_weight,
@@ -258,7 +260,8 @@ def _controlnet(config: Any, model: Model, params: Params) -> Trainable:
     _check_no_choice(config)
     c = config.controlnet
     if c.init_from:
-        net, values = load_controlnet(c.init_from, dtype=None, like=model.unet.config)
+        with naming("controlnet.init_from"):
+            net, values = load_controlnet(c.init_from, dtype=None, like=model.unet.config)
         net = net.copy(dtype=model.unet.dtype, remat=model.unet.remat)
     else:
         net, values = from_unet(

@@ -91,3 +91,11 @@ def tiny_controlnet(model: Model) -> tuple[ControlNet, Params]:
     net = ControlNet(config, dtype=model.unet.dtype)
     params = net.init(jax.random.key(0), *example_inputs(config))["params"]
     return net, jax.tree.map(lambda x: x + 0.1, params)
+
+
+def with_two_text_encoders():
+    """(model, params) with two text encoders, the second wider."""
+    text = text_config()
+    wide = CLIPTextConfig.from_dict({**dataclasses.asdict(text), "hidden_size": 24, "with_projection": True})
+    model = build(text, UNET, VAE, tokenizer(), SCHEDULER, text_2=wide, tokenizer_2=tokenizer())
+    return model, tiny_params(model)
