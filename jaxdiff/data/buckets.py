@@ -27,7 +27,7 @@ def bucket_sizes(image_size: int, multiple: int = 64, max_aspect: float = 2.0) -
     ((384, 640), (448, 576), (512, 512), (576, 448), (640, 384))
 
     Raises:
-      ConfigError: there is none.
+        ConfigError: there is none.
     """
     if multiple < 1 or image_size < multiple or max_aspect < 1:
         raise ConfigError(
@@ -50,8 +50,8 @@ def assign(sizes: tuple[tuple[int, int], ...], widths: np.ndarray, heights: np.n
     -1 for an unreadable image, which has width or height 0.
 
     Args:
-      sizes: (height, width) of each bucket.
-      widths, heights: int [N], in pixels.
+        sizes: (height, width) of each bucket.
+        widths, heights: int [N], in pixels.
     """
     aspects = np.log([w / h for h, w in sizes])
     order = np.argsort(aspects)
@@ -67,10 +67,10 @@ class BucketOrder:
     time.
 
     Args:
-      batch: examples in a batch of all hosts together.
+        batch: examples in a batch of all hosts together.
 
     Raises:
-      ConfigError: no bucket fills a batch.
+        ConfigError: no bucket fills a batch.
     """
 
     def __init__(

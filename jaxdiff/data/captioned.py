@@ -52,15 +52,15 @@ def open_source(
     """The captioned images at a path, as a source.
 
     Args:
-      path: see above.
-      split: "train", "validation", …
-      cache: folder for what is computed once, such as the index of tar shards, shared by all hosts; None keeps it in
-        memory.
-      image_column, text_column: of tables, records and the metadata of folders; "" looks for a usual name.
-      host_index, host_count: hosts that share `cache` divide that work.
+        path: see above.
+        split: "train", "validation", …
+        cache: folder for what is computed once, such as the index of tar shards, shared by all hosts; None keeps it in
+            memory.
+        image_column, text_column: of tables, records and the metadata of folders; "" looks for a usual name.
+        host_index, host_count: hosts that share `cache` divide that work.
 
     Raises:
-      ConfigError: the path is missing, damaged, empty or of an unknown kind.
+        ConfigError: the path is missing, damaged, empty or of an unknown kind.
     """
     kind, files = _resolved(path, split)
     columns = {"image_column": image_column, "text_column": text_column}
@@ -77,7 +77,7 @@ def source_files(path: str | Path, split: str = "train", **columns: str) -> list
     """The files that `open_source` reads, including those named in a folder's metadata, whether they exist or not.
 
     Raises:
-      ConfigError: the path or its metadata are missing, empty or damaged.
+        ConfigError: the path or its metadata are missing, empty or damaged.
     """
     kind, files = _resolved(path, split)
     return listed_files(path, split, **columns) if kind == "folder" else files
@@ -175,32 +175,32 @@ def captioned_data(
     """Batches {"image": uint8 [b, H, W, 3], "text": list of b strings} of captioned images of any kind.
 
     Args:
-      source: a path, see `open_source`, also for `split`; or an open source. Batches of precomputed latents hold
-        "latents" and the like instead of images, and the arguments about images are not used.
-      batch_size: images in a batch on this host, b.
-      image_size: pixels that the shorter side is resized to (Lanczos).
-      seed: of the order and of every random choice, 0 <= seed < 2**32. The same seed gives the same batches.
-      shuffle: whether each epoch has another order; otherwise it is that of the data.
-      epochs: passes over the data; None is endless. Batches span the border between epochs.
-      buckets: sizes to cut images to, a batch at one size, and which of them each example has; None cuts squares.
-        Of Parquet files at most `tables.KEPT_GROUPS` row groups can be read so.
-      crop: pixels of a square cut out at random, H = W = crop; None takes the centre, H = W = image_size.
-      flip: whether to mirror left and right at random. Captions are not changed.
-      background: "random" puts transparent images on white half of the time, otherwise on a colour of
-        `folder.BACKGROUNDS`, and adds ", on a blue background" to the caption; images that would not show on their
-        colour get white, or black. "white" is white for all.
-      make_control_image: image uint8 [H, W, 3] -> "hint" uint8 [H, W, 3], a ControlNet's input, for each image whose
-        metadata name none. It runs where images are decoded, and is pickled for worker processes.
-      drop_remainder: whether to leave out the last batch of the last epoch if it is not full.
-      host_index, host_count: this host reads its rows of each batch of host_count * b positions of the global stream.
-      workers: processes that decode; 0 decodes in threads of this process. They import the package anew: scripts need
-        `if __name__ == "__main__":`.
-      threads: threads that decode, in each process.
+        source: a path, see `open_source`, also for `split`; or an open source. Batches of precomputed latents hold
+            "latents" and the like instead of images, and the arguments about images are not used.
+        batch_size: images in a batch on this host, b.
+        image_size: pixels that the shorter side is resized to (Lanczos).
+        seed: of the order and of every random choice, 0 <= seed < 2**32. The same seed gives the same batches.
+        shuffle: whether each epoch has another order; otherwise it is that of the data.
+        epochs: passes over the data; None is endless. Batches span the border between epochs.
+        buckets: sizes to cut images to, a batch at one size, and which of them each example has; None cuts squares.
+            Of Parquet files at most `tables.KEPT_GROUPS` row groups can be read so.
+        crop: pixels of a square cut out at random, H = W = crop; None takes the centre, H = W = image_size.
+        flip: whether to mirror left and right at random. Captions are not changed.
+        background: "random" puts transparent images on white half of the time, otherwise on a colour of
+            `folder.BACKGROUNDS`, and adds ", on a blue background" to the caption; images that would not show on their
+            colour get white, or black. "white" is white for all.
+        make_control_image: image uint8 [H, W, 3] -> "hint" uint8 [H, W, 3], a ControlNet's input, for each image whose
+            metadata name none. It runs where images are decoded, and is pickled for worker processes.
+        drop_remainder: whether to leave out the last batch of the last epoch if it is not full.
+        host_index, host_count: this host reads its rows of each batch of host_count * b positions of the global stream.
+        workers: processes that decode; 0 decodes in threads of this process. They import the package anew: scripts need
+            `if __name__ == "__main__":`.
+        threads: threads that decode, in each process.
 
     Raises:
-      ConfigError: see `open_source`; an argument is wrong; while iterating, no image at all can be read. Single images
-        that are unreadable, too large or missing are left out (with `epochs`) or replaced by the next ones (without),
-        see `CaptionedData.skipped`.
+        ConfigError: see `open_source`; an argument is wrong; while iterating, no image at all can be read. Single
+            images that are unreadable, too large or missing are left out (with `epochs`) or replaced by the next ones
+            (without), see `CaptionedData.skipped`.
     """
     _check_arguments(
         batch_size=batch_size, image_size=image_size, seed=seed, epochs=epochs, crop=crop, background=background,

@@ -67,18 +67,18 @@ def scan(
     """What filters need to know of each example, as arrays [N].
 
     Args:
-      sizes: adds "width" and "height" in pixels, upright, from metadata of those names if any, otherwise from the
-        image's header. 0 for an unreadable image.
-      columns: adds metadata as "column:<name>" uint64, a hash of the value's JSON, which differs for 1, "1" and no
-        value; and "number:<name>" float64, nan for what is not a number.
-      names: columns of which "name:<name>" holds the first NAME_BYTES of the JSON. Values may be long; nothing else of
-        them is kept.
-      hashes: "exact" or "near" adds "hash" uint64, of the file or of what the image shows, and "hashed" bool, whether
-        it could be read. Without that the hash has no meaning: every number is a possible hash.
-      cache: folder that keeps the result; hosts that share it divide the work.
+        sizes: adds "width" and "height" in pixels, upright, from metadata of those names if any, otherwise from the
+            image's header. 0 for an unreadable image.
+        columns: adds metadata as "column:<name>" uint64, a hash of the value's JSON, which differs for 1, "1" and no
+            value; and "number:<name>" float64, nan for what is not a number.
+        names: columns of which "name:<name>" holds the first NAME_BYTES of the JSON. Values may be long; nothing else
+            of them is kept.
+        hashes: "exact" or "near" adds "hash" uint64, of the file or of what the image shows, and "hashed" bool, whether
+            it could be read. Without that the hash has no meaning: every number is a possible hash.
+        cache: folder that keeps the result; hosts that share it divide the work.
 
     Returns:
-      These arrays, and "caption" int32: characters of the shortest caption.
+        These arrays, and "caption" int32: characters of the shortest caption.
     """
     asked = json.dumps([LAYOUT, source.digest, sizes, list(columns), list(names), hashes, PART])
     starts = range(0, len(source), PART)
@@ -159,20 +159,20 @@ def select(
     """The examples of a source that pass all filters. The log says how many each filter drops.
 
     Args:
-      wanted: any of
-        min_side: pixels of the shorter side, at least; 0: off.
-        max_aspect: longer side divided by shorter, at most; 0: off.
-        min_caption, max_caption: characters of the shortest caption; 0: off.
-        where: conditions on columns. "aesthetic>=5", with one of >=, <=, > and <, drops examples without that number.
-          "license=CC0" (or ==) keeps those whose value is that text, number, true, false or null; quoted, as in
-          "year='2020'", only that text.
-        duplicates: "exact" keeps the first of equal files, "near" the first of those that differ in at most
-          `duplicate_bits` of 64 bits of a hash of what they show; "": off.
-        max_subjects: keeps the examples with that many values of the column "subject", the commonest; 0: all.
-        any other name: allowed values of the column of that name; () allows all.
+        wanted: any of
+            min_side: pixels of the shorter side, at least; 0: off.
+            max_aspect: longer side divided by shorter, at most; 0: off.
+            min_caption, max_caption: characters of the shortest caption; 0: off.
+            where: conditions on columns. "aesthetic>=5", with one of >=, <=, > and <, drops examples without that
+                number. "license=CC0" (or ==) keeps those whose value is that text, number, true, false or null; quoted,
+                as in "year='2020'", only that text.
+            duplicates: "exact" keeps the first of equal files, "near" the first of those that differ in at most
+                `duplicate_bits` of 64 bits of a hash of what they show; "": off.
+            max_subjects: keeps the examples with that many values of the column "subject", the commonest; 0: all.
+            any other name: allowed values of the column of that name; () allows all.
 
     Raises:
-      ConfigError: a filter has an invalid value, or no example is left.
+        ConfigError: a filter has an invalid value, or no example is left.
     """
     conditions = [_condition(text) for text in wanted.get("where", ())]
     if (kind := wanted.get("duplicates", "")) not in ("", "exact", "near"):
@@ -212,11 +212,11 @@ def _drops(
     """(a filter, whether it drops each example, bool [N]) of every filter in turn.
 
     Args:
-      found: of `scan`.
-      wanted: the filters, see `select`.
-      allowed: of them, those by the values of a column.
-      conditions: those of `where`.
-      kept: bool [N], the examples that the filters before have kept; the caller updates it.
+        found: of `scan`.
+        wanted: the filters, see `select`.
+        allowed: of them, those by the values of a column.
+        conditions: those of `where`.
+        kept: bool [N], the examples that the filters before have kept; the caller updates it.
     """
     for name, values in allowed.items():
         yield name, ~np.isin(found[f"column:{name}"], [_hash(json.dumps(v)) for v in values])
@@ -272,9 +272,9 @@ def _commonest(values: np.ndarray, names: np.ndarray, kept: np.ndarray, most: in
     """Whether each value is among the `most` commonest of those kept, bool [N]; ties go by name.
 
     Args:
-      values: uint64 [N], hashes of the values.
-      names: bytes [N], their beginnings.
-      kept: bool [N].
+        values: uint64 [N], hashes of the values.
+        names: bytes [N], their beginnings.
+        kept: bool [N].
     """
     unique, first, counts = np.unique(values[kept], return_index=True, return_counts=True)
     return np.isin(values, unique[np.lexsort((unique, names[kept][first], -counts))[:most]])

@@ -37,10 +37,10 @@ def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
     in common. So only hashes that share a band are compared, and no pair is missed.
 
     Args:
-      hashes: uint64 [N].
+        hashes: uint64 [N].
 
     Returns:
-      bool [N].
+        bool [N].
 
     >>> near_duplicates(np.asarray([0, 1, 255, 0], np.uint64), 1).tolist()
     [False, True, False, True]

@@ -18,14 +18,14 @@ class LatentShards:
     """Examples {"latents": [h, w, C], "tokens": [L], …} in a folder of parts, each of one size.
 
     Attributes:
-      buckets: sizes of latents and which of them each example has; None if all have one size.
-      fingerprint: of what the latents were computed from.
-      model: fingerprint of the autoencoder and tokenizer alone.
-      made: the settings that the latents were written with, by name.
-      names: of the arrays of an example.
+        buckets: sizes of latents and which of them each example has; None if all have one size.
+        fingerprint: of what the latents were computed from.
+        model: fingerprint of the autoencoder and tokenizer alone.
+        made: the settings that the latents were written with, by name.
+        names: of the arrays of an example.
 
     Raises:
-      ConfigError: the folder is missing, unfinished or damaged.
+        ConfigError: the folder is missing, unfinished or damaged.
     """
 
     def __init__(self, path: Path) -> None:

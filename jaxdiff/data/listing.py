@@ -56,12 +56,12 @@ def examples(path: str | Path, split: str = "train", *, image_column: str = "", 
     One with "repeats" is listed so many times.
 
     Args:
-      path: the folder; its subfolder `split` holds the images and their captions, or itself for the split "train".
-      split: "train", "validation", "test", …
-      image_column, text_column: of the metadata; "" takes "file_name", and a usual name of captions.
+        path: the folder; its subfolder `split` holds the images and their captions, or itself for the split "train".
+        split: "train", "validation", "test", …
+        image_column, text_column: of the metadata; "" takes "file_name", and a usual name of captions.
 
     Raises:
-      ConfigError: folder, split or captions are missing, empty or damaged; the sentence names the line or file.
+        ConfigError: folder, split or captions are missing, empty or damaged; the sentence names the line or file.
     """
     root = find_root(Path(path), split)
     kinds = _kinds(root)
@@ -112,7 +112,7 @@ def listed_files(path: str | Path, split: str, **columns: str) -> list[Path]:
     """The files that `examples` reads: metadata or text files, images, and their "conditioning_file"s.
 
     Raises:
-      ConfigError: see `examples`.
+        ConfigError: see `examples`.
     """
     found, root = examples(path, split, **columns), find_root(Path(path), split)
     kind = _kinds(root)[0]
@@ -140,10 +140,10 @@ def image_files(folder: Path, *, below: bool = False) -> list[Path]:
     """The image files of a folder, by their suffixes, sorted by name.
 
     Args:
-      below: those of its subfolders too, but for splits and the workdirs of runs.
+        below: those of its subfolders too, but for splits and the workdirs of runs.
 
     Raises:
-      ConfigError: a subfolder cannot be read.
+        ConfigError: a subfolder cannot be read.
     """
     if not below:
         return sorted(p for p in folder.glob("*") if _is_image(p.name))

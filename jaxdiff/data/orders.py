@@ -48,16 +48,16 @@ class BlockOrder:
     """Numbers of examples: whole blocks in random order, and the examples within every `WINDOW` of them mixed.
 
     Args:
-      counts: int [N], examples in each block.
-      host_shard, host_shards: this order has every `host_shards`-th block, the same ones each epoch, so that a host
-        that reads one shard reads no blocks of the others. Shards with fewer examples begin the next epoch earlier.
+        counts: int [N], examples in each block.
+        host_shard, host_shards: this order has every `host_shards`-th block, the same ones each epoch, so that a host
+            that reads one shard reads no blocks of the others. Shards with fewer examples begin the next epoch earlier.
 
     >>> order = BlockOrder(np.asarray([2, 3, 1]), seed=0, shuffle=True, epochs=None)
     >>> [sorted(order[6 * epoch + i] for i in range(6)) for epoch in (0, 7)]
     [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
 
     Raises:
-      ConfigError: there are fewer blocks than host shards.
+        ConfigError: there are fewer blocks than host shards.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class HostShards:
     """Orders side by side: each has an equal share of the rows of every batch, the first order the first rows.
 
     Raises:
-      ConfigError: the batch is not divisible by the number of orders.
+        ConfigError: the batch is not divisible by the number of orders.
     """
 
     def __init__(self, shards: Sequence[Order], batch: int) -> None:

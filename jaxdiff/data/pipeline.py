@@ -30,8 +30,8 @@ class Skipped:
     """The images that could not be read so far.
 
     Attributes:
-      count: how many times an image was left out.
-      reasons: path -> what is wrong with it.
+        count: how many times an image was left out.
+        reasons: path -> what is wrong with it.
     """
 
     def __init__(self, path: str, limit: int):
@@ -43,7 +43,7 @@ class Skipped:
         """Whether the element holds an example, its own or a replacement. Bad ones are counted, and named once.
 
         Raises:
-          ConfigError: `limit` elements in a row hold none.
+            ConfigError: `limit` elements in a row hold none.
         """
         path, reason = element.pop("skipped", None), element.pop("reason", None)
         self._in_a_row = 0 if element else self._in_a_row + 1
@@ -216,17 +216,17 @@ def batches(
     """Batches of what `decode` makes of entries of an order.
 
     Args:
-      name, size: of the source.
-      decode: sees the numbers 0 … size - 1, or the entries of `order`.
-      order: called with a seed and a number of host shards; None reads every example by itself.
-      host_shards: how many a new run has.
-      replace: whether the next good example replaces a bad one. Without `epochs` it always does, so that all hosts stay
-        at one position.
+        name, size: of the source.
+        decode: sees the numbers 0 … size - 1, or the entries of `order`.
+        order: called with a seed and a number of host shards; None reads every example by itself.
+        host_shards: how many a new run has.
+        replace: whether the next good example replaces a bad one. Without `epochs` it always does, so that all hosts
+            stay at one position.
 
     Others as for `jaxdiff.data.captioned.captioned_data`.
 
     Raises:
-      ConfigError: the batch is larger than what this host reads in all epochs.
+        ConfigError: the batch is larger than what this host reads in all epochs.
     """
     order_seed, draw_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
 

@@ -51,7 +51,7 @@ def parse_example(data: bytes) -> dict[str, list[Any]]:
     """The features of a tf.train.Example: lists of bytes, floats or integers by name.
 
     Raises:
-      ValueError: it is not one.
+        ValueError: it is not one.
     """
     from google.protobuf.message import DecodeError
 
@@ -67,12 +67,12 @@ class ArrayRecords:
     """Examples in ArrayRecord files as a `Source`: a feature with the bytes of an image, one with captions.
 
     Args:
-      name: for messages.
-      paths: the files, in order.
-      image_column, text_column: names of the features; "" looks for usual ones.
+        name: for messages.
+        paths: the files, in order.
+        image_column, text_column: names of the features; "" looks for usual ones.
 
     Raises:
-      ConfigError: a file is damaged or empty, or its first record is not a tf.train.Example with both.
+        ConfigError: a file is damaged or empty, or its first record is not a tf.train.Example with both.
     """
 
     blocks: np.ndarray | None = None

@@ -45,7 +45,7 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The regular files in a tar.
 
     Raises:
-      tarfile.TarError: the next header is damaged, or points beyond the end. The files before it are intact.
+        tarfile.TarError: the next header is damaged, or points beyond the end. The files before it are intact.
     """
     size = os.fstat(file.fileno()).st_size
     if not size:
@@ -77,7 +77,7 @@ def index_shard(path: Path) -> dict[str, np.ndarray]:
     A warning names what is wrong with the shard. Of a damaged one the samples before the damage are used.
 
     Raises:
-      ConfigError: it cannot be read, or is not a tar file.
+        ConfigError: it cannot be read, or is not a tar file.
     """
     try:
         with open(path, "rb") as file:
@@ -100,7 +100,7 @@ def _samples(file: BinaryIO) -> tuple[list[dict[str, tuple[int, int]]], list[str
     """(the fields of each sample of a shard, each (offset, bytes); what is wrong with the shard).
 
     Raises:
-      ConfigError: nothing of it can be read.
+        ConfigError: nothing of it can be read.
     """
     rows: list[dict[str, tuple[int, int]]] = []
     problems: list[str] = []
@@ -138,13 +138,13 @@ class TarShards:
     """The samples of tar shards as a `Source`.
 
     Args:
-      name: for messages.
-      paths: the shards, in order.
-      cache: folder for the index; None keeps it in memory.
-      host_index, host_count: hosts with the same cache divide the indexing.
+        name: for messages.
+        paths: the shards, in order.
+        cache: folder for the index; None keeps it in memory.
+        host_index, host_count: hosts with the same cache divide the indexing.
 
     Raises:
-      ConfigError: a shard cannot be read, or none holds a sample.
+        ConfigError: a shard cannot be read, or none holds a sample.
     """
 
     blocks: np.ndarray | None = None

@@ -30,9 +30,9 @@ class Source(Protocol):
     """Records 0 … len - 1. Read by many threads at once, and pickled for worker processes without its data.
 
     Attributes:
-      name: of the whole source, for messages.
-      digest: of what it holds; different for other data.
-      blocks: int [N], records in each block that can only be read as a whole; None if every record can be read alone.
+        name: of the whole source, for messages.
+        digest: of what it holds; different for other data.
+        blocks: int [N], records in each block that can only be read as a whole; None if every record can be read alone.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Source(Protocol):
         """Record `index`, without its image unless `image`.
 
         Raises:
-          ValueError, OSError: it is damaged.
+            ValueError, OSError: it is damaged.
         """
         ...
 
@@ -56,12 +56,12 @@ def find_column(where: str, names: Sequence[str], what: str, setting: str, given
     """The column of the name given, or where that is "" the first with one of the usual names.
 
     Args:
-      where: the data, for messages.
-      names: of all columns.
-      what, setting: the column wanted, and the setting that names it.
+        where: the data, for messages.
+        names: of all columns.
+        what, setting: the column wanted, and the setting that names it.
 
     Raises:
-      ConfigError: there is no such column.
+        ConfigError: there is no such column.
     """
     found = [name for name in ([given] if given else usual) if name in names]
     if not found:
@@ -84,7 +84,7 @@ def text_of(values: Any, where: str) -> tuple[str, ...]:
     """One caption or a list of them as a tuple.
 
     Raises:
-      ValueError: it is neither.
+        ValueError: it is neither.
     """
     captions = (values,) if isinstance(values, str) else tuple(values) if isinstance(values, list | tuple) else ()
     if not captions or not all(isinstance(c, str) for c in captions):

@@ -37,10 +37,10 @@ def fill(
     """Write the missing ones of the parts `names` that are this host's, and wait for those of the other hosts.
 
     Args:
-      make: i -> the arrays of part i; must give the same on every host.
+        make: i -> the arrays of part i; must give the same on every host.
 
     Raises:
-      ConfigError: the folder cannot be written, or the other hosts wrote nothing for `PATIENCE` seconds.
+        ConfigError: the folder cannot be written, or the other hosts wrote nothing for `PATIENCE` seconds.
     """
     there = _listed(folder)
     mine = {names[i]: i for i in range(host_index, len(names), host_count) if names[i] not in there}
@@ -73,7 +73,7 @@ def write_part(path: Path, arrays: Arrays) -> None:
     """Write a part unless it exists.
 
     Raises:
-      ConfigError: it cannot be written.
+        ConfigError: it cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path, ConfigError, "free it or choose another place."):
@@ -93,7 +93,7 @@ def read_part(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of a part, mapped into memory.
 
     Raises:
-      ConfigError: it is missing or damaged.
+        ConfigError: it is missing or damaged.
     """
     try:
         arrays = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
@@ -111,7 +111,7 @@ class Rows:
     """The rows of all parts, one after the other. A pickle holds the parts' paths, and those given as arrays.
 
     Args:
-      parts: folders, or arrays in memory.
+        parts: folders, or arrays in memory.
     """
 
     def __init__(self, parts: Sequence[str | Arrays]) -> None:

@@ -36,10 +36,10 @@ def _columns(schema: Any, where: str, image: str, text: str) -> tuple[str, str]:
     """The names of the columns with images and captions.
 
     Args:
-      image, text: the names given; "" looks for a usual one.
+        image, text: the names given; "" looks for a usual one.
 
     Raises:
-      ConfigError: there is no such column, or it has another type.
+        ConfigError: there is no such column, or it has another type.
     """
     found = find_column(where, schema.names, "image", "data.image_column", image, IMAGE_NAMES)
     if not _has_images(kind := schema.field(found).type):
@@ -89,7 +89,7 @@ def _opened(path: Path, read: Callable[[], Any]) -> Any:
     """What `read()` returns.
 
     Raises:
-      ConfigError: the file `path` cannot be read or is of another kind.
+        ConfigError: the file `path` cannot be read or is of another kind.
     """
     try:
         return read()
@@ -123,13 +123,13 @@ class ParquetTable:
     """The rows of Parquet files as a `Source`; its blocks are their row groups.
 
     Args:
-      name: for messages.
-      paths: the files, in order, all of one schema.
-      image_column, text_column: bytes of images, or Hugging Face's {"bytes", "path"}, and captions or lists of them;
-        "" looks for a usual name. Other columns of numbers and text are metadata.
+        name: for messages.
+        paths: the files, in order, all of one schema.
+        image_column, text_column: bytes of images, or Hugging Face's {"bytes", "path"}, and captions or lists of them;
+            "" looks for a usual name. Other columns of numbers and text are metadata.
 
     Raises:
-      ConfigError: pyarrow is missing, or a file is damaged, empty, or lacks a column.
+        ConfigError: pyarrow is missing, or a file is damaged, empty, or lacks a column.
     """
 
     def __init__(self, name: str, paths: Sequence[Path], image_column: str = "", text_column: str = "") -> None:
@@ -188,11 +188,11 @@ class ArrowTable:
     """A folder that `datasets.Dataset.save_to_disk` wrote, as a `Source`; mapped into memory.
 
     Args:
-      path: with dataset_info.json and state.json, which names the files.
-      image_column, text_column: see `ParquetTable`.
+        path: with dataset_info.json and state.json, which names the files.
+        image_column, text_column: see `ParquetTable`.
 
     Raises:
-      ConfigError: pyarrow is missing, or the folder is damaged, empty, of another kind, or lacks a column.
+        ConfigError: pyarrow is missing, or the folder is damaged, empty, of another kind, or lacks a column.
     """
 
     blocks: np.ndarray | None = None
