@@ -1,6 +1,7 @@
 """The contents of a `tokenizer/` folder, as both kinds of tokenizer hold them: file name -> bytes."""
 
 import hashlib
+import importlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -40,8 +41,8 @@ def open_files(kind: str, files: Files) -> Any:
     """What transformers' class `kind` makes of the files. Raises ConfigError where it cannot."""
     # It would advise to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers
-
+    # transformers replaces itself while it is imported. A plain import gives what it was before to a thread that waits.
+    transformers = importlib.import_module("transformers")
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), files, list(files))
         try:
