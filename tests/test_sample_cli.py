@@ -127,7 +127,7 @@ def test_a_model_recommends_its_guidance_scale(sample_cli, told, tiny):
     assert "_steps 'few' in model_index.json must be a whole number" in sample_cli(CASTLE, model="recommends")[2]
     Path("recommends/model_index.json").write_text('{"_guidance_scale": "much"}')
     assert "_guidance_scale 'much' in model_index.json must be a number" in sample_cli(CASTLE, model="recommends")[2]
-    assert load_model(find("icons")).options.guidance_scale == 3
+    assert load_model(find("icons")).options.guidance_scale == 5
 
 
 def test_a_picture_is_drawn_again_from_its_file(six, sample_cli):

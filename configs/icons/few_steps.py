@@ -22,7 +22,7 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     config.init_from.model = "icons"
     config.trainable = ("unet",)
     config.lr_multipliers = ()
-    config.distillation.update({"guidance_min": 3.0, "guidance_max": 3.0, "tangent_warmup": 1000})
+    config.distillation.update({"guidance_min": 5.0, "guidance_max": 5.0, "tangent_warmup": 1000})
     config.update({"caption_dropout": 0.0, "times": "uniform"})
     config.update({"learning_rate": 1e-4, "schedule": "constant", "weight_decay": 0.0, "ema_decay": 0.995})
     config.eval.update({"steps": 4, "scheduler": "lcm", "guidance_scale": 0.0})

@@ -26,7 +26,7 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     config.lr_multipliers = (("text_encoder", 0.3),)
     config.data.flip = True
     config.cache_latents = 3  # of each time that the set shows an image, on another background
-    config.eval.guidance_scale = 3.0
+    config.eval.guidance_scale = 5.0
     config.eval.images = 128
     config.eval.prompts = (
         "a castle",
