@@ -7,7 +7,7 @@ around the denoiser (rematerialisation, Chen et al. 2016) keeps one x a step and
 
 Cost: 61 s on two CPU cores, compilation included; peak memory 1.3 GB. Of that, the gradient's temporaries take 45 MB,
 and they stay as small for more steps (`compiled.memory_analysis()`); without remat they grow with the steps.
-Expect: the balloon turns from red to blue in 12 updates, and its loss falls from 1.12 to 0.04.
+Expect: the balloon turns from red to blue in 12 updates, and its loss falls from 1.07 to 0.04.
 """
 
 import sys
