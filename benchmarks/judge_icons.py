@@ -40,7 +40,7 @@ from jaxdiff.io.cache import cache_compilations
 BATCH = 16
 
 
-def draw(model, params, wanted: Sequence[Request], steps: int, guidance_scale: float | None) -> Images:
+def draw(model, params, wanted: Sequence[Request], **settings) -> Images:
     """The images of requests, in batches of one size: the last one is filled up with its last request."""
     images = []
     for start in range(0, len(wanted), BATCH):
@@ -51,8 +51,7 @@ def draw(model, params, wanted: Sequence[Request], steps: int, guidance_scale: f
             params,
             [request.prompt for request in full],
             seed=[request.seed for request in full],
-            steps=steps,
-            guidance_scale=guidance_scale,
+            **settings,
         )
         images.append(drawn[: len(batch)])
     return np.concatenate(images)
@@ -80,6 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", default=",".join(KINDS), help="which prompts, separated by commas")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, help="default: the model's own")
+    parser.add_argument("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigma / alpha")
     parser.add_argument("--data", type=Path, default=Path("data/icons"), help="the icons set")
     parser.add_argument("--reconstructions", action="store_true", help="judge the model's autoencoder, too")
     parser.add_argument("--threads", type=int, default=1, help="of the networks that judge")
@@ -94,7 +94,8 @@ def main() -> None:
     given = arguments()
     torch.set_num_threads(given.threads)
     cache_compilations()
-    report: dict = {"model": given.model, "steps": given.steps, "guidance_scale": given.guidance_scale, "kinds": {}}
+    settings = {name: getattr(given, name) for name in ("steps", "guidance_scale", "guidance_interval")}
+    report: dict = {"model": given.model, **settings, "kinds": {}}
     if given.images:
         report["images"] = str(given.images)
     if given.reconstructions or (given.kinds and not given.images):
@@ -105,7 +106,7 @@ def main() -> None:
         if given.images:
             images = read_images(given.images / kind, len(wanted))
         else:
-            images = draw(model, params, wanted, given.steps, given.guidance_scale)
+            images = draw(model, params, wanted, **settings)
             save_images(given.output / "images" / kind, images)
         given.output.mkdir(parents=True, exist_ok=True)
         sheet(kind, images, wanted).save(given.output / f"{kind}.png")

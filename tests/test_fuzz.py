@@ -1,5 +1,6 @@
 """Whatever a file or prompt holds, reading it ends in a result or in one of the project's own sentences."""
 
+import base64
 import contextlib
 import dataclasses
 import inspect
@@ -26,6 +27,7 @@ from jaxdiff.io import taesd
 from jaxdiff.io.configs import NETWORKS, VAES, read_config
 from jaxdiff.io.controlnet import PREFIXES, check_controlnet
 from jaxdiff.io.diffusers_folder import model_index, read_index
+from jaxdiff.io.embedding_images import CHUNK, open_image_embedding
 from jaxdiff.io.infer_config import Shapes, as_weights_error, detect, infer_configs
 from jaxdiff.io.infer_diffusers import controlnet_config, controlnet_shapes, vae_from_names
 from jaxdiff.io.lora import read_lora
@@ -228,6 +230,28 @@ def png_metadata(content: str, path: Path) -> None:
     survive(parse, ["sample.py", f"--from_png={path.with_suffix('.png')}"])
 
 
+def png_embedding(content: bytes | dict, damage: int, path: Path) -> None:
+    """What the web UI writes into a PNG, or something like it, with a byte of the file changed."""
+    info = PngInfo()
+    held = content if isinstance(content, bytes) else json.dumps(content).encode()
+    info.add_text(CHUNK, base64.b64encode(held).decode(), zip=bool(damage % 2))
+    file = path.with_suffix(".png")
+    Image.new("RGB", (1, 1)).save(file, pnginfo=info)
+    whole = bytearray(file.read_bytes())
+    if damage:
+        whole[damage % len(whole)] ^= 1 + damage % 255
+    source, word = open_image_embedding(written(file, bytes(whole)))
+    assert word
+    for tensor in source.shapes:
+        assert list(source.read(tensor).shape) == source.shapes[tensor]
+
+
+numbers = st.recursive(number, lambda inner: st.lists(inner, max_size=3), max_leaves=9)
+embedding = rewritten(
+    {"string_to_param": {"*": {"TORCHTENSOR": [[0.5, 1.0]]}}, "string_to_token": {"*": 265}, "name": "cat"}
+)
+tensor = st.builds(lambda x, n: {"string_to_param": {"*": {"TORCHTENSOR": x}}, "name": n}, numbers, value)
+
 FLAGS = (  # noqa: SIM905
     "prompt negative_prompt seed steps lora controlnet control_image guidance_interval outpaint image hires "
 ).split()
@@ -300,6 +324,10 @@ KINDS = {  # what is made up -> strategies of its parts, and what reads it
     "tensor names": lambda known: ((known.shapes(),), tensor_names),
     "pickles": lambda known: ((archives(),), pickled),
     "PNG metadata": lambda known: ((metadata,), png_metadata),
+    "embeddings in PNGs": lambda known: (
+        (st.one_of(embedding, tensor, st.binary(max_size=30)), st.one_of(st.just(0), st.integers(0, 2**20))),
+        png_embedding,
+    ),
     "prompts": lambda known: ((prompt,), read_prompt),
     "prompt files": lambda known: ((st.one_of(lines, value.map(json.dumps), st.text()),), prompts_file),
     "scheduler configs": lambda known: (

@@ -123,9 +123,13 @@ def test_a_tiny_autoencoder_alone(tiny, tmp_path):
     for found, read in (load_tiny_vae(alone), load_tiny_vae(tmp_path / "folder")):
         assert found == module
         assert_equal(read, params)
-    found, read = load_vae(*tiny, alone)
-    assert found.vae.config == config
-    assert_equal(read["vae"], params)
+    for prefix in ("", "vae.", "first_stage_model."):
+        save_file({prefix + n: x for n, x in named_tensors(params)}, alone)
+        found, read = load_vae(*tiny, alone)
+        assert found.vae.config == config
+        assert_equal(read["vae"], params)
+        assert_equal(load_tiny_vae(alone)[1], params)
+        check_tiny_vae(alone)
 
 
 @pytest.mark.parametrize(
@@ -353,5 +357,5 @@ def test_every_part_may_come_from_a_one_file_checkpoint(tiny, one_file, tmp_path
     assert init.described_model({}, {"model": str(one_file)}, None) == model
     save_file({"lora_unet_x.lora_up.weight": np.zeros(1, np.float32)}, tmp_path / "lora.safetensors")
     for entry in ("model", "vae", "unet"):
-        with pytest.raises(WeightsError, match=rf"^init_from\.{entry}: .*lora\.safetensors holds a LoRA"):
+        with pytest.raises(WeightsError, match=rf"^--config\.init_from\.{entry}: .*lora\.safetensors holds a LoRA"):
             init.described_model({}, {"model": str(one_file), entry: str(tmp_path / "lora.safetensors")}, None)

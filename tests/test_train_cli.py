@@ -166,7 +166,7 @@ def test_a_pretrained_model_learns_a_folder(train_cli, data, tiny_folder, tmp_pa
         ),
         (
             ("--config={config}", "--workdir={tmp}", "--config.data.path={data}", "--config.data.filter.style=('x',)"),
-            1, "data.filter leaves no image",
+            1, "data.filter leaves no image of the",
         ),
         (
             ("--config={config}", "--workdir={tmp}", "--config.data.path={data}",

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 
 import jaxdiff
+from jaxdiff.diffusion.schedules import at, noise_schedule
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.discriminator import load_patches
 from jaxdiff.io.tensor_files import named_tensors, write_tensors
 from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.models.model import apply
 from jaxdiff.training.checks import check_settings
-from jaxdiff.training.options import OptionsError
+from jaxdiff.training.options import OptionsError, RedrawOptions
 from jaxdiff.training.run import build_run
-from jaxdiff.training.stages import per_example
+from jaxdiff.training.stages import fold_in_each, per_example, prepare_pairs
 from jaxdiff.training.train_step import STATE
 from jaxdiff.training.trainables import make
-from jaxdiff.training.vae_decoder import feature_distance, merge_decoder, split_decoder, vae_decoder_stage
+from jaxdiff.training.vae_decoder import feature_distance, merge_decoder, redrawn, split_decoder, vae_decoder_stage
 from tests.support.stages import BATCH, keys, random_images, settings, whole_model, write_houses
 from tests.support.tiny import SIDE, tiny_params
 
@@ -145,6 +146,44 @@ def test_the_decoder_does_not_hear_the_discriminator_before_the_start():
     assert not any(np.any(x) for x in jax.tree.leaves((late["vae"], late["text_encoder"])))
 
 
+def test_redrawn_latents_are_those_of_a_sampler():
+    """Each image from its own point of the way, by its own caption, as `sample` draws it with DDIM."""
+    model, how = whole_model(), RedrawOptions(strength=0.8, steps=3, guidance_scale=4.0)
+    params, rng = tiny_params(model), np.random.default_rng(0)
+    latents = rng.normal(size=(BATCH, 4, 4, model.vae.config.latent_channels)).astype(np.float32)
+    batch = prepare_pairs(model)({"text": [f"{i} houses" for i in range(BATCH)]})
+    found = jax.jit(lambda keys: redrawn(model, params, latents, batch, keys, how))(keys())
+    ids = jaxdiff.tokenize(model, [f"{i} houses" for i in range(BATCH)]), jaxdiff.tokenize(model, [""] * BATCH)
+    cond, none = (jaxdiff.encode_text(model, params, tokens) for tokens in ids)
+    schedule, last = noise_schedule(model.scheduler), model.scheduler.num_train_timesteps - 1
+    noise = per_example(jax.random.normal, fold_in_each(keys(), 1), latents.shape[1:])
+    firsts = 0.8 * np.asarray(per_example(jax.random.uniform, keys(), ())) * last
+    assert firsts.std() > 0.05 * last
+    for i, first in enumerate(firsts):
+        times = at(schedule, np.floor(first * np.array([1, 2 / 3, 1 / 3, 0], np.float32)))
+        one = slice(i, i + 1)
+        denoise = jaxdiff.denoiser(
+            model, params, *(jax.tree.map(lambda x, one=one: x[one], c) for c in (cond, none)), 4.0
+        )
+        x = times.alpha[0] * latents[one] + times.sigma[0] * noise[one]
+        _, x0 = jaxdiff.sample(denoise, x, times, jaxdiff.get_scheduler("ddim"), jax.random.key(0), trajectory=True)
+        np.testing.assert_allclose(found[one], x0[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_of_redrawn_latents_learns_them_alone(tiny):
+    adversary = {**TINY["adversary"], "weight": 0.0}
+    found = make(settings("vae_decoder", adversary=adversary, redraw={"strength": 0.5, "steps": 2}), *tiny)
+    batch = found.stage.prepare({"text": ["a house"] * BATCH, "image": random_images(BATCH)})
+    state = {STATE: {"step": jnp.int32(0)}}
+    value, grads = jax.jit(jax.value_and_grad(lambda p: found.stage.loss(p | state, batch, keys())[0]))(found.params)
+    as_encoded = make(settings("vae_decoder", adversary=adversary), *tiny)
+    other, metrics = as_encoded.stage.loss(as_encoded.params | state, batch, keys())
+    assert value != other
+    assert set(metrics) == {"reconstruction", "psnr"}
+    moved = {name for name, g in grads.items() if any(np.any(x) for x in jax.tree.leaves(g))}
+    assert moved == {"vae_decoder"}
+
+
 def test_the_feature_distance_sees_what_the_vision_encoder_sees():
     model = whole_model()
     params, images = tiny_params(model), random_images(2) / np.float32(127.5) - 1
@@ -206,6 +245,9 @@ def test_a_run_changes_the_decoder_alone_and_goes_on_bit_for_bit(run, tiny, tmp_
         ("vae_decoder", {"cache_latents": 1}, "cache_latents=1: the stage vae_decoder does not read this"),
         ("vae", {"feature_weight": 1.0}, "feature_weight=1.0: the stage vae does not read this"),
         ("unet", {"adversary": {"init_from": "x"}}, "adversary.init_from=x: the stage unet does not read this"),
+        ("unet", {"redraw": {"strength": 0.5}}, "redraw.strength=0.5: the stage unet does not read this"),
+        ("vae_decoder", {"redraw": {"strength": 0.5}, "crop": 8}, "redraw.strength=0.5 does not go with crop=8"),
+        ("vae_decoder", {"redraw": {"strength": 1.5}}, "redraw.strength 1.5 must be"),
         ("vae_decoder", {"discriminator_b1": 1.0}, "discriminator_b1 1.0 must be"),
     ],
 )

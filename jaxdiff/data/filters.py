@@ -193,11 +193,13 @@ def select(
         if count := int((bad & kept).sum()):
             dropped[reason] = count
         kept &= ~bad
+    reasons = ", ".join(f"{name} {count}" for name, count in dropped.items())
     if not kept.any():
-        raise ConfigError(f"data.filter leaves no image of {source.name}: {json.dumps(dict(wanted), default=list)}.")
+        raise ConfigError(
+            f"data.filter leaves no image of the {len(source)} of {source.name}; it drops {reasons}: allow more."
+        )
     if kept.all():
         return source
-    reasons = ", ".join(f"{name} {count}" for name, count in dropped.items())
     logging.info("%d of %d images of %s pass the filters; dropped: %s.", kept.sum(), len(kept), source.name, reasons)
     return Subset(source, np.flatnonzero(kept))
 

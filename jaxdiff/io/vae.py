@@ -70,13 +70,22 @@ def _open_tiny(path: str | Path) -> tuple[TinyVAEConfig, TensorSource] | None:
     """
     if pair := taesd.open_pair(path):
         return pair
-    source = open_tensors(path)
+    source = _without_tiny_prefix(open_tensors(path))
     if taesd.FIRST_LAYER not in source.shapes:
         kinds.refuse(source, "a tiny autoencoder")
     if not without_config(path):
         return None
     with as_weights_error(source):
         return taesd.infer_config(source), source
+
+
+def _without_tiny_prefix(source: TensorSource) -> TensorSource:
+    """A tiny autoencoder's tensors under diffusers' names, whatever stands before them; others as they are."""
+    for prefix in filter(None, PREFIXES):
+        if f"{prefix}{taesd.FIRST_LAYER}" in source.shapes:
+            pass_over(source, [name for name in source.shapes if not name.startswith(prefix)])
+            return without_prefix(source, prefix)
+    return source
 
 
 def _from_pair(config: TinyVAEConfig, source: TensorSource, dtype: Any) -> tuple[AutoencoderTiny, Params]:
@@ -165,7 +174,7 @@ def open_vae(
     if path.is_file():
         if pair := taesd.open_pair(path):
             return _alone(*pair)
-        source = _open(path)
+        source = _without_tiny_prefix(_open(path))
         if taesd.FIRST_LAYER in source.shapes and (found := _open_tiny(path)):
             return _alone(*found)
         known = like if isinstance(like, VAEConfig) else VAEConfig(scaling_factor=like.scaling_factor)

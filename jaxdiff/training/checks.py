@@ -24,6 +24,7 @@ READ_BY_ALL_BUT = {
     "prior_preservation.path": (*WITHOUT_LATENTS, "gan"),
     "data.buckets": ("gan",),  # whose generator has one size
     "feature_weight": tuple(stage for stage in STAGES if stage != "vae_decoder"),
+    "redraw.strength": tuple(stage for stage in STAGES if stage != "vae_decoder"),
     "adversary.init_from": tuple(stage for stage in STAGES if stage != "vae_decoder"),
     "super_resolution.photographs": tuple(stage for stage in STAGES if stage != "super_resolution"),
     "init_from.upscaler": tuple(stage for stage in STAGES if stage != "super_resolution"),
@@ -39,6 +40,7 @@ READ_BY_ALL_BUT = {
 APART = {
     "latents.path": ("cache_latents", "prior_preservation.path"),
     "cache_latents": ("prior_preservation.path",),
+    "redraw.strength": ("crop",),
     "data.buckets": ("prior_preservation.path", "crop", "super_resolution.photographs"),
 }
 # Of each pair the first is no more than the second, where that is not 0.

@@ -21,6 +21,7 @@ from jaxdiff.training.options import (
     DistillationOptions,
     NoiseOptions,
     Options,
+    RedrawOptions,
 )
 from jaxdiff.training.ranges import MOST, fields, leaves, setting
 
@@ -167,6 +168,7 @@ SETTINGS: dict[str, Any] = {
     "edge_weight": setting(1.0, 0),
     # Stage "vae_decoder".
     "feature_weight": setting(0.0, 0),  # of the distance between features of the model's vision encoder; 0: none
+    "redraw": fields(RedrawOptions),  # latents as the model draws them: jaxdiff/training/options.py
     "adversary": {  # and of the stage "gan"
         "loss": setting("hinge", choices=ADVERSARIES),
         "weight": setting(0.5, 0),  # vae_decoder: of its loss; 0 leaves the decoder to the other losses

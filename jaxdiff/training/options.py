@@ -193,3 +193,15 @@ class DistillationOptions(FromConfig):
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RedrawOptions(FromConfig):
+    """What becomes of latents before the stage "vae_decoder" decodes them."""
+
+    strength: float = setting(0.0, 0, 1)  # the largest share of the way to noise and back; 0: as they are encoded
+    steps: int = setting(5, 1, 1000)  # of DDIM, back
+    guidance_scale: float = setting(0.0, 0, 1000)  # 0: the model's own
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -77,15 +77,15 @@ class Images:
 
     def chosen(self, name: str) -> Source:
         """The images of a split that `data.filter` chooses; latents written beforehand hold what was chosen."""
-        config = self.config
-        with naming("data.path" if name == config.data.split else "data.eval_split"):
+        config, data = self.config, self.config.data
+        with naming("data.path" if name == data.split else "data.eval_split"):
             source = self.split(name)
-        if config.latents.path:
-            return source
-        wanted = config.data.filter.to_dict()
-        if name != config.data.split:
-            del wanted["max_subjects"]  # those of the training images, which are not the commonest everywhere
-        return select(source, wanted, cache=self.workdir / "data", **self._sharing())
+            if config.latents.path:
+                return source
+            wanted = data.filter.to_dict()
+            if name != data.split:
+                del wanted["max_subjects"]  # those of the training images, which are not the commonest everywhere
+            return select(source, wanted, cache=self.workdir / "data", **self._sharing())
 
     def tokenizer(self) -> Tokenizer:
         """One learnt from the captions of the whole set, so that every subset of it gets the same vocabulary."""

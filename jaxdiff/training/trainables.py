@@ -30,7 +30,7 @@ from jaxdiff.training.finetune import SampleInputs
 from jaxdiff.training.gan import gan_discriminator, gan_model, gan_stage
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.optimizer import check_multipliers
-from jaxdiff.training.options import DistillationOptions, NoiseOptions, OptionsError
+from jaxdiff.training.options import DistillationOptions, NoiseOptions, OptionsError, RedrawOptions
 from jaxdiff.training.ranges import naming
 from jaxdiff.training.stages import Network, clip_params, clip_stage, diffusion_stage, vae_stage
 from jaxdiff.training.vae_decoder import merge_decoder, split_decoder, vae_decoder_stage
@@ -193,14 +193,19 @@ def _vae_decoder(config: Any, model: Model, params: Params) -> Trainable:
     discriminator = PatchDiscriminator(c.features, c.layers, model.vae.dtype)
     side, key = 3 * 2**c.layers, jax.random.key(config.seed, impl=PRNG)
     fresh = discriminator.init(key, jnp.zeros((1, side, side, model.vae.config.out_channels)))["params"]
-    read = ("vae", "vision_encoder") if config.feature_weight else ("vae",)  # the rest need not be on the devices
+    redraw = RedrawOptions.from_config(config.redraw)
+    read = {"vae", *(("vision_encoder",) if config.feature_weight else ())}  # the rest need not be on the devices
+    if redraw.strength:
+        if model.inpaints or model.family == "upscaler" or model.controlnets:
+            raise OptionsError("redraw.strength is for models that draw from a prompt alone, and this one does not.")
+        read |= params.keys() - {"vision_encoder"}
     rest = {name: x for name, x in params.items() if name not in read}
     params = split_decoder({name: params[name] for name in read})
     with naming("adversary.init_from"):
         params = {**params, "discriminator": load_patches(c.init_from, fresh) if c.init_from else fresh}
     stage = vae_decoder_stage(
         model, discriminator, rules=Rules(c.loss, c.r1, c.r2, tuple(c.augment)), weight=c.weight, adaptive=c.adaptive,
-        start=c.start, edge_weight=config.edge_weight, feature_weight=config.feature_weight,
+        start=c.start, edge_weight=config.edge_weight, feature_weight=config.feature_weight, redraw=redraw,
     )  # fmt: skip
 
     def export(folder: Path, params: Params) -> None:

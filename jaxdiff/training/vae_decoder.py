@@ -1,21 +1,37 @@
-"""An autoencoder's decoder alone, sharpened by an adversary: the latents stay what they are."""
+"""An autoencoder's decoder alone, sharpened by an adversary or made to bear the denoiser's errors.
+
+The latents stay what they are, so that a denoiser that has learnt them need not learn again.
+"""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxdiff.diffusion.consistency import solver_step
+from jaxdiff.diffusion.prediction import add_noise
+from jaxdiff.diffusion.schedules import at, noise_schedule
 from jaxdiff.models.clip import CLIPEncoder
-from jaxdiff.models.model import Model, apply
+from jaxdiff.models.model import Model, apply, scaled, unscaled, with_time_ids
+from jaxdiff.sampling.denoiser import denoiser
 from jaxdiff.training.adversarial import Rules, adaptive_weight, contest, stop, with_gradient
 from jaxdiff.training.loop import Stage
 from jaxdiff.training.losses import SCALES, batch_psnr, reconstruction_loss
-from jaxdiff.training.stages import clip_pixels, compute_dtypes, fold_in_each, per_example
+from jaxdiff.training.options import RedrawOptions
+from jaxdiff.training.stages import (
+    clip_pixels,
+    compute_dtypes,
+    conditioning,
+    fold_in_each,
+    per_example,
+    prepare_pairs,
+)
 from jaxdiff.training.train_step import STATE, Batch, Metrics
 from jaxdiff.typing import Array, Key, Params
 
 DECODER = ("decoder", "post_quant_conv")  # parts of an autoencoder that come after the latents
 DEFAULT_RULES = Rules()
+AS_ENCODED = RedrawOptions()
 LAST = ("decoder", "conv_out", "kernel")  # the last layer, at which gradients are compared
 
 
@@ -59,6 +75,36 @@ def feature_distance(model: Model, params: Params, x: Array, images: Array) -> A
     return jnp.stack([((a - b).astype(jnp.float32) ** 2).sum(-1).mean() for a, b in pairs]).mean()
 
 
+def redrawn(model: Model, params: Params, latents: Array, batch: Batch, keys: Key, how: RedrawOptions) -> Array:
+    """Latents as the model draws them: noised, each to a random part of `how.strength`, and denoised by its caption.
+
+    A decoder that learns from them learns to bear the errors that a denoiser leaves (after the noise-augmented decoding
+    of Zheng et al. 2025, arXiv 2510.11690, section 4, whose errors are plain noise).
+
+    Args:
+        latents: [B, h, w, C], scaled.
+        batch: the captions, as `prepare_pairs` makes them.
+    """
+    schedule, empty = noise_schedule(model.scheduler), prepare_pairs(model)({"text": [""]})
+    cond = with_time_ids(model, conditioning(model, params, batch, empty, jnp.zeros(len(latents), bool)), latents)
+    scale = how.guidance_scale or model.options.guidance_scale
+    none = None
+    if scale > 1:
+        none = conditioning(model, params, empty, empty, jnp.ones(1, bool))
+        none = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), none)
+    denoise = denoiser(model, params, cond, none, scale)
+    first = how.strength * per_example(jax.random.uniform, keys, ()) * (model.scheduler.num_train_timesteps - 1)
+    noise = per_example(jax.random.normal, fold_in_each(keys, 1), latents.shape[1:])
+
+    def step(x: Array, i: Array) -> tuple[Array, Array]:
+        time, below = (at(schedule, jnp.floor(first * (1 - j / how.steps))) for j in (i, i + 1))
+        x0 = denoise(x, time)
+        return solver_step(x0, x, time, below), x0
+
+    x = add_noise(latents, noise, at(schedule, jnp.floor(first)))
+    return stop(jax.lax.scan(step, x, jnp.arange(how.steps))[1][-1])
+
+
 def vae_decoder_stage(
     model: Model,
     discriminator: Any,
@@ -69,6 +115,7 @@ def vae_decoder_stage(
     start: int = 0,
     edge_weight: float = 1.0,
     feature_weight: float = 0.0,
+    redraw: RedrawOptions = AS_ENCODED,
 ) -> Stage:
     """The decoder against a discriminator of its images (Rombach et al. 2022, section 3.1); the encoder is left alone.
 
@@ -76,10 +123,11 @@ def vae_decoder_stage(
     from the first update on.
 
     Args:
-        weight: of the adversary, times `adaptive_weight` where `adaptive`.
+        weight: of the adversary, times `adaptive_weight` where `adaptive`; at 0 there is no discriminator's loss.
         start: updates before the decoder hears the discriminator.
         edge_weight: see `reconstruction_loss`.
         feature_weight: of `feature_distance`.
+        redraw: what becomes of the latents before they are decoded, see `redrawn`.
     """
 
     def reconstructed(params: Params, x: Array, images: Array) -> tuple[Array, Metrics]:
@@ -94,8 +142,16 @@ def vae_decoder_stage(
         params, step = {k: x for k, x in params.items() if k != STATE}, params[STATE]["step"]
         images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
         mean, logvar = apply(model, params, "vae", images, method="encode")
-        z = stop(mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, keys, mean.shape[1:]))
+        if redraw.strength:
+            z = redrawn(model, params, scaled(model, params, mean), batch, fold_in_each(keys, 2), redraw)
+            z = unscaled(model, params, z)
+        else:
+            z = stop(mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, keys, mean.shape[1:]))
         decoder = params["vae_decoder"]
+        if not weight:
+            x = apply(model, {"vae": decoder}, "vae", z, method="decode")
+            value, metrics = reconstructed(params, x, images)
+            return value, {**metrics, "psnr": batch_psnr(x, images)}
         last: Any = decoder
         for name in LAST:
             last = last[name]
@@ -116,4 +172,5 @@ def vae_decoder_stage(
     dtypes = compute_dtypes(model)
     dtypes = {**dtypes, "vae_decoder": dtypes["vae"], "discriminator": jnp.dtype(discriminator.dtype)}  # type: ignore[attr-defined]
     trainable = ("vae_decoder", "discriminator")
-    return Stage("vae_decoder", trainable, loss, lambda batch: {"image": batch["image"]}, dtypes, reads_state=True)
+    prepare = prepare_pairs(model) if redraw.strength else lambda batch: {"image": batch["image"]}
+    return Stage("vae_decoder", trainable, loss, prepare, dtypes, reads_state=True)
