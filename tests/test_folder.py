@@ -9,7 +9,7 @@ from PIL import Image
 
 from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data, open_source
-from jaxdiff.data.folder import BACKGROUNDS, ImageDecoder, examples
+from jaxdiff.data.folder import BACKGROUNDS, ImageDecoder, Warp, examples
 
 SIZE = 8  # pixels of the pictures drawn here
 
@@ -190,6 +190,65 @@ def test_flip_mirrors_about_half(tmp_path):
     assert 16 < mirrored.sum() < 48  # four standard deviations of 64 tosses are 16
     upright = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
     assert (upright == np.asarray(ramp(SIZE, SIZE))).all()
+
+
+def moments(image):
+    """Of the dark pixels of an image: their number, their centre (x, y), and the direction of their longer axis."""
+    weight = 1 - image[..., 0] / 255
+    y, x = np.mgrid[: image.shape[0], : image.shape[1]] + 0.5
+    total = weight.sum()
+    x0, y0 = (weight * x).sum() / total, (weight * y).sum() / total
+    xx, yy, xy = ((weight * a).sum() / total for a in ((x - x0) ** 2, (y - y0) ** 2, (x - x0) * (y - y0)))
+    return total, np.array([x0, y0]), np.rad2deg(0.5 * np.arctan2(2 * xy, xx - yy)), np.sqrt([xx, yy])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGB"])
+def test_a_warp_rotates_stretches_and_shifts_by_so_much(tmp_path, mode):
+    """A bar 24 by 8 pixels long in the middle of 64: what becomes of its centre, its size and its direction."""
+    bar = Image.new("RGB", (64, 64), "white")
+    bar.paste("black", (20, 28, 44, 36))
+    if mode == "RGBA":
+        bar.putalpha(Image.fromarray(255 - np.asarray(bar)[..., 0]))
+    path = single(tmp_path, bar)
+
+    def drawn(**warp):
+        data = captioned_data(path, 100, 64, seed=0, background="white", warp=Warp(**warp))
+        return [moments(image) for image in next(iter(data))["image"]]
+
+    shifted = np.array([centre for _, centre, *_ in drawn(shift=0.25)]) - 32
+    assert np.abs(shifted).max() < 16.1
+    assert (np.abs(shifted).max(0) > 14).all()  # a hundred draws miss the last eighth at either end with p < 1e-5
+    assert abs(np.corrcoef(shifted.T)[0, 1]) < 0.4
+    turned = drawn(rotate=30.0)
+    angles = np.array([angle for *_, angle, _ in turned])
+    assert 27 < angles.max() < 30.5
+    assert -27 > angles.min() > -30.5
+    np.testing.assert_allclose([total for total, *_ in turned], 24 * 8, rtol=0.02)
+    grown = np.array([sides for *_, sides in drawn(stretch=0.5)]) / np.array([24, 8]) * np.sqrt(12)
+    assert (grown.max(0) < 1.53).all()
+    assert (grown.max(0) > 1.4).all()
+    assert (grown.min(0) < 1 / 1.4).all()
+    assert abs(np.corrcoef(grown.T)[0, 1]) < 0.4
+
+
+def test_a_warp_of_opaque_images_mirrors_at_the_border(tmp_path):
+    images = next(iter(captioned_data(single(tmp_path, ramp(SIZE, SIZE)), 64, SIZE, seed=0, warp=Warp(shift=0.5))))
+    rows = images["image"][:, 3, :, 0].astype(int)
+    assert rows.max() == SIZE - 1  # and no black or white came in
+    assert (np.abs(np.diff(rows)) <= 1).all()
+
+
+def test_a_hint_is_warped_as_its_image_is(tmp_path):
+    path = write(tmp_path, [{"file_name": "a.png", "text": "x", "conditioning_file": "hint.png"}])
+    for name in ("a.png", "hint.png"):
+        ramp(16, 16).save(path / "train" / name)
+    warp = Warp(20.0, 0.2, 0.2)
+    decode = ImageDecoder(open_source(path), 16, warp=warp)
+    for seed in range(5):
+        found = decode(0, np.random.default_rng(seed))
+        np.testing.assert_array_equal(found["hint"], found["image"])
+    still = ImageDecoder(open_source(path), 16)(0, np.random.default_rng(0))
+    assert not np.array_equal(still["image"], found["image"])
 
 
 def test_a_strip_does_not_fill_the_memory(tmp_path):

@@ -22,7 +22,7 @@ import numpy as np
 from jaxdiff.config import ConfigError
 from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import BucketOrder, Buckets
-from jaxdiff.data.folder import FolderSource, ImageDecoder
+from jaxdiff.data.folder import STILL, FolderSource, ImageDecoder, Warp
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.data.listing import METADATA, TABLE, has_text_files, image_files, listed_files
 from jaxdiff.data.orders import BlockOrder, HostShards, Order
@@ -164,6 +164,7 @@ def captioned_data(
     buckets: Buckets | None = None,
     crop: int | None = None,
     flip: bool = False,
+    warp: Warp = STILL,
     background: str = "random",
     make_control_image: Callable[[np.ndarray], np.ndarray] | None = None,
     drop_remainder: bool = True,
@@ -186,6 +187,7 @@ def captioned_data(
             Of Parquet files at most `tables.KEPT_GROUPS` row groups can be read so.
         crop: pixels of a square cut out at random, H = W = crop; None takes the centre, H = W = image_size.
         flip: whether to mirror left and right at random. Captions are not changed.
+        warp: how far to rotate, stretch and shift at random. Captions are not changed.
         background: "random" puts transparent images on white half of the time, otherwise on a colour of
             `folder.BACKGROUNDS`, and adds ", on a blue background" to the caption; images that would not show on their
             colour get white, or black. "white" is white for all.
@@ -215,7 +217,7 @@ def captioned_data(
     if isinstance(source, LatentShards):
         decode, buckets = source, source.buckets
     else:
-        decode = ImageDecoder(source, image_size, crop, flip, background, make_control_image)
+        decode = ImageDecoder(source, image_size, crop, flip, background, make_control_image, warp)
     passes: dict[str, Any] = {"shuffle": shuffle, "epochs": epochs}
     return pipeline.batches(
         source.name, len(source), decode, batch_size, seed=seed, replace=buckets is not None,

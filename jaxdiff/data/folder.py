@@ -3,9 +3,9 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -54,6 +54,41 @@ class FolderSource:
         return Record(path, path, captions, extras)
 
 
+class Warp(NamedTuple):
+    """How far images are moved at random, evenly up to these; what the caption says stays true of small ones."""
+
+    rotate: float = 0.0  # degrees, either way
+    stretch: float = 0.0  # share by which each side grows or shrinks, by itself
+    shift: float = 0.0  # share of each side
+
+    def __call__(self, images: Sequence[Image.Image], rng: np.random.Generator) -> list[Image.Image]:
+        """Images of one size, moved alike. What comes in from outside is transparent, or mirrored at the border."""
+        width, height = images[0].size
+        angle, *rest = rng.uniform(-1, 1, 5)
+        turn = np.deg2rad(self.rotate * angle)
+        size = np.exp(np.log1p(self.stretch) * np.array(rest[:2]))
+        moved = self.shift * np.array(rest[2:]) * (width, height)
+        # From where a pixel goes to where it comes from: about the centre, which shifts.
+        back = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / size[:, None]
+        centre = np.array([width, height]) / 2
+        offset = centre - back @ (centre + moved)
+        return [self._moved(image, back, offset) for image in images]
+
+    @staticmethod
+    def _moved(image: Image.Image, back: np.ndarray, offset: np.ndarray) -> Image.Image:
+        if image.mode != "RGBA":  # opaque: as much again on each side, mirrored
+            pad = np.array(image.size)
+            pixels = np.pad(np.asarray(image), ((pad[1],) * 2, (pad[0],) * 2, (0, 0)), "symmetric")
+            size, image, offset = image.size, Image.fromarray(pixels), offset + pad
+        else:
+            size = image.size
+        coefficients = (*back[0], offset[0], *back[1], offset[1])
+        return image.transform(size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+
+
+STILL = Warp()
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageDecoder:
     """Decodes examples of a source, by their numbers, alone or with a size (height, width).
@@ -68,6 +103,7 @@ class ImageDecoder:
     flip: bool = False
     background: str = "random"
     make_control_image: Callable[[np.ndarray], np.ndarray] | None = None
+    warp: Warp = STILL
 
     def __call__(self, entry: int | tuple[int, tuple[int, int]], rng: np.random.Generator) -> dict[str, Any]:
         index, size = entry if isinstance(entry, tuple) else (entry, (self.image_size, self.image_size))
@@ -87,6 +123,9 @@ class ImageDecoder:
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             hint = hint and hint.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if any(self.warp):
+            image, *hints = self.warp([image, hint] if hint else [image], rng)
+            hint = hints[0] if hints else None
         if image.mode == "RGBA":
             colour = _colour(image, rng) if self.background == "random" else "white"
             image = on_background(image, BACKGROUNDS[colour])

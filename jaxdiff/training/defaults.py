@@ -128,6 +128,8 @@ SETTINGS: dict[str, Any] = {
         # Of transparent images; random ones are named in the caption.
         "background": setting("random", choices=("random", "white")),
         "flip": False,  # mirror at random
+        # Move at random, up to so much: degrees, a share of each side's length, a share of each side.
+        "warp": {"rotate": setting(0.0, 0, 180), "stretch": setting(0.0, 0, 1), "shift": setting(0.0, 0, 0.5)},
         "captions": (),  # of all images, in place of their own; {} stands for textual_inversion.token
         "threads": setting(8, 0, 1024),  # that read images
         "workers": setting(0, 0, 1024),  # processes that read images; 0: the threads of this process

@@ -19,7 +19,7 @@ from jaxdiff import mapping, parallel
 from jaxdiff.config import ConfigError
 from jaxdiff.data import pipeline, store
 from jaxdiff.data.buckets import Buckets
-from jaxdiff.data.folder import ImageDecoder
+from jaxdiff.data.folder import STILL, ImageDecoder, Warp
 from jaxdiff.data.latents import INFO, LatentShards
 from jaxdiff.data.source import Source
 from jaxdiff.files import write_text, writing
@@ -67,6 +67,7 @@ def precompute(
     views: int = 1,
     buckets: Buckets | None = None,
     flip: bool = False,
+    warp: Warp = STILL,
     background: str = "random",
     embeddings: bool = False,
     batch_size: int = 8,
@@ -95,10 +96,12 @@ def precompute(
         raise ConfigError(f"latents.batch_size {batch_size} must be at least 1.")
     buckets = buckets or Buckets(((image_size, image_size),), np.zeros(len(source), np.int16))
     description = [source.digest, image_size, seed, views, flip, background, embeddings, part, buckets.sizes]
+    if any(warp):
+        description.append(list(warp))
     numbers = hashlib.sha256(np.ascontiguousarray(buckets.numbers).data).hexdigest()
     mark = fingerprint(model, params, [*description, numbers])
     order = _Views(buckets, views)
-    decode = ImageDecoder(source, image_size, None, flip, background)
+    decode = ImageDecoder(source, image_size, None, flip, background, warp=warp)
     how: dict[str, Any] = {"seed": seed, "epochs": 1, "drop_remainder": False, "threads": threads}
     at_once = batch_size * jax.local_device_count()
     data = pipeline.batches(source.name, len(source), decode, at_once, order=lambda *_: order, **how)

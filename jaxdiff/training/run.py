@@ -14,6 +14,7 @@ import jax
 from absl import logging
 
 from jaxdiff import stores
+from jaxdiff.data.folder import Warp
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.training import init, remote, super_resolution, trainables
@@ -86,8 +87,8 @@ class Run:
         precompute(
             self.trainable.model, self.trainable.params, data.source, folder,
             image_size=data.image_size, seed=config.seed, views=views, buckets=data.buckets, embeddings=embeddings,
-            flip=config.data.flip, background=config.data.background, threads=config.data.threads,
-            batch_size=config.latents.batch_size, made=data.settings(), **hosts(),
+            flip=config.data.flip, warp=Warp(**config.data.warp), background=config.data.background,
+            threads=config.data.threads, batch_size=config.latents.batch_size, made=data.settings(), **hosts(),
         )  # fmt: skip
         remote.publish(folder)
 

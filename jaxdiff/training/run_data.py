@@ -14,7 +14,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
 from jaxdiff.data.captioned import captioned_data, open_source, source_files
 from jaxdiff.data.filters import scan, select
-from jaxdiff.data.folder import BACKGROUNDS
+from jaxdiff.data.folder import BACKGROUNDS, STILL, Warp
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.data.listing import METADATA, TABLE, NoCaptions, image_files
 from jaxdiff.data.pipeline import CaptionedData
@@ -129,8 +129,8 @@ class TrainingData:
         arguments = {
             "source": self.source, "batch_size": config.batch_size // jax.process_count(),
             "image_size": self.image_size, "seed": config.seed, "background": data.background,
-            "flip": data.flip, "buckets": self.buckets, "threads": data.threads, "workers": data.workers,
-            "make_control_image": self.make_control_image, **hosts(),
+            "flip": data.flip, "warp": Warp(**data.warp), "buckets": self.buckets,
+            "threads": data.threads, "workers": data.workers, "make_control_image": self.make_control_image, **hosts(),
         }  # fmt: skip
         return captioned_data(**(arguments | changes))
 
@@ -164,7 +164,7 @@ class TrainingData:
             return found
         sizes = {"batch_size": min(left, self.at_once), "epochs": 1, "drop_remainder": False, "workers": 0}
         # Another order than in training, background colours included.
-        how = {"seed": config.seed + 1, "flip": False, "buckets": None, **ALONE}
+        how = {"seed": config.seed + 1, "flip": False, "warp": STILL, "buckets": None, **ALONE}
         stream = iter(self.batches(source=self.aside, **sizes, **how))
         while left > 0 and (batch := next(stream, None)) is not None:
             found.append({name: values[:left] for name, values in batch.items()})
