@@ -144,20 +144,31 @@ def test_the_command_takes_a_file(saved, tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), read_image(tmp_path / "b.png"))
 
 
-@pytest.mark.parametrize("spelling", ["comfy", "kohya"])
-def test_a_lora_of_their_layers_changes_ours(saved, spelling, tmp_path):
+def changes(kind: str, rng: np.random.Generator, out: int, inputs: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The tensors of a layer's adapter by how their names end, and what they change the weight by."""
+    ups, downs = rng.normal(size=(2, out, 4)).astype(np.float32), rng.normal(size=(2, 4, inputs)).astype(np.float32)
+    alpha = {"alpha": np.array(2, np.float32)}
+    if kind == "loha":
+        parts = {f"hada_w{i + 1}_{end}": x[i] for i in range(2) for end, x in (("a", ups), ("b", downs))}
+        return {**parts, **alpha}, 0.5 * (ups[0] @ downs[0]) * (ups[1] @ downs[1])
+    if kind == "difference":
+        return {"diff": ups[0] @ downs[0]}, ups[0] @ downs[0]
+    names = ("lora_A", "lora_B") if kind == "comfy" else ("lora_down", "lora_up")
+    return {f"{names[0]}.weight": downs[0], f"{names[1]}.weight": ups[0], **alpha}, 0.5 * ups[0] @ downs[0]
+
+
+@pytest.mark.parametrize("kind", ["comfy", "kohya", "loha", "difference"])
+def test_a_lora_of_their_layers_changes_ours(saved, kind, tmp_path):
     """Merged into their weights, and those converted as PyTorch does; with an alpha of half the rank."""
     family, folder, tensors, _ = saved
     model, params = jaxdiff.load(folder)
     theirs, rng, file = original(family, tensors), np.random.default_rng(0), {}
     ours = {re.sub(r"\.weight$", "", n): x for n, x in theirs.items() if n.endswith(".weight") and x.ndim == 2}
     for layer, x in ours.items():
-        down, up = (rng.normal(size=size).astype(np.float32) for size in ((4, x.shape[1]), (x.shape[0], 4)))
-        stem = f"diffusion_model.{layer}" if spelling == "comfy" else f"lora_unet_{layer.replace('.', '_')}"
-        names = ("lora_A", "lora_B") if spelling == "comfy" else ("lora_down", "lora_up")
-        file |= {f"{stem}.{names[0]}.weight": down, f"{stem}.{names[1]}.weight": up}
-        file[f"{stem}.alpha"] = np.array(2, np.float32)
-        theirs[f"{layer}.weight"] = x + 0.3 * 0.5 * up @ down
+        stem = f"diffusion_model.{layer}" if kind == "comfy" else f"lora_unet_{layer.replace('.', '_')}"
+        parts, change = changes(kind, rng, *x.shape)
+        file |= {f"{stem}.{end}": part for end, part in parts.items()}
+        theirs[f"{layer}.weight"] = x + 0.3 * change
     save_file(file, tmp_path / "lora.safetensors")
     save_file(theirs, tmp_path / "merged.safetensors")
     found = jaxdiff.load_lora(model, params, tmp_path / "lora.safetensors", scale=0.3)
@@ -165,6 +176,19 @@ def test_a_lora_of_their_layers_changes_ours(saved, spelling, tmp_path):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found["transformer"], expected["transformer"]
     )
+
+
+def test_a_lokr_of_layers_that_are_several_of_ours_is_refused(saved, tmp_path):
+    family, folder, tensors, _ = saved
+    model, params = jaxdiff.load(folder)
+    theirs = original(family, tensors)
+    fused = next(name for name in theirs if "qkv" in name and name.endswith(".weight"))
+    out, inputs = theirs[fused].shape
+    stem = f"lora_unet_{fused.removesuffix('.weight').replace('.', '_')}"
+    parts = {"lokr_w1": np.ones((2, 2), np.float32), "lokr_w2": np.ones((out // 2, inputs // 2), np.float32)}
+    save_file({f"{stem}.{end}": x for end, x in parts.items()}, tmp_path / "lokr.safetensors")
+    with pytest.raises(WeightsError, match=r"changes lora_unet_.*qkv by a LoKr, which stands for several layers"):
+        jaxdiff.load_lora(model, params, tmp_path / "lokr.safetensors")
 
 
 def test_alpha_may_stand_in_the_metadata_alone(saved, tmp_path):

@@ -28,10 +28,10 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdiff.errors import WeightsError
-from jaxdiff.io import programs, textual_inversion
+from jaxdiff.io import lycoris, programs, textual_inversion
 from jaxdiff.io.lora_config import MODULES, STEM, peft_names, read_configs, warn_of_patterns
 from jaxdiff.io.lora_config import alpha as config_alpha
-from jaxdiff.io.lora_names import Layer, find_layers, layers, written_name
+from jaxdiff.io.lora_names import Layer, find_layers, layers, parts_of, written_name
 from jaxdiff.io.original_layout import unet_table
 from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
 from jaxdiff.io.torch_names import from_torch_layout, to_torch_layout
@@ -55,7 +55,18 @@ class Factors:
         return self.up.shape[0]
 
 
-Lora = Mapping[str, Factors]  # by module and PyTorch name of a layer: "unet.mid_block.attentions.0.proj_in"
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("parts", "magnitude"), meta_fields=("scale",))
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The change of one layer by a LoHa, a LoKr or as a whole: see jaxdiff/io/lycoris.py."""
+
+    parts: Mapping[str, Array]  # as the file has them
+    scale: float  # alpha / rank
+    magnitude: Array | None = None  # as of `Factors`
+
+
+Change = Factors | Difference
+Lora = Mapping[str, Change]  # by module and PyTorch name of a layer: "unet.mid_block.attentions.0.proj_in"
 KERNEL = ("kernel",)  # what the factors are laid out as
 TEXT_ENCODERS = "text_encoder"  # begins the names of layers of text encoders
 Weighted = tuple[tuple[Path, float, float], ...]  # LoRA files with weights of the text encoders and of the UNet
@@ -84,7 +95,7 @@ def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) 
         if not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, np.float64)).all():
             raise WeightsError(f"scale {scale} of a LoRA must be finite: give a number such as 0.8.")
     flat, paths = flatten_dict(params), {layer.name: layer.path for layer in layers(params)}
-    parts: dict[str, list[tuple[Factors, Any]]] = {}  # by layer, for one full-sized change at a time to be in memory
+    parts: dict[str, list[tuple[Change, Any]]] = {}  # by layer, for one full-sized change at a time to be in memory
     for lora, scale in zip(loras, scales, strict=True):
         for name, factors in lora.items():
             if name not in paths:
@@ -105,17 +116,21 @@ def merge_named(params: Params, files: Mapping[Path, Lora], chosen: Weighted) ->
     return merge_lora(params, [lora for lora, _ in parts], [weight for _, weight in parts]) if parts else params
 
 
-def _changed(kernel: Array, changes: Sequence[tuple[Factors, Any]]) -> jax.Array:
+def _changed(kernel: Array, changes: Sequence[tuple[Change, Any]]) -> jax.Array:
     """A kernel with the changes of several LoRAs at their scales added, each computed from the kernel as it is."""
     old = jnp.asarray(kernel, jnp.float32)
     change = functools.reduce(operator.add, (scale * _change(old, f) for f, scale in changes))
     return (old + change).astype(kernel.dtype)
 
 
-def _change(kernel: jax.Array, f: Factors) -> jax.Array:
+def _change(kernel: jax.Array, f: Change) -> jax.Array:
     """What a LoRA adds to a kernel [..., in, out] at full strength."""
-    down, up = (jnp.asarray(x, jnp.float32) for x in (f.down, f.up))
-    change = (f.alpha / f.rank) * jnp.matmul(down, up, precision="highest")
+    if isinstance(f, Difference):
+        weight = lycoris.change(f.parts).reshape(*kernel.shape[:-3:-1], *kernel.shape[:-2])  # [out, in, …]
+        change = f.scale * jnp.moveaxis(weight, (1, 0), (-2, -1))
+    else:
+        down, up = (jnp.asarray(x, jnp.float32) for x in (f.down, f.up))
+        change = (f.alpha / f.rank) * jnp.matmul(down, up, precision="highest")
     return change if f.magnitude is None else decomposed(kernel, change, f.magnitude)
 
 
@@ -165,13 +180,13 @@ def read_lora(model: Model, path: str | Path) -> Lora:
 
     Args:
         path: safetensors, or PyTorch's .pt and .bin, in the names of diffusers, peft (with `adapter_config.json`
-            beside), kohya, OneTrainer, ComfyUI or SimpleTuner, or in the lists of cloneofsimo/lora; LoCon and DoRA too.
-            Or the folder of such a file. Factors keep the file's type.
+            beside), kohya, OneTrainer, ComfyUI or SimpleTuner, or in the lists of cloneofsimo/lora; LoCon, LoHa, LoKr,
+            whole differences and DoRA too. Or the folder of such a file. Factors keep the file's type.
 
     Raises:
         WeightsError: the file is missing or damaged, holds anything but a LoRA, or one for another model.
     """
-    lora: dict[str, Factors] = {}
+    lora: dict[str, Change] = {}
     for file in adapter_files(path):
         for name, factors in _read_file(model, file).items():
             if name in lora:
@@ -212,7 +227,7 @@ def _holds_lora(folder: Path) -> bool:
 def _read_file(model: Model, path: Path) -> Lora:
     source = open_tensors(path)
     configs, module = read_configs(source)
-    lora = {}
+    lora: dict[str, Change] = {}
     names: dict[str, list[tuple[str, str]]] = {}  # of layers without an alpha of their own, by module
     known = list(layers(programs.shapes(model)))
     original = {} if model.unet is None else unet_table(model.unet.config)
@@ -220,13 +235,18 @@ def _read_file(model: Model, path: Path) -> Lora:
         source = in_our_layers(source, model.family, known)
     for layer, tensors in find_layers(source, known, original, module):
         config = configs.get(layer.module, {})
+        if parts := parts_of(tensors):
+            lora[layer.name] = _difference(source, config, layer, tensors, parts)
+            continue
         down, up = (source.read(tensors[role]) for role in ("down", "up"))
         if "mid" in tensors:  # a 1x1 convolution followed by one of the kernel's size is one of that size
             first, then = (np.asarray(x, np.float32) for x in (down, source.read(tensors["mid"])))
             down = np.einsum("abhw,bi->aihw", then, first.reshape(len(first), -1)).astype(down.dtype)
+        if written := tensors.get(lycoris.SCALAR):
+            up = up * _number(source, written)
         rank = len(down)
         if written := tensors.get("alpha"):
-            alpha = _alpha(source, written)
+            alpha = _number(source, written)
         else:
             called = peft_names(layer.name.partition(".")[2], tensors["down"])
             names.setdefault(layer.module, []).append(called)
@@ -238,6 +258,22 @@ def _read_file(model: Model, path: Path) -> Lora:
     for part, called_so in names.items():
         warn_of_patterns(source, configs.get(part, {}), called_so)
     return lora
+
+
+def _difference(
+    source: TensorSource, config: dict[str, Any], layer: Layer, tensors: Mapping[str, str], parts: Mapping[str, str]
+) -> Difference:
+    """The change of a layer by what is no LoRA's; where neither file nor settings say an alpha, it is the rank."""
+    rank = lycoris.rank({role: source.shapes[name] for role, name in parts.items()})
+    rank = config.get("r") if config and rank is None else rank  # peft divides by it in any case
+    scale = 1.0
+    if rank is not None and (written := tensors.get("alpha")):
+        scale = _number(source, written) / rank
+    elif rank is not None:
+        called = peft_names(layer.name.partition(".")[2], next(iter(parts.values())))
+        scale = config_alpha(source, config, called, rank) / rank
+    read = {role: jnp.asarray(np.array(source.read(name), order="C")) for role, name in parts.items()}
+    return Difference(read, scale, _magnitude(source, config, layer, tensors))
 
 
 def _magnitude(source: TensorSource, config: dict[str, Any], layer: Layer, tensors: Mapping[str, str]) -> Array | None:
@@ -252,7 +288,7 @@ def _magnitude(source: TensorSource, config: dict[str, Any], layer: Layer, tenso
     return jnp.asarray(np.array(x.reshape(-1, 1) if by_input else x.reshape(-1), order="C"))
 
 
-def _alpha(source: TensorSource, tensor: str) -> float:
+def _number(source: TensorSource, tensor: str) -> float:
     value = np.asarray(source.read(tensor), np.float64)
     if value.size != 1 or not np.isfinite(value).all():
         raise WeightsError(f"{source.path}: {tensor} must be one finite number: the file is damaged, fetch it again.")
@@ -277,15 +313,19 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
     for name, f in lora.items():
         if name not in known:
             raise WeightsError(f"the LoRA changes {name}, which the model does not have: save it with its own model.")
+        stem = written_name(known[name], layout, two_text_encoders="text_encoder_2" in model.modules)
+        if f.magnitude is not None:
+            tensors |= _written_magnitude(stem, np.asarray(jax.device_get(f.magnitude)), layout, len(known[name].shape))
+        if isinstance(f, Difference):
+            if layout != "kohya":
+                raise WeightsError(f"the layout diffusers has no place for what changes {name}: take layout='kohya'.")
+            tensors |= lycoris.written(stem, jax.device_get(f.parts), f.scale)
+            continue
         down = to_torch_layout(KERNEL, np.asarray(jax.device_get(f.down)))
         up = np.asarray(jax.device_get(f.up)).T.reshape(*f.up.shape[::-1], *(1,) * (down.ndim - 2))
         if layout == "kohya" and known[name].module == MODULE and f.magnitude is None:
             theirs[name] = down, up, f.alpha
-            continue
-        stem = written_name(known[name], layout, two_text_encoders="text_encoder_2" in model.modules)
-        if f.magnitude is not None:
-            tensors |= _written_magnitude(stem, np.asarray(jax.device_get(f.magnitude)), layout, down.ndim)
-        if layout == "kohya":
+        elif layout == "kohya":
             tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
             tensors[f"{stem}.alpha"] = np.asarray(f.alpha, np.float32)
         else:
@@ -316,7 +356,7 @@ def init_lora(
     *,
     key: Key,
     endings: Sequence[str] = ATTENTION,
-) -> Lora:
+) -> dict[str, Factors]:
     """A fresh LoRA that changes nothing yet: down Gaussian of deviation 1 / rank, up zero (section 4.1).
 
     Train it by differentiating a loss of `merge_lora(params, lora)` for `lora`.

@@ -72,8 +72,8 @@ def read_configs(source: TensorSource) -> tuple[dict[str, Config], str | None]:
 
 def _check(path: Path, config: Config) -> None:
     """Raise WeightsError for settings under which a LoRA's layers mean something else."""
-    if (kind := config.get("peft_type", "LORA")) != "LORA":
-        raise WeightsError(f"{path} is a {kind} adapter by its {FILE}: give a LoRA, LoCon or DoRA.")
+    if (kind := config.get("peft_type", "LORA")) not in ("LORA", "LOHA", "LOKR"):
+        raise WeightsError(f"{path} is a {kind} adapter by its {FILE}: give a LoRA, LoCon, LoHa, LoKr or DoRA.")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(WEIGHTS_CHANGED):
         raise WeightsError(
@@ -95,7 +95,8 @@ def alpha(source: TensorSource, config: Mapping[str, Any], names: tuple[str, str
     try:
         ranks = [_by_pattern(config.get("rank_pattern", {}), name, config.get("r", rank)) for name in names]
         name = names[ranks.index(rank)] if rank in ranks else names[0]
-        value = float(_by_pattern(config.get("alpha_pattern", {}), name, config.get("lora_alpha", rank)))
+        given = config.get("lora_alpha", config.get("alpha", rank))  # peft's LoHa and LoKr call it alpha
+        value = float(_by_pattern(config.get("alpha_pattern", {}), name, given))
         if not math.isfinite(value):
             raise ValueError(f"alpha {value}")
     except (AttributeError, TypeError, ValueError, re.error) as e:

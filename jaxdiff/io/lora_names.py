@@ -32,14 +32,14 @@ from typing import NamedTuple
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.errors import WeightsError
-from jaxdiff.io import kinds
+from jaxdiff.io import kinds, lycoris
 from jaxdiff.io.original_layout import Table, place
 from jaxdiff.io.tensor_files import TensorSource
 from jaxdiff.io.torch_names import tensor_name
 from jaxdiff.io.transformer_layout import family_of
 from jaxdiff.typing import Params
 
-Tensors = dict[str, str]  # "down", "up", perhaps "alpha", "mid", "magnitude" -> the tensor's name in the file
+Tensors = dict[str, str]  # "down", "up", perhaps "alpha", or another of ROLES -> the tensor's name in the file
 
 KOHYA = {  # the prefix that is written first
     "unet": ("lora_unet_",),
@@ -56,17 +56,16 @@ ROLES = {  # of a LoRA's tensor -> how its name ends
     "alpha": r"\.alpha",
     "mid": r"\.lora_mid\.weight",  # LoCon's, between down and up
     "magnitude": r"\.dora_scale|\.lora_magnitude_vector(?:\.[^.]+){0,2}",
+    lycoris.SCALAR: r"\.scalar",
+    **lycoris.ROLES,
 }
 LORA = re.compile("(.+?)(?:" + "|".join(f"(?P<{role}>{ending})" for role, ending in ROLES.items()) + ")")
 OTHER_ADAPTERS = {  # pattern in a tensor's name -> the kind of adapter that has it
-    r"\.hada_": "LoHa",
-    r"\.lokr_": "LoKr",
     r"\.b?oft_": "OFT",
     r"ia3_l|\.on_input$": "(IA)³",
     r"\.[ab][12m]\.weight$": "GLoRA",
     r"\.[wb]_norm$": "LyCORIS (changed norms)",
-    r"\.scalar$": "LyCORIS (learned scale)",
-    r"\.(diff(_b)?|set_weight)$": "LyCORIS (full difference)",
+    r"\.(diff_b|set_weight)$": "LyCORIS (changed biases or whole weights)",
     r"\.reshape_weight$": "LoRA (layer of another size)",
     r"lora_(B|up)(\.[^.]+)?\.bias$": "LoRA-with-bias",
     r"lora_embedding_": "LoRA (table of embeddings)",
@@ -164,7 +163,9 @@ def split(path: object, name: str) -> tuple[str, str]:
     """
     if kind := next((kind for pattern, kind in OTHER_ADAPTERS.items() if re.search(pattern, name)), None):
         article = "an" if kind.startswith(("A", "O", "(I")) else "a"
-        raise WeightsError(f"{path} is {article} {kind} adapter (tensor {name}): give a LoRA, LoCon or DoRA.")
+        raise WeightsError(
+            f"{path} is {article} {kind} adapter (tensor {name}): give a LoRA, LoCon, LoHa, LoKr or DoRA."
+        )
     match = LORA.fullmatch(name)
     if match is None or match.lastgroup is None:
         raise WeightsError(f"{path}: tensor {name} is not part of a LoRA: is this a LoRA file?")
@@ -211,8 +212,8 @@ def _named(
     for stem, tensors in found.items():
         if stem not in known:
             raise _misfit(source, model, f"it changes {stem}, which the model does not have")
-        if missing := sorted({"down", "up"} - tensors.keys()):
-            raise WeightsError(f"{source.path} has no {missing[0]} matrix for {stem}: the file is incomplete.")
+        if missing := _missing(tensors):
+            raise WeightsError(f"{source.path} has no {missing} matrix for {stem}: the file is incomplete.")
         fitting = [layer for layer in known[stem] if _fits(source, layer, tensors)]
         layer = next((x for x in fitting if x.module == module), (fitting or known[stem])[0])
         if not fitting:
@@ -235,6 +236,19 @@ def _check_kind(source: TensorSource) -> None:
         kinds.refuse(dataclasses.replace(source, shapes=others), "a LoRA")
 
 
+def parts_of(tensors: Tensors) -> Tensors:
+    """Those tensors of a layer that LyCORIS' other adapters make a change of; none of a LoRA's."""
+    own = {role: name for role, name in tensors.items() if role in lycoris.ROLES}
+    return own | {lycoris.SCALAR: tensors[lycoris.SCALAR]} if own and lycoris.SCALAR in tensors else own
+
+
+def _missing(tensors: Tensors) -> str | None:
+    """A role that a layer's tensors lack."""
+    if parts := parts_of(tensors):
+        return lycoris.missing(set(parts))
+    return min({"down", "up"} - tensors.keys(), default=None)
+
+
 def _torch(kernel: tuple[int, ...]) -> tuple[int, ...]:
     return (kernel[3], kernel[2], *kernel[:2]) if len(kernel) == 4 else kernel[::-1]
 
@@ -248,26 +262,38 @@ def _fits(source: TensorSource, layer: Layer, tensors: Tensors) -> bool:
     def stripped(shape) -> tuple[int, ...]:
         return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
 
-    down, up = (stripped(source.shapes[tensors[role]]) for role in ("down", "up"))
+    parts = {role: source.shapes[name] for role, name in parts_of(tensors).items()}
     wide = stripped(_torch(layer.shape))
+    if parts:
+        return _fits_magnitude(source, tensors, wide) and lycoris.fits(parts, _torch(layer.shape))
+    down, up = (stripped(source.shapes[tensors[role]]) for role in ("down", "up"))
     if "mid" in tensors:
         mid = tuple(source.shapes[tensors["mid"]])
         if len(down) != 2 or len(mid) != 4 or mid[1] != down[0]:
             return False
         down = stripped((mid[0], down[1], *mid[2:]))
-    if "magnitude" in tensors:
-        size = tuple(source.shapes[tensors["magnitude"]])
-        ones = (1,) * (len(size) - 1)
-        allowed = [(wide[0], *ones), (1, wide[0], *ones[1:])]
-        if tensors["magnitude"].endswith("dora_scale"):
-            allowed.append((1, wide[1], *ones[1:]))
-        if size not in allowed:
-            return False
-    return len(up) == 2 and up[1] > 0 and down == (up[1], *wide[1:]) and up[0] == wide[0]
+    return (
+        _fits_magnitude(source, tensors, wide)
+        and len(up) == 2
+        and up[1] > 0
+        and down == (up[1], *wide[1:])
+        and up[0] == wide[0]
+    )
+
+
+def _fits_magnitude(source: TensorSource, tensors: Tensors, wide: tuple[int, ...]) -> bool:
+    if "magnitude" not in tensors:
+        return True
+    size = tuple(source.shapes[tensors["magnitude"]])
+    ones = (1,) * (len(size) - 1)
+    allowed = [(wide[0], *ones), (1, wide[0], *ones[1:])]
+    if tensors["magnitude"].endswith("dora_scale"):
+        allowed.append((1, wide[1], *ones[1:]))
+    return size in allowed
 
 
 def _mismatch(source: TensorSource, layer: Layer, tensors: Tensors) -> str:
-    roles = [role for role in ("down", "mid", "up", "magnitude") if role in tensors]
+    roles = [role for role in ("down", "mid", "up", *lycoris.ROLES, "magnitude") if role in tensors]
     shapes = " and ".join(str(list(source.shapes[tensors[role]])) for role in roles)
     return f"for {layer.name} it has matrices of shapes {shapes}, the model a weight of {list(_torch(layer.shape))}"
 

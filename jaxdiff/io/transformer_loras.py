@@ -1,6 +1,7 @@
 """LoRAs of transformers in the original layout: what they change in one of their layers, in each of ours.
 
 A LoRA of queries, keys and values together has one `down` for all three, and an `up` whose rows are divided among them.
+So has a LoHa; the rows of a LoKr's Kronecker product are no part's.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from jaxdiff.io.transformer_layout import Piece, pieces, rows_of_theirs, swap_ha
 PREFIXES = ("", "diffusion_model.", "transformer.", "model.diffusion_model.", "base_model.model.", "unet.")
 UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 MODULE = "transformer"
+BY_OUTPUT = ("up", "diff", "hada_w1_a", "hada_w2_a")  # tensors whose rows are those of the layer's weight
 
 
 def _outputs(layers: Iterable[Layer]) -> dict[str, int]:
@@ -51,7 +53,12 @@ def in_our_layers(source: TensorSource, family: str, layers: Iterable[Layer]) ->
             continue
         role, ending = match.lastgroup, name.removeprefix(match[1])
         for ours, piece in changed[spelled[match[1]]]:
-            divided = role == "up" or (role == "magnitude" and shape[:1] != [1])  # by outputs; [1, in] is by inputs
+            if str(role).startswith("lokr"):
+                raise WeightsError(
+                    f"{source.path} changes {match[1]} by a LoKr, which stands for several layers: give one in "
+                    "the names of diffusers."
+                )
+            divided = role in BY_OUTPUT or (role == "magnitude" and shape[:1] != [1])  # [1, in] is by inputs
             if divided and shape[:1] != [sums[piece.name]]:
                 raise WeightsError(
                     f"{source.path} does not fit this model: {name} has the shape {list(shape)}, for a layer of "
