@@ -21,6 +21,7 @@ from datasets.icons.drawings import read_drawings
 from datasets.icons.lexicon import FOOD, OBJECTS, Lexicon, Subject
 from datasets.icons.sources import PAINTINGS, SOURCES, Style, select
 from datasets.icons.splits import SPLITS, split_of
+from datasets.icons.variants import image_specs
 from tests.support.icons import BY_NAME, DISC, MONO, MONO_DISC, NOTO, STREAMLINE, read_pixels
 
 ROOT = Path(__file__).parent.parent
@@ -161,6 +162,22 @@ def test_several_processes_draw_the_same(cache, tmp_path):
 def test_country_flags_on_request(cache, lexicon):
     drawings = read_drawings(NOTO, cache / f"iconify-json-noto-{NOTO.version}", lexicon, flags=True)
     assert "flag of chad" in {drawing.subject.name for drawing in drawings}
+
+
+def test_of_an_icon_set_only_known_things_are_taken(cache, lexicon):
+    """By their name, by what people call them, and without what tells variants apart; for captions with a style."""
+    source = BY_NAME["mingcute"]
+    names = ("castle-fill", "castle-2-fill", "castle-line", "sunglasses-fill", "add-fill", "apple-fill", "fox")
+    icons = {"icons.json": {"icons": {name: {"body": MONO_DISC} for name in names}}}
+    folder = _package(cache / "mingcute", source.version, icons)
+    drawings = read_drawings(source, folder, lexicon)
+    assert [(d.name, d.subject.name) for d in drawings] == [
+        ("castle-2-fill", "castle"), ("castle-fill", "castle"), ("sunglasses-fill", "sunglasses"),
+    ]  # fmt: skip
+    specs = image_specs(drawings[0])
+    assert specs[0].color == "black"
+    assert len({spec.color for spec in specs}) == source.recolor == 2
+    assert all("castle" not in spec.text and "a castle" not in spec.text for spec in specs)
 
 
 # Clip art

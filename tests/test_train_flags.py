@@ -183,7 +183,7 @@ def test_the_icons_set_that_is_not_there_names_what_builds_it(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     config = base()
     config.data.path = "data/icons"
-    with pytest.raises(ConfigError, match=r"does not exist\. `python -m .*icons.*10 minutes.*npm and apt.*250 MB"):
+    with pytest.raises(ConfigError, match=r"does not exist\. `python -m .*icons.*10 minutes.*npm and apt.*300 MB"):
         fingerprints(config)
     config.data.path = "data/others"
     with pytest.raises(ConfigError, match=r"does not exist\.$"):

@@ -16,6 +16,14 @@ SOURCES = (
     "flat-color-icons",
     "meteocons",
     "openclipart",
+    "streamline",
+    "game-icons",
+    "mdi",
+    "mingcute",
+    "hugeicons",
+    "lucide",
+    "icon-park",
+    "cyber",
 )
 
 

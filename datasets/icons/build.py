@@ -22,7 +22,7 @@ from datasets.icons.variants import ImageSpec, image_specs
 from jaxdiff.files import write_text
 
 RECIPE = 1  # raised whenever the same drawing gives other pixels, so that old and new ones never mix
-CC_BY = "https://creativecommons.org/licenses/by/4.0/"
+CC_BY = "https://creativecommons.org/licenses/by/{}/"
 
 
 def build(
@@ -140,9 +140,10 @@ def licenses(sources: Sequence[Source], made: Sequence[ImageSpec]) -> str:
         "Images with a `color` in the metadata are recoloured drawings.",
     ]
     if credits := [
-        f"- “{s.package}”: drawings by {s.author} ({s.url}), under CC BY 4.0 ({CC_BY}), scaled and rendered."
+        f"- “{s.package}”: drawings by {s.author} ({s.url}), under CC BY {version} ({CC_BY.format(version)}), scaled "
+        "and rendered."
         for s in sources
-        if s.license.startswith("CC-BY")
+        if (version := s.license.removeprefix("CC-BY-")) != s.license
     ]:
         sentence = "Repeat these wherever you give away the images or a model trained on them:"
         lines += ["", "## Credits", "", sentence, "", *credits]

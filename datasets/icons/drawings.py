@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from datasets.icons import clipart
 from datasets.icons.fetch import BuildError, read_json
-from datasets.icons.lexicon import Lexicon, Subject
+from datasets.icons.lexicon import THINGS, Lexicon, Subject
 from datasets.icons.sources import STYLES, Source, Style
 from datasets.icons.splits import slug
 from datasets.icons.words import WORDS
@@ -58,8 +58,10 @@ def _iconify(source: Source, folder: Path, lexicon: Lexicon, flags: bool) -> Ite
     for alias, entry in package.get("aliases", {}).items():
         if lexicon.by_name(alias) and not {"hFlip", "vFlip", "rotate"} & entry.keys():
             former.setdefault(entry["parent"], alias)
-    name_of = _NAMING.get(source.name, _emoji_name)
+    name_of = _NAMING.get(source.name, _known_thing if source.names else _emoji_name)
     for name, icon in icons.items():
+        if not re.search(source.names, name):
+            continue
         flag = name.startswith("flag-") or name in lexicon.countries
         if icon.get("hidden") or lexicon.is_skin_tone(name) or (flag and not flags):
             continue
@@ -100,6 +102,15 @@ def _without_number(name: str, former: str | None, lexicon: Lexicon, icons: dict
     plain = re.sub(r"-?\d+$", "", name)
     # What a user interface names is an action as often as a thing: "add image".
     return lexicon.by_name(plain) or Subject(plain.replace("-", " "), counted=False)
+
+
+def _known_thing(name: str, former: str | None, lexicon: Lexicon, icons: dict) -> Subject | None:
+    """An icon of a thing that emoji have a name for, or everyday English has one for that: "car-3-fill"."""
+    del former, icons
+    plain = re.sub(r"(-(fill|filled|outline|line|\d+))+$", "", name)
+    called = {slug(word): slug(name) for name, words in WORDS["everyday"].items() for word in words}
+    subject = lexicon.by_name(plain) or lexicon.by_name(called.get(plain, "")) or lexicon.by_run_together(plain)
+    return subject if subject and subject.group in THINGS else None
 
 
 def _weather(name: str, former: str | None, lexicon: Lexicon, icons: dict) -> Subject | None:

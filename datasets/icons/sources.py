@@ -26,9 +26,11 @@ class Source(NamedTuple):
     author: str
     url: str
     paintings: bool = False  # its drawings are also painted over by every effect
-    recolor: bool = False  # one-color drawings, filled with named colors
+    recolor: int = 0  # one-color drawings, filled with so many named colors, black among them
     tint: bool = False  # color drawings of things are also given other colors
     trim: bool = False  # cut to the ink: the canvas of these drawings is mostly empty
+    plain: bool = True  # whether the subject alone asks for its drawings
+    names: str = ""  # pattern of the names that are taken, of drawings of known things alone; "": all
 
 
 def _style(entry: Mapping[str, Any]) -> Style:

@@ -20,7 +20,6 @@ from datasets.icons.sources import COLORLESS, COLORS, PAINTINGS, STYLES, Style
 from datasets.icons.splits import slug, split_of
 from datasets.icons.words import COLOR_WORDS
 
-RECOLORS = 6  # colours a one-colour drawing is filled with
 SILHOUETTES = 3  # colours of the silhouettes of a painted-over drawing
 REPEATS = 3  # of a drawing as its designer left it, against 1 of what is made of it: most prompts ask for no style
 GROUPS = {
@@ -72,7 +71,7 @@ def image_specs(drawing: Drawing) -> list[ImageSpec]:
     thing = drawing.subject.group in THINGS and not colored
     if source.recolor:
         # A colour word before "woman" would be read as one of skin.
-        colors = [] if colored or drawing.subject.group == PEOPLE else colors_of(stem, RECOLORS)
+        colors = [] if colored or drawing.subject.group == PEOPLE else colors_of(stem, source.recolor)
         return [_spec(drawing, style, f"{stem}-{color}", color, "fill") for color in colors]
     found = [_spec(drawing, style, stem)]
     if source.paintings:
@@ -90,7 +89,7 @@ def _spec(drawing: Drawing, style: Style, stem: str, color: str | None = None, e
     subject, source = drawing.subject, drawing.source
     file_name = f"images/{source.name}/{slug(stem)}.webp"
     split = split_of(subject.name, style.name)
-    own = effect in (None, "tint")  # neither painted over nor of one colour
+    own = source.plain and effect in (None, "tint")  # neither painted over nor of one colour
     texts, repeats = captions(subject, style, color, plain=own), REPEATS if effect is None else 1
     group = GROUPS[subject.group]
     return ImageSpec(

@@ -32,7 +32,7 @@ ALONE = {"host_index": 0, "host_count": 1}
 # Data sets of this repository, by their usual place, and how they are made.
 BUILT = {
     "data/icons": "`python -m datasets.icons --out data/icons` builds it in about 10 minutes: it fetches drawings with "
-    "npm and apt and writes 250 MB.",
+    "npm and apt and writes 300 MB.",
 }
 
 
