@@ -116,7 +116,9 @@ def test_apply_style(tmp_path):
         ("{}", r"^The styles file \S*s.json must be a JSON object of styles"),
         ('{"a": "ink"}', r"^The style 'a' of \S*s.json must be an object of texts"),
         ('{"a": {"prompt": 1}}', r"^The style 'a' of \S*s.json must be an object of texts"),
-        ('{"a": {"prompt": "ink"}}', r"^The style 'a' of \S*s.json lacks \"{prompt}\""),
+        ('[{"prompt": "ink"}]', r"^The styles file \S*s.json must be a JSON object of styles"),
+        ('[{"name": "a"}, {"name": "a"}]', r"^The styles file \S*s.json has two styles 'a': rename one"),
+        ('[{"name": "a", "text": "b"}]', r"^The style 'a' of \S*s.json has the key 'text'"),
         (
             '{"a": {"name": "a"}}',
             r"^The style 'a' of \S*s.json has the key 'name'; known are prompt, negative_prompt\.",
@@ -127,6 +129,30 @@ def test_apply_style(tmp_path):
 def test_unusable_styles_file(tmp_path, data, sentence):
     with pytest.raises(PromptError, match=sentence):
         read_styles(write(tmp_path / "s.json", data))
+
+
+def test_styles_as_the_web_ui_keeps_them(tmp_path, caplog):
+    table = (
+        "\ufeffname,prompt,negative_prompt,notes\nNone,,,\n"
+        'Ink,"ink drawing, masterpiece","photo, {prompt}",mine\nFilm,"film still of {prompt}, grain",\n'
+    )
+    path = write(tmp_path / "styles.csv", table)
+    assert set(read_styles(path)) == {"None", "Ink", "Film"}
+    assert apply_style("a castle", "blurry", "Ink", path) == ("a castle, ink drawing, masterpiece", "photo, blurry")
+    assert apply_style("", None, "Ink", path) == ("ink drawing, masterpiece", "photo")
+    assert apply_style("a castle", None, "Film", path) == ("film still of a castle, grain", None)
+    assert apply_style("a castle", "blurry", "None", path) == ("a castle", "blurry")
+    assert caplog.text.count("the column notes means nothing to a style") == 1
+    for bad in ("", "name;prompt\na;b\n", "title,prompt\na,b\n"):
+        with pytest.raises(PromptError, match=r"styles.csv must be a table with the columns name, prompt and negative"):
+            read_styles(write(path, bad))
+
+
+def test_styles_as_sdxl_has_them(tmp_path):
+    styles = [{"name": "sai-ink", "prompt": "ink of {prompt} . bold", "negative_prompt": "photo"}, {"name": "bare"}]
+    path = write(tmp_path / "s.json", json.dumps(styles))
+    assert apply_style("a castle", "blurry", "sai-ink", path) == ("ink of a castle . bold", "blurry, photo")
+    assert apply_style("a castle", None, "bare", path) == ("a castle", None)
 
 
 # Wildcards and grids

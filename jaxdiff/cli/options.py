@@ -99,7 +99,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
              argument="negative_prompts_2", without="the negative prompt"),
         text("style", "run", "A preset that adds words to prompt and negative prompt: watercolor, photo, … "
              "(jaxdiff/text/styles.json)."),
-        text("styles_file", "run", "A JSON file of presets in place of the package's own.", needs="style", path="any"),
+        text("styles_file", "run", "A JSON or .csv file of presets in place of the package's own.", needs="style",
+             path="any"),
         switch("matrix", "run", "Expand {red|green} and every line of __wildcards__ in prompts, an image for each "
                "combination."),
         text("wildcards", "run", "Folder of text files. __colour__ in a prompt becomes a line of colour.txt, drawn by "

@@ -1,37 +1,70 @@
 """Style presets: named templates of prompts. styles.json beside this file holds those of the package."""
 
+import csv
+import io
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from jaxdiff.errors import say_once
 from jaxdiff.text.prompt_files import PromptError, read_lines
 
+NOT_STYLES = 'must be a JSON object of styles, {"name": {"prompt": "…"}}.'
 STYLES_FILE = Path(__file__).with_name("styles.json")
 
 
 class Style(NamedTuple):
-    prompt: str  # "{prompt}" stands for the user's words
-    negative_prompt: str = ""  # is added to the user's
+    """Words around the user's, which stand at "{prompt}", or before them where there is none."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
 
 
 def read_styles(path: str | Path | None = None) -> dict[str, Style]:
-    """The styles of a JSON file by name; None reads those of the package.
+    """The styles of a file by name; None reads those of the package.
 
-    The file is an object {name: {"prompt": "{prompt}, watercolor painting", "negative_prompt": "photo"}}; a style may
-    omit either. Copy jaxdiff/text/styles.json and edit it.
+    A JSON file is an object {name: {"prompt": "{prompt}, watercolor painting", "negative_prompt": "photo"}}, or a list
+    of such objects with "name" in them, as SDXL's style files are; a style may omit either. A .csv file has columns of
+    these names, as the AUTOMATIC1111 web UI's styles.csv.
 
     Raises:
         PromptError: the file is missing or not of this form; the message names it and the style.
     """
     path = STYLES_FILE if path is None else Path(path)
     text = "\n".join(read_lines(path, "styles file"))
+    named = _rows(path, text) if path.suffix.lower() == ".csv" else _entries(path, text)
+    styles: dict[str, Style] = {}
+    for name, values in named:
+        if name in styles:
+            raise PromptError(f"The styles file {path} has two styles {name!r}: rename one.")
+        styles[name] = _style(path, name, values)
+    if not styles:
+        raise PromptError(f"The styles file {path} {NOT_STYLES}")
+    return styles
+
+
+def _entries(path: Path, text: str) -> list[tuple[str, Any]]:
+    """Names and values of a JSON file."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise PromptError(f"The styles file {path} is not JSON ({e}).") from None
-    if not isinstance(values, dict) or not values:
-        raise PromptError(f'The styles file {path} must be a JSON object of styles, {{"name": {{"prompt": "…"}}}}.')
-    return {name: _style(path, name, style) for name, style in values.items()}
+    if isinstance(values, list) and all(isinstance(v, dict) and isinstance(v.get("name"), str) for v in values):
+        return [(v["name"], {key: x for key, x in v.items() if key != "name"}) for v in values]
+    if not isinstance(values, dict):
+        raise PromptError(f"The styles file {path} {NOT_STYLES}")
+    return list(values.items())
+
+
+def _rows(path: Path, text: str) -> list[tuple[str, Any]]:
+    """Names and values of a table; other columns are named in a warning."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    columns = {column for row in rows for column in row if column}
+    if not rows or not {"name", "prompt"} <= columns:
+        raise PromptError(f"The styles file {path} must be a table with the columns name, prompt and negative_prompt.")
+    if others := sorted(columns - {"name", *Style._fields}):
+        say_once(f"{path}: the column {others[0]} means nothing to a style, and is passed over.")
+    return [(row["name"], {key: row.get(key) or "" for key in Style._fields}) for row in rows if row["name"]]
 
 
 def _style(path: Path, name: str, values: object) -> Style:
@@ -41,10 +74,15 @@ def _style(path: Path, name: str, values: object) -> Style:
         raise PromptError(
             f"The style {name!r} of {path} has the key {min(unknown)!r}; known are {', '.join(Style._fields)}."
         )
-    style = Style(**{"prompt": "{prompt}", **values})
-    if "{prompt}" not in style.prompt:
-        raise PromptError(f'The style {name!r} of {path} lacks "{{prompt}}", the place for the user\'s words.')
-    return style
+    return Style(**values)
+
+
+def _around(style: str, words: str) -> str:
+    """The user's words with a style's around them."""
+    if "{prompt}" in style and words:
+        return style.replace("{prompt}", words)
+    style = style.replace("{prompt}", "").strip(" ,")
+    return ", ".join(text for text in (words, style) if text)
 
 
 def apply_style(
@@ -53,10 +91,10 @@ def apply_style(
     """A prompt and its negative prompt with a style's words around them.
 
     Args:
-        prompt: replaces "{prompt}" in the style's template.
-        negative_prompt: the style's is appended; None stays None if the style has none.
+        prompt: see `Style`.
+        negative_prompt: the same; None stays None if the style has none.
         name: of the style.
-        path: of a JSON file of styles; None takes those of the package.
+        path: of a file of styles; None takes those of the package.
 
     Raises:
         PromptError: the style is unknown (the message lists the known ones), or the file cannot be used.
@@ -68,5 +106,4 @@ def apply_style(
     if name not in styles:
         raise PromptError(f"The style {name!r} is unknown; known are {', '.join(sorted(styles))}.")
     style = styles[name]
-    negative = ", ".join(text for text in (negative_prompt, style.negative_prompt) if text)
-    return style.prompt.replace("{prompt}", prompt), negative or negative_prompt
+    return _around(style.prompt, prompt), _around(style.negative_prompt, negative_prompt or "") or negative_prompt
