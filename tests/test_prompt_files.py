@@ -34,6 +34,21 @@ def test_prompts_file_of_json_lines(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("a castle --n blurry, low quality --d 7", PromptLine("a castle", "blurry, low quality", 7)),
+        ("a cat --d 0", PromptLine("a cat", None, 0)),
+        ('--prompt "a castle" --negative_prompt "blurry" --seed -1', PromptLine("a castle", "blurry", None)),
+        ("--seed 9 --prompt a cat, (red:1.2)", PromptLine("a cat, (red:1.2)", None, 9)),
+        ("a cat --ar 16:9", PromptLine("a cat --ar 16:9")),  # drawn as words, with a warning
+        ("a well--known cat --not so", PromptLine("a well--known cat --not so")),
+    ],
+)
+def test_lines_with_settings_of_other_programs(line, expected, tmp_path):
+    assert read_prompts(write(tmp_path / "p.txt", f"{line}\n")) == [expected]
+
+
 @pytest.mark.parametrize("name", ["P.JSONL", "p.ndjson", "p.json"])
 def test_json_lines_by_other_names(name, tmp_path):
     assert read_prompts(write(tmp_path / name, '{"prompt": "a castle", "seed": 7}')) == [
@@ -54,6 +69,15 @@ def test_json_lines_by_other_names(name, tmp_path):
         ("p.txt", "", r"^\S*p.txt holds no prompt: write one a line\.$"),
         ("p.txt", "# nothing\n\n\n", r"^\S*p.txt holds no prompt"),
         ("p.txt", b"a caf\xe9", r"^The prompts file \S*p.txt is not UTF-8 text \(byte 5\): save it as UTF-8\.$"),
+        (
+            "p.txt",
+            "a cat --w 512 --h 768",
+            r"^Line 1 of \S*p.txt sets --w, .*: give --width in its place",
+        ),
+        ("p.txt", "a cat --d x", r"^Line 1 of \S*p.txt has the seed 'x', which is not a whole number\.$"),
+        ("p.txt", "a cat --d -2", r"^Line 1 of \S*p.txt has the seed -2, and a seed is from 0"),
+        ("p.txt", "a cat --n dog --negative_prompt fox", r"^Line 1 of \S*p.txt says its negative_prompt twice\.$"),
+        ("p.txt", "--seed 4", r"^Line 1 of \S*p.txt holds no prompt\.$"),
         ("p.jsonl", "a castle", r"^Line 1 of \S*p.jsonl is not JSON: write \{"),
         ("p.jsonl", "[" * 100_000, r"^Line 1 of \S*p.jsonl is not JSON"),
         ("p.jsonl", '["a"]', r'^Line 1 of \S*p.jsonl is not a JSON object with a text under "prompt"\.$'),

@@ -1,8 +1,9 @@
 """Prompts from files: one a line, or one JSON object a line."""
 
 import json
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.files import not_fetched
@@ -16,6 +17,16 @@ class PromptError(JaxdiffError, ValueError):
 JSON = (".jsonl", ".ndjson", ".json")  # in any letter case
 
 
+# What a line may say beside its prompt in kohya's scripts and in the AUTOMATIC1111 web UI -> our name for it.
+OWN = {"n": "negative_prompt", "negative_prompt": "negative_prompt", "d": "seed", "seed": "seed", "prompt": "prompt"}
+FOR_ALL = {  # … -> the flag that sets it for all lines
+    "w": "width", "width": "width", "h": "height", "height": "height", "s": "steps", "steps": "steps",
+    "l": "guidance_scale", "cfg_scale": "guidance_scale", "g": "guidance_scale", "sampler_name": "scheduler",
+    "ss": "scheduler", "batch_size": "num_images", "n_iter": "num_images",
+}  # fmt: skip
+_SAYS = re.compile(rf"(?:^|(?<=\s))--({'|'.join([*OWN, *FOR_ALL])})(?=\s|$)")
+
+
 class PromptLine(NamedTuple):
     """A line of a prompts file."""
 
@@ -27,6 +38,9 @@ class PromptLine(NamedTuple):
 def read_prompts(path: str | Path) -> list[PromptLine]:
     """Prompts from a UTF-8 text file, one a line; lines that begin with # are comments.
 
+    A line may go on with "--n blurry --d 7", as in kohya's scripts, or be "--prompt … --negative_prompt … --seed 7", as
+    in the AUTOMATIC1111 web UI.
+
     In a file whose name ends in .jsonl, .ndjson or .json each line is a JSON object instead, with the keys of
     `PromptLine`.
 
@@ -35,7 +49,7 @@ def read_prompts(path: str | Path) -> list[PromptLine]:
             such a file, not such an object. The message names the file and the line.
     """
     path = Path(path)
-    read = _from_json if path.suffix.lower() in JSON else PromptLine
+    read = _from_json if path.suffix.lower() in JSON else _from_text
     prompts = []
     for number, line in enumerate(read_lines(path, "prompts file"), 1):
         if not line:
@@ -65,6 +79,32 @@ def read_lines(path: Path, what: str) -> list[str]:
     return [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
 
 
+def _from_text(line: str) -> PromptLine:
+    """One line of a text file; raises ValueError, the end of a sentence."""
+    before, *said = _SAYS.split(line)
+    pairs = zip(said[::2], said[1::2], strict=True)
+    values = {"prompt": before.strip()} if before.strip() else {}
+    for name, value in pairs:
+        if name in FOR_ALL:
+            raise ValueError(
+                f"sets --{name}, which is the same for all lines here: give --{FOR_ALL[name]} in its place"
+            )
+        if OWN[name] in values:
+            raise ValueError(f"says its {OWN[name]} twice")
+        value = value.strip()
+        values[OWN[name]] = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
+    if not values.get("prompt"):
+        raise ValueError("holds no prompt")
+    return _checked({**values, "seed": _seed(values["seed"])} if "seed" in values else values)
+
+
+def _seed(text: str) -> int | None:
+    """A seed as text; -1 stands for none in other programs."""
+    if not re.fullmatch(r"-?\d{1,20}", text):
+        raise ValueError(f"has the seed {text!r}, which is not a whole number")
+    return None if int(text) == -1 else int(text)
+
+
 def _from_json(line: str) -> PromptLine:
     """One line of a .jsonl file; raises ValueError, the end of a sentence."""
     try:
@@ -75,6 +115,10 @@ def _from_json(line: str) -> PromptLine:
         raise ValueError('is not a JSON object with a text under "prompt"')
     if unknown := set(values) - set(PromptLine._fields):
         raise ValueError(f"has the key {min(unknown)!r}; known are {', '.join(PromptLine._fields)}")
+    return _checked(values)
+
+
+def _checked(values: dict[str, Any]) -> PromptLine:
     if not isinstance(values.get("negative_prompt"), str | None):
         raise ValueError("has a negative_prompt that is not text")
     if type(values.get("seed")) not in (int, type(None)):
