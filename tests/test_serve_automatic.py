@@ -23,8 +23,9 @@ from jaxdiff.diffusion.schedulers import SCHEDULERS as OURS  # noqa: E402
 from jaxdiff.diffusion.spacing import SPACINGS  # noqa: E402
 from jaxdiff.errors import ArgumentError  # noqa: E402
 from jaxdiff.serving import engine as engine_file  # noqa: E402
-from jaxdiff.serving.automatic_fields import SAMPLERS, SCHEDULERS, TextToImage, draw_request, sampler_of  # noqa: E402
+from jaxdiff.serving.automatic_fields import TextToImage, draw_request  # noqa: E402
 from jaxdiff.serving.service import Service  # noqa: E402
+from jaxdiff.text.infotext import SAMPLERS, SCHEDULERS, sampler_of  # noqa: E402
 from tests.support.server import NAME, STEPS, UPSCALER, serving  # noqa: E402
 
 SIDES = {"width": SIDE, "height": SIDE}
@@ -162,8 +163,8 @@ def test_every_sampler_is_one_of_ours():
         ("dpmpp_2m", ("dpmpp_2m", None)),
         (None, (None, None)),
     ):
-        assert sampler_of(TextToImage(sampler_name=name)) == expected
-    assert sampler_of(TextToImage(sampler_name="Euler", scheduler="Align Your Steps")) == ("euler", "ays")
+        assert sampler_of(name) == expected
+    assert sampler_of("Euler", "Align Your Steps") == ("euler", "ays")
 
 
 def test_progress_and_interrupt(api, monkeypatch):

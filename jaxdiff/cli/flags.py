@@ -7,15 +7,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from jaxdiff import stores
 from jaxdiff.cli import hosts
 from jaxdiff.cli.errors import UsageError
 from jaxdiff.cli.options import FLAG_OF, OPTIONS, Option, define, is_given
-from jaxdiff.errors import ArgumentError
-from jaxdiff.io.images import read_metadata
+from jaxdiff.errors import ArgumentError, ImageError
+from jaxdiff.io.images import read_metadata, read_text
 from jaxdiff.sampling.checks import as_interval
+from jaxdiff.text.infotext import read_infotext
 
 
 @contextlib.contextmanager
@@ -85,7 +86,16 @@ def check_finite(f: flags.FlagValues) -> None:
 
 def flags_of(f: flags.FlagValues) -> list[str]:
     """The flags that the PNG of --from_png holds, without those that the command line gives itself."""
-    kept = read_metadata(f.from_png)
+    kept, others = read_infotext(read_text(f.from_png))
+    try:
+        kept = read_metadata(f.from_png)
+    except ImageError:
+        if not kept:
+            raise
+        logging.warning(
+            "%s is of the AUTOMATIC1111 web UI, whose noise is another: its seed draws another image here.%s",
+            *(f.from_png, f" Not followed: {', '.join(others)}." if others else ""),
+        )
     if not isinstance(kept, dict):
         raise UsageError(f"--from_png {f.from_png} is a sheet of several images: give the PNG of one.")
     found: list[str] = []

@@ -235,6 +235,19 @@ def _write(path: Path, save: Callable[[Path], None], overwrite: bool) -> Path:
         return taken[0]
 
 
+def read_text(path: str | Path) -> str:
+    """The text that other programs write into an image about how it was drawn ("parameters"); "" where there is none.
+
+    Raises:
+        ImageError: the file is not an image.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return str(image.info.get("parameters", ""))
+    except (OSError, SyntaxError) as e:
+        raise ImageError(f"{path} cannot be read as an image ({e}): give a PNG as sample.py wrote it.") from None
+
+
 def read_metadata(path: str | Path) -> Any:
     """The metadata that `write_png` wrote.
 
@@ -245,6 +258,8 @@ def read_metadata(path: str | Path) -> Any:
         with Image.open(path, formats=FORMATS) as image:
             return json.loads(image.info[CHUNK])
     except (KeyError, json.JSONDecodeError):
-        raise ImageError(f"{path} does not say how it was drawn: give a PNG as sample.py wrote it.") from None
+        raise ImageError(
+            f"{path} does not say how it was drawn: give a PNG as sample.py or AUTOMATIC1111 wrote it."
+        ) from None
     except (OSError, SyntaxError) as e:
         raise ImageError(f"{path} cannot be read as an image ({e}): give a PNG as sample.py wrote it.") from None

@@ -19,8 +19,6 @@ from jaxdiff.io.images import describe
 from jaxdiff.serving import uploads
 from jaxdiff.serving.automatic_extras import enlarge_images
 from jaxdiff.serving.automatic_fields import (
-    SAMPLERS,
-    SCHEDULERS,
     ImageToImage,
     TextToImage,
     check_options,
@@ -28,6 +26,7 @@ from jaxdiff.serving.automatic_fields import (
 )
 from jaxdiff.serving.requests import Cancelled, Job
 from jaxdiff.serving.service import Service, owner
+from jaxdiff.text.infotext import SAMPLERS, SCHEDULERS, read_infotext
 from jaxdiff.text.styles import read_styles
 
 PREVIEW = 2.0  # seconds that a request for progress waits for its preview
@@ -93,7 +92,11 @@ def router(service: Service) -> APIRouter:
     @routes.post("/png-info")
     def png_info(body: PngInfo) -> dict[str, Any]:
         text, flags = uploads.infotext(uploads.from_base64("image", body.image))
-        return {"info": text, "items": {"parameters": text} if text else {}, "parameters": flags}
+        return {
+            "info": text,
+            "items": {"parameters": text} if text else {},
+            "parameters": flags or read_infotext(text)[0],
+        }
 
     @routes.get("/options")
     def options() -> dict[str, Any]:

@@ -11,32 +11,9 @@ from jaxdiff.errors import ArgumentError
 from jaxdiff.serving import uploads
 from jaxdiff.serving.requests import DrawRequest
 from jaxdiff.serving.service import Service
+from jaxdiff.text.infotext import sampler_of
 from jaxdiff.typing import SEEDS
 
-SAMPLERS = {
-    "DPM++ 2M": "dpmpp_2m",
-    "DPM++ SDE": "dpmpp_sde",
-    "DPM++ 2M SDE": "dpmpp_2m_sde",
-    "DPM++ 2S a": "dpmpp_2s_ancestral",
-    "Euler a": "euler_ancestral",
-    "Euler": "euler",
-    "LMS": "lms",
-    "Heun": "heun",
-    "DDIM": "ddim",
-    "DDPM": "ddpm",
-    "PLMS": "pndm",
-    "UniPC": "unipc",
-    "LCM": "lcm",
-    "TCD": "tcd",
-}
-SCHEDULERS = {  # what they call a scheduler is the spacing here
-    "automatic": ("Automatic", None),
-    "uniform": ("Uniform", "linspace"),
-    "karras": ("Karras", "karras"),
-    "exponential": ("Exponential", "exponential"),
-    "beta": ("Beta", "beta"),
-    "align_your_steps": ("Align Your Steps", "ays"),
-}
 UPSCALERS = {"latent": "latent", "latent (bicubic)": "latent", "lanczos": "pixel"}
 # Fields that have no effect here, with values at which they have none there either; others are named in a warning.
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
@@ -120,7 +97,7 @@ def draw_request(service: Service, body: TextToImage) -> tuple[DrawRequest, list
     prompt, negative = body.prompt, body.negative_prompt or None
     for style in body.styles or ():
         prompt, negative = service.styled(prompt, negative, style)
-    scheduler, spacing = sampler_of(body)
+    scheduler, spacing = sampler_of(body.sampler_name or body.sampler_index, body.scheduler)
     enlarged = body.hr_scale if body.enable_hr else 1
     width, height = (None if side is None else round(side * enlarged) for side in (body.width, body.height))
     width, height = service.engine.resolver.size(width, height)
@@ -185,30 +162,6 @@ def check_options(service: Service, options: dict[str, Any]) -> None:
         if name == "sd_model_checkpoint":
             raise ArgumentError(name, f"{str(value)[:60]!r} is not here: this server draws with {service.name!r}.")
         raise ArgumentError(name[:60], "cannot be set here: leave it out.")
-
-
-def sampler_of(body: TextToImage) -> tuple[str | None, str | None]:
-    """The scheduler and the spacing, from "DPM++ 2M Karras" too, as older versions named them. Raises ArgumentError."""
-    name, spacing = body.sampler_name or body.sampler_index, body.scheduler
-    if name is None or name.lower() == "automatic":
-        return None, spacing_of(spacing or "automatic")
-    known = {key.lower(): value for key, value in SAMPLERS.items()} | {value: value for value in SAMPLERS.values()}
-    if name.lower() not in known and " " in name:
-        head, _, tail = name.rpartition(" ")
-        if head.lower() in known and tail.lower() in SCHEDULERS:
-            name = head
-            spacing = tail if (spacing or "automatic").lower() == "automatic" else spacing
-    if name.lower() not in known:
-        raise ArgumentError("sampler_name", f"{name!r} is unknown; known are {', '.join(SAMPLERS)}.")
-    return known[name.lower()], spacing_of(spacing or "automatic")
-
-
-def spacing_of(name: str) -> str | None:
-    found = {label.lower(): value for label, value in SCHEDULERS.values()}
-    found |= {key: value for key, (_, value) in SCHEDULERS.items()}
-    if name.lower() not in found:
-        raise ArgumentError("scheduler", f"{name!r} is unknown; known are {', '.join(SCHEDULERS)}.")
-    return found[name.lower()]
 
 
 def images_of(service: Service, body: ImageToImage, width: int, height: int) -> dict[str, Any]:
