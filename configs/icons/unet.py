@@ -25,6 +25,7 @@ def get_config(scale: str = "gpu") -> ConfigDict:
     config.trainable = ("unet", "text_encoder")
     config.lr_multipliers = (("text_encoder", 0.3),)
     config.data.flip = True
+    config.data.warp.update({"rotate": 15.0, "stretch": 0.15, "shift": 0.05})
     config.cache_latents = 3  # of each time that the set shows an image, on another background
     config.eval.guidance_scale = 5.0
     config.eval.images = 128
