@@ -242,6 +242,12 @@ def test_latents_are_written_and_trained_on(train_cli, data, tiny_folder, tmp_pa
     assert code == 1
     for said in ("min_side: 10, now 12", "buckets: 4, now 8", "image_size: 16, now 12", "digest of data.path"):
         assert said in err
+    info = tmp_path / "a" / "latents" / "latents.json"
+    older = json.loads(info.read_text())
+    del older["made"]["data.warp.rotate"]  # as of a version that had no such setting
+    info.write_text(json.dumps(older))
+    code, _, err = train_cli(*settings, *more, latents, f"--workdir={tmp_path}/c", "--config.data.warp.rotate=5.0")
+    assert (code, "data.warp.rotate: null, now 5.0" in err) == (1, True), err
     code, _, err = train_cli(
         *settings, *more, latents, f"--workdir={tmp_path}/d", "--config.trainable=('text_encoder',)"
     )

@@ -144,8 +144,11 @@ def open_latents(
     shards = LatentShards(path)
     if shards.model != fingerprint(model, params, None):
         raise ConfigError(f"{path} was written with another autoencoder or tokenizer: run train.py --precompute again.")
-    if settings is not None and (other := [n for n in shards.made if shards.made[n] != settings.get(n)]):
-        said = "; ".join(f"{n}: {json.dumps(shards.made[n])}, now {json.dumps(settings.get(n))}" for n in other)
+    made = shards.made
+    now = settings if settings is not None and made else made
+    # What is off need not be named: older latents know nothing of newer settings.
+    if other := [n for n in {**made, **now} if (made.get(n) or None) != (now.get(n) or None)]:
+        said = "; ".join(f"{n}: {json.dumps(made.get(n))}, now {json.dumps(now.get(n))}" for n in other)
         raise ConfigError(f"{path} was written with other settings ({said}): give the same, or another latents.path.")
     if "embeddings" in shards.names and any(name.startswith("text_encoder") for name in trainable):
         raise ConfigError(f"{path} holds text embeddings, but the text encoder is to learn: write it without them.")
