@@ -3,8 +3,8 @@
 python train.py --config=configs/icons/redraw.py --workdir=runs/redraw
     One GPU; not run yet.
 python train.py --config=configs/icons/redraw.py:cpu --workdir=runs/redraw
-    Two CPU cores (Intel Xeon with AVX-512): 1,200 updates in 25 minutes beside other work. Its result, which ships, is
-    in docs/icons.md.
+    Two CPU cores (Intel Xeon with AVX-512): 1,200 updates in 25 minutes beside other work. Its result is in
+    docs/icons.md.
 
 It learns from whole images of the things that the denoiser knows, each noised by up to a third and redrawn by its
 caption. runs/redraw/export is the whole model with the new decoder.

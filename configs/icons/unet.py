@@ -3,8 +3,9 @@
 python train.py --config=configs/icons/unet.py --workdir=runs/unet
     One GPU, the whole set; not run yet.
 python train.py --config=configs/icons/unet.py:cpu --workdir=runs/unet
-    Two CPU cores (AMD EPYC, Zen 3), 123 everyday things in all styles: latents in ten minutes, then 25 images/s. The
-    run is meant for many hours; docs/icons.md says what came of each part of it.
+    Two CPU cores (AMD EPYC, Zen 3), 123 everyday things in all styles: latents in ten minutes, then 20 to 25 images/s.
+    The run is meant for many hours: with images that are warped, the first hour makes the bundled model worse.
+    docs/icons.md says what came of each part of it.
 """
 
 from ml_collections import ConfigDict
