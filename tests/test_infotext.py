@@ -55,6 +55,11 @@ def test_texts_without_settings(text):
     assert read_infotext(text) == ({}, [])
 
 
+def test_a_long_text_is_read_in_no_time():
+    """A reader that tried every end of every name would take minutes."""
+    assert read_infotext(f"a cat\n{'a ' * 500_000}") == ({}, [])
+
+
 def test_every_sampler_is_a_scheduler_here():
     import jaxdiff
 

@@ -172,6 +172,11 @@ def test_styles_as_the_web_ui_keeps_them(tmp_path, caplog):
             read_styles(write(path, bad))
 
 
+def test_a_table_of_styles_that_is_none(tmp_path):
+    with pytest.raises(PromptError, match=r"styles.csv is no table \(field larger than field limit"):
+        read_styles(write(tmp_path / "styles.csv", "name,prompt\na," + 200_000 * "b"))
+
+
 def test_styles_as_sdxl_has_them(tmp_path):
     styles = [{"name": "sai-ink", "prompt": "ink of {prompt} . bold", "negative_prompt": "photo"}, {"name": "bare"}]
     path = write(tmp_path / "s.json", json.dumps(styles))

@@ -26,6 +26,7 @@ class Drawing(NamedTuple):
 
 MARGIN = 1 / 32  # of the image's side, left empty on each side
 _BRANDS = frozenset(WORDS["brands"])
+_EVERYDAY = {slug(word): slug(name) for name, words in WORDS["everyday"].items() for word in words}
 _FXEMOJI: dict[str, str] = WORDS["fxemoji"]
 
 
@@ -108,8 +109,7 @@ def _known_thing(name: str, former: str | None, lexicon: Lexicon, icons: dict) -
     """An icon of a thing that emoji have a name for, or everyday English has one for that: "car-3-fill"."""
     del former, icons
     plain = re.sub(r"(-(fill|filled|outline|line|\d+))+$", "", name)
-    called = {slug(word): slug(name) for name, words in WORDS["everyday"].items() for word in words}
-    subject = lexicon.by_name(plain) or lexicon.by_name(called.get(plain, "")) or lexicon.by_run_together(plain)
+    subject = lexicon.by_name(plain) or lexicon.by_name(_EVERYDAY.get(plain, "")) or lexicon.by_run_together(plain)
     return subject if subject and subject.group in THINGS else None
 
 

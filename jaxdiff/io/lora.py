@@ -265,7 +265,10 @@ def _difference(
 ) -> Difference:
     """The change of a layer by what is no LoRA's; where neither file nor settings say an alpha, it is the rank."""
     rank = lycoris.rank({role: source.shapes[name] for role, name in parts.items()})
-    rank = config.get("r") if config and rank is None else rank  # peft divides by it in any case
+    if rank is None and config:  # peft divides by it in any case
+        rank = config.get("r")
+        if not isinstance(rank, int) or rank < 1:
+            raise WeightsError(f"{source.path} has damaged metadata (r {rank!r}): fetch it again.")
     scale = 1.0
     if rank is not None and (written := tensors.get("alpha")):
         scale = _number(source, written) / rank

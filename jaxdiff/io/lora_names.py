@@ -212,6 +212,10 @@ def _named(
     for stem, tensors in found.items():
         if stem not in known:
             raise _misfit(source, model, f"it changes {stem}, which the model does not have")
+        if len(kinds_of(tensors)) > 1:
+            raise WeightsError(
+                f"{source.path} changes {stem} in several ways, {' and '.join(kinds_of(tensors))}: keep one."
+            )
         if missing := _missing(tensors):
             raise WeightsError(f"{source.path} has no {missing} matrix for {stem}: the file is incomplete.")
         fitting = [layer for layer in known[stem] if _fits(source, layer, tensors)]
@@ -240,6 +244,12 @@ def parts_of(tensors: Tensors) -> Tensors:
     """Those tensors of a layer that LyCORIS' other adapters make a change of; none of a LoRA's."""
     own = {role: name for role, name in tensors.items() if role in lycoris.ROLES}
     return own | {lycoris.SCALAR: tensors[lycoris.SCALAR]} if own and lycoris.SCALAR in tensors else own
+
+
+def kinds_of(tensors: Tensors) -> list[str]:
+    """The kinds of adapter that a layer has tensors of."""
+    kinds = {"hada": "LoHa", "lokr": "LoKr", "diff": "a difference", "down": "LoRA", "up": "LoRA"}
+    return sorted({kind for role in tensors if (kind := kinds.get(role.partition("_")[0]))})
 
 
 def _missing(tensors: Tensors) -> str | None:

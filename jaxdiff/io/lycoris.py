@@ -81,6 +81,8 @@ def fits(shapes: Mapping[str, Any], weight: tuple[int, ...]) -> bool:
         found = jax.eval_shape(change, given).shape
     except (KeyError, TypeError, ValueError):  # parts that do not go together
         return False
+    if rank(shapes) == 0:
+        return False
     return len(found) > 1 and found[0] == weight[0] and math.prod(found[1:]) == math.prod(weight[1:])
 
 

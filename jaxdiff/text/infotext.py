@@ -35,7 +35,7 @@ SCHEDULERS = {  # what they call a scheduler is the spacing here
     "align_your_steps": ("Align Your Steps", "ays"),
 }
 NEGATIVE = "Negative prompt:"
-_SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_SETTING = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 FEWEST = 3  # settings of a last line: with fewer it belongs to the prompt, as they have it
 # Settings that say nothing of how to draw, in small letters.
 _SILENT = re.compile(r"version|.*hash(es)?|user|created at|script|schedule type|hires (upscale|upscaler|steps)")

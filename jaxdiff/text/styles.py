@@ -58,7 +58,10 @@ def _entries(path: Path, text: str) -> list[tuple[str, Any]]:
 
 def _rows(path: Path, text: str) -> list[tuple[str, Any]]:
     """Names and values of a table; other columns are named in a warning."""
-    rows = list(csv.DictReader(io.StringIO(text)))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as e:
+        raise PromptError(f"The styles file {path} is no table ({e}).") from None
     columns = {column for row in rows for column in row if column}
     if not rows or not {"name", "prompt"} <= columns:
         raise PromptError(f"The styles file {path} must be a table with the columns name, prompt and negative_prompt.")
