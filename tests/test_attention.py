@@ -169,7 +169,7 @@ def lowered(platform, n, m, width, heads, dtype, bias=False, gradient=False) -> 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_large_pictures_go_in_chunks_on_gpus_without_a_kernel(dtype):
+def test_large_images_go_in_chunks_on_gpus_without_a_kernel(dtype):
     """SD 1.5 with guidance: scores of 1 GiB at 512 x 512 are made at once, those of 16 GiB at 1,024 x 1,024 are not."""
     for tokens, loops in ((4096, 0), (16384, 1)):
         assert lowered("cuda", tokens, tokens, 320, 8, dtype).count("stablehlo.while") == loops

@@ -14,7 +14,7 @@ from jaxdiff.data.filters import scan
 from jaxdiff.data.tables import KEPT_GROUPS
 from tests.support.image_datasets import numbers, write_folder, write_parquet, write_tars
 
-SIDES = [(16, 16), (32, 16), (16, 32), (24, 12), (15, 15)]  # (width, height) of the pictures
+SIDES = [(16, 16), (32, 16), (16, 32), (24, 12), (15, 15)]  # (width, height) of the images
 
 
 @pytest.mark.parametrize(("size", "multiple", "aspect"), [(512, 64, 2.0), (1024, 64, 4.0), (16, 4, 2.0), (64, 64, 3.0)])
@@ -34,7 +34,7 @@ def test_sizes_that_do_not_exist():
         bucket_sizes(32, 64)
 
 
-def test_each_picture_goes_to_the_nearest_aspect():
+def test_each_image_goes_to_the_nearest_aspect():
     sizes = ((8, 16), (12, 12), (16, 8))
     widths, heights = np.asarray([100, 200, 141, 142, 50, 1, 9000]), np.asarray([100, 100, 100, 100, 99, 900, 1])
     assert [sizes[i] for i in assign(sizes, widths, heights)] == [
@@ -128,7 +128,7 @@ def test_crops_have_no_buckets(tmp_path):
 
 
 def test_more_row_groups_than_are_kept_have_no_buckets(tmp_path):
-    """Their pictures would be read in any order, at the cost of a row group each."""
+    """Their images would be read in any order, at the cost of a row group each."""
     pytest.importorskip("pyarrow")
     buckets = Buckets(((8, 8),), np.zeros(2 * KEPT_GROUPS + 1, int))
     path = write_parquet(tmp_path / "many", 2 * KEPT_GROUPS + 1, shard=4, group=2)

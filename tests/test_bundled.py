@@ -34,7 +34,7 @@ def test_it_draws_a_subject_on_white(icons):
 
 @pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")  # it wants steps_offset 1
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of PyTorch tensors
-def test_diffusers_draws_the_same_picture(icons):
+def test_diffusers_draws_the_same_image(icons):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(BUNDLED / "icons", dtype=torch.float32)

@@ -286,7 +286,7 @@ def test_what_datasets_saves_is_read(tmp_path):
         open_source(path, "validation")
 
 
-def test_a_picture_that_says_repeats_comes_up_so_often(tmp_path):
+def test_an_image_that_says_repeats_comes_up_so_often(tmp_path):
     lines = [{"file_name": "a.png", "text": "a"}, {"file_name": "b.png", "text": "b", "repeats": 3}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     for name in "ab":

@@ -104,7 +104,7 @@ def test_shift_multiplies_the_noise_to_signal_ratio():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("config", ["sd2", "zero_snr", "flow_shift", "trained"])
-def test_grid_falls_from_noise_to_picture(config, name):
+def test_grid_falls_from_noise_to_image(config, name):
     values = CONFIGS[config]
     for spacing in (None, *SPACINGS):
         if config == "flow_shift" and spacing in ("leading", *AYS):

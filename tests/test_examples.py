@@ -62,10 +62,10 @@ def test_projected_guidance_leaves_the_prediction_s_own_direction_alone():
     cond, uncond = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2))
     full = custom_guidance.projected(cond, uncond, 5.0, along=1.0)
     np.testing.assert_allclose(full, uncond + 5 * (cond - uncond), atol=1e-5)
-    picture = cond - jnp.median(cond, (1, 2), keepdims=True)
+    image = cond - jnp.median(cond, (1, 2), keepdims=True)
     across = custom_guidance.projected(cond, uncond, 5.0) - cond
     # Orthogonal but for float32 rounding, of 1e-7 of the lengths' product.
-    assert np.abs((across * picture).sum((1, 2, 3))).max() < 1e-4
+    assert np.abs((across * image).sum((1, 2, 3))).max() < 1e-4
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_remat_makes_memory_independent_of_the_steps(capsys):
 
 
 @pytest.mark.slow
-def test_inversion_reconstructs_a_given_picture(tmp_path):
+def test_inversion_reconstructs_a_given_image(tmp_path):
     images, noise = ddim_inversion.main(tmp_path / "a.png", steps=20)
     given, coded, reconstructed, edited = images
     np.testing.assert_array_equal(np.round(255 * given), read_image(ddim_inversion.APPLE))

@@ -216,7 +216,7 @@ def test_half_precision_decodes_sdxl_in_single(folders):
 
 # What `generate` refuses.
 
-PICTURE, SMALL = np.zeros((SIDE, SIDE, 3), np.uint8), np.zeros((LATENT, LATENT, 3), np.uint8)
+IMAGE, SMALL = np.zeros((SIDE, SIDE, 3), np.uint8), np.zeros((LATENT, LATENT, 3), np.uint8)
 MASK = np.ones((SIDE, SIDE), bool)
 
 
@@ -224,23 +224,23 @@ MASK = np.ones((SIDE, SIDE), bool)
     ("name", "options", "sentence"),
     [
         ("sd1", {"mask": MASK}, "mask needs the image that it is laid over"),
-        ("sd1", {"image": PICTURE, "mask": MASK[:-1]}, r"mask has shape \[15, 16\], the image \[16, 16\]"),
-        ("sd1", {"image": PICTURE, "mask": np.ones((3, SIDE, SIDE))}, "mask holds 3 masks for 2 prompts"),
-        ("sd1", {"image": PICTURE, "strength": -0.5}, r"strength -0\.5 must be in \(0, 1\]"),
-        ("sd1", {"image": [PICTURE] * 3}, "image holds 3 images for 2 prompts"),
+        ("sd1", {"image": IMAGE, "mask": MASK[:-1]}, r"mask has shape \[15, 16\], the image \[16, 16\]"),
+        ("sd1", {"image": IMAGE, "mask": np.ones((3, SIDE, SIDE))}, "mask holds 3 masks for 2 prompts"),
+        ("sd1", {"image": IMAGE, "strength": -0.5}, r"strength -0\.5 must be in \(0, 1\]"),
+        ("sd1", {"image": [IMAGE] * 3}, "image holds 3 images for 2 prompts"),
         ("sd1", {"guidance_rescale": 1.5}, r"guidance_rescale 1\.5 must be from 0\.0 to 1\.0"),
         ("sd1", {"guidance_interval": (3, 1)}, r"guidance_interval \(3, 1\) must be two noise levels, the lower"),
         ("sd1", {"guidance_scale": [1, 2, 3]}, r"guidance_scale has shape \[3\] for 2 prompts"),
         ("sd1", {"prompts_2": "a castle"}, "prompts_2 are for the second text encoder of SDXL"),
         ("sd1", {"clip_skip": 9}, "clip_skip 9 must be 0 to 3"),
-        ("sd1", {"control_images": PICTURE}, "this model has none"),
+        ("sd1", {"control_images": IMAGE}, "this model has none"),
         ("inpaint", {}, "this model is for inpainting: give image and mask"),
         ("upscaler", {}, "this model is for upscaling: give the small image as image"),
         ("upscaler", {"image": SMALL, "noise_level": 41}, "noise_level 41 must be from 0 to 40"),
         ("upscaler", {"image": SMALL, "noise_level": -1}, "noise_level -1 must be from 0 to 40"),
         (
             "upscaler",
-            {"image": PICTURE, "height": SIDE},
+            {"image": IMAGE, "height": SIDE},
             r"image has shape \[16, 16, 3\], but the output is \[8, 16, 3\]",
         ),
     ],

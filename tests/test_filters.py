@@ -1,4 +1,4 @@
-"""Which examples are trained on, and which pictures count as the same."""
+"""Which examples are trained on, and which images count as the same."""
 
 import json
 
@@ -137,7 +137,7 @@ def test_filters_that_cannot_be(tmp_path, wanted, said):
 
 
 def test_hashes_of_likeness():
-    """The same picture resized or compressed differs in few bits; another one in about half of them."""
+    """The same image resized or compressed differs in few bits; another one in about half of them."""
     for seed in range(5):
         image, first = photo(seed), dhash(photo(seed))
         small = image.resize((50, 50), Image.Resampling.LANCZOS)

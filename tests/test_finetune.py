@@ -96,18 +96,18 @@ def test_only_the_new_rows_of_the_table_move(results, target_of, tiny):
     assert (table[len(old) :] != start).all()
 
 
-def test_a_controlnet_starts_as_no_change_and_learns_from_its_picture(results, target_of, tiny):
+def test_a_controlnet_starts_as_no_change_and_learns_from_its_image(results, target_of, tiny):
     target, _ = target_of("controlnet")
     params, before, _ = results("controlnet")
     np.testing.assert_allclose(before, results("unet")[1], rtol=1e-5)
     assert moved(tiny[1], {k: v for k, v in params.items() if k != "controlnet"}) == set()
-    # Its gradient is made of the steering picture's features.
+    # Its gradient is made of the steering image's features.
     assert "controlnet_cond_embedding/conv_out/kernel" in moved(
         jax.device_get(target.params["controlnet"][0]), params["controlnet"][0]
     )
 
 
-def test_edges_are_found_unless_a_picture_of_them_is_given(target_of):
+def test_edges_are_found_unless_an_image_of_them_is_given(target_of):
     _, batch = target_of("controlnet")
     assert set(np.unique(batch["hint"])) == {0, 255}
     given = np.full((BATCH, SIDE, SIDE, 3), 7, np.uint8)
@@ -214,7 +214,7 @@ def test_it_is_evaluated_as_it_is_trained(target_of, results):
 
 @pytest.mark.parametrize("stage", ["unet", "controlnet"])
 def test_a_device_draws_no_more_of_a_sheet_at_a_time_than_it_trains_on(target_of, stage, monkeypatch):
-    """And the sheet is the same: each picture from its own seed, and in the place of what it was given."""
+    """And the sheet is the same: each image from its own seed, and in the place of what it was given."""
     target, _ = target_of(stage)
     held_out = [{"image": random_images(2, seed=i), "text": TEXTS[2 * i : 2 * i + 2]} for i in range(2)]
     config = settings(stage, eval={"prompts": tuple(TEXTS[:3]), "steps": 2}).eval
@@ -226,7 +226,7 @@ def test_a_device_draws_no_more_of_a_sheet_at_a_time_than_it_trains_on(target_of
     devices = jax.local_device_count()
     assert sizes == ([3, 2, 2] if devices == 1 else [3, 3])
     assert np.abs(sheets[0] - sheets[1]).max() <= 1
-    # What is drawn differs from picture to picture; a row of a ControlNet's sheet has three.
+    # What is drawn differs from image to image; a row of a ControlNet's sheet has three.
     assert len({image.tobytes() for image in sheets[0][1 if stage == "controlnet" else 0 :: len(sheets[0]) // 3]}) == 3
 
 

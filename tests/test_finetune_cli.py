@@ -56,12 +56,12 @@ MORE = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Three pictures to learn and two set aside."""
+    """Three images to learn and two set aside."""
     folder = tmp_path_factory.mktemp("data")
     for split, count in (("train", 3), ("validation", 2)):
         (folder / split).mkdir()
-        for i, picture in enumerate(random_images(count, seed=count)):
-            Image.fromarray(picture).save(folder / split / f"{i}.png")
+        for i, image in enumerate(random_images(count, seed=count)):
+            Image.fromarray(image).save(folder / split / f"{i}.png")
         lines = [json.dumps({"file_name": f"{i}.png", "text": "a house"}) for i in range(count)]
         (folder / split / "metadata.jsonl").write_text("\n".join(lines))
     return folder
@@ -83,7 +83,7 @@ def command(kind, data, tiny_folder, workdir):
 
 
 def sheet(workdir, step, given):
-    """The drawing of a sheet, and for what needs more than a prompt what it was given and the picture itself."""
+    """The drawing of a sheet, and for what needs more than a prompt what it was given and the image itself."""
     image = read_image(workdir / "samples" / f"step-{step:06d}.png")
     row = [image[:, x : x + SIDE] for x in range(0, image.shape[1], SIDE + 2)]
     assert len(row) == (3 if given else 1)
@@ -135,11 +135,11 @@ def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
     monkeypatch,
 ):
     run = command(kind, data, tiny_folder, tmp_path)
-    if kind == "lora":  # beside pictures of a class, and stopped on the way
+    if kind == "lora":  # beside images of a class, and stopped on the way
         run.append(f"--config.prior_preservation.path={data}")
         code, _, err = train_cli(*run, "--config.steps=1")
         assert code == 0, err
-    if kind == "dreambooth":  # beside pictures of the class that the model draws itself
+    if kind == "dreambooth":  # beside images of the class that the model draws itself
         flags = [f"--model={tiny_folder}", "--prompt=a castle", f"--steps={STEPS}", f"--guidance_scale={SCALE}"]
         argv = ["sample.py", *flags, "--scheduler=ddim", f"--output={tmp_path}/class/castle.png"]
         monkeypatch.setattr(sys, "argv", argv)
@@ -193,7 +193,7 @@ def test_it_learns_and_diffusers_draws_what_its_last_sheet_shows(
     assert np.abs(drawn / 255.0 - theirs).max() <= LEVELS / 255
 
 
-def test_what_needs_pictures_takes_no_latents(train_cli, data, tiny_folder, tmp_path):
+def test_what_needs_images_takes_no_latents(train_cli, data, tiny_folder, tmp_path):
     run = command("controlnet", data, tiny_folder, tmp_path)
     code, _, err = train_cli(*run, "--config.cache_latents=1")
     assert code == 2

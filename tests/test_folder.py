@@ -11,7 +11,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import captioned_data, open_source
 from jaxdiff.data.folder import BACKGROUNDS, ImageDecoder, Warp, examples
 
-SIZE = 8  # pixels of the pictures drawn here
+SIZE = 8  # pixels of the images drawn here
 
 
 def write(path, lines, split="train"):
@@ -21,7 +21,7 @@ def write(path, lines, split="train"):
 
 
 def numbered(path, count, bad=()):
-    """Pictures that are `count` shades of grey, captioned by their numbers; those in `bad` are cut off."""
+    """Images that are `count` shades of grey, captioned by their numbers; those in `bad` are cut off."""
     write(path, [{"file_name": f"{i}.png", "text": [f"{i}", f"number {i}"]} for i in range(count)])
     for i in range(count):
         file = path / "train" / f"{i}.png"
@@ -38,7 +38,7 @@ def single(path, image, text="a cat", **save):
 
 
 def numbers(batch):
-    """Which of the numbered pictures a batch holds; picture and caption must belong together."""
+    """Which of the numbered images a batch holds; image and caption must belong together."""
     shades = batch["image"][:, 0, 0, 0].tolist()
     assert [t.removeprefix("number ") for t in batch["text"]] == [str(s) for s in shades]
     return shades
@@ -87,7 +87,7 @@ def test_seed_decides(twelve):
 
 def test_all_captions_of_a_list_are_drawn(twelve):
     texts = [t for batch in itertools.islice(captioned_data(twelve, 12, SIZE, seed=0), 20) for t in batch["text"]]
-    # 20 draws from two captions miss one of them for one of 12 pictures with probability 12 * 2**-19.
+    # 20 draws from two captions miss one of them for one of 12 images with probability 12 * 2**-19.
     assert set(texts) == {f"{prefix}{i}" for i in range(12) for prefix in ("", "number ")}
 
 
@@ -111,7 +111,7 @@ def test_remainder(twelve):
 
 
 def test_resumes_exactly(tmp_path):
-    """After three batches of five out of 12 pictures, two of them bad: in the middle of an epoch."""
+    """After three batches of five out of 12 images, two of them bad: in the middle of an epoch."""
     path = numbered(tmp_path, 12, bad=(2, 7))
     kwargs = {"seed": 5, "crop": 4, "flip": True}
     first = iter(captioned_data(path, 5, SIZE, **kwargs))
@@ -120,7 +120,7 @@ def test_resumes_exactly(tmp_path):
     state = json.loads(json.dumps(first.get_state()))
     expected = [next(first) for _ in range(6)]
     second = iter(captioned_data(path, 5, SIZE, **kwargs))
-    next(second)  # so that pictures decoded ahead must be thrown away
+    next(second)  # so that images decoded ahead must be thrown away
     second.set_state(state)
     assert all(same(next(second), batch) for batch in expected)
     first.set_state(state)
@@ -133,7 +133,7 @@ def test_threads_change_nothing(twelve, threads):
 
 
 def test_worker_processes_change_nothing(tmp_path):
-    """The same batches, the same count of bad pictures, and a state to resume from."""
+    """The same batches, the same count of bad images, and a state to resume from."""
     path = numbered(tmp_path, 12, bad=(2, 7))
     plain, data = (captioned_data(path, 5, SIZE, seed=1, epochs=5, workers=w, threads=1) for w in (0, 2))
     expected = list(plain)
@@ -148,11 +148,11 @@ def test_worker_processes_change_nothing(tmp_path):
     batches.close()
 
 
-# What a picture becomes
+# What an image becomes
 
 
 def ramp(width, height):
-    """A picture whose every pixel is another colour: red counts columns, green rows."""
+    """An image whose every pixel is another colour: red counts columns, green rows."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     return Image.fromarray(np.stack([x, y, np.zeros_like(x)], -1).astype(np.uint8))
 
@@ -171,7 +171,7 @@ def test_shorter_side_is_resized_and_the_centre_cut(tmp_path, size):
     np.testing.assert_allclose(got.astype(int), expected, atol=2)
 
 
-def test_random_crops_are_windows_of_the_picture(tmp_path):
+def test_random_crops_are_windows_of_the_image(tmp_path):
     data = captioned_data(single(tmp_path, ramp(40, 20)), 64, 20, seed=0, crop=8)
     images = next(iter(data))["image"]
     corners = images[:, 0, 0].astype(int)
@@ -306,7 +306,7 @@ def test_half_transparent_edges_blend_without_their_hidden_colour(tmp_path):
 # Bad files
 
 
-def test_bad_pictures_are_skipped_counted_and_named_once(tmp_path, caplog, monkeypatch):
+def test_bad_images_are_skipped_counted_and_named_once(tmp_path, caplog, monkeypatch):
     path = numbered(tmp_path, 8, bad=(1,))
     train = path / "train"
     (train / "2.png").unlink()

@@ -72,8 +72,8 @@ def test_vae(sd15, tmp_path):
         decoded = reference.decode(mean).sample
     ours = jax.jit(lambda v, x: vae.apply(v, x, method="encode")[0])(variables, images)
     encoding = error(ours, mean.numpy().transpose(0, 2, 3, 1))
-    picture = jax.jit(lambda v, z: vae.apply(v, z, method="decode"))(variables, mean.numpy().transpose(0, 2, 3, 1))
-    decoding = error(picture, decoded.numpy().transpose(0, 2, 3, 1))
+    image = jax.jit(lambda v, z: vae.apply(v, z, method="decode"))(variables, mean.numpy().transpose(0, 2, 3, 1))
+    decoding = error(image, decoded.numpy().transpose(0, 2, 3, 1))
     report("VAE encoder", parameters, encoding)
     report("VAE decoder", parameters, decoding)
     assert 83e6 < parameters < 85e6

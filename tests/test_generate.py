@@ -1,4 +1,4 @@
-"""`generate` and the pure pieces: reproducible pictures, no needless compilation, gradients and transformations."""
+"""`generate` and the pure pieces: reproducible images, no needless compilation, gradients and transformations."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ from tests.support.tiny import LATENT, SIDE, tiny_controlnet, tiny_model
 
 PROMPTS = ["a castle", "a red dragon", "a blue house"]
 STEPS = 3
-# The same picture drawn in a batch of another size, on another number of devices or by another compiled program differs
+# The same image drawn in a batch of another size, on another number of devices or by another compiled program differs
 # by the order of float32 sums, 1e-6 or so: at most a pixel that falls on the border of two levels changes, by one.
 LEVEL = 1
 
@@ -35,7 +35,7 @@ def draw(tiny):
 
 @pytest.fixture(scope="module")
 def three(draw):
-    """Three pictures of seeds 7, 8 and 9."""
+    """Three images of seeds 7, 8 and 9."""
     return draw(PROMPTS, seed=7)
 
 
@@ -44,10 +44,10 @@ def image():
     return np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 
 
-def test_pictures_are_bytes_and_depend_on_everything(draw, three):
+def test_images_are_bytes_and_depend_on_everything(draw, three):
     assert three.shape == (3, SIDE, SIDE, 3)
     assert three.dtype == np.uint8
-    assert three.std() > 20  # a picture, not a plane
+    assert three.std() > 20  # an image, not a plane
     np.testing.assert_array_equal(draw(PROMPTS, seed=7), three)
     for other in (
         draw(PROMPTS, seed=[17, 18, 19]),
@@ -60,14 +60,14 @@ def test_pictures_are_bytes_and_depend_on_everything(draw, three):
             assert levels(before, after) > 10
 
 
-def test_a_picture_is_the_same_alone_and_in_a_batch(draw, three):
+def test_an_image_is_the_same_alone_and_in_a_batch(draw, three):
     alone = np.concatenate([draw(prompt, seed=7 + i) for i, prompt in enumerate(PROMPTS)])
     assert levels(alone, three) <= LEVEL
     assert levels(draw(PROMPTS[::-1], seed=[9, 8, 7])[::-1], three) <= LEVEL
 
 
-def test_settings_of_each_picture(draw, three):
-    """Negative prompts and guidance scales given one a picture; a scale of 1 has no use for the negative prompt."""
+def test_settings_of_each_image(draw, three):
+    """Negative prompts and guidance scales given one an image; a scale of 1 has no use for the negative prompt."""
     mixed = draw(PROMPTS, ["", "", "blurry"], seed=7, guidance_scale=[7.5, 1.0, 7.5])
     assert levels(mixed[0], three[0]) <= LEVEL
     plain = draw(PROMPTS, "blurry", seed=7, guidance_scale=1.0)
@@ -81,7 +81,7 @@ def test_noise_may_be_given(draw, three):
 
 
 def test_initial_noise_is_unit_gaussian():
-    """Mean 0 and variance 1 within four standard errors, n^-1/2 and (2/n)^1/2; no value shared between pictures."""
+    """Mean 0 and variance 1 within four standard errors, n^-1/2 and (2/n)^1/2; no value shared between images."""
     noise = np.concatenate([jaxdiff.initial_noise(image_keys(3 * i, 3), LATENT) for i in range(20)]).astype(np.float64)
     assert abs(noise.mean()) < 4 * noise.size**-0.5
     assert abs(noise.var() - 1) < 4 * (2 / noise.size) ** 0.5
@@ -96,8 +96,8 @@ def test_nothing_compiles_for_other_prompts_seeds_scales_noise_or_spacing(draw, 
     draw(PROMPTS, seed=3, guidance_scale=12.0, noise=noise)
     drawn = [draw(PROMPTS, seed=3, spacing=spacing) for spacing in SPACINGS]
     assert compilations == []
-    assert min(pictures.std() for pictures in drawn) > 20
-    assert len({pictures.tobytes() for pictures in drawn}) == len(SPACINGS)
+    assert min(images.std() for images in drawn) > 20
+    assert len({images.tobytes() for images in drawn}) == len(SPACINGS)
     draw([*PROMPTS[:2], "a prompt of two chunks"], seed=7)  # what does compile is counted
     assert any("program" in name for name in compilations)
 
@@ -109,7 +109,7 @@ def test_nothing_compiles_for_another_number_of_steps(draw, image, compilations)
     drawn += [draw("a castle", steps=steps) for steps in (2, 7, 50)]
     draw("a [castle|dragon]", image=image, steps=9)
     assert compilations == []
-    assert len({pictures.tobytes() for pictures in drawn}) == 4
+    assert len({images.tobytes() for images in drawn}) == 4
 
 
 def test_nothing_compiles_for_another_strength_or_image(draw, image, compilations):
@@ -120,8 +120,8 @@ def test_nothing_compiles_for_another_strength_or_image(draw, image, compilation
     assert compilations == []
 
 
-def test_strength_is_how_far_a_picture_is_left(tiny, draw, image):
-    """The fewer steps, the closer to what the autoencoder makes of the picture; all steps start from noise alone."""
+def test_strength_is_how_far_an_image_is_left(tiny, draw, image):
+    """The fewer steps, the closer to what the autoencoder makes of the image; all steps start from noise alone."""
     model, params = tiny
     kept = jax.jit(lambda x: jaxdiff.decode(model, params, jaxdiff.encode(model, params, x)))(image[None] / 255)
     distance = {s: np.abs(draw("a castle", image=image, strength=s)[0] / 255.0 - kept[0]).mean() for s in (0.34, 1.0)}
@@ -131,7 +131,7 @@ def test_strength_is_how_far_a_picture_is_left(tiny, draw, image):
     )
 
 
-def test_frames_lead_to_the_picture(draw):
+def test_frames_lead_to_the_image(draw):
     """Euler's grid ends in a clean sample, which is the last prediction itself."""
     drawn, frames = draw(PROMPTS[:2], scheduler="euler", frames=2)
     assert frames.shape == (2, 2, SIDE, SIDE, 3)
@@ -169,7 +169,7 @@ def test_bad_arguments_are_named(tiny, options, sentence):
         jaxdiff.generate(*tiny, ["a", "b"], **{"steps": STEPS} | options)
 
 
-def test_pictures_that_are_no_numbers_are_not_drawn_black(tiny, three):
+def test_images_that_are_no_numbers_are_not_drawn_black(tiny, three):
     model, params = tiny
     broken = params | {"vae": jax.tree.map(lambda x: x * np.nan, params["vae"])}
     with pytest.raises(FloatingPointError, match=r"3 of 3 images, the first 'a castle', came out as .*: lower guid"):
@@ -211,7 +211,7 @@ def test_the_pieces_under_one_jit_draw_what_generate_draws(tiny, draw):
     times, noise_scale = jaxdiff.time_grid(model.scheduler, STEPS, "ddim")
 
     @jax.jit
-    def pictures(params, tokens, negative, seed):
+    def images(params, tokens, negative, seed):
         cond, uncond = (jaxdiff.encode_text(model, params, t) for t in (tokens, negative))
         denoise = jaxdiff.denoiser(model, params, cond, uncond, 7.5)
         keys = jax.random.key(seed)[None]
@@ -220,7 +220,7 @@ def test_the_pieces_under_one_jit_draw_what_generate_draws(tiny, draw):
         return jnp.round(255 * jaxdiff.decode(model, params, x0))
 
     tokens, negative = (jaxdiff.tokenize(model, [text]) for text in (PROMPTS[0], ""))
-    drawn = np.asarray(pictures(params, tokens, negative, 7)).astype(np.uint8)
+    drawn = np.asarray(images(params, tokens, negative, 7)).astype(np.uint8)
     assert levels(drawn, draw(PROMPTS[0], seed=7)) <= LEVEL
 
 
@@ -283,8 +283,8 @@ def eight_devices(tmp_path_factory):
     return dict(np.load(out / "images.npz")) | json.loads((out / "report.json").read_text())
 
 
-def test_devices_do_not_change_pictures(eight_devices):
-    """Sixteen pictures on eight devices; nine, which does not divide; five, which is fewer than devices."""
+def test_devices_do_not_change_images(eight_devices):
+    """Sixteen images on eight devices; nine, which does not divide; five, which is fewer than devices."""
     assert eight_devices["device_count"] == 8
     assert eight_devices["one"].shape == (9, SIDE, SIDE, 3)
     assert levels(eight_devices["sixteen"][:9], eight_devices["one"]) <= LEVEL
@@ -292,12 +292,12 @@ def test_devices_do_not_change_pictures(eight_devices):
     assert levels(eight_devices["five"], eight_devices["one"][:5]) <= LEVEL
     assert levels(eight_devices["five_stepwise"], eight_devices["one"][:5]) <= LEVEL  # drawn in pieces
     drawn, one = eight_devices["from_images"], eight_devices["from_images_one"]
-    assert levels(drawn, one) <= LEVEL  # images, masks and control images go to where their picture is drawn
+    assert levels(drawn, one) <= LEVEL  # images, masks and control images go to where their image is drawn
     assert min(levels(a, b) for a, b in itertools.combinations(one, 2)) > 10
 
 
 def test_parameters_are_drawn_from_where_they_were_put(eight_devices):
-    """On all those devices even if the pictures are fewer; and sample.py does, in whatever order a mesh has them."""
+    """On all those devices even if the images are fewer; and sample.py does, in whatever order a mesh has them."""
     assert eight_devices["partitions_commanded"] == [8]
     assert levels(eight_devices["five_replicated"], eight_devices["five"]) <= LEVEL
     assert levels(eight_devices["commanded"], eight_devices["sixteen"]) <= LEVEL

@@ -1,4 +1,4 @@
-"""Every task in float16 and bfloat16 ends in pictures: `generate` raises where a pixel is no number."""
+"""Every task in float16 and bfloat16 ends in images: `generate` raises where a pixel is no number."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from jaxdiff.models.model import build, computing_in, with_controlnets
 from tests.support import tiny
 from tests.support.tiny import SIDE
 
-PICTURE = np.random.default_rng(0).random((SIDE, SIDE, 3), np.float32)
+IMAGE = np.random.default_rng(0).random((SIDE, SIDE, 3), np.float32)
 MASK = np.arange(SIDE) > np.full((SIDE, 1), SIDE // 2)
 SDXL = {
     "cross_attention_dim": 32,
@@ -27,9 +27,9 @@ EVERYTHING = {  # that an ordinary model does at once
     "variation_seed": 3,
     "guidance_rescale": 0.5,
     "guidance_interval": (0.0, 5.0),
-    "image": PICTURE,
+    "image": IMAGE,
     "mask": MASK,
-    "control_images": PICTURE,
+    "control_images": IMAGE,
     "hires": 2,
     "tile": 8,
     "frames": 2,
@@ -37,9 +37,9 @@ EVERYTHING = {  # that an ordinary model does at once
 }
 TASKS = {
     "ordinary": ({}, EVERYTHING),
-    "inpainting": ({"in_channels": 9}, {"image": PICTURE, "mask": MASK}),
-    "upscaling": ({"in_channels": 7, "num_class_embeds": 50}, {"image": PICTURE[::2, ::2]}),
-    "sdxl": (SDXL, {"image": PICTURE}),
+    "inpainting": ({"in_channels": 9}, {"image": IMAGE, "mask": MASK}),
+    "upscaling": ({"in_channels": 7, "num_class_embeds": 50}, {"image": IMAGE[::2, ::2]}),
+    "sdxl": (SDXL, {"image": IMAGE}),
 }
 
 
@@ -50,7 +50,7 @@ QUICK = ("upscaling", "float16"), ("sdxl", "bfloat16")
 @pytest.mark.parametrize(
     ("task", "dtype"), [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES]
 )
-def test_every_task_ends_in_pictures(task, dtype):
+def test_every_task_ends_in_images(task, dtype):
     changes, given = TASKS[task]
     text, tokenizer = tiny.text_config(), tiny.tokenizer()
     second = {"text_2": dataclasses.replace(text, with_projection=True), "tokenizer_2": tokenizer}
@@ -63,8 +63,8 @@ def test_every_task_ends_in_pictures(task, dtype):
     assert model.unet.dtype == dtype
     assert model.vae.dtype == (jnp.float32 if dtype == "float16" else dtype)  # it overflows in float16
     drawn = jaxdiff.generate(model, params, ["a castle"], steps=2, **given)
-    for pictures in drawn if "frames" in given else [drawn]:
-        assert pictures.std() > 10  # of 255: no plane
+    for images in drawn if "frames" in given else [drawn]:
+        assert images.std() > 10  # of 255: no plane
 
 
 def test_bfloat16_is_computed_in_float32_on_cpus():

@@ -264,7 +264,7 @@ def mended(data: bytearray) -> bytearray:
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 1000), (1000, 1), (2, 5000), (3, 2)])
 @pytest.mark.parametrize("size", [(1, 1), (128, 128), (8, 512)])
-def test_pictures_of_any_shape_fit(shape, size):
+def test_images_of_any_shape_fit(shape, size):
     np.testing.assert_array_equal(fit(np.full((*shape, 3), 77, np.uint8), *size), np.full((*size, 3), 77))
 
 
@@ -278,7 +278,7 @@ def test_one_pixel_is_enough_to_start_from(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(SIDE, SIDE, 4), (SIDE, SIDE, 1), (SIDE, SIDE), (SIDE, 3)])
-def test_arrays_that_are_no_rgb_pictures_are_named(tiny, shape):
+def test_arrays_that_are_no_rgb_images_are_named(tiny, shape):
     with pytest.raises(ValueError, match=r"image has shape \[[\d, ]+\], but the output is"):
         jaxdiff.generate(*tiny, "a castle", image=np.zeros(shape, np.uint8), steps=2)
 

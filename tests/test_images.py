@@ -1,4 +1,4 @@
-"""Pictures in and out of files."""
+"""Images in and out of files."""
 
 import os
 import stat
@@ -15,14 +15,14 @@ FLAGS = {"prompt": 'a "castle" – é', "negative_prompt": "blurry", "seed": 3, 
 
 
 @pytest.fixture
-def picture():
+def image():
     return np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 
 
-def test_png_round_trip_with_metadata(picture, tmp_path):
+def test_png_round_trip_with_metadata(image, tmp_path):
     path = tmp_path / "a.png"
-    write_png(path, picture, FLAGS)
-    np.testing.assert_array_equal(read_image(path), picture)
+    write_png(path, image, FLAGS)
+    np.testing.assert_array_equal(read_image(path), image)
     assert read_metadata(path) == FLAGS
     with Image.open(path) as opened:
         assert opened.info["parameters"] == (
@@ -35,26 +35,26 @@ def test_png_of_floats_rounds(tmp_path):
     assert (read_image(tmp_path / "a.png") == 77).all()  # 76.755
 
 
-def test_metadata_takes_undecodable_bytes_of_a_command_line(picture, tmp_path):
+def test_metadata_takes_undecodable_bytes_of_a_command_line(image, tmp_path):
     flags = {"prompt": os.fsdecode(b"caf\xe9"), "seed": 0}
-    write_png(tmp_path / "a.png", picture, flags)
+    write_png(tmp_path / "a.png", image, flags)
     assert read_metadata(tmp_path / "a.png") == flags
 
 
-def test_metadata_of_a_sheet_lists_every_picture(picture, tmp_path):
-    write_png(tmp_path / "a.png", picture, [FLAGS, FLAGS | {"seed": 4}])
+def test_metadata_of_a_sheet_lists_every_image(image, tmp_path):
+    write_png(tmp_path / "a.png", image, [FLAGS, FLAGS | {"seed": 4}])
     assert [flags["seed"] for flags in read_metadata(tmp_path / "a.png")] == [3, 4]
 
 
-def test_written_files_follow_the_umask(picture, tmp_path):
-    write_png(tmp_path / "a.png", picture)
+def test_written_files_follow_the_umask(image, tmp_path):
+    write_png(tmp_path / "a.png", image)
     (tmp_path / "plain").touch()
     assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(picture, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(image, tmp_path, monkeypatch):
     path = tmp_path / "a.png"
-    write_png(path, picture)
+    write_png(path, image)
     before = path.read_bytes()
 
     def full(self, file, **kwargs):
@@ -63,14 +63,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(picture, tmp_path, 
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(ImageError, match=r"a\.png cannot be written \(No space left on device\)"):
-        write_png(path, 255 - picture)
+        write_png(path, 255 - image)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.png"]
 
 
-def test_write_into_a_missing_folder_is_one_sentence(picture, tmp_path):
+def test_write_into_a_missing_folder_is_one_sentence(image, tmp_path):
     with pytest.raises(ImageError, match=r"none/a\.png cannot be written"):
-        write_png(tmp_path / "none" / "a.png", picture)
+        write_png(tmp_path / "none" / "a.png", image)
 
 
 @pytest.mark.parametrize(
@@ -107,19 +107,19 @@ def test_sixteen_bits_are_scaled_not_clipped(level, expected, tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.full((2, 3, 3), expected))
 
 
-def test_float_pictures_are_in_zero_to_one(tmp_path):
+def test_float_images_are_in_zero_to_one(tmp_path):
     Image.fromarray(np.array([[0.0, 0.2, 1.0]], np.float32)).save(tmp_path / "a.tif")
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[0, :, 0], [0, 51, 255])
 
 
-def test_camera_orientation_is_applied(picture, tmp_path):
+def test_camera_orientation_is_applied(image, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to view
-    Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(picture, -1))
+    Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(image, -1))
 
 
-def test_unreadable_pictures_are_named(picture, tmp_path):
+def test_unreadable_images_are_named(image, tmp_path):
     with pytest.raises(ImageError, match=r"none\.png does not exist"):
         read_image(tmp_path / "none.png")
     with pytest.raises(ImageError, match="cannot be read as an image"):
@@ -127,28 +127,28 @@ def test_unreadable_pictures_are_named(picture, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ImageError, match=r"text\.png cannot be read as an image"):
         read_image(tmp_path / "text.png")
-    write_png(tmp_path / "whole.png", np.tile(picture, (20, 20, 1)))
+    write_png(tmp_path / "whole.png", np.tile(image, (20, 20, 1)))
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
     with pytest.raises(ImageError, match=r"cut\.png cannot be read as an image"):
         read_image(tmp_path / "cut.png")
 
 
-def test_images_that_would_fill_the_memory_are_not_decoded(picture, tmp_path, monkeypatch):
-    write_png(tmp_path / "a.png", picture)
-    monkeypatch.setattr("jaxdiff.data.images.MAX_PIXELS", picture.shape[0] * picture.shape[1] - 1)
+def test_images_that_would_fill_the_memory_are_not_decoded(image, tmp_path, monkeypatch):
+    write_png(tmp_path / "a.png", image)
+    monkeypatch.setattr("jaxdiff.data.images.MAX_PIXELS", image.shape[0] * image.shape[1] - 1)
     with pytest.raises(ImageError, match=r"a\.png cannot be read as an image \(\d+x\d+ pixels are more than"):
         read_image(tmp_path / "a.png")
 
 
-def test_metadata_that_is_not_there(picture, tmp_path):
-    write_png(tmp_path / "a.png", picture)
+def test_metadata_that_is_not_there(image, tmp_path):
+    write_png(tmp_path / "a.png", image)
     with pytest.raises(ImageError, match=r"a\.png does not say how it was drawn"):
         read_metadata(tmp_path / "a.png")
     with pytest.raises(ImageError, match=r"b\.png cannot be read"):
         read_metadata(tmp_path / "b.png")
 
 
-def test_grid_places_pictures_row_by_row():
+def test_grid_places_images_row_by_row():
     pictures = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
     sheet = grid(pictures, columns=3, gap=1, background=(9, 9, 9))
     assert sheet.shape == (5, 11, 3)
@@ -158,9 +158,9 @@ def test_grid_places_pictures_row_by_row():
     np.testing.assert_array_equal(grid(pictures[:4], columns=2, gap=0)[2:, 3:], pictures[3])
 
 
-def test_strip_is_one_row(picture):
-    frames = np.stack([picture, 255 - picture])
-    np.testing.assert_array_equal(strip(frames, gap=0), np.concatenate([picture, 255 - picture], 1))
+def test_strip_is_one_row(image):
+    frames = np.stack([image, 255 - image])
+    np.testing.assert_array_equal(strip(frames, gap=0), np.concatenate([image, 255 - image], 1))
 
 
 def test_fit_cuts_at_the_centre_and_keeps_proportions():

@@ -76,7 +76,7 @@ def written_out(name: str):
 
 @pytest.mark.parametrize("name", ["sd1", "only_cross"])
 def test_masked_tokens_are_not_there(name):
-    """Also where the picture's own tokens are never attended to; rounding of sums in another order."""
+    """Also where the image's own tokens are never attended to; rounding of sums in another order."""
     module, args, run = case(f"unet/{name}")
     variables, (x, t, embeddings, *_) = drawn(module, args), args
     mask = np.repeat([[1.0, 0.0]], len(x), 0).repeat(embeddings.shape[1], 1)

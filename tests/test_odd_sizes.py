@@ -1,4 +1,4 @@
-"""Pictures whose sides are any multiple of 8 pixels: latents that do not halve evenly at every level of the UNet."""
+"""Images whose sides are any multiple of 8 pixels: latents that do not halve evenly at every level of the UNet."""
 
 import jax
 import numpy as np

@@ -42,13 +42,13 @@ def params(model):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     return write_tars(tmp_path_factory.mktemp("data") / "d", COUNT, bad=(4,))
 
 
 @pytest.fixture(scope="module")
-def source(pictures):
-    return open_source(pictures)
+def source(images):
+    return open_source(images)
 
 
 def write(model, params, source, folder, **kwargs):
@@ -118,8 +118,8 @@ def start(data: Path, folder: Path, *args: object) -> subprocess.Popen:
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
-def test_killed_in_the_middle_two_processes_go_on_and_share_the_rest(pictures, written, tmp_path):
-    killed = start(pictures, tmp_path, 0, 1, 0.5)
+def test_killed_in_the_middle_two_processes_go_on_and_share_the_rest(images, written, tmp_path):
+    killed = start(images, tmp_path, 0, 1, 0.5)
     while killed.poll() is None and not list(tmp_path.glob("0*")):
         time.sleep(0.01)
     killed.kill()
@@ -129,7 +129,7 @@ def test_killed_in_the_middle_two_processes_go_on_and_share_the_rest(pictures, w
     (tmp_path / ".000003.1").mkdir()  # what a kill in the middle of writing leaves
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("0*")}
     assert 1 <= len(before) < 5
-    two = [start(pictures, tmp_path, i, 2, 0) for i in range(2)]
+    two = [start(images, tmp_path, i, 2, 0) for i in range(2)]
     said = [process.communicate(timeout=900)[1] for process in two]
     assert [process.returncode for process in two] == [0, 0], said
     assert {n: (tmp_path / n).stat().st_mtime_ns for n in before} == before  # what was there is not written again
@@ -158,8 +158,8 @@ def test_latents_of_something_else_are_refused(model, params, source, written, t
             LatentShards(tmp_path)
 
 
-def test_pictures_are_read_and_encoded_a_few_at_a_time(model, params, source, written, tmp_path, monkeypatch):
-    """Latents hang on the pictures alone, not on how many are encoded at once."""
+def test_images_are_read_and_encoded_a_few_at_a_time(model, params, source, written, tmp_path, monkeypatch):
+    """Latents hang on the images alone, not on how many are encoded at once."""
     seen, read, collate = [], [], pipeline.collate
 
     class Counting:
@@ -174,7 +174,7 @@ def test_pictures_are_read_and_encoded_a_few_at_a_time(model, params, source, wr
     shards = write(model, params, Counting(), tmp_path, batch_size=1, threads=1, part=100)
     assert len(seen) >= len(shards) / jax.local_device_count()
     assert {count for count, _ in seen} == {jax.local_device_count()}
-    # Two batches and a picture a thread are read ahead, one more is on its way, and one is damaged.
+    # Two batches and an image a thread are read ahead, one more is on its way, and one is damaged.
     assert seen[0][1] <= 3 * jax.local_device_count() + 3
     for i in range(len(shards)):
         for name, values in LatentShards(written)(i, None).items():
@@ -191,6 +191,6 @@ def test_buckets_stay_apart(model, params, source, tmp_path):
     shapes = {b["latents"].shape for b in itertools.islice(captioned_data(tmp_path, 2, SIDE, seed=0, threads=1), 9)}
     assert shapes == {(2, 8, 8, 4), (2, 4, 12, 4)}
     assert jnp.isfinite(shards(0, None)["latents"]).all()
-    others = buckets._replace(numbers=np.append(buckets.numbers[:-1], 1))  # of the last picture alone
+    others = buckets._replace(numbers=np.append(buckets.numbers[:-1], 1))  # of the last image alone
     with pytest.raises(ConfigError, match="other images, settings or models"):
         write(model, params, source, tmp_path, buckets=others, views=1, embeddings=False)

@@ -87,7 +87,7 @@ def test_save_below_a_file_is_one_sentence(tiny, tmp_path):
         save(tmp_path / "file" / "model", *tiny)
 
 
-# PyTorch's side. Both draw float32 pictures through some hundred operations of relative error 2**-24; the scheduler's
+# PyTorch's side. Both draw float32 images through some hundred operations of relative error 2**-24; the scheduler's
 # division by small alphas enlarges that by up to 1/alpha = 15, still far below a grey level, so that only pixels within
 # rounding of a level's border may differ, by one. 2 of 255 levels are what users of a checkpoint are promised.
 LEVELS = 2
@@ -116,14 +116,14 @@ def drawn_by_us(folder, noise):
     return generate(*load(folder), PROMPTS, "blurry", steps=4, guidance_scale=3.0, noise=noise) / 255.0
 
 
-def assert_same_pictures(ours, theirs):
-    assert theirs.std() > 0.1  # pictures, not a constant or a clipped plane
+def assert_same_images(ours, theirs):
+    assert theirs.std() > 0.1  # images, not a constant or a clipped plane
     assert np.abs(ours - theirs).max() <= LEVELS / 255
 
 
 def test_diffusers_opens_our_folder_and_draws_the_same(tiny_folder):
     noise = np.random.default_rng(0).standard_normal((2, *LATENT)).astype(np.float32)
-    assert_same_pictures(drawn_by_us(tiny_folder, noise), drawn_by_diffusers(tiny_folder, noise))
+    assert_same_images(drawn_by_us(tiny_folder, noise), drawn_by_diffusers(tiny_folder, noise))
 
 
 def test_we_open_a_folder_of_diffusers_and_draw_the_same(tiny, tmp_path):
@@ -149,7 +149,7 @@ def test_we_open_a_folder_of_diffusers_and_draw_the_same(tiny, tmp_path):
     )
     pipeline.save_pretrained(tmp_path / "theirs")
     noise = np.random.default_rng(0).standard_normal((2, *LATENT)).astype(np.float32)
-    assert_same_pictures(drawn_by_us(tmp_path / "theirs", noise), drawn_by_diffusers(tmp_path / "theirs", noise))
+    assert_same_images(drawn_by_us(tmp_path / "theirs", noise), drawn_by_diffusers(tmp_path / "theirs", noise))
 
 
 def ddim_config(config):

@@ -1,4 +1,4 @@
-"""sample.py: flags to files, one sentence for every mistake, and pictures that say how to draw them again."""
+"""sample.py: flags to files, one sentence for every mistake, and images that say how to draw them again."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ from tests.support.written import existing
 ROOT = Path(__file__).parent.parent
 
 
-def test_one_picture_to_one_file(sample_cli):
+def test_one_image_to_one_file(sample_cli):
     code, out, err = sample_cli("--prompt=a castle", STEPS, "--output=new/folder/castle.png")
     assert (code, out, err) == (0, ["new/folder/castle.png"], "")
     assert existing() == ["new/folder/castle.png"]
@@ -35,29 +35,29 @@ def test_one_picture_to_one_file(sample_cli):
 
 @pytest.fixture
 def six(sample_cli):
-    """Six pictures, by default in two batches of three, with a sheet and strips."""
+    """Six images, by default in two batches of three, with a sheet and strips."""
     flags = ("--prompt=a castle", "--prompt=A red dragon", "--num_images=3", "--seed=5")
     code, out, err = sample_cli(*flags, "--negative_prompt=blurry", "--grid", "--preview", STEPS, "--output=out")
     assert (code, err) == (0, "")
     return [Path(line) for line in out]
 
 
-def test_many_pictures_with_sheet_and_strips(six, sample_cli):
+def test_many_images_with_sheet_and_strips(six, sample_cli):
     names = [f"{p}-{i:03d}{end}.png" for i, p in zip(range(5, 11), ["a-castle"] * 3 + ["a-red-dragon"] * 3, strict=True)
              for end in ("", "-preview")]  # fmt: skip
     assert [p.name for p in six] == [*names, "grid.png"]
     assert existing("out") == sorted(p.name for p in six)
-    pictures = [read_image(p) for p in six[:-1:2]]
+    images = [read_image(p) for p in six[:-1:2]]
     gap = 2
     sheet = read_image(six[-1])
     assert sheet.shape == (2 * SIDE + gap, 3 * SIDE + 2 * gap, 3)  # one row a prompt
-    np.testing.assert_array_equal(sheet[-SIDE:, SIDE + gap : 2 * SIDE + gap], pictures[4])
+    np.testing.assert_array_equal(sheet[-SIDE:, SIDE + gap : 2 * SIDE + gap], images[4])
     strip = read_image(six[1])
     assert strip.shape == (SIDE, 3 * SIDE + 2 * gap, 3)  # as many frames as there are steps, up to eight
     assert [flags["seed"] for flags in read_metadata(six[-1])] == list(range(5, 11))
 
 
-def test_any_picture_is_drawn_again_from_its_metadata(six, sample_cli):
+def test_any_image_is_drawn_again_from_its_metadata(six, sample_cli):
     """The fifth of six alone: the same file, byte for byte."""
     flags = read_metadata(six[8])
     assert flags["prompt"] == "A red dragon"
@@ -88,7 +88,7 @@ def told(monkeypatch):
 
 
 def test_uneven_batches_are_filled_up(sample_cli, told):
-    """Five pictures by three: the second batch has the first one's size, and nothing of its filling is written."""
+    """Five images by three: the second batch has the first one's size, and nothing of its filling is written."""
     code, out, _ = sample_cli("--prompt=x", "--num_images=5", "--batch_size=3", "--output={seed}.png")
     assert (code, out) == (0, [f"{i}.png" for i in range(5)])
     assert [(len(b["prompts"]), b["seed"]) for b in told] == [(3, [0, 1, 2]), (3, [3, 4, 4])]
@@ -130,7 +130,7 @@ def test_a_model_recommends_its_guidance_scale(sample_cli, told, tiny):
     assert load_model(find("icons")).options.guidance_scale == 5
 
 
-def test_a_picture_is_drawn_again_from_its_file(six, sample_cli):
+def test_an_image_is_drawn_again_from_its_file(six, sample_cli):
     """As above, by one flag; flags given beside it win."""
     code, out, _ = sample_cli(f"--from_png={six[8]}", "--output=again.png")
     assert (code, out) == (0, ["again.png", "again-preview.png"])
@@ -234,7 +234,7 @@ def test_folders_without_permission(sample_cli, tmp_path):
     assert "shut is not writable" in err
 
 
-def test_a_full_disk_leaves_no_half_picture(sample_cli, monkeypatch):
+def test_a_full_disk_leaves_no_half_image(sample_cli, monkeypatch):
     def full(self, file, **kwargs):
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")

@@ -12,7 +12,7 @@ from jaxdiff.cli.requests import image_requests, prompt_lines
 from jaxdiff.io import cache
 from jaxdiff.io.configs import DTYPES
 
-PICTURES = [{"prompt": p, "seed": s} for p, s in (("a castle", 3), ("Ein Schloß, nachts", 4))]
+IMAGES = [{"prompt": p, "seed": s} for p, s in (("a castle", 3), ("Ein Schloß, nachts", 4))]
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,8 @@ PICTURES = [{"prompt": p, "seed": s} for p, s in (("a castle", 3), ("Ein Schloß
         ("{prompt}/x.png", 2, ["a-castle/x.png", "ein-schloß-nachts/x.png"], "a-castle/grid.png"),
     ],
 )
-def test_where_pictures_go(output, count, names, sheet):
-    paths, sheet_path = output_paths(output, PICTURES[:count])
+def test_where_images_go(output, count, names, sheet):
+    paths, sheet_path = output_paths(output, IMAGES[:count])
     assert [str(p) for p in paths] == names
     assert str(sheet_path) == sheet
 
@@ -37,7 +37,7 @@ def test_where_pictures_go(output, count, names, sheet):
 @pytest.mark.parametrize("output", ["{what}.png", "{index.png", "{0}.png", "{index:q}.png", "{prompt.x}.png"])
 def test_patterns_that_name_something_else(output):
     with pytest.raises(UsageError, match=r"may name \{prompt\}, \{seed\} and \{index\} only"):
-        output_paths(output, PICTURES)
+        output_paths(output, IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_patterns_that_name_something_else(output):
 )
 def test_outputs_that_cannot_be(output, sentence):
     with pytest.raises(UsageError, match=sentence):
-        output_paths(output, PICTURES[:1] * 2)
+        output_paths(output, IMAGES[:1] * 2)
 
 
 @pytest.mark.parametrize(

@@ -34,41 +34,41 @@ def test_prompts_of_flags_and_files_in_order(tmp_path):
     lines = '{"prompt": "b", "negative_prompt": "n", "seed": 50}', '{"prompt": "c", "negative_prompt": ""}'
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     flags = ("--num_images=2", "--negative_prompt=x", "--seed=3")
-    pictures = planned("--prompt=a", f"--prompts_file={tmp_path}/p.jsonl", *flags)
-    drawn = [(p["prompt"], p["negative_prompt"], p["seed"]) for p in pictures]
+    images = planned("--prompt=a", f"--prompts_file={tmp_path}/p.jsonl", *flags)
+    drawn = [(p["prompt"], p["negative_prompt"], p["seed"]) for p in images]
     assert drawn == [("a", "x", 3), ("a", "x", 4), ("b", "n", 50), ("b", "n", 51), ("c", "", 7), ("c", "", 8)]
 
 
 def test_a_matrix_is_expanded_and_its_flag_is_not_needed_to_draw_one_of_it_again(tmp_path):
     (tmp_path / "colour.txt").write_text("red\nblue\n")
-    pictures = planned("--prompt={a|the} __colour__ cat", "--matrix", f"--wildcards={tmp_path}")
-    assert [p["prompt"] for p in pictures] == ["a red cat", "a blue cat", "the red cat", "the blue cat"]
-    assert not {"matrix", "wildcards"} & set(pictures[0])
+    images = planned("--prompt={a|the} __colour__ cat", "--matrix", f"--wildcards={tmp_path}")
+    assert [p["prompt"] for p in images] == ["a red cat", "a blue cat", "the red cat", "the blue cat"]
+    assert not {"matrix", "wildcards"} & set(images[0])
     (one,) = planned("--prompt=a __colour__ cat", f"--wildcards={tmp_path}", "--seed=1")
     assert one["prompt"] in ("a red cat", "a blue cat")
     (plain,) = planned("--prompt={a|the} __colour__ cat")
     assert plain["prompt"] == "{a|the} __colour__ cat"
 
 
-def test_wildcards_are_drawn_for_each_picture_by_its_seed(tmp_path):
+def test_wildcards_are_drawn_for_each_image_by_its_seed(tmp_path):
     colours = [f"colour {i}" for i in range(100)]
     (tmp_path / "colour.txt").write_text("\n".join(colours))
     flags = (f"--wildcards={tmp_path}", "--prompt={a|the} __colour__ cat")
-    pictures = planned(*flags, "--num_images=4", "--seed=3")
-    assert [p["seed"] for p in pictures] == list(range(3, 11))
-    assert [p["prompt"].split()[0] for p in pictures] == ["a"] * 4 + ["the"] * 4
-    drawn = [p["prompt"].split(" ", 1)[1] for p in pictures]
+    images = planned(*flags, "--num_images=4", "--seed=3")
+    assert [p["seed"] for p in images] == list(range(3, 11))
+    assert [p["prompt"].split()[0] for p in images] == ["a"] * 4 + ["the"] * 4
+    drawn = [p["prompt"].split(" ", 1)[1] for p in images]
     assert len(set(drawn)) > 4  # 8 of 100, each a draw of its own
-    assert planned(*flags, "--num_images=4", "--seed=3") == pictures
-    assert planned(*flags, "--seed=5")[0] == pictures[2]
-    given = {name: value for name, value in pictures[6].items() if value is not None}  # the steps are the model's own
+    assert planned(*flags, "--num_images=4", "--seed=3") == images
+    assert planned(*flags, "--seed=5")[0] == images[2]
+    given = {name: value for name, value in images[6].items() if value is not None}  # the steps are the model's own
     (again,) = planned(*(f"--{name}={value}" for name, value in given.items()))
-    assert again == pictures[6]
+    assert again == images[6]
 
 
 def test_what_the_second_encoder_is_to_steer_away_from():
-    (picture,) = planned("--prompt=a", "--negative_prompt=b", "--prompt_2=c", "--negative_prompt_2=d")
-    told = batch_arguments([picture])
+    (image,) = planned("--prompt=a", "--negative_prompt=b", "--prompt_2=c", "--negative_prompt_2=d")
+    told = batch_arguments([image])
     assert (told["prompts_2"], told["negative_prompts"], told["negative_prompts_2"]) == (["c"], ["b"], ["d"])
 
 
@@ -98,16 +98,16 @@ def test_columns_of_the_sheet(flags, expected):
 def test_a_style_goes_around_prompt_and_negative_prompt(tmp_path):
     styles = {"blue": {"prompt": "{prompt} in blue", "negative_prompt": "red"}}
     (tmp_path / "s.json").write_text(json.dumps(styles))
-    (picture,) = planned("--prompt=a cat", "--negative_prompt=dog", "--style=blue", f"--styles_file={tmp_path}/s.json")
-    assert (picture["prompt"], picture["negative_prompt"]) == ("a cat in blue", "dog, red")
-    assert "style" not in picture
+    (image,) = planned("--prompt=a cat", "--negative_prompt=dog", "--style=blue", f"--styles_file={tmp_path}/s.json")
+    assert (image["prompt"], image["negative_prompt"]) == ("a cat in blue", "dog, red")
+    assert "style" not in image
 
 
 def test_an_animation_of_two_prompts_and_of_one(tmp_path):
     frames = planned("--prompt=a", "--prompt=b", "--interpolate=4", "--seed=7")
     assert [f["blend"] for f in frames] == [f["variation_strength"] for f in frames] == [0, 0.25, 0.5, 0.75, 0]
     ends = [(f["prompt"], f["blend_prompt"], f["seed"], f["variation_seed"]) for f in frames]
-    assert ends == [("a", "b", 7, 8)] * 4 + [("b", "b", 8, 8)]  # in the end, the second picture itself
+    assert ends == [("a", "b", 7, 8)] * 4 + [("b", "b", 8, 8)]  # in the end, the second image itself
     assert "blend_negative_prompt" not in frames[0]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "negative_prompt": "n"}\n')
     frames = planned(f"--prompts_file={tmp_path}/p.jsonl", "--interpolate=2")
@@ -123,32 +123,32 @@ def test_an_animation_of_two_prompts_and_of_one(tmp_path):
 
 
 def test_only_what_differs_from_the_defaults_is_kept():
-    (picture,) = planned("--prompt=a")
-    assert set(picture) == {"prompt", "seed", "model", "dtype"}
-    (picture,) = planned("--prompt=a", "--noemphasis", "--hires=2", "--variation_seed=0", "--clip_skip=1")
-    assert (picture["hires_strength"], picture["variation_strength"], picture["clip_skip"]) == (0.6, 0.1, 1)
+    (image,) = planned("--prompt=a")
+    assert set(image) == {"prompt", "seed", "model", "dtype"}
+    (image,) = planned("--prompt=a", "--noemphasis", "--hires=2", "--variation_seed=0", "--clip_skip=1")
+    assert (image["hires_strength"], image["variation_strength"], image["clip_skip"]) == (0.6, 0.1, 1)
 
 
 def test_zero_and_off_are_said_to_generate():
-    (picture,) = planned("--prompt=a", "--noemphasis", "--variation_seed=0", "--guidance_scale=0", "--noise_level=0")
-    told = batch_arguments([picture])
+    (image,) = planned("--prompt=a", "--noemphasis", "--variation_seed=0", "--guidance_scale=0", "--noise_level=0")
+    told = batch_arguments([image])
     assert told["emphasis"] is False
     assert (told["variation_seed"], told["guidance_scale"], told["noise_level"]) == ([0], [0.0], [0])
-    (picture,) = planned("--prompt=a", "--variation_seed=3", "--variation_strength=0")
-    assert batch_arguments([picture])["variation_strength"] == [0.0]
+    (image,) = planned("--prompt=a", "--variation_seed=3", "--variation_strength=0")
+    assert batch_arguments([image])["variation_strength"] == [0.0]
 
 
 @pytest.mark.parametrize("more", [(), ("--interpolate=4",), ("--prompt=b", "--num_images=3", "--interpolate=2")])
-def test_the_pictures_are_counted_before_they_are_planned(more):
+def test_the_images_are_counted_before_they_are_planned(more):
     f = parse(["sample.py", "--prompt=a", *more])
     assert count_images(f, prompt_lines(f)) == len(image_requests(f, prompt_lines(f)))
 
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 
 
 def test_a_mask_is_drawn_and_the_rest_kept(sample_cli):
-    write_png("start.png", PICTURE)
+    write_png("start.png", IMAGE)
     mask = np.zeros((SIDE, SIDE, 3), np.uint8)
     mask[:, SIDE // 2 :] = 255
     write_png("mask.png", mask)
@@ -174,7 +174,7 @@ def test_what_is_transparent_in_a_mask_is_kept(kind, tiny, tmp_path):
     path, image = tmp_path / f"mask.{end}", Image.fromarray(layer)
     image = image.quantize(method=Image.Quantize.FASTOCTREE) if mode == "P" else image.convert(mode)
     image.save(path, **({"lossless": True} if end == "webp" else {}))
-    write_png(tmp_path / "a.png", PICTURE)
+    write_png(tmp_path / "a.png", IMAGE)
     f = parse(["sample.py", CASTLE, f"--image={tmp_path}/a.png", f"--mask={path}", "--height=16", "--width=16"])
     mask = sample.given_images(f, tiny[0], read_image)["mask"]
     assert mask[:, : SIDE // 2].all()
@@ -211,31 +211,31 @@ def test_an_image_that_was_not_fetched_names_its_flag(sample_cli):
 
 
 def test_a_mask_of_another_size(sample_cli):
-    write_png("start.png", PICTURE)
-    write_png("mask.png", PICTURE[:-2])
+    write_png("start.png", IMAGE)
+    write_png("mask.png", IMAGE[:-2])
     code, out, err = sample_cli(CASTLE, STEPS, "--image=start.png", "--mask=mask.png")
     assert (code, out) == (1, [])
     assert f"--image and --mask are {SIDE} x {SIDE} and {SIDE} x {SIDE - 2}: make the mask as large" in err
 
 
-def test_outpainting_makes_the_picture_larger(sample_cli):
-    write_png("start.png", PICTURE)
+def test_outpainting_makes_the_image_larger(sample_cli):
+    write_png("start.png", IMAGE)
     code, out, err = sample_cli(CASTLE, STEPS, "--image=start.png", "--outpaint=0,0,8,4", "--output=out.png")
     assert (code, out, err) == (0, ["out.png"], "")
     assert read_image("out.png").shape == (SIDE + 4, SIDE + 8, 3)
 
 
 def test_the_canvas_and_its_mask():
-    canvas, mask = extend(PICTURE, 0, 3, 0, 0)
-    np.testing.assert_array_equal(canvas[3:], PICTURE)
-    np.testing.assert_array_equal(canvas[:3], PICTURE[2::-1])
+    canvas, mask = extend(IMAGE, 0, 3, 0, 0)
+    np.testing.assert_array_equal(canvas[3:], IMAGE)
+    np.testing.assert_array_equal(canvas[:3], IMAGE[2::-1])
     assert mask[: 3 + 8].all()
     assert not mask[3 + 8 :].any()
 
 
 def test_two_stages_variations_and_animations(sample_cli):
-    write_png("start.png", PICTURE)
-    write_png("mask.png", PICTURE // 128 * 255)
+    write_png("start.png", IMAGE)
+    write_png("mask.png", IMAGE // 128 * 255)
     given = ("--hires=2", "--tile=8", "--variation_seed=4", "--image=start.png", "--mask=mask.png")
     code, out, err = sample_cli(CASTLE, STEPS, *given, "--output=hires.png")
     assert (code, out, err) == (0, ["hires.png"], "")
@@ -255,7 +255,7 @@ def test_two_stages_variations_and_animations(sample_cli):
 
 def test_an_animation_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"no/animation.gif cannot be written"):
-        write_gif(tmp_path / "no/animation.gif", [PICTURE], 0.1)
+        write_gif(tmp_path / "no/animation.gif", [IMAGE], 0.1)
     assert existing(tmp_path) == []
 
 
@@ -270,8 +270,8 @@ def test_what_is_laid_onto_a_model(sample_cli, tiny, tmp_path):
         TinyVAEConfig(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
                       num_decoder_blocks=(1, 1), latent_channels=LATENT[-1])
     )  # fmt: skip
-    save_module("taesd", small, small.init(jax.random.key(0), PICTURE[None] / 255.0)["params"])
-    write_png("hint.png", PICTURE)
+    save_module("taesd", small, small.init(jax.random.key(0), IMAGE[None] / 255.0)["params"])
+    write_png("hint.png", IMAGE)
     plain = sample_cli(CASTLE, STEPS, "--output=plain.png")
     more = {
         "lora": ("--lora=style.safetensors:0.5",),
@@ -343,7 +343,7 @@ def test_flags_that_do_not_go_together(flags, sentence, sample_cli):
     ],
 )
 def test_files_that_are_not_there(flags, sentence, sample_cli):
-    write_png("hint.png", PICTURE)
+    write_png("hint.png", IMAGE)
     code, out, err = sample_cli(CASTLE, *flags)
     assert (code, out) == (2, [])
     assert sentence in err
@@ -351,7 +351,7 @@ def test_files_that_are_not_there(flags, sentence, sample_cli):
 
 
 def test_a_control_image_for_a_model_without_controlnets(sample_cli):
-    write_png("hint.png", PICTURE)
+    write_png("hint.png", IMAGE)
     code, out, err = sample_cli(CASTLE, "--control_image=hint.png")
     assert (code, out) == (2, [])
     assert "--control_image are for ControlNets, and this model has none" in err

@@ -27,7 +27,7 @@ from tests.support.server import NAME, STEPS, serving  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WAIT = 120_000  # milliseconds, on a busy machine
-SHOTS = os.environ.get("JAXDIFF_SCREENSHOTS")  # a folder for pictures of the page, to look at
+SHOTS = os.environ.get("JAXDIFF_SCREENSHOTS")  # a folder for images of the page, to look at
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
 

@@ -24,7 +24,7 @@ def need(kind):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """kind -> the folder of thirteen pictures of that kind, two of them bad."""
+    """kind -> the folder of thirteen images of that kind, two of them bad."""
     made = {}
 
     def get(kind):
@@ -46,7 +46,7 @@ kinds = pytest.mark.parametrize("kind", sorted(WRITERS))
 
 
 @kinds
-def test_an_epoch_is_every_readable_picture_once(written, kind, caplog):
+def test_an_epoch_is_every_readable_image_once(written, kind, caplog):
     data = captioned_data(written(kind), 1, SIZE, seed=0, epochs=2, threads=2)
     seen = [n for batch in data for n in numbers(batch)]
     assert sorted(seen[: len(GOOD)]) == sorted(seen[len(GOOD) :]) == GOOD

@@ -22,20 +22,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 CONFIG = f"--config={ROOT}/configs/upscaler/x4.py:cpu"
 
 
-def picture(side=32, seed=0):
+def image(side=32, seed=0):
     rng = np.random.default_rng(seed)
     return np.asarray(Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((side, side)))
 
 
 def test_degradations_follow_from_the_seed_and_the_image():
-    images = [picture(seed=i) for i in range(12)]
+    images = [image(seed=i) for i in range(12)]
     degrade = Degradation(4, seed=3, clean=0.2)
     first, again = ([degrade(x) for x in images] for _ in range(2))
     assert all(x.shape == (8, 8, 3) and x.dtype == np.uint8 for x in first)
     np.testing.assert_array_equal(first, again)
     other = [Degradation(4, seed=4, clean=0.2)(x) for x in images]
     assert sum(np.array_equal(x, y) for x, y in zip(first, other, strict=True)) < 4
-    # Small and damaged, but the same pictures.
+    # Small and damaged, but the same images.
     small = [np.asarray(Image.fromarray(x).resize((8, 8), Image.Resampling.BOX)) for x in images]
     errors = np.abs(np.stack(first).astype(int) - small).mean((1, 2, 3))
     assert 1 < errors.mean() < 30
@@ -50,7 +50,7 @@ def test_clean_images_are_only_resized():
 def test_a_blur_is_the_convolution_with_its_kernel():
     from scipy.ndimage import convolve
 
-    x = picture(24)
+    x = image(24)
     kernel = np.random.default_rng(1).random((15, 15))
     kernel /= kernel.sum()
     expected = np.stack([convolve(x[..., i].astype(float), kernel, mode="mirror") for i in range(3)], -1)
@@ -68,7 +68,7 @@ def test_a_fresh_network_begins_as_a_linear_enlargement():
     config = config_of()
     module = make(config, shapes_only=True).upscaler
     params = fresh(module, jax.random.key(0))
-    small = np.asarray(Image.fromarray(picture(16)), np.float32)[None] / 255
+    small = np.asarray(Image.fromarray(image(16)), np.float32)[None] / 255
     with jax.disable_jit():
         found = np.asarray(module.apply({"params": params}, small))
     expected = np.asarray(jax.image.resize(small, (1, 64, 64, 3), "linear"))
@@ -80,7 +80,7 @@ def test_the_loss_is_the_absolute_error():
     module = make(config_of(), shapes_only=True).upscaler
     stage = super_resolution_stage(module)
     params = {"upscaler": fresh(module, jax.random.key(0))}
-    batch = {"image": np.stack([picture(32)]), "hint": np.stack([picture(8)])}
+    batch = {"image": np.stack([image(32)]), "hint": np.stack([image(8)])}
     value, metrics = jax.jit(stage.loss)(params, batch, None)
     x = np.asarray(module.apply({"params": params["upscaler"]}, batch["hint"] / np.float32(255)))
     error = x - batch["image"] / 255
@@ -95,7 +95,7 @@ def data(tmp_path):
         folder = tmp_path / ("photographs" if split == "photographs" else f"data/{split}")
         folder.mkdir(parents=True)
         for i in range(count):
-            Image.fromarray(picture(32, seed=10 * count + i)).save(folder / f"{i}.png")
+            Image.fromarray(image(32, seed=10 * count + i)).save(folder / f"{i}.png")
         if split != "photographs":
             lines = [json.dumps({"file_name": f"{i}.png", "text": "a house", "source": "noto"}) for i in range(count)]
             (folder / "metadata.jsonl").write_text("\n".join(lines))

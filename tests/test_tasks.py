@@ -1,6 +1,6 @@
 """Every family and task draws what PyTorch diffusers draws with the same weights and noise.
 
-All pictures are as wide as 13 latents and as high as 9, which do not halve evenly in the UNet.
+All images are as wide as 13 latents and as high as 9, which do not halve evenly in the UNet.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ pytestmark = [
 ]
 PROMPTS = ["a red dragon", "a castle"]
 STEPS, SCALE = 4, 3.0
-# Both draw float32 pictures through some hundred operations of relative error 2**-24, enlarged by divisions by small
+# Both draw float32 images through some hundred operations of relative error 2**-24, enlarged by divisions by small
 # alphas; far below a grey level, so that only pixels near the border of two levels may differ, by one. Users are
 # promised two.
 LEVELS = 2
@@ -55,7 +55,7 @@ HEIGHT, WIDTH = 2 * 9, 2 * 13
 
 @pytest.fixture(scope="module")
 def image():
-    """Two pictures with large areas, so that the autoencoder tells them apart."""
+    """Two images with large areas, so that the autoencoder tells them apart."""
     coarse = np.random.default_rng(1).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
     return coarse.repeat(4, 1).repeat(4, 2)[:, :HEIGHT, :WIDTH]
 
@@ -91,7 +91,7 @@ def latents():
 
 def assert_same(ours, theirs):
     assert ours.shape == theirs.shape
-    assert theirs.std() > 0.05  # pictures, not planes
+    assert theirs.std() > 0.05  # images, not planes
     assert np.abs(ours / 255.0 - theirs).max() <= LEVELS / 255
 
 
@@ -156,7 +156,7 @@ def test_films_of_sdxl(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["Inpaint", pytest.param("Img2Img", marks=pytest.mark.slow)])
-def test_sdxl_from_pictures(task, image, mask, tmp_path, monkeypatch):
+def test_sdxl_from_images(task, image, mask, tmp_path, monkeypatch):
     """Inpainted with the ordinary network of 4 channels, and redrawn."""
     pipeline, loaded = built("sdxl", tmp_path)
     pipeline = getattr(diffusers, f"StableDiffusionXL{task}Pipeline")(**pipeline.components, add_watermarker=False)
@@ -188,9 +188,9 @@ def test_the_base_leaves_the_last_steps_to_the_refiner(tmp_path):
         x0 = jaxdiff.sample(denoise(model_2, params_2), x, times, method, key, start=STEPS // 2)
         return x, jaxdiff.decode(model_2, params_2, x0)
 
-    x, pictures = both(params, params_2, NOISE)
+    x, images = both(params, params_2, NOISE)
     np.testing.assert_allclose(x, oracle.nhwc(half), atol=1e-4 * np.abs(x).max())
-    assert_same(np.asarray(np.round(255 * pictures)), drawn)
+    assert_same(np.asarray(np.round(255 * images)), drawn)
 
 
 @predictions("v_prediction")
@@ -264,7 +264,7 @@ def test_lcm(tmp_path, monkeypatch):
     assert_same(ours(loaded, seed=7), theirs(pipeline, latents=latents()))
 
 
-def test_lcm_from_pictures(image, tmp_path, monkeypatch):
+def test_lcm_from_images(image, tmp_path, monkeypatch):
     """All four steps are taken, over the part `strength` of the steps of the distillation."""
     pipeline, loaded = built("lcm", tmp_path)
     pipeline = diffusers.LatentConsistencyModelImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)

@@ -26,7 +26,7 @@ SD15 = {  # of Stable Diffusion 1.5's autoencoder
 
 
 def quiet(name: str, tensor: np.ndarray) -> np.ndarray:
-    """The decoder's last layer a tenth as strong, so that pictures stay within [-1, 1] and nothing is clipped."""
+    """The decoder's last layer a tenth as strong, so that images stay within [-1, 1] and nothing is clipped."""
     return 0.1 * tensor if name.startswith("decoder.conv_out") else tensor
 
 
@@ -65,7 +65,7 @@ def theirs():
 
 
 def tiled_by_theirs(theirs, latents, tile: int, overlap: int):
-    """(pictures in [0, 1], latents of them) as diffusers tiles."""
+    """(images in [0, 1], latents of them) as diffusers tiles."""
     import torch
 
     from tests.support.oracle import nchw, nhwc
@@ -75,10 +75,10 @@ def tiled_by_theirs(theirs, latents, tile: int, overlap: int):
     theirs.tile_overlap_factor = overlap / tile
     scale = theirs.config.scaling_factor
     with torch.no_grad():
-        pictures = theirs.decode(nchw(latents) / scale).sample
-        means = theirs.encode(pictures).latent_dist.mean * scale
-    assert pictures.abs().max() < 1
-    return nhwc(pictures) / 2 + 0.5, nhwc(means)
+        images = theirs.decode(nchw(latents) / scale).sample
+        means = theirs.encode(images).latent_dist.mean * scale
+    assert images.abs().max() < 1
+    return nhwc(images) / 2 + 0.5, nhwc(means)
 
 
 def both(model, params, latents, tile, overlap):
@@ -89,10 +89,10 @@ def both(model, params, latents, tile, overlap):
 def test_abutting_tiles_equal_pytorchs(small, latents, theirs):
     """Without overlap both cut the same tiles: 2 by 3 of 8, cut to 16 by 24 latents."""
     z = np.pad(latents, ((0, 0), (0, 2), (0, 4), (0, 0)))
-    pictures, means = tiled_by_theirs(theirs, z, 8, 0)
+    images, means = tiled_by_theirs(theirs, z, 8, 0)
     ours = jax.jit(lambda z: decode_tiled(*small, z, 8, 0))(z)
-    assert error(ours, pictures) < TOLERANCE
-    assert error(jax.jit(lambda x: encode_tiled(*small, x, 8, 0))(pictures), means) < TOLERANCE
+    assert error(ours, images) < TOLERANCE
+    assert error(jax.jit(lambda x: encode_tiled(*small, x, 8, 0))(images), means) < TOLERANCE
 
 
 def test_overlapping_tiles_equal_pytorchs(small, latents, theirs):
@@ -101,19 +101,19 @@ def test_overlapping_tiles_equal_pytorchs(small, latents, theirs):
     diffusers cuts one more row and column of tiles, of the last 2 latents alone, so the comparison ends where they
     begin; and where four tiles meet it blends in an order of its own, so those squares are left out.
     """
-    pictures, means = tiled_by_theirs(theirs, latents, 8, 2)
+    images, means = tiled_by_theirs(theirs, latents, 8, 2)
     compared = np.ones((14, 20), bool)
     compared[12:], compared[:, 18:] = False, False
     compared[6:8, 6:8], compared[6:8, 12:14] = False, False
     ours = jax.jit(lambda z: decode_tiled(*small, z, 8, 2))(latents)
     pixels = np.kron(compared, np.ones((FACTOR, FACTOR), bool))
-    assert error(ours[:, pixels], pictures[:, pixels]) < TOLERANCE
-    encoded = jax.jit(lambda x: encode_tiled(*small, x, 8, 2))(pictures)
+    assert error(ours[:, pixels], images[:, pixels]) < TOLERANCE
+    encoded = jax.jit(lambda x: encode_tiled(*small, x, 8, 2))(images)
     assert error(encoded[:, compared], means[:, compared]) < TOLERANCE
 
 
 def test_one_tile_is_the_whole(small, latents, whole):
-    """A larger one than the latents, and None, which takes the pictures of a batch one by one."""
+    """A larger one than the latents, and None, which takes the images of a batch one by one."""
     for tile in (64, None):
         ours = jax.jit(lambda z, tile=tile: decode_tiled(*small, z, tile))(latents)
         assert error(ours, whole) < TOLERANCE
@@ -127,7 +127,7 @@ def test_more_overlap_comes_nearer_to_the_whole(small, latents, whole):
 
 
 def test_gradient_flows_through_tiles(small, latents):
-    """Each latent has its part in the picture."""
+    """Each latent has its part in the image."""
     gradient = jax.jit(jax.grad(lambda z: decode_tiled(*small, z, 8, 2).sum()))(latents[:1])
     assert gradient.shape == latents[:1].shape
     assert np.all(np.abs(gradient).sum(-1) > 0)
@@ -151,7 +151,7 @@ def test_tiles_cover_all_and_overlap_enough(size, tile, overlap, starts):
 
 
 def test_the_seam_of_equal_tiles_does_not_show():
-    """Weights sum to one: tiles cut from one picture give it back, however much they overlap."""
+    """Weights sum to one: tiles cut from one image give it back, however much they overlap."""
     x = np.random.default_rng(0).standard_normal((2, 15, 23, 3)).astype(np.float32)
     for rows, columns in (([0, 5], [0, 5, 13]), ([0, 2, 4, 5], [0, 3, 6, 13])):
         same = tiled(lambda tile: tile, x, (rows, columns), 10, lambda i: i)
@@ -165,7 +165,7 @@ def test_tiles_out_of_range_are_named(small, latents, tile, overlap):
 
 
 @pytest.mark.slow
-def test_memory_of_a_large_picture_is_that_of_a_tile(tiny):
+def test_memory_of_a_large_image_is_that_of_a_tile(tiny):
     """Stable Diffusion 1.5's decoder, 2048 by 2048 pixels: compiled and its buffers counted, not run."""
     model = dataclasses.replace(tiny[0], vae=AutoencoderKL(VAEConfig.from_dict(SD15)))
     shapes = jax.eval_shape(lambda: model.vae.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"])
@@ -177,7 +177,7 @@ def test_memory_of_a_large_picture_is_that_of_a_tile(tiny):
 
     tile, whole, parts = megabytes(decode, 64), megabytes(decode, 256), megabytes(decode_tiled, 256)
     print(f"temporary memory: 512 x 512 {tile:.0f} MiB, 2048 x 2048 whole {whole:.0f} MiB, in tiles {parts:.0f} MiB")
-    picture = 4 * 3 * 2048**2 / 2**20
-    assert parts < tile + 6 * picture  # tiles, and what joins them
+    image = 4 * 3 * 2048**2 / 2**20
+    assert parts < tile + 6 * image  # tiles, and what joins them
     assert parts < whole / 8
-    assert parts - megabytes(decode_tiled, 128) < 1  # the picture itself is no temporary
+    assert parts - megabytes(decode_tiled, 128) < 1  # the image itself is no temporary

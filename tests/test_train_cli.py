@@ -1,4 +1,4 @@
-"""train.py: the stages one after the other on a folder of pictures, and one sentence for every mistake."""
+"""train.py: the stages one after the other on a folder of images, and one sentence for every mistake."""
 
 import json
 import multiprocessing
@@ -57,7 +57,7 @@ def vae(data, tmp_path_factory) -> tuple[Path, str]:
     return workdir, done.stderr
 
 
-def test_it_says_which_pictures_are_left_out(vae):
+def test_it_says_which_images_are_left_out(vae):
     _, said = vae
     assert re.search(r"train\.py: \d+ of 12 images", said)
     assert "orbax" not in said
@@ -85,7 +85,7 @@ def test_the_stages_one_after_the_other_make_a_model_that_draws(train_cli, data,
     assert json.loads((work / "run.json").read_text())["config"]["cache_latents"] == 2
     assert read_image(work / "samples" / "step-000004.png").shape == (16, 16, 3)
     (latents,) = (LatentShards(folder) for folder in work.glob("latents-*"))
-    assert len(latents) == 2 * 6  # two views of six pictures
+    assert len(latents) == 2 * 6  # two views of six images
     events = b"".join(p.read_bytes() for p in (work / "tb").iterdir())
     assert b"samples/0" in events
     assert b"a square" in events
@@ -205,13 +205,13 @@ def test_it_runs_as_a_program():
     assert "--workdir" in done.stdout
 
 
-def test_a_selection_has_the_same_pictures_and_nothing_else(data):
+def test_a_selection_has_the_same_images_and_nothing_else(data):
     source = open_source(data)
     chosen = select(source, {"style": ("flat", "oil"), "max_subjects": 2})
     found = [chosen.read(i) for i in range(len(chosen))]
     assert {(r.extras["style"], r.extras["subject"]) for r in found} == {
         (style, subject) for style in ("flat", "oil") for subject in ("blue", "green")
-    }  # by name, for each subject has as many pictures
+    }  # by name, for each subject has as many images
     originals = {e.captions: e.path for e in examples(data)}
     assert all(r.image == originals[r.captions] for r in found)
     with pytest.raises(ConfigError, match=r"data\.filter"):
@@ -219,7 +219,7 @@ def test_a_selection_has_the_same_pictures_and_nothing_else(data):
 
 
 def test_latents_are_written_and_trained_on(train_cli, data, tiny_folder, tmp_path):
-    """At the pictures' own aspects, filtered; and with a model that they do not fit."""
+    """At the images' own aspects, filtered; and with a model that they do not fit."""
     settings = [f"--config={ROOT}/configs/folder.py", f"--config.data.path={data}", "--config.cache_latents=0"]
     settings += [f"--config.init_from.model={tiny_folder}", "--config.steps=2", "--config.batch_size=4"]
     settings += ["--config.accumulate=1", "--config.remat="]

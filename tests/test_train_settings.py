@@ -1,4 +1,4 @@
-"""What train.py makes of a config: settings reach what they are for, and one's own pictures are read as they should."""
+"""What train.py makes of a config: settings reach what they are for, and one's own images are read as they should."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ from tests.support.tiny import LATENT, MAX_LENGTH, SIDE, UNET
 
 @pytest.fixture
 def folders(tmp_path):
-    """A folder of three pictures without captions, and a captioned one of four others."""
+    """A folder of three images without captions, and a captioned one of four others."""
     for name, count in (("mine", 3), ("class", 4)):
         (tmp_path / name).mkdir()
         for i in range(count):
@@ -41,7 +41,7 @@ def folders(tmp_path):
 
 @pytest.fixture
 def run_of(folders, tiny_folder):
-    """The run of train.py with these settings, of the class pictures."""
+    """The run of train.py with these settings, of the class images."""
 
     def make_run(stage, **changes):
         config = settings(stage, **{"batch_size": 4 * jax.device_count(), **changes})
@@ -70,13 +70,13 @@ def test_every_config_is_one_of_a_target(path):
 # --- settings of train.py reach what they are for
 
 
-def test_the_weight_of_class_pictures(run_of, folders):
+def test_the_weight_of_class_images(run_of, folders):
     batches = run_of("unet", prior_preservation={"path": str(folders / "class"), "weight": 0.5}).batches()
     weights = next(iter(batches))["weight"]
     np.testing.assert_array_equal(weights, np.repeat(np.float32([1, 0.5]), len(weights) // 2))
 
 
-def test_edges_are_found_where_pictures_are_decoded(run_of):
+def test_edges_are_found_where_images_are_decoded(run_of):
     for high, colours in ((200.0, {0, 255}), (2040.0, {0})):  # which no edge reaches
         run = run_of("controlnet", controlnet={"canny_high": high}, data={"flip": True})
         stage, batch = run.trainable.stage, next(iter(run.batches()))
@@ -109,15 +109,15 @@ def test_activations_are_computed_again_in_the_unet(run_of, tiny, remat):
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(3, [2, 1]), (9, [2, 2])])
-def test_a_device_is_given_no_more_pictures_than_in_a_step(run_of, count, sizes):
+def test_a_device_is_given_no_more_images_than_in_a_step(run_of, count, sizes):
     held_out = run_of("unet", accumulate=2, eval={"images": count}).data.held_out()
     assert [len(b["image"]) for b in held_out] == [len(b["text"]) for b in held_out] == sizes
 
 
-# --- one's own pictures
+# --- one's own images
 
 
-def test_pictures_without_captions_get_those_of_the_config(folders):
+def test_images_without_captions_get_those_of_the_config(folders):
     for _ in range(2):  # a second run finds the first one's folder
         path = dreambooth.captioned(folders / "mine", ("a photo of <cat>", "<cat>"), folders / "run")
     batches = iter(captioned_data(path, 3, SIDE, seed=0, threads=1))
@@ -128,7 +128,7 @@ def test_pictures_without_captions_get_those_of_the_config(folders):
         dreambooth.captioned(folders, ("x",), folders / "other")
 
 
-def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, tiny):
+def test_class_images_come_beside_ones_own_and_weigh_what_is_asked(folders, tiny):
     own = captioned_data(dreambooth.captioned(folders / "mine", ("mine",), folders / "run"), 2, SIDE, seed=0, threads=1)
     prior = captioned_data(folders / "class", 2, SIDE, seed=1, threads=1)
     batches = dreambooth.with_prior(own, prior, 0.25)
@@ -147,7 +147,7 @@ def test_class_pictures_come_beside_ones_own_and_weigh_what_is_asked(folders, ti
 
 
 @pytest.mark.parametrize("rows", [(2, 2), (3, 3)])
-def test_class_pictures_come_in_the_same_order_for_any_number_of_hosts(folders, rows):
+def test_class_images_come_in_the_same_order_for_any_number_of_hosts(folders, rows):
     """Also where a host has an odd number of rows."""
     path = dreambooth.captioned(folders / "mine", ("mine",), folders / "run")
     own = captioned_data(path, rows[0], SIDE, seed=0, threads=1)
@@ -166,7 +166,7 @@ def test_class_pictures_come_in_the_same_order_for_any_number_of_hosts(folders, 
 
 
 def test_hosts_that_make_one_captioned_folder_agree(folders):
-    """At the same time, and of other pictures than those that an earlier run pointed at."""
+    """At the same time, and of other images than those that an earlier run pointed at."""
     dreambooth.captioned(folders / "class", ("x",), folders / "run")
     with ThreadPoolExecutor(8) as pool:
         done = [pool.submit(dreambooth.captioned, folders / "mine", ("y",), folders / "run") for _ in range(32)]
@@ -177,7 +177,7 @@ def test_hosts_that_make_one_captioned_folder_agree(folders):
     assert batch["text"] == ["y"] * 3
 
 
-def test_steering_pictures_of_the_metadata_are_cut_like_their_own(folders):
+def test_steering_images_of_the_metadata_are_cut_like_their_own(folders):
     folder = folders / "class"
     big = np.random.default_rng(0).integers(0, 255, (3 * SIDE, 2 * SIDE, 3), np.uint8)
     Image.fromarray(big).save(folder / "picture.png")

@@ -83,8 +83,8 @@ def test_train_and_plan_end_before_weights_are_read(train_cli, tiny_folder, tmp_
 
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "inpainting"])
-def test_no_pictures_to_evaluate_on(tmp_path, stage, monkeypatch):
-    """Training goes without evaluation; so does one that draws from pictures set aside."""
+def test_no_images_to_evaluate_on(tmp_path, stage, monkeypatch):
+    """Training goes without evaluation; so does one that draws from images set aside."""
     config = get_config(stage)
     first = tiny_model()
     parts = first.text_encoder.config, first.unet.config, first.vae.config, first.tokenizer, first.scheduler

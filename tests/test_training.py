@@ -65,7 +65,7 @@ def test_equal_captions_are_not_each_others_negatives():
     equal = np.eye(3, dtype=bool)
     equal[0, 1] = equal[1, 0] = True
     gradient = jax.grad(lambda a: contrastive_loss(a, b, 3.0, equal)[0])(a)
-    # Turning picture 0 towards picture 1's caption, which is its own, must only ever help.
+    # Turning image 0 towards image 1's caption, which is its own, must only ever help.
     towards = jax.jvp(lambda a: contrastive_loss(a, b, 3.0, equal)[0], (a,), (np.stack([b[0], 0 * b[0], 0 * b[0]]),))[1]
     assert towards < 0
     assert np.isfinite(gradient).all()
@@ -207,7 +207,7 @@ def test_no_gradient_flows_into_the_autoencoder(gradients):
         assert any(np.any(g != 0) for g in jax.tree.leaves(grads[part])) == flows, part
 
 
-def test_cached_latents_give_the_loss_of_their_pictures(params, denoising_loss):
+def test_cached_latents_give_the_loss_of_their_images(params, denoising_loss):
     model, batch = whole_model(), pairs(BATCH)
     texts = ["castle", "red", "dragon", "blue"]
     rows = [{"image": image, "text": text} for image, text in zip(batch["image"], texts, strict=True)]

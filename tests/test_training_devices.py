@@ -91,7 +91,7 @@ def test_the_tensor_axis_adds_sums_of_activations_and_the_halves_of_gated_layers
 
 
 def test_hosts_train_together_and_others_go_on(tmp_path):
-    """One process with one device, then two with four each, then the one: as if it had never changed. A picture is
+    """One process with one device, then two with four each, then the one: as if it had never changed. An image is
     damaged.
     """
     data = write_images(tmp_path / "data")

@@ -78,7 +78,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path):
     assert seen["unbroken"] == seen["broken"]
 
 
-def test_a_resumed_run_goes_on_in_the_folder_of_pictures(tmp_path):
+def test_a_resumed_run_goes_on_in_the_folder_of_images(tmp_path):
     lines = [{"file_name": f"{i}.png", "text": [f"a {i}", f"the {i}"]} for i in range(7)]
     for i, line in enumerate(lines):
         Image.fromarray(np.full((SIDE, SIDE, 3), 30 * i, np.uint8)).save(tmp_path / line["file_name"])
@@ -172,7 +172,7 @@ def test_the_clock_stands_still_between_intervals(tmp_path, capsys):
                 time.sleep(0.5)
                 report.start_clock()
     assert [m and m["loss"] for m in means] == [None, None, 2.0, None, None, 5.0]
-    # At most 10 pictures in 0.02 s; 10 in 0.27 s if the half second counted.
+    # At most 10 images in 0.02 s; 10 in 0.27 s if the half second counted.
     for mean in (means[2], means[5]):
         assert 60 < mean["images_per_second"] <= 500
     assert "left" in capsys.readouterr().out
@@ -192,7 +192,7 @@ def events(folder) -> list:
     return found
 
 
-def test_tensorboard_gets_numbers_pictures_and_captions_at_once(tmp_path):
+def test_tensorboard_gets_numbers_images_and_captions_at_once(tmp_path):
     tracker = TensorBoard(tmp_path / "tb", 4)
     tracker.write(5, {"loss": 0.5, "bad": float("nan")})
     tracker.draw(6, "samples", TrackedImages(np.zeros((1, 8, 8, 3), np.uint8), ["a castle"]))
@@ -208,8 +208,8 @@ def test_tensorboard_gets_numbers_pictures_and_captions_at_once(tmp_path):
 def test_a_full_disk_under_tensorboards_files_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda _: open("/dev/full", "wb"))  # noqa: SIM115
     tracker = TensorBoard(tmp_path / "tb", 0)
-    picture = TrackedImages(np.zeros((1, 8, 8, 3), np.uint8))
-    for call in (lambda: tracker.write(1, {"loss": 1.0}), lambda: tracker.draw(1, "x", picture), tracker.close):
+    image = TrackedImages(np.zeros((1, 8, 8, 3), np.uint8))
+    for call in (lambda: tracker.write(1, {"loss": 1.0}), lambda: tracker.draw(1, "x", image), tracker.close):
         with pytest.raises(WorkdirError, match=r"tb cannot be written \(No space left on device\): once it can"):
             call()
 

@@ -66,14 +66,14 @@ def test_a_film_goes_from_one_prompt_to_the_other(draw):
 LONG = "a castle, " * 40  # a dozen chunks of the tiny tokenizer's
 
 
-def test_a_picture_does_not_depend_on_a_longer_prompt_beside_it(draw):
+def test_an_image_does_not_depend_on_a_longer_prompt_beside_it(draw):
     both = draw(["a castle", LONG], seed=3)
     assert levels(both[:1], draw("a castle", seed=3)) <= LEVEL
     assert levels(both[1:], draw(LONG, seed=4)) <= LEVEL
 
 
 def test_a_long_negative_prompt_leaves_the_prompt_alone(draw):
-    """The first picture has no use for its negative prompt, the second has a short one."""
+    """The first image has no use for its negative prompt, the second has a short one."""
     drawn = draw(["a castle"] * 2, [LONG, "blurry"], seed=[3, 3], guidance_scale=[1.0, 7.5])
     assert levels(drawn[:1], draw("a castle", seed=3, guidance_scale=1.0)) <= LEVEL
     assert levels(drawn[1:], draw("a castle", "blurry", seed=3)) <= LEVEL
@@ -104,7 +104,7 @@ def test_a_mask_of_one_side_is_no_mask_of_the_other(tiny):
 
 
 @pytest.mark.parametrize("upscale", ["pixel", "latent"])
-def test_two_stages_are_the_small_picture_enlarged_and_redrawn(upscale, tiny, draw):
+def test_two_stages_are_the_small_image_enlarged_and_redrawn(upscale, tiny, draw):
     """Against the same put together from the pure pieces."""
     model, params = tiny
     drawn = draw(["a castle"], seed=3, hires=2, hires_strength=0.7, hires_upscale=upscale, guidance_scale=1.0)
@@ -122,8 +122,8 @@ def test_two_stages_are_the_small_picture_enlarged_and_redrawn(upscale, tiny, dr
         if upscale == "latent":
             large = jax.image.resize(low, (1, *LATENT), "cubic")
         else:
-            picture = jax.image.resize(jaxdiff.decode(model, params, low), (1, SIDE, SIDE, 3), "lanczos3")
-            large = jaxdiff.encode(model, params, jnp.clip(picture, 0, 1))
+            image = jax.image.resize(jaxdiff.decode(model, params, low), (1, SIDE, SIDE, 3), "lanczos3")
+            large = jaxdiff.encode(model, params, jnp.clip(image, 0, 1))
         x = times.alpha[start] * large + times.sigma[start] * full
         return jaxdiff.decode(model, params, take(x, start=start))
 
@@ -131,7 +131,7 @@ def test_two_stages_are_the_small_picture_enlarged_and_redrawn(upscale, tiny, dr
 
 
 @pytest.mark.slow
-def test_two_stages_from_a_picture_with_a_mask_under_a_controlnet(tiny):
+def test_two_stages_from_an_image_with_a_mask_under_a_controlnet(tiny):
     """Both stages keep what the mask covers and follow the control image at their own size: from the pure pieces."""
     model, params = with_controlnets(*tiny, tiny_controlnet(tiny[0]))
     rng = np.random.default_rng(0)
@@ -178,7 +178,7 @@ def test_strength_of_the_second_stage_is_traced(draw):
 
 
 def test_tiles_of_the_whole_change_nothing_and_smaller_ones_little(draw):
-    """One tile that covers the picture is the picture; of smaller ones, the group norms and the seams differ."""
+    """One tile that covers the image is the image; of smaller ones, the group norms and the seams differ."""
     whole = draw(["a castle"], seed=3)
     assert levels(draw(["a castle"], seed=3, tile=LATENT[0]), whole) <= LEVEL
     tiles = draw(["a castle"], seed=3, tile=LATENT[0] - 2)
@@ -195,9 +195,9 @@ def test_frames_are_drawn_by_a_tiny_autoencoder_where_there_is_one(tiny, draw):
     module = AutoencoderTiny(config)
     own = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     with_tiny = dataclasses.replace(model, tiny_vae=module), params | {"tiny_vae": own}
-    picture, frames = jaxdiff.generate(*with_tiny, ["a castle"], seed=3, steps=STEPS, frames=2)
+    image, frames = jaxdiff.generate(*with_tiny, ["a castle"], seed=3, steps=STEPS, frames=2)
     other, plain = draw(["a castle"], seed=3, frames=2)
-    assert levels(picture, other) <= LEVEL
+    assert levels(image, other) <= LEVEL
     assert frames.shape == plain.shape == (1, 2, SIDE, SIDE, 3)
     assert levels(frames, plain) > LEVEL
 

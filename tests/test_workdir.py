@@ -1,4 +1,4 @@
-"""What a run refuses and what it tells: other configs, other data, a second run; numbers, pictures, profiles."""
+"""What a run refuses and what it tells: other configs, other data, a second run; numbers, images, profiles."""
 
 import json
 import os
@@ -161,7 +161,7 @@ def test_the_loss_by_noise_level_is_the_same_each_time_and_knows_the_level():
     assert values == again
     assert [name for name in values if name != "eval_loss"] == [f"eval_loss_t{t:03d}" for t in range(50, 1000, 100)]
     np.testing.assert_allclose(values["eval_loss"], np.mean([v for k, v in values.items() if k != "eval_loss"]))
-    # A network that says nothing is wrong by all of the noise, of unit variance, at every level: 4 pictures of 256
+    # A network that says nothing is wrong by all of the noise, of unit variance, at every level: 4 images of 256
     # numbers, so that the mean of squares is 1 but for sqrt(2 / 1024) = 0.044.
     np.testing.assert_allclose(list(of_nothing.values()), 1.0, atol=4 * 0.044)
     assert len(set(values.values())) == 11
@@ -203,7 +203,7 @@ def test_metrics_of_a_killed_run_are_cut_where_it_goes_on(tmp_path):
     ]
 
 
-def test_weights_and_biases_get_numbers_and_pictures_and_the_same_run_goes_on(tmp_path, monkeypatch):
+def test_weights_and_biases_get_numbers_and_images_and_the_same_run_goes_on(tmp_path, monkeypatch):
     calls = []
     drawn = TrackedImages(np.zeros((2, 4, 4, 3), np.uint8), ("a", "b"))
 

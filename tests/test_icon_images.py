@@ -1,4 +1,4 @@
-"""Pictures of the icons set: captions, splits, rendering, filters, and which are made of a drawing."""
+"""Images of the icons set: captions, splits, rendering, filters, and which are made of a drawing."""
 
 from collections import Counter
 
@@ -181,7 +181,7 @@ def test_opaque_pages_lose_their_alpha(tmp_path):
     assert read_pixels(tmp_path / "page.webp").shape == (64, 64, 3)
 
 
-def test_pictures_are_lossless(tmp_path):
+def test_images_are_lossless(tmp_path):
     image = _disc()
     image = np.where(image[..., 3:] == 0, np.uint8(0), image)
     render.save(image, tmp_path / "disc.webp")
@@ -211,7 +211,7 @@ def test_filters_paint_over_and_keep_the_shape(name, size):
     np.testing.assert_array_equal(painted, again)
     solid = image[..., 3] > 128
     moved = (solid != (painted[..., 3] > 128)).mean()
-    assert moved < 0.05  # edges wobble by a pixel or two of a disc whose rim is 7% of the picture
+    assert moved < 0.05  # edges wobble by a pixel or two of a disc whose rim is 7% of the image
     inside = solid & (painted[..., 3] > 128)
     assert np.abs(painted[inside][:, :3].astype(int) - image[inside][:, :3]).mean() > 1
     assert not painted[painted[..., 3] == 0].any()

@@ -1,4 +1,4 @@
-"""Pictures steered by ControlNets are those of PyTorch diffusers' pipelines with the same weights and noise."""
+"""Images steered by ControlNets are those of PyTorch diffusers' pipelines with the same weights and noise."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ LEVELS = 2  # grey levels; see test_tasks.py
 
 
 @pytest.mark.parametrize(("name", "scales"), [("sd1", [0.8, 0.5]), ("sdxl", [0.8])])
-def test_pictures_equal_pytorchs(name, scales, tmp_path):
+def test_images_equal_pytorchs(name, scales, tmp_path):
     """Two ControlNets at different scales on Stable Diffusion 1.x, one on SDXL; sides that do not halve evenly."""
     config = {k: v for k, v in pipelines.UNETS[name].items() if k not in OF_THE_UNET}
     nets = [controlnet_oracle.controlnet(config | {"conditioning_embedding_out_channels": (8, 16)}) for _ in scales]
@@ -38,10 +38,10 @@ def test_pictures_equal_pytorchs(name, scales, tmp_path):
     rng = np.random.default_rng(0)
     hints = [rng.uniform(0, 1, (2, 18, 26, 3)).astype(np.float32) for _ in scales]
     noise = rng.standard_normal((2, 9, 13, 4)).astype(np.float32)
-    pictures = [oracle.nchw(hint) for hint in hints]
+    images = [oracle.nchw(hint) for hint in hints]
     theirs = pipeline(
         PROMPTS,
-        image=pictures if len(nets) > 1 else pictures[0],
+        image=images if len(nets) > 1 else images[0],
         controlnet_conditioning_scale=scales if len(nets) > 1 else scales[0],
         num_inference_steps=4,
         guidance_scale=3.0,
