@@ -80,6 +80,46 @@ def test_files_of_eight_bits_are_widened(saved, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found["transformer"], rounded)
 
 
+SCALED = {  # how the files of each kind call the scale, its shape, and what lies beside it: layer -> tensors
+    "ComfyUI's older": ("scale_weight", (), lambda layer: {f"{layer}.scale_input": torch.ones(())}),
+    "ComfyUI's newer": (
+        "weight_scale",
+        (),
+        lambda layer: {
+            f"{layer}.comfy_quant": torch.frombuffer(bytearray(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+        },
+    ),
+    "one for each output": ("weight_scale", (-1, 1), lambda layer: {f"{layer}.input_scale": torch.ones(1)}),
+    "whole numbers": ("weight_scale", (1,), lambda layer: {}),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_eight_bits_times_the_scales_beside_them(saved, kind, tmp_path):
+    family, folder, tensors, _ = saved
+    from safetensors.torch import save_file as save_torch
+
+    end, shape, beside = SCALED[kind]
+    dtype, most = (torch.int8, 127) if kind == "whole numbers" else (torch.float8_e4m3fn, 448)
+    written, expected = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {}
+    for name, x in original(family, tensors).items():
+        x = torch.tensor(x)
+        expected[name] = x.numpy()
+        written[name] = x
+        if x.ndim == 2 and name.endswith(".weight"):
+            layer = name.removesuffix(".weight")
+            scale = x.abs().amax(1, keepdim=True) if shape == (-1, 1) else x.abs().max().reshape(shape)
+            scale = (scale / most).clamp(min=1e-12)
+            written[name] = (x / scale).round().to(dtype) if dtype == torch.int8 else (x / scale).to(dtype)
+            expected[name] = (written[name].float() * scale).numpy()
+            written |= {f"{layer}.{end}": scale, **beside(layer)}
+    save_torch({f"model.diffusion_model.{n}": x.contiguous() for n, x in written.items()}, tmp_path / "a.safetensors")
+    save_file(expected, tmp_path / "same.safetensors")
+    _, found = jaxdiff.load(folder, transformer=tmp_path / "a.safetensors")
+    _, same = jaxdiff.load(folder, transformer=tmp_path / "same.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, found["transformer"], same["transformer"])
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16", "BF16"])
 def test_gguf(saved, kind, tmp_path):
     """Against the library's own quantisation and back; rows that are no multiple of a block stay float32."""

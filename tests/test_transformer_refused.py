@@ -1,6 +1,7 @@
 """Files that do not fit a model with a transformer: a sentence that names the flag, before any weights are read."""
 
 import json
+import re
 import shutil
 import types
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 pytest.importorskip("diffusers")
 import jaxdiff
 from jaxdiff.cli import sample
+from jaxdiff.errors import WeightsError
 from jaxdiff.io import tensor_files
 from jaxdiff.sampling.resolve import lowres_shape
 from tests.support.transformer_pipelines import original
@@ -100,8 +102,8 @@ def test_transformers_that_do_not_fit(folders, refuses, tmp_path, tiny_folder):
     err = refuses(flux, flag)
     assert "--transformer: " in err
     assert "one.safetensors holds a transformer of sd3, and the folder's is of flux: give one of the same family" in err
-    for name, scale in (("scaled_fp8", ()), ("double_blocks.0.img_mod.lin.scale_weight", (1,))):
-        save_file({**tensors, name: np.ones(scale, np.float32)}, file)
+    for name, shape in ((f"{LAYER}.weight_scale", (6, 2)), ("double_blocks.0.img_mod.scale_weight", (1,))):
+        save_file({**tensors, name: np.ones(shape, np.float32)}, file)
         assert f"--transformer: {file} is quantised with scales of its own ({name})" in refuses(flux, flag)
     name = "double_blocks.0.img_attn.qkv.weight"
     for rows in (64, 192):
@@ -111,6 +113,26 @@ def test_transformers_that_do_not_fit(folders, refuses, tmp_path, tiny_folder):
     assert "lacks the tensor transformer_blocks.0.attn." in refuses(flux, flag)
     assert "--transformer: " in refuses(tiny_folder, flag)
     assert "--transformer: /nowhere does not exist" in refuses(flux, "--transformer=/nowhere")
+
+
+LAYER = "double_blocks.0.img_mod.lin"
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "words"),
+    [
+        (np.float32, 1.0, f"has {LAYER}.weight of float32 with scales of float64, which cannot be read"),
+        (np.uint8, 1.0, f"has {LAYER}.weight of uint8 with scales of float64"),
+        (np.int8, 1, f"has {LAYER}.weight of int8 with scales of int64"),
+        (np.int8, np.nan, f"{LAYER}.scale_weight must be finite"),
+    ],
+)
+def test_scales_that_cannot_be_read(kind, scale, words, folders, tmp_path):
+    tensors, file = original("flux", transformer(folders["flux"])), tmp_path / "one.safetensors"
+    changed = {f"{LAYER}.weight": tensors[f"{LAYER}.weight"].astype(kind), f"{LAYER}.scale_weight": np.array(scale)}
+    save_file(tensors | changed, file)
+    with pytest.raises(WeightsError, match=re.escape(words)):
+        jaxdiff.load(folders["flux"], transformer=file)
 
 
 def test_gguf_files_that_do_not_fit(folders, refuses, tmp_path):

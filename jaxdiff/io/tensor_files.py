@@ -52,6 +52,8 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 IGNORED = ("position_ids", "num_batches_tracked", "lm_head.weight")
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 SUFFIXES = (*SAFETENSORS, *PICKLES, ".msgpack")  # in the order of preference
+SCALES = (".scale_weight", ".weight_scale")  # of the weight of a layer, in ComfyUI's older and newer files
+OF_SCALES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")  # what says how to compute with such weights
 
 
 def open_tensors(path: str | Path) -> TensorSource:
@@ -73,7 +75,7 @@ def open_tensors(path: str | Path) -> TensorSource:
     try:
         if path.suffix.lower() != ".json":
             opener = _by_content(path, opener)
-        return _unwrapped(opener(path))
+        return _unscaled(_unwrapped(opener(path)))
     except FileNotFoundError:
         raise WeightsError(f"{path} does not exist: check the path, or fetch the model again.") from None
     except OSError as e:
@@ -92,6 +94,37 @@ def _unwrapped(source: TensorSource) -> TensorSource:
         if source.shapes and all(name.startswith(wrapper) for name in source.shapes):
             return _unwrapped(without_prefix(source, wrapper))
     return source
+
+
+def _unscaled(source: TensorSource) -> TensorSource:
+    """Weights of 8 bits times the scales that lie beside them, one for all of a weight's outputs or one for each.
+
+    A file with scales of another kind, one for each block of some inputs, is left as it is.
+    """
+    scales = {f"{n.removesuffix(end)}.weight": n for end in SCALES for n in source.shapes if n.endswith(end)}
+    for weight, scale in scales.items():
+        outputs, *inputs = source.shapes.get(weight) or [0]
+        if not inputs or list(source.shapes[scale]) not in ([], [1], [outputs], [outputs, 1]):
+            return source
+    if not scales:
+        return source
+
+    def read(name: str) -> np.ndarray:
+        x = source.read(name)
+        if name not in scales:
+            return x
+        scale = source.read(scales[name])
+        if x.dtype not in (*EIGHT_BITS.values(), np.int8) or not jnp.issubdtype(scale.dtype, jnp.floating):
+            kinds = f"{name} of {x.dtype} with scales of {scale.dtype}"
+            raise WeightsError(f"{source.path} has {kinds}, which cannot be read: take a file in fp8 or bfloat16.")
+        scale = np.asarray(scale, np.float32).reshape(-1, *(1,) * (x.ndim - 1))
+        if not np.isfinite(scale).all():
+            raise WeightsError(f"{source.path}: {scales[name]} must be finite: the file is damaged, fetch it again.")
+        return x.astype(np.float32) * scale
+
+    beside = {*scales.values(), *(name for name in source.shapes if name.endswith(OF_SCALES))}
+    kept = {name: shape for name, shape in source.shapes.items() if name not in beside}
+    return dataclasses.replace(source, shapes=kept, read=read)
 
 
 def _by_content(path: Path, opener: Callable[[Path], TensorSource]) -> Callable[[Path], TensorSource]:
@@ -158,6 +191,8 @@ def _open_index(path: Path) -> TensorSource:
         if Path(file).name != file or not file.endswith(SUFFIXES):
             raise WeightsError(f"{path} names {file!r}, which is not a weights file beside it: {again}")
         sources[file] = open_tensors(path.parent / file)
+    beside = (*SCALES, *OF_SCALES)
+    places = {name: f for name, f in places.items() if name in sources[f].shapes or not name.endswith(beside)}
     for name, file in places.items():
         if name not in sources[file].shapes:
             raise WeightsError(f"{path} places the tensor {name} in {file}, which lacks it: {again}")

@@ -261,8 +261,8 @@ def described_transformer(source: TensorSource, config: Any) -> Any:
     """
     if scale := next((name for name in source.shapes if re.search(QUANTISED, name)), None):
         raise WeightsError(
-            f"{source.path} is quantised with scales of its own ({scale}), which are not read: give a file without, "
-            "such as bfloat16, plain fp8 or GGUF."
+            f"{source.path} is quantised with scales of its own ({scale}), which are not read: give a file in "
+            "bfloat16, fp8 or GGUF."
         )
     names = list(_own_names(source))
     wanted, found = FAMILIES[type(config)], family_of(names)
