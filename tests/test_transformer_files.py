@@ -13,7 +13,11 @@ pytest.importorskip("diffusers")
 import torch
 
 import jaxdiff
+from jaxdiff.cli.sample import main
+from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
+from jaxdiff.io.images import read_image
+from tests.support import transformer_pipelines as oracle
 from tests.support.transformer_pipelines import converter, original
 
 
@@ -259,3 +263,114 @@ def test_a_lora_of_another_family_is_refused(saved, tmp_path):
     save_file(file, tmp_path / "lora.safetensors")
     with pytest.raises(WeightsError, match=r"lora\.safetensors .* which the model does not have"):
         jaxdiff.load_lora(model, params, tmp_path / "lora.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(PyTorch's SD 3 without T5 of the published proportions, its folder, its tensors as ComfyUI's one file)."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    pipe = oracle.sd3_of_published_proportions()
+    pipe.save_pretrained(folder)
+    return pipe, folder, oracle.one_file(pipe)
+
+
+def test_a_whole_checkpoint_is_the_folder_without_t5(whole, tmp_path, caplog):
+    """Parts that the file holds beside are passed over: T5 with a warning, and CLIP-L's projection as PyTorch does."""
+    pipe, folder, tensors = whole
+    others = {
+        "text_encoders.t5xxl.transformer.shared.weight": np.ones((4, 4), np.float32),
+        "text_encoders.clip_l.transformer.text_projection.weight": np.ones((16, 16), np.float32),
+        "text_encoders.clip_l.logit_scale": np.ones((), np.float32),
+        "model_sampling.sigmas": np.ones(1000, np.float32),
+    }
+    save_file(tensors | others, tmp_path / "all.safetensors")
+    model, params = jaxdiff.load(tmp_path / "all.safetensors")
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [text for text in said if "T5 is left out, since no file of weights holds its tokenizer" in text] == said[:1]
+    expected, same = jaxdiff.load(folder)
+    assert jax.tree.structure(params) == jax.tree.structure(same)
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    assert model.modules["transformer"] == expected.modules["transformer"]
+    assert model.modules["vae"] == expected.modules["vae"]
+    assert (model.scheduler, model.options, model.family) == (expected.scheduler, expected.options, "sd3")
+    noise = np.random.default_rng(0).normal(size=(2, 8, 8, 16)).astype(np.float32)
+    prompts = ["a castle at night", ""]
+    again = type(pipe).from_single_file(str(tmp_path / "all.safetensors"), config=str(folder), local_files_only=True,
+                                        text_encoder_3=None, tokenizer_3=None)  # fmt: skip
+    again.set_progress_bar_config(disable=True)
+    found = jaxdiff.generate(model, params, prompts, steps=2, guidance_scale=3.0, noise=noise)
+    for drawn in (oracle.draw(pipe, prompts, noise, 2, 3.0), oracle.draw(again, prompts, noise, 2, 3.0)):
+        assert drawn.std() > 0.05
+        assert np.abs(found - 255 * drawn).max() <= 3
+
+
+def test_a_whole_checkpoint_without_its_autoencoder_takes_another(whole, tmp_path):
+    """Its latents are then scaled as SD 3's."""
+    _, folder, tensors = whole
+    vae = {name: x for name, x in tensors.items() if name.startswith("first_stage_model.")}
+    save_file({name: x for name, x in tensors.items() if name not in vae}, tmp_path / "pruned.safetensors")
+    save_file(vae, tmp_path / "vae.safetensors")
+    with pytest.raises(WeightsError, match=r"pruned\.safetensors has no autoencoder .* or give an autoencoder's file"):
+        jaxdiff.load(tmp_path / "pruned.safetensors")
+    model, params = jaxdiff.load(tmp_path / "pruned.safetensors", vae=tmp_path / "vae.safetensors")
+    expected, same = jaxdiff.load(folder)
+    assert (model.vae.config.scaling_factor, model.vae.config.shift_factor) == (1.5305, 0.0609)
+    jax.tree.map(np.testing.assert_array_equal, params["vae"], same["vae"])
+    assert model.vae.config.latent_channels == expected.vae.config.latent_channels
+
+
+def test_sample_draws_with_a_whole_checkpoint(whole, tmp_path):
+    _, folder, tensors = whole
+    save_file(tensors, tmp_path / "all.safetensors")
+    for name, path in (("a", folder), ("b", tmp_path / "all.safetensors")):
+        argv = ["sample.py", f"--model={path}", "--prompt=a castle", "--steps=1", "--height=16", "--width=16"]
+        assert main([*argv, f"--output={tmp_path / name}.png"]) == 0
+    np.testing.assert_array_equal(*(read_image(tmp_path / f"{name}.png") for name in "ab"))
+
+
+CLIP_G = "text_encoders.clip_g.transformer."
+X = "model.diffusion_model."
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({CLIP_G: None}, r"lacks a text encoder \(text_encoders\.clip_g\.transformer\.…\): fetch the file that includes"),
+        ({"text_encoders.": None}, r"lacks a text encoder \(text_encoders\.clip_l\.transformer\.…\): .*--transformer"),
+        ({f"{CLIP_G}text_projection.weight": None}, r"lacks the tensor text_encoders\.clip_g\.transformer\.text_proj"),
+        ({f"{CLIP_G}text_projection.weight": (8, 24)}, "reads texts of pooled_projection_dim 36 and .* make 24"),
+        ({f"{CLIP_G}text_model.encoder.layers.1.mlp.fc1.bias": None}, r"lacks the tensor text_encoders\.clip_g\..*fc1"),
+        ({f"{X}joint_blocks.1.x_block.mlp.fc1.bias": None}, r"lacks the tensor transformer_blocks\.1\.ff\.net\.0\.proj"),
+        ({f"{X}joint_blocks.1.x_block.mlp.fc1.bias": (3,)}, r"net\.0\.proj\.bias has shape \[3\]"),
+        ({f"{X}joint_blocks.7.x_block.mlp.fc1.bias": (3,)}, "1 tensors that its config.json has no place for"),
+        ({f"{X}x_embedder.proj.weight": (3,)}, "has tensors of unexpected shapes"),
+        ({f"{X}pos_embed": (7,)}, "has tensors of unexpected shapes"),
+        ({f"{X}y_embedder.mlp.0.weight": None}, r"lacks the tensor model\.diffusion_model\.y_embedder\.mlp\.0\.weight"),
+        ({f"{X}joint_blocks.0.x_block.attn.qkv.weight.absmax": (1,)}, "is of a model quantised with scales of its own"),
+        ({"first_stage_model.decoder.conv_in.weight": (64, 4, 3, 3)}, "of 16 latent channels and an autoencoder of 4"),
+        ({"first_stage_model.decoder.mid.attn_1.q.bias": None}, r"lacks the tensor first_stage_model\.decoder\.mid"),
+        ({"first_stage_model.decoder.mid.block_9.bias": (1,)}, "1 tensors that a model of the family sd3 has no place"),
+    ],
+)  # fmt: skip
+def test_whole_checkpoints_that_do_not_fit(changes, sentence, whole, tmp_path):
+    tensors = dict(whole[2])
+    for name, shape in changes.items():
+        tensors = {n: x for n, x in tensors.items() if not n.startswith(name)}
+        tensors |= {} if shape is None else {name: np.zeros(shape, np.float32)}
+    save_file(tensors, tmp_path / "all.safetensors")
+    with pytest.raises((ConfigError, WeightsError), match=rf"all\.safetensors.*{sentence}"):
+        jaxdiff.load(tmp_path / "all.safetensors")
+
+
+def test_a_whole_checkpoint_cut_short(whole, tmp_path):
+    save_file(whole[2], tmp_path / "all.safetensors")
+    content = (tmp_path / "all.safetensors").read_bytes()
+    for length in (len(content) - 1, len(content) // 2, 1000, 9):
+        (tmp_path / "cut.safetensors").write_bytes(content[:length])
+        with pytest.raises(WeightsError, match=r"cut\.safetensors is damaged or not a safetensors file"):
+            jaxdiff.load(tmp_path / "cut.safetensors")
+
+
+def test_a_transformer_is_not_saved_in_one_file(made_transformers, tmp_path):
+    with pytest.raises(WeightsError, match="cannot hold a model with a transformer: save a folder"):
+        jaxdiff.save(tmp_path / "x.safetensors", *made_transformers.model("sd3"))

@@ -7,14 +7,16 @@ Diffusion model of the same family.
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxdiff.config import CLIPTextConfig, PipelineOptions, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, PipelineOptions, SchedulerConfig, SD3Config, UNetConfig, VAEConfig
 from jaxdiff.errors import WeightsError
 from jaxdiff.io import kinds
 from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
 from jaxdiff.io.tensor_files import TensorSource
+from jaxdiff.io.transformer_folder import GUIDANCE, text_widths
 
 # family -> where its text encoders stand: text_encoder, text_encoder_2
 TEXTS: dict[str, dict[str, str]] = {
@@ -25,10 +27,19 @@ TEXTS: dict[str, dict[str, str]] = {
     "sdxl_refiner": {"text_encoder_2": "conditioner.embedders.0.model."},
     "sd2": {"text_encoder": "cond_stage_model.model."},  # and "upscaler"
     "sd1": {"text_encoder": "cond_stage_model.transformer.text_model."},
+    "sd3": {"text_encoder": "text_encoders.clip_l.transformer.", "text_encoder_2": "text_encoders.clip_g.transformer."},
 }
 TURBO = {"text_encoder": "conditioner.embedders.0.model."}  # SD-Turbo: "sd2" in SDXL's layout
-SAMPLE_SIZES = {"sd1": 64, "sd2": 64, "sdxl": 128, "sdxl_refiner": 128, "upscaler": 128}  # latents along a side
-SCALING = {"sdxl": 0.13025, "sdxl_refiner": 0.13025, "upscaler": 0.08333}
+SAMPLE_SIZES = {
+    "sd1": 64,
+    "sd2": 64,
+    "sdxl": 128,
+    "sdxl_refiner": 128,
+    "upscaler": 128,
+    "sd3": 128,
+}  # latents along a side
+SCALING = {"sdxl": 0.13025, "sdxl_refiner": 0.13025, "upscaler": 0.08333, "sd3": 1.5305}
+SHIFTS = {"sd3": 0.0609}
 HEAD_WIDTH, CLIP_HEAD_WIDTH = 64, 64
 USED_LAYERS = 23  # of OpenCLIP-H's 24, in SD 2.x
 _SD: dict[str, Any] = {
@@ -48,6 +59,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {  # scheduler_config.json of the publis
     "sdxl_refiner": _SD | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
     "lcm": _SD | {"_class_name": "LCMScheduler", "set_alpha_to_one": True, "steps_offset": 0},
     "upscaler": _WIDE | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    "sd3": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
 }
 LOW_RES = {
     "_class_name": "DDPMScheduler",
@@ -100,8 +112,10 @@ def detect(source: TensorSource, *, without_vae: bool = False) -> str:
     """
     shapes = source.shapes
     has_unet = any(n.startswith(UNET_PREFIX) for n in shapes)
-    kinds.refuse_family(source) if has_unet else kinds.refuse(source)
-    for family in sorted(TEXTS, key=lambda f: not all(_has_tokens(source, p) for p in TEXTS[f].values())):
+    sd3 = any(n.startswith(f"{UNET_PREFIX}joint_blocks.") for n in shapes)
+    kinds.refuse_family(source, "Stable Diffusion 3" if sd3 else "") if has_unet else kinds.refuse(source)
+    families = [family for family in TEXTS if (family == "sd3") == sd3]
+    for family in sorted(families, key=lambda f: not all(_has_tokens(source, p) for p in TEXTS[f].values())):
         texts = TEXTS[family]
         if all(any(n.startswith(p.removesuffix("text_model.")) for n in shapes) for p in texts.values()):
             if not (without_vae or has_vae(source)):
@@ -113,6 +127,13 @@ def detect(source: TensorSource, *, without_vae: bool = False) -> str:
                 return "sd2"  # SD-Turbo, whose UNet is told no sizes
             upscales = family == "sd2" and f"{UNET_PREFIX}label_emb.weight" in shapes
             return "upscaler" if upscales else family
+    if sd3:
+        lacking = next(p for p in TEXTS["sd3"].values() if not any(n.startswith(p) for n in shapes))
+        raise WeightsError(
+            f"{source.path} is of Stable Diffusion 3 and lacks a text encoder ({lacking}…): fetch the file that "
+            "includes both CLIPs, or give a diffusers folder of the model as --model, and this file as --transformer "
+            "(`transformer` of jaxdiff.load)."
+        )
     Shapes(source, UNET_PREFIX)["input_blocks.0.0.weight"]  # for its error, where the file is something else altogether
     more = "" if has_vae(source) else " and no autoencoder"
     raise WeightsError(
@@ -156,6 +177,8 @@ def infer_configs(source: TensorSource, family: str, prediction_type: str | None
     Raises:
         WeightsError: a tensor is missing or has the wrong number of axes.
     """
+    if family == "sd3":
+        return _sd3_configs(source, prediction_type)
     with as_weights_error(source):
         configs: dict[str, Any] = {
             name: text_config(Shapes(source, prefix), openclip=prefix.endswith(".model."), project=name.endswith("2"))
@@ -178,6 +201,53 @@ def infer_configs(source: TensorSource, family: str, prediction_type: str | None
         "scheduler": scheduler_config(published, prediction_type, zero_snr="ztsnr" in source.shapes),
         "options": pipeline_options(family),
     }
+
+
+def _sd3_configs(source: TensorSource, prediction_type: str | None) -> dict[str, Any]:
+    """The configs of Stable Diffusion 3 and 3.5 without T5."""
+    configs: dict[str, Any] = {}
+    with as_weights_error(source):
+        for name, prefix in TEXTS["sd3"].items():
+            text = text_config(Shapes(source, f"{prefix}text_model."), openclip=False, project=False)
+            configs[name] = dataclasses.replace(
+                text,
+                hidden_act="gelu" if name == "text_encoder_2" else "quick_gelu",
+                projection_dim=Shapes(source, prefix)["text_projection.weight"][0],
+                with_projection=True,
+            )
+        configs["transformer"] = sd3_config(Shapes(source, UNET_PREFIX))
+        configs["vae"] = vae_config(Shapes(source, VAE_PREFIX), "sd3") if has_vae(source) else published_vae("sd3")
+    for name, read, made in text_widths("sd3", configs | {"text_encoder_3": None}):
+        if read != made:
+            raise WeightsError(
+                f"{source.path} has a transformer that reads texts of {name} {read} and text encoders that make "
+                f"{made}: they are of different models, fetch the file again."
+            )
+    scheduler, options = scheduler_config("sd3", prediction_type), PipelineOptions(guidance_scale=GUIDANCE["sd3"])
+    return configs | {"scheduler": scheduler, "options": options}
+
+
+def sd3_config(shapes: Shapes) -> SD3Config:
+    """The config of Stable Diffusion 3's transformer from the shapes of its tensors in the original layout."""
+    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    layers = shapes.count("joint_blocks.{}.")
+    norm = "joint_blocks.0.x_block.attn.ln_q.weight"
+    head = shapes[norm][0] if norm in shapes else HEAD_WIDTH
+    return SD3Config(
+        sample_size=SAMPLE_SIZES["sd3"],
+        patch_size=patch,
+        in_channels=channels,
+        num_layers=layers,
+        attention_head_dim=head,
+        num_attention_heads=width // head,
+        joint_attention_dim=shapes["context_embedder.weight"][1],
+        caption_projection_dim=shapes["context_embedder.weight"][0],
+        pooled_projection_dim=shapes["y_embedder.mlp.0.weight"][1],
+        out_channels=shapes["final_layer.linear.weight"][0] // patch**2,
+        pos_embed_max_size=math.isqrt(shapes["pos_embed"][1]),
+        dual_attention_layers=tuple(i for i in range(layers) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes),
+        qk_norm="rms_norm" if norm in shapes else None,
+    )
 
 
 def scheduler_config(family: str, prediction_type: str | None = None, *, zero_snr: bool = False) -> SchedulerConfig:
@@ -276,6 +346,7 @@ def vae_config(shapes: Shapes, family: str) -> VAEConfig:
         latent_channels=shapes["decoder.conv_in.weight"][1],
         sample_size=SAMPLE_SIZES[family] * 2 ** (levels - 1),
         scaling_factor=SCALING.get(family, 0.18215),
+        shift_factor=SHIFTS.get(family),
         use_quant_conv="quant_conv.weight" in shapes,
         use_post_quant_conv="post_quant_conv.weight" in shapes,
         mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes,
@@ -290,8 +361,12 @@ def published_vae(family: str) -> VAEConfig:
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=(128, 256, 512, 512)[:levels],
         layers_per_block=2,
+        latent_channels=16 if family == "sd3" else 4,
         sample_size=SAMPLE_SIZES[family] * 2 ** (levels - 1),
         scaling_factor=SCALING.get(family, 0.18215),
+        shift_factor=SHIFTS.get(family),
+        use_quant_conv=family != "sd3",
+        use_post_quant_conv=family != "sd3",
     )
 
 

@@ -7,8 +7,8 @@ from jaxdiff.errors import WeightsError
 from jaxdiff.io.tensor_files import TensorSource
 
 SUPPORTED = (
-    "supported are Stable Diffusion 1.x, 2.x and XL, their inpainting and LCM, XL's refiner and the x4 upscaler, and "
-    "as folders FLUX.1, Stable Diffusion 3 and 3.5, Z-Image and FLUX.2 klein"
+    "supported are Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, inpainting and LCM of the first three, XL's refiner and "
+    "the x4 upscaler, and as folders FLUX.1, Z-Image and FLUX.2 klein"
 )
 _NET = r"^(model\.diffusion_model\.|transformer\.|unet\.)?"
 FAMILIES: dict[str, str] = {  # checkpoints of models that are not drawn: a name in each of them -> the model
@@ -107,9 +107,10 @@ def _first(patterns: Iterable[str], source: TensorSource) -> str | None:
     return next((p for p in patterns if re.search(p, lines, re.MULTILINE)), None)
 
 
-def refuse_family(source: TensorSource) -> None:
-    """Raise a WeightsError if a file is a checkpoint of a model that is known and not supported."""
-    if found := _first(FAMILIES, source):
+def refuse_family(source: TensorSource, wanted: str = "") -> None:
+    """Raise a WeightsError if a file is a checkpoint of a model that is known, not supported and not `wanted`."""
+    found = _first(FAMILIES, source)
+    if found and FAMILIES[found] != wanted:
         family = FAMILIES[found]
         if family in DRAWN_FROM_FOLDERS:
             raise WeightsError(

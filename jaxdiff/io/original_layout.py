@@ -48,6 +48,10 @@ VAE_ENDS = {
 }
 VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+SD3_CLIP = {  # both CLIPs as transformers names them, in one-file checkpoints of Stable Diffusion 3
+    **{name: f"text_model.{name}" for name in ("embeddings", "encoder", "final_layer_norm")},
+    "text_projection.weight": "text_projection.weight",
+}
 OPENCLIP_ENDS = {
     "embeddings.token_embedding": "token_embedding",
     "embeddings.position_embedding.weight": "positional_embedding",

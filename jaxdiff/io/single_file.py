@@ -24,7 +24,7 @@ from jaxdiff.config import (
     TinyVAEConfig,
     VAEConfig,
 )
-from jaxdiff.errors import WeightsError
+from jaxdiff.errors import WeightsError, say_once
 from jaxdiff.io import cache, programs
 from jaxdiff.io.configs import NETWORKS, as_config_error, check_channels, check_dtype, example_image, module_shapes
 from jaxdiff.io.infer_config import (
@@ -39,6 +39,7 @@ from jaxdiff.io.infer_config import (
 )
 from jaxdiff.io.model_paths import BUNDLED
 from jaxdiff.io.original_layout import (
+    SD3_CLIP,
     UNET_PREFIX,
     VAE_PREFIX,
     Place,
@@ -49,15 +50,27 @@ from jaxdiff.io.original_layout import (
     vae_table,
 )
 from jaxdiff.io.strays import IGNORED, STRAY, only_own, pass_over
-from jaxdiff.io.tensor_files import TensorSource, load_tensors, named_tensors, open_tensors, write_tensors
+from jaxdiff.io.tensor_files import (
+    TensorSource,
+    check_tensors,
+    load_tensors,
+    named_tensors,
+    open_tensors,
+    write_tensors,
+)
 from jaxdiff.io.torch_names import tensor_name
+from jaxdiff.io.transformer_layout import transformer_source
 from jaxdiff.models.model import Model, build
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Params
 
 METADATA = "jaxdiff"  # key in the file's metadata
-PREFIXES = {"unet": UNET_PREFIX, "vae": VAE_PREFIX}  # of the tensors' names; the text encoders' are the family's
+PREFIXES = {
+    "unet": UNET_PREFIX,
+    "transformer": UNET_PREFIX,
+    "vae": VAE_PREFIX,
+}  # of the tensors' names; the text encoders' are the family's
 METADATA_CONFIGS: dict[str, type[Config]] = {
     **{name: cls for name, cls in NETWORKS.items() if name != "vision_encoder"},
     "scheduler": SchedulerConfig,
@@ -78,7 +91,9 @@ def load_single_file(
     model, sources = open_single_file(path, dtype, remat, **more)
     sources = {name: source for name, source in sources.items() if parts is None or name in parts}
     shapes = programs.shapes(model)
-    return model, {name: load_tensors(source, shapes[name], model.unet.dtype, mesh) for name, source in sources.items()}
+    return model, {
+        name: load_tensors(source, shapes[name], model.denoising.dtype, mesh) for name, source in sources.items()
+    }
 
 
 def open_single_file(
@@ -90,7 +105,7 @@ def open_single_file(
     prediction_type: str | None = None,
     configs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Model, dict[str, TensorSource]]:
-    """Open a one-file checkpoint of Stable Diffusion 1.x, 2.x, XL, XL's refiner or the x4 upscaler.
+    """Open a one-file checkpoint of Stable Diffusion 1.x, 2.x, XL, XL's refiner, the x4 upscaler, or 3 without T5.
 
     Args:
         path: a file of tensors in any format that `open_tensors` knows.
@@ -111,7 +126,10 @@ def open_single_file(
     """
     source, dtype = open_tensors(path), check_dtype(dtype)
     family = detect(source, without_vae=without_vae)
-    found, tokenizers = _read_metadata(source) or (infer_configs(source, family, prediction_type), {})
+    flow = family == "sd3"
+    source = _sd3_source(source) if flow else source
+    own = None if flow else _read_metadata(source)
+    found, tokenizers = own or (infer_configs(source, family, prediction_type), {})
     if prediction_type is not None:
         found["scheduler"] = dataclasses.replace(found["scheduler"], prediction_type=prediction_type)
     with as_config_error(f"the configs of {source.path} do not make a model"):
@@ -121,17 +139,60 @@ def open_single_file(
             key = name.replace("text_encoder", "tokenizer")
             tokenizers.setdefault(key, clip_tokenizer(found[name]))
         model = build(
-            found.get("text_encoder"), found["unet"], found["vae"], tokenizers.get("tokenizer"), found["scheduler"],
-            text_2=found.get("text_encoder_2"), tokenizer_2=tokenizers.get("tokenizer_2"), options=found["options"],
-            dtype=dtype, remat=remat,
+            found.get("text_encoder"), None if flow else found["unet"], found["vae"], tokenizers.get("tokenizer"),
+            found["scheduler"], text_2=found.get("text_encoder_2"), tokenizer_2=tokenizers.get("tokenizer_2"),
+            transformer=found["transformer"] if flow else None, options=found["options"], dtype=dtype, remat=remat,
         )  # fmt: skip
         shapes = programs.shapes(model)
     check_channels(model, source.path)
     prefixes = PREFIXES | text_prefixes(source, family)
     shapes = {name: tree for name, tree in shapes.items() if name != "vae" or has_vae(source)}
-    places = {name: _places(shapes[name], name, model.modules[name].config, prefixes[name], source) for name in shapes}
+    places = {
+        name: _places(tree, name, model.modules[name].config, prefixes[name], source)
+        for name, tree in shapes.items()
+        if name != "transformer"
+    }
+    sources = {name: _renamed(source, places[name]) for name in places}
+    if flow:
+        sources["transformer"] = _transformer(source, shapes["transformer"])
+        source = dataclasses.replace(
+            source, shapes={n: s for n, s in source.shapes.items() if not n.startswith(UNET_PREFIX)}
+        )
     _check_others(source, places, tuple(prefixes[name] for name in shapes), family)
-    return model, {name: _renamed(source, places[name]) for name in shapes}
+    return model, {name: sources[name] for name in shapes}
+
+
+def _sd3_source(source: TensorSource) -> TensorSource:
+    """A checkpoint of Stable Diffusion 3 without its T5, whose tokenizer it lacks; a warning says so.
+
+    CLIP-L's pooled state is not projected in this layout: in PyTorch diffusers' reader its projection is the identity,
+    whatever the file holds.
+    """
+    prefix = TEXTS["sd3"]["text_encoder"]
+    with as_weights_error(source):
+        width = Shapes(source, f"{prefix}text_model.")["final_layer_norm.weight"][0]
+    shapes = {name: shape for name, shape in source.shapes.items() if not name.startswith("text_encoders.t5xxl.")}
+    if len(shapes) < len(source.shapes):
+        say_once(
+            f"{source.path}: T5 is left out, since no file of weights holds its tokenizer: to draw with it, give a "
+            "diffusers folder of the model as --model, and this file as --transformer."
+        )
+    projection = f"{prefix}text_projection.weight"
+
+    def read(name: str) -> np.ndarray:
+        return np.eye(width, dtype=np.float32) if name == projection else source.read(name)
+
+    return dataclasses.replace(source, shapes={**shapes, projection: [width, width]}, read=read)
+
+
+def _transformer(source: TensorSource, target: Params) -> TensorSource:
+    """The unread tensors of Stable Diffusion 3's transformer, whose names and shapes are looked at."""
+    found = transformer_source(source, "sd3", target)
+    for path in flatten_dict(target):
+        if (name := tensor_name(path)) not in found.shapes:
+            raise WeightsError(f"{source.path} lacks the tensor {name} of the transformer: fetch the whole file again.")
+    check_tensors(found, target)
+    return found
 
 
 def _check_others(
@@ -140,7 +201,7 @@ def _check_others(
     """Name the tensors that no network has a place for: a warning, or an error if they stand among a network's own."""
     used = {at.name for network in places.values() for at in network.values()}
     averaged = [n for n in source.shapes if n.startswith("model_ema.")]
-    partial = averaged if len(averaged) < len(places["unet"]) else []
+    partial = averaged if len(averaged) < len(places.get("unet", ())) else []
     others = [n for n in source.shapes if n not in used and not IGNORED.fullmatch(n)]
     if "vae" not in places:
         others = [n for n in others if not n.startswith(VAE_PREFIX)]
@@ -169,6 +230,8 @@ def _table(name: str, config: Any, prefix: str) -> Table | None:
         return unet_table(config)
     if name == "vae":
         return vae_table(config)
+    if prefix in TEXTS["sd3"].values():
+        return SD3_CLIP
     return openclip_table(config) if prefix.endswith(".model.") else None
 
 
@@ -252,6 +315,8 @@ def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any 
         raise WeightsError(f"{path} does not end in .safetensors, the only format written: rename it.")
     if model.is_gan:
         raise WeightsError("A single file cannot hold a GAN: save a folder.")
+    if model.transformer is not None:
+        raise WeightsError("A single file cannot hold a model with a transformer: save a folder.")
     if model.controlnets:
         raise WeightsError("A single file cannot hold ControlNets: save a folder, or leave them out of params.")
     if isinstance(model.vae.config, TinyVAEConfig):
@@ -260,7 +325,7 @@ def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any 
         raise WeightsError("A single file cannot hold a vision encoder: save a folder, or the model without it.")
     dtype, tensors = None if dtype is None else check_dtype(dtype), {}
     texts = TEXTS["sd2" if model.family == "upscaler" else model.family]
-    for name, prefix in (PREFIXES | texts).items():
+    for name, prefix in ({n: PREFIXES[n] for n in ("unet", "vae")} | texts).items():
         places = _places(params[name], name, model.modules[name].config, prefix)
         thirds: dict[str, dict[int, np.ndarray]] = {}
         for ours, x in named_tensors(params[name], dtype):

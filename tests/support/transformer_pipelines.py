@@ -20,6 +20,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 import jaxdiff
+from jaxdiff.config import VAEConfig
+from jaxdiff.io.model_paths import BUNDLED
+from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX, place, vae_table
 from jaxdiff.io.transformer_layout import pieces, swap_halves
 from jaxdiff.models import text_encoding
 from tests.support import oracle
@@ -126,6 +129,52 @@ def sd3(folder: Path, with_t5: bool) -> Any:
         oracle.drawn(transformer), scheduler(shift=3.0), autoencoder(), first, tokenizer(folder / "clip"),
         open_clip(), tokenizer(folder / "second", "!"), *third,
     )  # fmt: skip
+
+
+def sd3_of_published_proportions() -> Any:
+    """SD 3 without T5, and with what no tensor tells as in the published one: widths of heads, groups, scales."""
+    clips = []
+    for width, projection, act in ((16, 16, "quick_gelu"), (24, 20, "gelu")):
+        sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 1}
+        ids = {"bos_token_id": 49406, "eos_token_id": 49407}
+        config = transformers.CLIPTextConfig(**sizes, **ids, projection_dim=projection, hidden_act=act)
+        clips.append(oracle.drawn(transformers.CLIPTextModelWithProjection(config)))
+    with torch.no_grad():
+        clips[0].text_projection.weight.copy_(torch.eye(16))
+    words = BUNDLED / "clip_tokenizer"
+    tokenizers = [transformers.CLIPTokenizer.from_pretrained(words, pad_token=pad) for pad in ("<|endoftext|>", "!")]
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=128, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=3, attention_head_dim=64,
+        num_attention_heads=1, joint_attention_dim=40, caption_projection_dim=64, pooled_projection_dim=36,
+        pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    sizes = {"block_out_channels": (32, 64), "norm_num_groups": 32, "sample_size": 256}
+    vae = diffusers.AutoencoderKL(**{**VAE, **sizes}, scaling_factor=1.5305, shift_factor=0.0609)
+    pipe = diffusers.StableDiffusion3Pipeline(
+        oracle.drawn(transformer), scheduler(shift=3.0), oracle.drawn(vae), clips[0], tokenizers[0], clips[1],
+        tokenizers[1], None, None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def one_file(pipe: Any) -> dict[str, np.ndarray]:
+    """A pipeline of SD 3 as ComfyUI's one file has it, which holds no projection of CLIP-L."""
+
+    def own(name: str) -> dict[str, np.ndarray]:
+        return {n: x.numpy() for n, x in getattr(pipe, name).state_dict().items()}
+
+    tensors = {f"{UNET_PREFIX}{n}": x for n, x in original("sd3", own("transformer")).items()}
+    vae = vae_table(VAEConfig.from_dict(dict(pipe.vae.config)))
+    for n, x in own("vae").items():
+        at = place(n, vae, VAE_PREFIX)
+        tensors[at.name] = x[..., None, None] if at.squeezed else x
+    for name, clip in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
+        for n, x in own(name).items():
+            if n != "text_projection.weight" or clip == "clip_g":
+                within = n if n.startswith(("text_model.", "text_projection.")) else f"text_model.{n}"
+                tensors[f"text_encoders.{clip}.transformer.{within}"] = x
+    return tensors
 
 
 def z_image(folder: Path) -> Any:
