@@ -200,8 +200,10 @@ def test_checkpoints_of_other_models_are_called_what_they_are(tensor, name, tmp_
         why = (
             "whose tokenizers no file of weights holds: give a diffusers folder of the model as --model, and this file"
         )
-        why = why if name in DRAWN_FROM_FOLDERS else "which is not supported: supported are"
-        with pytest.raises(WeightsError, match=rf"safetensors is of {name}.*, {why}"):
+        why = f", {why}" if name in DRAWN_FROM_FOLDERS else ", which is not supported: supported are"
+        if tensor.startswith(f"{UNET_PREFIX}joint_blocks."):  # which is drawn where the CLIPs are beside it
+            why = r" and lacks a text encoder \(text_encoders\.clip_l\.transformer\.…\): fetch the file"
+        with pytest.raises(WeightsError, match=rf"safetensors is of {name}.*{why}"):
             detect(open_tensors(tmp_path / "x.safetensors"))
 
 
