@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.lora import init_lora, load_lora, merge_lora, read_lora, save_lora
-from jaxdiff.io.lora_names import layers, list_orders
+from jaxdiff.io.lora_layers import layers
+from jaxdiff.io.lora_names import list_orders
 from jaxdiff.io.torch_names import to_torch_layout
 from tests.support.lora_files import ATTENTION, drawn_params, kohya, matrices, merge, peft, small_model, written
 
@@ -247,13 +248,30 @@ STEM = "unet.conv_in"
             },
             r"has matrices of shapes \[2, 4, 1, 1\] and \[2, 3, 3, 3\] and \[32, 2\], the model a weight of",
         ),
-        (
-            {"lora_unet_conv_in.diff": (32, 4, 3, 3), "lora_unet_conv_in.diff_b": (32,)},
-            r"is a LyCORIS \(changed biases",
-        ),
+        ({"lora_unet_conv_in.set_weight": (32, 4, 3, 3)}, r"is a LyCORIS \(whole weights\) adapter"),
         ({"lora_unet_conv_in.on_input": (), "lora_unet_conv_in.weight": (32,)}, r"is an \(IA\)³ adapter"),
         ({"base_model.model.conv_in.ia3_l": (4, 1)}, r"is an \(IA\)³ adapter"),
-        ({"lora_unet_conv_norm_out.w_norm": (32,), "lora_unet_conv_norm_out.b_norm": (32,)}, r"\(changed norms\)"),
+        ({"lora_unet_conv_norm_out.w_norm": (31,)}, r"has matrices of shapes \[31\], the model a weight of \[32\]"),
+        ({"lora_unet_conv_norm_out.w_norm": (32,), "lora_unet_conv_norm_out.b_norm": (1,)}, r"\[32\] and \[1\], the"),
+        ({"lora_unet_conv_norm_out.w_norm": (32,), "lora_unet_conv_norm_out.scalar": ()}, "does not fit this model"),
+        ({"lora_unet_conv_norm_out.lora_up.weight": (32, 2)}, "has no down matrix for lora_unet_conv_norm_out"),
+        ({"lora_unet_conv_in.diff": (32,)}, r"of shapes \[32\], the model a weight of \[32, 4, 3, 3\]"),
+        ({"lora_unet_conv_in.diff_b": (4,)}, r"of shapes \[4\], the model a weight of"),
+        ({"lora_unet_conv_in.diff_b": (32,), "lora_unet_conv_in.dora_scale": (32, 1)}, "has no down matrix"),
+        ({f"{STEM}.lora_B.bias": (32,)}, "has no down matrix for unet.conv_in"),
+        (
+            {
+                f"{STEM}.lora_A.weight": (2, 4, 3, 3),
+                f"{STEM}.lora_B.weight": (32, 2),
+                f"{STEM}.lora_B.bias": (32,),
+                f"{STEM}.diff_b": (32,),
+            },
+            "changes the bias of unet.conv_in in several ways",
+        ),
+        (
+            {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.diff_b": (64,)},
+            r"it changes the bias of unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q, which has none",
+        ),
         ({"lora_unet_conv_in.lora_up.weight": (32, 2), "lora_unet_conv_in.scalar": ()}, "has no down matrix"),
         ({f"lora_unet_conv_in.{x}.weight": (2, 2) for x in ("a1", "a2", "b1", "b2")}, "is a GLoRA adapter"),
         ({"lora_unet_conv_in.oft_blocks": (2, 2, 2)}, "is an OFT adapter"),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxdiff.io.lora import load_lora, read_lora, save_lora
-from jaxdiff.io.lora_names import layers, list_orders, spellings
+from jaxdiff.io.lora_layers import layers
+from jaxdiff.io.lora_names import list_orders, spellings
 from jaxdiff.io.original_layout import unet_table
 from jaxdiff.models.model import apply
 from tests.support import networks

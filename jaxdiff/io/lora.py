@@ -9,8 +9,8 @@ al. 2024, arXiv:2402.09353, equation 5) gives each output, or each input, of tha
 
     kernel + scale * (m * (kernel + alpha / rank * down @ up) / norm - kernel)                           (2)
 
-with the norms over all other axes. LoRAs are merged into the parameters rather than applied beside them: a pure
-function of params, LoRAs and scales, which may be traced.
+with the norms over all other axes. Biases and the weights of norms are changed by a difference. LoRAs are merged into
+the parameters rather than applied beside them: a pure function of params, LoRAs and scales, which may be traced.
 """
 
 import dataclasses
@@ -29,9 +29,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdiff.errors import WeightsError
 from jaxdiff.io import lycoris, programs, textual_inversion
-from jaxdiff.io.lora_config import MODULES, STEM, peft_names, read_configs, warn_of_patterns
 from jaxdiff.io.lora_config import alpha as config_alpha
-from jaxdiff.io.lora_names import Layer, find_layers, layers, parts_of, written_name
+from jaxdiff.io.lora_config import peft_names, read_configs, warn_of_patterns
+from jaxdiff.io.lora_folders import adapter_files
+from jaxdiff.io.lora_layers import BIAS, Layer, changeable, layers, norms
+from jaxdiff.io.lora_names import find_layers, parts_of, written_name
 from jaxdiff.io.original_layout import unet_table
 from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
 from jaxdiff.io.torch_names import from_torch_layout, to_torch_layout
@@ -66,7 +68,8 @@ class Difference:
 
 
 Change = Factors | Difference
-Lora = Mapping[str, Change]  # by module and PyTorch name of a layer: "unet.mid_block.attentions.0.proj_in"
+# By module and PyTorch name of a layer or norm, "unet.mid_block.attentions.0.proj_in"; of its bias, "….proj_in.bias".
+Lora = Mapping[str, Change]
 KERNEL = ("kernel",)  # what the factors are laid out as
 TEXT_ENCODERS = "text_encoder"  # begins the names of layers of text encoders
 Weighted = tuple[tuple[Path, float, float], ...]  # LoRA files with weights of the text encoders and of the UNet
@@ -94,7 +97,7 @@ def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) 
     for scale in scales:
         if not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, np.float64)).all():
             raise WeightsError(f"scale {scale} of a LoRA must be finite: give a number such as 0.8.")
-    flat, paths = flatten_dict(params), {layer.name: layer.path for layer in layers(params)}
+    flat, paths = flatten_dict(params), {name: x.path for name, x in changeable(params).items()}
     parts: dict[str, list[tuple[Change, Any]]] = {}  # by layer, for one full-sized change at a time to be in memory
     for lora, scale in zip(loras, scales, strict=True):
         for name, factors in lora.items():
@@ -124,8 +127,10 @@ def _changed(kernel: Array, changes: Sequence[tuple[Change, Any]]) -> jax.Array:
 
 
 def _change(kernel: jax.Array, f: Change) -> jax.Array:
-    """What a LoRA adds to a kernel [..., in, out] at full strength."""
-    if isinstance(f, Difference):
+    """What a LoRA adds to a kernel [..., in, out], or a weight or bias [out], at full strength."""
+    if isinstance(f, Difference) and kernel.ndim == 1:
+        change = f.scale * lycoris.change(f.parts)
+    elif isinstance(f, Difference):
         weight = lycoris.change(f.parts).reshape(*kernel.shape[:-3:-1], *kernel.shape[:-2])  # [out, in, …]
         change = f.scale * jnp.moveaxis(weight, (1, 0), (-2, -1))
     else:
@@ -181,7 +186,8 @@ def read_lora(model: Model, path: str | Path) -> Lora:
     Args:
         path: safetensors, or PyTorch's .pt and .bin, in the names of diffusers, peft (with `adapter_config.json`
             beside), kohya, OneTrainer, ComfyUI or SimpleTuner, or in the lists of cloneofsimo/lora; LoCon, LoHa, LoKr,
-            whole differences and DoRA too. Or the folder of such a file. Factors keep the file's type.
+            DoRA and whole differences (of norms and biases too). Or the folder of such a file. Factors keep the file's
+            type.
 
     Raises:
         WeightsError: the file is missing or damaged, holds anything but a LoRA, or one for another model.
@@ -195,48 +201,28 @@ def read_lora(model: Model, path: str | Path) -> Lora:
     return lora
 
 
-FILES = tuple(f"{stem}{end}" for stem in ("pytorch_lora_weights", STEM) for end in (".safetensors", ".bin"))
-
-
-def adapter_files(path: str | Path) -> list[Path]:
-    """The files of a LoRA: the one given, or those of a folder that diffusers or peft wrote, a sub-folder a network.
-
-    Raises:
-        WeightsError: the folder holds none, or several LoRAs.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return [folder]
-    for name in FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    inner = [next(f for n in FILES if (f := d / n).is_file()) for d in sorted(folder.iterdir()) if _holds_lora(d)]
-    found = inner or sorted(folder.glob("*.safetensors"))
-    if len(found) == 1 or (found and all(f.parent.name in MODULES for f in found)):
-        return found
-    listed = (
-        f"several LoRAs ({found[0].relative_to(folder)}, {found[1].relative_to(folder)}, …)" if found else "no LoRA"
-    )
-    raise WeightsError(f"{folder} holds {listed}: give its file, such as {FILES[0]}.")
-
-
-def _holds_lora(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).is_file() for name in FILES)
-
-
 def _read_file(model: Model, path: Path) -> Lora:
     source = open_tensors(path)
     configs, module = read_configs(source)
     lora: dict[str, Change] = {}
     names: dict[str, list[tuple[str, str]]] = {}  # of layers without an alpha of their own, by module
-    known = list(layers(programs.shapes(model)))
+    shapes = programs.shapes(model)
+    known = list(layers(shapes))
     original = {} if model.unet is None else unet_table(model.unet.config)
     if model.transformer is not None:
         source = in_our_layers(source, model.family, known)
-    for layer, tensors in find_layers(source, known, original, module):
+    for layer, tensors in find_layers(source, [*known, *norms(shapes)], original, module):
         config = configs.get(layer.module, {})
+        if written := tensors.get("bias"):
+            lora[layer.name + BIAS] = _vector(source, written)
+        if len(layer.shape) == 1:
+            if written := tensors.get("diff"):
+                lora[layer.name] = _vector(source, written)
+            continue
         if parts := parts_of(tensors):
             lora[layer.name] = _difference(source, config, layer, tensors, parts)
+            continue
+        if "down" not in tensors:  # a bias alone
             continue
         down, up = (source.read(tensors[role]) for role in ("down", "up"))
         if "mid" in tensors:  # a 1x1 convolution followed by one of the kernel's size is one of that size
@@ -251,6 +237,8 @@ def _read_file(model: Model, path: Path) -> Lora:
             called = peft_names(layer.name.partition(".")[2], tensors["down"])
             names.setdefault(layer.module, []).append(called)
             alpha = config_alpha(source, config, called, rank)
+        if written := tensors.get("up_bias"):
+            lora[layer.name + BIAS] = _vector(source, written, alpha / rank)
         down = from_torch_layout(KERNEL, down).reshape(*layer.shape[:-1], rank)
         # Copies, in a layout of their own: what was read may be a view into the file.
         factors = [jnp.asarray(np.array(x, order="C")) for x in (down, up.reshape(-1, rank).T)]
@@ -260,12 +248,16 @@ def _read_file(model: Model, path: Path) -> Lora:
     return lora
 
 
+def _vector(source: TensorSource, tensor: str, scale: float = 1.0) -> Difference:
+    return Difference({"diff": jnp.asarray(np.array(source.read(tensor), order="C"))}, scale)
+
+
 def _difference(
     source: TensorSource, config: dict[str, Any], layer: Layer, tensors: Mapping[str, str], parts: Mapping[str, str]
 ) -> Difference:
     """The change of a layer by what is no LoRA's; where neither file nor settings say an alpha, it is the rank."""
     rank = lycoris.rank({role: source.shapes[name] for role, name in parts.items()})
-    if rank is None and config:  # peft divides by it in any case
+    if rank is None and config and "diff" not in parts:  # peft divides by it in any case
         rank = config.get("r")
         if not isinstance(rank, int) or rank < 1:
             raise WeightsError(f"{source.path} has damaged metadata (r {rank!r}): fetch it again.")
@@ -310,12 +302,19 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
     """
     if layout not in ("diffusers", "kohya"):
         raise WeightsError(f"layout {layout!r} is unknown; known are diffusers, kohya.")
-    known = {layer.name: layer for layer in layers(programs.shapes(model))}
+    known = changeable(programs.shapes(model))
     tensors: dict[str, np.ndarray] = {}
     theirs: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
     for name, f in lora.items():
         if name not in known:
             raise WeightsError(f"the LoRA changes {name}, which the model does not have: save it with its own model.")
+        if isinstance(f, Difference) and len(known[name].shape) == 1 and layout == "kohya":
+            owner = known[name.removesuffix(BIAS)]
+            stem = written_name(owner, layout, two_text_encoders="text_encoder_2" in model.modules)
+            kind = ("diff_b" if len(owner.shape) > 1 else "b_norm") if name.endswith(BIAS) else "w_norm"
+            (x,) = lycoris.written(stem, jax.device_get(f.parts), f.scale).values()
+            tensors[f"{stem}.{kind}"] = x
+            continue
         stem = written_name(known[name], layout, two_text_encoders="text_encoder_2" in model.modules)
         if f.magnitude is not None:
             tensors |= _written_magnitude(stem, np.asarray(jax.device_get(f.magnitude)), layout, len(known[name].shape))

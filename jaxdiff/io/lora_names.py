@@ -27,17 +27,13 @@ Files of cloneofsimo/lora hold no names but a list, in the order in which PyTorc
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
-
-from flax.traverse_util import flatten_dict
 
 from jaxdiff.errors import WeightsError
 from jaxdiff.io import kinds, lycoris
+from jaxdiff.io.lora_layers import Layer
 from jaxdiff.io.original_layout import Table, place
 from jaxdiff.io.tensor_files import TensorSource
-from jaxdiff.io.torch_names import tensor_name
 from jaxdiff.io.transformer_layout import family_of
-from jaxdiff.typing import Params
 
 Tensors = dict[str, str]  # "down", "up", perhaps "alpha", or another of ROLES -> the tensor's name in the file
 
@@ -56,18 +52,19 @@ ROLES = {  # of a LoRA's tensor -> how its name ends
     "alpha": r"\.alpha",
     "mid": r"\.lora_mid\.weight",  # LoCon's, between down and up
     "magnitude": r"\.dora_scale|\.lora_magnitude_vector(?:\.[^.]+){0,2}",
+    "bias": r"\.diff_b|\.b_norm",
+    "up_bias": r"\.(?:lora_B(?:\.[^.]+)?|lora_up|lora_linear_layer\.up)\.bias|[._]lora\.up\.bias",  # added by `up`
     lycoris.SCALAR: r"\.scalar",
     **lycoris.ROLES,
 }
+BIASES = ("bias", "up_bias")  # roles
 LORA = re.compile("(.+?)(?:" + "|".join(f"(?P<{role}>{ending})" for role, ending in ROLES.items()) + ")")
 OTHER_ADAPTERS = {  # pattern in a tensor's name -> the kind of adapter that has it
     r"\.b?oft_": "OFT",
     r"ia3_l|\.on_input$": "(IA)³",
     r"\.[ab][12m]\.weight$": "GLoRA",
-    r"\.[wb]_norm$": "LyCORIS (changed norms)",
-    r"\.(diff_b|set_weight)$": "LyCORIS (changed biases or whole weights)",
+    r"\.set_weight$": "LyCORIS (whole weights)",
     r"\.reshape_weight$": "LoRA (layer of another size)",
-    r"lora_(B|up)(\.[^.]+)?\.bias$": "LoRA-with-bias",
     r"lora_embedding_": "LoRA (table of embeddings)",
     r"lora_E$|ranknum$": "AdaLoRA",
     r"vera_lambda": "VeRA",
@@ -98,23 +95,6 @@ PARTS_OF_FAMILIES = {  # of a tensor's name -> whose
     "noise_refiner": "Z-Image",
 }
 TRANSFORMERS = {"flux": "Flux", "sd3": "Stable Diffusion 3", "z_image": "Z-Image", "flux2": "Flux 2"}
-
-
-class Layer(NamedTuple):
-    """A layer that a LoRA may change."""
-
-    module: str  # "unet", "text_encoder" or "text_encoder_2"
-    name: str  # with the module: "unet.mid_block.attentions.0.proj_in"
-    path: tuple[str, ...]  # of its kernel in the parameters
-    shape: tuple[int, ...]  # of its kernel: [in, out] or [H, W, in, out]
-
-
-def layers(params: Params) -> Iterator[Layer]:
-    """Every dense layer and convolution of the UNet and the text encoders, from the parameters or their shapes."""
-    for module in KOHYA:
-        for path, leaf in flatten_dict(params.get(module, {})).items():
-            if path[-1] == "kernel":
-                yield Layer(module, f"{module}.{tensor_name(path[:-1])}", (module, *path), tuple(leaf.shape))
 
 
 def written_name(layer: Layer, layout: str, *, two_text_encoders: bool) -> str:
@@ -216,6 +196,9 @@ def _named(
             raise WeightsError(
                 f"{source.path} changes {stem} in several ways, {' and '.join(kinds_of(tensors))}: keep one."
             )
+        if {"bias", "up_bias"} <= tensors.keys():
+            both = f"{tensors['bias']} and {tensors['up_bias']}"
+            raise WeightsError(f"{source.path} changes the bias of {stem} in several ways, {both}: keep one.")
         if missing := _missing(tensors):
             raise WeightsError(f"{source.path} has no {missing} matrix for {stem}: the file is incomplete.")
         fitting = [layer for layer in known[stem] if _fits(source, layer, tensors)]
@@ -256,6 +239,8 @@ def _missing(tensors: Tensors) -> str | None:
     """A role that a layer's tensors lack."""
     if parts := parts_of(tensors):
         return lycoris.missing(set(parts))
+    if "bias" in tensors and tensors.keys() <= {"bias", "alpha"}:
+        return None
     return min({"down", "up"} - tensors.keys(), default=None)
 
 
@@ -274,8 +259,14 @@ def _fits(source: TensorSource, layer: Layer, tensors: Tensors) -> bool:
 
     parts = {role: source.shapes[name] for role, name in parts_of(tensors).items()}
     wide = stripped(_torch(layer.shape))
-    if parts:
-        return _fits_magnitude(source, tensors, wide) and lycoris.fits(parts, _torch(layer.shape))
+    biases = [tuple(source.shapes[tensors[role]]) for role in BIASES if role in tensors]
+    if biases and (biases[0] != wide[:1] or not layer.has_bias):
+        return False
+    if len(layer.shape) == 1:
+        return tensors.keys() <= {"diff", "bias", "alpha"} and all(tuple(x) == wide for x in parts.values())
+    if parts or "down" not in tensors:
+        fit = not parts or lycoris.fits(parts, _torch(layer.shape))
+        return fit and _fits_magnitude(source, tensors, wide)
     down, up = (stripped(source.shapes[tensors[role]]) for role in ("down", "up"))
     if "mid" in tensors:
         mid = tuple(source.shapes[tensors["mid"]])
@@ -303,7 +294,9 @@ def _fits_magnitude(source: TensorSource, tensors: Tensors, wide: tuple[int, ...
 
 
 def _mismatch(source: TensorSource, layer: Layer, tensors: Tensors) -> str:
-    roles = [role for role in ("down", "mid", "up", *lycoris.ROLES, "magnitude") if role in tensors]
+    if not layer.has_bias and tensors.keys() & set(BIASES):
+        return f"it changes the bias of {layer.name}, which has none"
+    roles = [role for role in ("down", "mid", "up", *lycoris.ROLES, "magnitude", *BIASES) if role in tensors]
     shapes = " and ".join(str(list(source.shapes[tensors[role]])) for role in roles)
     return f"for {layer.name} it has matrices of shapes {shapes}, the model a weight of {list(_torch(layer.shape))}"
 

@@ -26,7 +26,7 @@ from jaxdiff.typing import Array
 ROLES = {
     **{f"hada_{x}": rf"\.hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{x}": rf"\.lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    "diff": r"\.diff",
+    "diff": r"\.diff|\.w_norm",
 }
 SCALAR = "scalar"
 _product = functools.partial(jnp.einsum, precision="highest")

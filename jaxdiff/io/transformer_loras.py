@@ -10,14 +10,22 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from jaxdiff.errors import WeightsError
-from jaxdiff.io.lora_names import LORA, Layer
+from jaxdiff.io.lora_layers import Layer
+from jaxdiff.io.lora_names import LORA
 from jaxdiff.io.tensor_files import TensorSource
 from jaxdiff.io.transformer_layout import Piece, pieces, rows_of_theirs, swap_halves
 
 PREFIXES = ("", "diffusion_model.", "transformer.", "model.diffusion_model.", "base_model.model.", "unet.")
 UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 MODULE = "transformer"
-BY_OUTPUT = ("up", "diff", "hada_w1_a", "hada_w2_a")  # tensors whose rows are those of the layer's weight
+BY_OUTPUT = (
+    "up",
+    "up_bias",
+    "bias",
+    "diff",
+    "hada_w1_a",
+    "hada_w2_a",
+)  # tensors whose rows are those of the layer's weight
 
 
 def _outputs(layers: Iterable[Layer]) -> dict[str, int]:

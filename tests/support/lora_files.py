@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from jaxdiff.config import CLIPTextConfig, UNetConfig
 from jaxdiff.io.lora import merge_lora
-from jaxdiff.io.lora_names import layers
+from jaxdiff.io.lora_layers import layers
 from jaxdiff.io.torch_names import from_torch_layout, tensor_name, to_torch_layout
 from jaxdiff.models.model import Model, build, param_shapes
 from tests.support import networks, tiny
