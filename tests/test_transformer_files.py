@@ -16,6 +16,7 @@ import jaxdiff
 from jaxdiff.cli.sample import main
 from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
+from jaxdiff.io.diffusers_folder import load_model
 from jaxdiff.io.images import read_image
 from tests.support import transformer_pipelines as oracle
 from tests.support.transformer_pipelines import converter, original
@@ -96,6 +97,21 @@ SCALED = {  # how the files of each kind call the scale, its shape, and what lie
     "one for each output": ("weight_scale", (-1, 1), lambda layer: {f"{layer}.input_scale": torch.ones(1)}),
     "whole numbers": ("weight_scale", (1,), lambda layer: {}),
 }
+
+
+LATENTS = {"flux": (0.3611, 0.1159), "sd3": (1.5305, 0.0609), "z_image": (0.3611, 0.1159)}  # published scale and shift
+
+
+def test_latents_are_scaled_as_the_familys_where_the_folder_has_no_autoencoder(saved, tmp_path):
+    """`--vae` brings a file then, which says nothing of the scale."""
+    family, folder, *_ = saved
+    without = shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("vae"))
+    config = load_model(without, "float32", without_vae=True).vae.config
+    if family == "flux2":
+        assert (config.CLASS_NAME, config.latent_channels) == ("AutoencoderKLFlux2", 32)
+    else:
+        assert (config.scaling_factor, config.shift_factor) == LATENTS[family]
+        assert (config.latent_channels, config.use_quant_conv, config.use_post_quant_conv) == (16, False, False)
 
 
 @pytest.mark.parametrize("kind", SCALED)

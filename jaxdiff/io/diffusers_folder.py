@@ -77,10 +77,10 @@ def load_model(
     configs: dict[str, Any] = {
         name: read_config(folder / name / CONFIG, *known) if present[name] else None for name, known in FOLDERS.items()
     }
-    configs["vae"] = configs["vae"] or published_vae("sdxl" if two else "sd1")
     if flow:
         check_encoders(folder, configs)
     family = FAMILIES[type(configs["transformer"])] if flow else ""
+    configs["vae"] = configs["vae"] or published_vae(family or ("sdxl" if two else "sd1"))
     with as_config_error(f"{folder / INDEX} does not describe a pipeline"):
         options = PipelineOptions.from_dict({"_guidance_scale": GUIDANCE[family]} | index)
     if low_res.is_dir():

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxdiff.config import CLIPTextConfig, PipelineOptions, SchedulerConfig, SD3Config, UNetConfig, VAEConfig
+from jaxdiff.config.networks import Flux2VAEConfig
 from jaxdiff.errors import WeightsError
 from jaxdiff.io import kinds
 from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
@@ -36,10 +37,12 @@ SAMPLE_SIZES = {
     "sdxl": 128,
     "sdxl_refiner": 128,
     "upscaler": 128,
-    "sd3": 128,
+    **dict.fromkeys(("sd3", "flux", "z_image", "flux2"), 128),
 }  # latents along a side
 SCALING = {"sdxl": 0.13025, "sdxl_refiner": 0.13025, "upscaler": 0.08333, "sd3": 1.5305}
-SHIFTS = {"sd3": 0.0609}
+SCALING |= {"flux": 0.3611, "z_image": 0.3611}
+SHIFTS = {"sd3": 0.0609, "flux": 0.1159, "z_image": 0.1159}
+CHANNELS = {"sd3": 16, "flux": 16, "z_image": 16, "flux2": 32}  # of latents, where they are more than 4
 HEAD_WIDTH, CLIP_HEAD_WIDTH = 64, 64
 USED_LAYERS = 23  # of OpenCLIP-H's 24, in SD 2.x
 _SD: dict[str, Any] = {
@@ -356,17 +359,17 @@ def vae_config(shapes: Shapes, family: str) -> VAEConfig:
 def published_vae(family: str) -> VAEConfig:
     """The autoencoder that a published family was trained with."""
     levels = 3 if family == "upscaler" else 4
-    return VAEConfig(
+    return (Flux2VAEConfig if family == "flux2" else VAEConfig)(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=(128, 256, 512, 512)[:levels],
         layers_per_block=2,
-        latent_channels=16 if family == "sd3" else 4,
+        latent_channels=CHANNELS.get(family, 4),
         sample_size=SAMPLE_SIZES[family] * 2 ** (levels - 1),
         scaling_factor=SCALING.get(family, 0.18215),
         shift_factor=SHIFTS.get(family),
-        use_quant_conv=family != "sd3",
-        use_post_quant_conv=family != "sd3",
+        use_quant_conv=family not in SHIFTS,
+        use_post_quant_conv=family not in SHIFTS,
     )
 
 
