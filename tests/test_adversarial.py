@@ -60,6 +60,7 @@ def dot(a, b):
     return float(optax.tree.vdot(a, b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "rules"),
     [

@@ -226,6 +226,7 @@ def test_a_derivative_of_forward_mode_needs_no_kernel(cudnn, platform):
     assert KERNELS[platform] in lowered(platform, 4096, 4096, 320, 8, jnp.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(128, 128), (133, 200)])
 def test_the_kernel_of_tpus_is_the_formula(n, m, monkeypatch):
     """By Pallas' interpreter; the second shape is filled up to whole blocks. Rounding as above."""

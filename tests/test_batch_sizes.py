@@ -53,6 +53,7 @@ def test_groups_are_found_by_the_loras_that_prompts_name(tmp_path):
     assert sample.image_groups(f, prompt_lines(f)) == [8]
 
 
+@pytest.mark.slow
 def test_a_run_compiles_one_program_for_all_its_batches(sample_cli, compilations):
     """Five images, as three and two; and as many again draw with it."""
     sampler.cache_clear()

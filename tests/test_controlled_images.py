@@ -21,6 +21,7 @@ OF_THE_UNET = ("sample_size", "up_block_types")
 LEVELS = 2  # grey levels; see test_tasks.py
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scales"), [("sd1", [0.8, 0.5]), ("sdxl", [0.8])])
 def test_images_equal_pytorchs(name, scales, tmp_path):
     """Two ControlNets at different scales on Stable Diffusion 1.x, one on SDXL; sides that do not halve evenly."""

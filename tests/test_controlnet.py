@@ -64,6 +64,7 @@ def squares(tree) -> float:
     return sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_residuals_and_what_the_unet_makes_of_them_equal_pytorch(name, tmp_path):
     """Two ControlNets at different scales: the same residuals, and the same output with them, as diffusers."""
@@ -97,6 +98,7 @@ def test_residuals_and_what_the_unet_makes_of_them_equal_pytorch(name, tmp_path)
     assert error(output, expected[3]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_fresh_controlnet_of_a_unet_changes_nothing_and_learns(tiny):
     """Zero convolutions (Zhang et al. 2023, section 3.1): before training the output is the UNet's own.
 

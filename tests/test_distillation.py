@@ -158,6 +158,7 @@ def examples():
 STAGES = ["scm", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("lcm", "lcm_lora"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_equals_an_unbroken_one(stage, model, params, examples, tmp_path):
     """Bit for bit. Teacher, text encoder and autoencoder stay as they were."""
@@ -189,6 +190,7 @@ def test_every_mesh_gives_the_same_losses(tmp_path):
         np.testing.assert_allclose(other["norm"], one["norm"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fast_sinusoids_of_time_have_no_weight_and_get_none(model, params, examples, tmp_path):
     target = make(settings("scm", distillation={**FIXED, "time_frequency": 0.05}), model, params)
     channels = model.unet.config.block_out_channels[0]

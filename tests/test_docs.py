@@ -86,6 +86,7 @@ def run(page: str, folder: Path, capsys, train: bool) -> None:
     check_ignored(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in RUNNABLE if page not in ABOUT_TRAINING])
 def test_every_block_runs_in_its_place(page, folder, capsys):
     run(page, folder, capsys, train=False)

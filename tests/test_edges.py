@@ -23,6 +23,7 @@ def images() -> dict[str, np.ndarray]:
     return drawings | {"noise": noise, "blurred": blurred, "coarse": coarse} | smallest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("low", "high"), [(100, 200), (20, 60), (0, 0), (50.5, 800)])
 def test_edges_equal_opencvs(low, high):
     """Both work on integers alone, so that not one pixel may differ."""

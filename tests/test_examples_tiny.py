@@ -26,6 +26,7 @@ def loaded(request, tiny, monkeypatch):
     return tiny
 
 
+@pytest.mark.slow
 def test_mapped_guidance_draws_what_each_scale_draws_alone(tmp_path, loaded):
     scales, steps = (1.0, 3.0, 8.0), 2
     images = vmap_guidance.main(tmp_path / "a.png", scales=scales, steps=steps, seed=3)
@@ -47,12 +48,14 @@ def test_mapped_guidance_draws_what_each_scale_draws_alone(tmp_path, loaded):
     assert read_image(tmp_path / "a.png").shape == (side, 3 * (side + 2) - 2, 3)
 
 
+@pytest.mark.slow
 def test_descent_lowers_the_loss_of_the_image(tmp_path, loaded):
     losses, images = image_loss_gradient.main(tmp_path / "a.png", steps=2, updates=4)
     assert min(losses) < losses[0]
     assert images.shape[0] == len(losses) == 5
 
 
+@pytest.mark.slow
 def test_custom_guidance_that_keeps_all_is_classifier_free(tmp_path, loaded):
     rows = custom_guidance.main(tmp_path / "a.png", prompts=["an owl"], scale=4.0, steps=2, seed=5)
     model, params = loaded

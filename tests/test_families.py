@@ -75,6 +75,7 @@ def assert_same_tensors(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=str(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 def test_there_and_back(name, made, folders, tmp_path):
     """The tensors' bytes, the model, its ControlNets and what PyTorch makes of the folder come back."""

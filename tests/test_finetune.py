@@ -60,6 +60,7 @@ def results(target_of):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["unet", "lora", "textual_inversion", "controlnet", "inpainting", "upscaler"])
 def test_the_loss_of_every_target_falls(results, stage):
     _, before, after = results(stage, *(BOTH if stage == "lora" else ()))
@@ -180,6 +181,7 @@ def test_only_what_networks_alone_read_may_be_gathered_in_their_type(target_of):
 # --- how it is evaluated
 
 
+@pytest.mark.slow
 def test_the_loss_by_noise_level_does_not_depend_on_the_batches(target_of):
     """Nor do the masks drawn for it."""
     target, batch = target_of("inpainting")
@@ -197,6 +199,7 @@ def test_the_loss_by_noise_level_does_not_depend_on_the_batches(target_of):
     np.testing.assert_allclose(psnr_of_parts["eval_psnr"], psnr["eval_psnr"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_as_it_is_trained(target_of, results):
     """In the types of a training step, what is trained being merged within it."""
     target, batch = target_of("lora", *BOTH)
@@ -212,6 +215,7 @@ def test_it_is_evaluated_as_it_is_trained(target_of, results):
     np.testing.assert_allclose(measure(on_device)["eval_loss"], values["eval_loss"], rtol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["unet", "controlnet"])
 def test_a_device_draws_no_more_of_a_sheet_at_a_time_than_it_trains_on(target_of, stage, monkeypatch):
     """And the sheet is the same: each image from its own seed, and in the place of what it was given."""
@@ -239,6 +243,7 @@ def test_what_a_stage_does_not_train_cannot_be_chosen(stage, tiny):
 # --- SDXL
 
 
+@pytest.mark.slow
 def test_sdxl_learns_with_its_sizes_and_both_encoders(tmp_path):
     text_2 = dataclasses.replace(text_config(), with_projection=True, projection_dim=20, hidden_act="gelu")
     unet = dataclasses.replace(
@@ -265,6 +270,7 @@ def test_sdxl_learns_with_its_sizes_and_both_encoders(tmp_path):
 # --- what is predicted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 def test_every_prediction_type_is_learnt(tiny, kind, target_of):
     target, batch = target_of("unet", ("prediction_type", kind))

@@ -132,6 +132,7 @@ def test_threads_change_nothing(twelve, threads):
     assert stream(twelve, 9, threads=threads) == stream(twelve, 9)
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(tmp_path):
     """The same batches, the same count of bad images, and a state to resume from."""
     path = numbered(tmp_path, 12, bad=(2, 7))

@@ -365,6 +365,7 @@ def fuzz(kind: str, known: Known, folder: Path, examples: int, seed: int) -> Non
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_input_ends_in_a_result_or_a_sentence(kind, known, tmp_path):
     fuzz(kind, known, tmp_path, EXAMPLES, 0)

@@ -91,6 +91,7 @@ def test_noise_and_text_decide_the_latents_and_what_a_mask_hides_does_not(gan):
 # --- drawing
 
 
+@pytest.mark.slow
 def test_an_image_is_what_the_generator_makes_of_its_seeds_noise(gan):
     model, params = gan
     noise = np.random.default_rng(0).normal(size=(1, *LATENT)).astype(np.float32)
@@ -194,6 +195,7 @@ def test_the_server_refuses_it_and_the_evaluation_draws_it_as_it_is(gan_folder):
 # --- the stage
 
 
+@pytest.mark.slow
 def test_each_gradient_is_that_of_finite_differences():
     """Of the generator's loss and of the discriminator's, each by its own network's parameters."""
     with jax.enable_x64(True):
@@ -225,6 +227,7 @@ def test_each_gradient_is_that_of_finite_differences():
             np.testing.assert_allclose(float(optax.tree.vdot(grads[network], towards[network])), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns_to_draw_what_each_prompt_asks_for(tiny):
     """Latents of one value a channel for each of three texts, with a little noise; the losses stay finite.
 
@@ -275,6 +278,7 @@ def run(tmp_path, tiny_folder):
     return train
 
 
+@pytest.mark.slow
 def test_a_run_makes_a_model_that_draws_and_goes_on_bit_for_bit(run, tiny, tmp_path):
     model, params = run("whole", steps=3)
     run("parts", steps=2)

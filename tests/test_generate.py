@@ -233,6 +233,7 @@ def test_the_pieces_map_over_prompts_and_scales(pieces):
     assert np.abs(one_by_one[0] - one_by_one[1]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_sampling(pieces):
     """The derivative along a direction of the embeddings, by `grad` and by central differences.
 
@@ -251,6 +252,7 @@ def test_gradients_flow_through_sampling(pieces):
     np.testing.assert_allclose(np.vdot(gradient, direction), slope, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_the_pieces_take_bytes_as_generate_does(tiny, image):
     model, params = jaxdiff.with_controlnets(*tiny, tiny_controlnet(tiny[0]))
     cond = jaxdiff.encode_text(model, params, jaxdiff.tokenize(model, ["a castle"]))
@@ -283,6 +285,7 @@ def eight_devices(tmp_path_factory):
     return dict(np.load(out / "images.npz")) | json.loads((out / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_devices_do_not_change_images(eight_devices):
     """Sixteen images on eight devices; nine, which does not divide; five, which is fewer than devices."""
     assert eight_devices["device_count"] == 8

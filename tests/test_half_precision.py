@@ -67,6 +67,7 @@ def test_every_task_ends_in_images(task, dtype):
         assert images.std() > 10  # of 255: no plane
 
 
+@pytest.mark.slow
 def test_bfloat16_is_computed_in_float32_on_cpus():
     """Weights are bfloat16's; what is computed with them is as exact as in float32, up to the order of sums."""
     model = tiny.tiny_model()

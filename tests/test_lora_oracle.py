@@ -307,6 +307,7 @@ def sgm(module, name, down, up):
 kohya_double = functools.partial(kohya, double=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("writer", [sgm, kohya_double, peft])
 def test_sdxl_equals_diffusers(writer, sdxl, oracle, tmp_path):

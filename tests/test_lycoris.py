@@ -44,6 +44,7 @@ PEFT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # peft's own
 @pytest.mark.parametrize("case", PEFT)
 def test_equals_peft(case, sd1, tmp_path):

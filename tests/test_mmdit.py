@@ -28,6 +28,7 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # ml_collections' own, and diffusers'
 def test_it_trains_and_pytorch_draws_the_same(data, tiny_folder, tmp_path, train_cli):
     """Two updates on latents written beforehand; the fixed table of positions is PyTorch's, before and after."""

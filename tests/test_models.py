@@ -74,6 +74,7 @@ def written_out(name: str):
     return module, (pixels,), lambda v: {"image_embeds": module.apply(v, pixels)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1", "only_cross"])
 def test_masked_tokens_are_not_there(name):
     """Also where the image's own tokens are never attended to; rounding of sums in another order."""
@@ -101,6 +102,7 @@ def test_network_equals_golden_outputs(name):
     check(run(drawn(module, args)), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [c for c in CASES if c.count("/") == 1])
 def test_network_read_from_files_equals_pytorch(name, tmp_path):
     pytest.importorskip("torch")
@@ -157,6 +159,7 @@ def test_half_precision_stays_near_float32(dtype):
     assert error(rounded, exact) < 8 * float(jnp.finfo(dtype).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "features", "stride", "chunk"),
     [
@@ -196,6 +199,7 @@ def test_convolutions_stay_whole_where_their_kernels_are_divided(sizes, products
     assert ("dot_general" in str(jaxpr)) == products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [c for c in CASES if c.count("/") == 1])
 def test_networks_in_an_application_of_other_settings(name):
     """With 64-bit types and without implicit broadcasting, outputs keep their shapes and types."""
@@ -205,6 +209,7 @@ def test_networks_in_an_application_of_other_settings(name):
         assert jax.eval_shape(run, {"params": shapes_of(module, args)}) == usual
 
 
+@pytest.mark.slow
 def test_a_models_functions_in_an_application_of_other_settings(tiny):
     """With 64-bit types and without implicit broadcasting, values are the same up to rounding, draws included."""
     model, params = tiny

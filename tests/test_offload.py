@@ -30,6 +30,7 @@ def lora(tiny, tmp_path):
     return tmp_path / "loras" / "style.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -79,6 +80,7 @@ def test_parts_of_a_model_are_read_alone(tiny_folder):
     assert set(rest) == {"unet", "vae"}
 
 
+@pytest.mark.slow
 def test_encoded_requests_draw_the_same(tiny):
     model, params = tiny
     settings = resolve_settings(model, steps=3)

@@ -314,6 +314,7 @@ def test_flags_of_a_one_file_checkpoint_are_checked_by_its_header(given, sentenc
     assert not Path("new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["file", "file and config", "folder", "original", "tiny", "checkpoint"])
 def test_training_starts_from_what_vae_opens(form, tiny, one_file, tmp_path, monkeypatch):
     """Beside a one-file checkpoint; a plan knows it by its header."""

@@ -118,6 +118,7 @@ def start(data: Path, folder: Path, *args: object) -> subprocess.Popen:
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_two_processes_go_on_and_share_the_rest(images, written, tmp_path):
     killed = start(images, tmp_path, 0, 1, 0.5)
     while killed.poll() is None and not list(tmp_path.glob("0*")):

@@ -126,6 +126,7 @@ def test_diffusers_opens_our_folder_and_draws_the_same(tiny_folder):
     assert_same_images(drawn_by_us(tiny_folder, noise), drawn_by_diffusers(tiny_folder, noise))
 
 
+@pytest.mark.slow
 def test_we_open_a_folder_of_diffusers_and_draw_the_same(tiny, tmp_path):
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")

@@ -110,6 +110,7 @@ def test_shapes_are_kept(folder, tiny, monkeypatch):
     assert file.read_text() != "{"
 
 
+@pytest.mark.slow
 def test_the_command_draws_the_same_image_untraced(sample_cli, tiny_folder, tmp_path, monkeypatch):
     args = [f"--model={tiny_folder}", "--prompt=a castle", "--steps=2", f"--cache_dir={tmp_path / 'kept'}"]
     monkeypatch.setattr(cache, "_kept", None)

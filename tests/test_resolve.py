@@ -95,6 +95,7 @@ def own_euler() -> Scheduler:
     return Scheduler(initial, step)
 
 
+@pytest.mark.slow
 def test_a_scheduler_of_ones_own(tiny):
     own = jaxdiff.generate(*tiny, "a castle", steps=2, scheduler=own_euler())
     ours = jaxdiff.generate(*tiny, "a castle", steps=2, scheduler="euler")
@@ -130,6 +131,7 @@ def alone(drawn):
     return drawn(contextlib.nullcontext)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_seed_draws_the_same_image_inside_another_application(setting, drawn, alone):
     assert np.abs(drawn(SETTINGS[setting]).astype(int) - alone).max() <= 1

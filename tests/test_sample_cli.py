@@ -42,6 +42,7 @@ def six(sample_cli):
     return [Path(line) for line in out]
 
 
+@pytest.mark.slow
 def test_many_images_with_sheet_and_strips(six, sample_cli):
     names = [f"{p}-{i:03d}{end}.png" for i, p in zip(range(5, 11), ["a-castle"] * 3 + ["a-red-dragon"] * 3, strict=True)
              for end in ("", "-preview")]  # fmt: skip
@@ -304,6 +305,7 @@ def process(*args, cwd):
     return subprocess.run([sys.executable, ROOT / "sample.py", *args], cwd=cwd, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_as_a_process_in_a_pipe(tiny_folder, tmp_path):
     """Paths alone on stdout, the cut prompt on stderr, and the compiled program kept for the next run."""
     prompt = "a castle " * 100 + "and the end"

@@ -23,6 +23,7 @@ def start(process: int, processes: int, port: int, *args: object, cwd: Path, dev
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(sample_cli, tiny_folder, tmp_path):
     """Five batches of two prompts, so that one has more than the other; each file by one of them, the sheet too."""
     args = [*PROMPTS, "--num_images=3", "--grid", "--preview"]
@@ -41,6 +42,7 @@ def test_two_processes_write_the_files_of_one(sample_cli, tiny_folder, tmp_path)
         assert Path(path).read_bytes() == Path(path.replace("alone", "together")).read_bytes(), path
 
 
+@pytest.mark.slow
 def test_each_process_divides_the_model_over_its_own_devices(sample_cli, tiny_folder, tmp_path):
     """The images of one process that has the whole model: gathering it is exact, and sums differ by the batch alone."""
     args = [*PROMPTS, "--num_images=2"]
@@ -54,6 +56,7 @@ def test_each_process_divides_the_model_over_its_own_devices(sample_cli, tiny_fo
         assert levels(read_image(path), read_image(path.replace("alone", "together"))) <= 1, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_host_that_fails_is_named_and_the_other_ends(tiny_folder, tmp_path, failing):
     """The first process as well, which the other needs to the end; nobody waits for a sheet that cannot be."""

@@ -233,6 +233,7 @@ def test_the_canvas_and_its_mask():
     assert not mask[3 + 8 :].any()
 
 
+@pytest.mark.slow
 def test_two_stages_variations_and_animations(sample_cli):
     write_png("start.png", IMAGE)
     write_png("mask.png", IMAGE // 128 * 255)
@@ -259,6 +260,7 @@ def test_an_animation_that_cannot_be_written_leaves_nothing(tmp_path):
     assert existing(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_what_is_laid_onto_a_model(sample_cli, tiny, tmp_path):
     """A LoRA, an autoencoder, a ControlNet on edges and a tiny autoencoder for the strip, each of which shows."""
     model, params = tiny

@@ -46,6 +46,7 @@ def run(name: str, x, key=KEY, steps=6, push=0.0, spacing=None, config=SD1, **op
     return sample(functools.partial(denoise, push=push), scale * x, times, get_scheduler(name), key, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_compiled_equals_uncompiled(name):
     """One compiled program a scheduler, against each operation by itself: other tests run one or the other."""
@@ -172,6 +173,7 @@ def test_one_program_for_every_grid(name):
     assert len({float(r.sum()) for r in results}) == len(SPACINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_a_grid_that_is_filled_up_gives_the_same(name):
     """From the start, from a later step, and up to one."""

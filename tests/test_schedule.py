@@ -93,6 +93,7 @@ def test_steps_left_out_are_not_counted():
     assert x.tolist() == [12, 43]
 
 
+@pytest.mark.slow
 def test_an_image_follows_its_schedule(tiny, compilations):
     """Equal to two steps with one prompt and two with the other; other prompts of four texts compile nothing."""
     model, params = tiny

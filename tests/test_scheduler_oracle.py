@@ -168,6 +168,7 @@ def counts(values: SchedulerConfig, name: str) -> list[int]:
     return [n for n in found if least <= n <= most]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "name"), GRIDS, ids=lambda v: v)
 def test_grid_equals_that_of_diffusers(config, name):
     """Times, levels and the scale of the first noise, for many numbers of steps: ties must round alike."""

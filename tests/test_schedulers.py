@@ -82,6 +82,7 @@ def error(scheduler, times: Time) -> float:
     return float(np.abs(program(scheduler)(x, times) - exact(x, times)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_order_of_convergence(name):
     """Twice the steps divide the error by 2**order; halving 3 times over, the slope is seen to a tenth or two."""

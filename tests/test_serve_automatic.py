@@ -53,6 +53,7 @@ def generated(tiny, **more):
     return jaxdiff.generate(*tiny, "a castle", **given)
 
 
+@pytest.mark.slow
 def test_text_to_image(tiny, api):
     answer = api.txt2img(**CASTLE, negative_prompt="blurry", batch_size=2)
     drawn = np.stack([np.array(image) for image in answer.images])
@@ -64,6 +65,7 @@ def test_text_to_image(tiny, api):
     assert answer.parameters["steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_image_to_image_with_a_mask(tiny, api, source):
     mask = np.zeros((SIDE, SIDE, 3), np.uint8)
     mask[:, : SIDE // 2] = 255
@@ -74,6 +76,7 @@ def test_image_to_image_with_a_mask(tiny, api, source):
     assert "mask_blur has no effect here." in answer.info["warnings"]
 
 
+@pytest.mark.slow
 def test_image_to_image(tiny, api, source):
     answer = api.img2img(**CASTLE, images=[Image.fromarray(source)], denoising_strength=0.5)
     assert levels(np.array(answer.image)[None], generated(tiny, image=source, strength=0.5)) <= 1
@@ -115,6 +118,7 @@ def test_enlarging(tiny, source):
         draw_request(plain, TextToImage(**CASTLE | small))
 
 
+@pytest.mark.slow
 def test_controlnets(tiny, source):
     controlled = jaxdiff.with_controlnets(*tiny, tiny_controlnet(tiny[0]))
     with serving(controlled) as (address, *_):

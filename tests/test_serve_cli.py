@@ -88,6 +88,7 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_read(capsys, monkeypat
     assert "stop what listens there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sigterm_delivers_what_is_drawn_and_tells_the_others(tiny_folder):
     """The real process: ready, drawing one request and queueing another when the signal comes; exit code 0."""
     pytest.importorskip("uvicorn")

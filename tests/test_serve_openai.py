@@ -70,6 +70,7 @@ def test_generation(tiny, client):
     assert (answer.size, answer.output_format, answer.quality) == (SIZE, "png", "medium")
 
 
+@pytest.mark.slow
 def test_own_fields_and_quality(tiny, client):
     own = OWN | {"negative_prompt": "blurry", "guidance_scale": 3.0, "scheduler": "euler"}
     answer = client.images.generate(prompt="a castle", quality="low", style="watercolor", extra_body=own)

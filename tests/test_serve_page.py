@@ -117,6 +117,7 @@ def shot(page, name):
         page.screenshot(path=f"{SHOTS}/{name}.png", full_page=True)
 
 
+@pytest.mark.slow
 def test_type_a_prompt_and_see_the_image(page):
     draw(page, n=2)
     addresses = drawn(page, 2)

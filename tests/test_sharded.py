@@ -25,6 +25,7 @@ def sharded(tmp_path_factory):
     return json.loads((out / "report.json").read_text()) | {"images": dict(np.load(out / "images.npz"))}
 
 
+@pytest.mark.slow
 def test_divided_parameters_draw_the_same_images(sharded):
     """On 8 devices by fsdp, on 4 x 2 by fsdp and tensor (by sample.py), as on one, and where images are fewer.
 
@@ -62,6 +63,7 @@ def test_only_parameters_are_gathered_and_each_step_anew(sharded, name):
     assert set(found["sent"]) == (set() if name == "fsdp" else {"all-reduce tensor", "collective-permute tensor"})
 
 
+@pytest.mark.slow
 def test_a_mesh_of_two_processes_draws_the_images_of_one(sharded, tmp_path):
     """`generate` on both, which each get all the images: with divided parameters, with copies, and by devices."""
     port = free_port()

@@ -41,6 +41,7 @@ def assert_equal(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
+@pytest.mark.slow
 def test_what_is_saved_comes_back(small, tmp_path):
     family, model, params, path = small
     assert model.family == family
@@ -61,6 +62,7 @@ def untold(model) -> dict[str, dict]:
     }
 
 
+@pytest.mark.slow
 def test_a_foreign_file_of_the_same_tensors(small, tmp_path):
     """Without our metadata, sizes come from the shapes, and the caller says what no shape tells."""
     family, model, params, path = small
@@ -141,6 +143,7 @@ def test_sdxl_of_v_prediction_bears_its_marks(zero_snr, tmp_path):
     assert infer_configs(open_tensors(path), "sdxl")["scheduler"] == model.scheduler
 
 
+@pytest.mark.slow
 def test_prediction_type_is_overridden(small):
     _, model, _, path = small
     assert load_single_file(path, prediction_type="epsilon")[0].scheduler == dataclasses.replace(

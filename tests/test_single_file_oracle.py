@@ -149,6 +149,7 @@ PIPELINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_diffusers_opens_the_file(name, tmp_path):
     """The whole pipeline by diffusers' own loader, with the configs of the same model's folder."""

@@ -35,6 +35,7 @@ def check_equal(model, params, request):
     return moments
 
 
+@pytest.mark.slow
 def test_text_to_image(tiny):
     """A method of several steps goes on with what it remembers, and each moment shows the prediction of its step."""
     moments = check_equal(*tiny, request_of(tiny[0], {"scheduler": "dpmpp_2m"}, {}))
@@ -60,12 +61,14 @@ def test_nothing_is_compiled_for_other_prompts_and_numbers_of_steps(tiny, compil
     assert len(compilations) == before
 
 
+@pytest.mark.slow
 def test_noise_of_the_steps_in_an_image_redrawn(tiny, image):
     shared = {"scheduler": "euler_ancestral", "image": image, "strength": 0.6}
     moments = check_equal(*tiny, request_of(tiny[0], shared, {"image": image}))
     assert [m.steps for m in moments] == [3, 3, 3]
 
 
+@pytest.mark.slow
 def test_inpainting_with_prompts_edited_by_step(tiny, image):
     mask = np.zeros((SIDE, SIDE), bool)
     mask[:, : SIDE // 2] = True

@@ -206,6 +206,7 @@ def test_a_bucket_that_is_not_there_is_said_before_drawing(s3, sample_cli):
 # --- compiled programs
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_in_a_store(s3, compilations):
     settings = ("jax_compilation_cache_dir", "jax_persistent_cache_enable_xla_caches")
     before = {name: getattr(jax.config, name) for name in settings}

@@ -34,6 +34,7 @@ def steps_of(url: str) -> list[int]:
     return remote_checkpoints.whole(f"{url}/checkpoints")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_newest_whole_checkpoint_on_a_new_machine(bucket, tmp_path, machine, caplog):
     url = f"{bucket}/run"
     caplog.set_level("INFO", logger="absl")
@@ -148,6 +149,7 @@ def test_a_run_that_died_is_followed(bucket, monkeypatch, caplog):
     assert not stores.exists(f"{url}/lock")
 
 
+@pytest.mark.slow
 def test_hosts_without_a_common_folder_write_one_checkpoint(s3, machine):
     """Each its part of the arrays; any number of hosts goes on from it."""
     url, port = f"{s3[0]}/run", free_port()
@@ -207,6 +209,7 @@ def put_all(folder: Path, url: str) -> None:
     stores.upload(folder, url, stores.files(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by which ml_collections loads configs
 def test_train_py_reads_and_writes_stores(s3, starting_point, tmp_path, machine, train_cli):
     bucket = s3[0]

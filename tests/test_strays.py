@@ -91,6 +91,7 @@ def test_what_stands_behind_a_prefix_is_called_what_it_is(controlnet, tmp_path):
             check_controlnet(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["diffusers", "config.json", "vae.", "original", "first_stage_model.", "tiny"])
 def test_an_autoencoder_beside_strays(form, tiny, tmp_path, caplog):
     model = replace_config(tiny[0], "vae", scaling_factor=0.5)

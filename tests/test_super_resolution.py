@@ -64,6 +64,7 @@ def config_of(**settings):
     return config
 
 
+@pytest.mark.slow
 def test_a_fresh_network_begins_as_a_linear_enlargement():
     config = config_of()
     module = make(config, shapes_only=True).upscaler
@@ -112,6 +113,7 @@ def command(data, workdir, steps):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_exports_what_opens(train_cli, data, tmp_path):
     """Stopped after a step or not, the same network comes out."""
     outs = {}

@@ -127,6 +127,7 @@ def test_text_alone(name, prediction, tmp_path):
     )
 
 
+@pytest.mark.slow
 @predictions("epsilon")
 def test_sdxl(prediction, tmp_path):
     pipeline, loaded = built("sdxl", tmp_path, prediction)
@@ -168,6 +169,7 @@ def test_sdxl_from_images(task, image, mask, tmp_path, monkeypatch):
     assert_same(ours(loaded, image=image, mask=mask if masked else None, strength=0.5), drawn)
 
 
+@pytest.mark.slow
 def test_the_base_leaves_the_last_steps_to_the_refiner(tmp_path):
     """Its noisy latents go on in the other network, as with denoising_end and denoising_start."""
     base, (model, params) = built("sdxl", tmp_path)
@@ -211,6 +213,7 @@ def test_refiner(prediction, image, tmp_path, monkeypatch):
     assert_same(ours(loaded, image=image, strength=0.5), theirs(pipeline, image=image / 255.0, strength=0.5))
 
 
+@pytest.mark.slow
 @predictions("epsilon")
 @pytest.mark.parametrize("name", ["inpaint", "blend"])
 def test_inpainting(name, prediction, image, mask, tmp_path, monkeypatch):
@@ -223,6 +226,7 @@ def test_inpainting(name, prediction, image, mask, tmp_path, monkeypatch):
         assert_same(ours(loaded, image=image, mask=mask, strength=strength), theirs(pipeline, **given))
 
 
+@pytest.mark.slow
 @predictions("v_prediction")
 def test_upscaling(prediction, image, tmp_path, monkeypatch):
     pipeline, loaded = built("upscaler", tmp_path, prediction)
@@ -264,6 +268,7 @@ def test_lcm(tmp_path, monkeypatch):
     assert_same(ours(loaded, seed=7), theirs(pipeline, latents=latents()))
 
 
+@pytest.mark.slow
 def test_lcm_from_images(image, tmp_path, monkeypatch):
     """All four steps are taken, over the part `strength` of the steps of the distillation."""
     pipeline, loaded = built("lcm", tmp_path)

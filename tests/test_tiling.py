@@ -112,6 +112,7 @@ def test_overlapping_tiles_equal_pytorchs(small, latents, theirs):
     assert error(encoded[:, compared], means[:, compared]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_one_tile_is_the_whole(small, latents, whole):
     """A larger one than the latents, and None, which takes the images of a batch one by one."""
     for tile in (64, None):
@@ -126,6 +127,7 @@ def test_more_overlap_comes_nearer_to_the_whole(small, latents, whole):
     assert errors[1] < errors[0] < 0.1
 
 
+@pytest.mark.slow
 def test_gradient_flows_through_tiles(small, latents):
     """Each latent has its part in the image."""
     gradient = jax.jit(jax.grad(lambda z: decode_tiled(*small, z, 8, 2).sum()))(latents[:1])

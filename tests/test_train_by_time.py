@@ -57,6 +57,7 @@ def test_packed_latents_are_those_given_within_half_a_step(latents, packed):
     assert (np.abs(small * scale - shuffled)[inside] <= 0.5001 * np.broadcast_to(scale, given.shape)[inside]).all()
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_joined_into_a_model_that_learned(packed, start, tmp_path, capsys):
     flags = ["--packed", str(packed), "--start", str(start), "--out", str(tmp_path / "out"), "--dtype", "float32"]
     sizes = ["--steps", "60", "--batch_size", "16", "--held_out", "32", "--seconds", "3600", "--optimizer", "adamw"]

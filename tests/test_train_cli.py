@@ -57,12 +57,14 @@ def vae(data, tmp_path_factory) -> tuple[Path, str]:
     return workdir, done.stderr
 
 
+@pytest.mark.slow
 def test_it_says_which_images_are_left_out(vae):
     _, said = vae
     assert re.search(r"train\.py: \d+ of 12 images", said)
     assert "orbax" not in said
 
 
+@pytest.mark.slow
 def test_the_stages_one_after_the_other_make_a_model_that_draws(train_cli, data, vae, tmp_path):
     path = f"--config.data.path={data}"
     code, out, err = train_cli(f"--config={CONFIG}:clip", f"--workdir={tmp_path}/clip", path)
@@ -218,6 +220,7 @@ def test_a_selection_has_the_same_images_and_nothing_else(data):
         select(source, {"style": ("watercolour",)})
 
 
+@pytest.mark.slow
 def test_latents_are_written_and_trained_on(train_cli, data, tiny_folder, tmp_path):
     """At the images' own aspects, filtered; and with a model that they do not fit."""
     settings = [f"--config={ROOT}/configs/folder.py", f"--config.data.path={data}", "--config.cache_latents=0"]
@@ -258,6 +261,7 @@ def test_latents_are_written_and_trained_on(train_cli, data, tiny_folder, tmp_pa
     assert "leave out config.latents.path" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workdirs", "count", "sentence"),
     [

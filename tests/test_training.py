@@ -155,6 +155,7 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(stage, params):
 # --- stages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [clip_stage, vae_stage])
 def test_the_loss_of_each_stage_falls(stage, params):
     """The UNet's is one of those in test_finetune.py."""
@@ -181,6 +182,7 @@ def test_min_snr_weighs_each_example_by_its_time(params, denoising_loss):
     np.testing.assert_allclose(weighted / denoising_loss(params, one, first), weight[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"offset_noise": 0.5}, {"input_perturbation": 0.5}, {"times": "logit_normal"}])
 def test_what_is_said_of_noise_and_times_reaches_the_loss(params, denoising_loss, change):
     changed = jax.jit(diffusion_stage(whole_model(), caption_dropout=0.0, **change).loss)
@@ -201,6 +203,7 @@ def test_times_cover_the_process():
     np.testing.assert_allclose(np.median(t), 750, atol=30)  # 3 / (1 + 2 * 1/2) * 1/2 of 1000
 
 
+@pytest.mark.slow
 def test_no_gradient_flows_into_the_autoencoder(gradients):
     _, grads = gradients()
     for part, flows in (("unet", True), ("text_encoder", True), ("vae", False)):

@@ -26,6 +26,7 @@ def report(tmp_path_factory) -> dict:
     return report | {"hosts": hosts[0]["hosts"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "all"])
 def test_every_mesh_gives_the_same_losses(report, mesh):
     one, other = report["one"], report[mesh]
@@ -90,6 +91,7 @@ def test_the_tensor_axis_adds_sums_of_activations_and_the_halves_of_gated_layers
     assert {"all-gather"} == {kind for kind, axes in kinds if kind.startswith("all-g")}
 
 
+@pytest.mark.slow
 def test_hosts_train_together_and_others_go_on(tmp_path):
     """One process with one device, then two with four each, then the one: as if it had never changed. An image is
     damaged.

@@ -140,6 +140,7 @@ def test_eight_bits_times_the_scales_beside_them(saved, kind, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found["transformer"], same["transformer"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16", "BF16"])
 def test_gguf(saved, kind, tmp_path):
     """Against the library's own quantisation and back; rows that are no multiple of a block stay float32."""
@@ -191,6 +192,7 @@ def test_what_does_not_fit_is_refused(saved, tiny_folder, tmp_path):
         jaxdiff.load(folder, transformer=tmp_path / "damaged.gguf")
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_file(saved, tmp_path):
     from jaxdiff.cli.sample import main
 
@@ -217,6 +219,7 @@ def changes(kind: str, rng: np.random.Generator, out: int, inputs: int) -> tuple
     return {f"{names[0]}.weight": downs[0], f"{names[1]}.weight": ups[0], **alpha}, 0.5 * ups[0] @ downs[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["comfy", "kohya", "loha", "difference"])
 def test_a_lora_of_their_layers_changes_ours(saved, kind, tmp_path):
     """Merged into their weights, and those converted as PyTorch does; with an alpha of half the rank."""

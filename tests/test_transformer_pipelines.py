@@ -46,6 +46,7 @@ def test_flux2_reads_the_layers_that_pytorch_reads():
     assert arguments["text_encoder_out_layers"].default == oracle.PUBLISHED_LAYERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pair", "size", "steps", "guidance"), CASES, indirect=["pair"])
 def test_draws_what_pytorch_draws(pair, size, steps, guidance):
     _, pipe, model, params = pair
@@ -55,6 +56,7 @@ def test_draws_what_pytorch_draws(pair, size, steps, guidance):
     assert np.abs(found - 255 * expected).max() <= 3
 
 
+@pytest.mark.slow
 @of("flux", "sd3", "z_image")  # PyTorch's FLUX.2 reads the image otherwise
 @pytest.mark.parametrize("task", ["img2img", "inpaint"])
 def test_redraws_what_pytorch_redraws(pair, task, monkeypatch):
@@ -127,6 +129,7 @@ def flags(made, family):
     return ["sample.py", f"--model={folder}", "--prompt=a castle", "--steps=2", "--height=16", "--width=16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MAIN)
 def test_the_command_draws(family, made_transformers, tmp_path):
     """With previews; FLUX.1 by a scheduler of two passes a step; and the same where the texts are encoded first.

@@ -49,6 +49,7 @@ def without_images(batch, latents):
 
 
 # Precomputed texts are pooled ones as well, or have a mask, as of these two.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pair", "precomputed"),
     [*((family, False) for family in FAMILIES), ("flux", True), ("z_image", True)],
@@ -90,6 +91,7 @@ def test_the_loss_is_pytorchs(pair, precomputed, made_transformers):
     np.testing.assert_allclose(loss, expected, rtol=2e-2 if precomputed else 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux", "z_image"])  # of pooled texts and of masks
 def test_a_dropped_caption_is_the_empty_one(family, made_transformers):
     model, params = made_transformers.model(family)

@@ -121,6 +121,7 @@ def test_sd3(dual, norm):
     check(SD3Transformer2DModel(SD3Config(**sizes)), net, (x, TIMES, text, pooled), out.permute(0, 2, 3, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(6, 4), (8, 16)], ids=["filled", "whole"])
 def test_z_image(size):
     from diffusers import ZImageTransformer2DModel as Oracle

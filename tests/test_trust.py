@@ -258,6 +258,7 @@ def test_what_cannot_be_written_is_named(tmp_path):
 # --- devices and hosts
 
 
+@pytest.mark.slow
 def test_other_devices_and_meshes_go_on(tmp_path):
     finish(start("tests.support.train_on_meshes", tmp_path, devices=4))
     report = json.loads((tmp_path / "report.json").read_text())
@@ -267,6 +268,7 @@ def test_other_devices_and_meshes_go_on(tmp_path):
     np.testing.assert_allclose(report["losses"], report["unbroken"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_notice_to_one_host_stops_all_at_the_same_step(tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))

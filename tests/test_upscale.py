@@ -33,6 +33,7 @@ def picture(height, width, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"unshuffle": 2}], ids=["x4", "x2"])
 def test_tiles_make_the_image_of_the_whole(sizes):
     """The margin is as wide as this network sees, so that nothing but rounding may differ, seams least of all."""
@@ -189,6 +190,7 @@ def test_what_is_drawn_is_enlarged(sample_cli, network, network_file):
     assert kept["prompt"] == "a castle"
 
 
+@pytest.mark.slow
 def test_a_preview_shows_every_layer(sample_cli, network_file):
     """Small image, enlarged and refined, enlarged by the network: each at its own size, and as an animation."""
     cascade = (CASTLE, STEPS, "--hires=2", "--upscale=2", f"--upscaler={network_file}", "--output=a.png")
@@ -217,6 +219,7 @@ def test_a_preview_shows_every_layer(sample_cli, network_file):
     assert np.abs(np.asarray(Image.open("b.png")).astype(int) - image).max() <= 3
 
 
+@pytest.mark.slow
 def test_hires_by_the_network(sample_cli, network_file):
     """The network's image is another start of the second stage than a resized one, and the same each time."""
     hires = (CASTLE, STEPS, "--hires=2")

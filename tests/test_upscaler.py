@@ -57,6 +57,7 @@ def test_older_names_open(tmp_path, renamed, suffix):
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "scale"), [(23, 4), (6, 4), (23, 2)])
 def test_published_sizes_are_read_from_the_tensors(tmp_path, blocks, scale):
     """RealESRGAN_x4plus, x4plus_anime_6B and x2plus: every tensor has a place, none is left over."""

@@ -68,6 +68,7 @@ def test_weights_of_taming_transformers_are_read(where, tmp_path):
         load_patches(tmp_path / "d.safetensors", fresh(PatchDiscriminator(4, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # diffusers' own
 def test_losses_gradients_and_the_adaptive_weight_equal_pytorchs():
     """Of the decoder by both losses, of the discriminator by its own, at their first step."""
@@ -125,6 +126,7 @@ def test_losses_gradients_and_the_adaptive_weight_equal_pytorchs():
 # --- the stage
 
 
+@pytest.mark.slow
 def test_the_decoder_does_not_hear_the_discriminator_before_the_start():
     model, discriminator = whole_model(), PatchDiscriminator(4, 2)
     params = split_decoder(tiny_params(model)) | {"discriminator": fresh(discriminator)}
@@ -170,6 +172,7 @@ def test_redrawn_latents_are_those_of_a_sampler():
         np.testing.assert_allclose(found[one], x0[-1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_decoder_of_redrawn_latents_learns_them_alone(tiny):
     adversary = {**TINY["adversary"], "weight": 0.0}
     found = make(settings("vae_decoder", adversary=adversary, redraw={"strength": 0.5, "steps": 2}), *tiny)
@@ -222,6 +225,7 @@ def run(tmp_path, tiny_folder):
     return train
 
 
+@pytest.mark.slow
 def test_a_run_changes_the_decoder_alone_and_goes_on_bit_for_bit(run, tiny, tmp_path):
     model, params = run("whole", steps=3)
     run("parts", steps=2)

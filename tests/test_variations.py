@@ -66,6 +66,7 @@ def test_a_film_goes_from_one_prompt_to_the_other(draw):
 LONG = "a castle, " * 40  # a dozen chunks of the tiny tokenizer's
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_a_longer_prompt_beside_it(draw):
     both = draw(["a castle", LONG], seed=3)
     assert levels(both[:1], draw("a castle", seed=3)) <= LEVEL
@@ -103,6 +104,7 @@ def test_a_mask_of_one_side_is_no_mask_of_the_other(tiny):
     np.testing.assert_allclose(*denoised, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("upscale", ["pixel", "latent"])
 def test_two_stages_are_the_small_image_enlarged_and_redrawn(upscale, tiny, draw):
     """Against the same put together from the pure pieces."""
@@ -177,6 +179,7 @@ def test_strength_of_the_second_stage_is_traced(draw):
     assert sampler.cache_info().misses == before
 
 
+@pytest.mark.slow
 def test_tiles_of_the_whole_change_nothing_and_smaller_ones_little(draw):
     """One tile that covers the image is the image; of smaller ones, the group norms and the seams differ."""
     whole = draw(["a castle"], seed=3)
@@ -186,6 +189,7 @@ def test_tiles_of_the_whole_change_nothing_and_smaller_ones_little(draw):
     assert levels(tiles, whole) > LEVEL
 
 
+@pytest.mark.slow
 def test_frames_are_drawn_by_a_tiny_autoencoder_where_there_is_one(tiny, draw):
     model, params = tiny
     config = TinyVAEConfig(
