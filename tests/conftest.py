@@ -34,10 +34,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # PyTorch's threads would wait in turns
 
 # The files that take longest, by which parallel workers begin so that they end together.
 LONGEST = (
-    "test_examples", "test_training_devices", "test_transformer_pipelines", "test_transformer_training", "test_models",
-    "test_train_cli", "test_finetune", "test_tasks", "test_generate", "test_scheduler_oracle", "test_single_file",
-    "test_stores_runs", "test_trust", "test_sampling", "test_controlnet", "test_training", "test_vae_decoder",
-    "test_docs", "test_transformer_files", "test_variations", "test_text",
+    "test_trust", "test_generate", "test_bundled", "test_finetune_cli", "test_transformers", "test_training_oracle",
+    "test_distillation_oracle", "test_transformer_files", "test_models", "test_scheduler_oracle", "test_tasks",
+    "test_examples_tiny", "test_mmdit", "test_training_loop", "test_lora_oracle", "test_text", "test_sharded",
 )  # fmt: skip
 
 

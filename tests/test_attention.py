@@ -77,6 +77,7 @@ def test_a_bias_hides_keys_or_counts_them_in_part(queries, dtype):
     )
 
 
+@pytest.mark.slow
 def test_chunked_gradients_are_those_of_the_whole():
     q, k, v = inputs(CHUNK_FROM + 3, 6)
 

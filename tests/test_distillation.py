@@ -211,6 +211,7 @@ def test_fast_sinusoids_of_time_have_no_weight_and_get_none(model, params, examp
     assert np.abs(moved[0, np.tile(~fast, 2)]).max() < 0.051
 
 
+@pytest.mark.slow
 def test_where_the_student_learns_the_teachers_own_guidance_alone_it_says_nothing_new(model, params, examples):
     """Before its derivative comes in, a student of an unguided teacher has nothing to learn but what smoothing took."""
     scales = {"guidance_min": 1.0, "guidance_max": 1.0, "tangent_warmup": 10**9, "time_frequency": 1.0}

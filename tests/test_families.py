@@ -221,6 +221,7 @@ IMAGE, SMALL = np.zeros((SIDE, SIDE, 3), np.uint8), np.zeros((LATENT, LATENT, 3)
 MASK = np.ones((SIDE, SIDE), bool)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [

@@ -70,6 +70,7 @@ def test_the_mean_of_a_text_counts_tokens_as_the_mask_says():
     np.testing.assert_allclose(text_state(states), states.mean(1))
 
 
+@pytest.mark.slow
 def test_noise_and_text_decide_the_latents_and_what_a_mask_hides_does_not(gan):
     model, params = gan
     rng = np.random.default_rng(0)

@@ -102,6 +102,7 @@ def test_nothing_compiles_for_other_prompts_seeds_scales_noise_or_spacing(draw, 
     assert any("program" in name for name in compilations)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_for_another_number_of_steps(draw, image, compilations):
     drawn = [draw("a castle", steps=1)]
     draw("a [castle|dragon]", image=image, steps=5)
@@ -112,6 +113,7 @@ def test_nothing_compiles_for_another_number_of_steps(draw, image, compilations)
     assert len({images.tobytes() for images in drawn}) == 4
 
 
+@pytest.mark.slow
 def test_nothing_compiles_for_another_strength_or_image(draw, image, compilations):
     draw("a castle", image=image, strength=1.0)
     compilations.clear()
@@ -131,6 +133,7 @@ def test_strength_is_how_far_an_image_is_left(tiny, draw, image):
     )
 
 
+@pytest.mark.slow
 def test_frames_lead_to_the_image(draw):
     """Euler's grid ends in a clean sample, which is the last prediction itself."""
     drawn, frames = draw(PROMPTS[:2], scheduler="euler", frames=2)
@@ -206,6 +209,7 @@ def pieces(tiny):
     return jax.jit(f), params, cond.embeddings
 
 
+@pytest.mark.slow
 def test_the_pieces_under_one_jit_draw_what_generate_draws(tiny, draw):
     model, params = tiny
     times, noise_scale = jaxdiff.time_grid(model.scheduler, STEPS, "ddim")

@@ -224,6 +224,7 @@ def test_exif_of_wrong_types_is_one_sentence(tag, tmp_path):
         read(tmp_path, png(1, 1, 8, 2, b"\0abc", chunk(b"eXIf", exif)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged EXIF and TIFF tags and reads on
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "GIF"])
 def test_damaged_files_are_read_or_refused(kind, tmp_path):
@@ -354,6 +355,7 @@ def test_a_header_longer_than_the_file_allocates_nothing(length, folder):
         jaxdiff.load(folder)
 
 
+@pytest.mark.slow
 def test_emoji_and_other_scripts_are_prompts(tiny):
     prompts = ["🎉👩‍👩‍👧🏰", "城の絵", "قلعة", "\u202e\u0000\ufeff", "a\udcffb", "((((", ""]
     drawn = jaxdiff.generate(*tiny, prompts, steps=1, seed=[0] * len(prompts))

@@ -64,6 +64,7 @@ STRAYS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stray", STRAYS)
 def test_stray_tensors_are_passed_over_and_named(stray, tiny, tensors, write, caplog):
     with caplog.at_level(logging.WARNING):
@@ -97,6 +98,7 @@ def test_a_checkpoint_without_autoencoder_takes_another(tiny, tensors, write, tm
     assert_equal(read, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.sft", "x.SAFETENSORS", "x.Safetensors", "x.ckpt", "X.CKPT", "x.bin"])
 def test_a_checkpoint_by_any_name(name, tiny, tensors, write):
     """The content of a file tells its format."""

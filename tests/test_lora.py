@@ -28,6 +28,7 @@ def convolution(params, name: str = "conv_in"):
     return to_torch_layout(("kernel",), np.asarray(params["unet"][name]["kernel"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(32, 1, 1, 1), (32, 1), (32,), (1, 4, 1, 1), (1, 4)])
 def test_dora_by_output_and_by_input(shape, sd1, tmp_path):
     """The equation written out in PyTorch's layout; half the scale is half the way."""
@@ -142,6 +143,7 @@ def test_merging_is_linear_in_the_scale(fresh):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), twice, merge(params, lora))
 
 
+@pytest.mark.slow
 def test_merging_is_jitted_differentiated_and_mapped(fresh):
     params, lora = fresh
     scales = jnp.array([0.0, 0.5, 2.0])

@@ -69,6 +69,7 @@ def test_it_is_planned(train_cli):
     assert "all but activations" in out
 
 
+@pytest.mark.slow
 def test_a_fresh_transformer_says_nothing_and_keeps_its_input(tiny_folder):
     """Its blocks are gated by zeros, and its answer is zero: training begins at the mean of what it is to say."""
     model, params = fresh_model(tiny_folder)

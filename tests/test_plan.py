@@ -87,6 +87,7 @@ def test_of_a_lora_the_frozen_weights_are_held_once_and_have_no_optimizer(config
     assert held.optimizer < 3 * held.params < held.frozen
 
 
+@pytest.mark.slow
 def test_sdxl_is_planned_on_a_pod_without_allocating_it():
     unet = UNet2DConditionModel(SDXL)
     array = jax.ShapeDtypeStruct

@@ -83,6 +83,7 @@ def test_equals_encoding_on_the_way(model, params, source, written):
         )
 
 
+@pytest.mark.slow
 def test_training_reads_them_like_any_data(model, params, written):
     def batches(**kwargs):
         return iter(captioned_data(written, 4, SIDE, seed=0, threads=2, **kwargs))

@@ -26,6 +26,7 @@ from tests.support.written import existing
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_one_image_to_one_file(sample_cli):
     code, out, err = sample_cli("--prompt=a castle", STEPS, "--output=new/folder/castle.png")
     assert (code, out, err) == (0, ["new/folder/castle.png"], "")
@@ -271,6 +272,7 @@ def test_what_goes_wrong_while_drawing_is_one_line(error, code, sentence, sample
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_image_to_start_from_is_cut_and_resized(sample_cli):
     write_png("start.png", np.random.default_rng(0).random((20, 40, 3)))
     code, out, err = sample_cli(CASTLE, STEPS, "--image=start.png", "--strength=0.7", "--output=castle.png")

@@ -147,6 +147,7 @@ def test_the_images_are_counted_before_they_are_planned(more):
 IMAGE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 
 
+@pytest.mark.slow
 def test_a_mask_is_drawn_and_the_rest_kept(sample_cli):
     write_png("start.png", IMAGE)
     mask = np.zeros((SIDE, SIDE, 3), np.uint8)
@@ -218,6 +219,7 @@ def test_a_mask_of_another_size(sample_cli):
     assert f"--image and --mask are {SIDE} x {SIDE} and {SIDE} x {SIDE - 2}: make the mask as large" in err
 
 
+@pytest.mark.slow
 def test_outpainting_makes_the_image_larger(sample_cli):
     write_png("start.png", IMAGE)
     code, out, err = sample_cli(CASTLE, STEPS, "--image=start.png", "--outpaint=0,0,8,4", "--output=out.png")

@@ -189,6 +189,7 @@ def test_a_grid_that_is_filled_up_gives_the_same(name):
             np.testing.assert_array_equal(filled[1][: options.get("stop", steps)], whole[1][: options.get("stop")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_one_program_for_all_numbers_of_steps(name):
     """None of which is taken in vain: the network is called as often as for the grid itself."""

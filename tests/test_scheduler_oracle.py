@@ -246,6 +246,7 @@ def test_no_key_of_flows_is_passed_over():
         assert set(inspect.signature(cls.__init__).parameters) <= known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 def test_defaults_of_each_class(name):
     """Every key is known; spacing, clipping, betas and the end of the last step where the config says nothing."""

@@ -96,6 +96,7 @@ def test_order_of_convergence(name):
         assert many < 0.03 / 10 ** (order - 1), kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_real_grids_converge(name):
     """From noise, or pure noise, to a clean sample, where every method's last step is of first order."""
@@ -205,6 +206,7 @@ def test_eta_goes_from_ddim_to_ddpm():
     np.testing.assert_allclose(spreads, SPREAD, atol=0.012 + 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpmpp_2m_sde", "dpmpp_sde", "dpmpp_2s_ancestral"])
 def test_stochastic_schedulers_draw_the_distribution(name):
     """A hundred steps from noise, or pure noise, end in the target, to a first-order bias and five standard errors."""

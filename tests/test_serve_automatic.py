@@ -83,6 +83,7 @@ def test_image_to_image(tiny, api, source):
     assert answer.info["warnings"] == []
 
 
+@pytest.mark.slow
 def test_an_image_drawn_small_first(tiny, api):
     more = {"width": SIDE // 2, "height": SIDE // 2, "enable_hr": True, "hr_scale": 2, "denoising_strength": 0.5}
     answer = api.txt2img(**(CASTLE | more), hr_upscaler="Latent")
@@ -90,6 +91,7 @@ def test_an_image_drawn_small_first(tiny, api):
     assert levels(np.array(answer.image)[None], alone) <= 1
 
 
+@pytest.mark.slow
 def test_enlarging(tiny, source):
     """extra-single-image by the network, by Lanczos' filter or not at all; the network between two stages too."""
     upscaler = tiny_upscaler()

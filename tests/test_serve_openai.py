@@ -233,6 +233,7 @@ def test_errors_of_edits(client, source):
         assert e.value.param == named
 
 
+@pytest.mark.slow
 def test_requests_at_once_share_batches(tiny, server, client):
     """Eight clients: none lost, each its own image, in fewer batches than images."""
     before = httpx.get(f"{server[0]}/metrics").text

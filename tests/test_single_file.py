@@ -130,6 +130,7 @@ def test_a_unet_without_a_middle_block_there_and_back(tmp_path):
         assert_equal(loaded, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_sdxl_of_v_prediction_bears_its_marks(zero_snr, tmp_path):
     """Tensors without numbers, by which other programs know it."""
@@ -215,6 +216,7 @@ def test_a_checkpoint_without_autoencoder_is_named(tensors, write):
         load_single_file(write({n: x for n, x in tensors.items() if not n.startswith(VAE_PREFIX)}))
 
 
+@pytest.mark.slow
 def test_another_autoencoder_takes_the_models_place(tiny, tensors, tmp_path):
     """One-file checkpoints' autoencoders, alone or in a whole file, and a folder; the model's scale stays."""
     model, params = tiny

@@ -78,11 +78,13 @@ def test_inpainting_with_prompts_edited_by_step(tiny, image):
     check_equal(*tiny, request)
 
 
+@pytest.mark.slow
 def test_controlnet(tiny, image):
     model, params = jaxdiff.with_controlnets(*tiny, tiny_controlnet(tiny[0]))
     check_equal(model, params, request_of(model, {}, {"control_images": [image], "controlnet_scale": 0.7}))
 
 
+@pytest.mark.slow
 def test_an_image_drawn_small_first_comes_in_one_piece(tiny):
     (moment,) = check_equal(*tiny, request_of(tiny[0], {"hires": 2.0}, {}))
     assert moment.images().shape == (2, SIDE, SIDE, 3)

@@ -43,6 +43,7 @@ def named_in_a_warning(caplog) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("described", [False, True], ids=["alone", "config.json"])
 @pytest.mark.parametrize("prefix", ["", "controlnet.", "control_model.", "pipeline.controlnet."])
 def test_a_controlnet_behind_a_prefix_and_beside_strays(prefix, described, tiny, controlnet, tmp_path, caplog):

@@ -195,6 +195,7 @@ def test_the_base_leaves_the_last_steps_to_the_refiner(tmp_path):
     assert_same(np.asarray(np.round(255 * images)), drawn)
 
 
+@pytest.mark.slow
 @predictions("v_prediction")
 def test_img2img(prediction, image, tmp_path, monkeypatch):
     pipeline, loaded = built("img2img", tmp_path, prediction)
@@ -205,6 +206,7 @@ def test_img2img(prediction, image, tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.slow
 @predictions("epsilon")
 def test_refiner(prediction, image, tmp_path, monkeypatch):
     pipeline, loaded = built("refiner", tmp_path, prediction)
@@ -239,6 +241,7 @@ def test_upscaling(prediction, image, tmp_path, monkeypatch):
         assert_same(ours(loaded, image=small, noise_level=level, seed=7, noise=start), drawn)
 
 
+@pytest.mark.slow
 @predictions("epsilon")
 def test_guidance_embedding(prediction, tmp_path):
     """A distilled network is told of the guidance scale, and there is no second half of the batch."""
@@ -286,6 +289,7 @@ def test_lcm_from_images(image, tmp_path, monkeypatch):
         ours(loaded, image=image, strength=1.5)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_for_other_values(image, compilations):
     """Scales, levels and intervals are traced."""
     unet = dataclasses.replace(tiny.UNET, in_channels=7, num_class_embeds=50)

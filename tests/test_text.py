@@ -280,6 +280,7 @@ def test_emphasis_is_computed_in_float32_and_keeps_the_type():
     assert error(ours[0], exact) < float(jnp.finfo(jnp.bfloat16).eps)
 
 
+@pytest.mark.slow
 def test_tokens_go_through_jit_and_values_do_not_recompile(models):
     model = models["sdxl"]
     params = random_params(model)

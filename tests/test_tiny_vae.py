@@ -144,6 +144,7 @@ def test_previews_take_the_unets_latents(tiny):
     assert 0 < np.mean(images) < 1
 
 
+@pytest.mark.slow
 def test_it_takes_the_place_of_a_models_autoencoder(tiny):
     """The same methods, so that `encode` and `decode` of a model work with it; drawn latents are its mean."""
     model, params = tiny

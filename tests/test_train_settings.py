@@ -88,6 +88,7 @@ def test_edges_are_found_where_images_are_decoded(run_of):
         np.testing.assert_array_equal(stage.prepare(batch)["hint"], edges)
 
 
+@pytest.mark.slow
 def test_weights_of_the_autoencoders_losses(run_of):
     run = run_of("vae", kl_weight=2.0, edge_weight=0.0, eval={"images": 2})
     stage, params = run.trainable.stage, run.trainable.params
@@ -197,6 +198,7 @@ def test_steering_images_of_the_metadata_are_cut_like_their_own(folders):
         captioned_data(folder, 1, SIDE, seed=0)
 
 
+@pytest.mark.slow
 def test_an_autoencoder_may_come_from_a_folder_of_its_own(tiny, tmp_path):
     model, params = tiny
     save_module(tmp_path / "vae", model.vae, params["vae"])

@@ -58,6 +58,7 @@ def test_contrastive_loss_is_the_cross_entropy_of_both_directions():
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_equal_captions_are_not_each_others_negatives():
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(2, 3, 7))
@@ -163,6 +164,7 @@ def test_the_loss_of_each_stage_falls(stage, params):
     assert after < 0.85 * before
 
 
+@pytest.mark.slow
 def test_dropping_every_caption_makes_the_loss_independent_of_them(params, denoising_loss):
     batch = pairs(BATCH)
     other = {**batch, "tokens": tokenizer()(["blurry"] * BATCH)}
@@ -171,6 +173,7 @@ def test_dropping_every_caption_makes_the_loss_independent_of_them(params, denoi
     assert denoising_loss(params, batch, keys()) != denoising_loss(params, other, keys())
 
 
+@pytest.mark.slow
 def test_min_snr_weighs_each_example_by_its_time(params, denoising_loss):
     model, batch = whole_model(), pairs(BATCH)
     one, first = {k: v[:1] for k, v in batch.items()}, keys()[:1]

@@ -10,6 +10,8 @@ from tests.support.train_on_devices import CLIP_STEPS, MESHES, OPTIMIZERS, STEPS
 from tests.support.train_on_hosts import main as train_on_hosts
 from tests.support.train_on_hosts import write_images
 
+pytestmark = pytest.mark.slow  # the processes of `report` take minutes
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
@@ -26,7 +28,6 @@ def report(tmp_path_factory) -> dict:
     return report | {"hosts": hosts[0]["hosts"]}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "all"])
 def test_every_mesh_gives_the_same_losses(report, mesh):
     one, other = report["one"], report[mesh]
@@ -91,7 +92,6 @@ def test_the_tensor_axis_adds_sums_of_activations_and_the_halves_of_gated_layers
     assert {"all-gather"} == {kind for kind, axes in kinds if kind.startswith("all-g")}
 
 
-@pytest.mark.slow
 def test_hosts_train_together_and_others_go_on(tmp_path):
     """One process with one device, then two with four each, then the one: as if it had never changed. An image is
     damaged.

@@ -304,6 +304,7 @@ def test_a_leap_of_the_loss_is_told(capsys):
     assert "jumps to 9 at step 47" in told[0]
 
 
+@pytest.mark.slow
 def test_going_on_holds_one_state_on_the_devices(tmp_path, monkeypatch):
     params = {"line": {"w": np.zeros(3, np.float32), "unused": np.zeros((256, 256), np.float32)}, **OFFSET}
     held: list[int] = []

@@ -69,6 +69,7 @@ def unpacked(tokens, x):
     return FluxPipeline._unpack_latents(tokens, 8 * x.shape[1], 8 * x.shape[2], 8).permute(0, 2, 3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [True, False])
 def test_flux(guided):
     from diffusers import FluxPipeline

@@ -49,6 +49,7 @@ def theirs(features: int, layers: int):
     return net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["alone", "checkpoint"])
 def test_weights_of_taming_transformers_are_read(where, tmp_path):
     torch = pytest.importorskip("torch")
@@ -148,6 +149,7 @@ def test_the_decoder_does_not_hear_the_discriminator_before_the_start():
     assert not any(np.any(x) for x in jax.tree.leaves((late["vae"], late["text_encoder"])))
 
 
+@pytest.mark.slow
 def test_redrawn_latents_are_those_of_a_sampler():
     """Each image from its own point of the way, by its own caption, as `sample` draws it with DDIM."""
     model, how = whole_model(), RedrawOptions(strength=0.8, steps=3, guidance_scale=4.0)

@@ -148,6 +148,7 @@ def test_a_second_run_in_a_workdir_is_refused(tmp_path):
 # --- what is told
 
 
+@pytest.mark.slow
 def test_the_loss_by_noise_level_is_the_same_each_time_and_knows_the_level():
     model = tiny_model()
     params = tiny_params(model)
