@@ -12,7 +12,7 @@ test:
 	$(PYTHON) -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder -q --durations=15
 
 test-all:
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTHON) -m pytest -q --durations=20
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q --durations=20
 
 bench:
 	for script in benchmarks/bench_*.py; do $(PYTHON) -m benchmarks.$$(basename $$script .py) || exit 1; done

@@ -11,6 +11,7 @@ from benchmarks import compare_few_steps as compare
 from tests.support.tiny import SIDE
 
 
+@pytest.mark.slow
 def test_a_page_has_a_row_and_the_grid_a_column_for_each(tiny_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a castle\na house\na red dragon\n")
     given = ["--entry", f"few={tiny_folder}@1,2", "--entry", f"own={tiny_folder}@3", "--output", str(tmp_path / "o"),

@@ -75,9 +75,8 @@ jaxdiff.load = lambda name: {"icons": (model, tiny_params(model))}[name]
 """
 
 
-@pytest.mark.parametrize(
-    ("loading", "side"), [(TINY, 32), pytest.param("", 128, marks=pytest.mark.slow)], ids=["tiny", "icons"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("loading", "side"), [(TINY, 32), ("", 128)], ids=["tiny", "icons"])
 def test_sharded_batch_equals_one_device(tmp_path, loading, side):
     """In a process of its own, whose devices can be simulated."""
     code = """

@@ -303,6 +303,7 @@ def test_devices_do_not_change_images(eight_devices):
     assert min(levels(a, b) for a, b in itertools.combinations(one, 2)) > 10
 
 
+@pytest.mark.slow
 def test_parameters_are_drawn_from_where_they_were_put(eight_devices):
     """On all those devices even if the images are fewer; and sample.py does, in whatever order a mesh has them."""
     assert eight_devices["partitions_commanded"] == [8]

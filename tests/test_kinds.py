@@ -79,6 +79,7 @@ def test_nothing_is_said_of_a_clean_checkpoint(tensors, write, caplog):
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_autoencoder_takes_another(tiny, tensors, write, tmp_path):
     """As a file and as a folder; without one it says how."""
     model, params = tiny

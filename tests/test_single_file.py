@@ -74,6 +74,7 @@ def test_a_foreign_file_of_the_same_tensors(small, tmp_path):
     assert (reopened.scheduler, reopened.options, reopened.family) == (model.scheduler, model.options, family)
 
 
+@pytest.mark.slow
 def test_sd_turbo_has_the_layout_of_sdxl(tmp_path):
     """An SD 2.1 whose text encoder stands where the SDXL refiner has its own: the file reads as the folder does."""
     model = replace_config(small_model("sd2"), "unet", sample_size=64)
@@ -113,6 +114,7 @@ def test_a_distilled_model_there_and_back(tmp_path):
     assert (found["scheduler"], found["unet"].time_cond_proj_dim) == (model.scheduler, 16)
 
 
+@pytest.mark.slow
 def test_a_unet_without_a_middle_block_there_and_back(tmp_path):
     """With our metadata and without; the folder of it says null, which is not the default."""
     model = replace_config(small_model("sd1"), "unet", mid_block_type=None)

@@ -81,7 +81,7 @@ def test_names_are_those_of_diffusers_converters(name):
             assert x.flatten()[0] == marked[place(ours, table(config), prefix).name].flatten()[0], ours
 
 
-@pytest.mark.parametrize("name", ["sd2", "sdxl", "sdxl_refiner"])
+@pytest.mark.parametrize("name", ["sd2", "sdxl", pytest.param("sdxl_refiner", marks=pytest.mark.slow)])
 def test_openclip_as_diffusers_converts_it(name):
     pytest.importorskip("diffusers")
     torch = pytest.importorskip("torch")

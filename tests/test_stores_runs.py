@@ -307,6 +307,7 @@ def test_errors_that_pass_lose_nothing(s3, tmp_path, caplog):
     assert steps_of(f"{bucket}/run") == [8, 6]
 
 
+@pytest.mark.slow
 def test_errors_that_stay_end_the_run_in_a_sentence(s3, tmp_path, monkeypatch, machine):
     bucket, application = s3
     monkeypatch.setattr(stores, "PATIENCE", 0.5)

@@ -122,6 +122,7 @@ def test_one_tile_is_the_whole(small, latents, whole):
     assert error(encoded, jax.jit(lambda x: encode(*small, x))(whole)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_more_overlap_comes_nearer_to_the_whole(small, latents, whole):
     errors = [error(jax.jit(lambda z, o=o: decode_tiled(*small, z, 12, o))(latents), whole) for o in (0, 6)]
     assert errors[1] < errors[0] < 0.1

@@ -285,7 +285,11 @@ def test_models_that_are_not_there_name_their_flag(entry, value, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "stage"), [("controlnet.init_from", "controlnet"), ("adversary.init_from", "vae_decoder")]
+    ("setting", "stage"),
+    [
+        ("controlnet.init_from", "controlnet"),
+        pytest.param("adversary.init_from", "vae_decoder", marks=pytest.mark.slow),
+    ],
 )
 def test_networks_that_are_not_there_name_their_flag(setting, stage, tiny):
     config = base()

@@ -338,6 +338,7 @@ def test_a_whole_checkpoint_without_its_autoencoder_takes_another(whole, tmp_pat
     assert model.vae.config.latent_channels == expected.vae.config.latent_channels
 
 
+@pytest.mark.slow
 def test_sample_draws_with_a_whole_checkpoint(whole, tmp_path):
     _, folder, tensors = whole
     save_file(tensors, tmp_path / "all.safetensors")

@@ -88,7 +88,7 @@ def test_a_saved_folder_opens_in_pytorch_and_draws_the_same(pair, tmp_path):
     assert jaxdiff.load(tmp_path / "saved")[0] == model
 
 
-@of(*MAIN)
+@of(MAIN[0], *(pytest.param(family, marks=pytest.mark.slow) for family in MAIN[1:]))
 def test_a_lora_changes_the_image_as_in_pytorch(pair, tmp_path):
     """Of every attention's queries and outputs, as peft and as ai-toolkit write it."""
     import torch

@@ -178,6 +178,7 @@ def test_text_encoders_that_are_missing_or_others(copy, refuses):
     assert "reads texts of joint_attention_dim 40 and text encoders that make 8" in refuses(flux)
 
 
+@pytest.mark.slow
 def test_autoencoders_of_other_latents(copy, refuses, tiny_folder):
     flux = copy("flux")
     assert "--vae: " in refuses(flux, f"--vae={tiny_folder / 'vae'}")

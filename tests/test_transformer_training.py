@@ -135,7 +135,7 @@ def data(tmp_path_factory):
     return folder
 
 
-@of(*FAMILIES)
+@of(FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:]))
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_command_trains(pair, kind, data, tmp_path, train_cli, made_transformers):
     """Two updates; what is exported opens in PyTorch, and draws there what it draws here."""
