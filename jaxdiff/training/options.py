@@ -69,7 +69,7 @@ class Options(FromConfig):
 
     steps: int = setting(10_000, 1, MOST)  # updates in all
     batch_size: int = setting(64, 1, MOST)  # examples of one update, over all devices and hosts
-    # Parts that a batch is taken in, to save memory; may change on resuming, but for clip.
+    # Parts that a batch is split into, to save memory. May change on resuming, except for clip and vae_decoder.
     accumulate: int = setting(1, 1, MOST)
     learning_rate: float = setting(1e-4, above=0, high=1000)  # its peak
     warmup_steps: int | None = setting(None, 0, MOST, kind=int)  # linear, from 0; None: see `default_warmup`

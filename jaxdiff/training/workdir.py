@@ -29,7 +29,9 @@ FREE = (
     "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "eval", "wandb", "fsdp", "tensor",
     "accumulate", "remat", "data.threads", "data.workers", "data.eval_split", "latents.batch_size",
 )  # fmt: skip
-CONTRASTIVE = "clip"  # the stage that `accumulate` is not free for: its negatives are those of one part of the batch
+# Stages whose loss depends on which examples share a part of the batch, so that `accumulate` may not change: the
+# negatives of "clip", the discriminator's batch norm and the adaptive weight of "vae_decoder".
+BY_PARTS = ("clip", "vae_decoder")
 MAX_SIZES = 10_000  # files whose size is looked at
 
 
@@ -219,7 +221,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
 
 def free(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of FREE that may change in a run of this config."""
-    return tuple(name for name in FREE if name != "accumulate" or config.get("stage") != CONTRASTIVE)
+    return tuple(name for name in FREE if name != "accumulate" or config.get("stage") not in BY_PARTS)
 
 
 def _refused(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
