@@ -116,6 +116,8 @@ def process(config: Any, given: SchedulerConfig) -> SchedulerConfig:
     wanted = config.prediction_type or given.prediction_type
     if wanted not in PREDICTION_TYPES:
         raise OptionsError(f"prediction_type {wanted!r} must be one of {', '.join(PREDICTION_TYPES)}.")
+    if config.zero_terminal_snr and (wanted in ("epsilon", "flow_prediction") or is_flow(given)):
+        raise OptionsError(f"zero_terminal_snr needs another prediction_type than {wanted!r}, such as v_prediction.")
     if wanted == "flow_prediction" and not is_flow(given):
         steps = given.num_train_timesteps
         return SchedulerConfig.from_dict(
@@ -123,10 +125,6 @@ def process(config: Any, given: SchedulerConfig) -> SchedulerConfig:
         )
     changed = dataclasses.replace(given, prediction_type=wanted)
     if config.zero_terminal_snr:
-        if wanted == "epsilon" or is_flow(given):
-            raise OptionsError(
-                f"zero_terminal_snr needs another prediction_type than {wanted!r}, such as v_prediction."
-            )
         changed = dataclasses.replace(changed, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     return changed
 
