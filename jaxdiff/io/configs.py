@@ -27,6 +27,7 @@ from jaxdiff.config import (
     ZImageConfig,
     read_json,
 )
+from jaxdiff.config.scheduler import PREDICTION_TYPES
 from jaxdiff.models.layers import ACTIVATIONS
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
@@ -136,6 +137,12 @@ def check_dtype(dtype: Any) -> Any:
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is unknown; known are {', '.join(DTYPES)}.")
     return jnp.dtype(name)
+
+
+def check_prediction_type(name: str | None) -> None:
+    """Raise ConfigError for a prediction type that is neither None nor one of `PREDICTION_TYPES`."""
+    if name not in (None, *PREDICTION_TYPES):
+        raise ConfigError(f"prediction_type {name!r} is unknown; known are {', '.join(PREDICTION_TYPES)}.")
 
 
 def replace_config(model: Model, name: str, **changes: Any) -> Model:

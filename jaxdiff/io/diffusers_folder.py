@@ -14,11 +14,18 @@ from jax.sharding import Mesh
 
 from jaxdiff.config import CLIPTextConfig, ConfigError, GeneratorConfig, Qwen3Config, read_json
 from jaxdiff.config.pipeline import PipelineOptions
-from jaxdiff.config.scheduler import PREDICTION_TYPES, SchedulerConfig
+from jaxdiff.config.scheduler import SchedulerConfig
 from jaxdiff.errors import WeightsError
 from jaxdiff.files import replace_folder, writing
 from jaxdiff.io import programs
-from jaxdiff.io.configs import FOLDERS, as_config_error, check_channels, check_dtype, read_config
+from jaxdiff.io.configs import (
+    FOLDERS,
+    as_config_error,
+    check_channels,
+    check_dtype,
+    check_prediction_type,
+    read_config,
+)
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.infer_config import published_vae
 from jaxdiff.io.kinds import SUPPORTED
@@ -64,9 +71,7 @@ def load_model(
         without_vae: whether the folder may lack an autoencoder; the config is then the published one.
         transformer: a file that takes the place of the folder's; it says how many blocks there are.
     """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        known = ", ".join(PREDICTION_TYPES)
-        raise ConfigError(f"prediction_type {prediction_type!r} is unknown; known are {known}.")
+    check_prediction_type(prediction_type)
     index = read_index(folder)
     parts, low_res = listed(index), folder / LOW_RES
     two, flow = "text_encoder_2" in parts, "transformer" in parts
