@@ -256,7 +256,7 @@ def _from_lines(metadata: Path, image: str, text: str) -> Iterator[Example]:
         where = f"{metadata}, line {number}"
         try:
             values = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ConfigError(f"{where} is not JSON ({e}).") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{where} is not a JSON object with file_name and text.")
@@ -296,7 +296,7 @@ def _from_table(table: Path, image: str, text: str) -> Iterator[Example]:
         raise ConfigError(f"{table}, line {rows.line_num} cannot be read ({e}).") from None
 
 
-NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?")
+NUMBER = re.compile(r"-?[0-9]{1,300}(\.[0-9]+)?([eE][-+]?[0-9]+)?")  # Python refuses integers of 4300 digits
 OTHER = ((";", "semicolons"), ("\t", "tabs"), ("|", "bars"))  # separators that are not commas
 
 
