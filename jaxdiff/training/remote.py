@@ -29,6 +29,7 @@ from jaxdiff.training.workdir import WorkdirError
 LOCK = "lock"
 BEAT, LEASE = 20.0, 70.0  # seconds between two renewals of the lock, and after which one that is not renewed is dead
 UPLOAD_EVERY = 30.0  # seconds
+TRIES = 5  # of an upload during which other programs remove files
 TREES = ("tb", "samples", "profile", "wandb", "ema")  # uploaded as they grow, as are the files beside them
 NOT_READ = TREES[1:]  # by a run that goes on
 TOKEN = uuid.uuid4().hex  # of this process
@@ -122,16 +123,27 @@ class _Uploads:
 
     def flush(self) -> None:
         with self._one:
-            changed = {name: state for name, state in self._found().items() if self._uploaded.get(name) != state}
-            stores.upload(self._folder, self._url, changed)
-            self._uploaded |= changed
+            for _ in range(TRIES):
+                changed = {name: state for name, state in self._found().items() if self._uploaded.get(name) != state}
+                try:
+                    stores.upload(self._folder, self._url, changed)
+                except FileNotFoundError:
+                    if all((self._folder / name).exists() for name in changed):
+                        raise  # no such bucket
+                    continue  # another program, such as wandb, has just removed a file of its own
+                self._uploaded |= changed
+                return
 
     def _found(self) -> dict[str, tuple[int, int]]:
         """Bytes and time of each file that is uploaded as it grows."""
         names = [path.name for path in self._folder.iterdir() if path.is_file() and path.name[0] != "."]
         names += [f"{tree}/{name}" for tree in TREES for name in stores.files(self._folder / tree)]
-        found = {name: (self._folder / name).stat() for name in names if _grows(name)}
-        return {name: (info.st_size, info.st_mtime_ns) for name, info in found.items()}
+        found = dict[str, tuple[int, int]]()
+        for name in filter(_grows, names):
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                info = (self._folder / name).stat()
+                found[name] = info.st_size, info.st_mtime_ns
+        return found
 
 
 _begun: dict[str, _Uploads] = {}  # by the run's path
