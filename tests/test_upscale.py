@@ -245,7 +245,7 @@ def test_hires_by_the_network(sample_cli, network_file):
         (("--image=small.png", "--upscale=4", "--grid"), "--grid is for images that are drawn"),
         (("--image=none.png", "--upscale=4"), "none.png does not exist"),
         (("--image=small.png", "--upscale=4", "--upscaler=none.pth"), "--upscaler: none.pth is neither a file"),
-        (("--image=small.png", "--upscale=4", "--upscaler=other.safetensors"), "is no network of residual"),
+        (("--image=small.png", "--upscale=4", "--upscaler=other.safetensors"), "is not a network of residual"),
         (("--image=empty", "--upscale=4"), "the folder empty holds no image"),
         (("--image=small.png", "--upscale=4", "--output=x.jpg"), "images are written as PNG"),
         ((CASTLE, "--upscaler=other.safetensors"), "--upscaler goes with --upscale"),
