@@ -251,7 +251,7 @@ def test_hires_by_the_network(sample_cli, network_file):
         ((CASTLE, "--upscaler=other.safetensors"), "--upscaler goes with --upscale"),
         ((CASTLE, "--upscale_tile=64"), "--upscale_tile goes with --upscale"),
         ((CASTLE, "--preview_animation"), "--preview_animation goes with --preview"),
-        ((CASTLE, "--upscale=4", "--upscaler=other.safetensors"), "--upscaler: other.safetensors is no network"),
+        ((CASTLE, "--upscale=4", "--upscaler=other.safetensors"), "--upscaler: other.safetensors is not a network"),
     ],
 )
 def test_flags_that_do_not_go_together(sample_cli, tiny_folder, tmp_path, args, said):
