@@ -1,16 +1,16 @@
-"""Devices: meshes, shardings, and the one rule by which parameters are divided.
+"""Devices: meshes, shardings, and the rule that shards parameters.
 
-Training lays its devices out as a mesh ("data", "fsdp", "tensor"). One rule, `param_spec`, says from a parameter's path
-and shape how it is divided, and its gradient, moments and average with it:
+Training arranges its devices as a mesh ("data", "fsdp", "tensor"). One rule, `param_spec`, decides from a parameter's
+path and shape how it is sharded; its gradient, moments and average follow it:
 
-- over "tensor", the layers that come in pairs are divided by columns, then by rows (Shoeybi et al. 2019, section 3), so
-  that what lies between the two stays divided and each pair needs one sum forward and one backward;
-- over "fsdp", matrices and kernels are divided along their largest axis that is left, and put together again for the
-  time of the step that uses them (Zhao et al. 2023; Rajbhandari et al. 2020, section 5.3). Vectors stay whole: they are
-  too small to be worth a message.
+- over "tensor", paired layers are sharded by columns, then by rows (Shoeybi et al. 2019, section 3), so that the
+  activations between the two stay sharded and each pair needs one all-reduce forward and one backward;
+- over "fsdp", matrices and kernels are sharded along their largest remaining axis, and gathered for the step that uses
+  them (Zhao et al. 2023; Rajbhandari et al. 2020, section 5.3). Vectors are replicated: they are too small to be worth
+  a message.
 
-Examples are divided over "data" and "fsdp" alike. Sampling maps one program over devices (mapping.py), each of which
-has a whole copy of the parameters (`replicate`) or keeps them divided by the same rule (`shard`).
+Examples are sharded over both "data" and "fsdp". Sampling maps one program over devices (mapping.py), each of which
+has a full copy of the parameters (`replicate`) or a shard of them by the same rule (`shard`).
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 AXES = ("data", "fsdp", "tensor")
-AXIS_TYPES = (AxisType.Auto,) * len(AXES)  # the compiler divides what is between: versions of JAX differ in the default
-EXAMPLES = ("data", "fsdp")  # the axes that a batch is divided over
-# Single-head attention, the autoencoder's, is not among them: there is no head to divide it by.
+AXIS_TYPES = (AxisType.Auto,) * len(AXES)  # the compiler shards activations; JAX versions differ in the default
+EXAMPLES = ("data", "fsdp")  # the axes that a batch is sharded over
+# The autoencoder's attention is not among them: it has a single head.
 COLUMNS = re.compile(
     r"(att(n\d*|ention)/(to_[qkv]|add_[qkv]_proj)|ff(_context)?/net_0_proj|feed_forward/w[13]|self_attn_[qkv]_proj|"
     r"SelfAttention/[qkv]|wi_[01]|mlp_(fc1|gate_proj|up_proj)|resnets_\d+/(conv1|time_emb_proj|norm2))/\w+$"
@@ -40,17 +40,17 @@ ROWS = re.compile(
 
 
 def mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices of all hosts as a mesh over ("data", "fsdp", "tensor"); "data" is what is left.
+    """All devices of all hosts as a mesh over ("data", "fsdp", "tensor"); "data" gets the remaining devices.
 
-    Neighbours in the mesh are neighbours in a TPU's network, and only "data" goes from slice to slice.
+    Neighbours in the mesh are neighbours in a TPU's network, and only "data" spans slices.
 
     Args:
-        fsdp: over how many devices each parameter is kept divided; 1 keeps a whole copy on each.
-        tensor: over how many devices the layers themselves are divided.
-        devices: what the mesh is made of; None takes all.
+        fsdp: number of devices that each parameter is sharded over; 1 replicates it.
+        tensor: number of devices that the layers themselves are sharded over.
+        devices: devices of the mesh; None takes all.
 
     Raises:
-        ValueError: `fsdp` times `tensor` does not divide the number of devices, or "tensor" would reach over hosts.
+        ValueError: `fsdp` times `tensor` does not divide the number of devices, or "tensor" would span hosts.
     """
     devices = jax.devices() if devices is None else list(devices)
     if fsdp < 1 or tensor < 1 or len(devices) % (fsdp * tensor):
@@ -79,15 +79,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh, axis: int = 0) -> NamedSharding:
-    """Examples along `axis` divided over "data" and "fsdp"."""
+    """The sharding of examples along `axis` over "data" and "fsdp"."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, EXAMPLES))
 
 
 def param_spec(path: str, shape: Sequence[int], fsdp: int = 1, tensor: int = 1) -> PartitionSpec:
-    """How one parameter is divided: the rule at the top of this module.
+    """The sharding of one parameter, by the rule at the top of this module.
 
     Args:
-        path: its keys joined by "/"; only the end matters, so that moments and averages go by the same rule.
+        path: its keys joined by "/". Only the end matters, so that the rule also covers moments and averages.
         shape: its shape.
         fsdp, tensor: sizes of these axes of the mesh.
 
@@ -123,7 +123,7 @@ def param_sharding(mesh: Mesh | AbstractMesh, tree: Any, *, gathered: bool = Fal
     """A sharding for each array (or shape) of a tree: of parameters, an optimizer's moments, an average.
 
     Args:
-        gathered: as a step computes with them, divided over "tensor" only.
+        gathered: as a step computes with them, sharded over "tensor" only.
     """
     fsdp = 1 if gathered else mesh.shape["fsdp"]
 
@@ -134,17 +134,17 @@ def param_sharding(mesh: Mesh | AbstractMesh, tree: Any, *, gathered: bool = Fal
 
 
 def tracing(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """Inside a program: lets the networks know that what they compute with is divided, if it is."""
+    """A context for tracing in which networks know whether their inputs are sharded."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def gather(mesh: Mesh, params: Any, dtype: Any = None) -> Any:
-    """Inside a program: parameters as a step computes with them; gradients come back divided as they are kept.
+    """Under `jit`: parameters gathered over "fsdp" to compute with; their gradients are sharded as they are.
 
     Args:
-        dtype: the type that a network casts its matrices, kernels and tables to before it uses them; None: as they are.
-            Under "fsdp" they are cast before they are gathered, if that makes them smaller, so that less is sent and
-            held. Their gradients have their own type again.
+        dtype: the dtype that the network casts matrices, kernels and tables to; None: none. With "fsdp" they are cast
+            before they are gathered if that makes them smaller, which saves bandwidth and memory. Gradients have the
+            parameters' own dtype.
     """
     types = jax.tree.map(lambda x: x.dtype, params)
 
@@ -166,7 +166,7 @@ def gather(mesh: Mesh, params: Any, dtype: Any = None) -> Any:
 
 
 class ShardedGroup(NamedTuple):
-    """Parameters of one kind and how they are divided, a row of `sharding_table`."""
+    """Parameters of one kind and their sharding, a row of `sharding_table`."""
 
     name: str  # the module and the end of the path, numbers as *
     spec: PartitionSpec
@@ -176,7 +176,7 @@ class ShardedGroup(NamedTuple):
 
 
 def sharded_groups(mesh: Mesh | AbstractMesh, params: Any) -> list[ShardedGroup]:
-    """How parameters (or their shapes) are divided, one row for those of a kind; the largest first."""
+    """The shardings of parameters (or their shapes), one row for each kind, the largest first."""
     rows: dict[tuple[str, PartitionSpec], list[int]] = {}
     shardings = jax.tree.leaves(param_sharding(mesh, params))
     for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(params), shardings, strict=True):
@@ -191,7 +191,7 @@ def sharded_groups(mesh: Mesh | AbstractMesh, params: Any) -> list[ShardedGroup]
 
 
 def sharding_table(mesh: Mesh | AbstractMesh, params: Any) -> str:
-    """`sharded_groups` as lines of text: what, how many arrays, how divided, megabytes in all and a device."""
+    """`sharded_groups` as a table of text: name, number of arrays, megabytes in total and per device, sharding."""
     rows = sharded_groups(mesh, params)
     arrays, size, each = (sum(getattr(row, name) for row in rows) for name in ("arrays", "size", "each"))
     rows = [*rows, ShardedGroup("all", PartitionSpec(), arrays, size, each)]
@@ -226,7 +226,7 @@ def put_global(tree: Any, sharding: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Divided arrays in full as numpy arrays, on every host that has a part of them."""
+    """Sharded arrays as full numpy arrays, on every host that holds a shard; all of these must call it."""
 
     def whole(x: Any) -> Any:
         spans = isinstance(x, jax.Array) and not x.is_fully_addressable
@@ -236,7 +236,7 @@ def fetch(tree: Any) -> Any:
 
 
 def global_batch(mesh: Mesh, batch: Any) -> Any:
-    """The examples that each host has read [b, ...], as global arrays [b * hosts, ...] divided over data and fsdp."""
+    """Local examples [b, ...] of each host as global arrays [b * hosts, ...], sharded over "data" and "fsdp"."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
@@ -285,7 +285,7 @@ def host_memory() -> float:
 
 
 def replicate(params: Any, devices: Sequence[jax.Device] | None = None) -> Any:
-    """A whole copy of the parameters on each device, so that `generate` draws there and copies nothing at each call.
+    """A full copy of the parameters on each device, so that `generate` runs there without copying at each call.
 
     Args:
         params: a tree of arrays.
@@ -295,12 +295,12 @@ def replicate(params: Any, devices: Sequence[jax.Device] | None = None) -> Any:
 
 
 def shard(params: Any, mesh: Mesh) -> Any:
-    """The parameters divided over a `mesh`, so that `generate` draws there and no device holds the whole model."""
+    """The parameters sharded over a `mesh`, so that `generate` runs there and no device holds the whole model."""
     return put_global(params, param_sharding(mesh, params))
 
 
 def place(x: np.ndarray, path: str, mesh: Mesh | None) -> jax.Array:
-    """One parameter on the default device, or divided over a mesh as by `shard`. Compiles nothing."""
+    """One parameter on the default device, or sharded over a mesh as by `shard`. Compiles nothing."""
     return jax.device_put(x) if mesh is None else shard({path: x}, mesh)[path]
 
 

@@ -231,7 +231,7 @@ TRAINING = in_folder(
     ("dreambooth.py", "self.prior[batch * others + row - own]", "self.prior[batch * others + row]",
      SETTINGS.format("any_number_of_hosts")),
     # ---- runs
-    ("loop.py", "            iterator.set_state(position)\n", "", LOOP.format("resumed_run_equals")),
+    ("loop.py", "        iterator.set_state(position)\n", "", LOOP.format("resumed_run_equals")),
     ("digests.py", "if wanted.get(name) != found[name]:", "if name not in wanted:",
      TRUST.format("damage_of_any and flipped")),
     ("collectives.py", "visit(called, times * turns)", "visit(called, times)",

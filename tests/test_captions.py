@@ -149,6 +149,11 @@ def test_a_table_as_spreadsheets_write_it(folder):
     assert len(select(open_source(path), {"where": ("license=CC0",)})) == 1
 
 
+def test_a_cell_of_more_digits_than_python_reads_is_text(folder):
+    content = f"file_name,text,id\n0.png,a,{'9' * 5000}\n"
+    assert examples(folder("0.png", texts={"metadata.csv": content}))[0].extras == {"id": "9" * 5000}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -286,8 +286,9 @@ def test_zero_terminal_snr_is_asked_for(target_of):
     scheduler = target.model.scheduler
     assert scheduler.rescale_betas_zero_snr
     assert scheduler.timestep_spacing == "trailing"
-    with pytest.raises(OptionsError, match="zero_terminal_snr"):
-        process(settings("unet", zero_terminal_snr=True), SCHEDULER)
+    for kind in ("", "flow_prediction"):  # the model's own is epsilon
+        with pytest.raises(OptionsError, match="zero_terminal_snr needs another prediction_type"):
+            process(settings("unet", prediction_type=kind, zero_terminal_snr=True), SCHEDULER)
     with pytest.raises(OptionsError, match="prediction_type 'x0'"):
         process(settings("unet", prediction_type="x0"), SCHEDULER)
     with pytest.raises(OptionsError, match="trainable"):

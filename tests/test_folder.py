@@ -343,6 +343,7 @@ GOOD = '{"file_name": "0.png", "text": "a"}\n'
         ("", "is empty"),
         ("\n \n", "is empty"),
         (GOOD + "{", "line 2 is not JSON"),
+        (GOOD + "[" * 200_000, "line 2 is not JSON"),
         (GOOD + "\n\n[1]", "line 4 is not a JSON object"),
         (GOOD + '{"text": "a"}', 'line 2 lacks "file_name"'),
         (GOOD + '{"file_name": "a"}', 'line 2 lacks "text"'),

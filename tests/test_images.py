@@ -2,6 +2,8 @@
 
 import os
 import stat
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -33,6 +35,28 @@ def test_png_round_trip_with_metadata(image, tmp_path):
 def test_png_of_floats_rounds(tmp_path):
     write_png(tmp_path / "a.png", np.full((2, 2, 3), 0.301, np.float32))
     assert (read_image(tmp_path / "a.png") == 77).all()  # 76.755
+
+
+def png(header: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of these chunks, with the right checksums."""
+    found = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
+        found += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("side", "chunk"),
+    [
+        (60_000, (b"tEXt", b"jaxdiff\0{}")),  # more pixels than Pillow opens
+        (6, (b"zTXt", b"jaxdiff\0\0" + zlib.compress(bytes(10**7)))),  # a text that unpacks to more than it reads
+        (6, (b"tEXt", b"jaxdiff\0" + b"[" * 100_000)),  # nested deeper than Python's recursion limit
+    ],
+)
+def test_metadata_of_a_hostile_png_is_refused_in_a_sentence(side, chunk, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), chunk))
+    with pytest.raises(ImageError, match=r"a\.png (cannot be read as an image|does not say how it was drawn)"):
+        read_metadata(tmp_path / "a.png")
 
 
 def test_metadata_takes_undecodable_bytes_of_a_command_line(image, tmp_path):

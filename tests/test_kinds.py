@@ -308,14 +308,14 @@ def test_what_is_no_model_does_not_hide_a_bundled_one(tmp_path, monkeypatch, cap
     (tmp_path / "icons").mkdir()
     (tmp_path / "icons" / "a.svg").touch()
     assert find("icons") == BUNDLED / "icons"
-    assert "icons is the bundled model; what is here under that name is no model (./icons)" in caplog.text
+    assert "icons is the bundled model; ./icons is not a model." in caplog.text
     assert find("icons/") == find("./icons") == Path("icons")
     with pytest.raises(ConfigError, match=r"icons/model_index\.json is missing"):
         load("./icons")
     (tmp_path / "icons" / "config.json").write_text('{"theme": "dark"}')  # of another program
     assert find("icons") == BUNDLED / "icons"
     assert find_upscaler("icons").parent == BUNDLED / "upscaler"
-    assert "icons is the bundled upscaler; what is here under that name is none (./icons)" in caplog.text
+    assert "icons is the bundled upscaler; ./icons is not an upscaler." in caplog.text
     (tmp_path / "icons" / "model_index.json").touch()
     assert find("icons") == Path("icons")
     assert "icons is the folder here (./icons), not the bundled model of that name" in caplog.text

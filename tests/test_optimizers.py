@@ -156,7 +156,7 @@ def test_rates_of_nothing_are_refused(trainable, prefix, good):
     if good:
         check_multipliers(((prefix, 0.1),), params, trainable)
     else:
-        with pytest.raises(OptionsError, match=f"lr_multipliers: '{prefix}' is the start of no parameter that learns"):
+        with pytest.raises(OptionsError, match=f"lr_multipliers: no trained parameter begins with '{prefix}'"):
             check_multipliers(((prefix, 0.1),), params, trainable)
 
 

@@ -11,6 +11,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import replace_config
 from jaxdiff.io.pretrained import load, save
+from jaxdiff.io.single_file import load_single_file
 from tests.support.comparison import assert_equal
 from tests.support.tiny import LATENT, MAX_LENGTH, tiny_params
 from tests.support.written import files
@@ -161,5 +162,7 @@ def ddim_config(config):
 def test_the_prediction_type_may_be_said(tiny_folder):
     assert load(tiny_folder)[0].scheduler.prediction_type == "epsilon"
     assert load(tiny_folder, prediction_type="v_prediction")[0].scheduler.prediction_type == "v_prediction"
+    with pytest.raises(ConfigError, match=r"prediction_type 'v' is unknown; known are epsilon, "):
+        load_single_file("missing.safetensors", prediction_type="v")
     with pytest.raises(ConfigError, match=r"prediction_type 'v' is unknown; known are epsilon, "):
         load(tiny_folder, prediction_type="v")

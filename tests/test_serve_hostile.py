@@ -289,6 +289,29 @@ def test_the_key(tiny):
         assert password("Basic !") == password("") == b""
 
 
+def test_files_are_kept_when_two_threads_make_room_at_once():
+    """Endpoints run in threads. Two of them that drop the same oldest file must not drop the next one too."""
+    both = threading.Barrier(2)
+
+    class Slow(bytes):  # its size is asked for between the choice of what is dropped and the dropping
+        def __len__(self) -> int:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.2)
+            return super().__len__()
+
+    files = Files(seconds=100, room=100)
+    both.abort()
+    first, second = files.add(Slow(100), "png"), files.add(b"", "png")
+    both.reset()
+    files._room = 0
+    threads = [threading.Thread(target=files.get, args=(first,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert files.get(second) == ("png", b"")
+
+
 def test_files_go_after_some_time_and_before_memory_does():
     files = Files(seconds=0.05, room=100)
     names = [files.add(bytes(40), "png") for _ in range(3)]

@@ -104,6 +104,24 @@ def test_numbers_of_before_a_checkpoint_are_in_the_store_when_it_is_whole(memory
     assert [json.loads(line)["step"] for line in seen[0].splitlines()] == [1, 2, 3, 4]
 
 
+def test_a_file_that_another_program_removes_meanwhile_does_not_end_the_run(memory, monkeypatch):
+    """Weights & Biases keeps files of its own in the workdir, and removes them when it likes."""
+    url, real = f"{memory}/run", stores.put
+    folder = remote.workdir(url)
+
+    def put(path, to):
+        path.unlink() if path.name == "short-lived" else None
+        real(path, to)
+
+    monkeypatch.setattr(stores, "put", put)
+    with remote.held(folder) as begin:
+        (folder / "wandb").mkdir()
+        (folder / "wandb" / "short-lived").write_text("x")
+        (folder / "wandb" / "kept").write_text("x")
+        begin()
+    assert list(stores.listing(f"{url}/wandb")) == ["kept"]
+
+
 def mark(**changes) -> bytes:
     """The lock of a run on another machine that is no more."""
     gone = {"token": "another", "pid": 1, "host": "elsewhere", "machine": ["elsewhere"], "started": "0", "beats": 0}

@@ -205,6 +205,12 @@ def test_tensorboard_gets_numbers_images_and_captions_at_once(tmp_path):
     assert text.summary.value[0].tensor.string_val == [b"0. a castle"]
 
 
+def test_tensorboard_hides_what_a_run_that_began_anew_had_written_before(tmp_path):
+    TensorBoard(tmp_path / "tb", 0).close()
+    _, restart = events(tmp_path / "tb")
+    assert (restart.step, restart.session_log.status) == (0, restart.session_log.START)
+
+
 def test_a_full_disk_under_tensorboards_files_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda _: open("/dev/full", "wb"))  # noqa: SIM115
     tracker = TensorBoard(tmp_path / "tb", 0)

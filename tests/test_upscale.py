@@ -245,13 +245,13 @@ def test_hires_by_the_network(sample_cli, network_file):
         (("--image=small.png", "--upscale=4", "--grid"), "--grid is for images that are drawn"),
         (("--image=none.png", "--upscale=4"), "none.png does not exist"),
         (("--image=small.png", "--upscale=4", "--upscaler=none.pth"), "--upscaler: none.pth is neither a file"),
-        (("--image=small.png", "--upscale=4", "--upscaler=other.safetensors"), "is no network of residual"),
+        (("--image=small.png", "--upscale=4", "--upscaler=other.safetensors"), "is not a network of residual"),
         (("--image=empty", "--upscale=4"), "the folder empty holds no image"),
         (("--image=small.png", "--upscale=4", "--output=x.jpg"), "images are written as PNG"),
         ((CASTLE, "--upscaler=other.safetensors"), "--upscaler goes with --upscale"),
         ((CASTLE, "--upscale_tile=64"), "--upscale_tile goes with --upscale"),
         ((CASTLE, "--preview_animation"), "--preview_animation goes with --preview"),
-        ((CASTLE, "--upscale=4", "--upscaler=other.safetensors"), "--upscaler: other.safetensors is no network"),
+        ((CASTLE, "--upscale=4", "--upscaler=other.safetensors"), "--upscaler: other.safetensors is not a network"),
     ],
 )
 def test_flags_that_do_not_go_together(sample_cli, tiny_folder, tmp_path, args, said):

@@ -85,10 +85,10 @@ def test_a_network_saved_opens_in_pytorch(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({"body.0.weight": (8, 3, 3, 3)}, "no network of residual-in-residual dense blocks"),
-        ({"model.0.weight": (8, 3, 3, 3), "model.2.weight": (8, 8, 3, 3)}, "no network of residual-in-residual"),
+        ({"body.0.weight": (8, 3, 3, 3)}, "not a network of residual-in-residual dense blocks"),
+        ({"model.0.weight": (8, 3, 3, 3), "model.2.weight": (8, 8, 3, 3)}, "not a network of residual-in-residual"),
         ({"conv_first.weight": (8, 1, 3, 3), "body.0.rdb1.conv1.weight": (4, 8, 3, 3)}, "takes 1 channels"),
-        ({"conv_first.weight": (8, 48, 3, 3), "body.0.rdb1.conv1.weight": (4, 8, 3, 3)}, "none that can be built"),
+        ({"conv_first.weight": (8, 48, 3, 3), "body.0.rdb1.conv1.weight": (4, 8, 3, 3)}, "cannot be built"),
     ],
 )
 def test_another_architecture_is_refused(tmp_path, tensors, said):

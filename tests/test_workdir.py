@@ -67,16 +67,17 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     assert {"python", "jax", "flax", "optax", "orbax-checkpoint"} <= stored["versions"].keys()
 
 
-def test_a_batch_may_be_taken_in_other_parts_unless_its_loss_is_contrastive(tmp_path):
-    """Another number of devices may need it; CLIP's negatives are those of a part."""
-    for stage in ("unet", "clip"):
+def test_a_batch_may_be_taken_in_other_parts_unless_its_loss_depends_on_them(tmp_path):
+    """Another number of devices may need it. CLIP's negatives and a discriminator's batch norm are those of a part."""
+    for stage in ("unet", "clip", "vae_decoder"):
         work = tmp_path / stage
         work.mkdir()
         settle(work, settings(stage=stage, accumulate=4), {}, settings())
         (work / "checkpoints" / "10").mkdir(parents=True)
     settle(tmp_path / "unet", settings(stage="unet", accumulate=2), {}, settings())
-    with pytest.raises(WorkdirError, match=r"accumulate: 4 -> 2(?!.*accumulate)"):
-        settle(tmp_path / "clip", settings(stage="clip", accumulate=2), {}, settings())
+    for stage in ("clip", "vae_decoder"):
+        with pytest.raises(WorkdirError, match=r"accumulate: 4 -> 2(?!.*accumulate)"):
+            settle(tmp_path / stage, settings(stage=stage, accumulate=2), {}, settings())
 
 
 def test_a_setting_that_is_new_has_had_its_default(tmp_path, caplog):
@@ -202,6 +203,15 @@ def test_metrics_of_a_killed_run_are_cut_where_it_goes_on(tmp_path):
         {"step": 1, "loss": 1.0},
         {"step": 2, "loss": None},
     ]
+
+
+def test_a_run_that_begins_anew_keeps_no_metrics_of_the_one_before(tmp_path):
+    """A run that was killed before its first checkpoint begins anew, and evaluates step 0 again."""
+    for loss in (1.0, 2.0):
+        tracker = JsonLines(tmp_path / "metrics.jsonl", start=0)
+        tracker.write(0, {"loss": loss})
+        tracker.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": 2.0}
 
 
 def test_weights_and_biases_get_numbers_and_images_and_the_same_run_goes_on(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Teach a model of any family captioned images, all of its UNet or transformer.
+"""Fine-tune all of the UNet or transformer of a model of any family on captioned images.
 
     python train.py --config=configs/finetune/full.py --workdir=runs/full \
         --config.data.path=images/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"

@@ -4,7 +4,7 @@
         --config.data.path=images/ --config.init_from.model=my-sd15/
     python sample.py --model runs/inpainting/export --image room.png --mask mask.png --prompt "a red sofa"
 
-It starts from an inpainting model, or from a plain model, whose UNet gets five more channels without weight. The masks
+It starts from an inpainting model, or from a plain model, whose UNet gets five more channels with weight 0. The masks
 are random: up to four rectangles, and everything for a quarter of the images. Cost: as configs/finetune/full.py.
 """
 

@@ -4,7 +4,8 @@
         --config.data.path=images/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"
     python sample.py --model runs/lcm/export --prompt "a castle" --steps 4 --guidance_scale 8
 
-The UNet learns to go in one call where the guided model goes in many, and is told of the guidance scale, from 3 to 15.
+The UNet learns to do in one call what the guided model does in many, for guidance scales from 3 to 15, which it takes
+as an input.
 Cost: a step is about twice one of configs/finetune/full.py: the teacher is called with and without the prompt, and the
 moving average once. 16 bytes a parameter of the UNet, and 2 of the teacher in bfloat16. Luo et al. 2023 took some
 thousand updates of large batches. runs/lcm/export is a diffusers folder with an LCMScheduler.

@@ -1,4 +1,4 @@
-"""The same as configs/finetune/lcm.py by a LoRA, for a model and those fine-tuned from it: LCM-LoRA.
+"""LCM-LoRA: configs/finetune/lcm.py as a LoRA, which also works for models fine-tuned from the same base.
 
     python train.py --config=configs/finetune/lcm_lora.py --workdir=runs/lcm_lora \
         --config.data.path=images/ --config.init_from.model=my-sd15/ --config.eval.prompts="('a castle',)"

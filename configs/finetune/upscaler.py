@@ -5,8 +5,8 @@
     python sample.py --model runs/upscaler/export --image small.png --prompt "a castle"
 
 The small image has the size of the latents, so that the autoencoder's factor is that of the enlargement: 4 for the
-published upscaler, 8 from a plain model, whose UNet gets three more channels and a table of noise levels, both without
-weight. Cost: as configs/finetune/full.py.
+published upscaler, 8 from a plain model, whose UNet gets three more channels and a table of noise levels, both with
+weight 0. Cost: as configs/finetune/full.py.
 """
 
 from ml_collections import ConfigDict

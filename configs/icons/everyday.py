@@ -1,4 +1,4 @@
-"""What two CPU cores learn first: everyday things that most designers have drawn, by their names in the icons set."""
+"""The subjects of the CPU runs: common things that most icon sets include, by their names in the icons set."""
 
 _NAMES = """
 Christmas tree, airplane, alarm clock, automobile, backpack, balloon, banana, basketball, bear, bed, bell, bicycle,

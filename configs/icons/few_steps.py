@@ -4,10 +4,10 @@ python train.py --config=configs/icons/few_steps.py --workdir=runs/few_steps
     One GPU, the whole set; not run yet.
 python train.py --config=configs/icons/few_steps.py:cpu --workdir=runs/few_steps
     Two CPU cores, everyday things in all styles: an image costs twice as much as in configs/icons/unet.py. Not run to
-    its end. A run of 220 updates only, of earlier weights at guidance 3, with a learning rate of 3e-4 and a
-    tangent_warmup of 50, was too fast: in one step its drawings had sharper edges than the model's own single step and
-    some noise on them, in two and four steps they were noisier still, and the model's own four steps were better. Hence
-    the smaller rate and the longer warm-up here.
+    its end. A trial of 220 updates from earlier weights, at guidance 3 with a learning rate of 3e-4 and a
+    tangent_warmup of 50, was too aggressive. In one step its images had sharper edges than the model's own, with some
+    noise; in two and four steps they were noisier, and the model's own four steps were better. Hence the lower learning
+    rate and the longer warm-up here.
 python sample.py --model runs/few_steps/export --prompt "a castle"
     Draws in four steps; --steps 1 and --steps 2 are faster. The teacher's guidance is built in.
 """

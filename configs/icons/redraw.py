@@ -1,4 +1,4 @@
-"""The decoder of the icons model, made to bear what its denoiser gets wrong; encoder and latents stay as they are.
+"""The decoder of the icons model, trained to tolerate the errors of its denoiser; encoder and latents stay as they are.
 
 python train.py --config=configs/icons/redraw.py --workdir=runs/redraw
     One GPU; not run yet.

@@ -27,7 +27,7 @@ def bucket_sizes(image_size: int, multiple: int = 64, max_aspect: float = 2.0) -
     ((384, 640), (448, 576), (512, 512), (576, 448), (640, 384))
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such size.
     """
     if multiple < 1 or image_size < multiple or max_aspect < 1:
         raise ConfigError(

@@ -7,8 +7,8 @@
     saved/                             what Hugging Face `datasets` wrote with save_to_disk
     latents/                           what `jaxdiff.training.precompute` wrote
 
-In a folder of files, a split has the files of the subfolder `split`, or those whose names begin with the split's, there
-or in a subfolder `data`. If there are none, "train" has all files.
+In a folder of files, a split consists of the files in the subfolder `split`, or of those in the folder or its subfolder
+`data` whose names begin with the split's name. If there are none, "train" consists of all files.
 """
 
 import functools
@@ -251,7 +251,7 @@ def _order(
 
 
 def _check_arguments(**given: Any) -> None:
-    """Raise ConfigError where an argument of `captioned_data` is out of its range."""
+    """Raise ConfigError if an argument of `captioned_data` is out of range."""
     for name in ("batch_size", "image_size", "host_count"):
         if given[name] < 1:
             raise ConfigError(f"{name} must be 1 or more, not {given[name]}.")
@@ -271,7 +271,7 @@ def _check_arguments(**given: Any) -> None:
 
 
 def _check_buckets(source: Source | LatentShards) -> None:
-    """Raise ConfigError where each image read in the order of buckets would cost the reading of a block."""
+    """Raise ConfigError if bucketing would read a whole row group for almost every image."""
     blocks = _blocks(source)
     if blocks is not None and len(blocks) > KEPT_GROUPS:
         raise ConfigError(

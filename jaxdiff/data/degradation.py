@@ -21,9 +21,9 @@ GREY = 0.4  # share of noises that are the same in all channels
 
 @dataclasses.dataclass(frozen=True)
 class Degradation:
-    """Image uint8 [H, W, 3] -> uint8 [H / scale, W / scale, 3], as a ControlNet's image is made of each example.
+    """A function from an image uint8 [H, W, 3] to a small, degraded one, uint8 [H / scale, W / scale, 3].
 
-    What happens to an image follows from the seed and its pixels alone: the same in every process, and after a kill.
+    The result depends only on the seed and the pixels, so that it is the same in every process and after a restart.
     """
 
     scale: int

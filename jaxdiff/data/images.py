@@ -87,7 +87,7 @@ def _raw_mode(image: Image.Image) -> Any:
 
 
 def transparent_value(image: Image.Image) -> Any:
-    """The grey or color of a PNG that is transparent (tRNS); None where there is none.
+    """The grey or color of a PNG that counts as transparent (tRNS); None if there is none.
 
     In the file's own bits, as Pillow has it, but of 2 and 4 bits a grey in 8, as Pillow has the pixels.
     """

@@ -1,12 +1,12 @@
-"""What a folder of images says of them: `metadata.jsonl`, `metadata.csv`, or a text file beside each image.
+"""Captions of a folder of images: `metadata.jsonl`, `metadata.csv`, or a text file beside each image.
 
     images/metadata.jsonl    {"file_name": "castle.webp", "text": ["a castle", "two towers"], "license": "CC0"}
     images/metadata.csv      file_name,text
     images/castle.txt        beside castle.webp, or castle.caption, or castle.webp.txt; a line is a caption
 
-The first kind of a folder that is there, in this order, is read, and a warning names the others. Images with text files
-may lie in subfolders; one named as kohya's scripts have it, "10_sks dog", shows its images 10 times in a pass, and
-"sks dog" is the caption of those that have none.
+The first of these that a folder has is read, and a warning names the others. Images with text files may be in
+subfolders. In a subfolder named in the style of kohya's scripts, "10_sks dog", images count 10 times per epoch, and
+"sks dog" is the caption of those without a text file.
 """
 
 import csv
@@ -39,7 +39,7 @@ NAMED = 3  # files that a sentence names
 
 
 class NoCaptions(ConfigError):
-    """A folder says nothing of its images."""
+    """A folder has no captions of its images."""
 
 
 class Example(NamedTuple):
@@ -47,16 +47,16 @@ class Example(NamedTuple):
 
     path: str  # of the image
     captions: tuple[str, ...]
-    extras: dict[str, Any]  # what else its line says
+    extras: dict[str, Any]  # other metadata
 
 
 def examples(path: str | Path, split: str = "train", *, image_column: str = "", text_column: str = "") -> list[Example]:
     """The examples of a captioned folder, in the order of its metadata, or of their names; images are not read.
 
-    One with "repeats" is listed so many times.
+    An example with "repeats": n is listed n times.
 
     Args:
-        path: the folder; its subfolder `split` holds the images and their captions, or itself for the split "train".
+        path: the folder. Images and captions are in its subfolder `split`, or for "train" in the folder itself.
         split: "train", "validation", "test", …
         image_column, text_column: of the metadata; "" takes "file_name", and a usual name of captions.
 
@@ -162,7 +162,7 @@ def image_files(folder: Path, *, below: bool = False) -> list[Path]:
 
 
 def uncaptioned(folder: Path) -> list[Path]:
-    """The images of a folder whose captions come from elsewhere: its own, else those of "10_sks dog" and the like."""
+    """The images of a folder that needs no captions: its own, else those of subfolders such as "10_sks dog"."""
     below = image_files(folder, below=True) if folder.is_dir() else []
     found = [p for p in below if p.parent == folder] or [p for p in below if repeated(folder, p)[1]]
     if found and len(below) > len(found):
@@ -181,7 +181,7 @@ def caption_files(image: Path) -> list[Path]:
 
 
 def repeated(root: Path, image: Path) -> tuple[int, str]:
-    """(how often an image is shown, its caption), by the name of its folder in `root`; (1, "") where that says nothing.
+    """(repeats per epoch, caption) of an image, from the name of its folder in `root`; (1, "") by default.
 
     >>> repeated(Path("dogs"), Path("dogs/10_sks dog/a.png"))
     (10, 'sks dog')
@@ -256,7 +256,7 @@ def _from_lines(metadata: Path, image: str, text: str) -> Iterator[Example]:
         where = f"{metadata}, line {number}"
         try:
             values = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ConfigError(f"{where} is not JSON ({e}).") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{where} is not a JSON object with file_name and text.")
@@ -296,7 +296,7 @@ def _from_table(table: Path, image: str, text: str) -> Iterator[Example]:
         raise ConfigError(f"{table}, line {rows.line_num} cannot be read ({e}).") from None
 
 
-NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?")
+NUMBER = re.compile(r"-?[0-9]{1,300}(\.[0-9]+)?([eE][-+]?[0-9]+)?")  # Python refuses integers of 4300 digits
 OTHER = ((";", "semicolons"), ("\t", "tabs"), ("|", "bars"))  # separators that are not commas
 
 

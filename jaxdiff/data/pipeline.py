@@ -27,7 +27,7 @@ Decoder = Callable[[Any, np.random.Generator], dict[str, Any]]
 
 
 class Skipped:
-    """The images that could not be read so far.
+    """Counts the images that could not be read.
 
     Attributes:
         count: how many times an image was left out.
@@ -117,9 +117,9 @@ class CaptionedData:
     the iterator, or its `close()`.
     """
 
-    order: Callable[[int], Order]  # of so many host shards
+    order: Callable[[int], Order]  # number of host shards -> order
     decode: Decoder
-    seed: int  # of what is drawn in decoding
+    seed: int  # of random choices in decoding
     host_shards: int  # of a new run
     replace: bool  # see `GlobalStream`; otherwise bad examples are left out
     size: int  # images in the whole source
@@ -174,7 +174,7 @@ class BatchIterator:
         return {"examples": self._consumed(), "host_shards": self._host_shards}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Go on from a state of `get_state`. Raises ConfigError where it is none."""
+        """Resume from a state of `get_state`. Raises ConfigError if `state` is not one."""
         known = state if isinstance(state, Mapping) else {}
         examples, shards = known.get("examples"), known.get("host_shards", known.get(FORMER_KEY))
         if not isinstance(examples, int) or not isinstance(shards, int):
@@ -183,7 +183,7 @@ class BatchIterator:
         self._start, self._read, self._host_shards = examples, 0, shards
 
     def resize(self, *, workers: int | None = None, threads: int | None = None) -> None:
-        """Go on with another number of worker processes or threads; what was read ahead is read again."""
+        """Continue with another number of worker processes or threads. Batches read ahead are read again."""
         self.close()
         self._workers = self._workers if workers is None else workers
         self._threads = self._threads if threads is None else threads

@@ -53,7 +53,7 @@ class Source(Protocol):
 
 
 def find_column(where: str, names: Sequence[str], what: str, setting: str, given: str, usual: Sequence[str]) -> str:
-    """The column of the name given, or where that is "" the first with one of the usual names.
+    """The column named `given`; if that is "", the first one with a usual name.
 
     Args:
         where: the data, for messages.
@@ -93,7 +93,7 @@ def text_of(values: Any, where: str) -> tuple[str, ...]:
 
 
 class Subset:
-    """Records `indices` [N] of another source, as a source; the indices rise."""
+    """The records `indices`, int [N] in ascending order, of another source, as a source."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self._source, self._indices = source, indices

@@ -20,8 +20,8 @@ from jaxdiff.config import ConfigError
 from jaxdiff.files import writing
 
 Arrays = Mapping[str, np.ndarray]
-OPEN_PARTS = 256  # mapped at a time by a process; systems allow some ten thousand maps
-PATIENCE = 3600.0  # seconds without any new part after which the other hosts count as dead
+OPEN_PARTS = 256  # mapped at a time by a process; systems allow tens of thousands
+PATIENCE = 3600.0  # seconds without a new part after which other hosts count as dead
 LONGEST_PAUSE = 5.0  # seconds between two listings of what other hosts have written
 
 
@@ -34,10 +34,10 @@ def fill(
     host_count: int = 1,
     threads: int = 1,
 ) -> None:
-    """Write the missing ones of the parts `names` that are this host's, and wait for those of the other hosts.
+    """Write this host's share of the missing parts `names`, then wait for the other hosts.
 
     Args:
-        make: i -> the arrays of part i; must give the same on every host.
+        make: i -> the arrays of part i; must be deterministic.
 
     Raises:
         ConfigError: the folder cannot be written, or the other hosts wrote nothing for `PATIENCE` seconds.

@@ -27,6 +27,7 @@ from jaxdiff.config import (
     ZImageConfig,
     read_json,
 )
+from jaxdiff.config.scheduler import PREDICTION_TYPES
 from jaxdiff.models.layers import ACTIVATIONS
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
@@ -69,7 +70,7 @@ def read_config(path: Path, *known: type[Config]) -> Config:
     """Read a network's `config.json` as the one of the `known` classes that it names, or as the first if it names none.
 
     Raises:
-        ConfigError: the file is missing or damaged, names another class, or asks for what is not implemented.
+        ConfigError: the file is missing or damaged, names another class, or has an unsupported value.
     """
     values = read_json(path)
     kind = str(values.get("model_type", "clip"))
@@ -95,7 +96,7 @@ def _check_activation(config: Config) -> None:
 
 
 def module_shapes(module: Any, inputs: Callable[[Any], tuple[Array, ...]], source: Path) -> Params:
-    """The shapes of a module's parameters; raises ConfigError if its config, read from `source`, makes no network."""
+    """The shapes of a module's parameters. Raises ConfigError if its config, read from `source`, is invalid."""
     with as_config_error(f"{source} does not describe a {module.config.CLASS_NAME}"):
         return jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs(module.config))["params"])
 
@@ -136,6 +137,12 @@ def check_dtype(dtype: Any) -> Any:
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is unknown; known are {', '.join(DTYPES)}.")
     return jnp.dtype(name)
+
+
+def check_prediction_type(name: str | None) -> None:
+    """Raise ConfigError for a prediction type that is neither None nor one of `PREDICTION_TYPES`."""
+    if name not in (None, *PREDICTION_TYPES):
+        raise ConfigError(f"prediction_type {name!r} is unknown; known are {', '.join(PREDICTION_TYPES)}.")
 
 
 def replace_config(model: Model, name: str, **changes: Any) -> Model:

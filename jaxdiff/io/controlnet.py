@@ -72,7 +72,7 @@ def check_controlnet(path: str | Path) -> None:
 
 
 def _open(path: str | Path) -> TensorSource:
-    """The unread tensors of a ControlNet's file, without a prefix of their names. Raises WeightsError if it is none."""
+    """The unread tensors of a ControlNet's file, without their prefix. Raises WeightsError for other files."""
     source = open_tensors(path)
     found = {n.removesuffix(end) for n in source.shapes for end in (HINT.format(0), CONDITION) if n.endswith(end)}
     prefixes = [prefix for prefix in PREFIXES if prefix in found] or sorted(p for p in found if p.endswith("."))

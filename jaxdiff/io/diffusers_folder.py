@@ -14,11 +14,18 @@ from jax.sharding import Mesh
 
 from jaxdiff.config import CLIPTextConfig, ConfigError, GeneratorConfig, Qwen3Config, read_json
 from jaxdiff.config.pipeline import PipelineOptions
-from jaxdiff.config.scheduler import PREDICTION_TYPES, SchedulerConfig
+from jaxdiff.config.scheduler import SchedulerConfig
 from jaxdiff.errors import WeightsError
 from jaxdiff.files import replace_folder, writing
 from jaxdiff.io import programs
-from jaxdiff.io.configs import FOLDERS, as_config_error, check_channels, check_dtype, read_config
+from jaxdiff.io.configs import (
+    FOLDERS,
+    as_config_error,
+    check_channels,
+    check_dtype,
+    check_prediction_type,
+    read_config,
+)
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.infer_config import published_vae
 from jaxdiff.io.kinds import SUPPORTED
@@ -44,7 +51,7 @@ CLASSES = {  # parts of a pipeline -> their classes that are built here
 OTHER_PARTS = ("prior", "decoder", "motion_adapter", "movq", "vqvae", "vqgan", "bert", "vocoder", "image_normalizer",
                "projection_model", "t2i_adapter")  # fmt: skip
 _KINDS = r"(XL)?(ControlNet)?(Img2Img|Inpaint)?|StableDiffusionUpscale|LatentConsistencyModel(Img2Img)?"
-GAN = "TextConditionalGANPipeline"  # of no other program
+GAN = "TextConditionalGANPipeline"  # of jaxdiff alone
 DRAWN = rf"(Flax)?(StableDiffusion{_KINDS})Pipeline"
 NOT_DRAWN = "Pix2Pix(?!Zero)|Depth2Img|LatentUpscale|LDM3D|ImageVariation|GLIGEN|UnCLIP|PaintByExample|Marigold"
 
@@ -64,9 +71,7 @@ def load_model(
         without_vae: whether the folder may lack an autoencoder; the config is then the published one.
         transformer: a file that takes the place of the folder's; it says how many blocks there are.
     """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        known = ", ".join(PREDICTION_TYPES)
-        raise ConfigError(f"prediction_type {prediction_type!r} is unknown; known are {known}.")
+    check_prediction_type(prediction_type)
     index = read_index(folder)
     parts, low_res = listed(index), folder / LOW_RES
     two, flow = "text_encoder_2" in parts, "transformer" in parts
@@ -117,7 +122,7 @@ def with_transformer(model: Model, path: Path, file: Path) -> Model:
     """The model with a transformer as the one of a file, whose weights are not read.
 
     Args:
-        path: the model's, for what is said where the file does not fit.
+        path: of the model, for error messages.
 
     Raises:
         ConfigError, WeightsError: the file holds something else, or the model takes no such file.
@@ -174,7 +179,7 @@ def load_folder(
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """`model_index.json` of a model that is drawn with.
+    """`model_index.json` of a supported model.
 
     Raises:
         ConfigError: it is missing, damaged, or of another kind of pipeline; the sentence says what the folder is.
@@ -201,7 +206,7 @@ def listed(index: dict[str, Any]) -> dict[str, str]:
 
 
 def _not_drawn(index: dict[str, Any]) -> str | None:
-    """Why a pipeline cannot be drawn with, as the end of a sentence; None if nothing speaks against it."""
+    """Why a pipeline is not supported, as the end of a sentence; None if it is."""
     parts, name = listed(index), str(index.get("_class_name") or "")
     for part, classes in CLASSES.items():
         if part in parts and parts[part] not in classes:
@@ -231,7 +236,7 @@ def is_part(name: str) -> bool:
 
 
 def pipeline_class(model: Model) -> str:
-    """The class of PyTorch diffusers that draws with a model of this kind; of GANs, which it has none for, our own."""
+    """The PyTorch diffusers pipeline class of a model; for GANs, which diffusers lacks, jaxdiff's own."""
     if model.transformer is not None:
         return PIPELINES[model.family]
     if model.is_gan:

@@ -241,10 +241,15 @@ def read_text(path: str | Path) -> str:
     Raises:
         ImageError: the file is not an image.
     """
+    return str(_info(path).get("parameters", ""))
+
+
+def _info(path: str | Path) -> dict[Any, Any]:
+    """What an image file says beside its pixels, which are not decoded. Raises ImageError."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return str(image.info.get("parameters", ""))
-    except (OSError, SyntaxError) as e:
+            return image.info
+    except Exception as e:  # damage shows as errors of many kinds: DecompressionBombError, ValueError, …
         raise ImageError(f"{path} cannot be read as an image ({e}): give a PNG as sample.py wrote it.") from None
 
 
@@ -254,12 +259,10 @@ def read_metadata(path: str | Path) -> Any:
     Raises:
         ImageError: the file is not an image, or holds no metadata of this library.
     """
+    info = _info(path)
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return json.loads(image.info[CHUNK])
-    except (KeyError, json.JSONDecodeError):
+        return json.loads(info[CHUNK])
+    except (KeyError, TypeError, ValueError, RecursionError):  # no metadata, or not JSON
         raise ImageError(
             f"{path} does not say how it was drawn: give a PNG as sample.py or AUTOMATIC1111 wrote it."
         ) from None
-    except (OSError, SyntaxError) as e:
-        raise ImageError(f"{path} cannot be read as an image ({e}): give a PNG as sample.py wrote it.") from None

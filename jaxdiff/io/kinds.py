@@ -1,4 +1,4 @@
-"""What a file of tensors is, by their names: what it is called, and which flag or function takes it."""
+"""Recognizing files of tensors by the tensors' names: what a file is, and which flag or function takes it."""
 
 import re
 from collections.abc import Iterable
@@ -108,7 +108,7 @@ def _first(patterns: Iterable[str], source: TensorSource) -> str | None:
 
 
 def refuse_family(source: TensorSource, wanted: str = "") -> None:
-    """Raise a WeightsError if a file is a checkpoint of a model that is known, not supported and not `wanted`."""
+    """Raise a WeightsError if a file is a checkpoint of a known, unsupported model other than `wanted`."""
     found = _first(FAMILIES, source)
     if found and FAMILIES[found] != wanted:
         family = FAMILIES[found]
@@ -128,12 +128,12 @@ def _refuse_one(kinds: dict[str, tuple[str, str]], source: TensorSource, wanted:
 
 
 def refuse_control(source: TensorSource) -> None:
-    """Raise a WeightsError if a file holds a network that is like a ControlNet and none."""
+    """Raise a WeightsError if a file holds a network that resembles a ControlNet but is not one."""
     _refuse_one(CONTROLS, source)
 
 
 def refuse(source: TensorSource, wanted: str = "") -> None:
-    """Raise a WeightsError that says what a file is, if that is known and not `wanted`, such as "a ControlNet"."""
+    """Raise a WeightsError that says what a file is, unless it is unknown or `wanted`, such as "a ControlNet"."""
     _refuse_one(CONTROLS | ADAPTERS, source, wanted)
     refuse_family(source)
     if wanted and any(n.startswith("model.diffusion_model.") for n in source.shapes):

@@ -1,4 +1,4 @@
-"""Where a model is found: at a path, among those that ship with the package, or on the Hugging Face hub."""
+"""Finding a model: at a path, among the bundled ones, in an object store, or on the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -22,14 +22,14 @@ def bundled() -> list[str]:
 
 
 def find(name_or_path: str | Path, variant: str | None = None) -> Path:
-    """A model's folder or file: a path, a bundled model's name, or what is then fetched: "owner/name", a store's path.
+    """The folder or file of a model: a path, a bundled name, or "owner/name" or a store's path, which is fetched.
 
     Args:
         name_or_path: "owner/name@v1.0" is the hub's model at that branch, tag or commit.
         variant: of the weights to be fetched, see `load`.
 
     Raises:
-        ConfigError: it is none of these, or cannot be fetched; the sentence says what there is.
+        ConfigError: there is no such model, or it cannot be fetched.
     """
     if stores.wrong(name_or_path) or stores.is_store(name_or_path):
         try:
@@ -42,7 +42,7 @@ def find(name_or_path: str | Path, variant: str | None = None) -> Path:
         raise ConfigError("the model's name is empty: give a folder, a file or a name, or leave it out.")
     if name in bundled() and path.exists():
         if not _is_model(path):
-            logging.warning("%s is the bundled model; what is here under that name is no model (./%s).", name, name)
+            logging.warning("%s is the bundled model; ./%s is not a model.", name, name)
             return BUNDLED / name
         say_once(f"{name} is the folder here (./{name}), not the bundled model of that name.")
     if path.is_dir() or (path.is_file() and one_file):

@@ -48,10 +48,10 @@ def find_weights(folder: Path, name: str, variant: str | None = None) -> Path:
     Args:
         folder: the module's.
         name: of the module, a key of `STEMS`.
-        variant: "fp16" reads `….fp16.safetensors`; None reads files without such a word, else the only ones there are.
+        variant: "fp16" reads `….fp16.safetensors`; None reads files without a variant, else those there are.
 
     Raises:
-        WeightsError: there are none.
+        WeightsError: the folder has no such file.
     """
     for middle in (f".{variant}",) if variant else ("", ".*"):
         if found := _weights(folder, name, middle):
@@ -62,7 +62,7 @@ def find_weights(folder: Path, name: str, variant: str | None = None) -> Path:
 
 
 def variant_of(folder: Path, name: str, variant: str | None) -> str | None:
-    """The variant where a module has weights of it, else None."""
+    """`variant` if the module has weights of it, else None."""
     return variant if variant and _weights(folder, name, f".{variant}") else None
 
 
@@ -125,11 +125,12 @@ def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any =
 
 
 def load_tokenizer(folder: Path, text: Config | None, family: str = "", sd3_length: int = 256) -> Any:
-    """The tokenizer of a text encoder, no longer than that reads; None where there is no encoder.
+    """The tokenizer of a text encoder, limited to the encoder's length; None if `text` is None.
 
     Args:
-        family: of a transformer, see `Model.family`; Z-Image's Qwen3 may think, FLUX.2's may not.
-        sd3_length: tokens of a row that SD 3's T5 reads.
+        family: of a model with a transformer, see `Model.family`. The chat template of Qwen3 allows thinking in Z-Image
+            and turns it off in FLUX.2.
+        sd3_length: number of tokens that SD 3's T5 reads.
     """
     if text is None:
         return None

@@ -262,7 +262,7 @@ def open_pickle(path: Path) -> tuple[dict[str, list[int]], Callable[[str], np.nd
     The file is a dictionary from names to tensors, or holds one under "state_dict", as Lightning's checkpoints do.
 
     Raises:
-        PickleError: the file is damaged or holds what is no tensor.
+        PickleError: the file is damaged, or holds something other than tensors.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:

@@ -26,7 +26,15 @@ from jaxdiff.config import (
 )
 from jaxdiff.errors import WeightsError, say_once
 from jaxdiff.io import cache, programs
-from jaxdiff.io.configs import NETWORKS, as_config_error, check_channels, check_dtype, example_image, module_shapes
+from jaxdiff.io.configs import (
+    NETWORKS,
+    as_config_error,
+    check_channels,
+    check_dtype,
+    check_prediction_type,
+    example_image,
+    module_shapes,
+)
 from jaxdiff.io.infer_config import (
     TEXTS,
     Shapes,
@@ -124,6 +132,7 @@ def open_single_file(
     Raises:
         ConfigError, WeightsError: one sentence that names the file and any tensor that is missing or unknown.
     """
+    check_prediction_type(prediction_type)
     source, dtype = open_tensors(path), check_dtype(dtype)
     family = detect(source, without_vae=without_vae)
     flow = family == "sd3"

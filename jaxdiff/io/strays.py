@@ -1,4 +1,4 @@
-"""Tensors that a file of weights holds beside those of its networks: passed over and named, or refused."""
+"""Tensors in a file of weights that do not belong to its networks: skipped with a warning, or refused."""
 
 import dataclasses
 import re
@@ -29,7 +29,7 @@ IGNORED = re.compile(
 )
 # Tensors in a network's own place that other programs leave there: of a LoRA, and of CLIP's image side.
 STRAY = re.compile(r"\.alpha$|\.lora_|\.dora_scale$|\.(vision_model|visual)\.|\.num_batches_tracked$")
-# What a network of some config has and of another lacks: no stray, but a sign that the config is another one.
+# Parts that only some configs of a network have. They are not strays, but show that the config is another one.
 PARTS = re.compile(
     r"(class|add|time)_embedding|add_time_proj|encoder_hid_proj|label_emb|controlnet_\w+|(post_)?quant_conv|(en|de)coder|"
     r"(down|mid|up)_blocks?|(input|output)_blocks|middle_block(_out)?|zero_convs|input_hint_block"
@@ -37,7 +37,7 @@ PARTS = re.compile(
 
 
 def pass_over(source: TensorSource, strays: Iterable[str], more: str = "") -> None:
-    """Name tensors that are not read in a warning, the first of each group; `more` is said of them."""
+    """Warn of tensors that are not read, naming the first of each group; `more` ends the sentence."""
     if strays := sorted(strays):
         groups = list({n.partition(".")[0]: n for n in strays[::-1]}.values())[::-1]
         passed = f"{len(strays)} tensors that drawing does not need are passed over, such as {', '.join(groups[:5])}"
@@ -45,7 +45,7 @@ def pass_over(source: TensorSource, strays: Iterable[str], more: str = "") -> No
 
 
 def only_own(source: TensorSource, unused: Iterable[str], used: Iterable[str], prefix: str = "") -> list[str]:
-    """Those of the unused tensors that seem to be of the network itself; the others are named in a warning.
+    """The unused tensors that seem to belong to the network; the others are named in a warning.
 
     Args:
         used: names of the network's tensors in the file, each behind `prefix`.
@@ -61,7 +61,7 @@ def only_own(source: TensorSource, unused: Iterable[str], used: Iterable[str], p
 
 
 def without_strays(source: TensorSource, target: Params) -> TensorSource:
-    """A network's file in diffusers' names without what is not the network's; `load_tensors` refuses what stays."""
+    """A network's file in diffusers' names without stray tensors; `load_tensors` refuses other unknown ones."""
     own = {tensor_name(path) for path in flatten_dict(target)}
     used = [name for name in source.shapes if current_name(name) in own or name.endswith(tensor_files.IGNORED)]
     kept = {*used, *only_own(source, source.shapes.keys() - set(used), own)}

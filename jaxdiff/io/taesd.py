@@ -19,7 +19,7 @@ FIRST = {"encoder": 0, "decoder": 1}  # the number of each one's first convoluti
 
 
 def open_pair(path: str | Path) -> tuple[TinyVAEConfig, TensorSource] | None:
-    """The config and, under diffusers' names, the tensors of the pair that a file is of; None if it is of none.
+    """The config and, under diffusers' names, the tensors of the pair that a file belongs to, or None.
 
     Raises:
         WeightsError: the other file is not beside it, or the shapes of the two make no autoencoder.

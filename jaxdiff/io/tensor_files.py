@@ -1,7 +1,7 @@
 """Files of tensors, whatever their format: names, shapes, and a function that reads one tensor.
 
-Every source speaks of PyTorch's names and layouts, which `torch_names` translates. Nothing is read before it is asked
-for. Each read maps the file into memory anew, so that pages already copied leave memory at once.
+All sources use PyTorch's names and layouts, which `torch_names` translates. Tensors are read on demand. Each read maps
+the file into memory anew, so that pages that have been copied leave memory at once.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ def _unwrapped(source: TensorSource) -> TensorSource:
 
 
 def _unscaled(source: TensorSource) -> TensorSource:
-    """Weights of 8 bits times the scales that lie beside them, one for all of a weight's outputs or one for each.
+    """8-bit weights multiplied by the scales in the same file, one for a whole weight or one for each output.
 
     A file with scales of another kind, one for each block of some inputs, is left as it is.
     """

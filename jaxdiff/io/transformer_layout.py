@@ -254,10 +254,10 @@ def family_of(names: list[str]) -> str | None:
 
 
 def described_transformer(source: TensorSource, config: Any) -> Any:
-    """The config of a transformer's file, by one of its family: with as many blocks as there are.
+    """The config of a transformer's file: `config`, of the same family, with the number of blocks in the file.
 
     Raises:
-        WeightsError: the file holds no transformer of this family, or one that is not read.
+        WeightsError: the file holds no transformer of this family, or an unsupported one.
     """
     if scale := next((name for name in source.shapes if re.search(QUANTISED, name)), None):
         raise WeightsError(

@@ -28,7 +28,7 @@ FILE = "upscaler.safetensors"  # in an exported folder
 GROUPS = ("params_ema.", "params-ema.", "params.", "")  # that files hold tensors under; the average before the latest
 LATER = {"RRDB_trunk": "body", "trunk_conv": "conv_body", "HRconv": "conv_hr", "upconv": "conv_up", "RDB": "rdb"}
 MOST = {"num_block": 1000, "num_feat": 4096, "num_grow_ch": 4096, "upsamples": 4}
-OTHER = "is no network of residual-in-residual dense blocks (RRDBNet, of ESRGAN and Real-ESRGAN)"
+OTHER = "is not a network of residual-in-residual dense blocks (RRDBNet, of ESRGAN and Real-ESRGAN)"
 
 
 def bundled_upscalers() -> list[str]:
@@ -40,12 +40,12 @@ def find_upscaler(name_or_path: str | Path) -> Path:
     """The file of a network: itself, in a folder that training exported, or of a bundled name.
 
     Raises:
-        WeightsError: it is none of these.
+        WeightsError: there is no such file or name.
     """
     path, name = Path(name_or_path), str(name_or_path)
     if name in bundled_upscalers() and not (path / FILE).is_file():
         if path.exists():
-            say_once(f"{name} is the bundled upscaler; what is here under that name is none (./{name}).")
+            say_once(f"{name} is the bundled upscaler; ./{name} is not an upscaler.")
         return FOLDER / f"{name}.safetensors"
     if path.is_dir() and not (path / FILE).is_file():
         raise WeightsError(f"{path} is a folder without {FILE}: give the network's file.")
@@ -65,7 +65,7 @@ def open_upscaler(name_or_path: str | Path) -> tuple[RRDBConfig, TensorSource]:
     """
     path = find_upscaler(name_or_path)
     if path.suffix.lower() not in (*SAFETENSORS, *PICKLES):
-        raise WeightsError(f"{path} is no file of an upscaler: give a .safetensors or .pth file.")
+        raise WeightsError(f"{path} is not the file of an upscaler: give a .safetensors or .pth file.")
     source = open_tensors(path)
     prefix = next(p for p in GROUPS if not p or any(name.startswith(p) for name in source.shapes))
     inner = [name for name in source.shapes if name.startswith(prefix)]
@@ -121,7 +121,7 @@ def _config(path: Path, shapes: Mapping[str, list[int]]) -> RRDBConfig:
     sizes = {"num_block": len(blocks), "num_feat": first[0], "num_grow_ch": grow[0], "upsamples": len(ups)}
     config = RRDBConfig(**sizes, unshuffle=channels[first[1]])
     if config.scale < 1 or any(sizes[name] > most for name, most in MOST.items()):
-        raise WeightsError(f"{path}: a network of {sizes} is none that can be built: fetch the file again.")
+        raise WeightsError(f"{path}: a network of {sizes} cannot be built: fetch the file again.")
     return config
 
 

@@ -63,7 +63,7 @@ def check_tiny_vae(path: str | Path) -> None:
 
 
 def _open_tiny(path: str | Path) -> tuple[TinyVAEConfig, TensorSource] | None:
-    """The config and the unread tensors of a tiny autoencoder's file; None where a config.json beside it tells more.
+    """The config and unread tensors of a tiny autoencoder's file; None if a config.json beside it describes it.
 
     Raises:
         WeightsError: the file is something else.

@@ -18,9 +18,9 @@ from jaxdiff.version import __version__
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
-        400: "A parameter cannot be right.", 401: "The API key is missing or wrong.", 404: "No such thing.",
-        409: "Cancelled.", 413: "Too large.", 422: "A parameter cannot be right.", 429: "Too much at once.",
-        500: "The images could not be drawn.", 503: "The server is stopping.", 504: "It took too long.",
+        400: "A parameter is invalid.", 401: "The API key is missing or wrong.", 404: "Not found.",
+        409: "Cancelled.", 413: "Too large.", 422: "A parameter is invalid.", 429: "Too many requests.",
+        500: "The images could not be drawn.", 503: "The server is stopping.", 504: "Timed out.",
     }.items()
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ LANCZOS = "lanczos"
 
 
 class Extras(BaseModel):
-    """The body of extra-single-image. What would do more to an image there is refused."""
+    """The body of extra-single-image. Fields that do more than enlarge are refused."""
 
     image: str
     resize_mode: int = Field(0, ge=0, le=1)
@@ -61,16 +61,16 @@ def enlarge_images(routes: APIRouter, service: Service) -> None:
 def method(service: Service, body: Extras) -> str:
     """How an image is enlarged: "none", "lanczos" or the network's name, in small letters. Raises ArgumentError."""
     if body.resize_mode:
-        raise ArgumentError("resize_mode", "1 is not here: give 0, and the factor as upscaling_resize.")
+        raise ArgumentError("resize_mode", "1 is not supported: give 0, and the factor as upscaling_resize.")
     second = (body.upscaler_2 or "None").lower() != "none" and body.extras_upscaler_2_visibility > 0
     for name, asked in (("upscaler_2", second), ("gfpgan_visibility", body.gfpgan_visibility),
                         ("codeformer_visibility", body.codeformer_visibility)):  # fmt: skip
         if asked:
-            raise ArgumentError(name, "is not here: leave it out.")
+            raise ArgumentError(name, "is not supported: leave it out.")
     known = ["None", "Lanczos", *([] if service.upscaler is None else [service.upscaler])]
     how = (body.upscaler_1 or "None").lower()
     if how not in (name.lower() for name in known):
-        raise ArgumentError("upscaler_1", f"{body.upscaler_1!r} is not here; known are {', '.join(known)}.")
+        raise ArgumentError("upscaler_1", f"{body.upscaler_1!r} is not available; known are {', '.join(known)}.")
     return how
 
 
@@ -81,7 +81,7 @@ def plain(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def resampled(service: Service, image: np.ndarray, scale: float) -> np.ndarray:
-    """An image at so many times its size by Lanczos' filter. Raises ArgumentError."""
+    """An image enlarged by the factor `scale` with a Lanczos filter. Raises ArgumentError."""
     height, width = (round(scale * side) for side in image.shape[:2])
     if height * width > service.pixels:
         raise ArgumentError("upscaling_resize", f"makes {width}x{height} pixels, more than {service.pixels}.")

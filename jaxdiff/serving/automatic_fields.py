@@ -1,4 +1,4 @@
-"""The fields of AUTOMATIC1111's txt2img and img2img, and what they are here."""
+"""The fields of AUTOMATIC1111's txt2img and img2img, and their translation to requests."""
 
 from typing import Any
 
@@ -121,7 +121,7 @@ def draw_request(service: Service, body: TextToImage) -> tuple[DrawRequest, list
         known = UPSCALERS | ({} if service.upscaler is None else {service.upscaler.lower(): "network"})
         upscale = known.get((body.hr_upscaler or "Latent").lower())
         if upscale is None:
-            raise ArgumentError("hr_upscaler", f"{body.hr_upscaler!r} is not here; known are {', '.join(known)}.")
+            raise ArgumentError("hr_upscaler", f"{body.hr_upscaler!r} is not available; known are {', '.join(known)}.")
         strength = 0.7 if body.denoising_strength is None else body.denoising_strength
         given |= {"hires": body.hr_scale, "hires_strength": strength, "hires_upscale": upscale}
     if isinstance(body, ImageToImage):
@@ -136,12 +136,12 @@ def check_fields(body: TextToImage) -> list[str]:
     masked = getattr(body, "mask", None) is not None
     for name in REFUSED:
         if extra.get(name):
-            raise ArgumentError(name, "is not drawn here: leave it out.")
+            raise ArgumentError(name, "is not supported: leave it out.")
     for name, script in (body.alwayson_scripts or {}).items():
         args = script.get("args") if isinstance(script, dict) else script
         if args and args != [False] and name.lower() != CONTROLNET:
             raise ArgumentError(
-                "alwayson_scripts", f"names {name[:60]!r}, and there are no scripts here: leave it out."
+                "alwayson_scripts", f"names {name[:60]!r}, but scripts are not supported: leave it out."
             )
     warnings = []
     for name, value in extra.items():
@@ -160,7 +160,7 @@ def check_options(service: Service, options: dict[str, Any]) -> None:
         if name == "sd_model_checkpoint" and value in (None, "", service.name):
             continue
         if name == "sd_model_checkpoint":
-            raise ArgumentError(name, f"{str(value)[:60]!r} is not here: this server draws with {service.name!r}.")
+            raise ArgumentError(name, f"{str(value)[:60]!r} is not available: this server draws with {service.name!r}.")
         raise ArgumentError(name[:60], "cannot be set here: leave it out.")
 
 
@@ -169,7 +169,7 @@ def images_of(service: Service, body: ImageToImage, width: int, height: int) -> 
     if len(body.init_images) != 1:
         raise ArgumentError("init_images", f"must be one image, and {len(body.init_images)} came.")
     if body.resize_mode > 1:
-        raise ArgumentError("resize_mode", f"{body.resize_mode} is not here: 0 stretches, 1 cuts at the centre.")
+        raise ArgumentError("resize_mode", f"{body.resize_mode} is not supported: 0 stretches, 1 cuts at the centre.")
 
     def read(name: str, text: str, background: tuple[int, int, int]) -> np.ndarray:
         image = on_background(
@@ -205,7 +205,7 @@ def controls_of(service: Service, body: TextToImage, width: int, height: int) ->
         if not isinstance(text, str) or not text:
             raise ArgumentError("controlnet.image", "is missing: send an image for each unit.")
         if module not in ("none", "canny"):
-            raise ArgumentError("controlnet.module", f"{module[:60]!r} is not here; known are none and canny.")
+            raise ArgumentError("controlnet.module", f"{module[:60]!r} is not supported; known are none and canny.")
         if not isinstance(weight, int | float) or not 0 <= weight <= 2:
             raise ArgumentError("controlnet.weight", "must be a number from 0 to 2.")
         for name, value in WHOLE.items():

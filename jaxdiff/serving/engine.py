@@ -32,8 +32,8 @@ from jaxdiff.serving.resolving import Item, Resolver
 from jaxdiff.typing import Params
 
 HOUR = 3600.0
-ALONE = 10.0  # seconds after which a client that found nobody else is taken to be the only one
-# What happens, with a number: "waiting" images, a "batch" of so many, which took "seconds", a request's "latency", …
+ALONE = 10.0  # seconds without concurrent requests until a client counts as the only one
+# (event, number): images "waiting", images of a "batch" and its "seconds", a request's "latency", …
 Observer = Callable[[str, float], None]
 
 
@@ -52,10 +52,10 @@ class Engine:
     Args:
         model, params: as `jaxdiff.load` gives them; `params` lie where images are drawn.
         limits: what one request may ask for.
-        batch_sizes: how many images are drawn at once; fewer are filled up, so that few programs are compiled.
-        window: seconds for which an image waits for others that would fit its batch, if others have asked lately.
+        batch_sizes: allowed batch sizes; smaller batches are padded, so that few programs are compiled.
+        window: seconds that an image waits for others to join its batch, if other clients were active lately.
         loras: that prompts may name.
-        observe: is told what happens.
+        observe: called with each event and its number.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Draw what is begun, tell the others, and end. Returns at once; may be called again, and in a signal handler's
-        thread."""
+        """Finish images that are begun, refuse the rest, and end. Returns at once. May be called repeatedly, and from a
+        signal handler."""
         threading.Thread(target=self._stop, daemon=True).start()
 
     def _stop(self) -> None:

@@ -14,10 +14,10 @@ UNIT = 64  # pixels of the sides of what the network is compiled for, up to a ti
 
 
 def check_enlarging(model: Model, height: int, width: int, scale: float, pixels: int) -> None:
-    """Raise ArgumentError for what cannot be enlarged so many times.
+    """Raise ArgumentError for an image that cannot be enlarged by the factor `scale`.
 
     Args:
-        pixels: that the network may make of an image.
+        pixels: limit for the image that the network produces.
     """
     if model.upscaler is None:
         raise ArgumentError("upscaler", "is missing: this server was started without one.")

@@ -1,4 +1,4 @@
-"""Errors as the APIs give them: each in its own form, and without what is the server's own business."""
+"""Errors in the form of each API, without internal details."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class HttpError(JaxdiffError):
 
 
 class Kind(NamedTuple):
-    """Of OpenAI's errors."""
+    """The type and code of an OpenAI error."""
 
     type: str
     code: str | None

@@ -42,7 +42,9 @@ class Loras:
         for tag in tags:
             if tag.name not in self.files:
                 known = ", ".join(list(self.files)[:10]) or "none"
-                raise ArgumentError("prompt", f"names the LoRA {tag.name!r}, which is not here; known are {known}.")
+                raise ArgumentError(
+                    "prompt", f"names the LoRA {tag.name!r}, which is not available; known are {known}."
+                )
         return words, tuple((self.files[tag.name], tag.text_encoder, tag.unet) for tag in tags)
 
     def params_with(self, chosen: Weighted) -> Params:

@@ -1,4 +1,4 @@
-"""What the engine does, as Prometheus reads it."""
+"""Metrics of the engine for Prometheus."""
 
 from typing import Any
 
@@ -14,13 +14,15 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         more: Any = {"registry": self.registry}
-        self._waiting = Gauge("jaxdiff_queue_images", "Images that wait.", **more)
+        self._waiting = Gauge("jaxdiff_queue_images", "Images waiting in the queue.", **more)
         self._images = Counter("jaxdiff_images", "Images drawn.", **more)
         self._failed = Counter("jaxdiff_failed_requests", "Requests that ended without their images.", **more)
-        self._cancelled = Counter("jaxdiff_cancelled_images", "Images that were left unfinished.", **more)
-        self._batch = Histogram("jaxdiff_batch_images", "Images drawn at once.", buckets=BATCHES, **more)
+        self._cancelled = Counter("jaxdiff_cancelled_images", "Images cancelled before they were finished.", **more)
+        self._batch = Histogram("jaxdiff_batch_images", "Images per batch.", buckets=BATCHES, **more)
         self._seconds = Histogram("jaxdiff_batch_seconds", "Time of a batch.", buckets=SECONDS, **more)
-        self._latency = Histogram("jaxdiff_request_seconds", "From a request to its images.", buckets=SECONDS, **more)
+        self._latency = Histogram(
+            "jaxdiff_request_seconds", "Time from a request to its images.", buckets=SECONDS, **more
+        )
 
     def observe(self, what: str, number: float) -> None:
         """What `Engine` reports."""

@@ -136,7 +136,7 @@ async def form_of(http: Request) -> tuple[Edit, dict[str, list[bytes]]]:
             raise RequestValidationError([{**x, "loc": ("body", *x["loc"])} for x in e.errors()]) from None
         given = [(name, file) for name, file in sent.multi_items() if isinstance(file, UploadFile)]
         if unknown := {name for name, _ in given} - names.keys():
-            raise ArgumentError(min(unknown)[:60], "is no file that an edit takes.")
+            raise ArgumentError(min(unknown)[:60], "is not a file that an edit takes.")
         for name, file in given:
             files[names[name]].append(await file.read())
     return form, files
@@ -152,9 +152,9 @@ def edit_schema() -> dict[str, Any]:
 
 
 def check_model(service: Service, name: str | None) -> None:
-    """Raise HttpError for a model that is not here."""
+    """Raise HttpError for a model other than the server's."""
     if name is not None and name != service.name:
-        message = f"The model {name!r} is not here: this server draws with {service.name!r}."
+        message = f"The model {name!r} is not available: this server draws with {service.name!r}."
         raise HttpError(404, message, code="model_not_found", param="model")
 
 

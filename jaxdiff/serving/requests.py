@@ -32,10 +32,10 @@ class TooVaried(JaxdiffError):
 
 
 class Stopping(JaxdiffError):
-    """The server is stopping, and draws what it has begun only."""
+    """The server is stopping, and only finishes images that it has begun."""
 
     def __init__(self) -> None:
-        super().__init__("The server is stopping: ask another one, or again later.")
+        super().__init__("The server is stopping: try again later, or use another server.")
 
 
 class Cancelled(JaxdiffError):
@@ -56,8 +56,8 @@ class Limits:
     texts: int = 8  # that one image attends to: chunks of a long prompt, times the texts it is edited to
     guidance_scale: float = 100.0
     queue: int = 64  # images that wait
-    programs: int = 40  # that are compiled within an hour, for each number of images
-    seconds: float = 600.0  # that a client waits
+    programs: int = 40  # compiled per hour and batch size
+    seconds: float = 600.0  # until a request times out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ Preview = Callable[[int, float, np.ndarray], None]  # number of the image, part 
 
 
 class Job:
-    """A request under way. Whoever waits for it, waits for `future`; once that is done, nothing more is drawn."""
+    """A request in progress. Clients wait for `future`; once it is done, nothing more is drawn for it."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class Job:
         self.end(Cancelled())
 
     def due(self, index: int, fraction: float) -> bool:
-        """Whether a preview of an image is wanted, so many of whose steps are taken."""
+        """Whether a preview of an image is due when it has taken this fraction of its steps."""
         return self.watched or (
             self._on_preview is not None
             and self._sent[index] < self.previews

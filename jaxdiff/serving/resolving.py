@@ -32,8 +32,8 @@ class Item:
 
     job: Job
     index: int
-    key: tuple[Any, ...]  # equal for those that one program draws, at once
-    program: tuple[Any, ...]  # equal for those that nothing is compiled for between them
+    key: tuple[Any, ...]  # items with equal keys fit one batch
+    program: tuple[Any, ...]  # items with equal values share a compiled program
     settings: Settings
     loras: Weighted
     row: ImageInputs  # without the axis of the batch, and without a key
@@ -61,7 +61,7 @@ class Resolver:
         size = own[0] if width is None else width, own[1] if height is None else height
         if size not in self.limits.sizes:
             known = ", ".join(f"{w}x{h}" for w, h in self.limits.sizes)
-            raise ArgumentError("size", f"{size[0]}x{size[1]} is not drawn here; known are {known}.")
+            raise ArgumentError("size", f"{size[0]}x{size[1]} is not a size of this server; known are {known}.")
         return size
 
     def job(self, request: DrawRequest, *more: Any) -> Job:
@@ -89,7 +89,7 @@ class Resolver:
             if len(text) > limits.prompt:
                 raise ArgumentError(name, f"has {len(text)} characters, more than {limits.prompt}: shorten it.")
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise ArgumentError(name, "is no valid Unicode: it holds half a surrogate pair.")
+                raise ArgumentError(name, "is not valid Unicode: it holds half of a surrogate pair.")
         numbers = (("n", 1, limits.images), ("steps", 1, limits.steps), ("guidance_scale", 0, limits.guidance_scale),
                    ("seed", 0, SEEDS - 1), ("variation_seed", 0, SEEDS - 1))  # fmt: skip
         for name, low, high in numbers:

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -26,24 +27,34 @@ QUIET = 15.0  # seconds after which a stream says that it is alive
 
 
 class Files:
-    """Images that are fetched later, under names nobody can guess, for some minutes and within some memory."""
+    """Images that clients fetch later, under random names, kept for a limited time and within a memory budget.
+
+    Safe to use from several threads at once.
+
+    Args:
+        seconds: for which a file is kept.
+        room: bytes of all files together; the oldest are dropped first.
+    """
 
     def __init__(self, seconds: float = 600.0, room: int = 256 << 20) -> None:
         self._seconds, self._room, self._size = seconds, room, 0
+        self._lock = threading.Lock()
         self._kept: collections.OrderedDict[str, tuple[float, str, bytes]] = collections.OrderedDict()
 
     def add(self, data: bytes, format: str) -> str:
         """Keep a file; returns its name."""
         name = f"{secrets.token_urlsafe(24)}.{format}"
-        self._kept[name] = time.monotonic() + self._seconds, format, data
-        self._size += len(data)
-        self._forget()
+        with self._lock:
+            self._kept[name] = time.monotonic() + self._seconds, format, data
+            self._size += len(data)
+            self._forget()
         return name
 
     def get(self, name: str) -> tuple[str, bytes] | None:
         """The format and bytes of a file that is still there."""
-        self._forget()
-        found = self._kept.get(name)
+        with self._lock:
+            self._forget()
+            found = self._kept.get(name)
         return None if found is None else found[1:]
 
     def _forget(self) -> None:

@@ -39,7 +39,7 @@ def from_base64(name: str, text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise ArgumentError(name, "is no image in base64; paths and addresses are not opened.") from None
+        raise ArgumentError(name, "is not an image in base64; paths and URLs are not opened.") from None
 
 
 def as_image(image: Image.Image, width: int, height: int, background: tuple[int, int, int] = WHITE) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Checkpoints of training: the state of the optimisation and the position in the data, through orbax.
+"""Checkpoints of training: the state of the optimization and the position in the data, through orbax.
 
-A checkpoint is written under another name and renamed when it is whole, with the SHA-256 of each of its files among
-them, which are compared before it is read. Those of a folder in an object store are uploaded before they are renamed.
+A checkpoint is written under a temporary name and renamed when it is complete. It includes the SHA-256 of each of its
+files, which is verified before it is read. With an object store, its files are uploaded before it is renamed.
 """
 
 import json
@@ -23,7 +23,7 @@ from jaxdiff.training.digests import SUMS, damage, digests, reason
 from jaxdiff.training.workdir import WorkdirError
 
 STATE, DATA = "state", "data"
-TIMEOUT = 4 * 3600  # seconds that hosts wait for each other, which may upload in that time
+TIMEOUT = 4 * 3600  # seconds that hosts wait for each other; includes uploads
 
 
 class CheckpointError(JaxdiffError, RuntimeError):
@@ -33,8 +33,8 @@ class CheckpointError(JaxdiffError, RuntimeError):
 class Checkpoints:
     """The checkpoints of one run, in `folder`/<step>; the last `keep` are kept. A context manager.
 
-    Saving returns at once and is finished in the background; a half-written checkpoint never counts as one. Those newer
-    than the newest intact one are named in a warning and renamed to damaged-<step>.
+    Saving finishes in the background, and an incomplete checkpoint never counts as one. Damaged checkpoints that are
+    newer than the newest intact one are renamed to damaged-<step>, with a warning.
 
     Raises:
         CheckpointError: the folder cannot be written to, or holds checkpoints of which none is intact.
@@ -98,7 +98,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
-        """Until the last one is written. Raises CheckpointError: it cannot be."""
+        """Wait until the last checkpoint is written. Raises CheckpointError if it cannot be."""
         with self._explained():
             self._manager.wait_until_finished()
 
@@ -110,7 +110,8 @@ class Checkpoints:
                 restored to, whatever they were when the checkpoint was written.
 
         Raises:
-            CheckpointError: the checkpoint is of another model; or of another number of hosts, whose positions differ.
+            CheckpointError: the checkpoint does not fit `like`, or was written by another number of hosts whose
+                positions in the data differ.
         """
         step = self.latest
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
@@ -142,7 +143,7 @@ class Checkpoints:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Whatever orbax raises while it writes, in one sentence."""
+        """Turn whatever orbax raises while writing into a CheckpointError of one sentence."""
         try:
             yield
         except (CheckpointError, WorkdirError):
@@ -161,7 +162,7 @@ class Checkpoints:
 
 
 def _apart(folder: Path, options: dict[str, Any]) -> ocp.CheckpointManager:
-    """A manager of hosts that share no folder: each writes what it holds as files that no other writes."""
+    """A manager for hosts that share no folder: each writes its shards to files of its own."""
     alone = ocp.options.MultiprocessingOptions(primary_host=None)
     chosen = ocp.CheckpointManagerOptions(
         **options, multiprocessing_options=alone, enable_per_process_directory_creation=True

@@ -25,7 +25,7 @@ from jaxdiff.training.options import (
 )
 from jaxdiff.training.ranges import MOST, fields, leaves, setting
 
-# Settings that had another name, which configs, flags and the run.json of older runs may still use.
+# Renamed settings: old name -> new name. Configs, flags and older run.json files may still use the old ones.
 RENAMED = {
     "rates": "lr_multipliers",
     "moments": "moment_dtype",
@@ -36,7 +36,7 @@ RENAMED = {
 
 
 def current_name(name: str) -> str:
-    """The whole name of a setting today, with a warning where it, or its group, was an old one."""
+    """The current full name of a setting, with a warning if it or its group has been renamed."""
     for old, new in RENAMED.items():
         if name == old or name.startswith(f"{old}."):
             logging.warning("config.%s is called config.%s now; the old name will be refused later.", old, new)
@@ -45,7 +45,7 @@ def current_name(name: str) -> str:
 
 
 def with_current_names(settings: Mapping[str, Any], group: str = "") -> dict[str, Any]:
-    """Settings, such as those of an older run.json, under the names that they have today."""
+    """Settings, such as those of an older run.json, under their current names."""
     found = {}
     for name, value in settings.items():
         whole = RENAMED.get(group + name, group + name)
@@ -55,7 +55,7 @@ def with_current_names(settings: Mapping[str, Any], group: str = "") -> dict[str
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their whole name.
+    """Settings by their full, dotted names.
 
     >>> flat({"data": {"path": "a", "filter": {}}, "steps": 3})
     {'data.path': 'a', 'steps': 3}
@@ -74,7 +74,7 @@ class Settings(ConfigDict):
 
     Args:
         settings: as for ConfigDict.
-        group: what stands before the settings' names in their whole names, such as "eval.".
+        group: prefix of the settings' full names, such as "eval.".
         options: of ConfigDict.
     """
 
@@ -107,7 +107,7 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())
 
 
-# Every setting of train.py, with what it may be where that is not any value of its default's type.
+# Every setting of train.py: its default, with its range if not every value of the default's type is valid.
 SETTINGS: dict[str, Any] = {
     "stage": setting("", choices=STAGES),
     **fields(Options),  # of the optimisation: jaxdiff/training/options.py
@@ -123,19 +123,19 @@ SETTINGS: dict[str, Any] = {
     "data": {
         "path": setting("", path=True),
         "split": "train",
-        "eval_split": "",  # images set aside, filtered as those of `split`; "": those themselves
+        "eval_split": "",  # held-out images, filtered like those of `split`; "": the training images
         "image_size": setting(128, 0, 16384),  # pixels of a side; 0: the model's own
-        # Of transparent images; random ones are named in the caption.
+        # Of transparent images. Captions name random backgrounds.
         "background": setting("random", choices=("random", "white")),
         "flip": False,  # mirror at random
-        # Move at random, up to so much: degrees, a share of each side's length, a share of each side.
+        # Maximum random rotation in degrees, and stretch and shift as shares of each side.
         "warp": {"rotate": setting(0.0, 0, 180), "stretch": setting(0.0, 0, 1), "shift": setting(0.0, 0, 0.5)},
         "captions": (),  # of all images, in place of their own; {} stands for textual_inversion.token
         "threads": setting(8, 0, 1024),  # that read images
         "workers": setting(0, 0, 1024),  # processes that read images; 0: the threads of this process
         "image_column": "",  # of tables, records, metadata.jsonl and metadata.csv; "": a usual name
         "text_column": "",
-        # Sizes of one area at the images' own aspects, in multiples of so many pixels (64); 0: squares.
+        # Aspect-ratio buckets: side lengths are multiples of this many pixels (64 is usual); 0: squares.
         "buckets": setting(0, 0, 16384),
         "max_aspect": setting(2.0, 1, 1000),
         # Allowed values by column of the metadata; an empty tuple allows all, max_subjects 0 as well.
@@ -175,7 +175,7 @@ SETTINGS: dict[str, Any] = {
         "loss": setting("hinge", choices=ADVERSARIES),
         "weight": setting(0.5, 0),  # vae_decoder: of its loss; 0 leaves the decoder to the other losses
         "adaptive": True,  # vae_decoder: times the ratio of the gradients at the decoder's last layer
-        "start": setting(0, 0, MOST),  # vae_decoder: steps that it learns before the decoder hears it
+        "start": setting(0, 0, MOST),  # vae_decoder: steps before its loss reaches the decoder
         "r1": setting(0.0, 0),  # penalties of the discriminator's gradient on real images and on the others
         "r2": setting(0.0, 0),
         "augment": setting((), choices=AUGMENTATIONS),  # of what the discriminator sees
@@ -235,7 +235,7 @@ SETTINGS: dict[str, Any] = {
         "embeddings": False,
         "batch_size": setting(8, 1, MOST),
     },
-    "cache_latents": setting(0, 0, MOST),  # encode so many views of every image beforehand; 0: encode as they are read
+    "cache_latents": setting(0, 0, MOST),  # views of each image to encode before training; 0: encode as they are read
     # Numbers also go to Weights & Biases (pip install ".[wandb]") where a project is named.
     "wandb": {"project": "", "name": ""},
     "eval": {
@@ -254,7 +254,7 @@ RULES = dict(leaves(SETTINGS))  # by whole name
 
 
 def _values(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of a tree of settings; one that follows from others, None, may become a value of its type."""
+    """The defaults of a tree of settings. A default of None becomes a placeholder of the setting's type."""
     found = {}
     for name, x in tree.items():
         if isinstance(x, dataclasses.Field):

@@ -99,7 +99,7 @@ class Snapshots:
             self._writing.result()
 
     def save(self, opt_state: Any) -> None:
-        """To be called on every host; the first one writes."""
+        """Call it on every host; the first one writes."""
         self._wait()
         leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PowerAverages))
         state = parallel.fetch(next(x for x in leaves if isinstance(x, PowerAverages)))
@@ -136,19 +136,19 @@ def weights(times: np.ndarray, gammas: np.ndarray, time: float, wanted: float) -
 
 
 def reconstructed(folder: str | Path, sigma: float, params: Params, updates: int | None = None) -> Params:
-    """Parameters of which those that were trained are averaged over another length.
+    """The parameters, with the trained ones replaced by an average of another length (post-hoc EMA).
 
     Args:
         folder: of snapshots, a run's `ema`.
-        sigma: deviation of the average's profile as a share of the training.
-        params: all parameters, as the run has them; values of those trained do not matter.
-        updates: the end of the training to be averaged over; the last snapshot by default.
+        sigma: standard deviation of the average's profile, as a share of the training.
+        params: all parameters of the run; the values of trained ones do not matter.
+        updates: number of updates at which the average ends; by default that of the last snapshot.
 
     Returns:
         The same tree; what was trained as float32 numpy arrays.
 
     Raises:
-        ConfigError: there are no snapshots up to there, they are of other parameters, or there is no such length.
+        ConfigError: there are no snapshots up to there, they do not fit `params`, or `sigma` is out of range.
     """
     files = sorted(Path(folder).glob("*.safetensors"), key=lambda p: int(p.stem))
     files = [p for p in files if updates is None or int(p.stem) <= updates]

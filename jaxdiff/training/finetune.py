@@ -27,7 +27,7 @@ NOISE_LEVEL = 20  # of the small images that an upscaler is tried on
 
 
 def network_of(model: Model, guidance: float = 1.0) -> Network:
-    """What denoises, with what it is given beside the prompt while it learns; `guidance` as of `plain_network`."""
+    """The network to train, with its inputs besides the prompt; `guidance` as for `plain_network`."""
     if model.inpaints:
         return inpainting_network(model)
     return upscaler_network(model) if model.family == "upscaler" else plain_network(model, guidance)
@@ -50,7 +50,7 @@ def controlled_network(model: Model) -> Network:
 
 
 def drawn_by_hint(batch: Mapping[str, Any]) -> SampleInputs:
-    """What draws images that follow batch["hint"]."""
+    """Inputs that draw images following batch["hint"]."""
     height, width = batch["hint"].shape[1:3]
     return {"control_images": [batch["hint"]], "height": height, "width": width}, batch["hint"]
 
@@ -64,7 +64,7 @@ def with_control_images(batch: Mapping[str, Any], make: Callable[[np.ndarray], n
 
 
 def extended(model: Model, params: Params, channels: int) -> tuple[Model, Params]:
-    """The model with a UNet of so many input channels; the new ones have no weight yet, so that it draws as before.
+    """The model with a UNet of `channels` input channels. New ones have weight 0, so that its output does not change.
 
     Raises:
         ConfigError: the UNet has neither as many channels already nor the latents' alone.
@@ -127,7 +127,7 @@ def inpainting_network(model: Model) -> Network:
 
 
 def drawn_around(batch: Mapping[str, Any]) -> SampleInputs:
-    """What draws the middle of the images anew: a square of half their sides."""
+    """Inputs that redraw the middle of the images, half of each side."""
     images = batch["image"]
     height, width = images.shape[1:3]
     mask = np.zeros((height, width), bool)
@@ -179,7 +179,7 @@ def upscaler_model(model: Model, params: Params) -> tuple[Model, Params]:
 
 
 def drawn_larger(model: Model, batch: Mapping[str, Any]) -> SampleInputs:
-    """What enlarges small copies of the images, of the size of the latents."""
+    """Inputs that enlarge small copies of the images, as large as the latents."""
     images, factor = batch["image"], model.vae.config.factor
     size = (len(images), images.shape[1] // factor, images.shape[2] // factor, 3)
     small = np.asarray(jnp.clip(jax.image.resize(images.astype(np.float32), size, "cubic"), 0, 255)).round()

@@ -1,4 +1,4 @@
-"""What a run starts from: a model of given sizes, some of whose parts come from folders of earlier stages."""
+"""The model that a run starts from: parts of given sizes, or parts of earlier stages and published models."""
 
 import dataclasses
 import functools
@@ -50,10 +50,10 @@ def starting_model(
             the scheduler with "model" alone.
         make_tokenizer: makes one where the text encoder is fresh.
         key: of the fresh parameters.
-        check: is called with the model before any weights are read, to refuse it.
+        check: called with the model before weights are read; may raise to refuse it.
 
     Returns:
-        The model and its float32 parameters as numpy arrays, which take no memory of a device.
+        The model and its float32 parameters as numpy arrays, which use no device memory.
 
     Raises:
         ConfigError, WeightsError: one sentence naming the entry or file.
@@ -86,7 +86,7 @@ def described_model(
 
 
 class _Part(NamedTuple):
-    """One network that is not fresh."""
+    """A network that is loaded rather than initialized."""
 
     config: Any
     weights: Callable[[], Path | TensorSource]  # where they are, unread
@@ -103,7 +103,7 @@ class _Part(NamedTuple):
 
 
 def _described(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, dict[str, _Part]]:
-    """The model, and its parts that are not fresh."""
+    """The model, and those of its parts that are loaded."""
     named = {name: path for name, path in init_from.items() if path}
     if unknown := [name for name in named if name not in ("model", *NAMED)]:
         raise ConfigError(f"init_from.{unknown[0]} is unknown; known are model, {', '.join(NAMED)}.")
@@ -178,7 +178,7 @@ def _fresh(model: Model, names: set[str], key: Key) -> Params:
     # Some hundred small kernels run once: on a CPU, optimising them costs more than it saves.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
-    def init(key: Key) -> Params:  # under jit what is not asked for is not computed
+    def init(key: Key) -> Params:  # jit drops the parameters that are not returned
         return {name: x for name, x in init_params(model, key).items() if name in names}
 
     return jax.device_get(jax.jit(init, compiler_options=options)(key)) if names else {}

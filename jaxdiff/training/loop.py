@@ -73,9 +73,9 @@ class Result(NamedTuple):
 
 
 class Stop:
-    """Turns SIGTERM, which also announces that a machine is taken back, and the first Ctrl-C into a request to stop.
+    """Turns SIGTERM (a preemption notice, for example) and the first Ctrl-C into a request to stop. A context manager.
 
-    A context manager. With several hosts SIGTERM is left to JAX, which tells all of them and agrees on a step.
+    With several hosts JAX handles SIGTERM: it notifies all of them and agrees on a step.
     """
 
     def __init__(self) -> None:
@@ -100,12 +100,12 @@ class Stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def should_stop(self, step: int) -> bool:
-        """Whether to stop before `step`, to be asked before each; the same answer on every host."""
+        """Whether to stop before `step`. Call it before each step; every host gets the same answer."""
         return multihost_utils.reached_preemption_sync_point(step) if self._several else self._requested
 
 
 class NonFiniteGuard:
-    """Counts the updates skipped one after the other."""
+    """Counts consecutive skipped updates."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self.length = limit, 0
@@ -114,7 +114,7 @@ class NonFiniteGuard:
         """Take in the metrics of a step, waiting for it.
 
         Raises:
-            TrainingError: too many in a row were skipped; `checkpoint` is the step of the last one.
+            TrainingError: too many in a row were skipped. `checkpoint` is the step of the last checkpoint.
         """
         self.length = self.length + 1 if int(metrics["skipped"]) else 0
         if self.length >= self._limit:
@@ -123,13 +123,13 @@ class NonFiniteGuard:
             )
             raise TrainingError(
                 f"Loss or gradient was not finite in {self.length} updates in a row, up to step {step} (loss "
-                f"{float(metrics['loss']):.4g}, grad_norm {float(metrics['grad_norm']):.4g}); {kept}: begin anew in "
+                f"{float(metrics['loss']):.4g}, grad_norm {float(metrics['grad_norm']):.4g}); {kept}: start again in "
                 "another workdir with a lower learning_rate, or look for what is wrong in the data."
             )
 
 
 class Trace:
-    """Writes a trace of some steps, for TensorBoard or Perfetto, beginning with the third that this process makes."""
+    """Writes a profile of some steps, for TensorBoard or Perfetto, starting with the third step of this process."""
 
     def __init__(self, folder: Path, steps: int) -> None:
         self._folder, self._first, self._last, self._made = folder, 2, 2 + steps, 0
@@ -164,19 +164,19 @@ def fit(
     trackers: Sequence[Tracker] = (),
     profile: int = 0,
 ) -> Result:
-    """Train one stage, going on from the last intact checkpoint in `workdir` where there is one.
+    """Train one stage, resuming from the last intact checkpoint in `workdir` if there is one.
 
     Args:
         stage: what is trained and how.
         params: all parameters that the loss needs, by module, held in full by every host.
         batches: of this host, batch_size / hosts examples each.
-        options: optimisation.
+        options: of the optimization.
         workdir: checkpoints go to its folder `checkpoints`, numbers to `metrics.jsonl` and TensorBoard files to `tb`.
         mesh: devices over ("data", "fsdp", "tensor"); None takes all.
         on_eval: called as on_eval(step, params) before the first step, every `eval_every` steps and at the end (0: only
             there), with the moving average of the parameters as numpy arrays; the numbers and images it returns are
             reported. On every host.
-        trackers: more places for them, of the first host; closed in the end.
+        trackers: further trackers of these values, on the first host; `fit` closes them.
         profile: steps of which a trace is written to the folder `profile`.
 
     Returns:
@@ -184,8 +184,8 @@ def fit(
 
     Raises:
         OptionsError: options that do not fit each other or the devices.
-        CheckpointError: a checkpoint that cannot be written or is of another model, or none is intact.
-        TrainingError: parameters are not finite, or `max_skipped` updates in a row were not.
+        CheckpointError: a checkpoint cannot be written or does not fit the model, or none is intact.
+        TrainingError: the initial parameters are not finite, or `max_skipped` updates in a row were not.
     """
     options.check(jax.device_count() if mesh is None else mesh.size)
     check_multipliers(options.lr_multipliers, params, stage.trainable)
@@ -225,7 +225,7 @@ def fit(
         computing: deque[tuple[int, Any]] = deque()  # steps and their metrics, not yet waited for
 
         def look_back(left: int) -> None:
-            """Wait for steps, but for the last so many, and report them."""
+            """Wait for and report all steps but the last `left`."""
             while len(computing) > left:
                 seen, metrics = computing.popleft()
                 guard.see(seen, metrics, checkpoints.latest)
@@ -243,10 +243,10 @@ def fit(
             last = step == options.steps
             evaluated = last or (options.eval_every and step % options.eval_every == 0)
             due = due or step % options.checkpoint_every == 0
-            # The devices have this step to do while the host sees to the one before, and reads the next batch. Where
-            # the clock starts or stops, none is under way.
+            # While the devices compute this step, the host reports the one before and reads the next batch. No step is
+            # in flight when the clock starts or stops.
             look_back(0 if first or last or due or evaluated or report.ends_interval(step) else 1)
-            if last or (due and not guard.length):  # in a bad time the last good one is kept
+            if last or (due and not guard.length):  # while updates are skipped, keep the last good one
                 checkpoints.save(step, state, iterator.get_state())
                 due = False
             if snapshots and (last or step % options.snapshot_every == 0):
@@ -307,7 +307,7 @@ def open_report(workdir: Path, name: str, start: int, options: Options, trackers
 def speed_of(
     train_step: Callable, stage: Stage, options: Options, mesh: Mesh, state: TrainState, frozen: Params, batch: Batch
 ) -> Speed:
-    """What the report needs to tell FLOP/s by."""
+    """What the report needs to compute FLOP/s and MFU."""
     if options.accumulate > 1:  # XLA counts a loop once: as if the batch were taken in one part
         options = dataclasses.replace(options, accumulate=1)
         train_step = make_train_step(stage.loss, options, mesh, state, stage.dtypes, stage.reads_state)

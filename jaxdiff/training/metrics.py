@@ -1,4 +1,4 @@
-"""How good a model is while it is trained, on images set aside."""
+"""Metrics of a model during training, on held-out images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ from jaxdiff.typing import PRNG, Array, Params
 def for_each(run: Callable[[Any], Any], batches: Sequence[Any]) -> Any:
     """What `run` returns, arrays [b, ...], of all batches (trees of arrays [b, ...]) together as numpy arrays [N, ...].
 
-    A batch smaller than the first is filled up, so that one compiled program does for all.
+    A batch smaller than the first is padded, so that one compiled program serves all.
     """
     full, found = len(jax.tree.leaves(batches[0])[0]), []
     for batch in batches:

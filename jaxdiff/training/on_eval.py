@@ -1,4 +1,4 @@
-"""Evaluation during a run: measures of images set aside, and sheets of samples."""
+"""Evaluation during a run: metrics on held-out images, and sheets of samples."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,9 @@ from jaxdiff.training.trainables import Trainable
 from jaxdiff.typing import Params
 
 Batch = Mapping[str, Any]
-HeldOut = Callable[[], Sequence[Batch]]  # reads the images set aside, in batches; none where config.eval.images is 0
+HeldOut = Callable[[], Sequence[Batch]]  # reads batches of held-out images; none if config.eval.images is 0
 OnEval = Callable[[int, Params], Mapping[str, float | TrackedImages]]  # see `jaxdiff.training.loop.fit`
-CONTROLLED = 4  # images drawn of what needs more than a prompt, where no prompts are given
+CONTROLLED = 4  # images sampled without prompts, by models that need more than a prompt
 MAX_PAIRS = 16  # of an image and its reconstruction, in a sheet
 
 
@@ -44,11 +44,11 @@ def write_sheet(folder: Path, step: int, sheet: Sheet) -> TrackedImages:
 def make_on_eval(
     config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
 ) -> OnEval | None:
-    """What evaluates a stage; None where there is nothing to look at.
+    """The evaluation of a stage; None if there is nothing to evaluate.
 
     Args:
         config: all settings.
-        samples: a folder for sheets; None draws none, on all hosts but the first.
+        samples: a folder for sheets; None, as on all hosts but the first, draws none.
         at_once: images that each device takes at a time.
     """
     if config.stage == "clip":
@@ -61,7 +61,7 @@ def make_on_eval(
 
 
 def clip_on_eval(trainable: Trainable, held_out: HeldOut) -> OnEval | None:
-    """How often an image finds its caption."""
+    """How often the caption nearest to an image is its own."""
     batches = [trainable.stage.prepare(batch) for batch in held_out()]
     if not batches:
         return None
@@ -70,7 +70,7 @@ def clip_on_eval(trainable: Trainable, held_out: HeldOut) -> OnEval | None:
 
 
 def vae_on_eval(trainable: Trainable, held_out: HeldOut, samples: Path | None) -> OnEval | None:
-    """How well images come out of the autoencoder, and a sheet of some beside their reconstructions."""
+    """PSNR of the autoencoder's reconstructions, and a sheet of images beside them."""
     batches = [batch["image"] for batch in held_out()]
     if not batches:
         return None
@@ -88,7 +88,7 @@ def vae_on_eval(trainable: Trainable, held_out: HeldOut, samples: Path | None) -
 
 
 def upscaler_on_eval(trainable: Trainable, held_out: HeldOut, samples: Path | None) -> OnEval | None:
-    """How near enlarged images come to those set aside, beside bicubic ones, and a sheet: small, enlarged, itself."""
+    """PSNR of enlarged held-out images beside bicubic enlargement, and a sheet: small, enlarged, original."""
     batches = [trainable.stage.prepare(batch) for batch in held_out()]
     if not batches:
         return None
@@ -111,9 +111,10 @@ def upscaler_on_eval(trainable: Trainable, held_out: HeldOut, samples: Path | No
 def denoiser_on_eval(
     config: Any, trainable: Trainable, held_out: HeldOut, samples: Path | None, at_once: int
 ) -> OnEval | None:
-    """The loss by noise level where `data.eval_split` names images, and a sheet of what `eval.prompts` draw.
+    """The loss by noise level if `data.eval_split` is set, and a sheet of samples for `eval.prompts`.
 
-    A GAN has the sheet alone. What draws from more than a prompt has a sheet of images set aside without prompts too.
+    A GAN only has the sheet. Models that need more than a prompt get inputs from held-out images, and without
+    `eval.prompts` their captions.
     """
     if not (config.data.eval_split or config.eval.prompts):
         return None
@@ -136,7 +137,7 @@ def denoiser_on_eval(
 
 
 def placed(params: Params, trainable: Trainable, config: Any) -> Params:
-    """What the loss reads of its parameters on a device, in the types of a training step, see `config.frozen_dtype`."""
+    """The parameters that the loss reads, on a device, in the dtypes of a training step (`config.frozen_dtype`)."""
     trained = trainable.stage.trainable
     read = {*trainable.model.modules, "controlnet", *trained} & set(params)
 
@@ -150,15 +151,15 @@ def placed(params: Params, trainable: Trainable, config: Any) -> Params:
 def drawing(
     config: Any, trainable: Trainable, held_out: Sequence[Batch], at_once: int
 ) -> Callable[[int, Params], Sheet | None] | None:
-    """A function (step, params) that draws the prompts of `config.eval`; None where there are none.
+    """A function (step, params) that samples the prompts of `config`; None if there are none.
 
-    What needs more than a prompt is given an image set aside with each; a row of its sheet is what is given, what is
-    drawn, and the image itself. Without prompts it draws the captions of some images. The sheet is None where what is
-    drawn is not finite.
+    Models that need more than a prompt take a held-out image with each; a row of their sheet shows the input, the
+    sample and the image. Without prompts they use the captions of some images. The sheet is None if a sample is not
+    finite.
 
     Args:
-        config: `eval` of all settings.
-        at_once: prompts that each device draws at a time.
+        config: the group `eval` of the settings.
+        at_once: prompts per device and call.
     """
     prompts: list[str] = list(config.prompts)
     inputs_of, images = trainable.sample_inputs, dict[str, np.ndarray]()

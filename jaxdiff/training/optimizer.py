@@ -33,9 +33,9 @@ def learning_rate(options: Options) -> optax.Schedule:
 
 
 def decayed(params: Params) -> Any:
-    """Whether weight decay is for an array: matrices and kernels; biases, norms and scalars are left alone.
+    """The mask of weight decay: true for matrices and kernels, false for biases, norms and scalars.
 
-    So is SD 3's table of positions, which is fixed.
+    False also for SD 3's table of positions, which is fixed.
     """
     return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and _last(path) != "pos_embed", params)
 
@@ -45,9 +45,9 @@ def _last(path: tuple) -> str:
 
 
 def optimizer(options: Options) -> optax.GradientTransformation:
-    """The optimizer of a stage: one, or two where params["discriminator"] learns beside the rest.
+    """The optimizer of a stage; params["discriminator"], if present, gets one of its own.
 
-    Each of the two clips, decays and counts by itself, and the discriminator's has settings of its own.
+    Each of the two clips, decays and counts separately. The discriminator's takes the `discriminator_*` options.
     """
     alone, inner = _optimizer(options), dataclasses.replace(options, ema_sigmas=())
     both = optax.partition(
@@ -66,7 +66,7 @@ def optimizer(options: Options) -> optax.GradientTransformation:
 
 
 def _optimizer(options: Options) -> optax.GradientTransformation:
-    """What `options.optimizer` names, on clipped gradients, at each group's learning rate.
+    """The optimizer that `options.optimizer` names, with clipping, weight decay and learning-rate multipliers.
 
     AdamW (Loshchilov & Hutter 2019), Adafactor (Shazeer & Stern 2018, without momentum, at a given rate), Lion (Chen et
     al. 2023), or Muon for matrices and kernels with AdamW for the rest (Jordan et al. 2024).
@@ -76,7 +76,7 @@ def _optimizer(options: Options) -> optax.GradientTransformation:
     dtype = jnp.bfloat16 if options.moment_dtype == "bfloat16" else None
     last = [scale_by_multipliers(options.lr_multipliers)] + ([track(options.ema_sigmas)] if options.ema_sigmas else [])
     if options.optimizer == "muon":
-        # Its kernels decay; what Adam takes there does not: biases, norms and tables of embeddings.
+        # Muon decays its kernels. Adam, which takes biases, norms and embedding tables, decays nothing here.
         update = optax.contrib.muon(
             rate, weight_decay=decay, mu_dtype=dtype, adam_b1=b1, adam_b2=b2, consistent_rms=MUON_RMS,
             muon_weight_dimension_numbers=_kernels,
@@ -138,14 +138,14 @@ def scale_by_multipliers(multipliers: tuple[tuple[str, float], ...]) -> optax.Gr
 
 
 def check_multipliers(multipliers: Sequence[tuple[str, float]], params: Params, trainable: Sequence[str]) -> None:
-    """Refuse multipliers of nothing; those of a module that does not learn may wait in a config for one where it does.
+    """Refuse multipliers that match no parameter. Those of a frozen module are allowed, so that configs can be shared.
 
     Args:
-        params: all, arrays or shapes.
-        trainable: keys of those that are trained.
+        params: all parameters, arrays or shapes.
+        trainable: keys of `params` that are trained.
 
     Raises:
-        OptionsError: one is no pair, or its prefix is the start of no parameter that learns or of such a module.
+        OptionsError: one is not a pair, its prefix matches no parameter, or nothing would be trained.
     """
     check_pairs(multipliers)
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -155,10 +155,10 @@ def check_multipliers(multipliers: Sequence[tuple[str, float]], params: Params, 
     for prefix, _ in multipliers:
         if not any(_starts(name, prefix) for name in known):
             raise OptionsError(
-                f"lr_multipliers: {prefix!r} is the start of no parameter that learns, such as {learn[0]!r}."
+                f"lr_multipliers: no trained parameter begins with {prefix!r}; one of them is {learn[0]!r}."
             )
     if multipliers and not any(_multiplier(multipliers, name) for name in learn):
-        raise OptionsError(f"lr_multipliers {tuple(multipliers)!r} are 0 for all that learns: leave one out.")
+        raise OptionsError(f"lr_multipliers {tuple(multipliers)!r} are 0 for every trained parameter: leave one out.")
 
 
 def _multiplier(multipliers: Sequence[tuple[str, float]], name: str) -> float:
@@ -171,7 +171,7 @@ def _starts(name: str, prefix: str) -> bool:
 
 
 class AdamInt8(NamedTuple):
-    """Moments in 8 bits, each with the scale of its row; both trees are like the parameters."""
+    """Moments quantized to 8 bits with one scale per row; each tree has the structure of the parameters."""
 
     updates: Array  # [] int32, how many were made
     mu: Any  # int8: sign(m) sqrt(|m| / scale) 127

@@ -34,18 +34,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 TIMES = ("uniform", "logit_normal")
 ADVERSARIES = ("hinge", "non_saturating", "relativistic")
 AUGMENTATIONS = ("color", "translation", "cutout")
-SEEDS = 2**32 - 4  # the highest: some more are drawn from those that follow
+SEEDS = 2**32 - 4  # the highest seed; a run also uses the few that follow it
 LONGEST_WARMUP = 500
-DISCRIMINATOR = "discriminator_"  # before the settings that it has of its own
+DISCRIMINATOR = "discriminator_"  # prefix of the discriminator's own settings
 
 
 def default_warmup(steps: int) -> int:
-    """The steps of a warm-up that nobody gave: a twentieth of the run, at most LONGEST_WARMUP."""
+    """The default number of warm-up steps: a twentieth of the run, at most LONGEST_WARMUP."""
     return min(steps // 20, LONGEST_WARMUP)
 
 
 def check_pairs(multipliers: Any) -> None:
-    """Raise OptionsError where learning-rate multipliers are no pairs of a name and a number of 0 or more."""
+    """Raise OptionsError unless learning-rate multipliers are pairs of a name and a number from 0 to 1000000."""
     given = multipliers if isinstance(multipliers, tuple | list) else ()
     pairs = [r for r in given if isinstance(r, tuple | list) and len(r) == 2]
     numbers = [f for p, f in pairs if isinstance(p, str) and isinstance(f, int | float) and not isinstance(f, bool)]
@@ -65,51 +65,51 @@ class FromConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Options(FromConfig):
-    """How to optimise; the same for every stage."""
+    """Options of the optimization, the same for every stage."""
 
-    steps: int = setting(10_000, 1, MOST)  # updates in all
+    steps: int = setting(10_000, 1, MOST)  # updates in total
     batch_size: int = setting(64, 1, MOST)  # examples of one update, over all devices and hosts
-    # Parts that a batch is taken in, to save memory; may change on resuming, but for clip.
+    # Parts that a batch is split into, to save memory. May change on resuming, except for clip and vae_decoder.
     accumulate: int = setting(1, 1, MOST)
     learning_rate: float = setting(1e-4, above=0, high=1000)  # its peak
     warmup_steps: int | None = setting(None, 0, MOST, kind=int)  # linear, from 0; None: see `default_warmup`
-    # After the warm-up, to 0 at the last step; or "linear", or "constant".
+    # Decay after the warm-up: to 0 at the last step, or none with "constant".
     schedule: str = setting("cosine", choices=SCHEDULES)
-    weight_decay: float = setting(0.01, 0, 1000)  # of matrices and kernels; biases, norms and scalars are left alone
+    weight_decay: float = setting(0.01, 0, 1000)  # of matrices and kernels, not of biases, norms and scalars
     b1: float = setting(0.9, 0, below=1)
     b2: float = setting(0.99, 0, below=1)
     optimizer: str = setting("adamw", choices=OPTIMIZERS)  # or "adafactor", "lion", "muon"
-    # Of the optimizer's moments: or "bfloat16" (the first), "int8" (both, adamw).
+    # Dtype of the optimizer's moments. "bfloat16" applies to the first moment, "int8" to both (adamw only).
     moment_dtype: str = setting("float32", choices=MOMENT_DTYPES)
-    # Factors of learning_rate by the start of a parameter's path: (("text_encoder", 0.1),).
+    # Factors of learning_rate by prefix of a parameter's path: (("text_encoder", 0.1),).
     lr_multipliers: tuple[tuple[str, float], ...] = setting((), items=object)
-    # Of parameters that do not learn: or "bfloat16", "float16", half the memory.
+    # Dtype of frozen parameters; "bfloat16" and "float16" halve their memory.
     frozen_dtype: str = setting("float32", choices=DTYPES)
     clip_norm: float = setting(1.0, 0)  # of the whole gradient; 0 does not clip
-    # Of the discriminator, where the stage has one; None: as of what it judges.
+    # Of the discriminator, in stages that have one; None: the same as for the generator.
     discriminator_learning_rate: float | None = setting(None, above=0, high=1000, kind=float)
     discriminator_weight_decay: float | None = setting(None, 0, 1000, kind=float)
     discriminator_b1: float | None = setting(None, 0, below=1, kind=float)
     discriminator_b2: float | None = setting(None, 0, below=1, kind=float)
     discriminator_clip_norm: float | None = setting(None, 0, kind=float)
-    # Of the average of parameters that is evaluated and exported; 0 keeps no past.
+    # Decay of the parameters' moving average, which is evaluated and exported; 0: the parameters themselves.
     ema_decay: float = setting(0.999, 0, below=1)
-    # Lengths, as shares of the run, of averages of which snapshots are kept, for one of any length later: (0.05, 0.1).
+    # Relative widths of the averages whose snapshots are kept for post-hoc EMA (Karras et al. 2024): (0.05, 0.1).
     ema_sigmas: tuple[float, ...] = setting((), above=0, below=12**-0.5, items=float)
     snapshot_every: int = setting(1000, 1, MOST)  # steps
     seed: int = setting(0, 0, SEEDS)
-    # The devices are a mesh ("data", "fsdp", "tensor"); "data" is what the other two leave.
-    fsdp: int = setting(1, 1, MOST)  # devices that each parameter is kept split over
-    tensor: int = setting(1, 1, MOST)  # devices that the layers themselves are split over
+    # The devices are a mesh ("data", "fsdp", "tensor"); "data" gets the remaining devices.
+    fsdp: int = setting(1, 1, MOST)  # devices that each parameter is sharded over
+    tensor: int = setting(1, 1, MOST)  # devices that the layers themselves are split over (tensor parallelism)
     log_every: int = setting(50, 1, MOST)  # steps
     eval_every: int = setting(1000, 0, MOST)  # steps; 0 evaluates at the end only
     checkpoint_every: int = setting(1000, 1, MOST)  # steps
     keep_checkpoints: int = setting(2, 1, MOST)
-    # Updates in a row that may be left out because loss or gradient is not finite.
+    # Consecutive updates skipped because loss or gradient is not finite, after which the run stops.
     max_skipped: int = setting(10, 1, MOST)
 
     def check(self, devices: int) -> None:
-        """Raises OptionsError, one sentence naming the option."""
+        """Raise OptionsError if options are out of range, or do not fit each other or the number of devices."""
         check_fields(self)
         check_pairs(self.lr_multipliers)
         if devices % (self.fsdp * self.tensor):
@@ -127,7 +127,7 @@ class Options(FromConfig):
 
     @property
     def of_discriminator(self) -> "Options":
-        """The same with the discriminator's own values in place of the others."""
+        """These options with the `discriminator_*` values in place of the general ones."""
         names = (field.name for field in dataclasses.fields(self) if field.name.startswith(DISCRIMINATOR))
         own = {name.removeprefix(DISCRIMINATOR): value for name in names if (value := getattr(self, name)) is not None}
         return dataclasses.replace(self, **own)
@@ -138,36 +138,36 @@ class Options(FromConfig):
         return default_warmup(self.steps) if self.warmup_steps is None else self.warmup_steps
 
     def too_long(self) -> list[str]:
-        """What never comes in so short a run, in sentences."""
+        """Warnings about a warm-up or snapshots that need a longer run, one sentence each."""
         found, steps = list[str](), self.steps
         if self.warmup >= steps:
             found.append(
-                f"config.warmup_steps {self.warmup} is no less than config.steps {steps}: the learning rate never "
-                f"reaches {self.learning_rate:g}; {default_warmup(steps)} would suit so short a run."
+                f"config.warmup_steps {self.warmup} is not below config.steps {steps}: the learning rate never "
+                f"reaches {self.learning_rate:g}. Set it to {default_warmup(steps)} for a run of this length."
             )
         if self.ema_sigmas and self.snapshot_every >= steps:
             found.append(
-                f"config.snapshot_every {self.snapshot_every} is no less than config.steps {steps}: averages of other "
-                "lengths than ema_sigmas need some ten snapshots, and there will be one."
+                f"config.snapshot_every {self.snapshot_every} is not below config.steps {steps}: averages of other "
+                "lengths than ema_sigmas need about ten snapshots, and there will be one."
             )
         return found
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseOptions(FromConfig):
-    """How noise, times and captions are drawn while a denoiser learns, and how its errors are weighed."""
+    """How noise, timesteps and dropped captions are sampled in training, and how errors are weighted."""
 
-    # Share of examples that see the empty prompt, which guidance needs (Ho & Salimans 2022, algorithm 1).
+    # Share of examples trained on the empty prompt, for classifier-free guidance (Ho & Salimans 2022, algorithm 1).
     caption_dropout: float = setting(0.1, 0, 1)
-    # Bounds the weight of easy times (Hang et al. 2023, equation 5; 5 in the paper). 0 weighs all alike, as a
-    # v-prediction with zero terminal signal-to-noise wants it: there the bound is a weight of 0.
+    # Gamma of min-SNR weighting (Hang et al. 2023, equation 5; 5 in the paper). 0 turns it off. Leave it off for
+    # v-prediction with zero terminal SNR, where the last timestep would get a weight of 0.
     min_snr_gamma: float = setting(0.0, 0)
-    # Deviation of a noise that is one number for each channel of an image, added to that of each pixel, so that the
-    # model learns to make whole images darker or lighter (0.1 is usual). 0: off.
+    # Standard deviation of noise that is constant over each channel of an image, added to the noise of each pixel, so
+    # that the model learns to make whole images darker or lighter (0.1 is usual). 0: off.
     offset_noise: float = setting(0.0, 0, 100)
-    # Deviation of more noise that is in the input and not in the target (Ning et al. 2023, algorithm 1; 0.1). 0: off.
+    # Standard deviation of extra noise in the input that the target lacks (Ning et al. 2023, algorithm 1; 0.1). 0: off.
     input_perturbation: float = setting(0.0, 0, 100)
-    # Or "logit_normal": the middle times more often (Esser et al. 2024, equation 19).
+    # "logit_normal" samples middle timesteps more often (Esser et al. 2024, equation 19).
     times: str = setting("uniform", choices=TIMES)
     logit_mean: float = setting(0.0, -100, 100)  # of the logit of t / T; above 0 means more noise
     logit_std: float = setting(1.0, above=0, high=100)
@@ -178,16 +178,16 @@ class NoiseOptions(FromConfig):
 
 @dataclasses.dataclass(frozen=True)
 class DistillationOptions(FromConfig):
-    """What a student learns of its teacher."""
+    """How a student is distilled from its teacher."""
 
-    # Scales of the teacher's guidance, drawn evenly between these; the same for one that is built in.
+    # Range of the teacher's guidance scale, sampled uniformly for each example. Equal bounds build one scale in.
     guidance_min: float = setting(3.0, 1, 1000)
     guidance_max: float = setting(15.0, 1, 1000)
-    # Width of the embedding that tells the student which scale it is, 256 in published models; 0 tells it nothing.
+    # Width of the student's embedding of the guidance scale, 256 in published models; 0: no embedding.
     guidance_dim: int = setting(0, 0, 4096)
-    solver_steps: int = setting(50, 1, MOST)  # lcm: DDIM steps from noise to image, of which one is jumped at a time
-    huber_c: float = setting(1e-3, above=0, high=1000)  # lcm: errors far below it count as their squares
-    tangent_warmup: int = setting(1000, 0, MOST)  # scm: updates over which the student's own derivative comes in
+    solver_steps: int = setting(50, 1, MOST)  # lcm: DDIM steps from noise to image; the teacher takes one per update
+    huber_c: float = setting(1e-3, above=0, high=1000)  # lcm: width of the pseudo-Huber loss, quadratic below it
+    tangent_warmup: int = setting(1000, 0, MOST)  # scm: updates over which the student's derivative is phased in
     # scm: radians a step; sinusoids of the timestep that turn faster lose their weight, see `distillation.smooth`.
     time_frequency: float = setting(0.05, above=0, high=1)
 
@@ -197,10 +197,10 @@ class DistillationOptions(FromConfig):
 
 @dataclasses.dataclass(frozen=True)
 class RedrawOptions(FromConfig):
-    """What becomes of latents before the stage "vae_decoder" decodes them."""
+    """How the model redraws latents before the stage "vae_decoder" decodes them."""
 
-    strength: float = setting(0.0, 0, 1)  # the largest share of the way to noise and back; 0: as they are encoded
-    steps: int = setting(5, 1, 1000)  # of DDIM, back
+    strength: float = setting(0.0, 0, 1)  # the highest noise level, as a share of the schedule; 0: not redrawn
+    steps: int = setting(5, 1, 1000)  # of DDIM
     guidance_scale: float = setting(0.0, 0, 1000)  # 0: the model's own
 
     def __post_init__(self) -> None:

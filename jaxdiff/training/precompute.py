@@ -1,7 +1,7 @@
-"""Latents and text embeddings of a whole source, computed once: no decoding of images while the UNet is trained.
+"""Latents and text embeddings of a whole source, computed once, so that training the UNet decodes no images.
 
-They come in parts of a folder, each of one size, which hosts divide; a part is renamed when whole, so that the same
-call goes on where it was killed. `jaxdiff.data.captioned` reads the folder.
+They are written in parts, each of one image size. Hosts share the parts. A part is renamed when it is complete, so that
+the same call resumes after a kill. `jaxdiff.data.captioned` reads the folder.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ PART = 2048  # examples of a part
 
 
 def fingerprint(model: Model, params: Params, description: Any) -> str:
-    """Of all that cached latents depend on: the autoencoder, the tokenizer, and what `description` (JSON) says."""
+    """A digest of all that latents depend on: autoencoder, tokenizers, and `description` (JSON)."""
     words = "".join(t.digest for t in (model.tokenizer, model.tokenizer_2) if t is not None)
     digest = hashlib.sha256(json.dumps([str(model.vae.config), words, description]).encode())
     for leaf in jax.tree.leaves(params["vae"]):
@@ -41,7 +41,7 @@ def fingerprint(model: Model, params: Params, description: Any) -> str:
 
 
 class _Views:
-    """All views of all images of a bucket, then of the next; an entry is what a `Decoder` takes."""
+    """The order of examples: all views of all images of one bucket, then of the next. Entries are for a `Decoder`."""
 
     def __init__(self, buckets: Buckets, views: int) -> None:
         members = [np.flatnonzero(buckets.numbers == b) for b in range(len(buckets.sizes))]
@@ -77,17 +77,17 @@ def precompute(
     threads: int = 8,
     made: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the latents' means, tokens and, if asked for, embeddings of every image, as its first epochs see it.
+    """Write the latents (means), tokens and optionally text embeddings of every image, as in its first epochs.
 
     Args:
-        folder: made where it is missing; every host must see it.
+        folder: created if missing; all hosts must share it.
         views: of each image, with other backgrounds, mirrored or not, and under other captions.
         embeddings: those of the captions as well, float16, for training without the text encoder; at length 77 and
             width 768 they are four times as large as the latents of 512 x 512 pixels.
         batch_size: images that each device of this host encodes at a time.
-        made: settings as JSON, by name, that `open_latents` compares.
+        made: settings as JSON, by name, for `open_latents` to compare.
 
-    Others as for `captioned_data`. Images that cannot be read are left out.
+    Other arguments are those of `captioned_data`. Unreadable images are left out.
 
     Raises:
         ConfigError: the folder holds latents of something else, or cannot be written; or `batch_size` is below 1.
@@ -132,7 +132,7 @@ def precompute(
 def open_latents(
     path: Path, model: Model, params: Params, trainable: Sequence[str], settings: Mapping[str, Any] | None = None
 ) -> LatentShards:
-    """What `precompute` wrote, for training on it.
+    """Open what `precompute` wrote.
 
     Args:
         settings: as `made` of `precompute`; None compares nothing.
@@ -146,7 +146,7 @@ def open_latents(
         raise ConfigError(f"{path} was written with another autoencoder or tokenizer: run train.py --precompute again.")
     made = shards.made
     now = settings if settings is not None and made else made
-    # What is off need not be named: older latents know nothing of newer settings.
+    # Settings that are off may be missing: older latents do not record newer settings.
     if other := [n for n in {**made, **now} if (made.get(n) or None) != (now.get(n) or None)]:
         said = "; ".join(f"{n}: {json.dumps(made.get(n))}, now {json.dumps(now.get(n))}" for n in other)
         raise ConfigError(f"{path} was written with other settings ({said}): give the same, or another latents.path.")
@@ -191,7 +191,7 @@ def encoder(
 
 
 def _spans(counts: list[int], part: int) -> list[tuple[int, int]]:
-    """Runs of at most `part` positions, none over the border of a bucket."""
+    """Spans of at most `part` positions, none of which crosses a bucket boundary."""
     spans, start = [], 0
     for count in counts:
         spans += [(start + i, start + min(i + part, count)) for i in range(0, count, part)]

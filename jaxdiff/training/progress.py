@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxdiff.training.mfu import Speed
 from jaxdiff.training.trackers import TrackedImages, Tracker
 
-# A loss is a spike when it is above the median of so many before it by so many times their median distance from it.
+# A loss is a spike if it exceeds the median of the last SPIKE_WINDOW by SPIKE_DISTANCE median absolute deviations.
 SPIKE_WINDOW, SPIKE_DISTANCE = 100, 10.0
-HIDDEN = ("flops_per_second", "memory_bytes", "memory_peak_bytes")  # of the lines of text
+HIDDEN = ("flops_per_second", "memory_bytes", "memory_peak_bytes")  # metrics that lines of text leave out
 
 
 class Report:
@@ -25,10 +25,12 @@ class Report:
     Only the first host shows anything. Steps that were skipped do not count in the means; "skipped" is their number.
 
     Args:
-        trackers: closed in the end; none on other hosts.
+        trackers: closed on exit; none on hosts other than the first.
         name: of what is trained.
-        start, steps: updates made already, and in all.
-        speed: what the metrics of speed hang on; may be set later.
+        start, steps: updates already made, and in total.
+
+    Attributes:
+        speed: needed for FLOP/s and MFU; may be set later.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class Report:
         return means
 
     def _watch(self, step: int, loss: float) -> None:
-        """Say so when a loss is far above those before it."""
+        """Print a message if a loss is far above those before it."""
         if len(self._losses) >= SPIKE_WINDOW // 4:
             median = float(np.median(self._losses))
             distance = float(np.median(np.abs(np.asarray(self._losses) - median)))
@@ -111,11 +113,11 @@ class Report:
         self._losses.append(loss)
 
     def ends_interval(self, step: int) -> bool:
-        """Whether numbers are shown after this step. The caller then has none under way that comes later."""
+        """Whether numbers are shown after this step. The caller must have no later step in flight then."""
         return step % self._log_every == 0 or step == self._steps
 
     def start_clock(self) -> None:
-        """Count steps and time from now on, where no step is under way: after compiling, and after an evaluation."""
+        """Start timing. Call it when no step is in flight: after compiling and after an evaluation."""
         self._since, self._timed = time.perf_counter(), 0
 
     def say(self, text: str) -> None:

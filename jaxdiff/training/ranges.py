@@ -1,4 +1,4 @@
-"""What values a setting may have, declared with its default; and the sentences about those that it may not have.
+"""The values that a setting may have, declared with its default, and error sentences for others.
 
 A setting is a `dataclasses.Field`, so that one declaration serves the dataclasses of options.py and the tree of
 defaults.py. A plain default declares its type alone.
@@ -40,7 +40,7 @@ class OptionsError(JaxdiffError, ValueError):
 
 @contextlib.contextmanager
 def naming(setting: str) -> Iterator[None]:
-    """Errors of what a setting names begin with its flag."""
+    """Prefix errors about the file or folder that a setting names with its flag."""
     try:
         yield
     except OptionsError:
@@ -61,22 +61,22 @@ def setting(
     items: type = str,
     path: bool = False,
 ) -> Any:
-    """A setting with its default and the values that it may have.
+    """A setting: its default and its range.
 
     Args:
-        low, high: of a number, or of each number of a tuple, both allowed.
-        above, below: the same, neither allowed.
+        low, high: inclusive bounds of a number, or of each number in a tuple.
+        above, below: the same, exclusive.
         choices: all values of a text; none: any text.
-        kind: its type where the default is None, which stands for a value that follows from others.
+        kind: its type if the default is None, that is, derived from other settings.
         items: the type of a tuple's elements; `object` allows any.
-        path: whether it is a place in the file system, where ~ is the home folder.
+        path: whether it is a path, in which ~ is expanded.
     """
     rule = {"low": low, "high": high, "above": above, "below": below, "choices": tuple(choices), "items": items}
     return dataclasses.field(default=default, metadata={**rule, "kind": kind or type(default), "path": path})
 
 
 def check_value(name: str, value: Any, field: Any) -> None:
-    """Raise OptionsError, one sentence with the setting's name and range and the value, where it cannot be right."""
+    """Raise OptionsError, with the setting's name, value and range, if the value is invalid."""
     rule, kind = field.metadata, field.metadata["kind"]
     if value is None and field.default is None:
         return
@@ -90,7 +90,7 @@ def check_value(name: str, value: Any, field: Any) -> None:
 
 
 def wanted(field: Any) -> str:
-    """What a setting may be, its type and its range.
+    """The type and range of a setting, in words.
 
     >>> wanted(setting(64, 1)), wanted(setting(0.9, 0, below=1)), wanted(setting(()))
     ('a whole number, at least 1', 'a number, at least 0 and below 1', 'a tuple of text, such as "(\\'a castle\\',)"')
@@ -117,7 +117,7 @@ def _within(rule: Mapping[str, Any], x: Any) -> bool:
 
 
 def _range(rule: Mapping[str, Any]) -> str:
-    """The range in words; "" where there is none."""
+    """The range in words; "" if there is none."""
     if rule["choices"]:
         return "one of " + ", ".join(x if x else "'' (none)" for x in rule["choices"])
     if math.isfinite(rule["low"]) and math.isfinite(rule["high"]):
@@ -138,7 +138,7 @@ def check_fields(options: Any) -> None:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(whole name, setting) of a tree of settings and plain defaults; a group without settings is given as it is."""
+    """(full name, setting) for a tree of settings and plain defaults; an empty group is yielded as it is."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from leaves(value, f"{prefix}{name}.")
@@ -148,7 +148,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def near(name: str, known: Sequence[str]) -> str:
-    """What may be meant by a setting that there is not, in words.
+    """Suggestions for an unknown setting, in words.
 
     >>> near("lr", ["learning_rate", "lora.rank"]), near("data.imagesize", ["data.image_size", "seed"])
     ('did you mean learning_rate?', 'did you mean data.image_size?')

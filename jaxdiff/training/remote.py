@@ -1,8 +1,8 @@
-"""A run whose folder lies in an object store: it writes into a folder of this machine, which is uploaded.
+"""Runs whose workdir is in an object store: they write to a local folder, which is uploaded.
 
-What the run reads again comes from the store when it begins, so that it goes on on any machine. A lock object keeps a
-second run out: it is written on condition that there is none, and renewed as long as its process lives. Checkpoints
-have their own way, see `remote_checkpoints`; exports and latents are uploaded when they are whole.
+When a run starts, it downloads what it needs to resume, so that it can resume on any machine. A lock object keeps other
+runs out: it is created only if it does not exist, and renewed while its process lives. `remote_checkpoints` handles
+checkpoints. Exports and latents are uploaded when they are complete.
 """
 
 import contextlib
@@ -27,10 +27,11 @@ from jaxdiff.io.diffusers_folder import INDEX
 from jaxdiff.training.workdir import WorkdirError
 
 LOCK = "lock"
-BEAT, LEASE = 20.0, 70.0  # seconds between two renewals of the lock, and after which one that is not renewed is dead
+BEAT, LEASE = 20.0, 70.0  # seconds between renewals of the lock, and without a renewal until it counts as dead
 UPLOAD_EVERY = 30.0  # seconds
-TREES = ("tb", "samples", "profile", "wandb", "ema")  # uploaded as they grow, as are the files beside them
-NOT_READ = TREES[1:]  # by a run that goes on
+TRIES = 5  # of an upload during which other programs remove files
+TREES = ("tb", "samples", "profile", "wandb", "ema")  # folders uploaded as they grow, as are the files beside them
+NOT_READ = TREES[1:]  # by a run that resumes
 TOKEN = uuid.uuid4().hex  # of this process
 
 
@@ -41,9 +42,9 @@ def workdir(path: str) -> Path:
 
 @contextlib.contextmanager
 def held(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
-    """Holds a run's folder in a store for the block, which is given a function that begins the uploading.
+    """Lock a workdir in a store for the duration of the block, which receives a function that starts the uploads.
 
-    Of other folders there is nothing to do.
+    Does nothing for local folders.
 
     Args:
         first: whether this is the first host, which locks and uploads.
@@ -68,10 +69,10 @@ def held(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
 
 
 def pull(folder: Path, *, snapshots: bool = False) -> None:
-    """Copy what a run reads again from the store, and remove what an earlier one left on this machine.
+    """Download what a run needs to resume, and remove what an earlier run left on this machine.
 
     Args:
-        snapshots: those of averages as well.
+        snapshots: whether to download snapshots of averages too.
     """
     if (url := stores.behind(folder)) is None:
         return
@@ -89,7 +90,7 @@ def pull(folder: Path, *, snapshots: bool = False) -> None:
 
 
 def publish(folder: Path) -> None:
-    """Upload a folder of the run, such as an export, now that it is whole. Of other folders there is nothing to do."""
+    """Upload a complete folder of the run, such as an export. Does nothing for local folders."""
     if url := stores.behind(folder):
         names = stores.files(folder)
         stores.publish(folder, url, next((name for name in (INDEX, INFO) if name in names), names[-1]))
@@ -101,7 +102,7 @@ def _grows(name: str) -> bool:
 
 
 class _Uploads:
-    """Uploads the files of a run that have changed, now and then in the background, and in the end."""
+    """Uploads files of a run that have changed, periodically in the background and once at the end."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self._folder, self._url = folder, url
@@ -122,29 +123,40 @@ class _Uploads:
 
     def flush(self) -> None:
         with self._one:
-            changed = {name: state for name, state in self._found().items() if self._uploaded.get(name) != state}
-            stores.upload(self._folder, self._url, changed)
-            self._uploaded |= changed
+            for _ in range(TRIES):
+                changed = {name: state for name, state in self._found().items() if self._uploaded.get(name) != state}
+                try:
+                    stores.upload(self._folder, self._url, changed)
+                except FileNotFoundError:
+                    if all((self._folder / name).exists() for name in changed):
+                        raise  # no such bucket
+                    continue  # another program, such as wandb, has just removed a file of its own
+                self._uploaded |= changed
+                return
 
     def _found(self) -> dict[str, tuple[int, int]]:
         """Bytes and time of each file that is uploaded as it grows."""
         names = [path.name for path in self._folder.iterdir() if path.is_file() and path.name[0] != "."]
         names += [f"{tree}/{name}" for tree in TREES for name in stores.files(self._folder / tree)]
-        found = {name: (self._folder / name).stat() for name in names if _grows(name)}
-        return {name: (info.st_size, info.st_mtime_ns) for name, info in found.items()}
+        found = dict[str, tuple[int, int]]()
+        for name in filter(_grows, names):
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                info = (self._folder / name).stat()
+                found[name] = info.st_size, info.st_mtime_ns
+        return found
 
 
 _begun: dict[str, _Uploads] = {}  # by the run's path
 
 
 def flush(url: str) -> None:
-    """Upload now what a run has written, so that nothing is missing of before a checkpoint."""
+    """Upload now, so that the store has everything that was written before a checkpoint."""
     if url in _begun:
         _begun[url].flush()
 
 
 class _Every:
-    """Calls a function every so many seconds, on a thread of its own."""
+    """Calls a function at a fixed interval, on a thread of its own."""
 
     def __init__(self, seconds: float, run: Callable[[], None]) -> None:
         self._seconds, self._run, self._stopped = seconds, run, threading.Event()
@@ -155,7 +167,7 @@ class _Every:
         while not self._stopped.wait(self._seconds):
             try:
                 self._run()
-            except Exception as e:  # tried again the next time; the end of the run says it if it stays so
+            except Exception as e:  # tried again next time; the last try, at the end of the run, raises
                 say_once(str(e))
 
     def stop(self) -> None:
@@ -188,10 +200,10 @@ def _locked(url: str) -> Iterator[None]:
 
 
 def check_own(url: str) -> None:
-    """Raise WorkdirError where another run has taken over the folder since this one was thought dead."""
+    """Raise WorkdirError if another run has taken over the folder because this one seemed dead."""
     if _holder(f"{url}/{LOCK}").get("token", TOKEN) != TOKEN:
-        raise WorkdirError(f"The workdir {url} has been taken over by another run, as this one was not heard of for "
-                           f"{LEASE:.0f} s: this run ends.")  # fmt: skip
+        raise WorkdirError(f"The workdir {url} has been taken over by another run, since this one did not renew its "
+                           f"lock for {LEASE:.0f} s: this run ends.")  # fmt: skip
 
 
 def _acquire(url: str, lock: str) -> None:
@@ -214,7 +226,7 @@ def _acquire(url: str, lock: str) -> None:
 
 
 def _dead(lock: str, holder: dict[str, Any]) -> bool:
-    """Whether the process that holds a lock has gone: on this machine it is looked for, of others a renewal."""
+    """Whether the process that holds a lock is gone: look for it on this machine, else wait for a renewal."""
     if holder.get("machine") == _machine():
         return _started(holder.get("pid")) != holder.get("started")
     logging.info("Waiting up to %g s to see whether the run that holds %s still lives.", LEASE, lock)
@@ -233,7 +245,7 @@ def _mark(beats: int) -> bytes:
 
 
 def _machine() -> list[str]:
-    """What all processes that see each other's numbers have in common until the machine restarts, on Linux."""
+    """Host, boot and PID namespace: process ids are comparable where these are equal (on Linux)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return [platform.node(), boot, os.readlink("/proc/self/ns/pid")]
@@ -242,7 +254,7 @@ def _machine() -> list[str]:
 
 
 def _started(pid: object) -> str:
-    """When a process began, "" if there is none."""
+    """The start time of a process in clock ticks since boot; "" if it does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -1,8 +1,8 @@
-"""Checkpoints of a run whose folder lies in an object store.
+"""Checkpoints of a run whose workdir is in an object store.
 
-They are written on this machine and uploaded under the same names. A store has no renaming, so that the file of sums,
-uploaded last by the first host, says that a checkpoint is whole; one without it counts as none. Of several hosts, which
-share no folder, each writes and uploads the chunks that it holds, and then its sums for the first.
+They are written locally and uploaded under the same names. A store cannot rename, so the first host uploads the file of
+checksums last: a checkpoint without it is incomplete and is ignored. Several hosts share no folder. Each writes and
+uploads its own chunks, then their checksums for the first host.
 """
 
 import json
@@ -23,16 +23,16 @@ PATIENCE = 3600.0  # seconds that the first host waits for the others' uploads
 
 
 class NoneIntact(JaxdiffError):
-    """What is wrong with each checkpoint, in words."""
+    """No checkpoint is intact; the message says what is wrong with each."""
 
 
 def copy_newest(url: str, folder: Path) -> None:
-    """Make a folder hold the newest intact checkpoint of the store, and nothing else. To be called on every host.
+    """Download the newest intact checkpoint into a folder, and remove everything else there. Call it on every host.
 
-    The first host removes what was never finished, and renames newer ones that are damaged.
+    The first host removes incomplete checkpoints from the store, and renames damaged ones that are newer.
 
     Raises:
-        NoneIntact: there are some, and none is intact.
+        NoneIntact: there are checkpoints, but none is intact.
         StoreError: the store cannot be read.
     """
     newest = None
@@ -49,24 +49,25 @@ def copy_newest(url: str, folder: Path) -> None:
 
 
 def whole(url: str) -> list[int]:
-    """Steps of the checkpoints that are whole, the newest first."""
+    """Steps of the complete checkpoints, newest first."""
     names = (name.split("/") for name in stores.listing(url))
     return sorted((int(p[0]) for p in names if len(p) == 2 and p[0].isdigit() and p[1] == SUMS), reverse=True)
 
 
 def commit(url: str, folder: Path, step: int, keep: int, sums: dict[str, str]) -> dict[str, str]:
-    """Upload this host's files of a checkpoint; on the first host also say that it is whole, once all have done so.
+    """Upload this host's files of a checkpoint. The first host waits for the others, then marks it as complete.
 
     Args:
-        folder: what this host has written.
-        keep: checkpoints in the store; older ones are removed.
-        sums: of this host's files.
+        folder: the files that this host has written.
+        keep: number of checkpoints to keep in the store; older ones are removed.
+        sums: checksums of this host's files, by name.
 
     Returns:
-        The sums of all hosts, on the first; else the own ones.
+        On the first host the checksums of all hosts, else those of this one.
 
     Raises:
-        StoreError, WorkdirError: it cannot be written, or another run has taken the folder over.
+        StoreError: the store cannot be written.
+        WorkdirError: another run has taken over the workdir.
     """
     there, own = f"{url}/{step}", [*sums, *(name for name in UNCHECKED if name != SUMS and (folder / name).exists())]
     host, hosts = jax.process_index(), jax.process_count()

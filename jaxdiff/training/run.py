@@ -1,9 +1,9 @@
-"""A training run: what a config, a workdir and the devices make together, built in one pass.
+"""A training run, built in one pass from a config, a workdir and the devices.
 
     config -> Images -> model and parameters -> Trainable -> TrainingData -> batches -> `fit` -> export
 
-Where to look: what is trained, in `trainables`; which images, in `run_data`; how it is judged, in `on_eval`; how a
-state becomes the next, in `train_step`; and the loop itself, in `loop`.
+`trainables` defines what is trained, `run_data` which images, `on_eval` the evaluation, `train_step` one update, and
+`loop` the loop.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Run:
             self.export("export", result.params)
 
     def batches(self) -> CaptionedData:
-        """What is trained on: latents written beforehand, latents cached now, or images as they are read."""
+        """The training batches: precomputed latents, latents cached now, or images as they are read."""
         config = self.config
         if config.latents.path:
             return self.data.batches(source=self.latents(), buckets=None)
@@ -99,7 +99,7 @@ class Run:
             return open_latents(path, model, params, self.config.trainable, self.data.settings())
 
     def cached_latents(self) -> LatentShards:
-        """Latents in the workdir, written now where they are not there; other settings have another folder."""
+        """Latents in the workdir, computed now if missing. Each combination of settings has its own folder."""
         config, model, params = self.config, self.trainable.model, self.trainable.params
         chosen = {name: x for name, x in config.data.to_dict().items() if name not in ("threads", "workers")}
         mark = fingerprint(model, params, [config.cache_latents, config.seed, chosen, self.data.source.digest])
@@ -108,7 +108,7 @@ class Run:
         return open_latents(folder, model, params, config.trainable)
 
     def posthoc_ema(self, sigma: float) -> None:
-        """Export the average of this length, a share of the run, out of the snapshots of `ema_sigmas`."""
+        """Export the average of relative width `sigma`, reconstructed from the snapshots of `ema_sigmas`."""
         self.export(posthoc_name(sigma), reconstructed(self.workdir / "ema", sigma, self.trainable.params))
 
     def export(self, name: str, params: Params) -> None:
@@ -116,7 +116,7 @@ class Run:
         if jax.process_index():
             return
         export = self.trainable.export
-        if "vae" in self.trainable.stage.trainable:  # whose latents have another deviation now
+        if "vae" in self.trainable.stage.trainable:  # whose latents have another standard deviation now
             export = save_model(init.measured(self.trainable.model, params, self.data.to_measure()))
         export(self.workdir / name, params)
         remote.publish(self.workdir / name)
@@ -124,7 +124,7 @@ class Run:
 
 
 def posthoc_name(sigma: float) -> str:
-    """The folder of a workdir for the average of this length."""
+    """The folder in the workdir for the average of this relative width."""
     return f"export-ema-{sigma:g}"
 
 
@@ -150,12 +150,12 @@ def build_run(config: Any, workdir: Path) -> Run:
         if config[name] and trainable.sample_inputs:
             raise OptionsError(f"{name} {config[name]}: this stage needs the images themselves; leave it out.")
     if config.latents.path:
-        run.latents()  # which refuses those of other settings
+        run.latents()  # refuses latents that were written with other settings
     return run
 
 
 def starting_point(config: Any, images: Images) -> tuple[Trainable, int]:
-    """What is trained, and the side of the images that it learns from, in pixels."""
+    """What is trained, and the side of the training images in pixels."""
     if config.stage == "super_resolution":
         return super_resolution.make(config), config.data.image_size
     model, params = init.starting_model(

@@ -1,4 +1,4 @@
-"""The images of a run: from a config to what is trained on, what is set aside, and what tells the data from others."""
+"""The data of a run, from a config: training images, held-out images, and fingerprints of both."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from jaxdiff.training.options import OptionsError
 from jaxdiff.training.ranges import naming
 from jaxdiff.training.workdir import data_fingerprint
 
-MAX_CAPTIONS = 1_000_000  # examples that a tokenizer is learnt from
+MAX_CAPTIONS = 1_000_000  # examples that a tokenizer is trained on
 PHOTOGRAPH = ("a photograph",)  # the caption of images of which only the pixels count
 ALONE = {"host_index": 0, "host_count": 1}
 # Data sets of this repository, by their usual place, and how they are made.
@@ -37,36 +37,36 @@ BUILT = {
 
 
 def hosts() -> dict[str, Any]:
-    """Which of how many processes this one is, as keyword arguments of what reads data."""
+    """This host's index and the number of hosts, as keyword arguments of data readers."""
     return {"host_index": jax.process_index(), "host_count": jax.process_count()}
 
 
 def columns(config: Any) -> dict[str, Any]:
-    """The columns that the config names, as keyword arguments of what opens data."""
+    """The columns that the config names, as keyword arguments of `open_source`."""
     return {name: config.data[name] for name in ("image_column", "text_column")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Where the images of a config lie; `workdir` receives what is made of them once."""
+    """The images that a config names. Indexes and scans of them are cached in `workdir`."""
 
     config: Any
     workdir: Path
 
     def open(self, path: str | Path, split: str) -> Source:
-        """A split under captions of its own."""
+        """A split with its own captions."""
         return open_source(path, split, cache=self.workdir / "data", **columns(self.config), **self._sharing())
 
     def captioned(self, path: Path, captions: Sequence[str], name: str) -> Source:
-        """The images of a folder under captions of the config."""
+        """The images of a folder with captions from the config."""
         return open_source(dreambooth.captioned(path, captions, self.workdir / name), **self._sharing())
 
     def _sharing(self) -> dict[str, Any]:
-        """The hosts that share the workdir: with one in a store each has a folder of its own."""
+        """The hosts that share the workdir. With one in a store, each host has a folder of its own."""
         return ALONE if stores.behind(self.workdir) else hosts()
 
     def split(self, name: str) -> Source:
-        """All images of a split of `data.path`, under the captions of the config where it has some."""
+        """All images of a split of `data.path`, with the config's captions if it has any."""
         data, folder = self.config.data, Path(self.config.data.path)
         if not data.captions:
             return self.open(data.path, name)
@@ -76,7 +76,7 @@ class Images:
         return self.captioned(folder, captions, f"captioned/{name}")
 
     def chosen(self, name: str) -> Source:
-        """The images of a split that `data.filter` chooses; latents written beforehand hold what was chosen."""
+        """The images of a split that pass `data.filter`. Precomputed latents are filtered already."""
         config, data = self.config, self.config.data
         with naming("data.path" if name == data.split else "data.eval_split"):
             source = self.split(name)
@@ -88,7 +88,7 @@ class Images:
             return select(source, wanted, cache=self.workdir / "data", **self._sharing())
 
     def tokenizer(self) -> Tokenizer:
-        """One learnt from the captions of the whole set, so that every subset of it gets the same vocabulary."""
+        """A tokenizer trained on the captions of the whole set, so that every subset gets the same vocabulary."""
         source, sizes = self.open(self.config.data.path, self.config.data.split), self.config.tokenizer
         names = [f"on a {name} background" for name in BACKGROUNDS] * 2
         captions: list[str] = []
@@ -98,10 +98,10 @@ class Images:
         return train_bpe([*captions, *names], sizes.vocab_size, sizes.max_length)
 
     def buckets(self, source: Source, image_size: int) -> Buckets | None:
-        """The sizes that images are cut to by their aspect ratios; None where all become squares.
+        """The sizes that images are cropped to by aspect ratio; None if all become squares.
 
         Raises:
-            ConfigError: `data.buckets` that no size is a multiple of.
+            ConfigError: no size is a multiple of `data.buckets`.
         """
         data = self.config.data
         if self.config.latents.path or not data.buckets:
@@ -113,18 +113,18 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """The images of a run, chosen and measured, ready to be read in batches."""
+    """The filtered images of a run, ready to be read in batches."""
 
     images: Images
     source: Source  # what is trained on
-    aside: Source  # what the loss is measured on
+    aside: Source  # held-out images, which the loss is measured on
     image_size: int
     buckets: Buckets | None
-    at_once: int  # images that one device takes at a time outside of training, as many as in a part of a step
+    at_once: int  # images per device outside of training: as many as in a microbatch
     make_control_image: Any = None  # see `jaxdiff.training.trainables.Trainable`
 
     def batches(self, **changes: Any) -> CaptionedData:
-        """Training batches of this host; changes as arguments of `captioned_data`."""
+        """Training batches of this host. `changes` override arguments of `captioned_data`."""
         config, data = self.images.config, self.images.config.data
         arguments = {
             "source": self.source, "batch_size": config.batch_size // jax.process_count(),
@@ -135,7 +135,7 @@ class TrainingData:
         return captioned_data(**(arguments | changes))
 
     def with_class_images(self) -> CaptionedData:
-        """Batches of which half are images of the class, in the same order for any number of hosts."""
+        """Batches whose second half are class images, in the same order for any number of hosts."""
         prior = self.images.config.prior_preservation
         source = (
             self.images.captioned(Path(prior.path), prior.captions, "class")
@@ -145,19 +145,19 @@ class TrainingData:
         return self._half_from(source, prior.weight)
 
     def with_photographs(self, **changes: Any) -> CaptionedData:
-        """Batches of which half are photographs, which need no captions; changes as of `batches`."""
+        """Batches whose second half are photographs, which need no captions. `changes` as for `batches`."""
         photographs = Path(self.images.config.super_resolution.photographs)
         return self._half_from(self.images.captioned(photographs, PHOTOGRAPH, "photographs"), 1.0, **changes)
 
     def _half_from(self, source: Source, weight: float, **changes: Any) -> CaptionedData:
-        """Batches of which half are of another source, whose loss counts `weight` times."""
+        """Batches whose second half comes from another source, with its loss multiplied by `weight`."""
         config, size = self.images.config, self.images.config.batch_size
         own = self.batches(batch_size=size - size // 2, **changes, **ALONE)
         others = self.batches(batch_size=size // 2, source=source, seed=config.seed + 3, **changes, **ALONE)
         return dreambooth.with_prior(own, others, weight, **hosts())
 
     def held_out(self) -> list[Mapping[str, Any]]:
-        """Images set aside, the same on every host and each time; none where `eval.images` is 0."""
+        """Batches of held-out images, the same on every host and at every call; none if `eval.images` is 0."""
         config = self.images.config
         left, found = config.eval.images, list[Mapping[str, Any]]()
         if not left:
@@ -178,7 +178,7 @@ class TrainingData:
         return (next(stream)["image"] for _ in range(-(-count // self.at_once)))
 
     def settings(self) -> dict[str, Any]:
-        """What the config says of the images trained on, as JSON; they may lie elsewhere, but be no others."""
+        """The config's data settings as JSON, with a digest of the data instead of its path, so that it may move."""
         data = as_json(self.images.config)["data"]
         captions = bool(data["captions"])
         digest = data_fingerprint(data.pop("path"), data["split"], captions, **columns(self.images.config))["digest"]
@@ -188,7 +188,7 @@ class TrainingData:
 
 
 def fingerprints(config: Any) -> dict[str, Any]:
-    """What tells the data of a run from others: its images, those of their class, and latents written beforehand.
+    """Fingerprints of a run's data: its images, class images, photographs, and precomputed latents.
 
     Raises:
         ConfigError, OptionsError: there are no such data, or they have no captions.
@@ -233,7 +233,7 @@ def _fingerprint(config: Any, path: str, split: str, captions: Any, setting: str
 
 
 def _check_apart(config: Any) -> None:
-    """Raise OptionsError where images set aside are trained on too, ConfigError where there are none."""
+    """Raise OptionsError if held-out images are also trained on, ConfigError if there are none."""
     data = config.data
     if data.captions:  # taken from folders by the splits' names
         return

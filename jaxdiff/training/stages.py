@@ -41,7 +41,7 @@ def compute_dtypes(model: Model) -> Dtypes:
 
 
 def clip_params(params: Params) -> Params:
-    """With the temperature that contrastive training learns beside the encoders."""
+    """The parameters with the temperature that contrastive training learns beside the encoders."""
     return {**params, "logit_scale": jnp.asarray(FIRST_LOGIT_SCALE, jnp.float32)}
 
 
@@ -139,7 +139,7 @@ def plain_network(model: Model, guidance: float = 1.0) -> Network:
     """The UNet or transformer by itself: (params, x [B, h, w, C], time, conditioning, batch, keys [B]) -> [B, h, w, C].
 
     Args:
-        guidance: the scale that a transformer is told of, where it is.
+        guidance: the scale that is passed to guidance-distilled transformers, such as FLUX.1 dev.
     """
     if model.transformer is not None:
 
@@ -164,15 +164,15 @@ def diffusion_stage(
     """Latent diffusion conditioned on text (Rombach et al. 2022, equation 3), as the model's scheduler config says.
 
     Batches hold the tokens [B, L] of each text encoder, "tokens" and for SDXL "tokens_2", and either "image" uint8
-    [B, H, W, 3], encoded by the frozen autoencoder, or "latents" [B, h, w, C] that are already. They may hold
-    "time_ids" [B, 6] (SDXL; else the images count as whole), "weight" [B] of each example's loss, and instead of
-    encoding the tokens precomputed "embeddings" [B, L, D] and "pooled" [B, P].
+    [B, H, W, 3], which the frozen autoencoder encodes, or "latents" [B, h, w, C]. They may also hold "time_ids"
+    [B, 6] (SDXL; by default those of uncropped images), "weight" [B] of each example's loss, and precomputed
+    "embeddings" [B, L, D] and "pooled" [B, P], which replace the encoding of the tokens.
 
     Args:
-        trainable: "unet", and the text encoders if they are to learn as well; or what else `merge_params` makes use of.
+        trainable: "unet" and any text encoders that are trained too; or other keys that `merge_params` uses.
         name: of the stage.
         network: what denoises; `plain_network` by default.
-        merge_params: all parameters -> those of the model's modules, where something else is trained.
+        merge_params: all parameters -> those of the model's modules, for adapters that are merged into them.
         noise_options: fields of `NoiseOptions`.
     """
     how, schedule = NoiseOptions(**noise_options), noise_schedule(model.scheduler)
@@ -194,18 +194,18 @@ def diffusion_stage(
         errors = diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, how.min_snr_gamma or None)
         return (errors * batch.get("weight", 1.0)).mean(), {}
 
-    # What is made of parameters before a network reads them is made in their own type.
+    # Merging parameters needs their own dtype.
     dtypes = compute_dtypes(model) if merge_params is None else NO_CAST
     return Stage(name, tuple(trainable), loss, prepare_diffusion(model), dtypes)
 
 
 def fold_in_each(keys: Key, number: int) -> Key:
-    """Other keys [B], for another purpose."""
+    """Independent keys [B], derived from `keys` and `number`."""
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def conditioning(model: Model, params: Params, batch: Batch, empty: Batch, drop: Array) -> Conditioning:
-    """What the UNet is told of the captions, or of the empty one (SDXL: zeros) where `drop` [B] says so."""
+    """The conditioning on the captions, or on the empty prompt (SDXL: zeros) where `drop`, bool [B], is true."""
     if "embeddings" in batch:  # precomputed
         none = conditioning(model, params, empty, empty, jnp.ones(1, bool))
 
@@ -228,13 +228,13 @@ def conditioning(model: Model, params: Params, batch: Batch, empty: Batch, drop:
 
 
 def as_tokens(batch: Batch) -> Tokens:
-    """What a batch holds for the text encoders."""
+    """The tokens in a batch."""
     ids_2, ids_3, mask = (batch.get(name) for name in TOKENS[1:])
     return Tokens(batch["tokens"], ids_2=ids_2, ids_3=ids_3, attention_mask=mask)
 
 
 def random_times(scheduler: SchedulerConfig, keys: Key, how: NoiseOptions | None = None) -> Array:
-    """A time an example, float32 [B]: of the T steps, or of the continuum [0, T] that a flow is; uniform by default."""
+    """Random timesteps, float32 [B]: integers in [0, T), for flows reals in [0, T]; uniform by default."""
     how, steps = how or NoiseOptions(), scheduler.num_train_timesteps
     if how.times == "uniform":
         u = per_example(jax.random.uniform, keys, ())
@@ -244,7 +244,7 @@ def random_times(scheduler: SchedulerConfig, keys: Key, how: NoiseOptions | None
 
 
 def random_noise(keys: Key, shape: tuple[int, ...], offset: float = 0.0) -> Array:
-    """Unit Gaussian noise [B, *shape], plus `offset` times that of each channel."""
+    """Unit Gaussian noise [B, *shape], plus `offset` times noise that is constant over each channel."""
     noise = per_example(jax.random.normal, keys, shape)
     if not offset:
         return noise
@@ -259,6 +259,6 @@ def latents_of(model: Model, params: Params, batch: Batch) -> Array:
 
 
 def prepare_diffusion(model: Model):
-    """Batches with images and captions as for CLIP; cached ones, which hold latents and tokens, as they are."""
+    """`prepare_pairs` for batches of images and captions; batches of latents and tokens pass unchanged."""
     pairs = prepare_pairs(model)
     return lambda batch: batch if "latents" in batch else pairs(batch)

@@ -40,7 +40,7 @@ class JsonLines:
     """A file with a line {"step": …, "loss": …} for each report. What is not finite is null.
 
     Args:
-        start: the run goes on from this step: later lines, and one that was being written when it was killed, go.
+        start: step that the run resumes from. Later lines of an earlier run are removed, and all of them at 0.
 
     Raises:
         WorkdirError: it cannot be written, now or later.
@@ -53,7 +53,7 @@ class JsonLines:
 
     def _begin(self, path: Path, start: int) -> None:
         kept = []
-        if path.exists():
+        if start and path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     if json.loads(line)["step"] <= start:
@@ -78,7 +78,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """A folder of TensorBoard's event files; what an earlier run wrote after `start` is not shown any more.
+    """A folder of TensorBoard's event files. What an earlier run wrote after step `start` (at 0: all) is hidden.
 
     Events are on the disk when a call returns. tensorboardX's own SummaryWriter hands them to a thread, which dies of
     the first error while the run goes on, until the queue between the two is full and adding to it never returns.
@@ -98,9 +98,9 @@ class TensorBoard:
             folder.mkdir(parents=True, exist_ok=True)
             name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"  # ordered by time
             self._file = RecordWriter(str(folder / name))
-            self._put(start + 1, file_version="brain.Event:2")
-            if start:
-                self._put(start + 1, session_log=SessionLog(status=SessionLog.START))
+            first = start + 1 if start else 0  # a new run evaluates step 0 anew
+            self._put(first, file_version="brain.Event:2")
+            self._put(first, session_log=SessionLog(status=SessionLog.START))
 
     def _put(self, step: int, **event: Any) -> None:
         self._file.write(self._event(step=step, wall_time=time.time(), **event).SerializeToString())

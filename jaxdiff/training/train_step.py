@@ -40,7 +40,7 @@ def ema_update(ema: Params, params: Params, decay: float, step: Array) -> Params
 
 
 def cast_frozen(frozen: Params, options: Options) -> Params:
-    """Parameters that are not trained in the type that the devices keep them in; what is no wider stays as it is."""
+    """Frozen parameters in `options.frozen_dtype`. Integers and arrays that are not wider keep their dtype."""
     dtype = jnp.dtype(options.frozen_dtype)
 
     def cast(x: Any) -> Any:
@@ -68,7 +68,7 @@ def sharded(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
 
 
 def init_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A state that starts from these parameters, divided over the mesh. The parameters passed in stay usable."""
+    """A state that starts from these parameters, sharded over the mesh. The parameters passed in stay usable."""
 
     def init(params: Params) -> TrainState:
         # Copies, because the step donates its state: no two may share a buffer.
@@ -90,10 +90,10 @@ def accumulated_grad(
     mesh: Mesh,
     dtypes: Dtypes = NO_CAST,
 ):
-    """Gradient of the mean loss, the batch taken in `parts` one after the other.
+    """Gradient of the mean loss over a batch, accumulated over `parts` microbatches.
 
-    Where the loss is a mean over independent examples this is the whole batch's gradient; a contrastive loss sees
-    the negatives of a part only.
+    It equals the whole batch's gradient if the loss is a mean over independent examples. A contrastive loss sees only
+    the negatives of one microbatch.
 
     Args:
         dtypes: see `jaxdiff.parallel.gather`, by key of the parameters.
@@ -105,7 +105,7 @@ def accumulated_grad(
     def grad(batch: Batch, keys: Key):
         def of(trained: Params):
             with parallel.tracing(mesh):
-                # One by one, so that what is frozen gets no gradient: a LoRA is a small part of what it changes.
+                # One module at a time, so that frozen ones get no gradient: a LoRA is much smaller than its model.
                 whole = {k: parallel.gather(mesh, x, dtypes.get(k)) for k, x in {**frozen, **trained}.items()}
                 return loss(whole, batch, keys)
 
@@ -145,13 +145,13 @@ def make_train_step(
 ) -> Callable:
     """One update, compiled: (state (donated), frozen parameters, batch [B, ...]) -> (state, metrics).
 
-    The new state is divided as `state` is. `dtypes` and `reads_state` are a stage's.
+    The new state is sharded as `state` is. For `dtypes` and `reads_state` see `jaxdiff.training.loop.Stage`.
 
-    A step whose loss, gradient or update is not finite leaves all of the state but `step` as it was, and the metric
-    "skipped" is 1 instead of 0.
+    A step whose loss, gradient or update is not finite leaves everything but `step` unchanged, and the metric "skipped"
+    is 1 instead of 0.
 
-    Every example has its own key, from the seed, the step and its row in the batch; so neither the number of hosts or
-    devices nor `accumulate` changes what is drawn.
+    Every example has its own key, from the seed, the step and its row in the batch. Random numbers therefore depend
+    neither on the number of hosts or devices nor on `accumulate`.
     """
     tx, schedule, rows = optimizer(options), learning_rate(options), parallel.global_row_order(mesh, options.batch_size)
     in_order = bool((rows == range(options.batch_size)).all())

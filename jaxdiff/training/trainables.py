@@ -1,4 +1,4 @@
-"""What can be trained: from a config to a stage, its parameters, and the files that come out."""
+"""What can be trained: from a config to a stage, its parameters, and the files that it exports."""
 
 import dataclasses
 import functools
@@ -46,29 +46,29 @@ def _same(params: Params) -> Params:
 
 
 class Trainable(NamedTuple):
-    """One thing to train. What follows `export` is for the stages that need it."""
+    """What a stage trains, and how it is exported. Fields after `export` are for the stages that need them."""
 
     stage: Stage
     params: Params  # all that the loss reads
-    model: Any  # a `Model`, as it is in the end; None: the network is part of none
-    export: Callable[[Path, Params], None]  # writes what was trained, of params of the loss, into a folder
+    model: Any  # the `Model` after training; None if the network does not belong to one
+    export: Callable[[Path, Params], None]  # (folder, params of the loss): writes what was trained
     merge_params: MergeParams = _same  # params of the loss -> those that `model` draws with
     network: Network | None = None  # what denoises, of merged parameters
-    # What the model draws from beside a prompt, of a batch read; None where a prompt is enough.
+    # (batch) -> inputs of the model besides the prompt; None if it needs only a prompt.
     sample_inputs: Callable[[Mapping[str, Any]], SampleInputs] | None = None
     make_control_image: Callable[[np.ndarray], np.ndarray] | None = None  # see `jaxdiff.data.captioned.captioned_data`
     upscaler: Any = None  # an `RRDBNet`, of the stage "super_resolution"
 
 
 def make(config: Any, model: Model, params: Params) -> Trainable:
-    """What `config.stage` names, one of `TRAINABLES`.
+    """The trainable of `config.stage`, a key of `TRAINABLES`.
 
     Args:
         config: all settings, see jaxdiff/training/defaults.py.
         model, params: what training starts from.
 
     Returns:
-        A trainable whose parameters are numpy arrays, which take no memory of a device.
+        A trainable whose parameters are numpy arrays, which use no device memory.
 
     Raises:
         ConfigError, OptionsError, WeightsError: one sentence naming the setting.
@@ -111,11 +111,13 @@ def process(config: Any, given: SchedulerConfig) -> SchedulerConfig:
     The steps of a process without any signal at its end are spaced to begin there (Lin et al. 2023, section 3.3).
 
     Raises:
-        OptionsError: an unknown type, or one that says nothing where there is no signal.
+        OptionsError: the prediction type is unknown, or does not go with zero_terminal_snr.
     """
     wanted = config.prediction_type or given.prediction_type
     if wanted not in PREDICTION_TYPES:
         raise OptionsError(f"prediction_type {wanted!r} must be one of {', '.join(PREDICTION_TYPES)}.")
+    if config.zero_terminal_snr and (wanted in ("epsilon", "flow_prediction") or is_flow(given)):
+        raise OptionsError(f"zero_terminal_snr needs another prediction_type than {wanted!r}, such as v_prediction.")
     if wanted == "flow_prediction" and not is_flow(given):
         steps = given.num_train_timesteps
         return SchedulerConfig.from_dict(
@@ -123,10 +125,6 @@ def process(config: Any, given: SchedulerConfig) -> SchedulerConfig:
         )
     changed = dataclasses.replace(given, prediction_type=wanted)
     if config.zero_terminal_snr:
-        if wanted == "epsilon" or is_flow(given):
-            raise OptionsError(
-                f"zero_terminal_snr needs another prediction_type than {wanted!r}, such as v_prediction."
-            )
         changed = dataclasses.replace(changed, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     return changed
 
@@ -147,7 +145,7 @@ def _modules(config: Any, model: Model) -> tuple[str, ...]:
 
 
 def _check_no_choice(config: Any) -> None:
-    """Raises OptionsError where `config.trainable` names what a stage does not train, which only trains its own."""
+    """Raise OptionsError if `config.trainable` is set for a stage that always trains the same networks."""
     if tuple(config.trainable) != DEFAULT_TRAINABLE:
         raise OptionsError(
             f"trainable {tuple(config.trainable)} means nothing to the stage {config.stage}, which trains what it "
@@ -156,13 +154,13 @@ def _check_no_choice(config: Any) -> None:
 
 
 def save_model(model: Model) -> Callable[[Path, Params], None]:
-    if model.family == "upscaler":  # of which PyTorch diffusers has none under ControlNets
+    if model.family == "upscaler":  # PyTorch diffusers has no upscaler with ControlNets
         model = dataclasses.replace(model, controlnets=())
     return lambda folder, params: save(folder, model, parts(model, params))
 
 
 def _seen(config: Any, model: Model) -> tuple[Network, Callable[[Mapping[str, Any]], SampleInputs] | None]:
-    """The network of a model without ControlNets, and what it draws from beside a prompt."""
+    """The network of a model without ControlNets, and its inputs besides the prompt."""
     network = finetune.network_of(model, config.embedded_guidance)
     if model.inpaints:
         return network, finetune.drawn_around

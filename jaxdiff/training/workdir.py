@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, one config as long as there are checkpoints, and what it was run with."""
+"""The workdir of a run: locked by one process, tied to one config once it holds checkpoints, with a record of both."""
 
 import contextlib
 import fcntl
@@ -24,12 +24,14 @@ from jaxdiff.training.digests import SUMS
 from jaxdiff.training.options import default_warmup
 
 PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-# Settings that change nothing of what is learnt, or only how it is divided; a name stands for all below it.
+# Settings that may change on resuming, as they do not affect what is learned. A name includes all settings below it.
 FREE = (
     "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "eval", "wandb", "fsdp", "tensor",
     "accumulate", "remat", "data.threads", "data.workers", "data.eval_split", "latents.batch_size",
 )  # fmt: skip
-CONTRASTIVE = "clip"  # the stage that `accumulate` is not free for: its negatives are those of one part of the batch
+# Stages whose loss depends on which examples share a part of the batch, so that `accumulate` may not change: the
+# negatives of "clip", the discriminator's batch norm and the adaptive weight of "vae_decoder".
+BY_PARTS = ("clip", "vae_decoder")
 MAX_SIZES = 10_000  # files whose size is looked at
 
 
@@ -67,12 +69,12 @@ def lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
-    """Holds a run's folder, made if missing, for the block, which is given a function `keep`.
+    """Create and lock a run's folder for the duration of the block, which receives a function `keep`.
 
-    Where the block fails before it has called `keep`, what was written into the folder is removed again.
+    If the block fails before it calls `keep`, everything that was written into the folder is removed.
 
     Args:
-        first: whether this is the first host, which locks the folder and removes.
+        first: whether this is the first host, which locks the folder and cleans up.
 
     Raises:
         WorkdirError: another run holds it, or the folder cannot be written to.
@@ -111,7 +113,7 @@ def claimed(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what a run computes."""
+    """Versions of Python and of the packages that affect results, by name."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -122,9 +124,9 @@ def versions() -> dict[str, str]:
 
 
 def data_fingerprint(path: str | Path, split: str = "train", captions: bool = False, **columns: str) -> dict[str, Any]:
-    """What tells one data set from another without reading images: the files' names, some sizes, and the captions.
+    """A fingerprint of a data set: its files' names, some of their sizes, and the captions. No image is read.
 
-    Only files that are read count: a workdir or other folders and files beside them do not.
+    Only files that training reads count, not a workdir or other files beside them.
 
     Args:
         path, split, columns: see `jaxdiff.data.captioned.open_source`.
@@ -154,18 +156,18 @@ def data_fingerprint(path: str | Path, split: str = "train", captions: bool = Fa
 def settle(
     folder: Path, config: Mapping[str, Any], data: Mapping[str, Any], defaults: Mapping[str, Any], write: bool = True
 ) -> None:
-    """Write `run.json` {"config", "data", "versions"}, having compared it with the one that is there.
+    """Compare a run with the workdir's `run.json`, then write the new one: {"config", "data", "versions"}.
 
     Args:
         folder: the workdir. As long as it holds no checkpoint, anything may still change.
         config: all settings, as JSON.
         data: the fingerprint of the data.
-        defaults: what settings were worth that an older `run.json` does not have yet.
+        defaults: values of settings that an older `run.json` lacks.
         write: False only compares, as all hosts but the first do.
 
     Raises:
-        WorkdirError: a setting has changed that is not `free` ("steps" may grow), or the data have; the sentence
-            shows each as old -> new. Other versions are only warned of.
+        WorkdirError: the data have changed, or a setting that is not `free` ("steps" may grow). The sentence shows
+            each change as old -> new. Changed package versions only cause a warning.
     """
     path = folder / "run.json"
     now = {"config": config, "data": dict(data), "versions": versions()}
@@ -199,10 +201,10 @@ def _has_checkpoints(folder: Path) -> bool:
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
-    """The settings that a run was begun with; lists as tuples.
+    """The settings in a workdir's `run.json`, with lists as tuples.
 
     Raises:
-        WorkdirError: there are none.
+        WorkdirError: the file is missing or damaged.
     """
     path = folder / "run.json"
 
@@ -219,7 +221,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
 
 def free(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of FREE that may change in a run of this config."""
-    return tuple(name for name in FREE if name != "accumulate" or config.get("stage") != CONTRASTIVE)
+    return tuple(name for name in FREE if name != "accumulate" or config.get("stage") not in BY_PARTS)
 
 
 def _refused(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
