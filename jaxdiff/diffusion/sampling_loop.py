@@ -11,9 +11,15 @@ from jaxdiff.typing import Array, Denoise, Key
 
 
 def sample_keys(key: Key, batch: int) -> Key:
-    """One key a sample, [B]: a scalar key is folded with the sample's index, so that it does not depend on B."""
+    """One key a sample, [B]: a scalar key is folded with the sample's index, so that it does not depend on B.
+
+    Raises:
+        ValueError: `key` is neither a scalar nor [batch].
+    """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
+    if key.shape not in ((), (batch,)):
+        raise ValueError(f"key has shape {list(key.shape)} for {batch} samples: give one key, or one a sample.")
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)) if key.ndim == 0 else key
 
 
