@@ -165,6 +165,16 @@ def _lambda_length(times: Time, i: Array) -> Array:
 # ---- methods
 
 
+def _check_options(order: int, solver_type: str, solver_types: Sequence[str], prediction_type: str) -> None:
+    """Raise ValueError naming the first option of a solver in lambda that is unknown."""
+    if order not in (1, 2, 3):
+        raise ValueError(f"solver_order {order} must be 1, 2 or 3.")
+    if solver_type not in solver_types:
+        raise ValueError(f"solver_type {solver_type!r} is unknown; known are {' and '.join(solver_types)}.")
+    if prediction_type not in ("sample", "epsilon"):
+        raise ValueError(f"prediction_type {prediction_type!r} cannot be averaged here: take sample or epsilon.")
+
+
 def lms() -> Scheduler:
     """Linear multistep of order 4 (Crowson 2022, k-diffusion's `sample_lms`): (6) with eps in s = sigma / alpha.
 
@@ -215,10 +225,9 @@ def dpmpp_2m(
             step to a clean sample.
 
     Raises:
-        ValueError: another order.
+        ValueError: `order`, `solver_type` or `prediction_type` is none of these.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"solver_order {order} must be 1, 2 or 3.")
+    _check_options(order, solver_type, ("midpoint", "heun"), prediction_type)
 
     def weights(times: Time, i: Array, now: Array) -> Array:
         h = _lambda_length(times, i)
@@ -264,10 +273,9 @@ def unipc(
         disable_corrector: numbers of the steps that are not corrected.
 
     Raises:
-        ValueError: another order.
+        ValueError: `order`, `solver_type` or `prediction_type` is none of these.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"solver_order {order} must be 1, 2 or 3.")
+    _check_options(order, solver_type, ("bh1", "bh2"), prediction_type)
 
     def weights(times: Time, i: Array, now: Array, corrector: bool) -> Array:
         h = _lambda_length(times, i)
