@@ -83,6 +83,12 @@ def test_at_interpolates_and_stops_at_the_ends():
     np.testing.assert_allclose(at(one, 0.0).alpha, 0.5**0.5, rtol=1e-6)
 
 
+def test_betas_that_do_not_reach_all_timesteps_are_refused():
+    """Else every later timestep would have the noise of the last beta."""
+    with pytest.raises(ValueError, match=r"trained_betas .* holds 2 numbers for 1000 num_train_timesteps"):
+        noise_schedule(SchedulerConfig(trained_betas=(0.1, 0.2)))
+
+
 def test_flow_is_a_straight_line_at_any_time():
     t = np.linspace(0, 1000, 777)
     time = at(noise_schedule(FLOW), t)

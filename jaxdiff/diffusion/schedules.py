@@ -75,7 +75,7 @@ def betas(config: SchedulerConfig) -> np.ndarray:
     """The training betas, [T] float64, before any rescaling: equations (3) to (5), or `trained_betas`.
 
     Raises:
-        ValueError: an unknown `beta_schedule`, or values that are none of a variance.
+        ValueError: an unknown `beta_schedule`, betas outside [0, 1], or fewer `trained_betas` than timesteps.
     """
     steps, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
     given = (start, end) if config.trained_betas is None else config.trained_betas
@@ -83,6 +83,11 @@ def betas(config: SchedulerConfig) -> np.ndarray:
         names = "beta_start and beta_end" if config.trained_betas is None else "trained_betas"
         raise ValueError(f"{names} (scheduler_config.json) must be from 0 to 1, at least one: take the model's own.")
     if config.trained_betas is not None:
+        if len(given) < steps:
+            raise ValueError(
+                f"trained_betas (scheduler_config.json) holds {len(given)} numbers for {steps} num_train_timesteps: "
+                "take the model's own."
+            )
         return np.asarray(config.trained_betas, np.float64)
     if config.beta_schedule == "linear":
         return np.linspace(start, end, steps)
