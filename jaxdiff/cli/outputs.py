@@ -24,6 +24,25 @@ def name_of(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt.lower())[:50].strip("-") or "image"
 
 
+def paths_of_pattern(output: str, fields: list[dict[str, Any]], known: str) -> list[Path]:
+    """The path of each image by a pattern such as "{prompt}-{index}.png".
+
+    Args:
+        fields: what each image's path may name.
+        known: the same in words.
+
+    Raises:
+        UsageError: the pattern names something else, or does not end in .png.
+    """
+    try:
+        paths = [Path(output.format(**values)) for values in fields]
+    except (LookupError, ValueError, AttributeError, TypeError):
+        raise UsageError(f"--output {output} may name {known}.") from None
+    if not output.lower().endswith(".png"):
+        raise UsageError(f"--output {output} is a pattern, and images are PNG: end it in .png.")
+    return paths
+
+
 def output_paths(output: str, requests: list[dict[str, Any]]) -> tuple[list[Path], Path]:
     """Where each image goes, and the sheet of all.
 
@@ -32,15 +51,8 @@ def output_paths(output: str, requests: list[dict[str, Any]]) -> tuple[list[Path
     """
     path = Path(output)
     if "{" in output:
-        try:
-            names = [
-                output.format(index=i, seed=p["seed"], prompt=name_of(p["prompt"])) for i, p in enumerate(requests)
-            ]
-        except (LookupError, ValueError, AttributeError):
-            raise UsageError(f"--output {output} may name {{prompt}}, {{seed}} and {{index}} only.") from None
-        if not output.lower().endswith(".png"):
-            raise UsageError(f"--output {output} is a pattern, and images are PNG: end it in .png.")
-        paths = [Path(name) for name in names]
+        fields = [{"prompt": name_of(p["prompt"]), "seed": p["seed"], "index": i} for i, p in enumerate(requests)]
+        paths = paths_of_pattern(output, fields, "{prompt}, {seed} and {index} only")
         return paths, paths[0].parent / "grid.png"
     if path.suffix.lower() in NOT_PNG:
         raise UsageError(f"--output {output}: images are written as PNG: name a .png file or a folder.")
@@ -66,12 +78,8 @@ def enlarged_paths(output: str, files: list[Path], scale: float) -> list[Path]:
     counts = collections.Counter(name.casefold() for name in names)
     names = [name if counts[name.casefold()] == 1 else f"{name}-{i:03d}" for i, name in enumerate(names)]
     if "{" in output:
-        try:
-            paths = [Path(output.format(index=i, name=file.stem)) for i, file in enumerate(files)]
-        except (LookupError, ValueError, AttributeError):
-            raise UsageError(f"--output {output} may name {{name}} and {{index}} only, of images enlarged.") from None
-        if not output.lower().endswith(".png"):
-            raise UsageError(f"--output {output} is a pattern, and images are PNG: end it in .png.")
+        fields = [{"name": file.stem, "index": i} for i, file in enumerate(files)]
+        paths = paths_of_pattern(output, fields, "{name} and {index} only, of images enlarged")
     else:
         paths = output_paths(output, [{"prompt": name, "seed": i} for i, name in enumerate(names)])[0]
         if Path(output).suffix.lower() != ".png" or Path(output).is_dir():
