@@ -26,9 +26,10 @@ from jaxdiff import parallel
 from jaxdiff.cli import errors, sample
 from jaxdiff.cli.adapters import naming, read_adapters
 from jaxdiff.cli.errors import Failure, UsageError
-from jaxdiff.cli.flags import check_files, check_unet, flag_errors, weighted
+from jaxdiff.cli.flags import check_files, check_unet, weighted
 from jaxdiff.cli.loading import load
 from jaxdiff.cli.serve_options import ALL, LOOPBACK, parse, parsed_sizes
+from jaxdiff.errors import ArgumentError
 from jaxdiff.io import cache, model_paths
 from jaxdiff.io.upscaler import load_upscaler
 from jaxdiff.sampling.checks import check_memory, least_memory
@@ -56,8 +57,11 @@ def sizes(f: flags.FlagValues, model: jaxdiff.Model) -> tuple[tuple[int, int], .
     for width, height in chosen:
         if width % multiple or height % multiple or not width or not height:
             raise UsageError(f"--sizes: {width}x{height} must be multiples of {multiple} for this model.")
-        with flag_errors():
+        try:
+            latent_shape(model, height, width)
             check_memory(model, height, width, None)
+        except ArgumentError as e:
+            raise UsageError(f"--sizes: {e}") from None
     return chosen
 
 
