@@ -260,7 +260,7 @@ def test_the_pieces_take_bytes_as_generate_does(tiny, image):
     @jax.jit
     def pieces(x):
         latents = jaxdiff.encode(model, params, x)
-        denoise = jaxdiff.denoiser(model, params, cond, control_images=[x], controlnet_scale=[1.0])
+        denoise = jaxdiff.denoiser(model, params, cond, control_images=[x])  # whose scale is 1
         return latents, denoise(latents, 500.0)
 
     for a, b in zip(pieces(image[None]), pieces(image[None] / np.float32(255)), strict=True):

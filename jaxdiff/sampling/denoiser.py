@@ -48,7 +48,7 @@ def denoiser(
         class_labels: int32 [B] or one for all, for a UNet with class embeddings: the upscaler's noise level.
         control_images: for each of the model's ControlNets the image [B, H, W, 3] that steers, in [0, 1] or of
             whole numbers from 0 to 255.
-        controlnet_scale: the weight of each, scalar or [B].
+        controlnet_scale: the weight of each, scalar or [B]; empty: 1 for all.
 
     Returns:
         denoise(x [B, h, w, C], time) -> float32 [B, h, w, C]; `time` is a `Time` or a number of training steps, for
@@ -59,6 +59,7 @@ def denoiser(
     if model.family == "z_image":  # c + g (c - u), as its pipeline has it
         guidance_scale = 1.0 + jnp.asarray(guidance_scale)
     hints = [in_unit(x) for x in control_images]
+    scales = controlnet_scale if len(controlnet_scale) else [1.0] * len(hints)
 
     def twice(x: Array) -> Array:
         return jnp.concatenate([x] * copies)
@@ -78,7 +79,7 @@ def denoiser(
         if hints:
             nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
             each = [net.apply({"params": p}, x_in, t, both.embeddings, twice(hint), *both[1:]) for net, p, hint in nets]
-            residuals = combine(each, [twice(jnp.broadcast_to(s, (batch,))) for s in controlnet_scale])
+            residuals = combine(each, [twice(jnp.broadcast_to(s, (batch,))) for s in scales])
         if extra_channels is not None:
             x_in = jnp.concatenate([x_in, twice(extra_channels)], -1)
         if class_labels is not None:
