@@ -22,7 +22,7 @@ def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_sk
 
     Args:
         tokens: `Tokens`, or for a model of one encoder token ids, int32 [B, L] or [B, K L] in K chunks.
-        clip_skip: last layers to skip, at least 0.
+        clip_skip: last layers of the CLIP encoders to skip, at least 0; 0 for FLUX.1, FLUX.2 and Z-Image.
 
     Returns:
         embeddings [B, K L, D], the tokens' attention mask [B, K L] or None and, for SDXL, pooled [B, P]; no time ids.
@@ -32,6 +32,7 @@ def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_sk
     """
     tokens = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
     if model.transformer is not None:
+        check_clip_skip(model, clip_skip)
         return ENCODERS[model.family](model, params, tokens, clip_skip)
     given = ((tokens.ids, tokens.weights), (tokens.ids_2, tokens.weights_2))
     names = [n for n in ("text_encoder", "text_encoder_2") if n in model.modules]
@@ -52,6 +53,17 @@ def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_sk
         embeddings=jnp.where(zeros[:, None, None], 0, cond.embeddings),
         pooled=None if cond.pooled is None else jnp.where(zeros[:, None], 0, cond.pooled),
     )
+
+
+def check_clip_skip(model: Model, clip_skip: int) -> None:
+    """Raise ValueError for a `clip_skip` that a transformer family does not read, or that leaves no layer."""
+    most = 0
+    if model.family == "sd3":
+        most = min(encoder.config.num_hidden_layers for encoder in (model.text_encoder, model.text_encoder_2)) - 1
+    if not 0 <= clip_skip <= most:
+        raise ValueError(
+            f"clip_skip {clip_skip} must be 0{f' to {most}' if most else ''} for models like {model.family}."
+        )
 
 
 def encode_flux(model: Model, params: Params, tokens: Tokens, clip_skip: int) -> Conditioning:

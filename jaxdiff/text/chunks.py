@@ -81,9 +81,11 @@ def tokens(
     if model.tokenizer_2 is None and any(p is not None for p in prompts_2 or ()):
         raise ArgumentError("prompts_2", "are for the second text encoder of SDXL, which this model lacks.")
     if model.transformer is not None:
+        if chunks is not None:
+            raise ArgumentError("chunks", "are for CLIP's text encoders, and this model's read one row: leave it out.")
         return _plain_tokens(model, prompts, prompts_2 or prompts)
     if chunks is not None and not 1 <= chunks <= MAX_CHUNKS:
-        raise ValueError(f"chunks {chunks} must be 1 to {MAX_CHUNKS}.")
+        raise ArgumentError("chunks", f"{chunks} must be 1 to {MAX_CHUNKS}.")
     second = prompts if prompts_2 is None else [a if b is None else b for a, b in zip(prompts, prompts_2, strict=True)]
     tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
     split = [
