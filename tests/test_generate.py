@@ -313,7 +313,7 @@ def test_parameters_put_elsewhere_than_is_drawn(tiny):
         jaxdiff.generate(model, jaxdiff.replicate(params), PROMPTS[0], steps=STEPS),
         jaxdiff.generate(model, params, PROMPTS[0], steps=STEPS, devices=[device]),
     )
-    with pytest.raises(ValueError, match="devices are not the 1 that params were put on: leave out devices"):
+    with pytest.raises(ValueError, match="devices differ from the 1 that params were put on: leave out devices"):
         as_devices([device, object()], 2, jaxdiff.replicate(params))
 
 

@@ -126,7 +126,7 @@ def test_every_flag_of_a_path_is_checked():
         (["--from_png=none.png"], "--from_png: none.png does not exist: check the path"),
         (["--num_images=1000000000"], "--num_images 1000000000 makes more than 1000000 images"),
         (["--interpolate=1000000000"], "--interpolate 1000000000 makes more than 1000000 images"),
-        (["--steps=1000000000"], "--steps 1000000000 are too many: give at most 10000"),
+        (["--steps=1000000000"], "--steps 1000000000 is too many: give at most 10000"),
         (["--prompt_2=a"], "--prompt_2 is for the second text encoder of SDXL, which this model lacks"),
         (["--hires=1"], "--hires 1.0 must be above 1"),
         (["--clip_skip=99"], "--clip_skip 99 must be 0 to 1"),
