@@ -140,7 +140,7 @@ def test_every_flag_of_a_path_is_checked():
         (["--prompts_file=a.jsonl"], "--prompts_file: Line 1 of a.jsonl has the seed -1"),
         (["--prompt=<lora:x:1> a", "--lora_dir=."], "--lora_dir . has no x.safetensors for <lora:x>: it has no LoRA"),
         (["--lora_dir=.", "--noemphasis"], "--lora_dir is for <lora:…> in prompts, which --noemphasis takes for words"),
-        (["--prompt=<lora:x:y> a", "--lora_dir=."], "--prompt: <lora:x:y> has weights that are not understood"),
+        (["--prompt=<lora:x:y> a", "--lora_dir=."], "--prompt: <lora:x:y> has weights that cannot be read"),
         (["--prompt=<lora:x> a", "--lora_dir=gone"], "--lora_dir: gone does not exist: check the path"),
         (["--fsdp=3"], "--fsdp 3 must divide the number of devices, 1"),
         (["--tensor=2"], "--fsdp 1 x tensor 2 must divide the number of devices, 1"),
@@ -167,7 +167,7 @@ def test_large_but_possible_sizes_are_planned(tiny):
 def test_seeds_of_a_prompts_file(seed, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(f'{{"prompt": "a", "seed": {seed}}}')
-    with pytest.raises(PromptError, match=rf"^Line 1 of \S* has the seed {seed}, and a seed is from 0 to 4294967295"):
+    with pytest.raises(PromptError, match=rf"^Line 1 of \S* has the seed {seed}; seeds are from 0 to 4294967295"):
         read_prompts(path)
     path.write_text('{"prompt": "a", "seed": 4294967295}')
     assert read_prompts(path)[0].seed == 2**32 - 1
@@ -249,5 +249,8 @@ def test_loras_by_the_name_in_their_metadata(sample_cli, planes, tiny, loras):
 def test_tags_without_a_folder_are_said(sample_cli, planes):
     code, _, err = sample_cli("--prompt=a <lora:detail:0.7>, <hypernet:y:1>", "--output=x.png")
     assert code == 0
-    assert "has <lora:detail:0.7>, which is left out: sample.py acts on it in --prompt, by --lora_dir" in err
+    assert (
+        "has <lora:detail:0.7>, which is left out: sample.py applies it if it is in --prompt and --lora_dir is given"
+        in err
+    )
     assert "hypernetworks are not supported" in err
