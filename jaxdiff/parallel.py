@@ -1,16 +1,16 @@
-"""Devices: meshes, shardings, and the one rule by which parameters are divided.
+"""Devices: meshes, shardings, and the rule by which parameters are sharded.
 
-Training lays its devices out as a mesh ("data", "fsdp", "tensor"). One rule, `param_spec`, says from a parameter's path
-and shape how it is divided, and its gradient, moments and average with it:
+Training arranges its devices as a mesh ("data", "fsdp", "tensor"). One rule, `param_spec`, decides from a parameter's
+path and shape how it is sharded, together with its gradient, optimizer moments and moving average:
 
-- over "tensor", the layers that come in pairs are divided by columns, then by rows (Shoeybi et al. 2019, section 3), so
-  that what lies between the two stays divided and each pair needs one sum forward and one backward;
-- over "fsdp", matrices and kernels are divided along their largest axis that is left, and put together again for the
-  time of the step that uses them (Zhao et al. 2023; Rajbhandari et al. 2020, section 5.3). Vectors stay whole: they are
-  too small to be worth a message.
+- over "tensor", layers that come in pairs are split by columns, then by rows (Shoeybi et al. 2019, section 3), so that
+  activations between the two stay sharded and each pair needs one all-reduce forward and one backward;
+- over "fsdp", matrices and kernels are split along their largest remaining axis, and gathered for the step that uses
+  them (Zhao et al. 2023; Rajbhandari et al. 2020, section 5.3). Vectors stay whole: they are too small to be worth a
+  message.
 
 Examples are divided over "data" and "fsdp" alike. Sampling maps one program over devices (mapping.py), each of which
-has a whole copy of the parameters (`replicate`) or keeps them divided by the same rule (`shard`).
+has a whole copy of the parameters (`replicate`) or keeps them sharded by the same rule (`shard`).
 """
 
 import contextlib
@@ -26,9 +26,11 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 AXES = ("data", "fsdp", "tensor")
-AXIS_TYPES = (AxisType.Auto,) * len(AXES)  # the compiler divides what is between: versions of JAX differ in the default
+AXIS_TYPES = (AxisType.Auto,) * len(
+    AXES
+)  # the compiler shards intermediates; the default differs between versions of JAX
 EXAMPLES = ("data", "fsdp")  # the axes that a batch is divided over
-# Single-head attention, the autoencoder's, is not among them: there is no head to divide it by.
+# The autoencoder's attention is not among them: it has a single head, which cannot be split.
 COLUMNS = re.compile(
     r"(att(n\d*|ention)/(to_[qkv]|add_[qkv]_proj)|ff(_context)?/net_0_proj|feed_forward/w[13]|self_attn_[qkv]_proj|"
     r"SelfAttention/[qkv]|wi_[01]|mlp_(fc1|gate_proj|up_proj)|resnets_\d+/(conv1|time_emb_proj|norm2))/\w+$"
@@ -40,17 +42,17 @@ ROWS = re.compile(
 
 
 def mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices of all hosts as a mesh over ("data", "fsdp", "tensor"); "data" is what is left.
+    """All devices of all hosts as a mesh ("data", "fsdp", "tensor"), where "data" gets the remaining factor.
 
-    Neighbours in the mesh are neighbours in a TPU's network, and only "data" goes from slice to slice.
+    Neighbours in the mesh are neighbours in a TPU's network, and only "data" spans several slices.
 
     Args:
-        fsdp: over how many devices each parameter is kept divided; 1 keeps a whole copy on each.
-        tensor: over how many devices the layers themselves are divided.
-        devices: what the mesh is made of; None takes all.
+        fsdp: number of devices over which each parameter is sharded; 1 keeps a whole copy on each.
+        tensor: number of devices over which the layers themselves are split.
+        devices: of the mesh; None: all devices of all processes.
 
     Raises:
-        ValueError: `fsdp` times `tensor` does not divide the number of devices, or "tensor" would reach over hosts.
+        ValueError: `fsdp` times `tensor` does not divide the number of devices, or "tensor" would span hosts.
     """
     devices = jax.devices() if devices is None else list(devices)
     if fsdp < 1 or tensor < 1 or len(devices) % (fsdp * tensor):
@@ -59,7 +61,9 @@ def mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = 
     shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
     laid_out = _lay_out(shape, devices)
     for row in laid_out.reshape(-1, tensor):
-        if len({d.process_index for d in row}) > 1:  # each host reads its own examples, so that these would differ
+        if (
+            len({d.process_index for d in row}) > 1
+        ):  # each host reads its own examples, so they would differ within a row
             raise ValueError(f"tensor {tensor} must divide the devices of one host.")
     return Mesh(laid_out, AXES, axis_types=AXIS_TYPES)
 
@@ -84,10 +88,10 @@ def batch_sharding(mesh: Mesh | AbstractMesh, axis: int = 0) -> NamedSharding:
 
 
 def param_spec(path: str, shape: Sequence[int], fsdp: int = 1, tensor: int = 1) -> PartitionSpec:
-    """How one parameter is divided: the rule at the top of this module.
+    """How one parameter is sharded: the rule at the top of this module.
 
     Args:
-        path: its keys joined by "/"; only the end matters, so that moments and averages go by the same rule.
+        path: its keys joined by "/"; only the end matters, so that the rule also applies to moments and averages.
         shape: its shape.
         fsdp, tensor: sizes of these axes of the mesh.
 
@@ -120,10 +124,10 @@ def path_name(path: tuple) -> str:
 
 
 def param_sharding(mesh: Mesh | AbstractMesh, tree: Any, *, gathered: bool = False) -> Any:
-    """A sharding for each array (or shape) of a tree: of parameters, an optimizer's moments, an average.
+    """A sharding for each array (or shape) in a tree of parameters, optimizer moments or averages.
 
     Args:
-        gathered: as a step computes with them, divided over "tensor" only.
+        gathered: whether for use in a step: sharded over "tensor" only.
     """
     fsdp = 1 if gathered else mesh.shape["fsdp"]
 
@@ -134,17 +138,17 @@ def param_sharding(mesh: Mesh | AbstractMesh, tree: Any, *, gathered: bool = Fal
 
 
 def tracing(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """Inside a program: lets the networks know that what they compute with is divided, if it is."""
+    """A context for tracing a program: tells the networks the mesh over which their inputs are sharded."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def gather(mesh: Mesh, params: Any, dtype: Any = None) -> Any:
-    """Inside a program: parameters as a step computes with them; gradients come back divided as they are kept.
+    """Inside a program: parameters gathered for a step; their gradients are sharded like the parameters.
 
     Args:
-        dtype: the type that a network casts its matrices, kernels and tables to before it uses them; None: as they are.
-            Under "fsdp" they are cast before they are gathered, if that makes them smaller, so that less is sent and
-            held. Their gradients have their own type again.
+        dtype: to which the networks cast matrices, kernels and tables before use; None: they do not. Under "fsdp" these
+            are cast before they are gathered, if that makes them smaller, to send and hold less. Gradients keep the
+            parameters' dtype.
     """
     types = jax.tree.map(lambda x: x.dtype, params)
 
@@ -166,7 +170,7 @@ def gather(mesh: Mesh, params: Any, dtype: Any = None) -> Any:
 
 
 class ShardedGroup(NamedTuple):
-    """Parameters of one kind and how they are divided, a row of `sharding_table`."""
+    """Parameters of one kind and their sharding, a row of `sharding_table`."""
 
     name: str  # the module and the end of the path, numbers as *
     spec: PartitionSpec
@@ -176,7 +180,7 @@ class ShardedGroup(NamedTuple):
 
 
 def sharded_groups(mesh: Mesh | AbstractMesh, params: Any) -> list[ShardedGroup]:
-    """How parameters (or their shapes) are divided, one row for those of a kind; the largest first."""
+    """The sharding of parameters (or their shapes), one row for those of one kind; the largest first."""
     rows: dict[tuple[str, PartitionSpec], list[int]] = {}
     shardings = jax.tree.leaves(param_sharding(mesh, params))
     for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(params), shardings, strict=True):
@@ -191,7 +195,7 @@ def sharded_groups(mesh: Mesh | AbstractMesh, params: Any) -> list[ShardedGroup]
 
 
 def sharding_table(mesh: Mesh | AbstractMesh, params: Any) -> str:
-    """`sharded_groups` as lines of text: what, how many arrays, how divided, megabytes in all and a device."""
+    """`sharded_groups` as a text table: names, numbers of arrays, megabytes in all and per device, axes."""
     rows = sharded_groups(mesh, params)
     arrays, size, each = (sum(getattr(row, name) for row in rows) for name in ("arrays", "size", "each"))
     rows = [*rows, ShardedGroup("all", PartitionSpec(), arrays, size, each)]
@@ -205,10 +209,13 @@ def sharding_table(mesh: Mesh | AbstractMesh, params: Any) -> str:
 
 
 def put_global(tree: Any, sharding: Any) -> Any:
-    """Put arrays that every host holds in full onto the devices; `sharding` is one for all or a tree of them.
+    """Put arrays that every host holds in full onto the devices.
 
-    Each host gives its own devices their parts. `jax.device_put` would gather every host's copy of an array on every
-    device first, to see that they are equal.
+    Each host fills its own devices. (`jax.device_put` would first gather every host's copy of an array on every device,
+    to check that they are equal.)
+
+    Args:
+        sharding: one for all arrays, or a tree of them.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
@@ -226,7 +233,7 @@ def put_global(tree: Any, sharding: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Divided arrays in full as numpy arrays, on every host that has a part of them."""
+    """Sharded arrays in full as numpy arrays, on every host that holds a part of them."""
 
     def whole(x: Any) -> Any:
         spans = isinstance(x, jax.Array) and not x.is_fully_addressable
@@ -236,13 +243,13 @@ def fetch(tree: Any) -> Any:
 
 
 def global_batch(mesh: Mesh, batch: Any) -> Any:
-    """The examples that each host has read [b, ...], as global arrays [b * hosts, ...] divided over data and fsdp."""
+    """The examples [b, ...] that each host has read, as global arrays [b * hosts, ...] over "data" and "fsdp"."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
 def global_row_order(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which row of the batch, the hosts' one after the other, lies at each place of `global_batch`, [B]."""
+    """For each row of `global_batch` its row in the hosts' batches concatenated in order, int [B]."""
     owner = np.empty(batch_size, int)
     places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((batch_size,))
     for device, (index,) in places.items():
@@ -251,9 +258,9 @@ def global_row_order(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def _row_order(owner: np.ndarray) -> np.ndarray:
-    """`global_row_order`, from the host that has each place.
+    """`global_row_order`, from the host that owns each row.
 
-    The hosts' rows are in order, unless a mesh that follows the network takes the hosts by turns.
+    It is the identity unless a mesh that follows a TPU's network interleaves hosts.
 
     >>> _row_order(np.asarray([0, 1, 0, 1])).tolist()
     [0, 2, 1, 3]
@@ -264,7 +271,7 @@ def _row_order(owner: np.ndarray) -> np.ndarray:
 
 
 def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """Devices in the order given, over one axis "data": nothing is sent along it, so that any order will do."""
+    """A mesh of the devices in the order given, with one axis "data"; nothing is sent along it, so any order does."""
     return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
@@ -285,27 +292,32 @@ def host_memory() -> float:
 
 
 def replicate(params: Any, devices: Sequence[jax.Device] | None = None) -> Any:
-    """A whole copy of the parameters on each device, so that `generate` draws there and copies nothing at each call.
+    """Put a whole copy of the parameters on each device: `generate` then draws there, and copies nothing at each call.
 
     Args:
         params: a tree of arrays.
-        devices: None takes all that this process has.
+        devices: None: all devices of this process.
     """
     return put_global(params, replicated(data_mesh(jax.local_devices() if devices is None else devices)))
 
 
 def shard(params: Any, mesh: Mesh) -> Any:
-    """The parameters divided over a `mesh`, so that `generate` draws there and no device holds the whole model."""
+    """Shard the parameters over a `mesh`: `generate` then draws there, and no device holds the whole model.
+
+    Args:
+        params: a tree of arrays.
+        mesh: as `jaxdiff.parallel.mesh` makes it.
+    """
     return put_global(params, param_sharding(mesh, params))
 
 
 def place(x: np.ndarray, path: str, mesh: Mesh | None) -> jax.Array:
-    """One parameter on the default device, or divided over a mesh as by `shard`. Compiles nothing."""
+    """Put one parameter on the default device, or shard it over a mesh as `shard` does. Compiles nothing."""
     return jax.device_put(x) if mesh is None else shard({path: x}, mesh)[path]
 
 
 def committed(tree: Any) -> tuple[jax.Device, ...] | Mesh:
-    """The mesh that divides the arrays of a tree, else the devices that they were put on; none where jax may choose."""
+    """The mesh over which a tree is sharded, else the devices that it was put on; () if jax may choose."""
     for x in jax.tree.leaves(tree):
         if getattr(x, "committed", False):
             mesh = getattr(x.sharding, "mesh", None)
