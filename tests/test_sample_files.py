@@ -52,7 +52,7 @@ def test_nothing_that_exists_is_overwritten(linked, sample_cli, planes, monkeypa
         before = {path: Path(path).read_bytes() for path in first}
         code, second, err = sample_cli(f"--prompt={LONG}dragon", f"--output={output}", *more)
         assert code == 0
-        assert f"{first[0]} exists, so this run's is {second[0]}" in err
+        assert f"{first[0]} exists, so this image is {second[0]}" in err
         assert len(set(first + second)) == len(first) + len(second) == 2 * (2 * 3 + 2)
         assert {path: Path(path).read_bytes() for path in first} == before
         for path, strip in zip(second[:-2:2], second[1:-2:2], strict=True):
@@ -107,7 +107,9 @@ def test_every_flag_of_a_path_is_checked():
     assert {"model", "output", "lora", "image", "mask", "cache_dir", "prompts_file", "from_png"} <= set(names)
     beside = ["sample.py", CASTLE, "--image=a", "--control_image=b", "--style=c", "--preview"]
     for name in names:
-        with pytest.raises(UsageError, match=rf"^--{name}='' is no path: name a file or folder, or leave --{name} out"):
+        with pytest.raises(
+            UsageError, match=rf"^--{name}='' is not a path: name a file or folder, or leave --{name} out"
+        ):
             flags.parse([*beside, f"--{name}="])
         with pytest.raises(UsageError, match=rf"^--{name} xxx\S* has a name of 300 bytes, above 255: shorten it"):
             flags.parse([*beside, f"--{name}={'x' * 300}/y"])
@@ -139,7 +141,7 @@ def test_every_flag_of_a_path_is_checked():
         (["--noise_level=3"], "--noise_level is for upscaling models"),
         (["--prompts_file=a.jsonl"], "--prompts_file: Line 1 of a.jsonl has the seed -1"),
         (["--prompt=<lora:x:1> a", "--lora_dir=."], "--lora_dir . has no x.safetensors for <lora:x>: it has no LoRA"),
-        (["--lora_dir=.", "--noemphasis"], "--lora_dir is for <lora:…> in prompts, which --noemphasis takes for words"),
+        (["--lora_dir=.", "--noemphasis"], "--lora_dir is for <lora:…> in prompts, which --noemphasis reads as words"),
         (["--prompt=<lora:x:y> a", "--lora_dir=."], "--prompt: <lora:x:y> has weights that cannot be read"),
         (["--prompt=<lora:x> a", "--lora_dir=gone"], "--lora_dir: gone does not exist: check the path"),
         (["--fsdp=3"], "--fsdp 3 must divide the number of devices, 1"),

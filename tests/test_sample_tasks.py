@@ -318,7 +318,7 @@ def test_what_is_laid_onto_a_model(sample_cli, tiny, tmp_path):
         ([CASTLE, "--interpolate=1"], "--interpolate=1"),
         ([CASTLE, "--interpolate=3", "--blend_prompt=a dog"], "leave out --blend_prompt"),
         ([CASTLE, "--blend=0.3"], "--blend goes with --blend_prompt"),
-        ([CASTLE, "--interpolate=3", "--variation_seed=1"], "--interpolate goes from image to image"),
+        ([CASTLE, "--interpolate=3", "--variation_seed=1"], "--interpolate sets --variation_seed itself"),
         ([CASTLE, "--style=nope"], "The style 'nope' is unknown; known are"),
         ([CASTLE, "--styles_file=x.json"], "--styles_file goes with --style"),
         (["--prompts_file=none.txt"], "The prompts file none.txt does not exist"),

@@ -237,7 +237,7 @@ def test_hires_by_the_network(sample_cli, network_file):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("--upscale=4",), "--upscale enlarges what --prompt draws, or else an --image"),
+        (("--upscale=4",), "--upscale enlarges what --prompt draws, or an --image"),
         (("--image=small.png", "--upscale=0.5"), "upscale"),
         (("--image=small.png", "--upscale=99"), "upscale"),
         (("--image=small.png", "--upscale=4", "--preview"), "--preview is for images that are drawn"),
