@@ -72,7 +72,7 @@ def test_json_lines_by_other_names(name, tmp_path):
         (
             "p.txt",
             "a cat --w 512 --h 768",
-            r"^Line 1 of \S*p.txt sets --w, .*: give --width in its place",
+            r"^Line 1 of \S*p.txt sets --w, .*: give --width on the command line instead",
         ),
         ("p.txt", "a cat --d x", r"^Line 1 of \S*p.txt has the seed 'x', which is not a whole number\.$"),
         ("p.txt", "a cat --d -2", r"^Line 1 of \S*p.txt has the seed -2; seeds are from 0"),

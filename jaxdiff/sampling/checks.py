@@ -140,11 +140,11 @@ def as_images(name: str, image: Array, count: int, shape: tuple[int, int]) -> np
         )
     if image.ndim == 4 and len(image) not in (1, count):
         raise ArgumentError(name, f"holds {len(image)} images for {count} prompts: give one, or one a prompt.")
-    values = image.astype(np.float32) / 255 if image.dtype == np.uint8 else in_unit(name, image)
+    values = image.astype(np.float32) / 255 if image.dtype == np.uint8 else as_unit_range(name, image)
     return np.broadcast_to(values, (count, *image.shape[-3:]))
 
 
-def in_unit(name: str, values: np.ndarray) -> np.ndarray:
+def as_unit_range(name: str, values: np.ndarray) -> np.ndarray:
     """Numbers in [0, 1] as float32; resampling may overshoot the range by 1e-3."""
     if not (values.min() >= -1e-3 and values.max() <= 1 + 1e-3):  # true of not-a-number too
         kind, low, high = values.dtype, values.min(), values.max()
@@ -168,7 +168,7 @@ def as_mask(mask: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
             raise ArgumentError("mask", "is uint8 and nowhere above 1: white is 255; or give it as bool.")
         mask = mask >= 128
     elif mask.dtype != bool:
-        mask = in_unit("mask", mask) >= 0.5
+        mask = as_unit_range("mask", mask) >= 0.5
     if not mask.any():
         say_once("The mask is nowhere white: nothing of the image is redrawn.")
     return np.broadcast_to(mask, (count, *shape))[..., None]

@@ -19,7 +19,7 @@ from jaxdiff import parallel
 from jaxdiff.errors import ArgumentError
 from jaxdiff.models.rrdb import RRDBNet
 from jaxdiff.models.tiling import tile_starts
-from jaxdiff.sampling.checks import as_whole, in_unit
+from jaxdiff.sampling.checks import as_unit_range, as_whole
 from jaxdiff.typing import Array, Params
 
 TILE = 192  # pixels of the small image along a side of a tile, without its margin
@@ -61,7 +61,7 @@ def upscale(
     height, width = given.shape[-3:-1]
     check_upscale(module, height, width, scale)
     if given.dtype != np.uint8:
-        given = np.round(255 * np.clip(in_unit("images", given), 0, 1)).astype(np.uint8)
+        given = np.round(255 * np.clip(as_unit_range("images", given), 0, 1)).astype(np.uint8)
     batch = given[None] if given.ndim == 3 else given
     larger = np.stack([_enlarged(module, params, image, scale, tile, before_tile) for image in batch])
     return larger[0] if given.ndim == 3 else larger
