@@ -121,7 +121,7 @@ def test_a_report_is_not_made_over_what_it_reads(evaluation_cli, clip_and_data):
 
 def test_a_full_disk_is_one_sentence_that_names_the_flag():
     with (
-        pytest.raises(Failure, match=r"--output: there cannot be written \(No space left on device\): make room"),
+        pytest.raises(Failure, match=r"--output: there cannot be written \(No space left on device\): free some space"),
         outputs.writing_report(Path("there")),
     ):
         raise OSError(28, "No space left on device")
