@@ -316,7 +316,7 @@ def test_what_is_laid_onto_a_model(sample_cli, tiny, tmp_path):
         ([CASTLE, "--variation_strength=0.5"], "--variation_strength goes with --variation_seed"),
         ([CASTLE, "--negative_prompt_2=a"], "--negative_prompt_2 goes with --negative_prompt"),
         ([CASTLE, "--interpolate=1"], "--interpolate=1"),
-        ([CASTLE, "--interpolate=3", "--blend_prompt=a dog"], "leave out --blend_prompt"),
+        ([CASTLE, "--interpolate=3", "--blend_prompt=a dog"], "leave --blend_prompt out"),
         ([CASTLE, "--blend=0.3"], "--blend goes with --blend_prompt"),
         ([CASTLE, "--interpolate=3", "--variation_seed=1"], "--interpolate sets --variation_seed itself"),
         ([CASTLE, "--style=nope"], "The style 'nope' is unknown; known are"),
