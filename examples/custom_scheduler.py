@@ -1,10 +1,10 @@
-"""A sampling method of one's own in 20 lines, against DDIM at the same cost.
+"""A custom scheduler in 20 lines, compared with DDIM at the same cost.
 
     python examples/custom_scheduler.py [OUTPUT.png]
 
-It is DEIS of second order (Zhang & Chen 2023, "Fast Sampling of Diffusion Models with Exponential Integrator"): in
-x / alpha the process is d(x / alpha) = eps d(rho) with rho = sigma / alpha, and eps is taken to go on as the line
-through its last two values over log(rho). DDIM takes it to stay as it is.
+It is second-order DEIS (Zhang & Chen 2023, "Fast Sampling of Diffusion Models with Exponential Integrator"): in
+x / alpha the process is d(x / alpha) = eps d(rho) with rho = sigma / alpha, and eps is extrapolated linearly in
+log(rho) from its last two values. DDIM keeps eps constant.
 
 Cost: 59 s on two CPU cores, compilation included; peak memory 0.9 GB.
 Expect: after 20 network calls the latents are 0.069 (relative) from those of 250 calls with DEIS, 0.151 with DDIM. The

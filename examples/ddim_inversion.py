@@ -1,10 +1,10 @@
-"""DDIM inversion: from a given image to the noise that the model draws it from, back again, and to another prompt.
+"""DDIM inversion: from an image to the noise that generates it, back again, and to another prompt.
 
     python examples/ddim_inversion.py [OUTPUT.png [IMAGE]]
 
-DDIM's step (Song et al. 2021, equation 13) solves an ordinary differential equation, so that a grid turned round leads
-from image to noise. Each way takes the network's prediction where it stands, at opposite ends of the step: the
-difference is what reconstruction loses. Guidance would enlarge it, and is used only for the new prompt.
+DDIM's step (Song et al. 2021, equation 13) solves an ordinary differential equation, so the reversed time grid leads
+from image to noise. The two directions evaluate the network at opposite ends of a step, which causes the error of the
+reconstruction. Guidance would increase it, and is used only for the new prompt.
 
 Cost: 32 s on two CPU cores, compilation included; peak memory 0.9 GB.
 Expect: an apple reconstructed at 32.9 dB of what the autoencoder makes of it (28.9 dB of the given image, where the

@@ -1,9 +1,10 @@
-"""The gradient of a loss on the finished image, through decoder and sampler, down to the noise it began as.
+"""The gradient of a loss on the finished image with respect to the initial noise, through decoder and sampler.
 
     python examples/image_loss_gradient.py [OUTPUT.png]
 
 The loss asks that what is not white be blue; the prompt is "a balloon", which this model draws red. `jax.checkpoint`
-around the denoiser (rematerialisation, Chen et al. 2016) keeps one x a step and computes the rest again backwards.
+around the denoiser (rematerialisation, Chen et al. 2016) stores one x a step and recomputes the rest in the backward
+pass.
 
 Cost: 61 s on two CPU cores, compilation included; peak memory 1.3 GB. Of that, the gradient's temporaries take 45 MB,
 and they stay as small for more steps (`compiled.memory_analysis()`); without remat they grow with the steps.

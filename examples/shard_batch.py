@@ -1,10 +1,10 @@
-"""A batch of images over a mesh of one's own, here eight devices that two axes name.
+"""A batch of images sharded over your own mesh, here eight devices on two axes.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/shard_batch.py [OUTPUT.png]
 
-Without the flag it takes the devices there are. Under `shard_map` each device runs the whole sampler on its own
+Without the flag it uses the devices of the machine. Under `shard_map` each device runs the whole sampler on its own
 images, and the program has no communication. (Plain `jit` on sharded arrays draws the same images, but guidance
-joins the two halves of its batch along the sharded axis, which makes devices exchange rows at every step.)
+concatenates its batch along the sharded axis, which makes devices exchange rows at every step.)
 
 Cost: 56 s on two CPU cores that simulate eight devices, compilation of both programs included; peak memory 1.6 GB.
 Expect: two rows of four images, one from each device; the largest difference from one device is 7e-6, as float32 sums

@@ -3,7 +3,7 @@
     python examples/vmap_guidance.py [OUTPUT.png]
 
 Cost: 33 s on two CPU cores, compilation included; peak memory 0.8 GB.
-Expect: the same owl seven times, from pale (scale 1, no guidance) to burnt colours and a stained background (12).
+Expect: the same owl seven times, from pale (scale 1, no guidance) to oversaturated with a stained background (12).
 """
 
 import sys

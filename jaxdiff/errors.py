@@ -1,6 +1,6 @@
-"""The base class of the package's own errors, those that several of its folders raise, and warnings logged once.
+"""The base class of the package's errors, errors that several folders raise, and warnings that are logged once.
 
-The message of each is one sentence: what is wrong with which file or argument, and how to mend it.
+Each message is one sentence: what is wrong with which file or argument, and how to fix it.
 """
 
 import functools
@@ -10,7 +10,7 @@ from absl import logging
 
 @functools.cache
 def say_once(warning: str) -> None:
-    """Log a warning once in a process, however often its cause is met."""
+    """Log a warning once per process."""
     logging.warning("%s", warning)
 
 
@@ -19,7 +19,7 @@ class JaxdiffError(Exception):
 
 
 class ArgumentError(JaxdiffError, ValueError):
-    """An argument that cannot be right: one sentence that begins with its name, so that a command can name its flag."""
+    """A wrong argument: one sentence that begins with its name, for which a command puts its flag."""
 
     def __init__(self, argument: str, reason: str):
         super().__init__(argument, reason)

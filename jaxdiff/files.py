@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all: written under a temporary name, then renamed.
+"""Atomic writing of files and folders: they are written under a temporary name, then renamed.
 
-A file whose place stands for an object of a store is uploaded instead of renamed, see `jaxdiff.stores`.
+A file whose path stands for an object of a store is uploaded instead of renamed, see `jaxdiff.stores`.
 """
 
 import contextlib
@@ -16,8 +16,13 @@ from jaxdiff import stores
 
 @contextlib.contextmanager
 def writing(what: object, error: type[Exception], mend: str) -> Iterator[None]:
-    """Turns what the file system raises in the block into an `error` of one sentence: `what` cannot be written, why,
-    and how to mend it."""
+    """Turn an OSError of the block into an `error` of one sentence: `what` cannot be written, why, and the remedy.
+
+    Args:
+        what: begins the sentence, such as "--output: FOLDER".
+        error: type to raise.
+        mend: ends the sentence: what to do.
+    """
     try:
         yield
     except OSError as e:
@@ -26,13 +31,13 @@ def writing(what: object, error: type[Exception], mend: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` for the block to write a file under; the file takes the name `path` at the end.
+    """A temporary path next to `path` for the block to write to; the file is renamed to `path` at the end.
 
-    An earlier file `path` stays until then, and for good if the block raises: the temporary file is then removed. The
-    name is hidden and unique, also among hosts that share the folder.
+    If the block raises, the temporary file is removed and an existing file stays as it is. The temporary name is hidden
+    and unique, also among hosts that share the folder.
 
     Raises:
-        OSError: the file cannot be renamed, or the block raised it.
+        OSError: the file cannot be renamed.
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -47,15 +52,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_new(path: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """As `atomic_write`, but a file that exists is never replaced: castle.png then becomes castle-2.png, and so on.
+    """As `atomic_write`, but never replaces a file: if castle.png exists, the name becomes castle-2.png, and so on.
 
-    Several processes may write into one folder: each takes a name that no other has.
+    Several processes may write into one folder.
 
     Yields:
-        The temporary name, and a list that holds the name taken after the block.
+        The temporary path, and a list that holds the final path after the block.
 
     Raises:
-        OSError: no name can be taken, or the block raised it.
+        OSError: the file cannot be renamed.
     """
     temporary, taken = path.with_name(f".{uuid.uuid4().hex}.tmp"), list[Path]()
     try:
@@ -67,7 +72,7 @@ def write_new(path: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def _claim(temporary: Path, name: Path) -> bool:
-    """Give a file a name that none has; False where one has it."""
+    """Rename a file; False if the name is taken."""
     if url := stores.behind(name, stores.OUTPUTS):
         return stores.put_new(temporary, url)
     try:
@@ -84,7 +89,7 @@ def _claim(temporary: Path, name: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all. Raises OSError if it cannot be written."""
+    """Write a UTF-8 text file atomically. Raises OSError if it cannot be written."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -114,15 +119,16 @@ def replace_folder(folder: Path, new: Path, old: Path) -> None:
 
 
 def first_bytes(path: str | Path) -> bytes:
-    """As much of a file as `not_fetched` needs."""
+    """The first 64 bytes of a file, for `not_fetched`."""
     with Path(path).open("rb") as file:
         return file.read(64)
 
 
 def not_fetched(head: bytes) -> str | None:
-    """What a file is that lies where another should, by its first bytes; None if it may be the right one.
+    """Whether a file is a Git LFS pointer or a web page instead of the file itself, by its first bytes.
 
-    The end of a sentence that begins with its path.
+    Returns:
+        The rest of a sentence that begins with the file's path; None if the file may be right.
     """
     if head.startswith(b"version https://git-lfs.github.com/"):
         return "is a Git LFS pointer, not the file itself: fetch it again with `git lfs pull`, or download it."

@@ -1,4 +1,4 @@
-"""One program mapped over devices, as sampling and the encoding of data take it: no communication but of parameters."""
+"""One program mapped over devices, for sampling and for encoding data; only sharded parameters are communicated."""
 
 import dataclasses
 import math
@@ -13,25 +13,25 @@ from jaxdiff.parallel import EXAMPLES, data_mesh, param_sharding, put_global, re
 
 
 class Mapped(NamedTuple):
-    """What `pmap` returns: call it as a function; `lookup(program, *args)` may give the program compiled before."""
+    """The result of `pmap`, a callable; `lookup(program, *args)` may return a program compiled earlier."""
 
     run: Callable
-    program: Any  # the jitted program of batches that divide evenly; `lower` on it shows what is compiled
+    program: Any  # the jitted function of batches that divide evenly; `lower` it to see what is compiled
 
     def __call__(self, *args: Any, lookup: Callable[..., Callable] | None = None) -> Any:
         return self.run(*args, lookup=lookup)
 
 
 def on_cpus(devices: Sequence[jax.Device] | Mesh) -> bool:
-    """Whether a program is to run on CPUs with whole copies of the parameters."""
+    """Whether the devices are CPUs, with replicated parameters."""
     return not isinstance(devices, Mesh) and devices[0].platform == "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
 class Divided:
-    """Parameters inside a program of `pmap`: those under a key are gathered over "fsdp" when they are taken."""
+    """Sharded parameters inside a `pmap` program: `divided[name]` gathers those of one network over "fsdp"."""
 
-    parts: Any  # those that each device has
+    parts: Any  # the shards of each device
     shardings: Any
 
     def __getitem__(self, name: str) -> Any:
@@ -43,19 +43,19 @@ class Divided:
             return jax.tree.map(one, parts, self.shardings[name])
 
         auto = set(jax.sharding.get_abstract_mesh().auto_axes)
-        if auto:  # by itself: else the compiler first puts together what it has divided over "tensor"
+        if auto:  # a nested shard_map: else the compiler first gathers what is sharded over "tensor"
             specs = jax.tree.map(lambda x: without(x.spec, "fsdp"), self.shardings[name])
             gathered = jax.shard_map(gathered, in_specs=(specs,), out_specs=specs, axis_names=auto, check_vma=False)
         return gathered(self.parts[name])
 
 
 def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
-    """A spec that no longer divides anything over an axis of the mesh."""
+    """The spec without one axis of the mesh."""
     return PartitionSpec(*[None if name == axis else name for name in spec])
 
 
 def anew(params: Any, x: Any) -> tuple[Any, Any]:
-    """The same parameters and x; divided ones are gathered for this x anew, rather than kept from one to the next."""
+    """The parameters and x unchanged, but tied together, so that sharded parameters are gathered again for each x."""
     if not isinstance(params, Divided):
         return params, x
     parts, x = jax.lax.optimization_barrier((params.parts, x))
@@ -63,32 +63,32 @@ def anew(params: Any, x: Any) -> tuple[Any, Any]:
 
 
 def part_count(devices: Sequence[jax.Device] | Mesh) -> int:
-    """Over how many parts `pmap` divides a batch."""
+    """The number of parts into which `pmap` divides a batch."""
     mesh = devices if isinstance(devices, Mesh) else data_mesh(devices)
     return math.prod(mesh.shape[axis] for axis in EXAMPLES if axis in mesh.axis_names)
 
 
 def filled_rows(tree: Any, batch: int, parts: int) -> Any:
-    """Arrays [batch, ...] with the last row repeated, until there are as many rows as `parts` divides."""
+    """Arrays [batch, ...] padded with their last row to a multiple of `parts` rows."""
     missing = -batch % parts
     rows = np.minimum(np.arange(batch + missing), batch - 1)
     return jax.tree.map(lambda x: x[rows], tree) if missing else tree
 
 
 def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int = 0) -> Mapped:
-    """Map one program over devices, each with its part of a batch, as `jax.pmap` did; see docs/adr/001-devices.md.
+    """Map a function over devices, each with its part of a batch, as `jax.pmap` did; see docs/adr/001-devices.md.
 
     Args:
-        function: of `shared` arguments that every device gets whole, then of arguments [B, ...] that are divided along
-            their first axis (trees of arrays; None where absent). Returns a tree of arrays [B, ...].
-        devices: what to map over; or a `mesh`, over which the first of the shared arguments, parameters, is divided as
-            by `shard`: the function gets them as `Divided`, and batches are divided over "data" and "fsdp".
-        shared: how many leading arguments are not divided.
+        function: takes `shared` arguments that every device gets whole, then arguments [B, ...] that are divided along
+            their first axis (trees of arrays; None if absent), and returns a tree of arrays [B, ...].
+        devices: to map over; or a `mesh`, over which the first shared argument, the parameters, is sharded as by
+            `shard`: the function gets it as `Divided`, and batches are divided over "data" and "fsdp".
+        shared: number of leading arguments that are not divided.
 
     Returns:
-        A function of the same arguments for any B >= 1. A batch that does not divide evenly is filled up with its
-        last row, and the results of the filling are cut off. The compiled program of a function that treats its rows
-        independently holds no communication but that of divided parameters.
+        A function of the same arguments for any B >= 1. A batch that does not divide evenly is padded with its last
+        row, and the results are cut. If `function` treats its rows independently, the compiled program communicates
+        nothing but sharded parameters.
     """
     mesh, divided = (devices, True) if isinstance(devices, Mesh) else (data_mesh(devices), False)
     axes = tuple(axis for axis in EXAMPLES if axis in mesh.axis_names)

@@ -1,12 +1,12 @@
 """Object stores: paths gs://bucket/… and s3://bucket/…, read and written through fsspec.
 
-Nothing reads from a store directly. What lies there is copied to this machine first, and what is written is written
-here, whole, and then uploaded. So each path of a store has a place below `copies()`, and the place says the path:
+Nothing reads from a store directly: objects are copied to this machine first, and files are written here and then
+uploaded. So each path of a store has a place below `copies()`, and the path can be read off the place:
 
     copies() / AREA / s3 / bucket / run / model.safetensors   <->   s3://bucket/run/model.safetensors
 
-A store has no renaming, and its folders are names. One object appears whole or not at all; of several, the one that
-readers look for is uploaded last.
+A store cannot rename, and its folders are mere prefixes of names. A single object appears whole or not at all; of
+several, the one that readers look for is uploaded last.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from jaxdiff.errors import JaxdiffError, say_once
 
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}  # and the packages that fsspec reads them with
 FETCHED, OUTPUTS = "fetched", "outputs"  # areas: what is read, and what is on its way to a store
-PATIENCE = 600.0  # seconds for which a store that answers errors is asked again
+PATIENCE = 600.0  # seconds for which failed requests are retried
 LONGEST_PAUSE = 15.0  # seconds between two tries
-THREADS = 16  # objects under way at a time
+THREADS = 16  # objects transferred at a time
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/(/?)(.*)", re.DOTALL)
-# What asking again does not mend: credentials, names, this machine's disk, mistakes of the program.
+# Errors that a retry does not help: credentials, names, this machine's disk, bugs.
 _FINAL = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound")
 _FINAL_NUMBERS = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 _MISTAKES = (TypeError, ValueError, LookupError, AttributeError, ImportError, NotImplementedError)
@@ -43,16 +43,16 @@ Listing = dict[str, tuple[int, str]]  # names below a path ("": the path itself)
 
 
 class StoreError(JaxdiffError, ValueError):
-    """A store that cannot be reached, read or written, or a path that names none."""
+    """A store that cannot be reached, read or written, or a wrong path of one."""
 
 
 def is_store(path: object) -> bool:
-    """Whether a path is of a store that is known."""
+    """Whether a path begins with a known scheme."""
     return str(path).partition("://")[0] in SCHEMES and "://" in str(path)
 
 
 def wrong(path: object) -> str | None:
-    """Why a path can be neither of a store nor of this machine, as the end of a sentence; None if it can."""
+    """Why a path is neither a store's nor this machine's, as the rest of a sentence; None if it may be one of them."""
     if not (match := _SCHEME.match(str(path))):
         return None
     scheme, second, rest = match.groups()
@@ -69,7 +69,7 @@ def wrong(path: object) -> str | None:
 
 
 def check(path: object) -> None:
-    """Raise StoreError for a path that can be neither of a store nor of this machine."""
+    """Raise StoreError for a path that is neither a store's nor this machine's."""
     if reason := wrong(path):
         raise StoreError(f"{path} {reason}")
 
@@ -88,14 +88,14 @@ def copies() -> Path:
 
 
 def place(url: str, area: str) -> Path:
-    """Where a store's path lies on this machine; nothing is made. Raises StoreError for a path that is of no store."""
+    """The place of a store's path on this machine; nothing is created. Raises StoreError for a wrong path."""
     check(url)
     scheme, _, rest = url.partition("://")
     return copies() / area / scheme / rest.rstrip("/")
 
 
 def behind(path: str | Path, area: str = "") -> str | None:
-    """The store's path that a place stands for, of a given area or any; None of other paths."""
+    """The store's path that a place stands for; None for other paths, or if the place is not in `area` (if given)."""
     try:
         own, scheme, *rest = Path(path).absolute().relative_to(copies()).parts
     except ValueError:
@@ -104,7 +104,7 @@ def behind(path: str | Path, area: str = "") -> str | None:
 
 
 def shown(text: object) -> str:
-    """A text with the places in it as the stores' paths."""
+    """A text with places replaced by the stores' paths."""
     return re.sub(rf"{re.escape(str(copies()))}/[\w-]+/({'|'.join(SCHEMES)})/", r"\1://", str(text))
 
 
@@ -119,11 +119,11 @@ def _filesystem(scheme: str) -> Any:
 
 
 def _call(url: str, method: str, *args: Any, **more: Any) -> Any:
-    """Call a method of a store's file system, again and again while the store answers errors that may pass.
+    """Call a method of a store's file system, and retry while it fails with errors that may be temporary.
 
     Raises:
-        FileNotFoundError, FileExistsError: as the method does.
-        StoreError: of anything else that does not pass within `PATIENCE`.
+        FileNotFoundError, FileExistsError: raised by the method.
+        StoreError: any other error that persists for `PATIENCE` seconds.
     """
     check(url)
     since, pause, said = time.monotonic(), 0.5, False
@@ -153,7 +153,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def listing(url: str) -> Listing:
-    """All objects at and below a path; empty where there are none."""
+    """All objects at and below a path; empty if there are none."""
     url = url.rstrip("/")
     try:
         found = _call(url, "find", url, detail=True)
@@ -165,13 +165,13 @@ def listing(url: str) -> Listing:
             continue
         relative = name[len(root) + 1 :]
         if any(part in ("", ".", "..") for part in relative.split("/")) and relative:
-            if not relative.endswith("/"):  # those are made by browsers, for folders
-                say_once(f"{url}/{relative} is left out: its name is no path.")
+            if not relative.endswith("/"):  # web consoles make such objects for folders
+                say_once(f"{url}/{relative} is left out: its name is not a valid path.")
             continue
         tags = [str(info[key]) for key in ("ETag", "etag", "generation", "created") if key in info]
         objects[relative] = int(info["size"]), " ".join(tags)
     if len(objects) > 1:
-        objects.pop("", None)  # here a name is a file or a folder
+        objects.pop("", None)  # on disk a name cannot be both a file and a folder
     return objects
 
 
@@ -181,7 +181,7 @@ def exists(url: str) -> bool:
 
 
 def read(url: str) -> bytes | None:
-    """What an object holds; None where it is missing."""
+    """The contents of an object; None if it is missing."""
     try:
         return _call(url, "cat_file", url)
     except FileNotFoundError:
@@ -189,8 +189,8 @@ def read(url: str) -> bytes | None:
 
 
 def write(url: str, data: bytes, *, new: bool = False) -> None:
-    """Write an object. With `new`, raises FileExistsError where there is one, whoever else may be writing."""
-    if new and exists(url):  # for stores that know no conditions
+    """Write an object. With `new`, raise FileExistsError if there is one, even with concurrent writers."""
+    if new and exists(url):  # for stores without conditional writes
         raise FileExistsError(url)
     _call(url, "pipe_file", url, data, mode="create" if new else "overwrite")
 
@@ -201,7 +201,7 @@ def put(path: Path, url: str) -> None:
 
 
 def put_new(path: Path, url: str) -> bool:
-    """Upload a small file to a name that none has; False where one has it."""
+    """Upload a small file to a new name; False if the name is taken."""
     try:
         write(url, path.read_bytes(), new=True)
     except FileExistsError:
@@ -210,7 +210,7 @@ def put_new(path: Path, url: str) -> bool:
 
 
 def remove(*urls: str) -> None:
-    """Remove objects; those that are missing do not matter."""
+    """Remove objects; missing ones are ignored."""
 
     def one(url: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -220,7 +220,7 @@ def remove(*urls: str) -> None:
 
 
 def move(url: str, to: str, first: str) -> None:
-    """Rename all below a path, one object after the other, beginning with `first`."""
+    """Move all objects below a path, one after the other, `first` first."""
     names = listing(url)
     for name in sorted(names, key=lambda name: name != first):
         _call(url, "copy", f"{url}/{name}", f"{to}/{name}")
@@ -228,7 +228,7 @@ def move(url: str, to: str, first: str) -> None:
 
 
 def probe(url: str) -> None:
-    """Raise StoreError where nothing can be written below a path."""
+    """Raise StoreError if nothing can be written below a path."""
     name = f"{url.rstrip('/')}/.{uuid.uuid4().hex}.tmp"
     try:
         write(name, b"")
@@ -247,14 +247,14 @@ def _each(run: Callable[[Any], Any], items: Iterable[Any]) -> None:
 
 
 def files(folder: Path) -> list[str]:
-    """Names of the files below a folder, without hidden and linked ones."""
+    """Names of the files below a folder, without hidden files and links."""
     paths = (p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
     names = (p.relative_to(folder).as_posix() for p in paths)
     return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
 
 def upload(folder: Path, url: str, names: Iterable[str]) -> None:
-    """Upload files of a folder, by their names in there."""
+    """Upload files of a folder by their relative names."""
     _each(lambda name: put(folder / name, f"{url}/{name}"), names)
 
 
@@ -277,10 +277,10 @@ def download(url: str, folder: Path, names: Iterable[str]) -> None:
 
 
 def publish(folder: Path, url: str, marker: str) -> None:
-    """Upload a folder so that whoever finds its file `marker` finds all of it. Other objects in there stay.
+    """Upload a folder such that readers who find its file `marker` find all of it. Other objects there stay.
 
     Args:
-        marker: a file of the folder. An earlier one is removed first, and this one is uploaded last.
+        marker: a file of the folder. An existing one is removed first, and the new one is uploaded last.
     """
     url, names = url.rstrip("/"), files(folder)
     inside = {name.split("/")[0] for name in names if "/" in name}  # folders that are replaced
@@ -292,11 +292,11 @@ def publish(folder: Path, url: str, marker: str) -> None:
 
 
 def fetch(url: str, choose: Callable[[Sequence[str]], Sequence[str]] | None = None) -> Path:
-    """This machine's copy of what lies at a path, brought up to date. Only what has changed is copied.
+    """This machine's copy of the objects at and below a path, updated with those that have changed.
 
     Args:
-        url: of an object or of all below it. In a name with {00..99} or * all are taken that begin alike.
-        choose: of all names those to copy; by default all.
+        url: the path. If a name has {00..99} or *, all objects are copied that begin with what precedes it.
+        choose: selects the names to copy from all names; None: all.
 
     Raises:
         StoreError: there is nothing, or it cannot be read.
@@ -323,7 +323,7 @@ def fetch(url: str, choose: Callable[[Sequence[str]], Sequence[str]] | None = No
         if missing := [name for name in names if name not in there]:
             total = sum(now[name][0] for name in missing)
             logging.info("Copying %d files (%.1f MB) of %s to %s.", len(missing), total / 1e6, url, folder)
-            kept.unlink(missing_ok=True)  # what is copied now is of neither list
+            kept.unlink(missing_ok=True)  # while copying, neither list is true
             try:
                 download(url, folder, missing)
             except FileNotFoundError as e:
@@ -338,7 +338,7 @@ def fetch(url: str, choose: Callable[[Sequence[str]], Sequence[str]] | None = No
 
 
 def local(path: str, choose: Callable[[Sequence[str]], Sequence[str]] | None = None) -> str:
-    """A path of this machine: what is given, or the copy of what lies at a store's path, see `fetch`."""
+    """A path of this machine: `path` itself, or this machine's copy of a store's path, see `fetch`."""
     return str(fetch(path, choose)) if is_store(path) else path
 
 
@@ -351,7 +351,7 @@ def _size(path: Path) -> int:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Keeps other processes of this machine out of the block, where the file system has locks."""
+    """Lock out other processes of this machine during the block, if the file system has locks."""
     with path.open("w") as file:
         with contextlib.suppress(ImportError, OSError):  # systems and file systems without locks
             import fcntl

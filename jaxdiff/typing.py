@@ -11,6 +11,6 @@ Params = Mapping[str, Any]  # nested dict of arrays: {"text_encoder": …, "unet
 Key = jax.Array  # jax.random.key(…), scalar or [B]
 Denoise = Callable[[Array, Any], Array]  # (x [B, ...], Time) -> denoised [B, ...]
 
-# Of every key made here, so that a seed draws the same image whatever JAX_DEFAULT_PRNG_IMPL says.
+# The PRNG of every key made here, so that images do not depend on JAX_DEFAULT_PRNG_IMPL.
 PRNG = "threefry2x32"
-SEEDS = 2**32  # of a key: seeds are below
+SEEDS = 2**32  # seeds are below this

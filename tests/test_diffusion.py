@@ -83,6 +83,12 @@ def test_at_interpolates_and_stops_at_the_ends():
     np.testing.assert_allclose(at(one, 0.0).alpha, 0.5**0.5, rtol=1e-6)
 
 
+def test_betas_that_do_not_reach_all_timesteps_are_refused():
+    """Else every later timestep would have the noise of the last beta."""
+    with pytest.raises(ValueError, match=r"trained_betas .* holds 2 numbers for 1000 num_train_timesteps"):
+        noise_schedule(SchedulerConfig(trained_betas=(0.1, 0.2)))
+
+
 def test_flow_is_a_straight_line_at_any_time():
     t = np.linspace(0, 1000, 777)
     time = at(noise_schedule(FLOW), t)
@@ -150,8 +156,8 @@ def test_program_does_not_depend_on_the_spacing():
         (SD1, 10, "ddim", "even", "spacing 'even' is unknown; known are leading"),
         (dataclasses.replace(SD1, timestep_spacing="karras"), 10, "euler", None, "spacing 'karras' is unknown"),
         (SD1, 0, "ddim", None, "steps 0 must be at least 1"),
-        (SD1, 1001, "ddpm", "trailing", "steps 1001 are more than trailing spacing"),
-        (SD1, 1000, "dpmpp_2m", "linspace", "steps 1000 are more than linspace spacing"),
+        (SD1, 1001, "ddpm", "trailing", "steps 1001 is more than trailing spacing"),
+        (SD1, 1000, "dpmpp_2m", "linspace", "steps 1000 is more than linspace spacing"),
         (SD1, 1000, "ddim", None, "steps 1000 with steps_offset 1 reach beyond the 1000 of training"),
         (FLOW, 10, "euler", "leading", "does not start from pure noise"),
         (FLOW, 10, "euler", "ays", "a table for Stable Diffusion, not for a flow"),
@@ -170,7 +176,7 @@ def test_program_does_not_depend_on_the_spacing():
         (dataclasses.replace(SD1, interpolation_type="cubic"), 10, "euler", None, "interpolation_type 'cubic'"),
         (dataclasses.replace(SD1, lambda_min_clipped=-2.0), 10, "dpmpp_2m", None, "lambda_min_clipped -2.0"),
         (SchedulerConfig(class_name="EDMEulerScheduler"), 10, "euler", None, "EDMEulerScheduler .* is not supported"),
-        (SD1, 51, "lcm", None, "steps 51 are more than the 50 of the distillation"),
+        (SD1, 51, "lcm", None, "steps 51 is more than the 50 of the distillation"),
         (dataclasses.replace(SD1, original_inference_steps=0), 4, "tcd", None, "original_inference_steps 0 must be"),
         (dataclasses.replace(SD1, final_sigmas_type="half"), 10, "euler", None, "final_sigmas_type 'half' is unknown"),
         (

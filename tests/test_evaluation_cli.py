@@ -220,7 +220,7 @@ def test_an_existing_report_stays_unless_it_is_to_be_replaced(evaluation_cli):
     assert [p.name for p in Path("new").iterdir()] == ["report"]
     Path("mine").mkdir()
     Path("mine/file").write_text("")
-    assert "is no report" in evaluation_cli(*folders.DRAW, "--output=mine", "--overwrite")[2]
+    assert "is not a report" in evaluation_cli(*folders.DRAW, "--output=mine", "--overwrite")[2]
     assert Path("mine/file").exists()
 
 

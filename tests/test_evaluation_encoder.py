@@ -119,7 +119,7 @@ def test_a_long_strip_does_not_grow():
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda f: shutil.rmtree(f), "is no folder: give a folder of a CLIP model"),
+        (lambda f: shutil.rmtree(f), "is not a folder: give a folder of a CLIP model"),
         (lambda f: (f / "config.json").unlink(), "holds no vision encoder"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / "config.json").write_text('{"model_type": "siglip"}'), "describes a siglip, not a clip model"),

@@ -30,7 +30,7 @@ from tests.support import evaluation_folders as folders
         (["--prompts=prompts.txt", "--guidance_scale=nan"], "must be finite"),
         (["--prompts=prompts.txt", "--data=nowhere"], "--data, --split: The data folder nowhere does not exist"),
         (["--prompts=prompts.txt", "--data=DATA", "--held_out_split=no"], "--held_out_split: .* no no/metadata.jsonl"),
-        (["--prompts=prompts.txt", "--data=DATA", "--held_out_split=train"], "is --split too"),
+        (["--prompts=prompts.txt", "--data=DATA", "--held_out_split=train"], "is also --split"),
         (["--images=.", "--steps=3"], "--steps is for drawing"),
         (["--images=."], "--model is for drawing"),
         (["--prompts=prompts.txt", "--data=DATA", "--group=style"], "--group style: no row"),
@@ -47,7 +47,7 @@ def test_flags_that_cannot_be_right(evaluation_cli, clip_and_data, args, sentenc
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: None, "--images drawn is no folder"),
+        (lambda: None, "--images drawn is not a folder"),
         (lambda: Path("drawn").mkdir(), "--images drawn holds no images"),
         (lambda: folders.blank("drawn/a.png"), "drawn/a.png has no prompt: give --prompts"),
     ],
@@ -80,7 +80,7 @@ def test_a_damaged_image_is_named(evaluation_cli, clip_and_data):
     code, out, err = evaluation_cli("--images=drawn", model=None)
     assert (code, out) == (1, "")
     assert "drawn/001.png cannot be read" in err
-    assert "mend the file, or take it out" in err
+    assert "repair the file, or remove it" in err
     assert not Path("report").exists()
 
 
@@ -121,7 +121,7 @@ def test_a_report_is_not_made_over_what_it_reads(evaluation_cli, clip_and_data):
 
 def test_a_full_disk_is_one_sentence_that_names_the_flag():
     with (
-        pytest.raises(Failure, match=r"--output: there cannot be written \(No space left on device\): make room"),
+        pytest.raises(Failure, match=r"--output: there cannot be written \(No space left on device\): free some space"),
         outputs.writing_report(Path("there")),
     ):
         raise OSError(28, "No space left on device")

@@ -80,5 +80,5 @@ def test_flags_of_a_png(png):
 
 def test_flags_of_a_png_that_are_not_known(png):
     write_png(png, [[[0, 0, 0]]], {"prompt": "a", "colour": "red"})
-    with pytest.raises(UsageError, match=r"x\.png holds colour, which is no flag here"):
+    with pytest.raises(UsageError, match=r"x\.png holds colour, which is not a flag"):
         parse(["sample.py", f"--from_png={png}"])

@@ -168,7 +168,7 @@ def test_the_command_draws_and_draws_again(sample_cli, gan, gan_folder):
         ("--steps=4", "--steps is for models that remove noise step by step"),
         ("--scheduler=euler", "--scheduler is for models that remove noise step by step"),
         ("--spacing=karras", "--spacing is for models that remove noise step by step"),
-        ("--guidance_scale=3", "--guidance_scale is for guidance, which this model has none of"),
+        ("--guidance_scale=3", "--guidance_scale is for guidance, which this model does not use"),
         ("--negative_prompt=x", "--negative_prompt is for guidance"),
         ("--image=a.png", "--image is for models that redraw images"),
         ("--hires=2", "--hires is for models that remove noise step by step"),

@@ -264,7 +264,7 @@ def test_the_pieces_take_bytes_as_generate_does(tiny, image):
     @jax.jit
     def pieces(x):
         latents = jaxdiff.encode(model, params, x)
-        denoise = jaxdiff.denoiser(model, params, cond, control_images=[x], controlnet_scale=[1.0])
+        denoise = jaxdiff.denoiser(model, params, cond, control_images=[x])  # whose scale is 1
         return latents, denoise(latents, 500.0)
 
     for a, b in zip(pieces(image[None]), pieces(image[None] / np.float32(255)), strict=True):
@@ -318,7 +318,7 @@ def test_parameters_put_elsewhere_than_is_drawn(tiny):
         jaxdiff.generate(model, jaxdiff.replicate(params), PROMPTS[0], steps=STEPS),
         jaxdiff.generate(model, params, PROMPTS[0], steps=STEPS, devices=[device]),
     )
-    with pytest.raises(ValueError, match="devices are not the 1 that params were put on: leave out devices"):
+    with pytest.raises(ValueError, match="devices differ from the 1 that params were put on: leave out devices"):
         as_devices([device, object()], 2, jaxdiff.replicate(params))
 
 

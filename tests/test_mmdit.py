@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-from jaxdiff.config import ConfigError
+from jaxdiff.config import ConfigError, FluxConfig
+from jaxdiff.errors import ArgumentError
+from jaxdiff.models.flux import FluxTransformer2DModel
 from jaxdiff.training import init
 from tests.support.processes import ROOT
 from tests.support.tiny import FACTOR, LATENT, SIDE
@@ -78,6 +80,20 @@ def test_a_fresh_transformer_says_nothing_and_keeps_its_input(tiny_folder):
     out = model.transformer.apply({"params": params["transformer"]}, x, np.full(1, 500.0), cond.embeddings, cond.pooled)
     assert not np.asarray(out).any()
     assert cond.embeddings.shape == (1, 12, 32)
+
+
+def test_what_its_text_encoders_do_not_read_is_refused(tiny_folder):
+    model, params = fresh_model(tiny_folder)
+    tokens = jaxdiff.tokenize(model, ["a castle"])
+    most = model.text_encoder.config.num_hidden_layers - 1
+    for wrong in (-1, most + 1):
+        with pytest.raises(ValueError, match=rf"clip_skip {wrong} must be 0.* for models like sd3"):
+            jaxdiff.encode_text(model, params, tokens, clip_skip=wrong)
+    flux = dataclasses.replace(model, transformer=FluxTransformer2DModel(FluxConfig()))
+    with pytest.raises(ValueError, match="clip_skip 1 must be 0 for models like flux"):
+        jaxdiff.encode_text(flux, params, tokens, clip_skip=1)
+    with pytest.raises(ArgumentError, match="chunks are for CLIP's text encoders"):
+        jaxdiff.tokenize(model, ["a castle"], chunks=2)
 
 
 def sizes(**changes):

@@ -232,7 +232,7 @@ def test_the_command_names_the_flag_before_weights_are_read(flag, sample_cli, mo
     for path, sentence in (
         ("lora.safetensors", "holds a LoRA"),
         ("none.safetensors", "does not exist"),
-        ("", "is no path: name a file or folder"),
+        ("", "is not a path: name a file or folder"),
     ):
         code, out, err = sample_cli("--prompt=a", f"--{flag}={path}", *beside)
         assert (code, out) == (2, [])
@@ -244,7 +244,7 @@ def test_the_command_names_the_flag_before_weights_are_read(flag, sample_cli, mo
 def test_an_empty_model_is_named(sample_cli):
     code, out, err = sample_cli("--prompt=a", model="")
     assert (code, out) == (2, [])
-    assert "--model='' is no path: name a file or folder, or leave --model out." in err
+    assert "--model='' is not a path: name a file or folder, or leave --model out." in err
 
 
 @pytest.fixture(scope="module")

@@ -72,11 +72,11 @@ def test_json_lines_by_other_names(name, tmp_path):
         (
             "p.txt",
             "a cat --w 512 --h 768",
-            r"^Line 1 of \S*p.txt sets --w, .*: give --width in its place",
+            r"^Line 1 of \S*p.txt sets --w, .*: give --width on the command line instead",
         ),
         ("p.txt", "a cat --d x", r"^Line 1 of \S*p.txt has the seed 'x', which is not a whole number\.$"),
-        ("p.txt", "a cat --d -2", r"^Line 1 of \S*p.txt has the seed -2, and a seed is from 0"),
-        ("p.txt", "a cat --n dog --negative_prompt fox", r"^Line 1 of \S*p.txt says its negative_prompt twice\.$"),
+        ("p.txt", "a cat --d -2", r"^Line 1 of \S*p.txt has the seed -2; seeds are from 0"),
+        ("p.txt", "a cat --n dog --negative_prompt fox", r"^Line 1 of \S*p.txt gives negative_prompt twice\.$"),
         ("p.txt", "--seed 4", r"^Line 1 of \S*p.txt holds no prompt\.$"),
         ("p.jsonl", "a castle", r"^Line 1 of \S*p.jsonl is not JSON: write \{"),
         ("p.jsonl", "[" * 100_000, r"^Line 1 of \S*p.jsonl is not JSON"),
@@ -166,14 +166,14 @@ def test_styles_as_the_web_ui_keeps_them(tmp_path, caplog):
     assert apply_style("", None, "Ink", path) == ("ink drawing, masterpiece", "photo")
     assert apply_style("a castle", None, "Film", path) == ("film still of a castle, grain", None)
     assert apply_style("a castle", "blurry", "None", path) == ("a castle", "blurry")
-    assert caplog.text.count("the column notes means nothing to a style") == 1
+    assert caplog.text.count("the column notes is not used by styles") == 1
     for bad in ("", "name;prompt\na;b\n", "title,prompt\na,b\n"):
         with pytest.raises(PromptError, match=r"styles.csv must be a table with the columns name, prompt and negative"):
             read_styles(write(path, bad))
 
 
 def test_a_table_of_styles_that_is_none(tmp_path):
-    with pytest.raises(PromptError, match=r"styles.csv is no table \(field larger than field limit"):
+    with pytest.raises(PromptError, match=r"styles.csv is not a CSV table \(field larger than field limit"):
         read_styles(write(tmp_path / "styles.csv", "name,prompt\na," + 200_000 * "b"))
 
 

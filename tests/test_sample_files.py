@@ -52,7 +52,7 @@ def test_nothing_that_exists_is_overwritten(linked, sample_cli, planes, monkeypa
         before = {path: Path(path).read_bytes() for path in first}
         code, second, err = sample_cli(f"--prompt={LONG}dragon", f"--output={output}", *more)
         assert code == 0
-        assert f"{first[0]} exists, so this run's is {second[0]}" in err
+        assert f"{first[0]} exists, so this image is {second[0]}" in err
         assert len(set(first + second)) == len(first) + len(second) == 2 * (2 * 3 + 2)
         assert {path: Path(path).read_bytes() for path in first} == before
         for path, strip in zip(second[:-2:2], second[1:-2:2], strict=True):
@@ -107,7 +107,9 @@ def test_every_flag_of_a_path_is_checked():
     assert {"model", "output", "lora", "image", "mask", "cache_dir", "prompts_file", "from_png"} <= set(names)
     beside = ["sample.py", CASTLE, "--image=a", "--control_image=b", "--style=c", "--preview"]
     for name in names:
-        with pytest.raises(UsageError, match=rf"^--{name}='' is no path: name a file or folder, or leave --{name} out"):
+        with pytest.raises(
+            UsageError, match=rf"^--{name}='' is not a path: name a file or folder, or leave --{name} out"
+        ):
             flags.parse([*beside, f"--{name}="])
         with pytest.raises(UsageError, match=rf"^--{name} xxx\S* has a name of 300 bytes, above 255: shorten it"):
             flags.parse([*beside, f"--{name}={'x' * 300}/y"])
@@ -126,7 +128,7 @@ def test_every_flag_of_a_path_is_checked():
         (["--from_png=none.png"], "--from_png: none.png does not exist: check the path"),
         (["--num_images=1000000000"], "--num_images 1000000000 makes more than 1000000 images"),
         (["--interpolate=1000000000"], "--interpolate 1000000000 makes more than 1000000 images"),
-        (["--steps=1000000000"], "--steps 1000000000 are too many: give at most 10000"),
+        (["--steps=1000000000"], "--steps 1000000000 is too many: give at most 10000"),
         (["--prompt_2=a"], "--prompt_2 is for the second text encoder of SDXL, which this model lacks"),
         (["--hires=1"], "--hires 1.0 must be above 1"),
         (["--clip_skip=99"], "--clip_skip 99 must be 0 to 1"),
@@ -139,8 +141,8 @@ def test_every_flag_of_a_path_is_checked():
         (["--noise_level=3"], "--noise_level is for upscaling models"),
         (["--prompts_file=a.jsonl"], "--prompts_file: Line 1 of a.jsonl has the seed -1"),
         (["--prompt=<lora:x:1> a", "--lora_dir=."], "--lora_dir . has no x.safetensors for <lora:x>: it has no LoRA"),
-        (["--lora_dir=.", "--noemphasis"], "--lora_dir is for <lora:…> in prompts, which --noemphasis takes for words"),
-        (["--prompt=<lora:x:y> a", "--lora_dir=."], "--prompt: <lora:x:y> has weights that are not understood"),
+        (["--lora_dir=.", "--noemphasis"], "--lora_dir is for <lora:…> in prompts, which --noemphasis reads as words"),
+        (["--prompt=<lora:x:y> a", "--lora_dir=."], "--prompt: <lora:x:y> has weights that cannot be read"),
         (["--prompt=<lora:x> a", "--lora_dir=gone"], "--lora_dir: gone does not exist: check the path"),
         (["--fsdp=3"], "--fsdp 3 must divide the number of devices, 1"),
         (["--tensor=2"], "--fsdp 1 x tensor 2 must divide the number of devices, 1"),
@@ -167,7 +169,7 @@ def test_large_but_possible_sizes_are_planned(tiny):
 def test_seeds_of_a_prompts_file(seed, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(f'{{"prompt": "a", "seed": {seed}}}')
-    with pytest.raises(PromptError, match=rf"^Line 1 of \S* has the seed {seed}, and a seed is from 0 to 4294967295"):
+    with pytest.raises(PromptError, match=rf"^Line 1 of \S* has the seed {seed}; seeds are from 0 to 4294967295"):
         read_prompts(path)
     path.write_text('{"prompt": "a", "seed": 4294967295}')
     assert read_prompts(path)[0].seed == 2**32 - 1
@@ -249,5 +251,8 @@ def test_loras_by_the_name_in_their_metadata(sample_cli, planes, tiny, loras):
 def test_tags_without_a_folder_are_said(sample_cli, planes):
     code, _, err = sample_cli("--prompt=a <lora:detail:0.7>, <hypernet:y:1>", "--output=x.png")
     assert code == 0
-    assert "has <lora:detail:0.7>, which is left out: sample.py acts on it in --prompt, by --lora_dir" in err
+    assert (
+        "has <lora:detail:0.7>, which is left out: sample.py applies it if it is in --prompt and --lora_dir is given"
+        in err
+    )
     assert "hypernetworks are not supported" in err

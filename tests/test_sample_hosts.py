@@ -84,7 +84,7 @@ sys.exit(sample.main(["sample.py", "--prompt=a", "--output=x.png", "--coordinato
         [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 1
-    assert f"after 2 s not all processes have met at localhost:{port}: start the same command" in done.stderr
+    assert f"not all processes connected at localhost:{port} within 2 s: start the same command" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

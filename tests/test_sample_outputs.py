@@ -34,7 +34,9 @@ def test_where_images_go(output, count, names, sheet):
     assert str(sheet_path) == sheet
 
 
-@pytest.mark.parametrize("output", ["{what}.png", "{index.png", "{0}.png", "{index:q}.png", "{prompt.x}.png"])
+@pytest.mark.parametrize(
+    "output", ["{what}.png", "{index.png", "{0}.png", "{index:q}.png", "{prompt.x}.png", "{seed[0]}.png"]
+)
 def test_patterns_that_name_something_else(output):
     with pytest.raises(UsageError, match=r"may name \{prompt\}, \{seed\} and \{index\} only"):
         output_paths(output, IMAGES)

@@ -133,6 +133,13 @@ def test_keys_are_all_different():
     np.testing.assert_array_equal(jax.random.key_data(sample_keys(old, 50)), jax.random.key_data(keys))
 
 
+def test_keys_of_another_number_of_samples_are_refused():
+    """One key among three would give all samples the same noise."""
+    for keys in (sample_keys(KEY, 1), sample_keys(KEY, 2)):
+        with pytest.raises(ValueError, match=r"key has shape .* for 3 samples"):
+            run("ddpm", noise(3, 2), keys, steps=2)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_start_runs_the_tail(name):
     """Leaving out steps is running the rest of the grid, for a start that is traced."""

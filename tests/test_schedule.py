@@ -150,7 +150,7 @@ def test_tags_of_loras(tag, expected):
 
 @pytest.mark.parametrize("tag", ["<lora:x:much>", "<lora:x:nan>", "<lora:x:1:2:3>", "<lora:x:1:lbw=IN>", "<lora:x:>"])
 def test_tags_with_other_weights_are_refused(tag):
-    with pytest.raises(PromptError, match=f"^{tag} has weights that are not understood: write <lora:x:0.8>"):
+    with pytest.raises(PromptError, match=f"^{tag} has weights that cannot be read: write <lora:x:0.8>"):
         split_tags(f"a {tag}")
 
 
@@ -160,7 +160,7 @@ def test_tags_with_other_weights_are_refused(tag):
         (
             "a cat <lora:detail:0.7>",
             "a cat ",
-            "<lora:detail:0.7>, which is left out: sample.py acts on it in --prompt, by --lora_dir",
+            "<lora:detail:0.7>, which is left out: sample.py applies it if it is in --prompt and --lora_dir is given",
         ),
         ("a <hypernet:x:1>cat", "a cat", "<hypernet:x:1>, which is left out: hypernetworks are not supported"),
         ("a cat AND a dog :0.5", None, "in other programs AND joins prompts"),

@@ -340,6 +340,10 @@ def test_unknown_options_are_named():
     for name in ("dpmpp_2m", "unipc"):
         with pytest.raises(ValueError, match="solver_order 4 must be 1, 2 or 3"):
             get_scheduler(name, SD1.__class__(solver_order=4))
+        with pytest.raises(ValueError, match="solver_type 'bh3' is unknown; known are "):
+            SCHEDULERS[name](solver_type="bh3")
+        with pytest.raises(ValueError, match="prediction_type 'v_prediction' cannot be averaged"):
+            SCHEDULERS[name](prediction_type="v_prediction")
     with pytest.raises(ValueError, match='"sde-dpmsolver" is refused'):
         get_scheduler("dpmpp_2m", SD1.__class__(algorithm_type="sde-dpmsolver"))
     with pytest.raises(ValueError, match='"dpmsolver" needs final_sigmas_type "sigma_min"'):

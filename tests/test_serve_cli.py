@@ -77,6 +77,8 @@ def test_sizes_are_those_of_the_model(tiny):
     assert all(abs(w * h - SIDE**2) < 0.3 * SIDE**2 and w % 2 == h % 2 == 0 for w, h in chosen)
     with pytest.raises(UsageError, match="multiples of 2"):
         serve.sizes(parse(["serve", "--sizes=17x16"]), tiny[0])
+    with pytest.raises(UsageError, match="--sizes: height 99998 and width 99998 take at least"):
+        serve.sizes(parse(["serve", "--sizes=99998x99998"]), tiny[0])
     assert serve.batch_sizes(f, tiny[0], (SIDE, SIDE)) == [1, 2, 4]
     assert serve.batch_sizes(parse(["serve", "--batch_size=9"]), tiny[0], (SIDE, SIDE)) == [1, 2, 4, 8]
 

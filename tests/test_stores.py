@@ -73,7 +73,7 @@ def test_flags_that_take_no_stores_say_so(memory, sample_cli):
     code, _, error = sample_cli(CASTLE, f"--lora={memory}/x.safetensors")
     assert code == 2
     assert "--lora" in error
-    assert "this flag takes paths of this machine alone" in error
+    assert "this flag takes only paths on this machine" in error
 
 
 def test_places_and_paths_stand_for_each_other(memory):

@@ -283,7 +283,7 @@ def test_lcm_from_images(image, tmp_path, monkeypatch):
         pipelines.inject(monkeypatch, scheduling_lcm, *steps)
         drawn = theirs(pipeline, image=image / 255.0, strength=strength)
         assert_same(ours(loaded, image=image, strength=strength, seed=7), drawn)
-    with pytest.raises(ValueError, match=r"steps 4 are more than the 2 that strength 0.05 leaves of the distillation"):
+    with pytest.raises(ValueError, match=r"steps 4 is more than the 2 that strength 0.05 leaves of the distillation"):
         ours(loaded, image=image, strength=0.05)
     with pytest.raises(ValueError, match=r"strength 1.5 must be in \(0, 1\]"):
         ours(loaded, image=image, strength=1.5)

@@ -210,7 +210,7 @@ def test_tokenizers_that_are_missing_or_damaged(copy, refuses):
     values.pop("chat_template", None)
     file.write_text(json.dumps(values))
     (z_image / "tokenizer" / "chat_template.jinja").unlink(missing_ok=True)
-    assert "tokenizer holds no chat template, which prompts are put in" in refuses(z_image)
+    assert "tokenizer holds no chat template, which this model needs" in refuses(z_image)
 
 
 def test_sizes(folders, refuses):

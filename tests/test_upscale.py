@@ -124,7 +124,7 @@ def test_what_memory_has_no_room_for_is_refused(network, monkeypatch):
 def test_a_network_of_scale_one_mends_only():
     module = RRDBNet(RRDBConfig(1, 8, 4, unshuffle=4))
     upscaling.check_upscale(module, 8, 8, 1)
-    with pytest.raises(ArgumentError, match="scale 4 is none of this network"):
+    with pytest.raises(ArgumentError, match="scale 4 is too large for this network"):
         upscaling.check_upscale(module, 8, 8, 4)
 
 
@@ -237,7 +237,7 @@ def test_hires_by_the_network(sample_cli, network_file):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("--upscale=4",), "--upscale enlarges what --prompt draws, or else an --image"),
+        (("--upscale=4",), "--upscale enlarges what --prompt draws, or an --image"),
         (("--image=small.png", "--upscale=0.5"), "upscale"),
         (("--image=small.png", "--upscale=99"), "upscale"),
         (("--image=small.png", "--upscale=4", "--preview"), "--preview is for images that are drawn"),

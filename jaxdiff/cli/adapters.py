@@ -1,4 +1,4 @@
-"""What the flags and the prompts lay onto a model. Files are read before the model's own weights."""
+"""Adapters that flags and prompts add to a model. Their files are read before the model's own weights."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ LORA_FILES = (".safetensors", ".sft", ".pt", ".bin", ".ckpt")
 
 
 class Adapters(NamedTuple):
-    """What is laid onto a model, but for what changes its autoencoder."""
+    """Adapters of a model, except those of its autoencoder."""
 
     words: list[Word]
     loras: list[tuple[Lora, float]]
@@ -39,7 +39,7 @@ class Adapters(NamedTuple):
 
 @contextlib.contextmanager
 def naming(flag: str) -> Iterator[None]:
-    """Errors of a file become errors of the flag that names it."""
+    """Turn errors of a file into errors of the flag that names it."""
     try:
         yield
     except (ConfigError, WeightsError) as e:
@@ -50,7 +50,7 @@ def read_adapters(f: flags.FlagValues, model: jaxdiff.Model, mesh: Mesh | None =
     """The files of --embedding, --lora, --controlnet and --preview_vae. Raises UsageError.
 
     Args:
-        mesh: what ControlNets are divided over.
+        mesh: to shard ControlNets over.
     """
     with naming("--embedding"):
         words = read_textual_inversion(model, [named(given) for given in f.embedding])
@@ -60,21 +60,21 @@ def read_adapters(f: flags.FlagValues, model: jaxdiff.Model, mesh: Mesh | None =
         like = None if model.unet is None else model.unet.config
         more: Any = {"dtype": f.dtype, "like": like, "mesh": mesh}
         nets = [load_controlnet(path, **more) for path in f.controlnet]
-        jaxdiff.with_controlnets(model, {}, *nets)  # complains
+        jaxdiff.with_controlnets(model, {}, *nets)  # checks them
     with naming("--preview_vae"):
         return Adapters(words, loras, nets, load_tiny_vae(f.preview_vae, dtype=f.dtype) if f.preview_vae else None)
 
 
 def output_name(path: Path) -> str | None:
-    """The name that kohya's scripts wrote into a LoRA's metadata, by which the AUTOMATIC1111 web UI knows it too."""
+    """The name that kohya's scripts write into a LoRA's metadata, which the AUTOMATIC1111 web UI also accepts."""
     try:
         return open_tensors(path).metadata.get("ss_output_name") if path.suffix.lower() in SAFETENSORS else None
-    except (ConfigError, WeightsError):  # damaged; said where it is named by its file
+    except (ConfigError, WeightsError):  # damaged: reported if a prompt names the file
         return None
 
 
 def named_loras(f: flags.FlagValues, requests: Sequence[ImageRequest]) -> list[Weighted]:
-    """The LoRAs that each image's prompt names, where --lora_dir says where they are. Raises UsageError."""
+    """The LoRAs of --lora_dir that each image's prompt names, with their weights. Raises UsageError."""
     if f.lora_dir is None:
         return [()] * len(requests)
     files = sorted(p for p in Path(f.lora_dir).rglob("*") if p.suffix.lower() in LORA_FILES and p.is_file())
@@ -107,24 +107,24 @@ def named_loras(f: flags.FlagValues, requests: Sequence[ImageRequest]) -> list[W
 
 
 def without_tags(f: flags.FlagValues, request: ImageRequest) -> ImageRequest:
-    """An image's flags as they are drawn: the LoRAs that its prompt names are laid onto the model, and are no words."""
+    """An image's flags without the LoRA tags in its prompt, which --lora_dir applies to the model."""
     if f.lora_dir is None:
         return request
     words, own = split_tags(request["prompt"])
     blended = request.get("blend_prompt")
-    if blended is not None and split_tags(blended)[1] == own:  # others are left out, with a warning
+    if blended is not None and split_tags(blended)[1] == own:  # other tags are left out later, with a warning
         request = request | {"blend_prompt": split_tags(blended)[0]}
     return request | {"prompt": words}
 
 
 def read_named(model: jaxdiff.Model, chosen: Sequence[Weighted]) -> dict[Path, Lora]:
-    """The files of all LoRAs that prompts name. Raises UsageError."""
+    """All LoRAs that prompts name, by file. Raises UsageError."""
     with naming("--lora_dir"):
         return {path: read_lora(model, path) for path in sorted({path for each in chosen for path, *_ in each})}
 
 
 def runs(chosen: Sequence[Weighted], size: int) -> Iterator[tuple[int, int]]:
-    """Batches, from where to where: of at most so many images in a row whose prompts name the same LoRAs."""
+    """Batches as (start, end): at most `size` consecutive images whose prompts name the same LoRAs."""
     for _, group in itertools.groupby(range(len(chosen)), lambda i: chosen[i]):
         same = list(group)
         for i in range(0, len(same), size):

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and one sentence on stderr for whatever went wrong."""
+"""How a command ends: its exit code, and one sentence on stderr if something went wrong."""
 
 import logging
 import os
@@ -11,11 +11,11 @@ from jaxdiff.errors import JaxdiffError
 
 
 class UsageError(JaxdiffError):
-    """Flags or settings that cannot be right: one sentence naming them and the mend."""
+    """Wrong flags or settings: one sentence that names them and says what to do."""
 
 
 class Failure(JaxdiffError):
-    """What went wrong with flags that could be right, in one sentence."""
+    """A failure that is not a fault of the flags, in one sentence."""
 
 
 def message(error: BaseException, smaller: str) -> str:
@@ -33,13 +33,14 @@ def run(name: str, argv: list[str], command: Callable[[list[str]], int | None], 
 
     Args:
         name: of the program, before each line on stderr.
-        command: raises UsageError, Failure or anything else; returns an exit code, None for 0.
+        argv: the command line.
+        command: returns an exit code, None for 0, or raises any exception.
         smaller: what to lower when memory is short.
-        stopped: what holds when the user stopped it.
+        stopped: what to tell a user who stopped it.
 
     Returns:
-        The exit code: the command's; 2 for a UsageError; 130 if stopped; 1 for any other failure. With --verbose among
-        the arguments the traceback is shown.
+        The exit code: the command's; 2 for a UsageError; 130 after Ctrl-C; 1 for any other failure. With --verbose
+        among the arguments the traceback is shown.
     """
     try:
         return command(argv) or 0
@@ -66,7 +67,7 @@ def main(
     smaller: str,
     stopped: str,
 ) -> int:
-    """Run a command line, or show its help: `doc` and the flags. See `run`; `command` is given what `parse` returns."""
+    """Run a command line, or show its help: `doc` and the flags. `command` gets the result of `parse`; see `run`."""
     logging.basicConfig(format=f"{name}: %(levelname)s: %(message)s")
 
     def parsed(argv: list[str]) -> None:

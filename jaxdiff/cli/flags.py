@@ -1,4 +1,4 @@
-"""The command line of sample.py, with all checks that need no model."""
+"""The command line of sample.py: parsing, and all checks that need no weights."""
 
 import contextlib
 import math
@@ -21,7 +21,7 @@ from jaxdiff.text.infotext import read_infotext
 
 @contextlib.contextmanager
 def flag_errors() -> Iterator[None]:
-    """Errors of arguments become errors of the flags that they come from."""
+    """Turn errors of arguments into errors of the flags that set them."""
     try:
         yield
     except ArgumentError as e:
@@ -29,7 +29,7 @@ def flag_errors() -> Iterator[None]:
 
 
 def read(f: flags.FlagValues, argv: list[str], hint: str) -> flags.FlagValues:
-    """The same flags with the values of a command line. Raises UsageError; `hint` is for words that are no flags."""
+    """Parse a command line into `f`. Raises UsageError, with `hint` for words that belong to no flag."""
     try:
         rest = f(argv)[1:]
     except flags.Error as e:
@@ -40,10 +40,10 @@ def read(f: flags.FlagValues, argv: list[str], hint: str) -> flags.FlagValues:
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
-    """Flags of a command line, checked as far as that goes without the model.
+    """The flags of a command line, with all checks that do not need the model.
 
     Raises:
-        UsageError: flags that cannot be right.
+        UsageError: wrong flags.
         ImageError: the file of --from_png cannot be read, or holds no flags.
     """
     hint = "put each prompt in quotes after its own --prompt"
@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 
 def check_finite(f: flags.FlagValues) -> None:
-    """Raise UsageError for numbers that are none."""
+    """Raise UsageError for numbers that are not finite."""
     for name, value in f.flag_values_dict().items():
         numeric = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, float)]
         if not all(map(math.isfinite, numeric)):
@@ -85,7 +85,7 @@ def check_finite(f: flags.FlagValues) -> None:
 
 
 def flags_of(f: flags.FlagValues) -> list[str]:
-    """The flags that the PNG of --from_png holds, without those that the command line gives itself."""
+    """The flags in the PNG of --from_png, without those on the command line."""
     kept, others = read_infotext(read_text(f.from_png))
     try:
         kept = read_metadata(f.from_png)
@@ -93,7 +93,7 @@ def flags_of(f: flags.FlagValues) -> list[str]:
         if not kept:
             raise
         logging.warning(
-            "%s is of the AUTOMATIC1111 web UI, whose noise is another: its seed draws another image here.%s",
+            "%s is from the AUTOMATIC1111 web UI, which draws other noise from a seed: the image will differ.%s",
             *(f.from_png, f" Not followed: {', '.join(others)}." if others else ""),
         )
     if not isinstance(kept, dict):
@@ -101,13 +101,13 @@ def flags_of(f: flags.FlagValues) -> list[str]:
     found: list[str] = []
     for name, value in kept.items():
         if name not in OPTIONS:
-            raise UsageError(f"--from_png {f.from_png} holds {name}, which is no flag here: give the flags themselves.")
+            raise UsageError(f"--from_png {f.from_png} holds {name}, which is not a flag: give the flags themselves.")
         if f[name].present or (name == "prompt" and f.prompts_file is not None):
             continue
         if OPTIONS[name].count:
             if not isinstance(value, list):
                 raise UsageError(
-                    f"--from_png {f.from_png} holds {name}: {value!r}, no list: give the flags themselves."
+                    f"--from_png {f.from_png} holds {name}: {value!r}, not a list: give the flags themselves."
                 )
             value = ",".join(map(str, value))
         found += [f"--{name}={x}" for x in (value if isinstance(value, list) else [value])]
@@ -118,12 +118,12 @@ LONGEST_NAME = 255  # bytes, on all common file systems
 
 
 def at_home(path: str) -> str:
-    """A path, or token=path, with a ~ at its beginning as the home folder."""
+    """A path, or token=path, with a leading ~ replaced by the home folder."""
     return re.sub(r"(?:^|(?<==))~[^/]*", lambda home: os.path.expanduser(home[0]), path, count=1)
 
 
 def check_paths(f: flags.FlagValues, options: Mapping[str, Option] = OPTIONS) -> None:
-    """Put the home folder for ~ into flags that take a path; raises UsageError for what can be none."""
+    """Replace ~ in all flags that take a path. Raises UsageError for a wrong path."""
     for name in (option.name for option in options.values() if option.path):
         given = f[name].value
         if isinstance(given, list):
@@ -137,20 +137,20 @@ def check_paths(f: flags.FlagValues, options: Mapping[str, Option] = OPTIONS) ->
 
 
 def check_path(flag: str, path: str, stored: bool = False) -> None:
-    """Raise UsageError for a path that is empty, or that no file system takes; `stored`: it may be of a store."""
+    """Raise UsageError for a path that is empty or too long, or, unless `stored`, at an object store."""
     if not path.strip() or "\0" in path:
-        raise UsageError(f"{flag}={path!r} is no path: name a file or folder, or leave {flag} out.")
+        raise UsageError(f"{flag}={path!r} is not a path: name a file or folder, or leave {flag} out.")
     if reason := stores.wrong(path):
         raise UsageError(f"{flag}={path} {reason}")
     if stores.is_store(path) and not stored:
-        raise UsageError(f"{flag}={path}: this flag takes paths of this machine alone: copy that here first.")
+        raise UsageError(f"{flag}={path}: this flag takes only paths on this machine: copy it here first.")
     longest = max(len(os.fsencode(part)) for part in path.split("/"))
     if longest > LONGEST_NAME:
         raise UsageError(f"{flag} {path:.40}… has a name of {longest} bytes, above {LONGEST_NAME}: shorten it.")
 
 
 def check_files(f: flags.FlagValues, options: Mapping[str, Option] = OPTIONS) -> None:
-    """Raise UsageError for a flag that names a file or folder which is not there."""
+    """Raise UsageError for a flag that names a missing file or folder."""
     paths_of = {"lora": lambda given: weighted(given)[0], "embedding": lambda given: named(given)[0]}
     for name, option in options.items():
         value = f[name].value
@@ -162,13 +162,13 @@ def check_files(f: flags.FlagValues, options: Mapping[str, Option] = OPTIONS) ->
 
 
 def named(given: str) -> tuple[str, str | None]:
-    """token=path as a path and a token; None where there is none. A path may have an = too."""
+    """(path, token) of token=path; the token is None if there is none. A path may contain = itself."""
     token, equals, path = given.partition("=")
     return (path, token) if equals and "/" not in token and not os.path.exists(given) else (given, None)
 
 
 def weighted(given: str) -> tuple[str, float]:
-    """path:0.8, as --lora has it, as a path and a weight; 1 where there is none. Raises UsageError."""
+    """(path, weight) of a --lora value such as path:0.8; the weight defaults to 1. Raises UsageError."""
     path, _, number = given.rpartition(":")
     try:
         weight = float(number)
@@ -182,7 +182,7 @@ def weighted(given: str) -> tuple[str, float]:
 
 
 def numbers(f: flags.FlagValues, name: str, count: int, kind: type) -> tuple | None:
-    """A flag's list as so many numbers, none below 0."""
+    """The values of a list flag as `count` numbers of type `kind`, each at least 0. Raises UsageError."""
     given: list[str] | None = f[name].value
     if given is None:
         return None
@@ -198,14 +198,14 @@ def numbers(f: flags.FlagValues, name: str, count: int, kind: type) -> tuple | N
 
 
 def check_unet(f: flags.FlagValues, model: Any) -> None:
-    """Raise UsageError for flags that need a UNet, where the model has none."""
+    """Raise UsageError for flags that need a UNet if the model has none."""
     for name in ("controlnet", "embedding"):
         if f[name].value and (model.unet is None or (model.is_gan and name == "controlnet")):
             raise UsageError(f"--{name} is for models with a UNet, which this one lacks: leave it out.")
 
 
 def check_model(f: flags.FlagValues, model: Any) -> None:
-    """Raise UsageError for flags that mean nothing to this model."""
+    """Raise UsageError for flags that have no effect on this model."""
     upscales = model.family == "upscaler"
     check_unet(f, model)
     if model.is_gan and f.preview:
@@ -224,13 +224,13 @@ def check_model(f: flags.FlagValues, model: Any) -> None:
         raise UsageError("--guidance_scale has no effect on this model, which was distilled with one: leave it out.")
 
 
-# Flags that mean something where an image is enlarged and nothing drawn.
+# Flags that apply if images are only enlarged.
 ENLARGING = ("image", "upscale", "upscaler", "upscale_tile", "dtype", "output", "overwrite", "cache_dir", "verbose",
              "from_png")  # fmt: skip
 
 
 def check_upscale(f: flags.FlagValues) -> None:
-    """Raise UsageError for flags that do not go with --upscale, or with its absence."""
+    """Raise UsageError for flags that do not go with --upscale, or that need it."""
     network = f.hires is not None and f.hires_upscale == "network"
     if f["upscaler"].present and f.upscale is None and not network:
         raise UsageError(
@@ -240,7 +240,7 @@ def check_upscale(f: flags.FlagValues) -> None:
     if f.upscale is None or f.prompt or f.prompts_file:
         return
     if f.image is None:
-        raise UsageError("--upscale enlarges what --prompt draws, or else an --image: give one of the two.")
+        raise UsageError("--upscale enlarges what --prompt draws, or an --image: give one of the two.")
     for name in OPTIONS:
         if f[name].present and name not in ENLARGING:
             raise UsageError(
@@ -253,13 +253,13 @@ def check_tasks(f: flags.FlagValues) -> None:
     """Raise UsageError for flags that do not go together."""
     check_upscale(f)
     if f.lora_dir is not None and not f.emphasis:
-        raise UsageError("--lora_dir is for <lora:…> in prompts, which --noemphasis takes for words: leave one out.")
+        raise UsageError("--lora_dir is for <lora:…> in prompts, which --noemphasis reads as words: leave one out.")
     if f.mask is not None and f.outpaint is not None:
         raise UsageError("--mask and --outpaint both say what is drawn: give one of them.")
     for name in ("variation_seed", "blend_prompt"):
         if f.interpolate is not None and f[name].value is not None:
-            raise UsageError(f"--interpolate goes from image to image by itself: leave out --{name}.")
-    if f.controlnet and len(f.control_image) != len(f.controlnet):  # else the model's own are meant
+            raise UsageError(f"--interpolate sets --{name} itself: leave --{name} out.")
+    if f.controlnet and len(f.control_image) != len(f.controlnet):  # without --controlnet, the model's own are used
         raise UsageError(f"{len(f.controlnet)} --controlnet and {len(f.control_image)} --control_image: one for each.")
     if f.controlnet_scale and len(f.controlnet_scale) != len(f.control_image):
         raise UsageError(f"{len(f.controlnet_scale)} --controlnet_scale for {len(f.control_image)} --control_image.")

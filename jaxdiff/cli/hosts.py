@@ -1,4 +1,4 @@
-"""One of several processes, on a host each: the flags that say so, and what is divided and brought together."""
+"""Runs on several hosts, one process each: starting, dividing the work, waiting for and collecting results."""
 
 import contextlib
 import hashlib
@@ -18,11 +18,11 @@ from jax.experimental.multihost_utils import ProcessFailureError, live_devices, 
 
 from jaxdiff.cli.errors import Failure, UsageError
 
-WAIT = 300  # seconds for all processes to meet
+WAIT = 300  # seconds for all processes to connect
 
 
 def check(f: flags.FlagValues) -> None:
-    """Raise UsageError unless the flags say where the others are, and which this is."""
+    """Raise UsageError unless the flags of several processes are complete."""
     among = f.num_processes, f.process_id
     if f.coordinator_address and (None in among or not 0 <= f.process_id < f.num_processes):
         raise UsageError("--coordinator_address needs --num_processes and a --process_id from 0 to one less.")
@@ -31,13 +31,13 @@ def check(f: flags.FlagValues) -> None:
 
 
 class Gone(Failure):
-    """Other processes have stopped, whose part is missing."""
+    """Other processes have stopped, so that their part is missing."""
 
 
 def start(f: flags.FlagValues) -> None:
-    """Find the other processes; what is not given comes from the environment of a TPU pod, Slurm or Open MPI.
+    """Connect to the other processes; on a TPU pod, under Slurm or Open MPI the environment supplies missing flags.
 
-    Where some are still missing after `WAIT` seconds the process ends with a sentence and exit code 1: JAX would abort.
+    If some are still missing after `WAIT` seconds, the process exits with a sentence and code 1. (JAX would abort.)
     """
     if not (f.distributed or f.coordinator_address):
         return
@@ -45,8 +45,8 @@ def start(f: flags.FlagValues) -> None:
     def give_up() -> None:
         name, where = Path(sys.argv[0]).name, f" at {f.coordinator_address}" if f.coordinator_address else ""
         print(
-            f"{name}: error: after {WAIT} s not all processes have met{where}: start the same command on every host, "
-            "each with a process_id of its own where that is given, and let them reach the first one's port.",
+            f"{name}: error: not all processes connected{where} within {WAIT} s: start the same command on every host, "
+            "each with its own process_id if that is given, and make the first one's port reachable.",
             file=sys.stderr,
             flush=True,
         )
@@ -65,9 +65,9 @@ def start(f: flags.FlagValues) -> None:
 
 @contextlib.contextmanager
 def independent(f: flags.FlagValues) -> Iterator[None]:
-    """The same for a block in which each process does its own part, whatever becomes of the others.
+    """`start`, for a block in which each process does its own part even if others fail.
 
-    The block ends with `wait_for_all`. After Ctrl-C a process does not wait for the others.
+    The block must end with `wait_for_all`. After Ctrl-C a process does not wait for the others.
     """
     if not (f.distributed or f.coordinator_address):
         yield
@@ -80,7 +80,7 @@ def independent(f: flags.FlagValues) -> Iterator[None]:
         leave()
         raise
     except Exception:
-        if jax.process_index() == 0:  # which stays until the others have left, and so does not seem to be gone
+        if jax.process_index() == 0:  # it must stay until the others have left, or they would report it as gone
             with contextlib.suppress(Gone):
                 wait_for_all(failed=True)
         leave()
@@ -92,15 +92,15 @@ def leave() -> None:
     """Let the others go first: they need the first process until they have left."""
     if jax.process_index() == 0:
         with contextlib.suppress(ProcessFailureError), live_devices(jax.devices()):
-            pass  # at whose end it waits for all that are there
+            pass  # leaving the context waits for all live processes
     jax.distributed.shutdown()
 
 
 def wait_for_all(*, failed: bool = False) -> None:
-    """Wait until every process has come here. Raises Gone, on all of them, that names those that failed or never will.
+    """Wait until every process has called this. Raises Gone on all of them, naming those that failed or are missing.
 
     Args:
-        failed: whether this one did.
+        failed: whether this process failed.
     """
     if jax.process_count() == 1:
         return
@@ -115,17 +115,17 @@ def wait_for_all(*, failed: bool = False) -> None:
     if gone:
         names = ", ".join(map(str, sorted(gone)))
         raise Gone(
-            f"Process {names} of {jax.process_count()} has stopped, and its images are missing: see what it said, "
-            "and give the same command again with --overwrite."
+            f"Process {names} of {jax.process_count()} has stopped, and its images are missing: see its error, "
+            "and run the same command again with --overwrite."
         )
 
 
 def check_alike(workdir: Path | None, data: Any) -> None:
-    """Raise Failure, on all processes, unless each sees the first one's workdir and has the same data.
+    """Raise Failure on all processes unless each sees the first one's workdir and has the same data.
 
     Args:
-        workdir: a folder that exists on each; None where they need not share one.
-        data: what tells data apart, as JSON holds it.
+        workdir: a folder that exists on each; None if they need not share one.
+        data: a JSON value that identifies the data.
     """
     if jax.process_count() == 1:
         return
@@ -150,12 +150,12 @@ def check_alike(workdir: Path | None, data: Any) -> None:
 
 
 def mine(parts: Sequence[Any]) -> list[Any]:
-    """This process's of the parts that each process has a list of: every n-th of n processes."""
+    """This process's share of `parts`: every n-th, for n processes."""
     return list(parts[jax.process_index() :: jax.process_count()])
 
 
 def gathered(images: Sequence[np.ndarray], slices: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """All images in order, on every process, from those that each has of its own slices (see `mine`)."""
+    """All images in order, on every process, from each process's images of its own slices (see `mine`)."""
     if jax.process_count() == 1:
         return list(images)
     lengths = [end - start for start, end in slices]

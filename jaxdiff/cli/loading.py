@@ -1,4 +1,4 @@
-"""From flags to a model with all that they lay onto it: whole, or its text encoders first and the rest afterwards."""
+"""Loads the model with all adapters of the flags: as a whole, or the text encoders first and the rest afterwards."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -26,12 +26,13 @@ def load(
     mesh: Mesh | None = None,
     parts: Sequence[str] | None = None,
 ) -> tuple[jaxdiff.Model, Any]:
-    """The model at a path with all that flags lay onto it, and its parameters.
+    """The model at a path with all adapters of the flags, and its parameters.
 
     Args:
-        lora_files: of all LoRAs, those that prompts name too; embeddings in them come along.
-        mesh: what the parameters are divided over.
-        parts: the networks that are read, None for all: the text encoders, or what there is beside them.
+        laid: the adapters.
+        lora_files: files of all LoRAs, including those that prompts name; embeddings in them are loaded.
+        mesh: to shard the parameters over.
+        parts: the networks to read: the text encoders, or all others; None: all.
     """
     params: Any
     others = {"vae": f.vae, "transformer": f.transformer}
@@ -54,7 +55,7 @@ def load(
     if laid.tiny_vae:
         tiny, tree = laid.tiny_vae
         model, params = dataclasses.replace(model, tiny_vae=tiny), params | {"tiny_vae": tree}
-    if "hires" in f and f.hires and f.hires_upscale == "network":  # a server's requests say it
+    if "hires" in f and f.hires and f.hires_upscale == "network":  # a server's flags lack these
         with naming("--upscaler"):
             upscaler = load_upscaler(f.upscaler, dtype=f.dtype)
         model, params = jaxdiff.with_upscaler(model, params, upscaler)
@@ -70,7 +71,7 @@ def encoded(
     chosen: list[Weighted],
     slices: Sequence[tuple[int, int]],
 ) -> list[Request]:
-    """The batches with their texts encoded by text encoders that nothing holds afterwards."""
+    """The batches with their texts encoded; nothing refers to the text encoders afterwards."""
     model, params = loaded
     loras = {file: own(lora, params) for file, lora in loras.items()}
     devices = jax.local_devices()[: f.batch_size]
@@ -82,5 +83,5 @@ def encoded(
 
 
 def own(lora: Lora, params: Any) -> Lora:
-    """What a LoRA changes of the networks that are loaded."""
+    """The part of a LoRA for the networks that are loaded."""
     return {name: factors for name, factors in lora.items() if name.partition(".")[0] in params}

@@ -1,4 +1,4 @@
-"""Where the images of a command go."""
+"""Paths of the files that a command writes, and their writing."""
 
 import collections
 import logging
@@ -24,23 +24,35 @@ def name_of(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt.lower())[:50].strip("-") or "image"
 
 
-def output_paths(output: str, requests: list[dict[str, Any]]) -> tuple[list[Path], Path]:
-    """Where each image goes, and the sheet of all.
+def paths_of_pattern(output: str, fields: list[dict[str, Any]], known: str) -> list[Path]:
+    """The path of each image by a pattern such as "{prompt}-{index}.png".
+
+    Args:
+        fields: what each image's path may name.
+        known: the same in words.
 
     Raises:
-        UsageError: `output` is no PNG, or a pattern of something else or without a name for each image.
+        UsageError: the pattern names something else, or does not end in .png.
+    """
+    try:
+        paths = [Path(output.format(**values)) for values in fields]
+    except (LookupError, ValueError, AttributeError, TypeError):
+        raise UsageError(f"--output {output} may name {known}.") from None
+    if not output.lower().endswith(".png"):
+        raise UsageError(f"--output {output} is a pattern, and images are PNG: end it in .png.")
+    return paths
+
+
+def output_paths(output: str, requests: list[dict[str, Any]]) -> tuple[list[Path], Path]:
+    """The path of each image, and of the sheet of all.
+
+    Raises:
+        UsageError: `output` names another type than PNG, or is a wrong pattern.
     """
     path = Path(output)
     if "{" in output:
-        try:
-            names = [
-                output.format(index=i, seed=p["seed"], prompt=name_of(p["prompt"])) for i, p in enumerate(requests)
-            ]
-        except (LookupError, ValueError, AttributeError):
-            raise UsageError(f"--output {output} may name {{prompt}}, {{seed}} and {{index}} only.") from None
-        if not output.lower().endswith(".png"):
-            raise UsageError(f"--output {output} is a pattern, and images are PNG: end it in .png.")
-        paths = [Path(name) for name in names]
+        fields = [{"prompt": name_of(p["prompt"]), "seed": p["seed"], "index": i} for i, p in enumerate(requests)]
+        paths = paths_of_pattern(output, fields, "{prompt}, {seed} and {index} only")
         return paths, paths[0].parent / "grid.png"
     if path.suffix.lower() in NOT_PNG:
         raise UsageError(f"--output {output}: images are written as PNG: name a .png file or a folder.")
@@ -56,22 +68,17 @@ def output_paths(output: str, requests: list[dict[str, Any]]) -> tuple[list[Path
 
 
 def enlarged_paths(output: str, files: list[Path], scale: float) -> list[Path]:
-    """Where each of these files goes when it is enlarged: small.png to small-x4.png in a folder.
+    """The path of the enlargement of each file: in a folder, small.png becomes small-x4.png.
 
     Raises:
-        UsageError: `output` is no PNG, or a pattern of something else than {name} and {index}, or without a name for
-            each file.
+        UsageError: `output` names another type than PNG, is a wrong pattern, or gives two files one name.
     """
     names = [f"{file.stem}-x{scale:g}" for file in files]
     counts = collections.Counter(name.casefold() for name in names)
     names = [name if counts[name.casefold()] == 1 else f"{name}-{i:03d}" for i, name in enumerate(names)]
     if "{" in output:
-        try:
-            paths = [Path(output.format(index=i, name=file.stem)) for i, file in enumerate(files)]
-        except (LookupError, ValueError, AttributeError):
-            raise UsageError(f"--output {output} may name {{name}} and {{index}} only, of images enlarged.") from None
-        if not output.lower().endswith(".png"):
-            raise UsageError(f"--output {output} is a pattern, and images are PNG: end it in .png.")
+        fields = [{"name": file.stem, "index": i} for i, file in enumerate(files)]
+        paths = paths_of_pattern(output, fields, "{name} and {index} only, of images enlarged")
     else:
         paths = output_paths(output, [{"prompt": name, "seed": i} for i, name in enumerate(names)])[0]
         if Path(output).suffix.lower() != ".png" or Path(output).is_dir():
@@ -81,7 +88,7 @@ def enlarged_paths(output: str, files: list[Path], scale: float) -> list[Path]:
 
 
 class Files(NamedTuple):
-    """Where everything goes that a command writes."""
+    """The paths of all files that a command writes."""
 
     images: list[Path]
     previews: list[Path]  # one an image
@@ -90,17 +97,17 @@ class Files(NamedTuple):
 
 
 def preview_path(image: Path) -> Path:
-    """Where the strip goes that shows how an image came about."""
+    """The path of the preview strip of an image."""
     return image.with_name(f"{image.stem}-preview.png")
 
 
 def animation_path(preview: Path) -> Path:
-    """Where the same goes as an animation."""
+    """The path of the animation of a preview strip."""
     return preview.with_suffix(".webp")
 
 
 def output_files(f: flags.FlagValues, requests: list[dict[str, Any]]) -> Files:
-    """Where the files go that the flags ask for. Raises UsageError where two of them have one name."""
+    """The paths of the files that the flags ask for. Raises UsageError if two are the same."""
     paths, sheet = output_paths(f.output, requests)
     previews = [preview_path(path) for path in paths]
     files = Files(paths, previews, sheet, sheet.with_name(f"{sheet.stem.removesuffix('grid')}animation.gif"))
@@ -110,11 +117,11 @@ def output_files(f: flags.FlagValues, requests: list[dict[str, Any]]) -> Files:
 
 
 def check_names(output: str, written: list[Path]) -> None:
-    """Raise UsageError where a file's name is too long, or two have the same."""
+    """Raise UsageError if a file's name is too long, or if two are the same."""
     for path in written:
         if len(os.fsencode(path.name)) > LONGEST_NAME:
             raise UsageError(f"--output {output:.40} gives a file the name {path.name:.40}…, too long: shorten it.")
-    # Some file systems take names for one that differ in capitals alone.
+    # Some file systems ignore case.
     counts = collections.Counter(str(path).casefold() for path in written)
     for path in written:
         if counts[str(path).casefold()] > 1:
@@ -128,7 +135,7 @@ class Writer:
         self._overwrite, self._warned = overwrite, False
 
     def png(self, path: Path, image: np.ndarray, metadata: Any) -> Path:
-        """Write an image; returns the file's name, which is numbered where another file has it."""
+        """Write an image; returns its path, which is numbered if the name is taken."""
         return self._said(path, images.write_png(path, image, metadata, overwrite=self._overwrite))
 
     def gif(self, path: Path, frames: list[np.ndarray], seconds: float) -> Path:
@@ -141,13 +148,15 @@ class Writer:
         print(stores.shown(written), flush=True)
         if written != wanted and not self._warned:
             names = stores.shown(wanted), stores.shown(written)
-            logging.warning("%s exists, so this run's is %s, and others likewise; --overwrite replaces.", *names)
+            logging.warning(
+                "%s exists, so this image is %s; other names are numbered likewise; --overwrite replaces files.", *names
+            )
             self._warned = True
         return written
 
 
 def check_folder(folder: Path) -> None:
-    """Raise Failure where images plainly cannot be written, without making anything."""
+    """Raise Failure if images cannot be written to a folder, as far as can be told without creating it."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise Failure(f"--output: {existing} is a file, not a folder: choose another place.")

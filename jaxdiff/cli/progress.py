@@ -1,4 +1,4 @@
-"""A bar on stderr where that is a terminal; nothing in a pipe."""
+"""A progress bar on stderr if that is a terminal."""
 
 import contextlib
 import sys
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar while the block runs.
+    """Show a progress bar while the block runs.
 
     Args:
-        what: is done, such as "drawing".
-        total: how many images there are.
+        what: the activity, such as "drawing".
+        total: number of images.
 
     Yields:
-        A function (count, what=None): so many more are done, and from now on something else may be.
+        A function (count, what=None) that advances the bar by `count` images and may change the activity.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -24,7 +24,7 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"), TimeRemainingColumn(elapsed_when_finished=True),
     )  # fmt: skip
-    # Paths printed meanwhile pass through the bar's console only if stdout is a terminal, else they belong to a pipe.
+    # If stdout is a terminal, rich must print the paths above the bar; in a pipe they go out unchanged.
     with Progress(
         *columns, console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
     ) as bars:

@@ -1,4 +1,4 @@
-"""From the flags to the images to draw: each one's prompt, seed, and the flags that draw it again."""
+"""From the flags to a request for each image: its prompt, its seed, and the flags that draw it again."""
 
 import itertools
 import math
@@ -16,17 +16,17 @@ from jaxdiff.text.wildcards import expand
 from jaxdiff.typing import SEEDS
 
 MAX_IMAGES = 10**6  # of a run
-IN_VAIN = 0.2  # of the images that a device draws, at most: they fill a batch up
+IN_VAIN = 0.2  # maximum fraction of a device's images that only pad batches
 ImageRequest = dict[str, Any]  # the flags that draw one image, by name
 
 
 def prompt_lines(f: flags.FlagValues) -> list[PromptLine]:
-    """The line of each image, with its seed, of all flags and files, expanded and in style; raises UsageError.
+    """A line for each image of all prompts, with alternatives expanded, the style applied and its seed.
 
-    Seeds count up over all images; a line of a prompts file that has a seed starts its own.
+    Seeds count up over all images; a line of a prompts file with a seed counts from that. Raises UsageError.
     """
     if f.wildcards is not None and not os.path.isdir(f.wildcards):
-        raise UsageError(f"--wildcards: {f.wildcards} is no folder: check the path.")
+        raise UsageError(f"--wildcards: {f.wildcards} is not a folder: check the path.")
     try:
         found: list[PromptLine] = []
         lines = [PromptLine(p) for p in f.prompt] + file_lines(f)
@@ -53,7 +53,7 @@ def prompt_lines(f: flags.FlagValues) -> list[PromptLine]:
 
 
 def file_lines(f: flags.FlagValues) -> list[PromptLine]:
-    """The lines of --prompts_file, if it is given."""
+    """The lines of --prompts_file; [] if it is not given. Raises UsageError."""
     try:
         return read_prompts(f.prompts_file) if f.prompts_file else []
     except PromptError as e:
@@ -61,12 +61,12 @@ def file_lines(f: flags.FlagValues) -> list[PromptLine]:
 
 
 def alternatives(f: flags.FlagValues, prompt: str, seed: int = 0) -> list[str]:
-    """The prompts that one of the flags' stands for; how many does not depend on the seed, which draws wildcards."""
+    """The prompts that one prompt expands to; their number does not depend on the seed, which chooses wildcards."""
     return expand(prompt, f.wildcards, seed=seed, matrix=f.matrix).prompts if f.matrix or f.wildcards else [prompt]
 
 
 def image_requests(f: flags.FlagValues, lines: list[PromptLine]) -> list[ImageRequest]:
-    """The images in order: what tells each from the others, and the flags that draw it again, to the byte."""
+    """The request of each image, in order: exactly the flags that draw this image again."""
     kept = [option for option in OPTIONS.values() if option.is_kept]
     shared = {option.name: f[option.name].value for option in kept if says_something(f, option)}
     requests: list[ImageRequest] = []
@@ -74,12 +74,12 @@ def image_requests(f: flags.FlagValues, lines: list[PromptLine]) -> list[ImageRe
         negative = {} if line.negative_prompt is None else {"negative_prompt": line.negative_prompt}
         requests.append({**shared, "prompt": line.prompt, "seed": line.seed, **negative})
     requests = animation(requests, f.interpolate) if f.interpolate else requests
-    # In one order, so that an image drawn again from its flags is the same file.
+    # In a fixed order, so that an image drawn again from its flags is the same file, byte by byte.
     return [{option.name: r[option.name] for option in kept if option.name in r} for r in requests]
 
 
 def says_something(f: flags.FlagValues, option: Option) -> bool:
-    """Whether an image is drawn otherwise without this flag, now or with other defaults of the model."""
+    """Whether a flag belongs in the metadata: without it, the image would differ, now or with another default."""
     value = f[option.name].value
     if option.needs:
         return is_given(value) and is_given(f[option.needs].value)
@@ -87,7 +87,7 @@ def says_something(f: flags.FlagValues, option: Option) -> bool:
 
 
 def animation(requests: list[ImageRequest], frames: int) -> list[ImageRequest]:
-    """So many images from each one to the next; from a single one, to the image of the next seed."""
+    """`frames` images from each request to the next; from a single one, to the image of the next seed."""
     if len(requests) == 1:
         requests = [*requests, requests[0] | {"seed": (requests[0]["seed"] + 1) % SEEDS}]
     negative = len({r.get("negative_prompt") for r in requests}) > 1
@@ -103,13 +103,16 @@ def animation(requests: list[ImageRequest], frames: int) -> list[ImageRequest]:
 
 
 def count_images(f: flags.FlagValues, lines: list[PromptLine]) -> int:
-    """How many images `image_requests` will have."""
+    """The number of images that `image_requests` returns."""
     count = len(lines)
     return count if f.interpolate is None else max(count - 1, 1) * f.interpolate + 1
 
 
 def sheet_columns(f: flags.FlagValues, count: int) -> int:
-    """Of the sheet of `count` images: a prompt's in a row, else a matrix's last alternatives, else near a square."""
+    """The number of columns of the sheet of `count` images.
+
+    A row holds the images of a prompt, or those of the last alternatives of --matrix; else the sheet is about square.
+    """
     if f.num_images > 1:
         return f.num_images
     if f.matrix and len(f.prompt) == 1:
@@ -119,7 +122,7 @@ def sheet_columns(f: flags.FlagValues, count: int) -> int:
 
 
 def batch_arguments(batch: list[ImageRequest]) -> dict[str, Any]:
-    """The arguments of `resolve_images` that draw a batch, but for images."""
+    """The arguments of `resolve_images` for a batch, except images."""
     found: dict[str, Any] = {}
     for name, option in OPTIONS.items():
         if option.part == "image" and any(name in r for r in batch):
@@ -130,13 +133,14 @@ def batch_arguments(batch: list[ImageRequest]) -> dict[str, Any]:
 
 
 def batch_size(groups: Sequence[int], devices: int, most: int = 4) -> int:
-    """The size of all batches, from 1 to `most` images a device, so that one program draws all.
+    """One size for all batches, from 1 to `most` images a device, so that one program draws all.
 
-    Of the sizes that leave at most IN_VAIN of a device's images to filling up, the smallest of those with the fewest
-    batches. Where one image a device is enough, a power of 2 of devices draw them, for few programs in all.
+    Among the sizes with which at most IN_VAIN of a device's images are padding, it is the smallest of those with the
+    fewest batches. If one image a device is enough, it is a power of 2, so that few programs are compiled over time.
 
     Args:
-        groups: how many images each has that may be in one batch.
+        groups: sizes of the groups of images that may share a batch.
+        devices: number of devices.
     """
 
     def batches(each: int) -> int:

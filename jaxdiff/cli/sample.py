@@ -75,11 +75,11 @@ FRAMES = 8  # of a --preview
 FRAME_SECONDS = 0.1  # of an --interpolate animation
 PREVIEW_SECONDS, LAST_SECONDS = 0.3, 2.0  # of a frame of a --preview_animation, and of its last one
 
-Reader = Callable[..., np.ndarray]  # a file, and what its transparency is laid over, to an image uint8 [H, W, 3]
+Reader = Callable[..., np.ndarray]  # (path, background colour) -> image uint8 [H, W, 3]
 
 
 def divided_over(f: flags.FlagValues) -> Mesh | None:
-    """The devices of this process over which --fsdp and --tensor divide the model, if they do. Raises UsageError."""
+    """The mesh of this process's devices for --fsdp and --tensor; None if both are 1. Raises UsageError."""
     if f.fsdp == f.tensor == 1:
         return None
     try:
@@ -89,7 +89,7 @@ def divided_over(f: flags.FlagValues) -> Mesh | None:
 
 
 def image_groups(f: flags.FlagValues, lines: list[PromptLine]) -> list[int]:
-    """How many images in a row are drawn with the same LoRAs, which alone share batches. Raises UsageError."""
+    """Sizes of the runs of images with the same LoRAs: only these can share a batch. Raises UsageError."""
     if f.lora_dir is None:
         return [count_images(f, lines)]
     check_files(f)
@@ -98,7 +98,7 @@ def image_groups(f: flags.FlagValues, lines: list[PromptLine]) -> list[int]:
 
 
 def resolve(f: flags.FlagValues, model: jaxdiff.Model, groups: list[int], read: Reader) -> Settings:
-    """What all images share. Flags left open get the value that is decided; raises UsageError if one cannot be.
+    """The settings that all images share; open flags are set to the values chosen. Raises UsageError.
 
     Args:
         groups: see `image_groups`.
@@ -132,19 +132,19 @@ def resolve(f: flags.FlagValues, model: jaxdiff.Model, groups: list[int], read: 
 
 
 def outpainted_size(f: flags.FlagValues, model: jaxdiff.Model, shape: tuple[int, ...]) -> dict[str, int]:
-    """Height and width as the flags say, or of the extended image [H, W, 3], rounded down to what can be drawn."""
+    """Height and width of the flags, else of the image [H, W, 3] extended, rounded down to what can be drawn."""
     left, top, right, bottom = f.outpaint
     factor = model.multiple
     sides = shape[0] + top + bottom, shape[1] + left + right
     if sides[0] * sides[1] > MAX_PIXELS:
         size = f"{sides[1]} x {sides[0]}"
-        raise UsageError(f"--outpaint makes {size} pixels, more than the {MAX_PIXELS} of an image: add fewer.")
+        raise UsageError(f"--outpaint makes {size} pixels, more than {MAX_PIXELS} in all: add fewer.")
     height, width = ((side // factor) * factor for side in sides)
     return {"height": f.height or height, "width": f.width or width}
 
 
 def described(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
-    """The model at a path with what --transformer and --vae put in: of configs and files' headers, without weights."""
+    """The model at a path with --transformer and --vae, from configs and file headers, without reading weights."""
     with naming("--model"):
         given: dict[str, Any] = {"prediction_type": f.prediction_type, "without_vae": f.vae is not None}
         model, own = pretrained.described(path, f.dtype, **given)
@@ -158,7 +158,7 @@ def described(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
 
 
 def check_networks(f: flags.FlagValues) -> None:
-    """Raise UsageError for files of networks that hold something else, before weights are read."""
+    """Raise UsageError if a file of --vae, --preview_vae or --controlnet holds something else; reads no weights."""
     for name, check in {"vae": check_vae, "preview_vae": check_tiny_vae, "controlnet": check_controlnet}.items():
         value: Any = f[name].value
         with naming(f"--{name}"):
@@ -168,7 +168,7 @@ def check_networks(f: flags.FlagValues) -> None:
 
 
 def with_controlnets(model: jaxdiff.Model, path: Path, laid: Adapters) -> jaxdiff.Model:
-    """The model with the ControlNets that it will have: those of flags, else its folder's own."""
+    """The model with its ControlNets: those of the flags, else its folder's own."""
     nets = [net for net, _ in laid.controlnets]
     if not nets and path.is_dir():
         for name in diffusers_folder.controlnets(path):
@@ -178,7 +178,7 @@ def with_controlnets(model: jaxdiff.Model, path: Path, laid: Adapters) -> jaxdif
 
 
 def given_images(f: flags.FlagValues, model: jaxdiff.Model, read: Reader) -> dict[str, Any]:
-    """The images that are redrawn, enlarged or followed, at the size drawn: arguments of `resolve_images`."""
+    """The input images, resized: arguments of `resolve_images`. Raises Failure."""
     found: dict[str, Any] = {}
     if f.outpaint:
         extended, mask = images.extend(read(f.image), *f.outpaint)
@@ -204,7 +204,7 @@ def given_images(f: flags.FlagValues, model: jaxdiff.Model, read: Reader) -> dic
 
 
 def reader(f: flags.FlagValues) -> Reader:
-    """Reads each image of the flags once; errors name the flag."""
+    """A function that reads each image of the flags once; errors name the flag."""
 
     @functools.cache
     def read(path: str, background: tuple[int, int, int] = WHITE) -> np.ndarray:
@@ -218,7 +218,7 @@ def reader(f: flags.FlagValues) -> Reader:
 
 
 def fitted(flag: str, path: str, height: int, width: int, read: Reader) -> np.ndarray:
-    """The image of a flag at the size drawn, with a warning if that cuts or resizes it."""
+    """The image of a flag, cropped and resized to height and width, with a warning if that changes it."""
     image = read(path)
     if image.shape[:2] != (height, width):
         note = "%s %s is %d x %d: cut at its centre and resized to %d x %d."
@@ -234,18 +234,18 @@ def batches(
     slices: Sequence[tuple[int, int]],
     size: int,
 ) -> list[Request]:
-    """What each batch is drawn from, filled up to a size. Warns of prompts that are cut; raises UsageError."""
+    """The inputs of each batch, padded to `size`. Warns of prompts that are cut; raises UsageError."""
     found = []
     for start, end in slices:
         batch = requests[start:end]
         filled = batch + batch[-1:] * (size - len(batch))
-        with naming("--model"), flag_errors():  # whose tokenizers are opened now
+        with naming("--model"), flag_errors():  # the tokenizers are opened here
             found.append(resolve_images(model, settings, **batch_arguments(filled), **given))
     return found
 
 
 def with_progress(batches: Iterator[list[tuple]], total: int) -> Iterator[tuple]:
-    """The images of all batches, with a bar on stderr where that is a terminal."""
+    """The images of all batches, with a progress bar."""
     with progress_bar("compiling and drawing", total) as advance:
         for batch in batches:
             advance(len(batch), "drawing")
@@ -255,10 +255,10 @@ def with_progress(batches: Iterator[list[tuple]], total: int) -> Iterator[tuple]
 def drawn(
     model: jaxdiff.Model, params_of: Callable[[int], Any], requests: list[Request], slices: Sequence[tuple[int, int]]
 ) -> Iterator[list[tuple]]:
-    """Batch by batch: [(image [H, W, 3], layers of frames or None), …], without what fills batches up.
+    """Batch by batch: [(image [H, W, 3], layers of frames or None), …], without padding.
 
     Args:
-        params_of: the parameters that an image is drawn with, by its number.
+        params_of: index of an image -> the parameters to draw it with.
     """
     for request, (start, end) in zip(requests, slices, strict=True):
         found = draw(model, params_of(start), request, lookup=programs.lookup)
@@ -266,7 +266,7 @@ def drawn(
 
 
 def layers_of(found: Drawn, i: int) -> list[list[np.ndarray]] | None:
-    """The frames of an image, a list a layer: of the smaller one, and of what becomes of it enlarged."""
+    """The frames of an image, a list for each layer: with `hires` those of the first stage, then of the second."""
     if found.frames is None:
         return None
     frames = list(found.frames[i])
@@ -276,7 +276,7 @@ def layers_of(found: Drawn, i: int) -> list[list[np.ndarray]] | None:
 
 
 def run(f: flags.FlagValues) -> None:
-    """Draw what the flags say. Whatever can be wrong is found in order of its cost."""
+    """Draw what the flags say. Cheap checks come first."""
     check_folder(Path(f.output.split("{")[0] or ".").parent)
     if not (f.prompt or f.prompts_file):
         return enlarge_files(f)
@@ -308,7 +308,9 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     wanted = [without_tags(f, request) for request in requests]
     plan = functools.partial(batches, settings=settings, requests=wanted, given=given, slices=slices, size=f.batch_size)
     lora_files: list[str | Path] = [*(weighted(given)[0] for given in f.lora), *loras]
-    new_words = f.embedding or any(bundled_words(model, file) for file in lora_files)  # with tokens of their own
+    new_words = f.embedding or any(
+        bundled_words(model, file) for file in lora_files
+    )  # add tokens to the tokenizer, so prompts are tokenized later
     parts = None if new_words else plan(with_controlnets(model, path, laid))
     networks = list(model.modules)
     if f.offload == "text":
@@ -319,7 +321,7 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     del laid
     parts = parts or plan(model)
     loras = {file: own(lora, params) for file, lora in loras.items()}
-    if len(set(chosen)) == 1:  # nothing is kept that no image needs
+    if len(set(chosen)) == 1:  # one set of LoRAs: no need to keep the unmerged parameters
         params, chosen = merge_named(params, loras, chosen[0]), [()] * len(chosen)
 
     def placed(params: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Draw for other programs: a server with OpenAI's images API and AUTOMATIC1111's.
+"""Serve images to other programs: a server with OpenAI's images API and AUTOMATIC1111's.
 
     jaxdiff-serve --model icons
     jaxdiff-serve --model sd15/ --dtype bfloat16 --lora_dir loras/ --host 0.0.0.0 --api_key "$JAXDIFF_API_KEY"
 
-It loads the model once, and draws requests that fit one program together. Its address goes to stdout, warnings and
-errors to stderr. SIGTERM or Ctrl-C stops it: what is being drawn is delivered, what waits is told. Exit code: 0 when
-stopped so; 2 for flags that cannot be right; 1 for any other failure.
+It loads the model once, and batches requests that share a program. Its address goes to stdout, warnings and errors to
+stderr. SIGTERM or Ctrl-C stops it: images being drawn are delivered, waiting requests get an error. Exit code: 0 when
+stopped so; 2 for wrong flags; 1 for any other failure.
 """
 
 import importlib.util
@@ -26,9 +26,10 @@ from jaxdiff import parallel
 from jaxdiff.cli import errors, sample
 from jaxdiff.cli.adapters import naming, read_adapters
 from jaxdiff.cli.errors import Failure, UsageError
-from jaxdiff.cli.flags import check_files, check_unet, flag_errors, weighted
+from jaxdiff.cli.flags import check_files, check_unet, weighted
 from jaxdiff.cli.loading import load
 from jaxdiff.cli.serve_options import ALL, LOOPBACK, parse, parsed_sizes
+from jaxdiff.errors import ArgumentError
 from jaxdiff.io import cache, model_paths
 from jaxdiff.io.upscaler import load_upscaler
 from jaxdiff.sampling.checks import check_memory, least_memory
@@ -37,13 +38,13 @@ from jaxdiff.serving.loras import Loras, lora_files
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 SHAPES = (1.0, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16)  # of the sizes drawn by default
-LAST = 30.0  # seconds that the engine has to end
+LAST = 30.0  # seconds that the engine has to stop
 CONNECTIONS = 512
 WITHOUT = "none"  # in place of an upscaler's name
 
 
 def sizes(f: flags.FlagValues, model: jaxdiff.Model) -> tuple[tuple[int, int], ...]:
-    """Width and height of what is drawn. Raises UsageError."""
+    """The sizes (width, height) that may be drawn, the default first. Raises UsageError."""
     factor, multiple = model.vae.config.factor, model.multiple
     chosen = parsed_sizes(f)
     if not chosen:
@@ -56,17 +57,21 @@ def sizes(f: flags.FlagValues, model: jaxdiff.Model) -> tuple[tuple[int, int], .
     for width, height in chosen:
         if width % multiple or height % multiple or not width or not height:
             raise UsageError(f"--sizes: {width}x{height} must be multiples of {multiple} for this model.")
-        with flag_errors():
+        try:
+            latent_shape(model, height, width)
             check_memory(model, height, width, None)
+        except ArgumentError as e:
+            raise UsageError(f"--sizes: {e}") from None
     return chosen
 
 
 def rounded(pixels: float, unit: int) -> int:
+    """The multiple of `unit` nearest to `pixels`, at least `unit`."""
     return max(unit, round(pixels / unit) * unit)
 
 
 def batch_sizes(f: flags.FlagValues, model: jaxdiff.Model, largest: tuple[int, int]) -> list[int]:
-    """How many images are drawn at once: on every device one, two, four, … up to --batch_size."""
+    """The batch sizes: 1, 2, 4, … images a device, up to --batch_size in all."""
     devices = jax.local_device_count() // f.tensor
     most = f.batch_size
     if most is None:
@@ -77,7 +82,7 @@ def batch_sizes(f: flags.FlagValues, model: jaxdiff.Model, largest: tuple[int, i
 
 
 def loaded(f: flags.FlagValues) -> tuple[jaxdiff.Model, Any, Loras, tuple[tuple[int, int], ...]]:
-    """The model with all that flags lay onto it, its parameters where they draw, LoRAs, and the sizes drawn."""
+    """The model with the adapters of the flags, its parameters on their devices, the LoRAs, and the sizes."""
     mesh = sample.divided_over(f)
     with naming("--model"):
         path = model_paths.find(f.model)
@@ -109,7 +114,7 @@ def loaded(f: flags.FlagValues) -> tuple[jaxdiff.Model, Any, Loras, tuple[tuple[
 
 
 def named(path: str) -> str:
-    """What the APIs call a file or folder."""
+    """The name of a file or folder in the APIs."""
     return Path(path.rstrip("/")).name
 
 

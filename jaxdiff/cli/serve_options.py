@@ -14,8 +14,8 @@ from jaxdiff.cli.options import OPTIONS, Option, define, document, number, text,
 
 INTRODUCTION = """# Flags of the server
 
-The flags of `jaxdiff-serve`, which is `python -m jaxdiff.cli.serve`; [serving.md](serving.md) says how it is used.
-Flags marked … may be given again for more.
+The flags of `jaxdiff-serve`, or `python -m jaxdiff.cli.serve`; [serving.md](serving.md) says how to use it. Flags
+marked … may be repeated.
 
 | flag | default | meaning |
 |---|---|---|
@@ -27,32 +27,33 @@ KEY = "JAXDIFF_API_KEY"
 SECTIONS: dict[str, tuple[Option, ...]] = {
     "model": (
         *(OPTIONS[name] for name in FROM_SAMPLE),
-        texts("controlnet", "run", "A ControlNet, a folder or file, whose image requests may send.", path="old"),
-        text("preview_vae", "run", "A tiny autoencoder (TAESD) that draws previews in place of the model's.",
+        texts("controlnet", "run", "A ControlNet's folder or file; requests may send its image.", path="old"),
+        text("preview_vae", "run", "A tiny autoencoder (TAESD) to decode previews instead of the model's.",
              path="old"),
         text("upscaler", "run", "The network that enlarges: a .pth or .safetensors file in Real-ESRGAN's layout, a "
-             "folder that training exported, or the name of a bundled one; none does without.", "icons", path="any"),
-        text("model_name", "run", "What the APIs call the model.", without="the end of --model"),
+             "folder that training exported, or the name of a bundled one; none: no network.", "icons", path="any"),
+        text("model_name", "run", "Name of the model in the APIs.", without="the end of --model"),
     ),
     "images": (
-        text("sizes", "run", "Sizes that may be asked for, 512x512,768x512: width x height in pixels, the first one "
-             "by default. Each is compiled for.", without="the model's own, and others of as many pixels"),
-        whole("steps", "run", "Steps where a request names none.", 25),
-        whole("max_steps", "run", "Steps that a request may ask for.", 150),
-        whole("max_images", "run", "Images that a request may ask for.", 10),
+        text("sizes", "run", "Sizes that requests may ask for, such as 512x512,768x512: width x height in pixels; the "
+             "first is the default. Each is compiled separately.", without="the model's own, and others of as many "
+             "pixels"),
+        whole("steps", "run", "Default steps of a request.", 25),
+        whole("max_steps", "run", "Maximum steps of a request.", 150),
+        whole("max_images", "run", "Maximum images of a request.", 10),
     ),
     "server": (
-        text("host", "run", "Address to listen on. Others than this machine's own need an API key.", "127.0.0.1"),
+        text("host", "run", "Address to listen on. Any but this machine's own needs an API key.", "127.0.0.1"),
         whole("port", "run", "Port to listen on; 0 takes a free one.", 7860, 0, high=65535),
-        text("api_key", "run", f"Key that every request must send. The variable {KEY} holds it where others may read "
+        text("api_key", "run", f"Key that every request must send. Set the variable {KEY} instead if others can read "
              "command lines.", without=f"{KEY}, else none"),
-        whole("batch_size", "run", "Images drawn at once, at most.", without="at most 4 a device"),
-        whole("window_ms", "run", "Milliseconds that an image waits for others to be drawn with.", 20, 0),
-        whole("queue", "run", "Images that may wait; further requests are refused (429).", 64),
-        whole("programs", "run", "Programs compiled within an hour, at most; requests for another size, scheduler or "
+        whole("batch_size", "run", "Maximum images drawn at once.", without="at most 4 a device"),
+        whole("window_ms", "run", "Milliseconds that an image waits for others to share its batch.", 20, 0),
+        whole("queue", "run", "Maximum images that wait; further requests are refused (429).", 64),
+        whole("programs", "run", "Maximum programs compiled within an hour; requests for another size, scheduler or "
               "the like are then refused (429).", 40),
-        number("time_limit", "run", "Seconds that a client waits for its images, at most.", 600.0, low=1.0),
-        whole("max_body_mb", "run", "Megabytes of a request.", 32),
+        number("time_limit", "run", "Maximum seconds that a client waits for its images.", 600.0, low=1.0),
+        whole("max_body_mb", "run", "Maximum megabytes of a request.", 32),
         *(OPTIONS[name] for name in ("fsdp", "tensor", "cache_dir", "verbose")),
     ),
 }  # fmt: skip
@@ -60,7 +61,7 @@ ALL: dict[str, Option] = {option.name: option for options in SECTIONS.values() f
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
-    """Flags of a command line, checked as far as that goes without the model. Raises UsageError."""
+    """The flags of a command line, with all checks that do not need the model. Raises UsageError."""
     f = read(define(ALL), argv, "--help shows all flags")
     if f.help:
         return f

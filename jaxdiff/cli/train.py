@@ -4,12 +4,12 @@
     python train.py --config=configs/icons/unet.py:cpu --workdir=runs/unet --config.batch_size=64
     jaxdiff-train --config=lora --workdir=runs/lora --config.data.path=images/
 
-The config says what, see configs/; any of its settings may be given as a flag. The workdir receives run.json (the
-config, the versions of packages and a fingerprint of the data), checkpoints, metrics.jsonl, TensorBoard files (tb),
-samples, and in the end the model as a diffusers folder (export). The same command goes on from the last checkpoint,
-whatever ended the run; SIGTERM or Ctrl-C saves one first. Another config is refused there. Exit code: 0, also when
-stopped so; 130 when Ctrl-C ends it before training or a second time; 2 for flags or settings that cannot be right; 1
-for any other failure.
+The config defines the experiment, see configs/; any of its settings may be given as a flag. The workdir receives
+run.json (the config, the versions of packages and a fingerprint of the data), checkpoints, metrics.jsonl, TensorBoard
+files (tb), samples, and at the end the model as a diffusers folder (export). The same command resumes from the last
+checkpoint; SIGTERM or Ctrl-C saves one first. A workdir refuses another config. Exit code: 0, also after SIGTERM or
+Ctrl-C; 130 if Ctrl-C is pressed before training starts or a second time; 2 for wrong flags or settings; 1 for any other
+failure.
 """
 
 import logging
@@ -71,7 +71,7 @@ def run(f: flags.FlagValues) -> None:
 
 
 def stored(workdir: Path) -> Any:
-    """The config that a run was begun with."""
+    """The config with which a run was started."""
     from jaxdiff.training.workdir import stored_config
 
     config = base()
@@ -81,7 +81,7 @@ def stored(workdir: Path) -> Any:
 
 
 def from_jaxdiff(record: logging.LogRecord) -> bool:
-    """Of absl's log: what jaxdiff says, and others' warnings; orbax's come as errors as well, if they are such."""
+    """A filter of absl's log: keeps jaxdiff's messages and others' warnings, except orbax's."""
     path = Path(record.pathname)
     ours = Path(jaxdiff.__file__).parent in path.parents
     return ours or (record.levelno >= logging.WARNING and "orbax" not in path.parts)
@@ -98,7 +98,7 @@ def command(argv: list[str]) -> int:
             return train_plan.run(with_copies(f.config, PLANNED), f.plan, f.plan_devices, argv)
         else:
             run(f)
-    except OptionsError as e:  # which begins with a setting's name
+    except OptionsError as e:  # begins with a setting's name
         raise UsageError(f"config.{e}") from None
     except OSError as e:
         if isinstance(e, BrokenPipeError):  # of stdout

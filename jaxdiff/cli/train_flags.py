@@ -32,13 +32,15 @@ def define(argv: list[str]) -> flags.FlagValues:
     """The flags, apart from absl's global ones; those of --config's settings are looked for in `argv`."""
     f = flags.FlagValues()
     config_flags.DEFINE_config_file(
-        "config", None, "The experiment: a file, or the name of one of configs/.", flag_values=f, sys_argv=argv
+        "config", None, "The experiment: a config file, or the name of one in configs/.", flag_values=f, sys_argv=argv
     )
-    flags.DEFINE_string("workdir", None, "Folder of all that the run writes, here or at gs:// or s3://.", f)
+    flags.DEFINE_string("workdir", None, "Folder for everything that the run writes; also at gs:// or s3://.", f)
     for option in HOSTS:
         define_one(f, option)
-    flags.DEFINE_string("plan", None, "Print memory and messages of each device instead of training; or =quick.", f)
-    flags.DEFINE_integer("plan_devices", 0, "Devices to plan for; 0: those of this machine.", flag_values=f)
+    flags.DEFINE_string(
+        "plan", None, "Print each device's memory and communication instead of training; =quick compiles nothing.", f
+    )
+    flags.DEFINE_integer("plan_devices", 0, "Number of devices to plan for; 0: those of this machine.", flag_values=f)
     flags.DEFINE_integer(
         "profile", 0, "Write a trace of this many steps to the workdir's folder profile.", 0, flag_values=f
     )
@@ -56,7 +58,10 @@ def define(argv: list[str]) -> flags.FlagValues:
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
-    """The flags of a command line, the program's name first.
+    """The flags of a command line, checked.
+
+    Args:
+        argv: the command line, the program's name first.
 
     Raises:
         UsageError, OptionsError: one sentence naming the flag or setting.
@@ -94,7 +99,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 
 def with_copies(config: Any, names: Iterable[str] = PATHS) -> Any:
-    """A config whose settings, where they are paths of stores, name this machine's copies of what lies there.
+    """A config in which paths of object stores are replaced by this machine's copies.
 
     Raises:
         Failure: there is nothing, or it cannot be read.
@@ -109,7 +114,7 @@ def with_copies(config: Any, names: Iterable[str] = PATHS) -> Any:
 
 
 def check_flags(f: flags.FlagValues) -> None:
-    """Raise UsageError for flags that do not go together, or without which there is no run."""
+    """Raise UsageError for flags that are missing or do not go together."""
     if f.posthoc_ema is not None and not 0 < f.posthoc_ema < 12**-0.5:
         raise UsageError(f"--posthoc_ema={f.posthoc_ema:g} must be above 0 and below {12**-0.5:.3f}.")
     if f.overwrite and f.posthoc_ema is None:
@@ -127,7 +132,7 @@ def check_flags(f: flags.FlagValues) -> None:
 
 
 def check_known(argv: list[str]) -> None:
-    """Raise UsageError for a flag of a setting that there is not, or of a whole group."""
+    """Raise UsageError for a flag of an unknown setting, or of a group of settings."""
     for name in (match[1] for a in argv[1:] if (match := re.match(r"--?config\.([\w.]+)", a))):
         if name in RULES or name.startswith(tuple(f"{group}." for group in OPEN)):
             continue
@@ -137,12 +142,12 @@ def check_known(argv: list[str]) -> None:
 
 
 def find_config(name: str) -> str:
-    """A config's file, with what followed the colon: `name` itself, or a config of the checkout or the package.
+    """The file of a --config value, with what follows its colon: a path, or the name of a config.
 
     "lora" is `configs/finetune/lora.py` of the checkout, or the copy that is installed with the package.
 
     Raises:
-        UsageError: several files have that name.
+        UsageError: no config has that name, or several have.
     """
     name = os.path.expanduser(name)
     stem, colon, argument = name.partition(":")
@@ -155,11 +160,11 @@ def find_config(name: str) -> str:
         if found:
             return f"{found[0]}{colon}{argument}"
     known = sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("**/*.py")} - {"__init__"})
-    raise UsageError(f"--config={name} is no file and no config of that name; known are {', '.join(known)}.")
+    raise UsageError(f"--config={name} is neither a file nor the name of a config; known are {', '.join(known)}.")
 
 
 def as_known(previous: str, argument: str) -> str:
-    """An argument with the config's file found, settings under today's names, and --plan with a value."""
+    """An argument with the config's file resolved, old names of settings replaced, and --plan given a value."""
     if previous in ("-config", "--config"):
         return find_config(argument)
     if argument.lstrip("-") == "plan":
@@ -172,7 +177,7 @@ def as_known(previous: str, argument: str) -> str:
 
 
 def config_error(error: Exception) -> str:
-    """One sentence out of what ml_collections says, which may hold a whole traceback."""
+    """One sentence for an error of ml_collections, whose text may hold a traceback."""
     text = " ".join(str(error).split())
     if match := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
         name, value = match.groups()

@@ -1,4 +1,4 @@
-"""train.py --plan: the memory and the messages of a run, on a mesh that may be larger than the machine."""
+"""train.py --plan: memory and communication of a run, on a mesh that may be larger than this machine."""
 
 import os
 import subprocess
@@ -14,10 +14,10 @@ def run(config: Any, kind: str, devices: int, argv: list[str]) -> int:
     """Print the plan of a config of train.py; returns the exit code.
 
     Args:
-        config: of jaxdiff/training/defaults.py.
-        kind: "quick", or "full" with what the compiled step takes and sends.
-        devices: of the whole mesh; 0 takes those of this machine.
-        argv: the command line, run again with simulated devices where this machine has fewer.
+        config: see jaxdiff/training/defaults.py.
+        kind: "quick", or "full", which compiles the step to add its memory and communication.
+        devices: number of devices of the whole mesh; 0: those of this machine.
+        argv: the command line, run again with simulated devices if this machine has fewer.
     """
     import jax
 
@@ -28,7 +28,7 @@ def run(config: Any, kind: str, devices: int, argv: list[str]) -> int:
         raise UsageError(f"--plan_devices={devices} must be at least 1.")
     if kind == FULL and devices > jax.device_count():
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        # What is compiled never runs: making it fast would be wasted.
+        # The program never runs, so skip optimisations.
         flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         return subprocess.run([sys.executable, *argv], env=env).returncode
@@ -37,7 +37,7 @@ def run(config: Any, kind: str, devices: int, argv: list[str]) -> int:
 
 
 def text(config: Any, kind: str, devices: int) -> str:
-    """The plan of a config; `devices` must be there for a full one."""
+    """The plan of a config; a full one needs `devices` devices, which may be simulated."""
     import jax
 
     from jaxdiff import parallel
@@ -61,7 +61,7 @@ def text(config: Any, kind: str, devices: int) -> str:
 
 
 def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """(stage, shapes of all parameters, one example as it is read) of a config; no weights and no images are read."""
+    """(stage, shapes of all parameters, one example) of a config, without reading weights or images."""
     import numpy as np
 
     from jaxdiff.io.configs import replace_config
@@ -87,7 +87,7 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     if not (config.init_from.model or config.init_from.text_encoder):
         model = replace_config(model, "text_encoder", vocab_size=sizes.vocab_size)
     alone = config.copy_and_resolve_references()
-    alone.controlnet.init_from = ""  # it has the UNet's shape, so that its weights need not be read
+    alone.controlnet.init_from = ""  # it has the UNet's shape: no need to read its weights
     alone.adversary.init_from = ""
     trainable = trainables.described(alone, model, param_shapes(model))
     side = image_size(config, model)

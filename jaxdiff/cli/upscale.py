@@ -1,4 +1,4 @@
-"""sample.py --upscale: images enlarged by a network, as they are drawn or as files."""
+"""sample.py --upscale: enlarge drawn images, or image files, by a network."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ Enlarge = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, C] -> uint8 [H', W'
 
 
 def described_upscaler(f: flags.FlagValues) -> RRDBNet | None:
-    """The network of --upscaler where one is used, of its file's header alone. Raises UsageError."""
+    """The network of --upscaler, from its file's header; None if it is not used. Raises UsageError."""
     if f.upscale is None and not (f.hires and f.hires_upscale == "network"):
         return None
     with naming("--upscaler"):
@@ -32,10 +32,10 @@ def described_upscaler(f: flags.FlagValues) -> RRDBNet | None:
 
 
 def check_sizes(f: flags.FlagValues, sizes: list[tuple[int, int]]) -> None:
-    """Raise UsageError where --upscale is a scale that the network cannot give, or that memory has no room for.
+    """Raise UsageError if the network cannot enlarge by --upscale, or if a result does not fit into memory.
 
     Args:
-        sizes: heights and widths of images.
+        sizes: (height, width) of each image.
     """
     network = described_upscaler(f)
     if f.upscale is None or network is None:
@@ -46,7 +46,7 @@ def check_sizes(f: flags.FlagValues, sizes: list[tuple[int, int]]) -> None:
 
 
 def enlarger(f: flags.FlagValues) -> Enlarge:
-    """What --upscale makes of an image; the image itself where it is not given."""
+    """The function that enlarges an image by --upscale; the identity without that flag."""
     if f.upscale is None:
         return lambda image: image
     with naming("--upscaler"):
@@ -66,7 +66,7 @@ def given_files(f: flags.FlagValues) -> list[Path]:
 
 
 def enlarge_files(f: flags.FlagValues) -> None:
-    """Enlarge --image, or each image of that folder, and write what becomes of it; nothing is drawn."""
+    """Enlarge --image, or each image in that folder, and write the results."""
     check_files(f)
     files = given_files(f)
     paths = enlarged_paths(f.output, files, f.upscale)

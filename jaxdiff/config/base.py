@@ -1,4 +1,4 @@
-"""What every config shares: reading and writing the dict of a `config.json`."""
+"""The base class of all configs: reading and writing the dict of a `config.json`."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from jaxdiff.files import not_fetched
 
 
 class ConfigError(JaxdiffError, ValueError):
-    """A config that cannot be read, or that describes what this library does not build."""
+    """A config that cannot be read, or that describes something that this library does not support."""
 
 
 def _frozen(value: Any) -> Any:
@@ -22,7 +22,7 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 
-# Fields that count layers, of which a damaged file may ask for more than can ever be built.
+# Fields that count layers: a damaged file may ask for more than can be built.
 LAYERS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "num_encoder_blocks",
           "num_decoder_blocks")  # fmt: skip
 MOST_LAYERS = 1000
@@ -30,7 +30,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type; whole numbers are numbers, true and false are not."""
+    """Whether a value has a field's type; integers count as floats, booleans as neither."""
     if isinstance(kind, types.UnionType):
         return any(_is_of(value, k) for k in get_args(kind))
     if get_origin(kind) is tuple:
@@ -63,17 +63,17 @@ class Config:
     """Base: reading from and writing to the dict of a `config.json`."""
 
     CLASS_NAME: ClassVar[str] = ""
-    NULLABLE: ClassVar[tuple[str, ...]] = ()  # fields of another default that may be None
+    NULLABLE: ClassVar[tuple[str, ...]] = ()  # fields whose default is not None, but for which null means None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The config of a `config.json`'s values; keys that are no field are ignored.
+        """The config with the values of a `config.json`; unknown keys are ignored.
 
         Raises:
-            ConfigError: a value has another type than its field, is not finite, or counts more than MOST_LAYERS layers.
+            ConfigError: a value has the wrong type, is not finite, or asks for more than MOST_LAYERS layers.
         """
         names = {f.name: f.default for f in dataclasses.fields(cls)}
-        # null means "the default" in these files, but for NULLABLE and the few fields whose own default is None.
+        # null means "the default" in these files, except for NULLABLE and for fields whose default is None.
         given = {k: _frozen(v) for k, v in values.items() if k in names and (v is not None or k in cls.NULLABLE)}
         for key, value in given.items():
             if not _is_of(value, kind := _types(cls)[key]):  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The config of a GAN's generator, which stands in a model's folder where others have a UNet."""
+"""The config of a GAN's generator, which takes the place of the UNet in a model's folder."""
 
 import dataclasses
 from typing import Any, ClassVar, Self
@@ -11,20 +11,20 @@ class GeneratorConfig(Config):
     """The generator of a text-conditional GAN; see jaxdiff/models/generator.py."""
 
     CLASS_NAME: ClassVar[str] = "TextConditionalGenerator"
-    # What a UNet may be told beside the text, and a generator is not.
+    # Inputs of a UNet that a generator does not have.
     addition_embed_type: ClassVar[None] = None
     class_embed_type: ClassVar[None] = None
     num_class_embeds: ClassVar[None] = None
     time_cond_proj_dim: ClassVar[None] = None
 
-    sample_size: int = 16  # latents along a side; others are not drawn
+    sample_size: int = 16  # latents along a side, the only size that it draws
     in_channels: int = 8  # of the noise and of the latents
-    block_out_channels: tuple[int, ...] = (64, 128, 256)  # of each level, from full size down to where it begins
+    block_out_channels: tuple[int, ...] = (64, 128, 256)  # of each level, from full resolution down to the first one
     layers_per_block: int = 1
-    num_attention_heads: int = 4  # that attend to the text, at all levels but that of full size
+    num_attention_heads: int = 4  # of cross-attention to the text, at all levels but full resolution
     cross_attention_dim: int = 192  # width of the text's states
-    noise_dim: int = 128  # numbers that the noise is brought down to
-    style_dim: int = 256  # numbers that noise and text together become, by which channels are scaled
+    noise_dim: int = 128  # width of the projected noise
+    style_dim: int = 256  # width of the style, made from noise and text, which scales channels
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

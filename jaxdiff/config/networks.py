@@ -23,7 +23,7 @@ class CLIPTextConfig(Config):
     with_projection: bool = False  # whether pooled output goes through `text_projection`
     bos_token_id: int = 49406
     eos_token_id: int = 49407  # 2 in old files: then the highest id in the row marks the end
-    pad_token_id: int = 1  # as the file says; padding itself is the tokenizer's job
+    pad_token_id: int = 1  # kept for saving; the tokenizer pads
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -64,7 +64,7 @@ class CLIPVisionConfig(Config):
         }
 
 
-# What a UNet's config may also say -> the one value of it that is built here, which is diffusers' default.
+# Further keys of a UNet's config -> the only supported value, which is diffusers' default.
 FIXED_UNET: dict[str, Any] = {
     "attention_type": "default",
     "class_embeddings_concat": False,
@@ -84,7 +84,7 @@ FIXED_UNET: dict[str, Any] = {
     "time_embedding_type": "positional",
     "timestep_post_act": None,
 }
-PER_LEVEL = (  # of a UNet's config: where these are lists, they have a value for each level
+PER_LEVEL = (  # keys of a UNet's config that are one value, or a list with one for each level
     "down_block_types",
     "up_block_types",
     "layers_per_block",
@@ -94,7 +94,7 @@ PER_LEVEL = (  # of a UNet's config: where these are lists, they have a value fo
     "only_cross_attention",
 )
 FIXED_VAE: dict[str, Any] = {"latents_mean": None, "latents_std": None}
-# Value of a UNet's config that adds an embedding -> the sizes that it needs.
+# Key of a UNet's config that adds an embedding -> its known values, each with the sizes that it needs.
 EMBEDDINGS: dict[str, dict[str | None, tuple[str, ...]]] = {
     "addition_embed_type": {
         None: (),
@@ -126,7 +126,7 @@ class UNetConfig(Config):
 
     CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
     NULLABLE: ClassVar[tuple[str, ...]] = ("mid_block_type",)
-    sample_size: int | tuple[int, int] = 64  # latents drawn by default: of a square's side, or height and width
+    sample_size: int | tuple[int, int] = 64  # default size in latents: the side of a square, or (height, width)
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -185,7 +185,7 @@ class UNetConfig(Config):
 
     @property
     def side(self) -> int:
-        """Latents along a side of the square that is trained on by default: the shorter one of `sample_size`."""
+        """The shorter side of `sample_size`, in latents."""
         return self.sample_size if isinstance(self.sample_size, int) else min(self.sample_size)
 
     @property
@@ -222,7 +222,7 @@ class VAEConfig(Config):
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent along one side."""
+        """Pixels per latent along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -253,10 +253,10 @@ class Flux2VAEConfig(VAEConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ControlNetConfig(UNetConfig):
-    """ControlNet (Zhang et al. 2023): the encoder of a UNet, and one of the control image."""
+    """ControlNet (Zhang et al. 2023): the encoder of a UNet, and an encoder of the control image."""
 
     CLASS_NAME: ClassVar[str] = "ControlNetModel"
-    NULLABLE: ClassVar[tuple[str, ...]] = ()  # that of a UNet without a middle block has one
+    NULLABLE: ClassVar[tuple[str, ...]] = ()  # a ControlNet always has a middle block
     conditioning_channels: int = 3  # of the control image
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
     controlnet_conditioning_channel_order: str = "rgb"  # or "bgr"
@@ -264,7 +264,7 @@ class ControlNetConfig(UNetConfig):
 
     @property
     def factor(self) -> int:
-        """Pixels of the control image to a latent along one side."""
+        """Pixels of the control image per latent along one side."""
         return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -295,5 +295,5 @@ class TinyVAEConfig(Config):
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent along one side."""
+        """Pixels per latent along one side."""
         return self.upsampling_scaling_factor ** (len(self.decoder_block_out_channels) - 1)

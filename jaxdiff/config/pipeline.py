@@ -1,4 +1,4 @@
-"""What a pipeline's `model_index.json` says beside the names of its networks."""
+"""The options in a pipeline's `model_index.json`."""
 
 import dataclasses
 import math
@@ -10,14 +10,14 @@ from jaxdiff.config.scheduler import SchedulerConfig
 
 @dataclasses.dataclass(frozen=True)
 class PipelineOptions(Config):
-    """What `model_index.json` says beside the names of the networks."""
+    """The options in `model_index.json`, apart from the names of the networks."""
 
-    force_zeros_for_empty_prompt: bool = True  # SDXL: no negative prompt is zeros, not the embedding of ""
+    force_zeros_for_empty_prompt: bool = True  # SDXL: without a negative prompt, zeros instead of the embedding of ""
     requires_aesthetics_score: bool = False  # SDXL refiner: its time ids end in a score, not in the target size
-    max_noise_level: int = 350  # x4 upscaler: the most noise on the low-resolution image, in steps of low_res_scheduler
+    max_noise_level: int = 350  # x4 upscaler: maximum noise on the low-resolution image, in timesteps
     low_res_scheduler: SchedulerConfig | None = None  # x4 upscaler: its noise schedule; a folder of its own
     is_distilled: bool = False  # FLUX.2: drawn without guidance
-    # SD 3: tokens of T5, or of zeros in its place; "_max_sequence_length" in the file: diffusers has it as an argument.
+    # SD 3: tokens of T5, or of zeros instead; "_max_sequence_length" in the file: it is an argument in diffusers.
     max_sequence_length: int = 256
     guidance_scale: float = 7.5  # the model's default; "_guidance_scale" in the file, which diffusers ignores
     steps: int = 25  # the model's default; "_steps" in the file, which diffusers ignores

@@ -1,4 +1,4 @@
-"""The config of the noise and of the scheduler that removes it."""
+"""The config of the noise schedule and of the sampling method."""
 
 import dataclasses
 from typing import Any, ClassVar, Self
@@ -25,7 +25,7 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {  # of scheduler classes whose defa
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig(Config):
-    """`scheduler_config.json`. None means that the default of the scheduler's class holds: see diffusion/times.py."""
+    """`scheduler_config.json`. None stands for the default of the scheduler's class, see diffusion/times.py."""
 
     CLASS_NAME: ClassVar[str] = "DDIMScheduler"
     class_name: str = "DDIMScheduler"  # the file's `_class_name`
@@ -37,8 +37,8 @@ class SchedulerConfig(Config):
     prediction_type: str = "epsilon"  # "epsilon", "v_prediction", "sample", "flow_prediction"
     rescale_betas_zero_snr: bool = False
     shift: float = 1.0  # rectified flow: t -> shift t / (1 + (shift - 1) t)
-    use_dynamic_shifting: bool = False  # of flows, by the size of the image instead of `shift`
-    time_shift_type: str = "exponential"  # of a dynamic shift; or "linear"
+    use_dynamic_shifting: bool = False  # flows: shift by the size of the image instead of `shift`
+    time_shift_type: str = "exponential"  # of the dynamic shift; or "linear"
     base_shift: float = 0.5  # the dynamic shift of images of `base_image_seq_len` patches
     max_shift: float = 1.15  # … and of `max_image_seq_len`
     base_image_seq_len: int = 256
@@ -53,9 +53,9 @@ class SchedulerConfig(Config):
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
     use_lu_lambdas: bool = False
-    sigma_max: float | None = None  # ends of the levels that the three above spread; None: those of the table
+    sigma_max: float | None = None  # ends of the three spacings above; None: those of the table
     sigma_min: float | None = None
-    original_inference_steps: int = 50  # LCM, TCD: steps of the distillation, out of which those of drawing are chosen
+    original_inference_steps: int = 50  # LCM, TCD: timesteps of the distillation, from which the grid is chosen
     # Bounds on the prediction of x0.
     clip_sample: bool | None = None
     clip_sample_range: float = 1.0
@@ -70,10 +70,10 @@ class SchedulerConfig(Config):
     lower_order_final: bool = True
     euler_at_final: bool = False
     predict_x0: bool = True  # UniPC
-    disable_corrector: tuple[int, ...] = ()  # UniPC: steps after which nothing is corrected
-    skip_prk_steps: bool | None = None  # PNDM: whether it starts by a step of Heun's, not three of Runge and Kutta's
+    disable_corrector: tuple[int, ...] = ()  # UniPC: indices of steps without correction
+    skip_prk_steps: bool | None = None  # PNDM: whether it starts with a Heun step, not three Runge-Kutta steps
     timestep_scaling: float = 10.0  # LCM
-    # Known so that anything but these values is refused where it would change the image: diffusion/times.py.
+    # Other values than these are refused if they would change the image, see diffusion/times.py.
     timestep_type: str = "discrete"
     lambda_min_clipped: float = float("-inf")
     invert_sigmas: bool = False
@@ -89,12 +89,12 @@ class SchedulerConfig(Config):
         for key, known in CHOICES.items():
             if isinstance(value := values.get(key), str) and value not in known:
                 raise ConfigError(f"{key} {value!r} is unknown; known are {', '.join(known)}.")
-        if values.get("use_flow_sigmas"):  # how classes that are not of flows only say it
+        if values.get("use_flow_sigmas"):  # how classes that also serve other processes name a flow
             values = {**values, "beta_schedule": "flow", "shift": values.get("flow_shift", 1.0)}
         return super().from_dict({"class_name": name, **CLASS_DEFAULTS.get(name, {}), **values})
 
     def to_dict(self) -> dict[str, Any]:
-        """What a file needs to say: the process, and what differs from the defaults of its class."""
+        """The values for a file: the process, and what differs from the defaults of its class."""
         values, silent = dataclasses.asdict(self), dataclasses.asdict(self.from_dict({"_class_name": self.class_name}))
         betas = () if self.beta_schedule == "flow" else ("beta_start", "beta_end", "beta_schedule", "prediction_type")
         always = ("num_train_timesteps", *betas)

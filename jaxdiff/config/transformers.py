@@ -11,16 +11,16 @@ class FluxConfig(Config):
     """FLUX.1's transformer."""
 
     CLASS_NAME: ClassVar[str] = "FluxTransformer2DModel"
-    patch_size: int = 1  # the pipeline folds 2 x 2 latents beforehand
-    in_channels: int = 64  # four for each channel of the latents
+    patch_size: int = 1  # latents are folded into 2 x 2 patches beforehand
+    in_channels: int = 64  # four times the channels of the latents
     out_channels: int | None = None
-    num_layers: int = 19  # of text and image with parameters of their own
-    num_single_layers: int = 38  # of both as one sequence
+    num_layers: int = 19  # double blocks: separate parameters for text and image
+    num_single_layers: int = 38  # single blocks: text and image as one sequence
     attention_head_dim: int = 128
     num_attention_heads: int = 24
     joint_attention_dim: int = 4096  # width of T5's states
     pooled_projection_dim: int = 768  # width of CLIP's pooled state
-    guidance_embeds: bool = False  # dev: told of the guidance scale
+    guidance_embeds: bool = False  # dev: the guidance scale is an input
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     @property
@@ -44,7 +44,7 @@ class Flux2Config(Config):
     num_single_layers: int = 48
     attention_head_dim: int = 128
     num_attention_heads: int = 48
-    joint_attention_dim: int = 15360  # width of the states of three layers side by side
+    joint_attention_dim: int = 15360  # width of three layers' states side by side
     timestep_guidance_channels: int = 256
     mlp_ratio: float = 3.0
     axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
@@ -58,7 +58,7 @@ class Flux2Config(Config):
 
     @property
     def hidden(self) -> int:
-        """Features inside a feed-forward."""
+        """Hidden width of a feed-forward."""
         return int(self.width * self.mlp_ratio)
 
     @property
@@ -138,7 +138,7 @@ class T5Config(Config):
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "relu"  # "gated-gelu" alone is built: version 1.1
+    feed_forward_proj: str = "relu"  # only "gated-gelu" (version 1.1) is supported
 
     def to_dict(self) -> dict[str, Any]:
         more = {"architectures": [self.CLASS_NAME], "model_type": "t5", "is_encoder_decoder": False, "use_cache": False}
@@ -158,7 +158,7 @@ class Qwen3Config(Config):
     num_key_value_heads: int = 32
     head_dim: int = 128
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0  # published ones have 1000000
+    rope_theta: float = 10_000.0  # published models have 1000000
     attention_bias: bool = False
     tie_word_embeddings: bool = False
 

@@ -1,4 +1,4 @@
-"""The config of an upscaling network, which files do not hold: it is read from the shapes of their tensors."""
+"""The config of an upscaling network. Files do not hold one: it is inferred from the shapes of their tensors."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,15 +14,15 @@ class RRDBConfig(Config):
     num_block: int = 23  # residual-in-residual dense blocks
     num_feat: int = 64  # channels between blocks
     num_grow_ch: int = 32  # channels that each convolution of a dense block adds
-    upsamples: int = 2  # doublings at the end
-    unshuffle: int = 1  # side of the squares of pixels that become channels first: 2 in the x2 network, 4 in the x1
+    upsamples: int = 2  # 2x upsampling layers at the end
+    unshuffle: int = 1  # factor of the pixel unshuffle at the start: 2 in the x2 network, 4 in the x1
 
     @property
     def scale(self) -> int:
-        """How many times larger an image becomes."""
+        """The factor by which a side grows."""
         return 2**self.upsamples // self.unshuffle
 
     @property
     def reach(self) -> int:
-        """Pixels of the small image, at each side, that a pixel of the large one is made of: one a convolution."""
+        """Radius of the receptive field, in pixels of the small image: one for each convolution."""
         return self.unshuffle * (15 * self.num_block + 2) + self.upsamples + 2

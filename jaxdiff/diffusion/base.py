@@ -1,4 +1,4 @@
-"""What schedulers are made of: state, noise, the DDIM step, clipping of x0. Equations are those of schedulers.py."""
+"""Building blocks of schedulers: state, noise, the DDIM step, clipping of x0. Equation numbers are schedulers.py's."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ Clip = Callable[[Array], Array]
 
 
 class State(NamedTuple):
-    """What a scheduler remembers between steps."""
+    """The state of a single-step scheduler."""
 
     x: Array  # [B, ...] float32
     denoised: Array  # [B, ...] float32, the prediction of x0 at the last step; x itself before the first
@@ -26,7 +26,7 @@ class Scheduler(NamedTuple):
     init(x [B, ...]) -> state.
     step(denoise, state, times, i, keys [B]) -> state: one step, from entry i of the grid `times` (fields [N + 1]) to
         entry i + 1; i may be traced. A state has at least the fields x and denoised.
-    start_index(start) -> the entry of the grid whose noise x must have when the first `start` steps are left out:
+    start_index(start) -> the entry of the grid whose noise level x must have if the first `start` steps are skipped:
         `start` itself for all but pndm.
     """
 
@@ -51,7 +51,7 @@ def step_count(times: Time) -> Array | int:
 
 
 def filled_up(times: Time, steps: int) -> Time:
-    """The same grid with entries for so many steps, which are never taken: one program serves all numbers of steps."""
+    """The grid padded to `steps` + 1 entries that are never reached, so that one program serves any number of steps."""
     missing = steps + 1 - len(times.t)
 
     def longer(x: Array) -> np.ndarray:
@@ -87,7 +87,7 @@ def fresh_noise_fraction(time: Time, next_time: Time) -> Array:
 
 
 def noise_like(keys: Key, x: Array, count: int | None = None) -> Array:
-    """Unit Gaussian noise like x [B, ...], one key a sample; with a count, that many: [count, B, ...]."""
+    """Unit Gaussian noise float32 of the shape of x [B, ...], one key a sample; with `count`, [count, B, ...]."""
     if count is None:
         return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], jnp.float32))(keys)
     return jax.vmap(lambda key: jax.random.normal(key, (count, *x.shape[1:]), jnp.float32), out_axes=1)(keys)
@@ -96,7 +96,12 @@ def noise_like(keys: Key, x: Array, count: int | None = None) -> Array:
 def ddim_step(
     x0: Array, eps: Array, time: Time, next_time: Time, eta: float = 0.0, noise: Array | float = 0.0
 ) -> Array:
-    """x' of equation (3), [B, ...]: the DDIM step; `noise` is z, used where eta is not 0."""
+    """x' of equation (3), [B, ...]: the DDIM step.
+
+    Args:
+        eta: static, in [0, 1].
+        noise: z, [B, ...]; not used if eta is 0.
+    """
     if eta == 0:
         return next_time.alpha * x0 + next_time.sigma * eps
     fresh = eta**2 * fresh_noise_fraction(time, next_time)
@@ -123,7 +128,7 @@ def dynamic_threshold(quantile: float = 0.995, max_value: float = 1.0) -> Clip:
 
 
 def with_clipping(scheduler: Scheduler, clip: Clip | None) -> Scheduler:
-    """The same scheduler, with every prediction of x0 clipped."""
+    """The scheduler with every prediction of x0 clipped; `scheduler` itself if `clip` is None."""
     if clip is None:
         return scheduler
 

@@ -34,7 +34,7 @@ from jaxdiff.diffusion.prediction import expand
 from jaxdiff.diffusion.schedules import NoiseSchedule, Time
 from jaxdiff.typing import Array
 
-SIGMA_DATA = 0.5  # of equation (1), whatever the data's deviation is: both papers' code and diffusers have it so
+SIGMA_DATA = 0.5  # of equation (1); fixed in both papers' code and in diffusers, whatever the data's deviation
 TANGENT_FLOOR = 0.1  # c of g / (|g| + c), Lu & Song 2024, section 4.1
 
 
@@ -49,13 +49,13 @@ def boundary(t: Array, timestep_scaling: float = 10.0) -> tuple[Array, Array]:
 
 
 def consistency(x0: Array, x: Array, t: Array, timestep_scaling: float = 10.0) -> Array:
-    """f of equation (1) from a prediction of x0 [B, ...] at x and t, scalar or [B]."""
+    """f of equation (1) from a prediction of x0 [B, ...] at x [B, ...] and t, scalar or [B] in training steps."""
     skip, out = (expand(c, x) for c in boundary(t, timestep_scaling))
     return out * x0 + skip * x
 
 
 def solver_step(x0: Array, x: Array, time: Time, below: Time) -> Array:
-    """x' [B, ...] of the DDIM step from `time` to `below`, fields [B], by a prediction of x0."""
+    """x' [B, ...] of the DDIM step from `time` to the less noisy `below`, fields [B], with a prediction of x0."""
     start, end = (Time(expand(s.t, x), expand(s.alpha, x), expand(s.sigma, x)) for s in (time, below))
     return ddim_step(x0, to_eps(x, x0, start), start, end)
 
@@ -66,7 +66,7 @@ def pseudo_huber(error: Array, c: float) -> Array:
 
 
 class Angles(NamedTuple):
-    """The angle of equation (2) at each time of a schedule, and how fast the time goes by it."""
+    """The angle of equation (2) at each time of a schedule, and the derivative of the timestep with respect to it."""
 
     phi: np.ndarray  # [T] float32
     rate: np.ndarray  # [T] float32: dt / dphi
@@ -92,8 +92,8 @@ def tangent(
     Args:
         velocity: F as a function of x [B, ...] and t [B].
         phi, rate: the angle at t and dt/dphi, [B].
-        teacher: v at x and t.
-        warmup: from 0 to 1, of the second term: at 0 F learns to be v (Lu & Song 2024, section 4.1).
+        teacher: the teacher's v at x and t, [B, ...].
+        warmup: weight of the second term, scalar in [0, 1]: at 0 F learns v itself (Lu & Song 2024, section 4.1).
     """
     cos, sin = expand(jnp.cos(phi), x), expand(jnp.sin(phi), x)
     # sin(phi) goes into the tangent, so that what is multiplied stays small.
@@ -103,6 +103,6 @@ def tangent(
 
 
 def normalised(g: Array) -> Array:
-    """g / (|g| + c) of each sample [B, ...], |g| the root of its mean square."""
+    """g / (|g| + c) of each sample [B, ...], where |g| is its root mean square."""
     axes = tuple(range(1, g.ndim))
     return g / (jnp.sqrt(jnp.mean(g**2, axes, keepdims=True)) + TANGENT_FLOOR)

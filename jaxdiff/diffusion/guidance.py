@@ -1,4 +1,4 @@
-"""Guidance: combining what the network predicts with and without the prompt."""
+"""Guidance: combining the network's predictions with and without the prompt."""
 
 import jax.numpy as jnp
 
@@ -22,10 +22,10 @@ def classifier_free(cond: Array, uncond: Array, scale: Array | float) -> Array:
 
 
 def rescale(guided: Array, cond: Array, factor: Array | float) -> Array:
-    """Guidance rescale, against over-exposure: the guided prediction at the standard deviation of the conditional.
+    """Rescale the guided prediction towards the standard deviation of the conditional one, against over-exposure.
 
-    factor (std(cond) / std(guided)) guided + (1 - factor) guided: Lin et al. 2023, equations 15 and 16, which advise
-    0.7. Standard deviations are over all values of each sample. A constant prediction is unchanged.
+    factor (std(cond) / std(guided)) guided + (1 - factor) guided (Lin et al. 2023, equations 15 and 16; they recommend
+    0.7). Standard deviations are over all values of each sample. A constant prediction is unchanged.
 
     Args:
         guided: of `classifier_free`, [B, ...].
@@ -45,11 +45,14 @@ def rescale(guided: Array, cond: Array, factor: Array | float) -> Array:
 def in_interval(time: Time, low: Array | float, high: Array | float) -> Array:
     """Whether guidance is on: low < sigma / alpha <= high (Kynkäänniemi et al. 2024, section 3).
 
-    Outside the interval the conditional prediction is used alone, so the unconditional one need not be computed.
+    Outside the interval the conditional prediction is used alone.
 
     Args:
-        time: one or more; alpha may be 0 (pure noise), whose noise level is infinite.
-        low, high: noise levels sigma / alpha, of the shape of the time's fields or scalars; high may be infinite.
+        time: one or more times; at alpha = 0 (pure noise) the noise level is infinite.
+        low, high: noise levels sigma / alpha, scalars or of the shape of the time's fields; high may be infinite.
+
+    Returns:
+        bool, of the shape of the time's fields.
 
     >>> import jax.numpy as jnp
     >>> in_interval(Time(0, jnp.array([0.0, 0.6, 0.8]), jnp.array([1.0, 0.8, 0.6])), 0.75, float("inf")).tolist()

@@ -1,4 +1,4 @@
-"""Inpainting with a network that was not trained for it, by blending with the original at every step."""
+"""Inpainting with a network that was not trained for it: the known part is put back at every step."""
 
 import jax.numpy as jnp
 
@@ -11,13 +11,13 @@ from jaxdiff.typing import Array, Denoise, Key
 def masked_blending(scheduler: Scheduler, original: Array, noise: Array, mask: Array) -> Scheduler:
     """A scheduler whose samples equal `original` where `mask` is 0 (Avrahami et al. 2022, Blended Latent Diffusion).
 
-    Where the mask is 0, x is replaced by the original at the noise level of the moment, after each step and before
-    each network call within a step; after the last step by the original itself. The very first call sees x as it is.
+    Where the mask is 0, x is replaced by the original at the current noise level, after each step and before each
+    network call within a step, and by the original itself after the last step. The first call gets x unchanged.
 
     Args:
         original: clean latents [B, ...].
         noise: unit Gaussian [B, ...], the same at all steps.
-        mask: broadcastable to them; 1 (true) where the image is redrawn.
+        mask: bool, broadcastable to [B, ...]; true where the image is redrawn.
     """
 
     def step(denoise: Denoise, state, times: Time, i: Array, keys: Key):

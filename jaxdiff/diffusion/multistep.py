@@ -1,6 +1,6 @@
-"""Multistep methods: they average the predictions of earlier steps. All are one formula.
+"""Multistep methods: they average the predictions of several steps. One formula covers all of them.
 
-Each takes the DDIM step, equation (3) of schedulers.py, with an average of predictions in place of the last one:
+Each takes the DDIM step, equation (3) of schedulers.py, with an average of predictions instead of the latest one:
 
     m = w_0 m_i + w_1 m_{i-1} + w_2 m_{i-2} + …,   sum_k w_k r_k^n = mu_n,   n = 0, 1, 2, …               (6)
 
@@ -46,21 +46,21 @@ CONSTANT_WEIGHT: Moments = [[1 / (n + 1) for n in range(order)] for order in ran
 
 
 class History(NamedTuple):
-    """What a multistep method remembers between steps."""
+    """The state of a multistep scheduler."""
 
     x: Array  # [B, ...] float32
     denoised: Array  # [B, ...] float32
     steps_taken: Array  # [] int32
-    predictions: Array  # [K, B, ...] float32, those to average, the latest first
+    predictions: Array  # [K, B, ...] float32, to be averaged; the latest first
     previous_x: Array  # [B, ...] float32, x at the start of the last step
 
 
 def _init(count: int) -> Callable[[Array], History]:
-    """The `init` of a scheduler that remembers so many predictions."""
+    """The `init` of a scheduler that keeps `count` predictions."""
 
     def init(x: Array) -> History:
         x, denoised = initial(x)
-        return History(x, denoised, jnp.int32(0), jnp.stack([0 * x] * count), x)  # zeros on x's own devices
+        return History(x, denoised, jnp.int32(0), jnp.stack([0 * x] * count), x)  # 0 * x: zeros on the devices of x
 
     return init
 
@@ -72,13 +72,13 @@ def _average(weights: Array, values: Array) -> Array:
 def _ddim_step_with(
     m: Array, x: Array, prediction_type: str, time: Time, next_time: Time, eta: float = 0.0, noise: Array | float = 0.0
 ) -> Array:
-    """The DDIM step from x with a prediction m of some type."""
+    """The DDIM step from x with a prediction m of type `prediction_type`."""
     x0 = to_denoised(m, x, time, prediction_type)
     return ddim_step(x0, to_eps(x, x0, time), time, next_time, eta, noise)
 
 
 def _from_x0(x0: Array, x: Array, time: Time, prediction_type: str) -> Array:
-    """A prediction of x0 as one of another type."""
+    """A prediction of x0 converted to another prediction type."""
     return target(x0, to_eps(x, x0, time), time, prediction_type)
 
 
@@ -106,7 +106,7 @@ def _weights(order: Array, nodes: Sequence[Array | float], moments: Moments) -> 
 
 
 def _nodes(times: Time, i: Array, order: Array, count: int, distance: Callable[[Time, Time], Array]) -> list:
-    """The nodes r_0 = 0, r_1, … of (6); beyond the order they are harmless numbers."""
+    """The nodes r_0 = 0, r_1, … of (6); beyond the order they are distinct, finite and not used."""
     here = time_at(times, i)
     step = distance(here, time_at(times, i + 1))
     nodes: list = [0.0]
@@ -147,8 +147,8 @@ def _phi(k: Array) -> tuple[Array, Array, Array, Array]:
 def _lambda_order(times: Time, i: Array, steps_taken: Array, order: int, lower_order_final: Array | bool) -> Array:
     """The order of step i of a solver in lambda.
 
-    At most one more than the steps taken; with `lower_order_final` …, 2, 1 at the last steps; and 1 where the step has
-    no length, or starts or ends where lambda is infinite.
+    It is at most one more than the steps taken, falls to …, 2, 1 at the last steps with `lower_order_final`, and is 1
+    if the step has no length or starts or ends where lambda is infinite.
     """
     now = jnp.minimum(steps_taken + 1, order)
     now = jnp.where(lower_order_final, jnp.minimum(now, step_count(times) - i), now)
@@ -165,11 +165,21 @@ def _lambda_length(times: Time, i: Array) -> Array:
 # ---- methods
 
 
+def _check_options(order: int, solver_type: str, solver_types: Sequence[str], prediction_type: str) -> None:
+    """Raise ValueError naming the first option of a solver in lambda that is unknown."""
+    if order not in (1, 2, 3):
+        raise ValueError(f"solver_order {order} must be 1, 2 or 3.")
+    if solver_type not in solver_types:
+        raise ValueError(f"solver_type {solver_type!r} is unknown; known are {' and '.join(solver_types)}.")
+    if prediction_type not in ("sample", "epsilon"):
+        raise ValueError(f"prediction_type {prediction_type!r} cannot be averaged here: take sample or epsilon.")
+
+
 def lms() -> Scheduler:
     """Linear multistep of order 4 (Crowson 2022, k-diffusion's `sample_lms`): (6) with eps in s = sigma / alpha.
 
-    Where steps are left out at the beginning, the order is still that of the step's number, and predictions that were
-    never made count as zero: as in diffusers' class.
+    If the first steps are skipped, the order still follows the step's index, and the predictions that were never made
+    count as zero, as in diffusers' class.
     """
     count = 4
 
@@ -203,7 +213,7 @@ def dpmpp_2m(
 
     Moments (7), except that mu_1 = 1/2 at order 2 with "midpoint", and mu_2 is halved at order 3, as in the authors'
     code: order 3 is thus more accurate than 2, but not of third order. (For the SDE their code has the opposite sign in
-    that half; here it is the solution's.) The first steps have lower orders, and so has a last step to a clean sample.
+    that half; here it is the solution's.) The first steps, and a last step to a clean sample, have lower orders.
 
     Args:
         lower_order_final: with fewer than 15 steps, whether the last two are of order 2 and 1 at most.
@@ -211,14 +221,13 @@ def dpmpp_2m(
         order: 1, 2 or 3.
         solver_type: "midpoint" or "heun", at order 2.
         eta: 0, or 1 for the SDE, sde-dpmsolver++.
-        prediction_type: what is averaged: "sample" for DPM-Solver++, "epsilon" for the first DPM-Solver, which cannot
-            step to a clean sample.
+        prediction_type: what to average: "sample" for DPM-Solver++, "epsilon" for the original DPM-Solver, which
+            cannot step to a clean sample.
 
     Raises:
-        ValueError: another order.
+        ValueError: `order`, `solver_type` or `prediction_type` is none of these.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"solver_order {order} must be 1, 2 or 3.")
+    _check_options(order, solver_type, ("midpoint", "heun"), prediction_type)
 
     def weights(times: Time, i: Array, now: Array) -> Array:
         h = _lambda_length(times, i)
@@ -257,17 +266,16 @@ def unipc(
     B(h) / 2: 1/2 with "bh2" and 1 / (2 phi_1) with "bh1".
 
     Args:
-        order: 1, 2 or 3 of the predictor; the corrector's is one more.
+        order: of the predictor, 1, 2 or 3; the corrector's is one higher.
         solver_type: "bh1" or "bh2".
         lower_order_final: whether the last steps have orders …, 2, 1.
-        prediction_type: what is averaged, "sample" or "epsilon".
-        disable_corrector: numbers of the steps that are not corrected.
+        prediction_type: what to average, "sample" or "epsilon".
+        disable_corrector: indices of the steps that are not corrected.
 
     Raises:
-        ValueError: another order.
+        ValueError: `order`, `solver_type` or `prediction_type` is none of these.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"solver_order {order} must be 1, 2 or 3.")
+    _check_options(order, solver_type, ("bh1", "bh2"), prediction_type)
 
     def weights(times: Time, i: Array, now: Array, corrector: bool) -> Array:
         h = _lambda_length(times, i)
@@ -304,16 +312,16 @@ def unipc(
 def pndm(skip_prk_steps: bool = True, prediction_type: str = "epsilon") -> Scheduler:
     """Pseudo linear multistep (Liu et al. 2022, PNDM, equation 13 and algorithm 2), of order 4 once under way.
 
-    It starts with one step of Heun's method (a second network call; of order 1 on a grid of one step), or, given four
-    or more steps, with three Runge-Kutta steps (three further calls each).
+    It starts with one step of Heun's method (a second network call; a first-order step if the grid has only one), or,
+    with `skip_prk_steps` false and at least four steps, with three Runge-Kutta steps (three further calls each).
 
-    diffusers lists the second call of Heun's step among its timesteps, but does not count it when it leaves out the
-    first `start` steps. So with start > 0, x must have the noise of entry start - 1 (for start = 1, of entry 1); Heun's
-    step, numbered `start`, goes from there to entry `start`; and the step after it starts at entry start + 1.
+    diffusers lists the second call of Heun's step among its timesteps, but does not count it when it skips the first
+    `start` steps. So with start > 0, x must have the noise level of entry start - 1 (of entry 1 for start = 1). Heun's
+    step, which has index `start`, goes from there to entry `start`; the next step starts at entry start + 1.
 
     Args:
-        skip_prk_steps: whether to start with Heun's step rather than Runge-Kutta steps.
-        prediction_type: what the network predicts, which is what is averaged.
+        skip_prk_steps: whether to start with a Heun step rather than with Runge-Kutta steps.
+        prediction_type: the network's; these predictions are averaged.
     """
     count = 4
 
@@ -321,9 +329,9 @@ def pndm(skip_prk_steps: bool = True, prediction_type: str = "epsilon") -> Sched
         return start - (start > 1) if skip_prk_steps else start
 
     def first_step(denoise: Denoise, x: Array, first: Array, times: Time, i: Array, runge_kutta: bool) -> Array:
-        """A step of Heun's or Runge and Kutta's, from x and the prediction there.
+        """A Heun or Runge-Kutta step from x and the prediction there.
 
-        Each further call is (the time that x is stepped to, the time that the network is told, weight in the average).
+        Each further call is (the time that x is stepped to, the time given to the network, its weight in the average).
         """
         previous = jnp.maximum(i - 1, 0) if skip_prk_steps else i  # the step ends at the entry after this one
         time, next_time, substeps = time_at(times, previous), time_at(times, previous + 1), times.substeps

@@ -1,4 +1,4 @@
-"""What a network predicts, and how x0 follows from it: the only place that acts on prediction types.
+"""Prediction types, and the conversion of each to x0.
 
 With x = alpha x0 + sigma eps, a network is trained to predict one of
 
@@ -9,7 +9,7 @@ With x = alpha x0 + sigma eps, a network is trained to predict one of
 
 (1) and (2): Ho et al. 2020, section 3.2; (3): Salimans & Ho 2022, appendix D; (4): Liu et al. 2023, equation 1.
 (3) and (4) hold for any alpha and sigma; the divisor is 1 for a variance-preserving process in (3), for a flow in (4).
-All but (1) are safe at alpha = 0, where x is pure noise, and all are safe at sigma = 0.
+All but (1) are finite at alpha = 0, where x is pure noise, and all are finite at sigma = 0.
 """
 
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def add_noise(x0: Array, eps: Array, time: Time) -> Array:
 
 
 def to_denoised(output: Array, x: Array, time: Time, prediction_type: str) -> Array:
-    """Network output to the prediction of x0, equations (1) to (4).
+    """The prediction of x0, [B, ...], from the network's output: equations (1) to (4).
 
     Args:
         output, x: [B, ...], the network's output and its input.

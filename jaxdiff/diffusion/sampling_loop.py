@@ -11,14 +11,20 @@ from jaxdiff.typing import Array, Denoise, Key
 
 
 def sample_keys(key: Key, batch: int) -> Key:
-    """One key a sample, [B]: a scalar key is folded with the sample's index, so that it does not depend on B."""
+    """One key a sample, [B]: a scalar key is folded with the sample's index, so that sample b does not depend on B.
+
+    Raises:
+        ValueError: `key` is neither a scalar nor [batch].
+    """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
+    if key.shape not in ((), (batch,)):
+        raise ValueError(f"key has shape {list(key.shape)} for {batch} samples: give one key, or one a sample.")
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)) if key.ndim == 0 else key
 
 
 def step_keys(keys: Key, step: Array | int) -> Key:
-    """The keys [B] of one step; number 0 is left for the initial noise."""
+    """The keys [B] of a step: each folded with step + 1, since 0 is for the initial noise."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, step + 1)
 
 
@@ -57,26 +63,31 @@ def sample(
     stop: Array | int | None = None,
     trajectory: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """Follow the process from noise to a clean sample: one `lax.scan` over the time grid.
+    """Sample from noise to a clean sample: one `lax.scan` over the time grid.
 
-    Over a grid that is filled up (`times.steps`) it is a loop with a traced end, which has no gradient.
-
-    Everything but `denoise`, `scheduler` and `trajectory` may be traced; the result may be mapped and differentiated
-    with respect to whatever x, `times` and the closure of `denoise` hold.
+    Everything but `denoise`, `scheduler` and `trajectory` may be traced. The result can be mapped by `vmap`, and
+    differentiated with respect to x, `times` and what `denoise` closes over. (On a padded grid, which has
+    `times.steps`, it is a `fori_loop` with a traced end, which has no reverse-mode gradient.)
 
     Args:
         denoise: (x [B, ...], time) -> prediction of x0 [B, ...]; the time's fields are scalars.
         x: [B, ...] at the first time, of standard deviation near 1 (see `time_grid` for its scale); kept in float32.
-        times: grid with fields [N + 1], from noise to image, as `time_grid` makes it.
-        key: a scalar, or one a sample, [B]. The noise of sample b depends on its own key, the step and b alone.
-        start: number of steps left out at the beginning: x is then at times[scheduler.start_index(start)], which is
-            times[start] but for pndm. May be traced.
-        stop: the first step left out at the end: the result is then at times[stop], for another network to continue
-            from with `start`, as SDXL's refiner does after the base model. May be traced.
-        trajectory: whether the prediction of x0 at each step is returned as well.
+        times: grid with fields [N + 1], from noise to image, as `time_grid` returns it.
+        scheduler: as `get_scheduler` returns it, or your own.
+        key: a scalar, or one a sample, [B]. The noise of sample b depends only on its own key, or on the scalar key and
+            b, and on the step.
+        start: number of steps to skip at the beginning, 0 to N: x must be at times[scheduler.start_index(start)], which
+            is times[start] for all but pndm. May be traced.
+        stop: index of the step to stop before, 0 to N: the result is at times[stop], from which another network can
+            continue with `start`, as SDXL's refiner does after the base model. May be traced.
+        trajectory: whether to return the prediction of x0 at each step as well.
 
     Returns:
-        x [B, ...] float32 at the last time reached; with `trajectory`, also [N, B, ...] (x itself at steps left out).
+        x [B, ...] float32 at the last time reached; with `trajectory`, also the predictions [N, B, ...] (x itself at
+        skipped steps).
+
+    Raises:
+        ValueError: `key` is neither a scalar nor [B].
     """
     times = jax.tree.map(jnp.asarray, times)
     keys = sample_keys(key, x.shape[0])
@@ -110,7 +121,7 @@ def sample(
 def advance(
     denoise: Denoise, state: Any, times: Time, scheduler: Scheduler, key: Key, start: Array | int, stop: Array | int
 ) -> Any:
-    """A scheduler's state after the steps from `start` up to `stop`, both traced: `sample` in pieces.
+    """The scheduler's state after steps `start` to `stop` - 1, both of which may be traced: `sample` in pieces.
 
     >>> from jaxdiff.diffusion.schedulers import ddim
     >>> x, steps = jnp.ones((1, 2)), jnp.linspace(1.0, 0.0, 5)

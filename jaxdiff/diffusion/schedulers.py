@@ -20,8 +20,8 @@ Heun's method (Karras et al. 2022, algorithm 1) averages the slopes at both ends
 
 where s = alpha, and d = eps; on a flow s = alpha + sigma = 1, and d = eps - x0.
 
-singlestep.py has the methods that use (3) and (4) alone, multistep.py those that use (3) with an average of the
-predictions of several steps. This file has them all by name.
+singlestep.py holds the methods that use (3) and (4) alone, multistep.py those that use (3) with an average of the
+predictions of several steps. This file lists them all by name.
 """
 
 from collections.abc import Callable
@@ -68,18 +68,22 @@ SCHEDULERS: dict[str, Callable[..., Scheduler]] = {
     "tcd": tcd,
 }
 THRESHOLDED = ("ddim", "ddpm", "lcm", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
-CLIPPED = {"ddim": True, "ddpm": True, "heun": False, "lcm": False}  # whether x0 is clipped if the config is silent
+CLIPPED = {"ddim": True, "ddpm": True, "heun": False, "lcm": False}  # whether x0 is clipped if the config does not say
 
 
 def get_scheduler(name: str, config: SchedulerConfig | None = None) -> Scheduler:
-    """The scheduler of this name, with the options that diffusers' class of it reads from a config.
+    """The scheduler of this name, with the options that the corresponding diffusers class reads from a config.
 
-    Those are clipping and thresholding of x0 (`CLIPPED`, `THRESHOLDED`), the variance (ddpm), order, type and last
-    steps of the solver (dpmpp_2m, unipc), the first steps (pndm) and the boundary condition (lcm). Without a config x0
-    is not clipped.
+    These are clipping and thresholding of x0 (`CLIPPED`, `THRESHOLDED`), the variance (ddpm), the solver's order, type
+    and last steps (dpmpp_2m, unipc), the first steps (pndm) and the boundary condition (lcm). Without a config x0 is
+    not clipped.
+
+    Args:
+        name: one of `SCHEDULERS`.
+        config: such as `model.scheduler`.
 
     Raises:
-        ValueError: an unknown name, or an option of the config that is refused.
+        ValueError: an unknown name, or an option of the config that is not supported.
     """
     if name not in SCHEDULERS:
         raise ArgumentError("scheduler", f"{name!r} is unknown; known are {', '.join(SCHEDULERS)}.")
@@ -111,7 +115,7 @@ def _options(name: str, config: SchedulerConfig) -> dict[str, Any]:
     solver = {"order": config.solver_order, "lower_order_final": config.lower_order_final}
     if name == "unipc":
         prediction_type = "sample" if config.predict_x0 else "epsilon"
-        # As in diffusers, a type that only the other class has means the default.
+        # As in diffusers, a solver_type that only DPMSolverMultistepScheduler has means the default.
         solver_type = "bh1" if config.solver_type == "bh1" else "bh2"
         return {
             **solver,

@@ -1,4 +1,4 @@
-"""Noise schedules: how much of the image and how much noise there is at each time.
+"""Noise schedules: the weights of image and noise at each time.
 
 The process mixes a clean x0 with unit Gaussian noise eps,
 
@@ -48,15 +48,15 @@ UNSUPPORTED_CLASSES = (
 
 
 class Time(NamedTuple):
-    """A time of the process, equation (1); with arrays [N + 1] a time grid, from noise to image."""
+    """A time of the process, equation (1); with arrays [N + 1], a time grid from noise to image."""
 
-    t: Array  # in training steps, what the network is told; may be fractional
+    t: Array  # timestep in training steps, the network's input; may be fractional
     alpha: Array  # weight of the image
     sigma: Array  # weight of the noise
-    # Of grids only:
+    # For grids only:
     step_end: "Time | None" = None  # [N], where step i ends if not at entry i + 1, as in diffusers' DDIM (times.py)
     substeps: "Time | None" = None  # [N, K], times that some schedulers visit within step i
-    steps: Array | int | None = None  # N, may be traced, of a grid that is filled up; None: one less than entries
+    steps: Array | int | None = None  # N of a padded grid, may be traced; None: number of entries - 1
 
 
 class NoiseSchedule(NamedTuple):
@@ -75,7 +75,7 @@ def betas(config: SchedulerConfig) -> np.ndarray:
     """The training betas, [T] float64, before any rescaling: equations (3) to (5), or `trained_betas`.
 
     Raises:
-        ValueError: an unknown `beta_schedule`, or values that are none of a variance.
+        ValueError: an unknown `beta_schedule`, betas outside [0, 1], or fewer `trained_betas` than timesteps.
     """
     steps, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
     given = (start, end) if config.trained_betas is None else config.trained_betas
@@ -83,6 +83,11 @@ def betas(config: SchedulerConfig) -> np.ndarray:
         names = "beta_start and beta_end" if config.trained_betas is None else "trained_betas"
         raise ValueError(f"{names} (scheduler_config.json) must be from 0 to 1, at least one: take the model's own.")
     if config.trained_betas is not None:
+        if len(given) < steps:
+            raise ValueError(
+                f"trained_betas (scheduler_config.json) holds {len(given)} numbers for {steps} num_train_timesteps: "
+                "take the model's own."
+            )
         return np.asarray(config.trained_betas, np.float64)
     if config.beta_schedule == "linear":
         return np.linspace(start, end, steps)
@@ -98,7 +103,7 @@ def noise_schedule(config: SchedulerConfig) -> NoiseSchedule:
     """The tables of a config, computed in float64 and rounded once to float32.
 
     Raises:
-        ValueError: a scheduler class whose process is not supported, or an unknown `beta_schedule`.
+        ValueError: a scheduler class whose process is not supported, or see `betas`.
 
     >>> schedule = noise_schedule(SchedulerConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
     >>> [round(float(table[-1]), 4) for table in schedule]
@@ -123,9 +128,9 @@ def noise_schedule(config: SchedulerConfig) -> NoiseSchedule:
 
 
 def at(schedule: NoiseSchedule, t: Array | float) -> Time:
-    """The times t, of any shape, in training steps.
+    """The `Time` at timesteps t of any shape, in training steps.
 
-    A fractional t is interpolated linearly in alpha and sigma; a t outside the table takes the nearest end.
+    At fractional t, alpha and sigma are interpolated linearly; t outside the table is clamped to its ends.
 
     >>> flow = noise_schedule(SchedulerConfig(beta_schedule="flow"))
     >>> [float(v) for v in at(flow, 250.0)[:3]]
@@ -148,8 +153,9 @@ def shift_time(t: Any, config: SchedulerConfig, mu: float | None = None) -> Any:
     Sampling applies it to its grid, training to its random times; a shift of 1 changes nothing.
 
     Args:
-        mu: of a config with `use_dynamic_shifting`, whose `shift` has no effect: equation (8) with s = exp(mu), or mu
-            itself if its `time_shift_type` is "linear". None shifts nothing then.
+        t: timesteps of any shape.
+        mu: for a config with `use_dynamic_shifting`, whose `shift` has no effect: s = exp(mu), or s = mu if its
+            `time_shift_type` is "linear"; None: no shift.
     """
     u, shift = t / config.num_train_timesteps, config.shift
     if config.use_dynamic_shifting:
@@ -158,13 +164,13 @@ def shift_time(t: Any, config: SchedulerConfig, mu: float | None = None) -> Any:
 
 
 def dynamic_shift(config: SchedulerConfig, patches: int) -> float:
-    """The mu of an image of so many 2 x 2 patches of latents, linear in their number (FLUX.1, SD 3, Z-Image)."""
+    """The mu of an image of `patches` 2 x 2 patches of latents, linear in their number (FLUX.1, SD 3, Z-Image)."""
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     return config.base_shift + slope * (patches - config.base_image_seq_len)
 
 
 def empirical_shift(patches: int, steps: int) -> float:
-    """The mu of an image of so many patches in so many steps, as FLUX.2's authors fitted it.
+    """The mu of an image of `patches` patches sampled in `steps` steps, as FLUX.2's authors fitted it.
 
     >>> round(empirical_shift(4096, 50), 4), round(empirical_shift(5000, 4), 4)
     (2.0234, 1.303)

@@ -1,4 +1,4 @@
-"""Single-step methods: nothing but x goes from one step to the next. Equation numbers are those of schedulers.py."""
+"""Single-step methods: only x passes from one step to the next. Equation numbers are those of schedulers.py."""
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ def ddim(eta: float = 0.0, clip: Clip | None = None) -> Scheduler:
     """Denoising diffusion implicit models (Song et al. 2021): equation (3).
 
     Args:
-        eta: 0 is deterministic, 1 adds as much fresh noise as DDPM.
-        clip: applied to x0 alone; eps is computed from x0 before clipping.
+        eta: static, in [0, 1]: 0 is deterministic, 1 adds as much fresh noise as DDPM.
+        clip: applied to x0 only; eps is computed from x0 before clipping, as in diffusers.
     """
 
     def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
@@ -79,10 +79,10 @@ def ddpm(variance_type: str = "fixed_small") -> Scheduler:
 def heun(flow: bool = False) -> Scheduler:
     """Heun's second-order method (Karras et al. 2022, algorithm 1): equation (4), two network calls a step.
 
-    From pure noise (s = 0) and to a clean sample (sigma' = 0) it is Euler's step, with one call.
+    A step from pure noise (s = 0) or to a clean sample (sigma' = 0) is an Euler step, with one call.
 
     Args:
-        flow: whether s is alpha + sigma and the slope eps - x0, as a flow has them; else s is alpha, the slope eps.
+        flow: for a rectified flow, s = alpha + sigma and the slope is eps - x0; else s = alpha and the slope is eps.
     """
 
     def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:
@@ -105,11 +105,11 @@ def heun(flow: bool = False) -> Scheduler:
 def dpmpp_sde() -> Scheduler:
     """k-diffusion's `sample_dpmpp_sde` (Crowson 2022; r = 1/2): equation (3) with eta = 1, twice from the same x.
 
-    First to the midpoint in log(sigma / alpha), then the whole step with the prediction made there. The noises of both
-    are increments of one Brownian motion over sigma / alpha. A step to a clean sample has one call.
+    The first goes to the midpoint in log(sigma / alpha), the second takes the whole step with the prediction made
+    there. Their noises are increments of one Brownian motion over sigma / alpha. A step to a clean sample has one call.
 
     Raises:
-        ValueError: at the first step, of a grid without `substeps`.
+        ValueError: by `step`, if the grid has no `substeps`.
     """
 
     def step(denoise: Denoise, state: State, times: Time, i: Array, keys: Key) -> State:

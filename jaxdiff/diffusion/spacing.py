@@ -1,4 +1,4 @@
-"""How the points of a time grid are spaced, in numpy float64. times.py says which scheduler uses which spacing.
+"""Spacings of the points of a time grid, in numpy float64. times.py says which scheduler uses which spacing.
 
 With T training steps and N sampling steps, i = 0 … N-1 (Lin et al. 2023, table 2):
 
@@ -50,11 +50,11 @@ def spaced_sigmas(name: str, first: float, last: float, steps: int) -> np.ndarra
 def spaced_timesteps(
     config: SchedulerConfig, steps: int, spacing: str, drop_last_point: bool, fractional: bool
 ) -> np.ndarray:
-    """Timesteps [N], equations (1) to (3). It calls the numpy functions that diffusers calls, so that ties round alike.
+    """Timesteps [N], equations (1) to (3), by the numpy functions that diffusers calls, so that ties round alike.
 
     Args:
-        drop_last_point: whether (1) and (2) lay out N + 1 points, of which the last is dropped.
-        fractional: whether the timesteps of (1) are left unrounded.
+        drop_last_point: whether (1) and (2) make N + 1 points and drop the last.
+        fractional: whether the timesteps of (1) stay unrounded.
     """
     total, points = config.num_train_timesteps, steps + drop_last_point
     if spacing == "linspace":
@@ -74,7 +74,7 @@ def spaced_timesteps(
 
 
 def distilled_timesteps(config: SchedulerConfig, steps: int, strength: float = 1.0) -> np.ndarray:
-    """Timesteps [N], equation (4), from the last floor(M strength) of the M, those with the least noise."""
+    """Timesteps [N], equation (4), of the floor(M strength) timesteps with the least noise among the M."""
     distilled = config.original_inference_steps
     if not 1 <= distilled <= config.num_train_timesteps:
         raise ValueError(f"original_inference_steps {distilled} must be from 1 to {config.num_train_timesteps}.")
@@ -84,6 +84,6 @@ def distilled_timesteps(config: SchedulerConfig, steps: int, strength: float = 1
     if steps > left:
         of = "of the distillation (original_inference_steps)"
         of = of if strength == 1 else f"that strength {strength} leaves {of}"
-        raise ArgumentError("steps", f"{steps} are more than the {left} {of}: take fewer.")
+        raise ArgumentError("steps", f"{steps} is more than the {left} {of}: take fewer.")
     t = np.arange(left, 0, -1.0) * (config.num_train_timesteps // distilled) - 1
     return t[np.floor(np.linspace(0, left, steps, endpoint=False)).astype(int)]

@@ -1,9 +1,9 @@
-"""Time grids: the times at which a scheduler calls the network, as diffusers' class of that scheduler lays them out.
+"""Time grids: the times at which a scheduler calls the network, as in the scheduler's diffusers class.
 
 As in k-diffusion and diffusers, the sigmas of this file are noise levels: the sigma_t / alpha_t of schedules.py.
-Spacings by timestep give times, whose sigmas are interpolated in the table of the process. Spacings by noise level give
-sigmas, whose times are found by interpolating log(sigma); their ends are those of the grid by timestep that the config
-names, or of the whole table. `RULES` has what else differs from class to class.
+Spacings by timestep give timesteps; their sigmas are interpolated in the table of the process. Spacings by noise level
+give sigmas; their timesteps are found by interpolating log(sigma), and their ends are those of the grid by timestep
+that the config names, or of the whole table. `RULES` lists the other differences between the classes.
 
 A flow has grids of its own: sigma = t / T, evenly spaced from 1 and then shifted (schedules.py, equation 8). In its
 sigma_t / alpha_t that is t / (T - t).
@@ -25,19 +25,21 @@ from jaxdiff.diffusion.spacing import (
 )
 from jaxdiff.errors import ArgumentError
 
-TCD_GAMMA = 0.3  # how much of each of TCD's steps is fresh noise, Zheng et al. 2024
+TCD_GAMMA = 0.3  # fraction of each TCD step that is fresh noise (Zheng et al. 2024)
 
 
 class Rule(NamedTuple):
-    """How one class of diffusers lays out its grid."""
+    """The time grid of one diffusers class."""
 
-    spacing: str  # where scheduler_config.json names none; "distilled" whatever it names
-    final_sigma: str  # at which the last step ends: "zero", "sigma_min" (the table's first), or the key that says so
-    fractional_timesteps: bool = False  # those of linspace and of spacings by noise level are not rounded
+    spacing: str  # default if scheduler_config.json names none; "distilled" ignores what it names
+    final_sigma: (
+        str  # where the last step ends: "zero", "sigma_min" (the table's first), or the config key that decides
+    )
+    fractional_timesteps: bool = False  # timesteps of linspace and of spacings by noise level are not rounded
     scale_initial_noise: bool = False  # starts from noise times sigma_0 rather than 1, except on leading grids
     sigma_spacings: bool = False  # reads `use_karras_sigmas`, `use_exponential_sigmas`, `use_beta_sigmas`
     finite_sigma_max: bool = False  # a zero-SNR table ends at alpha = 2**-12 rather than 0
-    drop_last_point: bool = False  # N + 1 points laid out, the last dropped; noise levels span the whole table
+    drop_last_point: bool = False  # makes N + 1 points and drops the last; noise levels span the whole table
 
 
 _SIGMAS = {"fractional_timesteps": True, "scale_initial_noise": True}
@@ -81,7 +83,7 @@ CLASSES = {
 
 
 def default_scheduler(config: SchedulerConfig) -> str:
-    """The scheduler that a config's own class names; "dpmpp_2m" for classes without a counterpart here.
+    """The scheduler of a config's diffusers class; "dpmpp_2m" for classes without a counterpart here.
 
     >>> default_scheduler(SchedulerConfig(class_name="EulerDiscreteScheduler"))
     'euler'
@@ -91,12 +93,12 @@ def default_scheduler(config: SchedulerConfig) -> str:
 
 
 def skip_prk_steps(config: SchedulerConfig) -> bool:
-    """Whether PNDM starts without Runge-Kutta steps: as the config says, else for all classes but its own."""
+    """Whether PNDM starts without Runge-Kutta steps: as the config says, else all classes but PNDMScheduler do."""
     return config.class_name != "PNDMScheduler" if config.skip_prk_steps is None else config.skip_prk_steps
 
 
 def network_calls(config: SchedulerConfig, steps: int, scheduler: str) -> int:
-    """How many times the network is called in so many steps to a clean sample.
+    """How many times the network is called in `steps` steps to a clean sample; by heun once less from pure noise.
 
     >>> [network_calls(SchedulerConfig(), 10, name) for name in ("ddim", "heun", "pndm")]
     [10, 19, 11]
@@ -117,23 +119,24 @@ def time_grid(
     strength: float = 1.0,
     mu: float | None = None,
 ) -> tuple[Time, np.float32]:
-    """The grid of a scheduler, and the scale of the unit noise that it starts from.
+    """The time grid of a scheduler, and the standard deviation of the noise to start from.
 
     Args:
-        config: of the model's process and of the grid.
-        steps: N.
-        scheduler: a name of `SCHEDULERS`; the grid is that of its diffusers class.
-        spacing: one of `SPACINGS`. None takes what the config says, else the default of the class. A spacing by noise
-            level takes its ends from the grid by timestep that the config names.
-        strength: in (0, 1], for the grids of distilled models (see `is_distilled`): the part of the distillation's
-            steps that is left, over which all N lie, for images that have the noise of the first of them.
-        mu: of a flow whose shift is dynamic, see `shift_time`.
+        config: of the process and of its grid, such as `model.scheduler`.
+        steps: N, at least 1.
+        scheduler: a name in `SCHEDULERS`; the grid is that of the corresponding diffusers class.
+        spacing: one of `SPACINGS`; None: what the config says, else the default of the class. A spacing by noise level
+            takes its ends from the grid by timestep that the config names.
+        strength: in (0, 1], for the grids of distilled models only (see `is_distilled`): the N steps cover this
+            fraction of the distillation's timesteps, those with the least noise, to redraw an image.
+        mu: of a flow with a dynamic shift, see `shift_time`.
 
     Returns:
-        Time with float32 numpy fields [N + 1], from noise to image, and the scale: sample from scale * noise.
+        Time with float32 numpy fields [N + 1], from noise to image, and the scale: sample from scale * unit noise.
 
     Raises:
-        ValueError: an unknown scheduler or spacing, or more steps than the process has; the message says which.
+        ValueError: an unknown scheduler or spacing, more steps than the spacing allows, or a config that is not
+            supported.
 
     >>> times, scale = time_grid(SchedulerConfig(steps_offset=1), 4)
     >>> times.t.tolist(), float(times.sigma[-1]), float(scale)
@@ -158,7 +161,7 @@ def time_grid(
     if not (np.diff(sigmas) < 0).all():
         raise ArgumentError(
             "steps",
-            f"{steps} are more than {by_sigma or by_timestep} spacing of {scheduler} has room for: take fewer.",
+            f"{steps} is more than {by_sigma or by_timestep} spacing of {scheduler} allows: take fewer.",
         )
     if times.alpha[0] == 0 and config.prediction_type == "epsilon":
         raise ValueError(
@@ -171,7 +174,7 @@ def time_grid(
 
 
 def _sigma_spacing(config: SchedulerConfig, rule: Rule, scheduler: str, spacing: str | None) -> str | None:
-    """The spacing by noise level: that given, or what the config names if no other is given and the class reads it."""
+    """The spacing by noise level that is given, or that the config names, if the class reads it; None: by timestep."""
     if spacing:
         return spacing if spacing in SIGMA_SPACINGS else None
     if not (rule.sigma_spacings or is_flow(config)):
@@ -184,7 +187,7 @@ def _sigma_spacing(config: SchedulerConfig, rule: Rule, scheduler: str, spacing:
 
 
 def _timestep_spacing(config: SchedulerConfig, rule: Rule, spacing: str | None) -> str:
-    """The spacing by timestep, which a spacing by noise level takes its ends from."""
+    """The spacing by timestep; a spacing by noise level takes its ends from it."""
     if spacing and spacing not in SIGMA_SPACINGS:
         return spacing
     if is_flow(config):
@@ -193,7 +196,7 @@ def _timestep_spacing(config: SchedulerConfig, rule: Rule, spacing: str | None) 
 
 
 def is_distilled(config: SchedulerConfig, scheduler: str, spacing: str | None = None) -> bool:
-    """Whether the grid of a scheduler is made of the timesteps of a distillation.
+    """Whether a scheduler's grid consists of the timesteps of a distillation.
 
     >>> is_distilled(SchedulerConfig(), "lcm"), is_distilled(SchedulerConfig(), "lcm", "trailing")
     (True, False)
@@ -202,7 +205,7 @@ def is_distilled(config: SchedulerConfig, scheduler: str, spacing: str | None = 
 
 
 class Process:
-    """Timesteps to noise levels and back, for one config and scheduler: float64, and infinite at pure noise."""
+    """Conversion between timesteps and noise levels, for one config and scheduler, in float64; inf at pure noise."""
 
     def __init__(self, config: SchedulerConfig, rule: Rule, scheduler: str) -> None:
         self.config, self.rule, self.scheduler, self.flow = config, rule, scheduler, is_flow(config)
@@ -294,7 +297,7 @@ def _points(
     sigmas = spaced_sigmas(by_sigma, first, last, steps)
     sigmas = np.clip(sigmas, min(table[0], last), max(table[-1], first))
     t = process.sigma_to_t(sigmas)
-    if rule.drop_last_point:  # these classes keep the noise levels, and tell the network whole timesteps
+    if rule.drop_last_point:  # these classes keep the noise levels, and give the network whole timesteps
         cosine = config.beta_schedule == "squaredcos_cap_v2" and process.scheduler != "unipc"
         rounds = (by_sigma == "karras" or lu_lambdas) and not cosine
         # On the tables of Stable Diffusion, diffusers' arithmetic falls just short of the last entry.
@@ -313,7 +316,8 @@ def _flow_points(
     config, total = process.config, float(process.config.num_train_timesteps)
     if config.use_dynamic_shifting and mu is None:
         raise ValueError(
-            "use_dynamic_shifting (scheduler_config.json) is refused without a transformer: set it to false, and shift."
+            "use_dynamic_shifting (scheduler_config.json) is refused without a transformer: set it to false, and set "
+            "shift."
         )
     if by_timestep == "leading":
         raise ArgumentError(
@@ -326,7 +330,7 @@ def _flow_points(
     elif process.rule.drop_last_point:
         t = total * (1 - np.linspace(1, 1 / total, steps + 1))[:0:-1]
     else:
-        # The class shifts its range when it is made, and the points in that range again.
+        # The class shifts the ends of its range in __init__, and then all points.
         t = np.linspace(total, shift_time(1.0, config), steps)
     t = shift_time(t, config, mu)
     if by_sigma is not None:
@@ -374,8 +378,11 @@ def _with_substeps(process: Process, times: Time, t: np.ndarray, sigmas: np.ndar
 
 
 def _pndm_substeps(process: Process, times: Time, t: np.ndarray, step: int, whole_timesteps: bool) -> Time:
-    """Where PNDM's first steps pass: (what the network is told, where x is) of Runge-Kutta's half steps [N, 2]; of
-    Heun's step the time that diffusers takes it to set out from [N, 1]."""
+    """The times within PNDM's first steps.
+
+    For Runge-Kutta, [N, 2]: the time given to the network and the time of x at the half step. For Heun's step, [N, 1]:
+    the time that diffusers takes as its start.
+    """
     following = np.append(t[1:], t[-1:])
     if skip_prk_steps(process.config) and not whole_timesteps:
         return Time(times.t[:-1, None], times.alpha[:-1, None], times.sigma[:-1, None])

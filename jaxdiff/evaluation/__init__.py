@@ -1,6 +1,6 @@
-"""How good, how varied and how original images are, against their prompts and against real and training images.
+"""Measures of how good, how varied and how original images are.
 
-`python -m jaxdiff.evaluation` draws and measures; the functions here measure what you have.
+`python -m jaxdiff.evaluation` draws images and measures them; the functions here measure existing images and features.
 """
 
 from jaxdiff.evaluation.agreement import clip_scores, prompt_ranks

@@ -1,22 +1,23 @@
 """How well images agree with their prompts, by CLIP (Radford et al. 2021).
 
-Features are those of `jaxdiff.evaluation.encoder`; they need no unit length.
+Features are those of `jaxdiff.evaluation.encoder`; they need not have unit length.
 """
 
 import numpy as np
 
 from jaxdiff.evaluation.distances import unit
 
-ROWS = 4096  # images that are compared with all prompts at a time
-TIE = 1e-6  # cosines nearer to each other are equal: float32 features know them no better
+ROWS = 4096  # images compared with all prompts at a time
+TIE = 1e-6  # cosines closer than this count as equal: float32 features are no more precise
 
 
 def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """The cosine between each image's features and those of its own text, in [-1, 1] (CLIPScore before it is rescaled:
-    Hessel et al. 2021, section 3).
+    """The cosine between each image's features and its text's, in [-1, 1].
+
+    It is CLIPScore without its rescaling (Hessel et al. 2021, section 3).
 
     Args:
-        images, texts: [N, D], row by row.
+        images, texts: [N, D]; row i of both belongs together.
 
     Returns:
         float64 [N].
@@ -25,14 +26,14 @@ def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def prompt_ranks(images: np.ndarray, prompts: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The rank of each image's own prompt among all, by their cosine with the image: 1 is the best, P the last.
+    """The rank of each image's own prompt among all prompts by cosine with the image, from 1 (best) to P.
 
-    Prompts that score the same as the own one count half each: prompts that an encoder cannot tell apart gain nothing.
+    Each tie with the own prompt adds one half, so that prompts that an encoder cannot tell apart rank at chance.
 
     Args:
         images: [N, D].
-        prompts: [P, D], of prompts that differ.
-        own: int [N], in 0 … P - 1.
+        prompts: [P, D], distinct prompts.
+        own: int [N], index of each image's prompt.
 
     Returns:
         float64 [N].

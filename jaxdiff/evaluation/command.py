@@ -5,8 +5,8 @@
 
 Draws the prompts, or takes the images of a folder, and writes a folder: report.md (also to stdout), report.json,
 images.jsonl with a line for each image, sheets of images, and the images drawn. Progress, warnings and errors go to
-stderr. After a kill, the same command goes on where it was. Exit code: 0; 2 for flags that cannot be right; 130 after
-Ctrl-C; 1 for any other failure.
+stderr. If it is interrupted, the same command resumes. Exit code: 0; 2 for wrong flags; 130 after Ctrl-C; 1 for any
+other failure.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ NAME = "jaxdiff.evaluation"
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The data that images are measured against."""
+    """The splits of the data that images are compared with."""
 
     train: Source
     real: Source
@@ -57,6 +57,7 @@ class Splits:
 
 
 def prompt_lines(f: flags.FlagValues) -> list[PromptLine] | None:
+    """The lines of --prompts; None if it is not given. Raises UsageError."""
     try:
         return None if f.prompts is None else read_prompts(f.prompts)
     except PromptError as e:
@@ -64,7 +65,7 @@ def prompt_lines(f: flags.FlagValues) -> list[PromptLine] | None:
 
 
 def features_folder(f: flags.FlagValues) -> Path:
-    """Where features of the data are kept."""
+    """The folder that caches features of the data."""
     return Path(f.features) if f.features else cache_folder() / "features"
 
 
@@ -92,7 +93,7 @@ def open_splits(f: flags.FlagValues) -> Splits | None:
 
 
 def encoder_folder(f: flags.FlagValues) -> str:
-    """Where the encoder lies. Raises UsageError."""
+    """The folder of the encoder. Raises UsageError."""
     if f.encoder is not None:
         return str(f.encoder)
     with naming("--model"):
@@ -110,7 +111,7 @@ def opened_encoder(f: flags.FlagValues, folder: str) -> tuple[Encoder, Params]:
 
 
 def drawing_options(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]:
-    """Arguments of `generate` that all images share; raises UsageError if one of them, or the model, cannot be."""
+    """Arguments of `generate` that all images share. Raises UsageError if one of them, or the model, is wrong."""
     if model.inpaints or model.family == "upscaler":
         raise UsageError(f"--model {f.model} draws from an image: give one that draws from a prompt alone.")
     names = ("steps", "guidance_scale", "spacing", "height", "width")
@@ -124,7 +125,7 @@ def drawing_options(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]
 
 
 def drawn(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:
-    """Draw into the folder of the unfinished report what is not there yet."""
+    """Draw the images that are not yet in the folder of the unfinished report."""
     import jax
 
     with naming("--model"):
@@ -141,17 +142,17 @@ def drawn(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:
 
 
 def model_digest(path: Path) -> str:
-    """Of a model's files: their names, sizes and times."""
+    """A digest of the names, sizes and times of a model's files."""
     return files_digest(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
 
 
 def measured(
     source: Any, prompts: Sequence[str], encoder: Encoder, params: Params, f: flags.FlagValues, what: str
 ) -> Measured:
-    """Features of images and prompts. Images that cannot be read raise Failure."""
+    """Features of images and their prompts. Raises Failure if an image cannot be read."""
 
     def unread(name: str, reason: str) -> None:
-        raise Failure(f"{name} cannot be read ({reason}): mend the file, or take it out.")
+        raise Failure(f"{name} cannot be read ({reason}): repair the file, or remove it.")
 
     with progress_bar(f"encoding {what}", len(source)) as advance:
         found = encode_records(
@@ -164,7 +165,7 @@ def measured(
 def kept(
     source: Source, f: flags.FlagValues, encoder: Encoder, params: Params, what: str, notes: list[str]
 ) -> Features:
-    """Features of a split; a note says how many of its images cannot be read."""
+    """Features of a split; unreadable images are counted in a note appended to `notes`."""
     with progress_bar(f"encoding {what}", len(source)) as advance:
         found = cached_features(
             source, features_folder(f), encoder, params,
@@ -176,7 +177,7 @@ def kept(
 
 
 def held_out_sample(source: Source, features: Features, most: int, encoder: Encoder, params: Params) -> Measured:
-    """Held-out images, at most so many, with their first captions."""
+    """At most `most` held-out images, with their first captions."""
     rows = measures.sample_of(len(features), most)
     captions = [source.read(i, image=False).captions[0] for i in features.index[rows].tolist()]
     found, pixels = (features.take(name, rows) for name in ("features", "pixels"))
@@ -186,14 +187,14 @@ def held_out_sample(source: Source, features: Features, most: int, encoder: Enco
 def with_texts(
     features: np.ndarray, pixels: np.ndarray, prompts: Sequence[str], encoder: Encoder, params: Params
 ) -> Measured:
-    """Images together with their prompts, each of which is encoded once."""
+    """Images together with their prompts; each distinct prompt is encoded once."""
     texts, own = np.unique(np.asarray(prompts, object), return_inverse=True)
     encoded, cut = encode_texts(encoder, params, list(texts))
     return Measured(features, pixels, encoded, own.ravel(), cut)
 
 
 def measure(images: Images, splits: Splits | None, encoder: Encoder, params: Params, f: flags.FlagValues) -> Found:
-    """Everything that can be measured of these images with what is given."""
+    """All measures of these images that the given data allow."""
     mine = measured(images, [plain(p) for p in images.prompts], encoder, params, f, "images")
     left_out: list[str] = []
     other = held_out = None
@@ -221,14 +222,14 @@ def measure(images: Images, splits: Splits | None, encoder: Encoder, params: Par
 
 
 def run(f: flags.FlagValues) -> None:
-    """Measure what the flags say. Whatever can be wrong is found in order of its cost."""
+    """Measure what the flags say. Cheap checks come first."""
     output = outputs.check_output(f)
     with outputs.held(outputs.unfinished(output), f.output):
         make(f, output)
 
 
 def make(f: flags.FlagValues, output: Path) -> None:
-    """Make the report, into a folder that this process holds."""
+    """Make the report in a folder that this process has locked."""
     lines = prompt_lines(f)
     try:
         images = None if f.images is None else find_images(Path(f.images), lines)

@@ -1,11 +1,11 @@
-"""Distances between two sets of images, by the features of an encoder.
+"""Distances between two sets of images, in the feature space of an encoder.
 
     Fréchet distance   |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^(1/2))           (1)  Heusel et al. 2017, equation 6
     MMD²               E k(x, x') + E k(y, y') - 2 E k(x, y),                     (2)  Gretton et al. 2012, Lemma 6
                        k(a, b) = exp(-|a - b|² / 2σ²)
 
-(1) of finite samples is too large by about c / N, where c depends on what is measured: distances of different numbers
-of images do not compare. `frechet_limit` removes that bias. (2) has an unbiased estimator.
+(1) of finite samples is too large by about c / N, where c depends on the distributions, so distances of different
+numbers of images cannot be compared. `frechet_limit` removes that bias. (2) has an unbiased estimator.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,12 +16,12 @@ import numpy as np
 from jaxdiff.evaluation.estimates import jackknife
 
 BANDWIDTH = 10.0  # σ of (2) for features of unit length (CMMD: Jayasumana et al. 2024)
-CMMD_SCALE = 1000.0  # by which CMMD multiplies (2)
-ROWS = 2048  # that are compared with as many others at a time
+CMMD_SCALE = 1000.0  # CMMD is (2) times this
+ROWS = 2048  # rows of both sets compared at a time
 
 
 class Moments(NamedTuple):
-    """Sums over features; those of two sets add up to those of both."""
+    """Sums over features; the sums of two sets can be added."""
 
     size: int  # N
     total: np.ndarray  # [D]
@@ -29,19 +29,19 @@ class Moments(NamedTuple):
 
 
 def moments(x: np.ndarray) -> Moments:
-    """Of features [N, D]."""
+    """The moments of features [N, D]."""
     x = np.asarray(x, np.float64)
     return Moments(len(x), x.sum(0), x.T @ x)
 
 
 def added(parts: Iterable[Moments]) -> Moments:
-    """Of all parts together."""
+    """The moments of all parts together."""
     counts, totals, outers = zip(*parts, strict=True)
     return Moments(sum(counts), np.sum(totals, 0), np.sum(outers, 0))
 
 
 def block_moments(chunks: Iterable[tuple[np.ndarray, np.ndarray]], count: int) -> list[Moments]:
-    """The moments of each block, out of chunks (features [n, D], numbers of their blocks [n])."""
+    """The moments of each of `count` blocks, from chunks (features [n, D], block indices [n])."""
     found: list[Moments] = []
     for features, numbers in chunks:
         width = features.shape[1]
@@ -52,15 +52,16 @@ def block_moments(chunks: Iterable[tuple[np.ndarray, np.ndarray]], count: int) -
 
 
 def gaussian(m: Moments) -> tuple[np.ndarray, np.ndarray]:
-    """The mean [D] and the covariance [D, D] (divided by N - 1)."""
+    """The mean [D] and the unbiased covariance [D, D]."""
     mean = m.total / m.size
     return mean, (m.outer - m.size * np.outer(mean, mean)) / (m.size - 1)
 
 
 def frechet_distance(mean_x: np.ndarray, cov_x: np.ndarray, mean_y: np.ndarray, cov_y: np.ndarray) -> float:
-    """Of two Gaussians, equation (1): 0 where they are equal, else above 0; a squared distance.
+    """The squared Fréchet distance between two Gaussians, equation (1); 0 if they are equal.
 
-    The trace of the root is that of (A C_y A)^(1/2) with A² = C_x, which has the same eigenvalues and is symmetric.
+    The trace of the root is computed as that of the symmetric (A C_y A)^(1/2) with A² = C_x, which has the same
+    eigenvalues.
 
     Args:
         mean_x, mean_y: [D].
@@ -78,17 +79,16 @@ def frechet_distance(mean_x: np.ndarray, cov_x: np.ndarray, mean_y: np.ndarray, 
 
 
 def frechet_of(x: Sequence[Moments], y: Sequence[Moments]) -> float:
-    """Equation (1) of two sets in blocks."""
+    """Equation (1) for two sets given as moments of blocks."""
     return frechet_distance(*gaussian(added(x)), *gaussian(added(y)))
 
 
 def frechet_limit(x: Sequence[Moments], y: Sequence[Moments]) -> float:
     """Equation (1) extrapolated to infinitely many images of both sets (Chong & Forsyth 2020).
 
-    The bias is c / N to first order. The distance is computed from all blocks, and from each half of the blocks of
-    *both* sets; the line through the two in 1 / N is extended to 0. With equal halves that is twice the first less the
-    mean of the others. It may come out below 0. The first order holds where half of either set has several times as
-    many images as a feature has numbers.
+    The bias is c / N to first order. The distance is computed from all blocks, and as the mean over both halves of the
+    blocks of *both* sets; a line in 1 / N through the two values is extended to 0. The result may be negative. The
+    first order is accurate if half of either set has several times as many images as features have dimensions.
 
     Args:
         x, y: the moments of equally many blocks, at least 2, each a random part of its set.
@@ -96,13 +96,13 @@ def frechet_limit(x: Sequence[Moments], y: Sequence[Moments]) -> float:
     half = len(x) // 2
     parts = [slice(0, half), slice(half, None)]
     whole, halves = frechet_of(x, y), np.mean([frechet_of(x[p], y[p]) for p in parts])
-    # How much larger 1 / N of the halves is. Blocks of whole prompts differ in size.
+    # The ratio of 1 / N in the halves to that in the whole. Blocks of whole prompts differ in size.
     inverse = np.mean([sum(m.size for m in z) / sum(m.size for m in z[p]) for z in (x, y) for p in parts])
     return float(whole - (halves - whole) / (inverse - 1))
 
 
 def frechet_estimates(x: Sequence[Moments], y: Sequence[Moments]) -> dict[str, tuple[float, float]]:
-    """{"frechet", "frechet_limit"}, each with its standard error, from equally many blocks of both sets, at least 3."""
+    """{"frechet": (value, standard error), "frechet_limit": …} from as many blocks of x as of y, at least 3."""
     found = {}
     for name, distance in (("frechet", frechet_of), ("frechet_limit", frechet_limit)):
 
@@ -144,12 +144,12 @@ def kernel_sums(
 def kernel_estimate(
     x: np.ndarray, y: np.ndarray, in_x: np.ndarray, in_y: np.ndarray, bandwidth: float = BANDWIDTH
 ) -> tuple[float, float]:
-    """The unbiased estimate of MMD² (Gretton et al. 2012, equation 3) and its standard error, by leaving out one block
-    of each set at a time.
+    """The unbiased estimate of MMD² (Gretton et al. 2012, equation 3) and its standard error (jackknife over blocks).
 
     Args:
         x, y: [N, D], [M, D].
-        in_x, in_y: int [N], [M], each one's block, 0 … B - 1; every block has members in both sets.
+        in_x, in_y: int [N], [M], block of each row, 0 … B - 1; every block must have members in both sets.
+        bandwidth: σ of the kernel.
     """
     count = int(max(in_x.max(), in_y.max())) + 1
     own = [(x, x, in_x, in_x), (y, y, in_y, in_y), (x, y, in_x, in_y)]
@@ -165,8 +165,10 @@ def kernel_estimate(
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray, bandwidth: float = BANDWIDTH) -> float:
-    """MMD² with a Gaussian kernel, equation (2), estimated without bias: near 0 between samples of one distribution,
-    above or below it; at most 2. CMMD (Jayasumana et al. 2024) is 1000 times this, over CLIP's features at unit length.
+    """The unbiased estimate of MMD² with a Gaussian kernel, equation (2).
+
+    Between samples of one distribution it is near 0, and may be negative; it is at most 2. CMMD (Jayasumana et al.
+    2024) is 1000 times this, for CLIP features of unit length.
 
     Args:
         x, y: [N, D], [M, D], at least two rows each.

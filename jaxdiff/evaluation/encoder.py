@@ -1,6 +1,6 @@
-"""CLIP's two encoders (Radford et al. 2021), which measure images: features of images and texts in one space.
+"""CLIP's two encoders (Radford et al. 2021): features of images and texts in one space.
 
-An `Encoder` is static, its parameters are a plain dict, as with `jaxdiff.models.model.Model`.
+An `Encoder` is static, and its parameters are a plain dict, as with `jaxdiff.models.model.Model`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from jaxdiff.typing import Array, Params
 TEXT, VISION = "text_encoder", "vision_encoder"
 # Of a transformers folder: the mean and deviation by which pixels are normalised.
 PREPROCESSOR = "preprocessor_config.json"
-# What the tensors of each of a CLIPModel's halves begin with; the rest is a temperature.
+# Prefixes of the tensors of a CLIPModel's halves; the only other tensor is a temperature.
 HALVES = {TEXT: ("text_model.", "text_projection."), VISION: ("vision_model.", "visual_projection.")}
 GIVE = (
     "a folder of a CLIP model as transformers saves it (config.json, model.safetensors, the tokenizer's files), or one "
@@ -46,7 +46,7 @@ class Encoder:
 
     @property
     def size(self) -> int:
-        """Pixels along a side of what the vision encoder reads."""
+        """Side in pixels of the vision encoder's input."""
         return self.vision.config.image_size
 
 
@@ -69,9 +69,9 @@ encode_tokens = jax.jit(text_features, static_argnums=0)
 
 
 def token_ids(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, int]:
-    """Token ids int32 [N, L] as the tokenizer itself gives them, and how many texts are longer and lose their ends.
+    """Token ids int32 [N, L] of N texts, and the number of texts that were truncated.
 
-    The tokenizer itself warns of each, which is too much for a data set.
+    Unlike the tokenizer, it does not warn of each, which would be too much for a data set.
     """
     ids = np.full((len(texts), tokenizer.max_length), tokenizer.pad_id, np.int32)
     words = tokenizer.encode(texts)
@@ -90,9 +90,9 @@ def finite(features: Array) -> np.ndarray:
 
 
 def encode_texts(encoder: Encoder, params: Params, texts: list[str], batch_size: int = 64) -> tuple[np.ndarray, int]:
-    """Features float32 [N, D] of N texts, and how many of them are longer than the encoder reads and lose their ends.
+    """Features float32 [N, D] of N texts, and the number of texts that were truncated.
 
-    A batch at a time; the last one is filled up, so that one compiled program does for all.
+    Texts are encoded in batches; the last one is padded, so that one compiled program serves all.
 
     Raises:
         WeightsError: features are not finite.
@@ -109,9 +109,9 @@ def encode_texts(encoder: Encoder, params: Params, texts: list[str], batch_size:
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """An image (RGB) as an encoder reads it: the shorter side at `size` (bicubic), and of the longer one its middle.
+    """An RGB image resized (bicubic) so that its shorter side is `size`, and cropped at its centre.
 
-    Only what is kept is computed, so that a long strip does not grow into a huge image.
+    Only the crop is computed, so that a long strip does not become a huge image.
 
     Returns:
         uint8 [size, size, 3].
@@ -138,19 +138,18 @@ def load_encoder(path: str | Path, dtype: Any = jnp.float32) -> tuple[Encoder, P
 
     Args:
         path: a folder as transformers' CLIPModel saves it; or one with `text_encoder`, `vision_encoder` and
-            `tokenizer`, such as a model of jaxdiff's that was trained with them; or the name of a bundled model that
-            has them.
-        dtype: to compute in and to hold the parameters in.
+            `tokenizer`, such as a model that jaxdiff trained with them; or the name of a bundled model that has them.
+        dtype: of computations and parameters.
 
     Raises:
-        ConfigError, WeightsError: one sentence naming the file and the mend.
+        ConfigError, WeightsError: one sentence naming the file and what to do.
     """
     folder = Path(path)
     if not (has_encoder(folder) or (folder / "config.json").is_file()) and (
         str(path) in bundled() or not folder.is_dir()
     ):
         if str(path) not in bundled():
-            raise ConfigError(f"{path} is no folder: give {GIVE}.")
+            raise ConfigError(f"{path} is not a folder: give {GIVE}.")
         folder = BUNDLED / str(path)
     if has_encoder(folder):
         return _from_parts(folder, jnp.dtype(dtype))
@@ -210,8 +209,8 @@ def _built(
     width = text.projection_dim if text.with_projection else text.hidden_size
     if width != vision.projection_dim:
         raise ConfigError(
-            f"{folder}: its text encoder gives {width} numbers, its vision encoder {vision.projection_dim}, so that "
-            f"they do not compare: give {GIVE}."
+            f"{folder}: the text encoder gives {width} numbers, the vision encoder {vision.projection_dim}, so they "
+            f"cannot be compared: give {GIVE}."
         )
     tokenizer = load_tokenizer(words, text)
     assert tokenizer is not None
@@ -222,8 +221,8 @@ def _built(
         params[name] = load_tensors(files[name], shapes, dtype)
     if tokenizer.vocab_size > text.vocab_size:
         raise WeightsError(
-            f"{words} has a tokenizer of {tokenizer.vocab_size} tokens, and the text encoder knows {text.vocab_size}: "
-            "the two are of different models."
+            f"{words} has a tokenizer with {tokenizer.vocab_size} tokens, but the text encoder has {text.vocab_size}: "
+            "they belong to different models."
         )
     return encoder, params
 
@@ -237,7 +236,7 @@ def _pixels(c: Any) -> tuple[Array, ...]:
 
 
 def encoder_digest(encoder: Encoder, params: Params) -> str:
-    """Of all that the features of images depend on."""
+    """A digest of everything that the features of images depend on."""
     digest = hashlib.sha256(
         repr((encoder.vision.config, str(encoder.vision.dtype), encoder.mean, encoder.std)).encode()
     )

@@ -1,7 +1,6 @@
-"""Numbers with their standard errors, which come from the finite number of images.
+"""Estimates with standard errors, which are due to the finite number of images.
 
-Images of one prompt are more alike than others and do not count as independent: errors are those of whole prompts where
-there are enough of them.
+Images of one prompt are not independent, so errors are computed over whole prompts if there are enough of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,24 +8,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCKS = 12  # that images are divided into, for errors of what is not a mean; even, so that halves are equal
-DRAWS = 200  # of a bootstrap
+BLOCKS = 12  # of images, for jackknife errors; even, so that halves are equal
+DRAWS = 200  # resamples of a bootstrap
 
 
 class Estimate(NamedTuple):
-    """A number and how sure it is."""
+    """A value with its standard error."""
 
     value: float
-    error: float | None  # standard error; None where it cannot be told
-    images: int  # that it is computed from
+    error: float | None  # standard error; None if there are too few images
+    images: int  # number of images that it is computed from
 
 
 def mean_estimate(values: np.ndarray, groups: np.ndarray | None = None) -> Estimate:
-    """The mean and its standard error, that of a sample of whole groups (Liang & Zeger 1986, with G / (G - 1)).
+    """The mean with its cluster-robust standard error (Liang & Zeger 1986, with G / (G - 1)).
 
     Args:
         values: [N], N >= 1.
-        groups: int [N], such as the number of each image's prompt; None, or a single one, takes each value by itself.
+        groups: int [N], such as the index of each image's prompt; None, or a single group: values are independent.
 
     >>> mean_estimate(np.array([1.0, 2.0, 3.0]))
     Estimate(value=2.0, error=0.5773502691896257, images=3)
@@ -43,7 +42,7 @@ def mean_estimate(values: np.ndarray, groups: np.ndarray | None = None) -> Estim
 
 
 def median_estimate(values: np.ndarray, groups: np.ndarray) -> Estimate:
-    """The median, and its standard error by drawing whole groups anew (bootstrap: Efron 1979)."""
+    """The median of values [N] and its standard error, by a bootstrap over whole groups [N] (Efron 1979)."""
     names, numbers = np.unique(groups, return_inverse=True)
     numbers = np.arange(len(values)) if len(names) == 1 else numbers.ravel()
     members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
@@ -56,16 +55,16 @@ def median_estimate(values: np.ndarray, groups: np.ndarray) -> Estimate:
 
 
 def blocks(groups: np.ndarray, count: int = BLOCKS, seed: int = 0) -> np.ndarray:
-    """Divide rows into `count` blocks at random, of whole groups where there are at least that many groups.
+    """Assign rows to `count` blocks at random; whole groups stay together if there are at least `count` of them.
 
-    Blocks differ by one group at most, and the larger ones are spread evenly, so that either half of the blocks holds
-    as many groups.
+    Blocks differ by one group at most, and the larger ones are spread evenly, so that both halves of the blocks hold
+    equally many groups.
 
     Args:
         groups: int [N], N >= count.
 
     Returns:
-        int [N], each of 0 … count - 1 at least once.
+        int [N], the block of each row; each of 0 … count - 1 occurs.
 
     >>> sorted(blocks(np.repeat(np.arange(4), 2), 4).tolist())
     [0, 0, 1, 1, 2, 2, 3, 3]
@@ -77,11 +76,11 @@ def blocks(groups: np.ndarray, count: int = BLOCKS, seed: int = 0) -> np.ndarray
 
 
 def jackknife(value: Callable[[Sequence[int]], float], count: int = BLOCKS) -> tuple[float, float]:
-    """A number computed from blocks, and its standard error by leaving one block out at a time (Tukey 1958).
+    """A statistic of blocks and its jackknife standard error, leaving out one block at a time (Tukey 1958).
 
     Args:
-        value: of the blocks of these numbers; a smooth function of their data.
-        count: all blocks, at least 3.
+        value: indices of blocks -> the statistic, a smooth function of their data.
+        count: number of blocks, at least 3.
     """
     every = list(range(count))
     without = np.array([value(every[:i] + every[i + 1 :]) for i in every])

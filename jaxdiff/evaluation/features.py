@@ -1,6 +1,6 @@
-"""Features of all images of a source, computed once and kept on disk in parts: killed, the work goes on where it was.
+"""Features of all images of a source, computed once and cached on disk in parts, so that interrupted work resumes.
 
-A part holds, of the images of `PART` records that could be read, "index" int64 [n] (the record's number), "features"
+A part holds, for the readable images among `PART` records, "index" int64 [n] (the record's number), "features"
 float32 [n, D] (`encoder.image_features`) and "pixels" uint8 [n, 3 * SIDE²] (the image at `SIDE` pixels).
 """
 
@@ -25,15 +25,15 @@ from jaxdiff.evaluation.encoder import Encoder, encode_images, encoder_digest, f
 from jaxdiff.typing import Params
 
 PART = 1024  # records of a part
-SIDE = 32  # pixels of the small images that are compared pixel by pixel
-VERSION = 1  # of how images are read and kept; another one makes all features anew
+SIDE = 32  # pixels along a side of the small images that are compared pixel by pixel
+VERSION = 1  # of the cache's format; another version invalidates all cached features
 
-Unread = Callable[[str, str], None]  # told of an image that cannot be read: its name, and why
-Progress = Callable[[int], None]  # told of so many more images
+Unread = Callable[[str, str], None]  # called with the name of an unreadable image, and the reason
+Progress = Callable[[int], None]  # called with the number of images done since the last call
 
 
 def read_rgb(file: str | bytes, min_side: int | None = None) -> Image.Image:
-    """An image file or its bytes as RGB, on white where it is transparent. Raises what `open_image` does."""
+    """An image file or its bytes as RGB, on a white background. Raises like `open_image`."""
     return on_background(open_image(file, min_side))
 
 
@@ -43,7 +43,7 @@ def small(pixels: np.ndarray) -> np.ndarray:
 
 
 def pixel_values(pixels: np.ndarray) -> np.ndarray:
-    """Small images uint8 [N, K] scaled such that their L2 distances are root mean squares over values in [0, 1]."""
+    """Small images uint8 [N, K] as float32, scaled so that L2 distances are RMS differences of values in [0, 1]."""
     return pixels.astype(np.float32) / np.float32(255 * np.sqrt(pixels.shape[1]))
 
 
@@ -58,12 +58,13 @@ def encode_records(
     unread: Unread = lambda name, reason: None,
     progress: Progress = lambda count: None,
 ) -> dict[str, np.ndarray]:
-    """The arrays of a part, of these records of a source.
+    """The arrays of a part, for the records `rows` of a source.
 
     Args:
-        batch_size: images encoded at once; the last batch is filled up, so that one compiled program does for all.
-        threads: that read images.
-        unread: is told of what is left out.
+        batch_size: images encoded at once; the last batch is padded, so that one compiled program serves all.
+        threads: number of threads that read images.
+        unread: called for each image that is left out.
+        progress: called after each batch.
     """
 
     def read(row: int) -> np.ndarray | None:
@@ -99,23 +100,23 @@ def encode_records(
 
 
 class Features:
-    """What `cached_features` keeps, mapped into memory part by part."""
+    """Cached features, memory-mapped part by part."""
 
     def __init__(self, parts: Sequence[str], records: int) -> None:
         self._parts, self.records = list(parts), records
         self.index = np.concatenate([store.read_part(p)["index"] for p in self._parts])  # int64 [N], rising
 
     def __len__(self) -> int:
-        """How many images could be read."""
+        """The number of readable images."""
         return len(self.index)
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
-        """An array, a part at a time."""
+        """The array "features" or "pixels", a part at a time."""
         for part in self._parts:
             yield np.asarray(store.read_part(part)[name])
 
     def take(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Rows of an array, by their place in 0 … N - 1, in that order."""
+        """Rows of an array by their indices, int [n] in 0 … N - 1, in that order."""
         rows, start, found = np.asarray(rows), 0, None
         for chunk in self.chunks(name):
             inside = np.flatnonzero((rows >= start) & (rows < start + len(chunk)))
@@ -127,7 +128,7 @@ class Features:
 
 
 def source_digest(source: Source) -> str:
-    """Of a source; of a captioned folder also of its files' sizes and times, which its own digest leaves out."""
+    """The digest of a source; for a captioned folder it includes the sizes and times of its files."""
     if not isinstance(source, FolderSource):
         return source.digest
     paths = (str(source.read(i).image) for i in range(len(source)))
@@ -145,10 +146,10 @@ def cached_features(
     progress: Progress = lambda count: None,
     part: int = PART,
 ) -> Features:
-    """The features of a source, kept in a subfolder of `folder`; those that are missing are computed first.
+    """The features of a source, cached in a subfolder of `folder`; missing ones are computed.
 
-    Images that cannot be read are left out, and a warning names the first of them. Other images, or another encoder,
-    have another subfolder.
+    Unreadable images are left out, and a warning names the first. Each combination of images and encoder has its own
+    subfolder.
 
     Raises:
         ConfigError: the folder cannot be written, or none of the images can be read.
@@ -174,5 +175,5 @@ def cached_features(
     store.fill(kept, names, make)
     found = Features([str(kept / name) for name in names], len(source))
     if not len(found):
-        raise ConfigError(f"None of the {len(source)} images of {source.name} can be read: mend or replace them.")
+        raise ConfigError(f"None of the {len(source)} images of {source.name} can be read: repair or replace them.")
     return found

@@ -1,4 +1,4 @@
-"""The flags of `python -m jaxdiff.evaluation`, and what can be said of them without a model."""
+"""The flags of `python -m jaxdiff.evaluation`, with all checks that need no model."""
 
 import math
 
@@ -21,7 +21,7 @@ PATHS = ("model", "prompts", "images", "encoder", "data", "features", "output", 
 
 
 def without_drawing(f: flags.FlagValues) -> tuple[str, ...]:
-    """Flags that say nothing where no image is drawn; the model may still be the encoder."""
+    """Flags without effect if no image is drawn; --model may still provide the encoder."""
     return DRAWING if f.encoder is None else (*DRAWING, "model")
 
 
@@ -38,18 +38,19 @@ def define() -> flags.FlagValues:
     text(
         "model",
         "icons",
-        "What draws: a diffusers folder, a one-file checkpoint, a hub id, or the name of a bundled model.",
+        "The model to measure: a diffusers folder, a one-file checkpoint, a hub id, or the name of a bundled model.",
     )
-    flags.DEFINE_enum(
-        "dtype", "float32", ["float32", "bfloat16", "float16"], "Type that the model draws in.", flag_values=f
-    )
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Dtype of the model.", flag_values=f)
     text("prompts", None, "A file of prompts: one a line, or .jsonl with prompt, negative_prompt, seed.")
-    text("negative_prompt", None, "What to steer away from, where a line says nothing.")
-    whole("num_images", 4, "Images of each prompt; variety needs two.")
+    text("negative_prompt", None, "What to steer away from, for lines without a negative prompt.")
+    whole("num_images", 4, "Images of each prompt; variety needs at least two.")
     whole("seed", 0, "Seed of the first image; the next ones count up.", 0, SEEDS - 1)
     whole("steps", None, "Number of denoising steps; default: the model's, else 25.")
     flags.DEFINE_float(
-        "guidance_scale", None, "Weight of the prompt, 1 or less: off; default: the model's, else 7.5.", flag_values=f
+        "guidance_scale",
+        None,
+        "Weight of the prompt; 1 or less turns guidance off; default: the model's, else 7.5.",
+        flag_values=f,
     )
     text("scheduler", None, "ddim, euler, dpmpp_2m, …; default: what the model's config says.")
     text("spacing", None, "Spacing of the steps; default: what the config says.")
@@ -57,17 +58,17 @@ def define() -> flags.FlagValues:
     whole("width", None, "Pixels; default: the model's own.")
     whole("batch_size", None, "Images drawn at once; default: batches of equal size, at most 4 images a device.")
 
-    text("images", None, "A folder of images to measure in place of drawing: with a metadata.jsonl, in the order of "
+    text("images", None, "A folder of images to measure instead of drawing: with a metadata.jsonl, in the order of "
          "--prompts, or drawn by sample.py.")  # fmt: skip
-    text("encoder", None, "CLIP that measures: a transformers CLIPModel folder, or one with text_encoder and "
+    text("encoder", None, "CLIP to measure with: a transformers CLIPModel folder, or one with text_encoder and "
          "vision_encoder; default: the model's own.")  # fmt: skip
-    whole("encode_batch_size", 64, "Images that it encodes at once.")
+    whole("encode_batch_size", 64, "Images encoded at once.")
     whole("threads", 8, "Threads that read images.")
 
-    text("data", None, "Captioned images that the model was trained on, of any kind that train.py reads.")
-    text("split", "train", "Their split.")
+    text("data", None, "Captioned images that the model was trained on, in any format that train.py reads.")
+    text("split", "train", "Their training split.")
     text("held_out_split", None, "A split that the model was not trained on, for the same measures of real images.")
-    text("real_split", None, "The split that distances between sets and variety compare with; default: --split.")
+    text("real_split", None, "The split to compare distances and variety with; default: --split.")
     text(
         "group",
         None,
@@ -78,11 +79,11 @@ def define() -> flags.FlagValues:
     text(
         "features",
         None,
-        "Folder where features of the data are kept for the next report; default: in your cache folder.",
+        "Folder to cache features of the data in; default: in your cache folder.",
     )
-    whole("pairs", 96, "Drawn images shown beside their nearest training images, the nearest first.", 0)
-    whole("most_real", 10_000, "Real images, chosen at random, where all would take too long: held-out ones, and "
-          "those of the kernel distance.", LEAST)  # fmt: skip
+    whole("pairs", 96, "Number of drawn images to show next to their nearest training images, the nearest first.", 0)
+    whole("most_real", 10_000, "Maximum number of held-out images, and of real images for the kernel distance, chosen "
+          "at random.", LEAST)  # fmt: skip
 
     text(
         "output", "report", "Folder of the report: report.md, report.json, images.jsonl, sheets, and the images drawn."
@@ -95,7 +96,7 @@ def define() -> flags.FlagValues:
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
-    """Flags of a command line, checked as far as that goes without files. Raises UsageError."""
+    """The flags of a command line, with all checks that need no files. Raises UsageError."""
     f = read(define(), argv, "--help shows all flags")
     if f.help:
         return f
@@ -116,6 +117,6 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UsageError(f"--{given[0]} goes with --data: give that too, or leave --{given[0]} out.")
     if f.held_out_split is not None and f.held_out_split == f.split:
         raise UsageError(
-            f"--held_out_split {f.held_out_split} is --split too: name one that the model was not trained on."
+            f"--held_out_split {f.held_out_split} is also --split: name one that the model was not trained on."
         )
     return f

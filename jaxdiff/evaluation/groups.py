@@ -1,4 +1,4 @@
-"""Real images that belong together: rows of a source that share a caption, or a value of their metadata."""
+"""Groups of real images: rows of a source that share a caption or a metadata value."""
 
 from array import array
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ import numpy as np
 from jaxdiff.data.hashes import content_hash
 from jaxdiff.data.source import Source
 
-MOST_GROUPS, MOST_MEMBERS = 1000, 50  # drawn at random where there are more
+MOST_GROUPS, MOST_MEMBERS = 1000, 50  # chosen at random if there are more
 
 
 def labels(captions: tuple[str, ...], extras: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
-    """What a row is grouped by: each of its captions, whatever its case and white space, or its value of a column.
+    """The labels by which a row is grouped: its captions, ignoring case and white space, or its value of `column`.
 
-    Empty ones say nothing, and group nothing.
+    Empty labels are dropped.
     """
     if column is None:
         return tuple({" ".join(c.lower().split()) for c in captions} - {""})
@@ -24,7 +24,7 @@ def labels(captions: tuple[str, ...], extras: Mapping[str, Any], column: str | N
 
 
 def has_column(source: Source, column: str) -> bool:
-    """Whether any row has a value of that name in its metadata."""
+    """Whether any row has this column in its metadata."""
 
     def found(row: int) -> bool:
         try:
@@ -41,12 +41,13 @@ def real_groups(source: Source, index: np.ndarray, column: str | None = None, se
     An image that a captioned folder repeats counts once.
 
     Args:
-        source: what the rows are of; only captions and metadata are read.
-        index: int [N], the records that count.
-        column: of the metadata, such as "subject"; None groups by caption.
+        source: only its captions and metadata are read.
+        index: int [N], the records to group.
+        column: of the metadata, such as "subject"; None: group by caption.
+        seed: for the choice of groups and members.
 
     Returns:
-        For each group int [n], places in `index`.
+        For each group int [n], positions in `index`.
     """
     keys, places, last = array("Q"), array("q"), ""
     for place, record in enumerate(index.tolist()):

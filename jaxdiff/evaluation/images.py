@@ -1,4 +1,4 @@
-"""The images that are measured: drawn here into a folder, or found in one."""
+"""The images to measure: drawn into a folder, or found in one."""
 
 import contextlib
 import dataclasses
@@ -42,7 +42,7 @@ class Images:
     seeds: tuple[int | None, ...]
 
     blocks: np.ndarray | None = None
-    digest: str = ""  # nothing is kept of these
+    digest: str = ""  # their features are not cached
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -52,7 +52,7 @@ class Images:
 
 
 def wanted(lines: Sequence[PromptLine], num_images: int, seed: int, negative_prompt: str | None = None) -> list[Wanted]:
-    """The images of each prompt in order. As in sample.py, seeds count up over all images, or from that of a line.
+    """The images to draw, prompt by prompt. As in sample.py, seeds count up over all images, or from a line's own seed.
 
     >>> [w.seed for w in wanted([PromptLine("a"), PromptLine("b", seed=7)], 2, 3)]
     [3, 4, 7, 8]
@@ -67,7 +67,7 @@ def wanted(lines: Sequence[PromptLine], num_images: int, seed: int, negative_pro
 
 
 def plain(prompt: str) -> str:
-    """A prompt as a caption: what it is edited to in the end, without the brackets of emphasis.
+    """A prompt as a caption: its final text if it is edited by step, without emphasis.
 
     >>> plain("a (red:1.3) [house:castle:0.5]")
     'a red castle'
@@ -88,14 +88,16 @@ def draw(
 ) -> Images:
     """Draw images into a folder, 000000.png, 000001.png, …, and list them in its metadata.jsonl.
 
-    Images that are there already stay.
+    Existing images are kept.
 
     Args:
-        batch_size: drawn at once; the last batch is filled up, so that one compiled program draws all.
+        batch_size: images drawn at once; the last batch is padded, so that one compiled program draws all.
+        progress: called with the number of images done since the last call.
         options: of `jaxdiff.generate`, for all images.
 
     Raises:
-        ImageError, OSError: a file cannot be written. Others as of `jaxdiff.generate`.
+        ImageError, OSError: a file cannot be written.
+        ArgumentError, FloatingPointError: see `jaxdiff.generate`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:06d}.png" for i in range(len(images))]
@@ -125,17 +127,17 @@ def find_images(folder: Path, lines: Sequence[PromptLine] | None) -> Images:
     """The images of a folder with their prompts.
 
     Args:
-        folder: with captions as in training (metadata.jsonl, metadata.csv, or text files beside the images, which
-            count where there are no `lines`); or of image files alone.
-        lines: the prompts of the image files in the order of their names: one each, or each that of equally many in a
-            row. None takes the prompts that sample.py wrote into the PNG files.
+        folder: with captions as in training (metadata.jsonl, metadata.csv, or, without `lines`, text files next to the
+            images), or of image files alone.
+        lines: the prompts of the image files in order of their names; each prompt has one image, or the same number in
+            a row. None: the captions, or the prompts that sample.py wrote into the PNG files.
 
     Raises:
-        ConfigError: the folder is missing or empty; its images have no prompts, or two; or their number does not fit.
-            The sentence begins with the flag at fault.
+        ConfigError: the folder is missing or empty, its images have no prompts or two, or the numbers do not match. The
+            sentence begins with the flag at fault.
     """
     if not folder.is_dir():
-        raise ConfigError(f"--images {folder} is no folder: give one of images.")
+        raise ConfigError(f"--images {folder} is not a folder: give a folder of images.")
     metadata = metadata_files(folder)
     if metadata and lines is not None:
         raise ConfigError(f"--prompts: the images of {folder} have theirs in its {metadata[0]}: leave --prompts out.")

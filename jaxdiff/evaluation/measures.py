@@ -1,4 +1,4 @@
-"""All that is measured of a set of images, as rows of a table; `jaxdiff.evaluation.command` prints and writes them."""
+"""All measures of a set of images, as rows of the report."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -12,17 +12,17 @@ from jaxdiff.evaluation.features import Features, pixel_values
 from jaxdiff.evaluation.originality import NEAR, distance_ratios, nearest
 from jaxdiff.evaluation.spread import variety
 
-LEAST = 2 * BLOCKS  # images of each set that a distance between sets needs: two a block
+LEAST = 2 * BLOCKS  # images of each set that a distance needs: two a block
 
 
 class Measured(NamedTuple):
-    """Images with what an encoder says of them."""
+    """Images with the features of an encoder."""
 
     features: np.ndarray  # [N, D]
     pixels: np.ndarray  # uint8 [N, K], small images
-    texts: np.ndarray  # [P, D], of their prompts that differ
-    own: np.ndarray  # int [N], the number of each image's prompt
-    cut: int = 0  # prompts that are longer than the encoder reads
+    texts: np.ndarray  # [P, D], of their distinct prompts
+    own: np.ndarray  # int [N], index of each image's prompt
+    cut: int = 0  # number of prompts truncated by the encoder
 
 
 class Row(NamedTuple):
@@ -31,7 +31,7 @@ class Row(NamedTuple):
     part: str
     name: str
     estimate: Estimate
-    real: Estimate | None  # the same of real images that were held out
+    real: Estimate | None  # the same measure of held-out real images
     meaning: str
 
 
@@ -39,15 +39,15 @@ class Nearest(NamedTuple):
     """For each of N images the nearest training image, by features and by pixels."""
 
     distances: np.ndarray  # [2, N]
-    rows: np.ndarray  # int [2, N], places among the training images
-    ratios: np.ndarray | None  # [2, N], distances over the typical ones; None where none are known
+    rows: np.ndarray  # int [2, N], indices of training images
+    ratios: np.ndarray | None  # [2, N], distances divided by typical ones; None without held-out images
 
 
 KINDS = ("features", "pixels")
 
 
 def agreement(drawn: Measured, held_out: Measured | None) -> tuple[list[Row], list[str], np.ndarray, np.ndarray]:
-    """Rows and notes, and of each image its score [N] and its prompt's rank [N]."""
+    """Rows and notes of the agreement with prompts, and each image's CLIP score [N] and rank of its prompt [N]."""
     scores = clip_scores(drawn.features, drawn.texts[drawn.own])
     ranks = prompt_ranks(drawn.features, drawn.texts, drawn.own)
     real = None
@@ -57,14 +57,14 @@ def agreement(drawn: Measured, held_out: Measured | None) -> tuple[list[Row], li
     rows, notes = [Row("agreement", "clip_score", mean_estimate(scores, drawn.own), real, meaning)], []
     count = len(drawn.texts)
     if drawn.cut:
-        notes.append(f"{drawn.cut} of the {count} prompts are longer than the encoder reads: their ends do not count.")
+        notes.append(f"The encoder truncates {drawn.cut} of the {count} prompts: their ends do not count.")
     if count < 2:
-        notes.append("All images have the same prompt, so there is no other to rank it against.")
+        notes.append("All images have the same prompt, so it cannot be ranked against others.")
         return rows, notes, scores, ranks
     chance = np.mean(1 / np.arange(1, count + 1))
     rows += [
         Row("agreement", "rank_1", mean_estimate(ranks == 1, drawn.own), None,
-            f"share of images that suit their own prompt best, of {count} prompts; chance {1 / count:.3g}"),
+            f"share of images that match their own prompt best, of {count} prompts; chance {1 / count:.3g}"),
         Row("agreement", "reciprocal_rank", mean_estimate(1 / ranks, drawn.own), None,
             f"1 / rank of the own prompt, mean; chance {chance:.3g}"),
     ]  # fmt: skip
@@ -80,15 +80,15 @@ def numbered(features: Features, numbers: np.ndarray) -> Iterator[tuple[np.ndarr
 
 
 def sample_of(count: int, most: int, seed: int = 0) -> np.ndarray:
-    """At most so many of 0 … count - 1, at random, rising."""
+    """At most `most` of 0 … count - 1, chosen at random, in ascending order."""
     return np.sort(np.random.default_rng(seed).permutation(count)[:most])
 
 
 def distances(drawn: Measured, real: Features, held_out: Measured | None, most: int) -> tuple[list[Row], list[str]]:
-    """Fréchet and kernel distance of drawn images to real ones, beside those of held-out real images to the same.
+    """Rows and notes: Fréchet and kernel distance of drawn images, and of held-out images, to real ones.
 
     Args:
-        most: real images that the kernel distance compares with, at random; the Fréchet distance takes all.
+        most: maximum number of real images for the kernel distance; the Fréchet distance uses all.
     """
     if min(len(drawn.features), len(real)) < LEAST:
         return [], [f"Distances between sets need at least {LEAST} images of each, better thousands: left out."]
@@ -116,8 +116,8 @@ def distances(drawn: Measured, real: Features, held_out: Measured | None, most: 
     notes = []
     if fewest < 4 * width:
         notes.append(
-            f"Half of {fewest} images are fewer than twice the {width} numbers of a feature: the line that "
-            "frechet_limit follows does not hold there; compare by kernel, or draw more."
+            f"Half of {fewest} images is less than twice the {width} dimensions of a feature: frechet_limit is not "
+            "reliable with so few; compare by kernel, or draw more."
         )
     return found, notes
 
@@ -125,18 +125,18 @@ def distances(drawn: Measured, real: Features, held_out: Measured | None, most: 
 def varieties(
     drawn: Measured, real: Features | None, groups: Sequence[np.ndarray], kind: str
 ) -> tuple[list[Row], list[str]]:
-    """How much images of one prompt differ, beside real images of one group.
+    """Rows and notes: how much images of one prompt differ, compared with real images of one group.
 
     Args:
-        groups: of real images, the places of each one's members.
-        kind: what those of a group share.
+        groups: for each group of real images, the indices of its members.
+        kind: what the members of a group share.
     """
     found = variety(unit(drawn.features), drawn.own)
     if found is None:
         return [], ["Variety needs at least two images of a prompt: raise --num_images."]
     meaning = f"mean distance between two images of a prompt, over {found.groups} prompts; in [0, 2]"
     if real is None or not groups:
-        missing = f"No two real images share a {kind}, so there is no variety to compare with: name another --group."
+        missing = f"No two real images share a {kind}, so variety cannot be compared: name another --group."
         return [Row("variety", "distance", found.estimate, None, meaning)], [] if real is None else [missing]
     members = np.concatenate(groups)
     numbers = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
@@ -160,10 +160,11 @@ def find_nearest(
     typical: np.ndarray | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Nearest:
-    """The nearest training images. With `typical` distances [2, M] of held-out images, also the ratios.
+    """The nearest training image of each image.
 
     Args:
-        progress: is told of so many more training images that were compared, twice of each.
+        typical: distances [2, M] of held-out images, to compute ratios; None: no ratios.
+        progress: called with the number of training images compared since the last call; each is compared twice.
     """
 
     def chunks(name: str, values: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
@@ -181,7 +182,7 @@ def find_nearest(
 def originality(
     drawn: Measured, train: Features, held_out: Measured | None, progress: Callable[[int], None] = lambda n: None
 ) -> tuple[list[Row], list[str], Nearest]:
-    """Rows and notes, and each image's nearest training images; `progress` as of `find_nearest`, for each set."""
+    """Rows and notes of originality, and each image's nearest training images; see `find_nearest`."""
     others = None if held_out is None else find_nearest(held_out, train, progress=progress)
     known = others is not None and float(np.median(others.distances, 1).min()) > 0
     if held_out is None or others is None or not known:
@@ -189,9 +190,11 @@ def originality(
         far = "distance to the nearest training image, median"
         medians = [median_estimate(apart, drawn.own) for apart in found.distances]
         rows = [Row("originality", f"{k}_distance", m, None, far) for k, m in zip(KINDS, medians, strict=True)]
-        note = "Near copies are told by how near new real images come: give --held_out_split."
+        note = "To detect near copies, distances of held-out images are needed: give --held_out_split."
         if held_out is not None:
-            note = "Half of the held-out images are training images, so nothing tells near copies: hold out others."
+            note = (
+                "Half of the held-out images are training images, so near copies cannot be detected: hold out others."
+            )
         return rows, [note], found
     usual = others.distances
     found = find_nearest(drawn, train, usual, progress)

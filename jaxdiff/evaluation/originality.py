@@ -1,31 +1,31 @@
-"""Whether images are new: how far each lies from the nearest image that the model was trained on.
+"""Originality: how far each image is from the nearest training image.
 
-A distance alone says little, since some training images are alike anyway. So it is divided by the *typical distance*,
-the median of the same over real images that the model was not trained on. A ratio of 1 is as new as a new real image; a
-copy has 0. (After the test of data copying of Meehan et al. 2020, with a ratio in the place of their ranks.)
+A distance alone says little, since some training images are similar anyway. So it is divided by the *typical distance*,
+the median distance of held-out real images. A ratio of 1 is as new as a new real image; a copy has 0. (After the
+data-copying test of Meehan et al. 2020, with ratios instead of ranks.)
 """
 
 from collections.abc import Iterable
 
 import numpy as np
 
-NEAR = 0.5  # ratios below count as near copies: twice as close as a new real image typically comes
-ROWS = 4096  # that are compared with a chunk at a time
+NEAR = 0.5  # a smaller ratio is a near copy: at most half the typical distance of a new real image
+ROWS = 4096  # rows compared with a chunk at a time
 
 
 def nearest(x: np.ndarray, chunks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of many rows, which come in chunks and never lie in memory together; exact, not approximate.
+    """The exact nearest neighbour of each row of x among many rows, which come in chunks.
 
-    In each chunk the nearest row is looked for with |a|² + |b|² - 2 ab in float64, and the distance to it is then that
-    of the difference itself: a row that is equal has distance 0.
+    In each chunk the nearest row is found by |a|² + |b|² - 2 ab in float64, and its distance is then computed from the
+    difference, so that an equal row has distance 0.
 
     Args:
         x: [N, D].
         chunks: [m, D] each, of any m.
 
     Returns:
-        Distances float64 [N] (L2) and the numbers int64 [N] of the nearest rows, counted over all chunks; inf and -1
-        where there are no rows.
+        L2 distances float64 [N], and the indices int64 [N] of the nearest rows, counted over all chunks; inf and -1 if
+        there are no rows.
 
     >>> distances, numbers = nearest(np.array([[0.0], [10.0]]), [np.array([[3.0], [4.0]]), np.array([[9.0]])])
     >>> distances.tolist(), numbers.tolist()
@@ -51,7 +51,7 @@ def distance_ratios(distances: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     """Distances [N] divided by the typical one, the median of `held_out` [M].
 
     Raises:
-        ValueError: the median is 0, so that half of the held-out images are training images.
+        ValueError: the median is 0: half of the held-out images are training images.
 
     >>> distance_ratios(np.array([0.0, 1.0, 4.0]), np.array([1.0, 2.0, 9.0])).tolist()
     [0.0, 0.5, 2.0]

@@ -1,4 +1,4 @@
-"""The folder of a report: begun under another name, filled, and renamed when it is whole."""
+"""The folder of a report: written under a temporary name, and renamed when it is complete."""
 
 import contextlib
 import fcntl
@@ -24,12 +24,12 @@ from jaxdiff.files import replace_folder, writing
 from jaxdiff.io.images import write_png
 from jaxdiff.version import __version__
 
-SETTINGS = "settings.json"  # of a report that is not finished
+SETTINGS = "settings.json"  # of an unfinished report
 PATHS = ("images", "data", "features", "model", "encoder", "prompts")  # flags whose files must not lie in the report
 
 
 class Found(NamedTuple):
-    """What was measured."""
+    """The results of the measurement."""
 
     rows: list[measures.Row]
     notes: list[str]
@@ -45,19 +45,19 @@ def unfinished(output: Path) -> Path:
 
 
 def writing_report(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Turns what the file system raises into a Failure."""
-    mend = "make room there or choose another place; the same command goes on where it was."
+    """Turn errors of the file system into a Failure."""
+    mend = "free some space or choose another place; the same command resumes."
     return writing(f"--output: {folder}", Failure, mend)
 
 
 def check_output(f: flags.FlagValues) -> Path:
-    """The folder of the report. Raises UsageError where something is there that is not to be replaced."""
+    """The folder of the report. Raises UsageError if it exists and must not be replaced."""
     output = Path(f.output).absolute()
     if output.exists() and not f.overwrite:
         raise UsageError(f"--output {f.output} exists: name another folder, or give --overwrite.")
     if output.exists() and not (output / "report.json").is_file():
         raise UsageError(
-            f"--output {f.output} exists and is no report, which --overwrite would replace: name another folder."
+            f"--output {f.output} exists and is not a report, so --overwrite does not replace it: name another folder."
         )
     made = {output.resolve(), unfinished(output).resolve()}
     for name in (name for name in PATHS if f[name].value is not None):
@@ -72,10 +72,10 @@ def check_output(f: flags.FlagValues) -> Path:
 
 @contextlib.contextmanager
 def held(work: Path, output: str) -> Iterator[None]:
-    """Keeps other processes out of the folder of an unfinished report, made if missing, for the block.
+    """Lock the folder of an unfinished report for the block; it is created if missing.
 
     Raises:
-        Failure: another process holds it, or it cannot be made.
+        Failure: another process holds the lock, or the folder cannot be created.
     """
     missing = [p for p in (work, *work.parents) if not p.exists()]  # the lowest first
     with writing_report(work):
@@ -86,26 +86,26 @@ def held(work: Path, output: str) -> Iterator[None]:
         yield
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):  # it holds something by now, or has got its name
+            with contextlib.suppress(OSError):  # it is not empty, or was renamed
                 path.rmdir()
         os.close(folder)  # the lock goes with it
 
 
 def _locked(work: Path) -> int | None:
-    """The folder open and locked, whatever it is renamed to; None where another process has it."""
+    """A file descriptor of the locked folder, valid even after a rename; None if another process has the lock."""
     while True:
         make_folder(work)
         try:
             folder = os.open(work, os.O_RDONLY)
-        except FileNotFoundError:  # it has just got its name
+        except FileNotFoundError:  # it was just renamed
             continue
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(folder)
             return None
-        except OSError as e:  # file systems without locks, as some that are mounted over a network
-            logging.warning("%s cannot be locked (%s): let no second report be made there.", work, e.strerror)
+        except OSError as e:  # some network file systems have no locks
+            logging.warning("%s cannot be locked (%s): do not write a second report there.", work, e.strerror)
             return folder
         if work.exists() and os.path.samestat(os.fstat(folder), work.stat()):
             return folder
@@ -113,7 +113,7 @@ def _locked(work: Path) -> int | None:
 
 
 def begin(work: Path, settings: Any) -> None:
-    """Make the folder of an unfinished report; one that was begun with other settings is emptied first."""
+    """Create the folder of an unfinished report; one with other settings is emptied first."""
     text = json.dumps(settings, sort_keys=True)
     try:
         same = (work / SETTINGS).read_text(encoding="utf-8") == text
@@ -128,7 +128,7 @@ def begin(work: Path, settings: Any) -> None:
 
 
 def line_of(i: int, images: Images, found: Found, source: Source | None) -> dict[str, Any]:
-    """What is known of image i."""
+    """The line of images.jsonl for image i."""
     values: dict[str, Any] = {
         "file_name": Path(images.paths[i]).name,
         "prompt": images.prompts[i],
@@ -150,9 +150,9 @@ def line_of(i: int, images: Images, found: Found, source: Source | None) -> dict
 
 
 def pairs(images: Images, found: Found, source: Source, count: int) -> Iterator[list[sheets.Pair]]:
-    """Drawn images beside their nearest training images, sheet by sheet, the nearest first.
+    """Drawn images with their nearest training images, sheet by sheet, the nearest first.
 
-    Of the nearest by features and by pixels the one with the smaller ratio is shown; without ratios, that by features.
+    Of the nearest by features and by pixels, the one with the smaller ratio is shown; without ratios, by features.
     """
     near, train = found.nearest, found.train
     assert near is not None
@@ -170,7 +170,7 @@ def pairs(images: Images, found: Found, source: Source, count: int) -> Iterator[
 
 
 def image_rows(images: Images) -> list[tuple[str, list[Any]]]:
-    """The first prompts with their first images."""
+    """The rows of the image sheet: the first prompts with their first images."""
     rows: dict[str, list[Any]] = {}
     for path, prompt in zip(images.paths, images.prompts, strict=True):
         if prompt in rows or len(rows) < sheets.ROWS:
@@ -181,13 +181,13 @@ def image_rows(images: Images) -> list[tuple[str, list[Any]]]:
 
 
 def write(work: Path, images: Images, found: Found, source: Source | None, f: flags.FlagValues, text: str) -> None:
-    """All files of the report, into the folder of the unfinished one.
+    """Write all files of the report into the folder `work`.
 
     Args:
-        source: the training images, where there are any.
+        source: the training images; None without --data.
     """
     with writing_report(work):
-        for earlier in work.glob("pairs-*.png"):  # of a report that was killed
+        for earlier in work.glob("pairs-*.png"):  # of an interrupted run
             earlier.unlink()
     write_png(work / "images.png", sheets.image_sheet(image_rows(images)))
     if source is not None and found.nearest is not None:
@@ -210,7 +210,7 @@ def settings(f: flags.FlagValues) -> dict[str, Any]:
 
 
 def publish(work: Path, output: Path, overwrite: bool) -> None:
-    """Give the finished report its name; an earlier one stays until then."""
+    """Rename the finished report to its final name; an existing report is replaced only then."""
     old = output.with_name(f".{output.name}.old")
     with writing(f"--output {output}", Failure, f"the report is in {work}; move it."):
         if overwrite:
@@ -219,5 +219,5 @@ def publish(work: Path, output: Path, overwrite: bool) -> None:
             replace_folder(output, work, old)
         else:
             work.rename(output)
-    (output / SETTINGS).unlink(missing_ok=True)  # only now, so that whatever fails before goes on where it was
+    (output / SETTINGS).unlink(missing_ok=True)  # last, so that a failed run can resume
     shutil.rmtree(old, ignore_errors=True)

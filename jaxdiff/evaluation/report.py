@@ -9,7 +9,7 @@ from jaxdiff.evaluation.measures import Row
 
 
 def shown(estimate: Estimate | None) -> str:
-    """A number to two digits of its error.
+    """A value rounded to two digits of its error.
 
     >>> shown(Estimate(0.51234, 0.0123, 8)), shown(Estimate(12.5, None, 1)), shown(None)
     ('0.512 ± 0.012', '12.5', '')
@@ -37,7 +37,7 @@ def table(rows: Sequence[Row], notes: Sequence[str], heading: Sequence[str]) -> 
             lines.append("|" + "---|" * len(row))
     lines += ["", "Value ± standard error."]
     lines += [line for note in notes for line in ("", note)]
-    # Lone surrogates (undecodable bytes of a command line) fit no UTF-8.
+    # Lone surrogates (undecodable bytes of a command line) cannot be encoded as UTF-8.
     return ("\n".join(lines) + "\n").encode("utf-8", "replace").decode()
 
 
@@ -51,5 +51,5 @@ def as_json(rows: Sequence[Row], notes: Sequence[str], settings: Mapping[str, An
 
 
 def numbers(estimate: Estimate) -> dict[str, Any]:
-    """As JSON, which knows no infinities."""
+    """An estimate as JSON; infinities and NaN become null."""
     return {name: x if x is not None and math.isfinite(x) else None for name, x in estimate._asdict().items()}

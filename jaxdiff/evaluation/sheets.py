@@ -1,4 +1,4 @@
-"""Sheets of images that one can look at."""
+"""Contact sheets of images."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 def labelled(images: Sequence[Image.Image], text: str) -> np.ndarray:
     """Images side by side under a line of text: uint8 [LINE + SIDE, n * SIDE, 3]."""
     cell = Image.new("RGB", (SIDE * len(images), LINE + SIDE), "white")
-    # Pillow's own font may lack letters, and then raises.
+    # Pillow's default font may raise for letters that it lacks.
     ImageDraw.Draw(cell).text((2, 1), text.encode("ascii", "replace").decode()[: 20 * len(images)], "black")
     for i, image in enumerate(images):
         cell.paste(Image.fromarray(square(image, SIDE)), (SIDE * i, LINE))

@@ -1,4 +1,4 @@
-"""How much images of one kind differ from each other: those of one prompt by their seeds, real ones of one caption."""
+"""Variety: how much images of one prompt, or real images of one caption, differ from each other."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,18 +7,18 @@ import numpy as np
 
 from jaxdiff.evaluation.estimates import Estimate, mean_estimate
 
-ROWS = 512  # that are compared with all at a time
+ROWS = 512  # rows compared with all at a time
 
 
 class Variety(NamedTuple):
     """See `variety`."""
 
-    estimate: Estimate  # over the groups
-    groups: int  # that have at least two members
+    estimate: Estimate  # mean over the groups
+    groups: int  # number of groups with at least two members
 
 
 def mean_distance(x: np.ndarray) -> float:
-    """The mean distance of all pairs among features [n, D], n >= 2; 0 where all are equal.
+    """The mean distance over all pairs of features [n, D], n >= 2; exactly 0 if all are equal.
 
     >>> round(mean_distance(np.array([[0.0, 0.0], [3.0, 4.0]])), 6)
     5.0
@@ -29,22 +29,22 @@ def mean_distance(x: np.ndarray) -> float:
     for i in range(0, len(x), ROWS):
         part = slice(i, i + ROWS)
         apart = np.sqrt(np.maximum(squares[part, None] + squares - 2 * x[part] @ x.T, 0))
-        np.fill_diagonal(apart[:, i:], 0)  # a row and itself, which rounding leaves above 0
+        np.fill_diagonal(apart[:, i:], 0)  # a row's distance to itself is not exactly 0 in floating point
         total += apart.sum()
     return float(total / (len(x) * (len(x) - 1)))
 
 
 def variety(features: np.ndarray, groups: np.ndarray | Sequence[int]) -> Variety | None:
-    """The mean distance between two images of a group; every group counts alike.
+    """The mean distance between two images of a group, averaged over groups.
 
-    Of features at unit length it is in [0, 2]. A model that draws the same image for every seed has 0.
+    For features of unit length it is in [0, 2]. It is 0 for a model that draws the same image for every seed.
 
     Args:
         features: [N, D].
-        groups: [N], the number of each row's group. Groups of one are left out.
+        groups: int [N], the group of each row. Groups of one are left out.
 
     Returns:
-        None where no group has two members.
+        The variety; None if no group has two members.
 
     >>> variety(np.array([[0.0], [1.0], [5.0], [5.0], [9.0]]), [0, 0, 1, 1, 2]).estimate.value
     0.5

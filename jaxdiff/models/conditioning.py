@@ -1,4 +1,4 @@
-"""What the UNet sees of a prompt: the hidden states of a text encoder, chunk by chunk."""
+"""The conditioning of the denoising network: hidden states of the text encoders, chunk by chunk."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ from jaxdiff.typing import Array, Params
 
 
 class Conditioning(NamedTuple):
-    """What the UNet is told of the prompt."""
+    """The denoising network's inputs from the prompt."""
 
     embeddings: Array  # [B, L, D]
     pooled: Array | None = None  # [B, P], SDXL

@@ -1,4 +1,4 @@
-"""ControlNet (Zhang et al. 2023): a copy of the UNet's encoder that steers it by an image; layout of diffusers."""
+"""ControlNet (Zhang et al. 2023): a copy of the UNet's encoder that conditions it on an image; layout of diffusers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class ControlNetConditioningEmbedding(nn.Module):
 
 
 class ControlNet(UNetEncoder):
-    """What a control image adds to the UNet; nothing before training, as each output ends in a zero convolution."""
+    """Control image to residuals of the UNet; zero before training, since each output ends in a zero convolution."""
 
     config: ControlNetConfig
 
@@ -47,21 +47,21 @@ class ControlNet(UNetEncoder):
         time_ids: Array | None = None,
         attention_mask: Array | None = None,
     ) -> Residuals:
-        """The residuals for one timestep, or one a sample.
+        """The UNet's residuals.
 
         Args:
             x: noised latents [B, h, w, in_channels].
             t: timestep, scalar or [B].
             embeddings: text [B, L, cross_attention_dim], the UNet's.
             control_image: [B, H, W, 3] in [0, 1], `config.factor` times as high and wide as the latents.
-            pooled, time_ids: as for the UNet, in the SDXL family.
-            attention_mask: of the text, as for the UNet.
+            pooled, time_ids, attention_mask: as for the UNet.
 
         Returns:
-            The `residuals` of `UNet2DConditionModel`, in the compute type.
+            The `residuals` argument of `UNet2DConditionModel`, in the compute dtype.
 
         Raises:
             ValueError: the control image's size does not fit the latents'.
+            ConfigError: the config has global_pool_conditions.
         """
         c, dtype = self.config, self.dtype
         if c.global_pool_conditions:
@@ -91,7 +91,7 @@ class ControlNet(UNetEncoder):
 
 
 def combine(residuals: Sequence[Residuals], scales: Sequence[Array | float]) -> Residuals:
-    """The sum of the residuals of several ControlNets, each times its scale, a scalar or [B]."""
+    """The sum of the residuals of several ControlNets, each multiplied by its scale, scalar or [B]."""
     scaled = [
         jax.tree.map(lambda r, s=scale: r * jnp.reshape(s, (-1, 1, 1, 1)).astype(r.dtype), one)
         for one, scale in zip(residuals, scales, strict=True)
@@ -123,11 +123,12 @@ def example_inputs(c: ControlNetConfig) -> tuple[Array, ...]:
 
 
 def from_unet(unet: UNet2DConditionModel, params: Params, key: Key, factor: int = 8) -> tuple[ControlNet, Params]:
-    """A ControlNet to train: a copy of the UNet's encoder, with fresh parameters for the layers that the UNet lacks.
+    """A new ControlNet: a copy of the UNet's encoder, with fresh parameters for the layers that the UNet lacks.
 
     Args:
         params: of the UNet.
-        factor: pixels of the control image to a latent along one side, a power of 2: the autoencoder's.
+        key: for the fresh parameters.
+        factor: pixels per latent along one side, a power of 2: the autoencoder's.
     """
     usual = ControlNetConfig().conditioning_embedding_out_channels
     widths = tuple(usual[min(i, len(usual) - 1)] for i in range(factor.bit_length()))

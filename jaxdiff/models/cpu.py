@@ -1,6 +1,6 @@
-"""What suits CPUs only: convolutions as matrix products, and attention a chunk at a time.
+"""Implementations for CPUs: convolutions as matrix products, and attention in chunks.
 
-`convolve` and `attention` choose where each is used; nothing else calls them.
+Only `convolve` and `attention` call them.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Networks that score how real images, or latents, look: one by patches, one as a whole and with the text."""
+"""Discriminators of images or latents: one scores patches, one whole images together with their text."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class BatchNorm(nn.Module):
 class PatchDiscriminator(nn.Module):
     """Scores of overlapping patches (Isola et al. 2017, appendix 6.1.2), as taming-transformers' NLayerDiscriminator.
 
-    The layers have their places in its list `main`, where activations count.
+    Layers are numbered as in its list `main`, which includes activations.
     """
 
     features: int = 64  # of the first layer
@@ -72,7 +72,7 @@ class ResidualBlock(nn.Module):
 
 
 class ProjectionDiscriminator(nn.Module):
-    """Residual blocks without norms (Huang et al. 2024, section 3.3) and a score that the text takes part in.
+    """Residual blocks without norms (Huang et al. 2024, section 3.3) and a score conditioned on the text.
 
     The score is psi(phi(x)) + <V y, phi(x)> / sqrt(D) for features phi of the image and a vector y of the text (Miyato
     & Koyama 2018, equation 3).

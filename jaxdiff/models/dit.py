@@ -1,8 +1,8 @@
 """What the transformer families share: patches, rotary positions, modulation, and attention over text and image.
 
 Modules are named as in diffusers, so that `jaxdiff.io.torch_names` maps their parameters. A transformer of any family
-takes latents x [B, h, w, C] and times t [B] in training steps, 0 to 1000, and returns the flow's velocity [B, h, w, C];
-how it folds the latents into patches is its own affair.
+takes latents x [B, h, w, C] and times t [B] in training steps, 0 to 1000, and returns the flow's velocity [B, h, w, C].
+Folding into patches happens inside.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ PATCH = 2  # latents to a patch along one side
 
 
 def fold(x: Array, *, channels_first: bool) -> Array:
-    """Latents [B, h, w, C] -> patches [B, h/2 * w/2, 4 C], in each the numbers by channel, row, column or by row, ….
+    """Latents [B, h, w, C] -> patches [B, h/2 * w/2, 4 C], each by (channel, row, column) or (row, column, channel).
 
     Raises:
         ValueError: h or w is odd.
@@ -105,7 +105,7 @@ def modulated(x: Array, shift: Array, scale: Array) -> Array:
 
 
 class Modulation(nn.Module):
-    """Vectors [B, 1, D] made from the conditioning vector [B, D'], fresh ones zero: a fresh block changes nothing."""
+    """`parts` vectors [B, 1, D] from the conditioning vector [B, D']; zero at first: a new block is the identity."""
 
     parts: int
     width: int
@@ -151,8 +151,8 @@ class JointAttention(nn.Module):
     width: int  # of all heads
     qk_norm: bool = True  # RMS norms of queries and keys, by head
     bias: bool = True
-    project: bool = True  # whether the image's result passes a last dense layer
-    answer_text: bool = True  # whether the text has a result
+    project: bool = True  # whether the image's result goes through an output projection
+    answer_text: bool = True  # whether there is a result for the text
     eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
 
@@ -160,10 +160,10 @@ class JointAttention(nn.Module):
     def __call__(
         self, x: Array, text: Array | None = None, angles: Rope | None = None, score_bias: Array | None = None
     ) -> tuple[Array, Array | None]:
-        """x [B, N, D], text [B, L, D] or None; positions and `score_bias` [B, L + N] of text and image in this order.
+        """x [B, N, D], text [B, L, D] or None; `angles` and `score_bias` [B, L + N] hold the text first.
 
         Returns:
-            [B, N, D] of the image and [B, L, D] of the text or None.
+            [B, N, D] for the image, and [B, L, D] for the text or None.
         """
 
         def dense(features: int, name: str) -> nn.Dense:

@@ -1,7 +1,7 @@
-"""Attention kernels of accelerators, which never write the scores out (Dao et al. 2022, "FlashAttention").
+"""Attention kernels of accelerators, which never store the scores (Dao et al. 2022, "FlashAttention").
 
-cuDNN's on NVIDIA GPUs, by `jax.nn`; on TPUs JAX's own in Pallas (docs/adr/003-fused-attention.md). Both have fused
-backward passes. `attention` chooses where they are used; nothing else calls them.
+On NVIDIA GPUs cuDNN's, by `jax.nn`; on TPUs JAX's own in Pallas (docs/adr/003-fused-attention.md). Both have fused
+backward passes. Only `attention` calls them.
 """
 
 import functools
@@ -12,20 +12,20 @@ from jax.sharding import PartitionSpec
 
 from jaxdiff.typing import Array
 
-FUSED_FROM = 1024  # queries and keys: of fewer, the scores are small, and plain products faster
+FUSED_FROM = 1024  # queries and keys; with fewer the scores are small, and plain products faster
 BLOCK = 512  # queries, and keys, that the TPU's kernel has in its fast memory at a time
 EXAMPLES = ("data", "fsdp")
 
 
 def cudnn_takes(q: Array) -> bool:
-    """Whether cuDNN's kernel takes queries [B, N, H, d] of this type and width, and is there."""
+    """Whether cuDNN is available and its kernel supports queries [B, N, H, d] of this dtype and width."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     return half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and has_cudnn()
 
 
 @functools.cache
 def has_cudnn() -> bool:
-    """Whether cuDNN is installed, and no GPU here is older than Ampere."""
+    """Whether cuDNN is installed and all GPUs are Ampere or newer."""
     x = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
     try:
         jax.eval_shape(cudnn_attention, x, x, x, None)
@@ -40,7 +40,7 @@ def cudnn_attention(q: Array, k: Array, v: Array, bias: None) -> Array:
 
 
 def tpu_takes(q: Array) -> bool:
-    """Whether the TPU's kernel takes queries [B, N, H, d] of this type and width, as the mesh divides them."""
+    """Whether the TPU's kernel supports queries [B, N, H, d] of this dtype and width, sharded over the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     b, _, h, d = q.shape
     examples, heads = mesh_sizes(mesh)
@@ -49,27 +49,27 @@ def tpu_takes(q: Array) -> bool:
 
 
 def mesh_sizes(mesh: jax.sharding.AbstractMesh) -> tuple[int, int]:
-    """Over how many devices a program divides examples, and heads, by itself."""
+    """The numbers of devices over which the compiler shards examples, and heads."""
     sizes = {axis: mesh.shape[axis] for axis in mesh.auto_axes}
     return sizes.get("data", 1) * sizes.get("fsdp", 1), sizes.get("tensor", 1)
 
 
 def tpu_attention(q: Array, k: Array, v: Array, bias: None) -> Array:
-    """softmax(q kᵀ / sqrt(d)) v of [B, N, H, d]; on a mesh each device does its examples and heads."""
+    """softmax(q kᵀ / sqrt(d)) v of [B, N, H, d]; on a mesh each device computes its own examples and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.auto_axes:
         return pallas_attention(q, k, v)
     axes = set(mesh.auto_axes)
     examples = tuple(axis for axis in EXAMPLES if axis in axes)
     spec = PartitionSpec(examples, None, "tensor" if "tensor" in axes else None)
-    # The compiler cannot divide a kernel that it does not know.
+    # The compiler cannot partition a custom kernel.
     return jax.shard_map(
         pallas_attention, in_specs=(spec,) * 3, out_specs=spec, axis_names=axes, check_vma=False
     )(q, k, v)  # fmt: skip
 
 
 def pallas_attention(q: Array, k: Array, v: Array) -> Array:
-    """The same on one device: tokens are filled up to whole blocks, which no query sees."""
+    """The same on one device: tokens are padded to whole blocks, and no query sees the padding."""
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     b, n, _, d = q.shape

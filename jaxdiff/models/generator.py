@@ -1,4 +1,4 @@
-"""The generator of a text-conditional GAN: latents from noise and text, at once."""
+"""The generator of a text-conditional GAN: noise and text to latents in one step."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxdiff.typing import Array
 
 
 def text_state(context: Array, mask: Array | None = None) -> Array:
-    """The mean [B, D] of a text's states [B, L, D], each counted as `mask` [B, L] says."""
+    """The mean [B, D] of a text's states [B, L, D], weighted by `mask` [B, L]."""
     context = context.astype(jnp.promote_types(context.dtype, jnp.float32))
     if mask is None:
         return context.mean(1)
@@ -40,7 +40,7 @@ class GeneratorBlock(nn.Module):
 
 
 class TextAttention(nn.Module):
-    """x plus what its positions find in the text; only the queries are normalised."""
+    """x plus cross-attention to the text; only the queries are normalised."""
 
     heads: int
     dtype: jnp.dtype = jnp.float32
@@ -55,8 +55,8 @@ class TextAttention(nn.Module):
 class TextConditionalGenerator(nn.Module):
     """Residual blocks without norms, from a learned 4 x 4 basis up (Huang et al. 2024, section 3.3 and appendix).
 
-    Noise and the mean of the text's states become a style, which weighs the basis and the channels of each block; below
-    full size the positions attend to the text as well. It takes what a UNet takes, in whose place it stands.
+    Noise and the mean of the text's states become a style, which scales the basis and the channels of each block; below
+    full resolution the positions also attend to the text. It has the UNet's arguments, so that it can replace one.
     """
 
     config: GeneratorConfig
@@ -77,8 +77,8 @@ class TextConditionalGenerator(nn.Module):
         """Unit Gaussian noise x [B, h, w, C] and the text's states [B, L, D] -> latents [B, h, w, C] float32.
 
         Args:
-            mask: [B, L] in [0, 1], how much each token counts; None: all in full.
-            t, pooled, time_ids, more: what a UNet is told beside; not read.
+            mask: [B, L] in [0, 1], weight of each token; None: 1 for all.
+            t, pooled, time_ids, more: arguments of a UNet; not read.
         """
         c, batch = self.config, len(x)
         last = c.block_out_channels[-1]

@@ -1,4 +1,4 @@
-"""Layers that the UNet and the autoencoder share. Submodules have the names of the PyTorch checkpoints."""
+"""Layers shared by the UNet and the autoencoder. Submodules are named as in the PyTorch checkpoints."""
 
 import math
 from typing import Any
@@ -21,8 +21,8 @@ ACTIVATIONS = {
 }
 
 
-# What a layer keeps for the backward pass: nothing, or the results of products, convolutions included ("dots"), or of
-# those whose factors are not both of the batch, which leaves out attention's ("dots_no_batch").
+# What a layer keeps for the backward pass: nothing ("full"), the results of matrix products and convolutions ("dots"),
+# or only of products without batch dimensions, which excludes attention's ("dots_no_batch").
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -48,7 +48,7 @@ def rematerialised(cls: Any, remat: bool | str) -> Any:
 
 
 def sinusoid_frequencies(half: int, freq_shift: float = 0) -> Array:
-    """Of a timestep's sinusoids, in radians a step: [half] float32, from 1 down to about 1 / 10000."""
+    """Frequencies of the timestep embedding, in radians a step: [half] float32, from 1 down to about 1 / 10000."""
     return jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
 
 
@@ -151,7 +151,7 @@ class Upsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B, N, D] over a context [B, M, D'], or over itself."""
+    """Multi-head attention of x [B, N, D] to a context [B, M, D'], or to itself."""
 
     heads: int
     bias: bool = False  # of the query, key and value projections
@@ -170,7 +170,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU (Shazeer 2020): value * gelu(gate), four times as wide inside."""
+    """GEGLU (Shazeer 2020): value * gelu(gate), with a hidden width of 4 D."""
 
     dtype: jnp.dtype = jnp.float32
 
@@ -182,7 +182,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention over the text, feed-forward; each after a layer norm and added to its input."""
+    """Self-attention, cross-attention to the text, feed-forward; each after a layer norm and added to its input."""
 
     heads: int
     only_cross_attention: bool = False

@@ -46,7 +46,7 @@ from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Key, Params
 
 AESTHETIC_SCORE = 6.0  # the score that the SDXL refiner is asked for
-TRANSFORMER_SIDE = 128  # latents along a side drawn by default, where a transformer's config names none
+TRANSFORMER_SIDE = 128  # default latents along a side, for transformers whose config has no sample_size
 MODULES: dict[type[Config], Any] = {
     CLIPTextConfig: CLIPTextModel,
     T5Config: T5EncoderModel,
@@ -75,14 +75,14 @@ class Model:
     vae: AutoencoderKL | AutoencoderTiny
     tokenizer: Any  # Tokenizer, or with Qwen3 PlainTokenizer; or None
     scheduler: SchedulerConfig
-    vision_encoder: CLIPVisionModel | None = None  # for contrastive training and scoring; not for drawing
+    vision_encoder: CLIPVisionModel | None = None  # for contrastive training and evaluation; not used by `generate`
     text_encoder_2: Any = None  # SDXL, SD 3: OpenCLIP's, with a projection; FLUX.1: T5's
     tokenizer_2: Any = None
-    text_encoder_3: T5EncoderModel | None = None  # SD 3, which can do without
+    text_encoder_3: T5EncoderModel | None = None  # SD 3; optional
     tokenizer_3: PlainTokenizer | None = None
     transformer: Any = None  # of FLUX.1, SD 3, Z-Image or FLUX.2
     controlnets: tuple[Any, ...] = ()  # their parameters are the list params["controlnet"], in the same order
-    tiny_vae: AutoencoderTiny | None = None  # draws previews, with params["tiny_vae"]
+    tiny_vae: AutoencoderTiny | None = None  # decodes previews, with params["tiny_vae"]
     upscaler: RRDBNet | None = None  # enlarges between two stages, with params["upscaler"]
     options: PipelineOptions = dataclasses.field(default_factory=PipelineOptions)
 
@@ -99,10 +99,10 @@ class Model:
 
     @property
     def family(self) -> str:
-        """Which model this is built like.
+        """The model's architecture.
 
-        "sd1", "sd2", "sdxl", "sdxl_refiner" or "upscaler", of which inpainting and distilled models
-        (`unet.config.time_cond_proj_dim`) exist as well; "flux", "sd3", "z_image" or "flux2".
+        One of "sd1", "sd2", "sdxl", "sdxl_refiner", "upscaler", "flux", "sd3", "z_image" and "flux2". Inpainting and
+        distilled models (`unet.config.time_cond_proj_dim`) belong to the family of their base model.
         """
         if self.transformer is not None:
             return FAMILIES[type(self.transformer.config)]
@@ -115,36 +115,36 @@ class Model:
 
     @property
     def sample_size(self) -> int | tuple[int, int]:
-        """Latents drawn by default: of a square's side, or height and width."""
+        """Default size in latents: the side of a square, or (height, width)."""
         return getattr(self.denoising.config, "sample_size", TRANSFORMER_SIDE)
 
     @property
     def multiple(self) -> int:
-        """Pixels that divide height and width: to a latent, or to a transformer's patch of latents."""
+        """Height and width must be multiples of this many pixels: those of a latent, or of a transformer's patch."""
         return self.vae.config.factor * (1 if self.transformer is None else PATCH)
 
     @property
     def is_gan(self) -> bool:
-        """Whether a GAN's generator stands in the UNet's place, which makes latents of noise at once."""
+        """Whether the model is a GAN: `unet` is a generator that makes latents from noise in one step."""
         return self.unet is not None and isinstance(self.unet.config, GeneratorConfig)
 
     @property
     def longest_side(self) -> int | None:
-        """Pixels of height or width that the transformer has positions for; None for any."""
+        """The largest height or width in pixels that the transformer has positions for; None: no limit."""
         config = None if self.transformer is None else self.transformer.config
         most = getattr(config, "pos_embed_max_size", None) or min(getattr(config, "axes_lens", ())[1:], default=None)
         return most and most * self.multiple
 
     @property
     def one_pass(self) -> bool:
-        """Whether a step needs no pass with the negative prompt: the network is told of the guidance, or has none."""
+        """Whether a step needs no unconditional pass: the guidance scale is an input, or the model uses none."""
         if self.transformer is None:
             return self.is_gan or self.unet.config.time_cond_proj_dim is not None
         return self.family == "flux" or self.options.is_distilled
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether another guidance scale draws another image."""
+        """Whether the guidance scale has any effect."""
         told = self.family == "flux" and self.transformer.config.guidance_embeds
         return (self.transformer is None and not self.is_gan) or told or not self.one_pass
 
@@ -155,7 +155,7 @@ class Model:
 
 
 def computing_in(model: Model, dtype: Any) -> Model:
-    """The model with networks that compute in another type; its parameters may have any."""
+    """The model with networks that compute in `dtype`, whatever the dtype of its parameters."""
     networks = {name: module.clone(dtype=jnp.dtype(dtype)) for name, module in model.modules.items()}
     controlnets = tuple(module.clone(dtype=jnp.dtype(dtype)) for module in model.controlnets)
     tiny = model.tiny_vae and model.tiny_vae.clone(dtype=jnp.dtype(dtype))
@@ -164,12 +164,14 @@ def computing_in(model: Model, dtype: Any) -> Model:
 
 
 def with_controlnets(model: Model, params: Params, *controlnets: tuple[Any, Params]) -> tuple[Model, Params]:
-    """The model with these ControlNets instead of its own; each is (module, params), as `load_controlnet` returns it.
+    """The model with these ControlNets instead of its own.
 
-    `generate` takes their control images in the same order.
+    Args:
+        controlnets: (module, params) each, as `load_controlnet` returns them; `generate` takes their control images in
+            the same order.
 
     Raises:
-        ConfigError: a ControlNet was trained for a UNet of another shape.
+        ConfigError: a ControlNet was trained for a UNet of another shape, or the model has no UNet.
     """
     if (model.unet is None or model.is_gan) and controlnets:
         raise ConfigError("ControlNets are for models with a UNet, which this one lacks.")
@@ -204,9 +206,9 @@ def build(
     """A model from its configs.
 
     Args:
-        text, text_2, text_3, vision: None for an encoder that the model lacks.
-        unet, transformer: one of them.
-        dtype: type that the networks compute in.
+        text, text_2, text_3, vision: None for an encoder that the model does not have.
+        unet, transformer: exactly one of them is given.
+        dtype: that the networks compute in.
         remat: whether the backward pass recomputes activations, or a policy; see `rematerialised`.
     """
     dtype = jnp.dtype(dtype)
@@ -271,7 +273,7 @@ def unet_inputs(model: Model) -> tuple[jax.ShapeDtypeStruct | None, ...]:
     side = unet.sample_size if model.is_gan else 2 ** (len(unet.block_out_channels) - 1)
     extra: list[jax.ShapeDtypeStruct | None] = [None] * 5  # pooled, time_ids, attention_mask, class_labels, guidance
     if unet.addition_embed_type == "text_time":
-        assert unet.projection_class_embeddings_input_dim  # `UNetConfig.from_dict` sees to it
+        assert unet.projection_class_embeddings_input_dim  # checked by `UNetConfig.from_dict`
         assert unet.addition_time_embed_dim
         ids = time_id_count(model)
         pooled = unet.projection_class_embeddings_input_dim - ids * unet.addition_time_embed_dim
@@ -303,9 +305,9 @@ def init_params(model: Model, key: Key) -> Params:
 
 
 def param_shapes(model: Model) -> Params:
-    """The tree of `init_params` as shapes and types, without allocating anything."""
+    """The tree of `init_params` as shapes and dtypes, without allocating anything."""
     found = {name: _module_shapes(model.modules[name], x) for name, x in sorted(example_inputs(model).items())}
-    return jax.tree.map(lambda x: x, found)  # a tree of the caller's own
+    return jax.tree.map(lambda x: x, found)  # copies the cached tree
 
 
 @functools.lru_cache(maxsize=64)
@@ -320,11 +322,11 @@ def apply(model: Model, params: Params, name: str, *args: Any, method: str | Non
 
 
 def with_time_ids(model: Model, cond: Conditioning, x: Array, score: float = AESTHETIC_SCORE) -> Conditioning:
-    """The conditioning of a model of the SDXL family with time ids [B, 6 or 5] for latents x [B, h, w, C].
+    """The conditioning with SDXL's time ids [B, 6 or 5] for latents x [B, h, w, C]; unchanged for other models.
 
-    The ids are the image's original height and width, its crop's top and left (0, 0), and the height and width to draw;
-    the refiner has `score`, an aesthetic score, instead of the last two (Podell et al. 2023, sections 2.2 and 2.5). Ids
-    that `cond` already has are kept.
+    The ids are the original height and width, the crop's top and left (0, 0), and the target height and width in
+    pixels; the refiner has `score`, an aesthetic score, instead of the last two (Podell et al. 2023, sections 2.2 and
+    2.5). Existing ids are kept.
     """
     if model.unet is None or model.unet.config.addition_embed_type != "text_time" or cond.time_ids is not None:
         return cond
@@ -345,7 +347,7 @@ def encode(model: Model, params: Params, images: Array, key: Key | None = None) 
 
     Args:
         images: [B, H, W, 3], floats in [0, 1] or integers from 0 to 255; H and W multiples of the VAE's factor.
-        key: draws the latents from the encoder's Gaussian; None returns its mean.
+        key: scalar, to draw the latents from the encoder's Gaussian; None returns its mean.
 
     Returns:
         [B, h, w, C] float32, scaled as the network expects them: (z - shift_factor) * scaling_factor.
@@ -354,7 +356,7 @@ def encode(model: Model, params: Params, images: Array, key: Key | None = None) 
 
 
 def decode(model: Model, params: Params, latents: Array) -> Array:
-    """Latents [B, h, w, C], scaled, to images [B, H, W, 3] float32 in [0, 1]."""
+    """Latents [B, h, w, C], scaled as `encode` returns them, to images [B, H, W, 3] float32 in [0, 1]."""
     return decode_unscaled(model, params, unscaled(model, params, latents))
 
 

@@ -12,7 +12,7 @@ from jaxdiff.typing import Array
 
 
 def rotate_halves(x: Array, theta: float) -> Array:
-    """Heads [B, N, H, d] turned by their place in the row: feature i pairs with i + d/2 (Su et al. 2021)."""
+    """Rotary embedding of heads [B, N, H, d] by position: feature i pairs with i + d/2 (Su et al. 2021)."""
     half = x.shape[-1] // 2
     angles = np.outer(np.arange(x.shape[1]), theta ** (-np.arange(half) / half))
     cos, sin = (jnp.asarray(f(angles), jnp.float32)[None, :, None] for f in (np.cos, np.sin))
@@ -60,8 +60,8 @@ class Qwen3Model(nn.Module):
         """tokens [B, N]; mask [B, N]: 0 for padding, which no token sees.
 
         Returns:
-            [B, N, D] for each of `layers`, before the final norm: 0 is the embedding, i what follows block i. What
-            comes after the last of them is not computed. Without `layers`, the last state after the norm.
+            [B, N, D] for each of `layers`, before the final norm: 0 is the embedding, i the output of block i. Later
+            blocks are not computed. Without `layers`, one state: the last after the final norm.
         """
         c, dtype = self.config, self.dtype
         hidden = jnp.zeros(tokens.shape) if mask is None else jnp.where(mask > 0, 0.0, jnp.finfo(jnp.float32).min)

@@ -14,8 +14,8 @@ from jaxdiff.config.upscaler import RRDBConfig
 from jaxdiff.models.convolution import convolve
 from jaxdiff.typing import Array
 
-RESIDUAL = 0.2  # what a block adds is scaled by
-SLOPE = 0.2  # of the rectifiers, below 0
+RESIDUAL = 0.2  # scale of each residual branch
+SLOPE = 0.2  # of the leaky ReLUs
 # He's initialisation, scaled down for deep residual networks (Wang et al. 2018, section 3.1).
 FIRST_SCALE = 0.1
 
@@ -32,19 +32,19 @@ def activate(x: Array) -> Array:
 
 
 def pixel_unshuffle(x: Array, side: int) -> Array:
-    """Squares of pixels become channels: [B, H, W, C] -> [B, H / side, W / side, C side²], each channel's in a row."""
+    """Squares of pixels to channels: [B, H, W, C] -> [B, H / side, W / side, C side²], channel by channel."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // side, side, w // side, side, c)
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, h // side, w // side, c * side**2)
 
 
 def doubled(x: Array) -> Array:
-    """Each pixel four times: [B, H, W, C] -> [B, 2 H, 2 W, C]."""
+    """Nearest-neighbour upsampling: [B, H, W, C] -> [B, 2 H, 2 W, C]."""
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 class ResidualDenseBlock(nn.Module):
-    """Five convolutions, each of which sees what all before it have made."""
+    """Five densely connected convolutions: each sees the input and the outputs of all before it."""
 
     config: RRDBConfig
     dtype: jnp.dtype = jnp.float32

@@ -16,7 +16,9 @@ def position_table(base: int, key: Key, most: int, width: int) -> Array:
     """Sines and cosines of column and row, each with a quarter of the features: [1, most * most, width].
 
     Args:
-        base: patches along a side of the images that distances are counted in.
+        base: patches along a side of the images trained on, the unit of positions.
+        most: patches along a side of the table.
+        width: features, a multiple of 4.
     """
     frequencies = 10_000.0 ** (-jnp.arange(width // 4) / (width // 4))
     angles = (jnp.arange(most) * base / most)[:, None] * frequencies
@@ -37,10 +39,10 @@ class PatchEmbedding(nn.Module):
         h, w = (side // PATCH for side in x.shape[1:3])
         if max(h, w) > most:
             raise ValueError(
-                f"latents of {x.shape[1]} x {x.shape[2]} are larger than {PATCH * most}, this model's most."
+                f"latents of {x.shape[1]} x {x.shape[2]} are larger than {PATCH * most}, the maximum of this model."
             )
         table = self.param("pos_embed", functools.partial(position_table, c.sample_size // PATCH), most, c.width)
-        table = jax.lax.stop_gradient(table).reshape(most, most, -1)  # it is fixed: sines and cosines
+        table = jax.lax.stop_gradient(table).reshape(most, most, -1)  # not trained
         top, left = (most - h) // 2, (most - w) // 2
         patch = (PATCH, PATCH)
         tokens = nn.Conv(c.width, patch, patch, "VALID", dtype=self.dtype, name="proj")(x).reshape(len(x), h * w, -1)
@@ -51,8 +53,8 @@ class JointBlock(nn.Module):
     """Text and image with parameters of their own, and one attention over both."""
 
     config: SD3Config
-    dual: bool  # whether the image has an attention over itself beside
-    last: bool  # whether the text is read and not changed
+    dual: bool  # whether the image has a second attention, over itself alone
+    last: bool  # whether this is the last block, which leaves the text unchanged
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact

@@ -14,25 +14,25 @@ from jaxdiff.typing import Array
 
 
 def relative_buckets(length: int, buckets: int, longest: int) -> np.ndarray:
-    """The bucket of each pair (query, key), int [N, N]: half of them for keys that follow, wider with the distance."""
+    """The bucket of each (query, key) pair, int [N, N]: half are for keys after the query; far ones are wider."""
     distance = np.arange(length)[None] - np.arange(length)[:, None]
     half = buckets // 2
     exact, steps = half // 2, np.abs(distance)
-    # As PyTorch has it: in float32, cut and not rounded.
+    # As in PyTorch: in float32, truncated.
     far = np.log(np.maximum(steps, 1).astype(np.float32) / exact) / math.log(longest / exact) * (half - exact)
     far = np.minimum(exact + far.astype(int), half - 1)
     return half * (distance > 0) + np.where(steps < exact, steps, far)
 
 
 class T5Attention(nn.Module):
-    """Attention not divided by the root of the width; `score_bias` [1, H, N, N] tells how far apart tokens are."""
+    """Attention without the 1 / sqrt(d) scale; `score_bias` [1, H, N, N] encodes relative positions."""
 
     config: T5Config
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, score_bias: Array | None) -> tuple[Array, Array]:
-        """x [B, N, D] -> [B, N, D], and the bias, which the first layer has for all."""
+        """x [B, N, D] -> [B, N, D] and `score_bias`, which the first layer (given None) makes for all."""
         c, dtype = self.config, self.dtype
 
         def dense(features: int, name: str) -> nn.Dense:
@@ -82,7 +82,7 @@ class T5Layer(nn.Module):
 
 
 class T5EncoderModel(nn.Module):
-    """Token ids [B, N] to hidden states [B, N, D]; padding is attended to, as the transformer families have it."""
+    """Token ids [B, N] to hidden states [B, N, D]; padding is attended to, as in the transformer families."""
 
     config: T5Config
     remat: bool | str = False

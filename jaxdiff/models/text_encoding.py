@@ -1,4 +1,4 @@
-"""From token ids to what the denoising network is told of a prompt, for each family."""
+"""From token ids to the denoising network's conditioning, for each family."""
 
 from collections.abc import Callable
 
@@ -10,28 +10,31 @@ from jaxdiff.text.chunks import Tokens
 from jaxdiff.text.emphasis import apply_emphasis
 from jaxdiff.typing import Array, Params
 
-FLUX2_LAYERS = (9, 18, 27)  # of Qwen3, whose states FLUX.2 reads side by side
+FLUX2_LAYERS = (9, 18, 27)  # of Qwen3: FLUX.2 reads their states side by side
 
 
 def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_skip: int = 0) -> Conditioning:
-    """Token ids to what the UNet is told of the prompts.
+    """Token ids to the conditioning of the denoising network.
 
-    One encoder (SD 1.x, 2.x) gives its last hidden state after the final norm. SDXL takes the state before the last,
-    without the norm, of its two encoders side by side, and the refiner that of its only one; their pooled text is the
-    last encoder's projection of the first chunk (Podell et al. 2023, section 2.1). The transformer families are below.
+    SD 1.x and 2.x use the last hidden state of their encoder after the final norm. SDXL uses the penultimate states,
+    without the norm, of its two encoders side by side, and the refiner those of its only encoder; their pooled text is
+    the last encoder's projection of the first chunk (Podell et al. 2023, section 2.1). See the functions below for the
+    transformer families.
 
     Args:
-        tokens: `Tokens`, or for a model of one encoder token ids, int32 [B, L] or [B, K L] in K chunks.
-        clip_skip: last layers to skip, at least 0.
+        tokens: as `tokenize` returns them: `Tokens`, or for a model with one encoder token ids, int32 [B, K L] in K
+            chunks.
+        clip_skip: last layers of the CLIP encoders to skip, at least 0; 0 for FLUX.1, FLUX.2 and Z-Image.
 
     Returns:
         embeddings [B, K L, D], the tokens' attention mask [B, K L] or None and, for SDXL, pooled [B, P]; no time ids.
 
     Raises:
-        ValueError: `clip_skip` is negative or leaves no layer, or `tokens` lack the ids of the second encoder.
+        ValueError: `clip_skip` is out of range, or `tokens` lack the ids of the second encoder.
     """
     tokens = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
     if model.transformer is not None:
+        check_clip_skip(model, clip_skip)
         return ENCODERS[model.family](model, params, tokens, clip_skip)
     given = ((tokens.ids, tokens.weights), (tokens.ids_2, tokens.weights_2))
     names = [n for n in ("text_encoder", "text_encoder_2") if n in model.modules]
@@ -54,16 +57,27 @@ def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_sk
     )
 
 
+def check_clip_skip(model: Model, clip_skip: int) -> None:
+    """Raise ValueError for a `clip_skip` that a transformer family does not read, or that leaves no layer."""
+    most = 0
+    if model.family == "sd3":
+        most = min(encoder.config.num_hidden_layers for encoder in (model.text_encoder, model.text_encoder_2)) - 1
+    if not 0 <= clip_skip <= most:
+        raise ValueError(
+            f"clip_skip {clip_skip} must be 0{f' to {most}' if most else ''} for models like {model.family}."
+        )
+
+
 def encode_flux(model: Model, params: Params, tokens: Tokens, clip_skip: int) -> Conditioning:
-    """FLUX.1: T5's states, and CLIP's pooled one after the final norm."""
+    """FLUX.1: T5's states, and CLIP's pooled state after the final norm."""
     text = apply(model, params, "text_encoder_2", tokens.ids_2)
     return Conditioning(text, apply(model, params, "text_encoder", tokens.ids).pooled)
 
 
 def encode_sd3(model: Model, params: Params, tokens: Tokens, clip_skip: int) -> Conditioning:
-    """SD 3: both CLIPs' states before the last side by side, filled with zeros to T5's width, and T5's behind them.
+    """SD 3: the penultimate states of both CLIPs side by side, zero-padded to T5's width, followed by T5's states.
 
-    Without T5 its tokens are zeros (Esser et al. 2024, section B.3).
+    Without T5 its states are zeros (Esser et al. 2024, section B.3).
     """
     clips = [apply(model, params, name, ids) for name, ids in
              (("text_encoder", tokens.ids), ("text_encoder_2", tokens.ids_2))]  # fmt: skip
@@ -79,14 +93,14 @@ def encode_sd3(model: Model, params: Params, tokens: Tokens, clip_skip: int) -> 
 
 
 def encode_z_image(model: Model, params: Params, tokens: Tokens, clip_skip: int) -> Conditioning:
-    """Z-Image: Qwen3's state before the last, of a prompt's own tokens."""
+    """Z-Image: Qwen3's penultimate states of the prompt's tokens without padding."""
     layer = model.text_encoder.config.num_hidden_layers - 1
     (text,) = apply(model, params, "text_encoder", tokens.ids, tokens.attention_mask, (layer,))
     return Conditioning(text, attention_mask=tokens.attention_mask)
 
 
 def encode_flux2(model: Model, params: Params, tokens: Tokens, clip_skip: int) -> Conditioning:
-    """FLUX.2: three of Qwen3's states side by side; Qwen3 is told of the padding, the transformer is not."""
+    """FLUX.2: the states of three Qwen3 layers side by side; Qwen3 masks padding, the transformer does not."""
     states = apply(model, params, "text_encoder", tokens.ids, tokens.attention_mask, FLUX2_LAYERS)
     return Conditioning(jnp.concatenate(states, -1))
 

@@ -1,7 +1,7 @@
-"""Large images through the autoencoder in overlapping tiles, one at a time: memory is bounded by one tile's.
+"""Encode and decode large images in overlapping tiles, one at a time, so that memory is bounded by one tile.
 
-The result differs a little from that of the whole image: group norms take their statistics from one tile, and the
-attention in the middle sees one tile. Tiles may differ in tone; where two overlap, one fades linearly into the next.
+The result differs a little from that of the whole image, since group norms and the attention in the middle block see
+one tile only. Where two tiles overlap, they are blended linearly.
 """
 
 from collections.abc import Callable
@@ -54,12 +54,13 @@ def tiled(
     tile: int,
     to_output: Callable[[int], int],
 ) -> Array:
-    """`function` of tiles of x [B, H, W, C], one after the other, each added to the result with its weight.
+    """Apply `function` to one tile of x [B, H, W, C] after another, and blend the results.
 
     Args:
-        starts: rows and columns where tiles start.
-        tile: their side; smaller where x is.
-        to_output: from a row or column of x to that of the result.
+        function: one tile [1, tile, tile, C] -> its output [1, H', W', C'].
+        starts: rows and columns at which tiles start.
+        tile: side of a tile; the sides of x if they are smaller.
+        to_output: a row or column of x -> the corresponding one of the result.
     """
     cut = (1, min(tile, x.shape[1]), min(tile, x.shape[2]), x.shape[3])
     done = jax.eval_shape(function, jax.ShapeDtypeStruct(cut, x.dtype))
@@ -87,7 +88,7 @@ def decode_tiled(
     Args:
         latents: [B, h, w, C], scaled.
         tile: side of a tile in latents, static; None decodes whole images, one after another.
-        overlap: latents that two neighbours share, at least, 0 to tile - 1. More make the seam softer.
+        overlap: latents that two neighbours share at least, 0 to tile - 1; more make seams softer.
 
     Returns:
         [B, H, W, 3] float32 in [0, 1]; equal to `decode` if one tile covers all, and otherwise close to it.

@@ -9,7 +9,7 @@ from jaxdiff.typing import Array
 
 NO_VARIANCE = -1e4  # a log-variance whose exponential is 0
 
-# Layers are numbered as in the checkpoints, where activations and enlargements count as layers too.
+# Layers are numbered as in the checkpoints, which count activations and upsampling as layers.
 
 
 def conv3x3(features: int, dtype, name: str, *, strides: int = 1, bias: bool = True) -> nn.Conv:
@@ -17,7 +17,7 @@ def conv3x3(features: int, dtype, name: str, *, strides: int = 1, bias: bool = T
 
 
 class TinyBlock(nn.Module):
-    """Three convolutions with a skip, then a rectifier."""
+    """Three convolutions with a skip, then a ReLU."""
 
     act: str
     dtype: jnp.dtype = jnp.float32
@@ -84,7 +84,7 @@ class AutoencoderTiny(nn.Module):
         self.decoder = TinyDecoder(self.config, self.dtype)
 
     def encode(self, images: Array) -> tuple[Array, Array]:
-        """[B, H, W, 3] in [-1, 1] -> latents float32 [B, h, w, latent_channels] and their log-variance: none."""
+        """[B, H, W, 3] in [-1, 1] -> latents float32 [B, h, w, latent_channels] and a log-variance of -10000 (none)."""
         latents = self.encoder(images).astype(jnp.float32)
         return latents, jnp.full_like(latents, NO_VARIANCE)
 

@@ -42,9 +42,9 @@ def per_level(value, levels: int) -> tuple:
 
 
 def score_bias(attention_mask: Array | None) -> Array | None:
-    """The bias [B, L] of attention scores that makes softmax count each key by its mask, in [0, 1]; 0 hides it.
+    """The bias [B, L] of attention scores that weights each key by its mask in [0, 1]: log(mask); 0 hides a key.
 
-    Values between 0 and 1 fade tokens in, as in a blend of prompts of different lengths.
+    Values between 0 and 1 occur when prompts of different lengths are blended.
     """
     return None if attention_mask is None else jnp.log(attention_mask.astype(jnp.float32))
 
@@ -85,7 +85,7 @@ class UNetBlock(nn.Module):
 
 
 class UNetMidBlock(nn.Module):
-    """The lowest level: resnet, transformer, resnet; the first resnet alone where the level does not attend."""
+    """The middle block: resnet, transformer, resnet; only the first resnet if it does not attend to the text."""
 
     config: UNetConfig
     attend: bool
@@ -111,7 +111,7 @@ def resnet(c: UNetConfig, features: int, name: str, remat: bool | str, dtype) ->
 def transformer(
     c: UNetConfig, level: int, name: str, remat: bool | str, dtype, *, middle: bool = False
 ) -> Transformer2D:
-    """The transformer of a level, or of the middle, where diffusers has self-attention whatever the config says."""
+    """The transformer of a level, or of the middle block, for which diffusers ignores `only_cross_attention`."""
     levels = len(c.block_out_channels)
     cls = rematerialised(Transformer2D, remat)
     return cls(
@@ -126,7 +126,7 @@ def transformer(
 
 
 class UNetEncoder(nn.Module):
-    """What the UNet and a ControlNet have in common: the embeddings, the encoder and the middle block."""
+    """The part shared by the UNet and a ControlNet: embeddings, encoder and middle block."""
 
     config: UNetConfig
     remat: bool | str = False
@@ -136,7 +136,7 @@ class UNetEncoder(nn.Module):
         return {"remat": self.remat, "dtype": self.dtype}
 
     def down(self, x: Array, temb: Array, context: Array, bias: Array | None) -> tuple[Array, list[Array]]:
-        """conv_in's output [B, h, w, C] to that of the middle block, and those of the skip connections."""
+        """The output [B, h, w, C] of conv_in -> the output of the middle block and the skip connections."""
         c, last = self.config, len(self.config.block_out_channels) - 1
         layers = per_level(c.layers_per_block, last + 1)
         skips = [x]
@@ -154,7 +154,7 @@ class UNetEncoder(nn.Module):
         return timestep_embedding(t, dim, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift).astype(self.dtype)
 
     def embed(self, t, pooled, time_ids, class_labels, guidance) -> Array:
-        """The embedding [B, 4 * block_out_channels[0]] of the timestep and of what the config adds to it."""
+        """The embedding [B, 4 * block_out_channels[0]] of the timestep and of the other conditions in the config."""
         c, dtype = self.config, self.dtype
         width = 4 * c.block_out_channels[0]
         temb = TimestepEmbedding(width, dtype, name="time_embedding")(
@@ -166,7 +166,7 @@ class UNetEncoder(nn.Module):
             temb = temb + self.embed_class(class_labels, width)
         if c.addition_embed_type == "text_time":
             if pooled is None or time_ids is None:
-                raise ValueError("this UNet is of the SDXL family: give pooled [B, P] and time_ids [B, 6 or 5].")
+                raise ValueError("this UNet belongs to the SDXL family: give pooled [B, P] and time_ids [B, 6 or 5].")
             assert c.addition_time_embed_dim is not None
             ids = self.sinusoids(time_ids.reshape(-1), c.addition_time_embed_dim).reshape(time_ids.shape[0], -1)
             added = jnp.concatenate([pooled.astype(dtype), ids], -1)
@@ -195,7 +195,7 @@ class UNetEncoder(nn.Module):
 
 
 class UNet2DConditionModel(UNetEncoder):
-    """Predicts noise, velocity or x0, by the scheduler's prediction type, from noised latents, timestep and text."""
+    """Noised latents, timestep and text to the model output: noise, velocity or x0, by the prediction type."""
 
     @nn.compact
     def __call__(
@@ -210,20 +210,20 @@ class UNet2DConditionModel(UNetEncoder):
         guidance: Array | None = None,
         residuals: Residuals | None = None,
     ) -> Array:
-        """The prediction for one timestep, or one a sample.
+        """The model output.
 
         Args:
             x: noised latents [B, h, w, in_channels].
             t: timestep, scalar or [B]; may be fractional.
             embeddings: text [B, L, cross_attention_dim].
             pooled, time_ids: pooled text [B, P] and sizes and crops [B, 6], where `addition_embed_type` is "text_time".
-            attention_mask: how much each token of the text counts, [B, L] in [0, 1]; None: all in full.
+            attention_mask: weight of each token of the text, [B, L] in [0, 1]; None: 1 for all.
             class_labels: [B], where the config has class embeddings (the x4 upscaler's noise level).
             guidance: guidance embedding [B, time_cond_proj_dim] of distilled models.
-            residuals: what ControlNets add to the skip connections and to the middle block's output.
+            residuals: of ControlNets, added to the skip connections and to the middle block's output.
 
         Returns:
-            [B, h, w, out_channels] in the compute type.
+            [B, h, w, out_channels] in the compute dtype.
         """
         c, dtype = self.config, self.dtype
         context, bias = embeddings.astype(dtype), score_bias(attention_mask)

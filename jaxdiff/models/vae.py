@@ -60,7 +60,7 @@ class VAEAttention(nn.Module):
         b, h, w, c = x.shape
         tokens = nn.GroupNorm(self.groups, epsilon=EPS, dtype=self.dtype, name="group_norm")(x).reshape(b, h * w, c)
         attend = Attention(1, bias=True, dtype=self.dtype)
-        nn.share_scope(self, attend)  # in the checkpoints the projections stand beside the norm
+        nn.share_scope(self, attend)  # in the checkpoints the projections are siblings of the norm
         return attend(tokens).reshape(b, h, w, c)
 
 
@@ -140,7 +140,7 @@ class AutoencoderKL(nn.Module):
             self.bn = PatchStatistics(c.latent_channels)
 
     def statistics(self, height: int, width: int) -> tuple[Array, Array]:
-        """Of FLUX.2: mean and deviation [height, width, C] of latents of this size."""
+        """FLUX.2: mean and standard deviation [height, width, C] for latents of this (even) size."""
         c: Any = self.config
 
         def tiled(values: Array) -> Array:

@@ -10,7 +10,7 @@ from jaxdiff.models.dit import JointAttention, Rope, fold, grid_positions, layer
 from jaxdiff.models.layers import rematerialised, timestep_embedding
 from jaxdiff.typing import Array
 
-MULTIPLE = 32  # to which texts and images are filled up with a learned token
+MULTIPLE = 32  # texts and images are padded to a multiple of this with a learned token
 VECTOR = 256  # width of the conditioning vector, at most
 
 
@@ -91,14 +91,15 @@ class ZImageTransformer2DModel(nn.Module):
     def __call__(
         self, x: Array, t: Array, text: Array, pooled: None = None, mask: Array | None = None, guidance: None = None
     ) -> Array:
-        """x [B, h, w, C], t [B], text [B, L, D], mask [B, L]: 1 for a prompt's own tokens, which come first.
+        """x [B, h, w, C], t [B], text [B, L, D], mask [B, L]: 1 for the prompt's tokens, which precede padding.
 
-        A prompt is filled up to a multiple of 32 with a learned token, and only what follows is hidden; so is an image.
+        Prompts and images are padded to a multiple of 32 with learned tokens, which are attended to; padding beyond
+        that is masked.
         """
         c, dtype = self.config, self.dtype
         b, h, w, _ = x.shape
         block = rematerialised(Block, self.remat)
-        # The network counts time from noise to image.
+        # The network's time runs from noise to image.
         vector = TimeEmbedding(min(c.dim, VECTOR), dtype, name="t_embedder")((1000 - t) * (c.t_scale / 1000))
 
         own = jnp.ones(text.shape[:2], bool) if mask is None else mask > 0

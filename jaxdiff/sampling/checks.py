@@ -1,4 +1,7 @@
-"""Arguments one by one, checked and brought into form: a row for each image, numpy arrays, errors in one sentence."""
+"""Checks and conversions of single arguments: to numpy arrays with a row for each image.
+
+Each function raises ArgumentError, one sentence that begins with the argument's name.
+"""
 
 import operator
 from collections.abc import Sequence
@@ -15,11 +18,11 @@ from jaxdiff.models.dit import PATCH
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
 
-NOISE_LEVEL = 20  # on the small image of an upscaling model
+NOISE_LEVEL = 20  # default noise on the small image of an upscaling model, in timesteps
 
 
 def as_whole(name: str, value: int, low: int, high: int | None = None) -> int:
-    """A whole number from low to high."""
+    """`value` as an int, checked to be a whole number from low to high."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -31,9 +34,13 @@ def as_whole(name: str, value: int, low: int, high: int | None = None) -> int:
 
 
 def least_memory(model: Model, height: int, width: int, tile: int | None) -> float:
-    """Bytes of memory that an image takes at the least while it is drawn.
+    """A lower bound on the bytes of memory that drawing one image takes.
 
-    They are those of the image, and of the largest features that the UNet, or the autoencoder without tiles, holds.
+    It counts the image, and the largest features of the UNet or of the autoencoder, whichever are larger.
+
+    Args:
+        height, width: pixels.
+        tile: None decodes the whole image at once; else the autoencoder's features are not counted.
     """
     vae, network, own = model.vae, model.denoising, model.vae.config
     widest = min(own.decoder_block_out_channels if isinstance(own, TinyVAEConfig) else own.block_out_channels)
@@ -44,7 +51,7 @@ def least_memory(model: Model, height: int, width: int, tile: int | None) -> flo
 
 
 def check_memory(model: Model, height: int, width: int, tile: int | None, count: int = 1) -> None:
-    """Raise ArgumentError where so many images at once cannot fit into a device's memory."""
+    """Raise ArgumentError if `count` images at once cannot fit into a device's memory."""
     needed = count * least_memory(model, height, width, tile)
     if needed < 2**30 or needed <= (there := parallel.device_memory()):
         return
@@ -55,7 +62,7 @@ def check_memory(model: Model, height: int, width: int, tile: int | None, count:
 
 
 def check_clip_skip(model: Model, clip_skip: int) -> int:
-    """A number of layers that every text encoder has to leave out."""
+    """`clip_skip`, checked to leave at least one layer of each text encoder."""
     if model.transformer is not None and model.family != "sd3":
         if clip_skip:
             raise ArgumentError("clip_skip", f"{clip_skip} is for Stable Diffusion: leave it out.")
@@ -69,7 +76,7 @@ def check_clip_skip(model: Model, clip_skip: int) -> int:
 
 
 def as_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """One prompt or more as a list."""
+    """One or more prompts as a list of at least one."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ArgumentError("prompts", "is empty: give at least one.")
@@ -79,14 +86,17 @@ def as_prompts(prompts: str | Sequence[str]) -> list[str]:
 def as_devices(
     devices: Sequence[jax.Device] | None, count: int, params: Params
 ) -> tuple[jax.Device, ...] | jax.sharding.Mesh:
-    """What `count` images are drawn on: where the parameters were put, else no more devices than images."""
+    """The devices, or the mesh, to draw `count` images on.
+
+    That is where `params` were put, if they were; else `devices`, or all of this process, but no more than images.
+    """
     placed = parallel.committed(params)
     if devices is not None and not len(devices):
         raise ArgumentError("devices", "is empty: give at least one, or None for all of this process.")
     if placed:
         there = set(placed.devices.flat) if isinstance(placed, jax.sharding.Mesh) else set(placed)
         if devices is not None and set(devices) != there:
-            raise ArgumentError("devices", f"are not the {len(there)} that params were put on: leave out devices.")
+            raise ArgumentError("devices", f"differ from the {len(there)} that params were put on: leave out devices.")
         return placed
     chosen = tuple(jax.local_devices() if devices is None else devices)
     # Each of several processes takes part.
@@ -94,7 +104,7 @@ def as_devices(
 
 
 def as_batch(name: str, value: str | Sequence[str | None] | None, count: int) -> list[str | None]:
-    """A text for each image: one text serves all."""
+    """One text for each of `count` images; a single text is repeated."""
     values = [value] if value is None or isinstance(value, str) else list(value)
     values = values * count if len(values) == 1 else values
     if len(values) != count:
@@ -105,7 +115,7 @@ def as_batch(name: str, value: str | Sequence[str | None] | None, count: int) ->
 def as_numbers(
     name: str, value: float | Sequence[float], count: int, low: float = -np.inf, high: float = np.inf, dtype=np.float32
 ) -> np.ndarray:
-    """A number for each image, [B], from low to high: one serves all."""
+    """One number from low to high for each image, [B] of `dtype`; a single number is repeated."""
     whole = np.issubdtype(dtype, np.integer)
     numbers = np.asarray(value, np.float64 if whole else dtype)
     if numbers.shape not in ((), (count,)):
@@ -130,12 +140,12 @@ def as_images(name: str, image: Array, count: int, shape: tuple[int, int]) -> np
         )
     if image.ndim == 4 and len(image) not in (1, count):
         raise ArgumentError(name, f"holds {len(image)} images for {count} prompts: give one, or one a prompt.")
-    values = image.astype(np.float32) / 255 if image.dtype == np.uint8 else in_unit(name, image)
+    values = image.astype(np.float32) / 255 if image.dtype == np.uint8 else as_unit_range(name, image)
     return np.broadcast_to(values, (count, *image.shape[-3:]))
 
 
-def in_unit(name: str, values: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1], or past it by no more than resampling rounds, as float32."""
+def as_unit_range(name: str, values: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1] as float32; resampling may overshoot the range by 1e-3."""
     if not (values.min() >= -1e-3 and values.max() <= 1 + 1e-3):  # true of not-a-number too
         kind, low, high = values.dtype, values.min(), values.max()
         raise ArgumentError(
@@ -158,23 +168,24 @@ def as_mask(mask: Array, count: int, shape: tuple[int, int]) -> np.ndarray:
             raise ArgumentError("mask", "is uint8 and nowhere above 1: white is 255; or give it as bool.")
         mask = mask >= 128
     elif mask.dtype != bool:
-        mask = in_unit("mask", mask) >= 0.5
+        mask = as_unit_range("mask", mask) >= 0.5
     if not mask.any():
         say_once("The mask is nowhere white: nothing of the image is redrawn.")
     return np.broadcast_to(mask, (count, *shape))[..., None]
 
 
 def as_noise(noise: Array, count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Noise [B, h, w, C] as float32, checked to have this shape and to be finite."""
     noise = np.asarray(noise, np.float32)
     if noise.shape != (count, *shape):
         raise ArgumentError("noise", f"has shape {list(noise.shape)}, but must have {[count, *shape]}.")
     if not np.isfinite(noise).all():
-        raise ArgumentError("noise", "must be finite, and holds numbers that are not: draw it again.")
+        raise ArgumentError("noise", "must be finite: draw it again.")
     return noise
 
 
 def as_interval(interval: tuple[float, float] | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """(low, high) as numbers that may be traced."""
+    """(low, high) as two float32 numbers, 0 <= low < high; numpy values, so that they are traced under `jit`."""
     if interval is None:
         return None
     values = np.asarray(interval, np.float32)
@@ -229,7 +240,7 @@ def as_noise_level(model: Model, value: int | Sequence[int] | None, count: int) 
 
 STEPWISE = "is for models that remove noise step by step, and this one draws at once"
 REDRAWN = "is for models that redraw images, and this one draws from text alone"
-UNGUIDED = "is for guidance, which this model has none of"
+UNGUIDED = "is for guidance, which this model does not use"
 NOT_OF_GANS = {  # argument -> why a GAN has no use for it
     "steps": STEPWISE,
     "scheduler": STEPWISE,
@@ -248,14 +259,14 @@ NOT_OF_GANS = {  # argument -> why a GAN has no use for it
 
 
 def check_gan(model: Model, **given: Any) -> None:
-    """Raise ArgumentError where something is given that a GAN has no use for; other models take it."""
+    """Raise ArgumentError if a GAN is given an argument that it cannot use. Other models pass."""
     wrong = [name for name, value in given.items() if value is not None and name in NOT_OF_GANS]
     if model.is_gan and wrong:
         raise ArgumentError(wrong[0], f"{NOT_OF_GANS[wrong[0]]}: leave it out.")
 
 
 def check_gan_size(model: Model, latents: tuple[int, int, int]) -> None:
-    """Raise ArgumentError where a GAN is to draw another size than it has learnt."""
+    """Raise ArgumentError if a GAN is asked for another size than it was trained on."""
     own = model.sample_size
     for name, side in zip(("height", "width"), latents, strict=False):
         if model.is_gan and side != own:
@@ -264,7 +275,7 @@ def check_gan_size(model: Model, latents: tuple[int, int, int]) -> None:
 
 
 def check_task(model: Model, image: Array | None, mask: Array | None, hires: float | None, hires_upscale: str) -> None:
-    """Raise ArgumentError where the model and the images given do not make a task."""
+    """Raise ArgumentError if the images given do not fit the model's task: inpainting, upscaling or neither."""
     if mask is not None and image is None:
         raise ArgumentError("mask", "needs the image that it is laid over: give image as well.")
     if model.inpaints and mask is None:

@@ -14,7 +14,7 @@ from jaxdiff.models.layers import timestep_embedding
 from jaxdiff.models.model import Model, apply, in_unit, with_time_ids
 from jaxdiff.typing import Array, Denoise, Params
 
-NEGATIVE_SCORE = 2.5  # what the SDXL refiner is told of the image that is not wanted
+NEGATIVE_SCORE = 2.5  # aesthetic score that the SDXL refiner gets with the negative prompt
 
 
 def denoiser(
@@ -35,30 +35,32 @@ def denoiser(
 
     Args:
         model, params: the model and its parameters.
-        cond: what the UNet attends to for each of B images, as `encode_text` gives it. Where SDXL's time ids are
-            missing, they say that the image is drawn at its full size and not cut.
+        cond: conditioning of B images, as `encode_text` returns it. SDXL's time ids default to an uncropped image of
+            the size drawn.
         uncond: the same for the negative prompts; None draws without guidance, at half the cost.
         guidance_scale: w of x = uncond + w (cond - uncond) (Ho & Salimans 2022, equation 6), scalar or [B];
-            at 1 or less the negative prompt has no weight. A distilled model is told w - 1 instead (Luo et al. 2023,
-            LCM, section 4.3), and its `uncond` is best left None.
-        guidance_rescale: how far, 0 to 1, the guided output is scaled to the deviation of `cond`'s; scalar or [B].
-        guidance_interval: (low, high) of sigma / alpha, between which alone there is guidance.
+            values below 1 count as 1. A distilled UNet gets w - 1 as an input instead (Luo et al. 2023, LCM, section
+            4.3); leave its `uncond` None.
+        guidance_rescale: how far, 0 to 1, the guided output is rescaled to the standard deviation of the conditional
+            one; scalar or [B].
+        guidance_interval: (low, high) of sigma / alpha: guidance is on for low < sigma / alpha <= high.
         extra_channels: [B, h, w, c] that follow x's channels: an inpainting model's mask and masked latents, an
             upscaler's small image.
-        class_labels: int32 [B] or one for all, for a UNet with class embeddings: the upscaler's noise level.
-        control_images: for each of the model's ControlNets the image [B, H, W, 3] that steers, in [0, 1] or of
-            whole numbers from 0 to 255.
-        controlnet_scale: the weight of each, scalar or [B].
+        class_labels: int32 scalar or [B], for a UNet with class embeddings: the upscaler's noise level.
+        control_images: for each of the model's ControlNets an image [B, H, W, 3], float in [0, 1] or integer in
+            [0, 255].
+        controlnet_scale: for each ControlNet its weight, scalar or [B]; empty: 1 for all.
 
     Returns:
-        denoise(x [B, h, w, C], time) -> float32 [B, h, w, C]; `time` is a `Time` or a number of training steps, for
-        all images or [B]. With `uncond`, both predictions are made in one batch of 2 B.
+        denoise(x [B, h, w, C], time) -> float32 [B, h, w, C]; `time` is a `Time`, or a timestep in training steps,
+        scalar or [B]. With `uncond`, both predictions are made in one batch of 2 B.
     """
     schedule = noise_schedule(model.scheduler)
     copies = 1 if uncond is None else 2
     if model.family == "z_image":  # c + g (c - u), as its pipeline has it
         guidance_scale = 1.0 + jnp.asarray(guidance_scale)
     hints = [in_unit(x) for x in control_images]
+    scales = controlnet_scale if len(controlnet_scale) else [1.0] * len(hints)
 
     def twice(x: Array) -> Array:
         return jnp.concatenate([x] * copies)
@@ -78,7 +80,7 @@ def denoiser(
         if hints:
             nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
             each = [net.apply({"params": p}, x_in, t, both.embeddings, twice(hint), *both[1:]) for net, p, hint in nets]
-            residuals = combine(each, [twice(jnp.broadcast_to(s, (batch,))) for s in controlnet_scale])
+            residuals = combine(each, [twice(jnp.broadcast_to(s, (batch,))) for s in scales])
         if extra_channels is not None:
             x_in = jnp.concatenate([x_in, twice(extra_channels)], -1)
         if class_labels is not None:
@@ -99,10 +101,10 @@ def denoiser(
 def transformer_output(
     model: Model, params: Params, x: Array, t: Array, cond: Conditioning, guidance_scale: Array | float | None
 ) -> Array:
-    """The velocity float32 [B, h, w, C] that a transformer sees in x at times t, scalar or [B].
+    """The velocity float32 [B, h, w, C] that a transformer predicts for x at timesteps t, scalar or [B].
 
     Args:
-        guidance_scale: what FLUX.1 dev is told, scalar or [B]; None where guidance takes a second pass.
+        guidance_scale: input of FLUX.1 dev's guidance embedding, scalar or [B]; None if guidance takes a second pass.
     """
     told = guidance_scale
     if told is not None:
@@ -112,7 +114,7 @@ def transformer_output(
 
 
 def stacked(*conds: Conditioning) -> Conditioning:
-    """Several conditionings in one batch; all tokens count where only the others have a mask."""
+    """Several conditionings concatenated along the batch; one without a mask gets ones if another has a mask."""
     if any(c.attention_mask is not None for c in conds):
         conds = tuple(
             c._replace(attention_mask=jnp.ones(c.embeddings.shape[:2])) if c.attention_mask is None else c
@@ -128,7 +130,7 @@ def guided(
     factor: Array | float | None,
     interval: tuple[Array | float, Array | float] | None,
 ) -> Array:
-    """One prediction [B, ...] from those with the prompts and with the negative ones, [2 B, ...] in this order."""
+    """The guided prediction [B, ...] from the conditional and the unconditional ones, stacked as [2 B, ...]."""
     given, without = jnp.split(output, 2)
     scale = jnp.maximum(scale, 1.0)
     if interval is not None:
@@ -138,6 +140,6 @@ def guided(
 
 
 def guidance_embedding(scale: Array | float, batch: int, dim: int) -> Array:
-    """What a distilled UNet is told of the guidance scale, scalar or [B]: sinusoids [B, dim] of 1000 (scale - 1)."""
+    """The guidance embedding of a distilled UNet: sinusoids [B, dim] of 1000 (scale - 1); scale is scalar or [B]."""
     weight = 1000.0 * (jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (batch,)) - 1)
     return timestep_embedding(weight, dim, flip_sin_to_cos=False, freq_shift=1)

@@ -1,4 +1,4 @@
-"""Texts encoded by a program of their own, so that their encoders may be let go before an image is drawn."""
+"""Prompts encoded by a separate program, so that the text encoders can be freed before images are drawn."""
 
 import functools
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from jaxdiff.typing import Params
 
 @functools.lru_cache(maxsize=64)
 def text_encoder(model: Model, clip_skip: int, devices: tuple[jax.Device, ...] | jax.sharding.Mesh) -> mapping.Mapped:
-    """The compiled program that encodes texts: (params of text encoders, ImageInputs) -> what `conditions` returns."""
+    """The compiled program (params of text encoders, ImageInputs) -> what `conditions` returns."""
     model, widened = computed_in(model, devices)
     return mapping.pmap(lambda params, inputs: conditions(model, widened(params), inputs, clip_skip), devices, shared=1)
 
@@ -24,11 +24,11 @@ def text_encoder(model: Model, clip_skip: int, devices: tuple[jax.Device, ...] |
 def encode_prompts(
     model: Model, params: Params, request: Request, devices: Sequence[jax.Device] | None = None
 ) -> Request:
-    """The request with its texts encoded, held by the host: `draw` then needs no parameters of text encoders.
+    """The request with its prompts encoded into host arrays: `draw` then needs no parameters of text encoders.
 
     Args:
-        params: of the text encoders; others are not used.
-        devices: as of `generate`.
+        params: parameters of the text encoders; others are not used.
+        devices: see `generate`.
     """
     texts = request.images._replace(
         noise=None, image=None, mask=None, noise_level=None, control_images=(), controlnet_scale=()

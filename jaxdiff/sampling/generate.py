@@ -1,4 +1,4 @@
-"""From prompts to images: `generate` puts the pure pieces under one compiled program a device."""
+"""From prompts to images: `generate` compiles the pure functions into one program, mapped over the devices."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -35,19 +35,19 @@ from jaxdiff.sampling.inputs import (
 from jaxdiff.sampling.resolve import MAX_STEPS, Request, Settings, resolve_images, resolve_settings
 from jaxdiff.typing import Array, Denoise, Key, Params
 
-# A grid is filled up to one of these numbers of steps, so that few programs are compiled for all of them.
+# Time grids are padded to one of these numbers of steps, so that few programs serve any number of steps.
 FILLED = (50, 250, 1000, MAX_STEPS)
 HIRES = 2**30  # folded into the keys of a second stage; steps take small numbers
 
 
 class Drawn(NamedTuple):
-    """B images as they are drawn."""
+    """What the program returns for B images."""
 
     images: Array  # uint8 [B, H, W, 3]
     finite: Array  # bool [B]: whether every pixel came out as a number
-    frames: Array | None  # uint8 [B, F, H, W, 3], where asked for
-    small: Array | None = None  # uint8 [B, F', h, w, 3], frames of a smaller image that is drawn first
-    enlarged: Array | None = None  # uint8 [B, H, W, 3], that image as it is enlarged
+    frames: Array | None  # uint8 [B, F, H, W, 3], if asked for
+    small: Array | None = None  # uint8 [B, F', h, w, 3], frames of the first stage of `hires`
+    enlarged: Array | None = None  # uint8 [B, H, W, 3], the image of the first stage, enlarged
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,10 +61,10 @@ def sampler(
 ) -> mapping.Mapped:
     """The compiled program that draws: (params, CallInputs, ImageInputs) -> Drawn.
 
-    On CPUs a model in bfloat16 computes in float32, which is faster there; its weights are widened once a call.
+    On CPUs a bfloat16 model computes in float32, which is faster there; its weights are cast once a call.
 
-    It is compiled anew for other shapes, types, or fields that are None; all values are traced. Over a mesh that
-    divides the parameters, each network is gathered where it is used, the UNet at each step.
+    It recompiles for other shapes and dtypes, and if a field becomes None or ceases to be; all values are traced. Over
+    a mesh that divides the parameters, each network is gathered where it is used, the UNet at each step.
     """
     model, widened = computed_in(model, devices)
 
@@ -110,7 +110,7 @@ def sampler(
 def computed_in(
     model: Model, devices: Sequence[jax.Device] | jax.sharding.Mesh
 ) -> tuple[Model, Callable[[Params], Params]]:
-    """The model as it computes on these devices, and what makes its parameters of those that are held."""
+    """The model in the dtype that it computes in on these devices, and a function that casts its parameters to it."""
     if not mapping.on_cpus(devices) or model.denoising.dtype != jnp.bfloat16:
         return model, lambda params: params
 
@@ -123,7 +123,7 @@ def computed_in(
 def network(
     model: Model, params: Params, call: CallInputs, inputs: ImageInputs, extra: Array | None
 ) -> Callable[[Conditioning, Conditioning | None], Denoise]:
-    """The denoiser of these inputs, for conditions that are still to be given.
+    """A function (cond, uncond) -> the denoiser of these inputs.
 
     Args:
         extra: see `extra_channels`.
@@ -149,7 +149,11 @@ def network(
 
 
 def check_finite(finite: Array, prompts: list[str], model: Model) -> None:
-    """Raise FloatingPointError for images of which some pixel is no number."""
+    """Raise FloatingPointError if an image holds a NaN.
+
+    Args:
+        finite: bool [B].
+    """
     bad = np.flatnonzero(~np.asarray(finite))
     if bad.size:
         half = model.denoising.dtype == jnp.float16
@@ -166,12 +170,17 @@ def check_finite(finite: Array, prompts: list[str], model: Model) -> None:
 
 @functools.partial(jax.jit, static_argnums=1)
 def initial_noise(keys: Key, shape: tuple[int, ...]) -> Array:
-    """Unit Gaussian latents [B, *shape] float32, each drawn from its own key only."""
+    """Unit Gaussian latents [B, *shape] float32, each drawn from its own key alone, as `generate` draws them.
+
+    Args:
+        keys: [B].
+        shape: (h, w, C), static.
+    """
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32))(keys)
 
 
 def with_noise(request: Request) -> ImageInputs:
-    """The request's inputs with the unit Gaussian latents that they start from, and those of a smaller image."""
+    """The request's inputs with their initial noise, for both stages of `hires`."""
     inputs, settings = request.images, request.settings
 
     def drawn(shape: tuple[int, ...], given: Array | None = None) -> Array:
@@ -186,7 +195,7 @@ def with_noise(request: Request) -> ImageInputs:
 
 
 def with_filled_grid(model: Model, request: Request) -> tuple[CallInputs, ImageInputs]:
-    """What all images share, and what each is drawn from, for a program of any number of steps."""
+    """The program's inputs, with the time grid padded so that any number of steps uses the same program."""
     settings, inputs = request.settings, with_noise(request)
     most = filled_length(model, settings)
     if most is None:
@@ -198,9 +207,9 @@ def with_filled_grid(model: Model, request: Request) -> tuple[CallInputs, ImageI
 
 
 def filled_length(model: Model, settings: Settings) -> int | None:
-    """Steps of the grid that a program is compiled for; None: of those asked for.
+    """The number of steps that a time grid is padded to; None: it is not padded.
 
-    A user's own scheduler may count the steps of a grid in its own way, and Runge-Kutta steps depend on their number.
+    A user's own scheduler may count the entries of the grid, and pndm's Runge-Kutta start depends on their number.
     """
     counts = settings.scheduler == "pndm" and not skip_prk_steps(model.scheduler)
     if isinstance(settings.scheduler, Scheduler) or counts:
@@ -219,8 +228,8 @@ def draw(
     """The images of a request as numpy arrays, with the frames that it asks for. See `generate`.
 
     Args:
-        lookup: finds the program compiled by an earlier process, see `jaxdiff.io.programs.lookup`, which is given what
-            decides it, the program, and its arguments.
+        lookup: called with what decides the program, the program and its arguments; returns the program compiled by an
+            earlier process, see `jaxdiff.io.programs.lookup`.
     """
     settings, count = request.settings, len(request.prompts)
     static = (
@@ -277,67 +286,66 @@ def generate(
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Draw one image a prompt: from text alone, or from an image redrawn, inpainted, enlarged or followed.
 
-    Compiled once for each batch size, image size, type, scheduler, chunks of the longest prompt, texts that a prompt is
-    edited to, and set of arguments given (for up to 50, 250 or more steps); prompts, seeds, noise, images, scales,
-    interval, spacing, strength, noise level and the number of steps are traced.
+    It compiles one program for each batch size, image size, dtype, scheduler, number of chunks, number of texts that a
+    prompt is edited to, and set of arguments given (and for more than 50, 250 and 1000 steps). Prompts, seeds, noise,
+    images, scales, interval, spacing, strength, noise level and the number of steps are traced.
 
     Args:
-        prompts: B prompts; brackets give emphasis or edit, and long ones go in chunks (jaxdiff/text/). Each attends to
-            its own chunks only, whatever the length of the others.
+        prompts: B prompts. Brackets mean emphasis or editing, and long prompts are split into chunks (jaxdiff/text/);
+            the transformer families read prompts as they are. No image depends on the other prompts.
         negative_prompts: what to steer away from: none, one for all, or one a prompt.
-        prompts_2, negative_prompts_2: what the second text encoder of SDXL reads instead, at both ends of a blend;
-            None: the same.
+        prompts_2, negative_prompts_2: prompts for SDXL's second text encoder, at both ends of a blend; None: the same.
         blend_prompts, blend_negative_prompts, blend: prompts whose embeddings are interpolated with those of `prompts`
-            and `negative_prompts`; `blend` is the fraction from 0 to 1, one value or one per image: many values make
-            an animation from one prompt to another.
-        seed: image i is drawn from key(seed + i), alone or in a batch, on one device or many (the batch a device
-            draws changes the order of sums, so that a pixel may differ by one grey level); or a seed an image.
-        variation_seed, variation_strength: noise drawn from another seed (counted up like `seed`), and how far, 0 to 1,
-            the noise is turned towards it: a little gives variations of an image, many values an animation between two.
-        steps: length of the time grid; None takes what the model recommends, else 25.
-        guidance_scale: weight of the prompt, for all or one an image; 1 or less turns guidance off. None takes what
-            the model recommends, else 7.5. Distilled models (LCM) are told of it, and need no second half of the batch.
+            and `negative_prompts`; `blend` is the fraction from 0 to 1, for all or one an image. Many values make an
+            animation from one prompt to another.
+        seed: image i is drawn from key(seed + i), alone or in a batch, on one device or many; or one seed an image.
+            (Another batch size changes the order of sums, so that a pixel may differ by one grey level.)
+        variation_seed, variation_strength: a second seed (counted up like `seed`), and how far, 0 to 1, the noise is
+            interpolated towards that seed's: small values vary an image, many values make an animation between two.
+        steps: number of denoising steps; None: the model's default, else 25.
+        guidance_scale: weight of the prompt, for all or one an image; 1 or less turns guidance off. None: the model's
+            default, else 7.5. Distilled models (LCM) take it as an input, and need no unconditional pass.
         guidance_rescale: in [0, 1], how much of the contrast that guidance adds is taken back (Lin et al. 2023).
         guidance_interval: (low, high) of sigma / alpha, the noise levels with guidance (Kynkäänniemi et al. 2024).
-        clip_skip: how many of the text encoder's layers are left out at its end, beyond those always left out.
-        emphasis: whether brackets, tags and BREAK in prompts mean something: emphasis, and editing by step, such as
+        clip_skip: how many of the text encoder's last layers to skip, beyond those that the model always skips.
+        emphasis: whether to read brackets, tags and BREAK in prompts as emphasis and editing by step, such as
             [cat:dog:0.5] and [cat|dog] (jaxdiff/text/schedule.py).
-        scheduler: a name of `SCHEDULERS`, or a `Scheduler` of your own, which takes the time grid of "euler"; None
-            takes what the model's scheduler_config.json says.
-        spacing: of the time grid, see `time_grid`; None takes what the config says. "ays" is SDXL's own table for it.
-        height, width: pixels, multiples of the VAE's factor; None takes the model's own size.
-        noise: unit Gaussian latents [B, h, w, C] to start from instead of those drawn from the seeds; with `hires`,
-            those of the second stage.
+        scheduler: a name in `SCHEDULERS`, or a `Scheduler` of your own, which gets the time grid of "euler"; None: the
+            model's own.
+        spacing: of the time grid, see `time_grid`; None: the model's own. "ays" takes SDXL's table for SDXL.
+        height, width: pixels, multiples of the VAE's factor; None: the model's own size.
+        noise: unit Gaussian latents [B, h, w, C] to use instead of those drawn from the seeds; with `hires`, in the
+            second stage.
         image: image or images [B, H, W, 3] (uint8, or float in [0, 1]) to start from instead of pure noise; with
             an upscaling model, the small one [B, H / factor, W / factor, 3].
-        strength: in (0, 1], the part of the steps that an `image` goes through (Meng et al. 2022, SDEdit); None is
-            0.6, and 1 with a mask. At 1 what a mask covers is drawn from noise alone. An LCM (without `mask` and
-            `hires`) takes all its steps, over that part of the ones that it was distilled of.
-        mask: [H, W] or [B, H, W] (bool, uint8, or float in [0, 1]): white is redrawn, and black kept but for what the
-            autoencoder changes. Any model inpaints; those with 9 channels were taught to.
-        noise_level: of an upscaling model: noise on the small image, in steps, up to the model's max_noise_level;
-            None is 20, or as much as there is.
-        control_images: for each of the model's ControlNets the image [H, W, 3] or images [B, H, W, 3] to follow.
-        controlnet_scale: weight of the ControlNets, for all or one for each.
-        hires: draw this many times smaller first, enlarge, and redraw the part `hires_strength` of the steps at full
-            size, for large images from models that were trained on small ones. An image, mask and control images are
-            resized for the small image; `strength` is of its steps.
+        strength: in (0, 1], the fraction of the steps that redraw an `image` (Meng et al. 2022, SDEdit); None: 0.6, or
+            1 with a mask. At 1 the masked area is drawn from noise alone. An LCM (without `mask` and `hires`) takes all
+            its steps, over that fraction of the steps of its distillation.
+        mask: [H, W] or [B, H, W] (bool, uint8, or float in [0, 1]): white is redrawn; black is kept, up to the
+            autoencoder's error. Any model inpaints; those with 9 input channels were trained for it.
+        noise_level: of an upscaling model: noise on the small image, in timesteps, 0 to the model's max_noise_level;
+            None: 20, or the maximum if that is lower.
+        control_images: for each of the model's ControlNets an image [H, W, 3] or images [B, H, W, 3] to follow.
+        controlnet_scale: weight of the ControlNets, one for all or one for each.
+        hires: draw this many times smaller first, enlarge, then redraw at full size with the fraction `hires_strength`
+            of the steps: for large images from models that were trained on small ones. An image, mask and control
+            images are resized for the first stage, to which `strength` applies.
         hires_upscale: how the small image is enlarged: "pixel", its pixels (Lanczos); "latent", its latents, which is
             cheaper and blurrier; or "network", its pixels by the network of `with_upscaler`.
-        tile: encode and decode in overlapping tiles of this many latents (jaxdiff/models/tiling.py), for images that
-            the autoencoder has no memory for.
-        frames: how many predictions of the finished image are returned as well, evenly over the steps, at most `steps`;
-            where fewer steps are taken, one for each.
-        devices: what to draw on, the batch divided over them; None takes those that `params` were put on, as by
-            `replicate` and `shard`, else all that this process has. Where they are of several processes, each calls
-            `generate` with the same arguments, and each has all the images.
+        tile: encode and decode in overlapping tiles of this many latents (jaxdiff/models/tiling.py), for images too
+            large for the autoencoder to process at once.
+        frames: how many predictions of the finished image to return as well, evenly spread over the steps, at most
+            `steps`; if fewer steps are taken, one for each.
+        devices: devices to divide the batch over; None: those that `params` were put on, as by `replicate` and
+            `shard`, else all of this process. If they belong to several processes, each process calls `generate` with
+            the same arguments and gets all the images.
 
     Returns:
         uint8 [B, H, W, 3]; with `frames` = F > 0 also uint8 [B, F, H, W, 3], from first (rough) to last.
 
     Raises:
         ArgumentError (a ValueError): one sentence naming the argument and what it may be.
-        FloatingPointError: an image came out as not-a-number, as float16 may overflow.
+        FloatingPointError: an image came out as NaN, for example because float16 overflowed.
     """
     settings = resolve_settings(
         model,

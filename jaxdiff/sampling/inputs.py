@@ -1,4 +1,4 @@
-"""What the compiled program draws from, and how an image is redrawn, inpainted or enlarged. Pure functions, traced."""
+"""Inputs of the compiled program, and how it redraws, inpaints or enlarges an image. Pure functions, traced."""
 
 import dataclasses
 import functools
@@ -23,39 +23,39 @@ UPSCALER_NOISE = 2**31  # folded into an image's key for the upscaler's noise; s
 
 
 class CallInputs(NamedTuple):
-    """What all images of a call have in common."""
+    """Inputs that all images of a call share."""
 
     times: Time  # grid of N + 1 times
-    noise_scale: Array  # of the noise at the first of them
-    start: Array | None  # int32, the first step taken; None: all are, from noise alone
-    lowres_start: Array | None  # the same of a smaller image that is drawn first
+    noise_scale: Array  # standard deviation of the noise at the first of them
+    start: Array | None  # int32, the first step taken; None: all steps are taken, from pure noise
+    lowres_start: Array | None  # the same for the first stage of `hires`
     guidance_interval: tuple[Array, Array] | None
     preview_steps: Array | None  # int32 [F], the steps whose predictions are decoded as well
-    lowres_preview_steps: Array | None = None  # the same of a smaller image that is drawn first
+    lowres_preview_steps: Array | None = None  # the same for the first stage of `hires`
 
 
 class ImageInputs(NamedTuple):
-    """What each of B images is drawn from."""
+    """Inputs of each of B images."""
 
-    tokens: Tokens | None  # None where `conditions` are given
+    tokens: Tokens | None  # None if `conditions` are given
     negative: Tokens | None  # None: without guidance
     guidance_scale: Array  # [B]
     guidance_rescale: Array | None  # [B]
     noise: Any  # [B, h, w, C], unit Gaussian; None until it is drawn from the keys
     keys: Key  # [B]
-    blend: Array  # [B], in [0, 1]: how far from the prompts to those of a blend
+    blend: Array  # [B], in [0, 1]: interpolation from the prompts to the blend prompts
     image: Array | None = None  # [B, H, W, 3] in [0, 1]; for the upscaler [B, h, w, 3]
-    mask: Array | None = None  # bool [B, H, W, 1], true where the image is to be redrawn
+    mask: Array | None = None  # bool [B, H, W, 1], true where the image is redrawn
     noise_level: Array | None = None  # int32 [B], the upscaler's
     control_images: tuple[Array, ...] = ()  # [B, H, W, 3] in [0, 1] for each ControlNet
     controlnet_scale: tuple[Array, ...] = ()  # [B] for each ControlNet
     blend_tokens: Tokens | None = None
     blend_negative: Tokens | None = None
-    lowres_noise: Array | None = None  # [B, h', w', C]: of a smaller image, drawn first and then enlarged
-    # int32 [B, stages, N]: which of T texts each step of each stage attends to. None: all have one. Else all tokens are
-    # [B, T, …], and their conditioning [B, T, …].
+    lowres_noise: Array | None = None  # [B, h', w', C], of the first stage of `hires`
+    # int32 [B, stages, N]: which of T texts each step of each stage attends to; tokens and conditioning are then
+    # [B, T, …]. None: all steps attend to one text.
     picks: Array | None = None
-    conditions: "tuple[Conditioning, Conditioning | None] | None" = None  # of texts that were encoded beforehand
+    conditions: "tuple[Conditioning, Conditioning | None] | None" = None  # encoded beforehand
 
 
 class Codec(NamedTuple):
@@ -66,7 +66,7 @@ class Codec(NamedTuple):
 
 
 def codec(model: Model, params: Params, tile: int | None) -> Codec:
-    """In one piece, or in tiles of so many latents that overlap by a quarter."""
+    """The codec of the model's autoencoder, on whole images or on tiles of `tile` latents that overlap by a quarter."""
     if tile is None:
         return Codec(functools.partial(encode, model, params), functools.partial(decode, model, params))
     overlap = tile // 4
@@ -83,14 +83,14 @@ def latent_mask(model: Model, mask: Array) -> Array:
 
 
 def preview_codec(model: Model, params: Params, vae: Codec) -> Codec:
-    """What decodes previews: the tiny autoencoder where there is one."""
+    """The codec that decodes previews: the tiny autoencoder if the model has one, else `vae`."""
     if model.tiny_vae is None:
         return vae
     return codec(dataclasses.replace(model, vae=model.tiny_vae), {"vae": params["tiny_vae"]}, None)
 
 
 def frames_of(vae: Codec, steps: Array) -> Array:
-    """Predictions of latents [F, B, h, w, C] as images [B, F, H, W, 3]."""
+    """Predicted latents [F, B, h, w, C] decoded to images [B, F, H, W, 3] in [0, 1]."""
     frames = vae.decode(steps.reshape(-1, *steps.shape[2:]))
     return jnp.moveaxis(frames.reshape(*steps.shape[:2], *frames.shape[1:]), 0, 1)
 
@@ -103,7 +103,7 @@ def as_bytes(images: Array) -> Array:
 def conditions(
     model: Model, params: Params, inputs: ImageInputs, clip_skip: int
 ) -> tuple[Conditioning, Conditioning | None]:
-    """What the UNet is told of the prompts and of the negative ones (None: without guidance)."""
+    """The conditioning of the prompts and of the negative prompts (None: without guidance)."""
     if inputs.conditions is not None:
         return inputs.conditions
 
@@ -136,13 +136,13 @@ def by_step(
     conds: tuple[Conditioning, Conditioning | None],
     denoise_with: Callable[[Conditioning, Conditioning | None], Denoise],
 ) -> Scheduler:
-    """The same scheduler, each of whose steps attends to its own text.
+    """The scheduler with another text at each step.
 
     Args:
-        picks: int32 [B, N], which of T texts each step attends to, from the first one taken.
-        start: the first step taken.
-        conds: of all texts, [B, T, …].
-        denoise_with: a denoiser of conditions [B, …].
+        picks: int32 [B, N], which of T texts each step attends to, counted from the first step taken.
+        start: the first step taken; None: 0.
+        conds: conditioning of all texts, [B, T, …].
+        denoise_with: conditioning [B, …] -> denoiser.
     """
 
     def step(_: Denoise, state: Any, times: Time, i: Array, keys: Key) -> Any:
@@ -162,11 +162,11 @@ def starting_point(
     lowres: Array | None,
     scheduler: Scheduler,
 ) -> tuple[Array, Scheduler]:
-    """The latents [B, h, w, C] at the first step taken, and what takes the steps.
+    """The latents [B, h, w, C] at the first step taken, and the scheduler that takes the steps.
 
-    Where all steps are taken (`start` is None), noise. Else the image, or what a first stage has drawn, with the
-    noise of that step; but pure noise where step 0 is the first and a mask says what of the image is to be redrawn.
-    Ordinary models keep the rest of it by `masked_blending`.
+    If all steps are taken (`start` is None) the latents are noise. Else they are the image, or the result of the first
+    stage, with the noise of that step; with a mask and start = 0, pure noise. A model that was not trained for
+    inpainting keeps the unmasked part by `masked_blending`.
     """
     noise = call.noise_scale * inputs.noise
     if start is None:
@@ -184,7 +184,7 @@ def starting_point(
     return x, scheduler
 
 
-NETWORK_TILE = 256  # pixels of a tile of the upscaler's input; three quarters are its own
+NETWORK_TILE = 256  # pixels along a side of a tile of the upscaler's input; neighbours share 64
 
 
 def enlarged(model: Model, params: Params, images: Any, least: int) -> Any:
@@ -207,7 +207,12 @@ def enlarged(model: Model, params: Params, images: Any, least: int) -> Any:
 
 
 def upscaled(model: Model, params: Params, vae: Codec, latents: Array, shape: tuple[int, ...], upscale: str) -> Array:
-    """Clean latents [B, h', w', C] at another size, [B, h, w, C] = shape: resized as they are, or as an image."""
+    """Clean latents [B, h', w', C] enlarged to `shape` [B, h, w, C], as `upscale` says.
+
+    Args:
+        upscale: "latent" resizes the latents; "pixel" resizes the decoded image; "network" enlarges it by the model's
+            upscaler first.
+    """
     if upscale == "latent":
         return jax.image.resize(latents, shape, "cubic")
     factor = model.vae.config.factor
@@ -220,7 +225,7 @@ def upscaled(model: Model, params: Params, vae: Codec, latents: Array, shape: tu
 
 
 def lowres_inputs(model: Model, inputs: ImageInputs) -> ImageInputs:
-    """What the smaller image of a first stage is drawn from: its own noise, and every image given at its size."""
+    """The inputs of the first stage of `hires`: its own noise, and all images resized to it."""
     assert inputs.lowres_noise is not None
     size = [side * model.vae.config.factor for side in inputs.lowres_noise.shape[1:3]]
 
@@ -245,7 +250,7 @@ def slerp(a: Array, b: Array, weight: Array) -> Array:
     axes = tuple(range(1, a.ndim))
     norms = jnp.linalg.norm(a.reshape(len(a), -1), axis=-1) * jnp.linalg.norm(b.reshape(len(b), -1), axis=-1)
     angle = jnp.arccos(jnp.clip(jnp.sum(a * b, axes) / norms, -1.0, 1.0))
-    near = jnp.sin(angle) < 1e-4  # one direction: the line is the circle
+    near = jnp.sin(angle) < 1e-4  # almost parallel: interpolate linearly
     sine = jnp.where(near, 1.0, jnp.sin(angle))
     parts = (
         jnp.where(near, straight, jnp.sin(straight * angle) / sine).reshape(-1, *[1] * len(axes))
@@ -256,7 +261,7 @@ def slerp(a: Array, b: Array, weight: Array) -> Array:
 
 
 def extra_channels(model: Model, vae: Codec, inputs: ImageInputs) -> Array | None:
-    """What the UNet sees beside the latents, [B, h, w, c], if it has channels for more.
+    """The UNet's input channels besides the latents, [B, h, w, c]; None if it has no others.
 
     Inpainting models: the mask, and the latents of the image with grey in the mask (Rombach et al. 2022, section
     4.5). Upscalers: the small image with the noise of `noise_level` on it.

@@ -1,7 +1,7 @@
-"""From arguments to what is drawn, the same for `generate` and for the command. Pure functions that know no file.
+"""From arguments to the inputs of the program, for `generate` and the commands alike. Pure functions that know no file.
 
 `resolve_settings` decides what all images of a call share. It needs the model's configuration alone, so that a command
-finds mistakes before it reads weights. `resolve_images` then brings into form what each image is drawn from.
+finds mistakes before it reads weights. `resolve_images` then makes the inputs of each image.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ from jaxdiff.text import chunks as text
 from jaxdiff.typing import PRNG, Array, Key
 
 MAX_STEPS = 10_000
-CUSTOM_GRID = "euler"  # whose time grid a user's own `Scheduler` takes: sigma / alpha falls to 0 without substeps
+CUSTOM_GRID = "euler"  # the time grid of a user's own `Scheduler`: sigma / alpha falls to 0, without substeps
 
 
 class Settings(NamedTuple):
@@ -49,11 +49,11 @@ class Settings(NamedTuple):
     scheduler: str | Scheduler
     steps: int
     guidance_scale: float | Sequence[float]
-    strength: float | None  # None: no image, or one that is enlarged
+    strength: float | None  # None: no image, or an upscaling model
     height: int  # pixels
     width: int
     latents: tuple[int, int, int]  # (h, w, C)
-    lowres_latents: tuple[int, int, int] | None  # of a smaller image that is drawn first
+    lowres_latents: tuple[int, int, int] | None  # of the first stage of `hires`
     hires_upscale: str
     clip_skip: int
     tile: int | None
@@ -61,12 +61,12 @@ class Settings(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Everything that B images are drawn from, but for their noise."""
+    """All inputs of B images except their noise."""
 
     settings: Settings
     prompts: list[str]
     images: ImageInputs
-    variation: tuple[Key, np.ndarray] | None  # keys [B] of other noise, and how far [B] the noise is turned to it
+    variation: tuple[Key, np.ndarray] | None  # keys [B] of a second noise, and the weight [B] of it
 
 
 def resolve_settings(
@@ -90,11 +90,11 @@ def resolve_settings(
     tile: int | None = None,
     frames: int = 0,
 ) -> Settings:
-    """What all images of a call share; see `generate` for the arguments. Of images only the shapes are looked at.
+    """What all images of a call share; see `generate` for the arguments. Only the shapes of images are read.
 
     Raises:
-        ArgumentError: an argument cannot be right, alone, with others or for this model.
-        ValueError: the model's scheduler_config.json cannot be followed.
+        ArgumentError: an argument is wrong by itself, with others, or for this model.
+        ValueError: the model's scheduler_config.json holds something that is not supported.
     """
     check_gan(
         model, steps=steps, scheduler=scheduler, guidance_scale=guidance_scale, spacing=spacing, image=image, mask=mask,
@@ -108,7 +108,7 @@ def resolve_settings(
     own_steps = 1 if model.is_gan else model.options.steps
     steps = as_whole("steps", own_steps if steps is None else steps, 1)
     if steps > MAX_STEPS:
-        raise ArgumentError("steps", f"{steps} are too many: give at most {MAX_STEPS}.")
+        raise ArgumentError("steps", f"{steps} is too many: give at most {MAX_STEPS}.")
     scheduler = default_scheduler(model.scheduler) if scheduler is None else scheduler
     grid = CUSTOM_GRID if isinstance(scheduler, Scheduler) else scheduler
     get_scheduler(grid, model.scheduler)
@@ -167,7 +167,7 @@ def resolve_images(
     control_images: Array | Sequence[Array] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
 ) -> Request:
-    """What each of B images is drawn from; see `generate` for the arguments. Raises ArgumentError."""
+    """The inputs of each of B images; see `generate` for the arguments. Raises ArgumentError."""
     prompts = as_prompts(prompts)
     for name, texts in (("negative_prompts", negative_prompts), ("blend_negative_prompts", blend_negative_prompts)):
         check_gan(model, **{name: texts if any(as_batch(name, texts, len(prompts))) else None})
@@ -176,7 +176,7 @@ def resolve_images(
     scales = as_numbers("guidance_scale", settings.guidance_scale if guidance_scale is None else guidance_scale, count)
     rescale = as_numbers("guidance_rescale", guidance_rescale, count, 0.0, 1.0)
     guided = bool((scales > (0 if model.family == "z_image" else 1)).any()) and not model.one_pass
-    emphasis = emphasis and model.transformer is None  # whose prompts are read as they are
+    emphasis = emphasis and model.transformer is None  # transformers read prompts as they are
     blended = blend_prompts is not None
     (tokens, negative, blend_tokens, blend_negative), picks = encoder_inputs(
         model,
@@ -223,9 +223,9 @@ def resolve_images(
 def flow_grid(
     model: Model, steps: int, spacing: str | None, latents: tuple[int, int, int]
 ) -> tuple[str | None, float | None]:
-    """The spacing of a transformer family's grid where none is given, and the mu of its dynamic shift.
+    """The spacing of a transformer family's time grid, and the mu of its dynamic shift; (spacing, None) for a UNet.
 
-    The pipelines of all but SD 3 lay out the times evenly from 1 to 1/N, as "trailing" does.
+    A given spacing is kept. Else all pipelines but SD 3's space the times evenly from 1 to 1/N, as "trailing" does.
     """
     if model.transformer is None:
         return spacing, None
@@ -241,7 +241,7 @@ def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[i
     """(h, w, C) of an image's latents.
 
     Raises:
-        ArgumentError: the VAE's factor, or a patch, does not divide height or width, or a side is too long.
+        ArgumentError: height or width is not a multiple of the VAE's factor (times the patch), or is too large.
     """
     own, factor, multiple, most = model.sample_size, model.vae.config.factor, model.multiple, model.longest_side
     sizes = []
@@ -262,7 +262,7 @@ def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[i
 def resolve_size(
     model: Model, height: int | None, width: int | None, noise: Array | None, image: Array | None
 ) -> tuple[int | None, int | None]:
-    """Height and width in pixels where they are given, or follow from the noise or from an image to be enlarged."""
+    """Height and width in pixels, as given or as the noise or an upscaling model's image implies; None if open."""
     if noise is not None and np.ndim(noise) == 4:
         latent = np.shape(noise)[1:3]
     elif model.family == "upscaler" and image is not None and np.ndim(image) > 2:
@@ -274,7 +274,7 @@ def resolve_size(
 
 
 def resolve_strength(model: Model, image: Any, mask: Any, strength: float | None) -> float | None:
-    """How much of the image is redrawn; None without one, and where it is enlarged."""
+    """`strength` or its default; None without an image and for upscaling models."""
     if model.family == "upscaler" and strength is not None:
         raise ArgumentError(
             "strength", f"{strength} is for images that are redrawn; this model enlarges them: leave it out."
@@ -285,10 +285,11 @@ def resolve_strength(model: Model, image: Any, mask: Any, strength: float | None
 
 
 def first_step(steps: int, strength: float, name: str = "strength", *, round_up: bool = False) -> int:
-    """How many of the steps are left out at the beginning, so that the part `strength` of them is taken.
+    """How many steps to skip at the beginning, so that the fraction `strength` of them is taken.
 
     Args:
-        round_up: whether a broken number of steps is rounded up, as diffusers has it for the transformer families.
+        name: of the argument, for the error.
+        round_up: whether to round the number of steps taken up, as diffusers' pipelines of the transformer families do.
     """
     part = steps * strength if 0 < strength <= 1 else 0
     taken = steps - int(steps - part) if round_up else int(part)
@@ -298,11 +299,11 @@ def first_step(steps: int, strength: float, name: str = "strength", *, round_up:
 
 
 class Start(NamedTuple):
-    """Where on the time grid images start."""
+    """Where on the time grid sampling starts."""
 
-    first: np.ndarray | None  # int32, the first step taken; None: all are, from noise alone
-    lowres: np.ndarray | None  # the same of a smaller image that is drawn first
-    part: float = 1.0  # of the steps of a distillation: those that the grid lies over
+    first: np.ndarray | None  # int32, the first step taken; None: all steps are taken, from pure noise
+    lowres: np.ndarray | None  # the same for the first stage of `hires`
+    part: float = 1.0  # fraction of the distillation's steps that an LCM's grid covers
 
 
 def resolve_start(
@@ -315,16 +316,16 @@ def resolve_start(
     hires: float | None,
     hires_strength: float,
 ) -> Start:
-    """Where images start: with an image, all models but LCMs leave out the first steps, as diffusers' pipelines do.
+    """Where sampling starts: with an image, all models but LCMs skip the first steps, as diffusers' pipelines do.
 
-    An LCM takes all its steps, over a part of those that it was distilled for, as in diffusers'
-    LatentConsistencyModelImg2ImgPipeline.
+    An LCM takes all its steps, over the last part of the distillation's, as diffusers'
+    LatentConsistencyModelImg2ImgPipeline does.
     """
     first = lowres = None
     part, distilled = 1.0, model.unet is not None and model.one_pass
     plain = distilled and not masked and hires is None
     if strength is not None and plain and is_distilled(model.scheduler, scheduler, spacing):
-        first_step(model.scheduler.original_inference_steps, strength)  # complains
+        first_step(model.scheduler.original_inference_steps, strength)  # checks it
         first, part = 0, strength
     elif strength is not None:
         first = first_step(steps, strength, round_up=model.transformer is not None)
@@ -335,7 +336,7 @@ def resolve_start(
 
 
 def preview_steps(first: np.ndarray | None, last: int, frames: int) -> np.ndarray | None:
-    """At most so many of the steps from `first` (None: the very first) to `last`, evenly; None for no frames."""
+    """At most `frames` steps from `first` (None: 0) to `last`, evenly spaced, int32 [F]; None for no frames."""
     if not frames:
         return None
     return np.unique(np.linspace(0 if first is None else int(first), last, frames).round().astype(np.int32))
@@ -344,14 +345,14 @@ def preview_steps(first: np.ndarray | None, last: int, frames: int) -> np.ndarra
 def lowres_shape(shape: tuple[int, int, int], hires: float, unit: int = 1) -> tuple[int, int, int]:
     """The latents' shape (h, w, C) of an image drawn about `hires` times smaller, h and w multiples of `unit`."""
     if not hires > 1 or min(shape[:2]) < unit * hires:
-        raise ArgumentError("hires", f"{hires} must be above 1, and leave something of {list(shape[:2])} latents.")
+        raise ArgumentError("hires", f"{hires} must be above 1, and leave at least one of {list(shape[:2])} latents.")
     return unit * round(shape[0] / unit / hires), unit * round(shape[1] / unit / hires), shape[2]
 
 
 def image_keys(seed: int | Sequence[int], count: int, name: str = "seed") -> Key:
-    """One key an image: image i of a call with seed s has key(s + i); a sequence of seeds is taken as it is.
+    """Keys [count]: image i of a call with seed s has key(s + i); a sequence of seeds gives one key each.
 
-    The generator is named, so that an application with another default draws the same images.
+    The PRNG is fixed, so that an application with another default PRNG draws the same images.
     """
     seeds = np.asarray(seed)
     if seeds.dtype.kind not in "iu" or seeds.shape not in ((), (count,)):
@@ -374,19 +375,21 @@ def tokenize(
     emphasis: bool = True,
     chunks: int | None = None,
 ) -> text.Tokens | Array:
-    """Prompts to what `encode_text` reads: token ids int32 [B, K L], or `Tokens` where there is more to say. Host side.
+    """Prompts to the input of `encode_text`: token ids int32 [B, K L], or `Tokens` if ids alone do not do. Host side.
 
-    Prompts and negative prompts of one image need the same number of chunks: give `chunks` for both where one of them
-    may be long.
+    Prompts and negative prompts of one image need the same number of chunks: give both calls the same `chunks` if any
+    of them may be long.
 
     Args:
         prompts: one prompt or B of them; see jaxdiff/text/ for emphasis and limits.
-        prompts_2: what the second text encoder of SDXL reads instead, for all or one a prompt; None: the same.
-        emphasis: whether brackets and BREAK in prompts mean something.
-        chunks: K, of L tokens each; None takes as many as the longest prompt needs.
+        prompts_2: prompts for SDXL's second text encoder, one for all or one a prompt; None: the same.
+        emphasis: whether to read brackets and BREAK in prompts as emphasis.
+        chunks: K, number of chunks of L tokens; None: as many as the longest prompt needs. Not for the transformer
+            families.
 
     Raises:
         ArgumentError (a ValueError): one sentence naming the argument and what it may be.
+        TypeError: a prompt is not a string.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     second = as_batch("prompts_2", prompts_2, len(prompts))

@@ -1,7 +1,7 @@
-"""Drawing that hands back control every few steps, for progress, previews and cancelling.
+"""Drawing that returns control to the caller every few steps, for progress, previews and cancelling.
 
-The one program of `generate` is divided into three here: what comes before the steps, some of the steps, and decoding.
-Between them everything stays on the devices.
+The program of `generate` is split into three: what precedes the steps, some of the steps, and decoding. Between them
+all data stays on the devices.
 """
 
 import dataclasses
@@ -44,34 +44,34 @@ from jaxdiff.sampling.inputs import (
 from jaxdiff.sampling.resolve import Request
 from jaxdiff.typing import Array, Params
 
-SECONDS = 0.5  # between two moments at which there is control
+SECONDS = 0.5  # between two moments
 PROGRAMS = 64  # kept of each kind
 
 
 class Moment(NamedTuple):
-    """How far B images are."""
+    """The progress of B images."""
 
     step: int  # steps taken
-    steps: int  # in all; the images are finished when all are taken
+    steps: int  # in all; the images are finished when step == steps
     images: Callable[[], np.ndarray]  # uint8 [B, H, W, 3]: what the latest step predicts, or the finished ones
     finite: np.ndarray | None = None  # bool [B], of finished ones: whether every pixel came out as a number
 
 
 @dataclasses.dataclass
 class Pace:
-    """How long a step takes, as far as known: whoever draws the like again passes it on."""
+    """The time that a step takes; pass it to the next call that draws images like these."""
 
-    seconds: float | None = None
+    seconds: float | None = None  # a step; None: not known yet
 
 
 class Begun(NamedTuple):
-    """What the steps need, on the devices."""
+    """The state between two programs, on the devices."""
 
     inputs: ImageInputs
     cond: Conditioning
     uncond: Conditioning | None
     extra: Array | None  # see `extra_channels`
-    original: Array | None  # latents of which a mask keeps a part, for models that were not taught to
+    original: Array | None  # latents of the image to inpaint, for models not trained for inpainting
     state: Any  # the scheduler's
 
 
@@ -134,11 +134,12 @@ def programs(
 
 
 def packed(begun: Begun) -> Begun:
-    """With an axis along which the devices' parts lie: a scheduler's state is not all rows of a batch."""
+    """Add a leading axis to divide over the devices: not every array of a scheduler's state has a batch axis."""
     return jax.tree.map(lambda x: x[None], begun)
 
 
 def unpacked(begun: Begun) -> Begun:
+    """The reverse of `packed`."""
     return jax.tree.map(lambda x: x[0], begun)
 
 
@@ -151,14 +152,14 @@ def draw_stepwise(
     stops: Collection[int] = (),
     pace: Pace | None = None,
 ) -> Iterator[Moment]:
-    """Draw the images of a request; between two moments the caller has control, and may close the iterator to cancel.
+    """Draw the images of a request, and yield control between pieces; close the iterator to cancel.
 
     The images are those of `draw`, within one grey level. With `hires` they are drawn in one piece.
 
     Args:
         seconds: about how long one piece takes.
-        stops: steps, counted from the first taken, at which there is a moment in any case.
-        pace: of earlier images like these, which is kept up to date; without, pieces begin with one step and grow.
+        stops: steps, counted from the first taken, at which a piece always ends.
+        pace: of earlier images like these; it is updated. None: the first piece is one step, and the next ones grow.
     """
     pace = Pace() if pace is None else pace
     settings, count = request.settings, len(request.prompts)
@@ -194,12 +195,12 @@ def draw_stepwise(
 
 
 def shown(program: Programs, params: Params, begun: Begun, count: int) -> np.ndarray:
-    """What the latest step predicts of the first `count` images."""
+    """The latest step's prediction of the first `count` images, uint8 [count, H, W, 3]."""
     return parallel.fetch(program.preview(params, begun)).images[:count]
 
 
 def finished(steps: int, drawn: Drawn, count: int) -> Moment:
-    """The last moment, of the first `count` of the images drawn."""
+    """The last moment: the first `count` of the images drawn."""
     found = parallel.fetch(drawn)
     return Moment(steps, steps, lambda: found.images[:count], found.finite[:count])
 

@@ -1,4 +1,4 @@
-"""The prompts of a call to what the text encoders read, and to which text each step attends to."""
+"""From the prompts of a call to tokens, and to the text that each step attends to."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from jaxdiff.text.other_programs import only_words
 from jaxdiff.text.schedule import is_edited, parse_schedule, text_at
 
 Texts = str | Sequence[str | None] | None
-Group = tuple[list[str | None], list[str | None]]  # what the first text encoder reads, and the second
+Group = tuple[list[str | None], list[str | None]]  # prompts of the first text encoder, and of the second
 
 
 def encoder_inputs(
@@ -23,18 +23,19 @@ def encoder_inputs(
     steps: int,
     stages: int,
 ) -> tuple[list[text.Tokens | None], np.ndarray | None]:
-    """Tokens of each group of prompts, such as the negative ones, in as many chunks as any prompt of any group needs.
+    """Tokens of each group of prompts, such as the negative ones; all groups get the same number of chunks.
 
     Args:
-        given: a group, by its name: what the first text encoder reads and what SDXL's second one reads instead, None
-            where it is the same. A group that is None stays None.
+        given: by the group's name its prompts for the first text encoder and for SDXL's second one (None: the same).
+            A group that is None stays None.
         count: B, prompts of each group.
-        emphasis: whether brackets and tags mean something.
-        steps, stages: of the time grid, and how often it is gone through.
+        emphasis: whether to read brackets and tags.
+        steps: of the time grid.
+        stages: 1, or 2 with `hires`.
 
     Returns:
-        Tokens [B, …] and None; or, where prompts are edited by step, [B, T, …] and which of the T texts each step of
-        each stage attends to, int32 [B, stages, steps].
+        Tokens [B, …] and None; or, if prompts are edited by step, tokens [B, T, …] and int32 [B, stages, steps]: which
+        of the T texts each step of each stage attends to.
     """
     groups: dict[str, Group | None] = {
         name: None if pair is None else (as_batch(name, pair[0], count), as_batch(f"{name}_2", pair[1], count))
@@ -62,14 +63,14 @@ def encoder_inputs(
 def edited(
     columns: list[list[str | None]], steps: int, stages: int
 ) -> tuple[list[list[str | None]], np.ndarray | None]:
-    """Prompts with every text that they are edited to: T of each, the last one repeated where there are fewer.
+    """All texts that prompts are edited to: T for each image, padded with the last one.
 
     Args:
-        columns: prompts of B images; those of an image are edited together.
+        columns: lists of B prompts; the prompts of an image in all columns are edited together.
 
     Returns:
-        Columns of B T texts, image by image, and the text of each step, int32 [B, stages, steps]; None and B texts
-        where no step has another text than the first.
+        Columns of B T texts, image by image, and the number of each step's text, int32 [B, stages, steps]; the B texts
+        and None if no step changes the text.
     """
     parsed = [[None if p is None else parse_schedule(p) for p in column] for column in columns]
     if not any(is_edited(p) for column in parsed for p in column if p is not None):

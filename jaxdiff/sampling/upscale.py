@@ -1,8 +1,8 @@
-"""Images enlarged by an upscaling network: any scale, any size in tiles, transparency as well.
+"""Enlarge images by an upscaling network: any scale, large images in tiles, with transparency.
 
-A tile is cut out with a margin, and of what the network makes of it only the middle is kept. Where the margin is as
-wide as the network can see (`RRDBConfig.reach`) the result is that of the whole image; deep networks could see further
-than they look, so that MARGIN is enough.
+A tile is cut out with a margin, and only the middle of the network's output is kept. If the margin is as wide as the
+receptive field (`RRDBConfig.reach`) the result equals that of the whole image; the effective receptive field of deep
+networks is much smaller, so that MARGIN is enough.
 """
 
 import functools
@@ -19,12 +19,12 @@ from jaxdiff import parallel
 from jaxdiff.errors import ArgumentError
 from jaxdiff.models.rrdb import RRDBNet
 from jaxdiff.models.tiling import tile_starts
-from jaxdiff.sampling.checks import as_whole, in_unit
+from jaxdiff.sampling.checks import as_unit_range, as_whole
 from jaxdiff.typing import Array, Params
 
-TILE = 192  # pixels of the small image that are kept of a tile
-MARGIN = 32  # pixels around them, at most
-MOST = 16  # times that a side may grow
+TILE = 192  # pixels of the small image along a side of a tile, without its margin
+MARGIN = 32  # pixels around a tile, at most
+MOST = 16  # the largest scale
 
 
 def upscale(
@@ -40,12 +40,12 @@ def upscale(
 
     Args:
         module, params: as `load_upscaler` returns them.
-        images: one image [H, W, C] or a batch [B, H, W, C], uint8 or float in [0, 1], of three channels, or four where
-            the last is opacity, which is enlarged as an image of its own.
-        scale: times that each side grows, 1 to 16; None takes the network's own. For another one the network is
-            applied as often as needed, and its image made smaller (Lanczos).
-        tile: pixels of the side of a tile; smaller ones take less memory and more time.
-        before_tile: is called before each tile; what it raises ends the work.
+        images: one image [H, W, C] or a batch [B, H, W, C], uint8 or float in [0, 1]; RGB, or RGBA, whose opacity is
+            enlarged separately.
+        scale: factor by which each side grows, 1 to 16; None: the network's own. For another factor the network is
+            applied as often as needed, and the result resized to it (Lanczos).
+        tile: side of a tile in pixels of the small image, at least 16; smaller ones take less memory and more time.
+        before_tile: called before each tile; what it raises passes on to the caller.
 
     Returns:
         uint8 [round(scale H), round(scale W), C], or a batch of them.
@@ -61,27 +61,30 @@ def upscale(
     height, width = given.shape[-3:-1]
     check_upscale(module, height, width, scale)
     if given.dtype != np.uint8:
-        given = np.round(255 * np.clip(in_unit("images", given), 0, 1)).astype(np.uint8)
+        given = np.round(255 * np.clip(as_unit_range("images", given), 0, 1)).astype(np.uint8)
     batch = given[None] if given.ndim == 3 else given
     larger = np.stack([_enlarged(module, params, image, scale, tile, before_tile) for image in batch])
     return larger[0] if given.ndim == 3 else larger
 
 
 def largest_scale(module: RRDBNet, scale: float) -> float:
-    """How many times larger a side is than the given image's at its largest: of the result, or before it is resized.
+    """The largest factor by which a side grows on the way: that of the result, or of the image before it is resized.
 
-    Raises ArgumentError for a scale that this network cannot give.
+    Raises:
+        ArgumentError: the network cannot enlarge by this scale.
     """
     own = module.config.scale
     if not 1 <= scale <= MOST:  # true of not-a-number too
         raise ArgumentError("scale", f"{scale:g} must be from 1 to {MOST}.")
     if own == 1 and scale != 1:
-        raise ArgumentError("scale", f"{scale:g} is none of this network, which mends images at their size: give 1.")
+        raise ArgumentError(
+            "scale", f"{scale:g} is too large for this network, which restores images without enlarging them: give 1."
+        )
     return max(own ** passes(own, scale), scale)
 
 
 def check_upscale(module: RRDBNet, height: int, width: int, scale: float) -> None:
-    """Raise ArgumentError for a scale that this network cannot give, or one that memory has no room for."""
+    """Raise ArgumentError if the network cannot enlarge by this scale, or if the result does not fit into memory."""
     side = largest_scale(module, scale)
     needed = 9.0 * height * width * side**2  # bytes: the network's image, the resized one, the file's
     if needed > 2**30 and needed > (there := parallel.host_memory()):
@@ -94,7 +97,7 @@ def check_upscale(module: RRDBNet, height: int, width: int, scale: float) -> Non
 
 
 def passes(own: int, scale: float) -> int:
-    """How often a network is applied for a scale of at least so much.
+    """How often a network of scale `own` must be applied to enlarge by at least `scale`.
 
     >>> passes(4, 2), passes(4, 4), passes(4, 4.5), passes(2, 8)
     (1, 1, 2, 3)
@@ -129,9 +132,9 @@ def _enlarged(
 
 
 def spread(image: np.ndarray) -> np.ndarray:
-    """The colours of an image uint8 [H, W, 4], each wholly transparent pixel in that of the nearest that is not.
+    """The colours uint8 [H, W, 3] of an image uint8 [H, W, 4]; fully transparent pixels get the nearest visible colour.
 
-    What lies under transparency, often black, would else darken the edges.
+    Their own colour, often black, would darken the edges.
     """
     from scipy.ndimage import distance_transform_edt
 
@@ -152,7 +155,7 @@ def network(module: RRDBNet, params: Params, images: Array) -> jax.Array:
 def windows(size: int, tile: int, margin: int, multiple: int) -> list[tuple[int, int, int, int]]:
     """Where to cut along a side: (start and end of a window, start and end of what is kept of it), in pixels.
 
-    All windows are of one length, so that one program does for all, and begin at a multiple.
+    All windows have one length, so that one program serves them all, and start at a multiple of `multiple`.
 
     >>> windows(100, 40, 10, 1)
     [(0, 60, 0, 40), (20, 80, 40, 60), (40, 100, 60, 100)]

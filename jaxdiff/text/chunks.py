@@ -1,4 +1,4 @@
-"""Prompts to token ids in chunks: a text too long for the text encoder goes through it in several parts."""
+"""Prompts to token ids in chunks: a prompt too long for the text encoder is encoded in several parts."""
 
 import functools
 import itertools
@@ -14,26 +14,26 @@ from jaxdiff.text.plain_tokenizer import PlainTokenizer
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array
 
-MAX_CHUNKS = 16  # of one prompt: 1,200 tokens; attention to the text costs time and memory in proportion
-BACKTRACK = 20  # tokens: how far before a full chunk's end a comma is looked for, to cut there
+MAX_CHUNKS = 16  # of one prompt: 1,200 tokens; the cost of cross-attention grows with them
+BACKTRACK = 20  # a full chunk is cut after a comma if there is one among this many last tokens
 
 
 class Tokens(NamedTuple):
-    """What `encode_text` reads of B prompts, each in K chunks of L tokens (start, text, end, padding); B first."""
+    """The input of `encode_text`: B prompts, each of K chunks of L tokens (start, text, end, padding)."""
 
-    ids: Array  # [B, K L] int32, for the first text encoder that the model has
-    weights: Array | None = None  # [B, K L] float32, emphasis; None where no prompt has any
+    ids: Array  # [B, K L] int32, for the model's first text encoder
+    weights: Array | None = None  # [B, K L] float32, emphasis; None if no prompt has any
     ids_2: Array | None = None  # the same for the second encoder (SDXL)
     weights_2: Array | None = None
-    zeros: Array | None = None  # [B] bool: whose embeddings are zeros, as SDXL has it for no negative prompt at all
-    # [B, K L] float32: 1 in a prompt's own chunks and 0 in those that fill it up to the longest one's K, so that no
-    # image depends on the prompts beside it. None where K is 1.
+    zeros: Array | None = None  # [B] bool: whether the embeddings are zeros, as for SDXL without a negative prompt
+    # [B, K L] float32: 1 in a prompt's own chunks and 0 in those that pad it to the K of the longest, so that no image
+    # depends on the other prompts. None if K is 1.
     attention_mask: Array | None = None
     ids_3: Array | None = None  # [B, L] int32, for the third encoder: T5, in SD 3
 
 
 class HasTokenizers(Protocol):
-    """What `tokens` needs of a model."""
+    """The part of a model that `tokens` uses."""
 
     @property
     def tokenizer(self) -> Any: ...
@@ -55,23 +55,23 @@ def tokens(
     emphasis: bool = True,
     chunks: int | None = None,
 ) -> Tokens:
-    """Prompts to what the model's text encoders read. Host side.
+    """Prompts to the input of the model's text encoders. Host side.
 
-    Prompts and negative prompts of one image need the same number of chunks: encode them in one call and split the
+    Prompts and negative prompts of one image need the same number of chunks: tokenize them in one call and split the
     rows, or give `chunks`.
 
     Args:
-        model: of one text encoder or two.
-        prompts: B of them; None is the empty prompt, or no text at all (zeros) where the model's options say so.
-        prompts_2: B prompts for the second encoder of SDXL; None, or None for a prompt, is the same as `prompts`.
-        emphasis: whether brackets and BREAK mean something.
-        chunks: K, chunks of each prompt; None takes as many as the longest prompt needs, at most MAX_CHUNKS. Text that
-            does not fit is left out with a warning, once a prompt.
+        model: with its tokenizers.
+        prompts: B prompts; None is the empty prompt, or zeros instead of its embedding if the model's options say so.
+        prompts_2: B prompts for SDXL's second encoder; None, for all or for one, is the same as `prompts`.
+        emphasis: whether to read brackets and BREAK as emphasis.
+        chunks: K, chunks of each prompt, 1 to MAX_CHUNKS; None: as many as the longest prompt needs. Text that does not
+            fit is left out, with one warning a prompt. Not for the transformer families.
 
     Raises:
         TypeError: `prompts` is not a sequence of strings or Nones.
-        ValueError: `prompts_2` has another length than `prompts`, or the model has one encoder; `chunks` is not 1 to
-            MAX_CHUNKS.
+        ArgumentError (a ValueError): `prompts_2` does not match `prompts`, or the model has no second encoder; `chunks`
+            is out of range, or given for a transformer family.
     """
     for name, given in (("prompts", prompts), ("prompts_2", prompts_2 or ())):
         if isinstance(given, str) or not all(p is None or isinstance(p, str) for p in given):
@@ -81,9 +81,11 @@ def tokens(
     if model.tokenizer_2 is None and any(p is not None for p in prompts_2 or ()):
         raise ArgumentError("prompts_2", "are for the second text encoder of SDXL, which this model lacks.")
     if model.transformer is not None:
+        if chunks is not None:
+            raise ArgumentError("chunks", "are for CLIP's text encoders, and this model's read one row: leave it out.")
         return _plain_tokens(model, prompts, prompts_2 or prompts)
     if chunks is not None and not 1 <= chunks <= MAX_CHUNKS:
-        raise ValueError(f"chunks {chunks} must be 1 to {MAX_CHUNKS}.")
+        raise ArgumentError("chunks", f"{chunks} must be 1 to {MAX_CHUNKS}.")
     second = prompts if prompts_2 is None else [a if b is None else b for a, b in zip(prompts, prompts_2, strict=True)]
     tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
     split = [
@@ -102,12 +104,12 @@ def tokens(
 
 
 def _plain_tokens(model: HasTokenizers, prompts: Sequence[str | None], second: Sequence[str | None]) -> Tokens:
-    """Prompts to what the transformer families read: a row of each tokenizer, cut with a warning; None is empty."""
+    """Tokens for the transformer families: one row a prompt from each tokenizer, truncated with a warning."""
     texts = [p or "" for p in prompts]
     seconds = [text if p is None else p for text, p in zip(texts, second, strict=True)]
 
     def read(tokenizer: Any, given: list[str]) -> tuple[Any, Any]:
-        """Ids, and which of them are no padding where the text encoder is told."""
+        """Ids, and a padding mask if the text encoder takes one."""
         if isinstance(tokenizer, PlainTokenizer):
             return tokenizer(given)
         return None if tokenizer is None else tokenizer(given), None
@@ -118,7 +120,7 @@ def _plain_tokens(model: HasTokenizers, prompts: Sequence[str | None], second: S
 
 
 def with_weights(tokens: Tokens) -> Tokens:
-    """The tokens with weights, 1 where no prompt has any: prompts with and without brackets share one program."""
+    """The tokens with weights of 1 if they have none, so that prompts with and without emphasis share one program."""
 
     def filled(ids: Array, weights: Array | None) -> Array:
         return np.ones(ids.shape, np.float32) if weights is None else weights
@@ -127,13 +129,14 @@ def with_weights(tokens: Tokens) -> Tokens:
     return tokens._replace(weights=filled(tokens.ids, tokens.weights), weights_2=second)
 
 
-Chunk = list[tuple[int, float]]  # ids of the text with their weights, without start and end
+Chunk = list[tuple[int, float]]  # (token id, weight), without start and end
 
 
 def _chunks(tokenizer: Tokenizer, prompt: str, emphasis: bool, limit: int) -> list[Chunk]:
-    """One prompt's chunks, `limit` at most, cut after a comma where one is near.
+    """One prompt's chunks, `limit` at most, cut after a nearby comma if there is one.
 
-    A textual inversion of several vectors stays whole, as in the web UI: if it does not fit, the next chunk begins.
+    A textual-inversion token of several vectors is not split, as in the AUTOMATIC1111 web UI: if it does not fit, it
+    starts the next chunk.
     """
     size = tokenizer.max_length - 2
     pieces = parse_emphasis(prompt) if emphasis else [Piece(prompt)]
@@ -165,18 +168,18 @@ def _chunks(tokenizer: Tokenizer, prompt: str, emphasis: bool, limit: int) -> li
 
 
 def _fitting(word: list[int], size: int) -> list[list[int]]:
-    """A token's vectors in one piece, or in several where there are more than a chunk holds."""
+    """A token's vectors in one piece, or in several if a chunk cannot hold them all."""
     return [word[i : i + size] for i in range(0, len(word), size)]
 
 
 def _cut(chunk: Chunk, comma: list[int]) -> int:
-    """How many tokens of a full chunk stay in it: up to the last comma, if it is among the last BACKTRACK tokens."""
+    """How many tokens of a full chunk to keep: up to the last comma among its last BACKTRACK tokens, else all."""
     near = range(len(chunk) - 1, max(len(chunk) - BACKTRACK, 0) - 1, -1)
     return next((i + 1 for i in near if [chunk[i][0]] == comma), len(chunk))
 
 
 def _arrays(tokenizer: Tokenizer, prompts: list[list[Chunk]], count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Ids and weights [B, K L] of B prompts; prompts of fewer chunks are filled up with empty ones."""
+    """Ids and weights [B, K L] of B prompts; prompts with fewer chunks are padded with empty ones."""
     length = tokenizer.max_length
     ids = np.full((len(prompts), count, length), tokenizer.pad_id, np.int32)
     weights = np.ones(ids.shape, np.float32)

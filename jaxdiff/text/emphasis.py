@@ -15,9 +15,9 @@ import numpy as np
 
 from jaxdiff.typing import Array
 
-MAX_WEIGHT = 1000.0  # of a token, either side of 0; brackets a thousand deep would be infinite
+MAX_WEIGHT = 1000.0  # of a token, in absolute value; a thousand nested brackets would overflow
 
-_STEP = 1.1  # the weight of one pair of round brackets, and one over that of square ones
+_STEP = 1.1  # factor of a pair of round brackets; square ones divide by it
 _BRACKET = re.compile(r"[()\[\]]")
 _MARKS = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)")
 _BREAK = re.compile(r"\bBREAK\b")
@@ -33,8 +33,8 @@ class Piece(NamedTuple):
 def parse_emphasis(prompt: str) -> list[Piece]:
     r"""A prompt as stretches of text with their weights.
 
-    Weights of nested brackets multiply. A closing bracket without an opening one is text; an opening one that is never
-    closed reaches to the end of the prompt. A text without any bracket is left as it is, backslashes included.
+    Weights of nested brackets multiply. An unmatched closing bracket is text; an unmatched opening one reaches to the
+    end of the prompt. A prompt without brackets is left as it is, backslashes included.
 
     >>> [tuple(p) for p in parse_emphasis("a (red:1.3) castle (at night) \\(photo\\)")]
     [('a ', 1.0), ('red', 1.3), (' castle ', 1.0), ('at night', 1.1), (' (photo)', 1.0)]
@@ -69,7 +69,7 @@ def parse_emphasis(prompt: str) -> list[Piece]:
 
 
 def _merged(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one weight as one piece, so that a word is not tokenized in parts, and no empty ones."""
+    """Merge neighbours of equal weight, so that a word is not tokenized in parts, and drop empty ones."""
     merged: list[Piece] = []
     for text, weight in pieces:
         last = merged[-1] if merged else Piece(None)
@@ -83,14 +83,17 @@ def _merged(pieces: list[Piece]) -> list[Piece]:
 
 
 def apply_emphasis(states: Array, weights: Array | None, length: int) -> Array:
-    """Each token's embedding times its weight, and each chunk rescaled to its former mean; weights of 1 change nothing.
+    """Multiply each token's embedding by its weight, then rescale each chunk to its original mean.
 
-    The AUTOMATIC1111 web UI takes the mean over the whole batch, which makes an image depend on the prompts beside it.
+    (The AUTOMATIC1111 web UI takes the mean over the whole batch, so that an image depends on the other prompts.)
 
     Args:
         states: the embeddings [B, K L, D].
-        weights: [B, K L], or None, which changes nothing.
+        weights: [B, K L]; None, or all 1: the embeddings are returned as they are.
         length: L, tokens of a chunk.
+
+    Returns:
+        [B, K L, D] in the dtype of `states`.
     """
     if weights is None:
         return states
@@ -98,7 +101,7 @@ def apply_emphasis(states: Array, weights: Array | None, length: int) -> Array:
     weights = jnp.asarray(weights).reshape(*before.shape[:3], 1)
     after = before * weights
     old, new = (jnp.mean(x, (-2, -1), keepdims=True) for x in (before, after))
-    # Without emphasis exactly 1, though the sums of both means may be taken in different orders.
+    # Exactly 1 without emphasis, even if the compiler sums the two means in different orders.
     kept = (new == 0) | (weights == 1).all(-2, keepdims=True)
     ratio = jnp.where(kept, 1, old / jnp.where(new == 0, 1, new))
     return (after * ratio).reshape(states.shape).astype(states.dtype)

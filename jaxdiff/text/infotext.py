@@ -1,6 +1,6 @@
-"""How the AUTOMATIC1111 web UI says what an image was drawn with, and what that is here.
+"""Reads the generation parameters ("infotext") that the AUTOMATIC1111 web UI writes into its images.
 
-Its images hold a text of the prompt, "Negative prompt: …", and a last line of settings: "Steps: 20, Sampler: Euler a,
+The text holds the prompt, "Negative prompt: …", and a last line of settings: "Steps: 20, Sampler: Euler a,
 Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x768, Clip skip: 2".
 """
 
@@ -26,7 +26,7 @@ SAMPLERS = {
     "LCM": "lcm",
     "TCD": "tcd",
 }
-SCHEDULERS = {  # what they call a scheduler is the spacing here
+SCHEDULERS = {  # the web UI's "schedule type" -> (its label, our spacing)
     "automatic": ("Automatic", None),
     "uniform": ("Uniform", "linspace"),
     "karras": ("Karras", "karras"),
@@ -36,13 +36,13 @@ SCHEDULERS = {  # what they call a scheduler is the spacing here
 }
 NEGATIVE = "Negative prompt:"
 _SETTING = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
-FEWEST = 3  # settings of a last line: with fewer it belongs to the prompt, as they have it
-# Settings that say nothing of how to draw, in small letters.
+FEWEST = 3  # settings: a last line with fewer belongs to the prompt, as in the web UI
+# Settings that do not affect the image, in lower case.
 _SILENT = re.compile(r"version|.*hash(es)?|user|created at|script|schedule type|hires (upscale|upscaler|steps)")
 
 
 def sampler_of(name: str | None, spacing: str | None = None) -> tuple[str | None, str | None]:
-    """The scheduler and the spacing, from "DPM++ 2M Karras" too, as older versions named them.
+    """Our scheduler and spacing for a sampler of the web UI; "DPM++ 2M Karras", as in older versions, names both.
 
     >>> sampler_of("DPM++ 2M Karras"), sampler_of("euler", "Beta"), sampler_of(None)
     (('dpmpp_2m', 'karras'), ('euler', 'beta'), (None, None))
@@ -64,7 +64,7 @@ def sampler_of(name: str | None, spacing: str | None = None) -> tuple[str | None
 
 
 def spacing_of(name: str) -> str | None:
-    """The spacing that a scheduler of theirs is here. Raises ArgumentError."""
+    """Our spacing for a schedule type of the web UI. Raises ArgumentError."""
     found = {label.lower(): value for label, value in SCHEDULERS.values()}
     found |= {key: value for key, (_, value) in SCHEDULERS.items()}
     if name.lower() not in found:
@@ -73,9 +73,9 @@ def spacing_of(name: str) -> str | None:
 
 
 def read_infotext(text: str) -> tuple[dict[str, Any], list[str]]:
-    """The flags of sample.py that a text stands for, and the settings in it that have none, as they are written.
+    """The flags of sample.py that an infotext stands for, and its settings without a flag, as they are written.
 
-    Nothing is found in a text without a last line of settings.
+    Both are empty if the text has no last line of settings.
 
     >>> read_infotext("a cat\\nNegative prompt: dog\\nSteps: 20, Sampler: DDIM, CFG scale: 7, Seed: 5, Model: toon")
     ({'prompt': ['a cat'], 'negative_prompt': 'dog', 'steps': 20, 'scheduler': 'ddim', 'guidance_scale': 7.0, 'seed': 5}, ['Model: toon'])
@@ -102,7 +102,7 @@ def read_infotext(text: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _flags(key: str, value: str, settings: Mapping[str, tuple[str, str]]) -> dict[str, Any] | None:
-    """What one setting is here; None where it is nothing. Raises ValueError and ArgumentError for a value unknown."""
+    """The flags for one setting; None if it has none. Raises ValueError or ArgumentError for an unknown value."""
     twice = re.fullmatch(r"\d{1,2}(\.\d+)?", settings.get("hires upscale", ("", "1"))[1])
     hires = float(twice[0]) if twice else 1.0
     if key == "steps":
@@ -118,7 +118,7 @@ def _flags(key: str, value: str, settings: Mapping[str, tuple[str, str]]) -> dic
         width, height = (8 * round(int(side) * hires / 8) for side in value.split("x"))
         size = {"width": width, "height": height}
         return size if hires <= 1 else size | {"hires": hires}
-    if key == "clip skip":  # theirs counts the layer that is read
+    if key == "clip skip":  # 1 in the web UI skips no layer
         return {"clip_skip": int(value) - 1}
     if key == "denoising strength" and hires > 1:
         latent = settings.get("hires upscaler", ("", ""))[1].lower().startswith("latent")

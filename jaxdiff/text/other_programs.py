@@ -1,4 +1,4 @@
-"""What prompts of other programs hold that are not words: tags such as <lora:add_detail:0.7>, and operators."""
+"""Syntax of other programs in prompts: tags such as <lora:add_detail:0.7>, and operators."""
 
 import functools
 import re
@@ -36,13 +36,13 @@ class LoraTag(NamedTuple):
 
 
 def split_tags(prompt: str) -> tuple[str, list[LoraTag]]:
-    """A prompt without the tags of LoRAs, and these; those of other kinds stay.
+    """A prompt without its LoRA tags, and the tags; tags of other kinds stay in the prompt.
 
     As in the AUTOMATIC1111 web UI, <lora:name:0.7> has one weight, and <lora:name:0.5:0.8>, or
     <lora:name:te=0.5:unet=0.8>, one of the text encoders and one of the UNet. <lyco:…> is the same.
 
     Raises:
-        PromptError: a weight is no number.
+        PromptError: a weight is not a number.
 
     >>> split_tags("a cat <lora:detail:0.7>, big <hypernet:x:1>")
     ('a cat , big <hypernet:x:1>', [LoraTag(name='detail', text_encoder=0.7, unet=0.7)])
@@ -62,18 +62,18 @@ def _lora(tag: re.Match) -> LoraTag:
         or set(named) - {"te", "unet"}
         or not (_WEIGHT.fullmatch(text_encoder) and _WEIGHT.fullmatch(unet))
     ):
-        raise PromptError(f"{tag[0]} has weights that are not understood: write <{tag[1]}:{tag[2]}:0.8>.")
+        raise PromptError(f"{tag[0]} has weights that cannot be read: write <{tag[1]}:{tag[2]}:0.8>.")
     return LoraTag(tag[2].strip(), float(text_encoder), float(unet))
 
 
 @functools.lru_cache(maxsize=4096)
 def only_words(prompt: str) -> str:
-    """A prompt without tags; warns, once a prompt, of them and of what other programs do not draw as words."""
+    """A prompt without tags; warns, once a prompt, of tags and of operators that only other programs know."""
     for tag in _TAG.finditer(prompt):
         mend = (
             "hypernetworks are not supported"
             if tag[1].lower() == HYPERNET
-            else "sample.py acts on it in --prompt, by --lora_dir"
+            else "sample.py applies it if it is in --prompt and --lora_dir is given"
         )
         logging.warning("The prompt %.60r has %s, which is left out: %s.", prompt, tag[0], mend)
     text = _TAG.sub("", prompt)

@@ -1,6 +1,6 @@
-"""Prompts to token ids as transformers' own tokenizers make them: T5's, and Qwen's with its chat template.
+"""Prompts to token ids by transformers' own tokenizers: T5's, and Qwen's with its chat template.
 
-Here brackets in a prompt mean nothing, and a prompt is one row of a fixed length.
+Brackets in a prompt have no special meaning, and each prompt is one row of a fixed length.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from absl import logging
 from jaxdiff.config import ConfigError
 from jaxdiff.text.tokenizer_files import digest_of, open_files, read_files, readable, write_files
 
-TEMPLATE = "chat_template.jinja"  # which may also stand in tokenizer_config.json
+TEMPLATE = "chat_template.jinja"  # the template may also be a key of tokenizer_config.json
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model",
     "vocab.json", "merges.txt", TEMPLATE,
@@ -28,7 +28,7 @@ class PlainTokenizer:
 
     files: Mapping[str, bytes] = dataclasses.field(repr=False, compare=False)  # file name -> content
     max_length: int  # tokens of a row: longer prompts are cut, shorter ones padded
-    # Of a chat template: whether the answer may begin with a thought. None: prompts are read as they are.
+    # The chat template's `enable_thinking`. None: no template is applied.
     thinking: bool | None = None
     digest: str = dataclasses.field(init=False)  # of all the files
 
@@ -43,7 +43,7 @@ class PlainTokenizer:
             raise ConfigError(f"{folder} holds no tokenizer: put tokenizer.json there.")
         template = TEMPLATE in files or b"chat_template" in files.get("tokenizer_config.json", b"")
         if thinking is not None and not template:
-            raise ConfigError(f"{folder} holds no chat template, which prompts are put in: fetch the whole tokenizer.")
+            raise ConfigError(f"{folder} holds no chat template, which this model needs: fetch the whole tokenizer.")
         return cls(files, max_length, thinking)
 
     def save(self, folder: str | Path) -> None:
@@ -58,7 +58,7 @@ class PlainTokenizer:
         return open_files("AutoTokenizer", self.files)
 
     def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int32 [B, max_length] of B prompts, and which are not padding, float32 [B, max_length]."""
+        """Token ids int32 [B, max_length] of B prompts, and a mask float32 [B, max_length], 0 for padding."""
         texts = [readable(p) for p in prompts]
         if self.thinking is not None:
             texts = [self._chat(text) for text in texts]

@@ -17,9 +17,9 @@ class PromptError(JaxdiffError, ValueError):
 JSON = (".jsonl", ".ndjson", ".json")  # in any letter case
 
 
-# What a line may say beside its prompt in kohya's scripts and in the AUTOMATIC1111 web UI -> our name for it.
+# Flags in a line, as in kohya's scripts and the AUTOMATIC1111 web UI -> our name for each.
 OWN = {"n": "negative_prompt", "negative_prompt": "negative_prompt", "d": "seed", "seed": "seed", "prompt": "prompt"}
-FOR_ALL = {  # … -> the flag that sets it for all lines
+FOR_ALL = {  # flags that cannot differ by line -> our flag that sets it for all lines
     "w": "width", "width": "width", "h": "height", "height": "height", "s": "steps", "steps": "steps",
     "l": "guidance_scale", "cfg_scale": "guidance_scale", "g": "guidance_scale", "sampler_name": "scheduler",
     "ss": "scheduler", "batch_size": "num_images", "n_iter": "num_images",
@@ -38,15 +38,13 @@ class PromptLine(NamedTuple):
 def read_prompts(path: str | Path) -> list[PromptLine]:
     """Prompts from a UTF-8 text file, one a line; lines that begin with # are comments.
 
-    A line may go on with "--n blurry --d 7", as in kohya's scripts, or be "--prompt … --negative_prompt … --seed 7", as
-    in the AUTOMATIC1111 web UI.
-
-    In a file whose name ends in .jsonl, .ndjson or .json each line is a JSON object instead, with the keys of
+    A line may end in "--n blurry --d 7", as in kohya's scripts, or be "--prompt … --negative_prompt … --seed 7", as in
+    the AUTOMATIC1111 web UI. In a .jsonl, .ndjson or .json file each line is a JSON object with the keys of
     `PromptLine`.
 
     Raises:
-        PromptError: the file is missing, not UTF-8 or without a prompt; a line is empty (except at the end) or, in
-            such a file, not such an object. The message names the file and the line.
+        PromptError: the file is missing, not UTF-8 or without a prompt; or a line is empty (except at the end) or not
+            of this form. The message names the file and the line.
     """
     path = Path(path)
     read = _from_json if path.suffix.lower() in JSON else _from_text
@@ -80,17 +78,17 @@ def read_lines(path: Path, what: str) -> list[str]:
 
 
 def _from_text(line: str) -> PromptLine:
-    """One line of a text file; raises ValueError, the end of a sentence."""
+    """One line of a text file; raises ValueError with the rest of a sentence that begins with the line."""
     before, *said = _SAYS.split(line)
     pairs = zip(said[::2], said[1::2], strict=True)
     values = {"prompt": before.strip()} if before.strip() else {}
     for name, value in pairs:
         if name in FOR_ALL:
             raise ValueError(
-                f"sets --{name}, which is the same for all lines here: give --{FOR_ALL[name]} in its place"
+                f"sets --{name}, which cannot differ by line: give --{FOR_ALL[name]} on the command line instead"
             )
         if OWN[name] in values:
-            raise ValueError(f"says its {OWN[name]} twice")
+            raise ValueError(f"gives {OWN[name]} twice")
         value = value.strip()
         values[OWN[name]] = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
     if not values.get("prompt"):
@@ -99,14 +97,14 @@ def _from_text(line: str) -> PromptLine:
 
 
 def _seed(text: str) -> int | None:
-    """A seed as text; -1 stands for none in other programs."""
+    """A seed from text; -1, which means a random seed in other programs, is None."""
     if not re.fullmatch(r"-?\d{1,20}", text):
         raise ValueError(f"has the seed {text!r}, which is not a whole number")
     return None if int(text) == -1 else int(text)
 
 
 def _from_json(line: str) -> PromptLine:
-    """One line of a .jsonl file; raises ValueError, the end of a sentence."""
+    """One line of a .jsonl file; raises ValueError like `_from_text`."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -124,5 +122,5 @@ def _checked(values: dict[str, Any]) -> PromptLine:
     if type(values.get("seed")) not in (int, type(None)):
         raise ValueError("has a seed that is not a whole number")
     if not 0 <= (values.get("seed") or 0) < SEEDS:
-        raise ValueError(f"has the seed {values['seed']}, and a seed is from 0 to {SEEDS - 1}")
+        raise ValueError(f"has the seed {values['seed']}; seeds are from 0 to {SEEDS - 1}")
     return PromptLine(**values)

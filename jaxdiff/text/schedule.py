@@ -3,12 +3,12 @@ r"""Prompt editing: a prompt whose words change with the step.
 It is written as in the AUTOMATIC1111 web UI, and follows its documentation:
 
     [cat:dog:10]    cat for 10 steps, then dog        [dog:10]  from step 11 on      [cat::10]  for 10 steps
-    [cat:dog:0.5]   the same after half of the steps: a number with a point is a part of them
-    [cat|dog]       cat and dog by turns, step by step
+    [cat:dog:0.5]   the same after half of the steps: a number with a decimal point is a fraction of them
+    [cat|dog]       cat and dog in alternate steps
 
-Texts may be empty, hold emphasis, or be edited themselves. Steps count from the first one taken. A second stage (hires)
-goes on counting: 0.5 is then over, 1.5 is the half of it, and so is step 15 where each has 10. Brackets of another form
-stay as they are, for emphasis; a backslash escapes : and |.
+Texts may be empty, contain emphasis, or be edited themselves. Steps count from the first one taken. A second stage
+(hires) continues the count: with 10 steps each, 1.5 and 15 are the middle of the second stage. Other brackets are left
+for emphasis; a backslash escapes : and |.
 """
 
 import itertools
@@ -16,16 +16,16 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-MAX_DEPTH = 20  # brackets inside of brackets; further ones are emphasis
+MAX_DEPTH = 20  # of nested brackets; deeper ones are emphasis
 
 _MARKS = re.compile(r"\\.|[()\[\]:|]", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _MANY = 1e9  # steps: more than any run has
-END = 10**10  # a stage at which all switches are over
+END = 10**10  # a stage after all switches
 
 
 class Switch(NamedTuple):
-    """One text, and from a step on another."""
+    """One text before a step, another from it on."""
 
     before: "Parts"
     after: "Parts"
@@ -34,20 +34,20 @@ class Switch(NamedTuple):
 
 
 class Cycle(NamedTuple):
-    """Texts by turns."""
+    """Texts that alternate from step to step."""
 
     texts: "tuple[Parts, ...]"
 
 
 class _Separator(str):
-    """A : or | that is not inside of other brackets."""
+    """A : or | that is not inside inner brackets."""
 
 
 Parts = tuple[str | Switch | Cycle, ...]
 
 
 def parse_schedule(prompt: str) -> Parts:
-    """A prompt as texts and places that change with the step; without any, it is one text.
+    """A prompt as a sequence of fixed texts and of `Switch` and `Cycle` places; one text if it is not edited.
 
     >>> parse_schedule("a [red:blue:3] [old] house")
     ('a ', Switch(before=('red',), after=('blue',), when=3.0, is_fraction=False), ' [old] house')
@@ -79,7 +79,7 @@ def is_edited(parts: Parts) -> bool:
 
 
 def text_at(parts: Parts, step: int, steps: int, stage: int = 0) -> str:
-    """The text at a step, counted from 0 in its stage (of `steps` steps each).
+    """The text at a step, counted from 0 within its stage of `steps` steps.
 
     >>> [text_at(parse_schedule("[a|b|][ c:0.5]"), step, 4) for step in range(4)]
     ['a', 'b', ' c', 'a c']
@@ -101,7 +101,7 @@ def _as_text(part: str | Switch | Cycle) -> str | Switch | Cycle:
 
 
 def _joined(parts: Iterable) -> Parts:
-    """Neighbouring texts as one, and no empty ones."""
+    """Join neighbouring texts, and drop empty ones."""
     found: list[str | Switch | Cycle] = []
     for part in parts:
         if isinstance(part, str) and found and isinstance(found[-1], str):
@@ -112,7 +112,7 @@ def _joined(parts: Iterable) -> Parts:
 
 
 def _place(inside: list) -> Switch | Cycle | None:
-    """What square brackets with these contents mean; None: emphasis."""
+    """The `Switch` or `Cycle` of square brackets with these contents; None: emphasis."""
     marks = [part for part in inside if isinstance(part, _Separator)]
     texts: list[list] = [[]]
     for part in inside:

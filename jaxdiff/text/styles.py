@@ -1,4 +1,4 @@
-"""Style presets: named templates of prompts. styles.json beside this file holds those of the package."""
+"""Style presets: named prompt templates. The package's own are in styles.json in this folder."""
 
 import csv
 import io
@@ -14,18 +14,18 @@ STYLES_FILE = Path(__file__).with_name("styles.json")
 
 
 class Style(NamedTuple):
-    """Words around the user's, which stand at "{prompt}", or before them where there is none."""
+    """Words to put around the user's: at "{prompt}", or before the style's words if that is missing."""
 
     prompt: str = ""
     negative_prompt: str = ""
 
 
 def read_styles(path: str | Path | None = None) -> dict[str, Style]:
-    """The styles of a file by name; None reads those of the package.
+    """The styles of a file by name; None reads the package's own.
 
     A JSON file is an object {name: {"prompt": "{prompt}, watercolor painting", "negative_prompt": "photo"}}, or a list
-    of such objects with "name" in them, as SDXL's style files are; a style may omit either. A .csv file has columns of
-    these names, as the AUTOMATIC1111 web UI's styles.csv.
+    of objects that also have a "name", like SDXL's style files; either prompt may be missing. A .csv file has columns
+    of these names, like the AUTOMATIC1111 web UI's styles.csv.
 
     Raises:
         PromptError: the file is missing or not of this form; the message names it and the style.
@@ -61,12 +61,12 @@ def _rows(path: Path, text: str) -> list[tuple[str, Any]]:
     try:
         rows = list(csv.DictReader(io.StringIO(text)))
     except csv.Error as e:
-        raise PromptError(f"The styles file {path} is no table ({e}).") from None
+        raise PromptError(f"The styles file {path} is not a CSV table ({e}).") from None
     columns = {column for row in rows for column in row if column}
     if not rows or not {"name", "prompt"} <= columns:
         raise PromptError(f"The styles file {path} must be a table with the columns name, prompt and negative_prompt.")
     if others := sorted(columns - {"name", *Style._fields}):
-        say_once(f"{path}: the column {others[0]} means nothing to a style, and is passed over.")
+        say_once(f"{path}: the column {others[0]} is not used by styles and is ignored.")
     return [(row["name"], {key: row.get(key) or "" for key in Style._fields}) for row in rows if row["name"]]
 
 
@@ -97,7 +97,7 @@ def apply_style(
         prompt: see `Style`.
         negative_prompt: the same; None stays None if the style has none.
         name: of the style.
-        path: of a file of styles; None takes those of the package.
+        path: a styles file; None: the package's own.
 
     Raises:
         PromptError: the style is unknown (the message lists the known ones), or the file cannot be used.

@@ -1,8 +1,8 @@
 """Prompts to token ids by the byte-pair encoding of CLIP (Radford et al. 2021, section 2.4; Sennrich et al. 2016).
 
 A `Tokenizer` holds the *contents* of a Hugging Face `tokenizer/` folder and lets transformers' `CLIPTokenizer` read
-them, so that ids are those of every published model. transformers takes a second or two to import, therefore on first
-use, and what it made of the files can be kept (`jaxdiff.text.tokenizer_backend`).
+them, so that ids match those of published models. transformers takes a second or two to import, so it is imported on
+first use, and the tokenizer that it builds can be cached (`jaxdiff.text.tokenizer_backend`).
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from jaxdiff.text.tokenizer_files import digest_of, open_files, read_files, read
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 DEFAULT_LENGTH = 77  # tokens: what every published CLIP text encoder takes
 
-# Hub folders of transformers 4 hold the first four, those saved by transformers 5 the third and the last.
+# Folders saved by transformers 4 hold all four, those saved by transformers 5 the last two.
 _VOCAB, _MERGES, _CONFIG, _JSON = "vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"
-_ADDED = "added_tokens.json"  # may lie in either
-_COUNTS = "word_vectors"  # a key of ours in tokenizer_config.json: added word -> how many ids stand for it
+_ADDED = "added_tokens.json"  # optional in both
+_COUNTS = "word_vectors"  # our own key in tokenizer_config.json: added word -> its number of ids
 _FILES = (_VOCAB, _MERGES, _CONFIG, "special_tokens_map.json", _ADDED, _JSON)
 
 # How CLIP cuts text into words before merging (Radford et al. 2021, the published `simple_tokenizer`).
@@ -43,7 +43,7 @@ class Tokenizer:
 
     files: Mapping[str, bytes] = dataclasses.field(repr=False, compare=False)  # file name -> content
     max_length: int = DEFAULT_LENGTH  # tokens of one prompt, start and end included
-    # A folder for what transformers makes of the files, which later processes open without it.
+    # A folder to cache the tokenizer that transformers builds, for later processes.
     cache: Path | None = dataclasses.field(default=None, repr=False, compare=False)
     digest: str = dataclasses.field(init=False)  # of all the files
 
@@ -82,11 +82,11 @@ class Tokenizer:
         return (file and read(file)) or of_transformers(self._clip, file)
 
     def with_word(self, word: str, vectors: int = 1) -> Self:
-        """The tokenizer with a word of its own, for which so many new ids stand in a row, in any letter case.
+        """The tokenizer with an added word, which becomes `vectors` new ids in a row and matches in any letter case.
 
-        A word that begins and ends with a letter, digit or underscore counts where it stands alone: `art` is not found
-        in `party`. Others (`<cat>`, and those of scripts without spaces) count anywhere. Further ids have names too, as
-        in diffusers: `word_1`, `word_2` …; where one is a word already, or becomes one, that id is called `word_1_`.
+        A word that begins and ends with a letter, digit or underscore matches only as a whole word: `art` does not
+        match in `party`. Other words (`<cat>`, and those of scripts without spaces) match anywhere. The further ids are
+        named as in diffusers, `word_1`, `word_2` …, with an underscore appended if that name is taken.
 
         Raises:
             ConfigError: the word is blank or already known.
@@ -111,19 +111,19 @@ class Tokenizer:
         counts = {ids[0]: len(ids) for ids in groups if ids[-1] - ids[0] == len(ids) - 1} | {first: vectors}
         config[_COUNTS] = config.get(_COUNTS, {}) | {names[i]: count for i, count in counts.items()}
         config["added_tokens_decoder"] = {str(i): _described(name, added.get(i), word) for i, name in names.items()}
-        # With the latter, transformers reads no other file for these.
+        # With these keys, transformers reads no other file for special tokens.
         config |= {kind: getattr(self._clip, kind) for kind in ("bos_token", "eos_token", "pad_token", "unk_token")}
         files = {name: data for name, data in self.files.items() if name != _ADDED}
         return type(self)({**files, _CONFIG: json.dumps(config, indent=2).encode()}, self.max_length, self.cache)
 
     def added_ids(self, token: str) -> list[int]:
-        """The ids that an added token stands for, one a vector; empty where there is no such token."""
+        """The ids of an added token, one a vector; empty if there is no such token."""
         first = self._backend.added.get(token)
         return [] if first is None else self._expanded([first])
 
     @functools.cached_property
     def _vectors(self) -> dict[int, list[int]]:
-        """Added words that stand for several ids: the first -> all of them."""
+        """For added words with several ids: the first id -> all ids."""
         added = self._backend.added
         words = json.loads(self.files.get(_CONFIG, b"{}")).get(_COUNTS, {})
         groups = {}
@@ -135,7 +135,7 @@ class Tokenizer:
                         f"{_CONFIG} gives {token!r} {words[token]} ids, more than there are: save it again."
                     )
                 group += range(first + 1, first + words[token])
-            # Folders that diffusers saved have names alone.
+            # Folders saved by diffusers mark further ids by their names only.
             while token not in words and (following := f"{token}_{len(group)}") in added and following not in words:
                 group.append(added[following])
             if len(group) > 1:
@@ -188,7 +188,7 @@ class Tokenizer:
         return [[vector for word in words for vector in word] for words in self.encode_words(texts)]
 
     def encode_words(self, texts: Sequence[str]) -> list[list[list[int]]]:
-        """`encode`, token by token: one id each, or those of all vectors that an added token stands for."""
+        """`encode` with the ids grouped by token: one id each, or all ids of an added token."""
         if not len(texts):
             return []
         encoded = self._backend.encoder.encode_batch([readable(t) for t in texts], add_special_tokens=False)
@@ -203,7 +203,7 @@ class Tokenizer:
 
 
 def _described(name: str, token: Any, word: str) -> dict[str, Any]:
-    """How tokenizer_config.json describes an added token: one that was there, or a new one of a word's."""
+    """The entry of an added token in tokenizer_config.json: an existing token, or (None) a new one for `word`."""
     if token is not None:
         kept = ("single_word", "lstrip", "rstrip", "normalized", "special")
         return {"content": name, **{option: getattr(token, option) for option in kept}}
@@ -219,7 +219,7 @@ def _described(name: str, token: Any, word: str) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=4096)  # a caption that is seen every epoch is reported once
+@functools.lru_cache(maxsize=4096)  # a caption that recurs every epoch is reported once
 def _warn_cut(cut: str, prompt: str, max_length: int) -> None:
     logging.warning(
         "The text encoder reads %d tokens, start and end included; left out of the prompt %r: %r",
@@ -270,14 +270,14 @@ def _check(folder: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) 
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int = DEFAULT_LENGTH) -> Tokenizer:
-    """Learn a vocabulary of CLIP's form from texts: lower case, bytes, words ending in `</w>`.
+    """Learn a byte-pair vocabulary like CLIP's from texts: lower case, bytes, words ending in `</w>`.
 
-    Ids are, as in CLIP: 256 bytes, the same 256 ending a word, the merges in the order learned, start, end. So every
-    text has an encoding. The same texts give the same vocabulary.
+    As in CLIP, the ids are 256 bytes, the same 256 at the end of a word, the merges in the order learned, start, end,
+    so that every text can be encoded. Training is deterministic.
 
     Args:
-        texts: the corpus; its letter case and white space do not matter.
-        vocab_size: ids at most; fewer come out when no pair occurs twice any more. See `Tokenizer.vocab_size`.
+        texts: the corpus; letter case and white space do not matter.
+        vocab_size: maximum number of ids; there are fewer if no pair occurs twice any more (`Tokenizer.vocab_size`).
         max_length: tokens of one prompt, start and end included.
 
     Raises:

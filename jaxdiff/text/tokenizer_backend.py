@@ -1,8 +1,8 @@
-"""What transformers makes of a tokenizer's files, kept on disk for later processes.
+"""A cache on disk of the tokenizers that transformers builds.
 
-transformers builds a `tokenizers.Tokenizer` out of the files, which takes a second or two to import and to build; that
-library alone opens what was built in a few milliseconds. A kept file is named by the content of the files and by the
-versions of both libraries.
+transformers builds a `tokenizers.Tokenizer` from a tokenizer's files, which takes a second or two with its import. The
+tokenizers library alone opens the result in a few milliseconds. A cache file is named by the content of the tokenizer's
+files and by the versions of both libraries.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from jaxdiff.files import write_text
 
 
 class Backend(NamedTuple):
-    """A tokenizer that only encodes, and what is known of its ids."""
+    """A tokenizer that only encodes, and its special ids."""
 
     encoder: Any  # tokenizers.Tokenizer
     bos_id: int
@@ -28,12 +28,12 @@ class Backend(NamedTuple):
 
 
 def kept_file(folder: Path, digest: str) -> Path:
-    """Where a tokenizer of this digest is kept."""
+    """The cache file of a tokenizer with this digest."""
     return folder / f"tokenizer-{digest}-{version('transformers')}-{version('tokenizers')}.json"
 
 
 def of_transformers(clip: Any, file: Path | None) -> Backend:
-    """The backend of transformers' `CLIPTokenizer`, written to a file where one is given."""
+    """The backend of transformers' `CLIPTokenizer`; it is written to `file` if that is given."""
     ids = {"bos_id": clip.bos_token_id, "eos_id": clip.eos_token_id, "pad_id": clip.pad_token_id}
     known = ids | {"size": len(clip), "added": dict(clip.added_tokens_encoder)}
     values = {"tokenizer": clip.backend_tokenizer.to_str(), "split": bool(clip.split_special_tokens), **known}
@@ -44,12 +44,12 @@ def of_transformers(clip: Any, file: Path | None) -> Backend:
 
 
 def read(file: Path) -> Backend | None:
-    """A backend that was kept; None where there is none, and with a warning where it cannot be used."""
+    """The backend in a cache file; None if there is none, or, with a warning, if it cannot be used."""
     try:
         return _opened(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except Exception as e:  # of JSON, and of the library, which has no type of its own
+    except Exception as e:  # of JSON, or of the library, which raises plain Exception
         logging.warning("%s cannot be used (%s): written again.", file, e)
         return None
 

@@ -1,4 +1,4 @@
-"""The contents of a `tokenizer/` folder, as both kinds of tokenizer hold them: file name -> bytes."""
+"""The contents of a `tokenizer/` folder as a mapping file name -> bytes, used by both kinds of tokenizer."""
 
 import hashlib
 import importlib
@@ -15,12 +15,12 @@ Files = Mapping[str, bytes]
 
 
 def read_files(folder: Path, names: Sequence[str]) -> Files:
-    """Those of the named files that are there."""
+    """The named files that exist in `folder`."""
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def write_files(folder: Path, files: Files, names: Sequence[str]) -> None:
-    """Write the files into a folder, which is made if missing; those of `names` that are not among them go."""
+    """Write the files into a folder, which is made if missing; files of `names` that are not among them are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name in files:
@@ -38,16 +38,16 @@ def digest_of(files: Files) -> str:
 
 
 def open_files(kind: str, files: Files) -> Any:
-    """What transformers' class `kind` makes of the files. Raises ConfigError where it cannot."""
-    # It would advise to install PyTorch, which nothing here needs.
+    """An object of transformers' class `kind` made from the files. Raises ConfigError if it cannot be made."""
+    # Else it advises installing PyTorch, which is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # transformers replaces itself while it is imported. A plain import gives what it was before to a thread that waits.
+    # transformers replaces its module during import; a plain import in a waiting thread would get the old one.
     transformers = importlib.import_module("transformers")
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), files, list(files))
         try:
             return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
-        except Exception as e:  # whatever the version of transformers at hand raises
+        except Exception as e:  # versions of transformers raise different types
             raise ConfigError(f"The tokenizer's files cannot be opened by transformers ({e}).") from e
 
 

@@ -1,7 +1,7 @@
-r"""One prompt with alternatives to many prompts.
+r"""Expands a prompt with alternatives into many prompts.
 
     {red|green} castle        one prompt for each alternative; several make a grid, the last one varying fastest
-    __colour__ castle         one line of the file colour.txt in the wildcards folder
+    __colour__ castle         one line, chosen at random, of the file colour.txt in the wildcards folder
 
 Alternatives may be nested. A backslash escapes { } | and _.
 """
@@ -22,12 +22,14 @@ _MARK = re.compile(r"\\.|[{|}]|__([^\W_]+(?:[_/-][^\W_]+)*)__", re.DOTALL)
 
 
 class Expansion(NamedTuple):
+    """The result of `expand`."""
+
     prompts: list[str]  # in the order of itertools.product over the axes
     axes: list[list[str]]  # the alternatives of each place that has several: the labels of a grid
 
 
 class _Choice(NamedTuple):
-    """A place in a prompt: its alternatives, each a list of texts and places."""
+    """A place in a prompt with alternatives, each a list of texts and places."""
 
     options: "list[list[str | _Choice]]"
 
@@ -43,15 +45,15 @@ def expand(
     r"""The prompts that a prompt with alternatives stands for.
 
     Args:
-        prompt: as above; without braces and wildcards it stands for itself.
+        prompt: as above; without braces and wildcards it is returned as it is.
         wildcards_dir: folder of the wildcards' UTF-8 text files, one alternative a line, taken literally; empty lines
             and those that begin with # are skipped.
-        seed: of the random line for each wildcard, one draw each.
-        matrix: whether wildcards stand for all their lines instead, like braces.
-        limit: the most prompts to return.
+        seed: for the choice of a random line for each wildcard.
+        matrix: whether wildcards expand to all their lines, like braces.
+        limit: maximum number of prompts.
 
     Raises:
-        PromptError: more than `limit` prompts; braces that do not match; a wildcard without its file or folder.
+        PromptError: more than `limit` prompts, unmatched braces, or a wildcard without its file or folder.
 
     >>> expand("{red|green} {castle|dragon}").prompts
     ['red castle', 'red dragon', 'green castle', 'green dragon']
@@ -75,7 +77,7 @@ def expand(
 
 def _parse(prompt: str, wildcard: Callable[[str], list[str]]) -> list[str | _Choice]:
     """The texts and places of a prompt."""
-    stack: list[list[list[str | _Choice]]] = [[[]]]  # alternatives so far of every brace still open, outermost first
+    stack: list[list[list[str | _Choice]]] = [[[]]]  # alternatives so far of each open brace, outermost first
     position = 0
     for match in _MARK.finditer(prompt):
         stack[-1][-1].append(prompt[position : match.start()])
