@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ("tests.support.commands", "tests.support.store_server")
+pytest_plugins = ("tests.support.browser", "tests.support.commands", "tests.support.store_server")
 
 # Most of the tests' time is compilation of what then runs once or twice. Without optimisations and with XLA's older
 # emitter of fused loops, where this jaxlib has both, it takes a third. `make test-all` sets the first to 0 and so tests

@@ -1,120 +1,23 @@
 """The page in a real browser: draw, watch, cancel, redraw a painted part, and take a PNG's settings back."""
 
 import base64
-import contextlib
-import os
-import shutil
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import jaxdiff
 from jaxdiff.io.edges import canny
 from jaxdiff.sampling import stepwise
-from jaxdiff.sampling.stepwise import Moment
 from jaxdiff.serving import engine as engine_file
-from jaxdiff.serving.loras import Loras
-from tests.support.tiny import SIDE, tiny_controlnet, tiny_upscaler
+from jaxdiff.serving.requests import Limits
+from tests.support.browser import WAIT, draw, drawn, opened_page, shot
+from tests.support.tiny import SIDE
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the packages of the extra test")
 pytest.importorskip("uvicorn")
 
-from jaxdiff.serving.requests import Limits  # noqa: E402
-from tests.support.server import NAME, STEPS, serving  # noqa: E402
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WAIT = 120_000  # milliseconds, on a busy machine
-SHOTS = os.environ.get("JAXDIFF_SCREENSHOTS")  # a folder for images of the page, to look at
-
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
-
-
-@pytest.fixture(scope="module")
-def server(tiny):
-    """Of a model with all that the page offers."""
-    model, params = jaxdiff.with_controlnets(*tiny, tiny_controlnet(tiny[0]))
-    full = jaxdiff.with_upscaler(model, params, tiny_upscaler())
-    with serving(full, loras=Loras(*full, {"style/detail": Path("detail.safetensors")})) as found:
-        yield found
-
-
-@pytest.fixture
-def asked(server, monkeypatch):
-    """The requests that the engine gets."""
-    found, submit = [], server[1].submit
-    monkeypatch.setattr(server[1], "submit", lambda request, **more: found.append(request) or submit(request, **more))
-    return found
-
-
-@pytest.fixture
-def grey(monkeypatch):
-    """Draws no image, but grey ones at once."""
-
-    def drawn(model, params, request, **more):
-        shape = len(request.prompts), request.settings.height, request.settings.width, 3
-        yield Moment(1, 1, lambda: np.full(shape, 127, np.uint8), np.ones(shape[0], bool))
-
-    monkeypatch.setattr(engine_file, "draw_stepwise", drawn)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as tool:
-        started = tool.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def page(browser, server):
-    """The page, opened."""
-    with opened_page(browser, server[0]) as found:
-        yield found
-
-
-@contextlib.contextmanager
-def opened_page(browser, address):
-    """The page of a server; an error in its script, a look elsewhere, or what its policy forbids fails the test.
-
-    The browser's own line about an answer that is an error is none.
-    """
-    context = browser.new_context()
-    context.set_default_timeout(WAIT)
-    opened, wrong = context.new_page(), []
-    opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on(
-        "console",
-        lambda message: message.type == "error" and "status of 4" not in message.text and wrong.append(message.text),
-    )
-    opened.on(
-        "request", lambda request: request.url.startswith((address, "data:", "blob:")) or wrong.append(request.url)
-    )
-    opened.goto(address)
-    sync_api.expect(opened.locator("#model")).to_have_text(NAME)
-    yield opened
-    context.close()
-    assert wrong == []
-
-
-def draw(page, steps=STEPS, n=1, prompt="a castle", seed=7):
-    for name, value in {"prompt": prompt, "steps": steps, "n": n, "seed": seed}.items():
-        page.fill(f"#{name}", str(value))
-    page.click("#draw")
-
-
-def drawn(page, count=1):
-    """The addresses of the gallery's images, once there are so many."""
-    sync_api.expect(page.locator("#gallery img")).to_have_count(count, timeout=WAIT)
-    sync_api.expect(page.locator("#draw")).to_be_enabled(timeout=WAIT)
-    return page.locator("#gallery img").evaluate_all("images => images.map(image => image.src)")
-
-
-def shot(page, name):
-    if SHOTS:
-        page.screenshot(path=f"{SHOTS}/{name}.png", full_page=True)
+from tests.support.server import NAME, serving  # noqa: E402
 
 
 @pytest.mark.slow
@@ -313,9 +216,9 @@ def test_upscale(page, grey, tmp_path):
     assert page.evaluate("document.querySelector('#gallery img').naturalWidth") == 8 * SIDE
 
 
-def test_the_apis_are_described(page, server):
+def test_the_apis_are_described(page, page_server):
     """Without scripts of others."""
-    page.goto(f"{server[0]}/docs")
+    page.goto(f"{page_server[0]}/docs")
     page.click("text=POST /v1/images/generations")
     row = page.locator("details[open] tr", has_text="negative_prompt")
     sync_api.expect(row).to_contain_text("string or null")

@@ -52,10 +52,19 @@ export function dataUrl(file) {
   });
 }
 
-export async function post(address, body, signal) {
-  const headers = { "Content-Type": "application/json" };
-  const response = await fetch(address, { method: "POST", headers, body: JSON.stringify(body), signal });
-  const found = await response.json();
-  if (!response.ok) throw new Error(found.detail);
-  return found;
+// What the server answers. Whatever goes wrong is an error of one sentence.
+export async function ask(address, how) {
+  const response = await fetch(address, how).catch(lost);
+  if (response.ok) return response;
+  const { error, detail } = await response.json().catch(() => ({}));
+  throw new Error(detail || (error && error.message) || `The server answers ${response.status}.`);
+}
+
+// The connection broke, or Cancel broke it.
+export function lost(error) {
+  throw error.name === "AbortError" ? error : new Error("The server cannot be reached: see whether it still runs.");
+}
+
+export function post(address, body, signal) {
+  return ask(address, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
 }

@@ -1,6 +1,6 @@
 // The server's OpenAPI description as people read it.
 
-import { $, say } from "./common.js";
+import { $, ask, say } from "./common.js";
 
 function element(tag, text = "") {
   const made = document.createElement(tag);
@@ -55,9 +55,7 @@ function described(path, method, operation, all) {
 }
 
 async function start() {
-  const answer = await fetch("openapi.json");
-  if (!answer.ok) throw new Error(`The server answers ${answer.status}.`);
-  const all = await answer.json();
+  const all = await (await ask("openapi.json")).json();
   const groups = new Map();
   for (const [path, methods] of Object.entries(all.paths)) {
     for (const [method, operation] of Object.entries(methods)) {

@@ -8,6 +8,7 @@ const SIDES = ["left", "top", "right", "bottom"];
 let source = null; // the image to start from, a canvas at its own size
 let mask = null; // what is painted over it, a canvas of that size
 let painted = false;
+let brush = null; // where it is on the image while it paints
 
 export function hasSource() {
   return source !== null;
@@ -65,8 +66,17 @@ export function setSource(image) {
   say("The next images start from this one.");
 }
 
+// A mask and margins both say what is drawn: one greys the other out.
+function exclude() {
+  for (const id of ["strength", "mask_part", "brush"]) $(id).disabled = outpaints();
+  for (const side of SIDES) $(side).disabled = painted;
+  $("no_mask").hidden = !outpaints();
+  $("no_margins").hidden = !painted;
+}
+
 // The image with what is painted over it, and margins in the colour of paint.
 function show() {
+  exclude();
   if (!source) return;
   const [left, top, right, bottom] = margins();
   const [width, height] = [left + source.width + right, top + source.height + bottom];
@@ -93,17 +103,24 @@ function transparentMask() {
 }
 
 function paint(event) {
-  if (!source || !(event.buttons & 1)) return;
+  if (!source || outpaints() || !(event.buttons & 1)) return;
   const box = $("canvas").getBoundingClientRect();
-  const [left, top] = margins();
-  const scale = $("canvas").width / box.width;
+  const scale = source.width / box.width;
+  const here = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+  if (event.type === "pointerdown") {
+    $("canvas").setPointerCapture(event.pointerId);
+    brush = here;
+  }
+  if (!brush) return;
   const context = mask.getContext("2d");
-  const x = (event.clientX - box.left) * scale - left;
-  const y = (event.clientY - box.top) * scale - top;
-  context.fillStyle = PAINT;
+  context.strokeStyle = PAINT;
+  context.lineWidth = (Number($("brush").value) / 100) * source.width;
+  context.lineCap = "round";
   context.beginPath();
-  context.arc(x, y, (Number($("brush").value) / 100) * source.width / 2, 0, 2 * Math.PI);
-  context.fill();
+  context.moveTo(...brush);
+  context.lineTo(...here);
+  context.stroke();
+  brush = here;
   painted = true;
   show();
 }
@@ -131,6 +148,7 @@ function removeSource() {
   painted = false;
   $("canvas").hidden = true;
   $("image").value = "";
+  exclude();
   say("The next images are drawn from text alone.");
 }
 
@@ -147,3 +165,4 @@ $("clear_mask").addEventListener("click", clearMask);
 $("mask_part").addEventListener("change", paintPart);
 for (const side of SIDES) $(side).addEventListener("input", show);
 for (const kind of ["pointerdown", "pointermove"]) $("canvas").addEventListener(kind, paint);
+$("canvas").addEventListener("lostpointercapture", () => { brush = null; });

@@ -1,7 +1,7 @@
 // The page asks the server's own APIs: OpenAI's endpoints for images, AUTOMATIC1111's for progress, enlarging and a
 // PNG's settings.
 
-import { $, dataUrl, option, post, say, unavailable } from "./common.js";
+import { $, ask, dataUrl, lost, option, post, say, unavailable } from "./common.js";
 import { clearPreviews, keep, place, preview } from "./gallery.js";
 import { addControls, addSource, controlFiles, controlImages, hasSource, outpaints, setSource } from "./images.js";
 
@@ -12,9 +12,7 @@ let working = null; // the AbortController of a request under way
 let lastSeed = null;
 
 async function start() {
-  const answer = await fetch("page/page.json");
-  if (!answer.ok) throw new Error(`The server answers ${answer.status}.`);
-  can = await answer.json();
+  can = await (await ask("page/page.json")).json();
   for (const size of can.sizes) option($("size"), size, size.replace("x", " × "));
   for (const name of can.schedulers) option($("scheduler"), name);
   for (const name of can.styles) option($("style"), name);
@@ -73,21 +71,21 @@ async function fields() {
 
 async function request(given, signal) {
   if (!hasSource()) {
-    const body = JSON.stringify(controlFiles().length ? { ...given, control_images: await controlImages() } : given);
-    return fetch("v1/images/generations", { method: "POST", headers: { "Content-Type": "application/json" }, body, signal });
+    const body = controlFiles().length ? { ...given, control_images: await controlImages() } : given;
+    return post("v1/images/generations", body, signal);
   }
   const form = new FormData();
   for (const [name, value] of Object.entries(given)) form.append(name, value);
   await addSource(form);
   for (const file of controlFiles()) form.append("control_image", file);
-  return fetch("v1/images/edits", { method: "POST", body: form, signal });
+  return ask("v1/images/edits", { method: "POST", body: form, signal });
 }
 
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch(lost);
     if (done) return;
     text += value;
     const parts = text.split("\n\n");
@@ -105,7 +103,9 @@ async function busy(text, work, watch = () => {}) {
   if (working) return;
   working = new AbortController();
   const timer = setInterval(watch, 500);
-  setBusy(true);
+  const focused = document.activeElement;
+  $("progress").removeAttribute("value");
+  showBusy();
   say(text);
   try {
     say(await work(working.signal));
@@ -116,22 +116,23 @@ async function busy(text, work, watch = () => {}) {
     clearPreviews();
     clearInterval(timer);
     working = null;
-    setBusy(false);
+    showBusy();
+    if (document.activeElement === document.body) focused.focus({ preventScroll: true }); // which greying out took away
   }
 }
 
-function setBusy(isBusy) {
-  $("draw").disabled = isBusy;
-  $("cancel").disabled = !isBusy;
-  $("progress").hidden = !isBusy;
-  $("progress").removeAttribute("value");
+// Grey out what cannot begin now.
+function showBusy() {
+  const beginning = document.querySelectorAll("#draw, #upscale_image:not([aria-describedby]), #gallery .upscale");
+  for (const button of beginning) button.disabled = working !== null;
+  $("cancel").disabled = working === null;
+  $("progress").hidden = working === null;
 }
 
 async function draw(signal) {
   const given = await fields();
   const before = place();
   const response = await request(given, signal);
-  if (!response.ok) throw new Error((await response.json()).error.message);
   let finished = 0;
   for await (const event of events(response)) {
     if (event.error) throw new Error(event.error.message);
@@ -174,13 +175,14 @@ function keepImage(address, before, shown, name, more = {}) {
   const actions = { ...more, redraw: setSource };
   if (can.upscaler_scale >= 2) actions.upscale = (image) => busy("Upscaling …", (signal) => upscale(image.src, shown, signal, more));
   keep(address, before, shown, name, actions);
+  showBusy();
 }
 
 async function upscale(image, shown, signal, more = {}) {
   const scale = Number($("scale").value);
   const before = place();
   const body = { image, upscaling_resize: scale, upscaler_1: can.upscaler };
-  const found = await post("sdapi/v1/extra-single-image", body, signal);
+  const found = await (await post("sdapi/v1/extra-single-image", body, signal)).json();
   const address = `data:image/png;base64,${found.image}`;
   keepImage(address, before, `${shown}, upscaled ${scale} ×`, `${shown.slice(0, 40)}-x${scale}`, more);
   return "One image is upscaled.";
@@ -190,7 +192,9 @@ async function upscale(image, shown, signal, more = {}) {
 
 function use(flags) {
   for (const name of ["prompt", "negative_prompt", "steps", "guidance_scale", "seed", "strength"]) {
-    if (flags[name] !== undefined && !$(name).disabled) $(name).value = flags[name];
+    if (flags[name] === undefined || $(name).disabled) continue;
+    $(name).value = flags[name];
+    between($(name));
   }
   if (flags.negative_prompt === undefined) $("negative_prompt").value = "";
   const unknown = [];
@@ -206,9 +210,14 @@ function use(flags) {
   say(unknown.length ? `The settings are back, but for ${unknown.join(", ")}, which is not here.` : "The settings are back.");
 }
 
+// The steps of the arrow keys are no limits: a number between them is allowed.
+function between(input) {
+  if (input.validity.stepMismatch && input.step.includes(".")) input.step = "any";
+}
+
 async function settingsOf(file) {
   try {
-    const found = await post("sdapi/v1/png-info", { image: await dataUrl(file) });
+    const found = await (await post("sdapi/v1/png-info", { image: await dataUrl(file) })).json();
     if (!found.parameters.prompt) throw new Error("This file does not say how it was drawn.");
     use(found.parameters);
   } catch (error) {
@@ -217,6 +226,11 @@ async function settingsOf(file) {
 }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); busy("Waiting for the server …", draw, progress); });
+$("form").addEventListener("input", (event) => between(event.target));
+$("form").addEventListener("invalid", (event) => { // so that the browser can show what is wrong
+  const part = event.target.closest("details");
+  if (part) part.open = true;
+}, true);
 $("cancel").addEventListener("click", () => working && working.abort());
 $("random").addEventListener("click", () => { $("seed").value = ""; });
 $("reuse").addEventListener("click", () => { $("seed").value = lastSeed; });
@@ -228,8 +242,14 @@ $("upscale_image").addEventListener("change", () => {
   if (file) busy("Upscaling …", async (signal) => upscale(await dataUrl(file), file.name, signal));
 });
 $("settings").addEventListener("change", () => $("settings").files[0] && settingsOf($("settings").files[0]));
+for (const id of ["image", "settings", "upscale_image"]) { // so that the same file may be chosen again
+  $(id).addEventListener("click", () => { $(id).value = ""; });
+}
+// A file may be dropped anywhere, but another input's is its own; so is dropped text.
 for (const kind of ["dragover", "dragleave", "drop"]) {
-  $("drop").addEventListener(kind, (event) => {
+  document.addEventListener(kind, (event) => {
+    const own = event.target.closest("input[type=file]:enabled:not(#settings)");
+    if (own || !event.dataTransfer.types.includes("Files")) return;
     event.preventDefault();
     $("drop").classList.toggle("over", kind === "dragover");
     if (kind === "drop" && event.dataTransfer.files[0]) settingsOf(event.dataTransfer.files[0]);
