@@ -135,6 +135,9 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         number("guidance_rescale", "image", "How much of the contrast that guidance adds is removed, from 0 to 1.", 0.0,
                low=0.0,
                high=1.0),
+        number("pag_scale", "image", "Weight of perturbed-attention guidance: clearer shapes, for half as much time "
+               "again. A model may have a default of its own: _pag_scale in model_index.json.", low=0.0,
+               without="the model's, else 0"),
         Option("guidance_interval", "settings", float, "Two noise levels, low,high: guidance only between them.",
                count=2),
         text("scheduler", "settings", "Sampling method: ddim, euler, dpmpp_2m, unipc, …; see docs/schedulers.md.",

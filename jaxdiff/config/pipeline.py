@@ -21,12 +21,20 @@ class PipelineOptions(Config):
     max_sequence_length: int = 256
     guidance_scale: float = 7.5  # the model's default; "_guidance_scale" in the file, which diffusers ignores
     steps: int = 25  # the model's default; "_steps" in the file, which diffusers ignores
+    # Perturbed-attention guidance: the model's default, and its layers; "_pag_scale" and "_pag_layers" in the file.
+    pag_scale: float = 0.0
+    pag_layers: tuple[str, ...] = ("mid",)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        scale = values.get("_guidance_scale", cls.guidance_scale)
+        scale, pag_scale = (values.get(f"_{name}", getattr(cls, name)) for name in ("guidance_scale", "pag_scale"))
         if not isinstance(scale, int | float) or not math.isfinite(scale):
             raise ConfigError(f"_guidance_scale {scale!r} in model_index.json must be a number, such as 7.5.")
+        if not isinstance(pag_scale, int | float) or not (math.isfinite(pag_scale) and pag_scale >= 0):
+            raise ConfigError(f"_pag_scale {pag_scale!r} in model_index.json must be a number from 0 on, such as 3.")
+        layers = values.get("_pag_layers", cls.pag_layers)
+        if not isinstance(layers, list | tuple) or not layers or not all(isinstance(x, str) and x for x in layers):
+            raise ConfigError(f'_pag_layers {layers!r} in model_index.json must be a list of names, such as ["mid"].')
         steps = values.get("_steps", cls.steps)
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ConfigError(f"_steps {steps!r} in model_index.json must be a whole number, such as 25.")
@@ -37,4 +45,4 @@ class PipelineOptions(Config):
             )
         given = {k: v for k, v in values.items() if k != "low_res_scheduler"}
         read = {"guidance_scale": float(scale), "steps": steps, "max_sequence_length": length}
-        return super().from_dict(given | read)
+        return super().from_dict(given | read | {"pag_scale": float(pag_scale), "pag_layers": tuple(layers)})

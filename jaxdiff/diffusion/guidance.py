@@ -21,6 +21,22 @@ def classifier_free(cond: Array, uncond: Array, scale: Array | float) -> Array:
     return uncond + expand(scale, cond) * (cond - uncond)
 
 
+def perturbed(guided: Array, cond: Array, perturbed_cond: Array, scale: Array | float) -> Array:
+    """Perturbed-attention guidance: guided + scale (cond - perturbed_cond), Ahn et al. 2024, equation 15.
+
+    Args:
+        guided: the prediction [B, ...] with or without classifier-free guidance.
+        cond: the prediction with the prompt, of the same type.
+        perturbed_cond: the same by a network whose self-attention is switched off in some layers.
+        scale: scalar or [B]; 0 changes nothing.
+
+    >>> import jax.numpy as jnp
+    >>> float(perturbed(jnp.float32(16), jnp.float32(3), jnp.float32(2), 3.0))
+    19.0
+    """
+    return guided + expand(scale, cond) * (cond - perturbed_cond)
+
+
 def rescale(guided: Array, cond: Array, factor: Array | float) -> Array:
     """Rescale the guided prediction towards the standard deviation of the conditional one, against over-exposure.
 

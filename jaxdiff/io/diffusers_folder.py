@@ -277,6 +277,8 @@ def model_index(model: Model) -> dict[str, Any]:
         index["_guidance_scale"] = options.guidance_scale
     if options.steps != PipelineOptions.steps:
         index["_steps"] = options.steps
+    if options.pag_scale:
+        index |= {"_pag_scale": options.pag_scale, "_pag_layers": list(options.pag_layers)}
     if model.text_encoder_2 is not None:
         index |= {
             "text_encoder_2": encoder_class(model.text_encoder_2),

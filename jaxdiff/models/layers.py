@@ -158,15 +158,25 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None = None, score_bias: Array | None = None) -> Array:
-        """`score_bias` [B, M] float32 is added to the scores of the M keys."""
+    def __call__(
+        self, x: Array, context: Array | None = None, score_bias: Array | None = None, *, identity: bool = False
+    ) -> Array:
+        """`score_bias` [B, M] float32 is added to the scores of the M keys.
+
+        With `identity`, each position attends to itself alone, see `perturbed_attention`.
+        """
         context = x if context is None else context
         width = x.shape[-1]
-        q, k, v = (
-            nn.Dense(width, use_bias=self.bias, dtype=self.dtype, name=name)(source)
-            for name, source in (("to_q", x), ("to_k", context), ("to_v", context))
-        )
-        return nn.Dense(width, dtype=self.dtype, name="to_out_0")(attention(q, k, v, self.heads, bias=score_bias))
+
+        def projected(name: str, source: Array) -> Array:
+            return nn.Dense(width, use_bias=self.bias, dtype=self.dtype, name=name)(source)
+
+        if identity:
+            h = projected("to_v", x)
+        else:
+            q, k, v = projected("to_q", x), projected("to_k", context), projected("to_v", context)
+            h = attention(q, k, v, self.heads, bias=score_bias)
+        return nn.Dense(width, dtype=self.dtype, name="to_out_0")(h)
 
 
 class FeedForward(nn.Module):

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.diffusion.guidance import classifier_free, in_interval, rescale
+from jaxdiff.diffusion.guidance import classifier_free, in_interval, perturbed, rescale
 from jaxdiff.diffusion.prediction import to_denoised
 from jaxdiff.diffusion.schedules import Time, at, noise_schedule
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.controlnet import combine
 from jaxdiff.models.layers import timestep_embedding
 from jaxdiff.models.model import Model, apply, in_unit, with_time_ids
+from jaxdiff.models.perturbed import perturbed_attention
 from jaxdiff.typing import Array, Denoise, Params
 
 NEGATIVE_SCORE = 2.5  # aesthetic score that the SDXL refiner gets with the negative prompt
@@ -26,6 +27,8 @@ def denoiser(
     *,
     guidance_rescale: Array | float | None = None,
     guidance_interval: tuple[Array | float, Array | float] | None = None,
+    pag_scale: Array | float | None = None,
+    pag_layers: Sequence[str] = ("mid",),
     extra_channels: Array | None = None,
     class_labels: Array | int | None = None,
     control_images: Sequence[Array] = (),
@@ -44,6 +47,9 @@ def denoiser(
         guidance_rescale: how far, 0 to 1, the guided output is rescaled to the standard deviation of the conditional
             one; scalar or [B].
         guidance_interval: (low, high) of sigma / alpha: guidance is on for low < sigma / alpha <= high.
+        pag_scale: weight of perturbed-attention guidance (Ahn et al. 2024), scalar or [B], which takes another pass of
+            the UNet without self-attention in some layers; None does without.
+        pag_layers: those layers, see `perturbed_attention`.
         extra_channels: [B, h, w, c] that follow x's channels: an inpainting model's mask and masked latents, an
             upscaler's small image.
         class_labels: int32 scalar or [B], for a UNet with class embeddings: the upscaler's noise level.
@@ -87,12 +93,22 @@ def denoiser(
             labels = twice(jnp.broadcast_to(class_labels, (batch,)))
         if model.unet.config.time_cond_proj_dim is not None:
             embedded = twice(guidance_embedding(guidance_scale, batch, model.unet.config.time_cond_proj_dim))
-        output = apply(model, params, "unet", x_in, t, *both, labels, embedded, residuals)
-        return denoised(output.astype(jnp.float32), x, time)
+        inputs = x_in, t, *both, labels, embedded, residuals
+        output, without = apply(model, params, "unet", *inputs), None
+        if pag_scale is not None:
+            conditional = jax.tree.map(lambda a: a[:batch] if jnp.ndim(a) else a, inputs)
+            with perturbed_attention(pag_layers):
+                without = apply(model, params, "unet", *conditional).astype(jnp.float32)
+        return denoised(output.astype(jnp.float32), x, time, without)
 
-    def denoised(output: Array, x: Array, time: Time) -> Array:
+    def denoised(output: Array, x: Array, time: Time, without: Array | None = None) -> Array:
+        cond_output = output[: x.shape[0]]
         if uncond is not None:
-            output = guided(output, time, guidance_scale, guidance_rescale, guidance_interval)
+            output = guided(output, time, guidance_scale, guidance_interval)
+        if pag_scale is not None and without is not None:
+            output = perturbed(output, cond_output, without, pag_scale)
+        if uncond is not None and guidance_rescale is not None:
+            output = rescale(output, cond_output, guidance_rescale)
         return to_denoised(output, x, time, model.scheduler.prediction_type)
 
     return denoise
@@ -124,19 +140,13 @@ def stacked(*conds: Conditioning) -> Conditioning:
 
 
 def guided(
-    output: Array,
-    time: Time,
-    scale: Array | float,
-    factor: Array | float | None,
-    interval: tuple[Array | float, Array | float] | None,
+    output: Array, time: Time, scale: Array | float, interval: tuple[Array | float, Array | float] | None
 ) -> Array:
-    """The guided prediction [B, ...] from the conditional and the unconditional ones, stacked as [2 B, ...]."""
-    given, without = jnp.split(output, 2)
+    """One prediction [B, ...] from those with the prompts and with the negative ones, [2 B, ...] in this order."""
     scale = jnp.maximum(scale, 1.0)
     if interval is not None:
         scale = jnp.where(in_interval(time, *interval), scale, 1.0)
-    output = classifier_free(given, without, scale)
-    return output if factor is None else rescale(output, given, factor)
+    return classifier_free(*jnp.split(output, 2), scale)
 
 
 def guidance_embedding(scale: Array | float, batch: int, dim: int) -> Array:

@@ -132,6 +132,8 @@ def network(
         "guidance_scale": inputs.guidance_scale,
         "guidance_rescale": inputs.guidance_rescale,
         "guidance_interval": call.guidance_interval,
+        "pag_scale": inputs.pag_scale,
+        "pag_layers": model.options.pag_layers,
         "extra_channels": extra,
         "class_labels": inputs.noise_level,
         "control_images": inputs.control_images,
@@ -264,6 +266,7 @@ def generate(
     guidance_scale: float | Sequence[float] | None = None,
     guidance_rescale: float | Sequence[float] = 0.0,
     guidance_interval: tuple[float, float] | None = None,
+    pag_scale: float | Sequence[float] | None = None,
     clip_skip: int = 0,
     emphasis: bool = True,
     scheduler: str | Scheduler | None = None,
@@ -307,6 +310,9 @@ def generate(
             default, else 7.5. Distilled models (LCM) take it as an input, and need no unconditional pass.
         guidance_rescale: in [0, 1], how much of the contrast that guidance adds is taken back (Lin et al. 2023).
         guidance_interval: (low, high) of sigma / alpha, the noise levels with guidance (Kynkäänniemi et al. 2024).
+        pag_scale: weight of perturbed-attention guidance (Ahn et al. 2024), for all or one an image: clearer shapes,
+            for half as much time again. Each step compares with the UNet without self-attention in the layers
+            `model.options.pag_layers` ("mid" by default). None: the model's default, else 0.
         clip_skip: how many of the text encoder's last layers to skip, beyond those that the model always skips.
         emphasis: whether to read brackets, tags and BREAK in prompts as emphasis and editing by step, such as
             [cat:dog:0.5] and [cat|dog] (jaxdiff/text/schedule.py).
@@ -381,6 +387,7 @@ def generate(
         variation_seed=variation_seed,
         variation_strength=variation_strength,
         guidance_rescale=guidance_rescale,
+        pag_scale=pag_scale,
         emphasis=emphasis,
         noise=noise,
         image=image,

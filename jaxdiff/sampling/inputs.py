@@ -55,6 +55,7 @@ class ImageInputs(NamedTuple):
     # int32 [B, stages, N]: which of T texts each step of each stage attends to; tokens and conditioning are then
     # [B, T, …]. None: all steps attend to one text.
     picks: Array | None = None
+    pag_scale: Array | None = None  # [B]; None: without perturbed-attention guidance
     conditions: "tuple[Conditioning, Conditioning | None] | None" = None  # encoded beforehand
 
 

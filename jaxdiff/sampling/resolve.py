@@ -159,6 +159,7 @@ def resolve_images(
     variation_strength: float | Sequence[float] = 0.1,
     guidance_scale: float | Sequence[float] | None = None,
     guidance_rescale: float | Sequence[float] = 0.0,
+    pag_scale: float | Sequence[float] | None = None,
     emphasis: bool = True,
     noise: Array | None = None,
     image: Array | None = None,
@@ -175,6 +176,9 @@ def resolve_images(
     count, size = len(prompts), (settings.height, settings.width)
     scales = as_numbers("guidance_scale", settings.guidance_scale if guidance_scale is None else guidance_scale, count)
     rescale = as_numbers("guidance_rescale", guidance_rescale, count, 0.0, 1.0)
+    pag = as_numbers("pag_scale", model.options.pag_scale if pag_scale is None else pag_scale, count, 0.0)
+    if pag.any() and (model.unet is None or model.is_gan):
+        raise ArgumentError("pag_scale", "is for models with a UNet that draws step by step: leave it out.")
     guided = bool((scales > (0 if model.family == "z_image" else 1)).any()) and not model.one_pass
     emphasis = emphasis and model.transformer is None  # transformers read prompts as they are
     blended = blend_prompts is not None
@@ -205,6 +209,7 @@ def resolve_images(
         negative=negative,
         guidance_scale=scales,
         guidance_rescale=rescale if rescale.any() else None,
+        pag_scale=pag if pag.any() else None,
         noise=None if noise is None else as_noise(noise, count, settings.latents),
         keys=image_keys(seed, count),
         image=None if image is None else as_images("image", image, count, seen),

@@ -71,6 +71,7 @@ class DrawRequest:
     steps: int = 25
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
+    pag_scale: float | None = None
     scheduler: str | None = None
     spacing: str | None = None
     width: int | None = None

@@ -23,7 +23,7 @@ from jaxdiff.typing import SEEDS
 
 SHARED = ("steps", "clip_skip", "scheduler", "spacing", "height", "width", "image", "strength", "mask", "hires",
           "hires_strength", "hires_upscale")  # fmt: skip
-EACH = ("guidance_scale", "guidance_rescale", "image", "mask", "control_images", "controlnet_scale")
+EACH = ("guidance_scale", "guidance_rescale", "pag_scale", "image", "mask", "control_images", "controlnet_scale")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
