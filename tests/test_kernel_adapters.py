@@ -290,7 +290,7 @@ PEFT = {
     "OFT, held": ("OFTConfig", {"oft_block_size": 8, "coft": True, "eps": 0.5}, MODULES),
     "OFT, one block for all": ("OFTConfig", {"oft_block_size": 8, "block_share": True, "coft": True}, MODULES),
     "BOFT": ("BOFTConfig", {"boft_block_size": 4}, [*MODULES, CONV]),
-    "BOFT of three factors": ("BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}, [DENSE, CONV]),
+    "BOFT of two factors": ("BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}, [DENSE, CONV]),
     "(IA)³": ("IA3Config", {"feedforward_modules": [MODULES[2]]}, [*MODULES, CONV]),
     "(IA)³ of inputs": ("IA3Config", {"feedforward_modules": r"mid.*(conv1|proj_in|net\.2)"}, [*MODULES, CONV]),
 }
