@@ -116,17 +116,20 @@ def of_peft(x: np.ndarray, config: Mapping[str, Any], inputs: int) -> Array:
             raise ValueError(f"eps {config['eps']}")
         norm = np.linalg.norm(q, axis=(1, 2), keepdims=True)
         q *= np.minimum(1, most / np.maximum(norm, np.finfo(q.dtype).tiny)).astype(q.dtype)
-    if not config.get("use_cayley_neumann", True):
-        r = cayley(jnp.asarray(-q))
-    else:
-        terms = config.get("num_cayley_neumann_terms", 5)
-        if not isinstance(terms, int) or not 1 <= terms <= TERMS:
-            raise ValueError(f"num_cayley_neumann_terms {terms}")
-        version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
-        halved = terms > 2 and version is not None and (int(version[1]), int(version[2])) >= (0, 18)
-        last = max(terms - 1, 3) if halved else terms - 1
-        r = power = np.broadcast_to(np.eye(b, dtype=q.dtype), q.shape)
-        for n in range(1, last + 1):
-            power = power @ q
-            r = r + (1 if halved and n == last else 2) * power
+    r = _series(q, config) if config.get("use_cayley_neumann", True) else cayley(jnp.asarray(-q))
     return jnp.broadcast_to(jnp.asarray(r, jnp.float32), (blocks, b, b))
+
+
+def _series(q: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    """I + 2 Q + 2 Q^2 + …, which equation (1) is in the limit."""
+    terms = config.get("num_cayley_neumann_terms", 5)
+    if not isinstance(terms, int) or not 1 <= terms <= TERMS:
+        raise ValueError(f"num_cayley_neumann_terms {terms}")
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
+    halved = terms > 2 and version is not None and (int(version[1]), int(version[2])) >= (0, 18)
+    last = max(terms - 1, 3) if halved else terms - 1
+    r = power = np.broadcast_to(np.eye(q.shape[-1], dtype=q.dtype), q.shape)
+    for n in range(1, last + 1):
+        power = power @ q
+        r = r + (1 if halved and n == last else 2) * power
+    return r
