@@ -183,7 +183,7 @@ def test_config_beside_a_text_encoders_adapter(sd1, tmp_path, caplog):
     ("config", "message"),
     [
         ({"r": 8, "lora_alpha": 8}, "matrices of rank 3 for .*, its settings say 8: the two do not belong together"),
-        ({"peft_type": "OFT"}, "is a OFT adapter by its adapter_config.json"),
+        ({"peft_type": "HRA"}, "is a HRA adapter by its adapter_config.json"),
         ({"init_lora_weights": "pissa_niter_4"}, r"starts from other weights than the model's \(.* pissa_niter_4\)"),
         ({"use_qalora": True}, "needs use_qalora, which is not supported"),
         ({"alpha_pattern": {"(": 3}}, "has damaged metadata"),

@@ -1,29 +1,77 @@
-"""Perturbed-attention guidance against PyTorch diffusers' pipelines, on the same weights."""
+"""Perturbed-attention guidance: which layers, whose scale, and who has no use for it. test_tasks.py has its images."""
 
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxdiff
+from jaxdiff.config import PipelineOptions
 from jaxdiff.errors import ArgumentError, ConfigError
+from jaxdiff.models.model import apply
 from jaxdiff.models.perturbed import perturbed_attention
-from tests.support.tiny import SIDE
-
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-PROMPTS = ["a castle", "an owl at night"]
 
 
-def with_layers(model, *layers, scale=0.0):
-    options = dataclasses.replace(model.options, pag_layers=layers, pag_scale=scale)
-    return dataclasses.replace(model, options=options)
+def with_options(model, **options):
+    return dataclasses.replace(model, options=dataclasses.replace(model.options, **options))
+
+
+def output(model, params, *layers):
+    """Of the UNet with these layers perturbed."""
+    side, channels = 8, model.unet.config.in_channels
+    x = jax.random.normal(jax.random.key(0), (1, side, side, channels))
+    context = jax.random.normal(jax.random.key(1), (1, 7, model.unet.config.cross_attention_dim))
+    if not layers:
+        return apply(model, params, "unet", x, jnp.int32(500), context)
+    with perturbed_attention(layers):
+        return apply(model, params, "unet", x, jnp.int32(500), context)
+
+
+def test_each_layer_counts_and_only_while_asked_for(tiny):
+    usual = output(*tiny)
+    one, other, both = (output(*tiny, *layers) for layers in (("mid",), ("up",), ("mid", "up")))
+    found = [np.asarray(x) for x in (usual, one, other, both)]
+    assert all((a != b).any() for i, a in enumerate(found) for b in found[:i])
+    np.testing.assert_array_equal(output(*tiny), usual)  # afterwards it is as it was
+
+
+def test_layers_that_are_not_there(tiny):
+    with pytest.raises(ArgumentError, match=r"^pag_scale needs self-attention in mid_block.attentions.1, which this UNet"):
+        output(*tiny, "mid_block.attentions.1")
+    with pytest.raises(ArgumentError, match=r"needs self-attention in middle"):
+        jaxdiff.generate(with_options(tiny[0], pag_layers=("middle",)), tiny[1], "a castle", steps=1, pag_scale=2.0)
+
+
+def test_the_models_own_scale_is_taken_where_none_is_given(tiny, tmp_path):
+    model, params = tiny
+    jaxdiff.save(tmp_path / "saved", with_options(model, pag_scale=4.0, pag_layers=("mid", "up")), params)
+    opened = jaxdiff.load(tmp_path / "saved")
+    assert (opened[0].options.pag_scale, opened[0].options.pag_layers) == (4.0, ("mid", "up"))
+    own, given, none = (
+        jaxdiff.generate(*opened, ["a castle", "an owl"], steps=2, **how)
+        for how in ({}, {"pag_scale": [4.0, 0.0]}, {"pag_scale": 0})
+    )
+    np.testing.assert_array_equal(own[0], given[0])
+    assert (own[1] != given[1]).any()
+    assert np.abs(given[1].astype(int) - none[1]).max() <= 1  # another program
+    jaxdiff.save(tmp_path / "without", model, params)
+    assert not [key for key in json.loads((tmp_path / "without" / "model_index.json").read_text()) if "pag" in key]
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, [1.0, 2.0, 3.0]])
+def test_scales_that_are_none(tiny, value):
+    with pytest.raises(ArgumentError, match=r"^pag_scale "):
+        jaxdiff.generate(*tiny, ["a castle", "an owl"], steps=1, pag_scale=value)
 
 
 @pytest.mark.parametrize(
-    ("family", "cls"), [("sd1", "StableDiffusionPAGPipeline"), ("sdxl", "StableDiffusionXLPAGPipeline")]
-)
-@pytest.mark.parametrize("layers", [("mid",), ("down_blocks.1", "mid", "up_blocks.0")])
-def test_images_are_diffusers(family, cls, layers):
-    pytest.fail("written below")
+    "values",
+    [{"_pag_scale": "3"}, {"_pag_scale": -1}, {"_pag_scale": True}, {"_pag_layers": "mid"}, {"_pag_layers": []},
+     {"_pag_layers": [1]}],
+)  # fmt: skip
+def test_settings_of_a_model_that_are_none(values):
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        PipelineOptions.from_dict(values)

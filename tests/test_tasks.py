@@ -127,6 +127,27 @@ def test_text_alone(name, prediction, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "scale"),
+    [
+        ("sd1", ("mid",), SCALE),
+        pytest.param("sd1", ("down_blocks.0", "mid", "up_blocks.1.attentions.0"), 1.0, marks=pytest.mark.slow),
+        pytest.param("sdxl", ("mid",), SCALE, marks=pytest.mark.slow),
+    ],
+)
+def test_perturbed_attention(name, layers, scale, tmp_path):
+    """With and without guidance by the text, and rescaled after both."""
+    pipeline, (model, params) = built(name, tmp_path)
+    cls = getattr(diffusers, type(pipeline).__name__.replace("Pipeline", "PAGPipeline"))
+    theirs_with = cls(**pipeline.components, pag_applied_layers=list(layers))
+    model = dataclasses.replace(model, options=dataclasses.replace(model.options, pag_layers=layers))
+    rescale = 0.7 if scale > 1 else 0.0
+    given = {"guidance_scale": scale, "guidance_rescale": rescale, "pag_scale": 4.0}
+    drawn = ours((model, params), **given)
+    assert_same(drawn, theirs(theirs_with, latents=latents(), **given))
+    assert (drawn != ours((model, params), **given | {"pag_scale": 0.0})).any()
+
+
 @pytest.mark.slow
 @predictions("epsilon")
 def test_sdxl(prediction, tmp_path):

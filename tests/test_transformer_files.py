@@ -1,5 +1,6 @@
 """Transformers in one file, in their authors' layout, against PyTorch diffusers' converters; quantised ones."""
 
+import functools
 import json
 import re
 import shutil
@@ -241,17 +242,23 @@ def test_a_lora_of_their_layers_changes_ours(saved, kind, tmp_path):
     )
 
 
-def test_a_lokr_of_layers_that_are_several_of_ours_is_refused(saved, tmp_path):
+def test_a_lokr_or_rotation_of_layers_that_are_several_of_ours_is_refused(saved, tmp_path):
     family, folder, tensors, _ = saved
     model, params = jaxdiff.load(folder)
     theirs = original(family, tensors)
     fused = next(name for name in theirs if "qkv" in name and name.endswith(".weight"))
     out, inputs = theirs[fused].shape
     stem = f"lora_unet_{fused.removesuffix('.weight').replace('.', '_')}"
-    parts = {"lokr_w1": np.ones((2, 2), np.float32), "lokr_w2": np.ones((out // 2, inputs // 2), np.float32)}
-    save_file({f"{stem}.{end}": x for end, x in parts.items()}, tmp_path / "lokr.safetensors")
-    with pytest.raises(WeightsError, match=r"changes lora_unet_.*qkv by a LoKr, which stands for several layers"):
-        jaxdiff.load_lora(model, params, tmp_path / "lokr.safetensors")
+    ones = functools.partial(np.ones, dtype=np.float32)
+    for kind, parts in {
+        "a LoKr": {"lokr_w1": ones((2, 2)), "lokr_w2": ones((out // 2, inputs // 2))},
+        "an OFT": {"oft_blocks": ones((out // 2, 2, 2))},
+        "an (IA)³": {"weight": ones(out), "on_input": ones(())},
+    }.items():
+        save_file({f"{stem}.{end}": x for end, x in parts.items()}, tmp_path / "a.safetensors")
+        with pytest.raises(WeightsError, match=r"changes lora_unet_.*qkv by (.*), which stands for several") as error:
+            jaxdiff.load_lora(model, params, tmp_path / "a.safetensors")
+        assert f" by {kind}," in str(error.value)
 
 
 def test_alpha_may_stand_in_the_metadata_alone(saved, tmp_path):

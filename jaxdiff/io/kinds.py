@@ -62,7 +62,8 @@ ADAPTERS: dict[str, tuple[str, str]] = {  # what else goes beside a model
         "which is not supported: leave it out",
     ),
     r"^\d+\.[01]\.linear\.\d+\.(weight|bias)$": ("a hypernetwork", "which is not supported: leave it out"),
-    r"^lora_|[._]lora[._]|\.lora_(up|down|A|B|mid)\b|\.(hada_w1_a|lokr_w[12]|oft_blocks|oft_diag|ia3_l)\b": (
+    r"^lora_|[._]lora[._]|\.lora_(up|down|A|B|mid)\b|\.(hada_w1_a|lokr_w[12]|oft_(blocks|diag|R)|boft_R|ia3_l|on_input)\b"
+    r"|\.[ab][12]\.weight$": (
         "a LoRA",
         "load a model, then give the file to jaxdiff.load_lora, or to --lora",
     ),

@@ -9,8 +9,9 @@ al. 2024, arXiv:2402.09353, equation 5) gives each output, or each input, of tha
 
     kernel + scale * (m * (kernel + alpha / rank * down @ up) / norm - kernel)                           (2)
 
-with the norms over all other axes. Biases and the weights of norms are changed by a difference. LoRAs are merged into
-the parameters rather than applied beside them: a pure function of params, LoRAs and scales, which may be traced.
+with the norms over all other axes. Biases and the weights of norms are changed by a difference, and what other kinds of
+adapters do is in jaxdiff/io/lycoris.py. LoRAs are merged into the parameters rather than applied beside them: a pure
+function of params, LoRAs and scales, which may be traced.
 """
 
 import dataclasses
@@ -31,11 +32,12 @@ from jaxdiff.errors import WeightsError
 from jaxdiff.io import lycoris, programs, textual_inversion
 from jaxdiff.io.lora_config import alpha as config_alpha
 from jaxdiff.io.lora_config import peft_names, read_configs, warn_of_patterns
+from jaxdiff.io.lora_differences import Difference, difference, magnitude, number, vector
 from jaxdiff.io.lora_folders import adapter_files
-from jaxdiff.io.lora_layers import BIAS, Layer, changeable, layers, norms
+from jaxdiff.io.lora_layers import BIAS, changeable, layers, norms
 from jaxdiff.io.lora_names import find_layers, parts_of, written_name
 from jaxdiff.io.original_layout import unet_table
-from jaxdiff.io.tensor_files import TensorSource, open_tensors, write_tensors
+from jaxdiff.io.tensor_files import open_tensors, write_tensors
 from jaxdiff.io.torch_names import from_torch_layout, to_torch_layout
 from jaxdiff.io.transformer_loras import MODULE, in_our_layers, in_their_layers
 from jaxdiff.models.model import Model
@@ -57,16 +59,6 @@ class Factors:
         return self.up.shape[0]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("parts", "magnitude"), meta_fields=("scale",))
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """The change of one layer by a LoHa, a LoKr or as a whole: see jaxdiff/io/lycoris.py."""
-
-    parts: Mapping[str, Array]  # as the file has them
-    scale: float  # alpha / rank
-    magnitude: Array | None = None  # as of `Factors`
-
-
 Change = Factors | Difference
 # By module and PyTorch name of a layer or norm, "unet.mid_block.attentions.0.proj_in"; of its bias, "….proj_in.bias".
 Lora = Mapping[str, Change]
@@ -81,7 +73,8 @@ def merge_lora(params: Params, loras: Lora | Sequence[Lora], scales: Any = 1.0) 
     Args:
         params: the model's parameters; they stay as they are.
         loras: one, or several to be added together.
-        scales: one number for all, or one for each; 0 changes nothing.
+        scales: one number for all, or one for each; 0 changes nothing. At others than 1, OFT and BOFT are what LyCORIS
+            merges at that multiplier (see jaxdiff/io/rotations.py); all else changes as much more or less.
 
     Returns:
         A tree like `params`, in its types; sums are in float32.
@@ -122,21 +115,23 @@ def merge_named(params: Params, files: Mapping[Path, Lora], chosen: Weighted) ->
 def _changed(kernel: Array, changes: Sequence[tuple[Change, Any]]) -> jax.Array:
     """A kernel with the changes of several LoRAs at their scales added, each computed from the kernel as it is."""
     old = jnp.asarray(kernel, jnp.float32)
-    change = functools.reduce(operator.add, (scale * _change(old, f) for f, scale in changes))
+    change = functools.reduce(operator.add, (_change(old, f, scale) for f, scale in changes))
     return (old + change).astype(kernel.dtype)
 
 
-def _change(kernel: jax.Array, f: Change) -> jax.Array:
-    """What a LoRA adds to a kernel [..., in, out], or a weight or bias [out], at full strength."""
+def _change(kernel: jax.Array, f: Change, scale: Any) -> jax.Array:
+    """What a LoRA adds to a kernel [..., in, out], or a weight or bias [out], at a scale."""
+    own = scale if f.magnitude is None else 1.0
     if isinstance(f, Difference) and kernel.ndim == 1:
-        change = f.scale * lycoris.change(f.parts)
+        change = f.scale * lycoris.change(f.parts, kernel, own)
     elif isinstance(f, Difference):
-        weight = lycoris.change(f.parts).reshape(*kernel.shape[:-3:-1], *kernel.shape[:-2])  # [out, in, …]
-        change = f.scale * jnp.moveaxis(weight, (1, 0), (-2, -1))
+        weight = jnp.moveaxis(kernel, (-1, -2), (0, 1))  # [out, in, …]
+        change = f.scale * lycoris.change(f.parts, weight, own).reshape(weight.shape)
+        change = jnp.moveaxis(change, (0, 1), (-1, -2))
     else:
         down, up = (jnp.asarray(x, jnp.float32) for x in (f.down, f.up))
-        change = (f.alpha / f.rank) * jnp.matmul(down, up, precision="highest")
-    return change if f.magnitude is None else decomposed(kernel, change, f.magnitude)
+        change = own * ((f.alpha / f.rank) * jnp.matmul(down, up, precision="highest"))
+    return change if f.magnitude is None else scale * decomposed(kernel, change, f.magnitude)
 
 
 def decomposed(kernel: jax.Array, change: jax.Array, magnitude: Array) -> jax.Array:
@@ -186,8 +181,8 @@ def read_lora(model: Model, path: str | Path) -> Lora:
     Args:
         path: safetensors, or PyTorch's .pt and .bin, in the names of diffusers, peft (with `adapter_config.json`
             beside), kohya, OneTrainer, ComfyUI or SimpleTuner, or in the lists of cloneofsimo/lora; LoCon, LoHa, LoKr,
-            DoRA and whole differences (of norms and biases too). Or the folder of such a file. Factors keep the file's
-            type.
+            DoRA, OFT, BOFT, GLoRA, (IA)³ and whole differences (of norms and biases too). Or the folder of such a
+            file. Factors keep the file's type.
 
     Raises:
         WeightsError: the file is missing or damaged, holds anything but a LoRA, or one for another model.
@@ -214,13 +209,15 @@ def _read_file(model: Model, path: Path) -> Lora:
     for layer, tensors in find_layers(source, [*known, *norms(shapes)], original, module):
         config = configs.get(layer.module, {})
         if written := tensors.get("bias"):
-            lora[layer.name + BIAS] = _vector(source, written)
+            lora[layer.name + BIAS] = vector(source, written)
         if len(layer.shape) == 1:
             if written := tensors.get("diff"):
-                lora[layer.name] = _vector(source, written)
+                lora[layer.name] = vector(source, written)
             continue
         if parts := parts_of(tensors):
-            lora[layer.name] = _difference(source, config, layer, tensors, parts)
+            lora[layer.name] = found = difference(source, config, layer, tensors, parts)
+            if "ia3_l" in parts and "ia3_out" in found.parts and layer.has_bias:  # of peft: scales it too
+                lora[layer.name + BIAS] = found
             continue
         if "down" not in tensors:  # a bias alone
             continue
@@ -229,65 +226,23 @@ def _read_file(model: Model, path: Path) -> Lora:
             first, then = (np.asarray(x, np.float32) for x in (down, source.read(tensors["mid"])))
             down = np.einsum("abhw,bi->aihw", then, first.reshape(len(first), -1)).astype(down.dtype)
         if written := tensors.get(lycoris.SCALAR):
-            up = up * _number(source, written)
+            up = up * number(source, written)
         rank = len(down)
         if written := tensors.get("alpha"):
-            alpha = _number(source, written)
+            alpha = number(source, written)
         else:
             called = peft_names(layer.name.partition(".")[2], tensors["down"])
             names.setdefault(layer.module, []).append(called)
             alpha = config_alpha(source, config, called, rank)
         if written := tensors.get("up_bias"):
-            lora[layer.name + BIAS] = _vector(source, written, alpha / rank)
+            lora[layer.name + BIAS] = vector(source, written, alpha / rank)
         down = from_torch_layout(KERNEL, down).reshape(*layer.shape[:-1], rank)
         # Copies, in a layout of their own: what was read may be a view into the file.
         factors = [jnp.asarray(np.array(x, order="C")) for x in (down, up.reshape(-1, rank).T)]
-        lora[layer.name] = Factors(factors[0], factors[1], alpha, _magnitude(source, config, layer, tensors))
+        lora[layer.name] = Factors(factors[0], factors[1], alpha, magnitude(source, config, layer, tensors))
     for part, called_so in names.items():
         warn_of_patterns(source, configs.get(part, {}), called_so)
     return lora
-
-
-def _vector(source: TensorSource, tensor: str, scale: float = 1.0) -> Difference:
-    return Difference({"diff": jnp.asarray(np.array(source.read(tensor), order="C"))}, scale)
-
-
-def _difference(
-    source: TensorSource, config: dict[str, Any], layer: Layer, tensors: Mapping[str, str], parts: Mapping[str, str]
-) -> Difference:
-    """The change of a layer by what is no LoRA's; where neither file nor settings say an alpha, it is the rank."""
-    rank = lycoris.rank({role: source.shapes[name] for role, name in parts.items()})
-    if rank is None and config and "diff" not in parts:  # peft divides by it in any case
-        rank = config.get("r")
-        if not isinstance(rank, int) or rank < 1:
-            raise WeightsError(f"{source.path} has damaged metadata (r {rank!r}): fetch it again.")
-    scale = 1.0
-    if rank is not None and (written := tensors.get("alpha")):
-        scale = _number(source, written) / rank
-    elif rank is not None:
-        called = peft_names(layer.name.partition(".")[2], next(iter(parts.values())))
-        scale = config_alpha(source, config, called, rank) / rank
-    read = {role: jnp.asarray(np.array(source.read(name), order="C")) for role, name in parts.items()}
-    return Difference(read, scale, _magnitude(source, config, layer, tensors))
-
-
-def _magnitude(source: TensorSource, config: dict[str, Any], layer: Layer, tensors: Mapping[str, str]) -> Array | None:
-    """A layer's magnitudes as `Factors` has them: [out, 1 …] in the file or for one an input [1, in, …]."""
-    if "magnitude" not in tensors:
-        if config.get("use_dora"):
-            raise WeightsError(f"{source.path} is a DoRA but lacks the magnitude of {layer.name}.")
-        return None
-    x = np.asarray(source.read(tensors["magnitude"]))
-    # peft's has one an output whatever its shape, [1, out, 1, 1] for a convolution.
-    by_input = tensors["magnitude"].endswith("dora_scale") and x.shape[:2] == (1, layer.shape[-2])
-    return jnp.asarray(np.array(x.reshape(-1, 1) if by_input else x.reshape(-1), order="C"))
-
-
-def _number(source: TensorSource, tensor: str) -> float:
-    value = np.asarray(source.read(tensor), np.float64)
-    if value.size != 1 or not np.isfinite(value).all():
-        raise WeightsError(f"{source.path}: {tensor} must be one finite number: the file is damaged, fetch it again.")
-    return float(value.reshape(()))
 
 
 def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffusers", "kohya"] = "diffusers") -> None:
@@ -308,20 +263,23 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
     for name, f in lora.items():
         if name not in known:
             raise WeightsError(f"the LoRA changes {name}, which the model does not have: save it with its own model.")
-        if isinstance(f, Difference) and len(known[name].shape) == 1 and layout == "kohya":
+        axes = len(known[name].shape)
+        own = lycoris.written(jax.device_get(f.parts), f.scale, axes) if isinstance(f, Difference) else {}
+        if own is None or (own and layout != "kohya"):
+            hint = "" if own is None else ": take layout='kohya'"
+            raise WeightsError(f"the layout {layout} has no place for what changes {name}{hint}.")
+        if isinstance(f, Difference) and axes == 1:
             owner = known[name.removesuffix(BIAS)]
             stem = written_name(owner, layout, two_text_encoders="text_encoder_2" in model.modules)
             kind = ("diff_b" if len(owner.shape) > 1 else "b_norm") if name.endswith(BIAS) else "w_norm"
-            (x,) = lycoris.written(stem, jax.device_get(f.parts), f.scale).values()
+            (x,) = own.values()
             tensors[f"{stem}.{kind}"] = x
             continue
         stem = written_name(known[name], layout, two_text_encoders="text_encoder_2" in model.modules)
         if f.magnitude is not None:
-            tensors |= _written_magnitude(stem, np.asarray(jax.device_get(f.magnitude)), layout, len(known[name].shape))
+            tensors |= _written_magnitude(stem, np.asarray(jax.device_get(f.magnitude)), layout, axes)
         if isinstance(f, Difference):
-            if layout != "kohya":
-                raise WeightsError(f"the layout diffusers has no place for what changes {name}: take layout='kohya'.")
-            tensors |= lycoris.written(stem, jax.device_get(f.parts), f.scale)
+            tensors |= {f"{stem}.{ending}": x for ending, x in own.items()}
             continue
         down = to_torch_layout(KERNEL, np.asarray(jax.device_get(f.down)))
         up = np.asarray(jax.device_get(f.up)).T.reshape(*f.up.shape[::-1], *(1,) * (down.ndim - 2))

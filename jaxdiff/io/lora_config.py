@@ -14,6 +14,7 @@ from absl import logging
 
 from jaxdiff.config import read_json
 from jaxdiff.errors import WeightsError
+from jaxdiff.io.lycoris import OPEN
 from jaxdiff.io.tensor_files import TensorSource
 
 FILE = "adapter_config.json"
@@ -21,6 +22,7 @@ STEM = "adapter_model"  # of the file of tensors beside it
 MODULES = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 CLASSES = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}
 WEIGHTS_CHANGED = ("pissa", "corda", "olora", "loftq", "lora_ga")  # beginnings that change the model's own weights
+KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
 UNSUPPORTED = (  # settings that change what a layer computes
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "use_bdlora", "use_qalora",
 )  # fmt: skip
@@ -29,7 +31,7 @@ Config = dict[str, Any]
 
 
 def read_configs(source: TensorSource) -> tuple[dict[str, Config], str | None]:
-    """peft's settings by module, without those that are off, and the only module that they are for, where they say so.
+    """peft's settings by module, without what is empty, and the only module that they are for, where they say so.
 
     Raises:
         WeightsError: they are damaged, or call for what is not supported.
@@ -57,7 +59,8 @@ def read_configs(source: TensorSource) -> tuple[dict[str, Config], str | None]:
         else:
             return {}, None
         configs = {
-            name: {k: v for k, v in config.items() if v or type(v) in (int, float)} for name, config in found.items()
+            name: {k: v for k, v in config.items() if v or isinstance(v, (int, float))}
+            for name, config in found.items()
         }
         for config in configs.values():
             _check(source.path, config)
@@ -72,8 +75,8 @@ def read_configs(source: TensorSource) -> tuple[dict[str, Config], str | None]:
 
 def _check(path: Path, config: Config) -> None:
     """Raise WeightsError for settings under which a LoRA's layers mean something else."""
-    if (kind := config.get("peft_type", "LORA")) not in ("LORA", "LOHA", "LOKR"):
-        raise WeightsError(f"{path} is a {kind} adapter by its {FILE}: give a LoRA, LoCon, LoHa, LoKr or DoRA.")
+    if (kind := config.get("peft_type", "LORA")) not in KINDS:
+        raise WeightsError(f"{path} is a {kind} adapter by its {FILE}: give a {OPEN}.")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(WEIGHTS_CHANGED):
         raise WeightsError(
@@ -119,6 +122,12 @@ def peft_names(name: str, tensor: str) -> tuple[str, str]:
     """
     full = f"text_model.{name}"
     return (full, name) if "text_model" in tensor else (name, full)
+
+
+def is_feedforward(config: Mapping[str, Any], name: str) -> bool:
+    """Whether an (IA)³ of peft is of a layer's inputs, by its name of `peft_names`."""
+    chosen = config.get("feedforward_modules", [])
+    return re.fullmatch(chosen, name) is not None if isinstance(chosen, str) else name.endswith(tuple(chosen))
 
 
 def warn_of_patterns(source: TensorSource, config: Mapping[str, Any], names: Sequence[tuple[str, str]]) -> None:

@@ -60,18 +60,17 @@ ROLES = {  # of a LoRA's tensor -> how its name ends
 BIASES = ("bias", "up_bias")  # roles
 LORA = re.compile("(.+?)(?:" + "|".join(f"(?P<{role}>{ending})" for role, ending in ROLES.items()) + ")")
 OTHER_ADAPTERS = {  # pattern in a tensor's name -> the kind of adapter that has it
-    r"\.b?oft_": "OFT",
-    r"ia3_l|\.on_input$": "(IA)³",
-    r"\.[ab][12m]\.weight$": "GLoRA",
-    r"\.set_weight$": "LyCORIS (whole weights)",
+    r"\.oft_(?!blocks$|R\b)": "OFT (early, or of embeddings)",  # `oft_diag` meant three things in turn
+    r"\.am\.weight$": "GLoRA (with three matrices over the inputs)",
+    r"\.set_weight$": "ComfyUI (whole weights)",
     r"\.reshape_weight$": "LoRA (layer of another size)",
     r"lora_embedding_": "LoRA (table of embeddings)",
     r"lora_E$|ranknum$": "AdaLoRA",
     r"vera_lambda": "VeRA",
     r"trainable_tokens|token_adapter": "LoRA (trained tokens)",
     r"modules_to_save": "LoRA (whole modules beside it)",
-    r"^base_model\.model\.(?!.*\.lora_).*\.(weight|bias)$": "LoRA (whole layers or biases beside it)",
-    r"\.(fourierft|hra|vblora|randlora|bone|miss|shira|c3a|waveft|ln_tuning|road)_": "peft (other than LoRA)",
+    r"^base_model\.model\.(?!.*\.(?:lora|oft)_).*\.(weight|bias)$": "LoRA (whole layers or biases beside it)",
+    r"\.(glora|fourierft|hra|vblora|randlora|bone|miss|shira|c3a|waveft|ln_tuning|road)_": "peft (other than LoRA)",
 }
 CLIP = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}  # what OneTrainer and ComfyUI call them
 PROCESSOR = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
@@ -112,7 +111,7 @@ def spellings(layer: Layer, original: Table | None = None) -> list[str]:
         full, more = name, [old, f"unet.{old}"]
         if found := place(name, original or {}, ""):
             more += [f"{prefix}{found.name}" for prefix in ("unet.", "diffusion_model.", "model.diffusion_model.")]
-            more.append(f"lora_unet_{found.name.replace('.', '_')}")
+            more += [f"{prefix}{found.name.replace('.', '_')}" for prefix in ("lora_unet_", "oft_unet_")]
     elif module == "transformer":
         full, more = name, [f"diffusion_model.{name}"]
     elif name.startswith("encoder.block."):
@@ -127,7 +126,7 @@ def spellings(layer: Layer, original: Table | None = None) -> list[str]:
             for prefix in (f"{clip}.", f"text_encoders.{clip}.transformer.")
         ]
     kohya = T5 if name.startswith("encoder.block.") else KOHYA[module]
-    prefixes = kohya + (("lycoris_",) if module in ("unet", "transformer") else ())
+    prefixes = kohya + (("lycoris_", "oft_unet_") if module in ("unet", "transformer") else ())
     underscored = [prefix + full.replace(".", "_") for prefix in prefixes]
     return [f"{module}.{full}", *underscored, full, f"base_model.model.{full}", *more]
 
@@ -143,13 +142,17 @@ def split(path: object, name: str) -> tuple[str, str]:
     """
     if kind := next((kind for pattern, kind in OTHER_ADAPTERS.items() if re.search(pattern, name)), None):
         article = "an" if kind.startswith(("A", "O", "(I")) else "a"
-        raise WeightsError(
-            f"{path} is {article} {kind} adapter (tensor {name}): give a LoRA, LoCon, LoHa, LoKr or DoRA."
-        )
+        raise WeightsError(f"{path} is {article} {kind} adapter (tensor {name}): give a {lycoris.OPEN}.")
     match = LORA.fullmatch(name)
     if match is None or match.lastgroup is None:
         raise WeightsError(f"{path}: tensor {name} is not part of a LoRA: is this a LoRA file?")
     return match[1], match.lastgroup
+
+
+def _ia3_of(source: TensorSource, name: str) -> str | None:
+    """The layer of an (IA)³'s weight, which only the `on_input` beside it tells from a layer's own."""
+    stem = name.removesuffix(".weight")
+    return stem if stem != name and f"{stem}.on_input" in source.shapes else None
 
 
 def find_layers(
@@ -184,7 +187,8 @@ def _named(
     for tensor in sorted(source.shapes):
         if tensor.startswith(BUNDLED):
             continue
-        stem, role = split(source.path, tensor)
+        ia3 = _ia3_of(source, tensor)
+        stem, role = split(source.path, tensor) if ia3 is None else (ia3, "ia3_weight")
         if other := found.setdefault(stem, {}).get(role):
             raise WeightsError(f"{source.path} holds several adapters, with {other} and {tensor}: keep one of them.")
         found[stem][role] = tensor
@@ -192,10 +196,9 @@ def _named(
     for stem, tensors in found.items():
         if stem not in known:
             raise _misfit(source, model, f"it changes {stem}, which the model does not have")
-        if len(kinds_of(tensors)) > 1:
-            raise WeightsError(
-                f"{source.path} changes {stem} in several ways, {' and '.join(kinds_of(tensors))}: keep one."
-            )
+        tensors = found[stem] = lycoris.current(tensors, source.shapes)
+        if len(ways := lycoris.kinds(tensors.keys())) > 1:
+            raise WeightsError(f"{source.path} changes {stem} in several ways, {' and '.join(ways)}: keep one.")
         if {"bias", "up_bias"} <= tensors.keys():
             both = f"{tensors['bias']} and {tensors['up_bias']}"
             raise WeightsError(f"{source.path} changes the bias of {stem} in several ways, {both}: keep one.")
@@ -217,7 +220,7 @@ def _check_kind(source: TensorSource) -> None:
     others = {
         name: shape
         for name, shape in source.shapes.items()
-        if not (name.startswith(BUNDLED) or LORA.fullmatch(name) or adapters.search(name))
+        if not (name.startswith(BUNDLED) or LORA.fullmatch(name) or adapters.search(name) or _ia3_of(source, name))
     }
     if 2 * len(others) > len(source.shapes):
         kinds.refuse(dataclasses.replace(source, shapes=others), "a LoRA")
@@ -225,14 +228,9 @@ def _check_kind(source: TensorSource) -> None:
 
 def parts_of(tensors: Tensors) -> Tensors:
     """Those tensors of a layer that LyCORIS' other adapters make a change of; none of a LoRA's."""
-    own = {role: name for role, name in tensors.items() if role in lycoris.ROLES}
-    return own | {lycoris.SCALAR: tensors[lycoris.SCALAR]} if own and lycoris.SCALAR in tensors else own
-
-
-def kinds_of(tensors: Tensors) -> list[str]:
-    """The kinds of adapter that a layer has tensors of."""
-    kinds = {"hada": "LoHa", "lokr": "LoKr", "diff": "a difference", "down": "LoRA", "up": "LoRA"}
-    return sorted({kind for role in tensors if (kind := kinds.get(role.partition("_")[0]))})
+    own = {role: name for role, name in tensors.items() if role in lycoris.PARTS}
+    more = [lycoris.SCALAR] * bool(own) + ["alpha"] * ("oft_blocks" in own)  # OFT's is no strength
+    return own | {role: tensors[role] for role in more if role in tensors}
 
 
 def _missing(tensors: Tensors) -> str | None:
@@ -296,7 +294,7 @@ def _fits_magnitude(source: TensorSource, tensors: Tensors, wide: tuple[int, ...
 def _mismatch(source: TensorSource, layer: Layer, tensors: Tensors) -> str:
     if not layer.has_bias and tensors.keys() & set(BIASES):
         return f"it changes the bias of {layer.name}, which has none"
-    roles = [role for role in ("down", "mid", "up", *lycoris.ROLES, "magnitude", *BIASES) if role in tensors]
+    roles = [role for role in ("down", "mid", "up", *lycoris.PARTS, "magnitude", *BIASES) if role in tensors]
     shapes = " and ".join(str(list(source.shapes[tensors[role]])) for role in roles)
     return f"for {layer.name} it has matrices of shapes {shapes}, the model a weight of {list(_torch(layer.shape))}"
 
@@ -378,7 +376,8 @@ def guess_family(source: TensorSource) -> str | None:
     for part, family in PARTS_OF_FAMILIES.items():
         if any(part in name for name in source.shapes):
             return family
-    shapes = {n: s for n, s in source.shapes.items() if len(s) >= 2 and not n.startswith(BUNDLED)}
+    turned = {n for n in source.shapes if (m := LORA.fullmatch(n)) and m.lastgroup in lycoris.NEEDED}
+    shapes = {n: s for n, s in source.shapes.items() if len(s) >= 2 and not (n.startswith(BUNDLED) or n in turned)}
     unet = [s for n, s in shapes.items() if not n.startswith(("text_encoder", "lora_te", "clip_"))]
     matrices = unet or list(shapes.values())
     inputs = {shape[1] for shape in matrices if shape[0] < shape[1]}

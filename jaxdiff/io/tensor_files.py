@@ -334,7 +334,7 @@ def save_tensors(path: Path, params: Params, dtype: Any = None, prefix: str = ""
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all. Raises WeightsError: it cannot be written."""
     with writing(path, WeightsError, "choose another place or free it."):
-        _write(path, {name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
+        _write(path, {name: np.asarray(x, order="C") for name, x in tensors.items()}, metadata)
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from jaxdiff.errors import WeightsError
+from jaxdiff.io import lycoris
 from jaxdiff.io.lora_layers import Layer
 from jaxdiff.io.lora_names import LORA
 from jaxdiff.io.tensor_files import TensorSource
@@ -61,10 +62,12 @@ def in_our_layers(source: TensorSource, family: str, layers: Iterable[Layer]) ->
             continue
         role, ending = match.lastgroup, name.removeprefix(match[1])
         for ours, piece in changed[spelled[match[1]]]:
-            if str(role).startswith("lokr"):
+            if str(role).startswith("lokr") or role in lycoris.NEEDED:
+                (kind,) = lycoris.kinds({str(role)})
+                article = "an" if kind[0] in "O(" else "a"
                 raise WeightsError(
-                    f"{source.path} changes {match[1]} by a LoKr, which stands for several layers: give one in "
-                    "the names of diffusers."
+                    f"{source.path} changes {match[1]} by {article} {kind}, which stands for several layers: give one "
+                    "in the names of diffusers."
                 )
             divided = role in BY_OUTPUT or (role == "magnitude" and shape[:1] != [1])  # [1, in] is by inputs
             if divided and shape[:1] != [sums[piece.name]]:
