@@ -30,7 +30,7 @@ class PipelineOptions(Config):
         scale, pag_scale = (values.get(f"_{name}", getattr(cls, name)) for name in ("guidance_scale", "pag_scale"))
         if not isinstance(scale, int | float) or not math.isfinite(scale):
             raise ConfigError(f"_guidance_scale {scale!r} in model_index.json must be a number, such as 7.5.")
-        if isinstance(pag_scale, bool | str) or not 0 <= pag_scale < math.inf:
+        if type(pag_scale) not in (int, float) or not 0 <= pag_scale < math.inf:
             raise ConfigError(f"_pag_scale {pag_scale!r} in model_index.json must be a number from 0 on, such as 3.")
         layers = values.get("_pag_layers", cls.pag_layers)
         if not isinstance(layers, list | tuple) or not layers or not all(isinstance(x, str) and x for x in layers):
