@@ -146,7 +146,8 @@ def guided(
     scale = jnp.maximum(scale, 1.0)
     if interval is not None:
         scale = jnp.where(in_interval(time, *interval), scale, 1.0)
-    return classifier_free(*jnp.split(output, 2), scale)
+    given, without = jnp.split(output, 2)
+    return classifier_free(given, without, scale)
 
 
 def guidance_embedding(scale: Array | float, batch: int, dim: int) -> Array:

@@ -56,6 +56,7 @@ class Shared(BaseModel):
     seed: int | None = Field(None, ge=0, lt=SEEDS)
     steps: int | None = Field(None, ge=1, le=10_000)
     guidance_scale: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
+    pag_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     scheduler: str | None = Field(None, max_length=40)
     style: str | None = Field(None, max_length=100, description="A preset of jaxdiff/text/styles.json.")
     matrix: bool = Field(False, description="{red|green} in the prompt draws each of them, n times.")
@@ -183,6 +184,7 @@ def draw_request(service: Service, body: Shared, **more: Any) -> DrawRequest:
         "seed": body.seed,
         "steps": own if body.steps is None else body.steps,
         "guidance_scale": body.guidance_scale,
+        "pag_scale": body.pag_scale,
         "scheduler": body.scheduler,
         "matrix": body.matrix,
     }

@@ -73,7 +73,7 @@ def few_steps(model: Model, guidance_dim: int, solver_steps: int) -> Model:
                "rescale_betas_zero_snr")  # fmt: skip
     lcm = SchedulerConfig.from_dict({"_class_name": "LCMScheduler", "original_inference_steps": solver_steps})
     lcm = dataclasses.replace(lcm, **{field: getattr(given, field) for field in process})
-    model = dataclasses.replace(model, options=dataclasses.replace(model.options, steps=FEW_STEPS))
+    model = dataclasses.replace(model, options=dataclasses.replace(model.options, steps=FEW_STEPS, pag_scale=0.0))
     if guidance_dim:
         return dataclasses.replace(replace_config(model, "unet", time_cond_proj_dim=guidance_dim), scheduler=lcm)
     options = dataclasses.replace(model.options, guidance_scale=1.0)

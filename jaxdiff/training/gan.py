@@ -80,7 +80,7 @@ def gan_model(config: Any, model: Model, params: Params) -> tuple[Model, Params]
     if sizes.block_out_channels[0] * 2 % c.heads:
         raise OptionsError(f"generator.heads {c.heads} must divide twice generator.features {c.features}.")
     generator = TextConditionalGenerator(sizes, model.unet.remat, model.unet.dtype)
-    options = dataclasses.replace(model.options, steps=1, guidance_scale=1.0)
+    options = dataclasses.replace(model.options, steps=1, guidance_scale=1.0, pag_scale=0.0)
     model = dataclasses.replace(model, unet=generator, scheduler=SCHEDULER, options=options)
     inputs = (x if x is None else jnp.zeros(x.shape, x.dtype) for x in unet_inputs(model))
     fresh = jax.jit(generator.init)(jax.random.key(config.seed, impl=PRNG), *inputs)["params"]
