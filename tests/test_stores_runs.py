@@ -167,6 +167,71 @@ def test_a_run_that_died_is_followed(bucket, monkeypatch, caplog):
     assert not stores.exists(f"{url}/lock")
 
 
+def test_of_two_that_follow_a_dead_run_the_later_one_does_not_remove_the_lock_of_the_first(memory, monkeypatch):
+    """Both have seen that it is dead; one takes over before the other does anything."""
+    url = f"{memory}/run"
+    lock = f"{url}/lock"
+    stores.write(lock, mark())
+
+    def dead(lock, holder) -> bool:
+        if holder["token"] != "another":
+            return False
+        stores.write(lock, mark(token="first"))
+        return True
+
+    monkeypatch.setattr(remote, "_dead", dead)
+    with pytest.raises(WorkdirError, match="is in use by another run"):
+        remote.held(remote.workdir(url)).__enter__()
+    assert json.loads(stores.read(lock))["token"] == "first"
+    assert [*stores.listing(url)] == ["lock"]
+
+
+def test_while_one_removes_the_lock_of_a_dead_run_another_does_not(memory, monkeypatch):
+    url, real = f"{memory}/run", stores.remove
+    lock, seen = f"{url}/lock", []
+    stores.write(lock, mark())
+
+    def remove(*names):
+        if names == (lock,) and not seen:  # the other one comes, and by now the first has looked
+            with monkeypatch.context() as m:
+                m.setattr(remote, "TOKEN", "other")
+                seen.append(json.loads(mark()))
+                remote._take_over(url, lock, seen[0])
+            assert stores.read(lock) == mark()
+        real(*names)
+
+    monkeypatch.setattr(stores, "remove", remove)
+    monkeypatch.setattr(remote, "_dead", lambda lock, holder: holder["token"] == "another")
+    with remote.held(remote.workdir(url)):
+        assert seen
+        assert json.loads(stores.read(lock))["token"] == remote.TOKEN
+    assert stores.listing(url) == {}
+
+
+def test_a_run_that_died_while_it_took_over_is_followed(memory):
+    url = f"{memory}/run"
+    gone = {"machine": remote._machine(), "started": "another process of that number"}
+    stores.write(f"{url}/lock", mark(**gone))
+    stores.write(f"{url}/takeover/another", mark(token="third", **gone))
+    with remote.held(remote.workdir(url)):
+        assert json.loads(stores.read(f"{url}/lock"))["token"] == remote.TOKEN
+    assert stores.listing(url) == {}
+
+
+def test_of_two_that_a_store_without_conditions_lets_lock_one_is_refused(memory, monkeypatch):
+    url, real = f"{memory}/run", stores.write
+
+    def write(name, data, **more):
+        real(name, data, **more)
+        if more.get("new") and json.loads(data)["token"] == remote.TOKEN:
+            real(name, mark(token="second"))  # at the same moment
+
+    monkeypatch.setattr(stores, "write", write)
+    monkeypatch.setattr(remote, "_dead", lambda lock, holder: False)
+    with pytest.raises(WorkdirError, match="is in use by another run"):
+        remote.held(remote.workdir(url)).__enter__()
+
+
 @pytest.mark.slow
 def test_hosts_without_a_common_folder_write_one_checkpoint(s3, machine):
     """Each its part of the arrays; any number of hosts goes on from it."""
