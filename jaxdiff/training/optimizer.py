@@ -119,11 +119,11 @@ def _kernels(params: Params) -> Any:
 
 
 def scale_by_multipliers(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
-    """Updates times the factor of their group: the longest beginning of an array's path, its keys joined by "/"; else 1.
+    """Updates times the factor of their group: the longest prefix of an array's path, its keys joined by "/"; else 1.
 
-    A beginning ends where a name ends, and may leave out a block's number: "unet/down_blocks" is of all of them,
-    "unet/down_blocks_1" not of the tenth, and "text_encoder" not of "text_encoder_2". A LoRA's layers may be named
-    without the "lora/" in front: ("text_encoder", 0.1) is of the text encoder or its LoRA.
+    A prefix ends where a name ends, and may leave out a block's number: "unet/down_blocks" matches all of them,
+    "unet/down_blocks_1" not the tenth, and "text_encoder" not "text_encoder_2". A LoRA's layers may be named without
+    the "lora/" in front: ("text_encoder", 0.1) is of the text encoder or its LoRA.
 
     >>> tx = scale_by_multipliers((("unet", 0.5), ("unet/conv_in", 0.0)))
     >>> params = {"unet": {"conv_in": jnp.ones(1), "conv_out": jnp.ones(1)}, "vae": jnp.ones(1)}
