@@ -1,11 +1,8 @@
 """ControlNets against diffusers' on the same weights, what they do to the UNet, and their files."""
 
-import contextlib
 import dataclasses
 import json
 import shutil
-from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +13,6 @@ from safetensors.numpy import load_file, save_file
 from jaxdiff.config import ConfigError, ControlNetConfig, UNetConfig
 from jaxdiff.errors import WeightsError
 from jaxdiff.io.controlnet import controlnet_table, load_controlnet, save_controlnet
-from jaxdiff.io.modules import save_module
 from jaxdiff.io.original_layout import place
 from jaxdiff.io.tensor_files import named_tensors
 from jaxdiff.models.controlnet import ControlNet, check_fits, combine, example_inputs, from_unet
@@ -190,44 +186,6 @@ def test_files_round_trip(small, tmp_path):
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert load_controlnet(tmp_path / "b", dtype="bfloat16")[0].dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_a_kill_while_a_network_is_saved_over_another_leaves_no_mixture(tmp_path, monkeypatch, same):
-    """At each renaming and removal: the folder is the old one, the new one, or without weights, which is refused."""
-
-    def save(value: int) -> tuple[bytes, bytes | None]:
-        config = SimpleNamespace(to_dict=lambda: {"width": 0 if same else value})
-        save_module(tmp_path / "a", SimpleNamespace(config=config), {"conv": {"bias": np.full(3, value, np.float32)}})
-        return found()
-
-    def found() -> tuple[bytes, bytes | None]:
-        config, weights = (tmp_path / "a" / name for name in ("config.json", "diffusion_pytorch_model.safetensors"))
-        return config.read_bytes(), weights.read_bytes() if weights.exists() else None
-
-    whole = [save(1), save(2)]
-    seen = []
-    for moment in range(5):
-        save(1)
-        with monkeypatch.context() as m:
-            left = iter(range(moment))
-
-            def dying(real, left=left):
-                def call(path, *args, **more):
-                    removes_temporary = path.name.startswith(".") and not args
-                    if not removes_temporary and next(left, None) is None:
-                        raise KeyboardInterrupt
-                    return real(path, *args, **more)
-
-                return call
-
-            for name in ("replace", "unlink"):
-                m.setattr(Path, name, dying(getattr(Path, name)))
-            with contextlib.suppress(KeyboardInterrupt):
-                save(2)
-        seen.append(found())
-        assert seen[-1] in whole or (seen[-1][1] is None and not same)
-    assert (seen[0], seen[-1]) == (whole[0], whole[1])
 
 
 def test_weights_of_other_names_do_not_hide_those_that_are_saved(small, tmp_path):
