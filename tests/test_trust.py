@@ -20,8 +20,9 @@ from jaxdiff.io.pretrained import save
 from jaxdiff.training import checkpoint
 from jaxdiff.training.checkpoint import SUMS, CheckpointError, Checkpoints, damage
 from jaxdiff.training.digests import UNCHECKED
+from jaxdiff.training.ema import Snapshots
 from jaxdiff.training.loop import fit
-from jaxdiff.training.trackers import JsonLines
+from jaxdiff.training.trackers import JsonLines, TrackedImages
 from jaxdiff.training.workdir import WorkdirError, lock
 from tests.support.batches import FromMemory
 from tests.support.line import LINE, line_data, linear_stage, one_device, same
@@ -282,3 +283,39 @@ def test_a_notice_to_one_host_stops_all_at_the_same_step(tmp_path):
     stopped = {int(np.load(tmp_path / f"result-{i}.npz")["step"]) for i in range(2)}
     assert len(stopped) == 1
     assert stopped.pop() == max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) < 10**6
+
+
+@pytest.mark.parametrize("killed", [4, 6])
+@pytest.mark.parametrize("shown", [{"score": 0.5}, {"samples": TrackedImages(np.zeros((1, 8, 8, 3), np.uint8))}])
+def test_what_a_kill_behind_a_checkpoint_left_out_is_made_up_for(tmp_path, monkeypatch, killed, shown):
+    """The evaluation and the snapshot of averages of that step, once."""
+
+    def run(folder, seen):
+        o = options(steps=6, batch_size=3, checkpoint_every=2, eval_every=4, ema_sigmas=(0.1,), snapshot_every=4)
+        return fit(
+            linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path / folder, mesh=one_device(),
+            on_eval=lambda step, params: seen.append((step, params["line"]["w"].tolist())) or shown,
+        )  # fmt: skip
+
+    def snapshots(folder):
+        return {p.name: p.read_bytes() for p in (tmp_path / folder / "ema").iterdir()}
+
+    unbroken: list = []
+    whole = run("a", unbroken)
+    assert [step for step, _ in unbroken] == [0, 4, 6]
+
+    def save(self, opt_state, real=Snapshots.save):
+        if int(opt_state[-1].updates) == killed:
+            raise KeyboardInterrupt
+        real(self, opt_state)
+
+    broken: list = []
+    with monkeypatch.context() as m:
+        m.setattr(Snapshots, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            run("b", broken)
+    assert same(run("b", broken), whole)
+    assert broken == unbroken
+    assert snapshots("b") == snapshots("a")
+    run("b", broken)
+    assert broken == unbroken  # nothing twice
