@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 
 from jaxdiff.io.pretrained import save
-from jaxdiff.training import checkpoint
+from jaxdiff.training import checkpoint, remote, together
 from jaxdiff.training.checkpoint import SUMS, CheckpointError, Checkpoints, damage
 from jaxdiff.training.digests import UNCHECKED
 from jaxdiff.training.ema import Snapshots
 from jaxdiff.training.loop import fit
 from jaxdiff.training.trackers import JsonLines, TrackedImages
-from jaxdiff.training.workdir import WorkdirError, lock
+from jaxdiff.training.workdir import WorkdirError, claimed, lock
 from tests.support.batches import FromMemory
 from tests.support.line import LINE, line_data, linear_stage, one_device, same
-from tests.support.processes import CONFIG, ROOT, finish, start
+from tests.support.processes import CONFIG, ROOT, finish, free_port, start
 from tests.support.stages import options, whole_model
 from tests.support.tiny import tiny_params
 from tests.support.train_on_hosts import write_images
@@ -319,3 +319,50 @@ def test_what_a_kill_behind_a_checkpoint_left_out_is_made_up_for(tmp_path, monke
     assert snapshots("b") == snapshots("a")
     run("b", broken)
     assert broken == unbroken  # nothing twice
+
+
+# --- a host that fails
+
+
+@pytest.mark.parametrize("opens", ["checkpoints", "claimed", "held"])
+def test_an_error_of_another_host_is_raised_here(tmp_path, memory, monkeypatch, opens):
+    """Each host would wait for the others, who never come."""
+    opened = {
+        "checkpoints": lambda: Checkpoints(tmp_path / "run" / "checkpoints"),
+        "claimed": lambda: claimed(tmp_path / "run"),
+        "held": lambda: remote.held(remote.workdir(f"{memory}/run")),
+    }[opens]
+    with monkeypatch.context() as m:
+        m.setattr(together, "gather", lambda own: [own, "The disk is full."])
+        with pytest.raises(together.HostError, match=r"^Process 1 of 2 has failed: The disk is full\.$"):
+            opened().__enter__()
+    with opened():  # no lock is left
+        pass
+
+
+def test_an_error_of_this_host_is_told_to_the_others(monkeypatch):
+    told = []
+    monkeypatch.setattr(together, "gather", lambda own: told.append(own) or [None, own])
+    with pytest.raises(OSError, match="full"), together.together():
+        raise OSError("the disk\nis full")
+    with together.together():
+        pass
+    assert told == ["the disk is full", None]
+
+
+@pytest.mark.slow
+def test_a_host_that_finds_no_intact_checkpoint_ends_the_others_too(tmp_path):
+    damaged = tmp_path / "checkpoints" / "4"
+    damaged.mkdir(parents=True)
+    (damaged / SUMS).write_text("{}")
+    (damaged / "state").write_text("half")
+    port = free_port()
+    both = [start("tests.support.checkpoint_on_hosts", port, i, 2, tmp_path, devices=1) for i in range(2)]
+    try:
+        first, second = (process.communicate(timeout=240)[0] for process in both)
+    finally:
+        for process in both:
+            process.kill()
+    sentence = f"{tmp_path}/checkpoints holds no intact checkpoint (4: state holds other bytes"
+    assert f"CheckpointError: {sentence}" in first
+    assert f"HostError: Process 0 of 2 has failed: {sentence}" in second

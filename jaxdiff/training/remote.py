@@ -24,6 +24,7 @@ from jaxdiff import stores
 from jaxdiff.data.latents import INFO
 from jaxdiff.errors import say_once
 from jaxdiff.io.diffusers_folder import INDEX
+from jaxdiff.training.together import together
 from jaxdiff.training.workdir import WorkdirError
 
 LOCK = "lock"
@@ -53,12 +54,16 @@ def held(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
     Raises:
         WorkdirError: another run holds it.
         StoreError: it cannot be read or written.
+        HostError: either is so for another host.
     """
     if (url := stores.behind(folder)) is None:
         yield lambda: None
         return
-    with _locked(url) if first else contextlib.nullcontext():
-        pull(folder)
+    with contextlib.ExitStack() as stack:
+        with together():
+            if first:
+                stack.enter_context(_locked(url))
+            pull(folder)
         uploads = _Uploads(folder, url)
         try:
             yield uploads.begin if first else lambda: None
