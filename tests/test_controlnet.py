@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from jaxdiff.config import ConfigError, ControlNetConfig, UNetConfig
 from jaxdiff.errors import WeightsError
@@ -186,6 +186,21 @@ def test_files_round_trip(small, tmp_path):
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert load_controlnet(tmp_path / "b", dtype="bfloat16")[0].dtype == jnp.bfloat16
+
+
+def test_weights_of_other_names_do_not_hide_those_that_are_saved(small, tmp_path):
+    controlnet, variables = small
+    other = jax.tree.map(lambda x: x + 1, variables["params"])
+    save_controlnet(tmp_path, controlnet, other)
+    whole = tmp_path / "diffusion_pytorch_model.safetensors"
+    shard = whole.rename(tmp_path / "diffusion_pytorch_model-00001-of-00001.safetensors")
+    names = dict.fromkeys(load_file(shard), shard.name)
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (tmp_path / "README.md").write_text("kept")
+    jax.tree.map(np.testing.assert_array_equal, load_controlnet(tmp_path)[1], other)
+    save_controlnet(tmp_path, controlnet, variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, load_controlnet(tmp_path)[1], variables["params"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", whole.name]
 
 
 def test_published_folders_of_other_kinds_open(small, tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.config import SchedulerConfig
+from jaxdiff.config import ConfigError, SchedulerConfig
 from jaxdiff.diffusion.diffusion_loss import diffusion_loss, min_snr_weight
 from jaxdiff.diffusion.guidance import classifier_free
 from jaxdiff.diffusion.prediction import PREDICTION_TYPES, add_noise, target, to_denoised
@@ -15,6 +15,8 @@ from jaxdiff.diffusion.schedules import Time, at, noise_schedule, shift_time
 from jaxdiff.diffusion.spacing import AYS, SPACINGS
 from jaxdiff.diffusion.times import time_grid
 from tests.support.scheduler_cases import CONFIGS, FLOW, NAMES, SD1, ZERO_SNR
+
+EPSILON_FLOW = dataclasses.replace(FLOW, class_name="DPMSolverMultistepScheduler", prediction_type="epsilon")
 
 # A handful of float32 operations on numbers of order 1, 2**-24 each; divided by alpha or sigma where that is small.
 ROUNDING = 1e-6
@@ -184,7 +186,14 @@ def test_program_does_not_depend_on_the_spacing():
             10,
             "ddim",
             "trailing",
-            r'prediction_type "epsilon" cannot start from pure noise \(alpha = 0\)',
+            r'prediction_type "epsilon" cannot start from pure noise \(alpha = 0\), .*: take spacing "leading", or',
+        ),
+        (
+            EPSILON_FLOW,
+            10,
+            "euler",
+            None,
+            r"from pure noise \(alpha = 0\), .*: take the scheduler dpmpp_2m, or a model",
         ),
     ],
 )
@@ -318,6 +327,12 @@ def test_scheduler_files_take_the_defaults_of_their_class():
     """Checked against the signatures of diffusers' classes."""
     flow = SchedulerConfig.from_dict({"_class_name": "FlowMatchEulerDiscreteScheduler"})
     assert (flow.prediction_type, flow.beta_schedule) == ("flow_prediction", "flow")
+    for kind in ("epsilon", "v_prediction", "sample"):  # which diffusers' class does not read
+        with pytest.raises(ConfigError, match=f"prediction_type '{kind}' does not go with FlowMatchEulerDiscrete"):
+            SchedulerConfig.from_dict({"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": kind})
+        with pytest.raises(ConfigError, match=f"prediction_type '{kind}' does not go with FlowMatchEulerDiscrete"):
+            flow.with_prediction_type(kind)
+    assert flow.with_prediction_type("flow_prediction") == flow
     heun = SchedulerConfig.from_dict({"_class_name": "HeunDiscreteScheduler", "beta_end": 0.02})
     assert (heun.beta_start, heun.beta_end) == (0.00085, 0.02)
     assert SchedulerConfig.from_dict({"_class_name": "DDIMScheduler"}).beta_start == 1e-4

@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from jaxdiff import parallel
-from jaxdiff.config import ConfigError
+from jaxdiff.config import ConfigError, SchedulerConfig
 from jaxdiff.io.textual_inversion import TABLE
 from jaxdiff.models.model import build
 from jaxdiff.training import finetune, on_eval
@@ -289,6 +289,12 @@ def test_zero_terminal_snr_is_asked_for(target_of):
     for kind in ("", "flow_prediction"):  # the model's own is epsilon
         with pytest.raises(OptionsError, match="zero_terminal_snr needs another prediction_type"):
             process(settings("unet", prediction_type=kind, zero_terminal_snr=True), SCHEDULER)
+    flow = SchedulerConfig.from_dict({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    for kind in ("", "flow_prediction"):
+        assert process(settings("unet", prediction_type=kind), flow) == flow
+    for kind in ("epsilon", "v_prediction", "sample"):  # PyTorch diffusers would draw noise with the export
+        with pytest.raises(OptionsError, match=f"prediction_type '{kind}' does not go with the model's FlowMatchEuler"):
+            process(settings("unet", prediction_type=kind), flow)
     with pytest.raises(OptionsError, match="prediction_type 'x0'"):
         process(settings("unet", prediction_type="x0"), SCHEDULER)
     with pytest.raises(OptionsError, match="trainable"):

@@ -1,11 +1,14 @@
 """Image files of every format and mode, as 8-bit RGB or RGBA."""
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from jaxdiff.data.images import open_image
 from jaxdiff.errors import ImageError
+from jaxdiff.io.images import read_image
 
 
 def test_sixteen_bit_grey_keeps_its_range(tmp_path):
@@ -69,3 +72,40 @@ def test_floating_point_grey_is_from_zero_to_one(tmp_path):
     Image.fromarray(np.array([[0.0, 255.0]], np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ImageError, match="float32 from 0 to 255"):
         open_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_sixteen_bit_tiffs_keep_their_range(tmp_path, order, compression):
+    values = (np.arange(64, dtype=f"{order}u2") * 1040).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "a.tif", compression=compression)
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.tif"))[..., 1], np.round(values / 257))
+
+
+def tiff(path, *, bits: int, sample_format: int, data: bytes, width: int) -> None:
+    """A grey TIFF of one row, of the bits and the sample format (1 unsigned, 2 signed) that Pillow does not write."""
+    tags = [(256, width), (257, 1), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, len(data)),
+            (339, sample_format)]  # fmt: skip
+    data += b"\0" * (len(data) % 2)
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0))
+
+
+def test_twelve_bit_grey_keeps_its_range(tmp_path):
+    tiff(tmp_path / "a.tif", bits=12, sample_format=1, data=bytes([0xFF, 0xF8, 0x00, 0x00, 0x00, 0x00]), width=4)
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.tif"))[0, :, 1], [255, 128, 0, 0])
+
+
+@pytest.mark.parametrize(("dtype", "sample_format"), [("<u4", 1), ("<i4", 2), ("<i2", 2)])
+def test_integers_without_a_known_white_are_refused(tmp_path, dtype, sample_format):
+    """Values over 65535 were clipped to white, negative ones to black."""
+    data, path = np.asarray([0, 70, 20000, 32767], dtype), tmp_path / "a.tif"
+    tiff(path, bits=8 * data.itemsize, sample_format=sample_format, data=data.tobytes(), width=4)
+    with Image.open(path) as image:
+        assert (image.mode, np.asarray(image).ravel().tolist()) == ("I", data.tolist())
+    said = "its greys are integers of 32 bits or with a sign, so that it is not known which is white"
+    with pytest.raises(ImageError, match=said):
+        open_image(path.read_bytes())
+    with pytest.raises(ImageError, match=rf"a.tif cannot be read as an image \({said}\): save it again as PNG or JPEG"):
+        read_image(path)

@@ -138,10 +138,48 @@ def test_rates_of_a_lora_count_from_its_module(prefix):
     assert sums == {"unet.conv.to_k": 2.0, "text_encoder.layers.0.q_proj": 0.0}
 
 
+NAMES = (
+    "text_encoder/embedding", "text_encoder_2/embedding", "unet/down_blocks_0/resnets_0/conv1/kernel",
+    "unet/down_blocks_1/resnets_0/conv1/kernel", "unet/down_blocks_10/resnets_0/conv1/kernel", "unet/conv_in/kernel",
+    "lora/text_encoder.layers.0.fc1/down", "lora/text_encoder_2.layers.0.fc1/down", "lora/unet.blocks.1.fc1/down",
+    "lora/unet.blocks.10.fc1/down",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prefix", "of"),
+    [
+        ("text_encoder", (0, 6)),
+        ("text_encoder_2", (1, 7)),
+        ("lora/text_encoder_2", (1, 7)),
+        ("lora", (6, 7, 8, 9)),
+        ("unet", (2, 3, 4, 5, 8, 9)),
+        ("unet/", (2, 3, 4, 5, 8, 9)),
+        ("unet/down_blocks", (2, 3, 4)),
+        ("unet/down_blocks_1", (3,)),
+        ("unet/conv_in", (5,)),
+        ("unet/conv", ()),
+        ("unet.blocks", (8, 9)),
+        ("lora/unet.blocks.1", (8,)),
+    ],
+)
+def test_rates_are_of_whole_names(prefix, of):
+    """ "text_encoder" moved the rate of "text_encoder_2" as well, and block 1 that of block 10."""
+    params: dict = {}
+    for name in NAMES:
+        *folders, last = name.split("/")
+        functools.reduce(lambda tree, key: tree.setdefault(key, {}), folders, params)[last] = jnp.ones(())
+    updates, _ = scale_by_multipliers(((prefix, 0.5),)).update(params, optax.EmptyState())
+    assert [i for i, name in enumerate(NAMES) if functools.reduce(dict.get, name.split("/"), updates) == 0.5] == [*of]
+
+
 @pytest.mark.parametrize(
     ("trainable", "prefix", "good"),
     [
-        (("unet",), "unet/ker", True),
+        (("unet",), "unet/kernel", True),
+        (("unet",), "unet/ker", False),
+        (("unet",), "text_encoder_2", True),  # as configs/finetune/full.py has it, for models that have a second one
+        (("unet",), "text_encoder_2/kernel", False),
         (("unet",), "unet/kernels", False),
         (("unet",), "uent", False),
         (("unet",), "text_encoder", True),  # as configs/finetune/full.py has it, for when it learns

@@ -14,7 +14,6 @@ from jaxdiff import stores
 from jaxdiff.training import remote, remote_checkpoints
 from jaxdiff.training.checkpoint import CheckpointError, Checkpoints
 from jaxdiff.training.loop import fit
-from jaxdiff.training.workdir import WorkdirError
 from tests.support import checkpoint_on_hosts
 from tests.support.batches import FromMemory
 from tests.support.line import LINE, line_data, linear_stage, one_device, same
@@ -120,51 +119,6 @@ def test_a_file_that_another_program_removes_meanwhile_does_not_end_the_run(memo
         (folder / "wandb" / "kept").write_text("x")
         begin()
     assert list(stores.listing(f"{url}/wandb")) == ["kept"]
-
-
-def mark(**changes) -> bytes:
-    """The lock of a run on another machine that is no more."""
-    gone = {"token": "another", "pid": 1, "host": "elsewhere", "machine": ["elsewhere"], "started": "0", "beats": 0}
-    return json.dumps(gone | changes).encode()
-
-
-def test_a_second_run_is_refused_while_the_first_lives(bucket, monkeypatch):
-    monkeypatch.setattr(remote, "LEASE", 20.0)
-    lock = f"{bucket}/run/lock"
-    here = {"pid": os.getpid(), "machine": remote._machine(), "started": remote._started(os.getpid())}
-    stores.write(lock, mark(**here))
-    with pytest.raises(WorkdirError, match=rf"{bucket}/run is in use by another run \(process {os.getpid()} on "):
-        remote.held(remote.workdir(f"{bucket}/run")).__enter__()
-    beats = iter(range(10**6))
-    stores.write(lock, mark())
-    renewing = remote._Every(0.1, lambda: stores.write(lock, mark(beats=next(beats))))
-    try:
-        with pytest.raises(WorkdirError, match=r"is in use by another run \(process 1 on elsewhere\)"):
-            remote.held(remote.workdir(f"{bucket}/run")).__enter__()
-    finally:
-        renewing.stop()
-    assert json.loads(stores.read(lock))["token"] == "another"
-
-
-def test_a_run_that_died_is_followed(bucket, monkeypatch, caplog):
-    monkeypatch.setattr(remote, "BEAT", 0.1)
-    monkeypatch.setattr(remote, "LEASE", 0.5)
-    caplog.set_level("INFO", logger="absl")
-    url = f"{bucket}/run"
-    stores.write(f"{url}/lock", mark())
-    with remote.held(remote.workdir(url)):
-        assert "Waiting up to 0.5 s" in caplog.text
-        remote.check_own(url)
-        stores.write(f"{url}/lock", mark())  # as if it had come back
-        with pytest.raises(WorkdirError, match="has been taken over by another run"):
-            run(url, 2)
-        assert steps_of(url) == []
-    assert json.loads(stores.read(f"{url}/lock"))["token"] == "another"
-    monkeypatch.setattr(remote, "LEASE", 1000.0)
-    stores.write(f"{url}/lock", mark(machine=remote._machine(), started="another process of that number"))
-    with remote.held(remote.workdir(url)):
-        assert json.loads(stores.read(f"{url}/lock"))["token"] == remote.TOKEN
-    assert not stores.exists(f"{url}/lock")
 
 
 @pytest.mark.slow

@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 
 from jaxdiff.io.pretrained import save
-from jaxdiff.training import checkpoint
+from jaxdiff.training import checkpoint, remote, together
 from jaxdiff.training.checkpoint import SUMS, CheckpointError, Checkpoints, damage
 from jaxdiff.training.digests import UNCHECKED
+from jaxdiff.training.ema import Snapshots
 from jaxdiff.training.loop import fit
-from jaxdiff.training.trackers import JsonLines
-from jaxdiff.training.workdir import WorkdirError, lock
+from jaxdiff.training.trackers import JsonLines, TrackedImages
+from jaxdiff.training.workdir import WorkdirError, claimed, lock
 from tests.support.batches import FromMemory
 from tests.support.line import LINE, line_data, linear_stage, one_device, same
-from tests.support.processes import CONFIG, ROOT, finish, start
+from tests.support.processes import CONFIG, ROOT, finish, free_port, start
 from tests.support.stages import options, whole_model
 from tests.support.tiny import tiny_params
 from tests.support.train_on_hosts import write_images
@@ -282,3 +283,86 @@ def test_a_notice_to_one_host_stops_all_at_the_same_step(tmp_path):
     stopped = {int(np.load(tmp_path / f"result-{i}.npz")["step"]) for i in range(2)}
     assert len(stopped) == 1
     assert stopped.pop() == max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) < 10**6
+
+
+@pytest.mark.parametrize("killed", [4, 6])
+@pytest.mark.parametrize("shown", [{"score": 0.5}, {"samples": TrackedImages(np.zeros((1, 8, 8, 3), np.uint8))}])
+def test_what_a_kill_behind_a_checkpoint_left_out_is_made_up_for(tmp_path, monkeypatch, killed, shown):
+    """The evaluation and the snapshot of averages of that step, once."""
+
+    def run(folder, seen):
+        o = options(steps=6, batch_size=3, checkpoint_every=2, eval_every=4, ema_sigmas=(0.1,), snapshot_every=4)
+        return fit(
+            linear_stage(), LINE, FromMemory(line_data(), 3, 7), o, tmp_path / folder, mesh=one_device(),
+            on_eval=lambda step, params: seen.append((step, params["line"]["w"].tolist())) or shown,
+        )  # fmt: skip
+
+    def snapshots(folder):
+        return {p.name: p.read_bytes() for p in (tmp_path / folder / "ema").iterdir()}
+
+    unbroken: list = []
+    whole = run("a", unbroken)
+    assert [step for step, _ in unbroken] == [0, 4, 6]
+
+    def save(self, opt_state, real=Snapshots.save):
+        if int(opt_state[-1].updates) == killed:
+            raise KeyboardInterrupt
+        real(self, opt_state)
+
+    broken: list = []
+    with monkeypatch.context() as m:
+        m.setattr(Snapshots, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            run("b", broken)
+    assert same(run("b", broken), whole)
+    assert broken == unbroken
+    assert snapshots("b") == snapshots("a")
+    run("b", broken)
+    assert broken == unbroken  # nothing twice
+
+
+# --- a host that fails
+
+
+@pytest.mark.parametrize("opens", ["checkpoints", "claimed", "held"])
+def test_an_error_of_another_host_is_raised_here(tmp_path, memory, monkeypatch, opens):
+    """Each host would wait for the others, who never come."""
+    opened = {
+        "checkpoints": lambda: Checkpoints(tmp_path / "run" / "checkpoints"),
+        "claimed": lambda: claimed(tmp_path / "run"),
+        "held": lambda: remote.held(remote.workdir(f"{memory}/run")),
+    }[opens]
+    with monkeypatch.context() as m:
+        m.setattr(together, "gather", lambda own: [own, "The disk is full."])
+        with pytest.raises(together.HostError, match=r"^Process 1 of 2 has failed: The disk is full\.$"):
+            opened().__enter__()
+    with opened():  # no lock is left
+        pass
+
+
+def test_an_error_of_this_host_is_told_to_the_others(monkeypatch):
+    told = []
+    monkeypatch.setattr(together, "gather", lambda own: told.append(own) or [None, own])
+    with pytest.raises(OSError, match="full"), together.together():
+        raise OSError("the disk\nis full")
+    with together.together():
+        pass
+    assert told == ["the disk is full", None]
+
+
+@pytest.mark.slow
+def test_a_host_that_finds_no_intact_checkpoint_ends_the_others_too(tmp_path):
+    damaged = tmp_path / "checkpoints" / "4"
+    damaged.mkdir(parents=True)
+    (damaged / SUMS).write_text("{}")
+    (damaged / "state").write_text("half")
+    port = free_port()
+    both = [start("tests.support.checkpoint_on_hosts", port, i, 2, tmp_path, devices=1) for i in range(2)]
+    try:
+        first, second = (process.communicate(timeout=240)[0] for process in both)
+    finally:
+        for process in both:
+            process.kill()
+    sentence = f"{tmp_path}/checkpoints holds no intact checkpoint (4: state holds other bytes"
+    assert f"CheckpointError: {sentence}" in first
+    assert f"HostError: Process 0 of 2 has failed: {sentence}" in second

@@ -16,7 +16,7 @@ from jaxdiff.training.defaults import fine_tuning
 
 def get_config() -> ConfigDict:
     config = fine_tuning("unet")
-    config.lr_multipliers = (("text_encoder", 0.1),)
+    config.lr_multipliers = (("text_encoder", 0.1), ("text_encoder_2", 0.1))
     config.update({"steps": 10_000, "batch_size": 16, "accumulate": 1, "learning_rate": 1e-5})
     config.update({"schedule": "constant", "ema_decay": 0.9995})
     return config

@@ -17,7 +17,7 @@ from jaxdiff.training.defaults import fine_tuning
 
 def get_config() -> ConfigDict:
     config = fine_tuning("lora")
-    config.lr_multipliers = (("lora/text_encoder", 0.5),)
+    config.lr_multipliers = (("lora/text_encoder", 0.5), ("lora/text_encoder_2", 0.5))
     config.update({"steps": 2000, "batch_size": 4, "learning_rate": 1e-4, "weight_decay": 0.0})
     config.update({"schedule": "cosine", "ema_decay": 0.99})
     config.frozen_dtype = config.get_ref("dtype")

@@ -91,7 +91,24 @@ class SchedulerConfig(Config):
                 raise ConfigError(f"{key} {value!r} is unknown; known are {', '.join(known)}.")
         if values.get("use_flow_sigmas"):  # how classes that also serve other processes name a flow
             values = {**values, "beta_schedule": "flow", "shift": values.get("flow_shift", 1.0)}
-        return super().from_dict({"class_name": name, **CLASS_DEFAULTS.get(name, {}), **values})
+        return super().from_dict({"class_name": name, **CLASS_DEFAULTS.get(name, {}), **values})._checked()
+
+    def with_prediction_type(self, prediction_type: str) -> Self:
+        """The same of a network that predicts something else. Raises ConfigError where the class knows no other."""
+        return dataclasses.replace(self, prediction_type=prediction_type)._checked()
+
+    def _checked(self) -> Self:
+        if self.is_velocity and self.prediction_type != "flow_prediction":  # diffusers' class does not read it
+            raise ConfigError(
+                f"prediction_type {self.prediction_type!r} does not go with {self.class_name}, which takes what the "
+                "network predicts as the flow's velocity: leave it out, or name another class of scheduler."
+            )
+        return self
+
+    @property
+    def is_velocity(self) -> bool:
+        """Whether the class takes every prediction as a velocity, so that there is no choice."""
+        return self.class_name.startswith("FlowMatch")
 
     def to_dict(self) -> dict[str, Any]:
         """The values for a file: the process, and what differs from the defaults of its class."""

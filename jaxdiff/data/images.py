@@ -21,7 +21,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 def open_image(file: str | Path | bytes, min_side: int | None = None, *, max_pixels: int | None = None) -> Image.Image:
     """An image as RGB, or RGBA when it has transparency; upright by its EXIF orientation, 8 bits a channel.
 
-    16-bit greys are scaled to 8 bits; floating-point greys must be in [0, 1] and are scaled too.
+    Greys of 16 and 12 bits are scaled to 8; floating-point greys must be in [0, 1] and are scaled too. Integers of 32
+    bits or with a sign are refused: nothing says which of them is white.
 
     Args:
         file: a PNG, JPEG, WebP, GIF, BMP or TIFF file, or its bytes; of an animation the first frame is read.
@@ -29,7 +30,7 @@ def open_image(file: str | Path | bytes, min_side: int | None = None, *, max_pix
         max_pixels: of the image, at most; None is `MAX_PIXELS`.
 
     Raises:
-        ImageError: the image is larger than `max_pixels`, or of floating-point greys outside of [0, 1].
+        ImageError: the image is larger than `max_pixels`, or its greys are of a range that is not known.
         Exception: whatever Pillow raises on a damaged or missing file: OSError, SyntaxError, struct.error, …
     """
     with _opened(file) as image:
@@ -38,6 +39,7 @@ def open_image(file: str | Path | bytes, min_side: int | None = None, *, max_pix
             raise ImageError(f"{image.width}x{image.height} pixels are more than the {most} allowed")
         if min_side:
             image.draft(None, (2 * min_side, 2 * min_side))
+        white = _white(image) if image.mode.startswith("I") else 0
         clear = transparent_value(image)
         if clear is not None:
             image.info["transparency"] = clear
@@ -52,9 +54,9 @@ def open_image(file: str | Path | bytes, min_side: int | None = None, *, max_pix
             return image
         if image.mode == "F":
             return Image.fromarray(to_uint8(np.asarray(image))).convert("RGB")
-        if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255 instead of scaling
+        if white:  # Pillow's own conversion clips at 255 instead of scaling
             values = np.asarray(image)
-            grey = Image.fromarray(to_uint8(np.clip(values / 65535, 0, 1))).convert("RGB")
+            grey = Image.fromarray(to_uint8(values / white)).convert("RGB")
             if clear is not None:
                 grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
             return grey
@@ -83,7 +85,16 @@ def _low_bytes(file: str | Path | bytes) -> np.ndarray:
 def _raw_mode(image: Image.Image) -> Any:
     """How a file that is not yet decoded holds its pixels, in Pillow's words; None of other images."""
     tiles = getattr(image, "tile", None)
-    return tiles[0][3] if tiles else None
+    found = tiles[0][3] if tiles else None
+    return found[0] if isinstance(found, tuple) and found else found  # of TIFF with more about the decoder
+
+
+def _white(image: Image.Image) -> int:
+    """The largest value of greys of more than 8 bits, in a file that is not yet decoded. Raises ImageError."""
+    kind = str(_raw_mode(image))
+    if not kind.startswith(("I;16", "I;12")) or kind.endswith("S"):
+        raise ImageError("its greys are integers of 32 bits or with a sign, so that it is not known which is white")
+    return 4095 if kind.startswith("I;12") else 65535
 
 
 def transparent_value(image: Image.Image) -> Any:

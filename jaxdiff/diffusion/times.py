@@ -164,9 +164,10 @@ def time_grid(
             f"{steps} is more than {by_sigma or by_timestep} spacing of {scheduler} allows: take fewer.",
         )
     if times.alpha[0] == 0 and config.prediction_type == "epsilon":
+        mend = "the scheduler dpmpp_2m" if process.flow else 'spacing "leading"'
         raise ValueError(
             'a model of prediction_type "epsilon" cannot start from pure noise (alpha = 0), as this grid does: take '
-            'spacing "leading", or a model of another prediction type.'
+            f"{mend}, or a model of another prediction type."
         )
     times = _with_substeps(process, times, t, sigmas, whole_timesteps=by_sigma is None and not process.flow)
     scaled = rule.scale_initial_noise and by_timestep != "leading"

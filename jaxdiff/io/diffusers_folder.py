@@ -92,7 +92,7 @@ def load_model(
         options = dataclasses.replace(options, low_res_scheduler=SchedulerConfig.load(low_res / SCHEDULER))
     scheduler = SchedulerConfig.load(folder / "scheduler" / SCHEDULER)
     if prediction_type is not None:
-        scheduler = dataclasses.replace(scheduler, prediction_type=prediction_type)
+        scheduler = scheduler.with_prediction_type(prediction_type)
     tokenizers = [
         load_tokenizer(
             folder / name, configs[name.replace("tokenizer", "text_encoder")], family, options.max_sequence_length

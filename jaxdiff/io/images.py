@@ -25,7 +25,7 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np
         uint8 [H, W, 3].
 
     Raises:
-        ImageError: the file is missing, damaged, too large, of another format, or of greys outside of [0, 1].
+        ImageError: the file is missing, damaged, too large, of another format, or of greys whose range is not known.
     """
     return np.array(_opened(path, lambda path: on_background(open_image(path), background)))
 

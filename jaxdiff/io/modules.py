@@ -111,6 +111,9 @@ def without_config(path: str | Path) -> bool:
 def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any = None) -> None:
     """Write a folder that PyTorch diffusers and `load_module` open, over such a folder or a new one.
 
+    Weights come last, and those of another config are removed before: a kill may leave a folder without weights, but
+    none with weights and config of two networks. Over the same config, earlier weights stay until the new are there.
+
     Raises:
         WeightsError: the folder cannot be written, or holds something else.
     """
@@ -119,9 +122,13 @@ def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any =
         raise WeightsError(f"{folder} exists and is not the folder of a network: save to another one.")
     with writing(folder, WeightsError, "choose another place or free it."):
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / CONFIG) as config, atomic_write(folder / WEIGHTS) as weights:
+        with atomic_write(folder / WEIGHTS) as weights, atomic_write(folder / CONFIG) as config:  # renamed first
             save_tensors(weights, params, None if dtype is None else check_dtype(dtype))
             write_json(config, module.config.to_dict())
+            same = (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() == config.read_bytes()
+            for earlier in (path for stem in STEMS["unet"] for path in folder.glob(f"{stem}*")):
+                if not same or earlier.name != WEIGHTS:  # an index, for one, would be read in place of the new file
+                    earlier.unlink()
 
 
 def load_tokenizer(folder: Path, text: Config | None, family: str = "", sd3_length: int = 256) -> Any:

@@ -140,7 +140,7 @@ def open_single_file(
     own = None if flow else _read_metadata(source)
     found, tokenizers = own or (infer_configs(source, family, prediction_type), {})
     if prediction_type is not None:
-        found["scheduler"] = dataclasses.replace(found["scheduler"], prediction_type=prediction_type)
+        found["scheduler"] = found["scheduler"].with_prediction_type(prediction_type)
     with as_config_error(f"the configs of {source.path} do not make a model"):
         for name, values in (configs or {}).items():
             found[name] = dataclasses.replace(found[name], **values)

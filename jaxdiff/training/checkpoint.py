@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
 from jaxdiff import stores
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.training import remote_checkpoints
 from jaxdiff.training.digests import SUMS, damage, digests, reason
+from jaxdiff.training.together import HostError, gather, together
 from jaxdiff.training.workdir import WorkdirError
 
 STATE, DATA = "state", "data"
@@ -38,6 +37,7 @@ class Checkpoints:
 
     Raises:
         CheckpointError: the folder cannot be written to, or holds checkpoints of which none is intact.
+        HostError: so it is for another host.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
@@ -45,13 +45,12 @@ class Checkpoints:
         self._saving: int | None = None
         self._url, self._keep = stores.behind(self._folder), keep
         with self._explained():
-            self._folder.mkdir(parents=True, exist_ok=True)
+            with together():  # the others look at what is left
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if not self._url and jax.process_index() == 0:
+                    set_damaged_aside(self._folder)
             if self._url:
                 remote_checkpoints.copy_newest(self._url, self._folder)
-            elif jax.process_index() == 0:
-                set_damaged_aside(self._folder)
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("checkpoints")  # the others look at what is left
             seal = ocp.AsyncOptions(post_finalization_callback=self._seal)  # just before it is renamed
             if self._url:
                 seal.timeout_secs = TIMEOUT
@@ -91,7 +90,7 @@ class Checkpoints:
         """
         if step == self.latest:
             return
-        items = {STATE: ocp.args.StandardSave(state), DATA: ocp.args.JsonSave({"hosts": _gather(position)})}
+        items = {STATE: ocp.args.StandardSave(state), DATA: ocp.args.JsonSave({"hosts": gather(position)})}
         self.wait()
         with self._explained():
             self._saving = step
@@ -146,10 +145,10 @@ class Checkpoints:
         """Turn whatever orbax raises while writing into a CheckpointError of one sentence."""
         try:
             yield
-        except (CheckpointError, WorkdirError):
+        except (CheckpointError, WorkdirError, HostError):
             raise
         except remote_checkpoints.NoneIntact as e:
-            raise CheckpointError(f"{self._url} holds no intact checkpoint ({e}): choose another workdir.") from None
+            raise CheckpointError(str(e)) from None
         except stores.StoreError as e:
             text = f"{str(e).rstrip('.')}; the same command goes on from the last checkpoint."
             raise CheckpointError(text) from None
@@ -196,13 +195,3 @@ def set_damaged_aside(folder: Path) -> None:
         logging.warning(
             "The checkpoint %s is damaged (%s): renamed to %s, an older one is used.", path, wrong, aside.name
         )
-
-
-def _gather(position: Any) -> list[Any]:
-    """What each host passed in, by the number of the host."""
-    if jax.process_count() == 1:
-        return [position]
-    text = np.frombuffer(json.dumps(position).encode(), np.uint8)
-    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
-    padded = np.pad(text, (0, longest - len(text)), constant_values=ord(" "))
-    return [json.loads(bytes(row)) for row in np.asarray(multihost_utils.process_allgather(padded))]

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdiff import parallel
+from jaxdiff import parallel, stores
 from jaxdiff.config import ConfigError
 from jaxdiff.io.tensor_files import open_tensors, write_tensors
 from jaxdiff.typing import Array, Params
@@ -98,11 +98,16 @@ class Snapshots:
         if self._writing is not None:
             self._writing.result()
 
+    def lacks(self, opt_state: Any) -> bool:
+        """Whether there is no file of these averages, neither here nor in the store that the folder belongs to."""
+        path = self._path(_averages(opt_state))
+        url = stores.behind(path)
+        return not (path.exists() or (url and stores.exists(url)))
+
     def save(self, opt_state: Any) -> None:
         """Call it on every host; the first one writes."""
         self._wait()
-        leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PowerAverages))
-        state = parallel.fetch(next(x for x in leaves if isinstance(x, PowerAverages)))
+        state = parallel.fetch(_averages(opt_state))
         if jax.process_index() == 0:
             self._writing = self._pool.submit(self._write, state)
 
@@ -113,7 +118,15 @@ class Snapshots:
             for sigma, average in zip(self._sigmas, state.averages, strict=True)
             for path, value in _named(average)
         }
-        write_tensors(self._folder / f"{int(state.updates)}.safetensors", tensors)
+        write_tensors(self._path(state), tensors)
+
+    def _path(self, state: PowerAverages) -> Path:
+        return self._folder / f"{int(state.updates)}.safetensors"
+
+
+def _averages(opt_state: Any) -> PowerAverages:
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PowerAverages))
+    return next(x for x in leaves if isinstance(x, PowerAverages))
 
 
 def _named(tree: Params) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -25,7 +26,7 @@ from jaxdiff.training.mfu import Speed, flops, peak_flops
 from jaxdiff.training.optimizer import check_multipliers, optimizer
 from jaxdiff.training.options import Options
 from jaxdiff.training.progress import Report
-from jaxdiff.training.trackers import JsonLines, TensorBoard, TrackedImages, Tracker
+from jaxdiff.training.trackers import JsonLines, TensorBoard, TrackedImages, Tracker, evaluated
 from jaxdiff.training.train_step import (
     NO_CAST,
     Batch,
@@ -210,8 +211,13 @@ def fit(
         train_step = make_train_step(stage.loss, options, mesh, state, stage.dtypes, stage.reads_state)
         report = stack.enter_context(open_report(workdir, stage.name, start, options, trackers))
         trace = stack.enter_context(closing(Trace(workdir / "profile", profile)))
+        late_snapshot, late_evaluation = (
+            left_out(start, options, snapshots, state, workdir) if start else (False, False)
+        )
         if start:
             report.say(f"goes on from step {start}.")
+        if snapshots and late_snapshot:
+            snapshots.save(state.opt_state)
 
         def evaluate(step: int) -> None:
             if on_eval is not None and (values := on_eval(step, averaged(state))):
@@ -219,8 +225,8 @@ def fit(
 
         if start < options.steps:
             report.say("compiling the training step, which may take some minutes.")
-        if options.eval_every and not start:  # what it starts from; and mistakes show now
-            evaluate(0)
+        if late_evaluation or (options.eval_every and not start):  # what it starts from; and mistakes show now
+            evaluate(start)
         guard, due = NonFiniteGuard(options.max_skipped), False
         computing: deque[tuple[int, Any]] = deque()  # steps and their metrics, not yet waited for
 
@@ -241,19 +247,19 @@ def fit(
             computing.append((step, metrics))
             trace.step(metrics)
             last = step == options.steps
-            evaluated = last or (options.eval_every and step % options.eval_every == 0)
+            evaluates = last or (options.eval_every and step % options.eval_every == 0)
             due = due or step % options.checkpoint_every == 0
             # While the devices compute this step, the host reports the one before and reads the next batch. No step is
             # in flight when the clock starts or stops.
-            look_back(0 if first or last or due or evaluated or report.ends_interval(step) else 1)
+            look_back(0 if first or last or due or evaluates or report.ends_interval(step) else 1)
             if last or (due and not guard.length):  # while updates are skipped, keep the last good one
                 checkpoints.save(step, state, iterator.get_state())
                 due = False
             if snapshots and (last or step % options.snapshot_every == 0):
                 snapshots.save(state.opt_state)
-            if evaluated:
+            if evaluates:
                 evaluate(step)
-            if first or evaluated:
+            if first or evaluates:
                 report.start_clock()
         look_back(0)
         if step < options.steps:
@@ -282,6 +288,25 @@ def starting_state(
     if not all_finite(state):
         raise TrainingError(f"The parameters of {', '.join(trained)} to start from are not all finite.")
     return state
+
+
+def left_out(
+    start: int, options: Options, snapshots: Snapshots | None, state: TrainState, workdir: Path
+) -> tuple[bool, bool]:
+    """Whether the snapshot and the evaluation after step `start` are missing, as after a kill right behind its
+    checkpoint; the same on every host."""
+
+    def due(every: int) -> bool:
+        return start == options.steps or (every > 0 and start % every == 0)
+
+    found = (False, False)
+    if jax.process_index() == 0:
+        found = (
+            snapshots is not None and due(options.snapshot_every) and snapshots.lacks(state.opt_state),
+            due(options.eval_every) and not evaluated(workdir / "metrics.jsonl", start),
+        )
+    snapshot, evaluation = multihost_utils.broadcast_one_to_all(np.asarray(found)) if jax.process_count() > 1 else found
+    return bool(snapshot), bool(evaluation)
 
 
 @jax.jit

@@ -16,6 +16,7 @@ from jaxdiff.typing import Array, Params
 
 SMALL = 4096  # elements: smaller arrays keep float32 moments (Dettmers et al. 2022, section 2)
 LORA = "lora/"  # where the layers of a LoRA begin, "lora/unet.mid_block"
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # not all of which each model has
 MUON_RMS = 0.2  # of an update of Muon's at rate 1, which is AdamW's (Liu et al. 2025, section 2.2)
 
 
@@ -120,7 +121,9 @@ def _kernels(params: Params) -> Any:
 def scale_by_multipliers(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
     """Updates times the factor of their group: the longest prefix of an array's path, its keys joined by "/"; else 1.
 
-    A LoRA's layers may be named without the "lora/" in front: ("text_encoder", 0.1) is of the text encoder or its LoRA.
+    A prefix ends where a name ends, and may leave out a block's number: "unet/down_blocks" matches all of them,
+    "unet/down_blocks_1" not the tenth, and "text_encoder" not "text_encoder_2". A LoRA's layers may be named without
+    the "lora/" in front: ("text_encoder", 0.1) is of the text encoder or its LoRA.
 
     >>> tx = scale_by_multipliers((("unet", 0.5), ("unet/conv_in", 0.0)))
     >>> params = {"unet": {"conv_in": jnp.ones(1), "conv_out": jnp.ones(1)}, "vae": jnp.ones(1)}
@@ -138,7 +141,9 @@ def scale_by_multipliers(multipliers: tuple[tuple[str, float], ...]) -> optax.Gr
 
 
 def check_multipliers(multipliers: Sequence[tuple[str, float]], params: Params, trainable: Sequence[str]) -> None:
-    """Refuse multipliers that match no parameter. Those of a frozen module are allowed, so that configs can be shared.
+    """Refuse multipliers that match no parameter.
+
+    Those of a frozen module and of a text encoder that the model lacks are allowed, so that configs can be shared.
 
     Args:
         params: all parameters, arrays or shapes.
@@ -152,8 +157,10 @@ def check_multipliers(multipliers: Sequence[tuple[str, float]], params: Params, 
     learn = [name for name in names if name.split("/")[0] in trainable]
     modules = {re.split(r"[./]", name.removeprefix(LORA))[0] for name in learn}
     known = learn + [name for name in names if name.split("/")[0] not in modules]
+    encoded = any(_starts(name, encoder) for name in names for encoder in ENCODERS)
     for prefix, _ in multipliers:
-        if not any(_starts(name, prefix) for name in known):
+        lacks = encoded and prefix.removeprefix(LORA) in ENCODERS
+        if not lacks and not any(_starts(name, prefix) for name in known):
             raise OptionsError(
                 f"lr_multipliers: no trained parameter begins with {prefix!r}; one of them is {learn[0]!r}."
             )
@@ -162,12 +169,17 @@ def check_multipliers(multipliers: Sequence[tuple[str, float]], params: Params, 
 
 
 def _multiplier(multipliers: Sequence[tuple[str, float]], name: str) -> float:
-    longest = sorted(multipliers, key=lambda pair: -len(pair[0]))
+    longest = sorted(multipliers, key=lambda pair: -len(pair[0].removeprefix(LORA)))
     return next((factor for prefix, factor in longest if _starts(name, prefix)), 1.0)
 
 
 def _starts(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) or name.removeprefix(LORA).startswith(prefix.removeprefix(LORA))
+    prefix = prefix.rstrip("/.")
+    if prefix == LORA.rstrip("/"):
+        return name.startswith(LORA)
+    name, prefix = name.removeprefix(LORA), prefix.removeprefix(LORA)
+    ends = r"[/.]|_\d|$" if re.search(r"[/.]", prefix) else r"[/.]|$"  # blocks are numbered, and so are modules
+    return name.startswith(prefix) and re.match(ends, name[len(prefix) :]) is not None
 
 
 class AdamInt8(NamedTuple):

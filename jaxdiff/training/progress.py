@@ -135,12 +135,12 @@ class Report:
                 if isinstance(images, TrackedImages):
                     tracker.draw(step, name, images)
         numbers = {name: value for name, value in values.items() if not isinstance(value, TrackedImages)}
+        for tracker in self._trackers:
+            tracker.write(step, numbers)  # also if there are none: the line tells of an evaluation
         if numbers:
             self._show_numbers(step, numbers)
 
     def _show_numbers(self, step: int, values: Mapping[str, float]) -> None:
-        for tracker in self._trackers:
-            tracker.write(step, values)
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in HIDDEN)
         if self._bar is None:
             print(f"step {step}/{self._steps}: {text}{self._left(step, values)}", flush=True)

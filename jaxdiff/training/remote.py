@@ -1,8 +1,8 @@
 """Runs whose workdir is in an object store: they write to a local folder, which is uploaded.
 
 When a run starts, it downloads what it needs to resume, so that it can resume on any machine. A lock object keeps other
-runs out: it is created only if it does not exist, and renewed while its process lives. `remote_checkpoints` handles
-checkpoints. Exports and latents are uploaded when they are complete.
+runs out: it is created only if it does not exist, and renewed while its process lives. Only one other process removes
+that of a dead one. `remote_checkpoints` handles checkpoints. Exports and latents are uploaded when they are complete.
 """
 
 import contextlib
@@ -24,9 +24,11 @@ from jaxdiff import stores
 from jaxdiff.data.latents import INFO
 from jaxdiff.errors import say_once
 from jaxdiff.io.diffusers_folder import INDEX
+from jaxdiff.training.together import together
 from jaxdiff.training.workdir import WorkdirError
 
 LOCK = "lock"
+CLAIMS = "takeover"  # a folder of locks on locks, by the token of their holder
 BEAT, LEASE = 20.0, 70.0  # seconds between renewals of the lock, and without a renewal until it counts as dead
 UPLOAD_EVERY = 30.0  # seconds
 TRIES = 5  # of an upload during which other programs remove files
@@ -52,12 +54,16 @@ def held(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
     Raises:
         WorkdirError: another run holds it.
         StoreError: it cannot be read or written.
+        HostError: either is so for another host.
     """
     if (url := stores.behind(folder)) is None:
         yield lambda: None
         return
-    with _locked(url) if first else contextlib.nullcontext():
-        pull(folder)
+    with contextlib.ExitStack() as stack:
+        with together():
+            if first:
+                stack.enter_context(_locked(url))
+            pull(folder)
         uploads = _Uploads(folder, url)
         try:
             yield uploads.begin if first else lambda: None
@@ -209,12 +215,14 @@ def check_own(url: str) -> None:
 def _acquire(url: str, lock: str) -> None:
     while True:
         try:
-            return stores.write(lock, _mark(0), new=True)
+            stores.write(lock, _mark(0), new=True)
         except FileExistsError:
-            if (holder := _holder(lock)).get("token") == TOKEN:  # written by a try whose answer was lost
-                return
+            pass
         except FileNotFoundError:
             raise WorkdirError(f"The workdir {url} cannot be written: there is no such bucket.") from None
+        # Read in any case: a store without conditions lets two write, and the answer to the try before may be lost.
+        if (holder := _holder(lock)).get("token") == TOKEN:
+            return
         if not holder and not stores.exists(lock):  # gone meanwhile
             continue
         if not _dead(lock, holder):
@@ -222,7 +230,27 @@ def _acquire(url: str, lock: str) -> None:
                 f"The workdir {url} is in use by another run (process {holder.get('pid', 'unknown')} on "
                 f"{holder.get('host', 'unknown')}): wait for it, or choose another workdir."
             )
+        _take_over(url, lock, holder)
+
+
+def _take_over(url: str, lock: str, holder: dict[str, Any]) -> None:
+    """Remove the lock of a process that is gone.
+
+    Of several that find it dead only one does, which holds a claim meanwhile: another, who would remove it later,
+    might remove the lock that a third has made since. Whoever is not the one returns, and looks at the lock anew.
+    """
+    claim = f"{url}/{CLAIMS}/{holder.get('token')}"
+    try:
+        stores.write(claim, _mark(0), new=True)
+    except FileExistsError:
+        other = _holder(claim)
+        if other.get("token") != TOKEN:
+            if other and _dead(claim, other):
+                _take_over(url, claim, other)
+            return
+    if _holder(lock) == holder:
         stores.remove(lock)
+    stores.remove(claim)
 
 
 def _dead(lock: str, holder: dict[str, Any]) -> bool:

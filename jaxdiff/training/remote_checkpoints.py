@@ -8,16 +8,17 @@ uploads its own chunks, then their checksums for the first host.
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 from absl import logging
-from jax.experimental import multihost_utils
 
 from jaxdiff import stores
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.training import remote
 from jaxdiff.training.digests import SUMS, UNCHECKED, damage
+from jaxdiff.training.together import together
 
 PATIENCE = 3600.0  # seconds that the first host waits for the others' uploads
 
@@ -34,18 +35,24 @@ def copy_newest(url: str, folder: Path) -> None:
     Raises:
         NoneIntact: there are checkpoints, but none is intact.
         StoreError: the store cannot be read.
+        HostError: either is so for another host.
     """
     newest = None
-    if jax.process_index() == 0:
-        _remove_unfinished(url)
-        newest = _set_damaged_aside(url, folder)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("remote checkpoints")
+    with together():
+        if jax.process_index() == 0:
+            _remove_unfinished(url)
+            newest = _set_damaged_aside(url, folder)
+    with together():
         if jax.process_index() and (steps := whole(url)):
             newest = steps[0]
             if wrong := _copy(url, folder, newest):
-                raise NoneIntact(f"{newest}: {wrong}")
-    _leave_only(folder, newest)
+                raise _none_intact(url, {newest: wrong})
+        _leave_only(folder, newest)
+
+
+def _none_intact(url: str, damaged: Mapping[int, str]) -> NoneIntact:
+    found = "; ".join(f"{step}: {wrong}" for step, wrong in damaged.items())
+    return NoneIntact(f"{url} holds no intact checkpoint ({found}): choose another workdir.")
 
 
 def whole(url: str) -> list[int]:
@@ -120,7 +127,7 @@ def _set_damaged_aside(url: str, folder: Path) -> int | None:
         damaged[step] = wrong
     else:
         if damaged:
-            raise NoneIntact("; ".join(f"{step}: {wrong}" for step, wrong in damaged.items()))
+            raise _none_intact(url, damaged)
         return None
     for other, wrong in damaged.items():
         aside = next(u for i in range(10**6) if not stores.listing(u := f"{url}/damaged-{other}{f'-{i}' * bool(i)}"))

@@ -77,6 +77,12 @@ class JsonLines:
             self._file.close()
 
 
+def evaluated(path: Path, step: int) -> bool:
+    """Whether `JsonLines` has written an evaluation after this step: a line without what training steps report."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return any(line["step"] == step and "grad_norm" not in line for line in lines)
+
+
 class TensorBoard:
     """A folder of TensorBoard's event files. What an earlier run wrote after step `start` (at 0: all) is hidden.
 

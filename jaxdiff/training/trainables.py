@@ -111,11 +111,14 @@ def process(config: Any, given: SchedulerConfig) -> SchedulerConfig:
     The steps of a process without any signal at its end are spaced to begin there (Lin et al. 2023, section 3.3).
 
     Raises:
-        OptionsError: the prediction type is unknown, or does not go with zero_terminal_snr.
+        OptionsError: the prediction type is unknown, or does not go with zero_terminal_snr or a flow.
     """
     wanted = config.prediction_type or given.prediction_type
     if wanted not in PREDICTION_TYPES:
         raise OptionsError(f"prediction_type {wanted!r} must be one of {', '.join(PREDICTION_TYPES)}.")
+    if given.is_velocity and config.prediction_type not in ("", "flow_prediction"):
+        raise OptionsError(f"prediction_type {wanted!r} does not go with the model's {given.class_name}, which takes "
+                           "what the network predicts as the flow's velocity: leave it out.")  # fmt: skip
     if config.zero_terminal_snr and (wanted in ("epsilon", "flow_prediction") or is_flow(given)):
         raise OptionsError(f"zero_terminal_snr needs another prediction_type than {wanted!r}, such as v_prediction.")
     if wanted == "flow_prediction" and not is_flow(given):

@@ -22,6 +22,7 @@ from jaxdiff.files import make_writable, write_text, writing
 from jaxdiff.training.defaults import flat, with_current_names
 from jaxdiff.training.digests import SUMS
 from jaxdiff.training.options import default_warmup
+from jaxdiff.training.together import together
 
 PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Settings that may change on resuming, as they do not affect what is learned. A name includes all settings below it.
@@ -78,6 +79,7 @@ def claimed(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
 
     Raises:
         WorkdirError: another run holds it, or the folder cannot be written to.
+        HostError: so it is for another host.
     """
     whole = folder.absolute()
     missing = [p for p in (whole, *whole.parents) if not p.exists()]  # the lowest first
@@ -95,14 +97,17 @@ def claimed(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
             with contextlib.suppress(OSError):
                 path.rmdir()
 
-    try:
-        make_writable(folder)
-    except OSError as e:
-        drop(())
-        raise WorkdirError(
-            f"--workdir: {folder} cannot be written to ({e.strerror or e}): choose another place."
-        ) from None
-    with lock(folder) if first else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        with together():
+            try:
+                make_writable(folder)
+            except OSError as e:
+                drop(())
+                raise WorkdirError(
+                    f"--workdir: {folder} cannot be written to ({e.strerror or e}): choose another place."
+                ) from None
+            if first:
+                stack.enter_context(lock(folder))
         there = {path for path in folder.iterdir() if locked or path.name != "lock"}
         try:
             yield keep
