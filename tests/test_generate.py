@@ -322,6 +322,7 @@ def test_parameters_put_elsewhere_than_is_drawn(tiny):
         as_devices([device, object()], 2, jaxdiff.replicate(params))
 
 
+@pytest.mark.slow
 def test_devices_draw_without_talking_to_each_other(eight_devices):
     assert eight_devices["partitions"] == [8]
     assert eight_devices["collectives"] == [[]]

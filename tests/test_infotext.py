@@ -79,7 +79,7 @@ def test_a_png_of_the_web_ui_gives_its_flags(tmp_path, caplog):
     assert (f.prompt, f.negative_prompt) == (read_infotext(HIRES)[0]["prompt"], "blurry,\nlow quality")
     assert (f.steps, f.scheduler, f.spacing, f.seed, f.clip_skip) == (12, "dpmpp_2m", "karras", 123, 1)
     assert (f.width, f.height, f.hires, f.hires_strength, f.hires_upscale) == (768, 1152, 1.5, 0.5, "latent")
-    assert "its seed draws another image here. Not followed: Model: v1-5-pruned" in caplog.text
+    assert "the image will differ. Not followed: Model: v1-5-pruned" in caplog.text
 
 
 def test_one_s_own_flags_come_before_the_text_for_people(tmp_path, caplog):

@@ -138,7 +138,7 @@ def test_a_config_is_found_by_its_name(tmp_path, monkeypatch):
 
 
 def test_a_config_of_no_such_name_is_refused_with_those_that_there_are():
-    with pytest.raises(UsageError, match=r"--config=lorra is no file .* known are .*\blora\b"):
+    with pytest.raises(UsageError, match=r"--config=lorra is neither a file nor .* known are .*\blora\b"):
         parse(["train.py", "--config", "lorra"])
 
 

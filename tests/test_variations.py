@@ -210,7 +210,7 @@ def test_frames_are_drawn_by_a_tiny_autoencoder_where_there_is_one(tiny, draw):
     ("arguments", "sentence"),
     [
         ({"hires": 1.0}, "hires 1.0 must be above 1"),
-        ({"hires": 100.0}, "hires 100.0 must be above 1, and leave something"),
+        ({"hires": 100.0}, "hires 100.0 must be above 1, and leave at least one"),
         ({"hires": 2, "hires_strength": 0.0}, "hires_strength 0.0 must be in"),
         ({"hires": 2, "hires_upscale": "esrgan"}, "known are pixel, latent and network"),
         ({"blend_prompts": "x", "blend": 1.5}, "blend 1.5 must be from 0.0 to 1.0"),
