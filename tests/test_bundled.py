@@ -37,7 +37,10 @@ def test_it_draws_a_subject_on_white(icons):
 def test_diffusers_draws_the_same_image(icons):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(BUNDLED / "icons", dtype=torch.float32)
+    options = icons[0].options
+    pipeline = diffusers.StableDiffusionPAGPipeline.from_pretrained(
+        BUNDLED / "icons", dtype=torch.float32, pag_applied_layers=list(options.pag_layers)
+    )
     pipeline.set_progress_bar_config(disable=True)
     channels = icons[0].vae.config.latent_channels
     noise = np.random.default_rng(0).standard_normal((2, 16, 16, channels)).astype(np.float32)
@@ -45,6 +48,7 @@ def test_diffusers_draws_the_same_image(icons):
         PROMPTS,
         num_inference_steps=20,
         guidance_scale=4.0,
+        pag_scale=options.pag_scale,
         latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
         output_type="np",
     ).images
