@@ -71,8 +71,8 @@ def test_scales_that_are_none(tiny, value):
 
 @pytest.mark.parametrize(
     "values",
-    [{"_pag_scale": "3"}, {"_pag_scale": None}, {"_pag_scale": -1}, {"_pag_scale": True}, {"_pag_layers": "mid"}, {"_pag_layers": []},
-     {"_pag_layers": [1]}],
+    [{"_pag_scale": "3"}, {"_pag_scale": None}, {"_pag_scale": -1}, {"_pag_scale": True}, {"_pag_layers": "mid"},
+     {"_pag_layers": []}, {"_pag_layers": [1]}],
 )  # fmt: skip
 def test_settings_of_a_model_that_are_none(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
