@@ -1,5 +1,6 @@
 """The command jaxdiff-serve: its flags, and how it ends."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -81,6 +82,13 @@ def test_sizes_are_those_of_the_model(tiny):
         serve.sizes(parse(["serve", "--sizes=99998x99998"]), tiny[0])
     assert serve.batch_sizes(f, tiny[0], (SIDE, SIDE)) == [1, 2, 4]
     assert serve.batch_sizes(parse(["serve", "--batch_size=9"]), tiny[0], (SIDE, SIDE)) == [1, 2, 4, 8]
+
+
+def test_steps_are_those_of_the_model(tiny):
+    model = dataclasses.replace(tiny[0], options=dataclasses.replace(tiny[0].options, steps=4))
+    asked = ([], ["--steps=9"], ["--max_steps=3"])
+    assert [serve.default_steps(parse(["serve", *flags]), model) for flags in asked] == [4, 9, 3]
+    assert serve.default_steps(parse(["serve"]), tiny[0]) == 25
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_read(capsys, monkeypatch):

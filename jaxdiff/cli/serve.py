@@ -137,6 +137,11 @@ def run(f: flags.FlagValues) -> None:
         serve(f, place)
 
 
+def default_steps(f: flags.FlagValues, model: jaxdiff.Model) -> int:
+    """Steps of a request that names none: those of --steps, else the model's, at most --max_steps."""
+    return f.steps or min(model.options.steps, f.max_steps)
+
+
 def serve(f: flags.FlagValues, place: socket.socket) -> None:
     """Load the model and answer at a socket until a signal comes."""
     import uvicorn
@@ -157,7 +162,8 @@ def serve(f: flags.FlagValues, place: socket.socket) -> None:
     engine = Engine(model, params, limits, batch_sizes=counts, window=window, loras=loras, observe=metrics.observe)
     name = f.model_name or named(f.model)
     upscaler = None if model.upscaler is None else named(f.upscaler)
-    service = Service(engine, name, {"model": name, "dtype": f.dtype}, f.steps, upscaler=upscaler)
+    described = {"model": name, "dtype": f.dtype}
+    service = Service(engine, name, described, default_steps(f, model), upscaler=upscaler)
     hosts = LOOPBACK if f.api_key is None and f.host in LOOPBACK else None
     app = create_app(service, metrics, api_key=f.api_key, hosts=hosts, body=f.max_body_mb << 20)
     config = uvicorn.Config(

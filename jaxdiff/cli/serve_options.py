@@ -38,7 +38,7 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         text("sizes", "run", "Sizes that requests may ask for, such as 512x512,768x512: width x height in pixels; the "
              "first is the default. Each is compiled separately.", without="the model's own, and others of as many "
              "pixels"),
-        whole("steps", "run", "Default steps of a request.", 25),
+        whole("steps", "run", "Default steps of a request.", without="the model's, else 25"),
         whole("max_steps", "run", "Maximum steps of a request.", 150),
         whole("max_images", "run", "Maximum images of a request.", 10),
     ),
@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UsageError(f"--api_key has {len(f.api_key)} characters: take at least 8, at random.")
     if f.api_key is None and f.host not in LOOPBACK:
         raise UsageError(f"--host {f.host} lets other machines in: give an --api_key too, or leave --host out.")
-    if f.steps > f.max_steps:
+    if f.steps is not None and f.steps > f.max_steps:
         raise UsageError(f"--steps {f.steps} is above --max_steps {f.max_steps}: lower it.")
     return f
 
