@@ -11,6 +11,7 @@ import pytest
 import jaxdiff
 from jaxdiff.config import ConfigError, PipelineOptions
 from jaxdiff.errors import ArgumentError
+from jaxdiff.io.images import read_metadata
 from jaxdiff.models.model import apply
 from jaxdiff.models.perturbed import perturbed_attention
 
@@ -77,3 +78,15 @@ def test_scales_that_are_none(tiny, value):
 def test_settings_of_a_model_that_are_none(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         PipelineOptions.from_dict(values)
+
+
+def test_an_image_holds_the_scale_that_it_was_drawn_with(tiny, sample_cli):
+    jaxdiff.save("own", with_options(tiny[0], pag_scale=4.0), tiny[1])
+    for flags, scale in ((), 4.0), (("--pag_scale=0",), 0.0), (("--pag_scale=1.5",), 1.5):
+        assert (
+            sample_cli("--prompt=a castle", "--steps=1", "--output=a.png", "--overwrite", *flags, model="own")[0] == 0
+        )
+        assert read_metadata("a.png").get("pag_scale") == scale
+    code, _, err = sample_cli("--prompt=a castle", "--pag_scale=-1", model="own")
+    assert code == 2
+    assert "--pag_scale" in err

@@ -121,6 +121,8 @@ def resolve(f: flags.FlagValues, model: jaxdiff.Model, groups: list[int], read: 
     stepwise = () if model.is_gan else ("scheduler", "steps", "guidance_scale", "strength")
     for name in (*stepwise, "height", "width"):
         f[name].value = getattr(settings, name)
+    if f.pag_scale is None and model.options.pag_scale:
+        f["pag_scale"].value = model.options.pag_scale
     devices, size = jax.local_device_count() // f.tensor, (settings.height, settings.width, settings.tile)
     if f.batch_size is None:
         most = int(min(4, max(1, parallel.device_memory() / least_memory(model, *size))))

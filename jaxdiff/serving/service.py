@@ -174,7 +174,7 @@ class Service:
             "seed": job.seeds[index],
             "steps": asked.steps,
             "guidance_scale": own if asked.guidance_scale is None else asked.guidance_scale,
-            "pag_scale": asked.pag_scale,
+            "pag_scale": (engine.model.options.pag_scale or None) if asked.pag_scale is None else asked.pag_scale,
             "scheduler": asked.scheduler or engine.resolver.scheduler,
             "spacing": asked.spacing,
             "height": height,
