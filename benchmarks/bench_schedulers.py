@@ -18,8 +18,8 @@ import numpy as np
 import jaxdiff
 from jaxdiff.diffusion.times import network_calls
 from jaxdiff.io.cache import cache_compilations
-from jaxdiff.sampling.generate import initial_noise
-from jaxdiff.sampling.resolve import image_keys, latent_shape
+from jaxdiff.sampling.noise import image_keys, initial_noise
+from jaxdiff.sampling.resolve import latent_shape
 
 PROMPTS = (
     "a castle", "a cat", "a fish", "a guitar", "a house", "a penguin", "a star", "a sunflower",

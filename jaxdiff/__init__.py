@@ -21,7 +21,8 @@ from jaxdiff.models.model import Model, decode, encode, with_controlnets, with_u
 from jaxdiff.models.text_encoding import encode_text
 from jaxdiff.parallel import replicate, shard
 from jaxdiff.sampling.denoiser import denoiser
-from jaxdiff.sampling.generate import generate, initial_noise
+from jaxdiff.sampling.generate import generate
+from jaxdiff.sampling.noise import initial_noise
 from jaxdiff.sampling.resolve import tokenize
 from jaxdiff.sampling.upscale import upscale
 from jaxdiff.version import __version__

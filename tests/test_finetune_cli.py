@@ -14,8 +14,7 @@ from jaxdiff.diffusion.sampling_loop import step_keys
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.images import read_image
 from jaxdiff.models.model import with_controlnets
-from jaxdiff.sampling.generate import initial_noise
-from jaxdiff.sampling.resolve import image_keys
+from jaxdiff.sampling.noise import image_keys, initial_noise
 from jaxdiff.training.trainables import EMBEDDING_FILE, LORA_FILES
 from tests.support.processes import ROOT
 from tests.support.stages import random_images

@@ -17,7 +17,7 @@ import jaxdiff
 from jaxdiff.diffusion.spacing import SPACINGS
 from jaxdiff.sampling.checks import as_devices
 from jaxdiff.sampling.generate import check_finite
-from jaxdiff.sampling.resolve import image_keys
+from jaxdiff.sampling.noise import image_keys
 from tests.support.comparison import levels
 from tests.support.tiny import LATENT, SIDE, tiny_controlnet, tiny_model
 

@@ -11,7 +11,8 @@ from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.sampling.inputs import by_step
-from jaxdiff.sampling.resolve import image_keys, resolve_images, resolve_settings
+from jaxdiff.sampling.noise import image_keys
+from jaxdiff.sampling.resolve import resolve_images, resolve_settings
 from jaxdiff.sampling.texts import edited
 from jaxdiff.text.chunks import tokens
 from jaxdiff.text.other_programs import LoraTag, only_words, split_tags

@@ -14,7 +14,7 @@ import jaxdiff
 from jaxdiff.diffusion.sampling_loop import step_keys
 from jaxdiff.models.model import build
 from jaxdiff.sampling.inputs import upscaler_noise
-from jaxdiff.sampling.resolve import image_keys
+from jaxdiff.sampling.noise import image_keys
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

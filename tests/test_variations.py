@@ -14,7 +14,7 @@ from jaxdiff.diffusion.inpainting import masked_blending
 from jaxdiff.models.model import with_controlnets
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.sampling.inputs import slerp
-from jaxdiff.sampling.resolve import image_keys
+from jaxdiff.sampling.noise import image_keys
 from tests.support.comparison import levels
 from tests.support.tiny import LATENT, SIDE, tiny_controlnet
 

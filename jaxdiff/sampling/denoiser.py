@@ -1,6 +1,7 @@
 """The network, its conditions and its guidance as one function (x, time) -> prediction of the clean latents x0."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,51 +66,37 @@ def denoiser(
     copies = 1 if uncond is None else 2
     if model.family == "z_image":  # c + g (c - u), as its pipeline has it
         guidance_scale = 1.0 + jnp.asarray(guidance_scale)
+    guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, pag_scale)
     hints = [in_unit(x) for x in control_images]
-    scales = controlnet_scale if len(controlnet_scale) else [1.0] * len(hints)
 
     def twice(x: Array) -> Array:
         return jnp.concatenate([x] * copies)
 
     def denoise(x: Array, time: Time | Array | float) -> Array:
         time = time if isinstance(time, Time) else at(schedule, time)
-        batch = x.shape[0]
         both = with_time_ids(model, cond, x)
         if uncond is not None:
-            negative = with_time_ids(model, uncond, x, NEGATIVE_SCORE)
-            both = stacked(both, negative)
+            both = stacked(both, with_time_ids(model, uncond, x, NEGATIVE_SCORE))
         x_in, labels, embedded, residuals = twice(x), None, None, None
         t = twice(time.t) if jnp.ndim(time.t) else jnp.asarray(time.t)
         if model.transformer is not None:
             told = guidance_scale if uncond is None else None
             return denoised(transformer_output(model, params, x_in, t, both, told), x, time)
         if hints:
-            nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
-            each = [net.apply({"params": p}, x_in, t, both.embeddings, twice(hint), *both[1:]) for net, p, hint in nets]
-            residuals = combine(each, [twice(jnp.broadcast_to(s, (batch,))) for s in scales])
+            residuals = control_residuals(model, params, (x_in, t, both), hints, controlnet_scale)
         if extra_channels is not None:
             x_in = jnp.concatenate([x_in, twice(extra_channels)], -1)
         if class_labels is not None:
-            labels = twice(jnp.broadcast_to(class_labels, (batch,)))
+            labels = twice(jnp.broadcast_to(class_labels, (len(x),)))
         if model.unet.config.time_cond_proj_dim is not None:
-            embedded = twice(guidance_embedding(guidance_scale, batch, model.unet.config.time_cond_proj_dim))
+            embedded = twice(guidance_embedding(guidance_scale, len(x), model.unet.config.time_cond_proj_dim))
         inputs = x_in, t, *both, labels, embedded, residuals
-        output, without = apply(model, params, "unet", *inputs), None
-        if pag_scale is not None:
-            conditional = jax.tree.map(lambda a: a[:batch] if jnp.ndim(a) else a, inputs)
-            with perturbed_attention(pag_layers):
-                without = apply(model, params, "unet", *conditional).astype(jnp.float32)
+        output = apply(model, params, "unet", *inputs)
+        without = None if pag_scale is None else perturbed_output(model, params, inputs, len(x), pag_layers)
         return denoised(output.astype(jnp.float32), x, time, without)
 
     def denoised(output: Array, x: Array, time: Time, without: Array | None = None) -> Array:
-        cond_output = output[: x.shape[0]]
-        if uncond is not None:
-            output = guided(output, time, guidance_scale, guidance_interval)
-        if pag_scale is not None and without is not None:
-            output = perturbed(output, cond_output, without, pag_scale)
-        if uncond is not None and guidance_rescale is not None:
-            output = rescale(output, cond_output, guidance_rescale)
-        return to_denoised(output, x, time, model.scheduler.prediction_type)
+        return to_denoised(guided(output, without, len(x), time, guidance), x, time, model.scheduler.prediction_type)
 
     return denoise
 
@@ -129,6 +116,40 @@ def transformer_output(
     return apply(model, params, "transformer", x, jnp.broadcast_to(t, (len(x),)), *given).astype(jnp.float32)
 
 
+def control_residuals(
+    model: Model,
+    params: Params,
+    inputs: tuple[Array, Array, Conditioning],
+    hints: Sequence[Array],
+    scales: Sequence[Array | float],
+) -> Any:
+    """What the ControlNets add to the UNet.
+
+    Args:
+        inputs: (x, t, cond) of the UNet, of B images or twice of them.
+        hints: for each ControlNet its images [B, H, W, 3] in [0, 1].
+        scales: for each its weight, scalar or [B]; empty: 1 for all.
+    """
+    x, t, cond = inputs
+
+    def repeated(values: Array, batch: int) -> Array:
+        return jnp.concatenate([values] * (len(x) // batch))
+
+    nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
+    outputs = [
+        net.apply({"params": p}, x, t, cond.embeddings, repeated(hint, len(hint)), *cond[1:]) for net, p, hint in nets
+    ]
+    weights = zip(scales if len(scales) else [1.0] * len(hints), hints, strict=True)
+    return combine(outputs, [repeated(jnp.broadcast_to(s, (len(hint),)), len(hint)) for s, hint in weights])
+
+
+def perturbed_output(model: Model, params: Params, inputs: Any, batch: int, layers: Sequence[str]) -> Array:
+    """The UNet's output float32 [B, h, w, C] for the first B of its inputs, with these layers perturbed."""
+    conditional = jax.tree.map(lambda x: x[:batch] if jnp.ndim(x) else x, inputs)
+    with perturbed_attention(layers):
+        return apply(model, params, "unet", *conditional).astype(jnp.float32)
+
+
 def stacked(*conds: Conditioning) -> Conditioning:
     """Several conditionings concatenated along the batch; one without a mask gets ones if another has a mask."""
     if any(c.attention_mask is not None for c in conds):
@@ -139,15 +160,33 @@ def stacked(*conds: Conditioning) -> Conditioning:
     return jax.tree.map(lambda *fields: jnp.concatenate(fields), *conds)
 
 
-def guided(
-    output: Array, time: Time, scale: Array | float, interval: tuple[Array | float, Array | float] | None
-) -> Array:
-    """One prediction [B, ...] from those with the prompts and with the negative ones, [2 B, ...] in this order."""
-    scale = jnp.maximum(scale, 1.0)
-    if interval is not None:
-        scale = jnp.where(in_interval(time, *interval), scale, 1.0)
-    given, without = jnp.split(output, 2)
-    return classifier_free(given, without, scale)
+class Guidance(NamedTuple):
+    """How predictions are combined; see `denoiser`."""
+
+    scale: Array | float
+    rescale: Array | float | None
+    interval: tuple[Array | float, Array | float] | None
+    pag_scale: Array | float | None
+
+
+def guided(output: Array, without: Array | None, batch: int, time: Time, how: Guidance) -> Array:
+    """One prediction [B, ...] from those of the network.
+
+    Args:
+        output: those with the prompts, [B, ...], or these and those with the negative prompts, [2 B, ...].
+        without: those with the prompts and perturbed layers, [B, ...]; None: without such guidance.
+        batch: B.
+    """
+    given, negative = output[:batch], output[batch:]
+    output = given
+    if len(negative):
+        scale = jnp.maximum(how.scale, 1.0)
+        if how.interval is not None:
+            scale = jnp.where(in_interval(time, *how.interval), scale, 1.0)
+        output = classifier_free(given, negative, scale)
+    if how.pag_scale is not None and without is not None:
+        output = perturbed(output, given, without, how.pag_scale)
+    return rescale(output, given, how.rescale) if len(negative) and how.rescale is not None else output
 
 
 def guidance_embedding(scale: Array | float, batch: int, dim: int) -> Array:

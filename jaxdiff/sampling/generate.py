@@ -32,6 +32,7 @@ from jaxdiff.sampling.inputs import (
     starting_point,
     upscaled,
 )
+from jaxdiff.sampling.noise import initial_noise
 from jaxdiff.sampling.resolve import MAX_STEPS, Request, Settings, resolve_images, resolve_settings
 from jaxdiff.typing import Array, Denoise, Key, Params
 
@@ -168,17 +169,6 @@ def check_finite(finite: Array, prompts: list[str], model: Model) -> None:
             f"{bad.size} of {len(prompts)} images, the first {prompts[bad[0]]!r:.60}, came out as not-a-number "
             f"(NaN): {mend}."
         )
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def initial_noise(keys: Key, shape: tuple[int, ...]) -> Array:
-    """Unit Gaussian latents [B, *shape] float32, each drawn from its own key alone, as `generate` draws them.
-
-    Args:
-        keys: [B].
-        shape: (h, w, C), static.
-    """
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32))(keys)
 
 
 def with_noise(request: Request) -> ImageInputs:

@@ -7,7 +7,6 @@ finds mistakes before it reads weights. `resolve_images` then makes the inputs o
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxdiff.diffusion.base import Scheduler
@@ -35,9 +34,10 @@ from jaxdiff.sampling.checks import (
     check_task,
 )
 from jaxdiff.sampling.inputs import CallInputs, ImageInputs
+from jaxdiff.sampling.noise import image_keys
 from jaxdiff.sampling.texts import Texts, encoder_inputs
 from jaxdiff.text import chunks as text
-from jaxdiff.typing import PRNG, Array, Key
+from jaxdiff.typing import Array, Key
 
 MAX_STEPS = 10_000
 CUSTOM_GRID = "euler"  # the time grid of a user's own `Scheduler`: sigma / alpha falls to 0, without substeps
@@ -352,24 +352,6 @@ def lowres_shape(shape: tuple[int, int, int], hires: float, unit: int = 1) -> tu
     if not hires > 1 or min(shape[:2]) < unit * hires:
         raise ArgumentError("hires", f"{hires} must be above 1, and leave at least one of {list(shape[:2])} latents.")
     return unit * round(shape[0] / unit / hires), unit * round(shape[1] / unit / hires), shape[2]
-
-
-def image_keys(seed: int | Sequence[int], count: int, name: str = "seed") -> Key:
-    """Keys [count]: image i of a call with seed s has key(s + i); a sequence of seeds gives one key each.
-
-    The PRNG is fixed, so that an application with another default PRNG draws the same images.
-    """
-    seeds = np.asarray(seed)
-    if seeds.dtype.kind not in "iu" or seeds.shape not in ((), (count,)):
-        raise ArgumentError(name, f"{seed} must be a whole number below 2**64, or one for each of {count} prompts.")
-    seeds = seeds.astype(np.int64) + (np.arange(count) if seeds.ndim == 0 else 0)
-    return _keys((seeds % 2**32).astype(np.uint32))
-
-
-@jax.jit
-def _keys(seeds: Array) -> Key:
-    """A key of each seed, uint32 [B]."""
-    return jax.vmap(lambda seed: jax.random.key(seed, impl=PRNG))(seeds)
 
 
 def tokenize(

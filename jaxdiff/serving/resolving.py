@@ -14,7 +14,8 @@ from jaxdiff.io.lora import Weighted
 from jaxdiff.models.model import Model
 from jaxdiff.sampling.generate import filled_length
 from jaxdiff.sampling.inputs import ImageInputs
-from jaxdiff.sampling.resolve import Request, Settings, image_keys, resolve_images, resolve_settings
+from jaxdiff.sampling.noise import image_keys
+from jaxdiff.sampling.resolve import Request, Settings, resolve_images, resolve_settings
 from jaxdiff.serving.loras import Loras
 from jaxdiff.serving.requests import DrawRequest, Job, Limits
 from jaxdiff.text.prompt_files import PromptError
