@@ -23,7 +23,7 @@ from jaxdiff.parallel import replicate, shard
 from jaxdiff.sampling.denoiser import denoiser
 from jaxdiff.sampling.generate import generate
 from jaxdiff.sampling.noise import initial_noise
-from jaxdiff.sampling.resolve import tokenize
+from jaxdiff.sampling.texts import tokenize
 from jaxdiff.sampling.upscale import upscale
 from jaxdiff.version import __version__
 

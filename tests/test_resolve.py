@@ -8,7 +8,7 @@ import pytest
 
 import jaxdiff
 from jaxdiff.diffusion.base import Scheduler, State, initial, time_at
-from jaxdiff.errors import ArgumentError
+from jaxdiff.errors import ArgumentError, say_once
 from jaxdiff.io.configs import replace_config
 from jaxdiff.sampling.resolve import resolve_images, resolve_settings
 from tests.support.tiny import LATENT, SIDE, tiny_model
@@ -75,6 +75,26 @@ def test_errors_of_images_carry_the_arguments_name(argument, options):
     with pytest.raises(ArgumentError) as caught:
         resolve_images(model, resolve_settings(model), **{"prompts": "a castle"} | options)
     assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    ("scale", "distilled", "words"),
+    [
+        (7.5, True, "they are for guidance, which this model does without"),
+        (1.0, False, "they are for guidance, and guidance_scale turns it off"),
+        (7.5, False, None),
+    ],
+)
+def test_negative_prompts_without_guidance_are_said_to_be_unused(scale, distilled, words, caplog):
+    say_once.cache_clear()
+    model = replace_config(tiny_model(), "unet", time_cond_proj_dim=8) if distilled else tiny_model()
+    settings = resolve_settings(model, guidance_scale=scale)
+    plain = resolve_images(model, settings, "a castle")
+    assert not caplog.text
+    given = resolve_images(model, settings, "a castle", "blurry")
+    assert (words is None and not caplog.text) or words in caplog.text
+    assert (given.images.negative is None) == (words is not None)
+    assert (plain.images.negative is None) == (words is not None)
 
 
 def test_models_that_draw_from_images_ask_for_them():

@@ -286,7 +286,8 @@ def generate(
     Args:
         prompts: B prompts. Brackets mean emphasis or editing, and long prompts are split into chunks (jaxdiff/text/);
             the transformer families read prompts as they are. No image depends on the other prompts.
-        negative_prompts: what to steer away from: none, one for all, or one a prompt.
+        negative_prompts: what to steer away from: none, one for all, or one a prompt. Unused without guidance, which a
+            warning says.
         prompts_2, negative_prompts_2: prompts for SDXL's second text encoder, at both ends of a blend; None: the same.
         blend_prompts, blend_negative_prompts, blend: prompts whose embeddings are interpolated with those of `prompts`
             and `negative_prompts`; `blend` is the fraction from 0 to 1, for all or one an image. Many values make an

@@ -13,7 +13,7 @@ from jaxdiff.diffusion.base import Scheduler
 from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.schedules import dynamic_shift, empirical_shift
 from jaxdiff.diffusion.times import default_scheduler, is_distilled, time_grid
-from jaxdiff.errors import ArgumentError
+from jaxdiff.errors import ArgumentError, say_once
 from jaxdiff.models.dit import PATCH
 from jaxdiff.models.model import Model
 from jaxdiff.sampling.checks import (
@@ -36,7 +36,6 @@ from jaxdiff.sampling.checks import (
 from jaxdiff.sampling.inputs import CallInputs, ImageInputs
 from jaxdiff.sampling.noise import image_keys
 from jaxdiff.sampling.texts import Texts, encoder_inputs
-from jaxdiff.text import chunks as text
 from jaxdiff.typing import Array, Key
 
 MAX_STEPS = 10_000
@@ -170,16 +169,15 @@ def resolve_images(
 ) -> Request:
     """The inputs of each of B images; see `generate` for the arguments. Raises ArgumentError."""
     prompts = as_prompts(prompts)
-    for name, texts in (("negative_prompts", negative_prompts), ("blend_negative_prompts", blend_negative_prompts)):
-        check_gan(model, **{name: texts if any(as_batch(name, texts, len(prompts))) else None})
-    check_gan(model, guidance_rescale=guidance_rescale if np.any(guidance_rescale) else None)
     count, size = len(prompts), (settings.height, settings.width)
-    scales = as_numbers("guidance_scale", settings.guidance_scale if guidance_scale is None else guidance_scale, count)
-    rescale = as_numbers("guidance_rescale", guidance_rescale, count, 0.0, 1.0)
-    pag = as_numbers("pag_scale", model.options.pag_scale if pag_scale is None else pag_scale, count, 0.0)
-    if pag.any() and (model.unet is None or model.is_gan):
-        raise ArgumentError("pag_scale", "is for models with a UNet that draws step by step: leave it out.")
+    negatives = {"negative_prompts": negative_prompts, "blend_negative_prompts": blend_negative_prompts}
+    used = {name: texts for name, texts in negatives.items() if any(as_batch(name, texts, count))}
+    check_gan(model, guidance_rescale=guidance_rescale if np.any(guidance_rescale) else None, **used)
+    scales, rescale, pag = resolve_scales(model, settings, count, guidance_scale, guidance_rescale, pag_scale)
     guided = bool((scales > (0 if model.family == "z_image" else 1)).any()) and not model.one_pass
+    if used and not guided:
+        why = "which this model does without" if model.one_pass else "and guidance_scale turns it off"
+        say_once(f"Negative prompts are not used: they are for guidance, {why}.")
     emphasis = emphasis and model.transformer is None  # transformers read prompts as they are
     blended = blend_prompts is not None
     (tokens, negative, blend_tokens, blend_negative), picks = encoder_inputs(
@@ -223,6 +221,23 @@ def resolve_images(
         picks=picks,
     )
     return Request(settings, prompts, images, variation)
+
+
+def resolve_scales(
+    model: Model,
+    settings: Settings,
+    count: int,
+    guidance_scale: float | Sequence[float] | None,
+    guidance_rescale: float | Sequence[float],
+    pag_scale: float | Sequence[float] | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scales of guidance, of its rescaling, and of perturbed-attention guidance, each float32 [B]."""
+    scales = as_numbers("guidance_scale", settings.guidance_scale if guidance_scale is None else guidance_scale, count)
+    rescale = as_numbers("guidance_rescale", guidance_rescale, count, 0.0, 1.0)
+    pag = as_numbers("pag_scale", model.options.pag_scale if pag_scale is None else pag_scale, count, 0.0)
+    if pag.any() and (model.unet is None or model.is_gan):
+        raise ArgumentError("pag_scale", "is for models with a UNet that draws step by step: leave it out.")
+    return scales, rescale, pag
 
 
 def flow_grid(
@@ -352,33 +367,3 @@ def lowres_shape(shape: tuple[int, int, int], hires: float, unit: int = 1) -> tu
     if not hires > 1 or min(shape[:2]) < unit * hires:
         raise ArgumentError("hires", f"{hires} must be above 1, and leave at least one of {list(shape[:2])} latents.")
     return unit * round(shape[0] / unit / hires), unit * round(shape[1] / unit / hires), shape[2]
-
-
-def tokenize(
-    model: Model,
-    prompts: str | Sequence[str | None],
-    prompts_2: Texts = None,
-    *,
-    emphasis: bool = True,
-    chunks: int | None = None,
-) -> text.Tokens | Array:
-    """Prompts to the input of `encode_text`: token ids int32 [B, K L], or `Tokens` if ids alone do not do. Host side.
-
-    Prompts and negative prompts of one image need the same number of chunks: give both calls the same `chunks` if any
-    of them may be long.
-
-    Args:
-        prompts: one prompt or B of them; see jaxdiff/text/ for emphasis and limits.
-        prompts_2: prompts for SDXL's second text encoder, one for all or one a prompt; None: the same.
-        emphasis: whether to read brackets and BREAK in prompts as emphasis.
-        chunks: K, number of chunks of L tokens; None: as many as the longest prompt needs. Not for the transformer
-            families.
-
-    Raises:
-        ArgumentError (a ValueError): one sentence naming the argument and what it may be.
-        TypeError: a prompt is not a string.
-    """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    second = as_batch("prompts_2", prompts_2, len(prompts))
-    tokens = text.tokens(model, prompts, second, emphasis=emphasis, chunks=chunks)
-    return tokens.ids if all(field is None for field in tokens[1:]) else tokens

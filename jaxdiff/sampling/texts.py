@@ -10,9 +10,40 @@ from jaxdiff.sampling.checks import as_batch
 from jaxdiff.text import chunks as text
 from jaxdiff.text.other_programs import only_words
 from jaxdiff.text.schedule import is_edited, parse_schedule, text_at
+from jaxdiff.typing import Array
 
 Texts = str | Sequence[str | None] | None
 Group = tuple[list[str | None], list[str | None]]  # prompts of the first text encoder, and of the second
+
+
+def tokenize(
+    model: Model,
+    prompts: str | Sequence[str | None],
+    prompts_2: Texts = None,
+    *,
+    emphasis: bool = True,
+    chunks: int | None = None,
+) -> text.Tokens | Array:
+    """Prompts to the input of `encode_text`: token ids int32 [B, K L], or `Tokens` if ids alone do not do. Host side.
+
+    Prompts and negative prompts of one image need the same number of chunks: give both calls the same `chunks` if any
+    of them may be long.
+
+    Args:
+        prompts: one prompt or B of them; see jaxdiff/text/ for emphasis and limits.
+        prompts_2: prompts for SDXL's second text encoder, one for all or one a prompt; None: the same.
+        emphasis: whether to read brackets and BREAK in prompts as emphasis.
+        chunks: K, number of chunks of L tokens; None: as many as the longest prompt needs. Not for the transformer
+            families.
+
+    Raises:
+        ArgumentError (a ValueError): one sentence naming the argument and what it may be.
+        TypeError: a prompt is not a string.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    second = as_batch("prompts_2", prompts_2, len(prompts))
+    tokens = text.tokens(model, prompts, second, emphasis=emphasis, chunks=chunks)
+    return tokens.ids if all(field is None for field in tokens[1:]) else tokens
 
 
 def encoder_inputs(
