@@ -30,6 +30,7 @@ from jaxdiff.config import (
 from jaxdiff.config.scheduler import PREDICTION_TYPES
 from jaxdiff.models.layers import ACTIVATIONS
 from jaxdiff.models.model import Model
+from jaxdiff.models.model import module_shapes as shapes_of
 from jaxdiff.typing import Array, Params
 
 NETWORKS: dict[str, type[Config]] = {  # of Stable Diffusion, by their folder's name, as in `params`
@@ -98,7 +99,8 @@ def _check_activation(config: Config) -> None:
 def module_shapes(module: Any, inputs: Callable[[Any], tuple[Array, ...]], source: Path) -> Params:
     """The shapes of a module's parameters. Raises ConfigError if its config, read from `source`, is invalid."""
     with as_config_error(f"{source} does not describe a {module.config.CLASS_NAME}"):
-        return jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs(module.config))["params"])
+        arrays = inputs(module.config)
+        return shapes_of(module, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
 
 
 def example_image(c: VAEConfig | TinyVAEConfig) -> tuple[Array, ...]:

@@ -306,13 +306,17 @@ def init_params(model: Model, key: Key) -> Params:
 
 def param_shapes(model: Model) -> Params:
     """The tree of `init_params` as shapes and dtypes, without allocating anything."""
-    found = {name: _module_shapes(model.modules[name], x) for name, x in sorted(example_inputs(model).items())}
-    return jax.tree.map(lambda x: x, found)  # copies the cached tree
+    return {name: module_shapes(model.modules[name], x) for name, x in sorted(example_inputs(model).items())}
+
+
+def module_shapes(module: Any, inputs: tuple[jax.ShapeDtypeStruct | None, ...]) -> Params:
+    """Shapes and dtypes of one module's parameters, without allocating anything."""
+    return jax.tree.map(lambda x: x, _traced_shapes(module, inputs))  # copies the cached tree
 
 
 @functools.lru_cache(maxsize=64)
-def _module_shapes(module: Any, inputs: tuple[jax.ShapeDtypeStruct | None, ...]) -> Params:
-    """Shapes of one module's parameters, cached: tracing a network of full size takes a second or two."""
+def _traced_shapes(module: Any, inputs: tuple[jax.ShapeDtypeStruct | None, ...]) -> Params:
+    """`module_shapes`, cached: tracing a network of full size takes a second or two."""
     return jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x)["params"], *inputs)
 
 
