@@ -4,11 +4,11 @@
         --config.data.path=images/ --config.init_from.model=my-sd15/
     python sample.py --model my-sd15/ --controlnet runs/edges/export --control_image edges.png --prompt "a castle"
 
-The control images are the edges of the images themselves, found by Canny's detector while they are read, or the files
-that the lines of metadata.jsonl name as "conditioning_file", of the images' own sizes. The ControlNet starts as a copy
-of the UNet's encoder half behind zero convolutions, or goes on from --config.controlnet.init_from. runs/edges/export
-is a folder that PyTorch diffusers opens. Expect it to follow the edges rather suddenly, after some thousand updates of
-a large batch (section 4.1 of the paper).
+The control images are the edges of the images themselves, found by Canny's detector while they are read (between the
+thresholds --config.controlnet.canny_low and canny_high), or the files that the lines of metadata.jsonl name as
+"conditioning_file", of the images' own sizes. The ControlNet starts as a copy of the UNet's encoder half behind zero
+convolutions, or goes on from --config.controlnet.init_from. runs/edges/export is a folder that PyTorch diffusers opens.
+Expect it to follow the edges rather suddenly, after some thousand updates of a large batch (section 4.1 of the paper).
 """
 
 from ml_collections import ConfigDict

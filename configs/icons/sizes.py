@@ -1,4 +1,4 @@
-"""Sizes of the icons model: 17 M parameters beside the vision encoder, and how it is trained at each scale.
+"""Sizes of the icons model: 16 M parameters beside the vision encoder, and how it is trained at each scale.
 
 "cpu" is two CPU cores for some hours, "gpu" one accelerator. Both train the same networks on the same images.
 """
