@@ -208,7 +208,7 @@ TRAINING = in_folder(
     # ---- a step
     ("train_step.py", "(1.0 + step) / (10.0 + step)", "1.0 / (10.0 + step)", STEPS.format("ema_forgets")),
     ("train_step.py", "jnp.where(finite, new, old)", "new", LOOP.format("leaves_the_state")),
-    ("train_step.py", "lambda x: x / parts, total", "lambda x: x, total", STEPS.format("batch_in_parts and diffusion")),
+    ("train_step.py", "lambda x: x / parts, total", "lambda x: x, total", STEPS.format("a_batch_in_parts")),
     ("losses.py", "jnp.where(same & ~own, -jnp.inf,", "jnp.where(False, -jnp.inf,", STEPS.format("equal_captions")),
     ("losses.py", "return total / scales", "return total", STEPS.format("tone_and_edges")),
     ("stages.py", "jnp.where(drop[:, None], empty[name], batch[name])", "batch[name]",

@@ -124,6 +124,7 @@ def test_fresh_controlnet_of_a_unet_changes_nothing_and_learns(tiny):
     assert squares(gradient["down_blocks_0"]) == 0
 
 
+@pytest.mark.slow
 def test_masked_tokens_of_the_text_are_not_there(small):
     """Rounding of sums in another order."""
     net, variables = small

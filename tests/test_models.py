@@ -94,7 +94,10 @@ def check(ours, reference) -> None:
         assert error(ours[name], reference[name]) < TOLERANCE, name
 
 
-@pytest.mark.parametrize("name", CASES)
+SIBLINGS = ("unet/sd1", "unet/only_cross", "unet/inpainting")  # of sd1/9, of the upscaler's network, and of both
+
+
+@pytest.mark.parametrize("name", [pytest.param(c, marks=[pytest.mark.slow] * (c in SIBLINGS)) for c in CASES])
 def test_network_equals_golden_outputs(name):
     module, args, run = case(name)
     with np.load(GOLDEN) as golden:

@@ -73,7 +73,7 @@ def test_vmap_over_a_parameter_is_the_loop_over_it(name):
 @pytest.mark.parametrize(
     ("name", "config"),
     [pytest.param(name, SD1, id=name, marks=() if name in QUICK else pytest.mark.slow) for name in ALL]
-    + [pytest.param(name, ZERO_SNR, id=f"{name}-zero_snr") for name in ("ddim", "heun", "unipc", "dpmpp_sde")],
+    + [pytest.param(name, ZERO_SNR, id=f"{name}-zero_snr") for name in ("ddim", "unipc")],
 )
 def test_gradient_is_the_finite_difference(name, config):
     """With respect to a parameter of the network and to the starting noise."""
@@ -109,7 +109,9 @@ def test_an_image_does_not_depend_on_its_batch(name, keys):
     np.testing.assert_allclose(part, whole[:2] if keys == "one" else whole[1:], atol=ROUNDING)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in (*STOCHASTIC, *QUICK) else pytest.mark.slow) for n in ALL]
+)
 def test_noise_comes_from_the_key_of_each_sample(name):
     """Same start, two keys: different images where the scheduler draws noise, the same where it does not."""
     x = jnp.tile(noise(1, 4, 4, 2), (3, 1, 1, 1))
@@ -217,7 +219,7 @@ def test_one_program_for_all_numbers_of_steps(name):
     assert program._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_trajectory_holds_the_prediction_of_each_step(name):
     x, seen = noise(2, 4, 4, 2), []
 
@@ -280,7 +282,10 @@ def test_half_precision_is_the_networks_alone(name, dtype):
     np.testing.assert_allclose(low, full, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "heun", "dpmpp_2m", "unipc", "pndm", "dpmpp_sde"])
+@pytest.mark.parametrize(
+    "name",
+    ["ddpm", "unipc", *(pytest.param(n, marks=pytest.mark.slow) for n in ("heun", "dpmpp_2m", "pndm", "dpmpp_sde"))],
+)
 def test_sampling_maps_over_devices(name):
     """The program may be mapped over a mesh axis: keys and noise of each device's own samples."""
     times, keys, x = time_grid(SD1, 4, name)[0], jax.vmap(jax.random.key)(jnp.arange(2)), noise(2, 4)

@@ -109,14 +109,10 @@ def predictions(usual):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "prediction"),
-    [
-        ("sd1", "epsilon"),
-        ("sd2", "v_prediction"),
-        pytest.param("sd1", "v_prediction", marks=pytest.mark.slow),
-        pytest.param("sd2", "epsilon", marks=pytest.mark.slow),
-    ],
+    [("sd1", "v_prediction"), ("sd2", "v_prediction"), ("sd2", "epsilon")],  # sd1 and epsilon: the next test
 )
 def test_text_alone(name, prediction, tmp_path):
     pipeline, loaded = built(name, tmp_path, prediction)
@@ -136,16 +132,18 @@ def test_text_alone(name, prediction, tmp_path):
     ],
 )
 def test_perturbed_attention(name, layers, scale, tmp_path):
-    """With and without guidance by the text, and rescaled after both."""
+    """With it and without; with and without guidance by the text, and rescaled after both."""
     pipeline, (model, params) = built(name, tmp_path)
     cls = getattr(diffusers, type(pipeline).__name__.replace("Pipeline", "PAGPipeline"))
     theirs_with = cls(**pipeline.components, pag_applied_layers=list(layers))
     model = dataclasses.replace(model, options=dataclasses.replace(model.options, pag_layers=layers))
     rescale = 0.7 if scale > 1 else 0.0
-    given = {"guidance_scale": scale, "guidance_rescale": rescale, "pag_scale": 4.0}
-    drawn = ours((model, params), **given)
-    assert_same(drawn, theirs(theirs_with, latents=latents(), **given))
-    assert (drawn != ours((model, params), **given | {"pag_scale": 0.0})).any()
+    given = {"guidance_scale": scale, "guidance_rescale": rescale}
+    negative = {"negative_prompt": ["blurry"] * 2}
+    drawn, without = (ours((model, params), "blurry", **given, pag_scale=pag) for pag in (4.0, 0.0))
+    assert_same(drawn, theirs(theirs_with, latents=latents(), **negative, **given, pag_scale=4.0))
+    assert_same(without, theirs(pipeline, latents=latents(), **negative, **given))
+    assert np.abs(drawn.astype(int) - without).max() > LEVELS
 
 
 @pytest.mark.slow
@@ -271,7 +269,8 @@ def test_guidance_embedding(prediction, tmp_path):
     assert np.abs(ours(loaded, guidance_scale=8.0).astype(int) - ours(loaded)).max() > LEVELS
 
 
-@pytest.mark.parametrize("scheduler", ["euler", pytest.param("dpmpp_2m", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["euler", "dpmpp_2m"])
 def test_blending_under_other_schedulers(scheduler, image, mask, tmp_path, monkeypatch):
     pipeline, loaded = built("blend", tmp_path)
     cls = {"euler": diffusers.EulerDiscreteScheduler, "dpmpp_2m": diffusers.DPMSolverMultistepScheduler}[scheduler]

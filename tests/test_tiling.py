@@ -86,6 +86,7 @@ def both(model, params, latents, tile, overlap):
     return decoded, lambda images: encode_tiled(model, params, images, tile, overlap)
 
 
+@pytest.mark.slow
 def test_abutting_tiles_equal_pytorchs(small, latents, theirs):
     """Without overlap both cut the same tiles: 2 by 3 of 8, cut to 16 by 24 latents."""
     z = np.pad(latents, ((0, 0), (0, 2), (0, 4), (0, 0)))

@@ -18,6 +18,7 @@ from jaxdiff.training.options import OptionsError
 from jaxdiff.training.precompute import encoder, fingerprint
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage, random_times, vae_stage
 from jaxdiff.training.train_step import accumulated_grad, ema_update
+from tests.support.line import LINE, line_data, linear_stage
 from tests.support.stages import BATCH, keys, options, pairs, trained, whole_model
 from tests.support.tiny import LATENT, VAE, tiny_params, tokenizer
 
@@ -133,11 +134,19 @@ def test_decay_spares_vectors():
     assert updates["scale"] == 0
 
 
-@pytest.mark.parametrize("stage", [pytest.param(vae_stage, marks=pytest.mark.slow), diffusion_stage])
-def test_a_batch_in_parts_gives_the_gradient_of_the_whole(stage, params):
-    stage, mesh = stage(whole_model()), parallel.mesh(devices=jax.devices()[:1])
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole():
+    check_parts(linear_stage(), LINE, line_data(BATCH))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [vae_stage, diffusion_stage])
+def test_a_batch_of_images_in_parts_gives_the_gradient_of_the_whole(stage, params):
     latents = np.random.default_rng(0).normal(size=(BATCH, *LATENT)).astype(np.float32)
-    batch = {**pairs(BATCH), "latents": latents}
+    check_parts(stage(whole_model()), params, {**pairs(BATCH), "latents": latents})
+
+
+def check_parts(stage, params, batch):
+    mesh = parallel.mesh(devices=jax.devices()[:1])
     trained = {k: params[k] for k in stage.trainable}
 
     def grad(parts):

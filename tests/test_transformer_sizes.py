@@ -57,7 +57,7 @@ def theirs(published):
         return cls(cls.config_class(**values)).state_dict()
 
 
-SLOW = ("FLUX.1-dev", "stable-diffusion-3.5-large")  # of the same kinds as others
+SLOW = ("FLUX.1-dev", "FLUX.2-klein-9B", "Qwen3-8B", "stable-diffusion-3.5-large")  # of the same kinds as others
 
 
 def shapes_of(tensors):
