@@ -98,8 +98,6 @@ def test_nothing_compiles_for_other_prompts_seeds_scales_noise_or_spacing(draw, 
     assert compilations == []
     assert min(images.std() for images in drawn) > 20
     assert len({images.tobytes() for images in drawn}) == len(SPACINGS)
-    draw([*PROMPTS[:2], "a prompt of two chunks"], seed=7)  # what does compile is counted
-    assert any("program" in name for name in compilations)
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ def test_a_variation_is_drawn_from_noise_between_two_seeds(draw):
     )
 
 
+@pytest.mark.slow
 def test_a_film_goes_from_one_prompt_to_the_other(draw):
     """And from the one's negative prompt to the other's."""
     ends = [draw([p], n, seed=3) for p, n in (("a castle", "blurry"), ("a red dragon", "a blue house"))]
@@ -82,9 +83,9 @@ def test_a_long_negative_prompt_leaves_the_prompt_alone(draw):
 
 def test_a_film_from_a_short_prompt_to_a_long_one(draw):
     """The long one's other chunks come in smoothly: a step of 1e-4 in the blend changes little."""
-    other = {"blend_prompts": LONG, "blend": [0.0, 1e-4, 0.5, 1.0]}
-    first, near, middle, last = np.split(draw(["a red dragon"] * 4, seed=[3] * 4, **other), 4)
-    ends = [draw(prompt, seed=3) for prompt in ("a red dragon", LONG)]
+    other = {"blend_prompts": LONG, "blend_negative_prompts": "a blue house", "blend": [0.0, 1e-4, 0.5, 1.0]}
+    first, near, middle, last = np.split(draw(["a red dragon"] * 4, "blurry", seed=[3] * 4, **other), 4)
+    ends = [draw(prompt, negative, seed=3) for prompt, negative in (("a red dragon", "blurry"), (LONG, "a blue house"))]
     assert levels(first, ends[0]) <= LEVEL
     assert levels(last, ends[1]) <= LEVEL
     assert levels(near, first) <= 2 * LEVEL
