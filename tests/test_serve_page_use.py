@@ -176,9 +176,10 @@ def test_numbers_that_cannot_be_are_shown(page, asked, grey):
     assert asked == []
     page.fill("#strength", "0.33")
     page.fill("#guidance_scale", "7.25")
+    page.fill("#pag_scale", "1.25")
     page.click("#draw")
     drawn(page)
-    assert [request.guidance_scale for request in asked] == [7.25]
+    assert [(request.guidance_scale, request.pag_scale) for request in asked] == [(7.25, 1.25)]
 
 
 def png(page, tmp_path):

@@ -60,6 +60,7 @@ def capabilities(service: Service) -> dict[str, Any]:
         "max_images": engine.limits.images,
         "guidance_scale": model.options.guidance_scale,
         "guidance": model.takes_guidance,
+        "pag_scale": None if model.unet is None or model.is_gan else model.options.pag_scale,
         "negative_prompt": not model.one_pass,
         "needs_mask": model.inpaints,
         "controlnets": len(model.controlnets),

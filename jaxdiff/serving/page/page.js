@@ -24,6 +24,7 @@ async function start() {
   $("steps").max = can.max_steps;
   $("n").max = can.max_images;
   $("guidance_scale").value = can.guidance_scale;
+  $("pag_scale").value = can.pag_scale || 0;
   addControls(can.controlnets);
   greyOut();
   if (can.needs_mask) {
@@ -37,6 +38,7 @@ async function start() {
 function greyOut() {
   if (!can.negative_prompt) unavailable("This model was distilled to do without.", $("negative_prompt"));
   if (!can.guidance) unavailable("This model was distilled with one.", $("guidance_scale"));
+  if (can.pag_scale === null) unavailable("It is for models with a UNet that draws step by step.", $("pag_scale"));
   if (!can.loras.length) unavailable("The server was started without --lora_dir.", $("lora"), $("lora_weight"), $("add_lora"));
   if (!can.controlnets) unavailable("The server was started without --controlnet.", $("control_part"));
   if (can.upscaler_scale < 2) {
@@ -60,6 +62,7 @@ async function fields() {
     partial_images: PARTIAL_IMAGES,
   };
   if ($("negative_prompt").value && can.negative_prompt) given.negative_prompt = $("negative_prompt").value;
+  if (can.pag_scale !== null) given.pag_scale = Number($("pag_scale").value);
   if ($("style").value) given.style = $("style").value;
   if ($("matrix").checked) given.matrix = true;
   if (controlFiles().length) {
@@ -191,12 +194,13 @@ async function upscale(image, shown, signal, more = {}) {
 // --- settings
 
 function use(flags) {
-  for (const name of ["prompt", "negative_prompt", "steps", "guidance_scale", "seed", "strength"]) {
+  for (const name of ["prompt", "negative_prompt", "steps", "guidance_scale", "pag_scale", "seed", "strength"]) {
     if (flags[name] === undefined || $(name).disabled) continue;
     $(name).value = flags[name];
     between($(name));
   }
   if (flags.negative_prompt === undefined) $("negative_prompt").value = "";
+  if (flags.pag_scale === undefined) $("pag_scale").value = 0;
   const unknown = [];
   const size = flags.size || (flags.width ? `${flags.width}x${flags.height}` : "");
   for (const [name, value] of [["size", size], ["scheduler", flags.scheduler]]) {
