@@ -1,6 +1,8 @@
 """Fixtures that many tests share."""
 
+import gc
 import os
+import resource
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,7 @@ COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+MEMORY = 3 << 30  # bytes of a worker, over which it lets compiled programs go
 RUN_LONG = ("test_bundled", "test_examples")  # longer than they compile
 if "PYTEST_XDIST_WORKER" in os.environ:  # PyTorch's threads would wait in turns for cores that other workers have
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -65,6 +68,18 @@ def optimised(request):
         jax.config.update("jax_disable_most_optimizations", False)
         yield
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Lets the programs of earlier files go once this process is large; all of them would fill the memory."""
+    yield
+    statm = Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * resource.getpagesize() > MEMORY:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
