@@ -305,9 +305,9 @@ def check_tensors(path: Path | TensorSource, target: Params) -> dict[tuple[str, 
     for leaf_path, leaf in flatten_dict(target).items():
         name = tensor_name(leaf_path)
         if name not in names:
-            raise WeightsError(
-                f"{path} lacks the tensor {name} that its config.json calls for: do the two belong together?"
-            )
+            described = (path.parent / "config.json").is_file()
+            mend = " that its config.json calls for: do the two belong together?" if described else ": fetch it again."
+            raise WeightsError(f"{path} lacks the tensor {name}{mend}")
         expected = torch_shape(leaf_path, leaf.shape)
         found = tuple(shapes[names[name]])
         if found != expected:
