@@ -149,6 +149,28 @@ def test_a_table_as_spreadsheets_write_it(folder):
     assert len(select(open_source(path), {"where": ("license=CC0",)})) == 1
 
 
+def test_a_table_of_parquet_as_folders_of_the_hub_have_it(folder, caplog):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = folder("0.png", "sub/1.png", texts={})
+    rows = {"file_name": ["0.png", "sub/1.png"], "caption": [["a cat", "a tom"], ["a dog"]], "score": [5.5, None]}
+    pq.write_table(pa.table(rows), path / "metadata.parquet")
+    assert captions(path) == {"0.png": ("a cat", "a tom"), "sub/1.png": ("a dog",)}
+    assert [dict(e.extras) for e in examples(path)] == [{"score": 5.5}, {}]
+    source = open_source(path)
+    assert [source.read(i).captions for i in range(len(source))] == [("a cat", "a tom"), ("a dog",)]
+    assert path / "metadata.parquet" in source_files(path)
+    assert data_fingerprint(path)["files"] == 3
+    assert not caplog.text
+    pq.write_table(pa.table({"file_name": ["../0.png"], "text": ["a"]}), path / "metadata.parquet")
+    with pytest.raises(ConfigError, match=r"metadata\.parquet, row 1: the image '\.\./0\.png' lies outside"):
+        open_source(path)
+    (path / "metadata.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ConfigError, match=r"metadata\.parquet (cannot be read|is damaged)"):
+        open_source(path)
+
+
 def test_a_cell_of_more_digits_than_python_reads_is_text(folder):
     content = f"file_name,text,id\n0.png,a,{'9' * 5000}\n"
     assert examples(folder("0.png", texts={"metadata.csv": content}))[0].extras == {"id": "9" * 5000}

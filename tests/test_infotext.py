@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from jaxdiff.cli.errors import UsageError
 from jaxdiff.cli.flags import parse
-from jaxdiff.errors import ImageError
 from jaxdiff.io.images import write_png
 from jaxdiff.text.infotext import SAMPLERS, read_infotext
 
@@ -91,5 +91,7 @@ def test_one_s_own_flags_come_before_the_text_for_people(tmp_path, caplog):
 
 def test_a_png_that_says_nothing(tmp_path):
     for text in ("", "made by hand"):
-        with pytest.raises(ImageError, match=r"say how it was drawn: give a PNG as sample\.py or AUTOMATIC1111"):
+        with pytest.raises(
+            UsageError, match=r"^--from_png: .* say how it was drawn: give a PNG as sample\.py or AUTOMATIC1111"
+        ):
             parse(["sample.py", f"--from_png={image(tmp_path / 'a.png', text)}"])

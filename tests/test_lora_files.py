@@ -13,7 +13,7 @@ from jaxdiff.errors import WeightsError
 from jaxdiff.io.lora import bundled_words, load_bundled, load_lora, read_lora
 from jaxdiff.io.tensor_files import named_tensors
 from jaxdiff.io.torch_names import current_name
-from tests.support.lora_files import drawn_params, kohya, matrices, merge, peft, small_model, written
+from tests.support.lora_files import drawn_params, full, kohya, matrices, merge, peft, small_model, written
 
 
 @pytest.fixture(scope="module")
@@ -258,3 +258,36 @@ def test_metadata_of_one_network_alone(sd1, tmp_path):
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
     lora = read_lora(model, written(tmp_path / "pytorch_lora_weights.safetensors", bare, found, metadata))
     assert {(name.endswith("to_k"), f.alpha) for name, f in lora.items()} == {(True, 1.5), (False, 6.0)}
+
+
+def base_model(module, name, down, up):
+    """As diffusers' trainers of LCM-LoRAs write it: peft's names behind the network's."""
+    stem = f"{module}.base_model.model.{full(module, name)}"
+    return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+
+
+def lycoris(module, name, down, up):
+    """As LyCORIS calls the layers of whatever network it wraps."""
+    stem = f"lycoris_{full(module, name).replace('.', '_')}"
+    return {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+
+
+def compiled(module, name, down, up):
+    stem = f"{module}._orig_mod.{full(module, name)}"
+    return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+
+
+@pytest.mark.parametrize(
+    ("names", "only"),
+    [
+        *((names, only) for names in (base_model, compiled) for only in ("unet", "text_encoder", "text_encoder_2")),
+        *((lycoris, only) for only in ("unet", "text_encoder")),  # of which encoder, only the widths would say
+    ],
+)
+def test_names_of_networks_that_were_wrapped(names, only, sdxl, tmp_path, caplog):
+    model, params = sdxl
+    found = matrices(params, r"attn1\.to_|q_proj|out_proj", only=(only,))
+    expected = read_lora(model, written(tmp_path / "a.safetensors", peft, found))
+    ours = read_lora(model, written(tmp_path / "b.safetensors", names, found))
+    jax.tree.map(np.testing.assert_array_equal, dict(ours), dict(expected))
+    assert ("has no adapter_config.json beside it" in caplog.text) == (names is base_model)

@@ -378,6 +378,8 @@ def test_every_layer_has_spellings_of_its_own(sd1, sdxl):
         for layer in layers(params):
             for spelling in spellings(layer, unet_table(model.unet.config)):
                 # peft calls the layers of both text encoders alike: their shapes and its config tell them apart.
-                bare = spelling.startswith(("base_model.model.", "text_")) and layer.module == "text_encoder_2"
+                bare = (
+                    spelling.startswith(("base_model.model.", "text_", "lycoris_")) and layer.module == "text_encoder_2"
+                )
                 known = found.setdefault(spelling, layer)
                 assert known == layer or (bare and known.module == "text_encoder"), spelling

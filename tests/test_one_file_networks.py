@@ -82,7 +82,10 @@ def test_a_controlnet_alone(tiny, controlnet, tmp_path):
         np.testing.assert_array_equal(x, exact[name], err_msg=name)
     tensors.pop("down_blocks.0.resnets.0.conv1.weight")
     save_file(tensors, tmp_path / "canny.safetensors")
-    with pytest.raises(WeightsError, match=r"lacks the tensor down_blocks\.0\.resnets\.0\.conv1\.weight"):
+    with pytest.raises(WeightsError, match=r"lacks the tensor down_blocks\.0\.resnets\.0\.conv1\.weight: fetch the"):
+        load_controlnet(tmp_path / "canny.safetensors", like=tiny[0].unet.config)
+    save_file({n: x for n, x in named_tensors(params) if n != "conv_in.bias"}, tmp_path / "canny.safetensors")
+    with pytest.raises(WeightsError, match=r"lacks the tensor conv_in\.bias: fetch it again\.$"):  # of no config.json
         load_controlnet(tmp_path / "canny.safetensors", like=tiny[0].unet.config)
 
 

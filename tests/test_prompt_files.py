@@ -77,6 +77,13 @@ def test_json_lines_by_other_names(name, tmp_path):
         ("p.txt", "a cat --d -2", r"^Line 1 of \S*p.txt has the seed -2; seeds are from 0"),
         ("p.txt", "a cat --n dog --negative_prompt fox", r"^Line 1 of \S*p.txt gives negative_prompt twice\.$"),
         ("p.txt", "--seed 4", r"^Line 1 of \S*p.txt holds no prompt\.$"),
+        ("p.txt", '{"prompt": "a", "seed": 1}', r"^Line 1 of \S*p.txt is JSON: name the file \.jsonl\.$"),
+        (
+            "p.CSV",
+            "prompt,seed\na castle,1",
+            r"p.CSV is of a kind whose lines are no prompts: write one a line as .txt",
+        ),
+        ("p.yaml", "- a castle", r"p.yaml is of a kind whose lines are no prompts"),
         ("p.jsonl", "a castle", r"^Line 1 of \S*p.jsonl is not JSON: write \{"),
         ("p.jsonl", "[" * 100_000, r"^Line 1 of \S*p.jsonl is not JSON"),
         ("p.jsonl", '["a"]', r'^Line 1 of \S*p.jsonl is not a JSON object with a text under "prompt"\.$'),

@@ -205,7 +205,7 @@ def test_a_mask_without_white_is_said(caplog):
 def test_an_image_that_was_not_fetched_names_its_flag(sample_cli):
     Path("a.png").write_text("version https://git-lfs.github.com/spec/v1\n")
     code, _, err = sample_cli(CASTLE, STEPS, "--image=a.png")
-    assert code == 1
+    assert code == 2
     assert (
         "error: --image: a.png cannot be read as an image (it is a Git LFS pointer, not the file itself: fetch" in err
     )
@@ -215,7 +215,7 @@ def test_a_mask_of_another_size(sample_cli):
     write_png("start.png", IMAGE)
     write_png("mask.png", IMAGE[:-2])
     code, out, err = sample_cli(CASTLE, STEPS, "--image=start.png", "--mask=mask.png")
-    assert (code, out) == (1, [])
+    assert (code, out) == (2, [])
     assert f"--image and --mask are {SIDE} x {SIDE} and {SIDE} x {SIDE - 2}: make the mask as large" in err
 
 

@@ -15,7 +15,7 @@ from jaxdiff.sampling.noise import image_keys
 from jaxdiff.sampling.resolve import resolve_images, resolve_settings
 from jaxdiff.sampling.texts import edited
 from jaxdiff.text.chunks import tokens
-from jaxdiff.text.other_programs import LoraTag, only_words, split_tags
+from jaxdiff.text.other_programs import LoraTag, only_words, read_as_it_is, split_tags
 from jaxdiff.text.prompt_files import PromptError
 from jaxdiff.text.schedule import parse_schedule, text_at
 from tests.support.tiny import LATENT, tiny_model
@@ -180,6 +180,13 @@ def test_tags_with_other_weights_are_refused(tag):
         ("a {{red}} cat", None, "NovelAI"),
         ("a cat::2 a dog::1", None, "Midjourney"),
         ("a cat --ar 16:9", None, "it looks like a flag"),
+        ("a cat\nNegative prompt: dog\nSteps: 20, Sampler: Euler a, Seed: 1", None, "give --negative_prompt"),
+        ("hot:: dog", None, "Midjourney"),
+        ("a cat <lora:detail:0.7", None, "whose > is missing"),
+        ("a [red:blue:green:0.5] cat", None, "editing by step is [cat:dog:0.5], two texts and a number"),
+        ("[a:b:2] [cat:dog::0.5]", None, "'[cat:dog::0.5]', drawn as words"),
+        ("a [cat:dog:50%]", None, "editing by step is"),
+        (r"a \[x:y:z:1\] [[old]] [a|b] [c:d:.5] (e:1.2) BREAK f", None, ""),
         (r"a \{red|blue\} cat, [cat::10], [a::0.5] snake_case well-known 16:9 e.g. 18+", None, ""),
         ("a cat, AND", None, ""),
         ("I <3 cats > dogs, C++", None, ""),
@@ -188,5 +195,25 @@ def test_tags_with_other_weights_are_refused(tag):
 def test_what_is_drawn_as_words_is_said(prompt, words, said, caplog):
     only_words.cache_clear()
     assert only_words(prompt) == (prompt if words is None else words)
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "said"),
+    [
+        ("a (red:1.3) cat", None, "'(red:1.3)', drawn as words: it is for Stable Diffusion 1.x, 2.x and XL"),
+        ("a [cat:dog:0.5]", None, "'[cat:dog:0.5]', drawn as words"),
+        ("a [cat|dog]", None, "'[cat|dog]', drawn as words"),
+        ("a cat BREAK a dog", None, "'BREAK', drawn as words"),
+        ("a cat <lora:detail:0.7>", "a cat ", "<lora:detail:0.7>, which is left out"),
+        ("a cat AND a dog", None, "AND joins prompts"),
+        (r"a (small) cat [in ink], \(x:1.2\), at 12:30 (see: page 2)", None, ""),
+    ],
+)
+def test_what_models_with_a_transformer_draw_as_words_is_said(prompt, words, said, caplog):
+    only_words.cache_clear()
+    read_as_it_is.cache_clear()
+    assert read_as_it_is(prompt) == (prompt if words is None else words)
     assert said in caplog.text
     assert bool(caplog.text) == bool(said)

@@ -7,6 +7,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jaxdiff
 from jaxdiff.errors import ArgumentError
@@ -304,7 +305,6 @@ def test_loras_that_prompts_name(tiny, new_engine, tmp_path):
     lora = {name: dataclasses.replace(f, up=f.up + 0.3) for name, f in fresh.items()}
     (tmp_path / "style").mkdir()
     save_lora(tmp_path / "style" / "detail.safetensors", model, lora)
-    (tmp_path / "old.ckpt").write_bytes(b"no safetensors")
     files = lora_files(tmp_path)
     assert list(files) == ["style/detail"]
     engine, events = new_engine(start=False, loras=Loras(model, params, files))
@@ -316,3 +316,30 @@ def test_loras_that_prompts_name(tiny, new_engine, tmp_path):
     assert levels(images(styled[1]), images(plain)) <= 1
     assert levels(images(styled[0]), images(plain)) > 1
     assert [number for what, number in events if what == "batch"] == [1, 1, 1]
+
+
+def test_loras_are_found_as_sample_py_finds_them(tiny, tmp_path, caplog):
+    """By the end of their path, by the name in their metadata, with other suffixes; what does not fit is said."""
+    model, params = tiny
+    save_lora(tmp_path / "a.safetensors", model, init_lora(model, params, 2, key=jax.random.key(0)))
+    tensors = load_file(tmp_path / "a.safetensors")
+    (tmp_path / "sub").mkdir()
+    for path, name in (("sub/ink.safetensors", "my ink"), ("b/ink.sft", "other"), ("old.ckpt", "old")):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        save_file(tensors, tmp_path / path, {"ss_output_name": name})
+    save_file({"lora_unet_x.lora_up.weight": np.ones((2, 2), np.float32)}, tmp_path / "xl.safetensors")
+    (tmp_path / "damaged.pt").write_bytes(b"no weights")
+    loras = Loras(model, params, lora_files(tmp_path))
+    assert list(loras.files) == ["a", "b/ink", "old", "sub/ink", "xl"]
+    assert "damaged.pt" in caplog.text
+    assert "left out of --lora_dir" in caplog.text
+    for name, file in {"sub/ink": "sub/ink.safetensors", "my ink": "sub/ink.safetensors", "old": "old.ckpt"}.items():
+        assert loras.split(f"a <lora:{name}:0.5>b") == ("a b", ((tmp_path / file, 0.5, 0.5),))
+    for name, sentence in {
+        "ink": r"names the LoRA 'ink', which may be several: write <lora:b/ink> or <lora:sub/ink>\.",
+        "gone": r"names the LoRA 'gone', which is not available; known are a, b/ink, old, sub/ink, xl\.",
+        "xl": r"names the LoRA 'xl', which does not fit this model\.",
+    }.items():
+        with pytest.raises(ArgumentError, match=f"^prompt {sentence}$"):
+            loras.split(f"a <lora:{name}>")
+    assert "xl.safetensors" in caplog.text

@@ -1,6 +1,7 @@
 """One-file networks behind a prefix, and beside tensors that are none of theirs: passed over and named."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ from jaxdiff.errors import WeightsError
 from jaxdiff.io.configs import example_image, replace_config
 from jaxdiff.io.controlnet import check_controlnet, controlnet_table, load_controlnet
 from jaxdiff.io.modules import save_module
-from jaxdiff.io.original_layout import place, vae_table
-from jaxdiff.io.tensor_files import named_tensors
+from jaxdiff.io.original_layout import VAE_PREFIX, place, vae_table
+from jaxdiff.io.pretrained import load, save
+from jaxdiff.io.single_file import _metadata
+from jaxdiff.io.tensor_files import named_tensors, open_tensors
 from jaxdiff.io.vae import load_tiny_vae, load_vae
 from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from tests.support.comparison import assert_equal, drawn
+from tests.support.published import tensors_of
 from tests.support.tiny import tiny_params
 
 
@@ -120,3 +124,42 @@ def test_an_autoencoder_beside_strays(form, tiny, tmp_path, caplog):
     save_file(tensors | {own: np.zeros(3, np.float32)}, file)
     with pytest.raises(WeightsError, match=f"tensors .* no place for, first .*{own.removeprefix('vae.')}"):
         load_vae(model, tiny[1], file)
+
+
+def test_an_incomplete_autoencoder_is_not_needed_beside_another(tiny, tmp_path):
+    """Of a file some of whose tensors are missing, and of a folder without the weights; alone it is said."""
+    model, params = tiny
+    save(tmp_path / "m", model, params)
+    tensors, metadata = tensors_of(*tiny), {"jaxdiff": json.dumps(_metadata(model))}
+    kinds = {
+        "half": [n for n in tensors if n.startswith(f"{VAE_PREFIX}decoder.")],
+        "rest": [n for n in tensors if n.startswith(VAE_PREFIX) and not n.endswith("encoder.conv_in.bias")],
+        "one": [f"{VAE_PREFIX}decoder.norm_out.bias"],
+    }
+    for name, without in kinds.items():
+        path = tmp_path / f"{name}.safetensors"
+        save_file({n: x for n, x in tensors.items() if n not in without}, path, metadata=metadata)
+        found, read = load(path, vae=tmp_path / "m/vae")
+        assert found.vae == model.vae
+        assert_equal(read, params)
+        with pytest.raises(WeightsError, match=r"has no autoencoder .* as --vae|lacks the tensor first_stage_model"):
+            load(path)
+    (tmp_path / "m/vae").rename(tmp_path / "vae")
+    (tmp_path / "m/vae").mkdir()
+    (tmp_path / "m/vae/config.json").write_bytes((tmp_path / "vae/config.json").read_bytes())
+    assert_equal(load(tmp_path / "m", vae=tmp_path / "vae")[1], params)
+    with pytest.raises(WeightsError, match="is missing"):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module", "_fsdp_wrapped_module", "module._orig_mod"])
+def test_wrappers_within_names(wrapper, tmp_path):
+    """As PyTorch puts them where a part of a model was wrapped."""
+    names = {f"unet.{wrapper}.conv_in.weight": "unet.conv_in.weight", "vae.conv_in.weight": "vae.conv_in.weight"}
+    save_file({n: np.full(1, i, np.float32) for i, n in enumerate(names)}, tmp_path / "x.safetensors")
+    source = open_tensors(tmp_path / "x.safetensors")
+    assert set(source.shapes) == set(names.values())
+    assert [source.read(n)[0] for n in names.values()] == [0, 1]
+    twice = {"a.module.b": np.zeros(1), "a.b": np.ones(1)}  # no wrapper, then
+    save_file(twice, tmp_path / "y.safetensors")
+    assert set(open_tensors(tmp_path / "y.safetensors").shapes) == set(twice)

@@ -12,13 +12,14 @@ from jaxdiff.cli.train_flags import parse
 from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
 from jaxdiff.training import super_resolution, trainables
-from jaxdiff.training.checks import check_settings
+from jaxdiff.training.checks import check_settings, too_long
 from jaxdiff.training.defaults import RULES, as_json, base
 from jaxdiff.training.init import described_model
 from jaxdiff.training.loop import fit
 from jaxdiff.training.optimizer import check_multipliers, learning_rate
 from jaxdiff.training.options import NoiseOptions, Options, OptionsError, default_warmup
 from jaxdiff.training.ranges import leaves
+from jaxdiff.training.run import build_run
 from jaxdiff.training.run_data import fingerprints
 from jaxdiff.training.workdir import WorkdirError, claimed, settle
 from tests.support.line import LINE, linear_stage
@@ -231,6 +232,20 @@ def test_a_warm_up_that_was_given_is_warned_of(tmp_path, caplog):
         fit(linear_stage(), LINE, None, o, tmp_path)
     assert "config.warmup_steps 500 is not below config.steps 60: the learning rate never reaches" in caplog.text
     assert "config.snapshot_every 1000 is not below config.steps 60" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stage", "group", "name"), [("scm", "distillation", "tangent_warmup"), ("vae_decoder", "adversary", "start")]
+)
+def test_other_phases_that_a_run_never_reaches_are_warned_of(stage, group, name, caplog):
+    config = changed("stage", stage)
+    config.update({"steps": 60, group: {name: 60}})
+    with pytest.raises(ConfigError):  # it ends at data that there are not
+        build_run(config, Path("x"))
+    assert f"config.{group}.{name} 60 is not below config.steps 60: " in caplog.text
+    assert len(too_long(config)) == 1
+    config.steps = 61
+    assert too_long(config) == []
 
 
 def test_a_warm_up_that_nobody_gave_grows_with_the_steps(tmp_path):

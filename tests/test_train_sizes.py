@@ -7,7 +7,7 @@ import pytest
 from jaxdiff.config import CLIPVisionConfig, VAEConfig
 from jaxdiff.models.model import param_shapes
 from jaxdiff.training import init
-from jaxdiff.training.checks import check_sizes
+from jaxdiff.training.checks import check_memory, check_sizes
 from jaxdiff.training.options import OptionsError
 from jaxdiff.training.run import build_run
 from tests.support.image_datasets import write_folder
@@ -80,6 +80,22 @@ def test_train_and_plan_end_before_weights_are_read(train_cli, tiny_folder, tmp_
         assert err.count("\n") == 1
     code, _, err = train_cli(*args, f"--workdir={tmp_path}/run", "--config.eval.images=-1")
     assert (code, err) == (2, "train.py: error: config.eval.images -1 must be from 0 to 2147483647.\n")
+
+
+def test_sizes_that_cannot_fit_into_memory_are_refused_before_weights_are_read(
+    train_cli, tiny_folder, tmp_path, monkeypatch
+):
+    data = write_folder(tmp_path / "data", 2)
+    monkeypatch.setattr(init, "load", lambda *a, **k: pytest.fail("weights are read"))
+    args = [f"--config={CONFIG}:unet", f"--config.data.path={data}", f"--config.init_from.model={tiny_folder}"]
+    large = ["--config.data.image_size=16384", "--config.batch_size=100000"]
+    code, _, err = train_cli(*args, *large, f"--workdir={tmp_path}/run")
+    assert code == 2, err
+    assert "train.py: error: config.data.image_size 16384: 100000 images a device take at least" in err
+    assert not (tmp_path / "run").exists()
+    config = settings("unet", image_size=16384)
+    config.batch_size = config.accumulate = 100_000
+    check_memory(config, tiny_model(), 1)  # one at a time
 
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "inpainting"])

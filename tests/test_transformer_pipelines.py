@@ -12,6 +12,7 @@ import jaxdiff
 from jaxdiff.cli.sample import main
 from jaxdiff.errors import ArgumentError
 from jaxdiff.io.images import read_image
+from jaxdiff.sampling.resolve import resolve_images, resolve_settings
 from tests.support import transformer_pipelines as oracle
 
 PROMPTS = ["a castle at night", ""]
@@ -181,3 +182,15 @@ def test_latents_of_an_image_decode_to_it(pair):
         expected = pipe.vae.decode(z).sample.permute(0, 2, 3, 1).numpy()
     decoded = jax.jit(lambda p, z: jaxdiff.decode(model, p, z))(params, latents)
     np.testing.assert_allclose(decoded, np.clip(expected / 2 + 0.5, 0, 1), atol=1e-4)
+
+
+@of("flux")
+def test_brackets_are_words_and_tags_are_left_out(pair, caplog):
+    """Each is named in a warning."""
+    _, _, model, _ = pair
+    settings = resolve_settings(model, steps=1, height=16, width=16)
+    found = resolve_images(model, settings, ["a (red:1.3) castle <lora:x:1>"]).images.tokens
+    plain = resolve_images(model, settings, ["a (red:1.3) castle "], emphasis=False).images.tokens
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+    assert "has '(red:1.3)', drawn as words" in caplog.text
+    assert "has <lora:x:1>, which is left out" in caplog.text

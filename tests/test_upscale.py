@@ -177,6 +177,16 @@ def test_a_folder_of_images_of_several_kinds(sample_cli, network_file, tmp_path)
     assert out == ["o/0-a.png", "o/1-a.png", "o/2-b.png"], err
 
 
+@pytest.mark.parametrize("part", [0, 0.5])
+def test_an_image_that_cannot_be_enlarged_names_its_flag(part, sample_cli, network_file, tmp_path):
+    Image.fromarray(picture(60, 50)).save(tmp_path / "small.png")
+    whole = (tmp_path / "small.png").read_bytes()
+    (tmp_path / "small.png").write_bytes(whole[: int(part * len(whole))])
+    code, out, err = sample_cli("--image=small.png", "--upscale=2", f"--upscaler={network_file}", model=None)
+    assert (code, out) == (2, [])
+    assert "sample.py: error: --image: small.png cannot be read as an image" in err
+
+
 def test_what_is_drawn_is_enlarged(sample_cli, network, network_file):
     code, out, err = sample_cli(CASTLE, STEPS, "--output=small.png")
     assert code == 0, err

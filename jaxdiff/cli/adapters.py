@@ -16,16 +16,14 @@ from jaxdiff.cli.flags import named, weighted
 from jaxdiff.cli.requests import ImageRequest
 from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
+from jaxdiff.io import lora_folders
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.lora import Lora, Weighted, read_lora
-from jaxdiff.io.tensor_files import SAFETENSORS, open_tensors
 from jaxdiff.io.textual_inversion import Word, read_textual_inversion
 from jaxdiff.io.vae import load_tiny_vae
 from jaxdiff.text.other_programs import LoraTag, split_tags
 from jaxdiff.text.prompt_files import PromptError
 from jaxdiff.typing import Params
-
-LORA_FILES = (".safetensors", ".sft", ".pt", ".bin", ".ckpt")
 
 
 class Adapters(NamedTuple):
@@ -65,36 +63,21 @@ def read_adapters(f: flags.FlagValues, model: jaxdiff.Model, mesh: Mesh | None =
         return Adapters(words, loras, nets, load_tiny_vae(f.preview_vae, dtype=f.dtype) if f.preview_vae else None)
 
 
-def output_name(path: Path) -> str | None:
-    """The name that kohya's scripts write into a LoRA's metadata, which the AUTOMATIC1111 web UI also accepts."""
-    try:
-        return open_tensors(path).metadata.get("ss_output_name") if path.suffix.lower() in SAFETENSORS else None
-    except (ConfigError, WeightsError):  # damaged: reported if a prompt names the file
-        return None
-
-
 def named_loras(f: flags.FlagValues, requests: Sequence[ImageRequest]) -> list[Weighted]:
     """The LoRAs of --lora_dir that each image's prompt names, with their weights. Raises UsageError."""
     if f.lora_dir is None:
         return [()] * len(requests)
-    files = sorted(p for p in Path(f.lora_dir).rglob("*") if p.suffix.lower() in LORA_FILES and p.is_file())
-
-    called = functools.cache(output_name)
+    files = lora_folders.files_below(f.lora_dir)
 
     @functools.cache
     def find(name: str) -> Path:
-        known = {path: path.relative_to(f.lora_dir).with_suffix("").as_posix() for path in files}
-        found = (
-            [path for path in files if known[path] == name]
-            or [path for path in files if path.stem == name]
-            or [path for path in files if called(path) == name]
-        )
+        found = lora_folders.named(files, name)
         if len(found) == 1:
             return found[0]
         if found:
             both = f"{found[0]} and {found[1]}"
-            raise UsageError(f"--lora_dir: <lora:{name}> may be {both}: write <lora:{known[found[0]]}>.")
-        there = ", ".join(path.stem for path in files[:10]) or "no LoRA"
+            raise UsageError(f"--lora_dir: <lora:{name}> may be {both}: write <lora:{files[found[0]]}>.")
+        there = ", ".join(path.stem for path in list(files)[:10]) or "no LoRA"
         raise UsageError(f"--lora_dir {f.lora_dir} has no {name}.safetensors for <lora:{name}>: it has {there}.")
 
     def of(tag: LoraTag) -> tuple[Path, float, float]:

@@ -43,8 +43,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     """The flags of a command line, with all checks that do not need the model.
 
     Raises:
-        UsageError: wrong flags.
-        ImageError: the file of --from_png cannot be read, or holds no flags.
+        UsageError: wrong flags, or a file of --from_png that cannot be read or holds no flags.
     """
     hint = "put each prompt in quotes after its own --prompt"
     f = read(define(), argv, hint)
@@ -54,7 +53,11 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if f.from_png is not None:
         if not os.path.exists(f.from_png):
             raise UsageError(f"--from_png: {f.from_png} does not exist: check the path.")
-        f = read(define(), [argv[0], *flags_of(f), *argv[1:]], hint)
+        try:
+            drew = flags_of(f)
+        except ImageError as e:
+            raise UsageError(f"--from_png: {e}") from None
+        f = read(define(), [argv[0], *drew, *argv[1:]], hint)
         check_paths(f)
     if not f.prompt and not f.prompts_file and f.upscale is None:
         raise UsageError('--prompt is missing: say what to draw, such as --prompt "a castle".')

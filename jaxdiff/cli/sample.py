@@ -39,7 +39,7 @@ from jaxdiff.cli.adapters import (
     runs,
     without_tags,
 )
-from jaxdiff.cli.errors import Failure, UsageError
+from jaxdiff.cli.errors import UsageError
 from jaxdiff.cli.flags import check_files, check_model, flag_errors, parse, weighted
 from jaxdiff.cli.loading import encoded, load, own
 from jaxdiff.cli.options import OPTIONS
@@ -180,7 +180,7 @@ def with_controlnets(model: jaxdiff.Model, path: Path, laid: Adapters) -> jaxdif
 
 
 def given_images(f: flags.FlagValues, model: jaxdiff.Model, read: Reader) -> dict[str, Any]:
-    """The input images, resized: arguments of `resolve_images`. Raises Failure."""
+    """The input images, resized: arguments of `resolve_images`. Raises UsageError."""
     found: dict[str, Any] = {}
     if f.outpaint:
         extended, mask = images.extend(read(f.image), *f.outpaint)
@@ -194,7 +194,7 @@ def given_images(f: flags.FlagValues, model: jaxdiff.Model, read: Reader) -> dic
         sizes = [x.shape[:2] for x in (read(f.image), mask)]
         if sizes[0] != sizes[1]:
             shown = " and ".join(f"{width} x {height}" for height, width in sizes)
-            raise Failure(f"--image and --mask are {shown}: make the mask as large as the image.")
+            raise UsageError(f"--image and --mask are {shown}: make the mask as large as the image.")
         found["mask"] = fitted("--mask", f.mask, f.height, f.width, lambda path: mask).mean(-1) >= 127.5
     if f.control_image:
         # Poses, depths and edges are light on black; of other images the edges are found.
@@ -214,7 +214,7 @@ def reader(f: flags.FlagValues) -> Reader:
             return images.read_image(path, background)
         except ImageError as e:
             flag = "image" if path == f.image else "mask" if path == f.mask else "control_image"
-            raise Failure(f"--{flag}: {e}") from None
+            raise UsageError(f"--{flag}: {e}") from None
 
     return read
 

@@ -1,6 +1,7 @@
 """sample.py --upscale: enlarge drawn images, or image files, by a network."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxdiff.cli.options import OPTIONS
 from jaxdiff.cli.outputs import Writer, check_folder, enlarged_paths, make_folder
 from jaxdiff.cli.progress import progress_bar
 from jaxdiff.data.listing import IMAGE_SUFFIXES, image_files
+from jaxdiff.errors import ImageError
 from jaxdiff.io import cache
 from jaxdiff.io.images import image_size, read_with_alpha
 from jaxdiff.io.upscaler import load_upscaler, open_upscaler
@@ -65,13 +67,24 @@ def given_files(f: flags.FlagValues) -> list[Path]:
     return found
 
 
+@contextlib.contextmanager
+def _naming_images() -> Iterator[None]:
+    """Turn errors of an image that is read into errors of --image."""
+    try:
+        yield
+    except ImageError as e:
+        raise UsageError(f"--image: {e}") from None
+
+
 def enlarge_files(f: flags.FlagValues) -> None:
     """Enlarge --image, or each image in that folder, and write the results."""
     check_files(f)
     files = given_files(f)
     paths = enlarged_paths(f.output, files, f.upscale)
     check_folder(paths[0].parent)
-    check_sizes(f, [image_size(file) for file in files])
+    with _naming_images():
+        sizes = [image_size(file) for file in files]
+    check_sizes(f, sizes)
     cache.cache_compilations(f.cache_dir)
     enlarge = enlarger(f)
     for folder in {path.parent for path in paths}:
@@ -81,5 +94,7 @@ def enlarge_files(f: flags.FlagValues) -> None:
     writer = Writer(f.overwrite)
     with progress_bar("enlarging", len(files)) as advance:
         for file, path in zip(files, paths, strict=True):
-            writer.png(path, enlarge(read_with_alpha(file)), {"image": str(file), **shared})
+            with _naming_images():
+                image = read_with_alpha(file)
+            writer.png(path, enlarge(image), {"image": str(file), **shared})
             advance(1)

@@ -1,6 +1,6 @@
 """Captioned images of every kind that can be read; the path says which.
 
-    images/                            a captioned folder: [split/]metadata.jsonl or .csv, or text files beside images
+    images/                            a captioned folder: [split/]metadata.jsonl, .csv or .parquet, or text files
     shards/, shards-{00000..00099}.tar webdataset tar shards
     table/, table.parquet              Parquet files with the bytes of images
     records/, data.array_record        ArrayRecord files of tf.train.Example messages
@@ -24,7 +24,7 @@ from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import BucketOrder, Buckets
 from jaxdiff.data.folder import STILL, FolderSource, ImageDecoder, Warp
 from jaxdiff.data.latents import LatentShards
-from jaxdiff.data.listing import METADATA, TABLE, has_text_files, image_files, listed_files
+from jaxdiff.data.listing import PARQUET, TABLES, has_text_files, image_files, listed_files
 from jaxdiff.data.orders import BlockOrder, HostShards, Order
 from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.data.records import ArrayRecords
@@ -94,7 +94,7 @@ def _resolved(path: str | Path, split: str) -> tuple[str, list[Path]]:
             raise ConfigError(f"{path} has no split {split!r}; its splits are {splits}.")
         return "arrow", _saved(path / split)
     files = _files(name, split)
-    if any((path / p / name).is_file() for p in ("", split) for name in (METADATA, TABLE)):
+    if any((path / p / name).is_file() for p in ("", split) for name in TABLES):
         if files:
             say_once(f"{path} holds {_shown(files)} beside the captions of images: the images alone are read.")
         return "folder", []
@@ -149,7 +149,8 @@ def _known(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     # Names that begin with a dot are other programs' own, such as those that macOS puts beside each file.
-    return [p for p in folder.iterdir() if p.suffix in KINDS and not p.name.startswith(".") and p.is_file()]
+    known = (p for p in folder.iterdir() if p.suffix in KINDS and p.name != PARQUET)
+    return [p for p in known if not p.name.startswith(".") and p.is_file()]
 
 
 def captioned_data(

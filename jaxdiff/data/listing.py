@@ -1,7 +1,8 @@
-"""Captions of a folder of images: `metadata.jsonl`, `metadata.csv`, or a text file beside each image.
+"""Captions of a folder of images: `metadata.jsonl`, `.csv` or `.parquet`, or a text file beside each image.
 
     images/metadata.jsonl    {"file_name": "castle.webp", "text": ["a castle", "two towers"], "license": "CC0"}
     images/metadata.csv      file_name,text
+    images/metadata.parquet  the same columns
     images/castle.txt        beside castle.webp, or castle.caption, or castle.webp.txt; a line is a caption
 
 The first of these that a folder has is read, and a warning names the others. Images with text files may be in
@@ -20,12 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxdiff.config import ConfigError
+from jaxdiff.data import tables
 from jaxdiff.data.source import TEXT_NAMES
 from jaxdiff.errors import say_once
 from jaxdiff.files import not_fetched
 
 METADATA = "metadata.jsonl"  # names the images of a split and their captions
 TABLE = "metadata.csv"  # the same
+PARQUET = "metadata.parquet"  # the same, as Hugging Face's folders of images have it
+TABLES = (METADATA, TABLE, PARQUET)  # in the order in which they count
 CAPTION_SUFFIXES = (".txt", ".caption")  # of the text file beside an image
 HINT = "conditioning_file"  # the metadata's key for a ControlNet's input image
 REPEATS = "repeats"  # and for how often a pass over the data shows an image
@@ -72,6 +76,8 @@ def examples(path: str | Path, split: str = "train", *, image_column: str = "", 
         once = list(_from_lines(root / METADATA, *columns))
     elif kinds[0] == TABLE:
         once = list(_from_table(root / TABLE, *columns))
+    elif kinds[0] == PARQUET:
+        once = list(_from_parquet(root / PARQUET, *columns))
     elif text_column or image_column:
         raise ConfigError(
             f"data.text_column and data.image_column name columns, and {root} has text files: leave them out."
@@ -95,7 +101,7 @@ _TEXT_FILES = "text files beside images"
 
 def metadata_files(root: Path) -> list[str]:
     """The names of the metadata that lie in a folder, in the order in which they count."""
-    return [name for name in (METADATA, TABLE) if (root / name).is_file()]
+    return [name for name in TABLES if (root / name).is_file()]
 
 
 def has_text_files(root: Path) -> bool:
@@ -294,6 +300,13 @@ def _from_table(table: Path, image: str, text: str) -> Iterator[Example]:
             yield _example(table.parent, where, values | texts, image, text)
     except csv.Error as e:
         raise ConfigError(f"{table}, line {rows.line_num} cannot be read ({e}).") from None
+
+
+def _from_parquet(table: Path, image: str, text: str) -> Iterator[Example]:
+    """The examples of metadata.parquet."""
+    for number, row in enumerate(tables.rows(table), 1):
+        values = {name: x for name, x in row.items() if x is not None}
+        yield _example(table.parent, f"{table}, row {number}", values, image, text)
 
 
 NUMBER = re.compile(r"-?[0-9]{1,300}(\.[0-9]+)?([eE][-+]?[0-9]+)?")  # Python refuses integers of 4300 digits

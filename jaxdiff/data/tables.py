@@ -99,6 +99,12 @@ def _opened(path: Path, read: Callable[[], Any]) -> Any:
         raise ConfigError(f"{path} is damaged or of another kind ({str(e).splitlines()[0]}).") from None
 
 
+def rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a small Parquet file. Raises ConfigError if it cannot be read."""
+    pa = _pyarrow()
+    return _opened(path, lambda: pa.parquet.read_table(path).to_pylist())
+
+
 class _Lazy:
     """A cache of what each process opens for itself; a pickle leaves it out."""
 

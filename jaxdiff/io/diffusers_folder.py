@@ -154,7 +154,7 @@ def load_folder(
     with as_config_error(f"the configs in {folder} do not make a model"):
         shapes = programs.shapes(model)
     check_channels(model, folder)
-    if without_vae and not (folder / "vae" / CONFIG).is_file():
+    if without_vae and not _has_vae(folder):
         shapes = {name: tree for name, tree in shapes.items() if name != "vae"}
     shapes = {name: tree for name, tree in shapes.items() if parts is None or name in parts}
     names = controlnets(folder)
@@ -176,6 +176,14 @@ def load_folder(
     params = {name: load_tensors(files[name], shapes[name], dtype, mesh) for name in shapes}
     nets = [load_controlnet(folder / name, dtype=dtype, variant=variants[name], mesh=mesh) for name in names]
     return with_controlnets(model, params, *nets) if nets else (model, params)
+
+
+def _has_vae(folder: Path) -> bool:
+    """Whether a folder has an autoencoder with its weights."""
+    try:
+        return (folder / "vae" / CONFIG).is_file() and bool(find_weights(folder / "vae", "vae"))
+    except WeightsError:
+        return False
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -43,6 +43,7 @@ SCALING = {"sdxl": 0.13025, "sdxl_refiner": 0.13025, "upscaler": 0.08333, "sd3":
 SCALING |= {"flux": 0.3611, "z_image": 0.3611}
 SHIFTS = {"sd3": 0.0609, "flux": 0.1159, "z_image": 0.1159}
 CHANNELS = {"sd3": 16, "flux": 16, "z_image": 16, "flux2": 32}  # of latents, where they are more than 4
+MIDDLE, SIDES = "UNetMidBlock2DCrossAttn", ("encoder", "decoder")
 HEAD_WIDTH, CLIP_HEAD_WIDTH = 64, 64
 USED_LAYERS = 23  # of OpenCLIP-H's 24, in SD 2.x
 _SD: dict[str, Any] = {
@@ -152,8 +153,8 @@ def _has_tokens(source: TensorSource, prefix: str) -> bool:
 
 
 def has_vae(source: TensorSource) -> bool:
-    """Whether a one-file checkpoint holds an autoencoder."""
-    return any(n.startswith((f"{VAE_PREFIX}encoder.", f"{VAE_PREFIX}decoder.")) for n in source.shapes)
+    """Whether a one-file checkpoint holds an autoencoder, and not just some tensors of one."""
+    return all(f"{VAE_PREFIX}{side}.conv_{end}.weight" in source.shapes for side in SIDES for end in ("in", "out"))
 
 
 def text_prefixes(source: TensorSource, family: str) -> dict[str, str]:
@@ -290,28 +291,33 @@ def unet_config(shapes: Shapes, family: str, pooled: int | None = None) -> UNetC
     widths = tuple(shapes[f"{part}.0.out_layers.3.weight"][0] for part in parts)
     attend = [f"{part}.1.proj_in.weight" in shapes for part in parts]
     depths = [shapes.count(f"{part}.1.transformer_blocks.{{}}.") or 1 for part in parts]
-    middle = any(name.startswith("middle_block.") for name in shapes)
-    if middle and not attend[-1]:  # the middle goes by the last level's depth
+    inner = {name.split(".")[1] for name in shapes if name.startswith("middle_block.")}
+    middle = MIDDLE if "1" in inner else "UNetMidBlock2D" if inner else None
+    places = zip(("middle_block", *parts), (middle == MIDDLE, *attend), strict=True)
+    attentive = next((f"{place}.1" for place, yes in places if yes), None)
+    if middle == MIDDLE and not attend[-1]:  # the middle goes by the last level's depth
         depths[-1] = shapes.count("middle_block.1.transformer_blocks.{}.")
-    attentive = "middle_block.1" if middle else f"{parts[attend.index(True)]}.1"
     only = [
         yes and shapes[f"{part}.1.transformer_blocks.0.attn1.to_k.weight"][1] != width
         for part, yes, width in zip(parts, attend, widths, strict=True)
     ]
-    linear = len(shapes[f"{attentive}.proj_in.weight"]) == 2
+    linear, text = (True, 2048) if family == "sdxl" else (False, 768)  # where nothing attends
+    if attentive is not None:
+        linear = len(shapes[f"{attentive}.proj_in.weight"]) == 2
+        text = shapes[f"{attentive}.transformer_blocks.0.attn2.to_k.weight"][1]
     return UNetConfig(
         sample_size=SAMPLE_SIZES[family],
         in_channels=shapes["input_blocks.0.0.weight"][1],
         out_channels=shapes["out.2.weight"][0],
         down_block_types=tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attend),
-        mid_block_type="UNetMidBlock2DCrossAttn" if middle else None,
+        mid_block_type=middle,
         up_block_types=tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in attend[::-1]),
         block_out_channels=widths,
         layers_per_block=_same(len(blocks) for blocks in levels),
         transformer_layers_per_block=_same(depths),
         attention_head_dim=_same(max(1, w // HEAD_WIDTH) for w in widths) if linear and family != "upscaler" else 8,
         only_cross_attention=_same(only),
-        cross_attention_dim=shapes[f"{attentive}.transformer_blocks.0.attn2.to_k.weight"][1],
+        cross_attention_dim=text,
         use_linear_projection=linear,
         **_extra_embeddings(shapes, family, pooled),
     )

@@ -86,6 +86,8 @@ def controlnet_config(source: TensorSource, shapes: Shapes, like: UNetConfig | N
     if like is not None and like.block_out_channels == unet.block_out_channels:
         untold = ("attention_head_dim", "num_attention_heads", "norm_num_groups", "norm_eps", "act_fn", "freq_shift",
                   "flip_sin_to_cos", "downsample_padding")  # fmt: skip
+        if not any(".attentions." in name or ".transformer_blocks." in name for name in source.shapes):
+            untold += ("cross_attention_dim", "use_linear_projection")
         unet = dataclasses.replace(unet, **{name: getattr(like, name) for name in untold})
     return ControlNetConfig.from_dict(dataclasses.asdict(unet) | own)
 

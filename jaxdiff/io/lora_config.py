@@ -26,6 +26,7 @@ KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
 UNSUPPORTED = (  # settings that change what a layer computes
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "use_bdlora", "use_qalora",
 )  # fmt: skip
+_OF_PEFT = re.compile(rf"(({'|'.join(MODULES)})\.)?base_model\.").match  # what begins names of tensors
 
 Config = dict[str, Any]
 
@@ -46,7 +47,7 @@ def read_configs(source: TensorSource) -> tuple[dict[str, Config], str | None]:
                 first, _, rest = key.partition(".")
                 for name in (first,) if rest and first in MODULES else MODULES:
                     found.setdefault(name, {})[rest if first in MODULES else key] = value
-        elif source.path.stem == STEM or any(name.startswith("base_model.") for name in source.shapes):
+        elif source.path.stem == STEM or any(map(_OF_PEFT, source.shapes)):
             if not beside.is_file():
                 logging.warning(
                     "%s has no %s beside it, which says its alpha: taken to be its rank.", source.path, FILE

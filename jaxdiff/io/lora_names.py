@@ -10,6 +10,7 @@ looked up among them. The spellings, here of the UNet's `down_blocks.0.attention
     OneTrainer (OMI)     unet.input_blocks.2.1.transformer_blocks.0.attn1.to_q
     ComfyUI              diffusion_model.input_blocks.2.1.transformer_blocks.0.attn1.to_q
     peft                 base_model.model.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q
+    diffusers' trainers  unet.base_model.model.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q
     SimpleTuner          lycoris_down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q
 
 and of the text encoder's `encoder.layers.0.self_attn.q_proj`:
@@ -20,6 +21,7 @@ and of the text encoder's `encoder.layers.0.self_attn.q_proj`:
     OneTrainer (OMI)     clip_l.text_model.encoder.layers.0.self_attn.q_proj (SDXL: clip_l, clip_g)
     ComfyUI              text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj
     peft                 base_model.model.text_model.encoder.layers.0.self_attn.q_proj (of either encoder)
+    LyCORIS              lycoris_text_model_encoder_layers_0_self_attn_q_proj (of either encoder)
 
 Files of cloneofsimo/lora hold no names but a list, in the order in which PyTorch visits the layers: see `list_orders`.
 """
@@ -126,9 +128,12 @@ def spellings(layer: Layer, original: Table | None = None) -> list[str]:
             for prefix in (f"{clip}.", f"text_encoders.{clip}.transformer.")
         ]
     kohya = T5 if name.startswith("encoder.block.") else KOHYA[module]
-    prefixes = kohya + (("lycoris_", "oft_unet_") if module in ("unet", "transformer") else ())
+    prefixes = (*kohya, "lycoris_") + (("oft_unet_",) if module in ("unet", "transformer") else ())
     underscored = [prefix + full.replace(".", "_") for prefix in prefixes]
-    return [f"{module}.{full}", *underscored, full, f"base_model.model.{full}", *more]
+    return [
+        *(f"{module}.{full}", *underscored, full, f"base_model.model.{full}", f"{module}.base_model.model.{full}"),
+        *more,
+    ]
 
 
 def split(path: object, name: str) -> tuple[str, str]:

@@ -156,11 +156,14 @@ def open_single_file(
     check_channels(model, source.path)
     prefixes = PREFIXES | text_prefixes(source, family)
     shapes = {name: tree for name, tree in shapes.items() if name != "vae" or has_vae(source)}
-    places = {
-        name: _places(tree, name, model.modules[name].config, prefixes[name], source)
-        for name, tree in shapes.items()
-        if name != "transformer"
-    }
+    places: dict[str, dict[str, Place]] = {}
+    for name, tree in [(name, tree) for name, tree in shapes.items() if name != "transformer"]:
+        try:
+            places[name] = _places(tree, name, model.modules[name].config, prefixes[name], source)
+        except WeightsError:
+            if name != "vae" or not without_vae:
+                raise
+            del shapes["vae"]  # incomplete, and another one takes its place
     sources = {name: _renamed(source, places[name]) for name in places}
     if flow:
         sources["transformer"] = _transformer(source, shapes["transformer"])

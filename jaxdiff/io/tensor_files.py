@@ -6,6 +6,7 @@ the file into memory anew, so that pages that have been copied leave memory at o
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # Buffers that older files carry as if they were weights, and the head of a language model.
 IGNORED = ("position_ids", "num_batches_tracked", "lm_head.weight")
-WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+# Of DistributedDataParallel, torch.compile, FSDP and its checkpointing.
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WITHIN = re.compile(rf"\.(?:{'|'.join(map(re.escape, WRAPPERS))})+")
 SUFFIXES = (*SAFETENSORS, *PICKLES, ".msgpack")  # in the order of preference
 SCALES = (".scale_weight", ".weight_scale")  # of the weight of a layer, in ComfyUI's older and newer files
 OF_SCALES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")  # what says how to compute with such weights
@@ -89,11 +92,15 @@ def without_prefix(source: TensorSource, prefix: str) -> TensorSource:
 
 
 def _unwrapped(source: TensorSource) -> TensorSource:
-    """The tensors under their own names where PyTorch's wrappers of a module put theirs before all of them."""
+    """The tensors under their own names where PyTorch's wrappers put theirs before all of them, or within some."""
     for wrapper in WRAPPERS:
         if source.shapes and all(name.startswith(wrapper) for name in source.shapes):
             return _unwrapped(without_prefix(source, wrapper))
-    return source
+    names = {_WITHIN.sub(".", name): name for name in source.shapes}
+    if len(names) < len(source.shapes) or all(name in source.shapes for name in names):
+        return source
+    inner = {name: source.shapes[theirs] for name, theirs in names.items()}
+    return dataclasses.replace(source, shapes=inner, read=lambda name: source.read(names[name]))
 
 
 def _unscaled(source: TensorSource) -> TensorSource:
@@ -298,9 +305,9 @@ def check_tensors(path: Path | TensorSource, target: Params) -> dict[tuple[str, 
     for leaf_path, leaf in flatten_dict(target).items():
         name = tensor_name(leaf_path)
         if name not in names:
-            raise WeightsError(
-                f"{path} lacks the tensor {name} that its config.json calls for: do the two belong together?"
-            )
+            described = (path.parent / "config.json").is_file()
+            mend = " that its config.json calls for: do the two belong together?" if described else ": fetch it again."
+            raise WeightsError(f"{path} lacks the tensor {name}{mend}")
         expected = torch_shape(leaf_path, leaf.shape)
         found = tuple(shapes[names[name]])
         if found != expected:

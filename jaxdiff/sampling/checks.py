@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxdiff import parallel
-from jaxdiff.config import TinyVAEConfig
+from jaxdiff.config import TinyVAEConfig, VAEConfig
 from jaxdiff.errors import ArgumentError, say_once
 from jaxdiff.models.controlnet import check_fits
 from jaxdiff.models.dit import PATCH
@@ -33,6 +33,11 @@ def as_whole(name: str, value: int, low: int, high: int | None = None) -> int:
     return number
 
 
+def features_of(config: VAEConfig | TinyVAEConfig) -> int:
+    """Features of each pixel that an autoencoder has at least."""
+    return min(config.decoder_block_out_channels if isinstance(config, TinyVAEConfig) else config.block_out_channels)
+
+
 def least_memory(model: Model, height: int, width: int, tile: int | None) -> float:
     """A lower bound on the bytes of memory that drawing one image takes.
 
@@ -43,8 +48,7 @@ def least_memory(model: Model, height: int, width: int, tile: int | None) -> flo
         tile: None decodes the whole image at once; else the autoencoder's features are not counted.
     """
     vae, network, own = model.vae, model.denoising, model.vae.config
-    widest = min(own.decoder_block_out_channels if isinstance(own, TinyVAEConfig) else own.block_out_channels)
-    features = widest * np.dtype(vae.dtype).itemsize if tile is None else 0
+    features = features_of(own) * np.dtype(vae.dtype).itemsize if tile is None else 0
     channels = network.config.block_out_channels[0] if model.unet is not None else network.config.width / PATCH**2
     of_latents = channels * np.dtype(network.dtype).itemsize / own.factor**2
     return height * width * (max(features, of_latents) + 15)  # 3 bytes, of 3 floats

@@ -178,7 +178,6 @@ def resolve_images(
     if used and not guided:
         why = "which this model does without" if model.one_pass else "and guidance_scale turns it off"
         say_once(f"Negative prompts are not used: they are for guidance, {why}.")
-    emphasis = emphasis and model.transformer is None  # transformers read prompts as they are
     blended = blend_prompts is not None
     (tokens, negative, blend_tokens, blend_negative), picks = encoder_inputs(
         model,

@@ -8,7 +8,7 @@ import numpy as np
 from jaxdiff.models.model import Model
 from jaxdiff.sampling.checks import as_batch
 from jaxdiff.text import chunks as text
-from jaxdiff.text.other_programs import only_words
+from jaxdiff.text.other_programs import only_words, read_as_it_is
 from jaxdiff.text.schedule import is_edited, parse_schedule, text_at
 from jaxdiff.typing import Array
 
@@ -60,7 +60,7 @@ def encoder_inputs(
         given: by the group's name its prompts for the first text encoder and for SDXL's second one (None: the same).
             A group that is None stays None.
         count: B, prompts of each group.
-        emphasis: whether to read brackets and tags.
+        emphasis: whether to read brackets and tags; with a transformer brackets stay, and tags are left out.
         steps: of the time grid.
         stages: 1, or 2 with `hires`.
 
@@ -73,15 +73,17 @@ def encoder_inputs(
         for name, pair in given.items()
     }
     picks, each = None, 1
+    plain = model.transformer is not None  # whose text encoders read prompts as they are
     if emphasis:
-        columns = [[p and only_words(p) for p in column] for pair in groups.values() if pair for column in pair]
-        columns, picks = edited(columns, steps, stages)
+        words = read_as_it_is if plain else only_words
+        columns = [[p and words(p) for p in column] for pair in groups.values() if pair for column in pair]
+        columns, picks = (columns, None) if plain else edited(columns, steps, stages)
         each = 1 if picks is None else len(columns[0]) // count
         pairs = iter(zip(columns[::2], columns[1::2], strict=True))
         groups = {name: None if pair is None else next(pairs) for name, pair in groups.items()}
     first, second = ([p for pair in groups.values() if pair for p in pair[i]] for i in (0, 1))
     every = text.tokens(model, first, second, emphasis=emphasis)
-    every = text.with_weights(every) if emphasis else every
+    every = text.with_weights(every) if emphasis and not plain else every
     starts = iter(range(0, len(first), count * each))
 
     def part(i: int) -> text.Tokens:

@@ -4,9 +4,13 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxdiff.errors import ArgumentError
+from absl import logging
+
+from jaxdiff.config import ConfigError
+from jaxdiff.errors import ArgumentError, WeightsError
+from jaxdiff.io import lora_folders
 from jaxdiff.io.lora import Lora, Weighted, merge_named, read_lora
-from jaxdiff.io.tensor_files import SAFETENSORS
+from jaxdiff.io.tensor_files import open_tensors
 from jaxdiff.models.model import Model
 from jaxdiff.text.other_programs import split_tags
 from jaxdiff.text.prompt_files import PromptError
@@ -16,11 +20,15 @@ KEPT = 4  # files in memory
 
 
 def lora_files(folder: str | Path | None) -> dict[str, Path]:
-    """The .safetensors files of a folder, by what <lora:…> calls them."""
-    if folder is None:
-        return {}
-    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SAFETENSORS and p.is_file())
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+    """The LoRAs of a folder, by what <lora:…> calls them; a warning names files that cannot be read."""
+    found: dict[str, Path] = {}
+    for path, name in ({} if folder is None else lora_folders.files_below(folder)).items():
+        try:
+            open_tensors(path)
+            found[name] = path  # of several of one name, that of safetensors comes last
+        except (ConfigError, WeightsError) as e:
+            logging.warning("%s It is left out of --lora_dir.", e)
+    return found
 
 
 class Loras:
@@ -34,18 +42,28 @@ class Loras:
         self._read: Callable[[Path], Lora] = functools.lru_cache(KEPT)(functools.partial(read_lora, model))
 
     def split(self, prompt: str) -> tuple[str, Weighted]:
-        """A prompt without the tags of LoRAs, and these. Raises ArgumentError for names that are not there."""
+        """A prompt without the tags of LoRAs, and these. Raises ArgumentError for those that cannot be used."""
         try:
             words, tags = split_tags(prompt)
         except PromptError as e:
             raise ArgumentError("prompt", f"cannot be used: {e}") from None
-        for tag in tags:
-            if tag.name not in self.files:
-                known = ", ".join(list(self.files)[:10]) or "none"
-                raise ArgumentError(
-                    "prompt", f"names the LoRA {tag.name!r}, which is not available; known are {known}."
-                )
-        return words, tuple((self.files[tag.name], tag.text_encoder, tag.unet) for tag in tags)
+        return words, tuple((self._find(tag.name), tag.text_encoder, tag.unet) for tag in tags)
+
+    def _find(self, name: str) -> Path:
+        names = {path: known for known, path in self.files.items()}
+        found = lora_folders.named(names, name)
+        if len(found) > 1:
+            both = " or ".join(f"<lora:{names[path]}>" for path in found[:2])
+            raise ArgumentError("prompt", f"names the LoRA {name!r}, which may be several: write {both}.")
+        if not found:
+            known = ", ".join(list(self.files)[:10]) or "none"
+            raise ArgumentError("prompt", f"names the LoRA {name!r}, which is not available; known are {known}.")
+        try:
+            self._read(found[0])
+        except (ConfigError, WeightsError) as e:
+            logging.warning("%s", e)
+            raise ArgumentError("prompt", f"names the LoRA {name!r}, which does not fit this model.") from None
+        return found[0]
 
     def params_with(self, chosen: Weighted) -> Params:
         """The model's parameters with these LoRAs."""

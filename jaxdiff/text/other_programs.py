@@ -7,6 +7,7 @@ from typing import NamedTuple
 from absl import logging
 
 from jaxdiff.text.prompt_files import PromptError
+from jaxdiff.text.schedule import parse_schedule
 
 HYPERNET = "hypernet"
 _TAG = re.compile(rf"<(lora|lyco|{HYPERNET}):([^<>:]+)((?::[^<>:]*)*)>", re.IGNORECASE)
@@ -22,9 +23,22 @@ _OPERATORS = {
     r"(?<!\\)\{[^{}]*\|[^{}]*\}": "it is a choice; --matrix draws each of its alternatives",
     r"(?<![\w\\])__[^\W_][\w/-]*?__(?!\w)": "it is a wildcard; --wildcards names the folder of its file",
     r"(?<!\\)\{[^{}|]+\}": "it is a weight in NovelAI; write (word:1.05) here",
-    r"\w::-?\d*\.?\d+(?=\s|,|$)": "it is a weight in Midjourney; write (word:1.1) here",
+    r"\w::(-?\d*\.?\d+)?(?=\s|,|$)": "it is a weight in Midjourney; write (word:1.1) here",
     r"(?<!\S)--[a-zA-Z]\w*": "it looks like a flag, which goes beside --prompt",
+    r"<(?i:lora|lyco|hypernet):[^<>]*$": "it is a tag whose > is missing",
+    r"\bNegative prompt:": "give --negative_prompt, and the settings as flags; --from_png reads them from an image",
 }
+# Brackets like those of editing by step that are none.
+_EDITING = {r"(?<!\\)\[[^\[\]]*:\s*\d[^\[\]:]*\]": "editing by step is [cat:dog:0.5], two texts and a number"}
+_ONLY_UNETS = "it is for Stable Diffusion 1.x, 2.x and XL; this model reads prompts as they are"
+_NOT_OF_TRANSFORMERS = dict.fromkeys(
+    (
+        r"(?<!\\)\([^()]*:\s*[+-]?(\d+\.?\d*|\.\d+)\s*\)",  # (word:1.3)
+        r"(?<!\\)\[[^\[\]]*(\|[^\[\]]*|:\s*[+-]?(\d+\.?\d*|\.\d+)\s*)\]",  # [cat|dog], [cat:dog:0.5]
+        r"\bBREAK\b",
+    ),
+    _ONLY_UNETS,
+)
 
 
 class LoraTag(NamedTuple):
@@ -77,7 +91,20 @@ def only_words(prompt: str) -> str:
         )
         logging.warning("The prompt %.60r has %s, which is left out: %s.", prompt, tag[0], mend)
     text = _TAG.sub("", prompt)
-    for pattern, what in _OPERATORS.items():
+    _warn(prompt, text, _OPERATORS)
+    _warn(prompt, "".join(part for part in parse_schedule(text) if isinstance(part, str)), _EDITING)
+    return text
+
+
+@functools.lru_cache(maxsize=4096)
+def read_as_it_is(prompt: str) -> str:
+    """`only_words` for a model without emphasis and editing by step, which are named too."""
+    text = only_words(prompt)
+    _warn(prompt, text, _NOT_OF_TRANSFORMERS)
+    return text
+
+
+def _warn(prompt: str, text: str, patterns: dict[str, str]) -> None:
+    for pattern, what in patterns.items():
         if match := re.search(pattern, text):
             logging.warning("The prompt %.60r has %r, drawn as words: %s.", prompt, match[0].strip(), what)
-    return text

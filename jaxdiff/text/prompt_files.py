@@ -15,6 +15,7 @@ class PromptError(JaxdiffError, ValueError):
 
 
 JSON = (".jsonl", ".ndjson", ".json")  # in any letter case
+TABLES = (".csv", ".tsv", ".xlsx", ".yaml", ".yml", ".toml")  # whose lines are no prompts
 
 
 # Flags in a line, as in kohya's scripts and the AUTOMATIC1111 web UI -> our name for each.
@@ -47,6 +48,8 @@ def read_prompts(path: str | Path) -> list[PromptLine]:
             of this form. The message names the file and the line.
     """
     path = Path(path)
+    if path.suffix.lower() in TABLES:
+        raise PromptError(f"{path} is of a kind whose lines are no prompts: write one a line as .txt, or .jsonl.")
     read = _from_json if path.suffix.lower() in JSON else _from_text
     prompts = []
     for number, line in enumerate(read_lines(path, "prompts file"), 1):
@@ -79,6 +82,8 @@ def read_lines(path: Path, what: str) -> list[str]:
 
 def _from_text(line: str) -> PromptLine:
     """One line of a text file; raises ValueError with the rest of a sentence that begins with the line."""
+    if re.match(r'\{\s*"\w+"\s*:', line):
+        raise ValueError("is JSON: name the file .jsonl")
     before, *said = _SAYS.split(line)
     pairs = zip(said[::2], said[1::2], strict=True)
     values = {"prompt": before.strip()} if before.strip() else {}

@@ -4,10 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
+from jaxdiff import parallel
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.config.networks import FIXED_UNET, FIXED_VAE
 from jaxdiff.io.configs import FRESH
 from jaxdiff.models.model import Model
+from jaxdiff.sampling.checks import features_of
 from jaxdiff.training.defaults import OPEN, RULES, flat
 from jaxdiff.training.losses import SCALES
 from jaxdiff.training.options import DISTILLED, STAGES, OptionsError, check_pairs
@@ -74,6 +78,20 @@ def check_settings(config: Any) -> None:
         raise OptionsError("textual_inversion needs a token, the new word, and initial, the words that it starts from.")
 
 
+def too_long(config: Any) -> list[str]:
+    """Warnings about what a stage phases in over more steps than the run has, one sentence each."""
+    phases = {
+        "scm": ("distillation.tangent_warmup", "the student's derivative never counts in full"),
+        "vae_decoder": ("adversary.start", "the discriminator never reaches the decoder"),
+    }
+    name, what = phases.get(config.stage, ("", ""))
+    if not name or not config[name] or config[name] < config.steps:
+        return []
+    return [
+        f"config.{name} {config[name]} is not below config.steps {config.steps}: {what}. Lower it, or train longer."
+    ]
+
+
 def check_names(config: Any) -> None:
     """Raise OptionsError for settings that there are not, such as a config's own misspelt ones, and missing ones."""
     given = flat(config.to_dict())
@@ -134,6 +152,21 @@ def check_sizes(config: Any, model: Model) -> None:
         )
     if buckets % step:
         raise OptionsError(f"data.buckets {buckets} must be a multiple of {reason}; or 0 for squares.")
+
+
+def check_memory(config: Any, model: Model, devices: int) -> None:
+    """Images that cannot fit into a device's memory, by the largest features of the autoencoder alone."""
+    if config.stage == "clip" or config.latents.path or config.cache_latents:
+        return
+    count = max(1, config.batch_size // (devices * config.accumulate))
+    side = config.crop or image_size(config, model)
+    features = features_of(model.vae.config) * jnp.dtype(config.dtype).itemsize
+    needed = count * side**2 * (features + 15)  # 3 bytes, of 3 floats
+    if needed > max(2**30, there := parallel.device_memory()):
+        raise OptionsError(
+            f"data.image_size {side}: {count} images a device take at least {needed / 2**30:,.1f} GiB of memory, and a "
+            f"device has {there / 2**30:,.1f}: lower it or batch_size, or raise accumulate."
+        )
 
 
 def image_size(config: Any, model: Model) -> int:

@@ -17,8 +17,9 @@ from jaxdiff import stores
 from jaxdiff.data.folder import Warp
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.data.pipeline import CaptionedData
+from jaxdiff.models.model import Model
 from jaxdiff.training import init, remote, super_resolution, trainables
-from jaxdiff.training.checks import check_sizes, image_size
+from jaxdiff.training.checks import check_memory, check_sizes, image_size, too_long
 from jaxdiff.training.defaults import as_json
 from jaxdiff.training.ema import reconstructed
 from jaxdiff.training.loop import fit
@@ -136,6 +137,8 @@ def build_run(config: Any, workdir: Path) -> Run:
     """
     options, devices, processes = Options.from_config(config), jax.device_count(), jax.process_count()
     options.check(devices)
+    for sentence in too_long(config) if jax.process_index() == 0 else ():
+        logging.warning("%s", sentence)
     if options.batch_size % processes:
         raise OptionsError(f"batch_size {options.batch_size} must be divisible by {processes} hosts.")
     images = Images(config, workdir)
@@ -158,8 +161,13 @@ def starting_point(config: Any, images: Images) -> tuple[Trainable, int]:
     """What is trained, and the side of the training images in pixels."""
     if config.stage == "super_resolution":
         return super_resolution.make(config), config.data.image_size
+
+    def check(model: Model) -> None:
+        check_sizes(config, model)
+        check_memory(config, model, jax.device_count())
+
     model, params = init.starting_model(
         config.model.to_dict(), config.init_from.to_dict(), images.tokenizer, jax.random.key(config.seed, impl=PRNG),
-        dtype=config.dtype, remat=config.remat or False, check=lambda model: check_sizes(config, model),
+        dtype=config.dtype, remat=config.remat or False, check=check,
     )  # fmt: skip
     return trainables.make(config, model, params), image_size(config, model)

@@ -16,7 +16,7 @@ from jaxdiff.data.captioned import captioned_data, open_source, source_files
 from jaxdiff.data.filters import scan, select
 from jaxdiff.data.folder import BACKGROUNDS, STILL, Warp
 from jaxdiff.data.latents import LatentShards
-from jaxdiff.data.listing import METADATA, TABLE, NoCaptions, image_files
+from jaxdiff.data.listing import TABLES, NoCaptions, image_files
 from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.data.source import Source
 from jaxdiff.text.tokenizer import Tokenizer, train_bpe
@@ -238,7 +238,7 @@ def _check_apart(config: Any) -> None:
     if data.captions:  # taken from folders by the splits' names
         return
     trained, aside = (set(source_files(data.path, s, **columns(config))) for s in (data.split, data.eval_split))
-    if both := sorted(p for p in trained & aside if p.name not in (METADATA, TABLE)):
+    if both := sorted(p for p in trained & aside if p.name not in TABLES):
         raise OptionsError(
             f"data.eval_split {data.eval_split}: {len(both)} of its files are trained on too, such as {both[0]}: move "
             f"the images to train on into a folder {data.split}."

@@ -16,7 +16,7 @@ from absl import logging
 
 from jaxdiff import stores
 from jaxdiff.data.captioned import source_files
-from jaxdiff.data.listing import CAPTION_SUFFIXES, METADATA, TABLE, uncaptioned
+from jaxdiff.data.listing import CAPTION_SUFFIXES, TABLES, uncaptioned
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.files import make_writable, write_text, writing
 from jaxdiff.training.defaults import flat, with_current_names
@@ -150,7 +150,7 @@ def data_fingerprint(path: str | Path, split: str = "train", captions: bool = Fa
     files = uncaptioned(alone) if captions else source_files(path, split, **columns)
     for file in files:
         digest.update(os.path.relpath(file, folder).encode() + b"\n")
-        if file.name in (METADATA, TABLE) or file.suffix.lower() in CAPTION_SUFFIXES:
+        if file.name in TABLES or file.suffix.lower() in CAPTION_SUFFIXES:
             digest.update(file.read_bytes())
     for file in files[:: -(-len(files) // MAX_SIZES) or 1]:
         with contextlib.suppress(OSError):  # a missing image is named when it comes up

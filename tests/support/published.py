@@ -85,6 +85,8 @@ CONTROLNETS = {  # what differs from the config's defaults
     "sd2": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
     "sdxl": SDXL_CONTROLNET,
     "sdxl mid": SDXL_CONTROLNET | {"down_block_types": ("DownBlock2D",) * 3, "transformer_layers_per_block": 1},
+    "sdxl small": SDXL_CONTROLNET
+    | {"down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": 1},
     "small hint": {
         "cross_attention_dim": 768,
         "conditioning_embedding_out_channels": (16, 32),
