@@ -113,7 +113,7 @@ def path_of(case: Case) -> np.ndarray:
     config = dataclasses.replace(config, **{key: getattr(blank, key) for key in unread})
     path = compiled(case.scheduler, config, case.eta, case.masked)
     kind = prediction.PREDICTION_TYPES.index(case.values.prediction_type)
-    # One program for all numbers of steps; but pndm's first steps depend on their number, and one config shows the rest.
+    # One program for all numbers of steps; but those of pndm depend on it, and one config goes without.
     if case.scheduler != "pndm" and case.config != "defaults":
         times = filled_up(times, MOST_STEPS)
     return np.asarray(path(x, times, case.start, kind))[case.start : case.steps]
