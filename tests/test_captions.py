@@ -259,11 +259,11 @@ def test_images_set_aside_are_filtered_as_those_trained_on(tmp_path):
     config.data.filter.style = ("b", "c")
     config.data.filter.max_subjects = 1
     images = Images(config, tmp_path / "run")
-    assert [images.chosen("train").read(i).captions[0] for i in range(2)] == ["b2", "b3"]
-    assert [images.chosen("test").read(i).captions[0] for i in range(2)] == ["c0", "b2"]
+    assert [images.filtered("train").read(i).captions[0] for i in range(2)] == ["b2", "b3"]
+    assert [images.filtered("test").read(i).captions[0] for i in range(2)] == ["c0", "b2"]
     config.data.filter.style = ("d",)
     with pytest.raises(ConfigError, match=r"data\.filter leaves no image of .*test"):
-        images.chosen("test")
+        images.filtered("test")
 
 
 def test_the_evaluation_takes_them_too(folder):

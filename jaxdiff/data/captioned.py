@@ -22,7 +22,7 @@ import numpy as np
 from jaxdiff.config import ConfigError
 from jaxdiff.data import pipeline
 from jaxdiff.data.buckets import BucketOrder, Buckets
-from jaxdiff.data.folder import STILL, FolderSource, ImageDecoder, Warp
+from jaxdiff.data.folder import NO_WARP, FolderSource, ImageDecoder, Warp
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.data.listing import METADATA, TABLE, has_text_files, image_files, listed_files
 from jaxdiff.data.orders import BlockOrder, HostShards, Order
@@ -164,7 +164,7 @@ def captioned_data(
     buckets: Buckets | None = None,
     crop: int | None = None,
     flip: bool = False,
-    warp: Warp = STILL,
+    warp: Warp = NO_WARP,
     background: str = "random",
     make_control_image: Callable[[np.ndarray], np.ndarray] | None = None,
     drop_remainder: bool = True,

@@ -86,7 +86,7 @@ class Warp(NamedTuple):
         return image.transform(size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
 
 
-STILL = Warp()
+NO_WARP = Warp()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ImageDecoder:
     flip: bool = False
     background: str = "random"
     make_control_image: Callable[[np.ndarray], np.ndarray] | None = None
-    warp: Warp = STILL
+    warp: Warp = NO_WARP
 
     def __call__(self, entry: int | tuple[int, tuple[int, int]], rng: np.random.Generator) -> dict[str, Any]:
         index, size = entry if isinstance(entry, tuple) else (entry, (self.image_size, self.image_size))
