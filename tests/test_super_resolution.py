@@ -10,7 +10,7 @@ from PIL import Image
 
 import jaxdiff
 from configs.icons import sizes
-from jaxdiff.data.degradation import Degradation, blurred
+from jaxdiff.data.degradation import Degradation, blur
 from jaxdiff.io.images import read_image
 from jaxdiff.training.checks import check_settings
 from jaxdiff.training.options import Options
@@ -54,7 +54,7 @@ def test_a_blur_is_the_convolution_with_its_kernel():
     kernel = np.random.default_rng(1).random((15, 15))
     kernel /= kernel.sum()
     expected = np.stack([convolve(x[..., i].astype(float), kernel, mode="mirror") for i in range(3)], -1)
-    assert np.abs(blurred(x, kernel) - np.clip(np.round(expected), 0, 255)).max() <= 1
+    assert np.abs(blur(x, kernel) - np.clip(np.round(expected), 0, 255)).max() <= 1
 
 
 def config_of(**settings):

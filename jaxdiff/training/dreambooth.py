@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.config import ConfigError
-from jaxdiff.data.listing import IMAGE_SUFFIXES, REPEATS, repeated, uncaptioned
+from jaxdiff.data.listing import IMAGE_SUFFIXES, REPEATS, folder_label, uncaptioned
 from jaxdiff.data.pipeline import CaptionedData, GlobalStream
 from jaxdiff.files import atomic_write, write_text
 
@@ -34,7 +34,7 @@ def captioned(path: str | Path, captions: Sequence[str], folder: Path) -> Path:
             "file_name": f"pictures/{image.relative_to(path).as_posix()}",
             "text": list(captions),
         }
-        if (repeats := repeated(path, image)[0]) > 1:
+        if (repeats := folder_label(path, image)[0]) > 1:
             entry[REPEATS] = repeats
         lines.append(json.dumps(entry) + "\n")
     with atomic_write(folder / "pictures") as link:

@@ -222,7 +222,7 @@ def _fingerprint(config: Any, path: str, split: str, captions: Any, setting: str
             raise ConfigError(f"{path} {problem}: give a folder of images.")
         return fingerprint
     except ConfigError as e:
-        if isinstance(e, NoCaptions) and (image_files(Path(path), below=True) or image_files(Path(path) / split)):
+        if isinstance(e, NoCaptions) and (image_files(Path(path), recursive=True) or image_files(Path(path) / split)):
             raise OptionsError(
                 f"{setting} is missing: the images in {path} have no metadata.jsonl, metadata.csv or text files with "
                 f"captions. Write them, or give one caption for all: --config.{setting}=\"('{example}',)\"."
