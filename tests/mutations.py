@@ -254,7 +254,8 @@ DATA = in_folder(
     ("hashes.py", "distance + 2).astype(int)", "distance + 1).astype(int)", FILTERS.format("no_near_duplicate")),
     ("buckets.py", "(aspects[order][1:] + aspects[order][:-1]) / 2", "aspects[order][1:]",
      BUCKETS.format("nearest_aspect")),
-    ("orders.py", "every[host_shard::host_shards]", "every[host_shard:]", SOURCES.format("read_by_one_host")),
+    ("orders.py", "block_order[host_shard::host_shards]", "block_order[host_shard:]",
+     SOURCES.format("read_by_one_host")),
 )  # fmt: skip
 
 SERVING = in_folder(
