@@ -216,7 +216,7 @@ def test_names_of_folders_as_kohyas_scripts_have_them(folder, caplog):
 
 def test_captions_of_the_config_reach_kohyas_folders_where_there_is_nothing_else(folder, caplog, tmp_path_factory):
     path = folder("2_sks dog/a.png", "other/b.png", texts={})
-    made = dreambooth.captioned(path, ("mine",), tmp_path_factory.mktemp("run") / "captioned")
+    made = dreambooth.write_captioned(path, ("mine",), tmp_path_factory.mktemp("run") / "captioned")
     assert [e.path.rsplit("/", 1)[1] for e in examples(made)] == ["a.png", "a.png"]
     assert {e.captions for e in examples(made)} == {("mine",)}
     assert data_fingerprint(path, captions=True)["files"] == 1
@@ -224,7 +224,7 @@ def test_captions_of_the_config_reach_kohyas_folders_where_there_is_nothing_else
     Image.new("RGB", (8, 8)).save(path / "top.png")
     assert [p.name for p in uncaptioned(path)] == ["top.png"]  # as ever
     with pytest.raises(ConfigError, match="holds no image"):
-        dreambooth.captioned(path / "nowhere", ("mine",), path / "made")
+        dreambooth.write_captioned(path / "nowhere", ("mine",), path / "made")
 
 
 # --- what train.py and the evaluation make of them

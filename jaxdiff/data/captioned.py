@@ -11,7 +11,6 @@ In a folder of files, a split consists of the files in the subfolder `split`, or
 `data` whose names begin with the split's name. If there are none, "train" consists of all files.
 """
 
-import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -102,9 +101,8 @@ def _resolve(path: str | Path, split: str) -> tuple[str, list[Path]]:
         raise ConfigError(f"{name} holds files of several kinds ({', '.join(sorted(kinds))}): give the path of one.")
     roots = (path, path / split) if split == "train" else (path / split,)
     if files and (beside := [root for root in roots if _has_images(root)]):
-        say_once(
-            f"{beside[0]} holds images beside {_describe(files)}, and these alone are read: move one of them away."
-        )
+        shown = _describe(files)
+        say_once(f"{beside[0]} holds images beside {shown}, and these alone are read: move one of them away.")
     return (kinds.pop() if kinds else "folder"), files
 
 
@@ -245,10 +243,8 @@ def _order(
         return None
 
     def of_blocks(seed: int, host_shards: int) -> Order:
-        block_order = functools.partial(
-            BlockOrder, blocks, seed=seed, shuffle=shuffle, epochs=epochs, host_shards=host_shards
-        )
-        return HostShards([block_order(host_shard=i) for i in range(host_shards)], global_batch)
+        options: dict[str, Any] = {"seed": seed, "shuffle": shuffle, "epochs": epochs, "host_shards": host_shards}
+        return HostShards([BlockOrder(blocks, host_shard=i, **options) for i in range(host_shards)], global_batch)
 
     return of_blocks
 

@@ -52,9 +52,8 @@ def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
     kept = np.zeros(len(unique), bool)
     for i in np.argsort(first):
         hash_value = int(unique[i])
-        groups = [
-            table.setdefault((hash_value >> low) & mask, []) for table, (low, mask) in zip(tables, bands, strict=True)
-        ]
+        keys = [(hash_value >> low) & mask for low, mask in bands]
+        groups = [table.setdefault(key, []) for table, key in zip(tables, keys, strict=True)]
         if not any((hash_value ^ other).bit_count() <= distance for group in groups for other in group):
             kept[i] = True
             for group in groups:

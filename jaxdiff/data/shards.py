@@ -93,9 +93,7 @@ def index_shard(path: Path) -> dict[str, np.ndarray]:
     if problems:
         note = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         logging.warning("In the shard %s %s%s.", path, problems[0], note)
-    return {
-        field: np.asarray([row.get(field, (0, 0)) for row in complete], np.int64).reshape(-1, 2) for field in FIELDS
-    }
+    return {name: np.asarray([row.get(name, (0, 0)) for row in complete], np.int64).reshape(-1, 2) for name in FIELDS}
 
 
 def _samples(file: BinaryIO) -> tuple[list[dict[str, tuple[int, int]]], list[str]]:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdiff.training.augment import augmented
+from jaxdiff.training.augment import augment
 from jaxdiff.training.stages import fold_in_each
 from jaxdiff.training.train_step import Metrics
 from jaxdiff.typing import Array, Key, Params
@@ -91,10 +91,10 @@ def contest(score: Score, params: Params, real: Array, fake: Array, keys: Key, r
     real, fake = stop(real), stop(fake)
 
     def score_real(x: Array) -> Array:
-        return score(params, augmented(x, keys_real, rules.augment))
+        return score(params, augment(x, keys_real, rules.augment))
 
     def score_fake(params: Params, x: Array) -> Array:
-        return score(params, augmented(x, keys_fake, rules.augment))
+        return score(params, augment(x, keys_fake, rules.augment))
 
     scores, scores_fake = score_real(real), score_fake(params, fake)
     discriminator = loss_fn(scores, scores_fake)[0]

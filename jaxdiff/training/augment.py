@@ -53,12 +53,12 @@ AUGMENTATIONS: dict[str, Callable[[Array, Key], Array]] = {
 }
 
 
-def augmented(x: Array, keys: Key, names: Sequence[str]) -> Array:
+def augment(x: Array, keys: Key, names: Sequence[str]) -> Array:
     """Images or latents [B, H, W, C] after the named augmentations in order, each example with its own key [B]."""
 
-    def augment(x: Array, key: Key) -> Array:
+    def augment_one(x: Array, key: Key) -> Array:
         for i, name in enumerate(names):
             x = AUGMENTATIONS[name](x, jax.random.fold_in(key, i))
         return x
 
-    return jax.vmap(augment)(x, keys)
+    return jax.vmap(augment_one)(x, keys)

@@ -61,10 +61,9 @@ def check_settings(config: Any) -> None:
         values = ", ".join(f"{name}={config[name]}" for name in unread)
         raise OptionsError(f"{values}: the stage {config.stage} does not read this; leave it out.")
     for name, others in EXCLUSIVE.items():
-        if config[name] and (conflicts := [other for other in others if config[other]]):
-            raise OptionsError(
-                f"{name}={config[name]} does not go with {conflicts[0]}={config[conflicts[0]]}: leave out one."
-            )
+        other = next((other for other in others if config[other]), None)
+        if config[name] and other:
+            raise OptionsError(f"{name}={config[name]} does not go with {other}={config[other]}: leave out one.")
     if config.batch_size < 2 and config.prior_preservation.path:
         raise OptionsError("batch_size must be 2 or more, for the class images of prior_preservation.path.")
     for low, high in ORDERED:
@@ -102,9 +101,8 @@ def _check_networks(sizes: Any) -> None:
         for name, value in values.items():
             full_name = f"model.{part}.{name}"
             if name not in defaults and name not in IGNORED_KEYS and not name.startswith("_"):
-                raise OptionsError(
-                    f"{full_name} is no setting: {suggest(full_name, [f'model.{part}.{n}' for n in defaults])}"
-                )
+                names = [f"model.{part}.{field}" for field in defaults]
+                raise OptionsError(f"{full_name} is no setting: {suggest(full_name, names)}")
             is_number = isinstance(defaults.get(name), int | float)
             for x in value if isinstance(value, tuple | list) else (value,):
                 if (is_number and isinstance(x, str)) or (isinstance(x, int | float) and not 0 <= x < math.inf):
@@ -142,8 +140,5 @@ def check_sizes(config: Any, model: Model) -> None:
 
 def image_size(config: Any, model: Model) -> int:
     """The side of the training images in pixels."""
-    sample_size = model.sample_size
-    return (
-        config.data.image_size
-        or (sample_size if isinstance(sample_size, int) else min(sample_size)) * model.vae.config.factor
-    )
+    size = model.sample_size
+    return config.data.image_size or (size if isinstance(size, int) else min(size)) * model.vae.config.factor

@@ -16,11 +16,10 @@ _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"?(\d+)')
-_IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH_GROUPS = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
-)
-_LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}")
+# The three notations of device groups.
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+_LIST = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}")
 
 
 class Collective(NamedTuple):
@@ -120,10 +119,10 @@ def _axes(line: str, mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 def _group(line: str, devices: int) -> np.ndarray:
     """The devices of a collective's first group, in any of HLO's three notations."""
-    if match := _IOTA_GROUPS.search(line):
+    if match := _IOTA.search(line):
         groups, dims, order = match.groups()
         return _device_grid(dims, order).reshape(_numbers(groups))[0].ravel()
-    if match := _MESH_GROUPS.search(line):
+    if match := _MESH.search(line):
         mesh_text, dims, order, axes = match.groups()
         axis_sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh_text))
         ids = (_device_grid(dims, order) if dims else np.arange(devices)).reshape([int(n) for n in axis_sizes.values()])
@@ -136,7 +135,7 @@ def _group(line: str, devices: int) -> np.ndarray:
             shape += [before, middle, int(size) // (before * middle)]
             index += [0, slice(None), 0]
         return ids.reshape(shape)[tuple(index)].ravel()
-    if (match := _LISTED_GROUPS.search(line)) and match[1]:
+    if (match := _LIST.search(line)) and match[1]:
         return np.asarray(_numbers(match[1]))
     return np.arange(devices)  # without groups: all devices
 

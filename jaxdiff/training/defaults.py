@@ -234,9 +234,7 @@ SETTINGS: dict[str, Any] = {
         "embeddings": False,
         "batch_size": setting(8, 1, MAX_INT),
     },
-    "cache_latents": setting(
-        0, 0, MAX_INT
-    ),  # views of each image to encode before training; 0: encode as they are read
+    "cache_latents": setting(0, 0, MAX_INT),  # views of each image to encode before training; 0: encode while training
     # Numbers also go to Weights & Biases (pip install ".[wandb]") where a project is named.
     "wandb": {"project": "", "name": ""},
     "eval": {

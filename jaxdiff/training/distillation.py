@@ -35,8 +35,10 @@ from jaxdiff.training.stages import (
     prepare_pairs,
     random_noise,
     random_times,
+    split_each,
+    unconditional,
 )
-from jaxdiff.training.train_step import NO_CAST, STATE, Batch, Dtypes, Loss, Metrics
+from jaxdiff.training.train_step import NO_CAST, Batch, Dtypes, Loss, Metrics, split_state
 from jaxdiff.typing import Array, Denoise, Key, Params
 
 TEACHER = "teacher"  # key of the teacher's UNet, where the student's is trained as a whole
@@ -133,13 +135,12 @@ def example(
 ) -> Example:
     """Noised latents of a batch, at `times` of keys [B], and the guided teacher's prediction of the clean ones."""
     model, teacher = student.model, student.teacher
-    time_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
+    time_keys, noise_keys, drop_keys = split_each(keys, 3)
     latents = latents_of(teacher, params, batch)
     empty = prepare_pairs(model)({"text": [""]})
     drop = per_example(jax.random.uniform, drop_keys, ()) < noise_options.caption_dropout
     cond = with_time_ids(teacher, conditioning(teacher, params, batch, empty, drop), latents)
-    uncond = conditioning(teacher, params, empty, empty, jnp.ones(1, bool))
-    uncond = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), uncond)
+    uncond = unconditional(teacher, params, empty, len(latents))
     if not teacher.options.requires_aesthetics_score:
         uncond = uncond._replace(time_ids=cond.time_ids)
     time = at(noise_schedule(model.scheduler), times(time_keys))
@@ -190,17 +191,17 @@ def lcm_stage(
         return (step + 1) * step_size - 1
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
-        params, state = {k: x for k, x in params.items() if k != STATE}, params[STATE]
-        drawn = example(student, params, batch, keys, times, options, noise)
-        next_time = at(schedule, jnp.maximum(drawn.time.t - step_size, 0))
-        x_next = consistency.solver_step(drawn.x0, drawn.x, drawn.time, next_time)
+        params, state = split_state(params)
+        noised = example(student, params, batch, keys, times, options, noise)
+        next_time = at(schedule, jnp.maximum(noised.time.t - step_size, 0))
+        x_next = consistency.solver_step(noised.x0, noised.x, noised.time, next_time)
 
         def f(params: Params, x: Array, time: Time) -> Array:
-            denoise: Denoise = denoiser(model, student.merge_params(params), drawn.cond, None, drawn.scale)
+            denoise: Denoise = denoiser(model, student.merge_params(params), noised.cond, None, noised.scale)
             return consistency.consistency(denoise(x, time), x, time.t, scaling)
 
         target = jax.lax.stop_gradient(f({**params, **state["ema"]}, x_next, next_time))
-        errors = consistency.pseudo_huber(f(params, drawn.x, drawn.time) - target, options.huber_c)
+        errors = consistency.pseudo_huber(f(params, noised.x, noised.time) - target, options.huber_c)
         return _weighted_mean(errors, batch), {}
 
     return _stage(student, name, trainable, loss)
@@ -228,18 +229,20 @@ def scm_stage(student: Student, options: DistillationOptions, *, name: str = "sc
     network = guided_network(model)
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
-        params, state = {k: x for k, x in params.items() if k != STATE}, params[STATE]
-        drawn = example(student, params, batch, keys, lambda k: random_times(model.scheduler, k, noise), options, noise)
-        index = drawn.time.t.astype(jnp.int32)
+        params, state = split_state(params)
+        noised = example(
+            student, params, batch, keys, lambda k: random_times(model.scheduler, k, noise), options, noise
+        )
+        index = noised.time.t.astype(jnp.int32)
         phi, rate = jnp.asarray(table.phi)[index], jnp.asarray(table.rate)[index]
-        teacher = (jnp.cos(phi)[:, None, None, None] * drawn.x - drawn.x0) / jnp.sin(phi)[:, None, None, None]
+        teacher = (jnp.cos(phi)[:, None, None, None] * noised.x - noised.x0) / jnp.sin(phi)[:, None, None, None]
         warmup = jnp.minimum(1.0, (state["step"] + 1) / max(options.tangent_warmup, 1))
 
         def velocity(x: Array, t: Array) -> Array:
-            return network(student.merge_params(params), x, t, drawn.cond, drawn.scale).astype(jnp.float32)
+            return network(student.merge_params(params), x, t, noised.cond, noised.scale).astype(jnp.float32)
 
         with forward_differentiable():
-            f, g = consistency.tangent(velocity, drawn.x, drawn.time.t, phi, rate, teacher, warmup)
+            f, g = consistency.tangent(velocity, noised.x, noised.time.t, phi, rate, teacher, warmup)
         errors = (f - jax.lax.stop_gradient(f + consistency.normalised(g))) ** 2
         return _weighted_mean(errors, batch), {"tangent": jnp.sqrt((g**2).mean())}
 

@@ -14,7 +14,7 @@ from jaxdiff.data.pipeline import CaptionedData, GlobalStream
 from jaxdiff.files import atomic_write, write_text
 
 
-def captioned(path: str | Path, captions: Sequence[str], folder: Path) -> Path:
+def write_captioned(path: str | Path, captions: Sequence[str], folder: Path) -> Path:
     """Create a captioned folder with all images of `path`, which needs no metadata; each image gets all `captions`.
 
     Args:
@@ -30,12 +30,8 @@ def captioned(path: str | Path, captions: Sequence[str], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for image in images:
-        entry: dict[str, Any] = {
-            "file_name": f"pictures/{image.relative_to(path).as_posix()}",
-            "text": list(captions),
-        }
-        if (repeats := folder_label(path, image)[0]) > 1:
-            entry[REPEATS] = repeats
+        name, (repeats, _) = image.relative_to(path).as_posix(), folder_label(path, image)
+        entry = {"file_name": f"pictures/{name}", "text": list(captions), **({REPEATS: repeats} if repeats > 1 else {})}
         lines.append(json.dumps(entry) + "\n")
     with atomic_write(folder / "pictures") as link:
         link.symlink_to(path)
@@ -71,10 +67,8 @@ class _DataWithPrior(CaptionedData):
     rows: tuple[int, int]
 
     def stream(self, host_shards: int) -> GlobalStream:
-        subject = super().stream(host_shards)
-        return _StreamWithPrior(
-            **vars(subject), prior=self.prior.stream(self.prior.host_shards), rows=self.rows, weight=self.weight
-        )
+        subject, prior = super().stream(host_shards), self.prior.stream(self.prior.host_shards)
+        return _StreamWithPrior(**vars(subject), prior=prior, rows=self.rows, weight=self.weight)
 
 
 def with_prior(

@@ -148,7 +148,7 @@ def weights(times: np.ndarray, gammas: np.ndarray, time: float, exponent: float)
     return np.linalg.lstsq(inner(times, gammas, times, gammas), products[:, 0], rcond=None)[0]
 
 
-def reconstructed(folder: str | Path, sigma: float, params: Params, updates: int | None = None) -> Params:
+def reconstruct(folder: str | Path, sigma: float, params: Params, updates: int | None = None) -> Params:
     """The parameters, with the trained ones replaced by an average of another length (post-hoc EMA).
 
     Args:

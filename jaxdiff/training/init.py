@@ -59,7 +59,7 @@ def starting_model(
         ConfigError, WeightsError: one sentence naming the entry or file.
     """
     if [name for name, folder in init_from.items() if folder] == ["model"]:
-        return _load_model(init_from["model"], dtype, remat, check)
+        return _load(init_from["model"], dtype, remat, check)
     model, parts = _describe(sizes, init_from, make_tokenizer, dtype, remat)
     if check is not None:
         check(model)
@@ -128,11 +128,9 @@ def _describe(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, di
     tokenizers = [parts[name].tokenizer if name in parts else None for name in text_names]
     if None in tokenizers:
         new_tokenizer = make_tokenizer()
-        configs |= {
-            n: _fit_tokenizer(configs[n], new_tokenizer)
-            for n, tokenizer in zip(text_names, tokenizers, strict=True)
-            if tokenizer is None
-        }
+        for name, tokenizer in zip(text_names, tokenizers, strict=True):
+            if tokenizer is None:
+                configs[name] = _fit_tokenizer(configs[name], new_tokenizer)
         tokenizers = [tokenizer or new_tokenizer for tokenizer in tokenizers]
     second: dict[str, Any] = {"text_2": configs["text_encoder_2"], "tokenizer_2": tokenizers[-1]} if is_sd3 else {}
     return build(
@@ -149,10 +147,8 @@ def _as_sd3(configs: dict[str, Any], parts: dict[str, _Part]) -> tuple[dict[str,
     """
     changed = {**configs, "unet": None}
     for name in ("text_encoder", "text_encoder_2"):
-        if not (text_config := configs[name]).with_projection:
-            changed[name] = dataclasses.replace(
-                text_config, with_projection=True, projection_dim=text_config.hidden_size
-            )
+        if not (text := configs[name]).with_projection:
+            changed[name] = dataclasses.replace(text, with_projection=True, projection_dim=text.hidden_size)
     changed["vae"] = dataclasses.replace(configs["vae"], shift_factor=configs["vae"].shift_factor or 0.0)
     return changed, {
         name: part._replace(config=changed[name], projects=name == "vae" or part.config == changed[name])
@@ -161,9 +157,7 @@ def _as_sd3(configs: dict[str, Any], parts: dict[str, _Part]) -> tuple[dict[str,
     }
 
 
-def _load_model(
-    path: str, dtype: Any, remat: bool | str, check: Callable[[Model], None] | None
-) -> tuple[Model, Params]:
+def _load(path: str, dtype: Any, remat: bool | str, check: Callable[[Model], None] | None) -> tuple[Model, Params]:
     """A model of any family with float32 parameters, which computes in `dtype`."""
     if check is not None:
         check(_open("model", path)[0])

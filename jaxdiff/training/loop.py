@@ -26,7 +26,7 @@ from jaxdiff.training.mfu import Speed, flops, peak_flops
 from jaxdiff.training.optimizer import check_multipliers, optimizer
 from jaxdiff.training.options import Options
 from jaxdiff.training.progress import Report
-from jaxdiff.training.trackers import JsonLines, TensorBoard, TrackedImages, Tracker, evaluated
+from jaxdiff.training.trackers import JsonLines, TensorBoard, TrackedImages, Tracker, has_evaluation
 from jaxdiff.training.train_step import (
     NO_CAST,
     Batch,
@@ -298,18 +298,18 @@ def missing_outputs(
     They are if the run was killed right after that step's checkpoint.
     """
 
-    def due(every: int) -> bool:
-        return start == options.steps or (every > 0 and start % every == 0)
+    def due(interval: int) -> bool:
+        return start == options.steps or (interval > 0 and start % interval == 0)
 
     missing = (False, False)
     if jax.process_index() == 0:
         missing = (
             snapshots is not None and due(options.snapshot_every) and snapshots.lacks(state.opt_state),
-            due(options.eval_every) and not evaluated(workdir / "metrics.jsonl", start),
+            due(options.eval_every) and not has_evaluation(workdir / "metrics.jsonl", start),
         )
-    snapshot, evaluation = (
-        multihost_utils.broadcast_one_to_all(np.asarray(missing)) if jax.process_count() > 1 else missing
-    )
+    if jax.process_count() > 1:
+        missing = multihost_utils.broadcast_one_to_all(np.asarray(missing))
+    snapshot, evaluation = missing
     return bool(snapshot), bool(evaluation)
 
 

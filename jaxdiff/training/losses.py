@@ -38,7 +38,7 @@ def batch_psnr(x: Array, target: Array) -> Array:
     return 10 * jnp.log10(4.0 / jnp.maximum(((x - target) ** 2).mean(), 1e-10))
 
 
-def _halved(x: Array) -> Array:
+def _halve(x: Array) -> Array:
     """Images [B, H, W, C] at half the size, each pixel the mean of four."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
@@ -61,7 +61,7 @@ def reconstruction_loss(x: Array, target: Array, edge_weight: float = 1.0, scale
     error = x - target
     total = jnp.zeros(())
     for scale in range(scales):
-        error = _halved(error) if scale else error
+        error = _halve(error) if scale else error
         down, right = _differences(error)
         # Differences are linear: the error of the edges is the edges of the error.
         total += jnp.abs(error).mean() + edge_weight * (jnp.abs(down).mean() + jnp.abs(right).mean())

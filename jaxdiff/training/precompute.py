@@ -147,12 +147,13 @@ def open_latents(
     stored = shards.made
     current = settings if settings is not None and stored else stored
     # Settings that are off may be missing: older latents do not record newer settings.
-    if changed := [name for name in {**stored, **current} if (stored.get(name) or None) != (current.get(name) or None)]:
-        changes = "; ".join(
-            f"{name}: {json.dumps(stored.get(name))}, now {json.dumps(current.get(name))}" for name in changed
-        )
+    values = {name: (stored.get(name), current.get(name)) for name in {**stored, **current}}
+    changes = [
+        f"{n}: {json.dumps(a)}, now {json.dumps(b)}" for n, (a, b) in values.items() if (a or None) != (b or None)
+    ]
+    if changes:
         raise ConfigError(
-            f"{path} was written with other settings ({changes}): give the same, or another latents.path."
+            f"{path} was written with other settings ({'; '.join(changes)}): give the same, or another latents.path."
         )
     if "embeddings" in shards.names and any(name.startswith("text_encoder") for name in trainable):
         raise ConfigError(f"{path} holds text embeddings, but the text encoder is to learn: write it without them.")
@@ -187,10 +188,7 @@ def encoder(
         while chunk := list(itertools.islice(remaining, at_once)):
             padded = [chunk[i % len(chunk)] for i in range(at_once)]  # one shape, compiled once
             batch = dict(prepare(pipeline.collate(padded)))
-            arrays = {
-                **{k: v for k, v in batch.items() if k != "image"},
-                **jax.device_get(parallel_encode(frozen, batch)),
-            }
+            arrays = {k: v for k, v in batch.items() if k != "image"} | jax.device_get(parallel_encode(frozen, batch))
             parts.append({k: np.asarray(v)[: len(chunk)] for k, v in arrays.items()})
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]} if parts else {}
 

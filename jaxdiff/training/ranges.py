@@ -154,16 +154,16 @@ def suggest(name: str, known: Sequence[str]) -> str:
     ('did you mean learning_rate?', 'did you mean data.image_size?')
     """
     known = sorted(known, key=len)
-    last_part, last_parts = name.rpartition(".")[2], {k: k.rpartition(".")[2] for k in known}
-    alias = FOREIGN_NAMES.get(last_part)
-    suggestions = [next((k for k in known if k == alias or k.endswith(f".{alias}")), alias)] if alias else []
-    similar = difflib.get_close_matches(last_part, set(last_parts.values()), 5, 0.7)
-    suggestions += [k for k in known if last_parts[k] == last_part]
-    suggestions += [k for k in difflib.get_close_matches(name, known, 3, 0.7) if k not in suggestions]
-    suggestions += [k for k in known if last_parts[k] in similar and k not in suggestions]
-    suggestions += [k for k in known if {last_part} & {*last_parts[k].split("_")} and k not in suggestions]
-    return (
-        f"did you mean {' or '.join(suggestions[:3])}?"
-        if suggestions
-        else "docs/training.md says where all are listed."
-    )
+    name_end, ends = name.rpartition(".")[2], {k: k.rpartition(".")[2] for k in known}
+    alias = FOREIGN_NAMES.get(name_end)
+    similar = difflib.get_close_matches(name_end, set(ends.values()), 5, 0.7)
+    suggestions = [
+        *([next((k for k in known if k == alias or k.endswith(f".{alias}")), alias)] if alias else []),
+        *(k for k in known if ends[k] == name_end),
+        *difflib.get_close_matches(name, known, 3, 0.7),
+        *(k for k in known if ends[k] in similar),
+        *(k for k in known if name_end in ends[k].split("_")),
+    ]
+    if not suggestions:
+        return "docs/training.md says where all are listed."
+    return f"did you mean {' or '.join(list(dict.fromkeys(suggestions))[:3])}?"

@@ -63,7 +63,7 @@ def held(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
     with contextlib.ExitStack() as stack:
         with together():
             if first:
-                stack.enter_context(_locked(url))
+                stack.enter_context(_lock(url))
             pull(folder)
         uploads = _Uploads(folder, url)
         try:
@@ -187,7 +187,7 @@ class _RepeatingTimer:
 
 
 @contextlib.contextmanager
-def _locked(url: str) -> Iterator[None]:
+def _lock(url: str) -> Iterator[None]:
     lock, beats = f"{url}/{LOCK}", 0
 
     def renew() -> None:

@@ -20,7 +20,7 @@ from jaxdiff.data.pipeline import CaptionedData
 from jaxdiff.training import init, remote, super_resolution, trainables
 from jaxdiff.training.checks import check_sizes, image_size
 from jaxdiff.training.defaults import as_json
-from jaxdiff.training.ema import reconstructed
+from jaxdiff.training.ema import reconstruct
 from jaxdiff.training.loop import fit
 from jaxdiff.training.on_eval import OnEval, make_on_eval
 from jaxdiff.training.options import Options, OptionsError
@@ -101,17 +101,15 @@ class Run:
     def cached_latents(self) -> LatentShards:
         """Latents in the workdir, computed now if missing. Each combination of settings has its own folder."""
         config, model, params = self.config, self.trainable.model, self.trainable.params
-        data_settings = {
-            name: value for name, value in config.data.to_dict().items() if name not in ("threads", "workers")
-        }
-        digest = fingerprint(model, params, [config.cache_latents, config.seed, data_settings, self.data.source.digest])
+        settings = {name: value for name, value in config.data.to_dict().items() if name not in ("threads", "workers")}
+        digest = fingerprint(model, params, [config.cache_latents, config.seed, settings, self.data.source.digest])
         folder = self.workdir / f"latents-{digest[:8]}"
         self.precompute(folder, config.cache_latents, embeddings=False)
         return open_latents(folder, model, params, config.trainable)
 
     def posthoc_ema(self, sigma: float) -> None:
         """Export the average of relative width `sigma`, reconstructed from the snapshots of `ema_sigmas`."""
-        self.export(posthoc_name(sigma), reconstructed(self.workdir / "ema", sigma, self.trainable.params))
+        self.export(posthoc_name(sigma), reconstruct(self.workdir / "ema", sigma, self.trainable.params))
 
     def export(self, name: str, params: Params) -> None:
         """Write what was trained into a folder of the workdir, on the first host."""

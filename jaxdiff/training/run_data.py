@@ -59,7 +59,7 @@ class Images:
 
     def captioned(self, path: Path, captions: Sequence[str], name: str) -> Source:
         """The images of a folder with captions from the config."""
-        return open_source(dreambooth.captioned(path, captions, self.workdir / name), **self._sharing())
+        return open_source(dreambooth.write_captioned(path, captions, self.workdir / name), **self._sharing())
 
     def _sharing(self) -> dict[str, Any]:
         """The hosts that share the workdir. For a workdir in a store, each host has its own local folder."""
@@ -237,9 +237,8 @@ def _check_disjoint(config: Any) -> None:
     data = config.data
     if data.captions:  # the splits are separate folders
         return
-    train_files, eval_files = (
-        set(source_files(data.path, split, **columns(config))) for split in (data.split, data.eval_split)
-    )
+    splits = (data.split, data.eval_split)
+    train_files, eval_files = (set(source_files(data.path, split, **columns(config))) for split in splits)
     if both := sorted(p for p in train_files & eval_files if p.name not in (METADATA, TABLE)):
         raise OptionsError(
             f"data.eval_split {data.eval_split}: {len(both)} of its files are trained on too, such as {both[0]}: move "

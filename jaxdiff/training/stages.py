@@ -181,7 +181,7 @@ def diffusion_stage(
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
         params = params if merge_params is None else merge_params(params)
-        time_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
+        time_keys, noise_keys, drop_keys = split_each(keys, 3)
         x0 = latents_of(model, params, batch)
         drop = per_example(jax.random.uniform, drop_keys, ()) < options.caption_dropout
         cond = with_time_ids(model, conditioning(model, params, batch, empty, drop), x0)
@@ -204,10 +204,15 @@ def fold_in_each(keys: Key, number: int) -> Key:
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
+def split_each(keys: Key, count: int) -> Key:
+    """`jax.random.split` of each of keys [B]: [count, B]."""
+    return jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, count))(keys), 1, 0)
+
+
 def conditioning(model: Model, params: Params, batch: Batch, empty: Batch, drop: Array) -> Conditioning:
     """The conditioning on the captions, or on the empty prompt (SDXL: zeros) where `drop`, bool [B], is true."""
     if "embeddings" in batch:  # precomputed
-        uncond = conditioning(model, params, empty, empty, jnp.ones(1, bool))
+        uncond = unconditional(model, params, empty)
 
         def select(precomputed: Array, unconditional: Array) -> Array:
             return jnp.where(
@@ -224,6 +229,12 @@ def conditioning(model: Model, params: Params, batch: Batch, empty: Batch, drop:
     zeros = drop if is_sdxl and model.options.force_zeros_for_empty_prompt else None
     cond = encode_text(model, params, as_tokens(ids)._replace(zeros=zeros))
     return cond._replace(time_ids=batch.get("time_ids"))
+
+
+def unconditional(model: Model, params: Params, empty: Batch, count: int = 1) -> Conditioning:
+    """The conditioning on the empty prompt, as in `conditioning`, for `count` examples."""
+    uncond = conditioning(model, params, empty, empty, jnp.ones(1, bool))
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), uncond)
 
 
 def as_tokens(batch: Batch) -> Tokens:

@@ -77,7 +77,7 @@ class JsonLines:
             self._file.close()
 
 
-def evaluated(path: Path, step: int) -> bool:
+def has_evaluation(path: Path, step: int) -> bool:
     """Whether `JsonLines` has written an evaluation after this step: a line without a training step's metrics."""
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return any(line["step"] == step and "grad_norm" not in line for line in lines)

@@ -139,6 +139,11 @@ def with_state(frozen: Params, state: TrainState) -> Params:
     return {**frozen, STATE: {"step": state.step, "ema": state.ema}}
 
 
+def split_state(params: Params) -> tuple[Params, dict[str, Any]]:
+    """The parameters of a loss that reads the state, and {"step", "ema"} of `with_state`."""
+    return {name: x for name, x in params.items() if name != STATE}, params[STATE]
+
+
 def make_train_step(
     loss: Loss, options: Options, mesh: Mesh, state: TrainState, dtypes: Dtypes = NO_CAST, reads_state: bool = False
 ) -> Callable:
@@ -152,11 +157,8 @@ def make_train_step(
     Every example has its own key, from the seed, the step and its row in the batch. Random numbers therefore depend
     neither on the number of hosts or devices nor on `accumulate`.
     """
-    tx, schedule, row_order = (
-        optimizer(options),
-        learning_rate(options),
-        parallel.global_row_order(mesh, options.batch_size),
-    )
+    tx, schedule = optimizer(options), learning_rate(options)
+    row_order = parallel.global_row_order(mesh, options.batch_size)
     in_order = bool((row_order == range(options.batch_size)).all())
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -173,12 +175,8 @@ def make_train_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         new = TrainState(state.step, params, ema, opt_state)
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        step_learning_rate = schedule(schedule_count(state.opt_state))
-        step_metrics = {
-            "grad_norm": grad_norm,
-            "learning_rate": step_learning_rate,
-            "skipped": 1 - finite.astype(jnp.int32),
-        }
-        return new._replace(step=state.step + 1), {**metrics, **step_metrics}
+        rate = schedule(schedule_count(state.opt_state))
+        metrics = {**metrics, "grad_norm": grad_norm, "learning_rate": rate, "skipped": 1 - finite.astype(jnp.int32)}
+        return new._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))

@@ -39,6 +39,7 @@ from jaxdiff.typing import PRNG, Params
 LORA_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
 DEFAULT_TRAINABLE = ("unet",)
 EMBEDDING_FILE = "learned_embeds.safetensors"
+MakeInputs = Callable[[Mapping[str, Any]], SampleInputs]
 
 
 def _identity(params: Params) -> Params:
@@ -55,7 +56,7 @@ class Trainable(NamedTuple):
     merge_params: MergeParams = _identity  # params of the loss -> those that `model` draws with
     network: Network | None = None  # the denoiser, of merged parameters
     # (batch) -> inputs of the model besides the prompt; None if it needs only a prompt.
-    sample_inputs: Callable[[Mapping[str, Any]], SampleInputs] | None = None
+    sample_inputs: MakeInputs | None = None
     make_control_image: Callable[[np.ndarray], np.ndarray] | None = None  # see `jaxdiff.data.captioned.captioned_data`
     upscaler: Any = None  # an `RRDBNet`, of the stage "super_resolution"
 
@@ -126,10 +127,9 @@ def process(config: Any, scheduler: SchedulerConfig) -> SchedulerConfig:
             f"zero_terminal_snr needs another prediction_type than {prediction_type!r}, such as v_prediction."
         )
     if prediction_type == "flow_prediction" and not is_flow(scheduler):
-        num_timesteps = scheduler.num_train_timesteps
-        return SchedulerConfig.from_dict(
-            {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": num_timesteps}
-        )
+        steps = scheduler.num_train_timesteps
+        flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": steps}
+        return SchedulerConfig.from_dict(flow)
     scheduler = dataclasses.replace(scheduler, prediction_type=prediction_type)
     if config.zero_terminal_snr:
         scheduler = dataclasses.replace(scheduler, rescale_betas_zero_snr=True, timestep_spacing="trailing")
@@ -154,10 +154,9 @@ def _trainable_modules(config: Any, model: Model) -> tuple[str, ...]:
 def _check_default_trainable(config: Any) -> None:
     """Raise OptionsError if `config.trainable` is set for a stage that always trains the same networks."""
     if tuple(config.trainable) != DEFAULT_TRAINABLE:
-        raise OptionsError(
-            f"trainable {tuple(config.trainable)} means nothing to the stage {config.stage}, which trains what it "
-            "is made for: leave it out."
-        )
+        trainable = tuple(config.trainable)
+        raise OptionsError(f"trainable {trainable} means nothing to the stage {config.stage}, which trains what it is "
+                           "made for: leave it out.")  # fmt: skip
 
 
 def save_model(model: Model) -> Callable[[Path, Params], None]:
@@ -166,9 +165,7 @@ def save_model(model: Model) -> Callable[[Path, Params], None]:
     return lambda folder, params: save(folder, model, parts(model, params))
 
 
-def _network_and_inputs(
-    config: Any, model: Model
-) -> tuple[Network, Callable[[Mapping[str, Any]], SampleInputs] | None]:
+def _network_and_inputs(config: Any, model: Model) -> tuple[Network, MakeInputs | None]:
     """The network of a model without ControlNets, and its inputs besides the prompt."""
     network = finetune.network_of(model, config.embedded_guidance)
     if model.inpaints:

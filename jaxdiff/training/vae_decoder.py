@@ -25,8 +25,9 @@ from jaxdiff.training.stages import (
     fold_in_each,
     per_example,
     prepare_pairs,
+    unconditional,
 )
-from jaxdiff.training.train_step import STATE, Batch, Metrics
+from jaxdiff.training.train_step import Batch, Metrics, split_state
 from jaxdiff.typing import Array, Key, Params
 
 DECODER = ("decoder", "post_quant_conv")  # parts of an autoencoder after the latents
@@ -90,10 +91,7 @@ def redraw_latents(
     schedule, empty = noise_schedule(model.scheduler), prepare_pairs(model)({"text": [""]})
     cond = with_time_ids(model, conditioning(model, params, batch, empty, jnp.zeros(len(latents), bool)), latents)
     scale = options.guidance_scale or model.options.guidance_scale
-    uncond = None
-    if scale > 1:
-        uncond = conditioning(model, params, empty, empty, jnp.ones(1, bool))
-        uncond = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), uncond)
+    uncond = unconditional(model, params, empty, len(latents)) if scale > 1 else None
     denoise = denoiser(model, params, cond, uncond, scale)
     u = per_example(jax.random.uniform, keys, ())
     first_time = options.strength * u * (model.scheduler.num_train_timesteps - 1)
@@ -142,7 +140,7 @@ def vae_decoder_stage(
         return value + feature_weight * metrics["features"], metrics
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
-        params, step = {k: x for k, x in params.items() if k != STATE}, params[STATE]["step"]
+        params, state = split_state(params)
         images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
         mean, logvar = apply(model, params, "vae", images, method="encode")
         if redraw.strength:
@@ -168,7 +166,7 @@ def vae_decoder_stage(
 
         losses = contest(score, params["discriminator"], images, x, fold_in_each(keys, 1), rules)
         factor = weight * (adaptive_weight(lambda g: pullback(g)[0], gradient, losses.gradient) if adaptive else 1.0)
-        factor = jnp.where(step < start, 0.0, factor)
+        factor = jnp.where(state["step"] < start, 0.0, factor)
         total = value + with_gradient(factor * losses.generator, factor * losses.gradient, x) + losses.discriminator
         return total, {**metrics, **losses.metrics, "weight": factor, "psnr": batch_psnr(x, images)}
 
