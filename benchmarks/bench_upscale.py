@@ -132,7 +132,7 @@ def main() -> None:
     rows: list[np.ndarray] = []
     print("| images | method | PSNR, dB | SSIM | feature distance | s/megapixel |\n|---|---|---|---|---|---|")
     for folder in args.images:
-        files = image_files(Path(folder), below=True)
+        files = image_files(Path(folder), recursive=True)
         chosen = files[:: max(1, len(files) // args.count)][: args.count]
         images = np.stack([fit(read_image(file), args.side, args.side) for file in chosen])
         size = args.side // SCALE, args.side // SCALE

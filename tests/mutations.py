@@ -208,8 +208,9 @@ TRAINING = in_folder(
     # ---- a step
     ("train_step.py", "(1.0 + step) / (10.0 + step)", "1.0 / (10.0 + step)", STEPS.format("ema_forgets")),
     ("train_step.py", "jnp.where(finite, new, old)", "new", LOOP.format("leaves_the_state")),
-    ("train_step.py", "lambda x: x / parts, total", "lambda x: x, total", STEPS.format("a_batch_in_parts")),
-    ("losses.py", "jnp.where(same & ~own, -jnp.inf,", "jnp.where(False, -jnp.inf,", STEPS.format("equal_captions")),
+    ("train_step.py", "lambda x: x / microbatches, total", "lambda x: x, total", STEPS.format("a_batch_in_parts")),
+    ("losses.py", "jnp.where(same_caption & ~diagonal, -jnp.inf,", "jnp.where(False, -jnp.inf,",
+     STEPS.format("equal_captions")),
     ("losses.py", "return total / scales", "return total", STEPS.format("tone_and_edges")),
     ("stages.py", "jnp.where(drop[:, None], empty[name], batch[name])", "batch[name]",
      STEPS.format("dropping_every_caption")),
@@ -222,19 +223,19 @@ TRAINING = in_folder(
      "tests/test_adversarial.py -k penalties"),
     ("adversarial.py", "discriminator += rules.r2 *", "discriminator += rules.r1 *",
      "tests/test_adversarial.py -k finite_differences"),
-    ("adversarial.py", "one / (other + SMALLEST_NORM)", "other / (one + SMALLEST_NORM)",
+    ("adversarial.py", "first_norm / (second_norm + NORM_EPS)", "second_norm / (first_norm + NORM_EPS)",
      "tests/test_adversarial.py -k adaptive_weight"),
     # ---- what is trained, and on what
-    ("finetune.py", "mask | (jax.random.uniform(key_whole, (), jnp.float32) < WHOLE_SHARE)", "mask",
+    ("finetune.py", "mask | (jax.random.uniform(key_whole, (), jnp.float32) < FULL_MASK_SHARE)", "mask",
      TARGETS.format("masks_are")),
     ("trainables.py", "rescale_betas_zero_snr=True, ", "", TARGETS.format("zero_terminal")),
-    ("dreambooth.py", "self.prior[batch * others + row - own]", "self.prior[batch * others + row]",
+    ("dreambooth.py", "self.prior[batch * num_prior + row - num_subject]", "self.prior[batch * num_prior + row]",
      SETTINGS.format("any_number_of_hosts")),
     # ---- runs
     ("loop.py", "        iterator.set_state(position)\n", "", LOOP.format("resumed_run_equals")),
-    ("digests.py", "if wanted.get(name) != found[name]:", "if name not in wanted:",
+    ("digests.py", "if expected.get(name) != actual[name]:", "if name not in expected:",
      TRUST.format("damage_of_any and flipped")),
-    ("collectives.py", "visit(called, times * turns)", "visit(called, times)",
+    ("collectives.py", "visit(callee, runs * trip_count)", "visit(callee, runs)",
      MESHES.format("collectives_are_counted")),
 ) + in_folder(
     "jaxdiff",
@@ -252,7 +253,8 @@ DATA = in_folder(
     ("hashes.py", "distance + 2).astype(int)", "distance + 1).astype(int)", FILTERS.format("no_near_duplicate")),
     ("buckets.py", "(aspects[order][1:] + aspects[order][:-1]) / 2", "aspects[order][1:]",
      BUCKETS.format("nearest_aspect")),
-    ("orders.py", "every[host_shard::host_shards]", "every[host_shard:]", SOURCES.format("read_by_one_host")),
+    ("orders.py", "block_order[host_shard::host_shards]", "block_order[host_shard:]",
+     SOURCES.format("read_by_one_host")),
 )  # fmt: skip
 
 SERVING = in_folder(

@@ -8,7 +8,7 @@ import pytest
 
 from jaxdiff.models.discriminator import PatchDiscriminator, ProjectionDiscriminator
 from jaxdiff.training.adversarial import LOSSES, Rules, adaptive_weight, contest, with_gradient
-from jaxdiff.training.augment import AUGMENTATIONS, augmented, cutout, translation
+from jaxdiff.training.augment import AUGMENTATIONS, augment, cutout, translation
 from jaxdiff.training.ema import PowerAverages
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import ADVERSARIES
@@ -170,8 +170,8 @@ def test_cutout_removes_one_square():
 
 def test_augmentations_are_of_each_example_by_its_key():
     images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)), jnp.float32)
-    compiled = jax.jit(augmented, static_argnums=2)
+    compiled = jax.jit(augment, static_argnums=2)
     whole = compiled(images, keys(), NAMES)
     np.testing.assert_allclose(compiled(images[1:3], keys()[1:3], NAMES), whole[1:3], atol=1e-6)
     assert not np.allclose(whole, images)
-    np.testing.assert_array_equal(augmented(images, keys(), ()), images)
+    np.testing.assert_array_equal(augment(images, keys(), ()), images)

@@ -238,7 +238,7 @@ def test_names_of_folders_as_kohyas_scripts_have_them(folder, caplog):
 
 def test_captions_of_the_config_reach_kohyas_folders_where_there_is_nothing_else(folder, caplog, tmp_path_factory):
     path = folder("2_sks dog/a.png", "other/b.png", texts={})
-    made = dreambooth.captioned(path, ("mine",), tmp_path_factory.mktemp("run") / "captioned")
+    made = dreambooth.write_captioned(path, ("mine",), tmp_path_factory.mktemp("run") / "captioned")
     assert [e.path.rsplit("/", 1)[1] for e in examples(made)] == ["a.png", "a.png"]
     assert {e.captions for e in examples(made)} == {("mine",)}
     assert data_fingerprint(path, captions=True)["files"] == 1
@@ -246,7 +246,7 @@ def test_captions_of_the_config_reach_kohyas_folders_where_there_is_nothing_else
     Image.new("RGB", (8, 8)).save(path / "top.png")
     assert [p.name for p in uncaptioned(path)] == ["top.png"]  # as ever
     with pytest.raises(ConfigError, match="holds no image"):
-        dreambooth.captioned(path / "nowhere", ("mine",), path / "made")
+        dreambooth.write_captioned(path / "nowhere", ("mine",), path / "made")
 
 
 # --- what train.py and the evaluation make of them
@@ -281,11 +281,11 @@ def test_images_set_aside_are_filtered_as_those_trained_on(tmp_path):
     config.data.filter.style = ("b", "c")
     config.data.filter.max_subjects = 1
     images = Images(config, tmp_path / "run")
-    assert [images.chosen("train").read(i).captions[0] for i in range(2)] == ["b2", "b3"]
-    assert [images.chosen("test").read(i).captions[0] for i in range(2)] == ["c0", "b2"]
+    assert [images.filtered("train").read(i).captions[0] for i in range(2)] == ["b2", "b3"]
+    assert [images.filtered("test").read(i).captions[0] for i in range(2)] == ["c0", "b2"]
     config.data.filter.style = ("d",)
     with pytest.raises(ConfigError, match=r"data\.filter leaves no image of .*test"):
-        images.chosen("test")
+        images.filtered("test")
 
 
 def test_the_evaluation_takes_them_too(folder):

@@ -225,8 +225,8 @@ def test_a_scan_is_kept_and_divided(tmp_path, monkeypatch):
     monkeypatch.setattr(filters, "PART", 4)
     source = open_source(write_folder(tmp_path / "d", 11))
     alone = scan(source, sizes=True, columns=("score",), hashes="near")
-    looked, look = [], filters._look
-    monkeypatch.setattr(filters, "_look", lambda *a: looked.append(a[1]) or look(*a))
+    looked, look = [], filters._scan_example
+    monkeypatch.setattr(filters, "_scan_example", lambda *a: looked.append(a[1]) or look(*a))
 
     def of(host):
         kwargs = {"cache": tmp_path / "cache", "host_index": host, "host_count": 2}

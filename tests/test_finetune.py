@@ -14,7 +14,7 @@ from jaxdiff.io.textual_inversion import TABLE
 from jaxdiff.models.model import build
 from jaxdiff.training import finetune, on_eval
 from jaxdiff.training.metrics import noise_levels, reconstructions
-from jaxdiff.training.on_eval import drawing, placed
+from jaxdiff.training.on_eval import make_draw, place_params
 from jaxdiff.training.options import OptionsError
 from jaxdiff.training.train_step import accumulated_grad
 from jaxdiff.training.trainables import make, process
@@ -143,13 +143,13 @@ def test_masks_are_rectangles_and_sometimes_everything():
     shares = masks.mean((1, 2, 3))
     assert shares.min() > 0
     # Everything for a quarter of them, a deviation of sqrt(3/16/256) = 0.027; five of them.
-    assert abs((shares == 1).mean() - finetune.WHOLE_SHARE) < 0.14
+    assert abs((shares == 1).mean() - finetune.FULL_MASK_SHARE) < 0.14
     assert 0.1 < shares[shares < 1].mean() < 0.8
     assert len(np.unique(shares)) > 100
 
 
 def test_a_model_of_other_channels_is_refused(tiny):
-    model, params = finetune.extended(*tiny, 5)
+    model, params = finetune.with_input_channels(*tiny, 5)
     with pytest.raises(ConfigError, match="5 input channels"):
         finetune.inpainting_model(model, params)
 
@@ -204,12 +204,12 @@ def test_it_is_evaluated_as_it_is_trained(target_of, results):
     """In the types of a training step, what is trained being merged within it."""
     target, batch = target_of("lora", *BOTH)
     params, _, _ = results("lora", *BOTH)
-    on_device = placed(params, target, settings("lora", frozen_dtype="bfloat16"))
+    on_device = place_params(params, target, settings("lora", frozen_dtype="bfloat16"))
     assert {str(x.dtype) for x in jax.tree.leaves(on_device["lora"])} == {"float32"}
     assert {str(x.dtype) for name in ("unet", "vae") for x in jax.tree.leaves(on_device[name])} == {"bfloat16"}
     measure = noise_levels(target.model, [batch], network=target.network, merge_params=target.merge_params, levels=2)
     merged = noise_levels(target.model, [batch], network=target.network, levels=2)
-    values = measure(placed(params, target, settings("lora")))
+    values = measure(place_params(params, target, settings("lora")))
     np.testing.assert_allclose(list(values.values()), list(merged(target.merge_params(params)).values()), rtol=1e-5)
     # bfloat16 keeps 8 bits (4e-3), through some ten layers.
     np.testing.assert_allclose(measure(on_device)["eval_loss"], values["eval_loss"], rtol=0.05)
@@ -225,7 +225,7 @@ def test_a_device_draws_no_more_of_a_sheet_at_a_time_than_it_trains_on(target_of
     sizes, sheets, generate = [], [], on_eval.generate
     monkeypatch.setattr(on_eval, "generate", lambda *args, **k: sizes.append(len(args[2])) or generate(*args, **k))
     for at_once in (4, 2):
-        draw = drawing(config, target, held_out, at_once)
+        draw = make_draw(config, target, held_out, at_once)
         sheets.append(draw(0, target.merge_params(target.params)).images.astype(int))
     devices = jax.local_device_count()
     assert sizes == ([3, 2, 2] if devices == 1 else [3, 3])

@@ -10,7 +10,7 @@ import pytest
 
 from jaxdiff.training.loop import Stage, fit
 from jaxdiff.training.optimizer import (
-    SMALL,
+    MIN_QUANTIZED,
     AdamInt8,
     check_multipliers,
     clip_by_global_norm,
@@ -96,7 +96,7 @@ def test_moments_in_8_bits_take_a_quarter_and_lead_the_same_way():
     old, exact, plain = run(steps=20)
     _, near, state = run(steps=20, moment_dtype="int8")
     assert isinstance(state[1], AdamInt8)
-    assert WIDE < SMALL < WIDE * WIDE
+    assert WIDE < MIN_QUANTIZED < WIDE * WIDE
     assert state[1].mu["unet"]["kernel"].dtype == jnp.int8
     assert state[1].nu["unet"]["kernel"].dtype == jnp.uint8
     assert state[1].mu["unet"]["bias"].dtype == jnp.float32  # it is small

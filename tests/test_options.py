@@ -119,20 +119,20 @@ def test_an_average_of_another_length_comes_out_of_snapshots(tmp_path):
         pass
     spread = np.std(walk[-1] - np.asarray(state.averages[1]["unet"]["w"]))
     for sigma, average in zip(wanted, direct.averages, strict=True):
-        found = ema.reconstructed(tmp_path, sigma, params)["unet"]["w"]
+        found = ema.reconstruct(tmp_path, sigma, params)["unet"]["w"]
         error = np.abs(found - average["unet"]["w"]).max() / spread
         assert error < 0.12, (sigma, error)
         if sigma not in sigmas:  # nearer than what was tracked, by far
             for tracked in state.averages:
                 assert error < 0.3 * np.abs(tracked["unet"]["w"] - average["unet"]["w"]).max() / spread
     # The end of the training may be chosen too.
-    earlier = ema.reconstructed(tmp_path, 0.05, params, updates=200)["unet"]["w"]
+    earlier = ema.reconstruct(tmp_path, 0.05, params, updates=200)["unet"]["w"]
     again = ema.open_tensors(tmp_path / "200.safetensors").read("0.05:unet/w")
     np.testing.assert_allclose(earlier, again, atol=1e-3 * spread)
     with pytest.raises(ConfigError, match="no snapshots"):
-        ema.reconstructed(tmp_path / "none", 0.1, params)
+        ema.reconstruct(tmp_path / "none", 0.1, params)
     with pytest.raises(ConfigError, match="another model: it has no unet/w"):
-        ema.reconstructed(tmp_path, 0.1, {"unet": {"v": walk[0]}})
+        ema.reconstruct(tmp_path, 0.1, {"unet": {"v": walk[0]}})
 
 
 def test_training_leaves_snapshots(tmp_path):
@@ -163,7 +163,7 @@ def test_training_leaves_snapshots(tmp_path):
         mesh=parallel.mesh(devices=jax.devices()[:1]),
     )
     assert sorted(p.stem for p in (tmp_path / "ema").iterdir()) == ["2", "4", "6"]
-    average = ema.reconstructed(tmp_path / "ema", 0.1, result.params)["unet"]["w"]
+    average = ema.reconstruct(tmp_path / "ema", 0.1, result.params)["unet"]["w"]
     assert ((average > 0) & (average < result.params["unet"]["w"])).all()
 
 

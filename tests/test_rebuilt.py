@@ -25,11 +25,11 @@ def steered():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_another_type(steered, dtype):
-    again = init._rebuilt(steered, dtype, "full")
+    again = init._with_dtype(steered, dtype, "full")
     assert [net.config for net in again.controlnets] == [net.config for net in steered.controlnets]
     assert {(net.dtype, net.remat) for net in again.controlnets} == {(again.unet.dtype, "full")}
     assert again.tiny_vae == steered.tiny_vae
-    assert init._rebuilt(steered, "float32", False) == steered  # field by field, those to come too
+    assert init._with_dtype(steered, "float32", False) == steered  # field by field, those to come too
 
 
 def test_what_training_starts_from(steered, monkeypatch, tmp_path):

@@ -29,7 +29,7 @@ def test_a_second_run_is_refused_while_the_first_lives(bucket, monkeypatch):
         remote.held(remote.workdir(f"{bucket}/run")).__enter__()
     beats = iter(range(10**6))
     stores.write(lock, mark())
-    renewing = remote._Every(0.1, lambda: stores.write(lock, mark(beats=next(beats))))
+    renewing = remote._RepeatingTimer(0.1, lambda: stores.write(lock, mark(beats=next(beats))))
     try:
         with pytest.raises(WorkdirError, match=r"is in use by another run \(process 1 on elsewhere\)"):
             remote.held(remote.workdir(f"{bucket}/run")).__enter__()
@@ -48,7 +48,7 @@ def test_a_run_that_died_is_followed(bucket, monkeypatch, caplog):
         def stop(self) -> None:
             pass
 
-    monkeypatch.setattr(remote, "_Every", ByHand)
+    monkeypatch.setattr(remote, "_RepeatingTimer", ByHand)
     monkeypatch.setattr(remote, "LEASE", 0.5)
     caplog.set_level("INFO", logger="absl")
     url = f"{bucket}/run"
@@ -63,7 +63,7 @@ def test_a_run_that_died_is_followed(bucket, monkeypatch, caplog):
                 linear_stage(), LINE, FromMemory(line_data(), 3, 7), options(steps=2, batch_size=3),
                 remote.workdir(url), mesh=one_device(),
             )  # fmt: skip
-        assert remote_checkpoints.whole(f"{url}/checkpoints") == []
+        assert remote_checkpoints.complete_steps(f"{url}/checkpoints") == []
         with pytest.raises(WorkdirError, match=says):
             renewals[0]()
     assert json.loads(stores.read(f"{url}/lock"))["token"] == "another"
@@ -86,7 +86,7 @@ def test_of_two_that_follow_a_dead_run_the_later_one_does_not_remove_the_lock_of
         stores.write(lock, mark(token="first"))
         return True
 
-    monkeypatch.setattr(remote, "_dead", dead)
+    monkeypatch.setattr(remote, "_is_dead", dead)
     with pytest.raises(WorkdirError, match="is in use by another run"):
         remote.held(remote.workdir(url)).__enter__()
     assert json.loads(stores.read(lock))["token"] == "first"
@@ -108,7 +108,7 @@ def test_while_one_removes_the_lock_of_a_dead_run_another_does_not(memory, monke
         real(*names)
 
     monkeypatch.setattr(stores, "remove", remove)
-    monkeypatch.setattr(remote, "_dead", lambda lock, holder: holder["token"] == "another")
+    monkeypatch.setattr(remote, "_is_dead", lambda lock, holder: holder["token"] == "another")
     with remote.held(remote.workdir(url)):
         assert seen
         assert json.loads(stores.read(lock))["token"] == remote.TOKEN
@@ -134,6 +134,6 @@ def test_of_two_that_a_store_without_conditions_lets_lock_one_is_refused(memory,
             real(name, mark(token="second"))  # at the same moment
 
     monkeypatch.setattr(stores, "write", write)
-    monkeypatch.setattr(remote, "_dead", lambda lock, holder: False)
+    monkeypatch.setattr(remote, "_is_dead", lambda lock, holder: False)
     with pytest.raises(WorkdirError, match="is in use by another run"):
         remote.held(remote.workdir(url)).__enter__()

@@ -30,7 +30,7 @@ def run(url: str, steps: int, **more):
 
 
 def steps_of(url: str) -> list[int]:
-    return remote_checkpoints.whole(f"{url}/checkpoints")
+    return remote_checkpoints.complete_steps(f"{url}/checkpoints")
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ from PIL import Image
 
 import jaxdiff
 from configs.icons import sizes
-from jaxdiff.data.degradation import Degradation, blurred
+from jaxdiff.data.degradation import Degradation, blur
 from jaxdiff.io.images import read_image
 from jaxdiff.training.checks import check_settings
 from jaxdiff.training.options import Options
-from jaxdiff.training.super_resolution import fresh, make, network_config, super_resolution_stage
+from jaxdiff.training.super_resolution import init_network, make, network_config, super_resolution_stage
 from tests.support.processes import ROOT
 
 # ml_collections loads configs by a method that Python has deprecated.
@@ -54,7 +54,7 @@ def test_a_blur_is_the_convolution_with_its_kernel():
     kernel = np.random.default_rng(1).random((15, 15))
     kernel /= kernel.sum()
     expected = np.stack([convolve(x[..., i].astype(float), kernel, mode="mirror") for i in range(3)], -1)
-    assert np.abs(blurred(x, kernel) - np.clip(np.round(expected), 0, 255)).max() <= 1
+    assert np.abs(blur(x, kernel) - np.clip(np.round(expected), 0, 255)).max() <= 1
 
 
 def config_of(**settings):
@@ -68,7 +68,7 @@ def config_of(**settings):
 def test_a_fresh_network_begins_as_a_linear_enlargement():
     config = config_of()
     module = make(config, shapes_only=True).upscaler
-    params = fresh(module, jax.random.key(0))
+    params = init_network(module, jax.random.key(0))
     small = np.asarray(Image.fromarray(image(16)), np.float32)[None] / 255
     with jax.disable_jit():
         found = np.asarray(module.apply({"params": params}, small))
@@ -80,7 +80,7 @@ def test_a_fresh_network_begins_as_a_linear_enlargement():
 def test_the_loss_is_the_absolute_error():
     module = make(config_of(), shapes_only=True).upscaler
     stage = super_resolution_stage(module)
-    params = {"upscaler": fresh(module, jax.random.key(0))}
+    params = {"upscaler": init_network(module, jax.random.key(0))}
     batch = {"image": np.stack([image(32)]), "hint": np.stack([image(8)])}
     value, metrics = jax.jit(stage.loss)(params, batch, None)
     x = np.asarray(module.apply({"params": params["upscaler"]}, batch["hint"] / np.float32(255)))
@@ -170,7 +170,7 @@ def test_settings_of_this_stage_are_refused_in_others(train_cli, data, tmp_path)
 
 def test_a_network_of_a_file_is_gone_on_from(tmp_path):
     module = make(config_of(), shapes_only=True).upscaler
-    params = fresh(module, jax.random.key(5))
+    params = init_network(module, jax.random.key(5))
     jaxdiff.save_upscaler(tmp_path / "net.safetensors", params)
     config = config_of(init_from={"upscaler": str(tmp_path / "net.safetensors")})
     assert network_config(config) == module.config

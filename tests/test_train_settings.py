@@ -120,17 +120,19 @@ def test_a_device_is_given_no_more_images_than_in_a_step(run_of, count, sizes):
 
 def test_images_without_captions_get_those_of_the_config(folders):
     for _ in range(2):  # a second run finds the first one's folder
-        path = dreambooth.captioned(folders / "mine", ("a photo of <cat>", "<cat>"), folders / "run")
+        path = dreambooth.write_captioned(folders / "mine", ("a photo of <cat>", "<cat>"), folders / "run")
     batches = iter(captioned_data(path, 3, SIDE, seed=0, threads=1))
     found = [next(batches) for _ in range(4)]
     assert {t for b in found for t in b["text"]} == {"a photo of <cat>", "<cat>"}
     assert len({b["image"][i].tobytes() for b in found for i in range(3)}) == 3
     with pytest.raises(ConfigError, match="holds no image"):
-        dreambooth.captioned(folders, ("x",), folders / "other")
+        dreambooth.write_captioned(folders, ("x",), folders / "other")
 
 
 def test_class_images_come_beside_ones_own_and_weigh_what_is_asked(folders, tiny):
-    own = captioned_data(dreambooth.captioned(folders / "mine", ("mine",), folders / "run"), 2, SIDE, seed=0, threads=1)
+    own = captioned_data(
+        dreambooth.write_captioned(folders / "mine", ("mine",), folders / "run"), 2, SIDE, seed=0, threads=1
+    )
     prior = captioned_data(folders / "class", 2, SIDE, seed=1, threads=1)
     batches = dreambooth.with_prior(own, prior, 0.25)
     iterator = iter(batches)
@@ -150,7 +152,7 @@ def test_class_images_come_beside_ones_own_and_weigh_what_is_asked(folders, tiny
 @pytest.mark.parametrize("rows", [(2, 2), (3, 3)])
 def test_class_images_come_in_the_same_order_for_any_number_of_hosts(folders, rows):
     """Also where a host has an odd number of rows."""
-    path = dreambooth.captioned(folders / "mine", ("mine",), folders / "run")
+    path = dreambooth.write_captioned(folders / "mine", ("mine",), folders / "run")
     own = captioned_data(path, rows[0], SIDE, seed=0, threads=1)
     prior = captioned_data(folders / "class", rows[1], SIDE, seed=1, threads=1)
     alone = iter(dreambooth.with_prior(own, prior, 0.25))
@@ -168,9 +170,9 @@ def test_class_images_come_in_the_same_order_for_any_number_of_hosts(folders, ro
 
 def test_hosts_that_make_one_captioned_folder_agree(folders):
     """At the same time, and of other images than those that an earlier run pointed at."""
-    dreambooth.captioned(folders / "class", ("x",), folders / "run")
+    dreambooth.write_captioned(folders / "class", ("x",), folders / "run")
     with ThreadPoolExecutor(8) as pool:
-        done = [pool.submit(dreambooth.captioned, folders / "mine", ("y",), folders / "run") for _ in range(32)]
+        done = [pool.submit(dreambooth.write_captioned, folders / "mine", ("y",), folders / "run") for _ in range(32)]
         assert {future.result() for future in done} == {folders / "run"}
     assert sorted(p.name for p in (folders / "run").iterdir()) == ["metadata.jsonl", "pictures"]
     assert (folders / "run" / "pictures").resolve() == (folders / "mine").resolve()

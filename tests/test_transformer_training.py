@@ -17,7 +17,7 @@ from jaxdiff.training.defaults import base
 from jaxdiff.training.options import NoiseOptions, OptionsError
 from jaxdiff.training.precompute import encoder
 from jaxdiff.training.stages import TOKENS, diffusion_stage, plain_network, random_noise, random_times
-from jaxdiff.training.trainables import LORA_FILES, OF_UNETS, make
+from jaxdiff.training.trainables import LORA_FILES, UNET_STAGES, make
 from tests.support.processes import ROOT
 
 torch = pytest.importorskip("torch")
@@ -196,7 +196,7 @@ def test_pytorch_opens_flux_loras_in_kohyas_names(made_transformers, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages_of_unets_are_refused(family, made_transformers):
-    for stage in OF_UNETS:
+    for stage in UNET_STAGES:
         config = base()
         config.stage = stage
         with pytest.raises(OptionsError, match=f"stage '{stage}' is for models with a UNet, which init_from.model lac"):

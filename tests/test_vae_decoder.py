@@ -21,7 +21,13 @@ from jaxdiff.training.run import build_run
 from jaxdiff.training.stages import fold_in_each, per_example, prepare_pairs
 from jaxdiff.training.train_step import STATE
 from jaxdiff.training.trainables import make
-from jaxdiff.training.vae_decoder import feature_distance, merge_decoder, redrawn, split_decoder, vae_decoder_stage
+from jaxdiff.training.vae_decoder import (
+    feature_distance,
+    merge_decoder,
+    redraw_latents,
+    split_decoder,
+    vae_decoder_stage,
+)
 from tests.support.stages import BATCH, keys, random_images, settings, whole_model, write_houses
 from tests.support.tiny import SIDE, tiny_params
 
@@ -157,7 +163,7 @@ def test_redrawn_latents_are_those_of_a_sampler():
     params, rng = tiny_params(model), np.random.default_rng(0)
     latents = rng.normal(size=(BATCH, 4, 4, model.vae.config.latent_channels)).astype(np.float32)
     batch = prepare_pairs(model)({"text": [f"{i} houses" for i in range(BATCH)]})
-    found = jax.jit(lambda keys: redrawn(model, params, latents, batch, keys, how))(keys())
+    found = jax.jit(lambda keys: redraw_latents(model, params, latents, batch, keys, how))(keys())
     ids = jaxdiff.tokenize(model, [f"{i} houses" for i in range(BATCH)]), jaxdiff.tokenize(model, [""] * BATCH)
     cond, none = (jaxdiff.encode_text(model, params, tokens) for tokens in ids)
     schedule, last = noise_schedule(model.scheduler), model.scheduler.num_train_timesteps - 1

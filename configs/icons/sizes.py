@@ -27,10 +27,9 @@ SOURCES = (
 )
 
 
-def check(scale: str) -> str:
+def check(scale: str) -> None:
     if scale not in SCALES:
         raise ValueError(f"the scale {scale!r} after the colon must be one of {', '.join(SCALES)}")
-    return scale
 
 
 def clip() -> dict:

@@ -21,22 +21,22 @@ from datasets.icons.splits import SPLITS
 from datasets.icons.variants import ImageSpec, image_specs
 from jaxdiff.files import write_text
 
-RECIPE = 1  # raised whenever the same drawing gives other pixels, so that old and new ones never mix
+RECIPE = 1  # raised when a drawing's pixels change, so that images of different recipes never mix
 CC_BY = "https://creativecommons.org/licenses/by/{}/"
 
 
 def build(
     out: Path, cache: Path, sources: Sequence[Source], size: int = 128, processes: int = 2, flags: bool = False
 ) -> Counter:
-    """Build the set in `out`; images that are already there are kept. Returns the number of images by split.
+    """Build the set in `out`, keeping existing images. Returns the number of images by split.
 
     Args:
-        out: folder of the set; made if need be.
+        out: folder of the set; created if missing.
         cache: folder of the fetched packages.
         sources: what to draw.
         size: side of the images in pixels.
-        processes: how many draw at once.
-        flags: whether flags of countries are wanted.
+        processes: number of processes that draw.
+        flags: whether to include flags of countries.
 
     Raises:
         BuildError: something cannot be fetched or read, or `out` holds a set of another size.
@@ -52,28 +52,30 @@ def build(
             continue
         drawings += read_drawings(source, folder, lexicon, flags)
     planned = [(drawing, image_specs(drawing)) for drawing in drawings]
-    _draw([job for drawing, wanted in planned if (job := _job(out, drawing, wanted, size))], processes)
-    made = [spec for _, wanted in planned for spec in wanted if _path(out, spec).exists()]
-    if not made:
+    _draw([job for drawing, specs in planned if (job := _job(out, drawing, specs, size))], processes)
+    existing = [spec for _, specs in planned for spec in specs if _path(out, spec).exists()]
+    if not existing:
         raise BuildError(f"No image could be drawn into {out}: see the warnings above.")
     for split in SPLITS:
-        _write_metadata(out / split, [spec for spec in made if spec.split == split])
-    used = [source for source in sources if any(drawing.source == source for drawing in drawings)]
-    write_text(out / "LICENSES.md", licenses(used, made))
-    return Counter(spec.split for spec in made)
+        _write_metadata(out / split, [spec for spec in existing if spec.split == split])
+    used_sources = [source for source in sources if any(drawing.source == source for drawing in drawings)]
+    write_text(out / "LICENSES.md", licenses(used_sources, existing))
+    return Counter(spec.split for spec in existing)
 
 
 def _claim(out: Path, size: int) -> None:
-    """Mark `out` as a set of this size and recipe, or refuse one of another."""
-    marker, mine = out / "build.json", {"size": size, "recipe": RECIPE}
+    """Mark `out` as a set of this size and recipe. Raises BuildError if it holds one of another."""
+    marker, requested = out / "build.json", {"size": size, "recipe": RECIPE}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        theirs = json.loads(marker.read_text()) if marker.exists() else mine
+        stored = json.loads(marker.read_text()) if marker.exists() else requested
     except (OSError, ValueError) as error:
         raise BuildError(f"--out {out} cannot be used ({error}): give another folder.") from error
-    if theirs != mine:
-        raise BuildError(f"--out {out} holds a set built with {theirs}, not {mine}: delete it or give another folder.")
-    write_text(marker, json.dumps(mine) + "\n")
+    if stored != requested:
+        raise BuildError(
+            f"--out {out} holds a set built with {stored}, not {requested}: delete it or give another folder."
+        )
+    write_text(marker, json.dumps(requested) + "\n")
 
 
 def _fetch(source: Source, cache: Path) -> Path:
@@ -86,15 +88,15 @@ def _path(out: Path, spec: ImageSpec) -> Path:
     return out / spec.split / spec.file_name
 
 
-def _job(out: Path, drawing: Drawing, wanted: Iterable[ImageSpec], size: int) -> render.Job | None:
-    """What remains to be drawn of a drawing; None when all is there."""
-    missing = [spec for spec in wanted if not _path(out, spec).exists()]
+def _job(out: Path, drawing: Drawing, specs: Iterable[ImageSpec], size: int) -> render.Job | None:
+    """The job that draws a drawing's missing images; None if none is missing."""
+    missing = [spec for spec in specs if not _path(out, spec).exists()]
     outputs = tuple(render.Output(_path(out, spec), spec.color, spec.effect) for spec in missing)
     return render.Job(drawing.svg, drawing.path, drawing.source.trim, size, outputs) if outputs else None
 
 
 def _draw(jobs: list[render.Job], processes: int) -> None:
-    """Draw the jobs, with a progress bar on a terminal; the broken and blank ones are counted, and named at -v=1."""
+    """Draw the jobs, with a progress bar on a terminal. Broken and blank drawings are counted, and listed at -v=1."""
     if not jobs:
         return
     processes = min(processes, len(jobs), os.cpu_count() or 1)
@@ -114,15 +116,15 @@ def _draw(jobs: list[render.Job], processes: int) -> None:
         logging.warning("%d of %d drawings are broken or blank and were left out.", len(failures), len(jobs))
 
 
-def _write_metadata(folder: Path, found: list[ImageSpec]) -> None:
+def _write_metadata(folder: Path, specs: list[ImageSpec]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(spec.row(), ensure_ascii=False) for spec in found]
+    lines = [json.dumps(spec.row(), ensure_ascii=False) for spec in specs]
     write_text(folder / "metadata.jsonl", "".join(f"{line}\n" for line in lines))
 
 
-def licenses(sources: Sequence[Source], made: Sequence[ImageSpec]) -> str:
+def licenses(sources: Sequence[Source], specs: Sequence[ImageSpec]) -> str:
     """The text of LICENSES.md: every source's version, licence and count, and the credit that CC-BY asks for."""
-    counts = Counter(spec.source for spec in made)
+    counts = Counter(spec.source for spec in specs)
     rows: list[tuple[object, ...]] = [
         (s.name, s.package, s.version, s.license, counts[s.name], f"{s.author} ({s.url})") for s in sources
     ]

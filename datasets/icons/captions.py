@@ -1,4 +1,4 @@
-"""Captions: what a person would type to ask for a drawing."""
+"""Captions: prompts that a person would type for a drawing."""
 
 import re
 
@@ -6,8 +6,8 @@ from datasets.icons.lexicon import SYMBOLS, Subject
 from datasets.icons.sources import Style
 from datasets.icons.words import WORDS
 
-PLAIN = 3  # captions of a drawing that are its subject alone
-_UNCOUNTED, _PAIRS = frozenset(WORDS["uncounted"]), frozenset(WORDS["pairs"])
+PLAIN = 3  # captions of a drawing that only name its subject
+_UNCOUNTED, _PAIRED = frozenset(WORDS["uncounted"]), frozenset(WORDS["pairs"])
 _SINGULAR_ENDINGS = tuple(WORDS["singular_endings"])
 _VOWEL_SOUND = re.compile(
     r"(?!(uni|use|usb|uv|eu|one\b|ewe|u-))[aeiou]|(sos|nfc|hour|honest|heir|x-ray|mri|atm|8)\b", re.I
@@ -15,7 +15,7 @@ _VOWEL_SOUND = re.compile(
 
 
 def indefinite(phrase: str) -> str:
-    """The noun phrase with the article that it takes.
+    """The noun phrase with its indefinite article, if it takes one.
 
     >>> [indefinite(p) for p in ("castle", "owl", "red sunglasses", "fire", "hourglass", "bus", "slice of bread")]
     ['a castle', 'an owl', 'red sunglasses', 'fire', 'an hourglass', 'a bus', 'a slice of bread']
@@ -40,37 +40,37 @@ def _starts_with_vowel_sound(phrase: str) -> bool:
 def captions(subject: Subject, style: Style, color: str | None = None, plain: bool = True) -> list[str]:
     """The captions of one drawing, the fullest first: "a castle, flat emoji".
 
-    With a color every caption names it, for the drawing was filled with it ("a red castle, silhouette").
+    With a color, that of a recoloured drawing, every caption names it ("a red castle, silhouette").
 
     Args:
-        plain: whether the subject alone ("a castle") may ask for this drawing. It then stands PLAIN times at the end,
-            since this is what most people type.
+        plain: whether the subject alone ("a castle") is a caption of this drawing. It is then repeated PLAIN times at
+            the end, since this is what most people type.
 
     >>> captions(Subject("owl"), Style("flat emoji", of="a flat emoji of"), plain=False)
     ['an owl, flat emoji', 'owl, flat emoji', 'a flat emoji of an owl']
     """
 
-    def named(name: str) -> str:
-        name = f"{color} {name}" if color else name
-        return indefinite(name) if subject.counted else name
+    def named(noun: str) -> str:
+        noun = f"{color} {noun}" if color else noun
+        return indefinite(noun) if subject.counted else noun
 
-    bare = f"{color} {subject.name}" if color else subject.name
-    main = named(subject.name)
-    texts = [f"{main}, {style.name}", f"{bare}, {style.name}"]
-    texts += [f"{main}, {words}" for words in style.also]
-    texts.append(f"{style.of} {main}" if style.of else f"{style.name}, {main}")
+    plain_name = f"{color} {subject.name}" if color else subject.name
+    with_article = named(subject.name)
+    texts = [f"{with_article}, {style.name}", f"{plain_name}, {style.name}"]
+    texts += [f"{with_article}, {words}" for words in style.also]
+    texts.append(f"{style.of} {with_article}" if style.of else f"{style.name}, {with_article}")
     if color and style.name.endswith("icon"):
         texts.append(
             f"{indefinite(f'{color} icon')} of {indefinite(subject.name) if subject.counted else subject.name}"
         )
-    if subject.name in _PAIRS:
-        texts.append(f"{indefinite(f'pair of {bare}')}, {style.name}")
+    if subject.name in _PAIRED:
+        texts.append(f"{indefinite(f'pair of {plain_name}')}, {style.name}")
     texts += [f"{named(text)}, {style.name}" for text in subject.synonyms]
     if subject.keywords and subject.group != SYMBOLS:
-        texts.append(f"{main}, {', '.join(subject.keywords[:3])}, {style.name}")
+        texts.append(f"{with_article}, {', '.join(subject.keywords[:3])}, {style.name}")
     if color == "grey":
         texts += [text.replace("grey", "gray") for text in texts[:2]]
     texts += [text.replace("color", "colour") for text in texts[:1] if "color" in text]
     if plain:
         texts += [named(text) for text in subject.synonyms]
-    return list(dict.fromkeys(texts)) + [main] * (PLAIN if plain else 0)
+    return list(dict.fromkeys(texts)) + [with_article] * (PLAIN if plain else 0)

@@ -1,6 +1,6 @@
-"""Effects that paint a drawing over in another style, alpha included: RGBA [S, S, 4] uint8 in, the same out.
+"""Effects that repaint a drawing in another style, alpha included: RGBA [S, S, 4] uint8 -> the same.
 
-They are deterministic: the irregularity of paint and paper comes from a generator that the caller seeds.
+They are deterministic: irregularities of paint and paper come from a generator that the caller seeds.
 """
 
 import cv2
@@ -17,7 +17,7 @@ def _on_white(image: Pixels) -> np.ndarray:
 
 
 def _with_alpha(rgb: np.ndarray, alpha: np.ndarray) -> Pixels:
-    """Join colours [S, S, 3] and alpha [S, S], both in [0, 255]; colours under no alpha become 0, to pack well."""
+    """Join colours [S, S, 3] and alpha [S, S] in [0, 255]. Fully transparent pixels become 0, which compresses well."""
     image = np.dstack([rgb, alpha])
     image = np.clip(np.round(image), 0, 255).astype(np.uint8)
     image[image[..., 3] == 0] = 0
@@ -35,12 +35,12 @@ def watercolor(image: Pixels, rng: np.random.Generator) -> Pixels:
     size = image.shape[0]
     unit = size / 128
     grid = np.indices((size, size), dtype=np.float32)
-    bent = [grid[i] + 1.3 * unit * _clouds(rng, size, 4 * unit) for i in (0, 1)]
-    warp = cv2.remap(np.dstack([_on_white(image), image[..., 3]]), bent[1], bent[0], cv2.INTER_LINEAR)
-    alpha = cv2.GaussianBlur(warp[..., 3], (0, 0), 0.8 * unit)
-    wash = cv2.edgePreservingFilter(np.ascontiguousarray(warp[..., :3]), flags=1, sigma_s=12 * unit, sigma_r=0.5)
+    distorted = [grid[i] + 1.3 * unit * _clouds(rng, size, 4 * unit) for i in (0, 1)]
+    warped = cv2.remap(np.dstack([_on_white(image), image[..., 3]]), distorted[1], distorted[0], cv2.INTER_LINEAR)
+    alpha = cv2.GaussianBlur(warped[..., 3], (0, 0), 0.8 * unit)
+    wash = cv2.edgePreservingFilter(np.ascontiguousarray(warped[..., :3]), flags=1, sigma_s=12 * unit, sigma_r=0.5)
     wash = wash.astype(np.float32) / 255
-    # Pigment is thinner here, thicker there: colours move towards or away from the paper's white.
+    # Where pigment is thin or thick, colours move towards or away from the paper's white.
     density = 0.88 + 0.12 * _clouds(rng, size, 7 * unit) + 0.04 * _clouds(rng, size, 0.7 * unit)
     rim = cv2.GaussianBlur(alpha, (0, 0), 2.5 * unit).astype(np.float32) / 255
     density += 0.5 * (1 - rim)
@@ -49,11 +49,11 @@ def watercolor(image: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def _spread(image: Pixels, reach: int) -> np.ndarray:
-    """[S, S, 3] uint8: the drawing's colours carried outwards by `reach` pixels: no white mixes in at its rim."""
+    """[S, S, 3] uint8: the drawing's colours extended by `reach` pixels, so that no white mixes in at its rim."""
     alpha = image[..., 3:].astype(np.float32) / 255
-    near = cv2.GaussianBlur(alpha, (0, 0), reach / 2)[..., None]
-    around = cv2.GaussianBlur(image[..., :3] * alpha, (0, 0), reach / 2) / np.maximum(near, 1e-3)
-    return np.clip(image[..., :3] * alpha + around * (1 - alpha), 0, 255).astype(np.uint8)
+    blurred_alpha = cv2.GaussianBlur(alpha, (0, 0), reach / 2)[..., None]
+    blurred_color = cv2.GaussianBlur(image[..., :3] * alpha, (0, 0), reach / 2) / np.maximum(blurred_alpha, 1e-3)
+    return np.clip(image[..., :3] * alpha + blurred_color * (1 - alpha), 0, 255).astype(np.uint8)
 
 
 def _stroke(rng: np.random.Generator, length: int) -> np.ndarray:
@@ -146,18 +146,18 @@ def tint(image: Pixels, color: tuple[int, int, int]) -> Pixels | None:
     main = vivid & (np.abs(_angle(hue - peak)) < np.pi / 5)
     if main.sum() < 0.5 * solid.sum():
         return None
-    before = np.array([np.median(lab[..., i][main]) for i in range(3)])
-    if np.linalg.norm(before - target) < 45:  # to the eye still the same colour
+    main_color = np.array([np.median(lab[..., i][main]) for i in range(3)])
+    if np.linalg.norm(main_color - target) < 45:  # perceptually the same colour
         return None
-    # Near the main hue all of it, fading out to its sides, so that no seam shows.
-    weight = np.clip((np.pi / 3.2 - np.abs(_angle(hue - peak))) / (np.pi / 9), 0, 1) * np.clip((chroma - 8) / 10, 0, 1)
-    gain = min(np.hypot(*target[1:]) / max(np.hypot(*before[1:]), 1), 3)
+    # 1 near the main hue, fading out to both sides, so that no seam shows.
+    weights = np.clip((np.pi / 3.2 - np.abs(_angle(hue - peak))) / (np.pi / 9), 0, 1) * np.clip((chroma - 8) / 10, 0, 1)
+    gain = min(np.hypot(*target[1:]) / max(np.hypot(*main_color[1:]), 1), 3)
     towards = np.arctan2(target[2], target[1])
     changed = np.dstack(
-        [lab[..., 0] + 0.85 * (target[0] - before[0]), *(gain * chroma * f(towards) for f in (np.cos, np.sin))]
+        [lab[..., 0] + 0.85 * (target[0] - main_color[0]), *(gain * chroma * f(towards) for f in (np.cos, np.sin))]
     )
     changed[..., 0] = np.clip(changed[..., 0], 3, 97)
-    mixed = lab + weight[..., None] * (changed - lab)
+    mixed = lab + weights[..., None] * (changed - lab)
     rgb = cv2.cvtColor(mixed.astype(np.float32), cv2.COLOR_LAB2RGB)
     return _with_alpha(255 * np.clip(rgb, 0, 1), image[..., 3])
 

@@ -14,18 +14,18 @@ from jaxdiff.errors import JaxdiffError
 
 
 class BuildError(JaxdiffError, RuntimeError):
-    """A failure that one sentence explains."""
+    """A failure with a message of one sentence."""
 
 
 class Unavailable(BuildError):
-    """A source that this machine cannot fetch; the others still can be."""
+    """A source that cannot be fetched on this machine; the build continues without it."""
 
 
-def _run(command: list[str], folder: Path, what: str) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise BuildError(f"{what} failed ({lines[-1].strip()}): check the network and run again.")
+def _run(command: list[str], folder: Path, description: str) -> None:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if result.returncode:
+        lines = (result.stderr or result.stdout).strip().splitlines() or ["no message"]
+        raise BuildError(f"{description} failed ({lines[-1].strip()}): check the network and run again.")
 
 
 def npm_package(name: str, version: str, cache: Path) -> Path:
@@ -55,7 +55,7 @@ def _unpack(folder: Path, name: str) -> None:
     """Unpack the one .tgz in `folder` there; its tree is `package/…`."""
     try:
         (archive,) = folder.glob("*.tgz")
-        # Decompressed to its end and checksum: at a damaged header tarfile alone would stop silently.
+        # Decompress all of it, which verifies the checksum: tarfile alone stops silently at a damaged header.
         content = io.BytesIO(gzip.decompress(archive.read_bytes()))
         with tarfile.open(fileobj=content) as tar:
             tar.extractall(folder, filter="data")

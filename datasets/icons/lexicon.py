@@ -1,4 +1,4 @@
-"""What things are called: emojibase's names, keywords and groups, by name, code point or run-together name."""
+"""Names of things: emojibase's names, keywords and groups, by name, code point or name without spaces."""
 
 import re
 from pathlib import Path
@@ -9,20 +9,20 @@ from datasets.icons.sources import WORDS_PACKAGE
 from datasets.icons.splits import slug
 from datasets.icons.words import COLOR_WORDS, WORDS
 
-# emojibase's numbers of the groups whose members are things that one can draw.
+# emojibase's numbers of the groups of things that can be drawn.
 PEOPLE, NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS, SYMBOLS = 1, 3, 4, 5, 6, 7, 8
 THINGS = (NATURE, FOOD, TRAVEL, ACTIVITIES, OBJECTS)
 FLAGS, _COMPONENTS = 9, 2
 
 
 class Subject(NamedTuple):
-    """A thing that is drawn."""
+    """The subject of a drawing."""
 
     name: str  # canonical, without an article: "castle"
-    synonyms: tuple[str, ...] = ()  # words that also name it
-    keywords: tuple[str, ...] = ()  # words about it
-    group: int = -1  # emojibase's group; -1 when it is no emoji
-    counted: bool = True  # whether "a" may precede it
+    synonyms: tuple[str, ...] = ()  # other names
+    keywords: tuple[str, ...] = ()  # related words
+    group: int = -1  # emojibase's group; -1 if it is no emoji
+    counted: bool = True  # whether it may take an article
 
 
 def readable(label: str) -> str:
@@ -66,13 +66,15 @@ class Lexicon:
             code = _code(entry["hexcode"])
             self._by_code[code] = _subject(entry, [s for s, owner in shortcodes.items() if owner == code], labels)
             self._by_slug[slug(entry["label"])] = self._by_code[code]
-        runs = {s.replace("-", ""): self._by_code[owner] for s, owner in shortcodes.items() if owner in self._by_code}
-        self._by_run = runs | {name.replace("-", ""): subject for name, subject in self._by_slug.items()}
+        by_shortcode = {
+            s.replace("-", ""): self._by_code[owner] for s, owner in shortcodes.items() if owner in self._by_code
+        }
+        self._by_run = by_shortcode | {name.replace("-", ""): subject for name, subject in self._by_slug.items()}
         texts = (text for e in entries for text in (readable(e["label"]), *e.get("tags", ())))
         self.vocabulary = {word.strip(".,'") for text in texts for word in re.split(r"[\s-]+", text.lower())}
 
     def by_name(self, name: str) -> Subject | None:
-        """The subject of a hyphened name, today's or a former one ("bear-face" is the bear)."""
+        """The subject of a hyphenated name, current or former ("bear-face" is the bear)."""
         name = WORDS["renamed"].get(name, name).removeprefix("lower-left-")
         for candidate in (name, name.removesuffix("-face"), name.replace("cat-face", "cat"), f"{name}-face"):
             if candidate in self._by_slug:
@@ -88,7 +90,7 @@ class Lexicon:
         return self._by_run.get(name)
 
     def is_skin_tone(self, name: str) -> bool:
-        """Whether a hyphened name is a skin-tone variant of another."""
+        """Whether a hyphenated name is a skin-tone variant of another."""
         return "skin-tone" in name or (
             name not in self._by_slug and re.search(r"-(medium-)?(light|dark)$|-medium$", name) is not None
         )
@@ -103,22 +105,23 @@ def _subject(entry: dict, shortcodes: list[str], labels: set[str]) -> Subject:
     name = readable(entry["label"])
     words = re.split(r"[\s-]+", name.lower())
     tags = [tag for tag in entry.get("tags", ()) if tag.isascii() and tag.replace(" ", "").isalpha() and len(tag) > 2]
-    # Inflections of the name's own words say nothing new: "castles" beside "castle".
+    # Inflections of the name's words add nothing: "castles" beside "castle".
     tags = [
-        t
-        for t in tags
-        if not any(t[:4] == w[:4] or t == f"{w}s" for w in words) and not (t[-1] == "s" and t[:-1] in tags)
+        tag
+        for tag in tags
+        if not any(tag[:4] == word[:4] or tag == f"{word}s" for word in words)
+        and not (tag[-1] == "s" and tag[:-1] in tags)
     ]
     codes = sorted(code for code in shortcodes if entry["group"] in THINGS and code not in labels)
     synonyms = [
         *WORDS["everyday"].get(name, ()),
-        *(code.replace("-", " ") for code in codes if _says_more(code, words)),
+        *(code.replace("-", " ") for code in codes if _is_other_name(code, words)),
     ]
     return Subject(name, tuple(dict.fromkeys(synonyms))[:2], tuple(tags[:4]), entry["group"])
 
 
-def _says_more(code: str, words: list[str]) -> bool:
-    """Whether a shortcode is another name for what `words` name, and no respelling ("teddybear"), part or inversion."""
+def _is_other_name(code: str, words: list[str]) -> bool:
+    """Whether a shortcode is another name than `words`, and not a respelling ("teddybear"), part or inversion of it."""
     parts = code.split("-")
     if len(code) < 4 or not "".join(parts).isalpha() or "left" in parts or not COLOR_WORDS.isdisjoint(parts):
         return False
@@ -126,7 +129,7 @@ def _says_more(code: str, words: list[str]) -> bool:
 
 
 def _shortcodes(folder: Path) -> dict[str, str]:
-    """Hyphened shortcodes that mean one emoji only → its code points."""
+    """Hyphenated shortcodes of exactly one emoji -> its code points."""
     owners: dict[str, set[str]] = {}
     for name in ("cldr", "emojibase", "github", "iamcal", "joypixels"):
         path = folder / "en" / "shortcodes" / f"{name}.json"

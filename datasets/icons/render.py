@@ -1,4 +1,4 @@
-"""From a drawing to pixels on disk. Runs in worker processes: everything that crosses over is plain data."""
+"""From a drawing to image files. Runs in worker processes, so that jobs are plain data."""
 
 import io
 import zlib
@@ -17,7 +17,7 @@ from jaxdiff.files import atomic_write
 
 
 class Output(NamedTuple):
-    """One file to write: the drawing as it is, filled or tinted with a color, or painted over by a filter."""
+    """One file to write: the drawing unchanged, filled or tinted with a color, or repainted by an effect."""
 
     path: Path
     color: str | None
@@ -25,7 +25,7 @@ class Output(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One drawing and the files that are made of it."""
+    """One drawing and the files made of it."""
 
     svg: str | None
     path: Path | None
@@ -40,39 +40,40 @@ def render_svg(svg: str, width: int) -> Image.Image:
     Raises:
         ValueError: it cannot be drawn.
     """
-    # Without a resolution, sizes in millimetres and inches are refused; fonts would differ between machines.
+    # Sizes in millimetres and inches need a resolution. System fonts would differ between machines.
     png = resvg_py.svg_to_bytes(svg_string=svg, width=width, dpi=96.0, skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
 def trimmed(svg: str, size: int) -> Image.Image | None:
-    """An SVG document cut to its ink and centred on a square of `size` pixels; None when it has no ink."""
+    """An SVG document cropped to its ink and centred on a square of `size` pixels; None if it has no ink."""
     width = 2 * size
     box = _ink(render_svg(svg, width))
     if box is None:
         return None
-    ink = max(box[2] - box[0], box[3] - box[1])
-    if ink < size:  # a small drawing on a big page: draw it again, larger
-        width = min(width * size // max(ink, 1), 16 * size)
+    ink_size = max(box[2] - box[0], box[3] - box[1])
+    if ink_size < size:  # a small drawing on a large page: render it again, larger
+        width = min(width * size // max(ink_size, 1), 16 * size)
     image = render_svg(svg, width)
-    return _centred(image.crop(_ink(image)), size)
+    return _center(image.crop(_ink(image)), size)
 
 
 def _ink(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """The box of what is not transparent."""
+    """The bounding box of pixels that are not transparent."""
     return image.getchannel("A").point(lambda alpha: 255 if alpha > 12 else 0).getbbox()
 
 
-def _centred(image: Image.Image, size: int) -> Image.Image:
+def _center(image: Image.Image, size: int) -> Image.Image:
     scale = size * (1 - 2 * MARGIN) / max(image.size)
-    small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS, reducing_gap=3)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    resized = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
     canvas = Image.new("RGBA", (size, size))
-    canvas.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
-    # A page that is opaque to its corners has no transparent background to show another colour through.
-    if np.asarray(small)[..., 3].min() > 250:
-        paper = Image.new("RGBA", (size, size), "white")
-        paper.alpha_composite(canvas)
-        return paper
+    canvas.paste(resized, ((size - resized.width) // 2, (size - resized.height) // 2))
+    # A fully opaque drawing has no transparent background: its margin becomes white.
+    if np.asarray(resized)[..., 3].min() > 250:
+        white_page = Image.new("RGBA", (size, size), "white")
+        white_page.alpha_composite(canvas)
+        return white_page
     return canvas
 
 
@@ -89,7 +90,7 @@ def draw(job: Job) -> Pixels | None:
         image = trimmed(svg, job.size) if job.trim else render_svg(svg, job.size)
     else:
         with Image.open(job.path) as opened:
-            image = _centred(opened.convert("RGBA"), job.size)
+            image = _center(opened.convert("RGBA"), job.size)
     if image is None:
         return None
     pixels = np.asarray(image)
@@ -99,8 +100,8 @@ def draw(job: Job) -> Pixels | None:
 
 
 def write(job: Job) -> str | None:
-    """Draw a job and write its files, each whole or not at all; what went wrong, or None."""
-    cv2.setNumThreads(1)  # one process a core already
+    """Draw a job and write its files atomically. Returns what went wrong, or None."""
+    cv2.setNumThreads(1)  # there is one process per core
     try:
         pixels = draw(job)
     except (ValueError, OSError) as error:
@@ -108,14 +109,14 @@ def write(job: Job) -> str | None:
     if pixels is None:
         return f"{job.outputs[0].path.stem}: blank"
     for output in job.outputs:
-        image = _applied(pixels, output)
-        if image is not None:
-            save(image, output.path)
+        painted = _apply(pixels, output)
+        if painted is not None:
+            save(painted, output.path)
     return None
 
 
-def _applied(pixels: Pixels, output: Output) -> Pixels | None:
-    """What goes into the file; None when the drawing has no colour that could be changed to the wanted one."""
+def _apply(pixels: Pixels, output: Output) -> Pixels | None:
+    """The pixels of an output; None if the drawing has no colour that can be changed to the output's."""
     if output.color:
         return (fill if output.effect == "fill" else tint)(pixels, COLORS[output.color])
     if output.effect:
@@ -124,7 +125,7 @@ def _applied(pixels: Pixels, output: Output) -> Pixels | None:
 
 
 def save(image: Pixels, path: Path) -> None:
-    """Write lossless WebP under a temporary name, then rename it; without the alpha channel where all is opaque."""
+    """Write lossless WebP atomically, without an alpha channel if all pixels are opaque."""
     path.parent.mkdir(parents=True, exist_ok=True)
     opaque = image[..., 3].min() == 255
     drawing = Image.fromarray(np.ascontiguousarray(image[..., :3] if opaque else image))

@@ -7,11 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 
 class Style(NamedTuple):
-    """A way of drawing, and how captions say it."""
+    """A style of drawing, and its words in captions."""
 
     name: str  # canonical: the `style` column, the held-out pairs, and the first caption use it
-    also: tuple[str, ...] = ()  # other words for it, used after a comma: "a castle, <words>"
-    of: str = ""  # what goes before the subject: "<words> a castle"
+    also: tuple[str, ...] = ()  # synonyms, used after a comma: "a castle, <words>"
+    of: str = ""  # words before the subject: "<words> a castle"
 
 
 class Source(NamedTuple):
@@ -25,12 +25,12 @@ class Source(NamedTuple):
     license: str
     author: str
     url: str
-    paintings: bool = False  # its drawings are also painted over by every effect
-    recolor: int = 0  # one-color drawings, filled with so many named colors, black among them
-    tint: bool = False  # color drawings of things are also given other colors
-    trim: bool = False  # cut to the ink: the canvas of these drawings is mostly empty
-    plain: bool = True  # whether the subject alone asks for its drawings
-    names: str = ""  # pattern of the names that are taken, of drawings of known things alone; "": all
+    paintings: bool = False  # its drawings are also repainted by every effect
+    recolor: int = 0  # for one-color drawings: number of named colors to fill them with, including black
+    tint: bool = False  # color drawings of things are also tinted with other colors
+    trim: bool = False  # crop drawings to their ink, as their canvas is mostly empty
+    plain: bool = True  # whether the subject alone is a caption of its drawings
+    names: str = ""  # pattern of the names to take, which must also be known things; "": all
 
 
 def _style(entry: Mapping[str, Any]) -> Style:
@@ -52,10 +52,10 @@ def select(names: str) -> tuple[Source, ...]:
     Raises:
         ValueError: a name is not in the table; the message lists those that are.
     """
-    wanted = {name.strip() for name in names.split(",") if name.strip()}
+    requested = {name.strip() for name in names.split(",") if name.strip()}
     known = {source.name for source in SOURCES}
-    if not wanted or wanted == {"all"}:
+    if not requested or requested == {"all"}:
         return SOURCES
-    if unknown := sorted(wanted - known):
+    if unknown := sorted(requested - known):
         raise ValueError(f"--sources: unknown {', '.join(unknown)}; the known ones are {', '.join(sorted(known))}.")
-    return tuple(source for source in SOURCES if source.name in wanted)
+    return tuple(source for source in SOURCES if source.name in requested)

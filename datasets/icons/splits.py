@@ -1,4 +1,4 @@
-"""Which split an image belongs to: a hash of names decides, so that anybody gets the same splits."""
+"""The split of an image, by a hash of names, so that every build has the same splits."""
 
 import hashlib
 import re
@@ -23,9 +23,9 @@ def slug(text: str) -> str:
 
 
 def subject_key(subject: str) -> str:
-    """What subjects that are almost the same drawing have in common, so that they are held out together.
+    """A key that subjects of nearly the same drawing share, so that they are held out together.
 
-    Leading genders and colours, a final "face" or "facing right", and a plural s are ignored.
+    Leading genders and colours, a final "face" or "facing right", and a plural s are dropped.
 
     >>> subject_key("woman farmer") == subject_key("farmer"), subject_key("dog face"), subject_key("red hearts")
     (True, 'dog', 'heart')
@@ -42,8 +42,8 @@ def subject_key(subject: str) -> str:
     return "-".join(words)
 
 
-def _fraction(text: str) -> float:
-    """A number in [0, 1) that the text alone decides."""
+def _hash_fraction(text: str) -> float:
+    """A number in [0, 1) that depends only on the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
@@ -56,6 +56,6 @@ def split_of(subject: str, style: str) -> str:
     key = subject_key(subject)
     if key in {subject_key(name) for name in ALWAYS_TRAINED}:
         return "train"
-    if _fraction(f"subject:{key}") < HELD_OUT:
+    if _hash_fraction(f"subject:{key}") < HELD_OUT:
         return "heldout_subjects"
-    return "heldout_pairs" if _fraction(f"pair:{key}|{slug(style)}") < HELD_OUT else "train"
+    return "heldout_pairs" if _hash_fraction(f"pair:{key}|{slug(style)}") < HELD_OUT else "train"

@@ -20,7 +20,7 @@ from jaxdiff.io import hub
 from jaxdiff.training.checks import check_settings
 from jaxdiff.training.defaults import OPEN, RULES, current_name
 from jaxdiff.training.options import Options, OptionsError
-from jaxdiff.training.ranges import near, wanted
+from jaxdiff.training.ranges import describe, suggest
 
 PATHS = [name for name, field in RULES.items() if isinstance(field, Field) and field.metadata["path"]]
 PLANNED = [name for name in PATHS if "init_from" in name]  # that --plan reads
@@ -74,7 +74,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         _ = f.config is not None and f.config.stage  # raises where the file could not be read
     except flags.UnrecognizedFlagError as e:
         others = list({*f, *(f"config.{name}" for name in RULES)})
-        raise UsageError(f"--{e.flagname} is no flag: {near(e.flagname, others)}") from None
+        raise UsageError(f"--{e.flagname} is no flag: {suggest(e.flagname, others)}") from None
     except (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as e:
         raise UsageError(config_error(e)) from None
     if f.help:
@@ -138,7 +138,7 @@ def check_known(argv: list[str]) -> None:
             continue
         if inside := [known for known in RULES if known.startswith(f"{name}.")]:
             raise UsageError(f"--config.{name} is a group of settings: give one of them, such as --config.{inside[0]}.")
-        raise UsageError(f"--config.{name} is no setting: {near(name, list(RULES))}")
+        raise UsageError(f"--config.{name} is no setting: {suggest(name, list(RULES))}")
 
 
 def find_config(name: str) -> str:
@@ -182,7 +182,7 @@ def config_error(error: Exception) -> str:
     if match := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
         name, value = match.groups()
         if isinstance(field := RULES.get(name), Field):
-            return f"--config.{name}={value} must be {wanted(field)}."
+            return f"--config.{name}={value} must be {describe(field)}."
     if match := re.fullmatch(r"[\"'\\]*(\w+)[\"'\\]*( ?Did you mean.*)?", text.replace("\\n", " ")):
         return f"--config gives no {match[1]!r}: a size of config.model can be changed where the config has it."
     return f"--config: {re.split(r'Error: |.Errno [0-9]+. ', text)[-1]}"

@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: sizes of nearly equal area, and batches that each have one of them.
+"""Aspect-ratio buckets: sizes of nearly equal area, and batches of one size each.
 
-As in NovelAI's training of Stable Diffusion (blog.novelai.net, October 2022), except that every example of a bucket is
-read once an epoch, but for a remainder that does not fill a batch, which differs from epoch to epoch.
+As in NovelAI's training of Stable Diffusion (blog.novelai.net, October 2022), but every example of a bucket is read
+once per epoch, except for a remainder that does not fill a batch, which differs between epochs.
 """
 
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from jaxdiff.data.orders import ENDLESS
 
 
 class Buckets(NamedTuple):
-    """Sizes, and which of them each example is cut to."""
+    """Sizes, and the size that each example is cropped to."""
 
     sizes: tuple[tuple[int, int], ...]  # (height, width), in pixels
-    numbers: np.ndarray  # int [N], the number of each example's size; -1 leaves the example out
+    numbers: np.ndarray  # int [N], index of each example's size; -1 leaves the example out
 
 
 def bucket_sizes(image_size: int, multiple: int = 64, max_aspect: float = 2.0) -> tuple[tuple[int, int], ...]:
-    """(height, width) in multiples of `multiple` pixels, none of more pixels than the square of `image_size`.
+    """Sizes (height, width) in multiples of `multiple` pixels, with areas of at most `image_size` squared.
 
     >>> bucket_sizes(512, 64, 2.0)
     ((384, 640), (448, 576), (512, 512), (576, 448), (640, 384))
@@ -34,18 +34,18 @@ def bucket_sizes(image_size: int, multiple: int = 64, max_aspect: float = 2.0) -
             f"There are no buckets of {image_size} pixels in multiples of {multiple} with aspects up to {max_aspect}: "
             "image_size must be at least the multiple, and the aspect at least 1."
         )
-    area, found = image_size**2, set()
+    area, sizes = image_size**2, set()
     for side in range(multiple, area // multiple + 1, multiple):
-        other = area // side // multiple * multiple
-        if other and max(side, other) <= max_aspect * min(side, other):
-            found |= {(side, other), (other, side)}
-    # Of two that differ in their longer side alone, the larger.
-    longest = {min(size): max(max(s) for s in found if min(s) == min(size)) for size in found}
-    return tuple(sorted(size for size in found if max(size) == longest[min(size)]))
+        other_side = area // side // multiple * multiple
+        if other_side and max(side, other_side) <= max_aspect * min(side, other_side):
+            sizes |= {(side, other_side), (other_side, side)}
+    # Of sizes with the same shorter side, the largest.
+    longest = {min(size): max(max(s) for s in sizes if min(s) == min(size)) for size in sizes}
+    return tuple(sorted(size for size in sizes if max(size) == longest[min(size)]))
 
 
 def assign(sizes: tuple[tuple[int, int], ...], widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """For each image the number of the size with the nearest aspect ratio, by its logarithm; int16 [N].
+    """For each image the index of the size with the nearest aspect ratio, by its logarithm; int16 [N].
 
     -1 for an unreadable image, which has width or height 0.
 
@@ -61,13 +61,12 @@ def assign(sizes: tuple[tuple[int, int], ...], widths: np.ndarray, heights: np.n
 
 
 class BucketOrder:
-    """Entries (number of an example, (height, width)), of one size for `batch` positions in a row.
+    """Entries (index of an example, (height, width)), of one size for `batch` consecutive positions.
 
-    The order differs from epoch to epoch. No permutation is kept in memory: grain's shuffle computes one index at a
-    time.
+    The order differs between epochs. No permutation is held in memory: grain's shuffle computes one index at a time.
 
     Args:
-        batch: examples in a batch of all hosts together.
+        batch: examples in a global batch.
 
     Raises:
         ConfigError: no bucket fills a batch.
@@ -82,7 +81,7 @@ class BucketOrder:
         counts = np.bincount(numbers[numbers >= 0], minlength=len(buckets.sizes))
         ends = np.cumsum(counts) + np.count_nonzero(numbers < 0)
         self._sizes = buckets.sizes
-        self._members = [by_bucket[e - c : e] for e, c in zip(ends, counts, strict=True)]
+        self._members = [by_bucket[end - count : end] for end, count in zip(ends, counts, strict=True)]
         self._last_batch = np.cumsum(counts // batch)  # of each bucket, in an epoch
         self._steps = int(self._last_batch[-1])
         if not self._steps:
@@ -90,11 +89,11 @@ class BucketOrder:
         seeds = np.random.SeedSequence(seed).generate_state(len(counts) + 1)
 
         def permuted(count: int, seed: int) -> grain.MapDataset:
-            numbers = grain.MapDataset.range(max(count, 1))
-            return numbers.shuffle(seed=int(seed)) if shuffle else numbers
+            indices = grain.MapDataset.range(max(count, 1))
+            return indices.shuffle(seed=int(seed)) if shuffle else indices
 
         self._batches = permuted(self._steps, seeds[-1])
-        self._within = [permuted(int(c), s) for c, s in zip(counts, seeds[:-1], strict=True)]
+        self._within = [permuted(int(count), s) for count, s in zip(counts, seeds[:-1], strict=True)]
         self.size = self._steps * batch
 
     def __len__(self) -> int:
@@ -105,8 +104,8 @@ class BucketOrder:
         epoch = step // self._steps
         batch = self._batches[step]
         bucket = int(np.searchsorted(self._last_batch, batch, "right"))
-        first = int(self._last_batch[bucket - 1]) if bucket else 0
+        first_batch = int(self._last_batch[bucket - 1]) if bucket else 0
         members = self._members[bucket]
-        place = (batch - first) * self._batch + row
+        index = (batch - first_batch) * self._batch + row
         # grain gives the second pass over a shuffled range another order.
-        return int(members[self._within[bucket][epoch * len(members) + place]]), self._sizes[bucket]
+        return int(members[self._within[bucket][epoch * len(members) + index]]), self._sizes[bucket]

@@ -14,7 +14,7 @@ from jaxdiff.data.images import BLACK, on_background, open_image
 from jaxdiff.data.listing import HINT, examples
 from jaxdiff.data.source import Record, Source
 
-# Colours that transparent images are put on, by the name that goes into the caption: sRGB in 0..255.
+# Background colours for transparent images, sRGB in 0..255, by their names in captions.
 BACKGROUNDS = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
@@ -30,9 +30,9 @@ BACKGROUNDS = {
     "brown": (130, 80, 45),
 }
 WHITE_FRACTION = 0.5  # of the images with background="random"
-MIN_BACKGROUND = 0.02  # fraction of the image; a smaller background is white: nobody would mention it
-# Black ink does not show on black: this fraction of the subject must differ by more than so much in some channel of
-# 0..255, or the background is white, or black.
+MIN_BACKGROUND = 0.02  # fraction of the image below which a background is white, as a caption would not mention it
+# The subject must be visible: more than MIN_SUBJECT of its pixels differ from the background by more than MIN_CONTRAST
+# in some channel of 0..255. Otherwise the background is white, or black.
 MIN_SUBJECT, MIN_CONTRAST = 0.2, 48
 
 
@@ -43,8 +43,8 @@ class FolderSource:
 
     def __init__(self, path: str | Path, split: str = "train", **columns: str) -> None:
         self.name, self._examples = str(path), examples(path, split, **columns)
-        listed = [(e.path, e.captions) for e in self._examples]
-        self.digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
+        description = [(example.path, example.captions) for example in self._examples]
+        self.digest = hashlib.sha256(json.dumps(description).encode()).hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -55,43 +55,43 @@ class FolderSource:
 
 
 class Warp(NamedTuple):
-    """How far images are moved at random, evenly up to these; what the caption says stays true of small ones."""
+    """Maxima of random warps, sampled uniformly; captions should stay true."""
 
-    rotate: float = 0.0  # degrees, either way
-    stretch: float = 0.0  # share by which each side grows or shrinks, by itself
+    rotate: float = 0.0  # degrees, in both directions
+    stretch: float = 0.0  # share by which each side grows or shrinks independently
     shift: float = 0.0  # share of each side
 
     def __call__(self, images: Sequence[Image.Image], rng: np.random.Generator) -> list[Image.Image]:
-        """Images of one size, moved alike. What comes in from outside is transparent, or mirrored at the border."""
+        """Warp images of one size alike. Beyond the border they are transparent, or mirrored if they are opaque."""
         width, height = images[0].size
-        angle, *rest = rng.uniform(-1, 1, 5)
-        turn = np.deg2rad(self.rotate * angle)
-        size = np.exp(np.log1p(self.stretch) * np.array(rest[:2]))
-        moved = self.shift * np.array(rest[2:]) * (width, height)
-        # From where a pixel goes to where it comes from: about the centre, which shifts.
-        back = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / size[:, None]
+        angle, *factors = rng.uniform(-1, 1, 5)
+        radians = np.deg2rad(self.rotate * angle)
+        scales = np.exp(np.log1p(self.stretch) * np.array(factors[:2]))
+        translation = self.shift * np.array(factors[2:]) * (width, height)
+        # Maps output to input coordinates, about the centre.
+        inverse = np.array([[np.cos(radians), np.sin(radians)], [-np.sin(radians), np.cos(radians)]]) / scales[:, None]
         centre = np.array([width, height]) / 2
-        offset = centre - back @ (centre + moved)
-        return [self._moved(image, back, offset) for image in images]
+        offset = centre - inverse @ (centre + translation)
+        return [self._warp(image, inverse, offset) for image in images]
 
     @staticmethod
-    def _moved(image: Image.Image, back: np.ndarray, offset: np.ndarray) -> Image.Image:
-        if image.mode != "RGBA":  # opaque: as much again on each side, mirrored
-            pad = np.array(image.size)
-            pixels = np.pad(np.asarray(image), ((pad[1],) * 2, (pad[0],) * 2, (0, 0)), "symmetric")
-            size, image, offset = image.size, Image.fromarray(pixels), offset + pad
+    def _warp(image: Image.Image, inverse: np.ndarray, offset: np.ndarray) -> Image.Image:
+        if image.mode != "RGBA":  # opaque: pad each side by the image's size, mirrored
+            padding = np.array(image.size)
+            pixels = np.pad(np.asarray(image), ((padding[1],) * 2, (padding[0],) * 2, (0, 0)), "symmetric")
+            size, image, offset = image.size, Image.fromarray(pixels), offset + padding
         else:
             size = image.size
-        coefficients = (*back[0], offset[0], *back[1], offset[1])
+        coefficients = (*inverse[0], offset[0], *inverse[1], offset[1])
         return image.transform(size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
 
 
-STILL = Warp()
+NO_WARP = Warp()
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageDecoder:
-    """Decodes examples of a source, by their numbers, alone or with a size (height, width).
+    """Decodes examples of a source. An entry is an example's index, alone or with a size (height, width).
 
     (entry, generator) -> {"image": uint8 [H, W, 3], "text": str}, or {"skipped": name, "reason": str}. There is a
     "hint" of the image's shape where the metadata of a folder names one (HINT), or `make_control_image` is given.
@@ -103,7 +103,7 @@ class ImageDecoder:
     flip: bool = False
     background: str = "random"
     make_control_image: Callable[[np.ndarray], np.ndarray] | None = None
-    warp: Warp = STILL
+    warp: Warp = NO_WARP
 
     def __call__(self, entry: int | tuple[int, tuple[int, int]], rng: np.random.Generator) -> dict[str, Any]:
         index, size = entry if isinstance(entry, tuple) else (entry, (self.image_size, self.image_size))
@@ -111,13 +111,13 @@ class ImageDecoder:
         try:
             name, encoded, captions, extras = self.source.read(index)
             text = captions[rng.integers(len(captions))]
-            before = rng.bit_generator.state
-            image = _cut(open_image(encoded, max(size)), size, self.crop, rng)
+            rng_state = rng.bit_generator.state
+            image = _resize_and_crop(open_image(encoded, max(size)), size, self.crop, rng)
             hint = None
-            # Only in folders, where names were checked: the metadata of a shard must not name files of this machine.
+            # Only in folders, whose paths were checked: metadata of a shard must not refer to files of this machine.
             if isinstance(encoded, str) and isinstance(extras.get(HINT), str):
-                rng.bit_generator.state = before  # so that it is cut at the same place
-                hint = _cut(on_background(open_image(extras[HINT], max(size)), BLACK), size, self.crop, rng)
+                rng.bit_generator.state = rng_state  # for the same crop
+                hint = _resize_and_crop(on_background(open_image(extras[HINT], max(size)), BLACK), size, self.crop, rng)
         except Exception as e:  # a damaged file makes Pillow raise almost anything
             return {"skipped": name, "reason": str(e) or type(e).__name__}
         if self.flip and rng.random() < 0.5:
@@ -127,28 +127,30 @@ class ImageDecoder:
             image, *hints = self.warp([image, hint] if hint else [image], rng)
             hint = hints[0] if hints else None
         if image.mode == "RGBA":
-            colour = _colour(image, rng) if self.background == "random" else "white"
+            colour = _choose_background(image, rng) if self.background == "random" else "white"
             image = on_background(image, BACKGROUNDS[colour])
             if colour != "white":
                 text = f"{text}, on {'an' if colour[0] in 'aeiou' else 'a'} {colour} background"
-        found: dict[str, Any] = {"image": np.array(image), "text": text}
+        example: dict[str, Any] = {"image": np.array(image), "text": text}
         if hint:
-            found["hint"] = np.array(hint)
+            example["hint"] = np.array(hint)
         elif self.make_control_image:
-            found["hint"] = self.make_control_image(found["image"])
-        return found
+            example["hint"] = self.make_control_image(example["image"])
+        return example
 
 
-def _cut(image: Image.Image, size: tuple[int, int], crop: int | None, rng: np.random.Generator) -> Image.Image:
-    """Resize until (height, width) `size` is covered, then cut its centre, or a square of `crop` pixels at random.
+def _resize_and_crop(
+    image: Image.Image, size: tuple[int, int], crop: int | None, rng: np.random.Generator
+) -> Image.Image:
+    """Resize to cover (height, width) `size`, then crop its centre, or a square of `crop` pixels at random.
 
-    Only what is cut is computed, so a long strip does not grow into a huge image.
+    Only the cropped area is resized, so that a long strip does not become a huge image.
     """
-    covers = size[1], size[0]  # as Pillow counts: width, height
-    scale = min(n / side for n, side in zip(image.size, covers, strict=True))
-    sizes = [max(side, int(n / scale + 1e-6)) for n, side in zip(image.size, covers, strict=True)]
-    out = (crop, crop) if crop else covers
-    left, top = (int(rng.integers(n - o + 1)) if crop else (n - o) // 2 for n, o in zip(sizes, out, strict=True))
+    target = size[1], size[0]  # (width, height), as in Pillow
+    scale = min(n / side for n, side in zip(image.size, target, strict=True))
+    resized = [max(side, int(n / scale + 1e-6)) for n, side in zip(image.size, target, strict=True)]
+    out = (crop, crop) if crop else target
+    left, top = (int(rng.integers(n - c + 1)) if crop else (n - c) // 2 for n, c in zip(resized, out, strict=True))
     if scale == 1:
         return image.crop((left, top, left + out[0], top + out[1]))
     width, height = image.size
@@ -156,17 +158,17 @@ def _cut(image: Image.Image, size: tuple[int, int], crop: int | None, rng: np.ra
     return image.resize(out, Image.Resampling.LANCZOS, box)
 
 
-def _colour(image: Image.Image, rng: np.random.Generator) -> str:
-    """The name of a background for an RGBA image: white for half, otherwise any on which the image can be seen."""
+def _choose_background(image: Image.Image, rng: np.random.Generator) -> str:
+    """The name of a background for an RGBA image: white for half, otherwise any on which the image is visible."""
     names = list(BACKGROUNDS)
-    drawn = "white" if rng.random() < WHITE_FRACTION else names[1 + rng.integers(len(names) - 1)]
-    step = max(1, min(image.size) // 32)  # a sparse grid of the pixels will do
+    choice = "white" if rng.random() < WHITE_FRACTION else names[1 + rng.integers(len(names) - 1)]
+    step = max(1, min(image.size) // 32)  # a sparse grid of pixels suffices
     pixels = np.asarray(image)[::step, ::step].astype(int)
     if 1 - pixels[..., 3].mean() / 255 < MIN_BACKGROUND:
         return "white"
     subject = pixels[pixels[..., 3] > 127, :3]
-    for name in (drawn, "white", "black"):
-        differs = np.abs(subject - BACKGROUNDS[name]).max(-1, initial=0) > MIN_CONTRAST
-        if differs.sum() > MIN_SUBJECT * len(subject):
+    for name in (choice, "white", "black"):
+        is_visible = np.abs(subject - BACKGROUNDS[name]).max(-1, initial=0) > MIN_CONTRAST
+        if is_visible.sum() > MIN_SUBJECT * len(subject):
             return name
-    return drawn
+    return choice

@@ -26,44 +26,44 @@ def open_image(file: str | Path | bytes, min_side: int | None = None, *, max_pix
 
     Args:
         file: a PNG, JPEG, WebP, GIF, BMP or TIFF file, or its bytes; of an animation the first frame is read.
-        min_side: pixels wanted of each side: a much larger JPEG is read at a half, quarter or eighth of its size.
-        max_pixels: of the image, at most; None is `MAX_PIXELS`.
+        min_side: pixels needed of each side; a much larger JPEG is read at a half, quarter or eighth of its size.
+        max_pixels: maximum number of pixels; None is `MAX_PIXELS`.
 
     Raises:
-        ImageError: the image is larger than `max_pixels`, or its greys are of a range that is not known.
+        ImageError: the image is larger than `max_pixels`, or the range of its greys is unknown.
         Exception: whatever Pillow raises on a damaged or missing file: OSError, SyntaxError, struct.error, …
     """
-    with _opened(file) as image:
-        most = MAX_PIXELS if max_pixels is None else max_pixels
-        if image.width * image.height > most:
-            raise ImageError(f"{image.width}x{image.height} pixels are more than the {most} allowed")
+    with _open(file) as image:
+        limit = MAX_PIXELS if max_pixels is None else max_pixels
+        if image.width * image.height > limit:
+            raise ImageError(f"{image.width}x{image.height} pixels are more than the {limit} allowed")
         if min_side:
             image.draft(None, (2 * min_side, 2 * min_side))
-        white = _white(image) if image.mode.startswith("I") else 0
-        clear = transparent_value(image)
-        if clear is not None:
-            image.info["transparency"] = clear
-        # Pillow reads 16 bits a color as 8: the other 8 tell which pixels are transparent.
-        low = _low_bytes(file) if isinstance(clear, tuple) and _raw_mode(image) == "RGB;16B" else None
+        max_grey = _max_grey(image) if image.mode.startswith("I") else 0
+        transparent = transparent_value(image)
+        if transparent is not None:
+            image.info["transparency"] = transparent
+        # Pillow drops the lower 8 of 16 bits a color, which are needed to find transparent pixels.
+        low_bytes = _low_bytes(file) if isinstance(transparent, tuple) and _raw_mode(image) == "RGB;16B" else None
         ImageOps.exif_transpose(image, in_place=True)
-        if low is not None:
-            high = np.asarray(image.convert("RGB")).astype(np.uint16)
-            opaque = (high << 8 | low != np.asarray(clear)).any(-1)
+        if low_bytes is not None:
+            high_bytes = np.asarray(image.convert("RGB")).astype(np.uint16)
+            opaque = (high_bytes << 8 | low_bytes != np.asarray(transparent)).any(-1)
             del image.info["transparency"]
             image.putalpha(Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8)))
             return image
         if image.mode == "F":
             return Image.fromarray(to_uint8(np.asarray(image))).convert("RGB")
-        if white:  # Pillow's own conversion clips at 255 instead of scaling
+        if max_grey:  # Pillow's own conversion clips at 255 instead of scaling
             values = np.asarray(image)
-            grey = Image.fromarray(to_uint8(values / white)).convert("RGB")
-            if clear is not None:
-                grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+            grey = Image.fromarray(to_uint8(values / max_grey)).convert("RGB")
+            if transparent is not None:
+                grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
             return grey
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-def _opened(file: str | Path | bytes) -> Image.Image:
+def _open(file: str | Path | bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -75,37 +75,37 @@ def _opened(file: str | Path | bytes) -> Image.Image:
 
 def _low_bytes(file: str | Path | bytes) -> np.ndarray:
     """The lower 8 bits of each color of a PNG of 16 bits a color, upright by its EXIF orientation: uint8 [H, W, 3]."""
-    with _opened(file) as image:
-        # PNG has the higher byte first. Pillow keeps the one that it takes for the higher, here the second.
+    with _open(file) as image:
+        # PNG stores the higher byte first. With "16L" Pillow keeps the lower one instead.
         image.tile = [(*tile[:3], "RGB;16L") for tile in image.tile]  # type: ignore[attr-defined]
         ImageOps.exif_transpose(image, in_place=True)
         return np.asarray(image)
 
 
 def _raw_mode(image: Image.Image) -> Any:
-    """How a file that is not yet decoded holds its pixels, in Pillow's words; None of other images."""
+    """Pillow's raw mode of an image file that is not decoded yet; None for other images."""
     tiles = getattr(image, "tile", None)
-    found = tiles[0][3] if tiles else None
-    return found[0] if isinstance(found, tuple) and found else found  # of TIFF with more about the decoder
+    mode = tiles[0][3] if tiles else None
+    return mode[0] if isinstance(mode, tuple) and mode else mode  # TIFF has a tuple
 
 
-def _white(image: Image.Image) -> int:
-    """The largest value of greys of more than 8 bits, in a file that is not yet decoded. Raises ImageError."""
-    kind = str(_raw_mode(image))
-    if not kind.startswith(("I;16", "I;12")) or kind.endswith("S"):
+def _max_grey(image: Image.Image) -> int:
+    """The maximum grey of an image of more than 8 bits that is not decoded yet. Raises ImageError if unknown."""
+    mode = str(_raw_mode(image))
+    if not mode.startswith(("I;16", "I;12")) or mode.endswith("S"):
         raise ImageError("its greys are integers of 32 bits or with a sign, so that it is not known which is white")
-    return 4095 if kind.startswith("I;12") else 65535
+    return 4095 if mode.startswith("I;12") else 65535
 
 
 def transparent_value(image: Image.Image) -> Any:
-    """The grey or color of a PNG that counts as transparent (tRNS); None if there is none.
+    """The grey or color that is transparent in a PNG (tRNS); None if there is none.
 
-    In the file's own bits, as Pillow has it, but of 2 and 4 bits a grey in 8, as Pillow has the pixels.
+    It has the file's bit depth, like Pillow's value, but greys of 2 and 4 bits are scaled to 8 like Pillow's pixels.
     """
-    clear, kind = image.info.get("transparency"), _raw_mode(image)
-    if isinstance(clear, int) and kind in ("L;2", "L;4"):
-        return (clear & 3) * 85 if kind == "L;2" else (clear & 15) * 17
-    return clear
+    value, mode = image.info.get("transparency"), _raw_mode(image)
+    if isinstance(value, int) and mode in ("L;2", "L;4"):
+        return (value & 3) * 85 if mode == "L;2" else (value & 15) * 17
+    return value
 
 
 def on_background(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
@@ -128,6 +128,6 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
         return image
     levels = np.round(255 * image.astype(np.float64))
     if not (levels.min() >= 0 and levels.max() <= 255):  # true of not-a-number too
-        found = f"{image.dtype} from {image.min():g} to {image.max():g}"
-        raise ImageError(f"its values are {found}, and must be uint8 or from 0 to 1")
+        value_range = f"{image.dtype} from {image.min():g} to {image.max():g}"
+        raise ImageError(f"its values are {value_range}, and must be uint8 or from 0 to 1")
     return levels.astype(np.uint8)

@@ -18,8 +18,8 @@ class LatentShards:
     """Examples {"latents": [h, w, C], "tokens": [L], …} in a folder of parts, each of one size.
 
     Attributes:
-        buckets: sizes of latents and which of them each example has; None if all have one size.
-        fingerprint: of what the latents were computed from.
+        buckets: sizes of latents and each example's size; None if all have the same.
+        fingerprint: of the data, settings and models that the latents were computed from.
         model: fingerprint of the autoencoder and tokenizer alone.
         made: the settings that the latents were written with, by name.
         names: of the arrays of an example.
@@ -32,7 +32,7 @@ class LatentShards:
         self.name = str(path)
         try:
             info = json.loads((path / INFO).read_bytes())
-            parts, of_parts = [str(p) for p in info["parts"]], [(int(h), int(w)) for h, w in info["sizes"]]
+            parts, part_sizes = [str(p) for p in info["parts"]], [(int(h), int(w)) for h, w in info["sizes"]]
             self.fingerprint, self.model = str(info["fingerprint"]), str(info["model"])
             self.made = dict(info.get("made", {}))
         except OSError as e:
@@ -44,8 +44,8 @@ class LatentShards:
         if missing := [p for p in parts if "/" in p or not (path / p).is_dir()]:
             raise ConfigError(f"{path / missing[0]} is missing: run train.py --precompute again.")
         self._rows = store.Rows([str(path / p) for p in parts])
-        sizes = tuple(sorted(set(of_parts)))
-        numbers = np.repeat([sizes.index(s) for s in of_parts], self._rows.counts)
+        sizes = tuple(sorted(set(part_sizes)))
+        numbers = np.repeat([sizes.index(s) for s in part_sizes], self._rows.counts)
         self.buckets = Buckets(sizes, numbers) if len(sizes) > 1 else None
         if not len(self._rows):
             raise ConfigError(f"{path} holds no examples.")
@@ -55,6 +55,6 @@ class LatentShards:
         return len(self._rows)
 
     def __call__(self, entry: int | tuple[int, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """The arrays of an entry of an order: a number, or (number, size)."""
+        """The arrays of an entry of an order: an index, or (index, size)."""
         _, row = self._rows[entry[0] if isinstance(entry, tuple) else int(entry)]
         return {name: np.array(values) for name, values in row.items()}

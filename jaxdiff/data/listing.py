@@ -31,15 +31,15 @@ TABLE = "metadata.csv"  # the same
 PARQUET = "metadata.parquet"  # the same, as Hugging Face's folders of images have it
 TABLES = (METADATA, TABLE, PARQUET)  # in the order in which they count
 CAPTION_SUFFIXES = (".txt", ".caption")  # of the text file beside an image
-HINT = "conditioning_file"  # the metadata's key for a ControlNet's input image
-REPEATS = "repeats"  # and for how often a pass over the data shows an image
+HINT = "conditioning_file"  # metadata key of a ControlNet's input image
+REPEATS = "repeats"  # metadata key of how often an epoch shows an image
 MAX_REPEATS = 1000
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Subfolders that are splits of their own, so that "train" without a folder of its own does not hold their images.
+# Subfolders with splits of their own, whose images are not part of a "train" split without a subfolder.
 SPLITS = ("train", "validation", "valid", "val", "test", "testing", "dev", "eval", "evaluation")
-REPEATED = re.compile(r"(\d+)_(.+)")  # a folder's name as kohya's scripts have it
-LOOKED_AT = 100  # examples of metadata beside which text files are looked for
-NAMED = 3  # files that a sentence names
+REPEATED_FOLDER = re.compile(r"(\d+)_(.+)")  # kohya's scripts: "10_sks dog"
+CHECKED_EXAMPLES = 100  # examples of metadata that are checked for text files beside them
+MAX_NAMED = 3  # files that a message lists
 
 
 class NoCaptions(ConfigError):
@@ -73,44 +73,46 @@ def examples(path: str | Path, split: str = "train", *, image_column: str = "", 
         say_once(f"{root} holds {' and '.join(kinds)}: {kinds[0]} is read.")
     columns = image_column or "file_name", text_column
     if kinds[0] == METADATA:
-        once = list(_from_lines(root / METADATA, *columns))
+        unrepeated = list(_from_lines(root / METADATA, *columns))
     elif kinds[0] == TABLE:
-        once = list(_from_table(root / TABLE, *columns))
+        unrepeated = list(_from_table(root / TABLE, *columns))
     elif kinds[0] == PARQUET:
-        once = list(_from_parquet(root / PARQUET, *columns))
+        unrepeated = list(_from_parquet(root / PARQUET, *columns))
     elif text_column or image_column:
         raise ConfigError(
             f"data.text_column and data.image_column name columns, and {root} has text files: leave them out."
         )
     else:
-        once = _from_files(root)
-    found = [e for e in once for _ in range(e.extras.get(REPEATS, 1))]
-    if len({HINT in e.extras for e in found}) > 1:
+        unrepeated = _from_files(root)
+    listed = [example for example in unrepeated for _ in range(example.extras.get(REPEATS, 1))]
+    if len({HINT in example.extras for example in listed}) > 1:
         raise ConfigError(f'{root / kinds[0]} gives some images a "{HINT}" and others none: give one to all, or none.')
-    if not found:
+    if not listed:
         raise ConfigError(f"{root / kinds[0]} is empty: give it a line with file_name and text for each image.")
-    if empty := [Path(e.path) for e in once if not any(e.captions)]:
-        say_once(f"{len(empty)} of {len(once)} captions in {root} are empty: {_names(root, empty)}.")
-    if kinds[0] != _TEXT_FILES and any(caption_files(Path(e.path)) for e in found[:LOOKED_AT]):
+    if empty := [Path(example.path) for example in unrepeated if not any(example.captions)]:
+        say_once(f"{len(empty)} of {len(unrepeated)} captions in {root} are empty: {_describe_files(root, empty)}.")
+    if kinds[0] != _TEXT_FILES and any(caption_files(Path(example.path)) for example in listed[:CHECKED_EXAMPLES]):
         say_once(f"The text files beside the images of {root} are not read: {kinds[0]} has the captions.")
-    return found
+    return listed
 
 
 _TEXT_FILES = "text files beside images"
 
 
 def metadata_files(root: Path) -> list[str]:
-    """The names of the metadata that lie in a folder, in the order in which they count."""
+    """The names of a folder's metadata files, in order of precedence."""
     return [name for name in TABLES if (root / name).is_file()]
 
 
 def has_text_files(root: Path) -> bool:
     """Whether a folder has captions beside its images, or in the names of its subfolders."""
-    return root.is_dir() and any(caption_files(p) or repeated(root, p)[1] for p in image_files(root, below=True))
+    return root.is_dir() and any(
+        caption_files(p) or folder_label(root, p)[1] for p in image_files(root, recursive=True)
+    )
 
 
 def _kinds(root: Path) -> list[str]:
-    """The kinds of captions that a folder holds, in the order in which they count."""
+    """The kinds of captions in a folder, in order of precedence."""
     return metadata_files(root) or ([_TEXT_FILES] if has_text_files(root) else [])
 
 
@@ -120,10 +122,10 @@ def listed_files(path: str | Path, split: str, **columns: str) -> list[Path]:
     Raises:
         ConfigError: see `examples`.
     """
-    found, root = examples(path, split, **columns), find_root(Path(path), split)
+    listed, root = examples(path, split, **columns), find_root(Path(path), split)
     kind = _kinds(root)[0]
-    hints = [Path(e.extras[HINT]) for e in found if HINT in e.extras]
-    images = [Path(e.path) for e in found]
+    hints = [Path(example.extras[HINT]) for example in listed if HINT in example.extras]
+    images = [Path(example.path) for example in listed]
     texts = [p for image in images for p in caption_files(image)[:1]] if kind == _TEXT_FILES else [root / kind]
     return [*texts, *images, *hints]
 
@@ -138,42 +140,42 @@ def find_root(path: Path, split: str) -> Path:
             if has_captions(root):
                 return root
     splits = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".") and _kinds(p))
-    there = f"; its splits are {', '.join(splits)}" if splits else f", no {TABLE} and no text files beside images"
-    raise NoCaptions(f"The data folder {path} has no {split}/{METADATA}{there}.")
+    hint = f"; its splits are {', '.join(splits)}" if splits else f", no {TABLE} and no text files beside images"
+    raise NoCaptions(f"The data folder {path} has no {split}/{METADATA}{hint}.")
 
 
-def image_files(folder: Path, *, below: bool = False) -> list[Path]:
+def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
     """The image files of a folder, by their suffixes, sorted by name.
 
     Args:
-        below: those of its subfolders too, but for splits and the workdirs of runs.
+        recursive: whether to include subfolders, except for splits and the workdirs of runs.
 
     Raises:
         ConfigError: a subfolder cannot be read.
     """
-    if not below:
+    if not recursive:
         return sorted(p for p in folder.glob("*") if _is_image(p.name))
-    found: list[Path] = []
+    files: list[Path] = []
 
     def unreadable(error: OSError) -> None:
         raise ConfigError(f"{error.filename} cannot be read ({error.strerror}).")
 
-    for place, folders, names in os.walk(folder, onerror=unreadable):
-        apart = SPLITS if Path(place) == folder else ()
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in apart]
-        if Path(place) != folder and "run.json" in names:
+    for directory, folders, names in os.walk(folder, onerror=unreadable):
+        excluded = SPLITS if Path(directory) == folder else ()
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in excluded]
+        if Path(directory) != folder and "run.json" in names:
             folders[:] = names = []
-        found += [Path(place, name) for name in names if _is_image(name)]
-    return sorted(found)
+        files += [Path(directory, name) for name in names if _is_image(name)]
+    return sorted(files)
 
 
 def uncaptioned(folder: Path) -> list[Path]:
     """The images of a folder that needs no captions: its own, else those of subfolders such as "10_sks dog"."""
-    below = image_files(folder, below=True) if folder.is_dir() else []
-    found = [p for p in below if p.parent == folder] or [p for p in below if repeated(folder, p)[1]]
-    if found and len(below) > len(found):
-        say_once(f"{len(below) - len(found)} images in subfolders of {folder} are not read.")
-    return found
+    all_images = image_files(folder, recursive=True) if folder.is_dir() else []
+    images = [p for p in all_images if p.parent == folder] or [p for p in all_images if folder_label(folder, p)[1]]
+    if images and len(all_images) > len(images):
+        say_once(f"{len(all_images) - len(images)} images in subfolders of {folder} are not read.")
+    return images
 
 
 def _is_image(name: str) -> bool:
@@ -181,19 +183,19 @@ def _is_image(name: str) -> bool:
 
 
 def caption_files(image: Path) -> list[Path]:
-    """The text files beside an image that may hold its caption, the first of which counts."""
+    """The text files beside an image that may hold its caption, in order of precedence."""
     suffixes = [s for suffix in CAPTION_SUFFIXES for s in (suffix, suffix.upper())]
     return [p for suffix in suffixes for p in (image.with_suffix(suffix), Path(f"{image}{suffix}")) if p.is_file()]
 
 
-def repeated(root: Path, image: Path) -> tuple[int, str]:
+def folder_label(root: Path, image: Path) -> tuple[int, str]:
     """(repeats per epoch, caption) of an image, from the name of its folder in `root`; (1, "") by default.
 
-    >>> repeated(Path("dogs"), Path("dogs/10_sks dog/a.png"))
+    >>> folder_label(Path("dogs"), Path("dogs/10_sks dog/a.png"))
     (10, 'sks dog')
     """
-    inside = image.relative_to(root).parts
-    match = REPEATED.fullmatch(inside[0]) if len(inside) > 1 else None
+    parts = image.relative_to(root).parts
+    match = REPEATED_FOLDER.fullmatch(parts[0]) if len(parts) > 1 else None
     if match is None or not 1 <= int(match[1]) <= MAX_REPEATS:
         return 1, ""
     return int(match[1]), match[2].replace("_", " ").strip()
@@ -201,30 +203,36 @@ def repeated(root: Path, image: Path) -> tuple[int, str]:
 
 def _from_files(root: Path) -> list[Example]:
     """The images of a folder with the text files beside them."""
-    images = image_files(root, below=True)
+    images = image_files(root, recursive=True)
     with ThreadPoolExecutor(16) as pool:
-        texts = list(pool.map(caption_files, images))
-        captions = list(pool.map(lambda files: _lines(files[0]) if files else (), texts))
-    named = [repeated(root, image) for image in images]
-    if missing := [p for p, found, (_, name) in zip(images, captions, named, strict=True) if not (found or name)]:
+        text_files = list(pool.map(caption_files, images))
+        captions = list(pool.map(lambda files: _lines(files[0]) if files else (), text_files))
+    listed, missing, ambiguous, folders = list[Example](), list[Path](), list[Path](), set[str]()
+    for image, files, texts in zip(images, text_files, captions, strict=True):
+        repeats, folder_caption = folder_label(root, image)
+        if not (texts or folder_caption):
+            missing.append(image)
+        if len({file.suffix.lower() for file in files}) > 1:
+            ambiguous.append(image)
+        if folder_caption:
+            folders.add(image.relative_to(root).parts[0])
+        listed.append(Example(str(image), texts or (folder_caption,), {REPEATS: repeats} if repeats > 1 else {}))
+    if missing:
         raise ConfigError(
             f"{len(missing)} of {len(images)} images in {root} have no text file beside them with a caption, such as "
-            f"{_names(root, missing)}: write them, or take the images out."
+            f"{_describe_files(root, missing)}: write them, or take the images out."
         )
-    if two := [p for p, files in zip(images, texts, strict=True) if len({f.suffix.lower() for f in files}) > 1]:
+    if ambiguous:
         say_once(
-            f"{len(two)} of {len(images)} images in {root} have text files of both kinds ({_names(root, two)}): "
-            f"{CAPTION_SUFFIXES[0]} is read."
+            f"{len(ambiguous)} of {len(images)} images in {root} have text files of both kinds "
+            f"({_describe_files(root, ambiguous)}): {CAPTION_SUFFIXES[0]} is read."
         )
-    if folders := sorted({p.relative_to(root).parts[0] for p, (_, name) in zip(images, named, strict=True) if name}):
+    if folders:
         say_once(
-            f"Images of {', '.join(folders[:NAMED])} in {root} are shown as often as the number says; the rest of the "
-            "name is the caption of those without a text file."
+            f"Images of {', '.join(sorted(folders)[:MAX_NAMED])} in {root} are shown as often as the number says; the "
+            "rest of the name is the caption of those without a text file."
         )
-    return [
-        Example(str(p), found or (name,), {REPEATS: n} if n > 1 else {})
-        for p, found, (n, name) in zip(images, captions, named, strict=True)
-    ]
+    return listed
 
 
 def _lines(path: Path) -> tuple[str, ...]:
@@ -233,9 +241,9 @@ def _lines(path: Path) -> tuple[str, ...]:
     return tuple(line for line in lines if line) or ("",)
 
 
-def _names(root: Path, paths: list[Path]) -> str:
-    more = ", …" if len(paths) > NAMED else ""
-    return ", ".join(str(p.relative_to(root)) for p in paths[:NAMED]) + more
+def _describe_files(root: Path, paths: list[Path]) -> str:
+    ellipsis = ", …" if len(paths) > MAX_NAMED else ""
+    return ", ".join(str(p.relative_to(root)) for p in paths[:MAX_NAMED]) + ellipsis
 
 
 def _text(path: Path) -> str:
@@ -281,12 +289,13 @@ def _from_table(table: Path, image: str, text: str) -> Iterator[Example]:
                 continue
             if not header:
                 header = cells
-                if twice := next((name for name in header if header.count(name) > 1), None):
-                    raise ConfigError(f"{where} names the column {twice!r} twice: rename one of them.")
+                if duplicate := next((name for name in header if header.count(name) > 1), None):
+                    raise ConfigError(f"{where} names the column {duplicate!r} twice: rename one of them.")
                 if image not in header:
-                    found = next((f" (it has {name} between them)" for c, name in OTHER if c in row[0]), "")
+                    used = next((name for separator, name in OTHER_SEPARATORS if separator in row[0]), None)
+                    hint = f" (it has {used} between them)" if used else ""
                     raise ConfigError(
-                        f"{where} must name the columns, {image} and {text or 'text'}, with commas between{found}."
+                        f"{where} must name the columns, {image} and {text or 'text'}, with commas between{hint}."
                     )
                 continue
             if len(cells) != len(header):
@@ -294,10 +303,11 @@ def _from_table(table: Path, image: str, text: str) -> Iterator[Example]:
                     f"{where} has {len(cells)} cells, the header {len(header)}: put a caption with commas into quotes."
                 )
             values = {name: _number(cell) for name, cell in zip(header, cells, strict=True) if cell}
-            texts = {
+            # Captions and file names stay text, even if they look like numbers.
+            values |= {
                 name: cell for name, cell in zip(header, cells, strict=True) if _is_text(name, text) or name == image
             }
-            yield _example(table.parent, where, values | texts, image, text)
+            yield _example(table.parent, where, values, image, text)
     except csv.Error as e:
         raise ConfigError(f"{table}, line {rows.line_num} cannot be read ({e}).") from None
 
@@ -310,7 +320,7 @@ def _from_parquet(table: Path, image: str, text: str) -> Iterator[Example]:
 
 
 NUMBER = re.compile(r"-?[0-9]{1,300}(\.[0-9]+)?([eE][-+]?[0-9]+)?")  # Python refuses integers of 4300 digits
-OTHER = ((";", "semicolons"), ("\t", "tabs"), ("|", "bars"))  # separators that are not commas
+OTHER_SEPARATORS = ((";", "semicolons"), ("\t", "tabs"), ("|", "bars"))  # separators that are not commas
 
 
 def _is_text(name: str, text: str) -> bool:
@@ -318,27 +328,27 @@ def _is_text(name: str, text: str) -> bool:
 
 
 def _number(cell: str) -> Any:
-    """A cell as a number where it is one, as filters want it."""
+    """The cell as a number if it is one, for filters."""
     if not NUMBER.fullmatch(cell):
         return cell
     return int(cell) if cell.lstrip("-").isdecimal() else float(cell)
 
 
-def _example(folder: Path, where: str, given: Mapping[str, Any], image: str, text: str) -> Example:
-    values = dict(given)
+def _example(folder: Path, where: str, row: Mapping[str, Any], image: str, text: str) -> Example:
+    values = dict(row)
     text = text or next((name for name in TEXT_NAMES if name in values), "text")
     for key, setting in ((image, "image_column"), (text, "text_column")):
         if key not in values:
-            there = ", ".join(map(str, values)) or "nothing"
-            raise ConfigError(f'{where} lacks "{key}"; it has {there}: name the column with data.{setting}.')
+            columns = ", ".join(map(str, values)) or "nothing"
+            raise ConfigError(f'{where} lacks "{key}"; it has {columns}: name the column with data.{setting}.')
     name, captions = values.pop(image), values.pop(text)
     if isinstance(name, str):
-        name = name.replace("\\", "/")  # as Windows separates folders
+        name = name.replace("\\", "/")  # Windows
     if not isinstance(name, str) or not name:
         raise ConfigError(f'{where}: "{image}" must be the name of an image, not {name!r}.')
-    for inside in (name, values.get(HINT, "")):
-        if not isinstance(inside, str) or inside.startswith("/") or ".." in inside.split("/"):
-            raise ConfigError(f"{where}: the image {inside!r} lies outside of the folder: name one inside.")
+    for file_name in (name, values.get(HINT, "")):
+        if not isinstance(file_name, str) or file_name.startswith("/") or ".." in file_name.split("/"):
+            raise ConfigError(f"{where}: the image {file_name!r} lies outside of the folder: name one inside.")
     if HINT in values:
         values[HINT] = f"{folder}/{values[HINT]}"
     repeats = values.get(REPEATS, 1)

@@ -1,11 +1,9 @@
-"""Orders: which example is at a position of the global stream, which all hosts read together.
+"""Orders map positions of the global stream, which all hosts read together, to examples.
 
-There are three:
-
-  - every example by itself (folders, tar shards, Arrow, ArrayRecord): `Shuffled`;
-  - blocks that can only be read as a whole (Parquet): each batch has rows from every host shard, one for each host that
-    the run began with, see `HostShards` and `BlockOrder`;
-  - buckets of sizes: each batch comes from one of them, see `buckets.BucketOrder`.
+- `Shuffled`: examples that can be read one by one (folders, tar shards, Arrow, ArrayRecord).
+- `HostShards` of `BlockOrder`s: blocks that can only be read as a whole (Parquet). Each batch has rows from every host
+  shard, of which there is one for each host that the run began with.
+- `buckets.BucketOrder`: buckets of sizes; each batch comes from one of them.
 """
 
 from collections.abc import Sequence
@@ -17,11 +15,11 @@ import numpy as np
 from jaxdiff.config import ConfigError
 
 WINDOW = 4  # blocks whose examples are mixed
-ENDLESS = 2**62  # positions; `len` allows no more than twice as many
+ENDLESS = 2**62  # length of an endless order; `len` cannot return more than twice that
 
 
 class Order(Protocol):
-    """What all hosts together read, position after position; an entry is what a `pipeline.Decoder` takes."""
+    """The entries that all hosts read together, by position; a `pipeline.Decoder` decodes them."""
 
     size: int  # entries in the first epoch
 
@@ -30,27 +28,27 @@ class Order(Protocol):
 
 
 class Shuffled:
-    """Numbers of examples, each by itself, in another order each epoch."""
+    """Indices of examples, in another order each epoch."""
 
     def __init__(self, size: int, *, seed: int, shuffle: bool, epochs: int | None) -> None:
-        numbers = grain.MapDataset.range(size)  # no permutation is held: grain computes one index at a time
-        self._numbers = (numbers.shuffle(seed=seed) if shuffle else numbers).repeat(epochs)
+        indices = grain.MapDataset.range(size)  # no permutation is held: grain computes one index at a time
+        self._indices = (indices.shuffle(seed=seed) if shuffle else indices).repeat(epochs)
         self.size = size
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._indices)
 
     def __getitem__(self, position: int) -> int:
-        return int(self._numbers[position])
+        return int(self._indices[position])
 
 
 class BlockOrder:
-    """Numbers of examples: whole blocks in random order, and the examples within every `WINDOW` of them mixed.
+    """Indices of examples: blocks in random order, and the examples of each `WINDOW` consecutive blocks mixed.
 
     Args:
         counts: int [N], examples in each block.
         host_shard, host_shards: this order has every `host_shards`-th block, the same ones each epoch, so that a host
-            that reads one shard reads no blocks of the others. Shards with fewer examples begin the next epoch earlier.
+            only reads blocks of its own shards. Shards with fewer examples begin the next epoch earlier.
 
     >>> order = BlockOrder(np.asarray([2, 3, 1]), seed=0, shuffle=True, epochs=None)
     >>> [sorted(order[6 * epoch + i] for i in range(6)) for epoch in (0, 7)]
@@ -72,9 +70,9 @@ class BlockOrder:
     ) -> None:
         if len(counts) < host_shards:
             raise ConfigError(f"{len(counts)} row groups are too few for {host_shards} hosts: write smaller ones.")
-        every = np.random.default_rng(seed).permutation(len(counts)) if shuffle else np.arange(len(counts))
-        mine = every[host_shard::host_shards]
-        self._starts, self._counts = (np.cumsum(counts) - counts)[mine], np.asarray(counts)[mine]
+        block_order = np.random.default_rng(seed).permutation(len(counts)) if shuffle else np.arange(len(counts))
+        own_blocks = block_order[host_shard::host_shards]
+        self._starts, self._counts = (np.cumsum(counts) - counts)[own_blocks], np.asarray(counts)[own_blocks]
         self.size, self._epochs = int(self._counts.sum()), epochs
         self._seed, self._shuffle = seed, shuffle
         self._epoch: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
@@ -84,28 +82,28 @@ class BlockOrder:
         return self.size * self._epochs if self._epochs else ENDLESS
 
     def __getitem__(self, position: int) -> int:
-        epoch, at = divmod(position, self.size)
-        known = self._epoch  # one look: another thread may replace it
-        if known[0] != epoch:
+        epoch, offset = divmod(position, self.size)
+        epoch_state = self._epoch  # read once: another thread may replace it
+        if epoch_state[0] != epoch:
             blocks = np.arange(len(self._counts))
             if self._shuffle:
                 blocks = np.random.default_rng([self._seed, epoch]).permutation(blocks)
             windows = np.add.reduceat(self._counts[blocks], np.arange(0, len(blocks), WINDOW))
-            known = self._epoch = (epoch, blocks, np.cumsum(windows))
-        _, blocks, ends = known
-        number = int(np.searchsorted(ends, at, "right"))
+            epoch_state = self._epoch = (epoch, blocks, np.cumsum(windows))
+        _, blocks, ends = epoch_state
+        window_index = int(np.searchsorted(ends, offset, "right"))
         window = self._window
-        if window[0] != (epoch, number):
-            chosen = blocks[number * WINDOW : (number + 1) * WINDOW]
-            examples = np.concatenate([self._starts[b] + np.arange(self._counts[b]) for b in chosen])
+        if window[0] != (epoch, window_index):
+            window_blocks = blocks[window_index * WINDOW : (window_index + 1) * WINDOW]
+            examples = np.concatenate([self._starts[b] + np.arange(self._counts[b]) for b in window_blocks])
             if self._shuffle:
-                examples = np.random.default_rng([self._seed, epoch, number]).permutation(examples)
-            window = self._window = ((epoch, number), examples)
-        return int(window[1][at - (int(ends[number - 1]) if number else 0)])
+                examples = np.random.default_rng([self._seed, epoch, window_index]).permutation(examples)
+            window = self._window = ((epoch, window_index), examples)
+        return int(window[1][offset - (int(ends[window_index - 1]) if window_index else 0)])
 
 
 class HostShards:
-    """Orders side by side: each has an equal share of the rows of every batch, the first order the first rows.
+    """Orders side by side: each supplies an equal share of the rows of every batch, the first order the first rows.
 
     Raises:
         ConfigError: the batch is not divisible by the number of orders.
@@ -124,5 +122,5 @@ class HostShards:
 
     def __getitem__(self, position: int) -> Any:
         batch, row = divmod(position, self._batch)
-        shard, within = divmod(row, self._rows)
-        return self._shards[shard][batch * self._rows + within]
+        shard, shard_row = divmod(row, self._rows)
+        return self._shards[shard][batch * self._rows + shard_row]

@@ -1,11 +1,11 @@
-"""From a source to batches, through grain: reproducible by seed, resumable, divided among hosts.
+"""From a source to batches with grain: reproducible by seed, resumable, divided among hosts.
 
-The pipeline is order -> this host's rows of each batch -> decode -> threads or processes -> batch. An order says which
-example is at a position of the global stream, which all hosts read together, see `jaxdiff.data.orders`.
+The pipeline is order -> this host's rows of each batch -> decode -> threads or processes -> batch. An order maps the
+positions of the global stream, which all hosts read together, to examples, see `jaxdiff.data.orders`.
 
-Randomness depends on the seed and the position alone, and host h of H reads rows h b … (h + 1) b - 1 of each batch of
-H b positions. So batches do not depend on the number of hosts, threads or workers, nor on restarts, and the state of an
-iterator is the number of examples that all hosts together have read.
+Randomness depends only on the seed and the position, and host h of H reads rows h b … (h + 1) b - 1 of each batch of
+H b positions. Batches therefore do not depend on the number of hosts, threads or workers, nor on restarts, and the
+state of an iterator is the number of examples that all hosts together have read.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from absl import flags, logging
 from jaxdiff.config import ConfigError
 from jaxdiff.data.orders import Order, Shuffled
 
-FORMER_KEY = "lanes"  # the name of "host_shards" in states of older checkpoints
+FORMER_KEY = "lanes"  # the former name of "host_shards", in states of older checkpoints
 MAX_REPLACEMENTS = 1000  # examples tried in place of a bad one
 # (an order's entry, generator) -> an example as arrays and text, or {"skipped": name, "reason": sentence}
 Decoder = Callable[[Any, np.random.Generator], dict[str, Any]]
@@ -30,7 +30,7 @@ class Skipped:
     """Counts the images that could not be read.
 
     Attributes:
-        count: how many times an image was left out.
+        count: number of images left out.
         reasons: path -> what is wrong with it.
     """
 
@@ -40,7 +40,7 @@ class Skipped:
         self._path, self._limit, self._in_a_row = path, limit, 0
 
     def keep(self, element: dict[str, Any]) -> bool:
-        """Whether the element holds an example, its own or a replacement. Bad ones are counted, and named once.
+        """Whether the element holds an example, its own or a replacement. Bad images are counted, and logged once.
 
         Raises:
             ConfigError: `limit` elements in a row hold none.
@@ -67,20 +67,20 @@ class GlobalStream:
     replace: bool  # whether the next good example replaces a bad one
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """The example at a position; of a bad one {"skipped", "reason"}, together with its replacement if any."""
+        """The example at a position; for a bad one {"skipped", "reason"}, together with its replacement if any."""
         entry = self.order[position]
-        found = self._decoded(entry, position)
-        if "skipped" in found and self.replace:
+        example = self._decode(entry, position)
+        if "skipped" in example and self.replace:
             size = entry[1] if isinstance(entry, tuple) else None
-            for following in range(position + 1, position + 1 + min(self.order.size, MAX_REPLACEMENTS)):
-                entry = self.order[following % len(self.order)]
+            for next_position in range(position + 1, position + 1 + min(self.order.size, MAX_REPLACEMENTS)):
+                entry = self.order[next_position % len(self.order)]
                 if isinstance(entry, tuple) and entry[1] != size:
                     continue  # of another bucket
-                if "skipped" not in (other := self._decoded(entry, position)):
-                    return other | found
-        return found
+                if "skipped" not in (replacement := self._decode(entry, position)):
+                    return replacement | example
+        return example
 
-    def _decoded(self, entry: Any, position: int) -> dict[str, Any]:
+    def _decode(self, entry: Any, position: int) -> dict[str, Any]:
         return self.decode(entry, np.random.default_rng([self.seed, position]))
 
 
@@ -95,8 +95,8 @@ class HostSlice:
     rows: int
 
     def __len__(self) -> int:
-        whole, rest = divmod(max(len(self.stream.order) - self.start, 0), self.batch)
-        return whole * self.rows + min(max(rest - self.first, 0), self.rows)
+        full_batches, remainder = divmod(max(len(self.stream.order) - self.start, 0), self.batch)
+        return full_batches * self.rows + min(max(remainder - self.first, 0), self.rows)
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
         batch, row = divmod(int(index), self.rows)
@@ -122,7 +122,7 @@ class CaptionedData:
     seed: int  # of random choices in decoding
     host_shards: int  # of a new run
     replace: bool  # see `GlobalStream`; otherwise bad examples are left out
-    size: int  # images in the whole source
+    size: int  # images in the source
     skipped: Skipped  # by all iterators together
     batch_size: int  # of this host
     host_index: int
@@ -151,20 +151,21 @@ class BatchIterator:
 
     def __next__(self) -> dict[str, Any]:
         """The next batch: {"image": uint8 [b, H, W, 3], "text": list of b strings}, or what else is decoded."""
-        data, rows = self._data, self._data.batch_size
+        data, batch_size = self._data, self._data.batch_size
         if self._examples is None:
             self._start, self._read = self._consumed(), 0
-            stream, batch = data.stream(self._host_shards), rows * data.host_count
-            mine = grain.MapDataset.source(HostSlice(stream, self._start, batch, data.host_index * rows, rows))
-            self._examples = iter(_read_ahead(mine, rows, self._workers, self._threads))
-        kept: list[dict[str, Any]] = []
-        while len(kept) < rows and (element := next(self._examples, None)) is not None:
+            stream, global_batch = data.stream(self._host_shards), batch_size * data.host_count
+            rows = HostSlice(stream, self._start, global_batch, data.host_index * batch_size, batch_size)
+            examples = grain.MapDataset.source(rows)
+            self._examples = iter(_read_ahead(examples, batch_size, self._workers, self._threads))
+        elements: list[dict[str, Any]] = []
+        while len(elements) < batch_size and (element := next(self._examples, None)) is not None:
             self._read += 1
             if data.skipped.keep(element):
-                kept.append(element)
-        if not kept or (data.drop_remainder and len(kept) < rows):
+                elements.append(element)
+        if not elements or (data.drop_remainder and len(elements) < batch_size):
             raise StopIteration
-        return collate(kept)
+        return collate(elements)
 
     def _consumed(self) -> int:
         return self._start + self._read * self._data.host_count
@@ -175,12 +176,12 @@ class BatchIterator:
 
     def set_state(self, state: Mapping[str, int]) -> None:
         """Resume from a state of `get_state`. Raises ConfigError if `state` is not one."""
-        known = state if isinstance(state, Mapping) else {}
-        examples, shards = known.get("examples"), known.get("host_shards", known.get(FORMER_KEY))
-        if not isinstance(examples, int) or not isinstance(shards, int):
+        fields = state if isinstance(state, Mapping) else {}
+        examples, host_shards = fields.get("examples"), fields.get("host_shards", fields.get(FORMER_KEY))
+        if not isinstance(examples, int) or not isinstance(host_shards, int):
             raise ConfigError("The position in the data was saved by another version of the input: begin a new run.")
         self.close()
-        self._start, self._read, self._host_shards = examples, 0, shards
+        self._start, self._read, self._host_shards = examples, 0, host_shards
 
     def resize(self, *, workers: int | None = None, threads: int | None = None) -> None:
         """Continue with another number of worker processes or threads. Batches read ahead are read again."""
@@ -213,48 +214,48 @@ def batches(
     workers: int = 0,
     threads: int = 8,
 ) -> CaptionedData:
-    """Batches of what `decode` makes of entries of an order.
+    """Batches of the examples that `decode` makes of an order's entries.
 
     Args:
         name, size: of the source.
-        decode: sees the numbers 0 … size - 1, or the entries of `order`.
-        order: called with a seed and a number of host shards; None reads every example by itself.
-        host_shards: how many a new run has.
+        decode: called with the entries of `order`, by default the indices 0 … size - 1.
+        order: called with a seed and a number of host shards; None reads examples one by one.
+        host_shards: their number in a new run.
         replace: whether the next good example replaces a bad one. Without `epochs` it always does, so that all hosts
-            stay at one position.
+            stay at the same position.
 
     Others as for `jaxdiff.data.captioned.captioned_data`.
 
     Raises:
         ConfigError: the batch is larger than what this host reads in all epochs.
     """
-    order_seed, draw_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
+    order_seed, decode_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
 
     @functools.cache
-    def ordered(host_shards: int) -> Order:
+    def order_for(host_shards: int) -> Order:
         if order is None:
             return Shuffled(size, seed=order_seed, shuffle=shuffle, epochs=epochs)
         return order(order_seed, host_shards)
 
-    first, replace = ordered(host_shards), replace or epochs is None
-    readable = len(first) // host_count
+    initial_order, replace = order_for(host_shards), replace or epochs is None
+    readable = len(initial_order) // host_count
     if drop_remainder and readable < batch_size:
         raise ConfigError(
             f"batch_size {batch_size} is more than the {readable} images that this host reads from {name}: lower it."
         )
-    skipped = Skipped(name, 1 if replace else first.size)
+    skipped = Skipped(name, 1 if replace else initial_order.size)
     return CaptionedData(
-        ordered, decode, draw_seed, host_shards, replace, size, skipped, batch_size, host_index, host_count,
+        order_for, decode, decode_seed, host_shards, replace, size, skipped, batch_size, host_index, host_count,
         drop_remainder, workers, threads,
     )  # fmt: skip
 
 
 def _read_ahead(examples: grain.MapDataset, batch_size: int, workers: int, threads: int) -> grain.IterDataset:
-    # Room for two batches in all, and one example more for every thread, so that none waits.
+    # Room for two batches in total, and one more example for each thread, so that none waits.
     buffer = 2 * batch_size // max(workers, 1) + threads
     dataset = examples.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
     if workers:
-        if not flags.FLAGS.is_parsed():  # outside of absl's `app.run`, where grain reads its flags all the same
+        if not flags.FLAGS.is_parsed():  # outside of absl's `app.run`, grain reads its flags nevertheless
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=buffer))
     return dataset
@@ -263,11 +264,11 @@ def _read_ahead(examples: grain.MapDataset, batch_size: int, workers: int, threa
 def collate(elements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Examples as a batch: arrays are stacked, text makes a list."""
     names = elements[0].keys()
-    columns = {n: [e[n] for e in elements] for n in names}
-    return {n: c if isinstance(c[0], str) else np.stack(c) for n, c in columns.items()}
+    columns = {name: [element[name] for element in elements] for name in names}
+    return {name: values if isinstance(values[0], str) else np.stack(values) for name, values in columns.items()}
 
 
 def read_range(data: CaptionedData, start: int, stop: int) -> Iterator[dict[str, Any]]:
     """Examples at positions start … stop - 1 of the global stream, bad ones included; two batches are read ahead."""
-    whole = grain.MapDataset.source(HostSlice(data.stream(data.host_shards), 0, 1, 0, 1))
-    return iter(_read_ahead(whole[start:stop], data.batch_size, data.workers, data.threads))
+    examples = grain.MapDataset.source(HostSlice(data.stream(data.host_shards), 0, 1, 0, 1))
+    return iter(_read_ahead(examples[start:stop], data.batch_size, data.workers, data.threads))

@@ -23,25 +23,25 @@ def example_class() -> Any:
     file = descriptor_pb2.FileDescriptorProto(name="jaxdiff_example.proto", package="jaxdiff", syntax="proto3")
 
     def message(name: str, *fields: tuple[str, int, int, str | None], parent: Any = file.message_type) -> Any:
-        made = parent.add(name=name)
-        for number, (field_name, kind, label, type_name) in enumerate(fields, 1):
-            made.field.add(name=field_name, number=number, type=kind, label=label, type_name=type_name)
-        return made
+        message_type = parent.add(name=name)
+        for number, (field_name, field_type, label, type_name) in enumerate(fields, 1):
+            message_type.field.add(name=field_name, number=number, type=field_type, label=label, type_name=type_name)
+        return message_type
 
-    one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
-    message("BytesList", ("value", field.TYPE_BYTES, many, None))
-    message("FloatList", ("value", field.TYPE_FLOAT, many, None))
-    message("Int64List", ("value", field.TYPE_INT64, many, None))
+    optional, repeated = field.LABEL_OPTIONAL, field.LABEL_REPEATED
+    message("BytesList", ("value", field.TYPE_BYTES, repeated, None))
+    message("FloatList", ("value", field.TYPE_FLOAT, repeated, None))
+    message("Int64List", ("value", field.TYPE_INT64, repeated, None))
     lists = ("bytes_list", "BytesList"), ("float_list", "FloatList"), ("int64_list", "Int64List")
-    feature = message("Feature", *((name, field.TYPE_MESSAGE, one, f".jaxdiff.{kind}") for name, kind in lists))
+    feature = message("Feature", *((name, field.TYPE_MESSAGE, optional, f".jaxdiff.{kind}") for name, kind in lists))
     feature.oneof_decl.add(name="kind")
     for choice in feature.field:
         choice.oneof_index = 0
-    features = message("Features", ("feature", field.TYPE_MESSAGE, many, ".jaxdiff.Features.FeatureEntry"))
-    value = ("value", field.TYPE_MESSAGE, one, ".jaxdiff.Feature")
-    entry = message("FeatureEntry", ("key", field.TYPE_STRING, one, None), value, parent=features.nested_type)
+    features = message("Features", ("feature", field.TYPE_MESSAGE, repeated, ".jaxdiff.Features.FeatureEntry"))
+    value = ("value", field.TYPE_MESSAGE, optional, ".jaxdiff.Feature")
+    entry = message("FeatureEntry", ("key", field.TYPE_STRING, optional, None), value, parent=features.nested_type)
     entry.options.map_entry = True
-    message("Example", ("features", field.TYPE_MESSAGE, one, ".jaxdiff.Features"))
+    message("Example", ("features", field.TYPE_MESSAGE, optional, ".jaxdiff.Features"))
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("jaxdiff.Example"))
@@ -51,7 +51,7 @@ def parse_example(data: bytes) -> dict[str, list[Any]]:
     """The features of a tf.train.Example: lists of bytes, floats or integers by name.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: the bytes are no such message.
     """
     from google.protobuf.message import DecodeError
 
@@ -64,7 +64,7 @@ def parse_example(data: bytes) -> dict[str, list[Any]]:
 
 
 class ArrayRecords:
-    """Examples in ArrayRecord files as a `Source`: a feature with the bytes of an image, one with captions.
+    """Examples in ArrayRecord files as a `Source`; a feature holds the bytes of an image, another its captions.
 
     Args:
         name: for messages.
@@ -90,10 +90,10 @@ class ArrayRecords:
         if not count:
             raise ConfigError(f"{name} has no records.")
         try:
-            found = parse_example(self._records[0])
+            features = parse_example(self._records[0])
         except Exception as e:
             raise ConfigError(f"{name}: the first record cannot be read: {e}.") from None
-        names = sorted(found)
+        names = sorted(features)
         self._image = find_column(name, names, "image", "data.image_column", image_column, IMAGE_NAMES)
         self._text = find_column(name, names, "caption", "data.text_column", text_column, TEXT_NAMES)
 
@@ -114,7 +114,8 @@ class ArrayRecords:
         if len(encoded) > MAX_BYTES:
             raise ValueError(f"{len(encoded)} bytes are more than the {MAX_BYTES} allowed")
         values = {
-            n: [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in vs] for n, vs in features.items()
+            name: [item.decode("utf-8", "replace") if isinstance(item, bytes) else item for item in items]
+            for name, items in features.items()
         }
-        extras = {n: vs[0] for n, vs in values.items() if n != self._text and len(vs) == 1}
+        extras = {name: items[0] for name, items in values.items() if name != self._text and len(items) == 1}
         return Record(where, encoded, text_of(values.get(self._text), where), extras)

@@ -1,7 +1,7 @@
 """Tar shards as webdataset writes them, read in any order.
 
-A sample is a run of files with one name up to the first dot: `000017.jpg`, `000017.txt`, `000017.json`. Nothing is
-unpacked. Each shard is read through once, header by header, for an index of where its images and captions are.
+A sample is a run of files with the same name up to the first dot: `000017.jpg`, `000017.txt`, `000017.json`. Nothing is
+unpacked: one pass over a shard's headers builds an index of where its images and captions are.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from jaxdiff.data.listing import IMAGE_SUFFIXES
 from jaxdiff.data.source import MAX_BYTES, MAX_TEXT, TEXT_NAMES, Record, files_digest, text_of
 
 TEXT_SUFFIXES = ("txt", "text", "caption")
-FIELDS = ("image", "text", "json")  # the index holds offset and size of each; size 0: the sample lacks it
+FIELDS = ("image", "text", "json")  # the index holds offset and size of each; size 0 means missing
 
 
 class _Headers:
-    """A tar file as `tarfile` reads headers from it: no claim of a header makes it read without end."""
+    """A file for `tarfile` to read headers from, which limits what a malicious header makes it read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.seek, self.tell, self._file = file.seek, file.tell, file
@@ -53,16 +53,16 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     try:
         tar = tarfile.TarFile(fileobj=_Headers(file), encoding="utf-8", errors="replace")  # type: ignore[arg-type]
         while member := tar.next():
-            left = size - member.offset_data
+            available = size - member.offset_data
             backwards = member.size < 0 or tar.offset < member.offset_data
-            if backwards or (member.isreg() and not member.issparse() and member.size > left):
-                raise tarfile.ReadError(f"{member.name!r} claims {member.size} bytes, of which {left} are there")
+            if backwards or (member.isreg() and not member.issparse() and member.size > available):
+                raise tarfile.ReadError(f"{member.name!r} claims {member.size} bytes, of which {available} are there")
             if member.isreg():
                 yield member
             tar.members = []  # type: ignore[attr-defined]  # a shard may have many
-    except (ValueError, IndexError, OverflowError, RecursionError) as e:  # tarfile's own at some damaged headers
+    except (ValueError, IndexError, OverflowError, RecursionError) as e:  # raised by tarfile for some damaged headers
         raise tarfile.ReadError(f"a header is damaged ({type(e).__name__})") from None
-    # tarfile stops silently at a damaged header, as it does at the end of a tar: a block of zeros, or nothing.
+    # tarfile stops at a damaged header as silently as at the end of a tar: a block of zeros, or no more data.
     file.seek(tar.offset)
     header = file.read(tarfile.BLOCKSIZE)
     if header.strip(b"\0"):
@@ -74,7 +74,7 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 def index_shard(path: Path) -> dict[str, np.ndarray]:
     """Where the samples of a shard are: {"image", "text", "json": int64 [n, 2]}, each (offset, bytes).
 
-    A warning names what is wrong with the shard. Of a damaged one the samples before the damage are used.
+    A warning reports what is wrong with the shard. The samples before a damaged header are used.
 
     Raises:
         ConfigError: it cannot be read, or is not a tar file.
@@ -91,20 +91,20 @@ def index_shard(path: Path) -> dict[str, np.ndarray]:
     if len(complete) < len(rows):
         problems.append(f"{len(rows) - len(complete)} of {len(rows)} samples lack an image or a caption")
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        logging.warning("In the shard %s %s%s.", path, problems[0], more)
-    return {f: np.asarray([row.get(f, (0, 0)) for row in complete], np.int64).reshape(-1, 2) for f in FIELDS}
+        note = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        logging.warning("In the shard %s %s%s.", path, problems[0], note)
+    return {name: np.asarray([row.get(name, (0, 0)) for row in complete], np.int64).reshape(-1, 2) for name in FIELDS}
 
 
 def _samples(file: BinaryIO) -> tuple[list[dict[str, tuple[int, int]]], list[str]]:
-    """(the fields of each sample of a shard, each (offset, bytes); what is wrong with the shard).
+    """(fields of each sample of a shard, each (offset, bytes); problems of the shard).
 
     Raises:
         ConfigError: nothing of it can be read.
     """
     rows: list[dict[str, tuple[int, int]]] = []
     problems: list[str] = []
-    last = None
+    last_key = None
     try:
         for member in members(file):
             if member.name.startswith("/") or ".." in member.name.split("/"):
@@ -113,9 +113,9 @@ def _samples(file: BinaryIO) -> tuple[list[dict[str, tuple[int, int]]], list[str
                 problems.append(f"{member.name!r} is a sparse file and is left out")
             else:
                 key, field = _split(member.name)
-                if key != last:
+                if key != last_key:
                     rows.append({})
-                    last = key
+                    last_key = key
                 if field and member.size:
                     rows[-1].setdefault(field, (member.offset_data, member.size))
     except tarfile.TarError as e:
@@ -172,7 +172,7 @@ class TarShards:
 
     def read(self, index: int, image: bool = True) -> Record:
         shard, row = self._rows[index]
-        # Opened for each record: a data set has more shards than a process may keep open.
+        # Opened for each record: a data set may have more shards than a process may keep open.
         with open(self._paths[shard], "rb", buffering=0) as file:
             where = f"{self._paths[shard]}: {_member_name(file, int(row['image'][0]))}"
             text = _read(file, row["text"], MAX_TEXT).decode("utf-8").strip()
@@ -193,10 +193,10 @@ def _member_name(file: BinaryIO, offset: int) -> str:
         raise ValueError(f"{file.name} has changed since it was indexed: there is no file at byte {offset}") from None
 
 
-def _read(file: BinaryIO, span: Sequence[int] | np.ndarray, most: int) -> bytes:
+def _read(file: BinaryIO, span: Sequence[int] | np.ndarray, max_size: int) -> bytes:
     offset, size = (int(n) for n in span)
-    if size > most:
-        raise ValueError(f"{size} bytes at byte {offset} of {file.name} are more than the {most} allowed")
+    if size > max_size:
+        raise ValueError(f"{size} bytes at byte {offset} of {file.name} are more than the {max_size} allowed")
     file.seek(offset)
     content = file.read(size)
     if len(content) < size:

@@ -20,7 +20,7 @@ TEXT_NAMES = ("text", "caption", "captions", "txt", "prompt")
 class Record(NamedTuple):
     """One captioned image, not yet decoded."""
 
-    name: str  # where it is, for messages
+    name: str  # its location, for messages
     image: str | bytes  # path of the file, or the bytes of one; b"" if it was not asked for
     captions: tuple[str, ...]  # at least one
     extras: Mapping[str, Any]  # other metadata
@@ -30,8 +30,8 @@ class Source(Protocol):
     """Records 0 … len - 1. Read by many threads at once, and pickled for worker processes without its data.
 
     Attributes:
-        name: of the whole source, for messages.
-        digest: of what it holds; different for other data.
+        name: of the source, for messages.
+        digest: of its contents.
         blocks: int [N], records in each block that can only be read as a whole; None if every record can be read alone.
     """
 
@@ -52,23 +52,25 @@ class Source(Protocol):
         ...
 
 
-def find_column(where: str, names: Sequence[str], what: str, setting: str, given: str, usual: Sequence[str]) -> str:
-    """The column named `given`; if that is "", the first one with a usual name.
+def find_column(
+    where: str, names: Sequence[str], content: str, setting: str, requested: str, usual_names: Sequence[str]
+) -> str:
+    """The column `requested`; if that is "", the first one with a usual name.
 
     Args:
         where: the data, for messages.
         names: of all columns.
-        what, setting: the column wanted, and the setting that names it.
+        content, setting: what the column holds, and the setting that names it, for messages.
 
     Raises:
         ConfigError: there is no such column.
     """
-    found = [name for name in ([given] if given else usual) if name in names]
-    if not found:
-        there = ", ".join(names[:20]) or "none"
-        wanted = f"{what} column {given!r}" if given else f"{what} column"
-        raise ConfigError(f"{where} has no {wanted}; its columns are {there}: name one with {setting}.")
-    return found[0]
+    matches = [name for name in ([requested] if requested else usual_names) if name in names]
+    if not matches:
+        columns = ", ".join(names[:20]) or "none"
+        column = f"{content} column {requested!r}" if requested else f"{content} column"
+        raise ConfigError(f"{where} has no {column}; its columns are {columns}: name one with {setting}.")
+    return matches[0]
 
 
 def files_digest(paths: Iterable[str | Path]) -> str:
@@ -100,7 +102,7 @@ class Subset:
         self.name = source.name
         self.blocks: np.ndarray | None = None
         self.digest = hashlib.sha256(source.digest.encode() + indices.astype(np.int64).tobytes()).hexdigest()[:32]
-        if source.blocks is not None:  # those that are left of each
+        if source.blocks is not None:  # the remaining records of each block
             borders = np.concatenate([[0], np.cumsum(source.blocks)])
             counts = np.diff(np.searchsorted(indices, borders))
             self.blocks = counts[counts > 0]

@@ -1,8 +1,8 @@
 """Arrays in parts on disk. Each part is written once, by one of the hosts, and mapped into memory by all.
 
-A part is a folder of .npy files, one for each array, all of one length [n, ...]. It is written under a temporary name,
-then renamed. So a killed process loses at most the parts that it was writing, and hosts that share the folder divide
-the work.
+A part is a folder of .npy files, one for each array, all of the same length [n, ...]. It is written under a temporary
+name, then renamed: a killed process loses at most the parts in progress, and hosts that share the folder divide the
+work.
 """
 
 import functools
@@ -42,27 +42,27 @@ def fill(
     Raises:
         ConfigError: the folder cannot be written, or the other hosts wrote nothing for `PATIENCE` seconds.
     """
-    there = _listed(folder)
-    mine = {names[i]: i for i in range(host_index, len(names), host_count) if names[i] not in there}
-    for partial in there:  # of a process that was killed: its name is .PART.PROCESS
-        if partial.startswith(".") and partial[1:].rpartition(".")[0] in mine:
+    existing = _list_names(folder)
+    own_parts = {names[i]: i for i in range(host_index, len(names), host_count) if names[i] not in existing}
+    for partial in existing:  # of a process that was killed: its name is .PART.PROCESS
+        if partial.startswith(".") and partial[1:].rpartition(".")[0] in own_parts:
             shutil.rmtree(folder / partial, ignore_errors=True)
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda name: write_part(folder / name, make(mine[name])), mine):
+        for _ in pool.map(lambda name: write_part(folder / name, make(own_parts[name])), own_parts):
             pass
-    missing, since, pause = set(names), time.monotonic(), 0.1
-    while left := missing - _listed(folder):
-        if len(left) < len(missing):
-            missing, since = left, time.monotonic()
-        if time.monotonic() - since > PATIENCE:
+    missing, last_progress, pause = set(names), time.monotonic(), 0.1
+    while still_missing := missing - _list_names(folder):
+        if len(still_missing) < len(missing):
+            missing, last_progress = still_missing, time.monotonic()
+        if time.monotonic() - last_progress > PATIENCE:
             raise ConfigError(f"{folder / min(missing)} was not written by its host within {PATIENCE:.0f} s.")
-        logging.log_every_n_seconds(logging.INFO, "Waiting for other hosts: %d parts of %s.", 60, len(left), folder)
+        logging.log_every_n_seconds(logging.INFO, "Waiting for other hosts: %d parts of %s.", 60, len(missing), folder)
         time.sleep(pause)
         pause = min(1.5 * pause, LONGEST_PAUSE)
 
 
-def _listed(folder: Path) -> set[str]:
-    """The names in a folder, by one call to the file system."""
+def _list_names(folder: Path) -> set[str]:
+    """The names in a folder, by a single call to the file system."""
     try:
         return set(os.listdir(folder))
     except OSError:  # no part is written yet, or writing one will raise what is wrong
@@ -83,7 +83,7 @@ def write_part(path: Path, arrays: Arrays) -> None:
                 np.save(partial / f"{name}.npy", array, allow_pickle=False)
             partial.rename(path)
         except OSError:
-            if not path.is_dir():  # else another host was faster
+            if not path.is_dir():  # otherwise another host was faster
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -108,7 +108,7 @@ _mapped = functools.lru_cache(OPEN_PARTS)(read_part)
 
 
 class Rows:
-    """The rows of all parts, one after the other. A pickle holds the parts' paths, and those given as arrays.
+    """The concatenated rows of all parts. A pickle holds paths of parts on disk, and arrays of those in memory.
 
     Args:
         parts: folders, or arrays in memory.
@@ -116,7 +116,7 @@ class Rows:
 
     def __init__(self, parts: Sequence[str | Arrays]) -> None:
         self._parts = list(parts)
-        with ThreadPoolExecutor(16) as pool:  # on network file systems most of the time is waiting
+        with ThreadPoolExecutor(16) as pool:  # network file systems have a high latency
             self.counts = np.asarray(list(pool.map(lambda p: len(next(iter(self._open(p).values()))), self._parts)))
         self._ends = np.cumsum(self.counts)
 

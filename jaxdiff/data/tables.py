@@ -1,7 +1,7 @@
 """Captioned images in tables: Parquet files, and Hugging Face datasets on disk (Arrow). Needs pyarrow.
 
 Arrow files are mapped into memory, and any row can be read alone. Of Parquet only whole row groups can be read: those
-used last are kept, and the pipeline shuffles row groups, then rows within some of them (`orders.BlockOrder`).
+used last are cached, and the pipeline shuffles row groups, then rows within some of them (`orders.BlockOrder`).
 """
 
 import collections
@@ -19,8 +19,8 @@ from absl import logging
 from jaxdiff.config import ConfigError
 from jaxdiff.data.source import IMAGE_NAMES, MAX_BYTES, TEXT_NAMES, Record, files_digest, find_column, text_of
 
-KEPT_GROUPS = 8  # row groups that a process keeps: twice `orders.WINDOW`, those in use and those read ahead
-LARGE_GROUP = 2**28  # bytes of a row group above which a warning says what memory it takes
+KEPT_GROUPS = 8  # row groups in a process's cache: twice `orders.WINDOW`, for those in use and those read ahead
+LARGE_GROUP = 2**28  # bytes of a row group above which a warning reports the memory that it takes
 
 
 def _pyarrow() -> Any:
@@ -36,20 +36,20 @@ def _columns(schema: Any, where: str, image: str, text: str) -> tuple[str, str]:
     """The names of the columns with images and captions.
 
     Args:
-        image, text: the names given; "" looks for a usual one.
+        image, text: the requested names; "" looks for a usual one.
 
     Raises:
         ConfigError: there is no such column, or it has another type.
     """
-    found = find_column(where, schema.names, "image", "data.image_column", image, IMAGE_NAMES)
-    if not _has_images(kind := schema.field(found).type):
+    image_column = find_column(where, schema.names, "image", "data.image_column", image, IMAGE_NAMES)
+    if not _has_images(kind := schema.field(image_column).type):
         raise ConfigError(
-            f"{where}: the image column {found!r} must hold the bytes of image files, not {str(kind)[:80]}."
+            f"{where}: the image column {image_column!r} must hold the bytes of image files, not {str(kind)[:80]}."
         )
-    captions = find_column(where, schema.names, "caption", "data.text_column", text, TEXT_NAMES)
-    if not _has_captions(kind := schema.field(captions).type):
-        raise ConfigError(f"{where}: the caption column {captions!r} must hold text, not {str(kind)[:80]}.")
-    return found, captions
+    text_column = find_column(where, schema.names, "caption", "data.text_column", text, TEXT_NAMES)
+    if not _has_captions(kind := schema.field(text_column).type):
+        raise ConfigError(f"{where}: the caption column {text_column!r} must hold text, not {str(kind)[:80]}.")
+    return image_column, text_column
 
 
 def _has_images(kind: Any) -> bool:
@@ -85,8 +85,8 @@ def _record(where: str, row: Mapping[str, Any], image: str, text: str) -> Record
     return Record(where, encoded, text_of(row[text], where), extras)
 
 
-def _opened(path: Path, read: Callable[[], Any]) -> Any:
-    """What `read()` returns.
+def _open(path: Path, read: Callable[[], Any]) -> Any:
+    """The result of `read()`.
 
     Raises:
         ConfigError: the file `path` cannot be read or is of another kind.
@@ -102,27 +102,27 @@ def _opened(path: Path, read: Callable[[], Any]) -> Any:
 def rows(path: Path) -> list[dict[str, Any]]:
     """All rows of a small Parquet file. Raises ConfigError if it cannot be read."""
     pa = _pyarrow()
-    return _opened(path, lambda: pa.parquet.read_table(path).to_pylist())
+    return _open(path, lambda: pa.parquet.read_table(path).to_pylist())
 
 
-class _Lazy:
-    """A cache of what each process opens for itself; a pickle leaves it out."""
+class _LazyCache:
+    """A cache of objects that each process opens for itself; pickles leave them out."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.kept: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._items: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 
     def __reduce__(self) -> Any:
-        return _Lazy, ()
+        return _LazyCache, ()
 
-    def get(self, key: Any, make: Callable[[], Any], most: int) -> Any:
-        with self.lock:
-            if key not in self.kept:
-                self.kept[key] = make()
-                if len(self.kept) > most:
-                    self.kept.popitem(last=False)
-            self.kept.move_to_end(key)
-            return self.kept[key]
+    def get(self, key: Any, make: Callable[[], Any], capacity: int) -> Any:
+        with self._lock:
+            if key not in self._items:
+                self._items[key] = make()
+                if len(self._items) > capacity:
+                    self._items.popitem(last=False)
+            self._items.move_to_end(key)
+            return self._items[key]
 
 
 class ParquetTable:
@@ -143,26 +143,26 @@ class ParquetTable:
         self.name, self._paths = name, [str(p) for p in paths]
 
         def groups(path: Path) -> list[tuple[int, int]]:
-            meta = _opened(path, lambda: pa.parquet.read_metadata(path))
-            of_file = meta.schema.to_arrow_schema()
-            missing = {self._image, self._text} - set(of_file.names)
+            meta = _open(path, lambda: pa.parquet.read_metadata(path))
+            file_schema = meta.schema.to_arrow_schema()
+            missing = {self._image, self._text} - set(file_schema.names)
             if missing:
                 raise ConfigError(f"{path} lacks the column {min(missing)!r} that {paths[0]} has.")
-            all_groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
-            return [(g.num_rows, g.total_byte_size) for g in all_groups]
+            row_groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+            return [(group.num_rows, group.total_byte_size) for group in row_groups]
 
-        schema = _opened(paths[0], lambda: pa.parquet.read_schema(paths[0]))
+        schema = _open(paths[0], lambda: pa.parquet.read_schema(paths[0]))
         self._image, self._text = _columns(schema, str(paths[0]), image_column, text_column)
         self._extras = _scalars(schema, (self._image, self._text))
         with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(groups, paths))
+            groups_of_files = list(pool.map(groups, paths))
         self.digest = files_digest(paths)
-        self._groups = [(f, g) for f, rows in enumerate(found) for g in range(len(rows)) if rows[g][0]]
-        self.blocks = np.asarray([n for rows in found for n, _ in rows if n], np.int64)
-        self._ends, self._lazy = np.cumsum(self.blocks), _Lazy()
+        self._groups = [(f, g) for f, rows in enumerate(groups_of_files) for g in range(len(rows)) if rows[g][0]]
+        self.blocks = np.asarray([n for rows in groups_of_files for n, _ in rows if n], np.int64)
+        self._ends, self._lazy = np.cumsum(self.blocks), _LazyCache()
         if not len(self._ends):
             raise ConfigError(f"{name} has no rows.")
-        largest = max(size for rows in found for _, size in rows)
+        largest = max(size for rows in groups_of_files for _, size in rows)
         if largest > LARGE_GROUP:
             logging.warning(
                 "%s has row groups of %d MB, of which %d are kept in memory: smaller row groups would need less.",
@@ -208,16 +208,16 @@ class ArrowTable:
         try:
             state = json.loads((path / "state.json").read_bytes())
             names = [f["filename"] for f in state["_data_files"]]
-            good = all(isinstance(n, str) and os.path.basename(n) == n for n in names) and names
+            valid = all(isinstance(n, str) and os.path.basename(n) == n for n in names) and names
         except OSError as e:
             raise ConfigError(f"{path / 'state.json'} cannot be read ({e.strerror}).") from None
         except (ValueError, KeyError, TypeError):
-            good = False
-        if not good:
+            valid = False
+        if not valid:
             raise ConfigError(f"{path / 'state.json'} names no data files in its folder, as save_to_disk does.")
         if state.get("_indices_data_files"):
             raise ConfigError(f"{path} holds a selection of rows: write it again after dataset.flatten_indices().")
-        self._paths, self._lazy = [path / n for n in names], _Lazy()
+        self._paths, self._lazy = [path / n for n in names], _LazyCache()
         tables = [self._table(i) for i in range(len(self._paths))]
         schema = tables[0].schema
         if any(t.schema.names != schema.names for t in tables):
@@ -239,7 +239,7 @@ class ArrowTable:
             except pa.ArrowInvalid:
                 return pa.ipc.open_file(mapped).read_all()
 
-        return self._lazy.get(file, lambda: _opened(path, open_), len(self._paths))
+        return self._lazy.get(file, lambda: _open(path, open_), len(self._paths))
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -12,9 +12,9 @@ from jaxdiff.io.textual_inversion import TABLE, TOKENIZERS, encoders, extend
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Key, Params
 
-MergeParams = Callable[[Params], Params]  # all parameters with what is trained -> those of the model's modules
+MergeParams = Callable[[Params], Params]  # parameters with the adapter -> those of the model's modules
 
-# Of a folder of images without captions, {} the word; after Gal et al. 2022, supplement B.
+# Captions for images without their own, {} standing for the word (after Gal et al. 2022, supplement B).
 TEMPLATES = (
     "a photo of {}",
     "a rendering of {}",
@@ -31,21 +31,21 @@ TEMPLATES = (
 
 
 def lora_of(params: Params, alpha: float) -> Lora:
-    """What is trained, params["lora"], as `jaxdiff.io.lora` has it."""
+    """The trained params["lora"] in the form of `jaxdiff.io.lora`."""
     return {name: Factors(f["down"], f["up"], alpha) for name, f in params["lora"].items()}
 
 
 def with_lora(
-    model: Model, params: Params, rank: int, alpha: float, key: Key, **chosen: Any
+    model: Model, params: Params, rank: int, alpha: float, key: Key, **layer_options: Any
 ) -> tuple[Params, MergeParams]:
     """Parameters with a fresh LoRA to train, "lora": {layer: {"down", "up"}}, and the function that merges it.
 
     Args:
         rank, alpha: see `init_lora`.
-        chosen: `targets` and `endings` of `init_lora`.
+        layer_options: `targets` and `endings` of `init_lora`.
     """
-    fresh = init_lora(model, params, rank, alpha, key=key, **chosen)
-    factors = {name: {"down": f.down, "up": f.up} for name, f in fresh.items()}
+    lora = init_lora(model, params, rank, alpha, key=key, **layer_options)
+    factors = {name: {"down": f.down, "up": f.up} for name, f in lora.items()}
 
     def merge_params(params: Params) -> Params:
         return merge_lora({k: v for k, v in params.items() if k != "lora"}, lora_of(params, alpha))
@@ -59,10 +59,10 @@ def with_lora(
 def with_word(model: Model, params: Params, word: str, initial: str, vectors: int) -> tuple[Model, Params, MergeParams]:
     """A model that knows a new word, with the word's vectors to train, "words": {text encoder: [vectors, D]}.
 
-    No other row of the tables of embeddings can move, since no other is trained.
+    No other row of the embedding tables changes.
 
     Args:
-        initial: words that it starts from: the mean of their tokens' vectors.
+        initial: words whose tokens' mean embedding the new word starts from.
 
     Returns:
         The model with a larger vocabulary, its parameters, and the function that puts the vectors into the tables.
@@ -70,7 +70,7 @@ def with_word(model: Model, params: Params, word: str, initial: str, vectors: in
     Raises:
         ConfigError: the tokenizer knows the word already, or there is nothing to start from.
     """
-    params, words, places = dict(params), {}, {}
+    params, words, token_ids = dict(params), {}, {}
     for encoder in encoders(model):
         tokenizer = getattr(model, TOKENIZERS[encoder])
         (ids,) = tokenizer.encode([initial])
@@ -79,14 +79,14 @@ def with_word(model: Model, params: Params, word: str, initial: str, vectors: in
         start = jnp.asarray(params[encoder][TABLE]["embedding"][np.asarray(ids)], jnp.float32).mean(0)
         words[encoder] = jnp.tile(start, (vectors, 1))
         model, params[encoder] = extend(model, params[encoder], encoder, word, words[encoder])
-        places[encoder] = np.asarray(getattr(model, TOKENIZERS[encoder]).added_ids(word))
+        token_ids[encoder] = np.asarray(getattr(model, TOKENIZERS[encoder]).added_ids(word))
 
     def merge_params(params: Params) -> Params:
-        def replaced(encoder: str, rows: Array) -> Params:
+        def with_rows(encoder: str, rows: Array) -> Params:
             table = jnp.asarray(params[encoder][TABLE]["embedding"])
-            return {**params[encoder], TABLE: {"embedding": table.at[places[encoder]].set(rows)}}
+            return {**params[encoder], TABLE: {"embedding": table.at[token_ids[encoder]].set(rows)}}
 
-        kept = {k: v for k, v in params.items() if k != "words"}
-        return {**kept, **{encoder: replaced(encoder, rows) for encoder, rows in params["words"].items()}}
+        merged = {k: v for k, v in params.items() if k != "words"}
+        return merged | {encoder: with_rows(encoder, rows) for encoder, rows in params["words"].items()}
 
     return model, {**params, "words": words}, merge_params

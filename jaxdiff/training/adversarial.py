@@ -1,7 +1,7 @@
-"""A generator G and a discriminator D against each other.
+"""Adversarial losses of a generator G and a discriminator D.
 
-With scores D(x) of what is real and D(G(z)) of what is generated, f(t) = log(1 + exp(t)), means over scores, and each
-loss without a gradient into the other network:
+With scores D(x) of real and D(G(z)) of generated examples, f(t) = log(1 + exp(t)), means over scores, and each loss
+without a gradient into the other network:
 
     hinge           L_D = (E max(0, 1 - D(x)) + E max(0, 1 + D(G(z)))) / 2,   L_G = -E D(G(z))               (1)
     non_saturating  L_D = (E f(-D(x)) + E f(D(G(z)))) / 2,                    L_G = E f(-D(G(z)))            (2)
@@ -22,18 +22,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdiff.training.augment import augmented
+from jaxdiff.training.augment import augment
 from jaxdiff.training.stages import fold_in_each
 from jaxdiff.training.train_step import Metrics
 from jaxdiff.typing import Array, Key, Params
 
 Score = Callable[[Params, Array], Array]  # (parameters of D, images or latents [B, H, W, C]) -> scores [B, ...]
 stop = jax.lax.stop_gradient
-MOST_WEIGHT, SMALLEST_NORM = 1e4, 1e-4  # of `adaptive_weight`, as taming-transformers has them
+MAX_WEIGHT, NORM_EPS = 1e4, 1e-4  # of `adaptive_weight`, as taming-transformers has them
 
 
 class Rules(NamedTuple):
-    """How the two are trained."""
+    """Options of the adversarial loss."""
 
     loss: str = "hinge"  # of LOSSES
     r1: float = 0.0  # weights of the penalties (4)
@@ -42,10 +42,10 @@ class Rules(NamedTuple):
 
 
 class Contest(NamedTuple):
-    """What one batch says to both."""
+    """The losses of both networks for one batch."""
 
     generator: Array  # L_G, a value without a gradient
-    gradient: Array  # of L_G by what was generated [B, H, W, C]; see `with_gradient`
+    gradient: Array  # of L_G with respect to the generated examples [B, H, W, C]; see `with_gradient`
     discriminator: Array  # L_D, whose gradient goes to D's parameters alone
     metrics: Metrics
 
@@ -64,7 +64,7 @@ def _relativistic(real: Array, fake: Array) -> tuple[Array, Array]:
     return f(fake - real).mean(), f(real - fake).mean()
 
 
-# (scores of what is real, of what is generated) -> (L_D, L_G)
+# (scores of real examples, of generated ones) -> (L_D, L_G)
 LOSSES: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
     "hinge": _hinge,
     "non_saturating": _non_saturating,
@@ -87,42 +87,42 @@ def contest(score: Score, params: Params, real: Array, fake: Array, keys: Key, r
         real, fake: [B, H, W, C].
         keys: [B], of the augmentations.
     """
-    losses, keys_real, keys_fake = LOSSES[rules.loss], fold_in_each(keys, 1), fold_in_each(keys, 2)
+    loss_fn, keys_real, keys_fake = LOSSES[rules.loss], fold_in_each(keys, 1), fold_in_each(keys, 2)
     real, fake = stop(real), stop(fake)
 
-    def of_real(x: Array) -> Array:
-        return score(params, augmented(x, keys_real, rules.augment))
+    def score_real(x: Array) -> Array:
+        return score(params, augment(x, keys_real, rules.augment))
 
-    def of_fake(params: Params, x: Array) -> Array:
-        return score(params, augmented(x, keys_fake, rules.augment))
+    def score_fake(params: Params, x: Array) -> Array:
+        return score(params, augment(x, keys_fake, rules.augment))
 
-    scores, scores_fake = of_real(real), of_fake(params, fake)
-    discriminator = losses(scores, scores_fake)[0]
+    scores, scores_fake = score_real(real), score_fake(params, fake)
+    discriminator = loss_fn(scores, scores_fake)[0]
     metrics = {"score_real": scores.mean(), "score_fake": scores_fake.mean()}
     if rules.r1:
-        metrics["r1"] = gradient_penalty(of_real, real)
+        metrics["r1"] = gradient_penalty(score_real, real)
         discriminator += rules.r1 * metrics["r1"]
     if rules.r2:
-        metrics["r2"] = gradient_penalty(lambda x: of_fake(params, x), fake)
+        metrics["r2"] = gradient_penalty(lambda x: score_fake(params, x), fake)
         discriminator += rules.r2 * metrics["r2"]
-    generator, gradient = jax.value_and_grad(lambda x: losses(stop(scores), of_fake(stop(params), x))[1])(fake)
+    generator, gradient = jax.value_and_grad(lambda x: loss_fn(stop(scores), score_fake(stop(params), x))[1])(fake)
     metrics |= {"generator": generator, "discriminator": discriminator}
     return Contest(stop(generator), stop(gradient), discriminator, stop(metrics))
 
 
 def with_gradient(value: Array, gradient: Array, x: Array) -> Array:
-    """A scalar that is `value` and whose gradient by x is `gradient`: what was computed once need not be again."""
+    """A scalar equal to `value` whose gradient with respect to x is `gradient`, both computed before."""
     return stop(value) + (stop(gradient) * (x - stop(x))).sum()
 
 
 def adaptive_weight(pullback: Callable[[Array], Any], first: Array, second: Array) -> Array:
-    """How much a second loss weighs, so that it moves a network's last layer as much as the first (Esser et al. 2021).
+    """The weight at which a second loss moves a network's last layer as much as the first (Esser et al. 2021).
 
     lambda = |grad_L first| / (|grad_L second| + delta)     (their equation 7)
 
     Args:
-        pullback: from a gradient by the network's output to that by its last layer L, as `jax.vjp` gives it.
-        first, second: gradients of the two losses by the output.
+        pullback: maps a gradient of the network's output to one of its last layer L, as `jax.vjp` returns it.
+        first, second: gradients of the two losses with respect to the output.
     """
-    one, other = (optax.tree.norm(pullback(stop(gradient))) for gradient in (first, second))
-    return stop(jnp.minimum(one / (other + SMALLEST_NORM), MOST_WEIGHT))
+    first_norm, second_norm = (optax.tree.norm(pullback(stop(gradient))) for gradient in (first, second))
+    return stop(jnp.minimum(first_norm / (second_norm + NORM_EPS), MAX_WEIGHT))

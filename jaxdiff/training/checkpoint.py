@@ -32,37 +32,38 @@ class CheckpointError(JaxdiffError, RuntimeError):
 class Checkpoints:
     """The checkpoints of one run, in `folder`/<step>; the last `keep` are kept. A context manager.
 
-    Saving finishes in the background, and an incomplete checkpoint never counts as one. Damaged checkpoints that are
-    newer than the newest intact one are renamed to damaged-<step>, with a warning.
+    Checkpoints are written in the background; incomplete ones are ignored. Damaged checkpoints that are newer than the
+    newest intact one are renamed to damaged-<step>, with a warning.
 
     Raises:
         CheckpointError: the folder cannot be written to, or holds checkpoints of which none is intact.
-        HostError: so it is for another host.
+        HostError: another host failed for one of these reasons.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         self._folder = Path(folder).absolute()
         self._saving: int | None = None
         self._url, self._keep = stores.behind(self._folder), keep
-        with self._explained():
-            with together():  # the others look at what is left
+        with self._orbax_errors():
+            with together():  # the other hosts then see only intact checkpoints
                 self._folder.mkdir(parents=True, exist_ok=True)
                 if not self._url and jax.process_index() == 0:
                     set_damaged_aside(self._folder)
             if self._url:
                 remote_checkpoints.copy_newest(self._url, self._folder)
-            seal = ocp.AsyncOptions(post_finalization_callback=self._seal)  # just before it is renamed
+            # The callback runs just before a checkpoint gets its final name.
+            async_options = ocp.AsyncOptions(post_finalization_callback=self._write_checksums)
             if self._url:
-                seal.timeout_secs = TIMEOUT
-            common: dict[str, Any] = {
+                async_options.timeout_secs = TIMEOUT
+            manager_options: dict[str, Any] = {
                 "max_to_keep": 1 if self._url else keep, "cleanup_tmp_directories": True,
-                "enable_async_checkpointing": True, "async_options": seal,
+                "enable_async_checkpointing": True, "async_options": async_options,
             }  # fmt: skip
-            apart = bool(self._url) and jax.process_count() > 1
+            separate_folders = bool(self._url) and jax.process_count() > 1
             self._manager = (
-                _apart(self._folder, common)
-                if apart
-                else ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(**common))
+                _per_host_manager(self._folder, manager_options)
+                if separate_folders
+                else ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(**manager_options))
             )
 
     def __enter__(self) -> "Checkpoints":
@@ -70,12 +71,12 @@ class Checkpoints:
 
     def __exit__(self, kind: Any, *exception: object) -> None:
         try:
-            with self._explained():
-                self._manager.close()  # waits for what is being written
+            with self._orbax_errors():
+                self._manager.close()  # waits for the checkpoint in progress
         except CheckpointError as e:
             if kind is None:
                 raise
-            logging.error("%s", e)  # and what led here goes on
+            logging.error("%s", e)  # the exception that ends the block is raised instead
 
     @property
     def latest(self) -> int | None:
@@ -83,37 +84,37 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, position: Any) -> None:
-        """Write the state (a tree of arrays) and this host's position in the data (what JSON holds).
+        """Write the state (a tree of arrays) and this host's position in the data (a JSON value).
 
         Raises:
-            CheckpointError: this one or the one before cannot be written.
+            CheckpointError: this checkpoint or the previous one cannot be written.
         """
         if step == self.latest:
             return
         items = {STATE: ocp.args.StandardSave(state), DATA: ocp.args.JsonSave({"hosts": gather(position)})}
         self.wait()
-        with self._explained():
+        with self._orbax_errors():
             self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written. Raises CheckpointError if it cannot be."""
-        with self._explained():
+        with self._orbax_errors():
             self._manager.wait_until_finished()
 
-    def restore(self, like: Any) -> tuple[Any, Any]:
+    def restore(self, target: Any) -> tuple[Any, Any]:
         """The newest checkpoint as (state, this host's position in the data).
 
         Args:
-            like: a state of the same shapes and types, as arrays or `jax.ShapeDtypeStruct`s; its shardings are those
-                restored to, whatever they were when the checkpoint was written.
+            target: a state of the same shapes and types, as arrays or `jax.ShapeDtypeStruct`s. The restored arrays get
+                its shardings, whatever those of the checkpoint were.
 
         Raises:
-            CheckpointError: the checkpoint does not fit `like`, or was written by another number of hosts whose
+            CheckpointError: the checkpoint does not fit `target`, or was written by another number of hosts whose
                 positions in the data differ.
         """
         step = self.latest
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
         items = {STATE: ocp.args.StandardRestore(abstract), DATA: ocp.args.JsonRestore()}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -132,8 +133,8 @@ class Checkpoints:
             )
         return restored[STATE], hosts[0]
 
-    def _seal(self) -> None:
-        """Once all hosts have written: on the first, or on each where they share no folder."""
+    def _write_checksums(self) -> None:
+        """Runs when all hosts have written: on the first host, or on each of them where they share no folder."""
         for folder in self._folder.glob(f"{self._saving}.*tmp*"):
             sums = digests(folder)
             if self._url and self._saving is not None:
@@ -141,8 +142,8 @@ class Checkpoints:
             (folder / SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn whatever orbax raises while writing into a CheckpointError of one sentence."""
+    def _orbax_errors(self) -> Iterator[None]:
+        """Turn errors of orbax and of the store into a CheckpointError of one sentence."""
         try:
             yield
         except (CheckpointError, WorkdirError, HostError):
@@ -153,45 +154,45 @@ class Checkpoints:
             text = f"{str(e).rstrip('.')}; the same command goes on from the last checkpoint."
             raise CheckpointError(text) from None
         except (OSError, ValueError, RuntimeError) as e:
-            what = self._folder if self._saving is None else f"The checkpoint {self._folder}/{self._saving}"
+            place = self._folder if self._saving is None else f"The checkpoint {self._folder}/{self._saving}"
             raise CheckpointError(
-                f"{what} cannot be written ({reason(e)}): free space there and the same command goes on from the last "
+                f"{place} cannot be written ({reason(e)}): free space there and the same command goes on from the last "
                 "checkpoint, or choose another workdir."
             ) from None
 
 
-def _apart(folder: Path, options: dict[str, Any]) -> ocp.CheckpointManager:
-    """A manager for hosts that share no folder: each writes its shards to files of its own."""
-    alone = ocp.options.MultiprocessingOptions(primary_host=None)
-    chosen = ocp.CheckpointManagerOptions(
-        **options, multiprocessing_options=alone, enable_per_process_directory_creation=True
+def _per_host_manager(folder: Path, options: dict[str, Any]) -> ocp.CheckpointManager:
+    """A manager for hosts that share no folder: each writes its shards to its own files."""
+    multiprocessing = ocp.options.MultiprocessingOptions(primary_host=None)
+    manager_options = ocp.CheckpointManagerOptions(
+        **options, multiprocessing_options=multiprocessing, enable_per_process_directory_creation=True
     )
     handlers: Any = {
-        STATE: ocp.StandardCheckpointHandler(multiprocessing_options=alone, use_ocdbt=False),
-        DATA: ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        STATE: ocp.StandardCheckpointHandler(multiprocessing_options=multiprocessing, use_ocdbt=False),
+        DATA: ocp.JsonCheckpointHandler(multiprocessing_options=multiprocessing),
     }
-    return ocp.CheckpointManager(folder, options=chosen, item_handlers=handlers)
+    return ocp.CheckpointManager(folder, options=manager_options, item_handlers=handlers)
 
 
 def set_damaged_aside(folder: Path) -> None:
-    """Rename the checkpoints that are newer than the newest intact one.
+    """Rename the damaged checkpoints that are newer than the newest intact one.
 
     Raises:
-        CheckpointError: there are some, and none is intact.
+        CheckpointError: there are checkpoints, and none is intact.
     """
     damaged: dict[Path, str] = {}
     for path in sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True):
-        wrong = damage(path)
-        if wrong is None:
+        problem = damage(path)
+        if problem is None:
             break
-        damaged[path] = wrong
+        damaged[path] = problem
     else:
         if damaged:
-            found = "; ".join(f"{path.name}: {wrong}" for path, wrong in damaged.items())
-            raise CheckpointError(f"{folder} holds no intact checkpoint ({found}): choose another workdir.")
-    for path, wrong in damaged.items():
+            problems = "; ".join(f"{path.name}: {problem}" for path, problem in damaged.items())
+            raise CheckpointError(f"{folder} holds no intact checkpoint ({problems}): choose another workdir.")
+    for path, problem in damaged.items():
         aside = next(p for i in range(10**6) if not (p := folder / f"damaged-{path.name}{f'-{i}' * bool(i)}").exists())
         path.rename(aside)
         logging.warning(
-            "The checkpoint %s is damaged (%s): renamed to %s, an older one is used.", path, wrong, aside.name
+            "The checkpoint %s is damaged (%s): renamed to %s, an older one is used.", path, problem, aside.name
         )

@@ -1,4 +1,4 @@
-"""Settings that cannot be right, found before data or weights are read. Raises OptionsError."""
+"""Checks of settings before any data or weights are read. They raise OptionsError."""
 
 import dataclasses
 import math
@@ -15,17 +15,17 @@ from jaxdiff.sampling.checks import features_of
 from jaxdiff.training.defaults import OPEN, RULES, flat
 from jaxdiff.training.losses import SCALES
 from jaxdiff.training.options import DISTILLED, STAGES, OptionsError, check_pairs
-from jaxdiff.training.ranges import check_value, near
+from jaxdiff.training.ranges import check_value, suggest
 
-NOT_BUILT = {*FIXED_UNET, *FIXED_VAE, "architectures", "model_type"}  # what files say of networks beside their sizes
-AUTOENCODERS = ("vae", "vae_decoder")  # stages that train one
-WITHOUT_LATENTS = ("clip", *AUTOENCODERS, "super_resolution")  # stages that read images themselves
-# Settings that only some stages read.
-READ_BY_ALL_BUT = {
+IGNORED_KEYS = {*FIXED_UNET, *FIXED_VAE, "architectures", "model_type"}  # of config.json: not fields of the config
+AUTOENCODERS = ("vae", "vae_decoder")  # stages that train an autoencoder
+PIXEL_STAGES = ("clip", *AUTOENCODERS, "super_resolution")  # stages that read images themselves
+# The stages that do not read a setting.
+NOT_READ_BY = {
     "crop": tuple(stage for stage in STAGES if stage not in (*AUTOENCODERS, "super_resolution")),
-    "cache_latents": WITHOUT_LATENTS,
-    "latents.path": WITHOUT_LATENTS,
-    "prior_preservation.path": (*WITHOUT_LATENTS, "gan"),
+    "cache_latents": PIXEL_STAGES,
+    "latents.path": PIXEL_STAGES,
+    "prior_preservation.path": (*PIXEL_STAGES, "gan"),
     "data.buckets": ("gan",),  # whose generator has one size
     "feature_weight": tuple(stage for stage in STAGES if stage != "vae_decoder"),
     "redraw.strength": tuple(stage for stage in STAGES if stage != "vae_decoder"),
@@ -33,7 +33,7 @@ READ_BY_ALL_BUT = {
     "super_resolution.photographs": tuple(stage for stage in STAGES if stage != "super_resolution"),
     "init_from.upscaler": tuple(stage for stage in STAGES if stage != "super_resolution"),
     "eval.prompts": ("super_resolution",),
-    "prediction_type": (*DISTILLED, "gan"),  # which learn in the teacher's own process, or in none
+    "prediction_type": (*DISTILLED, "gan"),  # distillation uses the teacher's, a GAN has none
     "zero_terminal_snr": (*DISTILLED, "gan"),
     "min_snr_gamma": (*DISTILLED, "gan"),
     "input_perturbation": (*DISTILLED, "gan"),
@@ -41,32 +41,33 @@ READ_BY_ALL_BUT = {
     "distillation.guidance_dim": tuple(stage for stage in STAGES if stage not in ("lcm", "scm")),
 }
 # Settings that exclude each other.
-APART = {
+EXCLUSIVE = {
     "latents.path": ("cache_latents", "prior_preservation.path"),
     "cache_latents": ("prior_preservation.path",),
     "redraw.strength": ("crop",),
     "data.buckets": ("prior_preservation.path", "crop", "super_resolution.photographs"),
 }
-# Of each pair the first is no more than the second, where that is not 0.
+# (lower, upper): a lower bound may not exceed its upper bound, unless that is 0.
 ORDERED = (("controlnet.canny_low", "controlnet.canny_high"), ("data.filter.min_caption", "data.filter.max_caption"),
            ("distillation.guidance_min", "distillation.guidance_max"))  # fmt: skip
 
 
 def check_settings(config: Any) -> None:
-    """Settings by themselves: their names, types and ranges, what the stage does not read, and what goes together."""
+    """Check names, types and ranges of settings, those that the stage does not read, and those that conflict."""
     check_names(config)
     for name, field in RULES.items():
         if isinstance(field, dataclasses.Field):
             check_value(name, config[name], field)
     check_pairs(config.lr_multipliers)
     _check_networks(config.model)
-    unread = [name for name, stages in READ_BY_ALL_BUT.items() if config[name] and config.stage in stages]
+    unread = [name for name, stages in NOT_READ_BY.items() if config[name] and config.stage in stages]
     if unread:
-        given = ", ".join(f"{name}={config[name]}" for name in unread)
-        raise OptionsError(f"{given}: the stage {config.stage} does not read this; leave it out.")
-    for name, others in APART.items():
-        if config[name] and (both := [other for other in others if config[other]]):
-            raise OptionsError(f"{name}={config[name]} does not go with {both[0]}={config[both[0]]}: leave out one.")
+        values = ", ".join(f"{name}={config[name]}" for name in unread)
+        raise OptionsError(f"{values}: the stage {config.stage} does not read this; leave it out.")
+    for name, others in EXCLUSIVE.items():
+        other = next((other for other in others if config[other]), None)
+        if config[name] and other:
+            raise OptionsError(f"{name}={config[name]} does not go with {other}={config[other]}: leave out one.")
     if config.batch_size < 2 and config.prior_preservation.path:
         raise OptionsError("batch_size must be 2 or more, for the class images of prior_preservation.path.")
     for low, high in ORDERED:
@@ -93,61 +94,62 @@ def too_long(config: Any) -> list[str]:
 
 
 def check_names(config: Any) -> None:
-    """Raise OptionsError for settings that there are not, such as a config's own misspelt ones, and missing ones."""
-    given = flat(config.to_dict())
-    groups = tuple(f"{name}." for name in OPEN)
-    for name, value in given.items():
-        if name not in RULES and not name.startswith(groups):
-            raise OptionsError(f"{name} is no setting: {near(name, list(RULES))}")
+    """Raise OptionsError for unknown settings, such as misspelt ones, and for missing ones."""
+    settings = flat(config.to_dict())
+    open_prefixes = tuple(f"{name}." for name in OPEN)
+    for name, value in settings.items():
+        if name not in RULES and not name.startswith(open_prefixes):
+            raise OptionsError(f"{name} is no setting: {suggest(name, list(RULES))}")
         if name not in RULES and name.startswith("data.filter.") and not isinstance(value, tuple | list):
             raise OptionsError(f"{name} {value!r} must be a tuple of the values that the column may have.")
     for name in RULES:
-        if name not in given and name not in OPEN:
+        if name not in settings and name not in OPEN:
             raise OptionsError(f"{name} is missing: begin the config with jaxdiff.training.defaults.base().")
 
 
 def _check_networks(sizes: Any) -> None:
-    """Sizes of fresh parts: their names, and numbers that no network can have."""
+    """Raise OptionsError for unknown names and invalid numbers among the sizes of fresh networks."""
     for part, values in sizes.items():
         known: dict[str, Any] = {"scheduler": SchedulerConfig, **FRESH}
         if part not in known:
-            raise OptionsError(f"model.{part} is no part of a model: {near(part, list(known))}")
+            raise OptionsError(f"model.{part} is no part of a model: {suggest(part, list(known))}")
         if part == "scheduler":  # whose files have many more names
             continue
         defaults = {field.name: field.default for field in dataclasses.fields(known[part])}
         for name, value in values.items():
-            whole = f"model.{part}.{name}"
-            if name not in defaults and name not in NOT_BUILT and not name.startswith("_"):
-                raise OptionsError(f"{whole} is no setting: {near(whole, [f'model.{part}.{n}' for n in defaults])}")
-            number = isinstance(defaults.get(name), int | float)
+            full_name = f"model.{part}.{name}"
+            if name not in defaults and name not in IGNORED_KEYS and not name.startswith("_"):
+                names = [f"model.{part}.{field}" for field in defaults]
+                raise OptionsError(f"{full_name} is no setting: {suggest(full_name, names)}")
+            is_number = isinstance(defaults.get(name), int | float)
             for x in value if isinstance(value, tuple | list) else (value,):
-                if (number and isinstance(x, str)) or (isinstance(x, int | float) and not 0 <= x < math.inf):
-                    raise OptionsError(f"{whole} {value!r} must be a number, at least 0 and finite.")
+                if (is_number and isinstance(x, str)) or (isinstance(x, int | float) and not 0 <= x < math.inf):
+                    raise OptionsError(f"{full_name} {value!r} must be a number, at least 0 and finite.")
 
 
 def check_sizes(config: Any, model: Model) -> None:
-    """Sizes of images that the autoencoder, or its loss at several scales, cannot take."""
-    if config.stage == "clip" or config.latents.path:  # any size will do, or was settled when they were written
+    """Raise OptionsError for image sizes that the autoencoder, or its loss at several scales, cannot take."""
+    if config.stage == "clip" or config.latents.path:  # any size is valid, or it was checked by --precompute
         return
     crop, buckets = config.crop, config.data.buckets
     factor = model.vae.config.factor if config.stage in AUTOENCODERS else model.multiple
     side = image_size(config, model)
-    step = least = factor
-    whose = "the autoencoder's factor" if model.transformer is None else "that of the autoencoder and of patches"
-    reason = f"{factor}, {whose}"
+    step = smallest = factor
+    origin = "the autoencoder's factor" if model.transformer is None else "that of the autoencoder and of patches"
+    reason = f"{factor}, {origin}"
     if config.stage in AUTOENCODERS:
-        step, least = max(factor, 2 ** (SCALES - 1)), max(factor, 2**SCALES)
+        step, smallest = max(factor, 2 ** (SCALES - 1)), max(factor, 2**SCALES)
         reason = f"{step}, for the autoencoder's factor {factor} and the loss's {SCALES} scales"
     if config.stage == "vae_decoder":
-        least = max(least, 3 * 2**config.adversary.layers)  # of which the discriminator's last layer makes one score
-    whole = factor if crop or buckets else step  # what is evaluated is not cropped, and has no loss
-    if side < least or side % whole:
+        smallest = max(smallest, 3 * 2**config.adversary.layers)  # for one score of the discriminator's last layer
+    # With crops or buckets, only evaluation sees the full size; it is not cropped and has no loss.
+    divisor = factor if crop or buckets else step
+    if side < smallest or side % divisor:
+        multiple = reason if divisor == step else factor
+        raise OptionsError(f"data.image_size {side} must be at least {smallest}, and a multiple of {multiple}.")
+    if crop and (crop % step or not smallest <= crop <= side):
         raise OptionsError(
-            f"data.image_size {side} must be at least {least}, and a multiple of {reason if whole == step else factor}."
-        )
-    if crop and (crop % step or not least <= crop <= side):
-        raise OptionsError(
-            f"crop {crop} must be from {least} to {side - side % step}, and a multiple of {reason}; or 0 for "
+            f"crop {crop} must be from {smallest} to {side - side % step}, and a multiple of {reason}; or 0 for "
             "whole images."
         )
     if buckets % step:
@@ -170,6 +172,6 @@ def check_memory(config: Any, model: Model, devices: int) -> None:
 
 
 def image_size(config: Any, model: Model) -> int:
-    """Pixels of a side of the images to train on."""
-    own = model.sample_size
-    return config.data.image_size or (own if isinstance(own, int) else min(own)) * model.vae.config.factor
+    """The side of the training images in pixels."""
+    size = model.sample_size
+    return config.data.image_size or (size if isinstance(size, int) else min(size)) * model.vae.config.factor

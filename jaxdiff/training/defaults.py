@@ -23,7 +23,7 @@ from jaxdiff.training.options import (
     Options,
     RedrawOptions,
 )
-from jaxdiff.training.ranges import MOST, fields, leaves, setting
+from jaxdiff.training.ranges import MAX_INT, fields, leaves, setting
 
 # Renamed settings: old name -> new name. Configs, flags and older run.json files may still use the old ones.
 RENAMED = {
@@ -45,13 +45,13 @@ def current_name(name: str) -> str:
 
 
 def with_current_names(settings: Mapping[str, Any], group: str = "") -> dict[str, Any]:
-    """Settings, such as those of an older run.json, under their current names."""
-    found = {}
+    """Settings, for example of an older run.json, under their current names."""
+    renamed = {}
     for name, value in settings.items():
-        whole = RENAMED.get(group + name, group + name)
-        inner = with_current_names(value, f"{whole}.") if isinstance(value, Mapping) else value
-        found[whole.removeprefix(group)] = inner
-    return found
+        full_name = RENAMED.get(group + name, group + name)
+        value = with_current_names(value, f"{full_name}.") if isinstance(value, Mapping) else value
+        renamed[full_name.removeprefix(group)] = value
+    return renamed
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -60,13 +60,13 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     >>> flat({"data": {"path": "a", "filter": {}}, "steps": 3})
     {'data.path': 'a', 'steps': 3}
     """
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            found.update(flat(value, f"{prefix}{name}."))
+            flattened.update(flat(value, f"{prefix}{name}."))
         else:
-            found[f"{prefix}{name}"] = value
-    return found
+            flattened[f"{prefix}{name}"] = value
+    return flattened
 
 
 class Settings(ConfigDict):
@@ -81,29 +81,29 @@ class Settings(ConfigDict):
     _group = ""
 
     def __init__(self, settings: Any = None, group: str = "", **options: Any) -> None:
-        object.__setattr__(self, "_group", group)  # read while ConfigDict takes in the settings
+        object.__setattr__(self, "_group", group)  # __setitem__ reads it during ConfigDict.__init__
         super().__init__(settings, **options)
 
-    def _today(self, name: Any) -> Any:
+    def _current(self, name: Any) -> Any:
         return current_name(self._group + name).removeprefix(self._group) if isinstance(name, str) else name
 
     def __getitem__(self, key: str) -> Any:
-        return super().__getitem__(self._today(key))
+        return super().__getitem__(self._current(key))
 
     def __setitem__(self, key: str, value: Any) -> None:
-        name = self._today(key)
+        name = self._current(key)
         group = f"{self._group}{name}."
         if isinstance(value, dict | ConfigDict) and any(old.startswith(group) for old in RENAMED):
             value = Settings(value, group)
         super().__setitem__(name, value)
 
-    def update(self, *other: Mapping[str, Any], **more: Any) -> None:
-        for given in (*other, more):
-            super().update({self._today(name): value for name, value in given.items()})
+    def update(self, *mappings: Mapping[str, Any], **settings: Any) -> None:
+        for mapping in (*mappings, settings):
+            super().update({self._current(name): value for name, value in mapping.items()})
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
-    """The settings as what JSON can hold."""
+    """The settings as JSON values."""
     return json.loads(config.to_json_best_effort())
 
 
@@ -146,11 +146,11 @@ SETTINGS: dict[str, Any] = {
             "source": setting((), items=object),
             "subject": setting((), items=object),
             "color": setting((), items=object),
-            "max_subjects": setting(0, 0, MOST),
-            "min_side": setting(0, 0, MOST),  # pixels
+            "max_subjects": setting(0, 0, MAX_INT),
+            "min_side": setting(0, 0, MAX_INT),  # pixels
             "max_aspect": setting(0.0, 0, 1000),
-            "min_caption": setting(0, 0, MOST),  # characters
-            "max_caption": setting(0, 0, MOST),
+            "min_caption": setting(0, 0, MAX_INT),  # characters
+            "max_caption": setting(0, 0, MAX_INT),
             "where": (),  # conditions on columns: ("aesthetic>=5", "license=CC0")
             # "exact": equal files; "near": alike in all but duplicate_bits of 64.
             "duplicates": setting("", choices=("", "exact", "near")),
@@ -175,7 +175,7 @@ SETTINGS: dict[str, Any] = {
         "loss": setting("hinge", choices=ADVERSARIES),
         "weight": setting(0.5, 0),  # vae_decoder: of its loss; 0 leaves the decoder to the other losses
         "adaptive": True,  # vae_decoder: times the ratio of the gradients at the decoder's last layer
-        "start": setting(0, 0, MOST),  # vae_decoder: steps before its loss reaches the decoder
+        "start": setting(0, 0, MAX_INT),  # vae_decoder: steps before its loss reaches the decoder
         "r1": setting(0.0, 0),  # penalties of the discriminator's gradient on real images and on the others
         "r2": setting(0.0, 0),
         "augment": setting((), choices=AUGMENTATIONS),  # of what the discriminator sees
@@ -186,11 +186,11 @@ SETTINGS: dict[str, Any] = {
     # Stage "gan": sizes of a fresh generator.
     "generator": {
         "features": setting(64, 1, 4096),  # at full size; each level below has twice as many
-        "layers": setting(2, 0, 8),  # doublings of the size, from where it begins
+        "layers": setting(2, 0, 8),  # doublings of the size
         "blocks": setting(1, 1, 100),  # of each level
         "heads": setting(4, 1, 1024),  # that attend to the text
-        "noise_dim": setting(128, 1, 65536),  # numbers that the noise is brought down to
-        "style_dim": setting(256, 1, 65536),  # numbers that noise and text become
+        "noise_dim": setting(128, 1, 65536),  # width of the projected noise
+        "style_dim": setting(256, 1, 65536),  # width of the style vector made of noise and text
     },
     # Stage "unet" and those after it.
     # What learns, or what a LoRA changes; "unet" is whatever denoises, a transformer too.
@@ -198,9 +198,8 @@ SETTINGS: dict[str, Any] = {
     "prediction_type": setting("", choices=("", *PREDICTION_TYPES)),  # "": the model's own
     "zero_terminal_snr": False,  # no signal at all at the last step; True turns it on
     **fields(NoiseOptions),  # jaxdiff/training/options.py
-    "embedded_guidance": setting(1.0, 0, 100),  # the scale that FLUX.1 dev is told of while it learns
-    # Class images beside one's own, so that the class is not forgotten (DreamBooth): a folder, captioned, or
-    # with these captions for all.
+    "embedded_guidance": setting(1.0, 0, 100),  # guidance scale that FLUX.1 dev gets as an input in training
+    # Class images that keep the class from being forgotten (DreamBooth): a captioned folder, or captions for all.
     "prior_preservation": {"path": setting("", path=True), "captions": (), "weight": setting(1.0, 0, 1000)},
     # Stage "lora"; alpha 0 is the rank; endings of the layers' names, () for the projections of attention.
     "lora": {"rank": setting(8, 1, 4096), "alpha": setting(0.0, 0), "layers": ()},
@@ -231,17 +230,17 @@ SETTINGS: dict[str, Any] = {
     # images that a device encodes at a time, as for cache_latents.
     "latents": {
         "path": setting("", path=True),
-        "views": setting(1, 1, MOST),
+        "views": setting(1, 1, MAX_INT),
         "embeddings": False,
-        "batch_size": setting(8, 1, MOST),
+        "batch_size": setting(8, 1, MAX_INT),
     },
-    "cache_latents": setting(0, 0, MOST),  # views of each image to encode before training; 0: encode as they are read
+    "cache_latents": setting(0, 0, MAX_INT),  # views of each image to encode before training; 0: encode while training
     # Numbers also go to Weights & Biases (pip install ".[wandb]") where a project is named.
     "wandb": {"project": "", "name": ""},
     "eval": {
         # Number of held-out images: reconstructed (vae), ranked (clip), denoised (others, with
         # data.eval_split), or used as inputs for sample sheets.
-        "images": setting(64, 0, MOST),
+        "images": setting(64, 0, MAX_INT),
         "prompts": (),
         "steps": setting(20, 1, 1000),
         "guidance_scale": setting(0.0, 0, 1000),  # 0: the model's own
@@ -250,18 +249,18 @@ SETTINGS: dict[str, Any] = {
     },
 }
 OPEN = ("model", "data.filter")  # groups that take further names: sizes of networks, columns of the metadata
-RULES = dict(leaves(SETTINGS))  # by whole name
+RULES = dict(leaves(SETTINGS))  # the declaration of each setting, by its full name
 
 
 def _values(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of a tree of settings. A default of None becomes a placeholder of the setting's type."""
-    found = {}
-    for name, x in tree.items():
-        if isinstance(x, dataclasses.Field):
-            found[name] = placeholder(x.metadata["kind"]) if x.default is None else x.default
+    defaults = {}
+    for name, field in tree.items():
+        if isinstance(field, dataclasses.Field):
+            defaults[name] = placeholder(field.metadata["kind"]) if field.default is None else field.default
         else:
-            found[name] = _values(x) if isinstance(x, Mapping) else x
-    return found
+            defaults[name] = _values(field) if isinstance(field, Mapping) else field
+    return defaults
 
 
 def base() -> Settings:

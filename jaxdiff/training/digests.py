@@ -1,6 +1,6 @@
-"""The SHA-256 of each file of a checkpoint, among them: what tells that it is whole.
+"""The SHA-256 of each file of a checkpoint, stored beside them.
 
-Orbax itself does not notice every flipped byte, so that the sums are compared before a checkpoint is read.
+Orbax does not detect every flipped byte, so the checksums are verified before a checkpoint is read.
 """
 
 import hashlib
@@ -13,36 +13,36 @@ UNCHECKED = (SUMS, "_CHECKPOINT_METADATA", "commit_success.txt")  # orbax writes
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a checkpoint's folder, by its path in there."""
+    """SHA-256 of every file of a checkpoint, by its path in the checkpoint's folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in UNCHECKED)
 
     def digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    with ThreadPoolExecutor() as pool:  # the sums are computed without Python's lock
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
         return dict(zip((p.relative_to(folder).as_posix() for p in files), pool.map(digest, files), strict=True))
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing: a file that is missing, of other bytes, or one too many."""
+    """What is wrong with a checkpoint: a missing, changed or additional file; None if it is intact."""
     try:
-        wanted = json.loads((folder / SUMS).read_text(encoding="utf-8"))
-        found = digests(folder)
+        expected = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        actual = digests(folder)
     except (OSError, ValueError) as e:
         return f"{SUMS} cannot be read: {reason(e)}"
-    if not isinstance(wanted, dict):
+    if not isinstance(expected, dict):
         return f"{SUMS} holds no sums"
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
+    for name in sorted(expected.keys() | actual.keys()):
+        if name not in actual:
             return f"{name} is missing, which {SUMS} lists"
-        if wanted.get(name) != found[name]:
+        if expected.get(name) != actual[name]:
             return f"{name} holds other bytes than {SUMS} says"
     return None
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, without what follows its first line."""
+    """The first line of an error's message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     for known in ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied"):

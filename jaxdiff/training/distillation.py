@@ -1,7 +1,7 @@
 """Distillation: a UNet that draws in a few steps what a guided teacher draws in many (diffusion/consistency.py).
 
-A batch is what `diffusion_stage` takes. The student starts as the teacher. An embedding tells it the scale of the
-teacher's guidance, or it learns one mixture of all scales.
+Batches are those of `diffusion_stage`. The student starts as a copy of the teacher. It gets the teacher's guidance
+scale as an embedding, or learns one mixture of all scales.
 """
 
 import dataclasses
@@ -35,44 +35,46 @@ from jaxdiff.training.stages import (
     prepare_pairs,
     random_noise,
     random_times,
+    split_each,
+    unconditional,
 )
-from jaxdiff.training.train_step import NO_CAST, STATE, Batch, Dtypes, Loss, Metrics
+from jaxdiff.training.train_step import NO_CAST, Batch, Dtypes, Loss, Metrics, split_state
 from jaxdiff.typing import Array, Denoise, Key, Params
 
-TEACHER = "teacher"  # key of the parameters of a UNet that all of another one learns from
-FEW_STEPS = 4  # that a distilled model recommends
+TEACHER = "teacher"  # key of the teacher's UNet, where the student's is trained as a whole
+FEW_STEPS = 4  # default number of steps of a distilled model
 TIME = "time_embedding"  # part of a UNet
 
 
 class Student(NamedTuple):
     """A model to be distilled."""
 
-    model: Model  # as it draws in the end
-    teacher: Model  # as it was
+    model: Model  # the student
+    teacher: Model  # the model that training starts from
     params: Params  # of both
     merge_params: Callable[[Params], Params]  # parameters of the loss -> those of `model`
     teacher_key: str  # of the teacher's UNet among the parameters of the loss
 
 
 def few_steps(model: Model, guidance_dim: int, solver_steps: int) -> Model:
-    """The model with the scheduler of a consistency model, and a UNet that is told of the guidance if `guidance_dim`.
+    """The model with the scheduler of a consistency model, and with an embedding of the guidance if `guidance_dim`.
 
     Raises:
         OptionsError: the model draws from more than a prompt, is a flow, or is distilled already.
     """
-    given, name = model.scheduler, "init_from.model"
+    scheduler, setting = model.scheduler, "init_from.model"
     if model.inpaints or model.family == "upscaler" or model.controlnets:
-        raise OptionsError(f"{name}: distillation is for models that draw from a prompt alone.")
-    if is_flow(given):
-        raise OptionsError(f"{name}: distillation is for models whose scheduler has betas, and this one is a flow.")
+        raise OptionsError(f"{setting}: distillation is for models that draw from a prompt alone.")
+    if is_flow(scheduler):
+        raise OptionsError(f"{setting}: distillation is for models whose scheduler has betas, and this one is a flow.")
     if model.unet.config.time_cond_proj_dim is not None:
-        raise OptionsError(f"{name} is a distilled model already, and has no guidance to learn from.")
-    if solver_steps > given.num_train_timesteps:
-        raise OptionsError(f"distillation.solver_steps {solver_steps} must be at most {given.num_train_timesteps}.")
-    process = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+        raise OptionsError(f"{setting} is a distilled model already, and has no guidance to learn from.")
+    if solver_steps > scheduler.num_train_timesteps:
+        raise OptionsError(f"distillation.solver_steps {solver_steps} must be at most {scheduler.num_train_timesteps}.")
+    kept_fields = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
                "rescale_betas_zero_snr")  # fmt: skip
     lcm = SchedulerConfig.from_dict({"_class_name": "LCMScheduler", "original_inference_steps": solver_steps})
-    lcm = dataclasses.replace(lcm, **{field: getattr(given, field) for field in process})
+    lcm = dataclasses.replace(lcm, **{field: getattr(scheduler, field) for field in kept_fields})
     model = dataclasses.replace(model, options=dataclasses.replace(model.options, steps=FEW_STEPS, pag_scale=0.0))
     if guidance_dim:
         return dataclasses.replace(replace_config(model, "unet", time_cond_proj_dim=guidance_dim), scheduler=lcm)
@@ -80,46 +82,46 @@ def few_steps(model: Model, guidance_dim: int, solver_steps: int) -> Model:
     return dataclasses.replace(model, scheduler=lcm, options=options)
 
 
-def whole_student(model: Model, params: Params, c: DistillationOptions) -> Student:
-    """A student of which all of the UNet learns; at first the embedding of the guidance has no weight."""
-    student, unet = few_steps(model, c.guidance_dim, c.solver_steps), dict(params["unet"])
-    if c.guidance_dim:
-        kernel = np.zeros((c.guidance_dim, model.unet.config.block_out_channels[0]), np.float32)
+def whole_student(model: Model, params: Params, options: DistillationOptions) -> Student:
+    """A student whose whole UNet is trained; the embedding of the guidance starts with weight 0."""
+    student, unet = few_steps(model, options.guidance_dim, options.solver_steps), dict(params["unet"])
+    if options.guidance_dim:
+        kernel = np.zeros((options.guidance_dim, model.unet.config.block_out_channels[0]), np.float32)
         unet[TIME] = {**unet[TIME], "cond_proj": {"kernel": kernel}}
     return Student(student, model, {**params, "unet": unet, TEACHER: params["unet"]}, lambda params: params, TEACHER)
 
 
 def smooth(student: Student, frequency: float) -> Student:
-    """The student without weights of the sinusoids of t that turn by more than `frequency` radians a step.
+    """The student with weight 0 for the sinusoids of t that turn by more than `frequency` radians a step.
 
-    A network that has learnt of whole timesteps alone is rough between them: the fast sinusoids hardly change its
-    output, but they make most of its derivative by t, and all of that is noise (Lu & Song 2024, section 4.1, where
-    they are left out of the network). In the bundled model 0.05 changes 1 % of the output, and brings the derivative
-    to within a tenth of a finite difference over forty steps, but for the last fifty.
+    A network trained on integer timesteps alone is rough between them: the fast sinusoids hardly change its output,
+    but make up most of its derivative in t, as noise (Lu & Song 2024, section 4.1, whose network has no such
+    sinusoids). In the bundled model 0.05 changes 1 % of the output, and brings the derivative to within a tenth of a
+    finite difference over forty steps, but for the last fifty.
     """
     config = student.model.unet.config
     rates = sinusoid_frequencies(config.block_out_channels[0] // 2, config.freq_shift)
-    kept = jnp.tile(rates <= frequency, 2)[:, None]
+    is_slow = jnp.tile(rates <= frequency, 2)[:, None]
 
-    def smoothed(params: Params) -> Params:
-        part = params["unet"][TIME]
-        first = {**part["linear_1"], "kernel": jnp.where(kept, part["linear_1"]["kernel"], 0.0)}
-        return {**params, "unet": {**params["unet"], TIME: {**part, "linear_1": first}}}
+    def without_fast(params: Params) -> Params:
+        embedding = params["unet"][TIME]
+        linear = {**embedding["linear_1"], "kernel": jnp.where(is_slow, embedding["linear_1"]["kernel"], 0.0)}
+        return {**params, "unet": {**params["unet"], TIME: {**embedding, "linear_1": linear}}}
 
-    return student._replace(params=smoothed(student.params), merge_params=smoothed)
+    return student._replace(params=without_fast(student.params), merge_params=without_fast)
 
 
-# --- what both losses begin with
+# --- the noised batch and the teacher's prediction, for both losses
 
 
 class Example(NamedTuple):
-    """What is drawn for each image of a batch, and what the teacher says of it."""
+    """Noised latents of a batch and the guided teacher's prediction of the clean ones."""
 
     x: Array  # [B, h, w, C], noised latents
-    time: Time  # of each
+    time: Time  # [B]
     cond: Conditioning
-    scale: Array  # [B], of the guidance
-    x0: Array  # the guided teacher's prediction
+    scale: Array  # [B], guidance scales
+    x0: Array  # [B, h, w, C], the guided teacher's prediction
 
 
 def example(
@@ -128,26 +130,25 @@ def example(
     batch: Batch,
     keys: Key,
     times: Callable[[Key], Array],
-    c: DistillationOptions,
-    how: NoiseOptions,
+    options: DistillationOptions,
+    noise_options: NoiseOptions,
 ) -> Example:
     """Noised latents of a batch, at `times` of keys [B], and the guided teacher's prediction of the clean ones."""
     model, teacher = student.model, student.teacher
-    time_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
+    time_keys, noise_keys, drop_keys = split_each(keys, 3)
     latents = latents_of(teacher, params, batch)
     empty = prepare_pairs(model)({"text": [""]})
-    drop = per_example(jax.random.uniform, drop_keys, ()) < how.caption_dropout
+    drop = per_example(jax.random.uniform, drop_keys, ()) < noise_options.caption_dropout
     cond = with_time_ids(teacher, conditioning(teacher, params, batch, empty, drop), latents)
-    none = conditioning(teacher, params, empty, empty, jnp.ones(1, bool))
-    none = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), none)
+    uncond = unconditional(teacher, params, empty, len(latents))
     if not teacher.options.requires_aesthetics_score:
-        none = none._replace(time_ids=cond.time_ids)
+        uncond = uncond._replace(time_ids=cond.time_ids)
     time = at(noise_schedule(model.scheduler), times(time_keys))
-    x = add_noise(latents, random_noise(noise_keys, latents.shape[1:], how.offset_noise), time)
-    share = per_example(jax.random.uniform, fold_in_each(keys, 2), ())
-    scale = c.guidance_min + (c.guidance_max - c.guidance_min) * share
+    x = add_noise(latents, random_noise(noise_keys, latents.shape[1:], noise_options.offset_noise), time)
+    u = per_example(jax.random.uniform, fold_in_each(keys, 2), ())
+    scale = options.guidance_min + (options.guidance_max - options.guidance_min) * u
     frozen = {"unet": params[student.teacher_key]}
-    x0 = denoiser(teacher, frozen, cond, none, scale)(x, time)
+    x0 = denoiser(teacher, frozen, cond, uncond, scale)(x, time)
     return jax.lax.stop_gradient(Example(x, time, cond, scale, x0))
 
 
@@ -158,8 +159,8 @@ def _stage(student: Student, name: str, trainable: tuple[str, ...], loss: Loss) 
     return Stage(name, trainable, loss, prepare_diffusion(student.model), dtypes, reads_state=True)
 
 
-def _mean(errors: Array, batch: Batch) -> Array:
-    """Of errors [B, ...], by each example's weight."""
+def _weighted_mean(errors: Array, batch: Batch) -> Array:
+    """The mean of errors [B, ...], each example multiplied by its weight."""
     return (errors.reshape(len(errors), -1).mean(1) * batch.get("weight", 1.0)).mean()
 
 
@@ -168,7 +169,7 @@ def _mean(errors: Array, batch: Batch) -> Array:
 
 def lcm_stage(
     student: Student,
-    c: DistillationOptions,
+    options: DistillationOptions,
     *,
     name: str = "lcm",
     trainable: tuple[str, ...] = ("unet",),
@@ -177,31 +178,31 @@ def lcm_stage(
     """Latent consistency distillation (Luo et al. 2023, algorithm 1; LCM-LoRA: Luo et al. 2023b).
 
     Args:
-        trainable: keys of what learns; their moving average makes the target.
+        trainable: keys of the trained parameters, whose moving average makes the target.
         noise_options: fields of `NoiseOptions`.
     """
-    model, how = student.model, NoiseOptions(**noise_options)
-    schedule, total = noise_schedule(model.scheduler), model.scheduler.num_train_timesteps
-    skip, scaling = total // c.solver_steps, model.scheduler.timestep_scaling
+    model, noise = student.model, NoiseOptions(**noise_options)
+    schedule, num_timesteps = noise_schedule(model.scheduler), model.scheduler.num_train_timesteps
+    step_size, scaling = num_timesteps // options.solver_steps, model.scheduler.timestep_scaling
 
     def times(keys: Key) -> Array:
-        """Of the solver's steps, as sampling takes them (diffusion/spacing.py, equation 4)."""
-        step = jnp.minimum(random_times(model.scheduler, keys, how) // skip, c.solver_steps - 1)
-        return (step + 1) * skip - 1
+        """Timesteps of the solver, as in sampling (diffusion/spacing.py, equation 4)."""
+        step = jnp.minimum(random_times(model.scheduler, keys, noise) // step_size, options.solver_steps - 1)
+        return (step + 1) * step_size - 1
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
-        params, state = {k: x for k, x in params.items() if k != STATE}, params[STATE]
-        drawn = example(student, params, batch, keys, times, c, how)
-        below = at(schedule, jnp.maximum(drawn.time.t - skip, 0))
-        x_below = consistency.solver_step(drawn.x0, drawn.x, drawn.time, below)
+        params, state = split_state(params)
+        noised = example(student, params, batch, keys, times, options, noise)
+        next_time = at(schedule, jnp.maximum(noised.time.t - step_size, 0))
+        x_next = consistency.solver_step(noised.x0, noised.x, noised.time, next_time)
 
         def f(params: Params, x: Array, time: Time) -> Array:
-            denoise: Denoise = denoiser(model, student.merge_params(params), drawn.cond, None, drawn.scale)
+            denoise: Denoise = denoiser(model, student.merge_params(params), noised.cond, None, noised.scale)
             return consistency.consistency(denoise(x, time), x, time.t, scaling)
 
-        wanted = jax.lax.stop_gradient(f({**params, **state["ema"]}, x_below, below))
-        errors = consistency.pseudo_huber(f(params, drawn.x, drawn.time) - wanted, c.huber_c)
-        return _mean(errors, batch), {}
+        target = jax.lax.stop_gradient(f({**params, **state["ema"]}, x_next, next_time))
+        errors = consistency.pseudo_huber(f(params, noised.x, noised.time) - target, options.huber_c)
+        return _weighted_mean(errors, batch), {}
 
     return _stage(student, name, trainable, loss)
 
@@ -209,8 +210,8 @@ def lcm_stage(
 # --- continuous consistency distillation
 
 
-def scm_stage(student: Student, c: DistillationOptions, *, name: str = "scm", **noise_options: Any) -> Stage:
-    """Consistency distillation in continuous time (Lu & Song 2024, algorithm 1, without the learnt weight of times).
+def scm_stage(student: Student, options: DistillationOptions, *, name: str = "scm", **noise_options: Any) -> Stage:
+    """Consistency distillation in continuous time (Lu & Song 2024, algorithm 1, without the learned time weighting).
 
     Args:
         student: of `smooth`.
@@ -218,7 +219,7 @@ def scm_stage(student: Student, c: DistillationOptions, *, name: str = "scm", **
     Raises:
         OptionsError: the model predicts something else than v.
     """
-    model, how = student.model, NoiseOptions(**noise_options)
+    model, noise = student.model, NoiseOptions(**noise_options)
     if model.scheduler.prediction_type != "v_prediction":
         raise OptionsError(
             f"init_from.model predicts {model.scheduler.prediction_type}, and the stage {name} needs v_prediction: "
@@ -228,20 +229,22 @@ def scm_stage(student: Student, c: DistillationOptions, *, name: str = "scm", **
     network = guided_network(model)
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
-        params, state = {k: x for k, x in params.items() if k != STATE}, params[STATE]
-        drawn = example(student, params, batch, keys, lambda k: random_times(model.scheduler, k, how), c, how)
-        index = drawn.time.t.astype(jnp.int32)
+        params, state = split_state(params)
+        noised = example(
+            student, params, batch, keys, lambda k: random_times(model.scheduler, k, noise), options, noise
+        )
+        index = noised.time.t.astype(jnp.int32)
         phi, rate = jnp.asarray(table.phi)[index], jnp.asarray(table.rate)[index]
-        teacher = (jnp.cos(phi)[:, None, None, None] * drawn.x - drawn.x0) / jnp.sin(phi)[:, None, None, None]
-        warmup = jnp.minimum(1.0, (state["step"] + 1) / max(c.tangent_warmup, 1))
+        teacher = (jnp.cos(phi)[:, None, None, None] * noised.x - noised.x0) / jnp.sin(phi)[:, None, None, None]
+        warmup = jnp.minimum(1.0, (state["step"] + 1) / max(options.tangent_warmup, 1))
 
         def velocity(x: Array, t: Array) -> Array:
-            return network(student.merge_params(params), x, t, drawn.cond, drawn.scale).astype(jnp.float32)
+            return network(student.merge_params(params), x, t, noised.cond, noised.scale).astype(jnp.float32)
 
         with forward_differentiable():
-            f, g = consistency.tangent(velocity, drawn.x, drawn.time.t, phi, rate, teacher, warmup)
+            f, g = consistency.tangent(velocity, noised.x, noised.time.t, phi, rate, teacher, warmup)
         errors = (f - jax.lax.stop_gradient(f + consistency.normalised(g))) ** 2
-        return _mean(errors, batch), {"tangent": jnp.sqrt((g**2).mean())}
+        return _weighted_mean(errors, batch), {"tangent": jnp.sqrt((g**2).mean())}
 
     return _stage(student, name, ("unet",), loss)
 
@@ -257,7 +260,7 @@ def guided_network(model: Model) -> Callable[[Params, Array, Array, Conditioning
     return network
 
 
-def evaluated_network(model: Model, c: DistillationOptions) -> Network:
-    """What the loss by noise level is measured of, told of the middle of the guidance."""
-    network, scale = guided_network(model), (c.guidance_min + c.guidance_max) / 2
+def evaluated_network(model: Model, options: DistillationOptions) -> Network:
+    """The network whose loss is evaluated by noise level, at the middle of the range of guidance scales."""
+    network, scale = guided_network(model), (options.guidance_min + options.guidance_max) / 2
     return lambda params, x, time, cond, batch, keys: network(params, x, time.t, cond, scale)

@@ -34,7 +34,7 @@ from jaxdiff.typing import Array, Params
 class PowerAverages(NamedTuple):
     """The averages of equation (2), part of the optimizer's state."""
 
-    updates: Array  # [] int32, t: how many were made
+    updates: Array  # [] int32, t: the number of updates
     averages: tuple[Params, ...]  # one for each length
 
 
@@ -45,7 +45,7 @@ def gamma(sigma: float) -> float:
     [16.97, 6.94]
 
     Raises:
-        ConfigError: no such average: sigma must be above 0 and below 0.289, that of a plain mean.
+        ConfigError: sigma is not between 0 and 0.289, the value of a plain mean.
     """
     if not 0 < sigma < 12**-0.5:
         raise ConfigError(f"the length {sigma} of an average must be above 0 and below {12**-0.5:.3f}.")
@@ -53,7 +53,7 @@ def gamma(sigma: float) -> float:
 
 
 def track(sigmas: Sequence[float]) -> optax.GradientTransformation:
-    """Keeps averages of these lengths; changes no update. The last link of a chain, so that it sees what is applied."""
+    """Tracks averages of these lengths and leaves updates unchanged. It must come last in a chain."""
     powers = [gamma(sigma) + 1 for sigma in sigmas]
 
     def init(params: Params) -> PowerAverages:
@@ -63,11 +63,11 @@ def track(sigmas: Sequence[float]) -> optax.GradientTransformation:
         count = state.updates + 1
         new = optax.apply_updates(params, updates)
 
-        def one(average: Params, power: float) -> Params:
+        def update_average(average: Params, power: float) -> Params:
             beta = (1 - 1 / count) ** power
             return jax.tree.map(lambda a, p: p + beta * (a - p), average, new)
 
-        return updates, PowerAverages(count, tuple(map(one, state.averages, powers)))
+        return updates, PowerAverages(count, tuple(map(update_average, state.averages, powers)))
 
     return optax.GradientTransformation(init, update)
 
@@ -116,7 +116,7 @@ class Snapshots:
         tensors = {
             f"{sigma}:{path}": np.asarray(value)
             for sigma, average in zip(self._sigmas, state.averages, strict=True)
-            for path, value in _named(average)
+            for path, value in _flatten(average)
         }
         write_tensors(self._path(state), tensors)
 
@@ -129,7 +129,7 @@ def _averages(opt_state: Any) -> PowerAverages:
     return next(x for x in leaves if isinstance(x, PowerAverages))
 
 
-def _named(tree: Params) -> list[tuple[str, Any]]:
+def _flatten(tree: Params) -> list[tuple[str, Any]]:
     """The arrays of a tree by their paths, such as unet/conv_in/kernel."""
     return [(parallel.path_name(path), value) for path, value in jax.tree_util.tree_leaves_with_path(tree)]
 
@@ -137,51 +137,50 @@ def _named(tree: Params) -> list[tuple[str, Any]]:
 def inner(t: np.ndarray, g: np.ndarray, t_2: np.ndarray, g_2: np.ndarray) -> np.ndarray:
     """Inner products of profiles, equation (3); [I], [I], [J], [J] float64 -> [I, J]."""
     t, g = t[:, None], g[:, None]
-    ratio = np.minimum(t, t_2)
-    return (g + 1) * (g_2 + 1) / (g + g_2 + 1) * (ratio / t) ** g * (ratio / t_2) ** g_2 * ratio / (t * t_2)
+    earlier = np.minimum(t, t_2)
+    return (g + 1) * (g_2 + 1) / (g + g_2 + 1) * (earlier / t) ** g * (earlier / t_2) ** g_2 * earlier / (t * t_2)
 
 
-def weights(times: np.ndarray, gammas: np.ndarray, time: float, wanted: float) -> np.ndarray:
-    """How much of each snapshot [N] makes the average of exponent `wanted` at `time`."""
+def weights(times: np.ndarray, gammas: np.ndarray, time: float, exponent: float) -> np.ndarray:
+    """Weights of the snapshots [N] that combine to the average of this exponent at `time`."""
     times, gammas = np.asarray(times, np.float64), np.asarray(gammas, np.float64)
-    right = inner(times, gammas, np.asarray([time], np.float64), np.asarray([wanted]))
-    return np.linalg.lstsq(inner(times, gammas, times, gammas), right[:, 0], rcond=None)[0]
+    products = inner(times, gammas, np.asarray([time], np.float64), np.asarray([exponent]))
+    return np.linalg.lstsq(inner(times, gammas, times, gammas), products[:, 0], rcond=None)[0]
 
 
-def reconstructed(folder: str | Path, sigma: float, params: Params, updates: int | None = None) -> Params:
+def reconstruct(folder: str | Path, sigma: float, params: Params, updates: int | None = None) -> Params:
     """The parameters, with the trained ones replaced by an average of another length (post-hoc EMA).
 
     Args:
-        folder: of snapshots, a run's `ema`.
+        folder: the snapshots, a run's folder `ema`.
         sigma: standard deviation of the average's profile, as a share of the training.
         params: all parameters of the run; the values of trained ones do not matter.
         updates: number of updates at which the average ends; by default that of the last snapshot.
 
     Returns:
-        The same tree; what was trained as float32 numpy arrays.
+        The same tree, with trained parameters as float32 numpy arrays.
 
     Raises:
         ConfigError: there are no snapshots up to there, they do not fit `params`, or `sigma` is out of range.
     """
     files = sorted(Path(folder).glob("*.safetensors"), key=lambda p: int(p.stem))
     files = [p for p in files if updates is None or int(p.stem) <= updates]
-    wanted = gamma(sigma)
+    exponent = gamma(sigma)
     if not files:
         raise ConfigError(f"{folder} holds no snapshots of averages: set ema_sigmas when training.")
     sources = [open_tensors(p) for p in files]
     names = sorted({name.split(":")[0] for name in sources[0].shapes})
     times = np.repeat([int(p.stem) for p in files], len(names))
-    lengths = np.tile([gamma(float(name)) for name in names], len(sources))
-    shares = iter(weights(times, lengths, times[-1] if updates is None else updates, wanted))
-    total: dict[str, np.ndarray] = {}
+    gammas = np.tile([gamma(float(name)) for name in names], len(sources))
+    snapshot_weights = iter(weights(times, gammas, times[-1] if updates is None else updates, exponent))
+    averages: dict[str, np.ndarray] = {}
     for source in sources:
         for name in names:
-            share = next(shares)
+            weight = next(snapshot_weights)
             for tensor in (t for t in source.shapes if t.startswith(f"{name}:")):
-                value = share * np.asarray(source.read(tensor), np.float64)
                 path = tensor.split(":", 1)[1]
-                total[path] = total[path] + value if path in total else value
-    found = [total.pop(path).astype(np.float32) if path in total else value for path, value in _named(params)]
-    if total:
-        raise ConfigError(f"The snapshots of {folder} are of another model: it has no {next(iter(total))}.")
-    return jax.tree.unflatten(jax.tree.structure(params), found)
+                averages[path] = averages.get(path, 0.0) + weight * np.asarray(source.read(tensor), np.float64)
+    leaves = [averages.pop(path).astype(np.float32) if path in averages else value for path, value in _flatten(params)]
+    if averages:
+        raise ConfigError(f"The snapshots of {folder} are of another model: it has no {next(iter(averages))}.")
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)

@@ -1,4 +1,4 @@
-"""The model that a run starts from: parts of given sizes, or parts of earlier stages and published models."""
+"""The model that a run starts from: fresh networks, or parts of earlier stages and published models."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from jaxdiff.training.ranges import naming
 from jaxdiff.typing import Key, Params
 
 PARTS = ("text_encoder", "text_encoder_2", "unet", "transformer", "vae", "vision_encoder")
-NAMED = tuple(name for name in PARTS if name != "transformer")  # in init_from
+INIT_FROM_PARTS = tuple(name for name in PARTS if name != "transformer")  # settings of init_from
 
 
 def starting_model(
@@ -44,12 +44,12 @@ def starting_model(
     Args:
         sizes: the config of each fresh part ("text_encoder", "unet", "vae", "vision_encoder") and of the "scheduler". A
             "transformer", of SD 3's kind, takes the place of a UNet and reads two text encoders.
-        init_from: models (diffusers folders, single files, names) by the part that is taken from them, config and
-            weights; or the folder of that part alone, and for "vae" whatever `jaxdiff.load_vae` opens. "model" stands
-            for all parts, and without others beside it may be of any family. The tokenizer comes with the text encoder,
-            the scheduler with "model" alone.
-        make_tokenizer: makes one where the text encoder is fresh.
-        key: of the fresh parameters.
+        init_from: for each part that is loaded, with config and weights, a model (diffusers folder, single file or
+            name), the folder of that part alone, or for "vae" whatever `jaxdiff.load_vae` opens. "model" stands for
+            all parts, and given alone may be of any family. The tokenizer comes with the text encoder, the scheduler
+            with "model" alone.
+        make_tokenizer: makes the tokenizer of a fresh text encoder.
+        key: for the fresh parameters.
         check: called with the model before weights are read; may raise to refuse it.
 
     Returns:
@@ -59,16 +59,16 @@ def starting_model(
         ConfigError, WeightsError: one sentence naming the entry or file.
     """
     if [name for name, folder in init_from.items() if folder] == ["model"]:
-        return _whole(init_from["model"], dtype, remat, check)
-    model, given = _described(sizes, init_from, make_tokenizer, dtype, remat)
+        return _load(init_from["model"], dtype, remat, check)
+    model, parts = _describe(sizes, init_from, make_tokenizer, dtype, remat)
     if check is not None:
         check(model)
     shapes = param_shapes(model)
-    read = {}
-    for name, part in given.items():
+    loaded = {}
+    for name, part in parts.items():
         with naming(f"init_from.{name if init_from.get(name) else 'model'}"):
-            read[name] = part.read(shapes[name])
-    return model, {**_fresh(model, set(shapes) - set(given), key), **jax.device_get(read)}
+            loaded[name] = part.read(shapes[name])
+    return model, {**_init_parts(model, set(shapes) - set(parts), key), **jax.device_get(loaded)}
 
 
 def described_model(
@@ -79,69 +79,71 @@ def described_model(
     dtype: Any = "float32",
     remat: bool | str = False,
 ) -> Model:
-    """The model of `starting_model` alone: configs and vocabularies are read, no weights."""
+    """The model of `starting_model`, from configs and vocabularies; no weights are read."""
     if [name for name, folder in init_from.items() if folder] != ["model"]:
-        return _described(sizes, init_from, make_tokenizer, dtype, remat)[0]
-    return _rebuilt(_opened("model", init_from["model"])[0], dtype, remat)
+        return _describe(sizes, init_from, make_tokenizer, dtype, remat)[0]
+    return _with_dtype(_open("model", init_from["model"])[0], dtype, remat)
 
 
 class _Part(NamedTuple):
     """A network that is loaded rather than initialized."""
 
     config: Any
-    weights: Callable[[], Path | TensorSource]  # where they are, unread
+    weights: Callable[[], Path | TensorSource]  # locates the weights without reading them
     tokenizer: Tokenizer | None = None
     projects: bool = True  # False: a text encoder that gets the identity as its projection
 
     def read(self, shapes: Params) -> Params:
-        """The parameters."""
+        """The parameters, float32."""
         if self.projects:
             return load_tensors(self.weights(), shapes, jnp.float32)
-        own = {name: tree for name, tree in shapes.items() if name != "text_projection"}
+        read_shapes = {name: tree for name, tree in shapes.items() if name != "text_projection"}
         identity = {"kernel": jnp.eye(self.config.hidden_size)}
-        return {**load_tensors(self.weights(), own, jnp.float32), "text_projection": identity}
+        return {**load_tensors(self.weights(), read_shapes, jnp.float32), "text_projection": identity}
 
 
-def _described(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, dict[str, _Part]]:
-    """The model, and those of its parts that are loaded."""
-    named = {name: path for name, path in init_from.items() if path}
-    if unknown := [name for name in named if name not in ("model", *NAMED)]:
-        raise ConfigError(f"init_from.{unknown[0]} is unknown; known are model, {', '.join(NAMED)}.")
-    flow = "transformer" in sizes
-    process = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
-    scheduler = SchedulerConfig.from_dict({"_class_name": process, **sizes.get("scheduler", {})})
-    given: dict[str, _Part] = {}
-    if "model" in named:
-        whole, given = _opened("model", named.pop("model"))
-        scheduler = scheduler if flow else whole.scheduler
+def _describe(sizes, init_from, make_tokenizer, dtype, remat) -> tuple[Model, dict[str, _Part]]:
+    """The model, and its parts that are loaded."""
+    paths = {name: path for name, path in init_from.items() if path}
+    if unknown := [name for name in paths if name not in ("model", *INIT_FROM_PARTS)]:
+        raise ConfigError(f"init_from.{unknown[0]} is unknown; known are model, {', '.join(INIT_FROM_PARTS)}.")
+    is_sd3 = "transformer" in sizes
+    scheduler_class = "FlowMatchEulerDiscreteScheduler" if is_sd3 else "DDIMScheduler"
+    scheduler = SchedulerConfig.from_dict({"_class_name": scheduler_class, **sizes.get("scheduler", {})})
+    parts: dict[str, _Part] = {}
+    if "model" in paths:
+        source_model, parts = _open("model", paths.pop("model"))
+        scheduler = scheduler if is_sd3 else source_model.scheduler
     configs: dict[str, Any] = {name: FRESH[name].from_dict(dict(sizes[name])) for name in PARTS if name in sizes}
-    for name, path in named.items():
-        like = given["vae"].config if "vae" in given else configs.get("vae", VAEConfig())
-        given[name] = _part(name, path, like)
-    configs.update({name: part.config for name, part in given.items() if name in PARTS})
-    texts = ("text_encoder", "text_encoder_2") if flow else ("text_encoder",)
-    if missing := [name for name in (*texts, "transformer" if flow else "unet", "vae") if name not in configs]:
+    for name, path in paths.items():
+        vae_config = parts["vae"].config if "vae" in parts else configs.get("vae", VAEConfig())
+        parts[name] = _part(name, path, vae_config)
+    configs.update({name: part.config for name, part in parts.items() if name in PARTS})
+    text_names = ("text_encoder", "text_encoder_2") if is_sd3 else ("text_encoder",)
+    if missing := [name for name in (*text_names, "transformer" if is_sd3 else "unet", "vae") if name not in configs]:
         raise ConfigError(f"The config gives neither model.{missing[0]} nor init_from.{missing[0]}.")
-    if flow:
-        configs, given = _as_sd3(configs, given)
+    if is_sd3:
+        configs, parts = _as_sd3(configs, parts)
     _check_fit(configs)
-    tokenizers = [given[name].tokenizer if name in given else None for name in texts]
+    tokenizers = [parts[name].tokenizer if name in parts else None for name in text_names]
     if None in tokenizers:
-        fresh = make_tokenizer()
-        configs |= {n: _fit_tokenizer(configs[n], fresh) for n, x in zip(texts, tokenizers, strict=True) if x is None}
-        tokenizers = [x or fresh for x in tokenizers]
-    second: dict[str, Any] = {"text_2": configs["text_encoder_2"], "tokenizer_2": tokenizers[-1]} if flow else {}
+        new_tokenizer = make_tokenizer()
+        for name, tokenizer in zip(text_names, tokenizers, strict=True):
+            if tokenizer is None:
+                configs[name] = _fit_tokenizer(configs[name], new_tokenizer)
+        tokenizers = [tokenizer or new_tokenizer for tokenizer in tokenizers]
+    second: dict[str, Any] = {"text_2": configs["text_encoder_2"], "tokenizer_2": tokenizers[-1]} if is_sd3 else {}
     return build(
         configs["text_encoder"], configs["unet"], configs["vae"], tokenizers[0], scheduler,
         configs.get("vision_encoder"), transformer=configs.get("transformer"), dtype=dtype, remat=remat, **second,
-        options=PipelineOptions(max_sequence_length=0) if flow else None,  # nothing in the place of T5's states
-    ), given  # fmt: skip
+        options=PipelineOptions(max_sequence_length=0) if is_sd3 else None,  # no T5
+    ), parts  # fmt: skip
 
 
-def _as_sd3(configs: dict[str, Any], given: dict[str, _Part]) -> tuple[dict[str, Any], dict[str, _Part]]:
-    """The parts as SD 3's pipeline reads them, without a UNet.
+def _as_sd3(configs: dict[str, Any], parts: dict[str, _Part]) -> tuple[dict[str, Any], dict[str, _Part]]:
+    """The parts as SD 3's pipeline needs them, without a UNet.
 
-    Its text encoders project their pooled text, by the identity where they did not, and its autoencoder has a shift.
+    Its text encoders have a projection of the pooled text (the identity is added), and its autoencoder has a shift.
     """
     changed = {**configs, "unet": None}
     for name in ("text_encoder", "text_encoder_2"):
@@ -150,32 +152,32 @@ def _as_sd3(configs: dict[str, Any], given: dict[str, _Part]) -> tuple[dict[str,
     changed["vae"] = dataclasses.replace(configs["vae"], shift_factor=configs["vae"].shift_factor or 0.0)
     return changed, {
         name: part._replace(config=changed[name], projects=name == "vae" or part.config == changed[name])
-        for name, part in given.items()
+        for name, part in parts.items()
         if changed.get(name) is not None
     }
 
 
-def _whole(path: str, dtype: Any, remat: bool | str, check: Callable[[Model], None] | None) -> tuple[Model, Params]:
-    """A model of any family as it is, with float32 parameters, that computes in `dtype`."""
+def _load(path: str, dtype: Any, remat: bool | str, check: Callable[[Model], None] | None) -> tuple[Model, Params]:
+    """A model of any family with float32 parameters, which computes in `dtype`."""
     if check is not None:
-        check(_opened("model", path)[0])
+        check(_open("model", path)[0])
     with naming("init_from.model"):
-        m, params = load(find(path))
-    return _rebuilt(m, dtype, remat), jax.device_get(params)
+        model, params = load(find(path))
+    return _with_dtype(model, dtype, remat), jax.device_get(params)
 
 
-def _rebuilt(m: Model, dtype: Any, remat: bool | str) -> Model:
-    """The same model, ControlNets and all, that computes in `dtype`."""
+def _with_dtype(model: Model, dtype: Any, remat: bool | str) -> Model:
+    """The same model, with its ControlNets, computing in `dtype`."""
     dtype = jnp.dtype(dtype)
-    modules = {name: module.copy(dtype=dtype, remat=remat) for name, module in m.modules.items()}
-    modules["vae"] = autoencoder(m.vae.config, dtype, remat)  # which may compute in float32 nevertheless
-    nets = tuple(net.copy(dtype=dtype, remat=remat) for net in m.controlnets)
-    return dataclasses.replace(m, **modules, controlnets=nets)
+    modules = {name: module.copy(dtype=dtype, remat=remat) for name, module in model.modules.items()}
+    modules["vae"] = autoencoder(model.vae.config, dtype, remat)  # which may compute in float32 nevertheless
+    controlnets = tuple(net.copy(dtype=dtype, remat=remat) for net in model.controlnets)
+    return dataclasses.replace(model, **modules, controlnets=controlnets)
 
 
-def _fresh(model: Model, names: set[str], key: Key) -> Params:
+def _init_parts(model: Model, names: set[str], key: Key) -> Params:
     """Fresh parameters of these parts."""
-    # Some hundred small kernels run once: on a CPU, optimising them costs more than it saves.
+    # Hundreds of small kernels that run once: on a CPU, optimising them takes longer than it saves.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
     def init(key: Key) -> Params:  # jit drops the parameters that are not returned
@@ -184,50 +186,50 @@ def _fresh(model: Model, names: set[str], key: Key) -> Params:
     return jax.device_get(jax.jit(init, compiler_options=options)(key)) if names else {}
 
 
-def _opened(name: str, path: str) -> tuple[Model, dict[str, _Part]]:
-    """The model that an entry of init_from names, and its parts; no weights are read."""
+def _open(name: str, path: str) -> tuple[Model, dict[str, _Part]]:
+    """The model of an entry of init_from, and its parts; no weights are read."""
     with naming(f"init_from.{name}"):
-        found = find(path)
-        if found.is_file():
-            model, sources = open_single_file(found)
-            where: dict[str, Callable[[], Path | TensorSource]] = {
+        location = find(path)
+        if location.is_file():
+            model, sources = open_single_file(location)
+            weights: dict[str, Callable[[], Path | TensorSource]] = {
                 part: functools.partial(lambda source: source, source) for part, source in sources.items()
             }
         else:
-            model = load_model(found)
-            where = {part: functools.partial(find_weights, found / part, part) for part in model.modules}
+            model = load_model(location)
+            weights = {part: functools.partial(find_weights, location / part, part) for part in model.modules}
     tokenizers = {"text_encoder": model.tokenizer, "text_encoder_2": model.tokenizer_2}
     modules = model.modules
-    return model, {part: _Part(modules[part].config, at, tokenizers.get(part)) for part, at in where.items()}
+    return model, {part: _Part(modules[part].config, source, tokenizers.get(part)) for part, source in weights.items()}
 
 
-def _part(name: str, path: str, like: VAEConfig | TinyVAEConfig) -> _Part:
-    """One part: alone in a folder or a file of its own, or out of a whole model."""
+def _part(name: str, path: str, vae_config: VAEConfig | TinyVAEConfig) -> _Part:
+    """One part, from a folder or file of its own or from a complete model."""
     folder = Path(path)
     with naming(f"init_from.{name}"):
         if name == "vae" and is_vae(folder):
-            vae, source = open_vae(folder, like)
+            vae, source = open_vae(folder, vae_config)
             return _Part(vae, lambda: source)
         if (folder / CONFIG).is_file() and not (folder / INDEX).is_file():  # as diffusers' save_pretrained writes it
             config: Any = read_config(folder / CONFIG, FRESH[name])
             tokenizer = None
             if name.startswith("text_encoder"):
-                which = "tokenizer_2" if folder.name == "text_encoder_2" else "tokenizer"
-                tokenizer = load_tokenizer(folder.parent / which, config)
+                tokenizer_name = "tokenizer_2" if folder.name == "text_encoder_2" else "tokenizer"
+                tokenizer = load_tokenizer(folder.parent / tokenizer_name, config)
             return _Part(config, lambda: find_weights(folder, name), tokenizer)
-    parts = _opened(name, path)[1]
-    if name == "text_encoder_2" and name not in parts:  # the same twice
+    parts = _open(name, path)[1]
+    if name == "text_encoder_2" and name not in parts:  # use the only text encoder twice
         return parts["text_encoder"]
     if name not in parts:
         raise ConfigError(f"--config.init_from.{name}: {path} has no {name}.")
     return parts[name]
 
 
-def _fit_tokenizer(text: CLIPTextConfig, tokenizer: Tokenizer) -> CLIPTextConfig:
+def _fit_tokenizer(config: CLIPTextConfig, tokenizer: Tokenizer) -> CLIPTextConfig:
     """The text encoder's config with the ids and lengths of the tokenizer."""
     return CLIPTextConfig.from_dict(
         {
-            **text.to_dict(),
+            **config.to_dict(),
             "vocab_size": tokenizer.vocab_size,
             "max_position_embeddings": tokenizer.max_length,
             "bos_token_id": tokenizer.bos_id,
@@ -260,9 +262,9 @@ def _check_fit(configs: Mapping[str, Any]) -> None:
 def _check_transformer(configs: Mapping[str, Any]) -> None:
     """`_check_fit` of a transformer."""
     transformer, vae = configs["transformer"], configs["vae"]
-    for name, read, made in text_widths("sd3", {**configs, "text_encoder_3": None}):
-        if read != made:
-            raise ConfigError(f"transformer.{name} is {read}, and the text encoders make {made}: make them equal.")
+    for name, width, expected in text_widths("sd3", {**configs, "text_encoder_3": None}):
+        if width != expected:
+            raise ConfigError(f"transformer.{name} is {width}, and the text encoders make {expected}: make them equal.")
     if not transformer.in_channels == transformer.out_channels == vae.latent_channels:
         raise ConfigError(
             f"transformer.in_channels and out_channels are {transformer.in_channels} and {transformer.out_channels}, "
@@ -270,7 +272,7 @@ def _check_transformer(configs: Mapping[str, Any]) -> None:
         )
 
 
-def measured(model: Model, params: Params, images: Iterable[np.ndarray]) -> Model:
+def with_measured_scaling(model: Model, params: Params, images: Iterable[np.ndarray]) -> Model:
     """The model with the autoencoder's scaling_factor set so that latents have unit deviation over these images.
 
     (Rombach et al. 2022, appendix G.) The deviation is taken over all elements, mean included.
@@ -278,11 +280,11 @@ def measured(model: Model, params: Params, images: Iterable[np.ndarray]) -> Mode
     Args:
         images: batches uint8 [B, H, W, 3].
     """
-    run = jax.jit(
+    encode_batch = jax.jit(
         lambda vae, images: encode(
             replace_config(model, "vae", scaling_factor=1.0), {"vae": vae}, images.astype(jnp.float32) / 255.0
         )
     )
     vae = jax.device_put(params["vae"])
-    latents = np.concatenate([np.asarray(run(vae, batch)).ravel() for batch in images]).astype(np.float64)
+    latents = np.concatenate([np.asarray(encode_batch(vae, batch)).ravel() for batch in images]).astype(np.float64)
     return replace_config(model, "vae", scaling_factor=float(np.round(1.0 / latents.std(), 5)))

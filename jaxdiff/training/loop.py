@@ -26,7 +26,7 @@ from jaxdiff.training.mfu import Speed, flops, peak_flops
 from jaxdiff.training.optimizer import check_multipliers, optimizer
 from jaxdiff.training.options import Options
 from jaxdiff.training.progress import Report
-from jaxdiff.training.trackers import JsonLines, TensorBoard, TrackedImages, Tracker, evaluated
+from jaxdiff.training.trackers import JsonLines, TensorBoard, TrackedImages, Tracker, has_evaluation
 from jaxdiff.training.train_step import (
     NO_CAST,
     Batch,
@@ -42,22 +42,22 @@ from jaxdiff.typing import Array, Params
 
 
 class TrainingError(JaxdiffError, RuntimeError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class Stage(NamedTuple):
     """What is trained, and by which loss."""
 
     name: str
-    trainable: tuple[str, ...]  # keys of `params`; the others stay as they are
+    trainable: tuple[str, ...]  # keys of `params`; the others are frozen
     loss: Loss  # (all parameters, batch, keys [B]) -> (mean loss, metrics)
-    prepare: Callable[[Mapping[str, Any]], Batch] = lambda batch: batch  # on the host: what is read -> arrays [b, ...]
-    dtypes: Dtypes = NO_CAST  # of the networks, where nothing else reads matrices, kernels and tables of these keys
+    prepare: Callable[[Mapping[str, Any]], Batch] = lambda batch: batch  # on the host: batch as read -> arrays [b, ...]
+    dtypes: Dtypes = NO_CAST  # compute dtypes of networks whose matrices, kernels and tables nothing else reads
     reads_state: bool = False  # whether the loss also reads the step and the moving average: `train_step.with_state`
 
 
 class BatchIterator(Protocol):
-    """Examples without end, by name [b, ...], and the position among them as what JSON holds."""
+    """Endless batches, arrays [b, ...] by name, and the position in the data as a JSON value."""
 
     def __next__(self) -> Mapping[str, Any]: ...
     def get_state(self) -> Any: ...
@@ -69,7 +69,7 @@ class TrainingBatches(Protocol):
 
 
 class Result(NamedTuple):
-    params: Params  # all of them; those trained as their moving average, numpy arrays
+    params: Params  # all of them, trained ones as their moving average; numpy arrays
     step: int  # updates made; fewer than asked for when the run was stopped
 
 
@@ -81,28 +81,28 @@ class Stop:
 
     def __init__(self) -> None:
         self._requested = False
-        self._several = jax.process_count() > 1
-        self._before: dict[int, Any] = {}
+        self._multihost = jax.process_count() > 1
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            signals = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
-            self._before = {s: signal.signal(s, self._handle) for s in signals}
+            signals = (signal.SIGINT,) if self._multihost else (signal.SIGTERM, signal.SIGINT)
+            self._previous = {s: signal.signal(s, self._handle) for s in signals}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
-        if self._several:
+        if self._multihost:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def should_stop(self, step: int) -> bool:
         """Whether to stop before `step`. Call it before each step; every host gets the same answer."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._requested
+        return multihost_utils.reached_preemption_sync_point(step) if self._multihost else self._requested
 
 
 class NonFiniteGuard:
@@ -111,20 +111,20 @@ class NonFiniteGuard:
     def __init__(self, limit: int) -> None:
         self._limit, self.length = limit, 0
 
-    def see(self, step: int, metrics: Mapping[str, Any], checkpoint: int | None) -> None:
-        """Take in the metrics of a step, waiting for it.
+    def update(self, step: int, metrics: Mapping[str, Any], checkpoint: int | None) -> None:
+        """Count the step if it was skipped, waiting for its metrics.
 
         Raises:
-            TrainingError: too many in a row were skipped. `checkpoint` is the step of the last checkpoint.
+            TrainingError: too many in a row were skipped. `checkpoint` is the step of the last checkpoint, if any.
         """
         self.length = self.length + 1 if int(metrics["skipped"]) else 0
         if self.length >= self._limit:
-            kept = (
+            saved = (
                 "there is no checkpoint yet" if checkpoint is None else f"the last checkpoint is of step {checkpoint}"
             )
             raise TrainingError(
                 f"Loss or gradient was not finite in {self.length} updates in a row, up to step {step} (loss "
-                f"{float(metrics['loss']):.4g}, grad_norm {float(metrics['grad_norm']):.4g}); {kept}: start again in "
+                f"{float(metrics['loss']):.4g}, grad_norm {float(metrics['grad_norm']):.4g}); {saved}: start again in "
                 "another workdir with a lower learning_rate, or look for what is wrong in the data."
             )
 
@@ -133,17 +133,17 @@ class Trace:
     """Writes a profile of some steps, for TensorBoard or Perfetto, starting with the third step of this process."""
 
     def __init__(self, folder: Path, steps: int) -> None:
-        self._folder, self._first, self._last, self._made = folder, 2, 2 + steps, 0
+        self._folder, self._first, self._last, self._steps_done = folder, 2, 2 + steps, 0
         self._on = False
 
     def step(self, metrics: Any) -> None:
         """Called after every step."""
-        self._made += 1
-        if self._first == self._made < self._last:
+        self._steps_done += 1
+        if self._first == self._steps_done < self._last:
             jax.block_until_ready(metrics)
             jax.profiler.start_trace(str(self._folder))
             self._on = True
-        elif self._made == self._last:
+        elif self._steps_done == self._last:
             jax.block_until_ready(metrics)
             self.close()
 
@@ -198,7 +198,7 @@ def fit(
     frozen = cast_frozen({k: v for k, v in params.items() if k not in trained}, options)
     frozen = parallel.put_global(frozen, parallel.param_sharding(mesh, frozen))
 
-    def averaged(state: TrainState) -> Params:
+    def averaged_params(state: TrainState) -> Params:
         return {**params, **parallel.fetch(state.ema)}
 
     with ExitStack() as stack:
@@ -211,31 +211,31 @@ def fit(
         train_step = make_train_step(stage.loss, options, mesh, state, stage.dtypes, stage.reads_state)
         report = stack.enter_context(open_report(workdir, stage.name, start, options, trackers))
         trace = stack.enter_context(closing(Trace(workdir / "profile", profile)))
-        late_snapshot, late_evaluation = (
-            left_out(start, options, snapshots, state, workdir) if start else (False, False)
+        missing_snapshot, missing_evaluation = (
+            missing_outputs(start, options, snapshots, state, workdir) if start else (False, False)
         )
         if start:
             report.say(f"goes on from step {start}.")
-        if snapshots and late_snapshot:
+        if snapshots and missing_snapshot:
             snapshots.save(state.opt_state)
 
         def evaluate(step: int) -> None:
-            if on_eval is not None and (values := on_eval(step, averaged(state))):
+            if on_eval is not None and (values := on_eval(step, averaged_params(state))):
                 report.show(step, values)
 
         if start < options.steps:
             report.say("compiling the training step, which may take some minutes.")
-        if late_evaluation or (options.eval_every and not start):  # what it starts from; and mistakes show now
+        if missing_evaluation or (options.eval_every and not start):  # at step 0, so that mistakes show early
             evaluate(start)
         guard, due = NonFiniteGuard(options.max_skipped), False
-        computing: deque[tuple[int, Any]] = deque()  # steps and their metrics, not yet waited for
+        in_flight: deque[tuple[int, Any]] = deque()  # steps and their metrics, not yet waited for
 
-        def look_back(left: int) -> None:
-            """Wait for and report all steps but the last `left`."""
-            while len(computing) > left:
-                seen, metrics = computing.popleft()
-                guard.see(seen, metrics, checkpoints.latest)
-                report.step(seen, metrics)
+        def drain(keep: int) -> None:
+            """Wait for and report all steps in flight but the last `keep`."""
+            while len(in_flight) > keep:
+                finished, metrics = in_flight.popleft()
+                guard.update(finished, metrics, checkpoints.latest)
+                report.step(finished, metrics)
 
         while step < options.steps and not stop.should_stop(step):
             batch = parallel.global_batch(mesh, stage.prepare(next(iterator)))
@@ -243,15 +243,15 @@ def fit(
             step += 1
             first = report.speed is None
             if first:
-                report.speed = speed_of(train_step, stage, options, mesh, state, frozen, batch)
-            computing.append((step, metrics))
+                report.speed = step_speed(train_step, stage, options, mesh, state, frozen, batch)
+            in_flight.append((step, metrics))
             trace.step(metrics)
             last = step == options.steps
             evaluates = last or (options.eval_every and step % options.eval_every == 0)
             due = due or step % options.checkpoint_every == 0
             # While the devices compute this step, the host reports the one before and reads the next batch. No step is
             # in flight when the clock starts or stops.
-            look_back(0 if first or last or due or evaluates or report.ends_interval(step) else 1)
+            drain(0 if first or last or due or evaluates or report.ends_interval(step) else 1)
             if last or (due and not guard.length):  # while updates are skipped, keep the last good one
                 checkpoints.save(step, state, iterator.get_state())
                 due = False
@@ -261,11 +261,11 @@ def fit(
                 evaluate(step)
             if first or evaluates:
                 report.start_clock()
-        look_back(0)
+        drain(0)
         if step < options.steps:
             checkpoints.save(step, state, iterator.get_state())
             report.say(f"stopped at step {step} of {options.steps}; the same command goes on from there.")
-        return Result(averaged(state), step)
+        return Result(averaged_params(state), step)
 
 
 def starting_state(
@@ -282,7 +282,7 @@ def starting_state(
     """
     if checkpoints.latest is None:
         state = init_state(trained, optimizer(options), mesh)
-    else:  # no other state is made, for which the devices may have no room
+    else:  # without a second state, for which the devices may lack memory
         state, position = checkpoints.restore(abstract_state(trained, options, mesh))
         iterator.set_state(position)
     if not all_finite(state):
@@ -290,22 +290,26 @@ def starting_state(
     return state
 
 
-def left_out(
+def missing_outputs(
     start: int, options: Options, snapshots: Snapshots | None, state: TrainState, workdir: Path
 ) -> tuple[bool, bool]:
-    """Whether the snapshot and the evaluation after step `start` are missing, as after a kill right behind its
-    checkpoint; the same on every host."""
+    """Whether the snapshot and the evaluation of step `start` are missing; the same on every host.
 
-    def due(every: int) -> bool:
-        return start == options.steps or (every > 0 and start % every == 0)
+    They are if the run was killed right after that step's checkpoint.
+    """
 
-    found = (False, False)
+    def due(interval: int) -> bool:
+        return start == options.steps or (interval > 0 and start % interval == 0)
+
+    missing = (False, False)
     if jax.process_index() == 0:
-        found = (
+        missing = (
             snapshots is not None and due(options.snapshot_every) and snapshots.lacks(state.opt_state),
-            due(options.eval_every) and not evaluated(workdir / "metrics.jsonl", start),
+            due(options.eval_every) and not has_evaluation(workdir / "metrics.jsonl", start),
         )
-    snapshot, evaluation = multihost_utils.broadcast_one_to_all(np.asarray(found)) if jax.process_count() > 1 else found
+    if jax.process_count() > 1:
+        missing = multihost_utils.broadcast_one_to_all(np.asarray(missing))
+    snapshot, evaluation = missing
     return bool(snapshot), bool(evaluation)
 
 
@@ -321,7 +325,7 @@ def all_finite(tree: Any) -> bool:
 
 
 def open_report(workdir: Path, name: str, start: int, options: Options, trackers: Sequence[Tracker]) -> Report:
-    """A report to the workdir and to further trackers, on the first host; on the others one that is quiet."""
+    """A report to the workdir and to further trackers on the first host, and one without output on the others."""
     if jax.process_index():
         trackers = ()
     else:
@@ -329,13 +333,13 @@ def open_report(workdir: Path, name: str, start: int, options: Options, trackers
     return Report(trackers, name, start, options.steps, options.batch_size, options.log_every)
 
 
-def speed_of(
+def step_speed(
     train_step: Callable, stage: Stage, options: Options, mesh: Mesh, state: TrainState, frozen: Params, batch: Batch
 ) -> Speed:
-    """What the report needs to compute FLOP/s and MFU."""
-    if options.accumulate > 1:  # XLA counts a loop once: as if the batch were taken in one part
+    """The FLOPs of a step and the devices' peak, from which the report computes FLOP/s and MFU."""
+    if options.accumulate > 1:  # XLA counts a loop's body once: count a step without microbatches
         options = dataclasses.replace(options, accumulate=1)
         train_step = make_train_step(stage.loss, options, mesh, state, stage.dtypes, stage.reads_state)
     devices = tuple(mesh.devices.flat)
-    here = tuple(d for d in devices if d.process_index == jax.process_index())
-    return Speed(flops(train_step, state, frozen, batch), peak_flops(devices), here)
+    local_devices = tuple(d for d in devices if d.process_index == jax.process_index())
+    return Speed(flops(train_step, state, frozen, batch), peak_flops(devices), local_devices)

@@ -1,4 +1,4 @@
-"""What a run will hold and send on each device, known before anything is allocated."""
+"""Memory and communication of a run on each device, computed before anything is allocated."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,26 +16,26 @@ from jaxdiff.typing import Params
 
 
 class Memory(NamedTuple):
-    """Bytes of one device."""
+    """Bytes on one device."""
 
-    params: int  # those trained
+    params: int  # trained parameters
     optimizer: int
-    average: int  # of the parameters trained
+    average: int  # of the trained parameters
     frozen: int  # parameters that the loss needs but does not train
     gradients: int  # for a while in each step
     batch: int
 
 
 class Step(NamedTuple):
-    """What compiling the step tells."""
+    """Costs of the compiled training step."""
 
-    temporary: int  # bytes of one device at the fullest moment: activations, gradients, gathered parameters
+    temporary: int  # peak bytes on one device: activations, gradients, gathered parameters
     flops: float  # of one device
     sent: list[collectives.Collective]
 
 
 def abstract_mesh(devices: int, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
-    """The mesh of `parallel.mesh` over devices that need not be there.
+    """The mesh of `parallel.mesh` over devices that need not exist.
 
     Raises:
         OptionsError: `fsdp` times `tensor` does not divide `devices`.
@@ -45,22 +45,22 @@ def abstract_mesh(devices: int, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
     return AbstractMesh((devices // (fsdp * tensor), fsdp, tensor), parallel.AXES, axis_types=parallel.AXIS_TYPES)
 
 
-def abstract_batch(stage: Stage, read: Mapping[str, Any], size: int, mesh: Mesh | AbstractMesh) -> Any:
-    """The arrays of a batch of `size` examples as shapes, from one example as it is read, {"image": [1, …], …}."""
+def abstract_batch(stage: Stage, example: Mapping[str, Any], size: int, mesh: Mesh | AbstractMesh) -> Any:
+    """A batch of `size` examples as shapes, from one unprepared example {"image": [1, …], …}."""
     sharding = parallel.batch_sharding(mesh)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding), dict(stage.prepare(read))
+        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding), dict(stage.prepare(example))
     )
 
 
 def bytes_each(tree: Any) -> int:
-    """Bytes that one device holds of arrays or shapes with shardings."""
+    """Bytes on one device of arrays, or of shapes with shardings."""
     sizes = (np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(tree))
     return int(sum(sizes))
 
 
 def memory(state: TrainState, frozen: Params, batch: Any) -> Memory:
-    """What one device holds of a state, arrays or shapes with shardings."""
+    """Memory of a state on one device; the trees hold arrays, or shapes with shardings."""
     params = bytes_each(state.params)
     return Memory(
         params, bytes_each(state.opt_state), bytes_each(state.ema), bytes_each(frozen), params, bytes_each(batch)
@@ -71,27 +71,24 @@ def compiled_step(stage: Stage, state: TrainState, frozen: Params, batch: Any, o
     """The step of these shapes, compiled for the devices of the mesh; nothing is allocated."""
     step: Any = make_train_step(stage.loss, options, mesh, state, stage.dtypes, stage.reads_state)
     compiled = step.lower(state, frozen, batch).compile()
-    sent = collectives.collectives(compiled.as_text(), mesh.shape)
-    return Step(compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"], sent)
+    communication = collectives.collectives(compiled.as_text(), mesh.shape)
+    return Step(compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"], communication)
 
 
-def report(held: Memory, step: Step | None, mesh: Mesh | AbstractMesh, params: Params) -> str:
-    """The plan as text: how parameters are divided, bytes a device, and what a step sends."""
+def report(usage: Memory, step: Step | None, mesh: Mesh | AbstractMesh, params: Params) -> str:
+    """The plan as text: sharding of parameters, bytes on each device, and the communication of a step."""
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    # Gradients are part of what the compiled step takes besides the state.
-    while_running = held.gradients if step is None else step.temporary
     rows = {
-        "parameters": held.params,
-        "optimizer": held.optimizer,
-        "moving average": held.average,
-        "frozen parameters": held.frozen,
-        "batch": held.batch,
-        "gradients": held.gradients,
+        "parameters": usage.params,
+        "optimizer": usage.optimizer,
+        "moving average": usage.average,
+        "frozen parameters": usage.frozen,
+        "batch": usage.batch,
+        "gradients": usage.gradients,
     }
-    if step is not None:
-        rows["activations and gathered parameters"] = max(step.temporary - held.gradients, 0)
-    total = sum(held) - held.gradients + max(while_running, held.gradients)
-    rows["all" if step is not None else "all but activations"] = total
+    if step is not None:  # the temporary memory includes the gradients
+        rows["activations and gathered parameters"] = max(step.temporary - usage.gradients, 0)
+    rows["all" if step is not None else "all but activations"] = sum(rows.values())
     lines = [parallel.sharding_table(mesh, params), "", f"GB a device, of {mesh.size} devices ({shape})"]
     lines += [f"  {name:36} {size / 1e9:8.3f}" for name, size in rows.items()]
     if step is not None:

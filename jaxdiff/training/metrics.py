@@ -26,17 +26,17 @@ from jaxdiff.typing import PRNG, Array, Params
 
 
 def for_each(run: Callable[[Any], Any], batches: Sequence[Any]) -> Any:
-    """What `run` returns, arrays [b, ...], of all batches (trees of arrays [b, ...]) together as numpy arrays [N, ...].
+    """Map `run` over batches, trees of arrays [b, ...], and concatenate its outputs [b, ...] as numpy arrays [N, ...].
 
-    A batch smaller than the first is padded, so that one compiled program serves all.
+    Batches smaller than the first are padded, so that `run` is compiled once.
     """
-    full, found = len(jax.tree.leaves(batches[0])[0]), []
+    batch_size, outputs = len(jax.tree.leaves(batches[0])[0]), []
     for batch in batches:
         size = len(jax.tree.leaves(batch)[0])
-        rows = np.minimum(np.arange(full), size - 1)
-        out = run(jax.tree.map(lambda x, rows=rows: x[rows], batch))
-        found.append(jax.tree.map(lambda x, size=size: np.asarray(x)[:size], out))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+        rows = np.minimum(np.arange(batch_size), size - 1)
+        output = run(jax.tree.map(lambda x, rows=rows: x[rows], batch))
+        outputs.append(jax.tree.map(lambda x, size=size: np.asarray(x)[:size], output))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
 
 def psnr(x: Array, target: Array) -> Array:
@@ -48,7 +48,7 @@ def reconstructions(model: Model, batches: Sequence[np.ndarray]):
     """A function params -> (images after the autoencoder uint8 [N, H, W, 3], their mean PSNR in dB).
 
     Args:
-        batches: images uint8 [b, H, W, 3], taken through the autoencoder one batch after the other.
+        batches: images uint8 [b, H, W, 3], encoded and decoded one batch at a time.
     """
 
     @jax.jit
@@ -76,13 +76,13 @@ def enlargements(module: RRDBNet, batches: Sequence[Mapping[str, Any]]):
     def run(upscaler: Params, batch: Batch) -> tuple[Array, Array, Array]:
         image, small = (jnp.asarray(batch[name], jnp.float32) / 255.0 for name in ("image", "hint"))
         x: Any = module.apply({"params": upscaler}, small)
-        x, plain = jnp.clip(x, 0.0, 1.0), jnp.clip(jax.image.resize(small, image.shape, "cubic"), 0.0, 1.0)
-        return jnp.round(255 * x).astype(jnp.uint8), psnr(x, image), psnr(plain, image)
+        x, bicubic = jnp.clip(x, 0.0, 1.0), jnp.clip(jax.image.resize(small, image.shape, "cubic"), 0.0, 1.0)
+        return jnp.round(255 * x).astype(jnp.uint8), psnr(x, image), psnr(bicubic, image)
 
     def evaluate(params: Params) -> tuple[np.ndarray, dict[str, float]]:
         upscaler = jax.device_put(params["upscaler"])
-        images, values, plain = for_each(lambda batch: run(upscaler, batch), batches)
-        return images, {"eval_psnr": float(values.mean()), "eval_psnr_bicubic": float(plain.mean())}
+        images, psnr_values, bicubic = for_each(lambda batch: run(upscaler, batch), batches)
+        return images, {"eval_psnr": float(psnr_values.mean()), "eval_psnr_bicubic": float(bicubic.mean())}
 
     return evaluate
 
@@ -90,19 +90,19 @@ def enlargements(module: RRDBNet, batches: Sequence[Mapping[str, Any]]):
 def retrieval(model: Model, batches: Sequence[Mapping[str, Any]]):
     """A function params -> {"eval_accuracy"}: how often an image's caption is the most similar of all captions.
 
-    Captions that several images share are one candidate, so that any of the images may find it.
+    A caption that several images share is one candidate, which is right for all of them.
     """
     pairs = [(batch["image"], batch["tokens"]) for batch in batches]
-    candidates, own = np.unique(np.concatenate([tokens for _, tokens in pairs]), axis=0, return_inverse=True)
-    own = own.reshape(-1)
-    first = [int(np.flatnonzero(own == i)[0]) for i in range(len(candidates))]
+    candidates, caption_ids = np.unique(np.concatenate([tokens for _, tokens in pairs]), axis=0, return_inverse=True)
+    caption_ids = caption_ids.reshape(-1)
+    first = [int(np.flatnonzero(caption_ids == i)[0]) for i in range(len(candidates))]
     run = jax.jit(lambda params, images, tokens: clip_embeddings(model, params, images, tokens))
 
     def evaluate(params: Params) -> dict[str, float]:
         encoders = jax.device_put({k: params[k] for k in ("text_encoder", "vision_encoder")})
         images, texts = for_each(lambda pair: run(encoders, *pair), pairs)
         texts = texts[first] / np.linalg.norm(texts[first], axis=-1, keepdims=True)
-        return {"eval_accuracy": float((np.argmax(images @ texts.T, 1) == own).mean())}
+        return {"eval_accuracy": float((np.argmax(images @ texts.T, 1) == caption_ids).mean())}
 
     return evaluate
 
@@ -116,19 +116,19 @@ def noise_levels(
     levels: int = 10,
     seed: int = 0,
 ):
-    """A function params -> {"eval_loss", "eval_loss_t050", …}: the UNet's squared error at each of some times.
+    """A function params -> {"eval_loss", "eval_loss_t050", …}: the denoiser's squared error at several times.
 
-    The times are the middles of `levels` equal parts of [0, T); every caption is kept and no time weighs more than
-    another. Each image has the same noise at all times, whenever it is asked and whatever batch it is in, so that two
-    values differ by the parameters alone; so are masks and other noise that a network draws.
+    The times are the centres of `levels` equal parts of [0, T), weighted equally; no caption is dropped. The noise of
+    an image, and random masks and other noise of the network, depend on the image's number alone, so that two values
+    differ only by the parameters.
 
     Args:
-        batches: as the UNet's stage prepares them, at least one; computed one after the other.
+        batches: at least one, as the stage prepares them; computed one after the other.
         network, merge_params: see `diffusion_stage`; params are what `merge_params` takes.
     """
     schedule, denoise = noise_schedule(model.scheduler), network or plain_network(model)
-    total = model.scheduler.num_train_timesteps
-    times = (np.arange(levels) + 0.5) * total / levels  # [levels]
+    num_timesteps = model.scheduler.num_train_timesteps
+    times = (np.arange(levels) + 0.5) * num_timesteps / levels  # [levels]
     names = [f"eval_loss_t{round(t):03d}" for t in times]
 
     ends = np.cumsum([len(batch["tokens"]) for batch in batches])
@@ -139,8 +139,8 @@ def noise_levels(
         params = merge_params(params)
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed, impl=PRNG), i))(numbers)
         x0 = latents_of(model, params, batch)
-        kept = jnp.zeros(len(x0), bool)  # no caption is dropped
-        cond = with_time_ids(model, conditioning(model, params, batch, batch, kept), x0)
+        drop = jnp.zeros(len(x0), bool)  # no caption is dropped
+        cond = with_time_ids(model, conditioning(model, params, batch, batch, drop), x0)
         eps = per_example(jax.random.normal, keys, x0.shape[1:])
 
         def at_time(t: Array) -> Array:

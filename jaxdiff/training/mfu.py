@@ -1,4 +1,4 @@
-"""How fast a run is, against what its devices could do, and the memory that it holds."""
+"""The speed of a run, compared with the peak of its devices, and its memory."""
 
 import dataclasses
 import functools
@@ -42,33 +42,35 @@ PEAKS = {
     "NVIDIA GeForce RTX 4090": 165.2e12,
     "NVIDIA GeForce RTX 5090": 209.5e12,
 }
-OTHERS = re.compile(r"\bMIG\b|\bLaptop\b| D( v\d)?$")  # parts of a device, and slower ones of the same name
+VARIANTS = re.compile(r"\bMIG\b|\bLaptop\b| D( v\d)?$")  # parts of a device, and slower devices of the same name
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What turns steps a second into the metrics of a run."""
+    """Converts steps per second to the metrics of a run."""
 
-    flops: float | None  # of one step on all devices; None where XLA does not tell
-    peak: float | None  # FLOP/s of all devices together; None where it is not known
-    devices: tuple[Any, ...]  # of this host, whose memory is looked at
+    flops: float | None  # of one step on all devices; None where XLA does not report them
+    peak: float | None  # FLOP/s of all devices together; None if unknown
+    devices: tuple[Any, ...]  # of this host, whose memory is measured
 
     def values(self, steps_per_second: float) -> dict[str, float]:
-        """FLOP/s of all devices, the share of their peak that is (model FLOPs utilisation, Chowdhery et al. 2022,
-        appendix B), and the memory that the fullest device of this host holds and has held, in bytes."""
-        found = {}
+        """FLOP/s of all devices, model FLOPs utilisation (Chowdhery et al. 2022, appendix B), and memory in bytes.
+
+        The memory is that in use and at the peak, of the device of this host with most.
+        """
+        metrics = {}
         if self.flops:
-            found["flops_per_second"] = self.flops * steps_per_second
+            metrics["flops_per_second"] = self.flops * steps_per_second
             if self.peak:
-                found["mfu"] = found["flops_per_second"] / self.peak
-        return found | {name: float(value) for name, value in memory(self.devices).items()}
+                metrics["mfu"] = metrics["flops_per_second"] / self.peak
+        return metrics | {name: float(value) for name, value in memory(self.devices).items()}
 
 
 def flops(function: Any, *args: Any) -> float | None:
     """Floating-point operations of one call by XLA's count, on all devices together; nothing is compiled or run.
 
     Args:
-        function: what `jax.jit` returned. Bodies of loops count once.
+        function: a result of `jax.jit`. Bodies of loops count once.
         args: arrays, or shapes with types.
     """
     cost = function.lower(*args).cost_analysis()
@@ -76,19 +78,19 @@ def flops(function: Any, *args: Any) -> float | None:
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
-    """FLOP/s that these devices can do together, by PEAKS; for CPUs as measured by a float32 matrix product.
+    """Peak FLOP/s of these devices together, from PEAKS; of CPUs as measured by a float32 matrix product.
 
-    None for devices that PEAKS does not know: no utilisation is better than a wrong one.
+    None for devices that PEAKS does not list.
     """
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
-        return _measured() * len({d.process_index for d in devices})  # the devices of a process share its cores
-    known = [name for name in PEAKS if re.match(rf"{re.escape(name)}\b", kind) and not OTHERS.search(kind)]
-    return PEAKS[max(known, key=len)] * len(devices) if known else None
+        return _matmul_flops() * len({d.process_index for d in devices})  # the devices of a process share its cores
+    matches = [name for name in PEAKS if re.match(rf"{re.escape(name)}\b", kind) and not VARIANTS.search(kind)]
+    return PEAKS[max(matches, key=len)] * len(devices) if matches else None
 
 
 @functools.cache
-def _measured(size: int = 1024) -> float:
+def _matmul_flops(size: int = 1024) -> float:
     """FLOP/s of the best of three products of float32 matrices."""
     x = jnp.ones((size, size), jnp.float32)
     run = jax.jit(jnp.matmul)
@@ -102,7 +104,7 @@ def _measured(size: int = 1024) -> float:
 
 
 def memory(devices: Sequence[Any]) -> dict[str, int]:
-    """Bytes of memory in use and at the peak, of the device with most; none where the backend does not tell (CPUs)."""
+    """Bytes of memory in use and at the peak, of the device with most; {} where the backend reports none (CPUs)."""
     stats = [d.memory_stats() or {} for d in devices]
     names = {"memory_bytes": "bytes_in_use", "memory_peak_bytes": "peak_bytes_in_use"}
     return {name: max(s[key] for s in stats if key in s) for name, key in names.items() if any(key in s for s in stats)}

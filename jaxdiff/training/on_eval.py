@@ -27,7 +27,7 @@ MAX_PAIRS = 16  # of an image and its reconstruction, in a sheet
 
 
 class Sheet(NamedTuple):
-    """Images to be laid out in a grid."""
+    """Images to lay out in a grid."""
 
     images: np.ndarray  # uint8 [N, H, W, 3]
     columns: int
@@ -49,7 +49,7 @@ def make_on_eval(
     Args:
         config: all settings.
         samples: a folder for sheets; None, as on all hosts but the first, draws none.
-        at_once: images that each device takes at a time.
+        at_once: images per device and call.
     """
     if config.stage == "clip":
         return clip_on_eval(trainable, held_out)
@@ -61,7 +61,7 @@ def make_on_eval(
 
 
 def clip_on_eval(trainable: Trainable, held_out: HeldOut) -> OnEval | None:
-    """How often the caption nearest to an image is its own."""
+    """The share of images whose own caption is the most similar."""
     batches = [trainable.stage.prepare(batch) for batch in held_out()]
     if not batches:
         return None
@@ -121,14 +121,19 @@ def denoiser_on_eval(
     batches = held_out() if (config.data.eval_split and trainable.network) or trainable.sample_inputs else []
     measure = None
     if trainable.network and batches and config.data.eval_split:
-        how = {"network": trainable.network, "merge_params": trainable.merge_params, "seed": config.eval.seed}
-        measure = noise_levels(trainable.model, [trainable.stage.prepare(batch) for batch in batches], **how)
-    draw = None if samples is None else drawing(config.eval, trainable, batches, at_once)
+        measure = noise_levels(
+            trainable.model,
+            [trainable.stage.prepare(batch) for batch in batches],
+            network=trainable.network,
+            merge_params=trainable.merge_params,
+            seed=config.eval.seed,
+        )
+    draw = None if samples is None else make_draw(config.eval, trainable, batches, at_once)
     if draw is None and measure is None:
         return None
 
     def on_eval(step: int, params: Params) -> Mapping[str, float | TrackedImages]:
-        params, values = placed(params, trainable, config), dict[str, float | TrackedImages]()
+        params, values = place_params(params, trainable, config), dict[str, float | TrackedImages]()
         if draw and samples and (sheet := draw(step, trainable.merge_params(params))):
             values["samples"] = write_sheet(samples, step, sheet)
         return values | measure(params) if measure else values
@@ -136,19 +141,19 @@ def denoiser_on_eval(
     return on_eval
 
 
-def placed(params: Params, trainable: Trainable, config: Any) -> Params:
+def place_params(params: Params, trainable: Trainable, config: Any) -> Params:
     """The parameters that the loss reads, on a device, in the dtypes of a training step (`config.frozen_dtype`)."""
     trained = trainable.stage.trainable
-    read = {*trainable.model.modules, "controlnet", *trained} & set(params)
+    names = {*trainable.model.modules, "controlnet", *trained} & set(params)
 
-    def one(name: str, x: Any) -> Any:  # array by array, so that no more than one is there in float32 as well
+    def place(name: str, x: Any) -> Any:  # one array at a time, so that only one exists in both dtypes
         x = jax.device_put(x)
         return x if name in trained else cast_frozen(x, config)
 
-    return {name: jax.tree.map(functools.partial(one, name), params[name]) for name in sorted(read)}
+    return {name: jax.tree.map(functools.partial(place, name), params[name]) for name in sorted(names)}
 
 
-def drawing(
+def make_draw(
     config: Any, trainable: Trainable, held_out: Sequence[Batch], at_once: int
 ) -> Callable[[int, Params], Sheet | None] | None:
     """A function (step, params) that samples the prompts of `config`; None if there are none.
@@ -162,15 +167,15 @@ def drawing(
         at_once: prompts per device and call.
     """
     prompts: list[str] = list(config.prompts)
-    inputs_of, images = trainable.sample_inputs, dict[str, np.ndarray]()
-    if inputs_of and not held_out:
+    sample_inputs, references = trainable.sample_inputs, dict[str, np.ndarray]()
+    if sample_inputs and not held_out:
         return None
-    if inputs_of:
+    if sample_inputs:
         texts = [text for batch in held_out for text in batch["text"]]
         prompts = prompts or texts[:CONTROLLED]
-        chosen = [i % len(texts) for i in range(len(prompts))]
+        indices = [i % len(texts) for i in range(len(prompts))]
         names = [name for name in ("image", "hint") if name in held_out[0]]
-        images = {name: np.concatenate([batch[name] for batch in held_out])[chosen] for name in names}
+        references = {name: np.concatenate([batch[name] for batch in held_out])[indices] for name in names}
     if not prompts:
         return None
     options: dict[str, Any] = {}
@@ -181,24 +186,26 @@ def drawing(
     rows = [np.arange(i, min(i + at_once, len(prompts))) for i in range(0, len(prompts), at_once)]
 
     def inputs(rows: np.ndarray) -> SampleInputs:
-        return inputs_of({name: x[rows] for name, x in images.items()}) if inputs_of else ({}, np.empty(0))
+        if sample_inputs is None:
+            return {}, np.empty(0)
+        return sample_inputs({name: x[rows] for name, x in references.items()})
 
-    shown = inputs(np.arange(len(prompts)))[1]
+    previews = inputs(np.arange(len(prompts)))[1]
 
     def draw(step: int, params: Params) -> Sheet | None:
-        def drawn_of(rows: np.ndarray) -> Any:
-            more, chosen = inputs(rows)[0], [prompts[i] for i in rows]
-            return generate(trainable.model, params, chosen, seed=config.seed + rows, **options, **more)
+        def generate_rows(rows: np.ndarray) -> Any:
+            texts = [prompts[i] for i in rows]
+            return generate(trainable.model, params, texts, seed=config.seed + rows, **options, **inputs(rows)[0])
 
         try:
-            drawn = for_each(drawn_of, rows)
-        except FloatingPointError as error:  # no reason to end a run
+            images = for_each(generate_rows, rows)
+        except FloatingPointError as error:  # does not end the run
             logging.warning("No sheet of step %d: %s", step, error)
             return None
-        if not inputs_of:
-            return Sheet(drawn, min(len(drawn), 8), prompts)
-        sheet = np.stack([shown, drawn, images["image"]], 1)
-        captions = [f"{what}: {p}" for p in prompts for what in ("given", "drawn", "image")]
-        return Sheet(sheet.reshape(-1, *drawn.shape[1:]), 3, captions)
+        if sample_inputs is None:
+            return Sheet(images, min(len(images), 8), prompts)
+        sheet = np.stack([previews, images, references["image"]], 1)
+        captions = [f"{kind}: {prompt}" for prompt in prompts for kind in ("given", "drawn", "image")]
+        return Sheet(sheet.reshape(-1, *images.shape[1:]), 3, captions)
 
     return draw

@@ -14,34 +14,34 @@ from jaxdiff.training.ema import track
 from jaxdiff.training.options import Options, OptionsError, check_pairs
 from jaxdiff.typing import Array, Params
 
-SMALL = 4096  # elements: smaller arrays keep float32 moments (Dettmers et al. 2022, section 2)
-LORA = "lora/"  # where the layers of a LoRA begin, "lora/unet.mid_block"
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # not all of which each model has
-MUON_RMS = 0.2  # of an update of Muon's at rate 1, which is AdamW's (Liu et al. 2025, section 2.2)
+MIN_QUANTIZED = 4096  # elements: smaller arrays keep float32 moments (Dettmers et al. 2022, section 2)
+LORA = "lora/"  # prefix of a LoRA's layers, "lora/unet.mid_block"
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # a model has one or more of them
+MUON_RMS = 0.2  # RMS of a Muon update at learning rate 1, matching AdamW's (Liu et al. 2025, section 2.2)
 
 
 def learning_rate(options: Options) -> optax.Schedule:
     """Linear warm-up, then constant, or linear or cosine decay to 0 (Loshchilov & Hutter 2017, equation 5)."""
     peak, warmup = options.learning_rate, options.warmup
-    left = max(options.steps - warmup, 1)
+    decay_steps = max(options.steps - warmup, 1)
     if options.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, left)
+        decay = optax.cosine_decay_schedule(peak, decay_steps)
     elif options.schedule == "linear":
-        after = optax.linear_schedule(peak, 0.0, left)
+        decay = optax.linear_schedule(peak, 0.0, decay_steps)
     else:
-        after = optax.constant_schedule(peak)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+        decay = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), decay], [warmup])
 
 
-def decayed(params: Params) -> Any:
+def decay_mask(params: Params) -> Any:
     """The mask of weight decay: true for matrices and kernels, false for biases, norms and scalars.
 
-    False also for SD 3's table of positions, which is fixed.
+    Also false for SD 3's position table, which is fixed.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and _last(path) != "pos_embed", params)
+    return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and _leaf_name(path) != "pos_embed", params)
 
 
-def _last(path: tuple) -> str:
+def _leaf_name(path: tuple) -> str:
     return getattr(path[-1], "key", "") if path else ""
 
 
@@ -50,20 +50,20 @@ def optimizer(options: Options) -> optax.GradientTransformation:
 
     Each of the two clips, decays and counts separately. The discriminator's takes the `discriminator_*` options.
     """
-    alone, inner = _optimizer(options), dataclasses.replace(options, ema_sigmas=())
-    both = optax.partition(
-        {"discriminator": _optimizer(inner.of_discriminator), "others": _optimizer(inner)},
+    single, untracked = _optimizer(options), dataclasses.replace(options, ema_sigmas=())
+    partitioned = optax.partition(
+        {"discriminator": _optimizer(untracked.of_discriminator), "others": _optimizer(untracked)},
         lambda params: {name: name if name == "discriminator" else "others" for name in params},
     )
-    both = optax.chain(both, track(options.ema_sigmas)) if options.ema_sigmas else both
+    partitioned = optax.chain(partitioned, track(options.ema_sigmas)) if options.ema_sigmas else partitioned
 
-    def chosen(params: Params) -> optax.GradientTransformation:
-        return both if "discriminator" in params else alone
+    def select(params: Params) -> optax.GradientTransformation:
+        return partitioned if "discriminator" in params else single
 
     def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
-        return chosen(updates).update(updates, state, params)
+        return select(updates).update(updates, state, params)
 
-    return optax.GradientTransformation(lambda params: chosen(params).init(params), update)
+    return optax.GradientTransformation(lambda params: select(params).init(params), update)
 
 
 def _optimizer(options: Options) -> optax.GradientTransformation:
@@ -75,29 +75,29 @@ def _optimizer(options: Options) -> optax.GradientTransformation:
     clip = clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
     rate, b1, b2, decay = learning_rate(options), options.b1, options.b2, options.weight_decay
     dtype = jnp.bfloat16 if options.moment_dtype == "bfloat16" else None
-    last = [scale_by_multipliers(options.lr_multipliers)] + ([track(options.ema_sigmas)] if options.ema_sigmas else [])
+    tail = [scale_by_multipliers(options.lr_multipliers)] + ([track(options.ema_sigmas)] if options.ema_sigmas else [])
     if options.optimizer == "muon":
         # Muon decays its kernels. Adam, which takes biases, norms and embedding tables, decays nothing here.
         update = optax.contrib.muon(
             rate, weight_decay=decay, mu_dtype=dtype, adam_b1=b1, adam_b2=b2, consistent_rms=MUON_RMS,
-            muon_weight_dimension_numbers=_kernels,
+            muon_weight_dimension_numbers=_muon_dimensions,
         )  # fmt: skip
-        return optax.chain(clip, update, *last)
+        return optax.chain(clip, update, *tail)
     adam = scale_by_adam_int8(b1, b2) if options.moment_dtype == "int8" else optax.scale_by_adam(b1, b2, mu_dtype=dtype)
     scale = {
         "adamw": adam,
         "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
         "lion": optax.scale_by_lion(b1, b2, mu_dtype=dtype),
     }[options.optimizer]
-    decays = optax.add_decayed_weights(decay, decayed)
-    return optax.chain(clip, scale, decays, optax.scale_by_learning_rate(rate), *last)
+    add_decay = optax.add_decayed_weights(decay, decay_mask)
+    return optax.chain(clip, scale, add_decay, optax.scale_by_learning_rate(rate), *tail)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Updates times min(1, max_norm / their norm) (Pascanu et al. 2013, algorithm 1).
 
-    optax's divides by the norm, which XLA does not fuse into the moments' updates: the clipped gradients then lie in
-    memory beside the gradients. A product is fused.
+    optax's version divides by the norm, which XLA does not fuse into the update of the moments, so that a clipped copy
+    of the gradients is held in memory. A product is fused.
     """
 
     def clip(updates: Params, _: Params | None) -> Params:
@@ -107,23 +107,23 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def _kernels(params: Params) -> Any:
-    """Which arrays Muon takes: dense kernels [in, out] and those of convolutions [H, W, in, out] as matrices."""
+def _muon_dimensions(params: Params) -> Any:
+    """Dimension numbers of the kernels that Muon updates: dense [in, out], and convolutions [H, W, in, out]."""
 
-    def one(path: tuple, p: Array) -> Any:
-        if p.ndim < 2 or _last(path) in ("embedding", "pos_embed"):
+    def dimension_numbers(path: tuple, param: Array) -> Any:
+        if param.ndim < 2 or _leaf_name(path) in ("embedding", "pos_embed"):
             return None
-        return optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)
+        return optax.contrib.MuonDimensionNumbers(tuple(range(param.ndim - 1)), param.ndim - 1)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(dimension_numbers, params)
 
 
 def scale_by_multipliers(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
     """Updates times the factor of their group: the longest prefix of an array's path, its keys joined by "/"; else 1.
 
-    A prefix ends where a name ends, and may leave out a block's number: "unet/down_blocks" matches all of them,
-    "unet/down_blocks_1" not the tenth, and "text_encoder" not "text_encoder_2". A LoRA's layers may be named without
-    the "lora/" in front: ("text_encoder", 0.1) is of the text encoder or its LoRA.
+    A prefix must end at a name's end, but may omit a block's number: "unet/down_blocks" matches all of them,
+    "unet/down_blocks_1" not the tenth, and "text_encoder" not "text_encoder_2". The "lora/" of a LoRA's layers may be
+    omitted: ("text_encoder", 0.1) applies to the text encoder or its LoRA.
 
     >>> tx = scale_by_multipliers((("unet", 0.5), ("unet/conv_in", 0.0)))
     >>> params = {"unet": {"conv_in": jnp.ones(1), "conv_out": jnp.ones(1)}, "vae": jnp.ones(1)}
@@ -154,38 +154,38 @@ def check_multipliers(multipliers: Sequence[tuple[str, float]], params: Params, 
     """
     check_pairs(multipliers)
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    learn = [name for name in names if name.split("/")[0] in trainable]
-    modules = {re.split(r"[./]", name.removeprefix(LORA))[0] for name in learn}
-    known = learn + [name for name in names if name.split("/")[0] not in modules]
-    encoded = any(_starts(name, encoder) for name in names for encoder in ENCODERS)
+    trained = [name for name in names if name.split("/")[0] in trainable]
+    modules = {re.split(r"[./]", name.removeprefix(LORA))[0] for name in trained}
+    known = trained + [name for name in names if name.split("/")[0] not in modules]
+    has_encoders = any(_has_prefix(name, encoder) for name in names for encoder in ENCODERS)
     for prefix, _ in multipliers:
-        lacks = encoded and prefix.removeprefix(LORA) in ENCODERS
-        if not lacks and not any(_starts(name, prefix) for name in known):
+        is_absent_encoder = has_encoders and prefix.removeprefix(LORA) in ENCODERS
+        if not is_absent_encoder and not any(_has_prefix(name, prefix) for name in known):
             raise OptionsError(
-                f"lr_multipliers: no trained parameter begins with {prefix!r}; one of them is {learn[0]!r}."
+                f"lr_multipliers: no trained parameter begins with {prefix!r}; one of them is {trained[0]!r}."
             )
-    if multipliers and not any(_multiplier(multipliers, name) for name in learn):
+    if multipliers and not any(_multiplier(multipliers, name) for name in trained):
         raise OptionsError(f"lr_multipliers {tuple(multipliers)!r} are 0 for every trained parameter: leave one out.")
 
 
 def _multiplier(multipliers: Sequence[tuple[str, float]], name: str) -> float:
     longest = sorted(multipliers, key=lambda pair: -len(pair[0].removeprefix(LORA)))
-    return next((factor for prefix, factor in longest if _starts(name, prefix)), 1.0)
+    return next((factor for prefix, factor in longest if _has_prefix(name, prefix)), 1.0)
 
 
-def _starts(name: str, prefix: str) -> bool:
+def _has_prefix(name: str, prefix: str) -> bool:
     prefix = prefix.rstrip("/.")
     if prefix == LORA.rstrip("/"):
         return name.startswith(LORA)
     name, prefix = name.removeprefix(LORA), prefix.removeprefix(LORA)
-    ends = r"[/.]|_\d|$" if re.search(r"[/.]", prefix) else r"[/.]|$"  # blocks are numbered, and so are modules
-    return name.startswith(prefix) and re.match(ends, name[len(prefix) :]) is not None
+    boundary = r"[/.]|_\d|$" if re.search(r"[/.]", prefix) else r"[/.]|$"  # blocks are numbered, and so are modules
+    return name.startswith(prefix) and re.match(boundary, name[len(prefix) :]) is not None
 
 
 class AdamInt8(NamedTuple):
     """Moments quantized to 8 bits with one scale per row; each tree has the structure of the parameters."""
 
-    updates: Array  # [] int32, how many were made
+    updates: Array  # [] int32, the number of updates
     mu: Any  # int8: sign(m) sqrt(|m| / scale) 127
     mu_scale: Any  # float32 [..., 1]: the largest |m| of a row
     nu: Any  # uint8: (v / scale)^(1/4) 255, rounded up
@@ -195,40 +195,40 @@ class AdamInt8(NamedTuple):
 def scale_by_adam_int8(b1: float, b2: float, eps: float = 1e-8) -> optax.GradientTransformation:
     """Adam with moments in 8 bits, quantised row by row (after Dettmers et al. 2022, section 2).
 
-    Roots spread the levels over many magnitudes, as their dynamic tree does. The second moment is rounded up, so
-    that no step is larger than Adam's. Arrays of fewer than SMALL elements keep float32.
+    Roots spread the levels over many magnitudes, like the paper's dynamic tree. The second moment is rounded up, so
+    that no step is larger than Adam's. Arrays of fewer than MIN_QUANTIZED elements keep float32.
     """
 
-    def packed(x: Array, root: int, levels: int, rounded: Callable, dtype: Any) -> tuple[Array, Array]:
-        if x.size < SMALL:
+    def quantize(x: Array, root: int, levels: int, rounding: Callable, dtype: Any) -> tuple[Array, Array]:
+        if x.size < MIN_QUANTIZED:
             return x, jnp.ones((1,) * x.ndim)
         scale = jnp.max(jnp.abs(x), -1, keepdims=True)
-        share = jnp.abs(x) / jnp.where(scale == 0, 1.0, scale)
-        return (jnp.sign(x) * rounded(levels * share ** (1 / root))).astype(dtype), scale
+        ratio = jnp.abs(x) / jnp.where(scale == 0, 1.0, scale)
+        return (jnp.sign(x) * rounding(levels * ratio ** (1 / root))).astype(dtype), scale
 
-    def unpacked(x: Array, scale: Array, root: int, levels: int) -> Array:
-        x, whole = x.astype(jnp.float32), x.dtype == jnp.float32
-        return x if whole else jnp.sign(x) * (jnp.abs(x) / levels) ** root * scale
+    def dequantize(x: Array, scale: Array, root: int, levels: int) -> Array:
+        x, unquantized = x.astype(jnp.float32), x.dtype == jnp.float32
+        return x if unquantized else jnp.sign(x) * (jnp.abs(x) / levels) ** root * scale
 
-    def pack(mu: Sequence[Array], nu: Sequence[Array], count: Array, tree: Any) -> AdamInt8:
-        firsts = [packed(m, 2, 127, jnp.round, jnp.int8) for m in mu]
-        seconds = [packed(v, 4, 255, jnp.ceil, jnp.uint8) for v in nu]
-        parts = [[pair[i] for pair in pairs] for pairs in (firsts, seconds) for i in (0, 1)]
-        return AdamInt8(count, *(jax.tree.unflatten(tree, part) for part in parts))
+    def pack(mu: Sequence[Array], nu: Sequence[Array], count: Array, treedef: Any) -> AdamInt8:
+        mu_pairs = [quantize(m, 2, 127, jnp.round, jnp.int8) for m in mu]
+        nu_pairs = [quantize(v, 4, 255, jnp.ceil, jnp.uint8) for v in nu]
+        parts = [[pair[i] for pair in pairs] for pairs in (mu_pairs, nu_pairs) for i in (0, 1)]
+        return AdamInt8(count, *(jax.tree.unflatten(treedef, part) for part in parts))
 
     def init(params: Params) -> AdamInt8:
-        leaves, tree = jax.tree.flatten(params)
+        leaves, treedef = jax.tree.flatten(params)
         zeros = [jnp.zeros(p.shape) for p in leaves]
-        return pack(zeros, zeros, jnp.zeros((), jnp.int32), tree)
+        return pack(zeros, zeros, jnp.zeros((), jnp.int32), treedef)
 
     def update(grads: Params, state: AdamInt8, params: Params | None = None) -> tuple[Params, AdamInt8]:
-        leaves, tree = jax.tree.flatten(grads)
+        leaves, treedef = jax.tree.flatten(grads)
         moments = [jax.tree.leaves(part) for part in state[1:]]
-        mu = [b1 * unpacked(m, s, 2, 127) + (1 - b1) * g for g, m, s in zip(leaves, *moments[:2], strict=True)]
-        nu = [b2 * unpacked(v, s, 4, 255) + (1 - b2) * g * g for g, v, s in zip(leaves, *moments[2:], strict=True)]
+        mu = [b1 * dequantize(m, s, 2, 127) + (1 - b1) * g for g, m, s in zip(leaves, *moments[:2], strict=True)]
+        nu = [b2 * dequantize(v, s, 4, 255) + (1 - b2) * g * g for g, v, s in zip(leaves, *moments[2:], strict=True)]
         count = state.updates + 1
-        first, second = 1 - b1**count, 1 - b2**count
-        updates = [(m / first) / (jnp.sqrt(v / second) + eps) for m, v in zip(mu, nu, strict=True)]
-        return jax.tree.unflatten(tree, updates), pack(mu, nu, count, tree)
+        mu_correction, nu_correction = 1 - b1**count, 1 - b2**count
+        updates = [(m / mu_correction) / (jnp.sqrt(v / nu_correction) + eps) for m, v in zip(mu, nu, strict=True)]
+        return jax.tree.unflatten(treedef, updates), pack(mu, nu, count, treedef)
 
     return optax.GradientTransformation(init, update)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import Any, Self
 
-from jaxdiff.training.ranges import MOST, OptionsError, check_fields, setting
+from jaxdiff.training.ranges import MAX_INT, OptionsError, check_fields, setting
 
 STAGES = (
     "clip",
@@ -46,12 +46,16 @@ def default_warmup(steps: int) -> int:
 
 def check_pairs(multipliers: Any) -> None:
     """Raise OptionsError unless learning-rate multipliers are pairs of a name and a number from 0 to 1000000."""
-    given = multipliers if isinstance(multipliers, tuple | list) else ()
-    pairs = [r for r in given if isinstance(r, tuple | list) and len(r) == 2]
-    numbers = [f for p, f in pairs if isinstance(p, str) and isinstance(f, int | float) and not isinstance(f, bool)]
+    entries = multipliers if isinstance(multipliers, tuple | list) else ()
+    pairs = [entry for entry in entries if isinstance(entry, tuple | list) and len(entry) == 2]
+    numbers = [
+        factor
+        for prefix, factor in pairs
+        if isinstance(prefix, str) and isinstance(factor, int | float) and not isinstance(factor, bool)
+    ]
     if not isinstance(multipliers, tuple | list) or len(numbers) < len(multipliers):
         raise OptionsError(f"lr_multipliers {multipliers!r} must be pairs such as (('text_encoder', 0.1),).")
-    if not all(math.isfinite(f) and 0 <= f <= 1e6 for f in numbers):
+    if not all(math.isfinite(factor) and 0 <= factor <= 1e6 for factor in numbers):
         raise OptionsError(f"lr_multipliers {multipliers!r}: each factor must be from 0 to 1000000.")
 
 
@@ -67,12 +71,12 @@ class FromConfig:
 class Options(FromConfig):
     """Options of the optimization, the same for every stage."""
 
-    steps: int = setting(10_000, 1, MOST)  # updates in total
-    batch_size: int = setting(64, 1, MOST)  # examples of one update, over all devices and hosts
+    steps: int = setting(10_000, 1, MAX_INT)  # updates in total
+    batch_size: int = setting(64, 1, MAX_INT)  # examples of one update, over all devices and hosts
     # Parts that a batch is split into, to save memory. May change on resuming, except for clip and vae_decoder.
-    accumulate: int = setting(1, 1, MOST)
+    accumulate: int = setting(1, 1, MAX_INT)
     learning_rate: float = setting(1e-4, above=0, high=1000)  # its peak
-    warmup_steps: int | None = setting(None, 0, MOST, kind=int)  # linear, from 0; None: see `default_warmup`
+    warmup_steps: int | None = setting(None, 0, MAX_INT, kind=int)  # linear, from 0; None: see `default_warmup`
     # Decay after the warm-up: to 0 at the last step, or none with "constant".
     schedule: str = setting("cosine", choices=SCHEDULES)
     weight_decay: float = setting(0.01, 0, 1000)  # of matrices and kernels, not of biases, norms and scalars
@@ -96,17 +100,17 @@ class Options(FromConfig):
     ema_decay: float = setting(0.999, 0, below=1)
     # Relative widths of the averages whose snapshots are kept for post-hoc EMA (Karras et al. 2024): (0.05, 0.1).
     ema_sigmas: tuple[float, ...] = setting((), above=0, below=12**-0.5, items=float)
-    snapshot_every: int = setting(1000, 1, MOST)  # steps
+    snapshot_every: int = setting(1000, 1, MAX_INT)  # steps
     seed: int = setting(0, 0, SEEDS)
     # The devices are a mesh ("data", "fsdp", "tensor"); "data" gets the remaining devices.
-    fsdp: int = setting(1, 1, MOST)  # devices that each parameter is sharded over
-    tensor: int = setting(1, 1, MOST)  # devices that the layers themselves are split over (tensor parallelism)
-    log_every: int = setting(50, 1, MOST)  # steps
-    eval_every: int = setting(1000, 0, MOST)  # steps; 0 evaluates at the end only
-    checkpoint_every: int = setting(1000, 1, MOST)  # steps
-    keep_checkpoints: int = setting(2, 1, MOST)
+    fsdp: int = setting(1, 1, MAX_INT)  # devices that each parameter is sharded over
+    tensor: int = setting(1, 1, MAX_INT)  # devices that the layers themselves are split over (tensor parallelism)
+    log_every: int = setting(50, 1, MAX_INT)  # steps
+    eval_every: int = setting(1000, 0, MAX_INT)  # steps; 0 evaluates at the end only
+    checkpoint_every: int = setting(1000, 1, MAX_INT)  # steps
+    keep_checkpoints: int = setting(2, 1, MAX_INT)
     # Consecutive updates skipped because loss or gradient is not finite, after which the run stops.
-    max_skipped: int = setting(10, 1, MOST)
+    max_skipped: int = setting(10, 1, MAX_INT)
 
     def check(self, devices: int) -> None:
         """Raise OptionsError if options are out of range, or do not fit each other or the number of devices."""
@@ -122,15 +126,17 @@ class Options(FromConfig):
                 f"{self.accumulate} = {parts}."
             )
         if self.optimizer not in MOMENT_DTYPES.get(self.moment_dtype, ()):
-            known = ", ".join(f"{name} (with {', '.join(who)})" for name, who in MOMENT_DTYPES.items())
+            known = ", ".join(f"{name} (with {', '.join(optimizers)})" for name, optimizers in MOMENT_DTYPES.items())
             raise OptionsError(f"moment_dtype {self.moment_dtype!r} of {self.optimizer} must be one of {known}.")
 
     @property
     def of_discriminator(self) -> "Options":
         """These options with the `discriminator_*` values in place of the general ones."""
         names = (field.name for field in dataclasses.fields(self) if field.name.startswith(DISCRIMINATOR))
-        own = {name.removeprefix(DISCRIMINATOR): value for name in names if (value := getattr(self, name)) is not None}
-        return dataclasses.replace(self, **own)
+        overrides = {
+            name.removeprefix(DISCRIMINATOR): value for name in names if (value := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **overrides)
 
     @property
     def warmup(self) -> int:
@@ -139,18 +145,18 @@ class Options(FromConfig):
 
     def too_long(self) -> list[str]:
         """Warnings about a warm-up or snapshots that need a longer run, one sentence each."""
-        found, steps = list[str](), self.steps
+        warnings, steps = list[str](), self.steps
         if self.warmup >= steps:
-            found.append(
+            warnings.append(
                 f"config.warmup_steps {self.warmup} is not below config.steps {steps}: the learning rate never "
                 f"reaches {self.learning_rate:g}. Set it to {default_warmup(steps)} for a run of this length."
             )
         if self.ema_sigmas and self.snapshot_every >= steps:
-            found.append(
+            warnings.append(
                 f"config.snapshot_every {self.snapshot_every} is not below config.steps {steps}: averages of other "
                 "lengths than ema_sigmas need about ten snapshots, and there will be one."
             )
-        return found
+        return warnings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +191,9 @@ class DistillationOptions(FromConfig):
     guidance_max: float = setting(15.0, 1, 1000)
     # Width of the student's embedding of the guidance scale, 256 in published models; 0: no embedding.
     guidance_dim: int = setting(0, 0, 4096)
-    solver_steps: int = setting(50, 1, MOST)  # lcm: DDIM steps from noise to image; the teacher takes one per update
+    solver_steps: int = setting(50, 1, MAX_INT)  # lcm: DDIM steps from noise to image; the teacher takes one per update
     huber_c: float = setting(1e-3, above=0, high=1000)  # lcm: width of the pseudo-Huber loss, quadratic below it
-    tangent_warmup: int = setting(1000, 0, MOST)  # scm: updates over which the student's derivative is phased in
+    tangent_warmup: int = setting(1000, 0, MAX_INT)  # scm: updates over which the student's derivative is phased in
     # scm: radians a step; sinusoids of the timestep that turn faster lose their weight, see `distillation.smooth`.
     time_frequency: float = setting(0.05, above=0, high=1)
 

@@ -1,4 +1,4 @@
-"""Latents and text embeddings of a whole source, computed once, so that training the UNet decodes no images.
+"""Latents and text embeddings of a data set, computed once, so that training decodes and encodes no images.
 
 They are written in parts, each of one image size. Hosts share the parts. A part is renamed when it is complete, so that
 the same call resumes after a kill. `jaxdiff.data.captioned` reads the folder.
@@ -19,7 +19,7 @@ from jaxdiff import mapping, parallel
 from jaxdiff.config import ConfigError
 from jaxdiff.data import pipeline, store
 from jaxdiff.data.buckets import Buckets
-from jaxdiff.data.folder import STILL, ImageDecoder, Warp
+from jaxdiff.data.folder import NO_WARP, ImageDecoder, Warp
 from jaxdiff.data.latents import INFO, LatentShards
 from jaxdiff.data.source import Source
 from jaxdiff.files import write_text, writing
@@ -28,11 +28,11 @@ from jaxdiff.models.text_encoding import encode_text
 from jaxdiff.training.stages import as_tokens, prepare_pairs
 from jaxdiff.typing import Params
 
-PART = 2048  # examples of a part
+PART = 2048  # examples in a part
 
 
 def fingerprint(model: Model, params: Params, description: Any) -> str:
-    """A digest of all that latents depend on: autoencoder, tokenizers, and `description` (JSON)."""
+    """A digest of everything that latents depend on: autoencoder, tokenizers, and `description` (JSON)."""
     words = "".join(t.digest for t in (model.tokenizer, model.tokenizer_2) if t is not None)
     digest = hashlib.sha256(json.dumps([str(model.vae.config), words, description]).encode())
     for leaf in jax.tree.leaves(params["vae"]):
@@ -67,7 +67,7 @@ def precompute(
     views: int = 1,
     buckets: Buckets | None = None,
     flip: bool = False,
-    warp: Warp = STILL,
+    warp: Warp = NO_WARP,
     background: str = "random",
     embeddings: bool = False,
     batch_size: int = 8,
@@ -98,35 +98,35 @@ def precompute(
     description = [source.digest, image_size, seed, views, flip, background, embeddings, part, buckets.sizes]
     if any(warp):
         description.append(list(warp))
-    numbers = hashlib.sha256(np.ascontiguousarray(buckets.numbers).data).hexdigest()
-    mark = fingerprint(model, params, [*description, numbers])
+    bucket_digest = hashlib.sha256(np.ascontiguousarray(buckets.numbers).data).hexdigest()
+    digest = fingerprint(model, params, [*description, bucket_digest])
     order = _Views(buckets, views)
     decode = ImageDecoder(source, image_size, None, flip, background, warp=warp)
-    how: dict[str, Any] = {"seed": seed, "epochs": 1, "drop_remainder": False, "threads": threads}
-    at_once = batch_size * jax.local_device_count()
-    data = pipeline.batches(source.name, len(source), decode, at_once, order=lambda *_: order, **how)
+    reading: dict[str, Any] = {"seed": seed, "epochs": 1, "drop_remainder": False, "threads": threads}
+    global_batch = batch_size * jax.local_device_count()
+    data = pipeline.batches(source.name, len(source), decode, global_batch, order=lambda *_: order, **reading)
     spans = _spans(order.counts, part)
     names = [f"{i:06d}" for i in range(len(spans))]
-    _check_same(folder, mark)
-    run = encoder(model, params, embeddings, batch_size)
+    _check_digest(folder, digest)
+    encode_examples = encoder(model, params, embeddings, batch_size)
 
-    def make(i: int) -> Mapping[str, np.ndarray]:
-        found = run(filter(data.skipped.keep, pipeline.read_range(data, *spans[i])))
-        found = found or {"latents": np.zeros((0, 1, 1, 1), np.float16)}
-        logging.info("Part %d of %d: %d images encoded.", i + 1, len(spans), len(found["latents"]))
-        return found
+    def encode_part(i: int) -> Mapping[str, np.ndarray]:
+        arrays = encode_examples(filter(data.skipped.keep, pipeline.read_range(data, *spans[i])))
+        arrays = arrays or {"latents": np.zeros((0, 1, 1, 1), np.float16)}
+        logging.info("Part %d of %d: %d images encoded.", i + 1, len(spans), len(arrays["latents"]))
+        return arrays
 
     if host_index == 0:
-        _write(folder / f".{INFO}", {"fingerprint": mark})
-    store.fill(folder, names, make, host_index=host_index, host_count=host_count)
+        _write_json(folder / f".{INFO}", {"fingerprint": digest})
+    store.fill(folder, names, encode_part, host_index=host_index, host_count=host_count)
     if host_index == 0:
-        shapes = {n: np.load(folder / n / "latents.npy", mmap_mode="r").shape for n in names}
-        whole = [n for n in names if shapes[n][0]]
-        if not whole:
+        shapes = {name: np.load(folder / name / "latents.npy", mmap_mode="r").shape for name in names}
+        nonempty = [name for name in names if shapes[name][0]]
+        if not nonempty:
             raise ConfigError(f"No image of {source.name} could be encoded.")
-        sizes = [list(shapes[n][1:3]) for n in whole]
-        made_by = {"fingerprint": mark, "model": fingerprint(model, params, None)}
-        _write(folder / INFO, {**made_by, "parts": whole, "sizes": sizes, "made": dict(made or {})})
+        sizes = [list(shapes[name][1:3]) for name in nonempty]
+        fingerprints = {"fingerprint": digest, "model": fingerprint(model, params, None)}
+        _write_json(folder / INFO, {**fingerprints, "parts": nonempty, "sizes": sizes, "made": dict(made or {})})
 
 
 def open_latents(
@@ -144,12 +144,17 @@ def open_latents(
     shards = LatentShards(path)
     if shards.model != fingerprint(model, params, None):
         raise ConfigError(f"{path} was written with another autoencoder or tokenizer: run train.py --precompute again.")
-    made = shards.made
-    now = settings if settings is not None and made else made
+    stored = shards.made
+    current = settings if settings is not None and stored else stored
     # Settings that are off may be missing: older latents do not record newer settings.
-    if other := [n for n in {**made, **now} if (made.get(n) or None) != (now.get(n) or None)]:
-        said = "; ".join(f"{n}: {json.dumps(made.get(n))}, now {json.dumps(now.get(n))}" for n in other)
-        raise ConfigError(f"{path} was written with other settings ({said}): give the same, or another latents.path.")
+    values = {name: (stored.get(name), current.get(name)) for name in {**stored, **current}}
+    changes = [
+        f"{n}: {json.dumps(a)}, now {json.dumps(b)}" for n, (a, b) in values.items() if (a or None) != (b or None)
+    ]
+    if changes:
+        raise ConfigError(
+            f"{path} was written with other settings ({'; '.join(changes)}): give the same, or another latents.path."
+        )
     if "embeddings" in shards.names and any(name.startswith("text_encoder") for name in trainable):
         raise ConfigError(f"{path} holds text embeddings, but the text encoder is to learn: write it without them.")
     return shards
@@ -166,28 +171,28 @@ def encoder(
         batch_size: examples that each device of this process takes at a time.
     """
     prepare, at_once = prepare_pairs(model), batch_size * jax.local_device_count()
-    names = [n for n in params if n == "vae" or (embeddings and n.startswith("text_encoder"))]
-    placed = parallel.replicate({n: params[n] for n in names})
+    names = [name for name in params if name == "vae" or (embeddings and name.startswith("text_encoder"))]
+    frozen = parallel.replicate({name: params[name] for name in names})
 
-    def run(params: Params, batch: Mapping[str, Any]) -> dict[str, Any]:
-        found = {"latents": encode(model, params, batch["image"].astype(np.float32) / 255.0)}
+    def encode_batch(params: Params, batch: Mapping[str, Any]) -> dict[str, Any]:
+        arrays = {"latents": encode(model, params, batch["image"].astype(np.float32) / 255.0)}
         if embeddings:
             cond = encode_text(model, params, as_tokens(batch))
-            found |= {"embeddings": cond.embeddings} | ({} if cond.pooled is None else {"pooled": cond.pooled})
-        return {name: x.astype(np.float16) for name, x in found.items()}
+            arrays |= {"embeddings": cond.embeddings} | ({} if cond.pooled is None else {"pooled": cond.pooled})
+        return {name: x.astype(np.float16) for name, x in arrays.items()}
 
-    mapped = mapping.pmap(run, jax.local_devices(), shared=1)
+    parallel_encode = mapping.pmap(encode_batch, jax.local_devices(), shared=1)
 
-    def every(examples: Iterable[dict[str, Any]]) -> dict[str, np.ndarray]:
-        parts, rest = [], iter(examples)
-        while chosen := list(itertools.islice(rest, at_once)):
-            filled = [chosen[i % len(chosen)] for i in range(at_once)]  # one shape, compiled once
-            batch = dict(prepare(pipeline.collate(filled)))
-            found = {**{k: v for k, v in batch.items() if k != "image"}, **jax.device_get(mapped(placed, batch))}
-            parts.append({k: np.asarray(v)[: len(chosen)] for k, v in found.items()})
+    def encode_all(examples: Iterable[dict[str, Any]]) -> dict[str, np.ndarray]:
+        parts, remaining = [], iter(examples)
+        while chunk := list(itertools.islice(remaining, at_once)):
+            padded = [chunk[i % len(chunk)] for i in range(at_once)]  # one shape, compiled once
+            batch = dict(prepare(pipeline.collate(padded)))
+            arrays = {k: v for k, v in batch.items() if k != "image"} | jax.device_get(parallel_encode(frozen, batch))
+            parts.append({k: np.asarray(v)[: len(chunk)] for k, v in arrays.items()})
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]} if parts else {}
 
-    return every
+    return encode_all
 
 
 def _spans(counts: list[int], part: int) -> list[tuple[int, int]]:
@@ -199,10 +204,10 @@ def _spans(counts: list[int], part: int) -> list[tuple[int, int]]:
     return spans
 
 
-def _check_same(folder: Path, mark: str) -> None:
+def _check_digest(folder: Path, digest: str) -> None:
     for name in (INFO, f".{INFO}"):
         try:
-            same = json.loads((folder / name).read_bytes()).get("fingerprint") == mark
+            same = json.loads((folder / name).read_bytes()).get("fingerprint") == digest
         except FileNotFoundError:
             continue
         except (OSError, ValueError, AttributeError):
@@ -213,7 +218,7 @@ def _check_same(folder: Path, mark: str) -> None:
             )
 
 
-def _write(path: Path, values: Mapping[str, Any]) -> None:
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     with writing(path, ConfigError, "free it or choose another place."):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(values))

@@ -22,11 +22,11 @@ HIDDEN = ("flops_per_second", "memory_bytes", "memory_peak_bytes")  # metrics th
 class Report:
     """Collects the metrics of steps and shows their means every `log_every` steps. A context manager.
 
-    Only the first host shows anything. Steps that were skipped do not count in the means; "skipped" is their number.
+    Only the first host shows anything. Skipped steps do not count in the means; "skipped" is their number.
 
     Args:
         trackers: closed on exit; none on hosts other than the first.
-        name: of what is trained.
+        name: of the stage.
         start, steps: updates already made, and in total.
 
     Attributes:
@@ -41,8 +41,8 @@ class Report:
         self.speed: Speed | None = None
         self._collected: list[Mapping[str, Any]] = []
         self._losses: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
-        self._since: float | None = None
-        self._timed = 0  # steps since then
+        self._timed_from: float | None = None
+        self._timed_steps = 0
         self._quiet = jax.process_index() != 0
         self._bar = None
         if self._quiet:
@@ -71,39 +71,39 @@ class Report:
             tracker.close()
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float] | None:
-        """Take in the metrics of one step, still on the devices.
+        """Add the metrics of one step, still on the devices.
 
         Returns:
             The means over the interval when this step ends one.
         """
         self._collected.append(metrics)
-        self._timed += self._since is not None
+        self._timed_steps += self._timed_from is not None
         if not self.ends_interval(step):
             return None
         collected = jax.device_get(self._collected)
         now = time.perf_counter()
         means = self._means(step, collected)
-        if self._since is not None and self._timed:
-            rate = self._timed / (now - self._since)
+        if self._timed_from is not None and self._timed_steps:
+            rate = self._timed_steps / (now - self._timed_from)
             means["images_per_second"] = self._batch_size * rate
             means |= self.speed.values(rate) if self.speed else {}
-        self._collected, self._timed = [], 0
-        self._since = now if self._since is not None else None
+        self._collected, self._timed_steps = [], 0
+        self._timed_from = now if self._timed_from is not None else None
         self.show(step, means)
         return means
 
     def _means(self, step: int, collected: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        good = [m for m in collected if not m.get("skipped", 0)]
-        means = {k: float(np.mean([m[k] for m in good or collected])) for k in collected[0] if k != "skipped"}
-        if skipped := len(collected) - len(good):
+        applied = [m for m in collected if not m.get("skipped", 0)]
+        means = {k: float(np.mean([m[k] for m in applied or collected])) for k in collected[0] if k != "skipped"}
+        if skipped := len(collected) - len(applied):
             self.say(f"{skipped} of the {len(collected)} updates up to step {step} skipped: not finite.")
             means["skipped"] = float(skipped)
         for i, metrics in enumerate(collected, step - len(collected) + 1):
             if not metrics.get("skipped", 0):
-                self._watch(i, float(metrics["loss"]))
+                self._check_spike(i, float(metrics["loss"]))
         return means
 
-    def _watch(self, step: int, loss: float) -> None:
+    def _check_spike(self, step: int, loss: float) -> None:
         """Print a message if a loss is far above those before it."""
         if len(self._losses) >= SPIKE_WINDOW // 4:
             median = float(np.median(self._losses))
@@ -113,21 +113,21 @@ class Report:
         self._losses.append(loss)
 
     def ends_interval(self, step: int) -> bool:
-        """Whether numbers are shown after this step. The caller must have no later step in flight then."""
+        """Whether metrics are shown after this step, at which the caller may have no later step in flight."""
         return step % self._log_every == 0 or step == self._steps
 
     def start_clock(self) -> None:
-        """Start timing. Call it when no step is in flight: after compiling and after an evaluation."""
-        self._since, self._timed = time.perf_counter(), 0
+        """Start timing. Call it while no step is in flight: after compiling and after an evaluation."""
+        self._timed_from, self._timed_steps = time.perf_counter(), 0
 
     def say(self, text: str) -> None:
-        """A sentence, above the bar."""
+        """Print a sentence, above the bar if there is one."""
         if not self._quiet:
             line = f"{self._name}: {text}"
             print(line, flush=True) if self._bar is None else self._bar.console.print(line)
 
     def show(self, step: int, values: Mapping[str, float | TrackedImages]) -> None:
-        """Write these values, and draw these images, now."""
+        """Report these values and images now."""
         if self._quiet:
             return
         for tracker in self._trackers:
@@ -136,22 +136,22 @@ class Report:
                     tracker.draw(step, name, images)
         numbers = {name: value for name, value in values.items() if not isinstance(value, TrackedImages)}
         for tracker in self._trackers:
-            tracker.write(step, numbers)  # also if there are none: the line tells of an evaluation
+            tracker.write(step, numbers)  # also without numbers: the line marks the evaluation as done
         if numbers:
             self._show_numbers(step, numbers)
 
     def _show_numbers(self, step: int, values: Mapping[str, float]) -> None:
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in HIDDEN)
         if self._bar is None:
-            print(f"step {step}/{self._steps}: {text}{self._left(step, values)}", flush=True)
+            print(f"step {step}/{self._steps}: {text}{self._remaining_time(step, values)}", flush=True)
         elif "loss" in values:
-            shown = [f"loss {values['loss']:.4g}"]
-            shown += [f"{rate:.4g} images/s" for name, rate in values.items() if name == "images_per_second"]
-            self._bar.update(self._task, completed=step, text=" ".join(shown))
+            summary = [f"loss {values['loss']:.4g}"]
+            summary += [f"{rate:.4g} images/s" for name, rate in values.items() if name == "images_per_second"]
+            self._bar.update(self._task, completed=step, text=" ".join(summary))
         else:
             self.say(f"step {step}: {text}")
 
-    def _left(self, step: int, values: Mapping[str, float]) -> str:
+    def _remaining_time(self, step: int, values: Mapping[str, float]) -> str:
         if not (rate := values.get("images_per_second")):
             return ""
         return f", {timedelta(seconds=round((self._steps - step) * self._batch_size / rate))} left"

@@ -1,7 +1,7 @@
-"""The values that a setting may have, declared with its default, and error sentences for others.
+"""Declarations of settings with their defaults and ranges, and error sentences for invalid values.
 
 A setting is a `dataclasses.Field`, so that one declaration serves the dataclasses of options.py and the tree of
-defaults.py. A plain default declares its type alone.
+defaults.py. A plain default only declares its type.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from typing import Any
 from jaxdiff.config import ConfigError
 from jaxdiff.errors import JaxdiffError, WeightsError
 
-MOST = 2**31 - 1  # of whole numbers, which devices count in 32 bits
+MAX_INT = 2**31 - 1  # devices count in 32 bits
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False", tuple: "a tuple"}
-# Settings under the names that other programs give them.
-ELSEWHERE = {
+# Settings by their names in other programs.
+FOREIGN_NAMES = {
     "lr": "learning_rate", "epochs": "steps", "iterations": "steps", "gradient_accumulation": "accumulate",
     "gradient_accumulation_steps": "accumulate", "gradient_checkpointing": "remat", "mixed_precision": "dtype",
     "precision": "dtype", "max_grad_norm": "clip_norm", "resolution": "data.image_size", "size": "data.image_size",
@@ -35,12 +35,12 @@ ELSEWHERE = {
 
 
 class OptionsError(JaxdiffError, ValueError):
-    """Settings that do not fit each other, the model or the devices: a sentence that begins with the setting's name."""
+    """Settings that do not fit each other, the model or the devices. The message begins with the setting's name."""
 
 
 @contextlib.contextmanager
 def naming(setting: str) -> Iterator[None]:
-    """Prefix errors about the file or folder that a setting names with its flag."""
+    """Prefix errors about the file or folder of a setting with its flag."""
     try:
         yield
     except OptionsError:
@@ -80,19 +80,19 @@ def check_value(name: str, value: Any, field: Any) -> None:
     rule, kind = field.metadata, field.metadata["kind"]
     if value is None and field.default is None:
         return
-    several = isinstance(value, tuple | list)
-    right = several if kind is tuple else _is(kind, value)
-    if not right or not all(_is(rule["items"], x) for x in (value if several else ())):
-        raise OptionsError(f"{name} {value!r} must be {wanted(field)}.")
-    for x in value if several else (value,):
+    is_sequence = isinstance(value, tuple | list)
+    valid = is_sequence if kind is tuple else _is(kind, value)
+    if not valid or not all(_is(rule["items"], x) for x in (value if is_sequence else ())):
+        raise OptionsError(f"{name} {value!r} must be {describe(field)}.")
+    for x in value if is_sequence else (value,):
         if (rule["choices"] and x not in rule["choices"]) or (isinstance(x, numbers.Real) and not _within(rule, x)):
             raise OptionsError(f"{name} {value!r} must be {_range(rule) or 'finite'}.")
 
 
-def wanted(field: Any) -> str:
+def describe(field: Any) -> str:
     """The type and range of a setting, in words.
 
-    >>> wanted(setting(64, 1)), wanted(setting(0.9, 0, below=1)), wanted(setting(()))
+    >>> describe(setting(64, 1)), describe(setting(0.9, 0, below=1)), describe(setting(()))
     ('a whole number, at least 1', 'a number, at least 0 and below 1', 'a tuple of text, such as "(\\'a castle\\',)"')
     """
     rule, kind = field.metadata, field.metadata["kind"]
@@ -122,8 +122,8 @@ def _range(rule: Mapping[str, Any]) -> str:
         return "one of " + ", ".join(x if x else "'' (none)" for x in rule["choices"])
     if math.isfinite(rule["low"]) and math.isfinite(rule["high"]):
         return f"from {rule['low']} to {rule['high']}"
-    words = (("at least", "low"), ("above", "above"), ("at most", "high"), ("below", "below"))
-    return " and ".join(f"{word} {rule[end]:.4g}" for word, end in words if math.isfinite(rule[end]))
+    bounds = (("at least", "low"), ("above", "above"), ("at most", "high"), ("below", "below"))
+    return " and ".join(f"{word} {rule[bound]:.4g}" for word, bound in bounds if math.isfinite(rule[bound]))
 
 
 def fields(cls: type) -> dict[str, Any]:
@@ -143,23 +143,27 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
         if isinstance(value, Mapping) and value:
             yield from leaves(value, f"{prefix}{name}.")
         else:
-            plain = isinstance(value, Mapping | dataclasses.Field)
-            yield f"{prefix}{name}", value if plain else setting(value)
+            is_declared = isinstance(value, Mapping | dataclasses.Field)
+            yield f"{prefix}{name}", value if is_declared else setting(value)
 
 
-def near(name: str, known: Sequence[str]) -> str:
+def suggest(name: str, known: Sequence[str]) -> str:
     """Suggestions for an unknown setting, in words.
 
-    >>> near("lr", ["learning_rate", "lora.rank"]), near("data.imagesize", ["data.image_size", "seed"])
+    >>> suggest("lr", ["learning_rate", "lora.rank"]), suggest("data.imagesize", ["data.image_size", "seed"])
     ('did you mean learning_rate?', 'did you mean data.image_size?')
     """
     known = sorted(known, key=len)
-    last, short = name.rpartition(".")[2], {k: k.rpartition(".")[2] for k in known}
-    meant = ELSEWHERE.get(last)
-    found = [next((k for k in known if k == meant or k.endswith(f".{meant}")), meant)] if meant else []
-    alike = difflib.get_close_matches(last, set(short.values()), 5, 0.7)
-    found += [k for k in known if short[k] == last]
-    found += [k for k in difflib.get_close_matches(name, known, 3, 0.7) if k not in found]
-    found += [k for k in known if short[k] in alike and k not in found]
-    found += [k for k in known if {last} & {*short[k].split("_")} and k not in found]
-    return f"did you mean {' or '.join(found[:3])}?" if found else "docs/training.md says where all are listed."
+    name_end, ends = name.rpartition(".")[2], {k: k.rpartition(".")[2] for k in known}
+    alias = FOREIGN_NAMES.get(name_end)
+    similar = difflib.get_close_matches(name_end, set(ends.values()), 5, 0.7)
+    suggestions = [
+        *([next((k for k in known if k == alias or k.endswith(f".{alias}")), alias)] if alias else []),
+        *(k for k in known if ends[k] == name_end),
+        *difflib.get_close_matches(name, known, 3, 0.7),
+        *(k for k in known if ends[k] in similar),
+        *(k for k in known if name_end in ends[k].split("_")),
+    ]
+    if not suggestions:
+        return "docs/training.md says where all are listed."
+    return f"did you mean {' or '.join(list(dict.fromkeys(suggestions))[:3])}?"

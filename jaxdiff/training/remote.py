@@ -1,8 +1,9 @@
 """Runs whose workdir is in an object store: they write to a local folder, which is uploaded.
 
 When a run starts, it downloads what it needs to resume, so that it can resume on any machine. A lock object keeps other
-runs out: it is created only if it does not exist, and renewed while its process lives. Only one other process removes
-that of a dead one. `remote_checkpoints` handles checkpoints. Exports and latents are uploaded when they are complete.
+runs out: it is created only if it does not exist, and renewed while its process lives. The lock of a dead process is
+removed by one other process. `remote_checkpoints` handles checkpoints. Exports and latents are uploaded when they are
+complete.
 """
 
 import contextlib
@@ -28,12 +29,12 @@ from jaxdiff.training.together import together
 from jaxdiff.training.workdir import WorkdirError
 
 LOCK = "lock"
-CLAIMS = "takeover"  # a folder of locks on locks, by the token of their holder
-BEAT, LEASE = 20.0, 70.0  # seconds between renewals of the lock, and without a renewal until it counts as dead
+CLAIMS = "takeover"  # folder of claims to remove a dead process's lock, by the token of that process
+BEAT, LEASE = 20.0, 70.0  # seconds between renewals of the lock, and until a lock without renewals counts as dead
 UPLOAD_EVERY = 30.0  # seconds
 TRIES = 5  # of an upload during which other programs remove files
-TREES = ("tb", "samples", "profile", "wandb", "ema")  # folders uploaded as they grow, as are the files beside them
-NOT_READ = TREES[1:]  # by a run that resumes
+TREES = ("tb", "samples", "profile", "wandb", "ema")  # folders uploaded as they grow, like files of the workdir itself
+NOT_READ = TREES[1:]  # folders that resuming does not need
 TOKEN = uuid.uuid4().hex  # of this process
 
 
@@ -54,7 +55,7 @@ def held(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
     Raises:
         WorkdirError: another run holds it.
         StoreError: it cannot be read or written.
-        HostError: either is so for another host.
+        HostError: another host failed for one of these reasons.
     """
     if (url := stores.behind(folder)) is None:
         yield lambda: None
@@ -62,13 +63,13 @@ def held(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
     with contextlib.ExitStack() as stack:
         with together():
             if first:
-                stack.enter_context(_locked(url))
+                stack.enter_context(_lock(url))
             pull(folder)
         uploads = _Uploads(folder, url)
         try:
             yield uploads.begin if first else lambda: None
         except BaseException:
-            with contextlib.suppress(stores.StoreError):  # what ended the block counts
+            with contextlib.suppress(stores.StoreError):  # keep the original error
                 uploads.end()
             raise
         uploads.end()
@@ -88,11 +89,11 @@ def pull(folder: Path, *, snapshots: bool = False) -> None:
             shutil.rmtree(path)
         elif path.is_file() and path.name != LOCK:
             path.unlink()
-    objects = stores.listing(url)
-    latents = [name.removesuffix(INFO) for name in objects if name.endswith(f"/{INFO}")]
-    skipped = tuple(f"{tree}/" for tree in NOT_READ if not (snapshots and tree == "ema"))
-    grown = [name for name in objects if _grows(name) and not name.startswith(skipped)]
-    stores.download(url, folder, [*grown, *(name for name in objects if name.startswith(tuple(latents)))])
+    names = stores.listing(url)
+    latents_folders = [name.removesuffix(INFO) for name in names if name.endswith(f"/{INFO}")]
+    skipped_prefixes = tuple(f"{tree}/" for tree in NOT_READ if not (snapshots and tree == "ema"))
+    growing = [name for name in names if _is_growing(name) and not name.startswith(skipped_prefixes)]
+    stores.download(url, folder, [*growing, *(name for name in names if name.startswith(tuple(latents_folders)))])
 
 
 def publish(folder: Path) -> None:
@@ -102,7 +103,7 @@ def publish(folder: Path) -> None:
         stores.publish(folder, url, next((name for name in (INDEX, INFO) if name in names), names[-1]))
 
 
-def _grows(name: str) -> bool:
+def _is_growing(name: str) -> bool:
     top, *below = name.split("/")
     return top in TREES if below else top != LOCK
 
@@ -112,56 +113,57 @@ class _Uploads:
 
     def __init__(self, folder: Path, url: str) -> None:
         self._folder, self._url = folder, url
-        self._uploaded = self._found()
-        self._one = threading.Lock()
-        self._every: _Every | None = None
+        self._uploaded = self._file_states()
+        self._lock = threading.Lock()
+        self._timer: _RepeatingTimer | None = None
 
     def begin(self) -> None:
         self.flush()
-        _begun[self._url] = self
-        self._every = _Every(UPLOAD_EVERY, self.flush)
+        _active_uploads[self._url] = self
+        self._timer = _RepeatingTimer(UPLOAD_EVERY, self.flush)
 
     def end(self) -> None:
-        if self._every is not None:
-            del _begun[self._url]
-            self._every.stop()
+        if self._timer is not None:
+            del _active_uploads[self._url]
+            self._timer.stop()
             self.flush()
 
     def flush(self) -> None:
-        with self._one:
+        with self._lock:
             for _ in range(TRIES):
-                changed = {name: state for name, state in self._found().items() if self._uploaded.get(name) != state}
+                states = self._file_states()
+                changed = {name: state for name, state in states.items() if self._uploaded.get(name) != state}
                 try:
                     stores.upload(self._folder, self._url, changed)
                 except FileNotFoundError:
                     if all((self._folder / name).exists() for name in changed):
                         raise  # no such bucket
-                    continue  # another program, such as wandb, has just removed a file of its own
+                    continue  # another program, such as wandb, has just removed one of its files
                 self._uploaded |= changed
                 return
 
-    def _found(self) -> dict[str, tuple[int, int]]:
+    def _file_states(self) -> dict[str, tuple[int, int]]:
         """Bytes and time of each file that is uploaded as it grows."""
         names = [path.name for path in self._folder.iterdir() if path.is_file() and path.name[0] != "."]
         names += [f"{tree}/{name}" for tree in TREES for name in stores.files(self._folder / tree)]
-        found = dict[str, tuple[int, int]]()
-        for name in filter(_grows, names):
+        states = dict[str, tuple[int, int]]()
+        for name in filter(_is_growing, names):
             with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-                info = (self._folder / name).stat()
-                found[name] = info.st_size, info.st_mtime_ns
-        return found
+                stat = (self._folder / name).stat()
+                states[name] = stat.st_size, stat.st_mtime_ns
+        return states
 
 
-_begun: dict[str, _Uploads] = {}  # by the run's path
+_active_uploads: dict[str, _Uploads] = {}  # by the run's path
 
 
 def flush(url: str) -> None:
     """Upload now, so that the store has everything that was written before a checkpoint."""
-    if url in _begun:
-        _begun[url].flush()
+    if url in _active_uploads:
+        _active_uploads[url].flush()
 
 
-class _Every:
+class _RepeatingTimer:
     """Calls a function at a fixed interval, on a thread of its own."""
 
     def __init__(self, seconds: float, run: Callable[[], None]) -> None:
@@ -173,7 +175,7 @@ class _Every:
         while not self._stopped.wait(self._seconds):
             try:
                 self._run()
-            except Exception as e:  # tried again next time; the last try, at the end of the run, raises
+            except Exception as e:  # retried next time; the last upload, at the end of the run, raises
                 say_once(str(e))
 
     def stop(self) -> None:
@@ -185,21 +187,21 @@ class _Every:
 
 
 @contextlib.contextmanager
-def _locked(url: str) -> Iterator[None]:
+def _lock(url: str) -> Iterator[None]:
     lock, beats = f"{url}/{LOCK}", 0
 
     def renew() -> None:
         nonlocal beats
         check_own(url)
         beats += 1
-        stores.write(lock, _mark(beats))
+        stores.write(lock, _lock_content(beats))
 
     _acquire(url, lock)
-    every = _Every(BEAT, renew)
+    timer = _RepeatingTimer(BEAT, renew)
     try:
         yield
     finally:
-        every.stop()
+        timer.stop()
         with contextlib.suppress(stores.StoreError):
             if _holder(lock).get("token") == TOKEN:
                 stores.remove(lock)
@@ -215,17 +217,18 @@ def check_own(url: str) -> None:
 def _acquire(url: str, lock: str) -> None:
     while True:
         try:
-            stores.write(lock, _mark(0), new=True)
+            stores.write(lock, _lock_content(0), new=True)
         except FileExistsError:
             pass
         except FileNotFoundError:
             raise WorkdirError(f"The workdir {url} cannot be written: there is no such bucket.") from None
-        # Read in any case: a store without conditions lets two write, and the answer to the try before may be lost.
+        # Read it even after a successful write: stores without conditional writes accept both of two writers. Read it
+        # after FileExistsError too, as the response to an earlier successful write may have been lost.
         if (holder := _holder(lock)).get("token") == TOKEN:
             return
-        if not holder and not stores.exists(lock):  # gone meanwhile
+        if not holder and not stores.exists(lock):  # removed meanwhile
             continue
-        if not _dead(lock, holder):
+        if not _is_dead(lock, holder):
             raise WorkdirError(
                 f"The workdir {url} is in use by another run (process {holder.get('pid', 'unknown')} on "
                 f"{holder.get('host', 'unknown')}): wait for it, or choose another workdir."
@@ -234,42 +237,42 @@ def _acquire(url: str, lock: str) -> None:
 
 
 def _take_over(url: str, lock: str, holder: dict[str, Any]) -> None:
-    """Remove the lock of a process that is gone.
+    """Remove the lock of a dead process.
 
-    Of several that find it dead only one does, which holds a claim meanwhile: another, who would remove it later,
-    might remove the lock that a third has made since. Whoever is not the one returns, and looks at the lock anew.
+    Only the process that holds a claim removes it: a second one might otherwise remove the new lock of a third. A
+    process without the claim returns, and its caller reads the lock again.
     """
     claim = f"{url}/{CLAIMS}/{holder.get('token')}"
     try:
-        stores.write(claim, _mark(0), new=True)
+        stores.write(claim, _lock_content(0), new=True)
     except FileExistsError:
-        other = _holder(claim)
-        if other.get("token") != TOKEN:
-            if other and _dead(claim, other):
-                _take_over(url, claim, other)
+        claimant = _holder(claim)
+        if claimant.get("token") != TOKEN:
+            if claimant and _is_dead(claim, claimant):
+                _take_over(url, claim, claimant)
             return
     if _holder(lock) == holder:
         stores.remove(lock)
     stores.remove(claim)
 
 
-def _dead(lock: str, holder: dict[str, Any]) -> bool:
-    """Whether the process that holds a lock is gone: look for it on this machine, else wait for a renewal."""
+def _is_dead(lock: str, holder: dict[str, Any]) -> bool:
+    """Whether a lock's holder is dead: looks for the process if it is of this machine, else waits for a renewal."""
     if holder.get("machine") == _machine():
         return _started(holder.get("pid")) != holder.get("started")
     logging.info("Waiting up to %g s to see whether the run that holds %s still lives.", LEASE, lock)
-    since = time.monotonic()
-    while time.monotonic() - since < LEASE:
+    start = time.monotonic()
+    while time.monotonic() - start < LEASE:
         time.sleep(min(BEAT / 10, LEASE / 10))
         if _holder(lock) != holder:
             return False
     return True
 
 
-def _mark(beats: int) -> bytes:
+def _lock_content(beats: int) -> bytes:
     pid = os.getpid()
-    where = {"pid": pid, "started": _started(pid), "host": platform.node(), "machine": _machine()}
-    return json.dumps({"token": TOKEN, "beats": beats, **where}).encode()
+    process = {"pid": pid, "started": _started(pid), "host": platform.node(), "machine": _machine()}
+    return json.dumps({"token": TOKEN, "beats": beats, **process}).encode()
 
 
 def _machine() -> list[str]:
@@ -278,7 +281,7 @@ def _machine() -> list[str]:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return [platform.node(), boot, os.readlink("/proc/self/ns/pid")]
     except OSError:
-        return [uuid.uuid4().hex]  # none
+        return [uuid.uuid4().hex]  # equal to no other
 
 
 def _started(pid: object) -> str:
@@ -291,7 +294,7 @@ def _started(pid: object) -> str:
 
 def _holder(lock: str) -> dict[str, Any]:
     try:
-        found = json.loads(stores.read(lock) or b"{}")
+        content = json.loads(stores.read(lock) or b"{}")
     except ValueError:
-        found = {}
-    return found if isinstance(found, dict) else {}
+        content = {}
+    return content if isinstance(content, dict) else {}

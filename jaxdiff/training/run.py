@@ -21,7 +21,7 @@ from jaxdiff.models.model import Model
 from jaxdiff.training import init, remote, super_resolution, trainables
 from jaxdiff.training.checks import check_memory, check_sizes, image_size, too_long
 from jaxdiff.training.defaults import as_json
-from jaxdiff.training.ema import reconstructed
+from jaxdiff.training.ema import reconstruct
 from jaxdiff.training.loop import fit
 from jaxdiff.training.on_eval import OnEval, make_on_eval
 from jaxdiff.training.options import Options, OptionsError
@@ -55,7 +55,7 @@ class Run:
             self.export("export", result.params)
 
     def batches(self) -> CaptionedData:
-        """The training batches: precomputed latents, latents cached now, or images as they are read."""
+        """The training batches: precomputed latents, latents cached now, or images."""
         config = self.config
         if config.latents.path:
             return self.data.batches(source=self.latents(), buckets=None)
@@ -72,10 +72,10 @@ class Run:
         return make_on_eval(self.config, self.trainable, self.data.held_out, samples, self.data.at_once)
 
     def trackers(self) -> tuple[Tracker, ...]:
-        chosen = self.config.wandb
-        if not chosen.project or jax.process_index():
+        wandb = self.config.wandb
+        if not wandb.project or jax.process_index():
             return ()
-        return (WandB(chosen.project, chosen.name, as_json(self.config), self.workdir),)
+        return (WandB(wandb.project, wandb.name, as_json(self.config), self.workdir),)
 
     def precompute(self, folder: Path, views: int, embeddings: bool) -> None:
         """Write the latents of all images, see `jaxdiff.training.precompute`."""
@@ -94,7 +94,7 @@ class Run:
         remote.publish(folder)
 
     def latents(self) -> LatentShards:
-        """What `config.latents.path` holds."""
+        """The precomputed latents of `config.latents.path`."""
         path, model, params = Path(self.config.latents.path), self.trainable.model, self.trainable.params
         with naming("latents.path"):
             return open_latents(path, model, params, self.config.trainable, self.data.settings())
@@ -102,23 +102,23 @@ class Run:
     def cached_latents(self) -> LatentShards:
         """Latents in the workdir, computed now if missing. Each combination of settings has its own folder."""
         config, model, params = self.config, self.trainable.model, self.trainable.params
-        chosen = {name: x for name, x in config.data.to_dict().items() if name not in ("threads", "workers")}
-        mark = fingerprint(model, params, [config.cache_latents, config.seed, chosen, self.data.source.digest])
-        folder = self.workdir / f"latents-{mark[:8]}"
+        settings = {name: value for name, value in config.data.to_dict().items() if name not in ("threads", "workers")}
+        digest = fingerprint(model, params, [config.cache_latents, config.seed, settings, self.data.source.digest])
+        folder = self.workdir / f"latents-{digest[:8]}"
         self.precompute(folder, config.cache_latents, embeddings=False)
         return open_latents(folder, model, params, config.trainable)
 
     def posthoc_ema(self, sigma: float) -> None:
         """Export the average of relative width `sigma`, reconstructed from the snapshots of `ema_sigmas`."""
-        self.export(posthoc_name(sigma), reconstructed(self.workdir / "ema", sigma, self.trainable.params))
+        self.export(posthoc_name(sigma), reconstruct(self.workdir / "ema", sigma, self.trainable.params))
 
     def export(self, name: str, params: Params) -> None:
         """Write what was trained into a folder of the workdir, on the first host."""
         if jax.process_index():
             return
         export = self.trainable.export
-        if "vae" in self.trainable.stage.trainable:  # whose latents have another standard deviation now
-            export = save_model(init.measured(self.trainable.model, params, self.data.to_measure()))
+        if "vae" in self.trainable.stage.trainable:  # its latents have another standard deviation now
+            export = save_model(init.with_measured_scaling(self.trainable.model, params, self.data.to_measure()))
         export(self.workdir / name, params)
         remote.publish(self.workdir / name)
         logging.info("What was trained is in %s.", stores.shown(self.workdir / name))
@@ -142,12 +142,12 @@ def build_run(config: Any, workdir: Path) -> Run:
     if options.batch_size % processes:
         raise OptionsError(f"batch_size {options.batch_size} must be divisible by {processes} hosts.")
     images = Images(config, workdir)
-    source = images.chosen(config.data.split)
-    aside = images.chosen(config.data.eval_split) if config.data.eval_split and config.eval.images else source
+    source = images.filtered(config.data.split)
+    eval_source = images.filtered(config.data.eval_split) if config.data.eval_split and config.eval.images else source
     trainable, size = starting_point(config, images)
     buckets = images.buckets(source, size)
     at_once = max(1, options.batch_size // (devices * options.accumulate))
-    data = TrainingData(images, source, aside, size, buckets, at_once, trainable.make_control_image)
+    data = TrainingData(images, source, eval_source, size, buckets, at_once, trainable.make_control_image)
     run = Run(config, workdir, options, trainable, data)
     for name in ("latents.path", "cache_latents"):
         if config[name] and trainable.sample_inputs:

@@ -14,7 +14,7 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data.buckets import Buckets, assign, bucket_sizes
 from jaxdiff.data.captioned import captioned_data, open_source, source_files
 from jaxdiff.data.filters import scan, select
-from jaxdiff.data.folder import BACKGROUNDS, STILL, Warp
+from jaxdiff.data.folder import BACKGROUNDS, NO_WARP, Warp
 from jaxdiff.data.latents import LatentShards
 from jaxdiff.data.listing import TABLES, NoCaptions, image_files
 from jaxdiff.data.pipeline import CaptionedData
@@ -27,9 +27,9 @@ from jaxdiff.training.ranges import naming
 from jaxdiff.training.workdir import data_fingerprint
 
 MAX_CAPTIONS = 1_000_000  # examples that a tokenizer is trained on
-PHOTOGRAPH = ("a photograph",)  # the caption of images of which only the pixels count
-ALONE = {"host_index": 0, "host_count": 1}
-# Data sets of this repository, by their usual place, and how they are made.
+PHOTOGRAPH = ("a photograph",)  # caption of images whose captions are not used
+SINGLE_HOST = {"host_index": 0, "host_count": 1}
+# How to build this repository's data sets, by their usual paths.
 BUILT = {
     "data/icons": "`python -m datasets.icons --out data/icons` builds it in about 10 minutes: it fetches drawings with "
     "npm and apt and writes 300 MB.",
@@ -59,11 +59,11 @@ class Images:
 
     def captioned(self, path: Path, captions: Sequence[str], name: str) -> Source:
         """The images of a folder with captions from the config."""
-        return open_source(dreambooth.captioned(path, captions, self.workdir / name), **self._sharing())
+        return open_source(dreambooth.write_captioned(path, captions, self.workdir / name), **self._sharing())
 
     def _sharing(self) -> dict[str, Any]:
-        """The hosts that share the workdir. With one in a store, each host has a folder of its own."""
-        return ALONE if stores.behind(self.workdir) else hosts()
+        """The hosts that share the workdir. For a workdir in a store, each host has its own local folder."""
+        return SINGLE_HOST if stores.behind(self.workdir) else hosts()
 
     def split(self, name: str) -> Source:
         """All images of a split of `data.path`, with the config's captions if it has any."""
@@ -75,25 +75,25 @@ class Images:
         captions = [c.replace("{}", self.config.textual_inversion.token) for c in data.captions]
         return self.captioned(folder, captions, f"captioned/{name}")
 
-    def chosen(self, name: str) -> Source:
+    def filtered(self, name: str) -> Source:
         """The images of a split that pass `data.filter`. Precomputed latents are filtered already."""
         config, data = self.config, self.config.data
         with naming("data.path" if name == data.split else "data.eval_split"):
             source = self.split(name)
             if config.latents.path:
                 return source
-            wanted = data.filter.to_dict()
+            filters = data.filter.to_dict()
             if name != data.split:
-                del wanted["max_subjects"]  # those of the training images, which are not the commonest everywhere
-            return select(source, wanted, cache=self.workdir / "data", **self._sharing())
+                del filters["max_subjects"]  # other splits have other most common subjects
+            return select(source, filters, cache=self.workdir / "data", **self._sharing())
 
     def tokenizer(self) -> Tokenizer:
-        """A tokenizer trained on the captions of the whole set, so that every subset gets the same vocabulary."""
+        """A tokenizer trained on the captions of the unfiltered set, so that every subset has the same vocabulary."""
         source, sizes = self.open(self.config.data.path, self.config.data.split), self.config.tokenizer
         names = [f"on a {name} background" for name in BACKGROUNDS] * 2
         captions: list[str] = []
         for i in range(0, len(source), -(-len(source) // MAX_CAPTIONS)):
-            with contextlib.suppress(ValueError, OSError):  # a damaged example is named when it comes up in training
+            with contextlib.suppress(ValueError, OSError):  # damaged examples are reported in training
                 captions += source.read(i, image=False).captions
         return train_bpe([*captions, *names], sizes.vocab_size, sizes.max_length)
 
@@ -107,20 +107,20 @@ class Images:
         if self.config.latents.path or not data.buckets:
             return None
         sizes = bucket_sizes(image_size, data.buckets, data.max_aspect)
-        found = scan(source, sizes=True, cache=self.workdir / "data", **self._sharing())
-        return Buckets(sizes, assign(sizes, found["width"], found["height"]))
+        image_sizes = scan(source, sizes=True, cache=self.workdir / "data", **self._sharing())
+        return Buckets(sizes, assign(sizes, image_sizes["width"], image_sizes["height"]))
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """The filtered images of a run, ready to be read in batches."""
+    """The filtered images of a run, read in batches."""
 
     images: Images
     source: Source  # what is trained on
-    aside: Source  # held-out images, which the loss is measured on
+    eval_source: Source  # held-out images, or `source` without a split of them
     image_size: int
     buckets: Buckets | None
-    at_once: int  # images per device outside of training: as many as in a microbatch
+    at_once: int  # images per device outside of training, as in a microbatch
     make_control_image: Any = None  # see `jaxdiff.training.trainables.Trainable`
 
     def batches(self, **changes: Any) -> CaptionedData:
@@ -152,29 +152,29 @@ class TrainingData:
     def _half_from(self, source: Source, weight: float, **changes: Any) -> CaptionedData:
         """Batches whose second half comes from another source, with its loss multiplied by `weight`."""
         config, size = self.images.config, self.images.config.batch_size
-        own = self.batches(batch_size=size - size // 2, **changes, **ALONE)
-        others = self.batches(batch_size=size // 2, source=source, seed=config.seed + 3, **changes, **ALONE)
-        return dreambooth.with_prior(own, others, weight, **hosts())
+        first_half = self.batches(batch_size=size - size // 2, **changes, **SINGLE_HOST)
+        second_half = self.batches(batch_size=size // 2, source=source, seed=config.seed + 3, **changes, **SINGLE_HOST)
+        return dreambooth.with_prior(first_half, second_half, weight, **hosts())
 
     def held_out(self) -> list[Mapping[str, Any]]:
         """Batches of held-out images, the same on every host and at every call; none if `eval.images` is 0."""
         config = self.images.config
-        left, found = config.eval.images, list[Mapping[str, Any]]()
-        if not left:
-            return found
-        sizes = {"batch_size": min(left, self.at_once), "epochs": 1, "drop_remainder": False, "workers": 0}
+        remaining, held_out = config.eval.images, list[Mapping[str, Any]]()
+        if not remaining:
+            return held_out
+        sizes = {"batch_size": min(remaining, self.at_once), "epochs": 1, "drop_remainder": False, "workers": 0}
         # Another order than in training, background colours included.
-        how = {"seed": config.seed + 1, "flip": False, "warp": STILL, "buckets": None, **ALONE}
-        stream = iter(self.batches(source=self.aside, **sizes, **how))
-        while left > 0 and (batch := next(stream, None)) is not None:
-            found.append({name: values[:left] for name, values in batch.items()})
-            left -= len(batch["text"])
-        return found
+        options = {"seed": config.seed + 1, "flip": False, "warp": NO_WARP, "buckets": None, **SINGLE_HOST}
+        stream = iter(self.batches(source=self.eval_source, **sizes, **options))
+        while remaining > 0 and (batch := next(stream, None)) is not None:
+            held_out.append({name: values[:remaining] for name, values in batch.items()})
+            remaining -= len(batch["text"])
+        return held_out
 
     def to_measure(self, count: int = 512) -> Iterator[np.ndarray]:
-        """Some images of the training set, the same on every host, as batches uint8 [b, H, W, 3]."""
+        """About `count` training images, the same on every host, as batches uint8 [b, H, W, 3]."""
         seed = self.images.config.seed + 2
-        stream = iter(self.batches(seed=seed, batch_size=self.at_once, workers=0, buckets=None, **ALONE))
+        stream = iter(self.batches(seed=seed, batch_size=self.at_once, workers=0, buckets=None, **SINGLE_HOST))
         return (next(stream)["image"] for _ in range(-(-count // self.at_once)))
 
     def settings(self) -> dict[str, Any]:
@@ -195,34 +195,34 @@ def fingerprints(config: Any) -> dict[str, Any]:
     """
     data, prior, latents = config.data, config.prior_preservation, config.latents.path
     with naming("data.path"):
-        found = _fingerprint(config, data.path, data.split, data.captions, "data.captions", "a photo of sks dog")
+        fingerprint = _fingerprint(config, data.path, data.split, data.captions, "data.captions", "a photo of sks dog")
     if data.eval_split not in ("", data.split) and config.eval.images and not latents:
         with naming("data.eval_split"):
-            _check_apart(config)
+            _check_disjoint(config)
     if prior.path:
         name = "prior_preservation.captions"
         with naming("prior_preservation.path"):
-            found["prior"] = _fingerprint(config, prior.path, "train", prior.captions, name, "a photo of a dog")
+            fingerprint["prior"] = _fingerprint(config, prior.path, "train", prior.captions, name, "a photo of a dog")
     if config.super_resolution.photographs:
         path, name = config.super_resolution.photographs, "super_resolution.photographs"
         with naming(name):
-            found["photographs"] = _fingerprint(config, path, "train", PHOTOGRAPH, name, PHOTOGRAPH[0])
+            fingerprint["photographs"] = _fingerprint(config, path, "train", PHOTOGRAPH, name, PHOTOGRAPH[0])
     if latents:
         with naming("latents.path"):
-            found["latents"] = LatentShards(Path(latents)).fingerprint
-    return found
+            fingerprint["latents"] = LatentShards(Path(latents)).fingerprint
+    return fingerprint
 
 
 def _fingerprint(config: Any, path: str, split: str, captions: Any, setting: str, example: str) -> dict[str, Any]:
     try:
-        found = data_fingerprint(path, split, bool(captions), **columns(config))
-        if not found["files"]:  # a folder under captions of the config; others are refused as they are opened
-            there = Path(path)
-            wrong = "holds no image" if there.is_dir() else "is a file" if there.exists() else "does not exist"
-            raise ConfigError(f"{path} {wrong}: give a folder of images.")
-        return found
+        fingerprint = data_fingerprint(path, split, bool(captions), **columns(config))
+        if not fingerprint["files"]:  # with captions from the config; without, opening it raises
+            folder = Path(path)
+            problem = "holds no image" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+            raise ConfigError(f"{path} {problem}: give a folder of images.")
+        return fingerprint
     except ConfigError as e:
-        if isinstance(e, NoCaptions) and (image_files(Path(path), below=True) or image_files(Path(path) / split)):
+        if isinstance(e, NoCaptions) and (image_files(Path(path), recursive=True) or image_files(Path(path) / split)):
             raise OptionsError(
                 f"{setting} is missing: the images in {path} have no metadata.jsonl, metadata.csv or text files with "
                 f"captions. Write them, or give one caption for all: --config.{setting}=\"('{example}',)\"."
@@ -232,13 +232,14 @@ def _fingerprint(config: Any, path: str, split: str, captions: Any, setting: str
         raise
 
 
-def _check_apart(config: Any) -> None:
+def _check_disjoint(config: Any) -> None:
     """Raise OptionsError if held-out images are also trained on, ConfigError if there are none."""
     data = config.data
-    if data.captions:  # taken from folders by the splits' names
+    if data.captions:  # the splits are separate folders
         return
-    trained, aside = (set(source_files(data.path, s, **columns(config))) for s in (data.split, data.eval_split))
-    if both := sorted(p for p in trained & aside if p.name not in TABLES):
+    splits = (data.split, data.eval_split)
+    train_files, eval_files = (set(source_files(data.path, split, **columns(config))) for split in splits)
+    if both := sorted(p for p in train_files & eval_files if p.name not in TABLES):
         raise OptionsError(
             f"data.eval_split {data.eval_split}: {len(both)} of its files are trained on too, such as {both[0]}: move "
             f"the images to train on into a folder {data.split}."

@@ -1,4 +1,4 @@
-"""The stages of a text-to-image model: CLIP and the autoencoder, then the UNet, which needs both."""
+"""The stages of a text-to-image model: CLIP and the autoencoder, then the denoiser, which needs both."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,13 +26,13 @@ MAX_LOGIT_SCALE = float(np.log(100.0))  # Radford et al. 2021, section 2.5
 FIRST_LOGIT_SCALE = float(np.log(1 / 0.07))
 
 
-def per_example(draw, keys: Key, shape: tuple[int, ...]) -> Array:
-    """One draw an example: [B, *shape] float32 of `draw(key, shape, dtype)`."""
-    return jax.vmap(lambda key: draw(key, shape, jnp.float32))(keys)
+def per_example(sample, keys: Key, shape: tuple[int, ...]) -> Array:
+    """`sample(key, shape, dtype)` for each example's key: [B, *shape] float32."""
+    return jax.vmap(lambda key: sample(key, shape, jnp.float32))(keys)
 
 
 def compute_dtypes(model: Model) -> Dtypes:
-    """The type that each network computes in, by the key of its parameters."""
+    """The dtype that each network computes in, by the key of its parameters."""
     networks = [*model.modules.items(), *(("controlnet", net) for net in model.controlnets)]
     return {name: network.dtype for name, network in networks}
 
@@ -41,7 +41,7 @@ def compute_dtypes(model: Model) -> Dtypes:
 
 
 def clip_params(params: Params) -> Params:
-    """The parameters with the temperature that contrastive training learns beside the encoders."""
+    """The parameters with the learned temperature of contrastive training."""
     return {**params, "logit_scale": jnp.asarray(FIRST_LOGIT_SCALE, jnp.float32)}
 
 
@@ -64,9 +64,9 @@ def clip_embeddings(model: Model, params: Params, images: Array, tokens: Array) 
 
 
 def clip_stage(model: Model) -> Stage:
-    """Text and vision encoder together, by contrast within the batch (Radford et al. 2021, section 2.3).
+    """Contrastive training of text and vision encoder (Radford et al. 2021, section 2.3).
 
-    Needs `clip_params`. Captions that are equal within a batch are not each other's negatives.
+    Needs `clip_params`. Equal captions within a batch are not negatives of each other.
     """
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
@@ -81,25 +81,25 @@ def clip_stage(model: Model) -> Stage:
 
 
 TOKENS = ("tokens", "tokens_2", "tokens_3", "tokens_mask")  # what the model's text encoders read
-PASSED = ("image", "hint", "time_ids", "weight")  # arrays of a batch that are what the losses read
+PASSED_THROUGH = ("image", "hint", "time_ids", "weight")  # arrays of a batch that losses read unchanged
 
 
 def prepare_pairs(model: Model):
-    """Batches with "text" as the input gives them -> the same with token ids int32 [b, L] instead, for each encoder.
+    """A function from batches with "text" to batches with token ids int32 [b, L] of each text encoder instead.
 
-    Of transformers with Qwen3 also "tokens_mask" float32 [b, L], which of them are no padding.
+    For transformers with Qwen3 also "tokens_mask" float32 [b, L], 0 where the tokens are padding.
     """
     tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
 
     def tokens_of(texts: list[str]) -> dict[str, Any]:
         if model.transformer is None:
             return {name: tokenizer(texts) for name, tokenizer in zip(TOKENS, tokenizers, strict=False)}
-        found = tokens(model, texts)
-        rows = (found.ids, found.ids_2, found.ids_3, found.attention_mask)
-        return {name: x for name, x in zip(TOKENS, rows, strict=True) if x is not None}
+        token_ids = tokens(model, texts)
+        arrays = (token_ids.ids, token_ids.ids_2, token_ids.ids_3, token_ids.attention_mask)
+        return {name: x for name, x in zip(TOKENS, arrays, strict=True) if x is not None}
 
     def prepare(batch: Mapping[str, Any]) -> Batch:
-        return {name: batch[name] for name in PASSED if name in batch} | tokens_of(list(batch["text"]))
+        return {name: batch[name] for name in PASSED_THROUGH if name in batch} | tokens_of(list(batch["text"]))
 
     return prepare
 
@@ -108,12 +108,12 @@ def prepare_pairs(model: Model):
 
 
 def vae_stage(model: Model, *, kl_weight: float = 1e-3, edge_weight: float = 1.0, scales: int = SCALES) -> Stage:
-    """The autoencoder: reconstruction of pixels and edges, and a Gaussian prior of small weight on the latents.
+    """The autoencoder: reconstruction of pixels and edges, and a weak Gaussian prior on the latents.
 
     (Kingma & Welling 2014; Rombach et al. 2022, section 3.1, without its adversary.)
 
     Args:
-        kl_weight: of the divergence, a mean over the elements of the latents.
+        kl_weight: weight of the KL divergence, a mean over the elements of the latents.
         edge_weight, scales: see `reconstruction_loss`.
     """
 
@@ -144,9 +144,9 @@ def plain_network(model: Model, guidance: float = 1.0) -> Network:
     if model.transformer is not None:
 
         def network(params: Params, x: Array, time: Time, cond: Conditioning, batch: Batch, keys: Key) -> Array:
-            told = jnp.full(len(x), guidance, jnp.float32)
-            given = cond.embeddings, cond.pooled, cond.attention_mask, told
-            return apply(model, params, "transformer", x, time.t, *given).astype(jnp.float32)
+            guidance_scales = jnp.full(len(x), guidance, jnp.float32)
+            inputs = cond.embeddings, cond.pooled, cond.attention_mask, guidance_scales
+            return apply(model, params, "transformer", x, time.t, *inputs).astype(jnp.float32)
 
         return network
     return lambda params, x, time, cond, batch, keys: apply(model, params, "unet", x, time.t, *cond)
@@ -171,30 +171,30 @@ def diffusion_stage(
     Args:
         trainable: "unet" and any text encoders that are trained too; or other keys that `merge_params` uses.
         name: of the stage.
-        network: what denoises; `plain_network` by default.
+        network: the denoiser; `plain_network` by default.
         merge_params: all parameters -> those of the model's modules, for adapters that are merged into them.
         noise_options: fields of `NoiseOptions`.
     """
-    how, schedule = NoiseOptions(**noise_options), noise_schedule(model.scheduler)
+    options, schedule = NoiseOptions(**noise_options), noise_schedule(model.scheduler)
     network = network or plain_network(model)
     empty = prepare_pairs(model)({"text": [""]})
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
         params = params if merge_params is None else merge_params(params)
-        time_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
+        time_keys, noise_keys, drop_keys = split_each(keys, 3)
         x0 = latents_of(model, params, batch)
-        drop = per_example(jax.random.uniform, drop_keys, ()) < how.caption_dropout
+        drop = per_example(jax.random.uniform, drop_keys, ()) < options.caption_dropout
         cond = with_time_ids(model, conditioning(model, params, batch, empty, drop), x0)
-        eps = random_noise(noise_keys, x0.shape[1:], how.offset_noise)
-        time = at(schedule, random_times(model.scheduler, time_keys, how))
-        more = how.input_perturbation and how.input_perturbation * random_noise(
-            fold_in_each(noise_keys, 2), x0.shape[1:]
-        )
-        output = network(params, add_noise(x0, eps + more, time), time, cond, batch, fold_in_each(keys, 1))
-        errors = diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, how.min_snr_gamma or None)
+        eps = random_noise(noise_keys, x0.shape[1:], options.offset_noise)
+        time = at(schedule, random_times(model.scheduler, time_keys, options))
+        noise = eps
+        if options.input_perturbation:
+            noise += options.input_perturbation * random_noise(fold_in_each(noise_keys, 2), x0.shape[1:])
+        output = network(params, add_noise(x0, noise, time), time, cond, batch, fold_in_each(keys, 1))
+        errors = diffusion_loss(output, x0, eps, time, model.scheduler.prediction_type, options.min_snr_gamma or None)
         return (errors * batch.get("weight", 1.0)).mean(), {}
 
-    # Merging parameters needs their own dtype.
+    # Adapters are merged in the dtype of the parameters.
     dtypes = compute_dtypes(model) if merge_params is None else NO_CAST
     return Stage(name, tuple(trainable), loss, prepare_diffusion(model), dtypes)
 
@@ -204,27 +204,37 @@ def fold_in_each(keys: Key, number: int) -> Key:
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
+def split_each(keys: Key, count: int) -> Key:
+    """`jax.random.split` of each of keys [B]: [count, B]."""
+    return jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, count))(keys), 1, 0)
+
+
 def conditioning(model: Model, params: Params, batch: Batch, empty: Batch, drop: Array) -> Conditioning:
     """The conditioning on the captions, or on the empty prompt (SDXL: zeros) where `drop`, bool [B], is true."""
     if "embeddings" in batch:  # precomputed
-        none = conditioning(model, params, empty, empty, jnp.ones(1, bool))
+        uncond = unconditional(model, params, empty)
 
-        def chosen(stored: Array, other: Array) -> Array:
-            return jnp.where(drop.reshape(-1, *[1] * (stored.ndim - 1)), other, stored.astype(other.dtype))
+        def select(precomputed: Array, unconditional: Array) -> Array:
+            return jnp.where(
+                drop.reshape(-1, *[1] * (precomputed.ndim - 1)), unconditional, precomputed.astype(unconditional.dtype)
+            )
 
-        pooled = None if none.pooled is None else chosen(batch["pooled"], none.pooled)
+        pooled = None if uncond.pooled is None else select(batch["pooled"], uncond.pooled)
         mask = batch.get("tokens_mask")
-        if mask is not None and none.attention_mask is not None:
-            mask = jnp.where(drop[:, None], none.attention_mask, mask)
-        return Conditioning(chosen(batch["embeddings"], none.embeddings), pooled, batch.get("time_ids"), mask)
+        if mask is not None and uncond.attention_mask is not None:
+            mask = jnp.where(drop[:, None], uncond.attention_mask, mask)
+        return Conditioning(select(batch["embeddings"], uncond.embeddings), pooled, batch.get("time_ids"), mask)
     ids = {name: jnp.where(drop[:, None], empty[name], batch[name]) for name in TOKENS if name in batch}
-    zeros = (
-        drop
-        if model.unet is not None and model.tokenizer_2 is not None and model.options.force_zeros_for_empty_prompt
-        else None
-    )
+    is_sdxl = model.unet is not None and model.tokenizer_2 is not None
+    zeros = drop if is_sdxl and model.options.force_zeros_for_empty_prompt else None
     cond = encode_text(model, params, as_tokens(ids)._replace(zeros=zeros))
     return cond._replace(time_ids=batch.get("time_ids"))
+
+
+def unconditional(model: Model, params: Params, empty: Batch, count: int = 1) -> Conditioning:
+    """The conditioning on the empty prompt, as in `conditioning`, for `count` examples."""
+    uncond = conditioning(model, params, empty, empty, jnp.ones(1, bool))
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), uncond)
 
 
 def as_tokens(batch: Batch) -> Tokens:
@@ -233,14 +243,16 @@ def as_tokens(batch: Batch) -> Tokens:
     return Tokens(batch["tokens"], ids_2=ids_2, ids_3=ids_3, attention_mask=mask)
 
 
-def random_times(scheduler: SchedulerConfig, keys: Key, how: NoiseOptions | None = None) -> Array:
+def random_times(scheduler: SchedulerConfig, keys: Key, options: NoiseOptions | None = None) -> Array:
     """Random timesteps, float32 [B]: integers in [0, T), for flows reals in [0, T]; uniform by default."""
-    how, steps = how or NoiseOptions(), scheduler.num_train_timesteps
-    if how.times == "uniform":
+    options, num_timesteps = options or NoiseOptions(), scheduler.num_train_timesteps
+    if options.times == "uniform":
         u = per_example(jax.random.uniform, keys, ())
     else:
-        u = jax.nn.sigmoid(how.logit_mean + how.logit_std * per_example(jax.random.normal, keys, ()))
-    return shift_time(steps * u, scheduler) if is_flow(scheduler) else jnp.minimum(jnp.floor(steps * u), steps - 1)
+        u = jax.nn.sigmoid(options.logit_mean + options.logit_std * per_example(jax.random.normal, keys, ()))
+    if is_flow(scheduler):
+        return shift_time(num_timesteps * u, scheduler)
+    return jnp.minimum(jnp.floor(num_timesteps * u), num_timesteps - 1)
 
 
 def random_noise(keys: Key, shape: tuple[int, ...], offset: float = 0.0) -> Array:
@@ -260,5 +272,5 @@ def latents_of(model: Model, params: Params, batch: Batch) -> Array:
 
 def prepare_diffusion(model: Model):
     """`prepare_pairs` for batches of images and captions; batches of latents and tokens pass unchanged."""
-    pairs = prepare_pairs(model)
-    return lambda batch: batch if "latents" in batch else pairs(batch)
+    prepare = prepare_pairs(model)
+    return lambda batch: batch if "latents" in batch else prepare(batch)

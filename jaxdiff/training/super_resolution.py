@@ -1,6 +1,6 @@
 """The stage "super_resolution": an upscaling network learns to enlarge images that were made small and damaged.
 
-It trains no part of a text-to-image model, which is why what it starts from is made here.
+It trains no part of a text-to-image model, so its network is made here and not in `init`.
 """
 
 from collections.abc import Mapping
@@ -23,32 +23,32 @@ from jaxdiff.training.train_step import Batch, Metrics
 from jaxdiff.training.trainables import DEFAULT_TRAINABLE, Trainable
 from jaxdiff.typing import PRNG, Array, Key, Params
 
-UPSAMPLES = {2: 1, 4: 2, 8: 3, 16: 4}  # doublings of a fresh network, by its scale
+UPSAMPLES = {2: 1, 4: 2, 8: 3, 16: 4}  # number of doublings of a fresh network, by its scale
 DEGRADATION = ("clean", "blur", "noise", "jpeg", "second")
 NAME = "upscaler"  # of the network among the parameters
 
 
 def network_config(config: Any) -> RRDBConfig:
-    """The network that is trained: that of `init_from.upscaler`, or a fresh one of the sizes given."""
-    c = config.super_resolution
+    """The config of the network to train: of `init_from.upscaler`, or of a fresh one."""
+    options = config.super_resolution
     if config.init_from.upscaler:
         with naming("init_from.upscaler"):
             return open_upscaler(config.init_from.upscaler)[0]
-    if c.scale not in UPSAMPLES:
-        raise OptionsError(f"super_resolution.scale {c.scale} must be one of {', '.join(map(str, UPSAMPLES))}.")
-    sizes = {name: c[name] for name in ("num_block", "num_feat", "num_grow_ch")}
-    return RRDBConfig(**sizes, upsamples=UPSAMPLES[c.scale])
+    if options.scale not in UPSAMPLES:
+        raise OptionsError(f"super_resolution.scale {options.scale} must be one of {', '.join(map(str, UPSAMPLES))}.")
+    sizes = {name: options[name] for name in ("num_block", "num_feat", "num_grow_ch")}
+    return RRDBConfig(**sizes, upsamples=UPSAMPLES[options.scale])
 
 
 def check(config: Any) -> RRDBConfig:
     """Raise OptionsError for settings that do not fit this stage; returns the network's config."""
     if tuple(config.trainable) != DEFAULT_TRAINABLE:
         raise OptionsError(f"trainable {tuple(config.trainable)} means nothing to this stage: leave it out.")
-    given = [name for name, path in config.init_from.items() if path and name != NAME]
-    if given or config.model:
-        what = f"init_from.{given[0]}" if given else f"model.{next(iter(config.model))}"
+    parts = [name for name, path in config.init_from.items() if path and name != NAME]
+    if parts or config.model:
+        name = f"init_from.{parts[0]}" if parts else f"model.{next(iter(config.model))}"
         raise OptionsError(
-            f"{what} means nothing to the stage super_resolution, which trains an upscaler: leave it out."
+            f"{name} means nothing to the stage super_resolution, which trains an upscaler: leave it out."
         )
     network = network_config(config)
     step, side, crop = network.scale * network.unshuffle, config.data.image_size, config.crop
@@ -61,14 +61,14 @@ def check(config: Any) -> RRDBConfig:
 
 
 def degradation(config: Any, scale: int) -> Degradation:
-    c = config.super_resolution
-    return Degradation(scale, config.seed, **{name: c[name] for name in DEGRADATION})
+    options = config.super_resolution
+    return Degradation(scale, config.seed, **{name: options[name] for name in DEGRADATION})
 
 
 def super_resolution_stage(module: RRDBNet) -> Stage:
-    """Absolute error of the enlarged image: Real-ESRGAN's first round, without an adversary.
+    """The absolute error of the enlarged image, as in Real-ESRGAN's first phase, without a discriminator.
 
-    Batches hold "image" uint8 [B, H, W, 3], and "hint" uint8 [B, H / scale, W / scale, 3], made of it.
+    Batches hold "image" uint8 [B, H, W, 3], and "hint" uint8 [B, H / scale, W / scale, 3], its degraded version.
     """
 
     def loss(params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]:
@@ -82,24 +82,19 @@ def super_resolution_stage(module: RRDBNet) -> Stage:
     return Stage("super_resolution", (NAME,), loss, prepare, {NAME: module.dtype})
 
 
-def fresh(module: RRDBNet, key: Key) -> Params:
-    """Parameters that begin as a linear enlargement: the colours pass through three channels, and others add little.
+def init_network(module: RRDBNet, key: Key) -> Params:
+    """Initial parameters close to linear interpolation: three channels carry the colours, the others add little.
 
-    Each pixel repeated, then [1, 2, 1] / 4 along both sides, is that enlargement for one doubling. Learning starts some
-    hundred steps further than from wholly random kernels.
+    A doubling repeats each pixel and then filters with [1, 2, 1] / 4 along both sides. This saves some hundred steps
+    of training, compared with random kernels.
     """
     image = jnp.zeros((1, module.config.unshuffle, module.config.unshuffle, 3))
     params = jax.device_get(jax.jit(module.init)(key, image)["params"])
-    centre, linear = np.zeros((3, 3)), np.outer([1, 2, 1], [1, 2, 1]) / 16
-    centre[1, 1] = 1
-    ups = {f"conv_up{i}": linear for i in range(1, module.config.upsamples + 1)}
-    for name, taps in {
-        "conv_first": centre,
-        "conv_body": 0 * centre,
-        **ups,
-        "conv_hr": centre,
-        "conv_last": centre,
-    }.items():
+    identity, interpolation = np.zeros((3, 3)), np.outer([1, 2, 1], [1, 2, 1]) / 16
+    identity[1, 1] = 1
+    filters = {"conv_first": identity, "conv_body": 0 * identity, "conv_hr": identity, "conv_last": identity}
+    filters |= {f"conv_up{i}": interpolation for i in range(1, module.config.upsamples + 1)}
+    for name, taps in filters.items():
         kernel = np.array(params[name]["kernel"])  # [3, 3, in, out]
         kernel[..., :3] = 0.003 * kernel[..., :3]
         for channel in range(3):
@@ -109,7 +104,7 @@ def fresh(module: RRDBNet, key: Key) -> Params:
 
 
 def make(config: Any, shapes_only: bool = False) -> Trainable:
-    """The network that the config names, with what trains and exports it; `shapes_only` allocates no parameters."""
+    """The trainable of the config's network; with `shapes_only` no parameters are allocated."""
     network = check(config)
     module = RRDBNet(network, jnp.dtype(config.dtype))
     params: Params
@@ -119,7 +114,7 @@ def make(config: Any, shapes_only: bool = False) -> Trainable:
         with naming("init_from.upscaler"):
             params = jax.device_get(load_upscaler(config.init_from.upscaler)[1])
     else:
-        params = fresh(module, jax.random.key(config.seed, impl=PRNG))
+        params = init_network(module, jax.random.key(config.seed, impl=PRNG))
 
     def export(folder: Path, params: Params) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the hosts of a run tell each other, so that none waits for one that has failed."""
+"""Communication between the hosts of a run, so that none waits for a host that has failed."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from jaxdiff.errors import JaxdiffError
 
 
 class HostError(JaxdiffError, RuntimeError):
-    """Another host has failed, which this one would wait for."""
+    """Another host has failed, for which this one would wait."""
 
 
 def gather(value: Any) -> list[Any]:
-    """What each host passed in, as JSON holds it, by the number of the host. Call it on every host."""
+    """The JSON values that the hosts pass in, in the order of their indices. Call it on every host."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -28,19 +28,19 @@ def gather(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block that every host runs, and which all of them leave at the same time.
+    """A block that every host runs and that all of them leave together.
 
     Raises:
-        HostError: the block raised an error on another host; where it did on this one, that error.
+        HostError: the block raised an error on another host. An error on this host is raised as it is.
     """
     error = None
     try:
         yield
     except Exception as e:
         error = e
-    said = gather(None if error is None else " ".join(str(error).split()) or type(error).__name__)
+    errors = gather(None if error is None else " ".join(str(error).split()) or type(error).__name__)
     if error is not None:
         raise error
-    for host, text in enumerate(said):
-        if text is not None:
-            raise HostError(f"Process {host} of {len(said)} has failed: {text}")
+    for host, message in enumerate(errors):
+        if message is not None:
+            raise HostError(f"Process {host} of {len(errors)} has failed: {message}")

@@ -1,4 +1,4 @@
-"""Where the numbers and images of a run are written: lines of JSON, TensorBoard, Weights & Biases."""
+"""Trackers of a run's metrics and images: lines of JSON, TensorBoard, Weights & Biases."""
 
 import json
 import math
@@ -17,30 +17,30 @@ from jaxdiff.training.workdir import WorkdirError
 
 
 class TrackedImages(NamedTuple):
-    """What is drawn while training."""
+    """Images sampled during training."""
 
     images: np.ndarray  # uint8 [N, H, W, 3]
     captions: Sequence[str] = ()  # of each, or none
 
 
 class Tracker(Protocol):
-    """A place that takes values and images by name at a step, steps ascending."""
+    """Takes values and images by name, at ascending steps."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
     def draw(self, step: int, name: str, images: TrackedImages) -> None: ...
     def close(self) -> None: ...
 
 
-def explained(path: Path) -> AbstractContextManager[None]:
-    """A file or folder of the workdir that cannot be written, in one sentence."""
+def write_errors(path: Path) -> AbstractContextManager[None]:
+    """Turns errors of writing a file or folder of the workdir into WorkdirErrors of one sentence."""
     return writing(path, WorkdirError, "once it can, the same command goes on from the last checkpoint.")
 
 
 class JsonLines:
-    """A file with a line {"step": …, "loss": …} for each report. What is not finite is null.
+    """A file with a line {"step": …, "loss": …} for each report. Values that are not finite are null.
 
     Args:
-        start: step that the run resumes from. Later lines of an earlier run are removed, and all of them at 0.
+        start: step that the run resumes from. Lines after this step are removed, or all lines if it is 0.
 
     Raises:
         WorkdirError: it cannot be written, now or later.
@@ -48,59 +48,59 @@ class JsonLines:
 
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
-        with explained(path):
+        with write_errors(path):
             self._begin(path, start)
 
     def _begin(self, path: Path, start: int) -> None:
-        kept = []
+        earlier_lines = []
         if start and path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     if json.loads(line)["step"] <= start:
-                        kept.append(line + "\n")
+                        earlier_lines.append(line + "\n")
                 except (ValueError, LookupError, TypeError):
                     continue
-        write_text(path, "".join(kept))
+        write_text(path, "".join(earlier_lines))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with explained(self._path):
+        with write_errors(self._path):
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
 
     def draw(self, step: int, name: str, images: TrackedImages) -> None:
-        """Images have no place in lines of JSON."""
+        """Images are not written."""
 
     def close(self) -> None:
-        with explained(self._path):
+        with write_errors(self._path):
             self._file.close()
 
 
-def evaluated(path: Path, step: int) -> bool:
-    """Whether `JsonLines` has written an evaluation after this step: a line without what training steps report."""
+def has_evaluation(path: Path, step: int) -> bool:
+    """Whether `JsonLines` has written an evaluation after this step: a line without a training step's metrics."""
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return any(line["step"] == step and "grad_norm" not in line for line in lines)
 
 
 class TensorBoard:
-    """A folder of TensorBoard's event files. What an earlier run wrote after step `start` (at 0: all) is hidden.
+    """A folder of TensorBoard's event files. Events of an earlier run after step `start` (0: all events) are hidden.
 
-    Events are on the disk when a call returns. tensorboardX's own SummaryWriter hands them to a thread, which dies of
-    the first error while the run goes on, until the queue between the two is full and adding to it never returns.
+    Events are on disk when a call returns. tensorboardX's own SummaryWriter writes in a thread, which dies at the first
+    error; the run then goes on until the queue is full and blocks forever.
 
     Raises:
         WorkdirError: it cannot be written, now or later.
     """
 
     def __init__(self, folder: Path, start: int) -> None:
-        # Half a second, on the first host only.
+        # Imported here because it takes half a second, and only the first host needs it.
         from tensorboardX import summary
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
 
         self._folder, self._event, self._summary = folder, Event, summary
-        with explained(folder):
+        with write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"  # ordered by time
             self._file = RecordWriter(str(folder / name))
@@ -112,7 +112,7 @@ class TensorBoard:
         self._file.write(self._event(step=step, wall_time=time.time(), **event).SerializeToString())
 
     def _add(self, step: int, summaries: Iterable[Any]) -> None:
-        with explained(self._folder):
+        with write_errors(self._folder):
             for summary in summaries:
                 self._put(step, summary=summary)
             self._file.flush()
@@ -121,23 +121,23 @@ class TensorBoard:
         self._add(step, [self._summary.scalar(name, value) for name, value in values.items() if math.isfinite(value)])
 
     def draw(self, step: int, name: str, images: TrackedImages) -> None:
-        shown = [self._summary.image(f"{name}/{i}", x, dataformats="HWC") for i, x in enumerate(images.images)]
+        summaries = [self._summary.image(f"{name}/{i}", x, dataformats="HWC") for i, x in enumerate(images.images)]
         if images.captions:
-            shown.append(self._summary.text(name, "\n".join(f"{i}. {c}" for i, c in enumerate(images.captions))))
-        self._add(step, shown)
+            summaries.append(self._summary.text(name, "\n".join(f"{i}. {c}" for i, c in enumerate(images.captions))))
+        self._add(step, summaries)
 
     def close(self) -> None:
-        with explained(self._folder):
+        with write_errors(self._folder):
             self._file.close()
 
 
 class WandB:
-    """A run of Weights & Biases (`pip install ".[wandb]"`), the same one when the workdir's run goes on.
+    """A run of Weights & Biases (`pip install ".[wandb]"`), continued when the workdir's run resumes.
 
     Args:
-        project, name: as in its web pages; an empty name lets the service choose one.
-        config: what is shown beside the curves.
-        folder: of its files, and of its run's id.
+        project, name: of the run; with an empty name the service chooses one.
+        config: shown beside the curves.
+        folder: for its files and the run's id.
 
     Raises:
         ConfigError: wandb is not installed.
@@ -150,20 +150,20 @@ class WandB:
             raise ConfigError(
                 "wandb.project is set but wandb is not installed: pip install wandb, or leave it empty."
             ) from None
-        self._image, stored = wandb.Image, folder / "wandb-id"
-        id = stored.read_text(encoding="utf-8").strip() if stored.exists() else None
+        self._image, id_file = wandb.Image, folder / "wandb-id"
+        id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
         self._run = wandb.init(
             project=project, name=name or None, config=dict(config), dir=str(folder), id=id, resume="allow"
         )
-        stored.write_text(self._run.id, encoding="utf-8")
+        id_file.write_text(self._run.id, encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
     def draw(self, step: int, name: str, images: TrackedImages) -> None:
         captions: Sequence[str | None] = images.captions or [None] * len(images.images)
-        shown = [self._image(image, caption=c) for image, c in zip(images.images, captions, strict=True)]
-        self._run.log({name: shown}, step=step)
+        wandb_images = [self._image(image, caption=c) for image, c in zip(images.images, captions, strict=True)]
+        self._run.log({name: wandb_images}, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -20,13 +20,13 @@ Metrics = Mapping[str, Array]  # scalars by name
 Loss = Callable[[Params, Batch, Key], tuple[Array, Metrics]]
 Dtypes = Mapping[str, Any]  # types that networks compute in, by the keys of their parameters
 NO_CAST: Dtypes = MappingProxyType({})
-STATE = "train_state"  # key of the parameters under which a loss finds the state, where its stage asks for it
+STATE = "train_state"  # key of the parameters that holds the state for a stage with `reads_state`
 
 
 class TrainState(NamedTuple):
     step: Array  # [] int32, updates made
-    params: Params  # what is trained, float32
-    ema: Params  # its moving average
+    params: Params  # trained parameters, float32
+    ema: Params  # their moving average
     opt_state: Any
 
 
@@ -40,7 +40,7 @@ def ema_update(ema: Params, params: Params, decay: float, step: Array) -> Params
 
 
 def cast_frozen(frozen: Params, options: Options) -> Params:
-    """Frozen parameters in `options.frozen_dtype`. Integers and arrays that are not wider keep their dtype."""
+    """Frozen parameters in `options.frozen_dtype`. Integers and floats that are no wider keep their dtype."""
     dtype = jnp.dtype(options.frozen_dtype)
 
     def cast(x: Any) -> Any:
@@ -51,7 +51,7 @@ def cast_frozen(frozen: Params, options: Options) -> Params:
 
 
 def abstract_state(params: Params, options: Options, mesh: Mesh | AbstractMesh) -> TrainState:
-    """`init_state` as shapes with their shardings; `params` are those trained, arrays or shapes."""
+    """`init_state` as shapes with shardings; `params` are the trained ones, arrays or shapes."""
     tx = optimizer(options)
 
     def init(params: Params) -> TrainState:
@@ -71,7 +71,7 @@ def init_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> 
     """A state that starts from these parameters, sharded over the mesh. The parameters passed in stay usable."""
 
     def init(params: Params) -> TrainState:
-        # Copies, because the step donates its state: no two may share a buffer.
+        # Copies: the step donates its state, whose arrays may not share buffers.
         return TrainState(
             jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, params), tx.init(params)
         )
@@ -86,14 +86,14 @@ def accumulated_grad(
     frozen: Params,
     batch: Batch,
     keys: Key,
-    parts: int,
+    microbatches: int,
     mesh: Mesh,
     dtypes: Dtypes = NO_CAST,
 ):
-    """Gradient of the mean loss over a batch, accumulated over `parts` microbatches.
+    """Gradient of the mean loss over a batch, accumulated over a number of microbatches.
 
-    It equals the whole batch's gradient if the loss is a mean over independent examples. A contrastive loss sees only
-    the negatives of one microbatch.
+    It equals the gradient of the full batch if the loss is a mean over independent examples. A contrastive loss only
+    sees the negatives of one microbatch.
 
     Args:
         dtypes: see `jaxdiff.parallel.gather`, by key of the parameters.
@@ -103,41 +103,45 @@ def accumulated_grad(
     """
 
     def grad(batch: Batch, keys: Key):
-        def of(trained: Params):
+        def loss_fn(trained: Params):
             with parallel.tracing(mesh):
-                # One module at a time, so that frozen ones get no gradient: a LoRA is much smaller than its model.
-                whole = {k: parallel.gather(mesh, x, dtypes.get(k)) for k, x in {**frozen, **trained}.items()}
-                return loss(whole, batch, keys)
+                # Each module is gathered by itself, so that frozen ones get no gradient: a LoRA is small beside them.
+                gathered = {k: parallel.gather(mesh, x, dtypes.get(k)) for k, x in {**frozen, **trained}.items()}
+                return loss(gathered, batch, keys)
 
-        (value, metrics), grads = jax.value_and_grad(of, has_aux=True)(params)
+        (value, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return grads, {"loss": value, **metrics}
 
-    if parts == 1:
+    if microbatches == 1:
         return grad(batch, keys)
 
     def split(x: Array) -> Array:
-        # Strided, so that each device's examples stay on it: part i takes every parts-th of them.
-        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        # Strided, so that examples stay on their device: microbatch i takes every microbatches-th example.
+        x = x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(x, parallel.batch_sharding(mesh, axis=1))
 
     examples = jax.tree.map(split, (batch, keys))
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, *jax.tree.map(lambda x: x[0], examples))
-    )
+    shapes = jax.eval_shape(grad, *jax.tree.map(lambda x: x[0], examples))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, grad(*x)), None), zeros, examples)
-    return jax.tree.map(lambda x: x / parts, total)
+    return jax.tree.map(lambda x: x / microbatches, total)
 
 
-def scheduled(opt_state: Any) -> Array:
-    """[] int32: how many updates the schedule of the learning rate has counted; it does not count those skipped."""
-    kind = optax.ScaleByScheduleState
-    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
-    return next(x.count for x in states if isinstance(x, kind))
+def schedule_count(opt_state: Any) -> Array:
+    """[] int32: the updates counted by the learning-rate schedule, without skipped ones."""
+    state_type = optax.ScaleByScheduleState
+    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, state_type))
+    return next(x.count for x in states if isinstance(x, state_type))
 
 
 def with_state(frozen: Params, state: TrainState) -> Params:
-    """Frozen parameters with the number of updates made and the moving average of those that are trained."""
+    """Frozen parameters with the number of updates and the moving average of the trained parameters."""
     return {**frozen, STATE: {"step": state.step, "ema": state.ema}}
+
+
+def split_state(params: Params) -> tuple[Params, dict[str, Any]]:
+    """The parameters of a loss that reads the state, and {"step", "ema"} of `with_state`."""
+    return {name: x for name, x in params.items() if name != STATE}, params[STATE]
 
 
 def make_train_step(
@@ -153,14 +157,15 @@ def make_train_step(
     Every example has its own key, from the seed, the step and its row in the batch. Random numbers therefore depend
     neither on the number of hosts or devices nor on `accumulate`.
     """
-    tx, schedule, rows = optimizer(options), learning_rate(options), parallel.global_row_order(mesh, options.batch_size)
-    in_order = bool((rows == range(options.batch_size)).all())
+    tx, schedule = optimizer(options), learning_rate(options)
+    row_order = parallel.global_row_order(mesh, options.batch_size)
+    in_order = bool((row_order == range(options.batch_size)).all())
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = jax.random.split(
             jax.random.fold_in(jax.random.key(options.seed, impl=PRNG), state.step), options.batch_size
         )
-        keys = keys if in_order else keys[rows]
+        keys = keys if in_order else keys[row_order]
         frozen = with_state(frozen, state) if reads_state else frozen
         grads, metrics = accumulated_grad(loss, state.params, frozen, batch, keys, options.accumulate, mesh, dtypes)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -170,8 +175,8 @@ def make_train_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         new = TrainState(state.step, params, ema, opt_state)
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        rate = schedule(scheduled(state.opt_state))
-        extra = {"grad_norm": grad_norm, "learning_rate": rate, "skipped": 1 - finite.astype(jnp.int32)}
-        return new._replace(step=state.step + 1), {**metrics, **extra}
+        rate = schedule(schedule_count(state.opt_state))
+        metrics = {**metrics, "grad_norm": grad_norm, "learning_rate": rate, "skipped": 1 - finite.astype(jnp.int32)}
+        return new._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))

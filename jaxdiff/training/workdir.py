@@ -1,4 +1,4 @@
-"""The workdir of a run: locked by one process, tied to one config once it holds checkpoints, with a record of both."""
+"""The workdir of a run: locked by one process, and with its config in run.json, which checkpoints are tied to."""
 
 import contextlib
 import fcntl
@@ -26,14 +26,14 @@ from jaxdiff.training.together import together
 
 PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Settings that may change on resuming, as they do not affect what is learned. A name includes all settings below it.
-FREE = (
+FREE_SETTINGS = (
     "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "eval", "wandb", "fsdp", "tensor",
     "accumulate", "remat", "data.threads", "data.workers", "data.eval_split", "latents.batch_size",
 )  # fmt: skip
 # Stages whose loss depends on which examples share a part of the batch, so that `accumulate` may not change: the
 # negatives of "clip", the discriminator's batch norm and the adaptive weight of "vae_decoder".
-BY_PARTS = ("clip", "vae_decoder")
-MAX_SIZES = 10_000  # files whose size is looked at
+MICROBATCH_STAGES = ("clip", "vae_decoder")
+MAX_SIZES = 10_000  # files whose size is part of a fingerprint
 
 
 class WorkdirError(JaxdiffError, ValueError):
@@ -42,7 +42,7 @@ class WorkdirError(JaxdiffError, ValueError):
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of a folder for as long as the block runs, however this process ends.
+    """Lock a folder against other runs for the duration of the block, however this process ends.
 
     Raises:
         WorkdirError: another run holds it, or the folder cannot be written to.
@@ -50,7 +50,7 @@ def lock(folder: Path) -> Iterator[None]:
     path = folder / "lock"
     with writing(path, WorkdirError, "choose another workdir."):
         file = path.open("a+", encoding="utf-8")
-    with file:  # the lock goes with it
+    with file:  # closing the file releases the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -60,7 +60,7 @@ def lock(folder: Path) -> Iterator[None]:
                 f"The workdir {folder} is in use by another run (process {holder}): wait for it, or choose another "
                 "workdir."
             ) from None
-        except OSError as e:  # file systems without locks, as some that are mounted over a network
+        except OSError as e:  # file systems without locks, such as some network mounts
             logging.warning("%s cannot be locked (%s): let no second run use this workdir.", path, e.strerror)
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}")
@@ -79,21 +79,21 @@ def claimed(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
 
     Raises:
         WorkdirError: another run holds it, or the folder cannot be written to.
-        HostError: so it is for another host.
+        HostError: another host failed for one of these reasons.
     """
-    whole = folder.absolute()
-    missing = [p for p in (whole, *whole.parents) if not p.exists()]  # the lowest first
-    locked, kept = (folder / "lock").exists(), False
+    path = folder.absolute()
+    missing_folders = [p for p in (path, *path.parents) if not p.exists()]  # deepest first
+    had_lock, committed = (folder / "lock").exists(), False
 
     def keep() -> None:
-        nonlocal kept
-        kept = True
+        nonlocal committed
+        committed = True
 
     def drop(paths: Iterable[Path]) -> None:
         for path in paths:
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        for path in missing:
+        for path in missing_folders:
             with contextlib.suppress(OSError):
                 path.rmdir()
 
@@ -108,24 +108,24 @@ def claimed(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
                 ) from None
             if first:
                 stack.enter_context(lock(folder))
-        there = {path for path in folder.iterdir() if locked or path.name != "lock"}
+        existing = {path for path in folder.iterdir() if had_lock or path.name != "lock"}
         try:
             yield keep
         except Exception:
-            if not kept:
-                drop(set(folder.iterdir()) - there if first else ())
+            if not committed:
+                drop(set(folder.iterdir()) - existing if first else ())
             raise
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that affect results, by name."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            by_package[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # used from its source folder
             continue
-    return found
+    return by_package
 
 
 def data_fingerprint(path: str | Path, split: str = "train", captions: bool = False, **columns: str) -> dict[str, Any]:
@@ -138,22 +138,22 @@ def data_fingerprint(path: str | Path, split: str = "train", captions: bool = Fa
         captions: whether all images get the config's captions, so that the folder needs no metadata.
 
     Returns:
-        {"files": their number, "digest": of all names in order, the sizes of at most MAX_SIZES of them evenly spread,
-        and the bytes of all captions of a folder}.
+        {"files": their number, "digest": a hash of all names in order, the sizes of at most MAX_SIZES evenly spread
+        files, and a folder's captions}.
 
     Raises:
         ConfigError: there are no such data.
     """
     path, digest = Path(path), hashlib.sha256()
     folder = path if path.is_dir() else path.parent
-    alone = path / split if (path / split).is_dir() else path
-    files = uncaptioned(alone) if captions else source_files(path, split, **columns)
+    root = path / split if (path / split).is_dir() else path
+    files = uncaptioned(root) if captions else source_files(path, split, **columns)
     for file in files:
         digest.update(os.path.relpath(file, folder).encode() + b"\n")
         if file.name in TABLES or file.suffix.lower() in CAPTION_SUFFIXES:
             digest.update(file.read_bytes())
     for file in files[:: -(-len(files) // MAX_SIZES) or 1]:
-        with contextlib.suppress(OSError):  # a missing image is named when it comes up
+        with contextlib.suppress(OSError):  # missing images are reported in training
             digest.update(str(file.stat().st_size).encode() + b"\n")
     return {"files": len(files), "digest": digest.hexdigest()[:16]}
 
@@ -171,32 +171,32 @@ def settle(
         write: False only compares, as all hosts but the first do.
 
     Raises:
-        WorkdirError: the data have changed, or a setting that is not `free` ("steps" may grow). The sentence shows
-            each change as old -> new. Changed package versions only cause a warning.
+        WorkdirError: the data have changed, or a setting that is not free ("steps" may grow). The sentence shows each
+            change as old -> new. Changed package versions only cause a warning.
     """
     path = folder / "run.json"
-    now = {"config": config, "data": dict(data), "versions": versions()}
-    now = json.loads(json.dumps(now))
+    record = {"config": config, "data": dict(data), "versions": versions()}
+    record = json.loads(json.dumps(record))
     if path.exists() and _has_checkpoints(folder):
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            old = {**flat(json.loads(json.dumps(defaults))), **flat(with_current_names(before["config"]))}
-            changed = _refused(old, flat(now["config"]))
-            changed += _changes({"data": before["data"]}, {"data": now["data"]})
-            others = _changes(before["versions"], now["versions"])
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            old_config = {**flat(json.loads(json.dumps(defaults))), **flat(with_current_names(stored["config"]))}
+            refused = _refused_changes(old_config, flat(record["config"]))
+            refused += _changes({"data": stored["data"]}, {"data": record["data"]})
+            version_changes = _changes(stored["versions"], record["versions"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise WorkdirError(f"{path} cannot be read ({e}): choose another workdir.") from None
-        if changed:
+        if refused:
             raise WorkdirError(
-                f"The workdir {folder} belongs to another config ({'; '.join(changed)}): go on with its own, or choose "
-                f"another workdir; free to change are steps (upwards) and {', '.join(free(now['config']))}."
+                f"The workdir {folder} belongs to another config ({'; '.join(refused)}): go on with its own, or choose "
+                f"another workdir; free to change are steps (upwards) and {', '.join(free_settings(record['config']))}."
             )
-        if others and write:
-            logging.warning("The run goes on with other versions than before: %s.", "; ".join(others))
+        if version_changes and write:
+            logging.warning("The run goes on with other versions than before: %s.", "; ".join(version_changes))
     if not write:
         return
     with writing(path, WorkdirError, "choose another workdir."):
-        write_text(path, json.dumps(now, indent=2) + "\n")
+        write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def _has_checkpoints(folder: Path) -> bool:
@@ -224,21 +224,21 @@ def stored_config(folder: Path) -> dict[str, Any]:
         raise WorkdirError(f"{path} cannot be read ({e}): name the workdir of a run, or its --config.") from None
 
 
-def free(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of FREE that may change in a run of this config."""
-    return tuple(name for name in FREE if name != "accumulate" or config.get("stage") not in BY_PARTS)
+def free_settings(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of FREE_SETTINGS that may change in a run of this config."""
+    return tuple(name for name in FREE_SETTINGS if name != "accumulate" or config.get("stage") not in MICROBATCH_STAGES)
 
 
-def _refused(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _refused_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Changes of settings that are not free."""
 
-    def allowed(name: str) -> bool:
+    def is_allowed(name: str) -> bool:
         grows = name == "steps" and new.get(name, 0) >= old.get(name, 0)
         if name == "warmup_steps" and all(x.get(name) == default_warmup(x.get("steps", 0)) for x in (old, new)):
-            return True  # which nobody gave, and follows from the steps
-        return grows or any(f"{name}.".startswith(f"{known}.") for known in free(new))
+            return True  # the default, which follows from the steps
+        return grows or any(f"{name}.".startswith(f"{free_name}.") for free_name in free_settings(new))
 
-    return _changes(*({k: v for k, v in settings.items() if not allowed(k)} for settings in (old, new)))
+    return _changes(*({k: v for k, v in settings.items() if not is_allowed(k)} for settings in (old, new)))
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from jaxdiff.training.loop import Stage
 from jaxdiff.training.optimizer import optimizer
 from jaxdiff.training.options import Options
 from jaxdiff.training.stages import clip_params, clip_stage, diffusion_stage
-from jaxdiff.training.super_resolution import fresh, super_resolution_stage
+from jaxdiff.training.super_resolution import init_network, super_resolution_stage
 from jaxdiff.training.train_step import abstract_state, init_state, make_train_step
 from jaxdiff.training.trainables import make
 from jaxdiff.training.vae_decoder import split_decoder, vae_decoder_stage
@@ -79,7 +79,7 @@ def against_text(model, params):
 def enlarging():
     """The stage of an upscaling network that doubles, and its parameters."""
     module = RRDBNet(RRDBConfig(1, 8, 4, upsamples=1), jnp.dtype("float32"))
-    return super_resolution_stage(module), {"upscaler": fresh(module, jax.random.key(0))}
+    return super_resolution_stage(module), {"upscaler": init_network(module, jax.random.key(0))}
 
 
 def batches(steps: int):
