@@ -20,7 +20,7 @@ def read_files(folder: Path, names: Sequence[str]) -> Files:
 
 
 def write_files(folder: Path, files: Files, names: Sequence[str]) -> None:
-    """Write the files into a folder, which is made if missing; files of `names` that are not among them are deleted."""
+    """Write the files into a folder, created if missing; those of `names` that are not in `files` are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name in files:
