@@ -10,7 +10,7 @@ from jaxdiff.diffusion.base import Scheduler, State
 from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.models.conditioning import Conditioning
-from jaxdiff.sampling.inputs import by_step
+from jaxdiff.sampling.inputs import text_by_step
 from jaxdiff.sampling.noise import image_keys
 from jaxdiff.sampling.resolve import resolve_images, resolve_settings
 from jaxdiff.sampling.texts import edited
@@ -86,7 +86,7 @@ def test_steps_left_out_are_not_counted():
 
     conds = (Conditioning(jnp.asarray([[1.0, 2.0], [3.0, 4.0]])), None)
     picks = jnp.asarray([[0, 1, 1, 1], [1, 0, 0, 0]])
-    steps = by_step(
+    steps = text_by_step(
         Scheduler(lambda x: State(x, x), step), picks, jnp.asarray(2), conds, lambda c, _: lambda *a: c.embeddings
     )
     times = Time(*(jnp.zeros(5) for _ in range(3)))

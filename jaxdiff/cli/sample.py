@@ -66,7 +66,7 @@ from jaxdiff.io.lora import Weighted, bundled_words, merge_named
 from jaxdiff.io.modules import CONFIG
 from jaxdiff.io.vae import check_tiny_vae, check_vae, described_vae
 from jaxdiff.models.controlnet import ControlNet
-from jaxdiff.sampling.checks import check_memory, least_memory
+from jaxdiff.sampling.checks import check_memory, min_memory
 from jaxdiff.sampling.generate import Drawn, draw
 from jaxdiff.sampling.resolve import Request, Settings, resolve_images, resolve_settings
 from jaxdiff.text.prompt_files import PromptLine
@@ -125,7 +125,7 @@ def resolve(f: flags.FlagValues, model: jaxdiff.Model, groups: list[int], read: 
         f["pag_scale"].value = model.options.pag_scale
     devices, size = jax.local_device_count() // f.tensor, (settings.height, settings.width, settings.tile)
     if f.batch_size is None:
-        most = int(min(4, max(1, parallel.device_memory() / least_memory(model, *size))))
+        most = int(min(4, max(1, parallel.device_memory() / min_memory(model, *size))))
         each = [math.ceil(count / jax.process_count()) for count in groups]
         f["batch_size"].value = batch_size(each, devices, most)
     with flag_errors():

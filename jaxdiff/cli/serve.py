@@ -32,7 +32,7 @@ from jaxdiff.cli.serve_options import ALL, LOOPBACK, parse, parsed_sizes
 from jaxdiff.errors import ArgumentError
 from jaxdiff.io import cache, model_paths
 from jaxdiff.io.upscaler import load_upscaler
-from jaxdiff.sampling.checks import check_memory, least_memory
+from jaxdiff.sampling.checks import check_memory, min_memory
 from jaxdiff.sampling.resolve import latent_shape
 from jaxdiff.serving.loras import Loras, lora_files
 
@@ -76,7 +76,7 @@ def batch_sizes(f: flags.FlagValues, model: jaxdiff.Model, largest: tuple[int, i
     most = f.batch_size
     if most is None:
         width, height = largest
-        each = int(min(4, max(1, parallel.device_memory() / least_memory(model, height, width, None))))
+        each = int(min(4, max(1, parallel.device_memory() / min_memory(model, height, width, None))))
         most = devices * each
     return [devices * 2**k for k in range(12) if k == 0 or devices * 2**k <= most]
 

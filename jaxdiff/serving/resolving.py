@@ -12,7 +12,7 @@ from jaxdiff.diffusion.times import default_scheduler
 from jaxdiff.errors import ArgumentError
 from jaxdiff.io.lora import Weighted
 from jaxdiff.models.model import Model
-from jaxdiff.sampling.generate import filled_length
+from jaxdiff.sampling.generate import padded_length
 from jaxdiff.sampling.inputs import ImageInputs
 from jaxdiff.sampling.noise import image_keys
 from jaxdiff.sampling.resolve import Request, Settings, resolve_images, resolve_settings
@@ -174,5 +174,5 @@ def program_of(model: Model, settings: Settings, rows: ImageInputs) -> tuple[Any
     """What decides which program draws these images, but for their number."""
     call, picks = settings.call, rows.picks is None  # of which there are as many as steps, before they are filled up
     static = settings.scheduler, settings.clip_skip, settings.latents, settings.lowres_latents, settings.hires_upscale
-    grid = filled_length(model, settings) or len(call.times.t), call.start is None, call.lowres_start is None
+    grid = padded_length(model, settings) or len(call.times.t), call.start is None, call.lowres_start is None
     return (*static, *grid, picks, *shapes_of(rows._replace(picks=None)))
