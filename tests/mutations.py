@@ -240,8 +240,8 @@ TRAINING = in_folder(
     "jaxdiff",
     ("parallel.py", "max(left, key=lambda i: shape[i])", "min(left, key=lambda i: shape[i])",
      MESHES.format("largest_divisible")),
-    ("cli/requests.py", "(batches(each), each)", "(batches(each), -each)", "tests/test_batch_sizes.py -k equal"),
-    ("cli/requests.py", "(1 - IN_VAIN) * each * batches(each) <= batches(1)", "True",
+    ("cli/requests.py", "(num_batches(n), n)", "(num_batches(n), -n)", "tests/test_batch_sizes.py -k equal"),
+    ("cli/requests.py", "(1 - MAX_PADDING) * n * num_batches(n) <= num_batches(1)", "True",
      "tests/test_batch_sizes.py -k nearly_full"),
 )  # fmt: skip
 

@@ -70,11 +70,11 @@ def main(
     """Run a command line, or show its help: `doc` and the flags. `command` gets the result of `parse`; see `run`."""
     logging.basicConfig(format=f"{name}: %(levelname)s: %(message)s")
 
-    def parsed(argv: list[str]) -> None:
+    def parse_and_run(argv: list[str]) -> None:
         f = parse(argv)
         if f.help:
             print(doc, f.get_help(), sep="\n")
         else:
             command(f)
 
-    return run(name, argv, parsed, smaller=smaller, stopped=stopped)
+    return run(name, argv, parse_and_run, smaller=smaller, stopped=stopped)

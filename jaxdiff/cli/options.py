@@ -56,29 +56,29 @@ class Option:
         return f"With --{self.needs}: {self.help[0].lower()}{self.help[1:]}" if self.needs else self.help
 
     @property
-    def is_kept(self) -> bool:
+    def in_metadata(self) -> bool:
         """Whether it belongs to the metadata of an image."""
         return self.part != "run"
 
 
-def text(name: str, part: Any, help: str, default: str | None = None, **more: Any) -> Option:
-    return Option(name, part, str, help, default, **more)
+def text(name: str, part: Any, help: str, default: str | None = None, **fields: Any) -> Option:
+    return Option(name, part, str, help, default, **fields)
 
 
-def texts(name: str, part: Any, help: str, **more: Any) -> Option:
-    return Option(name, part, str, help, [], many=True, **more)
+def texts(name: str, part: Any, help: str, **fields: Any) -> Option:
+    return Option(name, part, str, help, [], many=True, **fields)
 
 
-def whole(name: str, part: Any, help: str, default: int | None = None, low: int = 1, **more: Any) -> Option:
-    return Option(name, part, int, help, default, low, **more)
+def integer(name: str, part: Any, help: str, default: int | None = None, low: int = 1, **fields: Any) -> Option:
+    return Option(name, part, int, help, default, low, **fields)
 
 
-def number(name: str, part: Any, help: str, default: float | None = None, **more: Any) -> Option:
-    return Option(name, part, float, help, default, **more)
+def number(name: str, part: Any, help: str, default: float | None = None, **fields: Any) -> Option:
+    return Option(name, part, float, help, default, **fields)
 
 
-def switch(name: str, part: Any, help: str, default: bool = False, **more: Any) -> Option:
-    return Option(name, part, bool, help, default, **more)
+def switch(name: str, part: Any, help: str, default: bool = False, **fields: Any) -> Option:
+    return Option(name, part, bool, help, default, **fields)
 
 
 HOSTS = (
@@ -86,8 +86,8 @@ HOSTS = (
         "distributed", "run", "Run as one of several processes, on a TPU pod or under Slurm: connect to the others."
     ),
     text("coordinator_address", "run", "Address of the first of several processes, host:port."),
-    whole("num_processes", "run", "Number of processes.", needs="coordinator_address"),
-    whole("process_id", "run", "Index of this process, from 0.", low=0, needs="coordinator_address"),
+    integer("num_processes", "run", "Number of processes.", needs="coordinator_address"),
+    integer("process_id", "run", "Index of this process, from 0.", low=0, needs="coordinator_address"),
 )
 SECTIONS: dict[str, tuple[Option, ...]] = {
     "prompts": (
@@ -110,7 +110,7 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         switch("emphasis", "prompts", "Read (word:1.3), [word] and BREAK in prompts as emphasis and chunks, "
                "[cat:dog:0.5] and [cat|dog] as editing by step, and <lora:…>; --noemphasis reads them as words.",
                True),
-        whole("clip_skip", "settings", "Number of last layers of the text encoder to skip.", 0, 0),
+        integer("clip_skip", "settings", "Number of last layers of the text encoder to skip.", 0, 0),
         text("blend_prompt", "image", "Blend the prompt's embedding towards this prompt's; see --blend.",
              argument="blend_prompts"),
         text("blend_negative_prompt", "image", "The same for the negative prompt.", needs="blend_prompt",
@@ -118,18 +118,18 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         number("blend", "image", "Weight of the blend, from 0 to 1.", 0.5, low=0.0, high=1.0, needs="blend_prompt"),
     ),
     "drawing": (
-        whole("num_images", "run", "Images of each prompt.", 1),
-        whole("seed", "image", "Seed of the first image. Image i is drawn from seed + i, alone or in any batch, on any "
-              "number of devices.", 0, 0, high=SEEDS - 1),
-        whole("variation_seed", "image", "Seed of noise to mix in, for a variation of the image.", None, 0,
-              high=SEEDS - 1),
+        integer("num_images", "run", "Images of each prompt.", 1),
+        integer("seed", "image", "Seed of the first image. Image i is drawn from seed + i, alone or in any batch, on "
+                "any number of devices.", 0, 0, high=SEEDS - 1),
+        integer("variation_seed", "image", "Seed of noise to mix in, for a variation of the image.", None, 0,
+                high=SEEDS - 1),
         number("variation_strength", "image", "How much of that noise, from 0 (the image of --seed) "
                "to 1 (that of --variation_seed).", 0.1, low=0.0,
                high=1.0, needs="variation_seed"),
-        whole("interpolate", "run", "Number of frames from each prompt to the next, or from a single prompt's seed "
-              "to the next seed; also writes an animated GIF.", None, 2),
-        whole("steps", "settings", "Number of denoising steps. A model may have a default of its own: _steps in "
-              "model_index.json.", always=True, without="the model's, else 25"),
+        integer("interpolate", "run", "Number of frames from each prompt to the next, or from a single prompt's seed "
+                "to the next seed; also writes an animated GIF.", None, 2),
+        integer("steps", "settings", "Number of denoising steps. A model may have a default of its own: _steps in "
+                "model_index.json.", always=True, without="the model's, else 25"),
         number("guidance_scale", "image", "Weight of the prompt; 1 or less turns guidance off. A model may have a "
                "default of its own: _guidance_scale in model_index.json.", without="the model's, else 7.5"),
         number("guidance_rescale", "image", "How much of the contrast that guidance adds is removed, from 0 to 1.", 0.0,
@@ -144,8 +144,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
              without="the model's"),
         text("spacing", "settings", "Spacing of the steps: leading, trailing, linspace, karras, ays, ….",
              without="the model's"),
-        whole("height", "settings", "Pixels, a multiple of 8 for Stable Diffusion.", without="the model's"),
-        whole("width", "settings", "Pixels, a multiple of 8 for Stable Diffusion.", without="the model's"),
+        integer("height", "settings", "Pixels, a multiple of 8 for Stable Diffusion.", without="the model's"),
+        integer("width", "settings", "Pixels, a multiple of 8 for Stable Diffusion.", without="the model's"),
     ),
     "from images": (
         text("image", "kept", "Image to start from (PNG, JPEG, WebP, GIF, BMP, TIFF), cropped at its centre and "
@@ -156,8 +156,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
              "Transparent areas are kept.", needs="image", path="old"),
         Option("outpaint", "kept", int, "Pixels to add and draw at the left,top,right,bottom of --image.", count=4,
                needs="image"),
-        whole("noise_level", "image", "Noise to add to the small image, in timesteps, for an upscaling model.", None, 0,
-              without="20"),
+        integer("noise_level", "image", "Noise to add to the small image, in timesteps, for an upscaling model.", None,
+                0, without="20"),
         number("hires", "settings", "Draw this many times smaller first, enlarge, and redraw at full size; also from "
                "an --image, with a --mask or a ControlNet.", low=1.0),
         number("hires_strength", "settings", "Fraction of the steps that redraw at full size.", 0.6, low=0.0, high=1.0,
@@ -168,16 +168,16 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
                "--image, which may be a folder of images.", low=1.0, high=16.0, argument="scale"),
         text("upscaler", "kept", "The network that enlarges: a .pth or .safetensors file in Real-ESRGAN's layout, a "
              "folder that training exported, or the name of a bundled one.", "icons", path="any"),
-        whole("upscale_tile", "kept", "Side of the tiles to enlarge, in pixels of the small image.", 192, 16,
-              needs="upscale"),
+        integer("upscale_tile", "kept", "Side of the tiles to enlarge, in pixels of the small image.", 192, 16,
+                needs="upscale"),
         texts("controlnet", "kept", "A ControlNet's folder or file; each needs its --control_image.",
               needs="control_image", path="old"),
         texts("control_image", "kept", "The image that a ControlNet follows.", argument="control_images", path="old"),
         Option("controlnet_scale", "kept", float, "Weight of each ControlNet.", [], many=True, needs="control_image",
                without="1"),
         switch("control_edges", "kept", "Find the edges (Canny) of each --control_image first.", needs="control_image"),
-        whole("tile", "settings", "Encode and decode in tiles of this many latents, to save memory for large "
-              "images.", None, 8),
+        integer("tile", "settings", "Encode and decode in tiles of this many latents, to save memory for large "
+                "images.", None, 8),
     ),
     "model": (
         text("model", "kept", "A diffusers folder or a .safetensors or .ckpt checkpoint (also at gs:// or s3://), "
@@ -197,12 +197,12 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         Option("dtype", "kept", str, "Dtype of computations and weights.", "float32",
                choices=("float32", "bfloat16", "float16"), always=True),
         # The batch size, and whether there is a preview, are kept because other programs may round otherwise.
-        whole("batch_size", "kept", "Images drawn at once; the last batch is padded, so that one compiled program "
-              "draws all.", without="batches of equal size, at most 4 a device"),
-        whole("fsdp", "run", "Devices over which each parameter is sharded, for models larger than a device.", 1),
+        integer("batch_size", "kept", "Images drawn at once; the last batch is padded, so that one compiled program "
+                "draws all.", without="batches of equal size, at most 4 a device"),
+        integer("fsdp", "run", "Devices over which each parameter is sharded, for models larger than a device.", 1),
         Option("offload", "run", str, "Load parts of the model only while they are needed. text: encode all prompts, "
                "then free the text encoders before loading the rest.", choices=("text",)),
-        whole("tensor", "run", "Devices over which the layers themselves are split; try --fsdp first.", 1),
+        integer("tensor", "run", "Devices over which the layers themselves are split; try --fsdp first.", 1),
     ),
     "files": (
         text("from_png", "run", "Take the flags from this PNG of an earlier run; flags on the command line "

@@ -21,7 +21,7 @@ from absl import flags
 
 import jaxdiff
 from jaxdiff.cli import errors
-from jaxdiff.cli.adapters import naming
+from jaxdiff.cli.adapters import file_errors
 from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import flag_errors
 from jaxdiff.cli.outputs import make_folder
@@ -96,7 +96,7 @@ def encoder_folder(f: flags.FlagValues) -> str:
     """The folder of the encoder. Raises UsageError."""
     if f.encoder is not None:
         return str(f.encoder)
-    with naming("--model"):
+    with file_errors("--model"):
         folder = model_paths.find(f.model)
     if not folder.is_dir() or not has_encoder(folder):
         raise UsageError(f"--encoder is missing: {f.model} has no vision encoder of its own; give {EXPECTED_FOLDER}.")
@@ -128,7 +128,7 @@ def draw_images(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Ima
     """Draw the images that are not yet in the folder of the unfinished report."""
     import jax
 
-    with naming("--model"):
+    with file_errors("--model"):
         path = model_paths.find(f.model)
         model, params = jaxdiff.load(path, dtype=f.dtype)
     options = drawing_options(f, model)
@@ -244,7 +244,7 @@ def make_report(f: flags.FlagValues, output: Path) -> None:
     except ConfigError as e:
         raise UsageError(str(e)) from None
     if images is None:  # before any weights are read
-        with naming("--model"):
+        with file_errors("--model"):
             model, _ = pretrained.described(model_paths.find(f.model), f.dtype)
         drawing_options(f, model)
     splits, folder = open_splits(f), encoder_folder(f)
