@@ -12,15 +12,15 @@ from jaxdiff.text.other_programs import split_tags
 from jaxdiff.text.prompt_files import PromptError
 from jaxdiff.typing import Params
 
-KEPT = 4  # files in memory
+MAX_CACHED = 4  # files in memory
 
 
 def lora_files(folder: str | Path | None) -> dict[str, Path]:
     """The .safetensors files of a folder, by what <lora:…> calls them."""
     if folder is None:
         return {}
-    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SAFETENSORS and p.is_file())
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SAFETENSORS and p.is_file())
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
 class Loras:
@@ -31,12 +31,12 @@ class Loras:
     ) -> None:
         self.files, self._params, self._place = files, params, place
         self._latest: tuple[Weighted, Params] = ((), params)
-        self._read: Callable[[Path], Lora] = functools.lru_cache(KEPT)(functools.partial(read_lora, model))
+        self._read: Callable[[Path], Lora] = functools.lru_cache(MAX_CACHED)(functools.partial(read_lora, model))
 
     def split(self, prompt: str) -> tuple[str, Weighted]:
-        """A prompt without the tags of LoRAs, and these. Raises ArgumentError for names that are not there."""
+        """A prompt without the tags of LoRAs, and the LoRAs. Raises ArgumentError for unknown names."""
         try:
-            words, tags = split_tags(prompt)
+            text, tags = split_tags(prompt)
         except PromptError as e:
             raise ArgumentError("prompt", f"cannot be used: {e}") from None
         for tag in tags:
@@ -45,14 +45,14 @@ class Loras:
                 raise ArgumentError(
                     "prompt", f"names the LoRA {tag.name!r}, which is not available; known are {known}."
                 )
-        return words, tuple((self.files[tag.name], tag.text_encoder, tag.unet) for tag in tags)
+        return text, tuple((self.files[tag.name], tag.text_encoder, tag.unet) for tag in tags)
 
-    def params_with(self, chosen: Weighted) -> Params:
+    def params_with(self, loras: Weighted) -> Params:
         """The model's parameters with these LoRAs."""
-        if not chosen:
+        if not loras:
             return self._params
-        if self._latest[0] != chosen:
-            self._latest = ((), self._params)  # the memory of the last ones is free again
-            files = {path: self._read(path) for path, *_ in chosen}
-            self._latest = chosen, self._place(merge_named(self._params, files, chosen))
+        if self._latest[0] != loras:
+            self._latest = ((), self._params)  # frees the previous copy first
+            files = {path: self._read(path) for path, *_ in loras}
+            self._latest = loras, self._place(merge_named(self._params, files, loras))
         return self._latest[1]
