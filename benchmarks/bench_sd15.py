@@ -115,26 +115,26 @@ def image(model, params, pipe, batch: int, steps: int) -> tuple[Callable, Callab
 
 def load(folder: Path) -> None:
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
-    done = subprocess.run([sys.executable, "-c", LOADING, str(folder)], capture_output=True, text=True, check=True)
-    taken, peak = map(float, done.stdout.split())
-    print(f"| load {size / 1e9:.2f} GB | {taken:.1f} s | | | peak {peak / size:.2f} of the files |", flush=True)
+    process = subprocess.run([sys.executable, "-c", LOADING, str(folder)], capture_output=True, text=True, check=True)
+    load_time, peak = map(float, process.stdout.split())
+    print(f"| load {size / 1e9:.2f} GB | {load_time:.1f} s | | | peak {peak / size:.2f} of the files |", flush=True)
 
 
 def measure(part: Callable, batch: int, args: argparse.Namespace, built: tuple, rate: float) -> None:
     """Print one line of the table."""
     ours, theirs, compiled = part(*built, batch, args.steps)
-    made: list = [None, None]
+    outputs: list = [None, None]
 
     def turn(i: int, function: Callable) -> float:
         def run() -> None:
-            made[i] = jax.block_until_ready(function())
+            outputs[i] = jax.block_until_ready(function())
 
         return seconds(run)
 
     warm_up = 0 if part is image else 1
     rounds = [(turn(0, ours), turn(1, theirs)) for _ in range(warm_up + args.repeats)][warm_up:]
-    mine, other = map(np.asarray, made)
-    error = np.linalg.norm(mine - other) / np.linalg.norm(other)
+    output_ours, output_theirs = map(np.asarray, outputs)
+    error = np.linalg.norm(output_ours - output_theirs) / np.linalg.norm(output_theirs)
     a, b = (statistics.median(r) for r in zip(*rounds, strict=True))
     share = ""
     if compiled is not None:

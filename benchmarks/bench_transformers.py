@@ -51,7 +51,7 @@ def shallow(name: str, depth: int, small: bool) -> Any:
     return dataclasses.replace(config, **changes, **(SMALL[FAMILIES[published.config]] if small else {}))
 
 
-def both(config: Any, batch: int, side: int, text: int) -> tuple[Callable, Callable, Any]:
+def build_steps(config: Any, batch: int, side: int, text: int) -> tuple[Callable, Callable, Any]:
     """A step of each library on the same weights and inputs, [B, h, w, C], and ours compiled."""
     family, rng = FAMILIES[type(config)], np.random.default_rng(0)
     torch.manual_seed(0)
@@ -60,15 +60,15 @@ def both(config: Any, batch: int, side: int, text: int) -> tuple[Callable, Calla
     width = getattr(config, "joint_attention_dim", None) or config.cap_feat_dim
     pooled = getattr(config, "pooled_projection_dim", None)
 
-    def drawn(*shape: int) -> np.ndarray:
+    def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32)
 
-    x, t = drawn(batch, side, side, config.latent_channels), np.full(batch, 500, np.float32)
-    states = drawn(batch, text, width)
-    vector = drawn(batch, pooled) if pooled else None
-    told = np.full(batch, GUIDANCE, np.float32) if getattr(config, "guidance_embeds", False) else None
+    x, t = normal(batch, side, side, config.latent_channels), np.full(batch, 500, np.float32)
+    states = normal(batch, text, width)
+    vector = normal(batch, pooled) if pooled else None
+    guidance = np.full(batch, GUIDANCE, np.float32) if getattr(config, "guidance_embeds", False) else None
     mask = np.ones((batch, text), np.float32) if family == "z_image" else None
-    inputs = (x, t, states, vector, mask, told)
+    inputs = (x, t, states, vector, mask, guidance)
     module = MODULES[type(config)](config)
     shapes = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x)["params"], *inputs)
     tensors = net.state_dict()
@@ -76,23 +76,23 @@ def both(config: Any, batch: int, side: int, text: int) -> tuple[Callable, Calla
         {p: jnp.array(from_torch_layout(p, tensors[tensor_name(p)].numpy())) for p in flatten_dict(shapes)}
     )
     step = jax.jit(lambda params, *x: module.apply({"params": params}, *x)).lower(params, *inputs).compile()
-    return lambda: step(params, *inputs), lambda: velocity(family, net, x, t, states, vector, told), step
+    return lambda: step(params, *inputs), lambda: velocity(family, net, x, t, states, vector, guidance), step
 
 
 def measure(name: str, config: Any, args: argparse.Namespace, rate: float) -> None:
     """Print one line of the table."""
-    ours, theirs, compiled = both(config, args.batch, args.side, args.text)
-    made: list = [None, None]
+    ours, theirs, compiled = build_steps(config, args.batch, args.side, args.text)
+    outputs: list = [None, None]
 
     def turn(i: int, function: Callable) -> float:
         def run() -> None:
-            made[i] = jax.block_until_ready(function())
+            outputs[i] = jax.block_until_ready(function())
 
         return seconds(run)
 
     rounds = [(turn(0, ours), turn(1, theirs)) for _ in range(1 + args.repeats)][1:]
-    mine, other = map(np.asarray, made)
-    error = np.linalg.norm(mine - other) / np.linalg.norm(other)
+    output_ours, output_theirs = map(np.asarray, outputs)
+    error = np.linalg.norm(output_ours - output_theirs) / np.linalg.norm(output_theirs)
     a, b = (statistics.median(r) for r in zip(*rounds, strict=True))
     flops = compiled.cost_analysis()["flops"]
     share = f"{flops / 1e9:.0f} GFLOP, {flops / a / rate:.0%} of {rate / 1e9:.0f} GFLOP/s"

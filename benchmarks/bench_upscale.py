@@ -35,13 +35,13 @@ Enlarge = Callable[[np.ndarray], np.ndarray]
 
 def from_ncnn(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a network of RRDBNet's layout in ncnn's `.bin`: weights and biases, convolution by convolution."""
-    data, at = path.read_bytes(), 0
+    data, offset = path.read_bytes(), 0
 
     def take(kind: type, count: int) -> np.ndarray:
-        nonlocal at
-        found = np.frombuffer(data, kind, count, at)
-        at += -(-found.nbytes // 4) * 4
-        return found
+        nonlocal offset
+        tensors = np.frombuffer(data, kind, count, offset)
+        offset += -(-tensors.nbytes // 4) * 4
+        return tensors
 
     def convolution(inside: int, outside: int) -> tuple[np.ndarray, np.ndarray]:
         kind = {HALF: np.float16, 0: np.float32}[int(take(np.uint32, 1)[0])]
@@ -58,15 +58,15 @@ def from_ncnn(path: Path) -> dict[str, np.ndarray]:
         "conv_last": (64, 3),
     }
     block = sum(4 + 2 * 9 * i * o + 4 * o for i, o in sizes.values())
-    rest = sum(4 + 2 * 9 * i * o + 4 * o for i, o in ((3, 64), *tail.values()))
-    blocks = (len(data) - rest) // block
+    outer_bytes = sum(4 + 2 * 9 * i * o + 4 * o for i, o in ((3, 64), *tail.values()))
+    blocks = (len(data) - outer_bytes) // block
     names = {"conv_first": (3, 64)}
     names |= {f"body.{n}.{name}": size for n in range(blocks) for name, size in sizes.items()}
-    found = {}
+    tensors = {}
     for name, size in {**names, **tail}.items():
-        found[f"{name}.weight"], found[f"{name}.bias"] = convolution(*size)
-    assert at == len(data), f"{path} is of another layout"
-    return found
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = convolution(*size)
+    assert offset == len(data), f"{path} is of another layout"
+    return tensors
 
 
 def by_network(path: str) -> Enlarge:
@@ -140,21 +140,21 @@ def main() -> None:
             damage(x) if args.damaged else np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BICUBIC))
             for x in images
         ]
-        shown = [np.stack([x.repeat(SCALE, 0).repeat(SCALE, 1) for x in small])]
+        columns = [np.stack([x.repeat(SCALE, 0).repeat(SCALE, 1) for x in small])]
         for name, enlarge in methods.items():
             enlarge(small[0])  # compiles
             start = time.perf_counter()
-            made = np.stack([enlarge(x) for x in small])
+            enlarged = np.stack([enlarge(x) for x in small])
             seconds = (time.perf_counter() - start) / (images[..., 0].size / 1e6)
-            quality = [(psnr(x, y), ssim(x, y)) for x, y in zip(made, images, strict=True)]
+            quality = [(psnr(x, y), ssim(x, y)) for x, y in zip(enlarged, images, strict=True)]
             values = f"{np.mean([q[0] for q in quality]):.2f} | {np.mean([q[1] for q in quality]):.4f}"
             print(
-                f"| {Path(folder).name} | {name} | {values} | {distance(made, images):.4f} | {seconds:.2f} |",
+                f"| {Path(folder).name} | {name} | {values} | {distance(enlarged, images):.4f} | {seconds:.2f} |",
                 flush=True,
             )
-            shown.append(made)
+            columns.append(enlarged)
         picked = np.linspace(0, len(images) - 1, min(args.rows, len(images))).astype(int)
-        rows += [np.concatenate([x[i] for x in [*shown, images]], 1) for i in picked]
+        rows += [np.concatenate([x[i] for x in [*columns, images]], 1) for i in picked]
     if args.sheet:
         print(f"{args.sheet}: small, {', '.join(methods)}, original")
         write_png(args.sheet, np.concatenate(rows, 0))

@@ -16,9 +16,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import jaxdiff
-from benchmarks.judge_drawings import read, rows, some
+from benchmarks.judge_drawings import read, rows, sample_rows
 from benchmarks.judge_features import Images, features
-from benchmarks.judge_reconstructions import passed, psnr
+from benchmarks.judge_reconstructions import psnr, reconstruct
 from jaxdiff.evaluation.encoder import square
 from jaxdiff.io.images import write_png
 
@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     kinds = {}
     if args.data:
-        kinds["icons"] = read(some(rows(args.data, "heldout_subjects"), args.count))
+        kinds["icons"] = read(sample_rows(rows(args.data, "heldout_subjects"), args.count))
     if args.images:
         kinds["photographs"] = photographs(args.images)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -73,13 +73,13 @@ def main() -> None:
     for name in args.models:
         model, params = jaxdiff.load(name)
         for kind, images in kinds.items():
-            made = passed(model, params, images)
-            columns[kind].append(made[:SHOWN])
-            values = (psnr(images, made), ssim(images, made), distance(images, made))
+            reconstructed = reconstruct(model, params, images)
+            columns[kind].append(reconstructed[:SHOWN])
+            values = (psnr(images, reconstructed), ssim(images, reconstructed), distance(images, reconstructed))
             quality = " | ".join(f"{v.mean():.{digits}f}" for v, digits in zip(values, (2, 4, 4), strict=True))
             print(f"| {kind} ({len(images)}) | {name} | {quality} |", flush=True)
-    for kind, found in columns.items():
-        sheet = np.concatenate([np.concatenate(list(x), 0) for x in found], 1)
+    for kind, images_shown in columns.items():
+        sheet = np.concatenate([np.concatenate(list(x), 0) for x in images_shown], 1)
         write_png(args.output / f"{kind}.png", sheet)
 
 

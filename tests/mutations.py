@@ -257,7 +257,7 @@ DATA = in_folder(
 
 SERVING = in_folder(
     "jaxdiff/serving",
-    ("engine.py", "item.key == first.key][:max_batch]", "True][:max_batch]", "tests/test_serve_engine.py -k drawn_at_once"),
+    ("engine.py", "if item.key == first.key]", "if True]", "tests/test_serve_engine.py -k drawn_at_once"),
     ("guard.py", "urlsplit(origin).netloc != host", "False", "tests/test_serve_hostile.py -k other_sites"),
     ("guard.py", "path not in PUBLIC_PATHS", "path in PUBLIC_PATHS", "tests/test_serve_hostile.py -k the_key"),
 )  # fmt: skip

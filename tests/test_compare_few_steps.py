@@ -53,7 +53,7 @@ def test_the_evaluations_rows_are_those_that_it_writes(tmp_path):
     found = {(row.part, row.name) for row in rows}
     assert {key for key in compare.SHOWN if key[0] in ("agreement", "variety")} <= found
     (tmp_path / "report.json").write_text(json.dumps({"measures": {"variety": {"distance": {"value": 1.0}}}}))
-    assert compare.evaluated(tmp_path, tmp_path, "none", None, None) == {"variety": {"value": 1.0}}
+    assert compare.evaluate(tmp_path, tmp_path, "none", None, None) == {"variety": {"value": 1.0}}
 
 
 @pytest.mark.parametrize(
