@@ -60,7 +60,7 @@ def read_adapters(f: flags.FlagValues, model: jaxdiff.Model, mesh: Mesh | None =
         unet_config = None if model.unet is None else model.unet.config
         options: Any = {"dtype": f.dtype, "like": unet_config, "mesh": mesh}
         controlnets = [load_controlnet(path, **options) for path in f.controlnet]
-        jaxdiff.with_controlnets(model, {}, *controlnets)  # checks them
+        jaxdiff.with_controlnets(model, {}, *controlnets)  # raises if one does not fit
     with file_errors("--preview_vae"):
         return Adapters(
             words, loras, controlnets, load_tiny_vae(f.preview_vae, dtype=f.dtype) if f.preview_vae else None
@@ -114,10 +114,10 @@ def without_tags(f: flags.FlagValues, request: ImageRequest) -> ImageRequest:
         return request
     prompt, tags = split_tags(request["prompt"])
     blend_prompt = request.get("blend_prompt")
-    if (
-        blend_prompt is not None and split_tags(blend_prompt)[1] == tags
-    ):  # other tags are left out later, with a warning
-        request = request | {"blend_prompt": split_tags(blend_prompt)[0]}
+    if blend_prompt is not None:
+        blend_text, blend_tags = split_tags(blend_prompt)
+        if blend_tags == tags:  # other tags are left out later, with a warning
+            request = request | {"blend_prompt": blend_text}
     return request | {"prompt": prompt}
 
 

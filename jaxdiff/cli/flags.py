@@ -132,7 +132,7 @@ def check_paths(f: flags.FlagValues, options: Mapping[str, Option] = OPTIONS) ->
             f[name].value = at_home(value)
         for path in value if isinstance(value, list) else [] if value is None else [value]:
             check_path(f"--{name}", path, stored=options[name].stored)
-    if "output" in options and stores.is_store(f.output):  # what is written there is uploaded
+    if "output" in options and stores.is_store(f.output):  # files written there are uploaded
         f["output"].value = str(stores.place(f.output, stores.OUTPUTS))
 
 
@@ -154,8 +154,10 @@ def check_files(f: flags.FlagValues, options: Mapping[str, Option] = OPTIONS) ->
     parsers = {"lora": lambda given: parse_lora(given)[0], "embedding": lambda given: parse_embedding(given)[0]}
     for name, option in options.items():
         value = f[name].value
-        for given in (value if option.many else [value]) if option.path == "old" and value else ():
-            path = parsers.get(name, str)(given)
+        if option.path != "old" or not value:
+            continue
+        for argument in value if option.many else [value]:
+            path = parsers.get(name, str)(argument)
             if not os.path.exists(path):
                 weight = ", and write the weight as a number, path:0.8" if name == "lora" and ":" in path else ""
                 raise UsageError(f"--{name}: {path} does not exist: check the path{weight}.")
@@ -220,7 +222,7 @@ def check_model(f: flags.FlagValues, model: Any) -> None:
     for name in ("negative_prompt", "negative_prompt_2", "guidance_rescale", "guidance_interval"):
         if model.one_pass and f[name].present:
             raise UsageError(f"--{name} is for guidance, which this model does without: leave it out.")
-    if f["guidance_scale"].present and not (model.takes_guidance or model.is_gan):  # which is refused later
+    if f["guidance_scale"].present and not (model.takes_guidance or model.is_gan):  # GANs refuse it later
         raise UsageError("--guidance_scale has no effect on this model, which was distilled with one: leave it out.")
 
 

@@ -81,7 +81,7 @@ def independent(f: flags.FlagValues) -> Iterator[None]:
         shutdown()
         raise
     except Exception:
-        if jax.process_index() == 0:  # it must stay until the others have left, or they would report it as gone
+        if jax.process_index() == 0:  # it must exit last: the others would report it as missing
             with contextlib.suppress(ProcessesGone):
                 wait_for_all(failed=True)
         shutdown()
@@ -90,7 +90,7 @@ def independent(f: flags.FlagValues) -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """Let the others go first: they need the first process until they have left."""
+    """Disconnect, the first process last, since the others need it until they have left."""
     if jax.process_index() == 0:
         with contextlib.suppress(ProcessFailureError), live_devices(jax.devices()):
             pass  # leaving the context waits for all live processes

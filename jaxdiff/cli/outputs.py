@@ -136,15 +136,15 @@ class Writer:
 
     def png(self, path: Path, image: np.ndarray, metadata: Any) -> Path:
         """Write an image; returns its path, which is numbered if the name is taken."""
-        return self._said(path, images.write_png(path, image, metadata, overwrite=self._overwrite))
+        return self._print_path(path, images.write_png(path, image, metadata, overwrite=self._overwrite))
 
     def gif(self, path: Path, frames: list[np.ndarray], seconds: float) -> Path:
-        return self._said(path, images.write_gif(path, frames, seconds, overwrite=self._overwrite))
+        return self._print_path(path, images.write_gif(path, frames, seconds, overwrite=self._overwrite))
 
     def webp(self, path: Path, frames: list[np.ndarray], seconds: float, last: float) -> Path:
-        return self._said(path, images.write_webp(path, frames, seconds, last, overwrite=self._overwrite))
+        return self._print_path(path, images.write_webp(path, frames, seconds, last, overwrite=self._overwrite))
 
-    def _said(self, requested: Path, written: Path) -> Path:
+    def _print_path(self, requested: Path, written: Path) -> Path:
         print(stores.shown(written), flush=True)
         if written != requested and not self._warned:
             names = stores.shown(requested), stores.shown(written)

@@ -151,7 +151,7 @@ def describe_model(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
     if f.transformer is not None and Path(f.transformer).exists():
         with file_errors("--transformer"):
             model = diffusers_folder.with_transformer(model, path, Path(f.transformer))
-    if f.vae is None or not Path(f.vae).exists():  # `check_files` says so
+    if f.vae is None or not Path(f.vae).exists():  # `check_files` reports it
         return model
     with file_errors("--vae"):
         return described_vae(model, f.vae, own=own_vae)[0]
@@ -163,7 +163,7 @@ def check_networks(f: flags.FlagValues) -> None:
         value: Any = f[name].value
         with file_errors(f"--{name}"):
             for path in value if isinstance(value, list) else [value]:
-                if path is not None and Path(path).exists():  # else `check_files` says so
+                if path is not None and Path(path).exists():  # else `check_files` reports it
                     check(path)
 
 

@@ -38,7 +38,7 @@ from jaxdiff.serving.loras import Loras, lora_files
 
 REQUIRED_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 ASPECT_RATIOS = (1.0, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16)  # of the sizes drawn by default
-STOP_TIMEOUT = 30.0  # seconds that the engine has to stop
+STOP_TIMEOUT = 30.0  # seconds to wait for the engine
 CONNECTIONS = 512
 NO_UPSCALER = "none"  # in place of an upscaler's name
 
@@ -179,7 +179,7 @@ def serve(f: flags.FlagValues, listener: socket.socket) -> None:
     engine.start()
     address = f"[{f.host}]" if ":" in f.host else f.host
     print(f"http://{address}:{listener.getsockname()[1]}", flush=True)
-    for sig in (signal.SIGTERM, signal.SIGINT):  # which uvicorn handles, and raises once more at the end
+    for sig in (signal.SIGTERM, signal.SIGINT):  # uvicorn handles them, and raises them again at the end
         signal.signal(sig, signal.SIG_IGN)
     Server(config).run([listener])
     engine.stop()

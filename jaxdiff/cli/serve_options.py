@@ -32,13 +32,13 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
              path="old"),
         text("upscaler", "run", "The network that enlarges: a .pth or .safetensors file in Real-ESRGAN's layout, a "
              "folder that training exported, or the name of a bundled one; none: no network.", "icons", path="any"),
-        text("model_name", "run", "Name of the model in the APIs.", without="the end of --model"),
+        text("model_name", "run", "Name of the model in the APIs.", default_text="the end of --model"),
     ),
     "images": (
         text("sizes", "run", "Sizes that requests may ask for, such as 512x512,768x512: width x height in pixels; the "
-             "first is the default. Each is compiled separately.", without="the model's own, and others of as many "
-             "pixels"),
-        integer("steps", "run", "Default steps of a request.", without="the model's, else 25"),
+             "first is the default. Each is compiled separately.",
+             default_text="the model's own, and others of as many pixels"),
+        integer("steps", "run", "Default steps of a request.", default_text="the model's, else 25"),
         integer("max_steps", "run", "Maximum steps of a request.", 150),
         integer("max_images", "run", "Maximum images of a request.", 10),
     ),
@@ -46,8 +46,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         text("host", "run", "Address to listen on. Any but this machine's own needs an API key.", "127.0.0.1"),
         integer("port", "run", "Port to listen on; 0 takes a free one.", 7860, 0, high=65535),
         text("api_key", "run", f"Key that every request must send. Set the variable {KEY} instead if others can read "
-             "command lines.", without=f"{KEY}, else none"),
-        integer("batch_size", "run", "Maximum images drawn at once.", without="at most 4 a device"),
+             "command lines.", default_text=f"{KEY}, else none"),
+        integer("batch_size", "run", "Maximum images drawn at once.", default_text="at most 4 a device"),
         integer("window_ms", "run", "Milliseconds that an image waits for others to share its batch.", 20, 0),
         integer("queue", "run", "Maximum images that wait; further requests are refused (429).", 64),
         integer("programs", "run", "Maximum programs compiled within an hour; requests for another size, scheduler or "

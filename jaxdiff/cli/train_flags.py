@@ -23,7 +23,7 @@ from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.ranges import near, wanted
 
 PATHS = [name for name, field in RULES.items() if isinstance(field, Field) and field.metadata["path"]]
-PLANNED = [name for name in PATHS if "init_from" in name]  # that --plan reads
+PLANNED = [name for name in PATHS if "init_from" in name]  # read by --plan
 PACKAGE = Path(jaxdiff.__file__).parent
 CONFIG_FOLDERS = (Path("configs"), PACKAGE / "configs", PACKAGE.parent / "configs")  # the last, of a checkout
 
@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     f = define(argv)
     try:
         extra = f(argv)[1:]
-        _ = f.config is not None and f.config.stage  # raises where the file could not be read
+        _ = f.config is not None and f.config.stage  # raises if the file could not be read
     except flags.UnrecognizedFlagError as e:
         known = list({*f, *(f"config.{name}" for name in RULES)})
         raise UsageError(f"--{e.flagname} is no flag: {near(e.flagname, known)}") from None
@@ -83,7 +83,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if extra:
         raise UsageError(f"{extra[0]!r} belongs to no flag; --help shows all.")
     check_flags(f)
-    if f.config is None:  # of --posthoc_ema
+    if f.config is None:  # with --posthoc_ema
         return f
     check_settings(f.config)
     for name in PATHS:

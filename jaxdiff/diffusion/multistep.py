@@ -358,7 +358,7 @@ def pndm(skip_prk_steps: bool = True, prediction_type: str = "epsilon") -> Sched
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
         steps = step_count(times)
-        runge_kutta = not skip_prk_steps and len(times.t) > 4  # a grid of fewer steps is not filled up to more
+        runge_kutta = not skip_prk_steps and len(times.t) > 4  # grids of fewer steps are not padded
         starting = state.steps_taken < (3 if runge_kutta else 1)
         starting &= steps > 1 if skip_prk_steps else i < steps - 1
         time = time_at(times, jnp.where(starting, start_index(i), i))

@@ -31,7 +31,7 @@ TCD_GAMMA = 0.3  # fraction of each TCD step that is fresh noise (Zheng et al. 2
 class Rule(NamedTuple):
     """The time grid of one diffusers class."""
 
-    spacing: str  # default if scheduler_config.json names none; "distilled" ignores what it names
+    spacing: str  # default if scheduler_config.json names none; "distilled" overrides it
     # Where the last step ends: "zero", "sigma_min" (the table's first), or the config key that decides.
     final_sigma: str
     fractional_timesteps: bool = False  # timesteps of linspace and of spacings by noise level are not rounded

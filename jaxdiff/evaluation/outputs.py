@@ -29,7 +29,7 @@ PATHS = ("images", "data", "features", "model", "encoder", "prompts")  # flags w
 
 
 class Results(NamedTuple):
-    """The results of the measurement."""
+    """All measures of a report."""
 
     rows: list[measures.Row]
     notes: list[str]
@@ -77,7 +77,7 @@ def locked(work: Path, output: str) -> Iterator[None]:
     Raises:
         Failure: another process holds the lock, or the folder cannot be created.
     """
-    missing = [p for p in (work, *work.parents) if not p.exists()]  # the lowest first
+    missing = [p for p in (work, *work.parents) if not p.exists()]  # innermost first
     with writing_report(work):
         descriptor = _open_locked(work)
     if descriptor is None:
@@ -88,7 +88,7 @@ def locked(work: Path, output: str) -> Iterator[None]:
         for path in missing:
             with contextlib.suppress(OSError):  # it is not empty, or was renamed
                 path.rmdir()
-        os.close(descriptor)  # the lock goes with it
+        os.close(descriptor)  # releases the lock
 
 
 def _open_locked(work: Path) -> int | None:

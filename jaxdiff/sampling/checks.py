@@ -18,7 +18,7 @@ from jaxdiff.models.dit import PATCH
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
 
-DEFAULT_NOISE_LEVEL = 20  # default noise on the small image of an upscaling model, in timesteps
+DEFAULT_NOISE_LEVEL = 20  # of an upscaling model's small image, in timesteps
 
 
 def as_integer(name: str, value: int, low: int, high: int | None = None) -> int:
@@ -101,7 +101,7 @@ def as_devices(
             )
         return placed
     selected = tuple(jax.local_devices() if devices is None else devices)
-    # Each of several processes takes part.
+    # A mesh of several processes is used whole: each of them must take part.
     return selected if parallel.data_mesh(selected).is_multi_process else selected[:count]
 
 
@@ -148,7 +148,7 @@ def as_images(name: str, image: Array, count: int, shape: tuple[int, int]) -> np
 
 def as_unit_range(name: str, values: np.ndarray) -> np.ndarray:
     """Numbers in [0, 1] as float32; resampling may overshoot the range by 1e-3."""
-    if not (values.min() >= -1e-3 and values.max() <= 1 + 1e-3):  # true of not-a-number too
+    if not (values.min() >= -1e-3 and values.max() <= 1 + 1e-3):  # also true of NaN
         kind, low, high = values.dtype, values.min(), values.max()
         raise ArgumentError(
             name, f"is {kind} from {low:g} to {high:g}: give uint8 from 0 to 255, or numbers from 0 to 1."
@@ -252,7 +252,7 @@ def as_noise_level(model: Model, value: int | Sequence[int] | None, count: int) 
 STEPWISE = "is for models that remove noise step by step, and this one draws at once"
 REDRAWN = "is for models that redraw images, and this one draws from text alone"
 UNGUIDED = "is for guidance, which this model does not use"
-GAN_UNSUPPORTED = {  # argument -> why a GAN has no use for it
+GAN_UNSUPPORTED = {  # argument -> why a GAN cannot use it
     "steps": STEPWISE,
     "scheduler": STEPWISE,
     "spacing": STEPWISE,

@@ -38,14 +38,14 @@ from jaxdiff.typing import Array, Denoise, Key, Params
 
 # Time grids are padded to one of these numbers of steps, so that few programs serve any number of steps.
 GRID_LENGTHS = (50, 250, 1000, MAX_STEPS)
-HIRES = 2**30  # folded into the keys of a second stage; steps take small numbers
+HIRES = 2**30  # folded into the keys of the second stage; steps fold in small numbers
 
 
 class Drawn(NamedTuple):
     """What the program returns for B images."""
 
     images: Array  # uint8 [B, H, W, 3]
-    finite: Array  # bool [B]: whether every pixel came out as a number
+    finite: Array  # bool [B]: whether every pixel is finite
     frames: Array | None  # uint8 [B, F, H, W, 3], if asked for
     small: Array | None = None  # uint8 [B, F', h, w, 3], frames of the first stage of `hires`
     enlarged: Array | None = None  # uint8 [B, H, W, 3], the image of the first stage, enlarged

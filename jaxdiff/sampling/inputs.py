@@ -19,7 +19,7 @@ from jaxdiff.models.tiling import decode_tiled, encode_tiled, tile_starts, tiled
 from jaxdiff.text.chunks import Tokens
 from jaxdiff.typing import Array, Denoise, Key, Params
 
-UPSCALER_NOISE = 2**31  # folded into an image's key for the upscaler's noise; steps take small numbers
+UPSCALER_NOISE = 2**31  # folded into an image's key for the upscaler's noise; steps fold in small numbers
 
 
 class CallInputs(NamedTuple):

@@ -45,7 +45,7 @@ from jaxdiff.sampling.resolve import Request
 from jaxdiff.typing import Array, Params
 
 SECONDS = 0.5  # between two `Progress` reports
-PROGRAMS = 64  # kept of each kind
+PROGRAMS = 64  # cached programs of each kind
 
 
 class Progress(NamedTuple):
@@ -53,15 +53,15 @@ class Progress(NamedTuple):
 
     step: int  # steps taken
     steps: int  # in all; the images are finished when step == steps
-    images: Callable[[], np.ndarray]  # uint8 [B, H, W, 3]: what the latest step predicts, or the finished ones
-    finite: np.ndarray | None = None  # bool [B], of finished ones: whether every pixel came out as a number
+    images: Callable[[], np.ndarray]  # uint8 [B, H, W, 3]: the latest step's predictions, or the finished images
+    finite: np.ndarray | None = None  # bool [B], when finished: whether every pixel is finite
 
 
 @dataclasses.dataclass
 class Pace:
     """The time that a step takes; pass it to the next call that draws images like these."""
 
-    seconds: float | None = None  # a step; None: not known yet
+    seconds: float | None = None  # of a step; None: unknown
 
 
 class LoopState(NamedTuple):

@@ -24,7 +24,7 @@ from jaxdiff.typing import Array, Params
 
 TILE = 192  # pixels of the small image along a side of a tile, without its margin
 MARGIN = 32  # pixels around a tile, at most
-MAX_SCALE = 16  # the largest scale
+MAX_SCALE = 16
 
 
 def upscale(
@@ -74,7 +74,7 @@ def largest_scale(module: RRDBNet, scale: float) -> float:
         ArgumentError: the network cannot enlarge by this scale.
     """
     network_scale = module.config.scale
-    if not 1 <= scale <= MAX_SCALE:  # true of not-a-number too
+    if not 1 <= scale <= MAX_SCALE:  # also true of NaN
         raise ArgumentError("scale", f"{scale:g} must be from 1 to {MAX_SCALE}.")
     if network_scale == 1 and scale != 1:
         raise ArgumentError(

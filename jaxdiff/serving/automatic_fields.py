@@ -43,9 +43,9 @@ REFUSED = ("restore_faces", "tiling", "script_name", "refiner_checkpoint", "hr_c
 IGNORED = ("image_cfg_scale", "do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards",
           "script_args", "include_init_images", "inpaint_full_res_padding", "refiner_switch_at", "comments",
           "disable_extra_networks", "force_task_id", "infotext", "hr_scale", "hr_upscaler")  # fmt: skip
-CONTROLNET = "controlnet"  # the script's name, in small letters
+CONTROLNET = "controlnet"  # the script's name, in lower case
 FULL_RANGE = {"guidance_start": 0, "guidance_end": 1}  # of a ControlNet's unit: all steps
-MAX_CHARACTERS = 32_000  # characters
+MAX_CHARACTERS = 32_000  # of a prompt
 
 
 class TextToImage(BaseModel):

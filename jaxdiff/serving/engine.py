@@ -72,13 +72,13 @@ class Engine:
         self.model, self.limits, self.batch_sizes = model, limits, sorted(batch_sizes)
         self.loras = Loras(model, params, {}) if loras is None else loras
         self.resolver = Resolver(model, limits, self.loras, self.batch_sizes)
-        self.ready = threading.Event()  # after the first program is compiled
+        self.ready = threading.Event()  # set after the first program is compiled
         self._window, self._observe = window, observe
         self._queue: collections.deque[Item | EnlargeItem] = collections.deque()
         self._jobs: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = False
-        self._seconds = 1.0  # an image, lately
+        self._seconds = 1.0  # moving average of the seconds for one image
         self._last_concurrent = time.monotonic()  # time of the latest request that came while others were in progress
         self._programs: dict[tuple[Any, ...], None] = {}  # keys of compiled programs, the latest one last
         self._compiled: collections.deque[float] = collections.deque()  # times at which they were added, within an hour

@@ -10,7 +10,7 @@ from jaxdiff.sampling.upscale import largest_scale, upscale
 from jaxdiff.serving.requests import EnlargeRequest
 from jaxdiff.typing import Params
 
-UNIT = 64  # pixels of the sides of what the network is compiled for, up to a tile
+UNIT = 64  # pixels: sides are padded to multiples of it
 
 
 def check_enlarging(model: Model, height: int, width: int, scale: float, pixels: int) -> None:

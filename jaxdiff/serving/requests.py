@@ -79,7 +79,7 @@ class DrawRequest:
     clip_skip: int = 0
     variation_seed: int | None = None
     variation_strength: float = 0.0
-    image: np.ndarray | None = None  # uint8 [H, W, 3] at the size drawn, as the next ones
+    image: np.ndarray | None = None  # uint8 [H, W, 3] at the size drawn, as are the mask and the control images
     strength: float | None = None
     mask: np.ndarray | None = None  # bool [H, W], true where the image is redrawn
     control_images: tuple[np.ndarray, ...] = ()
@@ -100,7 +100,7 @@ class EnlargeRequest:
     n: int = 1
 
 
-Preview = Callable[[int, float, np.ndarray], None]  # number of the image, part of its steps taken, uint8 [H, W, 3]
+Preview = Callable[[int, float, np.ndarray], None]  # index of the image, fraction of its steps taken, uint8 [H, W, 3]
 
 
 class Job:
@@ -115,14 +115,19 @@ class Job:
         previews: int = 0,
         on_preview: Preview | None = None,
     ) -> None:
-        self.request, self.prompts, self.seeds, self.owner = request, prompts, seeds, owner  # one of each an image
+        self.request, self.prompts, self.seeds, self.owner = (
+            request,
+            prompts,
+            seeds,
+            owner,
+        )  # prompts and seeds: one an image
         self.future: concurrent.futures.Future[list[np.ndarray]] = concurrent.futures.Future()
         self.future.set_running_or_notify_cancel()  # from now on only `end` ends it
         self.images: list[np.ndarray | None] = [None] * len(seeds)
-        self.fractions = [0.0] * len(seeds)  # of the steps of each image that are taken
+        self.fractions = [0.0] * len(seeds)  # fraction of the steps taken, by image
         self.started = False
         self.since = time.monotonic()
-        self.watched = False  # whether the next preview is wanted as `preview`
+        self.watched = False  # whether the next preview is to be stored as `preview`
         self.preview: np.ndarray | None = None
         self.previews, self._sent, self._on_preview = previews, [0] * len(seeds), on_preview
         self._lock = threading.Lock()

@@ -47,9 +47,9 @@ class Item:
     program: tuple[Any, ...]  # items with equal values share a compiled program
     settings: Settings
     loras: Weighted
-    row: ImageInputs  # without the axis of the batch, and without a key
+    row: ImageInputs  # without the batch axis and the keys
     seed: int
-    since: float  # when it was asked for
+    since: float  # time of the request
 
 
 @dataclasses.dataclass

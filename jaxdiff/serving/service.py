@@ -73,9 +73,9 @@ class Service:
 
     engine: Engine
     name: str  # of the model
-    flags: dict[str, Any]  # that draw an image again beside its own: model, dtype
+    flags: dict[str, Any]  # metadata of all images: model, dtype
     steps: int = 25
-    pixels: int = 4096 * 4096  # of an uploaded image, and of one that is enlarged
+    pixels: int = 4096 * 4096  # maximum of an uploaded image, and of an enlarged one
     upscaler: str | None = None  # name of the network that enlarges
     files: Files = dataclasses.field(default_factory=Files)
 

@@ -20,7 +20,7 @@ MAX_DEPTH = 20  # of nested brackets; deeper ones are emphasis
 
 _MARKS = re.compile(r"\\.|[()\[\]:|]", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-_MAX_STEP = 1e9  # steps: more than any run has
+_MAX_STEP = 1e9  # more steps than any run has
 END = 10**10  # a stage after all switches
 
 

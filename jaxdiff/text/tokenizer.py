@@ -22,7 +22,7 @@ from jaxdiff.text.tokenizer_backend import Backend, cache_file, from_transformer
 from jaxdiff.text.tokenizer_files import digest_of, open_files, read_files, readable, write_files
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-DEFAULT_LENGTH = 77  # tokens: what every published CLIP text encoder takes
+DEFAULT_LENGTH = 77  # tokens, of every published CLIP text encoder
 
 # Folders saved by transformers 4 hold all four, those saved by transformers 5 the last two.
 _VOCAB, _MERGES, _CONFIG, _JSON = "vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"
@@ -97,7 +97,7 @@ class Tokenizer:
         names = {i: added[i].content for i in sorted(added)}
         extra = {i: names[i] for ids in groups for i in ids[1:]}
         known = set(self._clip.get_vocab()).difference(extra.values())
-        known |= {name.lower() for i, name in names.items() if i not in extra}  # which match in any case
+        known |= {name.lower() for i, name in names.items() if i not in extra}  # added words match in any case
         if {word, word.lower()} & known:
             raise ConfigError(f"The tokenizer has a token {word!r} already: give another name.")
         names[first] = word

@@ -39,7 +39,7 @@ def digest_of(files: Files) -> str:
 
 def open_files(kind: str, files: Files) -> Any:
     """An object of transformers' class `kind` made from the files. Raises ConfigError if it cannot be made."""
-    # Else it advises installing PyTorch, which is not needed.
+    # Otherwise transformers advises installing PyTorch, which is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # transformers replaces its module during import; a plain import in a waiting thread would get the old one.
     transformers = importlib.import_module("transformers")
