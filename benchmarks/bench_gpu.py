@@ -57,15 +57,6 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def random_params(shapes: Any, dtype: str) -> Any:
-    """Small random numbers in place of parameters: some thousand of them, repeated."""
-    import jax
-    import jax.numpy as jnp
-
-    base = 0.02 * jax.random.normal(jax.random.key(0), (65537,))
-    return jax.jit(lambda: jax.tree.map(lambda s: jnp.resize(base, s.shape).astype(dtype), shapes))()
-
-
 def unet_inputs(model: Any, batch: int) -> dict[str, tuple[int, ...]]:
     """Shapes of what a UNet is given, in jaxdiff's layout."""
     config = model.unet.config
@@ -110,6 +101,7 @@ def jaxdiff_call(case: Case, small: bool) -> tuple[Callable[[], object], Callabl
     import optax
 
     import jaxdiff
+    from benchmarks.gpu_figures import random_like
     from jaxdiff.models.model import apply
 
     def peak() -> float:
@@ -117,11 +109,11 @@ def jaxdiff_call(case: Case, small: bool) -> tuple[Callable[[], object], Callabl
 
     model, shapes = model_of(case.family, small)
     if not case.train:
-        params = random_params(shapes, "bfloat16")
+        params = jax.jit(lambda: random_like(shapes, "bfloat16"))()
         side = {} if small else {"height": SIDES[case.family], "width": SIDES[case.family]}
         settings: Any = {"steps": STEPS, "guidance_scale": GUIDANCE, "scheduler": "dpmpp_2m", **side}
         return lambda: jaxdiff.generate(model, params, [PROMPT] * case.batch, seed=0, **settings), peak
-    params = random_params({"unet": shapes["unet"]}, "float32")
+    params = jax.jit(lambda: random_like({"unet": shapes["unet"]}, "float32"))()
     inputs = {name: jnp.ones(shape) for name, shape in unet_inputs(model, case.batch).items()}
     optimizer = optax.adamw(1e-5)
 

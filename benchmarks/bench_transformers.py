@@ -10,7 +10,6 @@ gigabytes of memory, both libraries together. `--small` takes a narrow network, 
 
 import argparse
 import dataclasses
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from benchmarks.bench_sd15 import COMPILING, compiling, matmul_rate, seconds
+from benchmarks.bench_sd15 import compare, matmul_rate, watch_compiling
 from jaxdiff.io.torch_names import from_torch_layout, tensor_name
 from jaxdiff.io.transformer_layout import COUNTS
 from jaxdiff.models.model import FAMILIES, MODULES
@@ -82,18 +81,7 @@ def build_steps(config: Any, batch: int, side: int, text: int) -> tuple[Callable
 def measure(name: str, config: Any, args: argparse.Namespace, rate: float) -> None:
     """Print one line of the table."""
     ours, theirs, compiled = build_steps(config, args.batch, args.side, args.text)
-    outputs: list = [None, None]
-
-    def turn(i: int, function: Callable) -> float:
-        def run() -> None:
-            outputs[i] = jax.block_until_ready(function())
-
-        return seconds(run)
-
-    rounds = [(turn(0, ours), turn(1, theirs)) for _ in range(1 + args.repeats)][1:]
-    output_ours, output_theirs = map(np.asarray, outputs)
-    error = np.linalg.norm(output_ours - output_theirs) / np.linalg.norm(output_theirs)
-    a, b = (statistics.median(r) for r in zip(*rounds, strict=True))
+    a, b, error = compare(ours, theirs, args.repeats)
     flops = compiled.cost_analysis()["flops"]
     share = f"{flops / 1e9:.0f} GFLOP, {flops / a / rate:.0%} of {rate / 1e9:.0f} GFLOP/s"
     print(f"| {name}, depth {args.depth} | {a:.3g} s | {b:.3g} s | {a / b:.2f} | {error:.1e} | {share} |", flush=True)
@@ -109,9 +97,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **_: compiling.append(duration) if event == COMPILING else None
-    )
+    watch_compiling()
     rate = matmul_rate(256 if args.small else 4096)
     with torch.no_grad():
         for name in args.models:

@@ -85,22 +85,23 @@ def by_filter(kind: Image.Resampling) -> Enlarge:
     return lambda x: np.asarray(Image.fromarray(x).resize((SCALE * x.shape[1], SCALE * x.shape[0]), kind))
 
 
-def psnr(x: np.ndarray, y: np.ndarray) -> float:
-    error = ((x.astype(np.float64) - y) ** 2).mean()
-    return float(10 * np.log10(255**2 / max(error, 1e-10)))
+def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each pair of images [N, H, W, 3], in decibels: [N]."""
+    error = np.mean((x.astype(np.float64) - y) ** 2, (1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
 
 
-def ssim(x: np.ndarray, y: np.ndarray) -> float:
-    """Structural similarity (Wang et al. 2004) of RGB images, in a Gaussian window of deviation 1.5."""
+def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Structural similarity of each pair [N, H, W, 3] in a Gaussian window of deviation 1.5 (Wang et al. 2004): [N]."""
     x, y = x.astype(np.float64), y.astype(np.float64)
 
     def mean(values: np.ndarray) -> np.ndarray:
-        return gaussian_filter(values, (1.5, 1.5, 0), truncate=3.5)
+        return gaussian_filter(values, (0, 1.5, 1.5, 0), truncate=3.5)
 
     mx, my = mean(x), mean(y)
     vx, vy, both = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
     a, b = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return float((((2 * mx * my + a) * (2 * both + b)) / ((mx**2 + my**2 + a) * (vx + vy + b))).mean())
+    return ((2 * mx * my + a) * (2 * both + b) / ((mx**2 + my**2 + a) * (vx + vy + b))).mean((1, 2, 3))
 
 
 def distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -146,8 +147,7 @@ def main() -> None:
             start = time.perf_counter()
             enlarged = np.stack([enlarge(x) for x in small])
             seconds = (time.perf_counter() - start) / (images[..., 0].size / 1e6)
-            quality = [(psnr(x, y), ssim(x, y)) for x, y in zip(enlarged, images, strict=True)]
-            values = f"{np.mean([q[0] for q in quality]):.2f} | {np.mean([q[1] for q in quality]):.4f}"
+            values = f"{psnr(enlarged, images).mean():.2f} | {ssim(enlarged, images).mean():.4f}"
             print(
                 f"| {Path(folder).name} | {name} | {values} | {distance(enlarged, images):.4f} | {seconds:.2f} |",
                 flush=True,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxdiff
+from benchmarks.bench_upscale import psnr
 from benchmarks.judge_drawings import images_of, read, rows, sample_rows
 from benchmarks.judge_features import Images, features
 from benchmarks.judge_measures import share
@@ -28,12 +29,6 @@ def reconstruct(model, params, images: Images) -> Images:
     padded = np.concatenate([images, images[: -len(images) % BATCH]])
     parts = [autoencode(params, padded[i : i + BATCH]) for i in range(0, len(padded), BATCH)]
     return np.concatenate(parts)[: len(images)].astype(np.uint8)
-
-
-def psnr(first: Images, second: Images) -> np.ndarray:
-    """Peak signal-to-noise ratio of each pair, in decibels: [N]."""
-    error = np.mean((first.astype(np.float64) - second) ** 2, (1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
 
 
 def reconstructions(model, params, judge: Judge, data: Path) -> dict:

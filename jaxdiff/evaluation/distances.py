@@ -122,7 +122,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 def kernel_sums(
     x: np.ndarray, y: np.ndarray, in_x: np.ndarray, in_y: np.ndarray, num_blocks: int, bandwidth: float
 ) -> np.ndarray:
-    """The sum of k (equation 2) over all pairs of a block of x and a block of y: float64 [count, count].
+    """The sum of k (equation 2) over all pairs of a block of x and a block of y: float64 [num_blocks, num_blocks].
 
     Args:
         x, y: [N, D], [M, D].
@@ -157,11 +157,16 @@ def kernel_estimate(
     n, m = (np.bincount(blocks, minlength=num_blocks) for blocks in (in_x, in_y))
 
     def statistic(block_ids: Sequence[int]) -> float:
-        pick, a, b = np.ix_(block_ids, block_ids), n[block_ids].sum(), m[block_ids].sum()
-        within = (within_x[pick].sum() - a) / (a * (a - 1)) + (within_y[pick].sum() - b) / (b * (b - 1))
-        return float(within - 2 * between[pick].sum() / (a * b))
+        pick = np.ix_(block_ids, block_ids)
+        sums = (within_x[pick].sum(), within_y[pick].sum(), between[pick].sum())
+        return mmd(*sums, n[block_ids].sum(), m[block_ids].sum())
 
     return jackknife(statistic, num_blocks)
+
+
+def mmd(within_x: float, within_y: float, between: float, n: int, m: int) -> float:
+    """The unbiased estimate of MMD² from the sums of k over all pairs of n and m features, where k(a, a) = 1."""
+    return float((within_x - n) / (n * (n - 1)) + (within_y - m) / (m * (m - 1)) - 2 * between / (n * m))
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray, bandwidth: float = BANDWIDTH) -> float:
@@ -182,5 +187,4 @@ def kernel_distance(x: np.ndarray, y: np.ndarray, bandwidth: float = BANDWIDTH) 
         kernel_sums(a, b, np.zeros(len(a), int), np.zeros(len(b), int), 1, bandwidth)[0, 0]
         for a, b in ((x, x), (y, y), (x, y))
     ]
-    n, m = len(x), len(y)
-    return float((sums[0] - n) / (n * (n - 1)) + (sums[1] - m) / (m * (m - 1)) - 2 * sums[2] / (n * m))
+    return mmd(*sums, len(x), len(y))

@@ -189,7 +189,7 @@ NETWORK_TILE = 256  # pixels along a side of a tile of the upscaler's input; nei
 
 
 def enlarge_with_network(model: Model, params: Params, images: Any, min_height: int) -> Any:
-    """Images [B, H, W, 3] in [0, 1] through the model's upscaler until their height is `least` or more, in tiles."""
+    """Images [B, H, W, 3] in [0, 1] through the upscaler, in tiles, until they are `min_height` high or more."""
     net = model.upscaler
     assert net is not None
     scale, multiple = net.config.scale, net.config.unshuffle

@@ -97,7 +97,7 @@ def check_upscale(module: RRDBNet, height: int, width: int, scale: float) -> Non
 
 
 def passes(network_scale: int, scale: float) -> int:
-    """How often a network of scale `own` must be applied to enlarge by at least `scale`.
+    """How often a network of scale `network_scale` must be applied to enlarge by at least `scale`.
 
     >>> passes(4, 2), passes(4, 4), passes(4, 4.5), passes(2, 8)
     (1, 1, 2, 3)

@@ -4,7 +4,6 @@ https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Fields without
 the warnings of an answer's info.
 """
 
-import contextlib
 import datetime
 import json
 import time
@@ -174,15 +173,14 @@ def progress_state(job: Job | None, count: int, preview: str | None) -> dict[str
     }
     remaining = 0.0
     if job is not None and fraction:
-        with contextlib.suppress(ZeroDivisionError):
-            remaining = (time.monotonic() - job.since) * (1 - fraction) / fraction
+        remaining = (time.monotonic() - job.since) * (1 - fraction) / fraction
     return {"progress": fraction, "eta_relative": remaining, "state": state, "current_image": preview, "textinfo": None}
 
 
 def generation_info(
     service: Service, job: Job, finished: list[int], warnings: list[str], start_time: float
 ) -> dict[str, Any]:
-    """What an answer says of its images; `finished` are the numbers of those that were finished."""
+    """The info of an answer; `finished` holds the indices of the finished images."""
     flag_sets = [service.metadata(job, i) for i in finished]
     request = job.request
     return {

@@ -96,10 +96,6 @@ def text_at(parts: Parts, step: int, steps: int, stage: int = 0) -> str:
     return "".join(map(text, parts))
 
 
-def _as_text(part: str | Switch | Cycle) -> str | Switch | Cycle:
-    return str(part) if isinstance(part, _Separator) else part
-
-
 def _join(parts: Iterable) -> Parts:
     """Join neighbouring texts, and drop empty ones."""
     joined: list[str | Switch | Cycle] = []
@@ -107,7 +103,7 @@ def _join(parts: Iterable) -> Parts:
         if isinstance(part, str) and joined and isinstance(joined[-1], str):
             joined[-1] = joined[-1] + part
         elif part != "":
-            joined.append(_as_text(part))
+            joined.append(str(part) if isinstance(part, _Separator) else part)
     return tuple(joined)
 
 
