@@ -39,9 +39,9 @@ def from_ncnn(path: Path) -> dict[str, np.ndarray]:
 
     def take(kind: type, count: int) -> np.ndarray:
         nonlocal offset
-        tensors = np.frombuffer(data, kind, count, offset)
-        offset += -(-tensors.nbytes // 4) * 4
-        return tensors
+        values = np.frombuffer(data, kind, count, offset)
+        offset += -(-values.nbytes // 4) * 4
+        return values
 
     def convolution(inside: int, outside: int) -> tuple[np.ndarray, np.ndarray]:
         kind = {HALF: np.float16, 0: np.float32}[int(take(np.uint32, 1)[0])]

@@ -93,10 +93,8 @@ def draw(column: Column, requests: Sequence[Request], folder: Path, batch: int) 
 
     def generate(batch_requests: Sequence[Request]) -> np.ndarray:
         full = [*batch_requests, *[batch_requests[-1]] * (batch - len(batch_requests))]
-        seeds = [request.seed for request in full]
-        return jaxdiff.generate(model, params, [request.prompt for request in full], seed=seeds, **options)[
-            : len(batch_requests)
-        ]
+        prompts, seeds = [request.prompt for request in full], [request.seed for request in full]
+        return jaxdiff.generate(model, params, prompts, seed=seeds, **options)[: len(batch_requests)]
 
     generate(requests[:batch])  # compiles
     images, wall, cpu = [], time.perf_counter(), time.process_time()
@@ -165,9 +163,8 @@ def grid(folders: Sequence[Path], labels: Sequence[str], requests: Sequence[Requ
     shown_prompts = list({request.prompt: i for i, request in reversed(list(enumerate(requests)))}.items())[::-1][:rows]
     height, width = read_image(folders[0] / "0000.png").shape[:2]
     row_height, column_width = height + LABEL + GAP, width + GAP
-    canvas = Image.new(
-        "RGB", (column_width * len(folders) + GAP, row_height * len(shown_prompts) + LABEL + GAP), "white"
-    )
+    size = column_width * len(folders) + GAP, row_height * len(shown_prompts) + LABEL + GAP
+    canvas = Image.new("RGB", size, "white")
     drawing, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=10)
     for x, (folder, label) in enumerate(zip(folders, labels, strict=True)):
         drawing.text((GAP + x * column_width, 0), label, "black", font)

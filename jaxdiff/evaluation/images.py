@@ -144,7 +144,7 @@ def find_images(folder: Path, lines: Sequence[PromptLine] | None) -> Images:
     if metadata and lines is not None:
         raise ConfigError(f"--prompts: the images of {folder} have theirs in its {metadata[0]}: leave --prompts out.")
     if metadata or (lines is None and has_text_files(folder)):
-        captioned = [next(repeats) for _, repeats in itertools.groupby(examples(folder, "."), id)]  # repeats count once
+        captioned = [next(group) for _, group in itertools.groupby(examples(folder, "."), id)]  # repeats count once
         seeds = tuple(s if isinstance(s := e.extras.get("seed"), int) else None for e in captioned)
         return Images(str(folder), tuple(e.path for e in captioned), tuple(e.captions[0] for e in captioned), seeds)
     paths = image_files(folder)

@@ -63,14 +63,13 @@ def denoiser(
         scalar or [B]. With `uncond`, both predictions are made in one batch of 2 B.
     """
     schedule = noise_schedule(model.scheduler)
-    copies = 1 if uncond is None else 2
     if model.family == "z_image":  # c + g (c - u), as its pipeline has it
         guidance_scale = 1.0 + jnp.asarray(guidance_scale)
     guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, pag_scale)
     hints = [in_unit(x) for x in control_images]
 
     def repeat(x: Array) -> Array:
-        return jnp.concatenate([x] * copies)
+        return jnp.concatenate([x] * (1 if uncond is None else 2))
 
     def denoise(x: Array, time: Time | Array | float) -> Array:
         time = time if isinstance(time, Time) else at(schedule, time)

@@ -27,14 +27,8 @@ CALL_ARGUMENTS = (
     "hires_strength", "hires_upscale",
 )  # fmt: skip
 IMAGE_ARGUMENTS = (
-    "guidance_scale",
-    "guidance_rescale",
-    "pag_scale",
-    "image",
-    "mask",
-    "control_images",
-    "controlnet_scale",
-)
+    "guidance_scale", "guidance_rescale", "pag_scale", "image", "mask", "control_images", "controlnet_scale",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -72,9 +72,8 @@ def expand(
         number = str(count) if count < 10**12 else "over a million million"
         raise PromptError(f"The prompt stands for {number} prompts, more than {limit}: leave out alternatives.")
     alternatives = [_all_texts([part]) for part in parts]
-    return Expansion(
-        ["".join(texts) for texts in itertools.product(*alternatives)], [p for p in alternatives if len(p) > 1]
-    )
+    prompts = ["".join(texts) for texts in itertools.product(*alternatives)]
+    return Expansion(prompts, [texts for texts in alternatives if len(texts) > 1])
 
 
 def _parse(prompt: str, wildcard: Callable[[str], list[str]]) -> list[str | _Choice]:
