@@ -183,8 +183,8 @@ def kernel_distance(x: np.ndarray, y: np.ndarray, bandwidth: float = BANDWIDTH) 
     >>> round(kernel_distance(x, x + 100, bandwidth=1.0), 6)  # twice the mean of exp(-1/2), exp(-1/2) and exp(-2)
     0.898931
     """
-    sums = [
+    within_x, within_y, between = (
         kernel_sums(a, b, np.zeros(len(a), int), np.zeros(len(b), int), 1, bandwidth)[0, 0]
         for a, b in ((x, x), (y, y), (x, y))
-    ]
-    return mmd(*sums, len(x), len(y))
+    )
+    return mmd(within_x, within_y, between, len(x), len(y))
