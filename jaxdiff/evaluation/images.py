@@ -56,7 +56,7 @@ def image_requests(
 ) -> list[ImageRequest]:
     """The images to draw, prompt by prompt. As in sample.py, seeds count up over all images, or from a line's own seed.
 
-    >>> [w.seed for w in wanted([PromptLine("a"), PromptLine("b", seed=7)], 2, 3)]
+    >>> [w.seed for w in image_requests([PromptLine("a"), PromptLine("b", seed=7)], 2, 3)]
     [3, 4, 7, 8]
     """
     requests: list[ImageRequest] = []

@@ -11,7 +11,7 @@ from jaxdiff.evaluation.measures import Row
 def format_estimate(estimate: Estimate | None) -> str:
     """A value rounded to two digits of its error.
 
-    >>> shown(Estimate(0.51234, 0.0123, 8)), shown(Estimate(12.5, None, 1)), shown(None)
+    >>> format_estimate(Estimate(0.51234, 0.0123, 8)), format_estimate(Estimate(12.5, None, 1)), format_estimate(None)
     ('0.512 ± 0.012', '12.5', '')
     """
     if estimate is None:
