@@ -57,15 +57,6 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def random_params(shapes: Any, dtype: str) -> Any:
-    """Small random numbers in place of parameters: some thousand of them, repeated."""
-    import jax
-    import jax.numpy as jnp
-
-    base = 0.02 * jax.random.normal(jax.random.key(0), (65537,))
-    return jax.jit(lambda: jax.tree.map(lambda s: jnp.resize(base, s.shape).astype(dtype), shapes))()
-
-
 def unet_inputs(model: Any, batch: int) -> dict[str, tuple[int, ...]]:
     """Shapes of what a UNet is given, in jaxdiff's layout."""
     config = model.unet.config
@@ -103,13 +94,14 @@ def flop(model: Any, shapes: Any, case: Case) -> float:
     return STEPS * count(predict, shapes, *ones(2 * case.batch)) + decoding
 
 
-def ours(case: Case, small: bool) -> tuple[Callable[[], object], Callable[[], float]]:
+def jaxdiff_call(case: Case, small: bool) -> tuple[Callable[[], object], Callable[[], float]]:
     """A call of jaxdiff that waits for its result, and the peak of memory in bytes."""
     import jax
     import jax.numpy as jnp
     import optax
 
     import jaxdiff
+    from benchmarks.gpu_figures import random_like
     from jaxdiff.models.model import apply
 
     def peak() -> float:
@@ -117,11 +109,11 @@ def ours(case: Case, small: bool) -> tuple[Callable[[], object], Callable[[], fl
 
     model, shapes = model_of(case.family, small)
     if not case.train:
-        params = random_params(shapes, "bfloat16")
+        params = jax.jit(lambda: random_like(shapes, "bfloat16"))()
         side = {} if small else {"height": SIDES[case.family], "width": SIDES[case.family]}
         settings: Any = {"steps": STEPS, "guidance_scale": GUIDANCE, "scheduler": "dpmpp_2m", **side}
         return lambda: jaxdiff.generate(model, params, [PROMPT] * case.batch, seed=0, **settings), peak
-    params = random_params({"unet": shapes["unet"]}, "float32")
+    params = jax.jit(lambda: random_like({"unet": shapes["unet"]}, "float32"))()
     inputs = {name: jnp.ones(shape) for name, shape in unet_inputs(model, case.batch).items()}
     optimizer = optax.adamw(1e-5)
 
@@ -142,7 +134,7 @@ def ours(case: Case, small: bool) -> tuple[Callable[[], object], Callable[[], fl
     return train, peak
 
 
-def theirs(case: Case, small: bool) -> tuple[Callable[[], object], Callable[[], float]]:
+def diffusers_call(case: Case, small: bool) -> tuple[Callable[[], object], Callable[[], float]]:
     """The same of PyTorch diffusers."""
     import diffusers
     import torch
@@ -190,17 +182,17 @@ def theirs(case: Case, small: bool) -> tuple[Callable[[], object], Callable[[], 
         ((model.text_encoder, CLIPTextModel), (model.text_encoder_2, CLIPTextModelWithProjection)), 1
     ):
         if encoder is not None:
-            end = "" if n == 1 else "_2"
+            suffix = "" if n == 1 else "_2"
             config = CLIPTextConfig(**encoder.config.to_dict())
-            parts[f"text_encoder{end}"] = cls(config).to(device, dtype).eval()
+            parts[f"text_encoder{suffix}"] = cls(config).to(device, dtype).eval()
             if small:
                 model.tokenizer.save(folder := f"/tmp/bench_gpu_{os.getpid()}")
-            parts[f"tokenizer{end}"] = CLIPTokenizer.from_pretrained(folder if small else BUNDLED / "clip_tokenizer")
+            parts[f"tokenizer{suffix}"] = CLIPTokenizer.from_pretrained(folder if small else BUNDLED / "clip_tokenizer")
     if case.family == "sdxl":
         pipe: Any = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
     else:
-        more: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipe = diffusers.StableDiffusionPipeline(**parts, **more)
+        options: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = diffusers.StableDiffusionPipeline(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet, pipe.vae.decode = torch.compile(unet), torch.compile(vae.decode)
     settings: Any = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "np"}
@@ -217,16 +209,16 @@ def measure(library: str, cases: list[str], small: bool, end: float) -> Iterator
         if time.time() > end:
             return
         case = Case.parse(text)
-        call, peak = (ours if library == "jaxdiff" else theirs)(case, small)
+        call, peak = (jaxdiff_call if library == "jaxdiff" else diffusers_call)(case, small)
         first = seconds(call)
-        took = [seconds(call)]
-        while len(took) < 5 and sum(took) < 10:
-            took.append(seconds(call))
-        best = min(took)
+        times = [seconds(call)]
+        while len(times) < 5 and sum(times) < 10:
+            times.append(seconds(call))
+        best = min(times)
         yield {"case": text, "images/s": case.batch / best, "GB": peak() / 1e9, "first s": first - best}
 
 
-def child(library: str, args: argparse.Namespace, share: float) -> dict[str, dict[str, Any]]:
+def run_child(library: str, args: argparse.Namespace, share: float) -> dict[str, dict[str, Any]]:
     """What a library measures in a process of its own, by case."""
     command = [sys.executable, "-m", "benchmarks.bench_gpu", "--library", library, "--cases", *args.cases]
     command += ["--seconds", str(share), *(["--small"] if args.small else [])]
@@ -252,17 +244,17 @@ def main() -> None:
         for row in measure(args.library, args.cases, args.small, time.time() + args.seconds):
             print(json.dumps(row), flush=True)
     else:
-        limits = child("limits", args, args.seconds)
-        found = {library: child(library, args, args.seconds / 2) for library in LIBRARIES}
+        limits = run_child("limits", args, args.seconds)
+        results = {library: run_child(library, args, args.seconds / 2) for library in LIBRARIES}
         print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
         for text in args.cases:
             cells, rates = [], []
-            for rows in found.values():
+            for rows in results.values():
                 row = rows.get(text)
                 rates.append(row["images/s"] if row else float("nan"))
                 share = rates[-1] / Case.parse(text).batch * limits[text]["FLOP"] / limits["product"]["rate"]
-                more = [f"{share:.2f}", f"{row['GB']:.1f}", f"{row['first s']:.0f}"] if row else ["", "", ""]
-                cells += [f"{rates[-1]:.3g}", *more]
+                details = [f"{share:.2f}", f"{row['GB']:.1f}", f"{row['first s']:.0f}"] if row else ["", "", ""]
+                cells += [f"{rates[-1]:.3g}", *details]
             print("| " + " | ".join([text, *cells, f"{rates[0] / rates[1]:.2f}"]) + " |", flush=True)
 
 

@@ -61,9 +61,9 @@ def write(root: Path, images: list[bytes]) -> dict[str, Path]:
     return paths
 
 
-def alone(path: Path, **how: int) -> float:
+def loader_rate(path: Path, **options: int) -> float:
     """Images a second of the loader alone, in the second epoch."""
-    data = captioned_data(open_source(path), BATCH, SIDE, seed=0, **how)
+    data = captioned_data(open_source(path), BATCH, SIDE, seed=0, **options)
     batches, count = iter(data), data.size // BATCH
     for _ in range(count):
         next(batches)
@@ -75,21 +75,21 @@ def alone(path: Path, **how: int) -> float:
     return count * BATCH / seconds
 
 
-def waiting(path: Path, threads: int) -> tuple[float, float]:
+def encoder_wait(path: Path, threads: int) -> tuple[float, float]:
     """(seconds of a step, share of them spent waiting for its batch)."""
     model, params = jaxdiff.load("icons")
     encode = jax.jit(lambda params, x: jaxdiff.encode(model, params, x / 255.0).sum())
     batches = iter(captioned_data(open_source(path), BATCH, SIDE, seed=0, threads=threads))
     jax.block_until_ready(encode(params, next(batches)["image"].astype(np.float32)))
-    waited, start = 0.0, time.perf_counter()
+    wait_time, start = 0.0, time.perf_counter()
     for _ in range(STEPS):
         before = time.perf_counter()
         images = next(batches)["image"]
-        waited += time.perf_counter() - before
+        wait_time += time.perf_counter() - before
         jax.block_until_ready(encode(params, images.astype(np.float32)))
     seconds = time.perf_counter() - start
     batches.close()
-    return seconds / STEPS, waited / seconds
+    return seconds / STEPS, wait_time / seconds
 
 
 def main() -> None:
@@ -102,8 +102,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as root:
         for kind, path in write(Path(root), images).items():
-            rates = [f"{alone(path, threads=n):.0f}" for n in (1, 2, 8)]
-            seconds, share = waiting(path, threads=8)
+            rates = [f"{loader_rate(path, threads=n):.0f}" for n in (1, 2, 8)]
+            seconds, share = encoder_wait(path, threads=8)
             print(f"| {kind} | {' | '.join(rates)} | {seconds:.2f} s | {share:.1%} |", flush=True)
 
 

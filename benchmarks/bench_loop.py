@@ -10,7 +10,7 @@ bare one right before and right after it, and a machine that is slower for a whi
     overhead of a block = (its time - the mean of the bare blocks around it) / its time
 
 A block ends when the devices are done and no checkpoint is being written any more; so what a checkpoint costs, blocking
-or not, counts. Told are the median of blocks without a checkpoint, what a checkpoint adds, and both together for one
+or not, counts. It prints the median of blocks without a checkpoint, what a checkpoint adds, and both together for one
 checkpoint in `checkpoint_every` steps. Then `fit` runs with a step that computes nothing: what is left is the loop.
 """
 
@@ -70,8 +70,8 @@ def model_of(side: int, channels: int) -> Model:
     return build(text_config(), unet, dataclasses.replace(VAE, sample_size=side), tokenizer(), SCHEDULER)
 
 
-class Watched:
-    """A compiled step that remembers what it gave last."""
+class RecordingStep:
+    """A compiled step that keeps its latest metrics."""
 
     def __init__(self, step: Any) -> None:
         self._step, self.lower, self.metrics = step, step.lower, None
@@ -82,32 +82,32 @@ class Watched:
 
 
 class Blocks:
-    """Times blocks of steps of `fit`, seen through the stage's `prepare`, and `between` them something else.
+    """Times blocks of steps of `fit` from within the stage's `prepare`, and calls `between` after each block.
 
     Attributes:
-        stage: to be trained.
+        stage: the stage to train.
         times: (first step, seconds) of each block.
     """
 
-    def __init__(self, stage: Stage, step: Watched, size: int, between: Callable[[], None]) -> None:
+    def __init__(self, stage: Stage, step: RecordingStep, size: int, between: Callable[[], None]) -> None:
         self.times: list[tuple[int, float]] = []
         self.stage = stage._replace(prepare=self._prepare)
-        self._real, self._step, self._size, self._between = stage.prepare, step, size, between
-        self._made, self._began = 0, 0.0
+        self._prepare_batch, self._step, self._size, self._between = stage.prepare, step, size, between
+        self._num_batches, self._block_start = 0, 0.0
         self.checkpoints: Checkpoints | None = None
 
     def _prepare(self, batch: Any) -> Any:
         """Called by `fit` with each batch that it has read."""
-        if self._made >= FIRST and (self._made - FIRST) % self._size == 0:
+        if self._num_batches >= FIRST and (self._num_batches - FIRST) % self._size == 0:
             jax.block_until_ready(self._step.metrics)
             if self.checkpoints is not None:
                 self.checkpoints.wait()
-            if self._made > FIRST:
-                self.times.append((self._made - self._size, time.perf_counter() - self._began))
+            if self._num_batches > FIRST:
+                self.times.append((self._num_batches - self._size, time.perf_counter() - self._block_start))
             self._between()
-            self._began = time.perf_counter()
-        self._made += 1
-        return self._real(batch)
+            self._block_start = time.perf_counter()
+        self._num_batches += 1
+        return self._prepare_batch(batch)
 
 
 def main() -> None:
@@ -127,17 +127,17 @@ def main() -> None:
         work = Path(folder)
         data = write_images(work, args.side)
 
-        def batches() -> Any:
+        def training_data() -> Any:
             return captioned_data(data, args.batch, args.side, seed=0, threads=2)
 
         trained = {k: params[k] for k in stage.trainable}
         frozen = parallel.put_global({k: v for k, v in params.items() if k not in trained}, parallel.replicated(mesh))
         state = init_state(trained, optimizer(options), mesh)
         step = make_train_step(stage.loss, options, mesh, state)
-        batch = parallel.global_batch(mesh, stage.prepare(next(iter(batches()))))
+        batch = parallel.global_batch(mesh, stage.prepare(next(iter(training_data()))))
         bare: list[float] = []
 
-        def make_bare() -> None:
+        def run_bare_block() -> None:
             nonlocal state
             start = time.perf_counter()
             for _ in range(args.block):
@@ -145,47 +145,50 @@ def main() -> None:
             jax.block_until_ready(state)
             bare.append(time.perf_counter() - start)
 
-        def run(name: str, step: Watched, between: Callable[[], None]) -> Blocks:
+        def run(name: str, step: RecordingStep, between: Callable[[], None]) -> Blocks:
             loop.make_train_step = lambda *_: step  # type: ignore[attr-defined]
             blocks = Blocks(stage, step, args.block, between)
             save = Checkpoints.save
 
-            def seen(self: Checkpoints, *rest: Any) -> None:
+            def save_and_record(self: Checkpoints, *args: Any) -> None:
                 blocks.checkpoints = self
-                save(self, *rest)
+                save(self, *args)
 
-            Checkpoints.save = seen  # type: ignore[method-assign]
+            Checkpoints.save = save_and_record  # type: ignore[method-assign]
             try:
-                fit(blocks.stage, params, batches(), options, work / name, mesh=mesh)
+                fit(blocks.stage, params, training_data(), options, work / name, mesh=mesh)
             finally:
                 Checkpoints.save = save  # type: ignore[method-assign]
             return blocks
 
-        make_bare()  # compiles
+        run_bare_block()  # compiles
         bare.clear()
-        times = run("run", Watched(step), make_bare).times
-        alone = run("idle", Watched(idle_step), lambda: None).times
+        times = run("run", RecordingStep(step), run_bare_block).times
+        idle_times = run("idle", RecordingStep(idle_step), lambda: None).times
         size = sum(p.stat().st_size for p in (work / "run" / "checkpoints").rglob("*") if p.is_file()) / 2**20
 
-    around = [(a + b) / 2 for a, b in itertools.pairwise(bare)]
-    found = [(any(s % every == 0 for s in range(first + 1, first + args.block + 1)), t, b)
-             for (first, t), b in zip(times, around, strict=True)]  # fmt: skip
-    plain = [(t - b) / t for saved, t, b in found if not saved]
+    bare_means = [(a + b) / 2 for a, b in itertools.pairwise(bare)]
+    timings = [(any(s % every == 0 for s in range(first + 1, first + args.block + 1)), t, b)
+             for (first, t), b in zip(times, bare_means, strict=True)]  # fmt: skip
+    overheads = [(t - b) / t for saved, t, b in timings if not saved]
     step_time = statistics.median(bare) / args.block
-    share = statistics.median(plain)
-    saving = statistics.median(t - b for saved, t, b in found if saved) - share * statistics.median(
-        t for saved, t, _ in found if not saved
+    share = statistics.median(overheads)
+    checkpoint_cost = statistics.median(t - b for saved, t, b in timings if saved) - share * statistics.median(
+        t for saved, t, _ in timings if not saved
     )
-    every_so_often = saving / (args.checkpoint_every * step_time)
+    checkpoint_share = checkpoint_cost / (args.checkpoint_every * step_time)
     count = sum(x.size for x in jax.tree.leaves(trained))
     print(f"{count / 1e6:.1f} million parameters, {size / 2:.0f} MB a checkpoint, batch {args.batch}")
     print(f"bare step {1e3 * step_time:.2f} ms; slowest block of them / fastest {max(bare) / min(bare):.2f}")
     print(f"overhead without checkpoints: {100 * share:+.2f}% (median; each block: ", end="")
-    print(", ".join(f"{100 * x:+.1f}" for x in plain) + ")")
-    print(f"a checkpoint adds {1e3 * saving:.0f} ms, written in the background until done")
-    print(f"overhead with a checkpoint every {args.checkpoint_every} steps: {100 * (share + every_so_often):+.2f}%")
-    own = statistics.median(t for _, t in alone) / args.block
-    print(f"fit with a step that computes nothing: {1e3 * own:.2f} ms a step = {100 * own / step_time:.1f}% of a step")
+    print(", ".join(f"{100 * x:+.1f}" for x in overheads) + ")")
+    print(f"a checkpoint adds {1e3 * checkpoint_cost:.0f} ms, written in the background until done")
+    print(f"overhead with a checkpoint every {args.checkpoint_every} steps: {100 * (share + checkpoint_share):+.2f}%")
+    idle_step_time = statistics.median(t for _, t in idle_times) / args.block
+    idle_share = idle_step_time / step_time
+    print(
+        f"fit with a step that computes nothing: {1e3 * idle_step_time:.2f} ms a step = {100 * idle_share:.1f}% of one"
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -57,7 +57,7 @@ def main() -> None:
         x0 = run(params, cond, uncond, jax.tree.map(jnp.asarray, times), scale * noise)
         return np.asarray(x0), np.asarray(decode(params, x0)) * 255
 
-    began = time.monotonic()
+    start_time = time.monotonic()
     reference, images = draw("dpmpp_2m", 1000, "trailing")
 
     def rms(a: np.ndarray) -> float:
@@ -69,13 +69,13 @@ def main() -> None:
     for name in jaxdiff.SCHEDULERS:
         cells = []
         for budget in BUDGETS:
-            x0, drawn = draw(name, steps_of(model.scheduler, name, budget))
+            x0, images_drawn = draw(name, steps_of(model.scheduler, name, budget))
             if name in STOCHASTIC:
                 cells.append(f"{100 * (x0.std() / reference.std() - 1):+.0f} %")
             else:
-                cells.append(f"{rms(x0 - reference):.3f} / {rms(drawn - images):.1f}")
+                cells.append(f"{rms(x0 - reference):.3f} / {rms(images_drawn - images):.1f}")
         print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
-    print(f"\n{time.monotonic() - began:.0f} s")
+    print(f"\n{time.monotonic() - start_time:.0f} s")
 
 
 if __name__ == "__main__":

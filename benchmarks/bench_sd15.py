@@ -115,27 +115,38 @@ def image(model, params, pipe, batch: int, steps: int) -> tuple[Callable, Callab
 
 def load(folder: Path) -> None:
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
-    done = subprocess.run([sys.executable, "-c", LOADING, str(folder)], capture_output=True, text=True, check=True)
-    taken, peak = map(float, done.stdout.split())
-    print(f"| load {size / 1e9:.2f} GB | {taken:.1f} s | | | peak {peak / size:.2f} of the files |", flush=True)
+    process = subprocess.run([sys.executable, "-c", LOADING, str(folder)], capture_output=True, text=True, check=True)
+    load_time, peak = map(float, process.stdout.split())
+    print(f"| load {size / 1e9:.2f} GB | {load_time:.1f} s | | | peak {peak / size:.2f} of the files |", flush=True)
+
+
+def compare(ours: Callable, theirs: Callable, repeats: int, warm_up: int = 1) -> tuple[float, float, float]:
+    """Median seconds of both functions, called in turns, and the relative error of the first one's output."""
+    outputs: list = [None, None]
+
+    def turn(i: int, function: Callable) -> float:
+        def run() -> None:
+            outputs[i] = jax.block_until_ready(function())
+
+        return seconds(run)
+
+    rounds = [(turn(0, ours), turn(1, theirs)) for _ in range(warm_up + repeats)][warm_up:]
+    a, b = (statistics.median(times) for times in zip(*rounds, strict=True))
+    output, reference = map(np.asarray, outputs)
+    return a, b, float(np.linalg.norm(output - reference) / np.linalg.norm(reference))
+
+
+def watch_compiling() -> None:
+    """Record the seconds of each compilation in `compiling`."""
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiling.append(duration) if event == COMPILING else None
+    )
 
 
 def measure(part: Callable, batch: int, args: argparse.Namespace, built: tuple, rate: float) -> None:
     """Print one line of the table."""
     ours, theirs, compiled = part(*built, batch, args.steps)
-    made: list = [None, None]
-
-    def turn(i: int, function: Callable) -> float:
-        def run() -> None:
-            made[i] = jax.block_until_ready(function())
-
-        return seconds(run)
-
-    warm_up = 0 if part is image else 1
-    rounds = [(turn(0, ours), turn(1, theirs)) for _ in range(warm_up + args.repeats)][warm_up:]
-    mine, other = map(np.asarray, made)
-    error = np.linalg.norm(mine - other) / np.linalg.norm(other)
-    a, b = (statistics.median(r) for r in zip(*rounds, strict=True))
+    a, b, error = compare(ours, theirs, args.repeats, warm_up=0 if part is image else 1)
     share = ""
     if compiled is not None:
         flops = compiled.cost_analysis()["flops"]
@@ -153,9 +164,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **_: compiling.append(duration) if event == COMPILING else None
-    )
+    watch_compiling()
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         folder = Path(name)
         pipe = sd15.pipeline(folder)

@@ -47,19 +47,19 @@ class Client:
         self._asked = {"steps": arguments.steps} | ({} if arguments.size is None else {"size": arguments.size})
 
     def ask(self, method: str, path: str, body: dict | None = None) -> Answer:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         headers = {"Content-Type": "application/json"}
         self._connection.request(method, path, None if body is None else json.dumps(body), headers)
         answer = self._connection.getresponse()
-        found = answer.read()
-        return Answer(time.perf_counter() - began, answer.status, found)
+        content = answer.read()
+        return Answer(time.perf_counter() - start_time, answer.status, content)
 
     def draw(self, seed: int) -> Answer:
         body = {"prompt": f"an owl, number {seed}", "seed": seed, **self._asked}
         return self.ask("POST", "/v1/images/generations", body)
 
 
-def started(arguments: argparse.Namespace) -> tuple[subprocess.Popen, str]:
+def start_server(arguments: argparse.Namespace) -> tuple[subprocess.Popen, str]:
     """A server that is ready, and its address."""
     flags = [f"--model={arguments.model}", f"--dtype={arguments.dtype}", f"--batch_size={arguments.batch_size}"]
     flags += [
@@ -77,7 +77,7 @@ def started(arguments: argparse.Namespace) -> tuple[subprocess.Popen, str]:
     return process, address
 
 
-def is_whole(answer: Answer) -> bool:
+def is_valid(answer: Answer) -> bool:
     """Whether an image came."""
     if answer.status != 200:
         return False
@@ -89,44 +89,44 @@ def is_whole(answer: Answer) -> bool:
 
 def draw_all(address: str, arguments: argparse.Namespace, clients: int, images: int, seeds: itertools.count) -> tuple:
     """(seconds in all, answers): so many clients ask for one image after the other, so many in all."""
-    own = threading.local()
+    local = threading.local()
 
     def one(seed: int) -> Answer:
-        if not hasattr(own, "client"):
-            own.client = Client(address, arguments)
-        return own.client.draw(seed)
+        if not hasattr(local, "client"):
+            local.client = Client(address, arguments)
+        return local.client.draw(seed)
 
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(one, itertools.islice(seeds, images)))
-    return time.perf_counter() - began, answers
+    return time.perf_counter() - start_time, answers
 
 
-def alone(arguments: argparse.Namespace) -> dict[int, float]:
+def generate_rates(arguments: argparse.Namespace) -> dict[int, float]:
     """What `generate` draws a second, by batch size. In a process of its own, which gives its memory back."""
     import jaxdiff
 
     model, params = jaxdiff.load(arguments.model, dtype=arguments.dtype)
     params = jaxdiff.replicate(params)
     width, height = (None, None) if arguments.size is None else map(int, arguments.size.split("x"))
-    more = {"steps": arguments.steps, "width": width, "height": height}
-    found, size = {}, 1
+    options = {"steps": arguments.steps, "width": width, "height": height}
+    rates, size = {}, 1
     while size <= arguments.batch_size:
         prompts = [f"an owl, number {i}" for i in range(size)]
-        jaxdiff.generate(model, params, prompts, **more)
-        began, rounds = time.perf_counter(), max(2, ROUNDS // size)
+        jaxdiff.generate(model, params, prompts, **options)
+        start_time, rounds = time.perf_counter(), max(2, ROUNDS // size)
         for i in range(rounds):
-            jaxdiff.generate(model, params, prompts, seed=i, **more)
-        found[size] = rounds * size / (time.perf_counter() - began)
+            jaxdiff.generate(model, params, prompts, seed=i, **options)
+        rates[size] = rounds * size / (time.perf_counter() - start_time)
         size *= 2
-    return found
+    return rates
 
 
-def in_process(arguments: argparse.Namespace) -> dict[int, float]:
+def run_in_process(arguments: argparse.Namespace) -> dict[int, float]:
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(alone, arguments).result()
-    print("generate, images/s: " + ", ".join(f"{rate:.2f} in batches of {size}" for size, rate in found.items()))
-    return found
+        rates = pool.submit(generate_rates, arguments).result()
+    print("generate, images/s: " + ", ".join(f"{rate:.2f} in batches of {size}" for size, rate in rates.items()))
+    return rates
 
 
 def resident(pid: int) -> float:
@@ -139,17 +139,17 @@ def measure_memory(
     process: subprocess.Popen, address: str, arguments: argparse.Namespace, seeds: itertools.count
 ) -> None:
     """Let clients ask for many images, and print the server's memory at the start, in between and at the end."""
-    parts, lost = [], 0
+    parts, failed = [], 0
     print("| images | resident MiB | images/s |\n|---|---|---|")
     print(f"| 0 | {resident(process.pid):.0f} | |", flush=True)
     for part in range(4):
         count = arguments.memory * (part + 1) // 4 - arguments.memory * part // 4
         seconds, answers = draw_all(address, arguments, MEMORY_CLIENTS, count, seeds)
-        lost += sum(not is_whole(answer) for answer in answers)
+        failed += sum(not is_valid(answer) for answer in answers)
         parts.append(resident(process.pid))
         done = arguments.memory * (part + 1) // 4
         print(f"| {done} | {parts[-1]:.0f} | {count / seconds:.2f} |", flush=True)
-    print(f"{parts[-1] - parts[0]:+.0f} MiB from the first quarter to the last; {lost} lost", flush=True)
+    print(f"{parts[-1] - parts[0]:+.0f} MiB from the first quarter to the last; {failed} lost", flush=True)
 
 
 def measure_clients(address: str, arguments: argparse.Namespace, seeds: itertools.count) -> dict[int, float]:
@@ -159,10 +159,10 @@ def measure_clients(address: str, arguments: argparse.Namespace, seeds: itertool
     for clients in arguments.clients:
         images = max(arguments.images, 2 * clients)
         seconds, answers = draw_all(address, arguments, clients, images, seeds)
-        lost = sum(not is_whole(answer) for answer in answers)
+        failed = sum(not is_valid(answer) for answer in answers)
         p50, p99 = np.percentile([answer.seconds for answer in answers], (50, 99))
         rates[clients] = images / seconds
-        print(f"| {clients} | {images} | {rates[clients]:.2f} | {p50:.2f} | {p99:.2f} | {lost} |", flush=True)
+        print(f"| {clients} | {images} | {rates[clients]:.2f} | {p50:.2f} | {p99:.2f} | {failed} |", flush=True)
     return rates
 
 
@@ -177,8 +177,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="of each number of clients; at least two a client")
     parser.add_argument("--memory", type=int, default=1000, help="images while memory is watched; 0 leaves that out")
     arguments = parser.parse_args()
-    before = in_process(arguments)
-    process, address = started(arguments)
+    before = run_in_process(arguments)
+    process, address = start_server(arguments)
     try:
         seeds = itertools.count()
         for count in (1, 4 * arguments.batch_size):  # every batch size is compiled before it is measured
@@ -189,11 +189,11 @@ def main() -> None:
     finally:
         process.terminate()
         print(f"exit code {process.wait(120)}", flush=True)
-    after = in_process(arguments)
+    after = run_in_process(arguments)
     for clients, rate in rates.items():
         size = max(size for size in before if size <= max(1, clients))
-        one, other = before[size], after[size]
-        print(f"{clients} clients: {2 * rate / (one + other):.2f} of generate in batches of {size}")
+        rate_before, rate_after = before[size], after[size]
+        print(f"{clients} clients: {2 * rate / (rate_before + rate_after):.2f} of generate in batches of {size}")
 
 
 if __name__ == "__main__":

@@ -57,13 +57,13 @@ def time_jaxdiff(side: int, steps: int) -> dict:
         return optax.apply_updates(params, updates), opt_state, value
 
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, x, noise, text).compile()
-    taken = []
+    times = []
     for _ in range(steps + 1):
         start = time.perf_counter()
         params, opt_state, value = compiled(params, opt_state, x, noise, text)
         jax.block_until_ready((params, value))
-        taken.append(time.perf_counter() - start)
-    return {"seconds": taken[1:], "flops": compiled.cost_analysis()["flops"], "rate": rate}
+        times.append(time.perf_counter() - start)
+    return {"seconds": times[1:], "flops": compiled.cost_analysis()["flops"], "rate": rate}
 
 
 def time_diffusers(side: int, steps: int) -> dict:
@@ -78,7 +78,7 @@ def time_diffusers(side: int, steps: int) -> dict:
     x, noise, text = inputs(side)
     x, noise, text = to_torch(x), to_torch(noise), torch.from_numpy(text)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE, weight_decay=DECAY)
-    taken = []
+    times = []
     for _ in range(steps + 1):
         start = time.perf_counter()
         loss = ((unet(x, torch.tensor([500]), text).sample - noise) ** 2).mean()
@@ -86,8 +86,8 @@ def time_diffusers(side: int, steps: int) -> dict:
         torch.nn.utils.clip_grad_norm_(unet.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        taken.append(time.perf_counter() - start)
-    return {"seconds": taken[1:]}
+        times.append(time.perf_counter() - start)
+    return {"seconds": times[1:]}
 
 
 LIBRARIES = {"jaxdiff": time_jaxdiff, "diffusers": time_diffusers}
@@ -104,22 +104,21 @@ def main() -> None:
         print(json.dumps(LIBRARIES[args.only](args.side, args.steps)))
         return
     seconds: dict[str, list[float]] = {name: [] for name in LIBRARIES}
-    found: dict = {}
+    results: dict = {}
     for _ in range(args.rounds):
         for name in LIBRARIES:
             command = [sys.executable, "-m", "benchmarks.bench_train", "--only", name]
             command += ["--side", str(args.side), "--steps", str(args.steps)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            result = json.loads(done.stdout.splitlines()[-1])
+            process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = json.loads(process.stdout.splitlines()[-1])
             seconds[name] += result["seconds"]
-            found |= result
+            results |= result
             print(name, [round(s, 2) for s in result["seconds"]], file=sys.stderr, flush=True)
     ours, theirs = (statistics.median(seconds[name]) for name in LIBRARIES)
-    share = (
-        f"{found['flops'] / 1e9:.0f} GFLOP, {found['flops'] / ours / found['rate']:.0%} of {found['rate'] / 1e9:.0f}"
-    )
-    what = f"training step of SD 1.5's UNet, batch 1, {args.side}x{args.side} latents, AdamW"
-    print(f"| {what} | {ours:.2f} s | {theirs:.2f} s | {ours / theirs:.2f} | {share} GFLOP/s |")
+    flops, rate = results["flops"], results["rate"]
+    share = f"{flops / 1e9:.0f} GFLOP, {flops / ours / rate:.0%} of {rate / 1e9:.0f}"
+    description = f"training step of SD 1.5's UNet, batch 1, {args.side}x{args.side} latents, AdamW"
+    print(f"| {description} | {ours:.2f} s | {theirs:.2f} s | {ours / theirs:.2f} | {share} GFLOP/s |")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ gigabytes of memory, both libraries together. `--small` takes a narrow network, 
 
 import argparse
 import dataclasses
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from benchmarks.bench_sd15 import COMPILING, compiling, matmul_rate, seconds
+from benchmarks.bench_sd15 import compare, matmul_rate, watch_compiling
 from jaxdiff.io.torch_names import from_torch_layout, tensor_name
 from jaxdiff.io.transformer_layout import COUNTS
 from jaxdiff.models.model import FAMILIES, MODULES
@@ -51,7 +50,7 @@ def shallow(name: str, depth: int, small: bool) -> Any:
     return dataclasses.replace(config, **changes, **(SMALL[FAMILIES[published.config]] if small else {}))
 
 
-def both(config: Any, batch: int, side: int, text: int) -> tuple[Callable, Callable, Any]:
+def build_steps(config: Any, batch: int, side: int, text: int) -> tuple[Callable, Callable, Any]:
     """A step of each library on the same weights and inputs, [B, h, w, C], and ours compiled."""
     family, rng = FAMILIES[type(config)], np.random.default_rng(0)
     torch.manual_seed(0)
@@ -60,15 +59,15 @@ def both(config: Any, batch: int, side: int, text: int) -> tuple[Callable, Calla
     width = getattr(config, "joint_attention_dim", None) or config.cap_feat_dim
     pooled = getattr(config, "pooled_projection_dim", None)
 
-    def drawn(*shape: int) -> np.ndarray:
+    def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32)
 
-    x, t = drawn(batch, side, side, config.latent_channels), np.full(batch, 500, np.float32)
-    states = drawn(batch, text, width)
-    vector = drawn(batch, pooled) if pooled else None
-    told = np.full(batch, GUIDANCE, np.float32) if getattr(config, "guidance_embeds", False) else None
+    x, t = normal(batch, side, side, config.latent_channels), np.full(batch, 500, np.float32)
+    states = normal(batch, text, width)
+    vector = normal(batch, pooled) if pooled else None
+    guidance = np.full(batch, GUIDANCE, np.float32) if getattr(config, "guidance_embeds", False) else None
     mask = np.ones((batch, text), np.float32) if family == "z_image" else None
-    inputs = (x, t, states, vector, mask, told)
+    inputs = (x, t, states, vector, mask, guidance)
     module = MODULES[type(config)](config)
     shapes = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x)["params"], *inputs)
     tensors = net.state_dict()
@@ -76,24 +75,13 @@ def both(config: Any, batch: int, side: int, text: int) -> tuple[Callable, Calla
         {p: jnp.array(from_torch_layout(p, tensors[tensor_name(p)].numpy())) for p in flatten_dict(shapes)}
     )
     step = jax.jit(lambda params, *x: module.apply({"params": params}, *x)).lower(params, *inputs).compile()
-    return lambda: step(params, *inputs), lambda: velocity(family, net, x, t, states, vector, told), step
+    return lambda: step(params, *inputs), lambda: velocity(family, net, x, t, states, vector, guidance), step
 
 
 def measure(name: str, config: Any, args: argparse.Namespace, rate: float) -> None:
     """Print one line of the table."""
-    ours, theirs, compiled = both(config, args.batch, args.side, args.text)
-    made: list = [None, None]
-
-    def turn(i: int, function: Callable) -> float:
-        def run() -> None:
-            made[i] = jax.block_until_ready(function())
-
-        return seconds(run)
-
-    rounds = [(turn(0, ours), turn(1, theirs)) for _ in range(1 + args.repeats)][1:]
-    mine, other = map(np.asarray, made)
-    error = np.linalg.norm(mine - other) / np.linalg.norm(other)
-    a, b = (statistics.median(r) for r in zip(*rounds, strict=True))
+    ours, theirs, compiled = build_steps(config, args.batch, args.side, args.text)
+    a, b, error = compare(ours, theirs, args.repeats)
     flops = compiled.cost_analysis()["flops"]
     share = f"{flops / 1e9:.0f} GFLOP, {flops / a / rate:.0%} of {rate / 1e9:.0f} GFLOP/s"
     print(f"| {name}, depth {args.depth} | {a:.3g} s | {b:.3g} s | {a / b:.2f} | {error:.1e} | {share} |", flush=True)
@@ -109,9 +97,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **_: compiling.append(duration) if event == COMPILING else None
-    )
+    watch_compiling()
     rate = matmul_rate(256 if args.small else 4096)
     with torch.no_grad():
         for name in args.models:

@@ -35,13 +35,13 @@ Enlarge = Callable[[np.ndarray], np.ndarray]
 
 def from_ncnn(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a network of RRDBNet's layout in ncnn's `.bin`: weights and biases, convolution by convolution."""
-    data, at = path.read_bytes(), 0
+    data, offset = path.read_bytes(), 0
 
     def take(kind: type, count: int) -> np.ndarray:
-        nonlocal at
-        found = np.frombuffer(data, kind, count, at)
-        at += -(-found.nbytes // 4) * 4
-        return found
+        nonlocal offset
+        values = np.frombuffer(data, kind, count, offset)
+        offset += -(-values.nbytes // 4) * 4
+        return values
 
     def convolution(inside: int, outside: int) -> tuple[np.ndarray, np.ndarray]:
         kind = {HALF: np.float16, 0: np.float32}[int(take(np.uint32, 1)[0])]
@@ -58,15 +58,15 @@ def from_ncnn(path: Path) -> dict[str, np.ndarray]:
         "conv_last": (64, 3),
     }
     block = sum(4 + 2 * 9 * i * o + 4 * o for i, o in sizes.values())
-    rest = sum(4 + 2 * 9 * i * o + 4 * o for i, o in ((3, 64), *tail.values()))
-    blocks = (len(data) - rest) // block
+    outer_bytes = sum(4 + 2 * 9 * i * o + 4 * o for i, o in ((3, 64), *tail.values()))
+    blocks = (len(data) - outer_bytes) // block
     names = {"conv_first": (3, 64)}
     names |= {f"body.{n}.{name}": size for n in range(blocks) for name, size in sizes.items()}
-    found = {}
+    tensors = {}
     for name, size in {**names, **tail}.items():
-        found[f"{name}.weight"], found[f"{name}.bias"] = convolution(*size)
-    assert at == len(data), f"{path} is of another layout"
-    return found
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = convolution(*size)
+    assert offset == len(data), f"{path} is of another layout"
+    return tensors
 
 
 def by_network(path: str) -> Enlarge:
@@ -85,22 +85,23 @@ def by_filter(kind: Image.Resampling) -> Enlarge:
     return lambda x: np.asarray(Image.fromarray(x).resize((SCALE * x.shape[1], SCALE * x.shape[0]), kind))
 
 
-def psnr(x: np.ndarray, y: np.ndarray) -> float:
-    error = ((x.astype(np.float64) - y) ** 2).mean()
-    return float(10 * np.log10(255**2 / max(error, 1e-10)))
+def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each pair of images [N, H, W, 3], in decibels: [N]."""
+    error = np.mean((x.astype(np.float64) - y) ** 2, (1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
 
 
-def ssim(x: np.ndarray, y: np.ndarray) -> float:
-    """Structural similarity (Wang et al. 2004) of RGB images, in a Gaussian window of deviation 1.5."""
+def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Structural similarity of each pair [N, H, W, 3] in a Gaussian window of deviation 1.5 (Wang et al. 2004): [N]."""
     x, y = x.astype(np.float64), y.astype(np.float64)
 
     def mean(values: np.ndarray) -> np.ndarray:
-        return gaussian_filter(values, (1.5, 1.5, 0), truncate=3.5)
+        return gaussian_filter(values, (0, 1.5, 1.5, 0), truncate=3.5)
 
     mx, my = mean(x), mean(y)
     vx, vy, both = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
     a, b = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return float((((2 * mx * my + a) * (2 * both + b)) / ((mx**2 + my**2 + a) * (vx + vy + b))).mean())
+    return ((2 * mx * my + a) * (2 * both + b) / ((mx**2 + my**2 + a) * (vx + vy + b))).mean((1, 2, 3))
 
 
 def distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -140,21 +141,20 @@ def main() -> None:
             damage(x) if args.damaged else np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BICUBIC))
             for x in images
         ]
-        shown = [np.stack([x.repeat(SCALE, 0).repeat(SCALE, 1) for x in small])]
+        columns = [np.stack([x.repeat(SCALE, 0).repeat(SCALE, 1) for x in small])]
         for name, enlarge in methods.items():
             enlarge(small[0])  # compiles
             start = time.perf_counter()
-            made = np.stack([enlarge(x) for x in small])
+            enlarged = np.stack([enlarge(x) for x in small])
             seconds = (time.perf_counter() - start) / (images[..., 0].size / 1e6)
-            quality = [(psnr(x, y), ssim(x, y)) for x, y in zip(made, images, strict=True)]
-            values = f"{np.mean([q[0] for q in quality]):.2f} | {np.mean([q[1] for q in quality]):.4f}"
+            values = f"{psnr(enlarged, images).mean():.2f} | {ssim(enlarged, images).mean():.4f}"
             print(
-                f"| {Path(folder).name} | {name} | {values} | {distance(made, images):.4f} | {seconds:.2f} |",
+                f"| {Path(folder).name} | {name} | {values} | {distance(enlarged, images):.4f} | {seconds:.2f} |",
                 flush=True,
             )
-            shown.append(made)
+            columns.append(enlarged)
         picked = np.linspace(0, len(images) - 1, min(args.rows, len(images))).astype(int)
-        rows += [np.concatenate([x[i] for x in [*shown, images]], 1) for i in picked]
+        rows += [np.concatenate([x[i] for x in [*columns, images]], 1) for i in picked]
     if args.sheet:
         print(f"{args.sheet}: small, {', '.join(methods)}, original")
         write_png(args.sheet, np.concatenate(rows, 0))

@@ -65,77 +65,77 @@ def columns_of(entry: str) -> list[Column]:
     >>> columns_of("gan=runs/gan/export")
     [Column(name='gan', model='runs/gan/export', steps=None)]
     """
-    name, equals, rest = entry.partition("=")
-    model, at, steps = rest.rpartition("@")
-    if not at:
-        model, steps = rest, ""
+    name, equals, value = entry.partition("=")
+    model, separator, steps = value.rpartition("@")
+    if not separator:
+        model, steps = value, ""
     if not (name and equals and model and re.fullmatch(r"(\d+(,\d+)*)?", steps)):
         raise ValueError(f"--entry {entry} must be name=model, or name=model@steps such as diffusion=icons@10,25.")
     return [Column(name, model, int(n) if n else None) for n in steps.split(",")]
 
 
-def wanted_of(prompts: Path | None, count: int) -> list[Request]:
+def image_requests(prompts: Path | None, count: int) -> list[Request]:
     """The images of each column: those of the first `count` prompts, two seeds each; 0 for all."""
     if prompts is None:
-        found = requests("plain")
+        all_requests = requests("plain")
     else:
         lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = [Request(line, 2 * i + k, line) for i, line in enumerate(lines) for k in range(2)]
-    names = list(dict.fromkeys(request.prompt for request in found))
-    kept = set(names[: count or len(names)])
-    return [request for request in found if request.prompt in kept]
+        all_requests = [Request(line, 2 * i + k, line) for i, line in enumerate(lines) for k in range(2)]
+    names = list(dict.fromkeys(request.prompt for request in all_requests))
+    prompts_kept = set(names[: count or len(names)])
+    return [request for request in all_requests if request.prompt in prompts_kept]
 
 
-def draw(column: Column, wanted: Sequence[Request], folder: Path, batch: int) -> dict[str, float]:
+def draw(column: Column, requests: Sequence[Request], folder: Path, batch: int) -> dict[str, float]:
     """Draw a column's images into a folder with their prompts; the seconds of one."""
     model, params = jaxdiff.load(column.model)
-    given: dict[str, Any] = {} if column.steps is None else {"steps": column.steps}
+    options: dict[str, Any] = {} if column.steps is None else {"steps": column.steps}
 
-    def drawn(some: Sequence[Request]) -> np.ndarray:
-        full = [*some, *[some[-1]] * (batch - len(some))]
-        seeds = [request.seed for request in full]
-        return jaxdiff.generate(model, params, [request.prompt for request in full], seed=seeds, **given)[: len(some)]
+    def generate(batch_requests: Sequence[Request]) -> np.ndarray:
+        full = [*batch_requests, *[batch_requests[-1]] * (batch - len(batch_requests))]
+        prompts, seeds = [request.prompt for request in full], [request.seed for request in full]
+        return jaxdiff.generate(model, params, prompts, seed=seeds, **options)[: len(batch_requests)]
 
-    drawn(wanted[:batch])  # compiles
+    generate(requests[:batch])  # compiles
     images, wall, cpu = [], time.perf_counter(), time.process_time()
-    for start in range(0, len(wanted), batch):
-        images += list(drawn(wanted[start : start + batch]))
-    padded = -(-len(wanted) // batch) * batch
+    for start in range(0, len(requests), batch):
+        images += list(generate(requests[start : start + batch]))
+    padded = -(-len(requests) // batch) * batch
     seconds = {"wall": (time.perf_counter() - wall) / padded, "cpu": (time.process_time() - cpu) / padded}
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (image, request) in enumerate(zip(images, wanted, strict=True)):
+    for i, (image, request) in enumerate(zip(images, requests, strict=True)):
         write_png(folder / f"{i:04d}.png", image, {"prompt": request.prompt, "seed": request.seed})
     return seconds
 
 
-def evaluated(folder: Path, output: Path, encoder: str, data: str | None, held_out: str | None) -> dict[str, Any]:
+def evaluate(folder: Path, output: Path, encoder: str, data: str | None, held_out: str | None) -> dict[str, Any]:
     """What `python -m jaxdiff.evaluation` finds of images, by heading."""
     from jaxdiff.evaluation import command
 
     if not (output / "report.json").is_file():
-        more = [] if data is None else [f"--data={data}"]
-        more += [] if held_out is None else [f"--held_out_split={held_out}"]
-        code = command.main(["evaluation", f"--images={folder}", f"--encoder={encoder}", f"--output={output}", *more])
+        flags = [] if data is None else [f"--data={data}"]
+        flags += [] if held_out is None else [f"--held_out_split={held_out}"]
+        code = command.main(["evaluation", f"--images={folder}", f"--encoder={encoder}", f"--output={output}", *flags])
         if code:
             raise SystemExit(code)
-    found = json.loads((output / "report.json").read_text(encoding="utf-8"))["measures"]
-    return {title: found[part][name] for (part, name), title in SHOWN.items() if name in found.get(part, {})}
+    measures = json.loads((output / "report.json").read_text(encoding="utf-8"))["measures"]
+    return {title: measures[part][name] for (part, name), title in SHOWN.items() if name in measures.get(part, {})}
 
 
-def judged(folder: Path, wanted: Sequence[Request], data: Path) -> dict[str, dict]:
+def judge_things(folder: Path, requests: Sequence[Request], data: Path) -> dict[str, dict]:
     """The judge's share of right things among a column's images."""
     from benchmarks.judge_scores import Judge
 
-    images = np.stack([read_image(folder / f"{i:04d}.png") for i in range(len(wanted))])
-    measures = Judge(data)("plain", images, wanted)["measures"]
+    images = np.stack([read_image(folder / f"{i:04d}.png") for i in range(len(requests))])
+    measures = Judge(data)("plain", images, requests)["measures"]
     return {name: row["model"] for name, row in list(measures.items())[:1]}
 
 
-def cell(found: dict[str, Any] | None) -> str:
+def cell(measure: dict[str, Any] | None) -> str:
     """A measure with its standard error."""
-    if found is None:
+    if measure is None:
         return "–"
-    value, error = found.get("value", found.get("mean")), found.get("error")
+    value, error = measure.get("value", measure.get("mean")), measure.get("error")
     return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
 
 
@@ -158,21 +158,22 @@ def markdown(report: dict[str, Any], image: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def grid(folders: Sequence[Path], labels: Sequence[str], wanted: Sequence[Request], rows: int) -> Image.Image:
+def grid(folders: Sequence[Path], labels: Sequence[str], requests: Sequence[Request], rows: int) -> Image.Image:
     """A row for each of the first prompts, a column for each model."""
-    first = list({request.prompt: i for i, request in reversed(list(enumerate(wanted)))}.items())[::-1][:rows]
+    shown_prompts = list({request.prompt: i for i, request in reversed(list(enumerate(requests)))}.items())[::-1][:rows]
     height, width = read_image(folders[0] / "0000.png").shape[:2]
-    down, across = height + LABEL + GAP, width + GAP
-    paper = Image.new("RGB", (across * len(folders) + GAP, down * len(first) + LABEL + GAP), "white")
-    pen, font = ImageDraw.Draw(paper), ImageFont.load_default(size=10)
+    row_height, column_width = height + LABEL + GAP, width + GAP
+    size = column_width * len(folders) + GAP, row_height * len(shown_prompts) + LABEL + GAP
+    canvas = Image.new("RGB", size, "white")
+    drawing, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=10)
     for x, (folder, label) in enumerate(zip(folders, labels, strict=True)):
-        pen.text((GAP + x * across, 0), label, "black", font)
-        for y, (prompt, i) in enumerate(first):
-            place = GAP + x * across, LABEL + y * down
-            paper.paste(Image.fromarray(read_image(folder / f"{i:04d}.png")), place)
+        drawing.text((GAP + x * column_width, 0), label, "black", font)
+        for y, (prompt, i) in enumerate(shown_prompts):
+            corner = GAP + x * column_width, LABEL + y * row_height
+            canvas.paste(Image.fromarray(read_image(folder / f"{i:04d}.png")), corner)
             if not x:
-                pen.text((place[0], place[1] + height), prompt, "black", font)
-    return paper
+                drawing.text((corner[0], corner[1] + height), prompt, "black", font)
+    return canvas
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -187,49 +188,49 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="the images that the models have learned from, such as data/icons")
     parser.add_argument("--held_out_split", help="of --data, for originality, such as heldout_subjects")
     parser.add_argument("--judge", action="store_true", help="also ask the galleries' judge; needs --data")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
-        given.columns = [column for entry in given.entry for column in columns_of(entry)]
+        args.columns = [column for entry in args.entry for column in columns_of(entry)]
     except ValueError as e:
         parser.error(str(e))
-    if given.judge and (given.prompts or not given.data):
+    if args.judge and (args.prompts or not args.data):
         parser.error("--judge needs --data, and knows the prompts of icons_prompts.json alone: leave --prompts out.")
-    if given.data and not (given.encoder or given.judge):
+    if args.data and not (args.encoder or args.judge):
         parser.error("--data goes with --encoder or --judge: give one of them too.")
-    if len({column.folder for column in given.columns}) < len(given.columns):
+    if len({column.folder for column in args.columns}) < len(args.columns):
         parser.error("--entry: two columns have the same name and steps.")
-    return given
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = arguments(argv)
+    args = arguments(argv)
     cache_compilations()
-    wanted = wanted_of(given.prompts, given.count)
-    report: dict[str, Any] = {"images": len(wanted), "prompts": len({request.prompt for request in wanted}),
-                              "batch_size": given.batch_size, "columns": []}  # fmt: skip
-    folders = [given.output / column.folder for column in given.columns]
-    for column, folder in zip(given.columns, folders, strict=True):
-        drawn, asked = folder / "seconds.json", [*column, given.batch_size, wanted]
-        kept = json.loads(drawn.read_text(encoding="utf-8")) if drawn.is_file() else {}
-        if kept.get("asked") != json.loads(json.dumps(asked)):
+    requests = image_requests(args.prompts, args.count)
+    report: dict[str, Any] = {"images": len(requests), "prompts": len({request.prompt for request in requests}),
+                              "batch_size": args.batch_size, "columns": []}  # fmt: skip
+    folders = [args.output / column.folder for column in args.columns]
+    for column, folder in zip(args.columns, folders, strict=True):
+        cache_file, settings = folder / "seconds.json", [*column, args.batch_size, requests]
+        cached = json.loads(cache_file.read_text(encoding="utf-8")) if cache_file.is_file() else {}
+        if cached.get("asked") != json.loads(json.dumps(settings)):
             shutil.rmtree(folder, ignore_errors=True)  # of other prompts, or not finished
-            kept = {"asked": asked, "seconds": draw(column, wanted, folder / "images", given.batch_size)}
-            drawn.write_text(json.dumps(kept), encoding="utf-8")
-        row: dict[str, Any] = {"name": column.name, "steps": column.steps, "seconds": kept["seconds"], "measures": {}}
-        if given.encoder:
-            row["measures"] |= evaluated(
-                folder / "images", folder / "report", given.encoder, given.data, given.held_out_split
+            cached = {"asked": settings, "seconds": draw(column, requests, folder / "images", args.batch_size)}
+            cache_file.write_text(json.dumps(cached), encoding="utf-8")
+        row: dict[str, Any] = {"name": column.name, "steps": column.steps, "seconds": cached["seconds"], "measures": {}}
+        if args.encoder:
+            row["measures"] |= evaluate(
+                folder / "images", folder / "report", args.encoder, args.data, args.held_out_split
             )
-        if given.judge:
-            row["measures"] |= judged(folder / "images", wanted, Path(given.data))
+        if args.judge:
+            row["measures"] |= judge_things(folder / "images", requests, Path(args.data))
         report["columns"].append(row)
         print(f"{column.label}: {row['seconds']['wall']:.3g} s an image", flush=True)
     images = [folder / "images" for folder in folders]
-    labels = [column.label for column in given.columns]
-    grid(images, labels, wanted, given.rows).save(given.output / "few_steps.webp", quality=90)
+    labels = [column.label for column in args.columns]
+    grid(images, labels, requests, args.rows).save(args.output / "few_steps.webp", quality=90)
     text = markdown(report, "few_steps.webp")
-    (given.output / "few_steps.md").write_text(text, encoding="utf-8")
-    (given.output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (args.output / "few_steps.md").write_text(text, encoding="utf-8")
+    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(text, end="")
 
 

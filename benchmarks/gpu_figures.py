@@ -60,21 +60,21 @@ def timed(function: Callable, *args: Any, repeats: int = 5) -> tuple[float, floa
     compiling = time.perf_counter() - start
     cost = compiled.cost_analysis() or {}
     jax.block_until_ready(compiled(*args))
-    took = []
+    times = []
     for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(compiled(*args))
-        took.append(time.perf_counter() - start)
-    return statistics.median(took), float(cost.get("flops", 0.0)), compiling
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), float(cost.get("flops", 0.0)), compiling
 
 
 def unet_inputs(config: UNetConfig, batch: int) -> tuple[Any, ...]:
     x = jnp.ones((batch, config.side, config.side, 4), jnp.bfloat16)
     text = jnp.ones((batch, 77, config.cross_attention_dim), jnp.bfloat16)
-    more = ()
+    added = ()
     if config.addition_embed_type:
-        more = (jnp.ones((batch, 1280), jnp.bfloat16), jnp.ones((batch, 6)))
-    return x, jnp.full(batch, 500.0), text, *more
+        added = (jnp.ones((batch, 1280), jnp.bfloat16), jnp.ones((batch, 6)))
+    return x, jnp.full(batch, 500.0), text, *added
 
 
 def unet(config: UNetConfig) -> tuple[UNet2DConditionModel, Any]:

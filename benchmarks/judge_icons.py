@@ -1,4 +1,4 @@
-"""How often a model draws the thing, style, colour and background that were asked for, and how much it varies.
+"""How often a model draws the thing, style, colour and background that a prompt names, and how varied its images are.
 
     python -m benchmarks.judge_icons --model icons --output runs/judge/icons [--steps 20] [--guidance_scale 2]
     python -m benchmarks.judge_icons --images runs/judge/icons/images --output runs/judge/again
@@ -15,7 +15,7 @@ report.md, the images, and a sheet of them for each kind. Nothing is chosen amon
   of wrong things and blots vary as well: read it beside the share of right things.
 
 Each measure is given for real drawings (the most a model could reach) and for shuffled prompts (the least). Networks
-and galleries are for measuring alone, and their licences stand in judge_features.py and judge_drawings.py. Needs
+and galleries are for measuring only, and their licences stand in judge_features.py and judge_drawings.py. Needs
 data/icons, npm, and the packages that judge_features.py names; features of real drawings are kept in runs/judge_cache.
 """
 
@@ -40,20 +40,20 @@ from jaxdiff.io.cache import cache_compilations
 BATCH = 16
 
 
-def draw(model, params, wanted: Sequence[Request], **settings) -> Images:
-    """The images of requests, in batches of one size: the last one is filled up with its last request."""
+def draw(model, params, requests: Sequence[Request], **settings) -> Images:
+    """The images of requests, in batches of one size; the last one is padded with its last request."""
     images = []
-    for start in range(0, len(wanted), BATCH):
-        batch = list(wanted[start : start + BATCH])
-        full = batch + batch[-1:] * (BATCH - len(batch))
-        drawn = jaxdiff.generate(
+    for start in range(0, len(requests), BATCH):
+        batch = list(requests[start : start + BATCH])
+        padded = batch + batch[-1:] * (BATCH - len(batch))
+        generated = jaxdiff.generate(
             model,
             params,
-            [request.prompt for request in full],
-            seed=[request.seed for request in full],
+            [request.prompt for request in padded],
+            seed=[request.seed for request in padded],
             **settings,
         )
-        images.append(drawn[: len(batch)])
+        images.append(generated[: len(batch)])
     return np.concatenate(images)
 
 
@@ -83,41 +83,43 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/icons"), help="the icons set")
     parser.add_argument("--reconstructions", action="store_true", help="judge the model's autoencoder, too")
     parser.add_argument("--threads", type=int, default=1, help="of the networks that judge")
-    given = parser.parse_args()
-    given.kinds = [kind for kind in given.kinds.split(",") if kind]
-    if unknown := sorted(set(given.kinds) - set(KINDS)):
+    args = parser.parse_args()
+    args.kinds = [kind for kind in args.kinds.split(",") if kind]
+    if unknown := sorted(set(args.kinds) - set(KINDS)):
         parser.error(f"--kinds: unknown {', '.join(unknown)}; the known ones are {', '.join(KINDS)}.")
-    return given
+    return args
 
 
 def main() -> None:
-    given = arguments()
-    torch.set_num_threads(given.threads)
+    args = arguments()
+    torch.set_num_threads(args.threads)
     cache_compilations()
-    settings = {name: getattr(given, name) for name in ("steps", "guidance_scale", "guidance_interval")}
-    report: dict = {"model": given.model, **settings, "kinds": {}}
-    if given.images:
-        report["images"] = str(given.images)
-    if given.reconstructions or (given.kinds and not given.images):
-        model, params = jaxdiff.load(given.model)
-    judge = Judge(given.data)
-    for kind in given.kinds:
-        began, wanted = time.monotonic(), requests(kind)
-        if given.images:
-            images = read_images(given.images / kind, len(wanted))
+    settings = {name: getattr(args, name) for name in ("steps", "guidance_scale", "guidance_interval")}
+    report: dict = {"model": args.model, **settings, "kinds": {}}
+    if args.images:
+        report["images"] = str(args.images)
+    if args.reconstructions or (args.kinds and not args.images):
+        model, params = jaxdiff.load(args.model)
+    judge = Judge(args.data)
+    for kind in args.kinds:
+        start_time, kind_requests = time.monotonic(), requests(kind)
+        if args.images:
+            images = read_images(args.images / kind, len(kind_requests))
         else:
-            images = draw(model, params, wanted, **settings)
-            save_images(given.output / "images" / kind, images)
-        given.output.mkdir(parents=True, exist_ok=True)
-        sheet(kind, images, wanted).save(given.output / f"{kind}.png")
-        drawn = time.monotonic()
+            images = draw(model, params, kind_requests, **settings)
+            save_images(args.output / "images" / kind, images)
+        args.output.mkdir(parents=True, exist_ok=True)
+        sheet(kind, images, kind_requests).save(args.output / f"{kind}.png")
+        draw_end = time.monotonic()
         if kind != "look":
-            report["kinds"][kind] = judge(kind, images, wanted)
-        write(given.output, report)
-        print(f"{kind}: {drawn - began:.0f} s to draw, {time.monotonic() - drawn:.0f} s to judge", flush=True)
-    if given.reconstructions:
-        report["reconstructions"] = reconstructions(model, params, judge, given.data)
-    write(given.output, report)
+            report["kinds"][kind] = judge(kind, images, kind_requests)
+        write(args.output, report)
+        print(
+            f"{kind}: {draw_end - start_time:.0f} s to draw, {time.monotonic() - draw_end:.0f} s to judge", flush=True
+        )
+    if args.reconstructions:
+        report["reconstructions"] = reconstructions(model, params, judge, args.data)
+    write(args.output, report)
     print(markdown(report))
 
 

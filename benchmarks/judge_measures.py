@@ -50,23 +50,23 @@ def fit_space(features: np.ndarray, subjects: np.ndarray) -> Space:
 
 def scores(queries: np.ndarray, designs: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Mean cosine of each query [Q, D] to the designs [N, D] of each subject: [Q, S], and the subjects' names."""
-    names, index = np.unique(subjects, return_inverse=True)
+    names, subject_index = np.unique(subjects, return_inverse=True)
     sums = np.zeros((len(names), len(queries)))
-    np.add.at(sums, index, designs @ queries.T)
-    return (sums / np.bincount(index)[:, None]).T, [str(name) for name in names]
+    np.add.at(sums, subject_index, designs @ queries.T)
+    return (sums / np.bincount(subject_index)[:, None]).T, [str(name) for name in names]
 
 
-def ranks(table: np.ndarray, names: Sequence[str], right: Sequence[Collection[str]]) -> np.ndarray:
+def ranks(table: np.ndarray, names: Sequence[str], correct: Sequence[Collection[str]]) -> np.ndarray:
     """Place of the best right name for each row of scores [Q, S], 1 for the first: [Q].
 
     >>> ranks(np.array([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5]]), ["cat", "dog", "fox"], [{"dog"}, {"cat", "fox"}])
     array([1, 2])
     """
-    found = []
-    for row, wanted in zip(table, right, strict=True):
-        best = max(row[i] for i, name in enumerate(names) if name in wanted)
-        found.append(1 + int((row > best).sum()))
-    return np.array(found)
+    places = []
+    for row, accepted in zip(table, correct, strict=True):
+        best = max(row[i] for i, name in enumerate(names) if name in accepted)
+        places.append(1 + int((row > best).sum()))
+    return np.array(places)
 
 
 def share(hits: Sequence[float] | np.ndarray, groups: Sequence[str]) -> dict[str, float]:
@@ -79,21 +79,21 @@ def share(hits: Sequence[float] | np.ndarray, groups: Sequence[str]) -> dict[str
     names, index = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.bincount(index, hits, len(names))
     counts = np.bincount(index, minlength=len(names))
-    drawn = np.random.default_rng(0).integers(0, len(names), (RESAMPLES, len(names)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    resampled = np.random.default_rng(0).integers(0, len(names), (RESAMPLES, len(names)))
+    means = sums[resampled].sum(1) / counts[resampled].sum(1)
     return {"mean": float(hits.mean()), "error": float(means.std()), "count": len(hits)}
 
 
-def confusion(wanted: Sequence[str], found: Sequence[str]) -> dict[str, dict[str, int]]:
-    """How often each wanted name was found to be which.
+def confusion(expected: Sequence[str], predicted: Sequence[str]) -> dict[str, dict[str, int]]:
+    """How often each expected label was predicted as which.
 
     >>> confusion(["a", "a", "b"], ["a", "b", "b"])
     {'a': {'a': 1, 'b': 1}, 'b': {'b': 1}}
     """
-    counts = Counter(zip(wanted, found, strict=True))
+    counts = Counter(zip(expected, predicted, strict=True))
     table: dict[str, dict[str, int]] = {}
-    for (asked, got), count in sorted(counts.items(), key=lambda item: (item[0][0], -item[1], item[0][1])):
-        table.setdefault(asked, {})[got] = count
+    for (label, prediction), count in sorted(counts.items(), key=lambda item: (item[0][0], -item[1], item[0][1])):
+        table.setdefault(label, {})[prediction] = count
     return table
 
 
@@ -122,8 +122,8 @@ def nearest_color(color: np.ndarray, colors: Colors) -> str:
 def color_histogram(image: np.ndarray) -> np.ndarray:
     """Square roots of the shares of colours among the pixels [H, W, 3] that are not background: [BINS ** 3]."""
     pixels = image.reshape(-1, 3).astype(np.int64)
-    drawn = np.abs(pixels - border_color(image)).max(1) > DIFFERENT
-    bins = (pixels[drawn] * BINS) // 256 @ np.array([BINS * BINS, BINS, 1])
+    foreground = np.abs(pixels - border_color(image)).max(1) > DIFFERENT
+    bins = (pixels[foreground] * BINS) // 256 @ np.array([BINS * BINS, BINS, 1])
     counts = np.bincount(bins, minlength=BINS**3)
     return np.sqrt(counts / max(1, counts.sum()))
 

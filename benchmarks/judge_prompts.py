@@ -18,7 +18,7 @@ class Request(NamedTuple):
     prompt: str
     seed: int
     thing: str  # what is drawn, as plain prompts say it
-    wanted: str = ""  # the style or colour asked for
+    attribute: str = ""  # the style or colour that the prompt names
 
 
 def subjects() -> dict[str, str]:
@@ -32,11 +32,11 @@ def styles() -> list[str]:
 
 def requests(kind: str) -> list[Request]:
     """The images of one kind, those of one prompt together."""
-    found = _prompts(kind, _read()[kind])
+    prompts = _prompts(kind, _read()[kind])
     # Seeds of kinds lie apart, so that no two images start from the same noise.
     first, seeds = 10_000 * KINDS.index(kind), SEEDS.get(kind, 1)
-    each = [part for part in found for _ in range(seeds)]
-    return [Request(prompt, first + i, thing, wanted) for i, (prompt, thing, wanted) in enumerate(each)]
+    repeated = [part for part in prompts for _ in range(seeds)]
+    return [Request(prompt, first + i, thing, wanted) for i, (prompt, thing, wanted) in enumerate(repeated)]
 
 
 def columns(kind: str) -> int:

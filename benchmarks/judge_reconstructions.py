@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxdiff
-from benchmarks.judge_drawings import images_of, read, rows, some
+from benchmarks.bench_upscale import psnr
+from benchmarks.judge_drawings import images_of, read, rows, sample_rows
 from benchmarks.judge_features import Images, features
 from benchmarks.judge_measures import share
-from benchmarks.judge_probes import style_probe, styled
+from benchmarks.judge_probes import rows_by_style, style_probe
 from benchmarks.judge_prompts import styles
 from benchmarks.judge_scores import Judge
 
@@ -18,22 +19,16 @@ SOURCES = ("noto", "fluent-flat", "fluent-gradient", "fluent-3d")
 COUNT, BATCH = 256, 16
 
 
-def passed(model, params, images: Images) -> Images:
+def reconstruct(model, params, images: Images) -> Images:
     """Images through the autoencoder and back, in batches of one size."""
 
     @jax.jit
-    def there_and_back(params, x):
+    def autoencode(params, x):
         return jnp.round(255 * jaxdiff.decode(model, params, jaxdiff.encode(model, params, x)))
 
-    filled = np.concatenate([images, images[: -len(images) % BATCH]])
-    parts = [there_and_back(params, filled[i : i + BATCH]) for i in range(0, len(filled), BATCH)]
+    padded = np.concatenate([images, images[: -len(images) % BATCH]])
+    parts = [autoencode(params, padded[i : i + BATCH]) for i in range(0, len(padded), BATCH)]
     return np.concatenate(parts)[: len(images)].astype(np.uint8)
-
-
-def psnr(first: Images, second: Images) -> np.ndarray:
-    """Peak signal-to-noise ratio of each pair, in decibels: [N]."""
-    error = np.mean((first.astype(np.float64) - second) ** 2, (1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
 
 
 def reconstructions(model, params, judge: Judge, data: Path) -> dict:
@@ -43,24 +38,24 @@ def reconstructions(model, params, judge: Judge, data: Path) -> dict:
         images, subjects = images_of(source, list(judge.prompt))
         prompts = [judge.prompt[subject] for subject in subjects]
         report["things"][source] = {
-            name: share(judge.places(features(x), prompts, False) == 1, prompts)
-            for name, x in (("originals", images), ("reconstructions", passed(model, params, images)))
+            name: share(judge.subject_ranks(features(x), prompts, False) == 1, prompts)
+            for name, x in (("originals", images), ("reconstructions", reconstruct(model, params, images)))
         }
     subjects = set(judge.gallery.subject)
-    probe, labels, found = style_probe(data, styles(), subjects)
-    chosen = styled(data, "heldout_subjects", styles(), subjects)
-    after = np.array(probe(features(passed(model, params, read(chosen)))))
-    asked, before = np.array(labels), np.array(found)
+    probe, labels, predicted = style_probe(data, styles(), subjects)
+    style_rows = rows_by_style(data, "heldout_subjects", styles(), subjects)
+    reconstructed_labels = np.array(probe(features(reconstruct(model, params, read(style_rows)))))
+    expected, original_labels = np.array(labels), np.array(predicted)
     for name in ("all", *sorted(set(labels))):
-        mine = np.full(len(asked), True) if name == "all" else asked == name
-        words = [str(i) for i in range(mine.sum())]
-        both = {"originals": before, "reconstructions": after}
-        report["styles"][name] = {what: share(x[mine] == asked[mine], words) for what, x in both.items()}
-    chosen = some(rows(data, "heldout_subjects"), COUNT)
-    images = read(chosen)
-    decibels = psnr(images, passed(model, params, images))
-    names = np.array([row.style for row in chosen])
-    report["psnr"]["all"] = {"mean": float(decibels.mean()), "count": len(chosen)}
+        selected = np.full(len(expected), True) if name == "all" else expected == name
+        groups = [str(i) for i in range(selected.sum())]
+        predictions = {"originals": original_labels, "reconstructions": reconstructed_labels}
+        report["styles"][name] = {k: share(x[selected] == expected[selected], groups) for k, x in predictions.items()}
+    selected_rows = sample_rows(rows(data, "heldout_subjects"), COUNT)
+    images = read(selected_rows)
+    decibels = psnr(images, reconstruct(model, params, images))
+    names = np.array([row.style for row in selected_rows])
+    report["psnr"]["all"] = {"mean": float(decibels.mean()), "count": len(selected_rows)}
     for name in sorted(set(names)):
         report["psnr"][name] = {"mean": float(decibels[names == name].mean()), "count": int((names == name).sum())}
     return report

@@ -79,8 +79,8 @@ def shapes_of(tree: Any, sharding: Any, dtype: str | None = None) -> Any:
     import jax.numpy as jnp
 
     def one(x: Any) -> Any:
-        kept = x.dtype if dtype is None or not jnp.issubdtype(x.dtype, jnp.floating) else dtype
-        return jax.ShapeDtypeStruct(x.shape, kept, sharding=sharding)
+        kept_dtype = x.dtype if dtype is None or not jnp.issubdtype(x.dtype, jnp.floating) else dtype
+        return jax.ShapeDtypeStruct(x.shape, kept_dtype, sharding=sharding)
 
     return jax.tree.map(one, tree)
 
@@ -180,11 +180,11 @@ def training(family: str, stage: str, chip: Chip, batch: int, small: bool) -> tu
     model, params = model_of(family, small, remat="full")
     config = base()
     config.stage, config.lora.rank = stage, 16
-    made = described(config, model, params)
+    trainable = described(config, model, params)
     mesh = parallel.mesh(count, 1, devices(chip, count))
     options = Options(steps=1, batch_size=count * batch, fsdp=count)
-    state = abstract_state({k: made.params[k] for k in made.stage.trainable}, options, mesh)
-    frozen = {k: x for k, x in made.params.items() if k not in made.stage.trainable and k != "vae"}
+    state = abstract_state({k: trainable.params[k] for k in trainable.stage.trainable}, options, mesh)
+    frozen = {k: x for k, x in trainable.params.items() if k not in trainable.stage.trainable and k != "vae"}
     side = model.unet.config.side
     arrays = {"latents": ((side, side, model.unet.config.in_channels), jnp.float32)}
     for name, tokenizer in (("tokens", model.tokenizer), ("tokens_2", model.tokenizer_2)):
@@ -192,35 +192,36 @@ def training(family: str, stage: str, chip: Chip, batch: int, small: bool) -> tu
             arrays[name] = ((tokenizer.max_length,), jnp.int32)
     sharding = parallel.batch_sharding(mesh)
     rows = {k: jax.ShapeDtypeStruct((count * batch, *s), d, sharding=sharding) for k, (s, d) in arrays.items()}
-    step: Any = make_train_step(made.stage.loss, options, mesh, state, made.stage.dtypes)
+    step: Any = make_train_step(trainable.stage.loss, options, mesh, state, trainable.stage.dtypes)
     return step.lower(state, sharded(mesh, frozen), rows), dict(mesh.shape)
 
 
 def row(case: str, name: str, batch: int, small: bool) -> list[Any]:
     from jaxdiff.training.collectives import collectives
 
-    family, _, what = case.partition("-")
+    family, _, variant = case.partition("-")
     chip, start = CHIPS[name], time.perf_counter()
-    draws, steps = what in ("", "fsdp"), STEPS
+    draws, steps = variant in ("", "fsdp"), STEPS
     if family in TRANSFORMERS:
         lowered, decoder, mesh = transforming(family, chip, batch, small)
         steps = TRANSFORMERS[family][3]
     elif not draws:
-        lowered, mesh = training(family, {"full": "unet", "lora": "lora"}[what], chip, batch, small)
+        lowered, mesh = training(family, {"full": "unet", "lora": "lora"}[variant], chip, batch, small)
     else:
-        lowered, decoder, mesh = sampling(family, chip, batch, small, 8 if what else 1)
+        lowered, decoder, mesh = sampling(family, chip, batch, small, 8 if variant else 1)
     compiled = lowered.compile()
-    took, text, memory = time.perf_counter() - start, compiled.as_text(), compiled.memory_analysis()
+    seconds, text, memory = time.perf_counter() - start, compiled.as_text(), compiled.memory_analysis()
     cost = {key: compiled.cost_analysis()[key] for key in ("flops", "bytes accessed")}
     if draws:  # the compiler counts a loop's body once
-        once = decoder.compile().cost_analysis()
-        cost = {key: steps * (cost[key] - once[key]) + once[key] for key in cost}
-    sent = collectives(text, mesh)
-    least = max(cost["flops"] / chip.flops, cost["bytes accessed"] / chip.bandwidth)
+        decoder_cost = decoder.compile().cost_analysis()
+        cost = {key: steps * (cost[key] - decoder_cost[key]) + decoder_cost[key] for key in cost}
+    messages = collectives(text, mesh)
+    least_time = max(cost["flops"] / chip.flops, cost["bytes accessed"] / chip.bandwidth)
     return [
         case, name, batch, f"{memory.argument_size_in_bytes / 1e9:.2f}", f"{memory.temp_size_in_bytes / 1e9:.2f}",
         f"{cost['flops'] / 1e12:.2f}", f"{cost['bytes accessed'] / 1e9:.1f}", text.count('"tpu_custom_call"'),
-        ", ".join(f"{c.kind} {c.size / 1e9:.2f} GB" for c in sent) or "none", f"{1e3 * least:.0f}", f"{took:.0f}",
+        ", ".join(f"{c.kind} {c.size / 1e9:.2f} GB" for c in messages) or "none", f"{1e3 * least_time:.0f}",
+        f"{seconds:.0f}",
     ]  # fmt: skip
 
 

@@ -48,17 +48,17 @@ def pack(latents: Path, out: Path, megabytes: float) -> None:
     """Write latents int8 [n, h, w, C], tokens uint16 [n, L] and the scale [C] of one step as .npz pieces."""
     info = json.loads((latents / "latents.json").read_text())
     rows = Rows([str(latents / part) for part in info["parts"]])
-    found = [rows[i][1] for i in np.random.default_rng(0).permutation(len(rows))]
-    values = np.stack([row["latents"] for row in found]).astype(np.float32)
+    examples = [rows[i][1] for i in np.random.default_rng(0).permutation(len(rows))]
+    values = np.stack([row["latents"] for row in examples]).astype(np.float32)
     scale = np.quantile(np.abs(values), 0.9999, axis=(0, 1, 2)) / 127
-    small = np.clip(np.round(values / scale), -127, 127).astype(np.int8)
-    tokens = np.stack([row["tokens"] for row in found]).astype(np.uint16)
+    quantized = np.clip(np.round(values / scale), -127, 127).astype(np.int8)
+    tokens = np.stack([row["tokens"] for row in examples]).astype(np.uint16)
     out.mkdir(parents=True, exist_ok=True)
-    pieces = int(np.ceil((small.nbytes + tokens.nbytes) / (megabytes * 2**20)))
-    for i, rows_of in enumerate(np.array_split(np.arange(len(small)), pieces)):
-        np.savez_compressed(out / f"{i:02d}.npz", latents=small[rows_of], tokens=tokens[rows_of], scale=scale)
-    error = np.abs(small * scale - values).mean() / np.abs(values).mean()
-    print(f"{len(small)} latents in {pieces} pieces; mean error of 8 bits {error:.4f} of the mean value.")
+    pieces = int(np.ceil((quantized.nbytes + tokens.nbytes) / (megabytes * 2**20)))
+    for i, rows_of in enumerate(np.array_split(np.arange(len(quantized)), pieces)):
+        np.savez_compressed(out / f"{i:02d}.npz", latents=quantized[rows_of], tokens=tokens[rows_of], scale=scale)
+    error = np.abs(quantized * scale - values).mean() / np.abs(values).mean()
+    print(f"{len(quantized)} latents in {pieces} pieces; mean error of 8 bits {error:.4f} of the mean value.")
 
 
 def load_packed(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -100,8 +100,8 @@ def make_step(model: Model, options: Options, scale: np.ndarray, held_out: int) 
 
 def averages(state: Any) -> tuple[Any, ...]:
     """The averages of lengths SIGMAS within an optimizer's state."""
-    found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PowerAverages))
-    return next(x.averages for x in found if isinstance(x, PowerAverages))
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PowerAverages))
+    return next(x.averages for x in leaves if isinstance(x, PowerAverages))
 
 
 def write_pieces(out: Path, trained: Any) -> None:
@@ -131,7 +131,7 @@ def unreachable() -> Any:
 
 
 def train(args: argparse.Namespace) -> None:
-    begun, out = time.monotonic(), Path(args.out)
+    start_time, out = time.monotonic(), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     key = jax.random.key(args.seed)
     # Computes in args.dtype; the parameters are float32, not rounded to it.
@@ -148,15 +148,19 @@ def train(args: argparse.Namespace) -> None:
         lr_multipliers=(("text_encoder", args.text_rate),),
     )  # fmt: skip
     step, tx = make_step(model, options, scale, args.held_out)
-    held = {"latents": latents[-args.held_out :] * scale, "tokens": tokens[-args.held_out :]}
-    measure = noise_levels(model, [{k: v[i : i + 64] for k, v in held.items()} for i in range(0, args.held_out, 64)])
+    held_out = {"latents": latents[-args.held_out :] * scale, "tokens": tokens[-args.held_out :]}
+    measure = noise_levels(
+        model, [{k: v[i : i + 64] for k, v in held_out.items()} for i in range(0, args.held_out, 64)]
+    )
     trained = {name: params[name] for name in TRAINED}
     frozen = {name: x for name, x in params.items() if name not in TRAINED}
     state, held_on_device = jax.jit(tx.init)(trained), [jnp.asarray(x) for x in (latents, tokens)]
     trained = jax.tree.map(jnp.copy, trained)
-    print(f"{len(latents)} latents on {jax.devices()[0].device_kind}, ready after {time.monotonic() - begun:.0f} s")
+    print(
+        f"{len(latents)} latents on {jax.devices()[0].device_kind}, ready after {time.monotonic() - start_time:.0f} s"
+    )
     number, first, written, pending = 0, 0.0, time.monotonic(), None
-    deadline = begun + args.seconds - args.reserve
+    deadline = start_time + args.seconds - args.reserve
     while (now := time.monotonic()) < deadline and number < args.steps:
         share = (now - first) / (deadline - first) if first else 0.0
         factor = rate_factor(max(share, (number + 1) / args.steps))
@@ -175,7 +179,7 @@ def train(args: argparse.Namespace) -> None:
                     "images_per_second": speed,
                 }
                 with open(out / "log.jsonl", "a", encoding="utf-8") as log:
-                    log.write(json.dumps(row | {"seconds": time.monotonic() - begun}) + "\n")
+                    log.write(json.dumps(row | {"seconds": time.monotonic() - start_time}) + "\n")
                 print(json.dumps(row), flush=True)
         pending = numbers
         if time.monotonic() - written > args.every:
@@ -186,14 +190,18 @@ def train(args: argparse.Namespace) -> None:
     losses = [measure({**params, **average})["eval_loss"] for average in averages(state)]
     best = averages(state)[int(np.argmin(losses))]
     write_pieces(out, best)
-    done = {
+    result = {
         "steps": number,
         "images": number * args.batch_size,
         "eval_loss": dict(zip(map(str, SIGMAS), losses, strict=True)),
     }
-    done |= {"device": jax.devices()[0].device_kind, "seconds": time.monotonic() - begun, "arguments": vars(args)}
-    (out / "done.json").write_text(json.dumps(done, indent=1))
-    print(json.dumps(done), flush=True)
+    result |= {
+        "device": jax.devices()[0].device_kind,
+        "seconds": time.monotonic() - start_time,
+        "arguments": vars(args),
+    }
+    (out / "done.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result), flush=True)
     images = jaxdiff.generate(model, {**params, **best}, args.prompts, seed=0, steps=20, guidance_scale=args.guidance)
     write_png(out / "sheet.png", grid(images, min(8, len(images))))
 

@@ -51,12 +51,12 @@ def main(output="custom_guidance.png", prompts=PROMPTS, scale=10.0, steps=20, se
 
     @jax.jit
     def draw(params, scale, along):
-        given, without = (
+        denoise_cond, denoise_uncond = (
             jaxdiff.denoiser(model, params, jaxdiff.encode_text(model, params, ids)) for ids in (tokens, empty)
         )
 
         def denoise(x, time):
-            return projected(given(x, time), without(x, time), scale, along)
+            return projected(denoise_cond(x, time), denoise_uncond(x, time), scale, along)
 
         x0 = jaxdiff.sample(denoise, noise, times, jaxdiff.get_scheduler("dpmpp_2m"), keys)
         return jaxdiff.decode(model, params, x0)

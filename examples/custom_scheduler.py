@@ -30,14 +30,16 @@ class State(NamedTuple):
 
 def deis():
     def step(denoise, state, times, i, keys):
-        before, now, then = (jax.tree.map(lambda a, j=j: a[j], times) for j in (jnp.maximum(i - 1, 0), i, i + 1))
-        x0 = denoise(state.x, now)
-        eps = (state.x - now.alpha * x0) / now.sigma
-        rho_before, rho, rho_then = (t.sigma / t.alpha for t in (before, now, then))
-        # The integral of log(r / rho) over r from rho to rho_then, which may be 0.
-        area = jax.scipy.special.xlogy(rho_then, rho_then / rho) - (rho_then - rho)
-        bend = jnp.where(i > 0, area / jnp.log(rho_before / rho), 0.0)
-        x = then.alpha * x0 + then.sigma * eps + then.alpha * bend * (state.eps - eps)
+        previous, current, next_time = (
+            jax.tree.map(lambda a, j=j: a[j], times) for j in (jnp.maximum(i - 1, 0), i, i + 1)
+        )
+        x0 = denoise(state.x, current)
+        eps = (state.x - current.alpha * x0) / current.sigma
+        rho_previous, rho, rho_next = (t.sigma / t.alpha for t in (previous, current, next_time))
+        # The integral of log(r / rho) over r from rho to rho_next, which may be 0.
+        area = jax.scipy.special.xlogy(rho_next, rho_next / rho) - (rho_next - rho)
+        bend = jnp.where(i > 0, area / jnp.log(rho_previous / rho), 0.0)
+        x = next_time.alpha * x0 + next_time.sigma * eps + next_time.alpha * bend * (state.eps - eps)
         return State(x, x0, eps)
 
     return jaxdiff.Scheduler(lambda x: State(x, x, x), step)

@@ -40,8 +40,8 @@ def main(output="shard_batch.png", subjects=SUBJECTS, steps=20, seed=0):
 
     devices = jax.devices()
     mesh = Mesh(np.reshape(devices, (2 if len(devices) % 2 == 0 else 1, -1)), ("rack", "chip"))
-    whole, rows = PartitionSpec(), PartitionSpec(("rack", "chip"))
-    specs = {"in_specs": (whole, rows, rows, rows), "out_specs": rows}
+    replicated, rows = PartitionSpec(), PartitionSpec(("rack", "chip"))
+    specs = {"in_specs": (replicated, rows, rows, rows), "out_specs": rows}
     over_mesh = jax.jit(jax.shard_map(draw, mesh=mesh, check_vma=False, **specs))
     meshed = over_mesh(params, tokens, empty, keys)
     single = jax.jit(draw)(params, tokens, empty, keys)

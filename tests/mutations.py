@@ -80,10 +80,10 @@ DIFFUSION = in_folder(
     ("multistep.py", "(a - other * b) / (node - other)", "(a - other * b) / (other - node)",
      SCHEDULERS.format("published_tables")),
     ("multistep.py", "jnp.maximum(i - k, 0)", "jnp.maximum(i - 1, 0)", GOLDEN.format("order_3-dpmpp_2m")),
-    ("multistep.py", "(closed[-1] - 1 / factorial) / large", "(closed[-1] + 1 / factorial) / large",
+    ("multistep.py", "(closed_forms[-1] - 1 / factorial) / large", "(closed_forms[-1] + 1 / factorial) / large",
      SCHEDULERS.format("phi_is_accurate")),
-    ("multistep.py", "return jnp.where((r > 0) & (r < 1), jnp.maximum(now, 1), 1)", "return jnp.maximum(now, 1)",
-     GOLDEN.format("sd1-dpmpp_2m")),
+    ("multistep.py", "return jnp.where((r > 0) & (r < 1), jnp.maximum(effective_order, 1), 1)",
+     "return jnp.maximum(effective_order, 1)", GOLDEN.format("sd1-dpmpp_2m")),
     ("multistep.py", "jnp.minimum(i + 1, count)", "jnp.minimum(state.steps_taken + 1, count)",
      GOLDEN.format("sd1-lms")),
     ("multistep.py", '0.5 if solver_type == "midpoint" else slope', "slope", GOLDEN.format("sd1-dpmpp_2m")),
@@ -98,8 +98,7 @@ DIFFUSION = in_folder(
      "return History(predicted, x0, state.steps_taken + 1, predictions, state.x)", GOLDEN.format("sd1-unipc")),
     ("multistep.py", "return start - (start > 1) if skip_prk_steps else start", "return start",
      GOLDEN.format("sd1-pndm")),
-    ("multistep.py", "[(to, told, 2.0), (told, told, 2.0)", "[(to, told, 1.0), (told, told, 2.0)",
-     GOLDEN.format("prk-pndm")),
+    ("multistep.py", "[(target_time, query_time, 2.0)", "[(target_time, query_time, 1.0)", GOLDEN.format("prk-pndm")),
     # ---- grids and schedules
     ("times.py", "TCD_GAMMA = 0.3", "TCD_GAMMA = 0.2", SCHEDULERS.format("tcd")),
     ("times.py", 'clean = self.scheduler == "ddim" if', 'clean = self.scheduler != "ddim" if',
@@ -142,7 +141,7 @@ NETWORKS = "tests/test_models.py -k 'golden and {}'"
 
 SAMPLES = in_folder(
     "jaxdiff/sampling",
-    ("inputs.py", "jnp.sin(straight * angle) / sine", "straight", "tests/test_variations.py -k slerp"),
+    ("inputs.py", "jnp.sin(fraction * angle) / sine", "fraction", "tests/test_variations.py -k slerp"),
     ("resolve.py", "np.linspace(0 if first is None else int(first), last, frames)", "np.linspace(0, last, frames)",
      "tests/test_resolve.py -k left_open"),
     ("denoiser.py", "(batch,)) - 1)", "(batch,)))", "tests/test_tasks.py -k guidance_embedding"),
@@ -181,8 +180,9 @@ IO = in_folder(
 
 TEXT = in_folder(
     "jaxdiff/text",
-    ("chunks.py", "next((i + 1 for i in near", "next((i for i in near", PROMPTS.format("cut_after_a_comma")),
-    ("chunks.py", "np.arange(count) < own[:, None]", "np.arange(count) <= own[:, None]",
+    ("chunks.py", "next((i + 1 for i in candidates", "next((i for i in candidates",
+     PROMPTS.format("cut_after_a_comma")),
+    ("chunks.py", "np.arange(count) < num_chunks[:, None]", "np.arange(count) <= num_chunks[:, None]",
      PROMPTS.format("its_own_chunks")),
     ("emphasis.py", '(start, None, _STEP if mark == "(" else 1 / _STEP)', "(start, None, _STEP)",
      PROMPTS.format("test_emphasis")),
@@ -241,8 +241,8 @@ TRAINING = in_folder(
     "jaxdiff",
     ("parallel.py", "max(left, key=lambda i: shape[i])", "min(left, key=lambda i: shape[i])",
      MESHES.format("largest_divisible")),
-    ("cli/requests.py", "(batches(each), each)", "(batches(each), -each)", "tests/test_batch_sizes.py -k equal"),
-    ("cli/requests.py", "(1 - IN_VAIN) * each * batches(each) <= batches(1)", "True",
+    ("cli/requests.py", "(num_batches(n), n)", "(num_batches(n), -n)", "tests/test_batch_sizes.py -k equal"),
+    ("cli/requests.py", "(1 - MAX_PADDING) * n * num_batches(n) <= num_batches(1)", "True",
      "tests/test_batch_sizes.py -k nearly_full"),
 )  # fmt: skip
 
@@ -259,9 +259,9 @@ DATA = in_folder(
 
 SERVING = in_folder(
     "jaxdiff/serving",
-    ("engine.py", "item.key == first.key][:most]", "True][:most]", "tests/test_serve_engine.py -k drawn_at_once"),
+    ("engine.py", "if item.key == first.key]", "if True]", "tests/test_serve_engine.py -k drawn_at_once"),
     ("guard.py", "urlsplit(origin).netloc != host", "False", "tests/test_serve_hostile.py -k other_sites"),
-    ("guard.py", "path not in OPEN", "path in OPEN", "tests/test_serve_hostile.py -k the_key"),
+    ("guard.py", "path not in PUBLIC_PATHS", "path in PUBLIC_PATHS", "tests/test_serve_hostile.py -k the_key"),
 )  # fmt: skip
 
 MUTATIONS = [*DIFFUSION, *SAMPLES, *MODELS, *TRANSFORMERS, *IO, *TEXT, *TRAINING, *DATA, *SERVING]

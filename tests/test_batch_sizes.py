@@ -6,7 +6,7 @@ import math
 import pytest
 
 from jaxdiff.cli import flags, sample
-from jaxdiff.cli.requests import IN_VAIN, batch_size, prompt_lines
+from jaxdiff.cli.requests import MAX_PADDING, batch_size, prompt_lines
 from jaxdiff.io.images import read_metadata
 from jaxdiff.sampling.generate import sampler
 
@@ -25,7 +25,7 @@ def test_any_number_of_images_has_batches_of_few_sizes_that_are_nearly_full(devi
     sizes = {count: batch_size([count], devices, MOST) for count in range(1, 400)}
     powers = {2**i for i in range(int(math.log2(devices)) + 1)}
     assert set(sizes.values()) <= powers | {devices * each for each in range(1, MOST + 1)}
-    assert max(in_vain([count], devices, size) for count, size in sizes.items()) <= IN_VAIN
+    assert max(in_vain([count], devices, size) for count, size in sizes.items()) <= MAX_PADDING
 
 
 def test_one_device_draws_equal_batches_as_few_as_there_can_be():
@@ -40,7 +40,7 @@ def test_groups_of_images_that_share_no_batch_are_not_filled_up_with_copies():
     assert batch_size([40, 1], 1) == 4
     for groups in itertools.product((1, 2, 3, 5, 9), repeat=3):
         for devices in (1, 8):
-            assert in_vain(list(groups), devices, batch_size(groups, devices)) <= IN_VAIN
+            assert in_vain(list(groups), devices, batch_size(groups, devices)) <= MAX_PADDING
 
 
 def test_groups_are_found_by_the_loras_that_prompts_name(tmp_path):

@@ -44,16 +44,16 @@ def test_measures_are_shown_with_their_errors():
 def test_the_evaluations_rows_are_those_that_it_writes(tmp_path):
     """Their names, so that a column does not silently stay empty."""
     from jaxdiff.evaluation import measures
-    from jaxdiff.evaluation.measures import Measured
+    from jaxdiff.evaluation.measures import EncodedImages
 
     rng = np.random.default_rng(0)
-    some = Measured(rng.normal(size=(64, 6)), rng.integers(0, 9, (64, 12), np.uint8), rng.normal(size=(32, 6)),
+    some = EncodedImages(rng.normal(size=(64, 6)), rng.integers(0, 9, (64, 12), np.uint8), rng.normal(size=(32, 6)),
                     np.arange(64) // 2)  # fmt: skip
     rows = measures.agreement(some, None)[0] + measures.varieties(some, None, [], "")[0]
     found = {(row.part, row.name) for row in rows}
     assert {key for key in compare.SHOWN if key[0] in ("agreement", "variety")} <= found
     (tmp_path / "report.json").write_text(json.dumps({"measures": {"variety": {"distance": {"value": 1.0}}}}))
-    assert compare.evaluated(tmp_path, tmp_path, "none", None, None) == {"variety": {"value": 1.0}}
+    assert compare.evaluate(tmp_path, tmp_path, "none", None, None) == {"variety": {"value": 1.0}}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_moments_of_chunks_are_those_of_all():
     chunks = ((x[i : i + 7], numbers[i : i + 7]) for i in range(0, 50, 7))
     found = block_moments(chunks, 3)
     assert [m.size for m in found] == np.bincount(numbers).tolist()
-    mean, cov = distances.gaussian(distances.added(found))
+    mean, cov = distances.gaussian(distances.combine(found))
     np.testing.assert_allclose(mean, x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(cov, np.cov(x.T), rtol=1e-10, atol=1e-12)
 
@@ -242,7 +242,7 @@ def test_chunks_are_not_held():
 
 
 def test_copies_are_told_from_new_images():
-    """Exact copies have ratio 0, near ones are below NEAR, and of new images few are."""
+    """Exact copies have ratio 0, near ones are below NEAR_COPY, and of new images few are."""
     rng = np.random.default_rng(7)
     train, held_out, new = (rng.standard_normal((n, 8)) for n in (300, 100, 100))
     near = train[:20] + 0.02 * rng.standard_normal((20, 8))
@@ -251,9 +251,9 @@ def test_copies_are_told_from_new_images():
     )
     ratios = originality.distance_ratios(apart, usual)
     assert ratios[:20].tolist() == [0] * 20
-    assert (ratios[20:40] < originality.NEAR).all()
+    assert (ratios[20:40] < originality.NEAR_COPY).all()
     assert numbers[:40].tolist() == [*range(20), *range(20)]
-    assert (ratios[40:] < originality.NEAR).mean() < 0.05
+    assert (ratios[40:] < originality.NEAR_COPY).mean() < 0.05
     assert np.median(ratios[40:]) == pytest.approx(1, abs=0.15)  # the median of 100 errs by about a twentieth here
 
 

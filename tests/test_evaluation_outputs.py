@@ -15,23 +15,23 @@ def test_one_process_at_a_time_makes_a_report(tmp_path, monkeypatch, capsys):
     work, taken = Path("new/.report.partial").absolute(), "--output new/report is being made by another process"
 
     def refused() -> None:
-        with pytest.raises(Failure, match=taken), outputs.held(work, "new/report"):
+        with pytest.raises(Failure, match=taken), outputs.locked(work, "new/report"):
             pass
 
-    with outputs.held(work, "new/report"):
+    with outputs.locked(work, "new/report"):
         refused()
         code = command.main(["evaluation", "--prompts=p.txt", "--output=new/report"])
         assert (code, taken in capsys.readouterr().err) == (1, True)
         assert list(work.iterdir()) == []
     assert not Path("new").exists()
-    with outputs.held(work, "new/report"):
+    with outputs.locked(work, "new/report"):
         outputs.begin(work, {"seed": 1})
         (work / "images").mkdir()
         outputs.begin(work, {"seed": 2})
         assert [p.name for p in work.iterdir()] == ["settings.json"]
         refused()  # though it has been emptied
         outputs.publish(work, Path("new/report"), overwrite=False)
-        with outputs.held(work, "new/report"):  # the next one
+        with outputs.locked(work, "new/report"):  # the next one
             outputs.begin(work, {"seed": 3})
     assert sorted(p.name for p in Path("new").iterdir()) == [".report.partial", "report"]
 

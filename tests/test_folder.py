@@ -403,7 +403,7 @@ def test_bad_arguments_are_named(twelve, name, value):
 
 
 def test_what_is_transparent_of_a_control_image_is_black(tmp_path):
-    """As drawing has it: see `sample.given_images`."""
+    """As drawing has it: see `sample.input_images`."""
     layer = np.full((8, 8, 4), 255, np.uint8)
     layer[:, 4:, 3] = 0
     Image.fromarray(layer).save(tmp_path / "pose.png")

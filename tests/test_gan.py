@@ -185,7 +185,7 @@ def test_flags_that_mean_nothing_are_refused_in_a_sentence(sample_cli, gan_folde
 
 def test_the_server_refuses_it_and_the_evaluation_draws_it_as_it_is(gan_folder):
     with pytest.raises(UsageError, match="--model is a GAN"):
-        serve.loaded(parse_serve(["serve", f"--model={gan_folder}"]))
+        serve.load_model(parse_serve(["serve", f"--model={gan_folder}"]))
     model = pretrained.described(gan_folder)[0]
     wanted = drawing_options(parse_evaluation(["evaluation", f"--model={gan_folder}", "--prompts=x"]), model)
     assert not any(wanted.values())

@@ -11,7 +11,7 @@ import pytest
 
 from jaxdiff import parallel
 from jaxdiff.cli import train, train_plan
-from jaxdiff.cli.train_plan import described
+from jaxdiff.cli.train_plan import describe
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.training import memory_plan
 from jaxdiff.training.optimizer import optimizer
@@ -58,7 +58,7 @@ def test_what_is_planned_for_fine_tuning_is_what_is_made(name, configs_alone, ti
     config.init_from.model, config.textual_inversion.initial = str(configs_alone), "castle"
     if name == "controlnet":
         config.controlnet.init_from = "elsewhere"  # whose weights are not read either
-    stage, shapes, _ = described(config)
+    stage, shapes, _ = describe(config)
     config.controlnet.init_from = ""
     target = make(config, *tiny)
     made = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), target.params)
@@ -71,7 +71,7 @@ def test_what_is_planned_for_fine_tuning_is_what_is_made(name, configs_alone, ti
 def test_of_a_lora_the_frozen_weights_are_held_once_and_have_no_optimizer(configs_alone, tiny):
     config = importlib.import_module("configs.finetune.lora").get_config()
     config.init_from.model = str(configs_alone)
-    stage, shapes, _ = described(config)
+    stage, shapes, _ = describe(config)
     options = Options.from_config(config)
     mesh = parallel.mesh(devices=jax.devices()[:1])
     frozen = {k: v for k, v in shapes.items() if k not in stage.trainable}

@@ -8,7 +8,7 @@ import pytest
 import jaxdiff
 from jaxdiff.cli import adapters, sample
 from jaxdiff.cli.errors import UsageError
-from jaxdiff.cli.flags import check_model, parse, weighted
+from jaxdiff.cli.flags import check_model, parse, parse_lora
 from jaxdiff.cli.options import define
 from jaxdiff.config import ConfigError
 from jaxdiff.diffusion.spacing import distilled_timesteps
@@ -40,8 +40,8 @@ def test_a_lora_has_a_finite_weight(weight):
 def test_a_weight_and_a_path_are_told_apart():
     for given in ("x.safetensors:0.8", "c:/x:-2", "x.safetensors", "a:b", ":nan"):
         expected = {"x.safetensors:0.8": ("x.safetensors", 0.8), "c:/x:-2": ("c:/x", -2.0)}.get(given, (given, 1.0))
-        assert weighted(given) == expected
-    assert adapters.weighted is weighted
+        assert parse_lora(given) == expected
+    assert adapters.parse_lora is parse_lora
 
 
 def test_every_flag_of_a_number_is_finite():

@@ -75,7 +75,7 @@ def test_a_host_that_stays_alone_says_so(tmp_path):
     program = f"""
 import sys
 from jaxdiff.cli import hosts, sample
-hosts.WAIT = 2
+hosts.CONNECT_TIMEOUT = 2
 sys.exit(sample.main(["sample.py", "--prompt=a", "--output=x.png", "--coordinator_address=localhost:{port}",
                       "--num_processes=2", "--process_id=0"]))
 """

@@ -10,7 +10,7 @@ from PIL import Image
 
 import jaxdiff
 from jaxdiff.cli import sample
-from jaxdiff.cli.flags import named, parse
+from jaxdiff.cli.flags import parse, parse_embedding
 from jaxdiff.cli.requests import batch_arguments, count_images, image_requests, prompt_lines, sheet_columns
 from jaxdiff.config import TinyVAEConfig
 from jaxdiff.errors import say_once
@@ -75,10 +75,10 @@ def test_what_the_second_encoder_is_to_steer_away_from():
 def test_names_of_embeddings_and_paths_with_an_equals_sign(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=1.safetensors").touch()
-    assert named("t.safetensors") == ("t.safetensors", None)
-    assert named("runs/lr=1e-4/t.safetensors") == ("runs/lr=1e-4/t.safetensors", None)
-    assert named("lr=1.safetensors") == ("lr=1.safetensors", None)
-    assert named("<x>=runs/lr=1e-4/t.safetensors") == ("runs/lr=1e-4/t.safetensors", "<x>")
+    assert parse_embedding("t.safetensors") == ("t.safetensors", None)
+    assert parse_embedding("runs/lr=1e-4/t.safetensors") == ("runs/lr=1e-4/t.safetensors", None)
+    assert parse_embedding("lr=1.safetensors") == ("lr=1.safetensors", None)
+    assert parse_embedding("<x>=runs/lr=1e-4/t.safetensors") == ("runs/lr=1e-4/t.safetensors", "<x>")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_what_is_transparent_in_a_mask_is_kept(kind, tiny, tmp_path):
     image.save(path, **({"lossless": True} if end == "webp" else {}))
     write_png(tmp_path / "a.png", IMAGE)
     f = parse(["sample.py", CASTLE, f"--image={tmp_path}/a.png", f"--mask={path}", "--height=16", "--width=16"])
-    mask = sample.given_images(f, tiny[0], read_image)["mask"]
+    mask = sample.input_images(f, tiny[0], read_image)["mask"]
     assert mask[:, : SIDE // 2].all()
     assert not mask[:, SIDE // 2 :].any()
 
@@ -189,10 +189,10 @@ def test_what_is_transparent_of_a_control_image_is_black(tiny, tmp_path):
     Image.fromarray(layer).save(tmp_path / "pose.png")
     beside = [f"--control_image={tmp_path}/pose.png", "--height=16", "--width=16"]
     given = {edges: parse(["sample.py", CASTLE, *beside, f"--control_edges={edges}"]) for edges in (True, False)}
-    (hint,) = sample.given_images(given[False], tiny[0], read_image)["control_images"]
+    (hint,) = sample.input_images(given[False], tiny[0], read_image)["control_images"]
     assert (hint[:, : SIDE // 2] == 255).all()
     assert not hint[:, SIDE // 2 :].any()
-    (hint,) = sample.given_images(given[True], tiny[0], read_image)["control_images"]
+    (hint,) = sample.input_images(given[True], tiny[0], read_image)["control_images"]
     assert not hint.any()
 
 

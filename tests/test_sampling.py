@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdiff.diffusion.base import filled_up
+from jaxdiff.diffusion.base import pad_grid
 from jaxdiff.diffusion.prediction import to_denoised
 from jaxdiff.diffusion.sampling_loop import sample, sample_keys, step_keys
 from jaxdiff.diffusion.schedulers import SCHEDULERS, get_scheduler
@@ -192,7 +192,7 @@ def test_a_grid_that_is_filled_up_gives_the_same(name):
             times, scale = time_grid(SD1, steps, name)
             whole, filled = (
                 sample(denoise, scale * x, grid, scheduler, KEY, trajectory=True, **options)
-                for grid in (times, filled_up(times, 6))
+                for grid in (times, pad_grid(times, 6))
             )
             np.testing.assert_array_equal(filled[0], whole[0])
             np.testing.assert_array_equal(filled[1][: options.get("stop", steps)], whole[1][: options.get("stop")])
@@ -212,7 +212,7 @@ def test_one_program_for_all_numbers_of_steps(name):
     for steps in (1, 2, 15, 20):
         times, scale = time_grid(SD1, steps, name)
         calls.clear()
-        drawn = program(filled_up(times, 20), scale)
+        drawn = program(pad_grid(times, 20), scale)
         jax.effects_barrier()
         assert len(calls) == network_calls(SD1, steps, name)
         np.testing.assert_allclose(drawn, run(name, x, steps=steps), atol=ROUNDING)

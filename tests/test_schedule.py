@@ -10,10 +10,10 @@ from jaxdiff.diffusion.base import Scheduler, State
 from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.schedules import Time
 from jaxdiff.models.conditioning import Conditioning
-from jaxdiff.sampling.inputs import by_step
+from jaxdiff.sampling.inputs import text_by_step
 from jaxdiff.sampling.noise import image_keys
 from jaxdiff.sampling.resolve import resolve_images, resolve_settings
-from jaxdiff.sampling.texts import edited
+from jaxdiff.sampling.texts import expand_edits
 from jaxdiff.text.chunks import tokens
 from jaxdiff.text.other_programs import LoraTag, only_words, read_as_it_is, split_tags
 from jaxdiff.text.prompt_files import PromptError
@@ -70,12 +70,12 @@ def test_brackets_without_end():
 
 
 def test_which_text_each_step_attends_to():
-    columns, picks = edited([["a [b|c]", "d"], [None, "[e:f:1]"]], 3, 1)
+    columns, picks = expand_edits([["a [b|c]", "d"], [None, "[e:f:1]"]], 3, 1)
     assert columns == [["a b", "a c", "d", "d"], [None, None, "e", "f"]]
     assert picks.tolist() == [[[0, 1, 0]], [[0, 1, 1]]]
-    assert edited([["[a|a]", "b"]], 3, 2) == ([["a", "b"]], None)
+    assert expand_edits([["[a|a]", "b"]], 3, 2) == ([["a", "b"]], None)
     plain = [["a [b]", r"\|"]]
-    assert edited(plain, 3, 1)[0] is plain
+    assert expand_edits(plain, 3, 1)[0] is plain
 
 
 def test_steps_left_out_are_not_counted():
@@ -86,7 +86,7 @@ def test_steps_left_out_are_not_counted():
 
     conds = (Conditioning(jnp.asarray([[1.0, 2.0], [3.0, 4.0]])), None)
     picks = jnp.asarray([[0, 1, 1, 1], [1, 0, 0, 0]])
-    steps = by_step(
+    steps = text_by_step(
         Scheduler(lambda x: State(x, x), step), picks, jnp.asarray(2), conds, lambda c, _: lambda *a: c.embeddings
     )
     times = Time(*(jnp.zeros(5) for _ in range(3)))

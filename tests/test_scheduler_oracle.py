@@ -12,7 +12,7 @@ import pytest
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion import prediction
-from jaxdiff.diffusion.base import Scheduler, clip_to, filled_up, time_at
+from jaxdiff.diffusion.base import Scheduler, clip_to, pad_grid, time_at
 from jaxdiff.diffusion.inpainting import masked_blending
 from jaxdiff.diffusion.sampling_loop import sample
 from jaxdiff.diffusion.schedulers import get_scheduler
@@ -115,7 +115,7 @@ def path_of(case: Case) -> np.ndarray:
     kind = prediction.PREDICTION_TYPES.index(case.values.prediction_type)
     # One program for all numbers of steps; but those of pndm depend on it, and one config goes without.
     if case.scheduler != "pndm" and case.config != "defaults":
-        times = filled_up(times, MOST_STEPS)
+        times = pad_grid(times, MOST_STEPS)
     return np.asarray(path(x, times, case.start, kind))[case.start : case.steps]
 
 

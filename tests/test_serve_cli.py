@@ -16,7 +16,7 @@ import pytest
 
 from jaxdiff.cli import serve
 from jaxdiff.cli.errors import UsageError
-from jaxdiff.cli.serve_options import ALL, described, parse, parsed_sizes
+from jaxdiff.cli.serve_options import ALL, flags_document, parse, parse_sizes
 from tests.support.tiny import SIDE
 
 ROOT = Path(__file__).parent.parent
@@ -24,14 +24,14 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_documentation_is_the_table():
     """docs/serve-flags.md is made by `python -m jaxdiff.cli.serve_options`."""
-    assert (ROOT / "docs" / "serve-flags.md").read_text(encoding="utf-8") == described()
+    assert (ROOT / "docs" / "serve-flags.md").read_text(encoding="utf-8") == flags_document()
     assert "api_key" in ALL
 
 
 def test_sizes_and_key(monkeypatch):
     monkeypatch.setenv("JAXDIFF_API_KEY", "from-the-environment")
     f = parse(["serve", "--sizes=512x512, 768x512,512x512"])
-    assert parsed_sizes(f) == ((512, 512), (768, 512))
+    assert parse_sizes(f) == ((512, 512), (768, 512))
     assert f.api_key == "from-the-environment"
     assert parse(["serve", "--host=0.0.0.0"]).host == "0.0.0.0"
 
@@ -93,7 +93,7 @@ def test_steps_are_those_of_the_model(tiny):
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_read(capsys, monkeypatch):
     pytest.importorskip("uvicorn")
-    with serve.listening(parse(["serve", "--port=0"])) as taken:
+    with serve.listen(parse(["serve", "--port=0"])) as taken:
         assert serve.main(["serve", f"--port={taken.getsockname()[1]}", "--model=missing"]) == 1
     assert "stop what listens there" in capsys.readouterr().err
 

@@ -79,10 +79,10 @@ def test_images_wait_a_moment_for_others(new_engine):
 
 def test_the_only_client_waits_for_nobody(new_engine, monkeypatch):
     """Once nobody else has asked for a while; a second one at the same time makes both wait again."""
-    monkeypatch.setattr(engine_file, "ALONE", 0.0)
+    monkeypatch.setattr(engine_file, "SOLO_AFTER", 0.0)
     engine, events = new_engine(window=60.0)
     assert images(engine.submit(castle())).shape == (1, SIDE, SIDE, 3)
-    monkeypatch.setattr(engine_file, "ALONE", 1000.0)
+    monkeypatch.setattr(engine_file, "SOLO_AFTER", 1000.0)
     jobs = [engine.submit(castle(seed=seed)) for seed in range(4)]
     for job in jobs:
         images(job)
@@ -161,7 +161,7 @@ def test_enlarging(tiny, new_engine):
     assert levels(larger[:-border], alone[:-border]) <= 1
     assert engine.enlarge(EnlargeRequest(image, 1.5)).future.result(WAIT)[0].shape == (60, 96, 3)
     ended = engine.enlarge(EnlargeRequest(np.zeros((600, 600, 3), np.uint8), 4.0))
-    while not ended.begun:
+    while not ended.started:
         time.sleep(0.001)
     ended.cancel()
     engine.stop()

@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 
-from jaxdiff.sampling.stepwise import Moment
+from jaxdiff.sampling.stepwise import Progress
 from jaxdiff.serving import engine as engine_file
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs the packages of the extra test")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that make u
 def grey(model, params, request, **more):
     """In place of drawing."""
     shape = len(request.prompts), request.settings.height, request.settings.width, 3
-    yield Moment(1, 1, lambda: np.full(shape, 127, np.uint8), np.ones(shape[0], bool))
+    yield Progress(1, 1, lambda: np.full(shape, 127, np.uint8), np.ones(shape[0], bool))
 
 
 @pytest.fixture(scope="module")

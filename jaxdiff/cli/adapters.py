@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 import jaxdiff
 from jaxdiff.cli.errors import UsageError
-from jaxdiff.cli.flags import named, weighted
+from jaxdiff.cli.flags import parse_embedding, parse_lora
 from jaxdiff.cli.requests import ImageRequest
 from jaxdiff.config import ConfigError
 from jaxdiff.errors import WeightsError
@@ -36,7 +36,7 @@ class Adapters(NamedTuple):
 
 
 @contextlib.contextmanager
-def naming(flag: str) -> Iterator[None]:
+def file_errors(flag: str) -> Iterator[None]:
     """Turn errors of a file into errors of the flag that names it."""
     try:
         yield
@@ -50,20 +50,22 @@ def read_adapters(f: flags.FlagValues, model: jaxdiff.Model, mesh: Mesh | None =
     Args:
         mesh: to shard ControlNets over.
     """
-    with naming("--embedding"):
-        words = read_textual_inversion(model, [named(given) for given in f.embedding])
-    with naming("--lora"):
-        loras = [(read_lora(model, path), weight) for path, weight in map(weighted, f.lora)]
-    with naming("--controlnet"):
-        like = None if model.unet is None else model.unet.config
-        more: Any = {"dtype": f.dtype, "like": like, "mesh": mesh}
-        nets = [load_controlnet(path, **more) for path in f.controlnet]
-        jaxdiff.with_controlnets(model, {}, *nets)  # checks them
-    with naming("--preview_vae"):
-        return Adapters(words, loras, nets, load_tiny_vae(f.preview_vae, dtype=f.dtype) if f.preview_vae else None)
+    with file_errors("--embedding"):
+        words = read_textual_inversion(model, [parse_embedding(given) for given in f.embedding])
+    with file_errors("--lora"):
+        loras = [(read_lora(model, path), weight) for path, weight in map(parse_lora, f.lora)]
+    with file_errors("--controlnet"):
+        unet_config = None if model.unet is None else model.unet.config
+        options: Any = {"dtype": f.dtype, "like": unet_config, "mesh": mesh}
+        controlnets = [load_controlnet(path, **options) for path in f.controlnet]
+        jaxdiff.with_controlnets(model, {}, *controlnets)  # raises if one does not fit
+    with file_errors("--preview_vae"):
+        return Adapters(
+            words, loras, controlnets, load_tiny_vae(f.preview_vae, dtype=f.dtype) if f.preview_vae else None
+        )
 
 
-def named_loras(f: flags.FlagValues, requests: Sequence[ImageRequest]) -> list[Weighted]:
+def prompt_loras(f: flags.FlagValues, requests: Sequence[ImageRequest]) -> list[Weighted]:
     """The LoRAs of --lora_dir that each image's prompt names, with their weights. Raises UsageError."""
     if f.lora_dir is None:
         return [()] * len(requests)
@@ -71,20 +73,20 @@ def named_loras(f: flags.FlagValues, requests: Sequence[ImageRequest]) -> list[W
 
     @functools.cache
     def find(name: str) -> Path:
-        found = lora_folders.named(files, name)
-        if len(found) == 1:
-            return found[0]
-        if found:
-            both = f"{found[0]} and {found[1]}"
-            raise UsageError(f"--lora_dir: <lora:{name}> may be {both}: write <lora:{files[found[0]]}>.")
-        there = ", ".join(path.stem for path in list(files)[:10]) or "no LoRA"
-        raise UsageError(f"--lora_dir {f.lora_dir} has no {name}.safetensors for <lora:{name}>: it has {there}.")
+        matches = lora_folders.named(files, name)
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            both = f"{matches[0]} and {matches[1]}"
+            raise UsageError(f"--lora_dir: <lora:{name}> may be {both}: write <lora:{files[matches[0]]}>.")
+        available = ", ".join(path.stem for path in list(files)[:10]) or "no LoRA"
+        raise UsageError(f"--lora_dir {f.lora_dir} has no {name}.safetensors for <lora:{name}>: it has {available}.")
 
-    def of(tag: LoraTag) -> tuple[Path, float, float]:
+    def resolve_tag(tag: LoraTag) -> tuple[Path, float, float]:
         return find(tag.name), tag.text_encoder, tag.unet
 
     try:
-        return [tuple(map(of, split_tags(request["prompt"])[1])) for request in requests]
+        return [tuple(map(resolve_tag, split_tags(request["prompt"])[1])) for request in requests]
     except PromptError as e:
         raise UsageError(f"--prompt: {e}") from None
 
@@ -93,22 +95,24 @@ def without_tags(f: flags.FlagValues, request: ImageRequest) -> ImageRequest:
     """An image's flags without the LoRA tags in its prompt, which --lora_dir applies to the model."""
     if f.lora_dir is None:
         return request
-    words, own = split_tags(request["prompt"])
-    blended = request.get("blend_prompt")
-    if blended is not None and split_tags(blended)[1] == own:  # other tags are left out later, with a warning
-        request = request | {"blend_prompt": split_tags(blended)[0]}
-    return request | {"prompt": words}
+    prompt, tags = split_tags(request["prompt"])
+    blend_prompt = request.get("blend_prompt")
+    if blend_prompt is not None:
+        blend_text, blend_tags = split_tags(blend_prompt)
+        if blend_tags == tags:  # other tags are left out later, with a warning
+            request = request | {"blend_prompt": blend_text}
+    return request | {"prompt": prompt}
 
 
-def read_named(model: jaxdiff.Model, chosen: Sequence[Weighted]) -> dict[Path, Lora]:
+def read_prompt_loras(model: jaxdiff.Model, chosen: Sequence[Weighted]) -> dict[Path, Lora]:
     """All LoRAs that prompts name, by file. Raises UsageError."""
-    with naming("--lora_dir"):
-        return {path: read_lora(model, path) for path in sorted({path for each in chosen for path, *_ in each})}
+    with file_errors("--lora_dir"):
+        return {path: read_lora(model, path) for path in sorted({path for loras in chosen for path, *_ in loras})}
 
 
-def runs(chosen: Sequence[Weighted], size: int) -> Iterator[tuple[int, int]]:
+def batch_slices(chosen: Sequence[Weighted], size: int) -> Iterator[tuple[int, int]]:
     """Batches as (start, end): at most `size` consecutive images whose prompts name the same LoRAs."""
     for _, group in itertools.groupby(range(len(chosen)), lambda i: chosen[i]):
-        same = list(group)
-        for i in range(0, len(same), size):
-            yield same[i], same[min(i + size, len(same)) - 1] + 1
+        indices = list(group)
+        for i in range(0, len(indices), size):
+            yield indices[i], indices[min(i + size, len(indices)) - 1] + 1

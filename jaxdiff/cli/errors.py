@@ -23,7 +23,7 @@ def message(error: BaseException, smaller: str) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return f"Memory is too small: {smaller}."
-    if isinstance(error, JaxdiffError | ValueError | FloatingPointError):  # sentences already
+    if isinstance(error, JaxdiffError | ValueError | FloatingPointError):  # already one sentence
         return text
     return f"{type(error).__name__}: {text}; --verbose shows where."
 
@@ -47,7 +47,7 @@ def run(name: str, argv: list[str], command: Callable[[list[str]], int | None], 
     except KeyboardInterrupt:
         print(f"{name}: stopped; {stopped}.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of stdout has gone, as in `| head -1`
+    except BrokenPipeError:  # stdout was closed, as by `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as e:
@@ -70,11 +70,11 @@ def main(
     """Run a command line, or show its help: `doc` and the flags. `command` gets the result of `parse`; see `run`."""
     logging.basicConfig(format=f"{name}: %(levelname)s: %(message)s")
 
-    def parsed(argv: list[str]) -> None:
+    def parse_and_run(argv: list[str]) -> None:
         f = parse(argv)
         if f.help:
             print(doc, f.get_help(), sep="\n")
         else:
             command(f)
 
-    return run(name, argv, parsed, smaller=smaller, stopped=stopped)
+    return run(name, argv, parse_and_run, smaller=smaller, stopped=stopped)

@@ -31,11 +31,11 @@ def flag_errors() -> Iterator[None]:
 def read(f: flags.FlagValues, argv: list[str], hint: str) -> flags.FlagValues:
     """Parse a command line into `f`. Raises UsageError, with `hint` for words that belong to no flag."""
     try:
-        rest = f(argv)[1:]
+        extra = f(argv)[1:]
     except flags.Error as e:
         raise UsageError(f"{e}; --help shows all flags.") from None
-    if rest and not f.help:
-        raise UsageError(f"{rest[0]!r} belongs to no flag: {hint}.")
+    if extra and not f.help:
+        raise UsageError(f"{extra[0]!r} belongs to no flag: {hint}.")
     return f
 
 
@@ -54,10 +54,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
         if not os.path.exists(f.from_png):
             raise UsageError(f"--from_png: {f.from_png} does not exist: check the path.")
         try:
-            drew = flags_of(f)
+            recorded = flags_from_png(f)
         except ImageError as e:
             raise UsageError(f"--from_png: {e}") from None
-        f = read(define(), [argv[0], *drew, *argv[1:]], hint)
+        f = read(define(), [argv[0], *recorded, *argv[1:]], hint)
         check_paths(f)
     if not f.prompt and not f.prompts_file and f.upscale is None:
         raise UsageError('--prompt is missing: say what to draw, such as --prompt "a castle".')
@@ -68,7 +68,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
             )
     check_finite(f)
     for given in f.lora:
-        weighted(given)
+        parse_lora(given)
     for option in OPTIONS.values():
         if option.count:
             f[option.name].value = numbers(f, option.name, option.count, option.kind)
@@ -87,22 +87,22 @@ def check_finite(f: flags.FlagValues) -> None:
             raise UsageError(f"--{name} {value} must be finite.")
 
 
-def flags_of(f: flags.FlagValues) -> list[str]:
+def flags_from_png(f: flags.FlagValues) -> list[str]:
     """The flags in the PNG of --from_png, without those on the command line."""
-    kept, others = read_infotext(read_text(f.from_png))
+    values, unsupported = read_infotext(read_text(f.from_png))
     try:
-        kept = read_metadata(f.from_png)
+        values = read_metadata(f.from_png)
     except ImageError:
-        if not kept:
+        if not values:
             raise
         logging.warning(
             "%s is from the AUTOMATIC1111 web UI, which draws other noise from a seed: the image will differ.%s",
-            *(f.from_png, f" Not followed: {', '.join(others)}." if others else ""),
+            *(f.from_png, f" Not followed: {', '.join(unsupported)}." if unsupported else ""),
         )
-    if not isinstance(kept, dict):
+    if not isinstance(values, dict):
         raise UsageError(f"--from_png {f.from_png} is a sheet of several images: give the PNG of one.")
-    found: list[str] = []
-    for name, value in kept.items():
+    arguments: list[str] = []
+    for name, value in values.items():
         if name not in OPTIONS:
             raise UsageError(f"--from_png {f.from_png} holds {name}, which is not a flag: give the flags themselves.")
         if f[name].present or (name == "prompt" and f.prompts_file is not None):
@@ -113,8 +113,8 @@ def flags_of(f: flags.FlagValues) -> list[str]:
                     f"--from_png {f.from_png} holds {name}: {value!r}, not a list: give the flags themselves."
                 )
             value = ",".join(map(str, value))
-        found += [f"--{name}={x}" for x in (value if isinstance(value, list) else [value])]
-    return found
+        arguments += [f"--{name}={x}" for x in (value if isinstance(value, list) else [value])]
+    return arguments
 
 
 LONGEST_NAME = 255  # bytes, on all common file systems
@@ -128,14 +128,14 @@ def at_home(path: str) -> str:
 def check_paths(f: flags.FlagValues, options: Mapping[str, Option] = OPTIONS) -> None:
     """Replace ~ in all flags that take a path. Raises UsageError for a wrong path."""
     for name in (option.name for option in options.values() if option.path):
-        given = f[name].value
-        if isinstance(given, list):
-            f[name].value = [at_home(path) for path in given]
-        elif given is not None:
-            f[name].value = at_home(given)
-        for path in given if isinstance(given, list) else [] if given is None else [given]:
+        value = f[name].value
+        if isinstance(value, list):
+            f[name].value = [at_home(path) for path in value]
+        elif value is not None:
+            f[name].value = at_home(value)
+        for path in value if isinstance(value, list) else [] if value is None else [value]:
             check_path(f"--{name}", path, stored=options[name].stored)
-    if "output" in options and stores.is_store(f.output):  # what is written there is uploaded
+    if "output" in options and stores.is_store(f.output):  # files written there are uploaded
         f["output"].value = str(stores.place(f.output, stores.OUTPUTS))
 
 
@@ -154,48 +154,50 @@ def check_path(flag: str, path: str, stored: bool = False) -> None:
 
 def check_files(f: flags.FlagValues, options: Mapping[str, Option] = OPTIONS) -> None:
     """Raise UsageError for a flag that names a missing file or folder."""
-    paths_of = {"lora": lambda given: weighted(given)[0], "embedding": lambda given: named(given)[0]}
+    parsers = {"lora": lambda given: parse_lora(given)[0], "embedding": lambda given: parse_embedding(given)[0]}
     for name, option in options.items():
         value = f[name].value
-        for given in (value if option.many else [value]) if option.path == "old" and value else ():
-            path = paths_of.get(name, str)(given)
+        if option.path != "old" or not value:
+            continue
+        for argument in value if option.many else [value]:
+            path = parsers.get(name, str)(argument)
             if not os.path.exists(path):
                 weight = ", and write the weight as a number, path:0.8" if name == "lora" and ":" in path else ""
                 raise UsageError(f"--{name}: {path} does not exist: check the path{weight}.")
 
 
-def named(given: str) -> tuple[str, str | None]:
+def parse_embedding(value: str) -> tuple[str, str | None]:
     """(path, token) of token=path; the token is None if there is none. A path may contain = itself."""
-    token, equals, path = given.partition("=")
-    return (path, token) if equals and "/" not in token and not os.path.exists(given) else (given, None)
+    token, equals, path = value.partition("=")
+    return (path, token) if equals and "/" not in token and not os.path.exists(value) else (value, None)
 
 
-def weighted(given: str) -> tuple[str, float]:
+def parse_lora(value: str) -> tuple[str, float]:
     """(path, weight) of a --lora value such as path:0.8; the weight defaults to 1. Raises UsageError."""
-    path, _, number = given.rpartition(":")
+    path, _, number = value.rpartition(":")
     try:
         weight = float(number)
     except ValueError:
-        return given, 1.0
+        return value, 1.0
     if not path:
-        return given, 1.0
+        return value, 1.0
     if not math.isfinite(weight):
-        raise UsageError(f"--lora {given}: the weight {number} must be finite, such as {path}:0.8.")
+        raise UsageError(f"--lora {value}: the weight {number} must be finite, such as {path}:0.8.")
     return path, weight
 
 
 def numbers(f: flags.FlagValues, name: str, count: int, kind: type) -> tuple | None:
     """The values of a list flag as `count` numbers of type `kind`, each at least 0. Raises UsageError."""
-    given: list[str] | None = f[name].value
-    if given is None:
+    strings: list[str] | None = f[name].value
+    if strings is None:
         return None
     try:
-        values = tuple(kind(v) for v in given)
+        values = tuple(kind(v) for v in strings)
         if len(values) != count or not all(v >= 0 for v in values):
             raise ValueError
     except ValueError:
         raise UsageError(
-            f"--{name} {','.join(given)} must be {count} numbers, none below 0, with commas between."
+            f"--{name} {','.join(strings)} must be {count} numbers, none below 0, with commas between."
         ) from None
     return values
 
@@ -223,7 +225,7 @@ def check_model(f: flags.FlagValues, model: Any) -> None:
     for name in ("negative_prompt", "negative_prompt_2", "guidance_rescale", "guidance_interval"):
         if model.one_pass and f[name].present:
             raise UsageError(f"--{name} is for guidance, which this model does without: leave it out.")
-    if f["guidance_scale"].present and not (model.takes_guidance or model.is_gan):  # which is refused later
+    if f["guidance_scale"].present and not (model.takes_guidance or model.is_gan):  # GANs refuse it later
         raise UsageError("--guidance_scale has no effect on this model, which was distilled with one: leave it out.")
 
 

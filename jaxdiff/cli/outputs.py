@@ -111,8 +111,8 @@ def output_files(f: flags.FlagValues, requests: list[dict[str, Any]]) -> Files:
     paths, sheet = output_paths(f.output, requests)
     previews = [preview_path(path) for path in paths]
     files = Files(paths, previews, sheet, sheet.with_name(f"{sheet.stem.removesuffix('grid')}animation.gif"))
-    moving = [animation_path(path) for path in previews] if f.preview_animation else []
-    check_names(f.output, [*paths, *(previews if f.preview else ()), *moving, *([sheet] if f.grid else ())])
+    animations = [animation_path(path) for path in previews] if f.preview_animation else []
+    check_names(f.output, [*paths, *(previews if f.preview else ()), *animations, *([sheet] if f.grid else ())])
     return files
 
 
@@ -136,18 +136,18 @@ class Writer:
 
     def png(self, path: Path, image: np.ndarray, metadata: Any) -> Path:
         """Write an image; returns its path, which is numbered if the name is taken."""
-        return self._said(path, images.write_png(path, image, metadata, overwrite=self._overwrite))
+        return self._print_path(path, images.write_png(path, image, metadata, overwrite=self._overwrite))
 
     def gif(self, path: Path, frames: list[np.ndarray], seconds: float) -> Path:
-        return self._said(path, images.write_gif(path, frames, seconds, overwrite=self._overwrite))
+        return self._print_path(path, images.write_gif(path, frames, seconds, overwrite=self._overwrite))
 
     def webp(self, path: Path, frames: list[np.ndarray], seconds: float, last: float) -> Path:
-        return self._said(path, images.write_webp(path, frames, seconds, last, overwrite=self._overwrite))
+        return self._print_path(path, images.write_webp(path, frames, seconds, last, overwrite=self._overwrite))
 
-    def _said(self, wanted: Path, written: Path) -> Path:
+    def _print_path(self, requested: Path, written: Path) -> Path:
         print(stores.shown(written), flush=True)
-        if written != wanted and not self._warned:
-            names = stores.shown(wanted), stores.shown(written)
+        if written != requested and not self._warned:
+            names = stores.shown(requested), stores.shown(written)
             logging.warning(
                 "%s exists, so this image is %s; other names are numbered likewise; --overwrite replaces files.", *names
             )

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
+def progress_bar(activity: str, total: int) -> Iterator[Callable[..., None]]:
     """Show a progress bar while the block runs.
 
     Args:
-        what: the activity, such as "drawing".
+        activity: shown before the bar, such as "drawing".
         total: number of images.
 
     Yields:
-        A function (count, what=None) that advances the bar by `count` images and may change the activity.
+        A function (count, activity=None) that advances the bar by `count` images and may change the activity.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -28,11 +28,11 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
     with Progress(
         *columns, console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
     ) as bars:
-        task = bars.add_task(what, total=total, speed="")
+        task = bars.add_task(activity, total=total, speed="")
 
-        def advance(count: int, what: str | None = None) -> None:
+        def advance(count: int, activity: str | None = None) -> None:
             bars.advance(task, count)
             speed = bars.tasks[0].speed
-            bars.update(task, description=what, speed=f"{speed:.2f} images/s" if speed else "")
+            bars.update(task, description=activity, speed=f"{speed:.2f} images/s" if speed else "")
 
         yield advance

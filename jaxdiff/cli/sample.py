@@ -32,16 +32,16 @@ from jaxdiff import parallel
 from jaxdiff.cli import errors, hosts
 from jaxdiff.cli.adapters import (
     Adapters,
-    named_loras,
-    naming,
+    batch_slices,
+    file_errors,
+    prompt_loras,
     read_adapters,
-    read_named,
-    runs,
+    read_prompt_loras,
     without_tags,
 )
 from jaxdiff.cli.errors import UsageError
-from jaxdiff.cli.flags import check_files, check_model, flag_errors, parse, weighted
-from jaxdiff.cli.loading import encoded, load, own
+from jaxdiff.cli.flags import check_files, check_model, flag_errors, parse, parse_lora
+from jaxdiff.cli.loading import encode_batches, load, loaded_part
 from jaxdiff.cli.options import OPTIONS
 from jaxdiff.cli.outputs import Files, Writer, animation_path, check_folder, make_folder, output_files, preview_path
 from jaxdiff.cli.progress import progress_bar
@@ -54,7 +54,7 @@ from jaxdiff.cli.requests import (
     prompt_lines,
     sheet_columns,
 )
-from jaxdiff.cli.upscale import Enlarge, check_sizes, described_upscaler, enlarge_files, enlarger
+from jaxdiff.cli.upscale import Enlarge, check_sizes, describe_upscaler, enlarge_files, enlarger
 from jaxdiff.config import ControlNetConfig
 from jaxdiff.data.images import BLACK, MAX_PIXELS, WHITE
 from jaxdiff.errors import ImageError
@@ -66,7 +66,7 @@ from jaxdiff.io.lora import Weighted, bundled_words, merge_named
 from jaxdiff.io.modules import CONFIG
 from jaxdiff.io.vae import check_tiny_vae, check_vae, described_vae
 from jaxdiff.models.controlnet import ControlNet
-from jaxdiff.sampling.checks import check_memory, least_memory
+from jaxdiff.sampling.checks import check_memory, min_memory
 from jaxdiff.sampling.generate import Drawn, draw
 from jaxdiff.sampling.resolve import Request, Settings, resolve_images, resolve_settings
 from jaxdiff.text.prompt_files import PromptLine
@@ -78,7 +78,7 @@ PREVIEW_SECONDS, LAST_SECONDS = 0.3, 2.0  # of a frame of a --preview_animation,
 Reader = Callable[..., np.ndarray]  # (path, background colour) -> image uint8 [H, W, 3]
 
 
-def divided_over(f: flags.FlagValues) -> Mesh | None:
+def device_mesh(f: flags.FlagValues) -> Mesh | None:
     """The mesh of this process's devices for --fsdp and --tensor; None if both are 1. Raises UsageError."""
     if f.fsdp == f.tensor == 1:
         return None
@@ -93,8 +93,8 @@ def image_groups(f: flags.FlagValues, lines: list[PromptLine]) -> list[int]:
     if f.lora_dir is None:
         return [count_images(f, lines)]
     check_files(f)
-    chosen = named_loras(f, image_requests(f, lines))
-    return [end - start for start, end in runs(chosen, len(chosen))]
+    lora_choices = prompt_loras(f, image_requests(f, lines))
+    return [end - start for start, end in batch_slices(lora_choices, len(lora_choices))]
 
 
 def resolve(f: flags.FlagValues, model: jaxdiff.Model, groups: list[int], read: Reader) -> Settings:
@@ -125,9 +125,9 @@ def resolve(f: flags.FlagValues, model: jaxdiff.Model, groups: list[int], read: 
         f["pag_scale"].value = model.options.pag_scale
     devices, size = jax.local_device_count() // f.tensor, (settings.height, settings.width, settings.tile)
     if f.batch_size is None:
-        most = int(min(4, max(1, parallel.device_memory() / least_memory(model, *size))))
-        each = [math.ceil(count / jax.process_count()) for count in groups]
-        f["batch_size"].value = batch_size(each, devices, most)
+        max_per_device = int(min(4, max(1, parallel.device_memory() / min_memory(model, *size))))
+        per_process = [math.ceil(count / jax.process_count()) for count in groups]
+        f["batch_size"].value = batch_size(per_process, devices, max_per_device)
     with flag_errors():
         check_memory(model, *size, count=math.ceil(f.batch_size / devices))
     return settings
@@ -136,73 +136,71 @@ def resolve(f: flags.FlagValues, model: jaxdiff.Model, groups: list[int], read: 
 def outpainted_size(f: flags.FlagValues, model: jaxdiff.Model, shape: tuple[int, ...]) -> dict[str, int]:
     """Height and width of the flags, else of the image [H, W, 3] extended, rounded down to what can be drawn."""
     left, top, right, bottom = f.outpaint
-    factor = model.multiple
     sides = shape[0] + top + bottom, shape[1] + left + right
     if sides[0] * sides[1] > MAX_PIXELS:
-        size = f"{sides[1]} x {sides[0]}"
-        raise UsageError(f"--outpaint makes {size} pixels, more than {MAX_PIXELS} in all: add fewer.")
-    height, width = ((side // factor) * factor for side in sides)
+        raise UsageError(f"--outpaint makes {sides[1]} x {sides[0]} pixels, more than {MAX_PIXELS} in all: add fewer.")
+    height, width = (side - side % model.multiple for side in sides)
     return {"height": f.height or height, "width": f.width or width}
 
 
-def described(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
+def describe_model(f: flags.FlagValues, path: Path) -> jaxdiff.Model:
     """The model at a path with --transformer and --vae, from configs and file headers, without reading weights."""
-    with naming("--model"):
-        given: dict[str, Any] = {"prediction_type": f.prediction_type, "without_vae": f.vae is not None}
-        model, own = pretrained.described(path, f.dtype, **given)
+    with file_errors("--model"):
+        options: dict[str, Any] = {"prediction_type": f.prediction_type, "without_vae": f.vae is not None}
+        model, own_vae = pretrained.described(path, f.dtype, **options)
     if f.transformer is not None and Path(f.transformer).exists():
-        with naming("--transformer"):
+        with file_errors("--transformer"):
             model = diffusers_folder.with_transformer(model, path, Path(f.transformer))
-    if f.vae is None or not Path(f.vae).exists():  # `check_files` says so
+    if f.vae is None or not Path(f.vae).exists():  # `check_files` reports it
         return model
-    with naming("--vae"):
-        return described_vae(model, f.vae, own=own)[0]
+    with file_errors("--vae"):
+        return described_vae(model, f.vae, own=own_vae)[0]
 
 
 def check_networks(f: flags.FlagValues) -> None:
     """Raise UsageError if a file of --vae, --preview_vae or --controlnet holds something else; reads no weights."""
     for name, check in {"vae": check_vae, "preview_vae": check_tiny_vae, "controlnet": check_controlnet}.items():
         value: Any = f[name].value
-        with naming(f"--{name}"):
+        with file_errors(f"--{name}"):
             for path in value if isinstance(value, list) else [value]:
-                if path is not None and Path(path).exists():  # else `check_files` says so
+                if path is not None and Path(path).exists():  # else `check_files` reports it
                     check(path)
 
 
-def with_controlnets(model: jaxdiff.Model, path: Path, laid: Adapters) -> jaxdiff.Model:
+def with_controlnets(model: jaxdiff.Model, path: Path, adapters: Adapters) -> jaxdiff.Model:
     """The model with its ControlNets: those of the flags, else its folder's own."""
-    nets = [net for net, _ in laid.controlnets]
-    if not nets and path.is_dir():
+    controlnets = [net for net, _ in adapters.controlnets]
+    if not controlnets and path.is_dir():
         for name in diffusers_folder.controlnets(path):
             config: Any = read_config(path / name / CONFIG, ControlNetConfig)
-            nets.append(ControlNet(config))
-    return dataclasses.replace(model, controlnets=tuple(nets))
+            controlnets.append(ControlNet(config))
+    return dataclasses.replace(model, controlnets=tuple(controlnets))
 
 
-def given_images(f: flags.FlagValues, model: jaxdiff.Model, read: Reader) -> dict[str, Any]:
+def input_images(f: flags.FlagValues, model: jaxdiff.Model, read: Reader) -> dict[str, Any]:
     """The input images, resized: arguments of `resolve_images`. Raises UsageError."""
-    found: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     if f.outpaint:
         extended, mask = images.extend(read(f.image), *f.outpaint)
-        found |= {"image": images.fit(extended, f.height, f.width), "mask": images.fit_mask(mask, f.height, f.width)}
+        inputs |= {"image": images.fit(extended, f.height, f.width), "mask": images.fit_mask(mask, f.height, f.width)}
     elif f.image:
         shrink = model.vae.config.factor if model.family == "upscaler" else 1
-        found["image"] = fitted("--image", f.image, f.height // shrink, f.width // shrink, read)
+        inputs["image"] = fit_image("--image", f.image, f.height // shrink, f.width // shrink, read)
     if f.mask:
-        # What is transparent is black, so that it is kept.
+        # Transparent areas become black, so that they are kept.
         mask = read(f.mask, BLACK)
         sizes = [x.shape[:2] for x in (read(f.image), mask)]
         if sizes[0] != sizes[1]:
-            shown = " and ".join(f"{width} x {height}" for height, width in sizes)
-            raise UsageError(f"--image and --mask are {shown}: make the mask as large as the image.")
-        found["mask"] = fitted("--mask", f.mask, f.height, f.width, lambda path: mask).mean(-1) >= 127.5
+            sizes_text = " and ".join(f"{width} x {height}" for height, width in sizes)
+            raise UsageError(f"--image and --mask are {sizes_text}: make the mask as large as the image.")
+        inputs["mask"] = fit_image("--mask", f.mask, f.height, f.width, lambda path: mask).mean(-1) >= 127.5
     if f.control_image:
-        # Poses, depths and edges are light on black; of other images the edges are found.
+        # Poses, depths and edges are light on black; --control_edges finds the edges of other images.
         read_control = read if f.control_edges else lambda path: read(path, BLACK)
-        given = [fitted("--control_image", path, f.height, f.width, read_control) for path in f.control_image]
-        found["control_images"] = [canny(x) for x in given] if f.control_edges else given
-        found["controlnet_scale"] = f.controlnet_scale or 1.0
-    return found
+        hints = [fit_image("--control_image", path, f.height, f.width, read_control) for path in f.control_image]
+        inputs["control_images"] = [canny(x) for x in hints] if f.control_edges else hints
+        inputs["controlnet_scale"] = f.controlnet_scale or 1.0
+    return inputs
 
 
 def reader(f: flags.FlagValues) -> Reader:
@@ -219,7 +217,7 @@ def reader(f: flags.FlagValues) -> Reader:
     return read
 
 
-def fitted(flag: str, path: str, height: int, width: int, read: Reader) -> np.ndarray:
+def fit_image(flag: str, path: str, height: int, width: int, read: Reader) -> np.ndarray:
     """The image of a flag, cropped and resized to height and width, with a warning if that changes it."""
     image = read(path)
     if image.shape[:2] != (height, width):
@@ -228,22 +226,22 @@ def fitted(flag: str, path: str, height: int, width: int, read: Reader) -> np.nd
     return images.fit(image, height, width)
 
 
-def batches(
+def resolve_batches(
     model: jaxdiff.Model,
     settings: Settings,
     requests: list[ImageRequest],
-    given: dict[str, Any],
+    inputs: dict[str, Any],
     slices: Sequence[tuple[int, int]],
     size: int,
 ) -> list[Request]:
     """The inputs of each batch, padded to `size`. Warns of prompts that are cut; raises UsageError."""
-    found = []
+    resolved = []
     for start, end in slices:
         batch = requests[start:end]
-        filled = batch + batch[-1:] * (size - len(batch))
-        with naming("--model"), flag_errors():  # the tokenizers are opened here
-            found.append(resolve_images(model, settings, **batch_arguments(filled), **given))
-    return found
+        padded = batch + batch[-1:] * (size - len(batch))
+        with file_errors("--model"), flag_errors():  # the tokenizers are opened here
+            resolved.append(resolve_images(model, settings, **batch_arguments(padded), **inputs))
+    return resolved
 
 
 def with_progress(batches: Iterator[list[tuple]], total: int) -> Iterator[tuple]:
@@ -254,7 +252,7 @@ def with_progress(batches: Iterator[list[tuple]], total: int) -> Iterator[tuple]
             yield from batch
 
 
-def drawn(
+def draw_batches(
     model: jaxdiff.Model, params_of: Callable[[int], Any], requests: list[Request], slices: Sequence[tuple[int, int]]
 ) -> Iterator[list[tuple]]:
     """Batch by batch: [(image [H, W, 3], layers of frames or None), …], without padding.
@@ -263,18 +261,18 @@ def drawn(
         params_of: index of an image -> the parameters to draw it with.
     """
     for request, (start, end) in zip(requests, slices, strict=True):
-        found = draw(model, params_of(start), request, lookup=programs.lookup)
-        yield [(found.images[i], layers_of(found, i)) for i in range(end - start)]
+        output = draw(model, params_of(start), request, lookup=programs.lookup)
+        yield [(output.images[i], frame_layers(output, i)) for i in range(end - start)]
 
 
-def layers_of(found: Drawn, i: int) -> list[list[np.ndarray]] | None:
+def frame_layers(output: Drawn, i: int) -> list[list[np.ndarray]] | None:
     """The frames of an image, a list for each layer: with `hires` those of the first stage, then of the second."""
-    if found.frames is None:
+    if output.frames is None:
         return None
-    frames = list(found.frames[i])
-    if found.small is None or found.enlarged is None:
+    frames = list(output.frames[i])
+    if output.small is None or output.enlarged is None:
         return [frames]
-    return [list(found.small[i]), [found.enlarged[i], *frames]]
+    return [list(output.small[i]), [output.enlarged[i], *frames]]
 
 
 def run(f: flags.FlagValues) -> None:
@@ -290,11 +288,11 @@ def run(f: flags.FlagValues) -> None:
 
 def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     """Draw this process's images of these prompts, and write them."""
-    mesh = divided_over(f)
-    with naming("--model"):
+    mesh = device_mesh(f)
+    with file_errors("--model"):
         path = model_paths.find(f.model)
     cache.cache_compilations(f.cache_dir)
-    model = dataclasses.replace(described(f, path), upscaler=described_upscaler(f) if f.hires else None)
+    model = dataclasses.replace(describe_model(f, path), upscaler=describe_upscaler(f) if f.hires else None)
     read = reader(f)
     settings = resolve(f, model, image_groups(f, lines), read)
     check_sizes(f, [(settings.height, settings.width)])
@@ -302,46 +300,48 @@ def draw_lines(f: flags.FlagValues, lines: list[PromptLine]) -> None:
     files = output_files(f, requests)
     check_folder(files.images[0].parent)
     check_files(f)
-    given = given_images(f, model, read)
+    inputs = input_images(f, model, read)
     enlarge = enlarger(f)
-    laid, chosen = read_adapters(f, model, mesh), named_loras(f, requests)
-    loras, everyones = read_named(model, chosen), list(runs(chosen, f.batch_size))
-    slices = hosts.mine(everyones)
-    wanted = [without_tags(f, request) for request in requests]
-    plan = functools.partial(batches, settings=settings, requests=wanted, given=given, slices=slices, size=f.batch_size)
-    lora_files: list[str | Path] = [*(weighted(given)[0] for given in f.lora), *loras]
-    new_words = f.embedding or any(
-        bundled_words(model, file) for file in lora_files
-    )  # add tokens to the tokenizer, so prompts are tokenized later
-    parts = None if new_words else plan(with_controlnets(model, path, laid))
+    adapters, lora_choices = read_adapters(f, model, mesh), prompt_loras(f, requests)
+    loras, all_slices = read_prompt_loras(model, lora_choices), list(batch_slices(lora_choices, f.batch_size))
+    slices = hosts.local_share(all_slices)
+    untagged = [without_tags(f, request) for request in requests]
+    plan = functools.partial(
+        resolve_batches, settings=settings, requests=untagged, inputs=inputs, slices=slices, size=f.batch_size
+    )
+    lora_files: list[str | Path] = [*(parse_lora(value)[0] for value in f.lora), *loras]
+    # Embeddings add tokens to the tokenizer, so prompts are tokenized after they are loaded.
+    adds_tokens = f.embedding or any(bundled_words(model, file) for file in lora_files)
+    batches = None if adds_tokens else plan(with_controlnets(model, path, adapters))
     networks = list(model.modules)
     if f.offload == "text":
         texts = [name for name in networks if name.startswith("text_encoder")]
-        parts = encoded(f, load(f, path, laid, lora_files, mesh, texts), parts, plan, loras, chosen, slices)
+        batches = encode_batches(
+            f, load(f, path, adapters, lora_files, mesh, texts), batches, plan, loras, lora_choices, slices
+        )
         networks = [name for name in networks if name not in texts]
-    model, params = load(f, path, laid, lora_files, mesh, networks if f.offload else None)
-    del laid
-    parts = parts or plan(model)
-    loras = {file: own(lora, params) for file, lora in loras.items()}
-    if len(set(chosen)) == 1:  # one set of LoRAs: no need to keep the unmerged parameters
-        params, chosen = merge_named(params, loras, chosen[0]), [()] * len(chosen)
+    model, params = load(f, path, adapters, lora_files, mesh, networks if f.offload else None)
+    del adapters
+    batches = batches or plan(model)
+    loras = {file: loaded_part(lora, params) for file, lora in loras.items()}
+    if len(set(lora_choices)) == 1:  # one set of LoRAs: no need to keep the unmerged parameters
+        params, lora_choices = merge_named(params, loras, lora_choices[0]), [()] * len(lora_choices)
 
-    def placed(params: Any) -> Any:
+    def place(params: Any) -> Any:
         devices = jax.local_devices()[: f.batch_size]
         return jaxdiff.replicate(params, devices) if mesh is None else jaxdiff.shard(params, mesh)
 
-    params = placed(params)
+    params = place(params)
+    merged: dict[Weighted, Any] = {}
 
-    merged: dict[Weighted, Any] = {}  # the latest alone
+    def params_with(choice: Weighted) -> Any:
+        if choice not in merged:
+            merged.clear()  # first, to hold one set of merged parameters at a time
+            merged[choice] = place(merge_named(params, loras, choice))
+        return merged[choice]
 
-    def params_with(named: Weighted) -> Any:
-        if named not in merged:
-            merged.clear()
-            merged[named] = placed(merge_named(params, loras, named))
-        return merged[named]
-
-    images_drawn = drawn(model, lambda i: params_with(chosen[i]), parts, slices)
-    write_drawn(f, files, requests, images_drawn, enlarge, everyones)
+    drawn = draw_batches(model, lambda i: params_with(lora_choices[i]), batches, slices)
+    write_drawn(f, files, requests, drawn, enlarge, all_slices)
 
 
 def write_drawn(
@@ -355,14 +355,14 @@ def write_drawn(
     """Write this process's images as they are drawn, then, on the first process, the sheet and the animation of all.
 
     Args:
-        batches: of `drawn`, of this process.
+        batches: this process's, as `draw_batches` yields them.
         slices: the batches of all processes.
     """
     for folder in {p.parent for p in files.images}:
         make_folder(folder)
     writer = Writer(f.overwrite)
-    shown: list[np.ndarray] = []
-    numbers = [i for start, end in hosts.mine(slices) for i in range(start, end)]
+    sheet_images: list[np.ndarray] = []
+    numbers = [i for start, end in hosts.local_share(slices) for i in range(start, end)]
     for i, (image, layers) in zip(numbers, with_progress(batches, len(numbers)), strict=True):
         image = enlarge(image)
         path = writer.png(files.images[i], image, requests[i])
@@ -373,16 +373,16 @@ def write_drawn(
                 frames = [frame for layer in layers for frame in layer]
                 writer.webp(animation_path(preview), frames, PREVIEW_SECONDS, LAST_SECONDS)
         if f.grid or f.interpolate:
-            shown.append(image)
+            sheet_images.append(image)
     hosts.wait_for_all()
     if f.grid or f.interpolate:
-        shown = hosts.gathered(shown, slices)
-    if jax.process_index():  # the first writes what shows them all
+        sheet_images = hosts.gather_images(sheet_images, slices)
+    if jax.process_index():  # the first process writes the sheet and the animation
         return
     if f.grid:
-        writer.png(files.sheet, images.grid(shown, sheet_columns(f, len(shown))), requests)
+        writer.png(files.sheet, images.grid(sheet_images, sheet_columns(f, len(sheet_images))), requests)
     if f.interpolate:
-        writer.gif(files.animation, shown, FRAME_SECONDS)
+        writer.gif(files.animation, sheet_images, FRAME_SECONDS)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,8 +9,8 @@ import re
 from absl import flags
 
 from jaxdiff.cli.errors import UsageError
-from jaxdiff.cli.flags import check_finite, check_paths, read, weighted
-from jaxdiff.cli.options import OPTIONS, Option, define, document, number, text, texts, whole
+from jaxdiff.cli.flags import check_finite, check_paths, parse_lora, read
+from jaxdiff.cli.options import OPTIONS, Option, define, document, integer, number, text, texts
 
 INTRODUCTION = """# Flags of the server
 
@@ -32,28 +32,28 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
              path="old"),
         text("upscaler", "run", "The network that enlarges: a .pth or .safetensors file in Real-ESRGAN's layout, a "
              "folder that training exported, or the name of a bundled one; none: no network.", "icons", path="any"),
-        text("model_name", "run", "Name of the model in the APIs.", without="the end of --model"),
+        text("model_name", "run", "Name of the model in the APIs.", default_text="the end of --model"),
     ),
     "images": (
         text("sizes", "run", "Sizes that requests may ask for, such as 512x512,768x512: width x height in pixels; the "
-             "first is the default. Each is compiled separately.", without="the model's own, and others of as many "
-             "pixels"),
-        whole("steps", "run", "Default steps of a request.", without="the model's, else 25"),
-        whole("max_steps", "run", "Maximum steps of a request.", 150),
-        whole("max_images", "run", "Maximum images of a request.", 10),
+             "first is the default. Each is compiled separately.",
+             default_text="the model's own, and others of as many pixels"),
+        integer("steps", "run", "Default steps of a request.", default_text="the model's, else 25"),
+        integer("max_steps", "run", "Maximum steps of a request.", 150),
+        integer("max_images", "run", "Maximum images of a request.", 10),
     ),
     "server": (
         text("host", "run", "Address to listen on. Any but this machine's own needs an API key.", "127.0.0.1"),
-        whole("port", "run", "Port to listen on; 0 takes a free one.", 7860, 0, high=65535),
+        integer("port", "run", "Port to listen on; 0 takes a free one.", 7860, 0, high=65535),
         text("api_key", "run", f"Key that every request must send. Set the variable {KEY} instead if others can read "
-             "command lines.", without=f"{KEY}, else none"),
-        whole("batch_size", "run", "Maximum images drawn at once.", without="at most 4 a device"),
-        whole("window_ms", "run", "Milliseconds that an image waits for others to share its batch.", 20, 0),
-        whole("queue", "run", "Maximum images that wait; further requests are refused (429).", 64),
-        whole("programs", "run", "Maximum programs compiled within an hour; requests for another size, scheduler or "
-              "the like are then refused (429).", 40),
+             "command lines.", default_text=f"{KEY}, else none"),
+        integer("batch_size", "run", "Maximum images drawn at once.", default_text="at most 4 a device"),
+        integer("window_ms", "run", "Milliseconds that an image waits for others to share its batch.", 20, 0),
+        integer("queue", "run", "Maximum images that wait; further requests are refused (429).", 64),
+        integer("programs", "run", "Maximum programs compiled within an hour; requests for another size, scheduler or "
+                "the like are then refused (429).", 40),
         number("time_limit", "run", "Maximum seconds that a client waits for its images.", 600.0, low=1.0),
-        whole("max_body_mb", "run", "Maximum megabytes of a request.", 32),
+        integer("max_body_mb", "run", "Maximum megabytes of a request.", 32),
         *(OPTIONS[name] for name in ("fsdp", "tensor", "cache_dir", "verbose")),
     ),
 }  # fmt: skip
@@ -68,8 +68,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
     check_finite(f)
     check_paths(f, ALL)
     for given in f.lora:
-        weighted(given)
-    parsed_sizes(f)
+        parse_lora(given)
+    parse_sizes(f)
     if f.api_key is None:
         f["api_key"].value = os.environ.get(KEY) or None
     if f.api_key is not None and len(f.api_key) < 8:
@@ -81,21 +81,21 @@ def parse(argv: list[str]) -> flags.FlagValues:
     return f
 
 
-def parsed_sizes(f: flags.FlagValues) -> tuple[tuple[int, int], ...]:
+def parse_sizes(f: flags.FlagValues) -> tuple[tuple[int, int], ...]:
     """The sizes of --sizes; none where it is not given. Raises UsageError."""
-    found: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int]] = []
     for size in f.sizes.split(",") if f.sizes is not None else ():
         match = re.fullmatch(r"\s*(\d{1,5})x(\d{1,5})\s*", size)
         if match is None:
             raise UsageError(f"--sizes {f.sizes}: write width x height with commas between, such as 512x512,768x512.")
-        found.append((int(match[1]), int(match[2])))
-    return tuple(dict.fromkeys(found))
+        sizes.append((int(match[1]), int(match[2])))
+    return tuple(dict.fromkeys(sizes))
 
 
-def described() -> str:
+def flags_document() -> str:
     """docs/serve-flags.md."""
     return document(INTRODUCTION, SECTIONS)
 
 
 if __name__ == "__main__":
-    print(described(), end="")
+    print(flags_document(), end="")

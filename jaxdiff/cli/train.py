@@ -23,7 +23,7 @@ import jaxdiff
 from jaxdiff import stores
 from jaxdiff.cli import errors, hosts, train_plan
 from jaxdiff.cli.errors import Failure, UsageError
-from jaxdiff.cli.train_flags import PLANNED, parse, with_copies
+from jaxdiff.cli.train_flags import PLANNED, parse, with_local_copies
 from jaxdiff.training.defaults import as_json, base
 from jaxdiff.training.options import OptionsError
 
@@ -46,31 +46,31 @@ def run(f: flags.FlagValues) -> None:
         if (stores.listing(url) if url else export.exists()) and not f.overwrite:
             raise UsageError(f"--posthoc_ema={f.posthoc_ema:g}: {export} exists: move it, or give --overwrite.")
         remote.pull(workdir, snapshots=True)
-        config = with_copies(f.config or stored(workdir))
+        config = with_local_copies(f.config or stored_run_config(workdir))
         if not any((workdir / "ema").glob("*.safetensors")):
             raise Failure(f"{workdir / 'ema'} holds no snapshots of averages: set config.ema_sigmas when training.")
         return build_run(config, workdir).posthoc_ema(f.posthoc_ema)
     hosts.start(f)
     cache_compilations()
-    workdir, first, config = remote.workdir(f.workdir), jax.process_index() == 0, with_copies(f.config)
+    workdir, first, config = remote.workdir(f.workdir), jax.process_index() == 0, with_local_copies(f.config)
     data = fingerprints(config)
     with claimed(workdir, first) as keep, remote.held(workdir, first) as begin_uploads:
-        hosts.check_alike(None if stores.behind(workdir) else workdir, data)
+        hosts.check_consistent(None if stores.behind(workdir) else workdir, data)
         run = as_json(f.config), data, as_json(base())
         settle(workdir, *run, write=False)
-        this = build_run(config, workdir)
+        training_run = build_run(config, workdir)
         keep()
         settle(workdir, *run, write=first)
         begin_uploads()
         if not f.precompute:
-            return this.train(f.profile)
-        folder, how = workdir / "latents", f.config.latents
-        this.precompute(folder, how.views, how.embeddings)
-        shown = stores.shown(folder)
-        logging.info("The latents are in %s; --config.latents.path=%s trains on them.", shown, shown)
+            return training_run.train(f.profile)
+        folder, latents = workdir / "latents", f.config.latents
+        training_run.precompute(folder, latents.views, latents.embeddings)
+        folder_name = stores.shown(folder)
+        logging.info("The latents are in %s; --config.latents.path=%s trains on them.", folder_name, folder_name)
 
 
-def stored(workdir: Path) -> Any:
+def stored_run_config(workdir: Path) -> Any:
     """The config with which a run was started."""
     from jaxdiff.training.workdir import stored_config
 
@@ -95,7 +95,7 @@ def command(argv: list[str]) -> int:
         if f.help:
             print(__doc__, f.get_help(), sep="\n")
         elif f.plan:
-            return train_plan.run(with_copies(f.config, PLANNED), f.plan, f.plan_devices, argv)
+            return train_plan.run(with_local_copies(f.config, PLANNED), f.plan, f.plan_devices, argv)
         else:
             run(f)
     except OptionsError as e:  # begins with a setting's name

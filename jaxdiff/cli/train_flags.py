@@ -23,7 +23,7 @@ from jaxdiff.training.options import Options, OptionsError
 from jaxdiff.training.ranges import describe, suggest
 
 PATHS = [name for name, field in RULES.items() if isinstance(field, Field) and field.metadata["path"]]
-PLANNED = [name for name in PATHS if "init_from" in name]  # that --plan reads
+PLANNED = [name for name in PATHS if "init_from" in name]  # read by --plan
 PACKAGE = Path(jaxdiff.__file__).parent
 CONFIG_FOLDERS = (Path("configs"), PACKAGE / "configs", PACKAGE.parent / "configs")  # the last, of a checkout
 
@@ -66,24 +66,24 @@ def parse(argv: list[str]) -> flags.FlagValues:
     Raises:
         UsageError, OptionsError: one sentence naming the flag or setting.
     """
-    argv = [argv[0], *map(as_known, argv, argv[1:])]
+    argv = [argv[0], *map(resolve_argument, argv, argv[1:])]
     check_known(argv)
     f = define(argv)
     try:
-        rest = f(argv)[1:]
-        _ = f.config is not None and f.config.stage  # raises where the file could not be read
+        extra = f(argv)[1:]
+        _ = f.config is not None and f.config.stage  # raises if the file could not be read
     except flags.UnrecognizedFlagError as e:
-        others = list({*f, *(f"config.{name}" for name in RULES)})
-        raise UsageError(f"--{e.flagname} is no flag: {suggest(e.flagname, others)}") from None
+        known = list({*f, *(f"config.{name}" for name in RULES)})
+        raise UsageError(f"--{e.flagname} is no flag: {suggest(e.flagname, known)}") from None
     except (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as e:
         raise UsageError(config_error(e)) from None
     if f.help:
         return f
     f.workdir = f.workdir and os.path.expanduser(f.workdir)
-    if rest:
-        raise UsageError(f"{rest[0]!r} belongs to no flag; --help shows all.")
+    if extra:
+        raise UsageError(f"{extra[0]!r} belongs to no flag; --help shows all.")
     check_flags(f)
-    if f.config is None:  # of --posthoc_ema
+    if f.config is None:  # with --posthoc_ema
         return f
     check_settings(f.config)
     for name in PATHS:
@@ -98,7 +98,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     return f
 
 
-def with_copies(config: Any, names: Iterable[str] = PATHS) -> Any:
+def with_local_copies(config: Any, names: Iterable[str] = PATHS) -> Any:
     """A config in which paths of object stores are replaced by this machine's copies.
 
     Raises:
@@ -136,8 +136,10 @@ def check_known(argv: list[str]) -> None:
     for name in (match[1] for a in argv[1:] if (match := re.match(r"--?config\.([\w.]+)", a))):
         if name in RULES or name.startswith(tuple(f"{group}." for group in OPEN)):
             continue
-        if inside := [known for known in RULES if known.startswith(f"{name}.")]:
-            raise UsageError(f"--config.{name} is a group of settings: give one of them, such as --config.{inside[0]}.")
+        if settings := [known for known in RULES if known.startswith(f"{name}.")]:
+            raise UsageError(
+                f"--config.{name} is a group of settings: give one of them, such as --config.{settings[0]}."
+            )
         raise UsageError(f"--config.{name} is no setting: {suggest(name, list(RULES))}")
 
 
@@ -154,16 +156,16 @@ def find_config(name: str) -> str:
     if Path(stem).is_file() or not re.fullmatch(r"[\w/]+", stem):
         return name
     for folder in CONFIG_FOLDERS:
-        found = sorted(folder.glob(f"**/{stem}.py"))
-        if len(found) > 1:
-            raise UsageError(f"--config={name} may be any of {', '.join(map(str, found))}: give its path.")
-        if found:
-            return f"{found[0]}{colon}{argument}"
+        matches = sorted(folder.glob(f"**/{stem}.py"))
+        if len(matches) > 1:
+            raise UsageError(f"--config={name} may be any of {', '.join(map(str, matches))}: give its path.")
+        if matches:
+            return f"{matches[0]}{colon}{argument}"
     known = sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("**/*.py")} - {"__init__"})
     raise UsageError(f"--config={name} is neither a file nor the name of a config; known are {', '.join(known)}.")
 
 
-def as_known(previous: str, argument: str) -> str:
+def resolve_argument(previous: str, argument: str) -> str:
     """An argument with the config's file resolved, old names of settings replaced, and --plan given a value."""
     if previous in ("-config", "--config"):
         return find_config(argument)

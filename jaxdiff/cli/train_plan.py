@@ -50,7 +50,7 @@ def text(config: Any, kind: str, devices: int) -> str:
     mesh: Any = memory_plan.abstract_mesh(devices, options.fsdp, options.tensor)
     if kind == FULL:
         mesh = parallel.mesh(options.fsdp, options.tensor, jax.devices()[:devices])
-    stage, shapes, example = described(config)
+    stage, shapes, example = describe(config)
     trained = {name: shapes[name] for name in stage.trainable}
     state = abstract_state(trained, options, mesh)
     frozen = {name: x for name, x in shapes.items() if name not in trained}
@@ -60,7 +60,7 @@ def text(config: Any, kind: str, devices: int) -> str:
     return memory_plan.report(memory_plan.memory(state, frozen, batch), step, mesh, trained)
 
 
-def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
+def describe(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     """(stage, shapes of all parameters, one example) of a config, without reading weights or images."""
     import numpy as np
 
@@ -86,13 +86,13 @@ def described(config: Any) -> tuple[Any, Any, dict[str, Any]]:
     check_sizes(config, model)
     if not (config.init_from.model or config.init_from.text_encoder):
         model = replace_config(model, "text_encoder", vocab_size=sizes.vocab_size)
-    alone = config.copy_and_resolve_references()
-    alone.controlnet.init_from = ""  # it has the UNet's shape: no need to read its weights
-    alone.adversary.init_from = ""
-    trainable = trainables.described(alone, model, param_shapes(model))
+    plan_config = config.copy_and_resolve_references()
+    plan_config.controlnet.init_from = ""  # it has the UNet's shape: no need to read its weights
+    plan_config.adversary.init_from = ""
+    trainable = trainables.described(plan_config, model, param_shapes(model))
     side = image_size(config, model)
-    read = config.crop or side
-    example: dict[str, Any] = {"image": np.zeros((1, read, read, 3), np.uint8), "text": [""]}
+    input_side = config.crop or side
+    example: dict[str, Any] = {"image": np.zeros((1, input_side, input_side, 3), np.uint8), "text": [""]}
     if config.cache_latents:
         latents = np.zeros((1, *[side // model.vae.config.factor] * 2, model.vae.config.latent_channels), np.float16)
         example = {**{k: v for k, v in trainable.stage.prepare(example).items() if k != "image"}, "latents": latents}

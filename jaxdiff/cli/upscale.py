@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from jaxdiff.cli.adapters import naming
+from jaxdiff.cli.adapters import file_errors
 from jaxdiff.cli.errors import UsageError
 from jaxdiff.cli.flags import check_files, flag_errors
 from jaxdiff.cli.options import OPTIONS
@@ -25,11 +25,11 @@ from jaxdiff.sampling.upscale import check_upscale, upscale
 Enlarge = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, C] -> uint8 [H', W', C]
 
 
-def described_upscaler(f: flags.FlagValues) -> RRDBNet | None:
+def describe_upscaler(f: flags.FlagValues) -> RRDBNet | None:
     """The network of --upscaler, from its file's header; None if it is not used. Raises UsageError."""
     if f.upscale is None and not (f.hires and f.hires_upscale == "network"):
         return None
-    with naming("--upscaler"):
+    with file_errors("--upscaler"):
         return RRDBNet(open_upscaler(f.upscaler)[0], jnp.dtype(f.dtype))
 
 
@@ -39,7 +39,7 @@ def check_sizes(f: flags.FlagValues, sizes: list[tuple[int, int]]) -> None:
     Args:
         sizes: (height, width) of each image.
     """
-    network = described_upscaler(f)
+    network = describe_upscaler(f)
     if f.upscale is None or network is None:
         return
     with flag_errors():
@@ -51,20 +51,20 @@ def enlarger(f: flags.FlagValues) -> Enlarge:
     """The function that enlarges an image by --upscale; the identity without that flag."""
     if f.upscale is None:
         return lambda image: image
-    with naming("--upscaler"):
+    with file_errors("--upscaler"):
         module, params = load_upscaler(f.upscaler, dtype=f.dtype)
     return lambda image: upscale(module, params, image, scale=f.upscale, tile=f.upscale_tile)
 
 
-def given_files(f: flags.FlagValues) -> list[Path]:
+def input_files(f: flags.FlagValues) -> list[Path]:
     """The image of --image, or those of that folder. Raises UsageError."""
     path = Path(f.image)
     if not path.is_dir():
         return [path]
-    found = image_files(path)
-    if not found:
+    files = image_files(path)
+    if not files:
         raise UsageError(f"--image: the folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-    return found
+    return files
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def _naming_images() -> Iterator[None]:
 def enlarge_files(f: flags.FlagValues) -> None:
     """Enlarge --image, or each image in that folder, and write the results."""
     check_files(f)
-    files = given_files(f)
+    files = input_files(f)
     paths = enlarged_paths(f.output, files, f.upscale)
     check_folder(paths[0].parent)
     with _naming_images():
@@ -89,8 +89,8 @@ def enlarge_files(f: flags.FlagValues) -> None:
     enlarge = enlarger(f)
     for folder in {path.parent for path in paths}:
         make_folder(folder)
-    kept = ("upscale", "upscaler", "upscale_tile", "dtype")
-    shared = {name: f[name].value for name in kept if f[name].value != OPTIONS[name].default}
+    recorded = ("upscale", "upscaler", "upscale_tile", "dtype")
+    shared = {name: f[name].value for name in recorded if f[name].value != OPTIONS[name].default}
     writer = Writer(f.overwrite)
     with progress_bar("enlarging", len(files)) as advance:
         for file, path in zip(files, paths, strict=True):

@@ -50,14 +50,14 @@ def step_count(times: Time) -> Array | int:
     return len(times.t) - 1 if times.steps is None else times.steps
 
 
-def filled_up(times: Time, steps: int) -> Time:
+def pad_grid(times: Time, steps: int) -> Time:
     """The grid padded to `steps` + 1 entries that are never reached, so that one program serves any number of steps."""
-    missing = steps + 1 - len(times.t)
+    num_missing = steps + 1 - len(times.t)
 
-    def longer(x: Array) -> np.ndarray:
-        return np.concatenate([x, np.repeat(x[-1:], missing, 0)])
+    def pad(x: Array) -> np.ndarray:
+        return np.concatenate([x, np.repeat(x[-1:], num_missing, 0)])
 
-    return jax.tree.map(longer, times._replace(steps=None))._replace(steps=np.int32(step_count(times)))
+    return jax.tree.map(pad, times._replace(steps=None))._replace(steps=np.int32(step_count(times)))
 
 
 def initial(x: Array) -> State:

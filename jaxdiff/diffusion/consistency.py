@@ -96,7 +96,7 @@ def tangent(
         warmup: weight of the second term, scalar in [0, 1]: at 0 F learns v itself (Lu & Song 2024, section 4.1).
     """
     cos, sin = expand(jnp.cos(phi), x), expand(jnp.sin(phi), x)
-    # sin(phi) goes into the tangent, so that what is multiplied stays small.
+    # The tangent is scaled by sin(phi), so that the product stays small.
     f, derivative = jax.jvp(velocity, (x, t), (sin * teacher, jnp.sin(phi) * rate))
     value = jax.lax.stop_gradient(f)
     return f, jax.lax.stop_gradient(cos * (teacher - value) - warmup * (sin * x + derivative))

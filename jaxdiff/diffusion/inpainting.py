@@ -1,4 +1,4 @@
-"""Inpainting with a network that was not trained for it: the known part is put back at every step."""
+"""Inpainting with a network that was not trained for it: the known part is restored at every step."""
 
 import jax.numpy as jnp
 
@@ -21,12 +21,12 @@ def masked_blending(scheduler: Scheduler, original: Array, noise: Array, mask: A
     """
 
     def step(denoise: Denoise, state, times: Time, i: Array, keys: Key):
-        def blended(x: Array, time: Time) -> Array:
+        def denoise_blended(x: Array, time: Time) -> Array:
             first_call = (i == 0) & (time.t == times.t[0])
             noised = jnp.where(first_call, x, add_noise(original, noise, time))
             return denoise(jnp.where(mask, x, noised), time)
 
-        state = scheduler.step(blended, state, times, i, keys)
+        state = scheduler.step(denoise_blended, state, times, i, keys)
         noised = add_noise(original, noise, time_at(times, i + 1))
         noised = jnp.where(i == step_count(times) - 1, original, noised)
         return state._replace(x=jnp.where(mask, state.x, noised))

@@ -107,11 +107,11 @@ def _weights(order: Array, nodes: Sequence[Array | float], moments: Moments) -> 
 
 def _nodes(times: Time, i: Array, order: Array, count: int, distance: Callable[[Time, Time], Array]) -> list:
     """The nodes r_0 = 0, r_1, … of (6); beyond the order they are distinct, finite and not used."""
-    here = time_at(times, i)
-    step = distance(here, time_at(times, i + 1))
+    current = time_at(times, i)
+    step = distance(current, time_at(times, i + 1))
     nodes: list = [0.0]
     for k in range(1, count):
-        r = -distance(time_at(times, jnp.maximum(i - k, 0)), here) / jnp.where(order > k, step, 1.0)
+        r = -distance(time_at(times, jnp.maximum(i - k, 0)), current) / jnp.where(order > k, step, 1.0)
         # A node at pure noise is infinitely far; within this bound, products of three nodes stay finite in float32.
         nodes.append(jnp.where(order > k, jnp.maximum(r, -1e6), -100.0 * k))
     return nodes
@@ -130,17 +130,17 @@ def _sigma_distance(time: Time, next_time: Time) -> Array:
 
 def _phi(k: Array) -> tuple[Array, Array, Array, Array]:
     """phi_1 … phi_4 of (7); by their series where |k| < 1, where the closed forms lose digits."""
-    near = jnp.abs(k) < 1
-    small, large = jnp.where(near, k, 0.0), jnp.where(near, 1.0, k)
-    closed = [jnp.expm1(large) / large]
+    is_small = jnp.abs(k) < 1
+    small, large = jnp.where(is_small, k, 0.0), jnp.where(is_small, 1.0, k)
+    closed_forms = [jnp.expm1(large) / large]
     for factorial in (1, 2, 6):
-        closed.append((closed[-1] - 1 / factorial) / large)
+        closed_forms.append((closed_forms[-1] - 1 / factorial) / large)
     values = []
-    for n, exact in enumerate(closed, 1):
+    for n, closed_form in enumerate(closed_forms, 1):
         series = jnp.ones_like(k)
         for j in range(9, 0, -1):
             series = 1 + series * small / (j + n)
-        values.append(jnp.where(near, series / (1, 2, 6, 24)[n - 1], exact))
+        values.append(jnp.where(is_small, series / (1, 2, 6, 24)[n - 1], closed_form))
     return tuple(values)  # type: ignore[return-value]
 
 
@@ -150,10 +150,10 @@ def _lambda_order(times: Time, i: Array, steps_taken: Array, order: int, lower_o
     It is at most one more than the steps taken, falls to …, 2, 1 at the last steps with `lower_order_final`, and is 1
     if the step has no length or starts or ends where lambda is infinite.
     """
-    now = jnp.minimum(steps_taken + 1, order)
-    now = jnp.where(lower_order_final, jnp.minimum(now, step_count(times) - i), now)
+    effective_order = jnp.minimum(steps_taken + 1, order)
+    effective_order = jnp.where(lower_order_final, jnp.minimum(effective_order, step_count(times) - i), effective_order)
     r = sigma_ratio(time_at(times, i), time_at(times, i + 1))
-    return jnp.where((r > 0) & (r < 1), jnp.maximum(now, 1), 1)
+    return jnp.where((r > 0) & (r < 1), jnp.maximum(effective_order, 1), 1)
 
 
 def _lambda_length(times: Time, i: Array) -> Array:
@@ -193,9 +193,9 @@ def lms() -> Scheduler:
         predictions = jnp.concatenate([eps[None], state.predictions[:-1]])
         average = _average(weights(times, i, jnp.minimum(i + 1, count)), predictions)
         # The DDIM step, and what the average changes in it: nothing at the first step, which may start at alpha = 0.
-        signal = time.alpha > 0
-        gain = next_time.sigma - time.sigma * next_time.alpha / jnp.where(signal, time.alpha, 1.0)
-        x = ddim_step(x0, eps, time, next_time) + jnp.where(signal, gain, 0.0) * (average - eps)
+        has_signal = time.alpha > 0
+        gain = next_time.sigma - time.sigma * next_time.alpha / jnp.where(has_signal, time.alpha, 1.0)
+        x = ddim_step(x0, eps, time, next_time) + jnp.where(has_signal, gain, 0.0) * (average - eps)
         return History(x, x0, state.steps_taken + 1, predictions, state.x)
 
     return Scheduler(_init(count), step)
@@ -229,23 +229,23 @@ def dpmpp_2m(
     """
     _check_options(order, solver_type, ("midpoint", "heun"), prediction_type)
 
-    def weights(times: Time, i: Array, now: Array) -> Array:
+    def weights(times: Time, i: Array, effective_order: Array) -> Array:
         h = _lambda_length(times, i)
         phi = _phi(h if prediction_type == "epsilon" else -(1 + eta**2) * h)
         slope = phi[1] / phi[0]
         moments: Moments = [[1.0], [1.0, 0.5 if solver_type == "midpoint" else slope], [1.0, slope, phi[2] / phi[0]]]
-        return _weights(now, _nodes(times, i, now, order, _lambda_distance), moments[:order])
+        return _weights(effective_order, _nodes(times, i, effective_order, order, _lambda_distance), moments[:order])
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
         steps = step_count(times)
         time, next_time = time_at(times, i), time_at(times, i + 1)
         x0 = predict(denoise, state.x, time)
         predictions = jnp.concatenate([_from_x0(x0, state.x, time, prediction_type)[None], state.predictions[:-1]])
-        now = _lambda_order(times, i, state.steps_taken, order, jnp.asarray(steps < 15) & lower_order_final)
+        effective_order = _lambda_order(times, i, state.steps_taken, order, jnp.asarray(steps < 15) & lower_order_final)
         if euler_at_final:
-            now = jnp.where(i == steps - 1, 1, now)
+            effective_order = jnp.where(i == steps - 1, 1, effective_order)
         noise = noise_like(keys, state.x) if eta else 0.0
-        average = _average(weights(times, i, now), predictions)
+        average = _average(weights(times, i, effective_order), predictions)
         x = _ddim_step_with(average, state.x, prediction_type, time, next_time, eta, noise)
         return History(x, x0, state.steps_taken + 1, predictions, state.x)
 
@@ -277,15 +277,15 @@ def unipc(
     """
     _check_options(order, solver_type, ("bh1", "bh2"), prediction_type)
 
-    def weights(times: Time, i: Array, now: Array, corrector: bool) -> Array:
+    def weights(times: Time, i: Array, effective_order: Array, corrector: bool) -> Array:
         h = _lambda_length(times, i)
         phi = _phi(h if prediction_type == "epsilon" else -h)
         simple = [1.0, 0.5 if solver_type == "bh2" else 0.5 / phi[0]]
         exact = [1.0, phi[1] / phi[0], 2 * phi[2] / phi[0], 6 * phi[3] / phi[0]]
-        nodes = _nodes(times, i, now, order, _lambda_distance)
+        nodes = _nodes(times, i, effective_order, order, _lambda_distance)
         if corrector:
-            return _weights(now, [1.0, *nodes], [simple, exact[:3], exact][:order])
-        return _weights(now, nodes, [exact[:1], simple, exact[:3]][:order])
+            return _weights(effective_order, [1.0, *nodes], [simple, exact[:3], exact][:order])
+        return _weights(effective_order, nodes, [exact[:1], simple, exact[:3]][:order])
 
     def order_at(times: Time, i: Array, steps_taken: Array) -> Array:
         return _lambda_order(times, i, steps_taken, order, lower_order_final)
@@ -335,29 +335,30 @@ def pndm(skip_prk_steps: bool = True, prediction_type: str = "epsilon") -> Sched
         """
         previous = jnp.maximum(i - 1, 0) if skip_prk_steps else i  # the step ends at the entry after this one
         time, next_time, substeps = time_at(times, previous), time_at(times, previous + 1), times.substeps
-        here = time_at(times, start_index(i))
+        start_time = time_at(times, start_index(i))
         if runge_kutta:
             if substeps is None:
                 raise ValueError("pndm needs the midpoint of each step: make its grid with time_grid.")
-            told, to = time_at(substeps, (i, 0)), time_at(substeps, (i, 1))
-            further_calls, leave = [(to, told, 2.0), (told, told, 2.0), (next_time, next_time, 1.0)], time
+            query_time, target_time = time_at(substeps, (i, 0)), time_at(substeps, (i, 1))
+            extra_calls = [(target_time, query_time, 2.0), (query_time, query_time, 2.0), (next_time, next_time, 1.0)]
+            step_start = time
         else:
-            further_calls = [(step_end(times, start_index(i)), next_time, 1.0)]
-            leave = time if substeps is None else time_at(substeps, (previous, 0))
+            extra_calls = [(step_end(times, start_index(i)), next_time, 1.0)]
+            step_start = time if substeps is None else time_at(substeps, (previous, 0))
 
-        def call(carry: tuple[Array, Array], further: tuple[Time, Time, Array]) -> tuple[tuple[Array, Array], None]:
-            (latest, total), (to, told, weight) = carry, further
-            x_to = _ddim_step_with(latest, x, prediction_type, here, to)
-            latest = _from_x0(predict(denoise, x_to, told), x_to, told, prediction_type)
+        def call(carry: tuple[Array, Array], extra_call: tuple[Time, Time, Array]) -> tuple[tuple[Array, Array], None]:
+            (latest, total), (target_time, query_time, weight) = carry, extra_call
+            x_target = _ddim_step_with(latest, x, prediction_type, start_time, target_time)
+            latest = _from_x0(predict(denoise, x_target, query_time), x_target, query_time, prediction_type)
             return (latest, total + weight * latest), None
 
-        stacked = jax.tree.map(lambda *a: jnp.stack([jnp.asarray(b) for b in a]), *further_calls)
+        stacked = jax.tree.map(lambda *a: jnp.stack([jnp.asarray(b) for b in a]), *extra_calls)
         total = jax.lax.scan(call, (first, first), stacked)[0][1]
-        return _ddim_step_with(total / (6 if runge_kutta else 2), x, prediction_type, leave, next_time)
+        return _ddim_step_with(total / (6 if runge_kutta else 2), x, prediction_type, step_start, next_time)
 
     def step(denoise: Denoise, state: History, times: Time, i: Array, keys: Key) -> History:
         steps = step_count(times)
-        runge_kutta = not skip_prk_steps and len(times.t) > 4  # a grid of fewer steps is not filled up to more
+        runge_kutta = not skip_prk_steps and len(times.t) > 4  # grids of fewer steps are not padded
         starting = state.steps_taken < (3 if runge_kutta else 1)
         starting &= steps > 1 if skip_prk_steps else i < steps - 1
         time = time_at(times, jnp.where(starting, start_index(i), i))

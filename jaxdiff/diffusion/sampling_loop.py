@@ -98,23 +98,23 @@ def sample(
     def step(state, i):
         return scheduler.step(denoise, state, times, i, step_keys(keys, i))
 
-    def scanned(state, i):
+    def scan_step(state, i):
         if start is None and stop is None:
             state = step(state, i)
         else:
             state = jax.lax.cond((i >= first) & (i < end), step, lambda state, i: state, state, i)
         return state, state.denoised if trajectory else None
 
-    def looped(i, carry):
+    def loop_step(i, carry):
         state, denoised = step(carry[0], i), carry[1]
         return state, denoised.at[i].set(state.denoised) if trajectory else None
 
     state, entries = scheduler.init(x), len(times.t) - 1
     if times.steps is None:
-        state, denoised = jax.lax.scan(scanned, state, jnp.arange(entries))
+        state, denoised = jax.lax.scan(scan_step, state, jnp.arange(entries))
     else:
         denoised = jnp.broadcast_to(state.denoised, (entries, *x.shape)) if trajectory else None
-        state, denoised = jax.lax.fori_loop(first, end, looped, (state, denoised))
+        state, denoised = jax.lax.fori_loop(first, end, loop_step, (state, denoised))
     return (state.x, denoised) if trajectory else state.x
 
 
@@ -127,8 +127,8 @@ def advance(
     >>> x, steps = jnp.ones((1, 2)), jnp.linspace(1.0, 0.0, 5)
     >>> times, key, method = Time(1000 * steps, 1 - 0.9 * steps, 0.9 * steps), jax.random.key(0), ddim()
     >>> half = advance(lambda x, time: x / 2, method.init(x), times, method, key, 0, 2)
-    >>> whole = advance(lambda x, time: x / 2, half, times, method, key, 2, 4)
-    >>> bool(jnp.allclose(whole.x, sample(lambda x, time: x / 2, x, times, method, key)))
+    >>> end = advance(lambda x, time: x / 2, half, times, method, key, 2, 4)
+    >>> bool(jnp.allclose(end.x, sample(lambda x, time: x / 2, x, times, method, key)))
     True
     """
     times = jax.tree.map(jnp.asarray, times)

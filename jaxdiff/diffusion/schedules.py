@@ -78,14 +78,14 @@ def betas(config: SchedulerConfig) -> np.ndarray:
         ValueError: an unknown `beta_schedule`, betas outside [0, 1], or fewer `trained_betas` than timesteps.
     """
     steps, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
-    given = (start, end) if config.trained_betas is None else config.trained_betas
-    if not given or not all(0 <= beta <= 1 for beta in given):
+    values = (start, end) if config.trained_betas is None else config.trained_betas
+    if not values or not all(0 <= beta <= 1 for beta in values):
         names = "beta_start and beta_end" if config.trained_betas is None else "trained_betas"
         raise ValueError(f"{names} (scheduler_config.json) must be from 0 to 1, at least one: take the model's own.")
     if config.trained_betas is not None:
-        if len(given) < steps:
+        if len(values) < steps:
             raise ValueError(
-                f"trained_betas (scheduler_config.json) holds {len(given)} numbers for {steps} num_train_timesteps: "
+                f"trained_betas (scheduler_config.json) holds {len(values)} numbers for {steps} num_train_timesteps: "
                 "take the model's own."
             )
         return np.asarray(config.trained_betas, np.float64)

@@ -80,10 +80,10 @@ def distilled_timesteps(config: SchedulerConfig, steps: int, strength: float = 1
         raise ValueError(f"original_inference_steps {distilled} must be from 1 to {config.num_train_timesteps}.")
     if not 0 < strength <= 1:
         raise ArgumentError("strength", f"{strength} must be in (0, 1].")
-    left = int(distilled * strength)
-    if steps > left:
-        of = "of the distillation (original_inference_steps)"
-        of = of if strength == 1 else f"that strength {strength} leaves {of}"
-        raise ArgumentError("steps", f"{steps} is more than the {left} {of}: take fewer.")
-    t = np.arange(left, 0, -1.0) * (config.num_train_timesteps // distilled) - 1
-    return t[np.floor(np.linspace(0, left, steps, endpoint=False)).astype(int)]
+    available = int(distilled * strength)
+    if steps > available:
+        source = "of the distillation (original_inference_steps)"
+        source = source if strength == 1 else f"that strength {strength} leaves {source}"
+        raise ArgumentError("steps", f"{steps} is more than the {available} {source}: take fewer.")
+    t = np.arange(available, 0, -1.0) * (config.num_train_timesteps // distilled) - 1
+    return t[np.floor(np.linspace(0, available, steps, endpoint=False)).astype(int)]

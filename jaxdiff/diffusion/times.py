@@ -31,10 +31,9 @@ TCD_GAMMA = 0.3  # fraction of each TCD step that is fresh noise (Zheng et al. 2
 class Rule(NamedTuple):
     """The time grid of one diffusers class."""
 
-    spacing: str  # default if scheduler_config.json names none; "distilled" ignores what it names
-    final_sigma: (
-        str  # where the last step ends: "zero", "sigma_min" (the table's first), or the config key that decides
-    )
+    spacing: str  # default if scheduler_config.json names none; "distilled" overrides it
+    # Where the last step ends: "zero", "sigma_min" (the table's first), or the config key that decides.
+    final_sigma: str
     fractional_timesteps: bool = False  # timesteps of linspace and of spacings by noise level are not rounded
     scale_initial_noise: bool = False  # starts from noise times sigma_0 rather than 1, except on leading grids
     sigma_spacings: bool = False  # reads `use_karras_sigmas`, `use_exponential_sigmas`, `use_beta_sigmas`
@@ -164,10 +163,10 @@ def time_grid(
             f"{steps} is more than {by_sigma or by_timestep} spacing of {scheduler} allows: take fewer.",
         )
     if times.alpha[0] == 0 and config.prediction_type == "epsilon":
-        mend = "the scheduler dpmpp_2m" if process.flow else 'spacing "leading"'
+        advice = "the scheduler dpmpp_2m" if process.flow else 'spacing "leading"'
         raise ValueError(
             'a model of prediction_type "epsilon" cannot start from pure noise (alpha = 0), as this grid does: take '
-            f"{mend}, or a model of another prediction type."
+            f"{advice}, or a model of another prediction type."
         )
     times = _with_substeps(process, times, t, sigmas, whole_timesteps=by_sigma is None and not process.flow)
     scaled = rule.scale_initial_noise and by_timestep != "leading"
@@ -384,13 +383,13 @@ def _pndm_substeps(process: Process, times: Time, t: np.ndarray, step: int, whol
     For Runge-Kutta, [N, 2]: the time given to the network and the time of x at the half step. For Heun's step, [N, 1]:
     the time that diffusers takes as its start.
     """
-    following = np.append(t[1:], t[-1:])
+    next_t = np.append(t[1:], t[-1:])
     if skip_prk_steps(process.config) and not whole_timesteps:
         return Time(times.t[:-1, None], times.alpha[:-1, None], times.sigma[:-1, None])
     if skip_prk_steps(process.config):
-        substeps = (following + step)[:, None]
+        substeps = (next_t + step)[:, None]
     elif whole_timesteps:
-        substeps = np.stack([following + step // 2, t - step // 2], 1)
+        substeps = np.stack([next_t + step // 2, t - step // 2], 1)
     else:
-        substeps = np.stack([(t + following) / 2] * 2, 1)
+        substeps = np.stack([(t + next_t) / 2] * 2, 1)
     return process.to_time(substeps, process.t_to_sigma(substeps))

@@ -25,15 +25,15 @@ def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
     return (unit(images) * unit(texts)).sum(1)
 
 
-def prompt_ranks(images: np.ndarray, prompts: np.ndarray, own: np.ndarray) -> np.ndarray:
+def prompt_ranks(images: np.ndarray, prompts: np.ndarray, prompt_index: np.ndarray) -> np.ndarray:
     """The rank of each image's own prompt among all prompts by cosine with the image, from 1 (best) to P.
 
-    Each tie with the own prompt adds one half, so that prompts that an encoder cannot tell apart rank at chance.
+    Each tie with the image's own prompt adds one half, so prompts that an encoder cannot tell apart rank at chance.
 
     Args:
         images: [N, D].
         prompts: [P, D], distinct prompts.
-        own: int [N], index of each image's prompt.
+        prompt_index: int [N], index of each image's prompt.
 
     Returns:
         float64 [N].
@@ -41,10 +41,10 @@ def prompt_ranks(images: np.ndarray, prompts: np.ndarray, own: np.ndarray) -> np
     >>> prompt_ranks(np.array([[1.0, 0.1], [1.0, 0.1]]), np.eye(2), np.array([0, 1])).tolist()
     [1.0, 2.0]
     """
-    prompts, found = unit(prompts), []
+    prompts, ranks = unit(prompts), []
     for i in range(0, len(images), ROWS):
-        scores, mine = unit(images[i : i + ROWS]) @ prompts.T, own[i : i + ROWS, None]
-        best = np.take_along_axis(scores, mine, 1)
-        better, equal = scores > best + TIE, np.abs(scores - best) <= TIE
-        found.append(1 + better.sum(1) + (equal.sum(1) - 1) / 2)
-    return np.concatenate(found) if found else np.zeros(0)
+        scores, own = unit(images[i : i + ROWS]) @ prompts.T, prompt_index[i : i + ROWS, None]
+        own_scores = np.take_along_axis(scores, own, 1)
+        better, equal = scores > own_scores + TIE, np.abs(scores - own_scores) <= TIE
+        ranks.append(1 + better.sum(1) + (equal.sum(1) - 1) / 2)
+    return np.concatenate(ranks) if ranks else np.zeros(0)

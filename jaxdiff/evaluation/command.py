@@ -21,7 +21,7 @@ from absl import flags
 
 import jaxdiff
 from jaxdiff.cli import errors
-from jaxdiff.cli.adapters import naming
+from jaxdiff.cli.adapters import file_errors
 from jaxdiff.cli.errors import Failure, UsageError
 from jaxdiff.cli.flags import flag_errors
 from jaxdiff.cli.outputs import make_folder
@@ -31,13 +31,13 @@ from jaxdiff.config import ConfigError
 from jaxdiff.data.captioned import open_source
 from jaxdiff.data.source import Source, files_digest
 from jaxdiff.evaluation import measures, outputs, report
-from jaxdiff.evaluation.encoder import GIVE, Encoder, encode_texts, has_encoder, load_encoder
+from jaxdiff.evaluation.encoder import EXPECTED_FOLDER, Encoder, encode_texts, has_encoder, load_encoder
 from jaxdiff.evaluation.features import Features, cached_features, encode_records
 from jaxdiff.evaluation.flags import parse
 from jaxdiff.evaluation.groups import has_column, real_groups
-from jaxdiff.evaluation.images import Images, Wanted, draw, find_images, plain, wanted
-from jaxdiff.evaluation.measures import Measured
-from jaxdiff.evaluation.outputs import Found
+from jaxdiff.evaluation.images import Images, draw, find_images, image_requests, plain
+from jaxdiff.evaluation.measures import EncodedImages
+from jaxdiff.evaluation.outputs import Results
 from jaxdiff.io import cache, model_paths, pretrained
 from jaxdiff.sampling.resolve import resolve_settings
 from jaxdiff.stores import cache_folder
@@ -79,31 +79,31 @@ def open_splits(f: flags.FlagValues) -> Splits | None:
     def source(split: str) -> Source:
         return open_source(f.data, split, cache=features_folder(f), **columns)
 
-    def opened(name: str) -> Source:
+    def open_split(name: str) -> Source:
         try:
             return source(f[name].value)
         except ConfigError as e:
             raise UsageError(f"--data, --{name}: {e}") from None
 
     make_folder(features_folder(f), "--features")
-    train, real = opened("split"), opened("split" if f.real_split is None else "real_split")
+    train, real = open_split("split"), open_split("split" if f.real_split is None else "real_split")
     if f.group is not None and not has_column(real, f.group):
         raise UsageError(f"--group {f.group}: no row of {real.name} has that in its metadata: name another column.")
-    return Splits(train, real, None if f.held_out_split is None else opened("held_out_split"))
+    return Splits(train, real, None if f.held_out_split is None else open_split("held_out_split"))
 
 
 def encoder_folder(f: flags.FlagValues) -> str:
     """The folder of the encoder. Raises UsageError."""
     if f.encoder is not None:
         return str(f.encoder)
-    with naming("--model"):
+    with file_errors("--model"):
         folder = model_paths.find(f.model)
     if not folder.is_dir() or not has_encoder(folder):
-        raise UsageError(f"--encoder is missing: {f.model} has no vision encoder of its own; give {GIVE}.")
+        raise UsageError(f"--encoder is missing: {f.model} has no vision encoder of its own; give {EXPECTED_FOLDER}.")
     return str(folder)
 
 
-def opened_encoder(f: flags.FlagValues, folder: str) -> tuple[Encoder, Params]:
+def open_encoder(f: flags.FlagValues, folder: str) -> tuple[Encoder, Params]:
     try:
         return load_encoder(folder)
     except ValueError as e:
@@ -124,21 +124,21 @@ def drawing_options(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]
     return options if model.is_gan else {**options, "scheduler": settings.scheduler, "steps": settings.steps}
 
 
-def drawn(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:
+def draw_images(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:
     """Draw the images that are not yet in the folder of the unfinished report."""
     import jax
 
-    with naming("--model"):
+    with file_errors("--model"):
         path = model_paths.find(f.model)
         model, params = jaxdiff.load(path, dtype=f.dtype)
     options = drawing_options(f, model)
-    images: list[Wanted] = wanted(lines, f.num_images, f.seed, f.negative_prompt)
-    begun = {"model": model_digest(path), "dtype": f.dtype, "options": options, "images": images}
-    outputs.begin(work, begun)
-    size = f.batch_size or batch_size([len(images)], jax.local_device_count())
+    requests = image_requests(lines, f.num_images, f.seed, f.negative_prompt)
+    report_settings = {"model": model_digest(path), "dtype": f.dtype, "options": options, "images": requests}
+    outputs.begin(work, report_settings)
+    size = f.batch_size or batch_size([len(requests)], jax.local_device_count())
     params = jaxdiff.replicate(params, jax.local_devices()[:size])
-    with progress_bar("drawing", len(images)) as advance:
-        return draw(model, params, images, work / "images", batch_size=size, progress=advance, **options)
+    with progress_bar("drawing", len(requests)) as advance:
+        return draw(model, params, requests, work / "images", batch_size=size, progress=advance, **options)
 
 
 def model_digest(path: Path) -> str:
@@ -146,89 +146,97 @@ def model_digest(path: Path) -> str:
     return files_digest(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
 
 
-def measured(
-    source: Any, prompts: Sequence[str], encoder: Encoder, params: Params, f: flags.FlagValues, what: str
-) -> Measured:
+def encode_with_prompts(
+    source: Any, prompts: Sequence[str], encoder: Encoder, params: Params, f: flags.FlagValues, label: str
+) -> EncodedImages:
     """Features of images and their prompts. Raises Failure if an image cannot be read."""
 
-    def unread(name: str, reason: str) -> None:
+    def fail(name: str, reason: str) -> None:
         raise Failure(f"{name} cannot be read ({reason}): repair the file, or remove it.")
 
-    with progress_bar(f"encoding {what}", len(source)) as advance:
-        found = encode_records(
+    with progress_bar(f"encoding {label}", len(source)) as advance:
+        arrays = encode_records(
             source, range(len(source)), encoder, params,
-            batch_size=f.encode_batch_size, threads=f.threads, unread=unread, progress=advance,
+            batch_size=f.encode_batch_size, threads=f.threads, unread=fail, progress=advance,
         )  # fmt: skip
-    return with_texts(found["features"], found["pixels"], prompts, encoder, params)
+    return with_texts(arrays["features"], arrays["pixels"], prompts, encoder, params)
 
 
-def kept(
-    source: Source, f: flags.FlagValues, encoder: Encoder, params: Params, what: str, notes: list[str]
+def split_features(
+    source: Source, f: flags.FlagValues, encoder: Encoder, params: Params, label: str, notes: list[str]
 ) -> Features:
     """Features of a split; unreadable images are counted in a note appended to `notes`."""
-    with progress_bar(f"encoding {what}", len(source)) as advance:
-        found = cached_features(
+    with progress_bar(f"encoding {label}", len(source)) as advance:
+        features = cached_features(
             source, features_folder(f), encoder, params,
             batch_size=f.encode_batch_size, threads=f.threads, progress=advance,
         )  # fmt: skip
-    if lost := found.records - len(found):
-        notes.append(f"{lost} of the {found.records} {what} of {source.name} cannot be read and are left out.")
-    return found
+    if unreadable := features.records - len(features):
+        notes.append(
+            f"{unreadable} of the {features.records} {label} of {source.name} cannot be read and are left out."
+        )
+    return features
 
 
-def held_out_sample(source: Source, features: Features, most: int, encoder: Encoder, params: Params) -> Measured:
-    """At most `most` held-out images, with their first captions."""
-    rows = measures.sample_of(len(features), most)
+def held_out_sample(
+    source: Source, features: Features, max_images: int, encoder: Encoder, params: Params
+) -> EncodedImages:
+    """At most `max_images` held-out images, with their first captions."""
+    rows = measures.random_rows(len(features), max_images)
     captions = [source.read(i, image=False).captions[0] for i in features.index[rows].tolist()]
-    found, pixels = (features.take(name, rows) for name in ("features", "pixels"))
-    return with_texts(found, pixels, captions, encoder, params)
+    sample, pixels = (features.take(name, rows) for name in ("features", "pixels"))
+    return with_texts(sample, pixels, captions, encoder, params)
 
 
 def with_texts(
     features: np.ndarray, pixels: np.ndarray, prompts: Sequence[str], encoder: Encoder, params: Params
-) -> Measured:
+) -> EncodedImages:
     """Images together with their prompts; each distinct prompt is encoded once."""
-    texts, own = np.unique(np.asarray(prompts, object), return_inverse=True)
-    encoded, cut = encode_texts(encoder, params, list(texts))
-    return Measured(features, pixels, encoded, own.ravel(), cut)
+    texts, prompt_index = np.unique(np.asarray(prompts, object), return_inverse=True)
+    encoded, truncated = encode_texts(encoder, params, list(texts))
+    return EncodedImages(features, pixels, encoded, prompt_index.ravel(), truncated)
 
 
-def measure(images: Images, splits: Splits | None, encoder: Encoder, params: Params, f: flags.FlagValues) -> Found:
+def measure(images: Images, splits: Splits | None, encoder: Encoder, params: Params, f: flags.FlagValues) -> Results:
     """All measures of these images that the given data allow."""
-    mine = measured(images, [plain(p) for p in images.prompts], encoder, params, f, "images")
-    left_out: list[str] = []
-    other = held_out = None
+    drawn = encode_with_prompts(images, [plain(p) for p in images.prompts], encoder, params, f, "images")
+    unreadable_notes: list[str] = []
+    held_out_features = held_out = None
     if splits is not None and splits.held_out is not None:
-        other = kept(splits.held_out, f, encoder, params, "held-out images", left_out)
-        held_out = held_out_sample(splits.held_out, other, f.most_real, encoder, params)
-    rows, notes, scores, ranks = measures.agreement(mine, held_out)
+        held_out_features = split_features(splits.held_out, f, encoder, params, "held-out images", unreadable_notes)
+        held_out = held_out_sample(splits.held_out, held_out_features, f.most_real, encoder, params)
+    rows, notes, scores, ranks = measures.agreement(drawn, held_out)
     if splits is None:
-        more, said = measures.varieties(mine, None, [], "")
-        said = [*said, "Distances to real images and originality need the training data: give --data."]
-        return Found(rows + more, notes + said, scores, ranks, None, None)
-    real = train = kept(splits.train, f, encoder, params, "training images", left_out)
-    if splits.real is not splits.train:
-        real = (
-            other
-            if other and splits.real is splits.held_out
-            else (kept(splits.real, f, encoder, params, "real images", left_out))
-        )
-    apart, said = measures.distances(mine, real, None if real is other else held_out, f.most_real)
+        variety_rows, variety_notes = measures.varieties(drawn, None, [], "")
+        notes += [*variety_notes, "Distances to real images and originality need the training data: give --data."]
+        return Results(rows + variety_rows, notes, scores, ranks, None, None)
+    train = split_features(splits.train, f, encoder, params, "training images", unreadable_notes)
+    if splits.real is splits.train:
+        real = train
+    elif held_out_features is not None and splits.real is splits.held_out:
+        real = held_out_features
+    else:
+        real = split_features(splits.real, f, encoder, params, "real images", unreadable_notes)
+    notes += unreadable_notes
+    reference = None if real is held_out_features else held_out
+    distance_rows, distance_notes = measures.distances(drawn, real, reference, f.most_real)
     groups = real_groups(splits.real, real.index, f.group)
-    varied, heard = measures.varieties(mine, real, groups, f.group or "caption")
+    variety_rows, variety_notes = measures.varieties(drawn, real, groups, f.group or "caption")
     with progress_bar("comparing", 2 * len(train) * (1 if held_out is None else 2)) as advance:
-        new, told, found = measures.originality(mine, train, held_out, advance)
-    return Found([*rows, *apart, *varied, *new], [*notes, *left_out, *said, *heard, *told], scores, ranks, found, train)
+        originality_rows, originality_notes, nearest = measures.originality(drawn, train, held_out, advance)
+    rows += [*distance_rows, *variety_rows, *originality_rows]
+    notes += [*distance_notes, *variety_notes, *originality_notes]
+    return Results(rows, notes, scores, ranks, nearest, train)
 
 
 def run(f: flags.FlagValues) -> None:
     """Measure what the flags say. Cheap checks come first."""
     output = outputs.check_output(f)
-    with outputs.held(outputs.unfinished(output), f.output):
-        make(f, output)
+    with outputs.locked(outputs.unfinished(output), f.output):
+        make_report(f, output)
 
 
-def make(f: flags.FlagValues, output: Path) -> None:
+def make_report(f: flags.FlagValues, output: Path) -> None:
     """Make the report in a folder that this process has locked."""
     lines = prompt_lines(f)
     try:
@@ -236,25 +244,25 @@ def make(f: flags.FlagValues, output: Path) -> None:
     except ConfigError as e:
         raise UsageError(str(e)) from None
     if images is None:  # before any weights are read
-        with naming("--model"):
+        with file_errors("--model"):
             model, _ = pretrained.described(model_paths.find(f.model), f.dtype)
         drawing_options(f, model)
     splits, folder = open_splits(f), encoder_folder(f)
-    encoder, params = opened_encoder(f, folder)
+    encoder, params = open_encoder(f, folder)
     cache.cache_compilations(f.cache_dir)
     work = outputs.unfinished(output)
     if images is None:
         assert lines is not None
-        images = drawn(f, lines, work)
+        images = draw_images(f, lines, work)
     else:
         outputs.begin(work, {"images": str(f.images), "digest": hashlib.sha256(repr(images).encode()).hexdigest()})
-    found = measure(images, splits, encoder, params, f)
-    what = f"{len(images)} images of {len(set(images.prompts))} prompts, " + (
+    results = measure(images, splits, encoder, params, f)
+    summary = f"{len(images)} images of {len(set(images.prompts))} prompts, " + (
         f"from {f.images}" if f.images else f"drawn by {f.model}"
     )
-    heading = [what, f"encoder: {folder}", *([] if f.data is None else [f"data: {f.data}, split {f.split}"])]
-    text = report.table(found.rows, found.notes, heading)
-    outputs.write(work, images, found, None if splits is None else splits.train, f, text)
+    heading = [summary, f"encoder: {folder}", *([] if f.data is None else [f"data: {f.data}, split {f.split}"])]
+    text = report.table(results.rows, results.notes, heading)
+    outputs.write(work, images, results, None if splits is None else splits.train, f, text)
     outputs.publish(work, output, f.overwrite)
     print(text, end="", flush=True)
 

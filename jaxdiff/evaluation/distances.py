@@ -21,7 +21,7 @@ ROWS = 2048  # rows of both sets compared at a time
 
 
 class Moments(NamedTuple):
-    """Sums over features; the sums of two sets can be added."""
+    """Sums over features; those of two sets can be added."""
 
     size: int  # N
     total: np.ndarray  # [D]
@@ -34,7 +34,7 @@ def moments(x: np.ndarray) -> Moments:
     return Moments(len(x), x.sum(0), x.T @ x)
 
 
-def added(parts: Iterable[Moments]) -> Moments:
+def combine(parts: Iterable[Moments]) -> Moments:
     """The moments of all parts together."""
     counts, totals, outers = zip(*parts, strict=True)
     return Moments(sum(counts), np.sum(totals, 0), np.sum(outers, 0))
@@ -42,13 +42,13 @@ def added(parts: Iterable[Moments]) -> Moments:
 
 def block_moments(chunks: Iterable[tuple[np.ndarray, np.ndarray]], count: int) -> list[Moments]:
     """The moments of each of `count` blocks, from chunks (features [n, D], block indices [n])."""
-    found: list[Moments] = []
-    for features, numbers in chunks:
+    blocks: list[Moments] = []
+    for features, indices in chunks:
         width = features.shape[1]
-        found = found or [Moments(0, np.zeros(width), np.zeros((width, width))) for _ in range(count)]
-        for b in np.unique(numbers):
-            found[b] = added([found[b], moments(features[numbers == b])])
-    return found
+        blocks = blocks or [Moments(0, np.zeros(width), np.zeros((width, width))) for _ in range(count)]
+        for b in np.unique(indices):
+            blocks[b] = combine([blocks[b], moments(features[indices == b])])
+    return blocks
 
 
 def gaussian(m: Moments) -> tuple[np.ndarray, np.ndarray]:
@@ -73,14 +73,14 @@ def frechet_distance(mean_x: np.ndarray, cov_x: np.ndarray, mean_y: np.ndarray, 
     values, vectors = np.linalg.eigh(np.asarray(cov_x, np.float64))
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     inner = root @ np.asarray(cov_y, np.float64) @ root
-    shared = np.sqrt(np.clip(np.linalg.eigvalsh((inner + inner.T) / 2), 0, None)).sum()
-    apart = np.asarray(mean_x, np.float64) - np.asarray(mean_y, np.float64)
-    return float(max(apart @ apart + np.trace(cov_x) + np.trace(cov_y) - 2 * shared, 0.0))
+    root_trace = np.sqrt(np.clip(np.linalg.eigvalsh((inner + inner.T) / 2), 0, None)).sum()
+    difference = np.asarray(mean_x, np.float64) - np.asarray(mean_y, np.float64)
+    return float(max(difference @ difference + np.trace(cov_x) + np.trace(cov_y) - 2 * root_trace, 0.0))
 
 
 def frechet_of(x: Sequence[Moments], y: Sequence[Moments]) -> float:
     """Equation (1) for two sets given as moments of blocks."""
-    return frechet_distance(*gaussian(added(x)), *gaussian(added(y)))
+    return frechet_distance(*gaussian(combine(x)), *gaussian(combine(y)))
 
 
 def frechet_limit(x: Sequence[Moments], y: Sequence[Moments]) -> float:
@@ -95,22 +95,22 @@ def frechet_limit(x: Sequence[Moments], y: Sequence[Moments]) -> float:
     """
     half = len(x) // 2
     parts = [slice(0, half), slice(half, None)]
-    whole, halves = frechet_of(x, y), np.mean([frechet_of(x[p], y[p]) for p in parts])
-    # The ratio of 1 / N in the halves to that in the whole. Blocks of whole prompts differ in size.
+    full, halves = frechet_of(x, y), np.mean([frechet_of(x[p], y[p]) for p in parts])
+    # The ratio of 1 / N in the halves to 1 / N in the full sets. Blocks of whole prompts differ in size.
     inverse = np.mean([sum(m.size for m in z) / sum(m.size for m in z[p]) for z in (x, y) for p in parts])
-    return float(whole - (halves - whole) / (inverse - 1))
+    return float(full - (halves - full) / (inverse - 1))
 
 
 def frechet_estimates(x: Sequence[Moments], y: Sequence[Moments]) -> dict[str, tuple[float, float]]:
     """{"frechet": (value, standard error), "frechet_limit": …} from as many blocks of x as of y, at least 3."""
-    found = {}
+    estimates = {}
     for name, distance in (("frechet", frechet_of), ("frechet_limit", frechet_limit)):
 
-        def value(kept: Sequence[int], distance: Any = distance) -> float:
-            return float(distance([x[i] for i in kept], [y[i] for i in kept]))
+        def statistic(block_ids: Sequence[int], distance: Any = distance) -> float:
+            return float(distance([x[i] for i in block_ids], [y[i] for i in block_ids]))
 
-        found[name] = jackknife(value, len(x))
-    return found
+        estimates[name] = jackknife(statistic, len(x))
+    return estimates
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -120,24 +120,24 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def kernel_sums(
-    x: np.ndarray, y: np.ndarray, in_x: np.ndarray, in_y: np.ndarray, count: int, bandwidth: float
+    x: np.ndarray, y: np.ndarray, in_x: np.ndarray, in_y: np.ndarray, num_blocks: int, bandwidth: float
 ) -> np.ndarray:
-    """The sum of k (equation 2) over all pairs of a block of x and a block of y: float64 [count, count].
+    """The sum of k (equation 2) over all pairs of a block of x and a block of y: float64 [num_blocks, num_blocks].
 
     Args:
         x, y: [N, D], [M, D].
         in_x, in_y: int [N], [M], the block of each.
     """
-    sums = np.zeros((count, count))
-    pick = np.eye(count)
+    sums = np.zeros((num_blocks, num_blocks))
+    one_hot = np.eye(num_blocks)
     squares = (np.asarray(y, np.float64) ** 2).sum(1)
     for i in range(0, len(x), ROWS):
         a = np.asarray(x[i : i + ROWS], np.float64)
         for j in range(0, len(y), ROWS):
             b = np.asarray(y[j : j + ROWS], np.float64)
-            apart = (a**2).sum(1)[:, None] + squares[j : j + ROWS] - 2 * a @ b.T
-            kernel = np.exp(-np.maximum(apart, 0) / (2 * bandwidth**2))
-            sums += pick[in_x[i : i + ROWS]].T @ kernel @ pick[in_y[j : j + ROWS]]
+            sq_distances = (a**2).sum(1)[:, None] + squares[j : j + ROWS] - 2 * a @ b.T
+            kernel = np.exp(-np.maximum(sq_distances, 0) / (2 * bandwidth**2))
+            sums += one_hot[in_x[i : i + ROWS]].T @ kernel @ one_hot[in_y[j : j + ROWS]]
     return sums
 
 
@@ -151,17 +151,22 @@ def kernel_estimate(
         in_x, in_y: int [N], [M], block of each row, 0 … B - 1; every block must have members in both sets.
         bandwidth: σ of the kernel.
     """
-    count = int(max(in_x.max(), in_y.max())) + 1
-    own = [(x, x, in_x, in_x), (y, y, in_y, in_y), (x, y, in_x, in_y)]
-    within_x, within_y, between = (kernel_sums(*pair, count, bandwidth) for pair in own)
-    n, m = (np.bincount(numbers, minlength=count) for numbers in (in_x, in_y))
+    num_blocks = int(max(in_x.max(), in_y.max())) + 1
+    pairs = [(x, x, in_x, in_x), (y, y, in_y, in_y), (x, y, in_x, in_y)]
+    within_x, within_y, between = (kernel_sums(*pair, num_blocks, bandwidth) for pair in pairs)
+    n, m = (np.bincount(blocks, minlength=num_blocks) for blocks in (in_x, in_y))
 
-    def value(kept: Sequence[int]) -> float:
-        pick, a, b = np.ix_(kept, kept), n[kept].sum(), m[kept].sum()
-        same = (within_x[pick].sum() - a) / (a * (a - 1)) + (within_y[pick].sum() - b) / (b * (b - 1))
-        return float(same - 2 * between[pick].sum() / (a * b))
+    def statistic(block_ids: Sequence[int]) -> float:
+        pick = np.ix_(block_ids, block_ids)
+        sums = (within_x[pick].sum(), within_y[pick].sum(), between[pick].sum())
+        return mmd(*sums, n[block_ids].sum(), m[block_ids].sum())
 
-    return jackknife(value, count)
+    return jackknife(statistic, num_blocks)
+
+
+def mmd(within_x: float, within_y: float, between: float, n: int, m: int) -> float:
+    """The unbiased estimate of MMD² from the sums of k over all pairs of n and m features, where k(a, a) = 1."""
+    return float((within_x - n) / (n * (n - 1)) + (within_y - m) / (m * (m - 1)) - 2 * between / (n * m))
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray, bandwidth: float = BANDWIDTH) -> float:
@@ -178,9 +183,8 @@ def kernel_distance(x: np.ndarray, y: np.ndarray, bandwidth: float = BANDWIDTH) 
     >>> round(kernel_distance(x, x + 100, bandwidth=1.0), 6)  # twice the mean of exp(-1/2), exp(-1/2) and exp(-2)
     0.898931
     """
-    sums = [
+    within_x, within_y, between = (
         kernel_sums(a, b, np.zeros(len(a), int), np.zeros(len(b), int), 1, bandwidth)[0, 0]
         for a, b in ((x, x), (y, y), (x, y))
-    ]
-    n, m = len(x), len(y)
-    return float((sums[0] - n) / (n * (n - 1)) + (sums[1] - m) / (m * (m - 1)) - 2 * sums[2] / (n * m))
+    )
+    return mmd(within_x, within_y, between, len(x), len(y))

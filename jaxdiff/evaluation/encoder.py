@@ -28,7 +28,7 @@ TEXT, VISION = "text_encoder", "vision_encoder"
 PREPROCESSOR = "preprocessor_config.json"
 # Prefixes of the tensors of a CLIPModel's halves; the only other tensor is a temperature.
 HALVES = {TEXT: ("text_model.", "text_projection."), VISION: ("vision_model.", "visual_projection.")}
-GIVE = (
+EXPECTED_FOLDER = (
     "a folder of a CLIP model as transformers saves it (config.json, model.safetensors, the tokenizer's files), or one "
     "with text_encoder, vision_encoder and tokenizer"
 )
@@ -54,14 +54,14 @@ def image_features(encoder: Encoder, params: Params, pixels: Array) -> Array:
     """Images uint8 [B, S, S, 3], S = `encoder.size` -> features float32 [B, D], not of unit length."""
     x = jnp.asarray(pixels, jnp.float32) / 255.0
     x = (x - jnp.asarray(encoder.mean)) / jnp.asarray(encoder.std)
-    found: Array = encoder.vision.apply({"params": params[VISION]}, x)  # type: ignore[assignment]
-    return found.astype(jnp.float32)
+    features: Array = encoder.vision.apply({"params": params[VISION]}, x)  # type: ignore[assignment]
+    return features.astype(jnp.float32)
 
 
 def text_features(encoder: Encoder, params: Params, tokens: Array) -> Array:
     """Token ids int32 [B, L] -> features float32 [B, D], not of unit length."""
-    found: TextOutput = encoder.text.apply({"params": params[TEXT]}, tokens)  # type: ignore[assignment]
-    return (found.pooled if found.projected is None else found.projected).astype(jnp.float32)
+    output: TextOutput = encoder.text.apply({"params": params[TEXT]}, tokens)  # type: ignore[assignment]
+    return (output.pooled if output.projected is None else output.projected).astype(jnp.float32)
 
 
 encode_images = jax.jit(image_features, static_argnums=0)
@@ -71,22 +71,22 @@ encode_tokens = jax.jit(text_features, static_argnums=0)
 def token_ids(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, int]:
     """Token ids int32 [N, L] of N texts, and the number of texts that were truncated.
 
-    Unlike the tokenizer, it does not warn of each, which would be too much for a data set.
+    Unlike the tokenizer, it does not warn of each truncated text, which would flood the log for a data set.
     """
     ids = np.full((len(texts), tokenizer.max_length), tokenizer.pad_id, np.int32)
-    words = tokenizer.encode(texts)
-    for row, own in zip(ids, words, strict=True):
-        own = own[: tokenizer.max_length - 2]
-        row[: len(own) + 2] = [tokenizer.bos_id, *own, tokenizer.eos_id]
-    return ids, sum(len(own) > tokenizer.max_length - 2 for own in words)
+    encoded = tokenizer.encode(texts)
+    for row, tokens in zip(ids, encoded, strict=True):
+        tokens = tokens[: tokenizer.max_length - 2]
+        row[: len(tokens) + 2] = [tokenizer.bos_id, *tokens, tokenizer.eos_id]
+    return ids, sum(len(tokens) > tokenizer.max_length - 2 for tokens in encoded)
 
 
-def finite(features: Array) -> np.ndarray:
-    """Features as a NumPy array; raises WeightsError where one is not finite."""
-    found = np.asarray(features)
-    if not np.isfinite(found).all():
+def check_finite(features: Array) -> np.ndarray:
+    """Features as a NumPy array. Raises WeightsError if one is not finite."""
+    values = np.asarray(features)
+    if not np.isfinite(values).all():
         raise WeightsError("The encoder's features are not finite, so its weights are damaged: give another --encoder.")
-    return found
+    return values
 
 
 def encode_texts(encoder: Encoder, params: Params, texts: list[str], batch_size: int = 64) -> tuple[np.ndarray, int]:
@@ -99,13 +99,13 @@ def encode_texts(encoder: Encoder, params: Params, texts: list[str], batch_size:
     """
     if not texts:
         return np.zeros((0, encoder.vision.config.projection_dim), np.float32), 0
-    ids, cut = token_ids(encoder.tokenizer, texts)
-    found = []
+    ids, truncated = token_ids(encoder.tokenizer, texts)
+    features = []
     for i in range(0, len(texts), batch_size):
         batch = ids[i : i + batch_size]
-        filled = batch[np.arange(batch_size) % len(batch)]
-        found.append(finite(encode_tokens(encoder, params, filled))[: len(batch)])
-    return np.concatenate(found), cut
+        padded = batch[np.arange(batch_size) % len(batch)]
+        features.append(check_finite(encode_tokens(encoder, params, padded))[: len(batch)])
+    return np.concatenate(features), truncated
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
@@ -149,58 +149,58 @@ def load_encoder(path: str | Path, dtype: Any = jnp.float32) -> tuple[Encoder, P
         str(path) in bundled() or not folder.is_dir()
     ):
         if str(path) not in bundled():
-            raise ConfigError(f"{path} is not a folder: give {GIVE}.")
+            raise ConfigError(f"{path} is not a folder: give {EXPECTED_FOLDER}.")
         folder = BUNDLED / str(path)
     if has_encoder(folder):
         return _from_parts(folder, jnp.dtype(dtype))
     if (folder / "config.json").is_file():
         return _from_clip_model(folder, jnp.dtype(dtype))
-    raise ConfigError(f"{folder} holds no vision encoder to measure images with: give {GIVE}.")
+    raise ConfigError(f"{folder} holds no vision encoder to measure images with: give {EXPECTED_FOLDER}.")
 
 
 def _from_parts(folder: Path, dtype: Any) -> tuple[Encoder, Params]:
     text: Any = read_config(folder / TEXT / "config.json", CLIPTextConfig)
     vision: Any = read_config(folder / VISION / "config.json", CLIPVisionConfig)
     files = {name: open_tensors(find_weights(folder / name, name)) for name in (TEXT, VISION)}
-    return _built(folder, folder / "tokenizer", text, vision, files, dtype)
+    return _build(folder, folder / "tokenizer", text, vision, files, dtype)
 
 
 def _from_clip_model(folder: Path, dtype: Any) -> tuple[Encoder, Params]:
     path = folder / "config.json"
     values = read_json(path)
     if values.get("model_type") != "clip":
-        raise ConfigError(f"{path} describes a {values.get('model_type')}, not a clip model: give {GIVE}.")
+        raise ConfigError(f"{path} describes a {values.get('model_type')}, not a clip model: give {EXPECTED_FOLDER}.")
     with as_config_error(f"{path} does not describe a CLIPModel"):
         width = {"projection_dim": values.get("projection_dim") or CLIPTextConfig.projection_dim}
-        text = CLIPTextConfig.from_dict({**_half(values, "text"), **width, "with_projection": True})
-        vision = CLIPVisionConfig.from_dict({**_half(values, "vision"), **width})
+        text = CLIPTextConfig.from_dict({**_half_config(values, "text"), **width, "with_projection": True})
+        vision = CLIPVisionConfig.from_dict({**_half_config(values, "vision"), **width})
     source = open_tensors(find_weights(folder, VISION))
-    files = {name: _beginning_with(source, starts) for name, starts in HALVES.items()}
-    pixels = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
+    files = {name: _select_tensors(source, prefixes) for name, prefixes in HALVES.items()}
+    preprocessor = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
     with as_config_error(f"{folder / PREPROCESSOR} does not say how pixels are normalised"):
         mean, std = (
-            tuple(map(float, pixels.get(key) or usual))
-            for key, usual in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
+            tuple(map(float, preprocessor.get(key) or default))
+            for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
         )
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ConfigError("image_mean and image_std must be three numbers, the second ones above 0")
-    encoder, params = _built(folder, folder, text, vision, files, dtype)
+    encoder, params = _build(folder, folder, text, vision, files, dtype)
     return dataclasses.replace(encoder, mean=mean, std=std), params
 
 
-def _half(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """The config of the text or the vision encoder; old files say it twice, and the second one holds."""
+def _half_config(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The config of the text or the vision encoder; in old files with two copies, `*_config_dict` takes precedence."""
     return {**(values.get(f"{name}_config") or {}), **(values.get(f"{name}_config_dict") or {})}
 
 
-def _beginning_with(source: TensorSource, starts: tuple[str, ...]) -> TensorSource:
-    shapes = {name: shape for name, shape in source.shapes.items() if name.startswith(starts)}
+def _select_tensors(source: TensorSource, prefixes: tuple[str, ...]) -> TensorSource:
+    shapes = {name: shape for name, shape in source.shapes.items() if name.startswith(prefixes)}
     return dataclasses.replace(source, shapes=shapes)
 
 
-def _built(
+def _build(
     folder: Path,
-    words: Path,
+    tokenizer_folder: Path,
     text: CLIPTextConfig,
     vision: CLIPVisionConfig,
     files: dict[str, TensorSource],
@@ -210,28 +210,28 @@ def _built(
     if width != vision.projection_dim:
         raise ConfigError(
             f"{folder}: the text encoder gives {width} numbers, the vision encoder {vision.projection_dim}, so they "
-            f"cannot be compared: give {GIVE}."
+            f"cannot be compared: give {EXPECTED_FOLDER}."
         )
-    tokenizer = load_tokenizer(words, text)
+    tokenizer = load_tokenizer(tokenizer_folder, text)
     assert tokenizer is not None
     encoder = Encoder(CLIPTextModel(text, dtype=dtype), CLIPVisionModel(vision, dtype=dtype), tokenizer)
     params = {}
-    for name, module, inputs in ((TEXT, encoder.text, _tokens), (VISION, encoder.vision, _pixels)):
+    for name, module, inputs in ((TEXT, encoder.text, _dummy_tokens), (VISION, encoder.vision, _dummy_pixels)):
         shapes = module_shapes(module, inputs, folder)
         params[name] = load_tensors(files[name], shapes, dtype)
     if tokenizer.vocab_size > text.vocab_size:
         raise WeightsError(
-            f"{words} has a tokenizer with {tokenizer.vocab_size} tokens, but the text encoder has {text.vocab_size}: "
-            "they belong to different models."
+            f"{tokenizer_folder} has a tokenizer with {tokenizer.vocab_size} tokens, but the text encoder has "
+            f"{text.vocab_size}: they belong to different models."
         )
     return encoder, params
 
 
-def _tokens(c: Config) -> tuple[Array, ...]:
+def _dummy_tokens(c: Config) -> tuple[Array, ...]:
     return (jnp.zeros((1, 2), jnp.int32),)
 
 
-def _pixels(c: Any) -> tuple[Array, ...]:
+def _dummy_pixels(c: Any) -> tuple[Array, ...]:
     return (jnp.zeros((1, c.image_size, c.image_size, 3)),)
 
 

@@ -33,8 +33,8 @@ def mean_estimate(values: np.ndarray, groups: np.ndarray | None = None) -> Estim
     values = np.asarray(values, np.float64)
     count, mean = len(values), float(np.mean(values))
     sums: np.ndarray = values - mean
-    if groups is not None and len(names := np.unique(groups)) > 1:
-        sums = np.bincount(np.searchsorted(names, groups), sums)
+    if groups is not None and len(unique := np.unique(groups)) > 1:
+        sums = np.bincount(np.searchsorted(unique, groups), sums)
     if len(sums) == 1:
         return Estimate(mean, None, count)
     error = np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / count
@@ -43,15 +43,15 @@ def mean_estimate(values: np.ndarray, groups: np.ndarray | None = None) -> Estim
 
 def median_estimate(values: np.ndarray, groups: np.ndarray) -> Estimate:
     """The median of values [N] and its standard error, by a bootstrap over whole groups [N] (Efron 1979)."""
-    names, numbers = np.unique(groups, return_inverse=True)
-    numbers = np.arange(len(values)) if len(names) == 1 else numbers.ravel()
-    members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
+    unique, group_ids = np.unique(groups, return_inverse=True)
+    group_ids = np.arange(len(values)) if len(unique) == 1 else group_ids.ravel()
+    members = np.split(np.argsort(group_ids, kind="stable"), np.cumsum(np.bincount(group_ids))[:-1])
     rng = np.random.default_rng(0)
-    found = []
+    medians = []
     for _ in range(DRAWS if len(members) > 1 else 0):
         chosen = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        found.append(np.median(values[chosen]))
-    return Estimate(float(np.median(values)), float(np.std(found)) if found else None, len(values))
+        medians.append(np.median(values[chosen]))
+    return Estimate(float(np.median(values)), float(np.std(medians)) if medians else None, len(values))
 
 
 def blocks(groups: np.ndarray, count: int = BLOCKS, seed: int = 0) -> np.ndarray:
@@ -69,19 +69,19 @@ def blocks(groups: np.ndarray, count: int = BLOCKS, seed: int = 0) -> np.ndarray
     >>> sorted(blocks(np.repeat(np.arange(4), 2), 4).tolist())
     [0, 0, 1, 1, 2, 2, 3, 3]
     """
-    names, numbers = np.unique(groups, return_inverse=True)
-    if len(names) < count:
-        names, numbers = np.arange(len(groups)), np.arange(len(groups))
-    return (np.random.default_rng(seed).permutation(len(names)) * count // len(names))[numbers.ravel()]
+    unique, group_ids = np.unique(groups, return_inverse=True)
+    if len(unique) < count:
+        unique, group_ids = np.arange(len(groups)), np.arange(len(groups))
+    return (np.random.default_rng(seed).permutation(len(unique)) * count // len(unique))[group_ids.ravel()]
 
 
-def jackknife(value: Callable[[Sequence[int]], float], count: int = BLOCKS) -> tuple[float, float]:
+def jackknife(statistic: Callable[[Sequence[int]], float], count: int = BLOCKS) -> tuple[float, float]:
     """A statistic of blocks and its jackknife standard error, leaving out one block at a time (Tukey 1958).
 
     Args:
-        value: indices of blocks -> the statistic, a smooth function of their data.
+        statistic: indices of blocks -> the statistic, a smooth function of their data.
         count: number of blocks, at least 3.
     """
-    every = list(range(count))
-    without = np.array([value(every[:i] + every[i + 1 :]) for i in every])
-    return value(every), float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))
+    indices = list(range(count))
+    without = np.array([statistic(indices[:i] + indices[i + 1 :]) for i in indices])
+    return statistic(indices), float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -21,7 +20,7 @@ from jaxdiff.data import store
 from jaxdiff.data.folder import FolderSource
 from jaxdiff.data.images import on_background, open_image
 from jaxdiff.data.source import Source, files_digest
-from jaxdiff.evaluation.encoder import Encoder, encode_images, encoder_digest, finite, square
+from jaxdiff.evaluation.encoder import Encoder, check_finite, encode_images, encoder_digest, square
 from jaxdiff.typing import Params
 
 PART = 1024  # records of a part
@@ -81,16 +80,16 @@ def encode_records(
     with ThreadPoolExecutor(threads) as pool:
         for i in range(0, len(rows), batch_size):
             batch = rows[i : i + batch_size]
-            read_ones = [
+            readable = [
                 (row, image) for row, image in zip(batch, pool.map(read, batch), strict=True) if image is not None
             ]
             progress(len(batch))
-            if read_ones:
-                index += [row for row, _ in read_ones]
-                images = np.stack([image for _, image in read_ones])
+            if readable:
+                index += [row for row, _ in readable]
+                images = np.stack([image for _, image in readable])
                 pixels += [small(image) for image in images]
-                filled = images[np.arange(batch_size) % len(images)]
-                features.append(finite(encode_images(encoder, params, filled))[: len(images)])
+                padded = images[np.arange(batch_size) % len(images)]
+                features.append(check_finite(encode_images(encoder, params, padded))[: len(images)])
     width = encoder.vision.config.projection_dim
     return {
         "index": np.asarray(index, np.int64),
@@ -117,14 +116,14 @@ class Features:
 
     def take(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Rows of an array by their indices, int [n] in 0 … N - 1, in that order."""
-        rows, start, found = np.asarray(rows), 0, None
+        rows, start, values = np.asarray(rows), 0, None
         for chunk in self.chunks(name):
-            inside = np.flatnonzero((rows >= start) & (rows < start + len(chunk)))
-            found = np.zeros((len(rows), *chunk.shape[1:]), chunk.dtype) if found is None else found
-            found[inside] = chunk[rows[inside] - start]
+            selected = np.flatnonzero((rows >= start) & (rows < start + len(chunk)))
+            values = np.zeros((len(rows), *chunk.shape[1:]), chunk.dtype) if values is None else values
+            values[selected] = chunk[rows[selected] - start]
             start += len(chunk)
-        assert found is not None
-        return found
+        assert values is not None
+        return values
 
 
 def source_digest(source: Source) -> str:
@@ -155,25 +154,27 @@ def cached_features(
         ConfigError: the folder cannot be written, or none of the images can be read.
         WeightsError: features are not finite.
     """
-    described = [VERSION, part, SIDE, source_digest(source), encoder_digest(encoder, params)]
-    kept = folder / hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+    key = [VERSION, part, SIDE, source_digest(source), encoder_digest(encoder, params)]
+    parts_folder = folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     names = [f"{i:06d}" for i in range(-(-len(source) // part))]
-    told: list[str] = []
+    unreadable: list[str] = []
 
     def unread(name: str, reason: str) -> None:
-        if not told:
+        if not unreadable:
             logging.warning("%s cannot be read (%s): left out.", name, reason)
-        told.append(name)
+        unreadable.append(name)
 
-    def make(i: int) -> Mapping[str, np.ndarray]:
+    def compute_part(i: int) -> Mapping[str, np.ndarray]:
         rows = range(i * part, min((i + 1) * part, len(source)))
-        how: dict[str, Any] = {"batch_size": batch_size, "threads": threads, "unread": unread, "progress": progress}
-        return encode_records(source, rows, encoder, params, **how)
+        return encode_records(
+            source, rows, encoder, params,
+            batch_size=batch_size, threads=threads, unread=unread, progress=progress,
+        )  # fmt: skip
 
-    there = sum((kept / name).is_dir() for name in names)
-    progress(min(there * part, len(source)))
-    store.fill(kept, names, make)
-    found = Features([str(kept / name) for name in names], len(source))
-    if not len(found):
+    num_cached = sum((parts_folder / name).is_dir() for name in names)
+    progress(min(num_cached * part, len(source)))
+    store.fill(parts_folder, names, compute_part)
+    features = Features([str(parts_folder / name) for name in names], len(source))
+    if not len(features):
         raise ConfigError(f"None of the {len(source)} images of {source.name} can be read: repair or replace them.")
-    return found
+    return features

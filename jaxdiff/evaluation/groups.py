@@ -26,13 +26,13 @@ def labels(captions: tuple[str, ...], extras: Mapping[str, Any], column: str | N
 def has_column(source: Source, column: str) -> bool:
     """Whether any row has this column in its metadata."""
 
-    def found(row: int) -> bool:
+    def has_value(row: int) -> bool:
         try:
             return source.read(row, image=False).extras.get(column) is not None
-        except (OSError, ValueError):  # a damaged one
+        except (OSError, ValueError):  # a damaged row
             return False
 
-    return any(map(found, range(len(source))))
+    return any(map(has_value, range(len(source))))
 
 
 def real_groups(source: Source, index: np.ndarray, column: str | None = None, seed: int = 0) -> list[np.ndarray]:
@@ -49,20 +49,20 @@ def real_groups(source: Source, index: np.ndarray, column: str | None = None, se
     Returns:
         For each group int [n], positions in `index`.
     """
-    keys, places, last = array("Q"), array("q"), ""
-    for place, record in enumerate(index.tolist()):
+    keys, positions, previous = array("Q"), array("q"), ""
+    for position, record in enumerate(index.tolist()):
         name, _, captions, extras = source.read(record, image=False)
-        if name == last:  # repeats stand side by side
+        if name == previous:  # repeats are adjacent
             continue
-        last = name
+        previous = name
         for label in labels(captions, extras, column):
             keys.append(content_hash(label.encode("utf-8", "replace")))
-            places.append(place)
-    numbers, at = np.asarray(keys, np.uint64), np.asarray(places, np.int64)
-    order = np.argsort(numbers, kind="stable")
-    _, starts, counts = np.unique(numbers[order], return_index=True, return_counts=True)
+            positions.append(position)
+    hashes, row_positions = np.asarray(keys, np.uint64), np.asarray(positions, np.int64)
+    order = np.argsort(hashes, kind="stable")
+    _, starts, counts = np.unique(hashes[order], return_index=True, return_counts=True)
     rng = np.random.default_rng(seed)
-    several = np.flatnonzero(counts > 1)
-    chosen = np.sort(rng.permutation(several)[:MOST_GROUPS])
-    found = [at[order[starts[i] : starts[i] + counts[i]]] for i in chosen]
-    return [np.sort(rng.permutation(members)[:MOST_MEMBERS]) for members in found]
+    shared = np.flatnonzero(counts > 1)
+    chosen = np.sort(rng.permutation(shared)[:MOST_GROUPS])
+    groups = [row_positions[order[starts[i] : starts[i] + counts[i]]] for i in chosen]
+    return [np.sort(rng.permutation(members)[:MOST_MEMBERS]) for members in groups]

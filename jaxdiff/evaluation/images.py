@@ -24,7 +24,7 @@ from jaxdiff.text.schedule import END, parse_schedule, text_at
 from jaxdiff.typing import SEEDS, Params
 
 
-class Wanted(NamedTuple):
+class ImageRequest(NamedTuple):
     """An image to draw."""
 
     prompt: str
@@ -51,19 +51,21 @@ class Images:
         return Record(self.paths[index], self.paths[index], (self.prompts[index],), {})
 
 
-def wanted(lines: Sequence[PromptLine], num_images: int, seed: int, negative_prompt: str | None = None) -> list[Wanted]:
+def image_requests(
+    lines: Sequence[PromptLine], num_images: int, seed: int, negative_prompt: str | None = None
+) -> list[ImageRequest]:
     """The images to draw, prompt by prompt. As in sample.py, seeds count up over all images, or from a line's own seed.
 
-    >>> [w.seed for w in wanted([PromptLine("a"), PromptLine("b", seed=7)], 2, 3)]
+    >>> [w.seed for w in image_requests([PromptLine("a"), PromptLine("b", seed=7)], 2, 3)]
     [3, 4, 7, 8]
     """
-    found: list[Wanted] = []
+    requests: list[ImageRequest] = []
     for line in lines:
         negative = negative_prompt if line.negative_prompt is None else line.negative_prompt
         for k in range(num_images):
-            own = seed + len(found) if line.seed is None else line.seed + k
-            found.append(Wanted(line.prompt, negative, own % SEEDS))
-    return found
+            image_seed = seed + len(requests) if line.seed is None else line.seed + k
+            requests.append(ImageRequest(line.prompt, negative, image_seed % SEEDS))
+    return requests
 
 
 def plain(prompt: str) -> str:
@@ -79,7 +81,7 @@ def plain(prompt: str) -> str:
 def draw(
     model: Model,
     params: Params,
-    images: Sequence[Wanted],
+    requests: Sequence[ImageRequest],
     folder: Path,
     *,
     batch_size: int,
@@ -100,26 +102,26 @@ def draw(
         ArgumentError, FloatingPointError: see `jaxdiff.generate`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:06d}.png" for i in range(len(images))]
+    paths = [folder / f"{i:06d}.png" for i in range(len(requests))]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
-    progress(len(images) - len(missing))
+    progress(len(requests) - len(missing))
     for i in range(0, len(missing), batch_size):
         batch = missing[i : i + batch_size]
-        filled = [images[j] for j in batch + batch[-1:] * (batch_size - len(batch))]
-        negative = [w.negative_prompt for w in filled]
-        drawn = jaxdiff.generate(
-            model, params, [w.prompt for w in filled], negative, seed=[w.seed for w in filled], **options
+        padded = [requests[j] for j in batch + batch[-1:] * (batch_size - len(batch))]
+        negative = [w.negative_prompt for w in padded]
+        generated = jaxdiff.generate(
+            model, params, [w.prompt for w in padded], negative, seed=[w.seed for w in padded], **options
         )
-        for j, image in zip(batch, drawn, strict=False):
-            flags = {"prompt": images[j].prompt, "seed": images[j].seed}
-            write_png(paths[j], image, flags | ({"negative_prompt": w} if (w := images[j].negative_prompt) else {}))
+        for j, image in zip(batch, generated, strict=False):
+            flags = {"prompt": requests[j].prompt, "seed": requests[j].seed}
+            write_png(paths[j], image, flags | ({"negative_prompt": w} if (w := requests[j].negative_prompt) else {}))
         progress(len(batch))
     lines = [
         {"file_name": path.name, "text": w.prompt, "seed": w.seed, "negative_prompt": w.negative_prompt}
-        for path, w in zip(paths, images, strict=True)
+        for path, w in zip(paths, requests, strict=True)
     ]
     write_text(folder / METADATA, "".join(json.dumps(line) + "\n" for line in lines))
-    prompts, _, seeds = zip(*images, strict=True)
+    prompts, _, seeds = zip(*requests, strict=True)
     return Images(str(folder), tuple(map(str, paths)), prompts, seeds)
 
 
@@ -142,27 +144,27 @@ def find_images(folder: Path, lines: Sequence[PromptLine] | None) -> Images:
     if metadata and lines is not None:
         raise ConfigError(f"--prompts: the images of {folder} have theirs in its {metadata[0]}: leave --prompts out.")
     if metadata or (lines is None and has_text_files(folder)):
-        found = [next(same) for _, same in itertools.groupby(examples(folder, "."), id)]  # repeats count once
-        seeds = tuple(s if isinstance(s := e.extras.get("seed"), int) else None for e in found)
-        return Images(str(folder), tuple(e.path for e in found), tuple(e.captions[0] for e in found), seeds)
+        captioned = [next(group) for _, group in itertools.groupby(examples(folder, "."), id)]  # repeats count once
+        seeds = tuple(s if isinstance(s := e.extras.get("seed"), int) else None for e in captioned)
+        return Images(str(folder), tuple(e.path for e in captioned), tuple(e.captions[0] for e in captioned), seeds)
     paths = image_files(folder)
     if not paths:
         raise ConfigError(f"--images {folder} holds no images: give a folder of PNG or JPEG files.")
     names = tuple(map(str, paths))
     if lines is None:
-        return Images(str(folder), names, tuple(map(_drawn_from, paths)), (None,) * len(paths))
-    each, rest = divmod(len(paths), len(lines))
-    if rest or not each:
+        return Images(str(folder), names, tuple(map(_embedded_prompt, paths)), (None,) * len(paths))
+    per_prompt, remainder = divmod(len(paths), len(lines))
+    if remainder or not per_prompt:
         raise ConfigError(
             f"--images {folder} holds {len(paths)} images, and --prompts {len(lines)} prompts: give as many "
             "of each, or a multiple."
         )
-    prompts = tuple(line.prompt for line in lines for _ in range(each))
-    own = (None if line.seed is None else (line.seed + k) % SEEDS for line in lines for k in range(each))
-    return Images(str(folder), names, prompts, tuple(own))
+    prompts = tuple(line.prompt for line in lines for _ in range(per_prompt))
+    line_seeds = (None if line.seed is None else (line.seed + k) % SEEDS for line in lines for k in range(per_prompt))
+    return Images(str(folder), names, prompts, tuple(line_seeds))
 
 
-def _drawn_from(path: Path) -> str:
+def _embedded_prompt(path: Path) -> str:
     """The prompt that sample.py wrote into a PNG file."""
     with contextlib.suppress(Exception):  # a damaged file makes Pillow raise almost anything
         values = read_metadata(path)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-NEAR = 0.5  # a smaller ratio is a near copy: at most half the typical distance of a new real image
+NEAR_COPY = 0.5  # a smaller ratio is a near copy: at most half the typical distance of a new real image
 ROWS = 4096  # rows compared with a chunk at a time
 
 
@@ -32,7 +32,7 @@ def nearest(x: np.ndarray, chunks: Iterable[np.ndarray]) -> tuple[np.ndarray, np
     ([3.0, 1.0], [0, 2])
     """
     x = np.asarray(x, np.float64)
-    best, found, start = np.full(len(x), np.inf), np.full(len(x), -1, np.int64), 0
+    best, indices, start = np.full(len(x), np.inf), np.full(len(x), -1, np.int64), 0
     for chunk in chunks:
         if len(chunk):
             y = np.asarray(chunk, np.float64)
@@ -42,9 +42,9 @@ def nearest(x: np.ndarray, chunks: Iterable[np.ndarray]) -> tuple[np.ndarray, np
                 row = np.argmin(squares - 2 * x[rows] @ y.T, 1)
                 distance = np.sqrt(((x[rows] - y[row]) ** 2).sum(1))
                 closer = distance < best[rows]
-                best[rows][closer], found[rows][closer] = distance[closer], start + row[closer]
+                best[rows][closer], indices[rows][closer] = distance[closer], start + row[closer]
         start += len(chunk)
-    return best, found
+    return best, indices
 
 
 def distance_ratios(distances: np.ndarray, held_out: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from jaxdiff.cli.outputs import check_folder, make_folder
 from jaxdiff.data.source import Source
 from jaxdiff.evaluation import measures, report, sheets
 from jaxdiff.evaluation.features import Features, read_rgb
-from jaxdiff.evaluation.flags import OF_DATA, without_drawing
+from jaxdiff.evaluation.flags import DATA_FLAGS, without_drawing
 from jaxdiff.evaluation.images import Images
 from jaxdiff.evaluation.measures import Nearest
 from jaxdiff.files import replace_folder, writing
@@ -28,8 +28,8 @@ SETTINGS = "settings.json"  # of an unfinished report
 PATHS = ("images", "data", "features", "model", "encoder", "prompts")  # flags whose files must not lie in the report
 
 
-class Found(NamedTuple):
-    """The results of the measurement."""
+class Results(NamedTuple):
+    """All measures of a report."""
 
     rows: list[measures.Row]
     notes: list[str]
@@ -59,10 +59,10 @@ def check_output(f: flags.FlagValues) -> Path:
         raise UsageError(
             f"--output {f.output} exists and is not a report, so --overwrite does not replace it: name another folder."
         )
-    made = {output.resolve(), unfinished(output).resolve()}
+    report_folders = {output.resolve(), unfinished(output).resolve()}
     for name in (name for name in PATHS if f[name].value is not None):
         path = Path(str(f[name].value)).resolve()
-        if made & {path, *path.parents} and (path.exists() or name == "features"):
+        if report_folders & {path, *path.parents} and (path.exists() or name == "features"):
             raise UsageError(
                 f"--{name} {f[name].value} lies where the report of --output {f.output} is made: name another --output."
             )
@@ -71,16 +71,16 @@ def check_output(f: flags.FlagValues) -> Path:
 
 
 @contextlib.contextmanager
-def held(work: Path, output: str) -> Iterator[None]:
+def locked(work: Path, output: str) -> Iterator[None]:
     """Lock the folder of an unfinished report for the block; it is created if missing.
 
     Raises:
         Failure: another process holds the lock, or the folder cannot be created.
     """
-    missing = [p for p in (work, *work.parents) if not p.exists()]  # the lowest first
+    missing = [p for p in (work, *work.parents) if not p.exists()]  # innermost first
     with writing_report(work):
-        folder = _locked(work)
-    if folder is None:
+        descriptor = _open_locked(work)
+    if descriptor is None:
         raise Failure(f"--output {output} is being made by another process: wait for it, or name another folder.")
     try:
         yield
@@ -88,83 +88,83 @@ def held(work: Path, output: str) -> Iterator[None]:
         for path in missing:
             with contextlib.suppress(OSError):  # it is not empty, or was renamed
                 path.rmdir()
-        os.close(folder)  # the lock goes with it
+        os.close(descriptor)  # releases the lock
 
 
-def _locked(work: Path) -> int | None:
+def _open_locked(work: Path) -> int | None:
     """A file descriptor of the locked folder, valid even after a rename; None if another process has the lock."""
     while True:
         make_folder(work)
         try:
-            folder = os.open(work, os.O_RDONLY)
+            descriptor = os.open(work, os.O_RDONLY)
         except FileNotFoundError:  # it was just renamed
             continue
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(folder)
+            os.close(descriptor)
             return None
         except OSError as e:  # some network file systems have no locks
             logging.warning("%s cannot be locked (%s): do not write a second report there.", work, e.strerror)
-            return folder
-        if work.exists() and os.path.samestat(os.fstat(folder), work.stat()):
-            return folder
-        os.close(folder)  # renamed since it was opened
+            return descriptor
+        if work.exists() and os.path.samestat(os.fstat(descriptor), work.stat()):
+            return descriptor
+        os.close(descriptor)  # renamed since it was opened
 
 
 def begin(work: Path, settings: Any) -> None:
     """Create the folder of an unfinished report; one with other settings is emptied first."""
     text = json.dumps(settings, sort_keys=True)
     try:
-        same = (work / SETTINGS).read_text(encoding="utf-8") == text
+        unchanged = (work / SETTINGS).read_text(encoding="utf-8") == text
     except (OSError, UnicodeDecodeError):
-        same = False
+        unchanged = False
     with writing_report(work):
         make_folder(work)
-        if not same:
+        if not unchanged:
             for path in work.iterdir():  # the folder itself is locked
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             (work / SETTINGS).write_text(text, encoding="utf-8")
 
 
-def line_of(i: int, images: Images, found: Found, source: Source | None) -> dict[str, Any]:
+def image_record(i: int, images: Images, results: Results, source: Source | None) -> dict[str, Any]:
     """The line of images.jsonl for image i."""
     values: dict[str, Any] = {
         "file_name": Path(images.paths[i]).name,
         "prompt": images.prompts[i],
         "seed": images.seeds[i],
     }
-    values |= {"clip_score": float(found.scores[i]), "rank": float(found.ranks[i])}
-    if found.nearest is not None and found.train is not None and source is not None:
-        near: dict[str, Any] = {}
+    values |= {"clip_score": float(results.scores[i]), "rank": float(results.ranks[i])}
+    if results.nearest is not None and results.train is not None and source is not None:
+        nearest_images: dict[str, Any] = {}
         for k, kind in enumerate(measures.KINDS):
-            record = int(found.train.index[found.nearest.rows[k, i]])
-            near[kind] = {
+            record = int(results.train.index[results.nearest.rows[k, i]])
+            nearest_images[kind] = {
                 "name": source.read(record, image=False).name,
-                "distance": float(found.nearest.distances[k, i]),
+                "distance": float(results.nearest.distances[k, i]),
             }
-            if found.nearest.ratios is not None:
-                near[kind]["ratio"] = float(found.nearest.ratios[k, i])
-        values["nearest"] = near
+            if results.nearest.ratios is not None:
+                nearest_images[kind]["ratio"] = float(results.nearest.ratios[k, i])
+        values["nearest"] = nearest_images
     return values
 
 
-def pairs(images: Images, found: Found, source: Source, count: int) -> Iterator[list[sheets.Pair]]:
+def pairs(images: Images, results: Results, source: Source, count: int) -> Iterator[list[sheets.Pair]]:
     """Drawn images with their nearest training images, sheet by sheet, the nearest first.
 
     Of the nearest by features and by pixels, the one with the smaller ratio is shown; without ratios, by features.
     """
-    near, train = found.nearest, found.train
-    assert near is not None
+    nearest, train = results.nearest, results.train
+    assert nearest is not None
     assert train is not None
-    amounts = near.distances[:1] if near.ratios is None else near.ratios
-    kinds, order = np.argmin(amounts, 0), np.argsort(amounts.min(0), kind="stable")[:count]
+    scores = nearest.distances[:1] if nearest.ratios is None else nearest.ratios
+    kinds, order = np.argmin(scores, 0), np.argsort(scores.min(0), kind="stable")[:count]
     for start in range(0, len(order), sheets.PAIRS):
         page = []
         for i in order[start : start + sheets.PAIRS]:
             k = int(kinds[i])
-            record = source.read(int(train.index[near.rows[k, i]]))
-            text = f"{amounts[k, i]:.2f} {measures.KINDS[k]}: {images.prompts[i]}"
+            record = source.read(int(train.index[nearest.rows[k, i]]))
+            text = f"{scores[k, i]:.2f} {measures.KINDS[k]}: {images.prompts[i]}"
             page.append(sheets.Pair(read_rgb(images.paths[i]), read_rgb(record.image), text))
         yield page
 
@@ -174,27 +174,27 @@ def image_rows(images: Images) -> list[tuple[str, list[Any]]]:
     rows: dict[str, list[Any]] = {}
     for path, prompt in zip(images.paths, images.prompts, strict=True):
         if prompt in rows or len(rows) < sheets.ROWS:
-            own = rows.setdefault(prompt, [])
-            if len(own) < sheets.IMAGES:
-                own.append(read_rgb(path))
+            row_images = rows.setdefault(prompt, [])
+            if len(row_images) < sheets.IMAGES:
+                row_images.append(read_rgb(path))
     return list(rows.items())
 
 
-def write(work: Path, images: Images, found: Found, source: Source | None, f: flags.FlagValues, text: str) -> None:
+def write(work: Path, images: Images, results: Results, source: Source | None, f: flags.FlagValues, text: str) -> None:
     """Write all files of the report into the folder `work`.
 
     Args:
         source: the training images; None without --data.
     """
     with writing_report(work):
-        for earlier in work.glob("pairs-*.png"):  # of an interrupted run
-            earlier.unlink()
+        for stale in work.glob("pairs-*.png"):  # of an interrupted run
+            stale.unlink()
     write_png(work / "images.png", sheets.image_sheet(image_rows(images)))
-    if source is not None and found.nearest is not None:
-        for number, page in enumerate(pairs(images, found, source, f.pairs)):
+    if source is not None and results.nearest is not None:
+        for number, page in enumerate(pairs(images, results, source, f.pairs)):
             write_png(work / f"pairs-{number:02d}.png", sheets.pair_sheet(page))
-    lines = "".join(json.dumps(line_of(i, images, found, source)) + "\n" for i in range(len(images)))
-    values = report.as_json(found.rows, found.notes, settings(f))
+    lines = "".join(json.dumps(image_record(i, images, results, source)) + "\n" for i in range(len(images)))
+    values = report.as_json(results.rows, results.notes, settings(f))
     with writing_report(work):
         (work / "images.jsonl").write_text(lines, encoding="utf-8")
         (work / "report.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -204,7 +204,7 @@ def write(work: Path, images: Images, found: Found, source: Source | None, f: fl
 def settings(f: flags.FlagValues) -> dict[str, Any]:
     """The flags that say what was measured."""
     hidden: tuple[str, ...] = ("verbose", "help", "h", "overwrite", "cache_dir", "output", "features", "threads")
-    hidden += (() if f.images is None else without_drawing(f)) + (OF_DATA if f.data is None else ())
+    hidden += (() if f.images is None else without_drawing(f)) + (DATA_FLAGS if f.data is None else ())
     values = {name: value for name, value in sorted(f.flag_values_dict().items()) if name not in hidden}
     return {"jaxdiff": __version__, **{name: value for name, value in values.items() if value not in (None, "")}}
 

@@ -8,10 +8,10 @@ from jaxdiff.evaluation.estimates import Estimate
 from jaxdiff.evaluation.measures import Row
 
 
-def shown(estimate: Estimate | None) -> str:
+def format_estimate(estimate: Estimate | None) -> str:
     """A value rounded to two digits of its error.
 
-    >>> shown(Estimate(0.51234, 0.0123, 8)), shown(Estimate(12.5, None, 1)), shown(None)
+    >>> format_estimate(Estimate(0.51234, 0.0123, 8)), format_estimate(Estimate(12.5, None, 1)), format_estimate(None)
     ('0.512 ± 0.012', '12.5', '')
     """
     if estimate is None:
@@ -27,7 +27,13 @@ def table(rows: Sequence[Row], notes: Sequence[str], heading: Sequence[str]) -> 
     lines = ["# Evaluation", "", *(f"- {line}" for line in heading), ""]
     cells = [["measure", "value", "images", "held-out real", "what it says"]]
     cells += [
-        [f"{r.part}: {r.name}", shown(r.estimate), str(r.estimate.images), shown(r.real), r.meaning.replace("|", "/")]
+        [
+            f"{r.part}: {r.name}",
+            format_estimate(r.estimate),
+            str(r.estimate.images),
+            format_estimate(r.real),
+            r.meaning.replace("|", "/"),
+        ]
         for r in rows
     ]
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
@@ -45,11 +51,11 @@ def as_json(rows: Sequence[Row], notes: Sequence[str], settings: Mapping[str, An
     """{"settings", "measures": {part: {name: {"value", "error", "images", "real", "meaning"}}}, "notes"}."""
     measures: dict[str, dict[str, Any]] = {}
     for row in rows:
-        real = {} if row.real is None else {"real": numbers(row.real)}
-        measures.setdefault(row.part, {})[row.name] = {**numbers(row.estimate), **real, "meaning": row.meaning}
+        real = {} if row.real is None else {"real": estimate_json(row.real)}
+        measures.setdefault(row.part, {})[row.name] = {**estimate_json(row.estimate), **real, "meaning": row.meaning}
     return {"settings": dict(settings), "measures": measures, "notes": list(notes)}
 
 
-def numbers(estimate: Estimate) -> dict[str, Any]:
+def estimate_json(estimate: Estimate) -> dict[str, Any]:
     """An estimate as JSON; infinities and NaN become null."""
     return {name: x if x is not None and math.isfinite(x) else None for name, x in estimate._asdict().items()}

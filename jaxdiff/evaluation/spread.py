@@ -27,10 +27,10 @@ def mean_distance(x: np.ndarray) -> float:
     x = x - x.mean(0)
     squares, total = (x**2).sum(1), 0.0
     for i in range(0, len(x), ROWS):
-        part = slice(i, i + ROWS)
-        apart = np.sqrt(np.maximum(squares[part, None] + squares - 2 * x[part] @ x.T, 0))
-        np.fill_diagonal(apart[:, i:], 0)  # a row's distance to itself is not exactly 0 in floating point
-        total += apart.sum()
+        rows = slice(i, i + ROWS)
+        distances = np.sqrt(np.maximum(squares[rows, None] + squares - 2 * x[rows] @ x.T, 0))
+        np.fill_diagonal(distances[:, i:], 0)  # a row's distance to itself is not exactly 0 in floating point
+        total += distances.sum()
     return float(total / (len(x) * (len(x) - 1)))
 
 
@@ -55,5 +55,5 @@ def variety(features: np.ndarray, groups: np.ndarray | Sequence[int]) -> Variety
     members = [order[s : s + n] for s, n in zip(starts, counts, strict=True) if n > 1]
     if not members:
         return None
-    found = mean_estimate(np.array([mean_distance(features[m]) for m in members]))
-    return Variety(found._replace(images=sum(map(len, members))), len(members))
+    estimate = mean_estimate(np.array([mean_distance(features[m]) for m in members]))
+    return Variety(estimate._replace(images=sum(map(len, members))), len(members))

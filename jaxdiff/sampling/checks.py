@@ -18,27 +18,27 @@ from jaxdiff.models.dit import PATCH
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Params
 
-NOISE_LEVEL = 20  # default noise on the small image of an upscaling model, in timesteps
+DEFAULT_NOISE_LEVEL = 20  # of an upscaling model's small image, in timesteps
 
 
-def as_whole(name: str, value: int, low: int, high: int | None = None) -> int:
-    """`value` as an int, checked to be a whole number from low to high."""
+def as_integer(name: str, value: int, low: int, high: int | None = None) -> int:
+    """`value` as an int, checked to be a whole number from `low` to `high`."""
     try:
-        number = operator.index(value)
+        integer = operator.index(value)
     except TypeError:
-        number = low - 1
-    if number < low or (high is not None and number > high):
+        integer = low - 1
+    if integer < low or (high is not None and integer > high):
         allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ArgumentError(name, f"{value} must be a whole number {allowed}.")
-    return number
+    return integer
 
 
-def features_of(config: VAEConfig | TinyVAEConfig) -> int:
-    """Features of each pixel that an autoencoder has at least."""
+def vae_channels(config: VAEConfig | TinyVAEConfig) -> int:
+    """The smallest number of features that an autoencoder has at each pixel."""
     return min(config.decoder_block_out_channels if isinstance(config, TinyVAEConfig) else config.block_out_channels)
 
 
-def least_memory(model: Model, height: int, width: int, tile: int | None) -> float:
+def min_memory(model: Model, height: int, width: int, tile: int | None) -> float:
     """A lower bound on the bytes of memory that drawing one image takes.
 
     It counts the image, and the largest features of the UNet or of the autoencoder, whichever are larger.
@@ -47,22 +47,22 @@ def least_memory(model: Model, height: int, width: int, tile: int | None) -> flo
         height, width: pixels.
         tile: None decodes the whole image at once; else the autoencoder's features are not counted.
     """
-    vae, network, own = model.vae, model.denoising, model.vae.config
-    features = features_of(own) * np.dtype(vae.dtype).itemsize if tile is None else 0
+    vae, network, config = model.vae, model.denoising, model.vae.config
+    features = vae_channels(config) * np.dtype(vae.dtype).itemsize if tile is None else 0
     channels = network.config.block_out_channels[0] if model.unet is not None else network.config.width / PATCH**2
-    of_latents = channels * np.dtype(network.dtype).itemsize / own.factor**2
-    return height * width * (max(features, of_latents) + 15)  # 3 bytes, of 3 floats
+    latent_bytes = channels * np.dtype(network.dtype).itemsize / config.factor**2
+    return height * width * (max(features, latent_bytes) + 15)  # 3 bytes, of 3 floats
 
 
 def check_memory(model: Model, height: int, width: int, tile: int | None, count: int = 1) -> None:
     """Raise ArgumentError if `count` images at once cannot fit into a device's memory."""
-    needed = count * least_memory(model, height, width, tile)
-    if needed < 2**30 or needed <= (there := parallel.device_memory()):
+    needed = count * min_memory(model, height, width, tile)
+    if needed < 2**30 or needed <= (available := parallel.device_memory()):
         return
-    gigabytes = f"take at least {needed / 2**30:,.1f} GiB of memory, and a device has {there / 2**30:,.1f}"
+    requirement = f"take at least {needed / 2**30:,.1f} GiB of memory, and a device has {available / 2**30:,.1f}"
     if count == 1:
-        raise ArgumentError("height", f"{height} and width {width} {gigabytes}: draw a smaller image.")
-    raise ArgumentError("batch_size", f"is too large: {count} images a device {gigabytes}.")
+        raise ArgumentError("height", f"{height} and width {width} {requirement}: draw a smaller image.")
+    raise ArgumentError("batch_size", f"is too large: {count} images a device {requirement}.")
 
 
 def check_clip_skip(model: Model, clip_skip: int) -> int:
@@ -73,9 +73,9 @@ def check_clip_skip(model: Model, clip_skip: int) -> int:
         return 0
     sdxl = model.text_encoder_2 is not None
     encoders = [encoder for encoder in (model.text_encoder, model.text_encoder_2) if encoder is not None]
-    most = min(encoder.config.num_hidden_layers for encoder in encoders) - sdxl
-    if as_whole("clip_skip", clip_skip, 0) > most:
-        raise ArgumentError("clip_skip", f"{clip_skip} must be 0 to {most}: the text encoder has no more layers.")
+    max_skip = min(encoder.config.num_hidden_layers for encoder in encoders) - sdxl
+    if as_integer("clip_skip", clip_skip, 0) > max_skip:
+        raise ArgumentError("clip_skip", f"{clip_skip} must be 0 to {max_skip}: the text encoder has no more layers.")
     return clip_skip
 
 
@@ -98,13 +98,15 @@ def as_devices(
     if devices is not None and not len(devices):
         raise ArgumentError("devices", "is empty: give at least one, or None for all of this process.")
     if placed:
-        there = set(placed.devices.flat) if isinstance(placed, jax.sharding.Mesh) else set(placed)
-        if devices is not None and set(devices) != there:
-            raise ArgumentError("devices", f"differ from the {len(there)} that params were put on: leave out devices.")
+        param_devices = set(placed.devices.flat) if isinstance(placed, jax.sharding.Mesh) else set(placed)
+        if devices is not None and set(devices) != param_devices:
+            raise ArgumentError(
+                "devices", f"differ from the {len(param_devices)} that params were put on: leave out devices."
+            )
         return placed
-    chosen = tuple(jax.local_devices() if devices is None else devices)
-    # Each of several processes takes part.
-    return chosen if parallel.data_mesh(chosen).is_multi_process else chosen[:count]
+    selected = tuple(jax.local_devices() if devices is None else devices)
+    # A mesh of several processes is used whole: each of them must take part.
+    return selected if parallel.data_mesh(selected).is_multi_process else selected[:count]
 
 
 def as_batch(name: str, value: str | Sequence[str | None] | None, count: int) -> list[str | None]:
@@ -120,15 +122,15 @@ def as_numbers(
     name: str, value: float | Sequence[float], count: int, low: float = -np.inf, high: float = np.inf, dtype=np.float32
 ) -> np.ndarray:
     """One number from low to high for each image, [B] of `dtype`; a single number is repeated."""
-    whole = np.issubdtype(dtype, np.integer)
-    numbers = np.asarray(value, np.float64 if whole else dtype)
+    is_integer = np.issubdtype(dtype, np.integer)
+    numbers = np.asarray(value, np.float64 if is_integer else dtype)
     if numbers.shape not in ((), (count,)):
         raise ArgumentError(name, f"has shape {list(numbers.shape)} for {count} prompts: give one, or one a prompt.")
     if not np.isfinite(numbers).all():
         raise ArgumentError(name, f"{value} must be finite.")
     if not ((numbers >= low) & (numbers <= high)).all():
         raise ArgumentError(name, f"{value} must be from {low} to {high}.")
-    if whole and (numbers % 1).any():
+    if is_integer and (numbers % 1).any():
         raise ArgumentError(name, f"{value} must be a whole number.")
     return np.broadcast_to(numbers.astype(dtype), (count,))
 
@@ -150,7 +152,7 @@ def as_images(name: str, image: Array, count: int, shape: tuple[int, int]) -> np
 
 def as_unit_range(name: str, values: np.ndarray) -> np.ndarray:
     """Numbers in [0, 1] as float32; resampling may overshoot the range by 1e-3."""
-    if not (values.min() >= -1e-3 and values.max() <= 1 + 1e-3):  # true of not-a-number too
+    if not (values.min() >= -1e-3 and values.max() <= 1 + 1e-3):  # also true of NaN
         kind, low, high = values.dtype, values.min(), values.max()
         raise ArgumentError(
             name, f"is {kind} from {low:g} to {high:g}: give uint8 from 0 to 255, or numbers from 0 to 1."
@@ -201,31 +203,38 @@ def as_interval(interval: tuple[float, float] | None) -> tuple[np.ndarray, np.nd
 
 
 def as_controls(
-    model: Model, given: Array | Sequence[Array], scale: float | Sequence[float], count: int, size: tuple[int, int]
+    model: Model,
+    control_images: Array | Sequence[Array],
+    scale: float | Sequence[float],
+    count: int,
+    size: tuple[int, int],
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """For each of the model's ControlNets its images [B, H, W, 3] and its scales [B]; nothing if none are given."""
-    images: list[Array] = list(given) if isinstance(given, list | tuple) else [np.asarray(given)]
-    nets = model.controlnets
+    """For each of the model's ControlNets, its images [B, H, W, 3] and its scales [B]; both empty if none are given."""
+    several = isinstance(control_images, list | tuple)
+    images: list[Array] = list(control_images) if several else [np.asarray(control_images)]
+    controlnets = model.controlnets
     if not images:
         return (), ()
-    if not nets:
+    if not controlnets:
         raise ArgumentError("control_images", "are for ControlNets, and this model has none: add one.")
-    if len(images) != len(nets):
-        raise ArgumentError("control_images", f"are {len(images)} for {len(nets)} ControlNets: give one for each.")
-    for net in nets:
-        check_fits(net.config, model.unet.config)
-    scales = np.asarray(scale, np.float32)
-    if scales.shape not in ((), (len(nets),)):
+    if len(images) != len(controlnets):
         raise ArgumentError(
-            "controlnet_scale", f"{scale} must be one number, or one for each of {len(nets)} ControlNets."
+            "control_images", f"are {len(images)} for {len(controlnets)} ControlNets: give one for each."
+        )
+    for controlnet in controlnets:
+        check_fits(controlnet.config, model.unet.config)
+    scales = np.asarray(scale, np.float32)
+    if scales.shape not in ((), (len(controlnets),)):
+        raise ArgumentError(
+            "controlnet_scale", f"{scale} must be one number, or one for each of {len(controlnets)} ControlNets."
         )
     if not np.isfinite(scales).all():
         raise ArgumentError("controlnet_scale", f"{scale} must be finite.")
-    each = np.repeat(np.broadcast_to(scales, (len(nets),))[:, None], count, 1)
-    return tuple(as_images("control_images", image, count, size) for image in images), tuple(each)
+    per_image = np.repeat(np.broadcast_to(scales, (len(controlnets),))[:, None], count, 1)
+    return tuple(as_images("control_images", image, count, size) for image in images), tuple(per_image)
 
 
-def most_noise(model: Model) -> int:
+def max_noise_level(model: Model) -> int:
     """The highest noise_level of an upscaling model."""
     classes = model.unet.config.num_class_embeds
     assert classes is not None
@@ -238,14 +247,16 @@ def as_noise_level(model: Model, value: int | Sequence[int] | None, count: int) 
         if value is not None:
             raise ArgumentError("noise_level", "is for upscaling models, which this one is not: leave it out.")
         return None
-    most = most_noise(model)
-    return as_numbers("noise_level", min(NOISE_LEVEL, most) if value is None else value, count, 0, most, np.int32)
+    highest = max_noise_level(model)
+    return as_numbers(
+        "noise_level", min(DEFAULT_NOISE_LEVEL, highest) if value is None else value, count, 0, highest, np.int32
+    )
 
 
 STEPWISE = "is for models that remove noise step by step, and this one draws at once"
 REDRAWN = "is for models that redraw images, and this one draws from text alone"
 UNGUIDED = "is for guidance, which this model does not use"
-NOT_OF_GANS = {  # argument -> why a GAN has no use for it
+GAN_UNSUPPORTED = {  # argument -> why a GAN cannot use it
     "steps": STEPWISE,
     "scheduler": STEPWISE,
     "spacing": STEPWISE,
@@ -262,19 +273,19 @@ NOT_OF_GANS = {  # argument -> why a GAN has no use for it
 }
 
 
-def check_gan(model: Model, **given: Any) -> None:
+def check_gan(model: Model, **arguments: Any) -> None:
     """Raise ArgumentError if a GAN is given an argument that it cannot use. Other models pass."""
-    wrong = [name for name, value in given.items() if value is not None and name in NOT_OF_GANS]
-    if model.is_gan and wrong:
-        raise ArgumentError(wrong[0], f"{NOT_OF_GANS[wrong[0]]}: leave it out.")
+    unsupported = [name for name, value in arguments.items() if value is not None and name in GAN_UNSUPPORTED]
+    if model.is_gan and unsupported:
+        raise ArgumentError(unsupported[0], f"{GAN_UNSUPPORTED[unsupported[0]]}: leave it out.")
 
 
 def check_gan_size(model: Model, latents: tuple[int, int, int]) -> None:
     """Raise ArgumentError if a GAN is asked for another size than it was trained on."""
-    own = model.sample_size
+    trained_size = model.sample_size
     for name, side in zip(("height", "width"), latents, strict=False):
-        if model.is_gan and side != own:
-            pixels = [n * model.vae.config.factor for n in (side, own)]
+        if model.is_gan and side != trained_size:
+            pixels = [n * model.vae.config.factor for n in (side, trained_size)]
             raise ArgumentError(name, f"{pixels[0]} must be {pixels[1]}, the only size that this model draws.")
 
 

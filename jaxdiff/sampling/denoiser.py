@@ -63,40 +63,40 @@ def denoiser(
         scalar or [B]. With `uncond`, both predictions are made in one batch of 2 B.
     """
     schedule = noise_schedule(model.scheduler)
-    copies = 1 if uncond is None else 2
     if model.family == "z_image":  # c + g (c - u), as its pipeline has it
         guidance_scale = 1.0 + jnp.asarray(guidance_scale)
     guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, pag_scale)
     hints = [in_unit(x) for x in control_images]
 
-    def twice(x: Array) -> Array:
-        return jnp.concatenate([x] * copies)
+    def repeat(x: Array) -> Array:
+        return jnp.concatenate([x] * (1 if uncond is None else 2))
 
     def denoise(x: Array, time: Time | Array | float) -> Array:
         time = time if isinstance(time, Time) else at(schedule, time)
-        both = with_time_ids(model, cond, x)
+        conds = with_time_ids(model, cond, x)
         if uncond is not None:
-            both = stacked(both, with_time_ids(model, uncond, x, NEGATIVE_SCORE))
-        x_in, labels, embedded, residuals = twice(x), None, None, None
-        t = twice(time.t) if jnp.ndim(time.t) else jnp.asarray(time.t)
+            conds = concat_conditionings(conds, with_time_ids(model, uncond, x, NEGATIVE_SCORE))
+        x_in, labels, guidance_embeds, control_residual = repeat(x), None, None, None
+        t = repeat(time.t) if jnp.ndim(time.t) else jnp.asarray(time.t)
         if model.transformer is not None:
-            told = guidance_scale if uncond is None else None
-            return denoised(transformer_output(model, params, x_in, t, both, told), x, time)
+            guidance_input = guidance_scale if uncond is None else None
+            return to_x0(transformer_output(model, params, x_in, t, conds, guidance_input), x, time)
         if hints:
-            residuals = control_residuals(model, params, (x_in, t, both), hints, controlnet_scale)
+            control_residual = control_residuals(model, params, (x_in, t, conds), hints, controlnet_scale)
         if extra_channels is not None:
-            x_in = jnp.concatenate([x_in, twice(extra_channels)], -1)
+            x_in = jnp.concatenate([x_in, repeat(extra_channels)], -1)
         if class_labels is not None:
-            labels = twice(jnp.broadcast_to(class_labels, (len(x),)))
+            labels = repeat(jnp.broadcast_to(class_labels, (len(x),)))
         if model.unet.config.time_cond_proj_dim is not None:
-            embedded = twice(guidance_embedding(guidance_scale, len(x), model.unet.config.time_cond_proj_dim))
-        inputs = x_in, t, *both, labels, embedded, residuals
+            guidance_embeds = repeat(guidance_embedding(guidance_scale, len(x), model.unet.config.time_cond_proj_dim))
+        inputs = x_in, t, *conds, labels, guidance_embeds, control_residual
         output = apply(model, params, "unet", *inputs)
-        without = None if pag_scale is None else perturbed_output(model, params, inputs, len(x), pag_layers)
-        return denoised(output.astype(jnp.float32), x, time, without)
+        perturbed_out = None if pag_scale is None else perturbed_output(model, params, inputs, len(x), pag_layers)
+        return to_x0(output.astype(jnp.float32), x, time, perturbed_out)
 
-    def denoised(output: Array, x: Array, time: Time, without: Array | None = None) -> Array:
-        return to_denoised(guided(output, without, len(x), time, guidance), x, time, model.scheduler.prediction_type)
+    def to_x0(output: Array, x: Array, time: Time, perturbed_out: Array | None = None) -> Array:
+        guided = apply_guidance(output, perturbed_out, len(x), time, guidance)
+        return to_denoised(guided, x, time, model.scheduler.prediction_type)
 
     return denoise
 
@@ -109,11 +109,11 @@ def transformer_output(
     Args:
         guidance_scale: input of FLUX.1 dev's guidance embedding, scalar or [B]; None if guidance takes a second pass.
     """
-    told = guidance_scale
-    if told is not None:
-        told = jnp.broadcast_to(jnp.asarray(told, jnp.float32), (len(x),))
-    given = cond.embeddings, cond.pooled, cond.attention_mask, told
-    return apply(model, params, "transformer", x, jnp.broadcast_to(t, (len(x),)), *given).astype(jnp.float32)
+    guidance = None
+    if guidance_scale is not None:
+        guidance = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (len(x),))
+    cond_inputs = cond.embeddings, cond.pooled, cond.attention_mask, guidance
+    return apply(model, params, "transformer", x, jnp.broadcast_to(t, (len(x),)), *cond_inputs).astype(jnp.float32)
 
 
 def control_residuals(
@@ -123,34 +123,35 @@ def control_residuals(
     hints: Sequence[Array],
     scales: Sequence[Array | float],
 ) -> Any:
-    """What the ControlNets add to the UNet.
+    """What the ControlNets add to the UNet's features.
 
     Args:
-        inputs: (x, t, cond) of the UNet, of B images or twice of them.
+        inputs: (x, t, cond) of the UNet, for B or 2 B images.
         hints: for each ControlNet its images [B, H, W, 3] in [0, 1].
-        scales: for each its weight, scalar or [B]; empty: 1 for all.
+        scales: for each ControlNet its weight, scalar or [B]; empty: 1 for all.
     """
     x, t, cond = inputs
 
-    def repeated(values: Array, batch: int) -> Array:
+    def repeat(values: Array, batch: int) -> Array:
         return jnp.concatenate([values] * (len(x) // batch))
 
-    nets = zip(model.controlnets, params["controlnet"], hints, strict=True)
+    controlnets = zip(model.controlnets, params["controlnet"], hints, strict=True)
     outputs = [
-        net.apply({"params": p}, x, t, cond.embeddings, repeated(hint, len(hint)), *cond[1:]) for net, p, hint in nets
+        net.apply({"params": p}, x, t, cond.embeddings, repeat(hint, len(hint)), *cond[1:])
+        for net, p, hint in controlnets
     ]
     weights = zip(scales if len(scales) else [1.0] * len(hints), hints, strict=True)
-    return combine(outputs, [repeated(jnp.broadcast_to(s, (len(hint),)), len(hint)) for s, hint in weights])
+    return combine(outputs, [repeat(jnp.broadcast_to(s, (len(hint),)), len(hint)) for s, hint in weights])
 
 
 def perturbed_output(model: Model, params: Params, inputs: Any, batch: int, layers: Sequence[str]) -> Array:
     """The UNet's output float32 [B, h, w, C] for the first B of its inputs, with these layers perturbed."""
-    conditional = jax.tree.map(lambda x: x[:batch] if jnp.ndim(x) else x, inputs)
+    cond_inputs = jax.tree.map(lambda x: x[:batch] if jnp.ndim(x) else x, inputs)
     with perturbed_attention(layers):
-        return apply(model, params, "unet", *conditional).astype(jnp.float32)
+        return apply(model, params, "unet", *cond_inputs).astype(jnp.float32)
 
 
-def stacked(*conds: Conditioning) -> Conditioning:
+def concat_conditionings(*conds: Conditioning) -> Conditioning:
     """Several conditionings concatenated along the batch; one without a mask gets ones if another has a mask."""
     if any(c.attention_mask is not None for c in conds):
         conds = tuple(
@@ -169,24 +170,26 @@ class Guidance(NamedTuple):
     pag_scale: Array | float | None
 
 
-def guided(output: Array, without: Array | None, batch: int, time: Time, how: Guidance) -> Array:
-    """One prediction [B, ...] from those of the network.
+def apply_guidance(output: Array, perturbed_out: Array | None, batch: int, time: Time, guidance: Guidance) -> Array:
+    """One prediction [B, ...] from the outputs of the network.
 
     Args:
-        output: those with the prompts, [B, ...], or these and those with the negative prompts, [2 B, ...].
-        without: those with the prompts and perturbed layers, [B, ...]; None: without such guidance.
+        output: with the prompts, [B, ...], or with the prompts and the negative prompts, [2 B, ...].
+        perturbed_out: with the prompts and perturbed layers, [B, ...]; None: no perturbed-attention guidance.
         batch: B.
     """
-    given, negative = output[:batch], output[batch:]
-    output = given
+    conditional, negative = output[:batch], output[batch:]
+    prediction = conditional
     if len(negative):
-        scale = jnp.maximum(how.scale, 1.0)
-        if how.interval is not None:
-            scale = jnp.where(in_interval(time, *how.interval), scale, 1.0)
-        output = classifier_free(given, negative, scale)
-    if how.pag_scale is not None and without is not None:
-        output = perturbed(output, given, without, how.pag_scale)
-    return rescale(output, given, how.rescale) if len(negative) and how.rescale is not None else output
+        scale = jnp.maximum(guidance.scale, 1.0)
+        if guidance.interval is not None:
+            scale = jnp.where(in_interval(time, *guidance.interval), scale, 1.0)
+        prediction = classifier_free(conditional, negative, scale)
+    if guidance.pag_scale is not None and perturbed_out is not None:
+        prediction = perturbed(prediction, conditional, perturbed_out, guidance.pag_scale)
+    if len(negative) and guidance.rescale is not None:
+        prediction = rescale(prediction, conditional, guidance.rescale)
+    return prediction
 
 
 def guidance_embedding(scale: Array | float, batch: int, dim: int) -> Array:

@@ -8,7 +8,7 @@ import jax
 from jaxdiff import mapping, parallel
 from jaxdiff.models.model import Model
 from jaxdiff.sampling.checks import as_devices
-from jaxdiff.sampling.generate import computed_in
+from jaxdiff.sampling.generate import to_compute_dtype
 from jaxdiff.sampling.inputs import conditions
 from jaxdiff.sampling.resolve import Request
 from jaxdiff.typing import Params
@@ -17,8 +17,8 @@ from jaxdiff.typing import Params
 @functools.lru_cache(maxsize=64)
 def text_encoder(model: Model, clip_skip: int, devices: tuple[jax.Device, ...] | jax.sharding.Mesh) -> mapping.Mapped:
     """The compiled program (params of text encoders, ImageInputs) -> what `conditions` returns."""
-    model, widened = computed_in(model, devices)
-    return mapping.pmap(lambda params, inputs: conditions(model, widened(params), inputs, clip_skip), devices, shared=1)
+    model, cast = to_compute_dtype(model, devices)
+    return mapping.pmap(lambda params, inputs: conditions(model, cast(params), inputs, clip_skip), devices, shared=1)
 
 
 def encode_prompts(
@@ -34,8 +34,8 @@ def encode_prompts(
         noise=None, image=None, mask=None, noise_level=None, control_images=(), controlnet_scale=()
     )
     static = model, request.settings.clip_skip, as_devices(devices, len(request.prompts), params)
-    found = parallel.fetch(text_encoder(*static)(params, texts))
-    encoded = request.images._replace(
-        conditions=found, tokens=None, negative=None, blend_tokens=None, blend_negative=None
+    encoded_prompts = parallel.fetch(text_encoder(*static)(params, texts))
+    images = request.images._replace(
+        conditions=encoded_prompts, tokens=None, negative=None, blend_tokens=None, blend_negative=None
     )
-    return request._replace(images=encoded)
+    return request._replace(images=images)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff import mapping, parallel
-from jaxdiff.diffusion.base import Scheduler, filled_up
+from jaxdiff.diffusion.base import Scheduler, pad_grid
 from jaxdiff.diffusion.sampling_loop import sample, step_keys
 from jaxdiff.diffusion.schedulers import get_scheduler
 from jaxdiff.diffusion.times import skip_prk_steps
@@ -20,32 +20,32 @@ from jaxdiff.sampling.denoiser import denoiser
 from jaxdiff.sampling.inputs import (
     CallInputs,
     ImageInputs,
-    as_bytes,
-    by_step,
     codec,
     conditions,
+    decode_frames,
     extra_channels,
-    frames_of,
     lowres_inputs,
     preview_codec,
     slerp,
     starting_point,
-    upscaled,
+    text_by_step,
+    to_uint8,
+    upscale_latents,
 )
 from jaxdiff.sampling.noise import initial_noise
 from jaxdiff.sampling.resolve import MAX_STEPS, Request, Settings, resolve_images, resolve_settings
 from jaxdiff.typing import Array, Denoise, Key, Params
 
 # Time grids are padded to one of these numbers of steps, so that few programs serve any number of steps.
-FILLED = (50, 250, 1000, MAX_STEPS)
-HIRES = 2**30  # folded into the keys of a second stage; steps take small numbers
+GRID_LENGTHS = (50, 250, 1000, MAX_STEPS)
+HIRES = 2**30  # folded into the keys of the second stage; steps fold in small numbers
 
 
 class Drawn(NamedTuple):
     """What the program returns for B images."""
 
     images: Array  # uint8 [B, H, W, 3]
-    finite: Array  # bool [B]: whether every pixel came out as a number
+    finite: Array  # bool [B]: whether every pixel is finite
     frames: Array | None  # uint8 [B, F, H, W, 3], if asked for
     small: Array | None = None  # uint8 [B, F', h, w, 3], frames of the first stage of `hires`
     enlarged: Array | None = None  # uint8 [B, H, W, 3], the image of the first stage, enlarged
@@ -67,10 +67,10 @@ def sampler(
     It recompiles for other shapes and dtypes, and if a field becomes None or ceases to be; all values are traced. Over
     a mesh that divides the parameters, each network is gathered where it is used, the UNet at each step.
     """
-    model, widened = computed_in(model, devices)
+    model, cast = to_compute_dtype(model, devices)
 
     def draw(params: Params, call: CallInputs, inputs: ImageInputs) -> Drawn:
-        params = widened(params)
+        params = cast(params)
         cond, uncond = conditions(model, params, inputs, clip_skip)
         method = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(scheduler, model.scheduler)
         vae = codec(model, params, tile)
@@ -83,42 +83,45 @@ def sampler(
             x, steps = starting_point(model, vae, call, inputs, start, lowres, method)
             if inputs.picks is not None:
                 picks = inputs.picks[:, 0 if lowres is None else 1]
-                steps = by_step(steps, picks, start, (cond, uncond), denoise_with)
+                steps = text_by_step(steps, picks, start, (cond, uncond), denoise_with)
             return functools.partial(sample, denoise_with(cond, uncond), x, call.times, steps, keys, start=start)
 
         previews = preview_codec(model, params, vae)
 
-        def followed(run: Callable[..., Any], steps: Array | None) -> tuple[Array, Array | None]:
+        def run_stage(run: Callable[..., Any], steps: Array | None) -> tuple[Array, Array | None]:
             """What a stage draws, and frames of its predictions at these steps."""
             if steps is None:
                 return run(), None
             x0, predictions = run(trajectory=True)
-            return x0, as_bytes(frames_of(previews, predictions[steps]))
+            return x0, to_uint8(decode_frames(previews, predictions[steps]))
 
         keys, lowres, small, enlarged = inputs.keys, None, None, None
         if inputs.lowres_noise is not None:
             run = stage(lowres_inputs(model, inputs), keys, call.lowres_start)
-            latents, small = followed(run, call.lowres_preview_steps)
-            lowres, keys = upscaled(model, params, vae, latents, inputs.noise.shape, upscale), step_keys(keys, HIRES)
-            enlarged = None if small is None else as_bytes(previews.decode(lowres))
-        x0, frames = followed(stage(inputs, keys, call.start, lowres), call.preview_steps)
+            latents, small = run_stage(run, call.lowres_preview_steps)
+            lowres, keys = (
+                upscale_latents(model, params, vae, latents, inputs.noise.shape, upscale),
+                step_keys(keys, HIRES),
+            )
+            enlarged = None if small is None else to_uint8(previews.decode(lowres))
+        x0, frames = run_stage(stage(inputs, keys, call.start, lowres), call.preview_steps)
         images = vae.decode(x0)
-        return Drawn(as_bytes(images), jnp.isfinite(images).all((1, 2, 3)), frames, small, enlarged)
+        return Drawn(to_uint8(images), jnp.isfinite(images).all((1, 2, 3)), frames, small, enlarged)
 
     return mapping.pmap(draw, devices, shared=2)
 
 
-def computed_in(
+def to_compute_dtype(
     model: Model, devices: Sequence[jax.Device] | jax.sharding.Mesh
 ) -> tuple[Model, Callable[[Params], Params]]:
     """The model in the dtype that it computes in on these devices, and a function that casts its parameters to it."""
     if not mapping.on_cpus(devices) or model.denoising.dtype != jnp.bfloat16:
         return model, lambda params: params
 
-    def widened(params: Params) -> Params:
+    def cast(params: Params) -> Params:
         return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, params)
 
-    return computing_in(model, jnp.float32), widened
+    return computing_in(model, jnp.float32), cast
 
 
 def network(
@@ -129,7 +132,7 @@ def network(
     Args:
         extra: see `extra_channels`.
     """
-    given: dict[str, Any] = {
+    guidance_args: dict[str, Any] = {
         "guidance_scale": inputs.guidance_scale,
         "guidance_rescale": inputs.guidance_rescale,
         "guidance_interval": call.guidance_interval,
@@ -143,8 +146,8 @@ def network(
 
     def denoise_with(cond: Conditioning, uncond: Conditioning | None) -> Denoise:
         def denoise(x: Array, time: Any) -> Array:
-            here, x = mapping.anew(params, x)
-            return denoiser(model, here, cond, uncond, **given)(x, time)
+            gathered, x = mapping.anew(params, x)
+            return denoiser(model, gathered, cond, uncond, **guidance_args)(x, time)
 
         return denoise
 
@@ -157,17 +160,17 @@ def check_finite(finite: Array, prompts: list[str], model: Model) -> None:
     Args:
         finite: bool [B].
     """
-    bad = np.flatnonzero(~np.asarray(finite))
-    if bad.size:
-        half = model.denoising.dtype == jnp.float16
-        mend = (
+    non_finite = np.flatnonzero(~np.asarray(finite))
+    if non_finite.size:
+        is_half = model.denoising.dtype == jnp.float16
+        advice = (
             "float16 overflows in this model, so load it with dtype bfloat16 or float32"
-            if half
+            if is_half
             else "lower guidance_scale and the scales of LoRAs and ControlNets, or fetch damaged weights again"
         )
         raise FloatingPointError(
-            f"{bad.size} of {len(prompts)} images, the first {prompts[bad[0]]!r:.60}, came out as not-a-number "
-            f"(NaN): {mend}."
+            f"{non_finite.size} of {len(prompts)} images, the first {prompts[non_finite[0]]!r:.60}, came out as "
+            f"not-a-number (NaN): {advice}."
         )
 
 
@@ -175,38 +178,38 @@ def with_noise(request: Request) -> ImageInputs:
     """The request's inputs with their initial noise, for both stages of `hires`."""
     inputs, settings = request.images, request.settings
 
-    def drawn(shape: tuple[int, ...], given: Array | None = None) -> Array:
-        noise = initial_noise(inputs.keys, shape) if given is None else given
+    def make_noise(shape: tuple[int, ...], fixed: Array | None = None) -> Array:
+        noise = initial_noise(inputs.keys, shape) if fixed is None else fixed
         if request.variation is None:
             return noise
         keys, amount = request.variation
         return slerp(noise, initial_noise(keys, shape), amount)
 
-    lowres = None if settings.lowres_latents is None else drawn(settings.lowres_latents)
-    return inputs._replace(noise=drawn(settings.latents, inputs.noise), lowres_noise=lowres)
+    lowres = None if settings.lowres_latents is None else make_noise(settings.lowres_latents)
+    return inputs._replace(noise=make_noise(settings.latents, inputs.noise), lowres_noise=lowres)
 
 
-def with_filled_grid(model: Model, request: Request) -> tuple[CallInputs, ImageInputs]:
+def padded_inputs(model: Model, request: Request) -> tuple[CallInputs, ImageInputs]:
     """The program's inputs, with the time grid padded so that any number of steps uses the same program."""
     settings, inputs = request.settings, with_noise(request)
-    most = filled_length(model, settings)
-    if most is None:
+    length = padded_length(model, settings)
+    if length is None:
         return settings.call, inputs
     if inputs.picks is not None:
-        missing = ((0, 0), (0, 0), (0, most - inputs.picks.shape[2]))
-        inputs = inputs._replace(picks=np.pad(inputs.picks, missing, "edge"))
-    return settings.call._replace(times=filled_up(settings.call.times, most)), inputs
+        pad_width = ((0, 0), (0, 0), (0, length - inputs.picks.shape[2]))
+        inputs = inputs._replace(picks=np.pad(inputs.picks, pad_width, "edge"))
+    return settings.call._replace(times=pad_grid(settings.call.times, length)), inputs
 
 
-def filled_length(model: Model, settings: Settings) -> int | None:
+def padded_length(model: Model, settings: Settings) -> int | None:
     """The number of steps that a time grid is padded to; None: it is not padded.
 
     A user's own scheduler may count the entries of the grid, and pndm's Runge-Kutta start depends on their number.
     """
-    counts = settings.scheduler == "pndm" and not skip_prk_steps(model.scheduler)
-    if isinstance(settings.scheduler, Scheduler) or counts:
+    depends_on_length = settings.scheduler == "pndm" and not skip_prk_steps(model.scheduler)
+    if isinstance(settings.scheduler, Scheduler) or depends_on_length:
         return None
-    return next(length for length in FILLED if length >= len(settings.call.times.t) - 1)
+    return next(length for length in GRID_LENGTHS if length >= len(settings.call.times.t) - 1)
 
 
 def draw(
@@ -232,10 +235,10 @@ def draw(
         settings.tile,
         as_devices(devices, count, params),
     )
-    find = None if lookup is None else functools.partial(lookup, static)
-    drawn = parallel.fetch(sampler(*static)(params, *with_filled_grid(model, request), lookup=find))
-    check_finite(drawn.finite, request.prompts, model)
-    return drawn
+    bound_lookup = None if lookup is None else functools.partial(lookup, static)
+    output = parallel.fetch(sampler(*static)(params, *padded_inputs(model, request), lookup=bound_lookup))
+    check_finite(output.finite, request.prompts, model)
+    return output
 
 
 def generate(
@@ -387,5 +390,5 @@ def generate(
         control_images=control_images,
         controlnet_scale=controlnet_scale,
     )
-    drawn: Any = draw(model, params, request, devices)
-    return drawn.images if drawn.frames is None else (drawn.images, drawn.frames)
+    output: Any = draw(model, params, request, devices)
+    return output.images if output.frames is None else (output.images, output.frames)

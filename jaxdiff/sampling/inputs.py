@@ -19,7 +19,7 @@ from jaxdiff.models.tiling import decode_tiled, encode_tiled, tile_starts, tiled
 from jaxdiff.text.chunks import Tokens
 from jaxdiff.typing import Array, Denoise, Key, Params
 
-UPSCALER_NOISE = 2**31  # folded into an image's key for the upscaler's noise; steps take small numbers
+UPSCALER_NOISE = 2**31  # folded into an image's key for the upscaler's noise; steps fold in small numbers
 
 
 class CallInputs(NamedTuple):
@@ -90,13 +90,13 @@ def preview_codec(model: Model, params: Params, vae: Codec) -> Codec:
     return codec(dataclasses.replace(model, vae=model.tiny_vae), {"vae": params["tiny_vae"]}, None)
 
 
-def frames_of(vae: Codec, steps: Array) -> Array:
+def decode_frames(vae: Codec, steps: Array) -> Array:
     """Predicted latents [F, B, h, w, C] decoded to images [B, F, H, W, 3] in [0, 1]."""
     frames = vae.decode(steps.reshape(-1, *steps.shape[2:]))
     return jnp.moveaxis(frames.reshape(*steps.shape[:2], *frames.shape[1:]), 0, 1)
 
 
-def as_bytes(images: Array) -> Array:
+def to_uint8(images: Array) -> Array:
     """Images in [0, 1] as uint8."""
     return jnp.round(255 * images).astype(jnp.uint8)
 
@@ -108,7 +108,7 @@ def conditions(
     if inputs.conditions is not None:
         return inputs.conditions
 
-    def encode_each(tokens: Tokens) -> Conditioning:
+    def encode_tokens(tokens: Tokens) -> Conditioning:
         if inputs.picks is None:
             return encode_text(model, params, tokens, clip_skip=clip_skip)
         shape = tokens.ids.shape[:2]
@@ -116,21 +116,21 @@ def conditions(
         cond = encode_text(model, params, flat, clip_skip=clip_skip)
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), cond)
 
-    def encoded(tokens: Tokens | None, other: Tokens | None) -> Conditioning | None:
+    def encode_blended(tokens: Tokens | None, blend_tokens: Tokens | None) -> Conditioning | None:
         if tokens is None:
             return None
-        cond = encode_each(tokens)
-        if other is None:
+        cond = encode_tokens(tokens)
+        if blend_tokens is None:
             return cond
-        towards = encode_each(other)
-        return jax.tree.map(lambda a, b: a + expand(inputs.blend, a) * (b - a), cond, towards)
+        blend_cond = encode_tokens(blend_tokens)
+        return jax.tree.map(lambda a, b: a + expand(inputs.blend, a) * (b - a), cond, blend_cond)
 
-    cond = encoded(inputs.tokens, inputs.blend_tokens)
+    cond = encode_blended(inputs.tokens, inputs.blend_tokens)
     assert cond is not None
-    return cond, encoded(inputs.negative, inputs.blend_negative)
+    return cond, encode_blended(inputs.negative, inputs.blend_negative)
 
 
-def by_step(
+def text_by_step(
     scheduler: Scheduler,
     picks: Array,
     start: Array | None,
@@ -147,9 +147,9 @@ def by_step(
     """
 
     def step(_: Denoise, state: Any, times: Time, i: Array, keys: Key) -> Any:
-        now = picks[:, i if start is None else i - start]
-        chosen = jax.tree.map(lambda x: x[jnp.arange(len(now)), now], conds)
-        return scheduler.step(denoise_with(*chosen), state, times, i, keys)
+        text_ids = picks[:, i if start is None else i - start]
+        step_conds = jax.tree.map(lambda x: x[jnp.arange(len(text_ids)), text_ids], conds)
+        return scheduler.step(denoise_with(*step_conds), state, times, i, keys)
 
     return scheduler._replace(step=step)
 
@@ -174,10 +174,10 @@ def starting_point(
         return noise, scheduler
     clean = lowres
     if inputs.image is not None:
-        image = vae.encode(inputs.image)
-        clean = image if lowres is None else lowres
+        image_latents = vae.encode(inputs.image)
+        clean = image_latents if lowres is None else lowres
         if inputs.mask is not None and not model.inpaints:
-            scheduler = masked_blending(scheduler, image, inputs.noise, latent_mask(model, inputs.mask))
+            scheduler = masked_blending(scheduler, image_latents, inputs.noise, latent_mask(model, inputs.mask))
     assert clean is not None
     x = add_noise(clean, inputs.noise, time_at(call.times, scheduler.start_index(start)))
     if inputs.mask is not None and lowres is None:
@@ -188,8 +188,8 @@ def starting_point(
 NETWORK_TILE = 256  # pixels along a side of a tile of the upscaler's input; neighbours share 64
 
 
-def enlarged(model: Model, params: Params, images: Any, least: int) -> Any:
-    """Images [B, H, W, 3] in [0, 1] through the model's upscaler until their height is `least` or more, in tiles."""
+def enlarge_with_network(model: Model, params: Params, images: Any, min_height: int) -> Any:
+    """Images [B, H, W, 3] in [0, 1] through the upscaler, in tiles, until they are `min_height` high or more."""
     net = model.upscaler
     assert net is not None
     scale, multiple = net.config.scale, net.config.unshuffle
@@ -197,7 +197,7 @@ def enlarged(model: Model, params: Params, images: Any, least: int) -> Any:
     def apply(x: Array) -> Any:
         return net.apply({"params": params["upscaler"]}, x)
 
-    while images.shape[1] < least:
+    while images.shape[1] < min_height:
         height, width = images.shape[1:3]
         padding = [(0, 0), (0, -height % multiple), (0, -width % multiple), (0, 0)]
         x: Any = jnp.pad(jnp.clip(images, 0.0, 1.0), padding, "symmetric")
@@ -207,7 +207,9 @@ def enlarged(model: Model, params: Params, images: Any, least: int) -> Any:
     return images
 
 
-def upscaled(model: Model, params: Params, vae: Codec, latents: Array, shape: tuple[int, ...], upscale: str) -> Array:
+def upscale_latents(
+    model: Model, params: Params, vae: Codec, latents: Array, shape: tuple[int, ...], upscale: str
+) -> Array:
     """Clean latents [B, h', w', C] enlarged to `shape` [B, h, w, C], as `upscale` says.
 
     Args:
@@ -220,7 +222,7 @@ def upscaled(model: Model, params: Params, vae: Codec, latents: Array, shape: tu
     size = (shape[0], shape[1] * factor, shape[2] * factor, model.vae.config.out_channels)
     image = vae.decode(latents)
     if upscale == "network":
-        image = enlarged(model, params, image, size[1])
+        image = enlarge_with_network(model, params, image, size[1])
     image = jax.image.resize(image, size, "lanczos3")
     return vae.encode(jnp.clip(image, 0.0, 1.0))
 
@@ -230,15 +232,15 @@ def lowres_inputs(model: Model, inputs: ImageInputs) -> ImageInputs:
     assert inputs.lowres_noise is not None
     size = [side * model.vae.config.factor for side in inputs.lowres_noise.shape[1:3]]
 
-    def resized(x: Array) -> Array:
+    def resize(x: Array) -> Array:
         return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "linear")
 
     return inputs._replace(
         noise=inputs.lowres_noise,
         lowres_noise=None,
-        image=None if inputs.image is None else resized(inputs.image),
-        mask=None if inputs.mask is None else resized(inputs.mask.astype(jnp.float32)) >= 0.5,
-        control_images=tuple(resized(x) for x in inputs.control_images),
+        image=None if inputs.image is None else resize(inputs.image),
+        mask=None if inputs.mask is None else resize(inputs.mask.astype(jnp.float32)) >= 0.5,
+        control_images=tuple(resize(x) for x in inputs.control_images),
     )
 
 
@@ -251,11 +253,11 @@ def slerp(a: Array, b: Array, weight: Array) -> Array:
     axes = tuple(range(1, a.ndim))
     norms = jnp.linalg.norm(a.reshape(len(a), -1), axis=-1) * jnp.linalg.norm(b.reshape(len(b), -1), axis=-1)
     angle = jnp.arccos(jnp.clip(jnp.sum(a * b, axes) / norms, -1.0, 1.0))
-    near = jnp.sin(angle) < 1e-4  # almost parallel: interpolate linearly
-    sine = jnp.where(near, 1.0, jnp.sin(angle))
+    is_parallel = jnp.sin(angle) < 1e-4  # almost parallel: interpolate linearly
+    sine = jnp.where(is_parallel, 1.0, jnp.sin(angle))
     parts = (
-        jnp.where(near, straight, jnp.sin(straight * angle) / sine).reshape(-1, *[1] * len(axes))
-        for straight in (1 - weight, weight)
+        jnp.where(is_parallel, fraction, jnp.sin(fraction * angle) / sine).reshape(-1, *[1] * len(axes))
+        for fraction in (1 - weight, weight)
     )
     first, second = parts
     return first * a + second * b
@@ -270,8 +272,8 @@ def extra_channels(model: Model, vae: Codec, inputs: ImageInputs) -> Array | Non
     if model.inpaints:
         assert inputs.image is not None
         assert inputs.mask is not None
-        masked = vae.encode(jnp.where(inputs.mask, 0.5, inputs.image))
-        return jnp.concatenate([latent_mask(model, inputs.mask).astype(masked.dtype), masked], -1)
+        masked_latents = vae.encode(jnp.where(inputs.mask, 0.5, inputs.image))
+        return jnp.concatenate([latent_mask(model, inputs.mask).astype(masked_latents.dtype), masked_latents], -1)
     if model.family == "upscaler":
         assert inputs.image is not None
         assert inputs.noise_level is not None

@@ -1,6 +1,6 @@
-"""From arguments to the inputs of the program, for `generate` and the commands alike. Pure functions that know no file.
+"""From arguments to the inputs of the program, for `generate` and the commands alike. Pure functions, no files.
 
-`resolve_settings` decides what all images of a call share. It needs the model's configuration alone, so that a command
+`resolve_settings` decides what all images of a call share. It needs only the model's configuration, so a command
 finds mistakes before it reads weights. `resolve_images` then makes the inputs of each image.
 """
 
@@ -20,13 +20,13 @@ from jaxdiff.sampling.checks import (
     as_batch,
     as_controls,
     as_images,
+    as_integer,
     as_interval,
     as_mask,
     as_noise,
     as_noise_level,
     as_numbers,
     as_prompts,
-    as_whole,
     check_clip_skip,
     check_gan,
     check_gan_size,
@@ -104,8 +104,8 @@ def resolve_settings(
     check_gan_size(model, latents)
     factor = model.vae.config.factor
     check_memory(model, latents[0] * factor, latents[1] * factor, tile)
-    own_steps = 1 if model.is_gan else model.options.steps
-    steps = as_whole("steps", own_steps if steps is None else steps, 1)
+    default_steps = 1 if model.is_gan else model.options.steps
+    steps = as_integer("steps", default_steps if steps is None else steps, 1)
     if steps > MAX_STEPS:
         raise ArgumentError("steps", f"{steps} is too many: give at most {MAX_STEPS}.")
     scheduler = default_scheduler(model.scheduler) if scheduler is None else scheduler
@@ -116,7 +116,7 @@ def resolve_settings(
     spacing = "ays_sdxl" if spacing == "ays" and model.family.startswith("sdxl") else spacing
     spacing, mu = flow_grid(model, steps, spacing, latents)
     times, noise_scale = time_grid(model.scheduler, steps, grid, spacing, strength=start.part, mu=mu)
-    frames, last = as_whole("frames", frames, 0, steps), len(times.t) - 2
+    frames, last = as_integer("frames", frames, 0, steps), len(times.t) - 2
     interval = as_interval(guidance_interval)
     return Settings(
         scheduler=scheduler,
@@ -129,7 +129,7 @@ def resolve_settings(
         lowres_latents=None if hires is None else lowres_shape(latents, hires, model.multiple // factor),
         hires_upscale=hires_upscale,
         clip_skip=check_clip_skip(model, clip_skip),
-        tile=None if tile is None else min(as_whole("tile", tile, 1), max(latents[:2])),
+        tile=None if tile is None else min(as_integer("tile", tile, 1), max(latents[:2])),
         call=CallInputs(
             times,
             np.asarray(noise_scale),
@@ -176,15 +176,15 @@ def resolve_images(
     scales, rescale, pag = resolve_scales(model, settings, count, guidance_scale, guidance_rescale, pag_scale)
     guided = bool((scales > (0 if model.family == "z_image" else 1)).any()) and not model.one_pass
     if used and not guided:
-        why = "which this model does without" if model.one_pass else "and guidance_scale turns it off"
-        say_once(f"Negative prompts are not used: they are for guidance, {why}.")
-    blended = blend_prompts is not None
+        reason = "which this model does without" if model.one_pass else "and guidance_scale turns it off"
+        say_once(f"Negative prompts are not used: they are for guidance, {reason}.")
+    has_blend = blend_prompts is not None
     (tokens, negative, blend_tokens, blend_negative), picks = encoder_inputs(
         model,
         {
             "prompts": (prompts, prompts_2),
             "negative_prompts": (negative_prompts, negative_prompts_2) if guided else None,
-            "blend_prompts": (blend_prompts, prompts_2) if blended else None,
+            "blend_prompts": (blend_prompts, prompts_2) if has_blend else None,
             "blend_negative_prompts": None
             if blend_negative_prompts is None or not guided
             else (blend_negative_prompts, negative_prompts_2),
@@ -200,7 +200,7 @@ def resolve_images(
         amount = as_numbers("variation_strength", variation_strength, count, 0.0, 1.0)
         variation = image_keys(variation_seed, count, "variation_seed"), amount
     hints, weights = as_controls(model, control_images, controlnet_scale, count, size)
-    seen = settings.latents[:2] if model.family == "upscaler" else size
+    image_size = settings.latents[:2] if model.family == "upscaler" else size
     images = ImageInputs(
         tokens=tokens,
         negative=negative,
@@ -209,7 +209,7 @@ def resolve_images(
         pag_scale=pag if pag.any() else None,
         noise=None if noise is None else as_noise(noise, count, settings.latents),
         keys=image_keys(seed, count),
-        image=None if image is None else as_images("image", image, count, seen),
+        image=None if image is None else as_images("image", image, count, image_size),
         mask=None if mask is None else as_mask(mask, count, size),
         noise_level=as_noise_level(model, noise_level, count),
         control_images=hints,
@@ -249,11 +249,12 @@ def flow_grid(
     if model.transformer is None:
         return spacing, None
     patches = latents[0] * latents[1] // PATCH**2
-    fitted = model.family == "flux2"
-    mu = empirical_shift(patches, steps) if fitted else dynamic_shift(model.scheduler, patches)
-    own = model.scheduler
-    named = own.timestep_spacing or own.use_karras_sigmas or own.use_exponential_sigmas or own.use_beta_sigmas
-    return spacing or (None if model.family == "sd3" or named else "trailing"), mu
+    is_flux2 = model.family == "flux2"
+    mu = empirical_shift(patches, steps) if is_flux2 else dynamic_shift(model.scheduler, patches)
+    config = model.scheduler
+    levels = config.use_karras_sigmas or config.use_exponential_sigmas or config.use_beta_sigmas
+    has_spacing = config.timestep_spacing or levels
+    return spacing or (None if model.family == "sd3" or has_spacing else "trailing"), mu
 
 
 def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[int, int, int]:
@@ -262,20 +263,21 @@ def latent_shape(model: Model, height: int | None, width: int | None) -> tuple[i
     Raises:
         ArgumentError: height or width is not a multiple of the VAE's factor (times the patch), or is too large.
     """
-    own, factor, multiple, most = model.sample_size, model.vae.config.factor, model.multiple, model.longest_side
-    sizes = []
+    sample_size, max_side = model.sample_size, model.longest_side
+    factor, multiple = model.vae.config.factor, model.multiple
+    latent_sides = []
     for i, (name, pixels) in enumerate((("height", height), ("width", width))):
         if pixels is None:
-            pixels = (own if isinstance(own, int) else own[i]) * factor
+            pixels = (sample_size if isinstance(sample_size, int) else sample_size[i]) * factor
         if not isinstance(pixels, int | np.integer) or pixels < multiple or pixels % multiple:
-            whose = "the VAE's factor" if multiple == factor else f"the VAE's factor times {PATCH} latents to a patch"
-            raise ArgumentError(name, f"{pixels} must be a positive multiple of {multiple}, {whose}.")
-        if most is not None and pixels > most:
+            patch = "" if multiple == factor else f" times {PATCH} latents to a patch"
+            raise ArgumentError(name, f"{pixels} must be a positive multiple of {multiple}, the VAE's factor{patch}.")
+        if max_side is not None and pixels > max_side:
             raise ArgumentError(
-                name, f"{pixels} must be at most {most}: this model's transformer has no more positions."
+                name, f"{pixels} must be at most {max_side}: this model's transformer has no more positions."
             )
-        sizes.append(int(pixels) // factor)
-    return sizes[0], sizes[1], model.vae.config.latent_channels
+        latent_sides.append(int(pixels) // factor)
+    return latent_sides[0], latent_sides[1], model.vae.config.latent_channels
 
 
 def resolve_size(
@@ -283,13 +285,13 @@ def resolve_size(
 ) -> tuple[int | None, int | None]:
     """Height and width in pixels, as given or as the noise or an upscaling model's image implies; None if open."""
     if noise is not None and np.ndim(noise) == 4:
-        latent = np.shape(noise)[1:3]
+        latent_size = np.shape(noise)[1:3]
     elif model.family == "upscaler" and image is not None and np.ndim(image) > 2:
-        latent = np.shape(image)[-3:-1]
+        latent_size = np.shape(image)[-3:-1]
     else:
         return height, width
     factor = model.vae.config.factor
-    return height or latent[0] * factor, width or latent[1] * factor
+    return height or latent_size[0] * factor, width or latent_size[1] * factor
 
 
 def resolve_strength(model: Model, image: Any, mask: Any, strength: float | None) -> float | None:
@@ -310,11 +312,11 @@ def first_step(steps: int, strength: float, name: str = "strength", *, round_up:
         name: of the argument, for the error.
         round_up: whether to round the number of steps taken up, as diffusers' pipelines of the transformer families do.
     """
-    part = steps * strength if 0 < strength <= 1 else 0
-    taken = steps - int(steps - part) if round_up else int(part)
-    if not taken:
+    wanted_steps = steps * strength if 0 < strength <= 1 else 0
+    num_taken = steps - int(steps - wanted_steps) if round_up else int(wanted_steps)
+    if not num_taken:
         raise ArgumentError(name, f"{strength} must be in (0, 1] and leave at least one of {steps} steps.")
-    return steps - taken
+    return steps - num_taken
 
 
 class Start(NamedTuple):
@@ -342,8 +344,8 @@ def resolve_start(
     """
     first = lowres = None
     part, distilled = 1.0, model.unet is not None and model.one_pass
-    plain = distilled and not masked and hires is None
-    if strength is not None and plain and is_distilled(model.scheduler, scheduler, spacing):
+    single_stage = distilled and not masked and hires is None
+    if strength is not None and single_stage and is_distilled(model.scheduler, scheduler, spacing):
         first_step(model.scheduler.original_inference_steps, strength)  # checks it
         first, part = 0, strength
     elif strength is not None:

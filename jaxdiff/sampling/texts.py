@@ -48,7 +48,7 @@ def tokenize(
 
 def encoder_inputs(
     model: Model,
-    given: Mapping[str, tuple[Texts, Texts] | None],
+    prompts: Mapping[str, tuple[Texts, Texts] | None],
     count: int,
     emphasis: bool,
     steps: int,
@@ -57,7 +57,7 @@ def encoder_inputs(
     """Tokens of each group of prompts, such as the negative ones; all groups get the same number of chunks.
 
     Args:
-        given: by the group's name its prompts for the first text encoder and for SDXL's second one (None: the same).
+        prompts: by the group's name its prompts for the first text encoder and for SDXL's second one (None: the same).
             A group that is None stays None.
         count: B, prompts of each group.
         emphasis: whether to read brackets and tags; with a transformer brackets stay, and tags are left out.
@@ -70,30 +70,30 @@ def encoder_inputs(
     """
     groups: dict[str, Group | None] = {
         name: None if pair is None else (as_batch(name, pair[0], count), as_batch(f"{name}_2", pair[1], count))
-        for name, pair in given.items()
+        for name, pair in prompts.items()
     }
-    picks, each = None, 1
-    plain = model.transformer is not None  # whose text encoders read prompts as they are
+    picks, num_texts = None, 1
+    as_written = model.transformer is not None  # its text encoders have no emphasis and no editing by step
     if emphasis:
-        words = read_as_it_is if plain else only_words
-        columns = [[p and words(p) for p in column] for pair in groups.values() if pair for column in pair]
-        columns, picks = (columns, None) if plain else edited(columns, steps, stages)
-        each = 1 if picks is None else len(columns[0]) // count
+        read = read_as_it_is if as_written else only_words
+        columns = [[p and read(p) for p in column] for pair in groups.values() if pair for column in pair]
+        columns, picks = (columns, None) if as_written else expand_edits(columns, steps, stages)
+        num_texts = 1 if picks is None else len(columns[0]) // count
         pairs = iter(zip(columns[::2], columns[1::2], strict=True))
         groups = {name: None if pair is None else next(pairs) for name, pair in groups.items()}
     first, second = ([p for pair in groups.values() if pair for p in pair[i]] for i in (0, 1))
-    every = text.tokens(model, first, second, emphasis=emphasis)
-    every = text.with_weights(every) if emphasis and not plain else every
-    starts = iter(range(0, len(first), count * each))
+    all_tokens = text.tokens(model, first, second, emphasis=emphasis)
+    all_tokens = text.with_weights(all_tokens) if emphasis and not as_written else all_tokens
+    starts = iter(range(0, len(first), count * num_texts))
 
-    def part(i: int) -> text.Tokens:
-        rows = jax.tree.map(lambda a: a[i : i + count * each], every)
-        return rows if picks is None else jax.tree.map(lambda a: a.reshape(count, each, *a.shape[1:]), rows)
+    def group_tokens(i: int) -> text.Tokens:
+        rows = jax.tree.map(lambda a: a[i : i + count * num_texts], all_tokens)
+        return rows if picks is None else jax.tree.map(lambda a: a.reshape(count, num_texts, *a.shape[1:]), rows)
 
-    return [None if pair is None else part(next(starts)) for pair in groups.values()], picks
+    return [None if pair is None else group_tokens(next(starts)) for pair in groups.values()], picks
 
 
-def edited(
+def expand_edits(
     columns: list[list[str | None]], steps: int, stages: int
 ) -> tuple[list[list[str | None]], np.ndarray | None]:
     """All texts that prompts are edited to: T for each image, padded with the last one.
@@ -110,12 +110,12 @@ def edited(
         return columns, None
     rows: list[list[tuple[str | None, ...]]] = []
     picks = np.zeros((len(columns[0]), stages, steps), np.int32)
-    for image, places in enumerate(zip(*parsed, strict=True)):
-        found: dict[tuple[str | None, ...], int] = {}
+    for image, image_prompts in enumerate(zip(*parsed, strict=True)):
+        text_ids: dict[tuple[str | None, ...], int] = {}
         for stage, step in np.ndindex(stages, steps):
-            texts = tuple(None if p is None else text_at(p, step, steps, stage) for p in places)
-            picks[image, stage, step] = found.setdefault(texts, len(found))
-        rows.append(list(found))
-    most = max(map(len, rows))
-    filled = [texts for row in rows for texts in row + row[-1:] * (most - len(row))]
-    return [list(column) for column in zip(*filled, strict=True)], None if most == 1 else picks
+            texts = tuple(None if p is None else text_at(p, step, steps, stage) for p in image_prompts)
+            picks[image, stage, step] = text_ids.setdefault(texts, len(text_ids))
+        rows.append(list(text_ids))
+    max_texts = max(map(len, rows))
+    padded = [texts for row in rows for texts in row + row[-1:] * (max_texts - len(row))]
+    return [list(column) for column in zip(*padded, strict=True)], None if max_texts == 1 else picks

@@ -19,12 +19,12 @@ from jaxdiff import parallel
 from jaxdiff.errors import ArgumentError
 from jaxdiff.models.rrdb import RRDBNet
 from jaxdiff.models.tiling import tile_starts
-from jaxdiff.sampling.checks import as_unit_range, as_whole
+from jaxdiff.sampling.checks import as_integer, as_unit_range
 from jaxdiff.typing import Array, Params
 
 TILE = 192  # pixels of the small image along a side of a tile, without its margin
 MARGIN = 32  # pixels around a tile, at most
-MOST = 16  # the largest scale
+MAX_SCALE = 16
 
 
 def upscale(
@@ -53,18 +53,18 @@ def upscale(
     Raises:
         ArgumentError (a ValueError): one sentence naming the argument and what it may be.
     """
-    given = np.asarray(images)
-    if given.ndim not in (3, 4) or given.shape[-1] not in (3, 4) or 0 in given.shape:
-        raise ArgumentError("images", f"has shape {list(given.shape)}: give [H, W, 3] or [B, H, W, 3], or 4 channels.")
+    array = np.asarray(images)
+    if array.ndim not in (3, 4) or array.shape[-1] not in (3, 4) or 0 in array.shape:
+        raise ArgumentError("images", f"has shape {list(array.shape)}: give [H, W, 3] or [B, H, W, 3], or 4 channels.")
     scale = float(module.config.scale if scale is None else scale)
-    tile = as_whole("tile", tile, 16)
-    height, width = given.shape[-3:-1]
+    tile = as_integer("tile", tile, 16)
+    height, width = array.shape[-3:-1]
     check_upscale(module, height, width, scale)
-    if given.dtype != np.uint8:
-        given = np.round(255 * np.clip(as_unit_range("images", given), 0, 1)).astype(np.uint8)
-    batch = given[None] if given.ndim == 3 else given
-    larger = np.stack([_enlarged(module, params, image, scale, tile, before_tile) for image in batch])
-    return larger[0] if given.ndim == 3 else larger
+    if array.dtype != np.uint8:
+        array = np.round(255 * np.clip(as_unit_range("images", array), 0, 1)).astype(np.uint8)
+    batch = array[None] if array.ndim == 3 else array
+    enlarged = np.stack([_enlarge(module, params, image, scale, tile, before_tile) for image in batch])
+    return enlarged[0] if array.ndim == 3 else enlarged
 
 
 def largest_scale(module: RRDBNet, scale: float) -> float:
@@ -73,48 +73,48 @@ def largest_scale(module: RRDBNet, scale: float) -> float:
     Raises:
         ArgumentError: the network cannot enlarge by this scale.
     """
-    own = module.config.scale
-    if not 1 <= scale <= MOST:  # true of not-a-number too
-        raise ArgumentError("scale", f"{scale:g} must be from 1 to {MOST}.")
-    if own == 1 and scale != 1:
+    network_scale = module.config.scale
+    if not 1 <= scale <= MAX_SCALE:  # also true of NaN
+        raise ArgumentError("scale", f"{scale:g} must be from 1 to {MAX_SCALE}.")
+    if network_scale == 1 and scale != 1:
         raise ArgumentError(
             "scale", f"{scale:g} is too large for this network, which restores images without enlarging them: give 1."
         )
-    return max(own ** passes(own, scale), scale)
+    return max(network_scale ** passes(network_scale, scale), scale)
 
 
 def check_upscale(module: RRDBNet, height: int, width: int, scale: float) -> None:
     """Raise ArgumentError if the network cannot enlarge by this scale, or if the result does not fit into memory."""
     side = largest_scale(module, scale)
     needed = 9.0 * height * width * side**2  # bytes: the network's image, the resized one, the file's
-    if needed > 2**30 and needed > (there := parallel.host_memory()):
-        shown = f"{round(width * scale)} x {round(height * scale)} pixels"
+    if needed > 2**30 and needed > (available := parallel.host_memory()):
+        result_size = f"{round(width * scale)} x {round(height * scale)} pixels"
         raise ArgumentError(
             "scale",
-            f"{scale:g} makes {shown} of {width} x {height}, which take {needed / 2**30:,.1f} GiB of memory, and this "
-            f"machine has {there / 2**30:,.1f}: give a smaller one.",
+            f"{scale:g} makes {result_size} of {width} x {height}, which take {needed / 2**30:,.1f} GiB of memory, and "
+            f"this machine has {available / 2**30:,.1f}: give a smaller one.",
         )
 
 
-def passes(own: int, scale: float) -> int:
-    """How often a network of scale `own` must be applied to enlarge by at least `scale`.
+def passes(network_scale: int, scale: float) -> int:
+    """How often a network of scale `network_scale` must be applied to enlarge by at least `scale`.
 
     >>> passes(4, 2), passes(4, 4), passes(4, 4.5), passes(2, 8)
     (1, 1, 2, 3)
     """
     count = 1
-    while own > 1 and own**count < scale:
+    while network_scale > 1 and network_scale**count < scale:
         count += 1
     return count
 
 
-def _enlarged(
+def _enlarge(
     module: RRDBNet, params: Params, image: np.ndarray, scale: float, tile: int, before_tile: Callable[[], None]
 ) -> np.ndarray:
     """One image uint8 [H, W, 3 or 4]."""
     height, width = (max(1, round(scale * side)) for side in image.shape[:2])
 
-    def larger(image: np.ndarray) -> np.ndarray:
+    def enlarge(image: np.ndarray) -> np.ndarray:
         for _ in range(passes(module.config.scale, scale)):
             image = in_tiles(module, params, image, tile, before_tile)
         if image.shape[:2] == (height, width):
@@ -122,26 +122,26 @@ def _enlarged(
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
     if image.shape[2] == 3:
-        return larger(image)
+        return enlarge(image)
     alpha = image[..., 3]
     if alpha.min() == alpha.max():
         opacity = np.full((height, width), alpha.flat[0], np.uint8)
     else:
-        opacity = np.round(larger(np.repeat(alpha[..., None], 3, 2)).mean(2)).astype(np.uint8)
-    return np.dstack([larger(spread(image)), opacity])
+        opacity = np.round(enlarge(np.repeat(alpha[..., None], 3, 2)).mean(2)).astype(np.uint8)
+    return np.dstack([enlarge(fill_transparent(image)), opacity])
 
 
-def spread(image: np.ndarray) -> np.ndarray:
+def fill_transparent(image: np.ndarray) -> np.ndarray:
     """The colours uint8 [H, W, 3] of an image uint8 [H, W, 4]; fully transparent pixels get the nearest visible colour.
 
     Their own colour, often black, would darken the edges.
     """
     from scipy.ndimage import distance_transform_edt
 
-    clear = image[..., 3] == 0
-    if not clear.any() or clear.all():
+    transparent = image[..., 3] == 0
+    if not transparent.any() or transparent.all():
         return np.ascontiguousarray(image[..., :3])
-    y, x = distance_transform_edt(clear, return_distances=False, return_indices=True)
+    y, x = distance_transform_edt(transparent, return_distances=False, return_indices=True)
     return image[y, x, :3]
 
 
@@ -164,8 +164,8 @@ def windows(size: int, tile: int, margin: int, multiple: int) -> list[tuple[int,
     if size <= length:
         return [(0, size, 0, size)]
     starts = [start - start % multiple for start in tile_starts(size, length, 2 * margin + multiple)]
-    middles = [(start + length + after) // 2 for start, after in itertools.pairwise(starts)]
-    cuts = [0, *middles, size]
+    boundaries = [(start + length + after) // 2 for start, after in itertools.pairwise(starts)]
+    cuts = [0, *boundaries, size]
     return [(start, start + length, cuts[i], cuts[i + 1]) for i, start in enumerate(starts)]
 
 
@@ -182,11 +182,13 @@ def in_tiles(
     padded = np.pad(image, ((0, -height % multiple), (0, -width % multiple), (0, 0)), "symmetric")
     side, margin = -(-tile // multiple) * multiple, -(-min(MARGIN, c.reach) // multiple) * multiple
     rows, columns = (windows(n, side, margin, multiple) for n in padded.shape[:2])
-    found = np.empty((padded.shape[0] * scale, padded.shape[1] * scale, 3), np.uint8)
+    output = np.empty((padded.shape[0] * scale, padded.shape[1] * scale, 3), np.uint8)
     for top, bottom, first, last in rows:
         for left, right, begin, end in columns:
             before_tile()
-            out: Any = np.asarray(network(module, params, padded[None, top:bottom, left:right]))[0]
-            kept = out[(first - top) * scale : (last - top) * scale, (begin - left) * scale : (end - left) * scale]
-            found[first * scale : last * scale, begin * scale : end * scale] = kept
-    return found[: height * scale, : width * scale]
+            tile_output: Any = np.asarray(network(module, params, padded[None, top:bottom, left:right]))[0]
+            crop = tile_output[
+                (first - top) * scale : (last - top) * scale, (begin - left) * scale : (end - left) * scale
+            ]
+            output[first * scale : last * scale, begin * scale : end * scale] = crop
+    return output[: height * scale, : width * scale]

@@ -56,16 +56,18 @@ def create_app(service: Service, metrics: Metrics, **guard: Any) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        location = ".".join(str(part) for part in first["loc"][1:]) or "body"
         status = 422 if http.url.path.startswith(AUTOMATIC) else 400
-        message = f"{where}: {first['msg']}"[:500]
-        return error_response(http.url.path, HttpError(status, message, code="invalid_value", param=where[:100]))
+        message = f"{location}: {first['msg']}"[:500]
+        return error_response(http.url.path, HttpError(status, message, code="invalid_value", param=location[:100]))
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(http: Request, error: HTTPException) -> JSONResponse:
         code = "method_not_allowed" if error.status_code == 405 else None
-        found = HttpError(error.status_code, str(error.detail), code=code, wait=5 if error.status_code == 429 else None)
-        response = error_response(http.url.path, found)
+        refusal = HttpError(
+            error.status_code, str(error.detail), code=code, wait=5 if error.status_code == 429 else None
+        )
+        response = error_response(http.url.path, refusal)
         response.headers.update({k: v for k, v in (error.headers or {}).items() if k.lower() == "allow"})
         return response
 

@@ -1,10 +1,9 @@
 """AUTOMATIC1111's API, which many programs speak: /sdapi/v1/txt2img, img2img, progress, interrupt, options, …
 
-https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Whatever has no effect here is named among the
-warnings in an answer's info, or refused.
+https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Fields without effect here are refused, or named in
+the warnings of an answer's info.
 """
 
-import contextlib
 import datetime
 import json
 import time
@@ -50,37 +49,37 @@ def router(service: Service) -> APIRouter:
     """The endpoints."""
     routes = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
 
-    async def drawn(http: Request, body: TextToImage) -> Drawn:
-        began = time.time()
-        asked, warnings = await run_in_threadpool(draw_request, service, body)
-        job = await service.submit(http, asked)
+    async def draw_images(http: Request, body: TextToImage) -> Drawn:
+        start_time = time.time()
+        request, warnings = await run_in_threadpool(draw_request, service, body)
+        job = await service.submit(http, request)
         try:
-            images: list[np.ndarray | None] = list(await service.finished(http, job))
-        except Cancelled:  # by interrupt: what is finished is given
+            images: list[np.ndarray | None] = list(await service.wait_for_images(http, job))
+        except Cancelled:  # by /interrupt: return the finished images
             images = job.images
-        found = {i: image for i, image in enumerate(images) if image is not None}
-        texts = await run_in_threadpool(lambda: [service.base64(job, i, image) for i, image in found.items()])
+        finished = {i: image for i, image in enumerate(images) if image is not None}
+        texts = await run_in_threadpool(lambda: [service.base64(job, i, image) for i, image in finished.items()])
         parameters = body.model_dump(exclude={"init_images", "mask"})
-        info = info_of(service, job, list(found), warnings, began)
+        info = generation_info(service, job, list(finished), warnings, start_time)
         return Drawn(images=texts if body.send_images else [], parameters=parameters, info=json.dumps(info))
 
     @routes.post("/txt2img")
     async def txt2img(http: Request, body: TextToImage) -> Drawn:
-        return await drawn(http, body)
+        return await draw_images(http, body)
 
     @routes.post("/img2img")
     async def img2img(http: Request, body: ImageToImage) -> Drawn:
-        return await drawn(http, body)
+        return await draw_images(http, body)
 
     @routes.get("/progress")
     async def progress(http: Request, skip_current_image: bool = False) -> dict[str, Any]:
-        jobs = [job for job in service.engine.jobs(owner(http)) if job.begun]
+        jobs = [job for job in service.engine.jobs(owner(http)) if job.started]
         job = jobs[0] if jobs else None
         preview = None
         if job is not None and not skip_current_image:
-            image = await run_in_threadpool(previewed, job)
+            image = await run_in_threadpool(next_preview, job)
             preview = None if image is None else await run_in_threadpool(service.base64, job, 0, image)
-        return state_of(job, len(jobs), preview)
+        return progress_state(job, len(jobs), preview)
 
     @routes.post("/interrupt")
     @routes.post("/skip")
@@ -107,22 +106,22 @@ def router(service: Service) -> APIRouter:
         fixed = options()
         check_options(service, {name: value for name, value in body.items() if fixed.get(name) != value})
 
-    list_what_there_is(routes, service)
+    list_names(routes, service)
     enlarge_images(routes, service)
     return routes
 
 
-def list_what_there_is(routes: APIRouter, service: Service) -> None:
+def list_names(routes: APIRouter, service: Service) -> None:
     """The endpoints that only list names."""
 
     @routes.get("/samplers")
     def samplers() -> list[dict[str, Any]]:
-        return [{"name": name, "aliases": [here], "options": {}} for name, here in SAMPLERS.items()]
+        return [{"name": name, "aliases": [scheduler], "options": {}} for name, scheduler in SAMPLERS.items()]
 
     @routes.get("/schedulers")
     def schedulers() -> list[dict[str, Any]]:
-        more: dict[str, Any] = {"aliases": None, "default_rho": -1, "need_inner_model": False}
-        return [{"name": name, "label": label, **more} for name, (label, _) in SCHEDULERS.items()]
+        defaults: dict[str, Any] = {"aliases": None, "default_rho": -1, "need_inner_model": False}
+        return [{"name": name, "label": label, **defaults} for name, (label, _) in SCHEDULERS.items()]
 
     @routes.get("/sd-models")
     def sd_models() -> list[dict[str, Any]]:
@@ -131,9 +130,9 @@ def list_what_there_is(routes: APIRouter, service: Service) -> None:
 
     @routes.get("/upscalers")
     def upscalers() -> list[dict[str, Any]]:
-        more = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
+        details = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
         names = ["None", "Lanczos", *([] if service.upscaler is None else [service.upscaler])]
-        return [{"name": name, **more} for name in names]
+        return [{"name": name, **details} for name in names]
 
     @routes.get("/latent-upscale-modes")
     def latent_upscale_modes() -> list[dict[str, str]]:
@@ -148,8 +147,8 @@ def list_what_there_is(routes: APIRouter, service: Service) -> None:
         return [{"name": name, **style._asdict()} for name, style in read_styles().items()]
 
 
-def previewed(job: Job) -> np.ndarray | None:
-    """What an image under way looks like, after the next steps; the latest there is where they take long."""
+def next_preview(job: Job) -> np.ndarray | None:
+    """A preview of an image in progress after its next steps; the latest one if they take longer than PREVIEW."""
     job.watched = True
     end = time.monotonic() + PREVIEW
     while job.watched and time.monotonic() < end and not job.future.done():
@@ -157,7 +156,7 @@ def previewed(job: Job) -> np.ndarray | None:
     return job.preview
 
 
-def state_of(job: Job | None, count: int, preview: str | None) -> dict[str, Any]:
+def progress_state(job: Job | None, count: int, preview: str | None) -> dict[str, Any]:
     """The answer of progress."""
     fraction = 0.0 if job is None else job.fraction
     steps = 0 if job is None else job.request.steps
@@ -172,38 +171,39 @@ def state_of(job: Job | None, count: int, preview: str | None) -> dict[str, Any]
         "sampling_step": round(fraction * steps),
         "sampling_steps": steps,
     }
-    left = 0.0
+    remaining = 0.0
     if job is not None and fraction:
-        with contextlib.suppress(ZeroDivisionError):
-            left = (time.monotonic() - job.since) * (1 - fraction) / fraction
-    return {"progress": fraction, "eta_relative": left, "state": state, "current_image": preview, "textinfo": None}
+        remaining = (time.monotonic() - job.since) * (1 - fraction) / fraction
+    return {"progress": fraction, "eta_relative": remaining, "state": state, "current_image": preview, "textinfo": None}
 
 
-def info_of(service: Service, job: Job, found: list[int], warnings: list[str], began: float) -> dict[str, Any]:
-    """What an answer says of its images; `found` are the numbers of those that were finished."""
-    each = [service.metadata(job, i) for i in found]
-    asked = job.request
+def generation_info(
+    service: Service, job: Job, finished: list[int], warnings: list[str], start_time: float
+) -> dict[str, Any]:
+    """The info of an answer; `finished` holds the indices of the finished images."""
+    flag_sets = [service.metadata(job, i) for i in finished]
+    request = job.request
     return {
-        "prompt": asked.prompt,
-        "all_prompts": [job.prompts[i] for i in found],
-        "negative_prompt": asked.negative_prompt or "",
-        "all_negative_prompts": [asked.negative_prompt or ""] * len(found),
+        "prompt": request.prompt,
+        "all_prompts": [job.prompts[i] for i in finished],
+        "negative_prompt": request.negative_prompt or "",
+        "all_negative_prompts": [request.negative_prompt or ""] * len(finished),
         "seed": job.seeds[0],
-        "all_seeds": [job.seeds[i] for i in found],
-        "subseed": asked.variation_seed if asked.variation_seed is not None else -1,
-        "subseed_strength": asked.variation_strength,
-        "width": asked.width,
-        "height": asked.height,
+        "all_seeds": [job.seeds[i] for i in finished],
+        "subseed": request.variation_seed if request.variation_seed is not None else -1,
+        "subseed_strength": request.variation_strength,
+        "width": request.width,
+        "height": request.height,
         "sampler_name": next(
-            (n for n, s in SAMPLERS.items() if s == (asked.scheduler or service.engine.resolver.scheduler)), ""
+            (n for n, s in SAMPLERS.items() if s == (request.scheduler or service.engine.resolver.scheduler)), ""
         ),
-        "cfg_scale": asked.guidance_scale,
-        "steps": asked.steps,
+        "cfg_scale": request.guidance_scale,
+        "steps": request.steps,
         "batch_size": len(job.seeds),
         "sd_model_name": service.name,
-        "denoising_strength": asked.strength,
-        "clip_skip": asked.clip_skip + 1,
-        "infotexts": [describe(flags) for flags in each],
-        "job_timestamp": datetime.datetime.fromtimestamp(began).strftime("%Y%m%d%H%M%S"),
+        "denoising_strength": request.strength,
+        "clip_skip": request.clip_skip + 1,
+        "infotexts": [describe(flags) for flags in flag_sets],
+        "job_timestamp": datetime.datetime.fromtimestamp(start_time).strftime("%Y%m%d%H%M%S"),
         "warnings": warnings,
     }

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from jaxdiff.errors import ArgumentError
-from jaxdiff.sampling.upscale import MOST
+from jaxdiff.sampling.upscale import MAX_SCALE
 from jaxdiff.serving import uploads
 from jaxdiff.serving.service import Service, owner
 
@@ -22,7 +22,7 @@ class Extras(BaseModel):
 
     image: str
     resize_mode: int = Field(0, ge=0, le=1)
-    upscaling_resize: float = Field(2.0, ge=1, le=MOST, allow_inf_nan=False)
+    upscaling_resize: float = Field(2.0, ge=1, le=MAX_SCALE, allow_inf_nan=False)
     upscaler_1: str | None = Field("None", max_length=100)
     upscaler_2: str | None = Field("None", max_length=100)
     extras_upscaler_2_visibility: float = Field(0, ge=0, le=1)
@@ -42,45 +42,45 @@ def enlarge_images(routes: APIRouter, service: Service) -> None:
 
     @routes.post("/extra-single-image")
     async def extra_single_image(http: Request, body: Extras) -> Enlarged:
-        how = method(service, body)
+        upscaler_name = method(service, body)
         data = uploads.from_base64("image", body.image)
-        image = await run_in_threadpool(lambda: np.array(uploads.opened("image", data, service.pixels)))
-        flags = plain((await run_in_threadpool(uploads.infotext, data))[1])
-        if how == "none":
-            larger = image
-        elif how == LANCZOS:
-            larger = await run_in_threadpool(resampled, service, image, body.upscaling_resize)
+        image = await run_in_threadpool(lambda: np.array(uploads.open_upload("image", data, service.pixels)))
+        flags = plain_flags((await run_in_threadpool(uploads.infotext, data))[1])
+        if upscaler_name == "none":
+            enlarged = image
+        elif upscaler_name == LANCZOS:
+            enlarged = await run_in_threadpool(resample, service, image, body.upscaling_resize)
         else:
             job = await run_in_threadpool(service.enlarge, owner(http), image, body.upscaling_resize)
-            (larger,) = await service.finished(http, job)
+            (enlarged,) = await service.wait_for_images(http, job)
             flags |= {"upscale": body.upscaling_resize, "upscaler": service.upscaler}
-        text = await run_in_threadpool(lambda: base64.b64encode(uploads.encoded(larger, flags)).decode())
+        text = await run_in_threadpool(lambda: base64.b64encode(uploads.encode_image(enlarged, flags)).decode())
         return Enlarged(image=text)
 
 
 def method(service: Service, body: Extras) -> str:
-    """How an image is enlarged: "none", "lanczos" or the network's name, in small letters. Raises ArgumentError."""
+    """The upscaler: "none", "lanczos" or the network's name, in lower case. Raises ArgumentError."""
     if body.resize_mode:
         raise ArgumentError("resize_mode", "1 is not supported: give 0, and the factor as upscaling_resize.")
     second = (body.upscaler_2 or "None").lower() != "none" and body.extras_upscaler_2_visibility > 0
-    for name, asked in (("upscaler_2", second), ("gfpgan_visibility", body.gfpgan_visibility),
+    for name, in_use in (("upscaler_2", second), ("gfpgan_visibility", body.gfpgan_visibility),
                         ("codeformer_visibility", body.codeformer_visibility)):  # fmt: skip
-        if asked:
+        if in_use:
             raise ArgumentError(name, "is not supported: leave it out.")
     known = ["None", "Lanczos", *([] if service.upscaler is None else [service.upscaler])]
-    how = (body.upscaler_1 or "None").lower()
-    if how not in (name.lower() for name in known):
+    upscaler_name = (body.upscaler_1 or "None").lower()
+    if upscaler_name not in (name.lower() for name in known):
         raise ArgumentError("upscaler_1", f"{body.upscaler_1!r} is not available; known are {', '.join(known)}.")
-    return how
+    return upscaler_name
 
 
-def plain(flags: dict[str, Any]) -> dict[str, Any]:
-    """Of the flags that an upload says it was drawn by, those that are words and numbers."""
-    found = {name: value for name, value in flags.items() if isinstance(value, str | int | float)}
-    return found if isinstance(found.get("prompt", ""), str) else {}
+def plain_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Those of an upload's flags that are strings or numbers; none if its prompt is not a string."""
+    scalars = {name: value for name, value in flags.items() if isinstance(value, str | int | float)}
+    return scalars if isinstance(scalars.get("prompt", ""), str) else {}
 
 
-def resampled(service: Service, image: np.ndarray, scale: float) -> np.ndarray:
+def resample(service: Service, image: np.ndarray, scale: float) -> np.ndarray:
     """An image enlarged by the factor `scale` with a Lanczos filter. Raises ArgumentError."""
     height, width = (round(scale * side) for side in image.shape[:2])
     if height * width > service.pixels:

@@ -15,7 +15,7 @@ from jaxdiff.text.infotext import sampler_of
 from jaxdiff.typing import SEEDS
 
 UPSCALERS = {"latent": "latent", "latent (bicubic)": "latent", "lanczos": "pixel"}
-# Fields that have no effect here, with values at which they have none there either; others are named in a warning.
+# Fields without effect here -> values that have no effect in the web UI either; other values cause a warning.
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "eta": (None, 1.0),
     "s_churn": (None, 0),
@@ -35,26 +35,26 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "save_images": (False,),
 }
 ONLY_WITH_MASK = ("mask_blur", "inpainting_fill", "inpaint_full_res")
-# Fields that would change the image there, and are refused here unless they say nothing.
+# Fields that change the image in the web UI, refused here unless they are empty.
 REFUSED = ("restore_faces", "tiling", "script_name", "refiner_checkpoint", "hr_checkpoint_name", "hr_sampler_name",
            "hr_scheduler", "hr_prompt", "hr_negative_prompt", "hr_resize_x", "hr_resize_y", "controlnet_units",
            "latent_mask")  # fmt: skip
-# Fields that say nothing of the image.
-UNREAD = ("image_cfg_scale", "do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards",
+# Fields that do not affect the image.
+IGNORED = ("image_cfg_scale", "do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards",
           "script_args", "include_init_images", "inpaint_full_res_padding", "refiner_switch_at", "comments",
           "disable_extra_networks", "force_task_id", "infotext", "hr_scale", "hr_upscaler")  # fmt: skip
-CONTROLNET = "controlnet"  # the script's name, in small letters
-WHOLE = {"guidance_start": 0, "guidance_end": 1}  # of a ControlNet's unit: over all steps
-LONGEST = 32_000  # characters
+CONTROLNET = "controlnet"  # the script's name, in lower case
+FULL_RANGE = {"guidance_start": 0, "guidance_end": 1}  # of a ControlNet's unit: all steps
+MAX_CHARACTERS = 32_000  # of a prompt
 
 
 class TextToImage(BaseModel):
-    """The body of txt2img. Other fields of theirs are looked at too: see the tables of this file."""
+    """The body of txt2img. The web UI's other fields are checked by the tables of this file."""
 
     model_config = ConfigDict(extra="allow")
 
-    prompt: str = Field("", max_length=LONGEST)
-    negative_prompt: str | None = Field("", max_length=LONGEST)
+    prompt: str = Field("", max_length=MAX_CHARACTERS)
+    negative_prompt: str | None = Field("", max_length=MAX_CHARACTERS)
     styles: list[str] | None = Field(None, max_length=10)
     seed: int | None = Field(-1, ge=-1, lt=SEEDS)
     subseed: int | None = Field(-1, ge=-1, lt=SEEDS)
@@ -87,7 +87,7 @@ class ImageToImage(TextToImage):
 
 
 def draw_request(service: Service, body: TextToImage) -> tuple[DrawRequest, list[str]]:
-    """What the engine is asked for, and warnings of what has no effect. Raises ArgumentError."""
+    """The request to the engine, and warnings of fields without effect. Raises ArgumentError."""
     options = dict(body.override_settings or {})
     clip_skip = options.pop("CLIP_stop_at_last_layers", 1)
     check_options(service, options)
@@ -96,12 +96,12 @@ def draw_request(service: Service, body: TextToImage) -> tuple[DrawRequest, list
     warnings = check_fields(body)
     prompt, negative = body.prompt, body.negative_prompt or None
     for style in body.styles or ():
-        prompt, negative = service.styled(prompt, negative, style)
+        prompt, negative = service.apply_style(prompt, negative, style)
     scheduler, spacing = sampler_of(body.sampler_name or body.sampler_index, body.scheduler)
-    enlarged = body.hr_scale if body.enable_hr else 1
-    width, height = (None if side is None else round(side * enlarged) for side in (body.width, body.height))
+    scale = body.hr_scale if body.enable_hr else 1
+    width, height = (None if side is None else round(side * scale) for side in (body.width, body.height))
     width, height = service.engine.resolver.size(width, height)
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "prompt": prompt,
         "negative_prompt": negative,
         "n": body.batch_size * body.n_iter,
@@ -115,19 +115,19 @@ def draw_request(service: Service, body: TextToImage) -> tuple[DrawRequest, list
         "clip_skip": clip_skip - 1,
     }
     if body.subseed_strength:
-        given["variation_seed"] = 0 if body.subseed in (None, -1) else body.subseed
-        given["variation_strength"] = body.subseed_strength
+        arguments["variation_seed"] = 0 if body.subseed in (None, -1) else body.subseed
+        arguments["variation_strength"] = body.subseed_strength
     if body.enable_hr:
         known = UPSCALERS | ({} if service.upscaler is None else {service.upscaler.lower(): "network"})
         upscale = known.get((body.hr_upscaler or "Latent").lower())
         if upscale is None:
             raise ArgumentError("hr_upscaler", f"{body.hr_upscaler!r} is not available; known are {', '.join(known)}.")
         strength = 0.7 if body.denoising_strength is None else body.denoising_strength
-        given |= {"hires": body.hr_scale, "hires_strength": strength, "hires_upscale": upscale}
+        arguments |= {"hires": body.hr_scale, "hires_strength": strength, "hires_upscale": upscale}
     if isinstance(body, ImageToImage):
-        given |= images_of(service, body, width, height)
-    given |= controls_of(service, body, width, height)
-    return DrawRequest(**given), warnings
+        arguments |= image_arguments(service, body, width, height)
+    arguments |= control_arguments(service, body, width, height)
+    return DrawRequest(**arguments), warnings
 
 
 def check_fields(body: TextToImage) -> list[str]:
@@ -145,7 +145,7 @@ def check_fields(body: TextToImage) -> list[str]:
             )
     warnings = []
     for name, value in extra.items():
-        if name in REFUSED or name in UNREAD or (name in ONLY_WITH_MASK and not masked):
+        if name in REFUSED or name in IGNORED or (name in ONLY_WITH_MASK and not masked):
             continue
         if name not in WITHOUT_EFFECT:
             warnings.append(f"{name[:60]} is unknown here.")
@@ -164,7 +164,7 @@ def check_options(service: Service, options: dict[str, Any]) -> None:
         raise ArgumentError(name[:60], "cannot be set here: leave it out.")
 
 
-def images_of(service: Service, body: ImageToImage, width: int, height: int) -> dict[str, Any]:
+def image_arguments(service: Service, body: ImageToImage, width: int, height: int) -> dict[str, Any]:
     """The image that is redrawn, and the mask. Raises ArgumentError."""
     if len(body.init_images) != 1:
         raise ArgumentError("init_images", f"must be one image, and {len(body.init_images)} came.")
@@ -172,22 +172,21 @@ def images_of(service: Service, body: ImageToImage, width: int, height: int) -> 
         raise ArgumentError("resize_mode", f"{body.resize_mode} is not supported: 0 stretches, 1 cuts at the centre.")
 
     def read(name: str, text: str, background: tuple[int, int, int]) -> np.ndarray:
-        image = on_background(
-            uploads.opened(name, uploads.from_base64(name, text), service.pixels), background
-        )  # what is transparent of a mask is kept
+        upload = uploads.open_upload(name, uploads.from_base64(name, text), service.pixels)
+        image = on_background(upload, background)  # black for a mask, so that its transparent areas are kept
         if body.resize_mode == 0:
             return np.array(image.resize((width, height), Image.Resampling.LANCZOS))
         return uploads.as_image(image, width, height)
 
     strength = 0.75 if body.denoising_strength is None else body.denoising_strength
-    found: dict[str, Any] = {"image": read("init_images", body.init_images[0], WHITE), "strength": strength}
+    arguments: dict[str, Any] = {"image": read("init_images", body.init_images[0], WHITE), "strength": strength}
     if body.mask is not None:
         mask = read("mask", body.mask, BLACK).mean(-1) >= 127.5
-        found["mask"] = ~mask if body.inpainting_mask_invert else mask
-    return found
+        arguments["mask"] = ~mask if body.inpainting_mask_invert else mask
+    return arguments
 
 
-def controls_of(service: Service, body: TextToImage, width: int, height: int) -> dict[str, Any]:
+def control_arguments(service: Service, body: TextToImage, width: int, height: int) -> dict[str, Any]:
     """The images that ControlNets follow, and their weights. Raises ArgumentError."""
     scripts = {name.lower(): script for name, script in (body.alwayson_scripts or {}).items()}
     script = scripts.get(CONTROLNET)
@@ -208,17 +207,19 @@ def controls_of(service: Service, body: TextToImage, width: int, height: int) ->
             raise ArgumentError("controlnet.module", f"{module[:60]!r} is not supported; known are none and canny.")
         if not isinstance(weight, int | float) or not 0 <= weight <= 2:
             raise ArgumentError("controlnet.weight", "must be a number from 0 to 2.")
-        for name, value in WHOLE.items():
+        for name, value in FULL_RANGE.items():
             if unit.get(name, value) != value:
                 raise ArgumentError(f"controlnet.{name}", f"must be {value}: ControlNets count at all steps here.")
-        opened = uploads.opened("controlnet.image", uploads.from_base64("controlnet.image", text), service.pixels)
-        found = uploads.as_image(opened, width, height, WHITE if module == "canny" else BLACK)
-        images.append(edges(found, unit) if module == "canny" else found)
+        upload = uploads.open_upload("controlnet.image", uploads.from_base64("controlnet.image", text), service.pixels)
+        hint = uploads.as_image(upload, width, height, WHITE if module == "canny" else BLACK)
+        images.append(edges(hint, unit) if module == "canny" else hint)
         weights.append(float(weight))
     return {"control_images": tuple(images), "controlnet_scale": tuple(weights)} if images else {}
 
 
 def edges(image: np.ndarray, unit: dict[str, Any]) -> np.ndarray:
     """The edges of an image, with a unit's thresholds where it has any. Raises ArgumentError."""
-    given = [x for x in (unit.get("threshold_a"), unit.get("threshold_b")) if isinstance(x, int | float) and x >= 0]
-    return uploads.edges("controlnet.threshold_a", image, *(given if len(given) == 2 else ()))
+    thresholds = [
+        x for x in (unit.get("threshold_a"), unit.get("threshold_b")) if isinstance(x, int | float) and x >= 0
+    ]
+    return uploads.edges("controlnet.threshold_a", image, *(thresholds if len(thresholds) == 2 else ()))

@@ -10,7 +10,7 @@ from jaxdiff.sampling.upscale import largest_scale, upscale
 from jaxdiff.serving.requests import EnlargeRequest
 from jaxdiff.typing import Params
 
-UNIT = 64  # pixels of the sides of what the network is compiled for, up to a tile
+UNIT = 64  # pixels: sides are padded to multiples of it
 
 
 def check_enlarging(model: Model, height: int, width: int, scale: float, pixels: int) -> None:
@@ -30,10 +30,10 @@ def check_enlarging(model: Model, height: int, width: int, scale: float, pixels:
 def enlarge(model: Model, params: Params, request: EnlargeRequest, before_tile: Callable[[], None]) -> np.ndarray:
     """The image enlarged by the model's upscaler.
 
-    Its sides are filled up, by their mirror image that is cut off again, so that all sizes share few programs.
+    It is padded by reflection, and the result cropped, so that all sizes share few programs.
     """
     assert model.upscaler is not None
     height, width = request.image.shape[:2]
-    filled = np.pad(request.image, ((0, -height % UNIT), (0, -width % UNIT), (0, 0)), "symmetric")
-    larger = upscale(model.upscaler, params["upscaler"], filled, scale=request.scale, before_tile=before_tile)
-    return larger[: max(1, round(request.scale * height)), : max(1, round(request.scale * width))]
+    padded = np.pad(request.image, ((0, -height % UNIT), (0, -width % UNIT), (0, 0)), "symmetric")
+    enlarged = upscale(model.upscaler, params["upscaler"], padded, scale=request.scale, before_tile=before_tile)
+    return enlarged[: max(1, round(request.scale * height)), : max(1, round(request.scale * width))]

@@ -14,7 +14,7 @@ AUTOMATIC = "/sdapi/"  # begins the paths of AUTOMATIC1111's API; all others hav
 
 
 class HttpError(JaxdiffError):
-    """A request that is refused: its status, what to say, and about which parameter."""
+    """A refused request: its status, the message, and the parameter at fault."""
 
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None, wait: int | None = None
@@ -76,12 +76,12 @@ def automatic_body(error: HttpError) -> dict[str, Any]:
 
 
 def error_response(path: str, error: BaseException) -> JSONResponse:
-    """An error in the form of the API that the path is of."""
-    found = http_error(error)
-    headers: Mapping[str, str] = {} if found.wait is None else {"Retry-After": str(found.wait)}
-    if found.status in (408, 413):  # what is still to come of the body is not read
+    """An error in the form of the API that the path belongs to."""
+    refusal = http_error(error)
+    headers: Mapping[str, str] = {} if refusal.wait is None else {"Retry-After": str(refusal.wait)}
+    if refusal.status in (408, 413):  # the rest of the body is not read
         headers = {"Connection": "close"}
-    if found.status == 401:
+    if refusal.status == 401:
         headers = {"WWW-Authenticate": 'Basic realm="jaxdiff", charset="UTF-8"'}
-    body = automatic_body(found) if path.startswith(AUTOMATIC) else openai_body(found)
-    return JSONResponse(body, found.status, headers)
+    body = automatic_body(refusal) if path.startswith(AUTOMATIC) else openai_body(refusal)
+    return JSONResponse(body, refusal.status, headers)

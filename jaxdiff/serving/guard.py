@@ -1,4 +1,4 @@
-"""What every request passes first: who asks, from which page, and how much. An ASGI middleware."""
+"""An ASGI middleware that checks each request's key, origin and size."""
 
 import asyncio
 import base64
@@ -13,21 +13,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxdiff.serving.errors import HttpError, error_response
 
-OPEN = ("/healthz", "/readyz")
-FILES = "/v1/images/files/"  # their names are secrets
+PUBLIC_PATHS = ("/healthz", "/readyz")
+FILES = "/v1/images/files/"  # needs no key: the names are random
 
 
 class Guard:
     """Refuses requests without the key, from other sites' pages, and with bodies that are too large or too slow.
 
     Args:
-        app: what is guarded.
-        api_key: as a bearer's token, or as the password of any user; None: nobody needs one.
-        hosts: names by which the server may be called; None: any. A site's page that has its name point here is
-            refused so.
-        body: bytes of one body.
-        bodies: bytes of all bodies under way.
-        seconds: within which a body must have come.
+        app: the app to protect.
+        api_key: sent as a bearer token, or as the password of any user; None: no key is needed.
+        hosts: allowed names in the Host header, against DNS rebinding; None: any.
+        body: maximum bytes of one body.
+        bodies: maximum bytes of all bodies in progress.
+        seconds: time limit for receiving a body.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class Guard:
     ) -> None:
         self.app, self._hosts, self._body, self._bodies, self._seconds = app, hosts, body, bodies, seconds
         self._key = None if api_key is None else digest(api_key.encode())
-        self._held = 0  # bytes of bodies
+        self._bytes_held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,77 +55,73 @@ class Guard:
         except HttpError as e:
             await error_response(scope["path"], e)(scope, receive, send)
             return
-        taken = 0
+        received = 0
         deadline = time.monotonic() + self._seconds
-        whole = False
+        complete = False
 
-        async def bounded() -> Message:
-            nonlocal taken, whole
-            if whole:
+        # FastAPI passes on only HTTPExceptions while it reads a body; `app` turns them into the API's form.
+        async def limited_receive() -> Message:
+            nonlocal received, complete
+            if complete:
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                raise refused(408, f"The body did not come within {self._seconds:g} s.") from None
+                raise HTTPException(408, f"The body did not come within {self._seconds:g} s.") from None
             size = len(message.get("body", b""))
-            taken += size
-            self._held += size
-            if taken > self._body:
-                raise refused(413, self._too_large())
-            if self._held > self._bodies:
-                raise refused(429, "Too many large requests at once: try again in a moment.")
-            whole = not message.get("more_body", False)
+            received += size
+            self._bytes_held += size
+            if received > self._body:
+                raise HTTPException(413, self._too_large())
+            if self._bytes_held > self._bodies:
+                raise HTTPException(429, "Too many large requests at once: try again in a moment.")
+            complete = not message.get("more_body", False)
             return message
 
         try:
-            await self.app(scope, bounded, send)
+            await self.app(scope, limited_receive, send)
         finally:
-            self._held -= taken
+            self._bytes_held -= received
 
     def _too_large(self) -> str:
         return f"The body is larger than {self._body} bytes: send a smaller image."
 
     def _check(self, path: str, headers: dict[str, str]) -> None:
-        """Raise HttpError for what the headers say already."""
+        """Raise HttpError for what can be refused by the headers alone."""
         host = headers.get("host", "")
-        if self._hosts is not None and name_of(host) not in self._hosts:
+        if self._hosts is not None and hostname(host) not in self._hosts:
             raise HttpError(403, "This server is not known by that name: ask it as 127.0.0.1 or localhost.")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
             raise HttpError(403, "Pages of other sites may not ask this server.")
-        if self._key is not None and path not in OPEN and not path.startswith(FILES):
-            given = digest(password(headers.get("authorization", "")))
-            if not hmac.compare_digest(given, self._key):
+        if self._key is not None and path not in PUBLIC_PATHS and not path.startswith(FILES):
+            key = digest(password(headers.get("authorization", "")))
+            if not hmac.compare_digest(key, self._key):
                 raise HttpError(401, "The API key is missing or wrong: send it as a bearer's token.")
         length = headers.get("content-length", "0")
         if length.isascii() and length.isdigit() and int(length[:20]) > self._body:
             raise HttpError(413, self._too_large())
 
 
-def refused(status: int, message: str) -> HTTPException:
-    """What FastAPI lets through while it reads a body; `app` gives it the API's form."""
-    return HTTPException(status, message)
-
-
 def digest(key: bytes) -> bytes:
-    """Keys of one length, so that comparing them says nothing of it."""
+    """A key as a digest, so that comparing keys does not reveal their length."""
     return hashlib.sha256(key).digest()
 
 
 def password(authorization: str) -> bytes:
     """The key in an Authorization header: of a bearer, or the password of Basic, whatever the user's name."""
-    kind, _, given = authorization.partition(" ")
+    kind, _, credentials = authorization.partition(" ")
     if kind.lower() == "bearer":
-        return given.strip().encode("latin-1")
+        return credentials.strip().encode("latin-1")
     if kind.lower() == "basic":
         try:
-            return base64.b64decode(given, validate=True).partition(b":")[2]
+            return base64.b64decode(credentials, validate=True).partition(b":")[2]
         except binascii.Error:
             pass
     return b""
 
 
-def name_of(host: str) -> str:
+def hostname(host: str) -> str:
     """A Host header without its port."""
     try:
         return urlsplit(f"//{host}").hostname or ""

@@ -13,25 +13,29 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        more: Any = {"registry": self.registry}
-        self._waiting = Gauge("jaxdiff_queue_images", "Images waiting in the queue.", **more)
-        self._images = Counter("jaxdiff_images", "Images drawn.", **more)
-        self._failed = Counter("jaxdiff_failed_requests", "Requests that ended without their images.", **more)
-        self._cancelled = Counter("jaxdiff_cancelled_images", "Images cancelled before they were finished.", **more)
-        self._batch = Histogram("jaxdiff_batch_images", "Images per batch.", buckets=BATCHES, **more)
-        self._seconds = Histogram("jaxdiff_batch_seconds", "Time of a batch.", buckets=SECONDS, **more)
-        self._latency = Histogram(
-            "jaxdiff_request_seconds", "Time from a request to its images.", buckets=SECONDS, **more
-        )
+        options: Any = {"registry": self.registry}
+        self._waiting = Gauge("jaxdiff_queue_images", "Images waiting in the queue.", **options)
+        self._counters = {
+            "images": Counter("jaxdiff_images", "Images drawn.", **options),
+            "failed": Counter("jaxdiff_failed_requests", "Requests that ended without their images.", **options),
+            "cancelled": Counter("jaxdiff_cancelled_images", "Images cancelled before they were finished.", **options),
+        }
+        self._histograms = {
+            "batch": Histogram("jaxdiff_batch_images", "Images per batch.", buckets=BATCHES, **options),
+            "seconds": Histogram("jaxdiff_batch_seconds", "Time of a batch.", buckets=SECONDS, **options),
+            "latency": Histogram(
+                "jaxdiff_request_seconds", "Time from a request to its images.", buckets=SECONDS, **options
+            ),
+        }
 
-    def observe(self, what: str, number: float) -> None:
-        """What `Engine` reports."""
-        if what == "waiting":
-            self._waiting.set(number)
-        elif what in ("batch", "seconds", "latency"):
-            {"batch": self._batch, "seconds": self._seconds, "latency": self._latency}[what].observe(number)
+    def observe(self, event: str, value: float) -> None:
+        """Record an event of `Engine`."""
+        if event == "waiting":
+            self._waiting.set(value)
+        elif event in self._histograms:
+            self._histograms[event].observe(value)
         else:
-            {"images": self._images, "failed": self._failed, "cancelled": self._cancelled}[what].inc(number)
+            self._counters[event].inc(value)
 
     def text(self) -> bytes:
         """The exposition format."""

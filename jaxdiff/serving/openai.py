@@ -1,7 +1,7 @@
 """OpenAI's images endpoints: /v1/images/generations, /v1/images/edits and /v1/models.
 
-https://platform.openai.com/docs/api-reference/images. Fields of OpenAI's that this server cannot follow are refused by
-name; a few of its own go beyond, such as negative_prompt, seed and steps.
+https://platform.openai.com/docs/api-reference/images. OpenAI's fields that this server does not support are refused by
+name; it has a few of its own, such as negative_prompt, seed and steps.
 """
 
 import functools
@@ -27,10 +27,10 @@ from jaxdiff.serving.service import Service
 from jaxdiff.typing import SEEDS
 
 OWNER = "jaxdiff"
-STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}  # of the server's number, by quality
+STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}  # factor of the server's number of steps, by quality
 QUALITIES = {"standard": "medium", "auto": "medium", "hd": "high"}  # as answers call them
-CONTROLS = "control_images"
-MAX_CHARACTERS = 32_000  # of a prompt that is read at all; the engine draws fewer
+CONTROL_IMAGES = "control_images"
+MAX_CHARACTERS = 32_000  # of a prompt in a body; `Limits.prompt` is lower
 
 
 class Shared(BaseModel):
@@ -81,64 +81,66 @@ class Edit(Shared):
 def router(service: Service) -> APIRouter:
     """The endpoints."""
     routes = APIRouter(prefix="/v1", tags=["OpenAI"])
-    listed = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": OWNER}
+    model_info = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": OWNER}
 
     @routes.get("/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [listed]}
+        return {"object": "list", "data": [model_info]}
 
     @routes.get("/models/{name}")
     def model(name: str) -> dict[str, Any]:
         check_model(service, name)
-        return listed
+        return model_info
 
     @routes.post("/images/generations")
     async def generations(http: Request, body: Generation) -> Response:
         check_model(service, body.model)
-        prompt, negative = service.styled(body.prompt, body.negative_prompt, body.style)
+        prompt, negative = service.apply_style(body.prompt, body.negative_prompt, body.style)
         size = size_of(service, body.size)
         controls = await run_in_threadpool(
-            lambda: followed(service, body, [uploads.from_base64(CONTROLS, x) for x in body.control_images], size)
+            lambda: control_inputs(
+                service, body, [uploads.from_base64(CONTROL_IMAGES, x) for x in body.control_images], size
+            )
         )
-        more = {"prompt": prompt, "negative_prompt": negative, "width": size[0], "height": size[1], **controls}
-        asked = draw_request(service, body, **more)
-        return await answer(service, http, body, asked, "image_generation")
+        arguments = {"prompt": prompt, "negative_prompt": negative, "width": size[0], "height": size[1], **controls}
+        request = draw_request(service, body, **arguments)
+        return await respond(service, http, body, request, "image_generation")
 
     @routes.post("/images/edits", openapi_extra={"requestBody": edit_schema()})
     async def edits(http: Request) -> Response:
-        form, files = await form_of(http)
+        form, files = await read_form(http)
         check_model(service, form.model)
-        for name, most in (("image", 1), ("mask", 1), ("control_image", 8)):
-            if len(files[name]) > most or (name == "image" and not files[name]):
+        for name, max_files in (("image", 1), ("mask", 1), ("control_image", 8)):
+            if len(files[name]) > max_files or (name == "image" and not files[name]):
                 raise ArgumentError(name, f"must be one file, and {len(files[name])} came.")
-        prompt, negative = service.styled(form.prompt, form.negative_prompt, form.style)
-        more = await run_in_threadpool(edited, service, form, files)
-        asked = draw_request(service, form, prompt=prompt, negative_prompt=negative, strength=form.strength, **more)
-        return await answer(service, http, form, asked, "image_edit")
+        prompt, negative = service.apply_style(form.prompt, form.negative_prompt, form.style)
+        inputs = await run_in_threadpool(edit_inputs, service, form, files)
+        request = draw_request(service, form, prompt=prompt, negative_prompt=negative, strength=form.strength, **inputs)
+        return await respond(service, http, form, request, "image_edit")
 
     @routes.get("/images/files/{name}")
     def file(name: str) -> Response:
-        found = service.files.get(name)
-        if found is None:
+        stored = service.files.get(name)
+        if stored is None:
             raise HttpError(404, "There is no such image, or not any more.")
-        return Response(found[1], media_type=uploads.MEDIA[found[0]], headers={"X-Content-Type-Options": "nosniff"})
+        return Response(stored[1], media_type=uploads.MEDIA[stored[0]], headers={"X-Content-Type-Options": "nosniff"})
 
     return routes
 
 
-async def form_of(http: Request) -> tuple[Edit, dict[str, list[bytes]]]:
+async def read_form(http: Request) -> tuple[Edit, dict[str, list[bytes]]]:
     """The fields and the files of an edit. Raises RequestValidationError, ArgumentError."""
     names = {"image": "image", "image[]": "image", "mask": "mask", "control_image": "control_image"}
     files: dict[str, list[bytes]] = {name: [] for name in names.values()}
-    async with http.form(max_files=12, max_fields=40) as sent:
+    async with http.form(max_files=12, max_fields=40) as fields:
         try:
-            form = Edit.model_validate({name: x for name, x in sent.items() if not isinstance(x, UploadFile)})
+            form = Edit.model_validate({name: x for name, x in fields.items() if not isinstance(x, UploadFile)})
         except ValidationError as e:
             raise RequestValidationError([{**x, "loc": ("body", *x["loc"])} for x in e.errors()]) from None
-        given = [(name, file) for name, file in sent.multi_items() if isinstance(file, UploadFile)]
-        if unknown := {name for name, _ in given} - names.keys():
+        uploaded = [(name, file) for name, file in fields.multi_items() if isinstance(file, UploadFile)]
+        if unknown := {name for name, _ in uploaded} - names.keys():
             raise ArgumentError(min(unknown)[:60], "is not a file that an edit takes.")
-        for name, file in given:
+        for name, file in uploaded:
             files[names[name]].append(await file.read())
     return form, files
 
@@ -161,67 +163,72 @@ def check_model(service: Service, name: str | None) -> None:
 
 def size_of(service: Service, size: str) -> tuple[int, int]:
     """Width and height of "512x512" or "auto". Raises ArgumentError."""
-    given = (None, None) if size == "auto" else tuple(map(int, size.split("x")))
-    return service.engine.resolver.size(*given)
+    sides = (None, None) if size == "auto" else tuple(map(int, size.split("x")))
+    return service.engine.resolver.size(*sides)
 
 
 def nearest_size(service: Service, width: int, height: int) -> tuple[int, int]:
-    """The size of those drawn whose shape is most like an image's."""
+    """The allowed size whose aspect ratio is nearest to an image's."""
 
-    def unlike(size: tuple[int, int]) -> float:
+    def shape_difference(size: tuple[int, int]) -> float:
         return abs(math.log(size[0] / size[1] * height / width))
 
-    return min(service.engine.limits.sizes, key=unlike)
+    return min(service.engine.limits.sizes, key=shape_difference)
 
 
-def draw_request(service: Service, body: Shared, **more: Any) -> DrawRequest:
-    """What the engine is asked for."""
-    own = max(1, min(round(service.steps * STEPS.get(body.quality, 1.0)), service.engine.limits.steps))
-    given: dict[str, Any] = {
+def draw_request(service: Service, body: Shared, **overrides: Any) -> DrawRequest:
+    """The request to the engine."""
+    default_steps = max(1, min(round(service.steps * STEPS.get(body.quality, 1.0)), service.engine.limits.steps))
+    arguments: dict[str, Any] = {
         "prompt": body.prompt,
         "negative_prompt": body.negative_prompt,
         "n": body.n,
         "seed": body.seed,
-        "steps": own if body.steps is None else body.steps,
+        "steps": default_steps if body.steps is None else body.steps,
         "guidance_scale": body.guidance_scale,
         "pag_scale": body.pag_scale,
         "scheduler": body.scheduler,
         "matrix": body.matrix,
     }
-    return DrawRequest(**(given | more))
+    return DrawRequest(**(arguments | overrides))
 
 
-def edited(service: Service, form: Edit, files: dict[str, list[bytes]]) -> dict[str, Any]:
-    """The images of an edit: transparent is redrawn, in the mask or, without one, in the image if it is anywhere."""
-    source = uploads.opened("image", files["image"][0], service.pixels)
-    found: dict[str, Any]
+def edit_inputs(service: Service, form: Edit, files: dict[str, list[bytes]]) -> dict[str, Any]:
+    """The images of an edit. The transparent area of the mask, or without one of the image, is redrawn."""
+    source = uploads.open_upload("image", files["image"][0], service.pixels)
+    inputs: dict[str, Any]
     if form.outpaint is not None:
         if files["mask"]:
             raise ArgumentError("outpaint", "and mask both say what is drawn: give one of them.")
-        canvas, margins = uploads.outpainted("outpaint", source, margins_of(form.outpaint), service.pixels)
+        canvas, margins = uploads.outpaint("outpaint", source, parse_margins(form.outpaint), service.pixels)
         size = edit_size(service, form, canvas.shape[1], canvas.shape[0])
-        found = {"image": fit(canvas, *size[::-1]), "mask": fit_mask(margins, *size[::-1]) > 0}
+        inputs = {"image": fit(canvas, *size[::-1]), "mask": fit_mask(margins, *size[::-1]) > 0}
     else:
         size = edit_size(service, form, *source.size)
-        found = {"image": uploads.as_image(source, *size)}
+        inputs = {"image": uploads.as_image(source, *size)}
     if files["mask"]:
-        opened = uploads.opened("mask", files["mask"][0], service.pixels)
-        if opened.size != source.size:
-            shown = "{}x{} and {}x{}".format(*source.size, *opened.size)
-            raise ArgumentError("mask", f"must be as large as the image; they are {shown}.")
-        found["mask"] = uploads.transparency("mask", opened, *size)
-    elif "mask" not in found and source.mode == "RGBA" and np.array(source.getchannel("A")).min() < 128:
-        found["mask"] = uploads.transparency("image", source, *size)
-    return {**found, "width": size[0], "height": size[1], **followed(service, form, files["control_image"], size)}
+        mask_image = uploads.open_upload("mask", files["mask"][0], service.pixels)
+        if mask_image.size != source.size:
+            sizes = "{}x{} and {}x{}".format(*source.size, *mask_image.size)
+            raise ArgumentError("mask", f"must be as large as the image; they are {sizes}.")
+        inputs["mask"] = uploads.transparency("mask", mask_image, *size)
+    elif "mask" not in inputs and source.mode == "RGBA" and np.array(source.getchannel("A")).min() < 128:
+        inputs["mask"] = uploads.transparency("image", source, *size)
+    return {
+        **inputs,
+        "width": size[0],
+        "height": size[1],
+        **control_inputs(service, form, files["control_image"], size),
+    }
 
 
 def edit_size(service: Service, form: Edit, width: int, height: int) -> tuple[int, int]:
-    """Width and height that an image of such a shape is drawn in."""
+    """Width and height at which an image of this size is drawn."""
     return nearest_size(service, width, height) if form.size == "auto" else size_of(service, form.size)
 
 
-def margins_of(text: str) -> tuple[int, int, int, int]:
-    """Of "64,0,64,0". Raises ArgumentError."""
+def parse_margins(text: str) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of "64,0,64,0". Raises ArgumentError."""
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != 4 or not all(part.isascii() and part.isdigit() and len(part) <= 5 for part in parts):
         raise ArgumentError("outpaint", "must be four numbers of pixels: left,top,right,bottom.")
@@ -229,19 +236,19 @@ def margins_of(text: str) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
-def followed(service: Service, body: Shared, files: list[bytes], size: tuple[int, int]) -> dict[str, Any]:
-    """What ControlNets follow. Raises ArgumentError."""
+def control_inputs(service: Service, body: Shared, files: list[bytes], size: tuple[int, int]) -> dict[str, Any]:
+    """The images that ControlNets follow, and their scale. Raises ArgumentError."""
     if not files:
         return {}
-    images = [uploads.as_image(uploads.opened(CONTROLS, file, service.pixels), *size) for file in files]
-    images = [uploads.edges(CONTROLS, image) for image in images] if body.control_edges else images
+    images = [uploads.as_image(uploads.open_upload(CONTROL_IMAGES, file, service.pixels), *size) for file in files]
+    images = [uploads.edges(CONTROL_IMAGES, image) for image in images] if body.control_edges else images
     return {"control_images": tuple(images), "controlnet_scale": body.controlnet_scale}
 
 
-async def answer(service: Service, http: Request, body: Shared, asked: DrawRequest, kind: str) -> Response:
+async def respond(service: Service, http: Request, body: Shared, request: DrawRequest, kind: str) -> Response:
     """The images at once, or a stream of events."""
-    width, height = service.engine.resolver.size(asked.width, asked.height)
-    described = {
+    width, height = service.engine.resolver.size(request.width, request.height)
+    common = {
         "background": "opaque",
         "output_format": body.output_format,
         "size": f"{width}x{height}",
@@ -250,34 +257,36 @@ async def answer(service: Service, http: Request, body: Shared, asked: DrawReque
     if body.stream:
         if body.response_format != "b64_json":
             raise ArgumentError("response_format", "of a stream is b64_json.")
-        form = functools.partial(event, service, body, kind, described)
-        parts = await service.events(http, asked, body.partial_images, form)
-        return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        format_event = functools.partial(event, service, body, kind, common)
+        events = await service.events(http, request, body.partial_images, format_event)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     if body.partial_images:
         raise ArgumentError("partial_images", "are for streams: give stream as well.")
-    job = await service.submit(http, asked)
-    images = await service.finished(http, job)
-    data = await run_in_threadpool(lambda: [entry(service, http, body, job, i, x) for i, x in enumerate(images)])
-    content = {"created": int(time.time()), "data": data, **described, "usage": usage(job, len(data))}
+    job = await service.submit(http, request)
+    images = await service.wait_for_images(http, job)
+    data = await run_in_threadpool(lambda: [image_entry(service, http, body, job, i, x) for i, x in enumerate(images)])
+    content = {"created": int(time.time()), "data": data, **common, "usage": usage(job, len(data))}
     return Response(json.dumps(content), media_type="application/json")
 
 
-def entry(service: Service, http: Request, body: Shared, job: Job, index: int, image: np.ndarray) -> dict[str, str]:
+def image_entry(
+    service: Service, http: Request, body: Shared, job: Job, index: int, image: np.ndarray
+) -> dict[str, str]:
     """One image of an answer."""
-    how = body.output_format, body.output_compression
+    encoding = body.output_format, body.output_compression
     if body.response_format == "b64_json":
-        return {"b64_json": service.base64(job, index, image, *how), **alternative(body, job, index)}
-    name = service.files.add(uploads.encoded(image, service.metadata(job, index), *how), body.output_format)
-    return {"url": f"{str(http.base_url).rstrip('/')}/v1/images/files/{name}", **alternative(body, job, index)}
+        return {"b64_json": service.base64(job, index, image, *encoding), **revised_prompt(body, job, index)}
+    name = service.files.add(uploads.encode_image(image, service.metadata(job, index), *encoding), body.output_format)
+    return {"url": f"{str(http.base_url).rstrip('/')}/v1/images/files/{name}", **revised_prompt(body, job, index)}
 
 
-def alternative(body: Shared, job: Job, index: int) -> dict[str, str]:
-    """Which of a matrix's prompts an image shows."""
+def revised_prompt(body: Shared, job: Job, index: int) -> dict[str, str]:
+    """The prompt of an image drawn with `matrix`."""
     return {"revised_prompt": job.prompts[index]} if body.matrix else {}
 
 
 def event(
-    service: Service, body: Shared, kind: str, described: dict[str, str], job: Job | None = None, index: int = 0,
+    service: Service, body: Shared, kind: str, common: dict[str, str], job: Job | None = None, index: int = 0,
     image: np.ndarray | None = None, preview: int | None = None, error: BaseException | None = None,
 ) -> str:  # fmt: skip
     """One server-sent event: a partial image, a finished one, or an error."""
@@ -290,16 +299,16 @@ def event(
         "type": name,
         "b64_json": service.base64(job, index, image, body.output_format, body.output_compression),
         "created_at": int(time.time()),
-        "image_index": index,  # this server's own, as it streams several images
-        "seed": job.seeds[index],  # as well
-        **alternative(body, job, index),
-        **described,
+        "image_index": index,  # not in OpenAI's API, which streams one image
+        "seed": job.seeds[index],  # likewise
+        **revised_prompt(body, job, index),
+        **common,
     }
     data |= {"usage": usage(job, 1)} if preview is None else {"partial_image_index": preview}
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
 def usage(job: Job, count: int) -> dict[str, Any]:
-    """What OpenAI bills; here nothing is counted but images, so that clients that read it find numbers."""
+    """The usage that OpenAI bills, for clients that read it; the only count here is that of images."""
     details = {"image_tokens": 0, "text_tokens": 0}
     return {"input_tokens": 0, "input_tokens_details": details, "output_tokens": count, "total_tokens": count}

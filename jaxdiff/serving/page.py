@@ -1,4 +1,4 @@
-"""The page: a few files that ask the server's own APIs, and what they are told of the model."""
+"""The web page: a few files that call the server's own APIs, and the description of the model that they read."""
 
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,14 @@ def router(service: Service) -> APIRouter:
         add(f"/page/{name}", name, kind)
 
     @routes.get("/page/page.json")
-    def can() -> dict[str, Any]:
+    def page_data() -> dict[str, Any]:
         return capabilities(service)
 
     return routes
 
 
 def capabilities(service: Service) -> dict[str, Any]:
-    """What the model and the server can do, so that the page offers that alone."""
+    """What the model and the server support, so that the page offers only that."""
     engine = service.engine
     model = engine.model
     return {

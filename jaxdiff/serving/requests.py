@@ -1,4 +1,4 @@
-"""What a client asks for, what it may ask for, and how it is refused."""
+"""Requests of clients, their limits, and the errors that refuse them."""
 
 import concurrent.futures
 import dataclasses
@@ -13,7 +13,7 @@ from jaxdiff.errors import JaxdiffError
 
 
 class QueueFull(JaxdiffError):
-    """Too many images wait already."""
+    """Too many images are waiting."""
 
     def __init__(self, seconds: int):
         super().__init__(f"Too many images are waiting: try again in {seconds} s.")
@@ -21,7 +21,7 @@ class QueueFull(JaxdiffError):
 
 
 class TooVaried(JaxdiffError):
-    """Too many programs have been compiled lately for one more."""
+    """Too many programs were compiled lately to add another."""
 
     def __init__(self, seconds: int):
         super().__init__(
@@ -32,7 +32,7 @@ class TooVaried(JaxdiffError):
 
 
 class Stopping(JaxdiffError):
-    """The server is stopping, and only finishes images that it has begun."""
+    """The server is stopping, and only finishes the images in progress."""
 
     def __init__(self) -> None:
         super().__init__("The server is stopping: try again later, or use another server.")
@@ -49,7 +49,7 @@ class Cancelled(JaxdiffError):
 class Limits:
     """What one request may ask for."""
 
-    sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels; others would each be compiled for
+    sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels; each other size would be compiled separately
     steps: int = 150
     images: int = 10
     prompt: int = 4000  # characters
@@ -79,7 +79,7 @@ class DrawRequest:
     clip_skip: int = 0
     variation_seed: int | None = None
     variation_strength: float = 0.0
-    image: np.ndarray | None = None  # uint8 [H, W, 3] at the size drawn, as the next ones
+    image: np.ndarray | None = None  # uint8 [H, W, 3] at the size drawn, as are the mask and the control images
     strength: float | None = None
     mask: np.ndarray | None = None  # bool [H, W], true where the image is redrawn
     control_images: tuple[np.ndarray, ...] = ()
@@ -100,7 +100,7 @@ class EnlargeRequest:
     n: int = 1
 
 
-Preview = Callable[[int, float, np.ndarray], None]  # number of the image, part of its steps taken, uint8 [H, W, 3]
+Preview = Callable[[int, float, np.ndarray], None]  # index of the image, fraction of its steps taken, uint8 [H, W, 3]
 
 
 class Job:
@@ -115,25 +115,30 @@ class Job:
         previews: int = 0,
         on_preview: Preview | None = None,
     ) -> None:
-        self.request, self.prompts, self.seeds, self.owner = request, prompts, seeds, owner  # one of each an image
+        self.request, self.prompts, self.seeds, self.owner = (
+            request,
+            prompts,
+            seeds,
+            owner,
+        )  # prompts and seeds: one an image
         self.future: concurrent.futures.Future[list[np.ndarray]] = concurrent.futures.Future()
-        self.future.set_running_or_notify_cancel()  # from now on `end` alone ends it
+        self.future.set_running_or_notify_cancel()  # from now on only `end` ends it
         self.images: list[np.ndarray | None] = [None] * len(seeds)
-        self.fractions = [0.0] * len(seeds)  # of the steps of each image that are taken
-        self.begun = False
+        self.fractions = [0.0] * len(seeds)  # fraction of the steps taken, by image
+        self.started = False
         self.since = time.monotonic()
-        self.watched = False  # whether the next preview is wanted as `preview`
+        self.watched = False  # whether the next preview is to be stored as `preview`
         self.preview: np.ndarray | None = None
         self.previews, self._sent, self._on_preview = previews, [0] * len(seeds), on_preview
         self._lock = threading.Lock()
 
     @property
     def fraction(self) -> float:
-        """How much of it is drawn, from 0 to 1."""
+        """The fraction of its steps that are taken, from 0 to 1."""
         return sum(self.fractions) / len(self.fractions)
 
     def end(self, error: BaseException | None = None) -> None:
-        """Give the images, or an error, to whoever waits; the first one counts."""
+        """Complete the future with the images or an error; later calls have no effect."""
         with self._lock:
             if self.future.done():
                 return

@@ -1,4 +1,4 @@
-"""Images in and out of requests: read as training reads them, with smaller bounds."""
+"""Images in and out of requests: read as in training, with lower limits."""
 
 import base64
 import binascii
@@ -18,16 +18,16 @@ from jaxdiff.io.images import CHUNK, extend, fit, png_text
 
 PIXELS = 4096 * 4096  # of an uploaded image
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-COMPRESSION = 3  # of PNGs, 0 to 9: files grow by 3 % and are written in two thirds of the time of zlib's own 6
-_decoding = threading.Semaphore(2)  # images that are large while they are decoded
+COMPRESSION = 3  # of PNGs, 0 to 9: 3 % larger files than zlib's default 6, in two thirds of the time
+_decoding = threading.Semaphore(2)  # limits the memory of images being decoded
 
 
-def opened(name: str, data: bytes, pixels: int = PIXELS) -> Image.Image:
+def open_upload(name: str, data: bytes, pixels: int = PIXELS) -> Image.Image:
     """An uploaded file as RGB or RGBA. Raises ArgumentError, named after the parameter it came in."""
     try:
         with _decoding:
             return open_image(data, max_pixels=min(pixels, MAX_PIXELS))
-    except Exception as e:  # damage shows as errors of many kinds
+    except Exception as e:  # a damaged file makes Pillow raise almost anything
         reason = str(e) if type(e).__module__.startswith("jaxdiff") else "it is damaged, or no image"
         raise ArgumentError(name, f"cannot be read ({reason}): send a PNG, JPEG or WebP.") from None
 
@@ -47,7 +47,7 @@ def as_image(image: Image.Image, width: int, height: int, background: tuple[int,
     return fit(np.array(on_background(image, background)), height, width)
 
 
-def outpainted(
+def outpaint(
     name: str, image: Image.Image, margins: tuple[int, int, int, int], pixels: int = PIXELS
 ) -> tuple[np.ndarray, np.ndarray]:
     """An image on a larger canvas and the mask of what is drawn there, as `extend` has them. Raises ArgumentError."""
@@ -70,15 +70,15 @@ def edges(name: str, image: np.ndarray, *thresholds: float) -> np.ndarray:
 
 
 def transparency(name: str, image: Image.Image, width: int, height: int) -> np.ndarray:
-    """Bool [H, W] at the size drawn, true where it is transparent. Raises ArgumentError if it is nowhere."""
+    """Bool [H, W] at the size drawn, true where it is transparent. Raises ArgumentError if no pixel is."""
     if image.mode == "RGBA":
-        clear = 255 - np.array(image.getchannel("A"))
-        if clear.any():
-            return fit(np.repeat(clear[..., None], 3, -1), height, width)[..., 0] >= 128
+        transparent = 255 - np.array(image.getchannel("A"))
+        if transparent.any():
+            return fit(np.repeat(transparent[..., None], 3, -1), height, width)[..., 0] >= 128
     raise ArgumentError(name, "is nowhere transparent: make transparent what is to be redrawn.")
 
 
-def encoded(image: np.ndarray, metadata: Mapping[str, Any], format: str = "png", quality: int = 95) -> bytes:
+def encode_image(image: np.ndarray, metadata: Mapping[str, Any], format: str = "png", quality: int = 95) -> bytes:
     """An image uint8 [H, W, 3] as a file; a PNG holds the flags that draw it again, as `write_png` has it."""
     file = io.BytesIO()
     options: dict[str, Any] = {"quality": quality}
@@ -90,11 +90,11 @@ def encoded(image: np.ndarray, metadata: Mapping[str, Any], format: str = "png",
 
 def infotext(data: bytes) -> tuple[str, dict[str, Any]]:
     """What a PNG says about how it was drawn: as people read it, and as flags (none if it says nothing)."""
-    opened("image", data)
+    open_upload("image", data)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        text, kept = image.info.get("parameters", ""), image.info.get(CHUNK, "{}")
+        text, flags_text = image.info.get("parameters", ""), image.info.get(CHUNK, "{}")
     try:
-        flags = json.loads(kept)
+        flags = json.loads(flags_text)
     except (ValueError, TypeError, RecursionError):
         flags = {}
     return str(text), flags if isinstance(flags, dict) else {}

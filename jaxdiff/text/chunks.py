@@ -73,9 +73,9 @@ def tokens(
         ArgumentError (a ValueError): `prompts_2` does not match `prompts`, or the model has no second encoder; `chunks`
             is out of range, or given for a transformer family.
     """
-    for name, given in (("prompts", prompts), ("prompts_2", prompts_2 or ())):
-        if isinstance(given, str) or not all(p is None or isinstance(p, str) for p in given):
-            raise TypeError(f"{name} must be a list of strings, not {given!r}.")
+    for name, values in (("prompts", prompts), ("prompts_2", prompts_2 or ())):
+        if isinstance(values, str) or not all(p is None or isinstance(p, str) for p in values):
+            raise TypeError(f"{name} must be a list of strings, not {values!r}.")
     if prompts_2 is not None and len(prompts_2) != len(prompts):
         raise ArgumentError("prompts_2", f"holds {len(prompts_2)} for {len(prompts)} prompts: give one a prompt.")
     if model.tokenizer_2 is None and any(p is not None for p in prompts_2 or ()):
@@ -86,47 +86,48 @@ def tokens(
         return _plain_tokens(model, prompts, prompts_2 or prompts)
     if chunks is not None and not 1 <= chunks <= MAX_CHUNKS:
         raise ArgumentError("chunks", f"{chunks} must be 1 to {MAX_CHUNKS}.")
-    second = prompts if prompts_2 is None else [a if b is None else b for a, b in zip(prompts, prompts_2, strict=True)]
+    texts_2 = prompts if prompts_2 is None else [a if b is None else b for a, b in zip(prompts, prompts_2, strict=True)]
     tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
-    split = [
+    # SDXL's refiner has one tokenizer, which reads `prompts`.
+    chunked = [
         [_chunks(tokenizer, prompt or "", emphasis, chunks or MAX_CHUNKS) for prompt in texts]
-        for tokenizer, texts in zip(tokenizers, (prompts, second), strict=False)  # the refiner's only one reads prompts
+        for tokenizer, texts in zip(tokenizers, (prompts, texts_2), strict=False)
     ]
-    own = np.array([[len(parts) for parts in rows] for rows in split]).max(0)  # [B]
-    count = chunks or int(own.max(initial=1))
-    (ids, weights), *rest = [_arrays(t, rows, count) for t, rows in zip(tokenizers, split, strict=True)]
-    ids_2, weights_2 = rest[0] if rest else (None, None)
-    force = model.tokenizer_2 is not None and model.options.force_zeros_for_empty_prompt
-    zeros = np.array([p is None for p in prompts], bool) if force else None
-    filled = np.arange(count) < own[:, None]  # [B, K]
-    mask = None if count == 1 else filled.repeat(ids.shape[1] // count, axis=1).astype(np.float32)
+    num_chunks = np.array([[len(parts) for parts in rows] for rows in chunked]).max(0)  # [B]
+    count = chunks or int(num_chunks.max(initial=1))
+    (ids, weights), *others = [_to_arrays(t, rows, count) for t, rows in zip(tokenizers, chunked, strict=True)]
+    ids_2, weights_2 = others[0] if others else (None, None)
+    force_zeros = model.tokenizer_2 is not None and model.options.force_zeros_for_empty_prompt
+    zeros = np.array([p is None for p in prompts], bool) if force_zeros else None
+    in_use = np.arange(count) < num_chunks[:, None]  # [B, K]
+    mask = None if count == 1 else in_use.repeat(ids.shape[1] // count, axis=1).astype(np.float32)
     return Tokens(ids, weights, ids_2, weights_2, zeros, mask)
 
 
-def _plain_tokens(model: HasTokenizers, prompts: Sequence[str | None], second: Sequence[str | None]) -> Tokens:
+def _plain_tokens(model: HasTokenizers, prompts: Sequence[str | None], prompts_2: Sequence[str | None]) -> Tokens:
     """Tokens for the transformer families: one row a prompt from each tokenizer, truncated with a warning."""
     texts = [p or "" for p in prompts]
-    seconds = [text if p is None else p for text, p in zip(texts, second, strict=True)]
+    texts_2 = [text if p is None else p for text, p in zip(texts, prompts_2, strict=True)]
 
-    def read(tokenizer: Any, given: list[str]) -> tuple[Any, Any]:
+    def encode(tokenizer: Any, batch: list[str]) -> tuple[Any, Any]:
         """Ids, and a padding mask if the text encoder takes one."""
         if isinstance(tokenizer, PlainTokenizer):
-            return tokenizer(given)
-        return None if tokenizer is None else tokenizer(given), None
+            return tokenizer(batch)
+        return None if tokenizer is None else tokenizer(batch), None
 
-    ids, mask = read(model.tokenizer, texts)
-    ids_2, ids_3 = read(model.tokenizer_2, seconds)[0], read(model.tokenizer_3, texts)[0]
+    ids, mask = encode(model.tokenizer, texts)
+    ids_2, ids_3 = encode(model.tokenizer_2, texts_2)[0], encode(model.tokenizer_3, texts)[0]
     return Tokens(ids, ids_2=ids_2, attention_mask=mask, ids_3=ids_3)
 
 
 def with_weights(tokens: Tokens) -> Tokens:
     """The tokens with weights of 1 if they have none, so that prompts with and without emphasis share one program."""
 
-    def filled(ids: Array, weights: Array | None) -> Array:
+    def or_ones(ids: Array, weights: Array | None) -> Array:
         return np.ones(ids.shape, np.float32) if weights is None else weights
 
-    second = None if tokens.ids_2 is None else filled(tokens.ids_2, tokens.weights_2)
-    return tokens._replace(weights=filled(tokens.ids, tokens.weights), weights_2=second)
+    weights_2 = None if tokens.ids_2 is None else or_ones(tokens.ids_2, tokens.weights_2)
+    return tokens._replace(weights=or_ones(tokens.ids, tokens.weights), weights_2=weights_2)
 
 
 Chunk = list[tuple[int, float]]  # (token id, weight), without start and end
@@ -142,43 +143,43 @@ def _chunks(tokenizer: Tokenizer, prompt: str, emphasis: bool, limit: int) -> li
     pieces = parse_emphasis(prompt) if emphasis else [Piece(prompt)]
     encoded = iter(tokenizer.encode_words([p.text for p in pieces if p.text is not None]))
     (comma,) = tokenizer.encode([","])
-    done: list[Chunk] = []
+    finished: list[Chunk] = []
     chunk: Chunk = []
     for text, weight in pieces:
         if text is None:
-            done.append(chunk)
+            finished.append(chunk)
             chunk = []
             continue
-        for word in itertools.chain.from_iterable(map(_fitting, next(encoded), itertools.repeat(size))):
+        for word in itertools.chain.from_iterable(map(_split_word, next(encoded), itertools.repeat(size))):
             if len(chunk) == size:
-                hard = word == comma or len(done) == limit - 1
-                cut = size if hard else _cut(chunk, comma)
-                done.append(chunk[:cut])
+                keep_all = word == comma or len(finished) == limit - 1
+                cut = size if keep_all else _split_point(chunk, comma)
+                finished.append(chunk[:cut])
                 chunk = chunk[cut:]
             if len(chunk) + len(word) > size:
-                done.append(chunk)
+                finished.append(chunk)
                 chunk = []
             chunk += [(token, weight) for token in word]
-    if chunk or not done:
-        done.append(chunk)
-    if len(done) > limit:
-        left = tokenizer.decode([token for chunk in done[limit:] for token, _ in chunk])
-        _warn_cut(prompt, len(done), limit, left)
-    return done[:limit]
+    if chunk or not finished:
+        finished.append(chunk)
+    if len(finished) > limit:
+        left_out = tokenizer.decode([token for chunk in finished[limit:] for token, _ in chunk])
+        _warn_cut(prompt, len(finished), limit, left_out)
+    return finished[:limit]
 
 
-def _fitting(word: list[int], size: int) -> list[list[int]]:
+def _split_word(word: list[int], size: int) -> list[list[int]]:
     """A token's vectors in one piece, or in several if a chunk cannot hold them all."""
     return [word[i : i + size] for i in range(0, len(word), size)]
 
 
-def _cut(chunk: Chunk, comma: list[int]) -> int:
+def _split_point(chunk: Chunk, comma: list[int]) -> int:
     """How many tokens of a full chunk to keep: up to the last comma among its last BACKTRACK tokens, else all."""
-    near = range(len(chunk) - 1, max(len(chunk) - BACKTRACK, 0) - 1, -1)
-    return next((i + 1 for i in near if [chunk[i][0]] == comma), len(chunk))
+    candidates = range(len(chunk) - 1, max(len(chunk) - BACKTRACK, 0) - 1, -1)
+    return next((i + 1 for i in candidates if [chunk[i][0]] == comma), len(chunk))
 
 
-def _arrays(tokenizer: Tokenizer, prompts: list[list[Chunk]], count: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _to_arrays(tokenizer: Tokenizer, prompts: list[list[Chunk]], count: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Ids and weights [B, K L] of B prompts; prompts with fewer chunks are padded with empty ones."""
     length = tokenizer.max_length
     ids = np.full((len(prompts), count, length), tokenizer.pad_id, np.int32)
@@ -195,11 +196,11 @@ def _arrays(tokenizer: Tokenizer, prompts: list[list[Chunk]], count: int) -> tup
 
 
 @functools.lru_cache(maxsize=4096)
-def _warn_cut(prompt: str, chunks: int, limit: int, left: str) -> None:
+def _warn_cut(prompt: str, chunks: int, limit: int, left_out: str) -> None:
     logging.warning(
         "The prompt %.60r… fills %d chunks; the text after the first %d is left out: %s",
         prompt,
         chunks,
         limit,
-        left if len(left) <= 200 else f"{left[:100]} … {left[-99:]}",
+        left_out if len(left_out) <= 200 else f"{left_out[:100]} … {left_out[-99:]}",
     )

@@ -41,7 +41,7 @@ def parse_emphasis(prompt: str) -> list[Piece]:
     """
     texts: list[str | None] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # index of the first text inside each bracket still open
-    scaled: list[tuple[int, int | None, float]] = []  # texts from, to, factor
+    spans: list[tuple[int, int | None, float]] = []  # texts from, to, factor
 
     def add(text: str) -> None:
         for i, part in enumerate(_BREAK.split(text)):
@@ -55,20 +55,20 @@ def parse_emphasis(prompt: str) -> list[Piece]:
             opened[mark].append(len(texts))
         elif mark[0] in ":)" and opened["("]:
             factor = min(float(match[1]), MAX_WEIGHT) if match[1] else _STEP
-            scaled.append((opened["("].pop(), len(texts), factor))
+            spans.append((opened["("].pop(), len(texts), factor))
         elif mark == "]" and opened["["]:
-            scaled.append((opened["["].pop(), len(texts), 1 / _STEP))
+            spans.append((opened["["].pop(), len(texts), 1 / _STEP))
         else:
             texts.append(mark[1:] if mark[0] == "\\" else mark)
     add(prompt[position:])
-    scaled += [(start, None, _STEP if mark == "(" else 1 / _STEP) for mark in opened for start in opened[mark]]
+    spans += [(start, None, _STEP if mark == "(" else 1 / _STEP) for mark in opened for start in opened[mark]]
     weights = np.ones(len(texts))
-    for start, end, factor in scaled:
+    for start, end, factor in spans:
         weights[start:end] = np.clip(factor * weights[start:end], -MAX_WEIGHT, MAX_WEIGHT)
-    return _merged([Piece(*pair) for pair in zip(texts, weights.tolist(), strict=True)])
+    return _merge_neighbours([Piece(*pair) for pair in zip(texts, weights.tolist(), strict=True)])
 
 
-def _merged(pieces: list[Piece]) -> list[Piece]:
+def _merge_neighbours(pieces: list[Piece]) -> list[Piece]:
     """Merge neighbours of equal weight, so that a word is not tokenized in parts, and drop empty ones."""
     merged: list[Piece] = []
     for text, weight in pieces:
@@ -102,6 +102,6 @@ def apply_emphasis(states: Array, weights: Array | None, length: int) -> Array:
     after = before * weights
     old, new = (jnp.mean(x, (-2, -1), keepdims=True) for x in (before, after))
     # Exactly 1 without emphasis, even if the compiler sums the two means in different orders.
-    kept = (new == 0) | (weights == 1).all(-2, keepdims=True)
-    ratio = jnp.where(kept, 1, old / jnp.where(new == 0, 1, new))
+    unchanged = (new == 0) | (weights == 1).all(-2, keepdims=True)
+    ratio = jnp.where(unchanged, 1, old / jnp.where(new == 0, 1, new))
     return (after * ratio).reshape(states.shape).astype(states.dtype)

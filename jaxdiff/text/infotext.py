@@ -36,9 +36,9 @@ SCHEDULERS = {  # the web UI's "schedule type" -> (its label, our spacing)
 }
 NEGATIVE = "Negative prompt:"
 _SETTING = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
-FEWEST = 3  # settings: a last line with fewer belongs to the prompt, as in the web UI
+MIN_SETTINGS = 3  # settings: a last line with fewer belongs to the prompt, as in the web UI
 # Settings that do not affect the image, in lower case.
-_SILENT = re.compile(r"version|.*hash(es)?|user|created at|script|schedule type|hires (upscale|upscaler|steps)")
+_IGNORED = re.compile(r"version|.*hash(es)?|user|created at|script|schedule type|hires (upscale|upscaler|steps)")
 
 
 def sampler_of(name: str | None, spacing: str | None = None) -> tuple[str | None, str | None]:
@@ -65,11 +65,11 @@ def sampler_of(name: str | None, spacing: str | None = None) -> tuple[str | None
 
 def spacing_of(name: str) -> str | None:
     """Our spacing for a schedule type of the web UI. Raises ArgumentError."""
-    found = {label.lower(): value for label, value in SCHEDULERS.values()}
-    found |= {key: value for key, (_, value) in SCHEDULERS.items()}
-    if name.lower() not in found:
+    spacings = {label.lower(): value for label, value in SCHEDULERS.values()}
+    spacings |= {key: value for key, (_, value) in SCHEDULERS.items()}
+    if name.lower() not in spacings:
         raise ArgumentError("scheduler", f"{name!r} is unknown; known are {', '.join(SCHEDULERS)}.")
-    return found[name.lower()]
+    return spacings[name.lower()]
 
 
 def read_infotext(text: str) -> tuple[dict[str, Any], list[str]]:
@@ -82,29 +82,29 @@ def read_infotext(text: str) -> tuple[dict[str, Any], list[str]]:
     """  # noqa: E501
     *lines, last = text.strip().split("\n")
     settings = {name.strip().lower(): (name.strip(), value.strip()) for name, value in _SETTING.findall(last)}
-    if len(settings) < FEWEST:
+    if len(settings) < MIN_SETTINGS:
         return {}, []
-    negative = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
-    flags: dict[str, Any] = {"prompt": ["\n".join(lines[:negative]).strip()]}
-    if without := "\n".join(lines[negative:]).removeprefix(NEGATIVE).strip():
-        flags["negative_prompt"] = without
-    others = []
+    negative_start = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
+    flags: dict[str, Any] = {"prompt": ["\n".join(lines[:negative_start]).strip()]}
+    if negative_prompt := "\n".join(lines[negative_start:]).removeprefix(NEGATIVE).strip():
+        flags["negative_prompt"] = negative_prompt
+    unsupported = []
     for key, (name, value) in settings.items():
         try:
-            found = _flags(key, value, settings)
+            setting_flags = _setting_flags(key, value, settings)
         except (ArgumentError, ValueError):
-            found = None
-        if found is not None:
-            flags |= found
-        elif not _SILENT.fullmatch(key):
-            others.append(f"{name}: {value}")
-    return flags, others
+            setting_flags = None
+        if setting_flags is not None:
+            flags |= setting_flags
+        elif not _IGNORED.fullmatch(key):
+            unsupported.append(f"{name}: {value}")
+    return flags, unsupported
 
 
-def _flags(key: str, value: str, settings: Mapping[str, tuple[str, str]]) -> dict[str, Any] | None:
+def _setting_flags(key: str, value: str, settings: Mapping[str, tuple[str, str]]) -> dict[str, Any] | None:
     """The flags for one setting; None if it has none. Raises ValueError or ArgumentError for an unknown value."""
-    twice = re.fullmatch(r"\d{1,2}(\.\d+)?", settings.get("hires upscale", ("", "1"))[1])
-    hires = float(twice[0]) if twice else 1.0
+    upscale = re.fullmatch(r"\d{1,2}(\.\d+)?", settings.get("hires upscale", ("", "1"))[1])
+    hires = float(upscale[0]) if upscale else 1.0
     if key == "steps":
         return {"steps": int(value)}
     if key == "sampler":

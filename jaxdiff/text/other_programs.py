@@ -62,18 +62,18 @@ def split_tags(prompt: str) -> tuple[str, list[LoraTag]]:
     ('a cat , big <hypernet:x:1>', [LoraTag(name='detail', text_encoder=0.7, unet=0.7)])
     """
     tags = [match for match in _TAG.finditer(prompt) if match[1].lower() != HYPERNET]
-    return _TAG.sub(lambda m: m[0] if m[1].lower() == HYPERNET else "", prompt), list(map(_lora, tags))
+    return _TAG.sub(lambda m: m[0] if m[1].lower() == HYPERNET else "", prompt), list(map(_parse_lora, tags))
 
 
-def _lora(tag: re.Match) -> LoraTag:
-    given = tag[3].split(":")[1:]
-    named = {key: value for key, equals, value in (w.partition("=") for w in given) if equals}
-    plain = [w for w in given if "=" not in w]
-    text_encoder = named.get("te", plain[0] if plain else "1")
-    unet = named.get("unet", plain[1] if len(plain) > 1 else text_encoder)
+def _parse_lora(tag: re.Match) -> LoraTag:
+    values = tag[3].split(":")[1:]
+    keywords = {key: value for key, equals, value in (w.partition("=") for w in values) if equals}
+    positional = [w for w in values if "=" not in w]
+    text_encoder = keywords.get("te", positional[0] if positional else "1")
+    unet = keywords.get("unet", positional[1] if len(positional) > 1 else text_encoder)
     if (
-        len(plain) > 2
-        or set(named) - {"te", "unet"}
+        len(positional) > 2
+        or set(keywords) - {"te", "unet"}
         or not (_WEIGHT.fullmatch(text_encoder) and _WEIGHT.fullmatch(unet))
     ):
         raise PromptError(f"{tag[0]} has weights that cannot be read: write <{tag[1]}:{tag[2]}:0.8>.")
@@ -84,12 +84,12 @@ def _lora(tag: re.Match) -> LoraTag:
 def only_words(prompt: str) -> str:
     """A prompt without tags; warns, once a prompt, of tags and of operators that only other programs know."""
     for tag in _TAG.finditer(prompt):
-        mend = (
+        reason = (
             "hypernetworks are not supported"
             if tag[1].lower() == HYPERNET
             else "sample.py applies it if it is in --prompt and --lora_dir is given"
         )
-        logging.warning("The prompt %.60r has %s, which is left out: %s.", prompt, tag[0], mend)
+        logging.warning("The prompt %.60r has %s, which is left out: %s.", prompt, tag[0], reason)
     text = _TAG.sub("", prompt)
     _warn(prompt, text, _OPERATORS)
     _warn(prompt, "".join(part for part in parse_schedule(text) if isinstance(part, str)), _EDITING)
@@ -98,13 +98,13 @@ def only_words(prompt: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def read_as_it_is(prompt: str) -> str:
-    """`only_words` for a model without emphasis and editing by step, which are named too."""
+    """`only_words` for a model without emphasis and editing by step; warns of these too."""
     text = only_words(prompt)
     _warn(prompt, text, _NOT_OF_TRANSFORMERS)
     return text
 
 
 def _warn(prompt: str, text: str, patterns: dict[str, str]) -> None:
-    for pattern, what in patterns.items():
+    for pattern, explanation in patterns.items():
         if match := re.search(pattern, text):
-            logging.warning("The prompt %.60r has %r, drawn as words: %s.", prompt, match[0].strip(), what)
+            logging.warning("The prompt %.60r has %r, drawn as words: %s.", prompt, match[0].strip(), explanation)

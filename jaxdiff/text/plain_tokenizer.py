@@ -47,7 +47,7 @@ class PlainTokenizer:
         return cls(files, max_length, thinking)
 
     def save(self, folder: str | Path) -> None:
-        """Write the files into `folder`, which is made if missing."""
+        """Write the files into `folder`, created if missing."""
         write_files(Path(folder), self.files, FILES)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -66,7 +66,7 @@ class PlainTokenizer:
         mask = np.asarray(rows["attention_mask"], np.float32)
         for prompt, text, row in zip(prompts, texts, mask, strict=True):
             if row.all() and len(self._opened(text)["input_ids"]) > self.max_length:
-                _warn_cut(prompt, self.max_length)
+                _warn_truncated(prompt, self.max_length)
         return np.asarray(rows["input_ids"], np.int32), mask
 
     def _chat(self, prompt: str) -> str:
@@ -77,5 +77,5 @@ class PlainTokenizer:
 
 
 @functools.lru_cache(maxsize=4096)
-def _warn_cut(prompt: str, length: int) -> None:
+def _warn_truncated(prompt: str, length: int) -> None:
     logging.warning("The text encoder reads %d tokens; the end of the prompt %.60r… is left out.", length, prompt)

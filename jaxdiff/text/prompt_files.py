@@ -14,18 +14,19 @@ class PromptError(JaxdiffError, ValueError):
     """A prompt, or a file of prompts, styles or wildcards, that cannot be used."""
 
 
-JSON = (".jsonl", ".ndjson", ".json")  # in any letter case
-TABLES = (".csv", ".tsv", ".xlsx", ".yaml", ".yml", ".toml")  # whose lines are no prompts
-
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")  # in any letter case
+OTHER_SUFFIXES = (".csv", ".tsv", ".xlsx", ".yaml", ".yml", ".toml")  # whose lines are no prompts
 
 # Flags in a line, as in kohya's scripts and the AUTOMATIC1111 web UI -> our name for each.
-OWN = {"n": "negative_prompt", "negative_prompt": "negative_prompt", "d": "seed", "seed": "seed", "prompt": "prompt"}
-FOR_ALL = {  # flags that cannot differ by line -> our flag that sets it for all lines
+LINE_FLAGS = {
+    "n": "negative_prompt", "negative_prompt": "negative_prompt", "d": "seed", "seed": "seed", "prompt": "prompt",
+}  # fmt: skip
+GLOBAL_FLAGS = {  # flags that cannot differ by line -> our flag that sets it for all lines
     "w": "width", "width": "width", "h": "height", "height": "height", "s": "steps", "steps": "steps",
     "l": "guidance_scale", "cfg_scale": "guidance_scale", "g": "guidance_scale", "sampler_name": "scheduler",
     "ss": "scheduler", "batch_size": "num_images", "n_iter": "num_images",
 }  # fmt: skip
-_SAYS = re.compile(rf"(?:^|(?<=\s))--({'|'.join([*OWN, *FOR_ALL])})(?=\s|$)")
+_FLAG = re.compile(rf"(?:^|(?<=\s))--({'|'.join([*LINE_FLAGS, *GLOBAL_FLAGS])})(?=\s|$)")
 
 
 class PromptLine(NamedTuple):
@@ -48,16 +49,16 @@ def read_prompts(path: str | Path) -> list[PromptLine]:
             of this form. The message names the file and the line.
     """
     path = Path(path)
-    if path.suffix.lower() in TABLES:
+    if path.suffix.lower() in OTHER_SUFFIXES:
         raise PromptError(f"{path} is of a kind whose lines are no prompts: write one a line as .txt, or .jsonl.")
-    read = _from_json if path.suffix.lower() in JSON else _from_text
+    parse = _parse_json if path.suffix.lower() in JSON_SUFFIXES else _parse_text
     prompts = []
     for number, line in enumerate(read_lines(path, "prompts file"), 1):
         if not line:
             raise PromptError(f"Line {number} of {path} is empty: write a prompt there, or delete the line.")
         if not line.startswith("#"):
             try:
-                prompts.append(read(line))
+                prompts.append(parse(line))
             except ValueError as e:
                 raise PromptError(f"Line {number} of {path} {e}.") from None
     if not prompts:
@@ -65,51 +66,51 @@ def read_prompts(path: str | Path) -> list[PromptLine]:
     return prompts
 
 
-def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a UTF-8 file, stripped, without the empty ones at its end; `what` names the file in errors."""
+def read_lines(path: Path, kind: str) -> list[str]:
+    """The lines of a UTF-8 file, stripped, without the empty ones at its end; `kind` names the file in errors."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise PromptError(f"The {what} {path} does not exist.") from None
+        raise PromptError(f"The {kind} {path} does not exist.") from None
     except UnicodeDecodeError as e:
-        raise PromptError(f"The {what} {path} is not UTF-8 text (byte {e.start}): save it as UTF-8.") from None
+        raise PromptError(f"The {kind} {path} is not UTF-8 text (byte {e.start}): save it as UTF-8.") from None
     except (OSError, ValueError) as e:
-        raise PromptError(f"The {what} {path} cannot be read ({e}).") from None
+        raise PromptError(f"The {kind} {path} cannot be read ({e}).") from None
     if (reason := not_fetched(text[:200].encode())) is not None:
-        raise PromptError(f"The {what} {path} {reason}")
+        raise PromptError(f"The {kind} {path} {reason}")
     return [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
 
 
-def _from_text(line: str) -> PromptLine:
-    """One line of a text file; raises ValueError with the rest of a sentence that begins with the line."""
+def _parse_text(line: str) -> PromptLine:
+    """One line of a text file; raises ValueError whose message continues "Line 3 of prompts.txt …"."""
     if re.match(r'\{\s*"\w+"\s*:', line):
         raise ValueError("is JSON: name the file .jsonl")
-    before, *said = _SAYS.split(line)
-    pairs = zip(said[::2], said[1::2], strict=True)
-    values = {"prompt": before.strip()} if before.strip() else {}
+    text, *parts = _FLAG.split(line)
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    values = {"prompt": text.strip()} if text.strip() else {}
     for name, value in pairs:
-        if name in FOR_ALL:
+        if name in GLOBAL_FLAGS:
             raise ValueError(
-                f"sets --{name}, which cannot differ by line: give --{FOR_ALL[name]} on the command line instead"
+                f"sets --{name}, which cannot differ by line: give --{GLOBAL_FLAGS[name]} on the command line instead"
             )
-        if OWN[name] in values:
-            raise ValueError(f"gives {OWN[name]} twice")
-        value = value.strip()
-        values[OWN[name]] = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
+        key, value = LINE_FLAGS[name], value.strip()
+        if key in values:
+            raise ValueError(f"gives {key} twice")
+        values[key] = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
     if not values.get("prompt"):
         raise ValueError("holds no prompt")
-    return _checked({**values, "seed": _seed(values["seed"])} if "seed" in values else values)
+    return _to_prompt_line({**values, "seed": _parse_seed(values["seed"])} if "seed" in values else values)
 
 
-def _seed(text: str) -> int | None:
+def _parse_seed(text: str) -> int | None:
     """A seed from text; -1, which means a random seed in other programs, is None."""
     if not re.fullmatch(r"-?\d{1,20}", text):
         raise ValueError(f"has the seed {text!r}, which is not a whole number")
     return None if int(text) == -1 else int(text)
 
 
-def _from_json(line: str) -> PromptLine:
-    """One line of a .jsonl file; raises ValueError like `_from_text`."""
+def _parse_json(line: str) -> PromptLine:
+    """One line of a .jsonl file; raises ValueError like `_parse_text`."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -118,10 +119,10 @@ def _from_json(line: str) -> PromptLine:
         raise ValueError('is not a JSON object with a text under "prompt"')
     if unknown := set(values) - set(PromptLine._fields):
         raise ValueError(f"has the key {min(unknown)!r}; known are {', '.join(PromptLine._fields)}")
-    return _checked(values)
+    return _to_prompt_line(values)
 
 
-def _checked(values: dict[str, Any]) -> PromptLine:
+def _to_prompt_line(values: dict[str, Any]) -> PromptLine:
     if not isinstance(values.get("negative_prompt"), str | None):
         raise ValueError("has a negative_prompt that is not text")
     if type(values.get("seed")) not in (int, type(None)):

@@ -20,7 +20,7 @@ MAX_DEPTH = 20  # of nested brackets; deeper ones are emphasis
 
 _MARKS = re.compile(r"\\.|[()\[\]:|]", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-_MANY = 1e9  # steps: more than any run has
+_MAX_STEP = 1e9  # more steps than any run has
 END = 10**10  # a stage after all switches
 
 
@@ -52,7 +52,7 @@ def parse_schedule(prompt: str) -> Parts:
     >>> parse_schedule("a [red:blue:3] [old] house")
     ('a ', Switch(before=('red',), after=('blue',), when=3.0, is_fraction=False), ' [old] house')
     """
-    stack: list[list] = [[]]  # what each bracket still open holds, itself first; the prompt outermost
+    stack: list[list] = [[]]  # the contents of each open bracket, the bracket first; the prompt outermost
     position = 0
     for match in _MARKS.finditer(prompt):
         stack[-1].append(prompt[position : match.start()])
@@ -60,16 +60,16 @@ def parse_schedule(prompt: str) -> Parts:
         if mark in ("(", "["):
             stack.append([mark])
         elif mark in (")", "]") and stack[-1][:1] == [{")": "(", "]": "["}[mark]]:
-            inside = stack.pop()[1:]
-            place = _place(inside) if mark == "]" and len(stack) <= MAX_DEPTH else None
-            stack[-1] += _joined(["[" if mark == "]" else "(", *inside, mark]) if place is None else [place]
-        elif mark in (")", "]"):  # closes nothing: it and what is open are text
-            stack = [[*_joined(itertools.chain(*stack)), mark]]
+            contents = stack.pop()[1:]
+            edit = _parse_brackets(contents) if mark == "]" and len(stack) <= MAX_DEPTH else None
+            stack[-1] += _join(["[" if mark == "]" else "(", *contents, mark]) if edit is None else [edit]
+        elif mark in (")", "]"):  # unmatched: it and the open brackets are text
+            stack = [[*_join(itertools.chain(*stack)), mark]]
         elif mark in (":", "|"):
             stack[-1].append(_Separator(mark))
-        else:  # an escape; of brackets it is left to emphasis
+        else:  # an escape; escaped brackets are left to `parse_emphasis`
             stack[-1].append(mark[1] if mark[1] in ":|" else mark)
-    parts = _joined([*itertools.chain(*stack), prompt[position:]])
+    parts = _join([*itertools.chain(*stack), prompt[position:]])
     return parts if is_edited(parts) else (prompt,)
 
 
@@ -90,41 +90,37 @@ def text_at(parts: Parts, step: int, steps: int, stage: int = 0) -> str:
             return part
         if isinstance(part, Cycle):
             return text_at(part.texts[step % len(part.texts)], step, steps, stage)
-        last = int((part.when - stage) * steps if part.is_fraction else part.when - stage * steps)
-        return text_at(part.before if step < last else part.after, step, steps, stage)
+        switch_step = int((part.when - stage) * steps if part.is_fraction else part.when - stage * steps)
+        return text_at(part.before if step < switch_step else part.after, step, steps, stage)
 
     return "".join(map(text, parts))
 
 
-def _as_text(part: str | Switch | Cycle) -> str | Switch | Cycle:
-    return str(part) if isinstance(part, _Separator) else part
-
-
-def _joined(parts: Iterable) -> Parts:
+def _join(parts: Iterable) -> Parts:
     """Join neighbouring texts, and drop empty ones."""
-    found: list[str | Switch | Cycle] = []
+    joined: list[str | Switch | Cycle] = []
     for part in parts:
-        if isinstance(part, str) and found and isinstance(found[-1], str):
-            found[-1] = found[-1] + part
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] = joined[-1] + part
         elif part != "":
-            found.append(_as_text(part))
-    return tuple(found)
+            joined.append(str(part) if isinstance(part, _Separator) else part)
+    return tuple(joined)
 
 
-def _place(inside: list) -> Switch | Cycle | None:
+def _parse_brackets(contents: list) -> Switch | Cycle | None:
     """The `Switch` or `Cycle` of square brackets with these contents; None: emphasis."""
-    marks = [part for part in inside if isinstance(part, _Separator)]
+    marks = [part for part in contents if isinstance(part, _Separator)]
     texts: list[list] = [[]]
-    for part in inside:
+    for part in contents:
         if isinstance(part, _Separator):
             texts.append([])
         else:
             texts[-1].append(part)
-    found = [_joined(text) for text in texts]
+    options = [_join(text) for text in texts]
     if marks and set(marks) == {"|"}:
-        return Cycle(tuple(found))
-    when = found[-1][0].strip() if len(found[-1]) == 1 and isinstance(found[-1][0], str) else ""
-    if set(marks) != {":"} or len(found) > 3 or not _NUMBER.fullmatch(when):
+        return Cycle(tuple(options))
+    when = options[-1][0].strip() if len(options[-1]) == 1 and isinstance(options[-1][0], str) else ""
+    if set(marks) != {":"} or len(options) > 3 or not _NUMBER.fullmatch(when):
         return None
-    before = found[0] if len(found) == 3 else ()
-    return Switch(before, found[-2], max(-_MANY, min(float(when), _MANY)), "." in when)
+    before = options[0] if len(options) == 3 else ()
+    return Switch(before, options[-2], max(-_MAX_STEP, min(float(when), _MAX_STEP)), "." in when)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jaxdiff.errors import say_once
 from jaxdiff.text.prompt_files import PromptError, read_lines
 
-NOT_STYLES = 'must be a JSON object of styles, {"name": {"prompt": "…"}}.'
+EXPECTED_FORM = 'must be a JSON object of styles, {"name": {"prompt": "…"}}.'
 STYLES_FILE = Path(__file__).with_name("styles.json")
 
 
@@ -32,18 +32,18 @@ def read_styles(path: str | Path | None = None) -> dict[str, Style]:
     """
     path = STYLES_FILE if path is None else Path(path)
     text = "\n".join(read_lines(path, "styles file"))
-    named = _rows(path, text) if path.suffix.lower() == ".csv" else _entries(path, text)
+    entries = _read_csv(path, text) if path.suffix.lower() == ".csv" else _read_json(path, text)
     styles: dict[str, Style] = {}
-    for name, values in named:
+    for name, values in entries:
         if name in styles:
             raise PromptError(f"The styles file {path} has two styles {name!r}: rename one.")
         styles[name] = _style(path, name, values)
     if not styles:
-        raise PromptError(f"The styles file {path} {NOT_STYLES}")
+        raise PromptError(f"The styles file {path} {EXPECTED_FORM}")
     return styles
 
 
-def _entries(path: Path, text: str) -> list[tuple[str, Any]]:
+def _read_json(path: Path, text: str) -> list[tuple[str, Any]]:
     """Names and values of a JSON file."""
     try:
         values = json.loads(text)
@@ -52,11 +52,11 @@ def _entries(path: Path, text: str) -> list[tuple[str, Any]]:
     if isinstance(values, list) and all(isinstance(v, dict) and isinstance(v.get("name"), str) for v in values):
         return [(v["name"], {key: x for key, x in v.items() if key != "name"}) for v in values]
     if not isinstance(values, dict):
-        raise PromptError(f"The styles file {path} {NOT_STYLES}")
+        raise PromptError(f"The styles file {path} {EXPECTED_FORM}")
     return list(values.items())
 
 
-def _rows(path: Path, text: str) -> list[tuple[str, Any]]:
+def _read_csv(path: Path, text: str) -> list[tuple[str, Any]]:
     """Names and values of a table; other columns are named in a warning."""
     try:
         rows = list(csv.DictReader(io.StringIO(text)))
@@ -65,8 +65,8 @@ def _rows(path: Path, text: str) -> list[tuple[str, Any]]:
     columns = {column for row in rows for column in row if column}
     if not rows or not {"name", "prompt"} <= columns:
         raise PromptError(f"The styles file {path} must be a table with the columns name, prompt and negative_prompt.")
-    if others := sorted(columns - {"name", *Style._fields}):
-        say_once(f"{path}: the column {others[0]} is not used by styles and is ignored.")
+    if unused := sorted(columns - {"name", *Style._fields}):
+        say_once(f"{path}: the column {unused[0]} is not used by styles and is ignored.")
     return [(row["name"], {key: row.get(key) or "" for key in Style._fields}) for row in rows if row["name"]]
 
 
@@ -80,7 +80,7 @@ def _style(path: Path, name: str, values: object) -> Style:
     return Style(**values)
 
 
-def _around(style: str, words: str) -> str:
+def _combine(style: str, words: str) -> str:
     """The user's words with a style's around them."""
     if "{prompt}" in style and words:
         return style.replace("{prompt}", words)
@@ -109,4 +109,4 @@ def apply_style(
     if name not in styles:
         raise PromptError(f"The style {name!r} is unknown; known are {', '.join(sorted(styles))}.")
     style = styles[name]
-    return _around(style.prompt, prompt), _around(style.negative_prompt, negative_prompt or "") or negative_prompt
+    return _combine(style.prompt, prompt), _combine(style.negative_prompt, negative_prompt or "") or negative_prompt

@@ -18,11 +18,11 @@ import numpy as np
 from absl import logging
 
 from jaxdiff.config import ConfigError, read_json
-from jaxdiff.text.tokenizer_backend import Backend, kept_file, of_transformers, read
+from jaxdiff.text.tokenizer_backend import Backend, cache_file, from_transformers, read
 from jaxdiff.text.tokenizer_files import digest_of, open_files, read_files, readable, write_files
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-DEFAULT_LENGTH = 77  # tokens: what every published CLIP text encoder takes
+DEFAULT_LENGTH = 77  # tokens, of every published CLIP text encoder
 
 # Folders saved by transformers 4 hold all four, those saved by transformers 5 the last two.
 _VOCAB, _MERGES, _CONFIG, _JSON = "vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"
@@ -60,7 +60,7 @@ class Tokenizer:
         folder = Path(folder)
         files = read_files(folder, _FILES)
         config = read_json(folder / _CONFIG) if _CONFIG in files else {}
-        _check(folder, files, config)
+        _check_files(folder, files, config)
         length = config.get("model_max_length")
         # transformers writes 1e30 for "not known".
         return cls(files, int(length) if isinstance(length, int | float) and 2 <= length < 1e6 else DEFAULT_LENGTH)
@@ -70,7 +70,7 @@ class Tokenizer:
         write_files(Path(folder), self.files, _FILES)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.files, self.max_length)  # without what is opened lazily
+        return type(self), (self.files, self.max_length)  # the lazily opened tokenizer is not pickled
 
     @functools.cached_property
     def _clip(self) -> Any:
@@ -78,8 +78,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _backend(self) -> Backend:
-        file = self.cache and kept_file(self.cache, self.digest)
-        return (file and read(file)) or of_transformers(self._clip, file)
+        file = self.cache and cache_file(self.cache, self.digest)
+        return (file and read(file)) or from_transformers(self._clip, file)
 
     def with_word(self, word: str, vectors: int = 1) -> Self:
         """The tokenizer with an added word, which becomes `vectors` new ids in a row and matches in any letter case.
@@ -95,14 +95,14 @@ class Tokenizer:
             raise ConfigError(f"{word!r} cannot be a token: give it a visible name, such as '<cat-toy>'.")
         added, groups, first = self._clip.added_tokens_decoder, self._vectors.values(), self.vocab_size
         names = {i: added[i].content for i in sorted(added)}
-        further = {i: names[i] for ids in groups for i in ids[1:]}
-        known = set(self._clip.get_vocab()).difference(further.values())
-        known |= {name.lower() for i, name in names.items() if i not in further}  # which match in any case
+        extra = {i: names[i] for ids in groups for i in ids[1:]}
+        known = set(self._clip.get_vocab()).difference(extra.values())
+        known |= {name.lower() for i, name in names.items() if i not in extra}  # added words match in any case
         if {word, word.lower()} & known:
             raise ConfigError(f"The tokenizer has a token {word!r} already: give another name.")
         names[first] = word
         known.add(word.lower())
-        for i, name in [*further.items(), *((first + i, f"{word}_{i}") for i in range(1, vectors))]:
+        for i, name in [*extra.items(), *((first + i, f"{word}_{i}") for i in range(1, vectors))]:
             while name.lower() in known:
                 name += "_"
             names[i] = name
@@ -110,7 +110,7 @@ class Tokenizer:
         config = json.loads(self.files.get(_CONFIG, b"{}"))
         counts = {ids[0]: len(ids) for ids in groups if ids[-1] - ids[0] == len(ids) - 1} | {first: vectors}
         config[_COUNTS] = config.get(_COUNTS, {}) | {names[i]: count for i, count in counts.items()}
-        config["added_tokens_decoder"] = {str(i): _described(name, added.get(i), word) for i, name in names.items()}
+        config["added_tokens_decoder"] = {str(i): _token_entry(name, added.get(i), word) for i, name in names.items()}
         # With these keys, transformers reads no other file for special tokens.
         config |= {kind: getattr(self._clip, kind) for kind in ("bos_token", "eos_token", "pad_token", "unk_token")}
         files = {name: data for name, data in self.files.items() if name != _ADDED}
@@ -174,11 +174,11 @@ class Tokenizer:
             return ids
         texts = [readable(p) for p in prompts]
         for row, text, encoded in zip(ids, texts, self._backend.encoder.encode_batch(texts), strict=True):
-            each = zip(encoded.ids, encoded.offsets, strict=True)
-            spans = [span for token, span in each for _ in self._vectors.get(token, (0,))]
+            pairs = zip(encoded.ids, encoded.offsets, strict=True)
+            spans = [span for token, span in pairs for _ in self._vectors.get(token, (0,))]
             tokens = self._expanded(encoded.ids)
             if len(tokens) > self.max_length:
-                _warn_cut(text[spans[self.max_length - 1][0] :], text, self.max_length)
+                _warn_truncated(text[spans[self.max_length - 1][0] :], text, self.max_length)
                 tokens = [*tokens[: self.max_length - 1], self.eos_id]
             row[: len(tokens)] = tokens
         return ids
@@ -192,7 +192,7 @@ class Tokenizer:
         if not len(texts):
             return []
         encoded = self._backend.encoder.encode_batch([readable(t) for t in texts], add_special_tokens=False)
-        return [[self._vectors.get(i, [i]) for i in one.ids] for one in encoded]
+        return [[self._vectors.get(i, [i]) for i in encoding.ids] for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids as CLIP reads it: in lower case, with single spaces."""
@@ -202,16 +202,16 @@ class Tokenizer:
         return [vector for i in ids for vector in self._vectors.get(i, (i,))]
 
 
-def _described(name: str, token: Any, word: str) -> dict[str, Any]:
+def _token_entry(name: str, token: Any, word: str) -> dict[str, Any]:
     """The entry of an added token in tokenizer_config.json: an existing token, or (None) a new one for `word`."""
     if token is not None:
-        kept = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        return {"content": name, **{option: getattr(token, option) for option in kept}}
-    spaced = not any(unicodedata.east_asian_width(character) in "WF" for character in word)
-    alone = spaced and re.fullmatch(r"\w(.*\w)?", word) is not None
+        options = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        return {"content": name, **{option: getattr(token, option) for option in options}}
+    has_spaces = not any(unicodedata.east_asian_width(character) in "WF" for character in word)
+    single_word = has_spaces and re.fullmatch(r"\w(.*\w)?", word) is not None
     return {
         "content": name,
-        "single_word": alone,
+        "single_word": single_word,
         "lstrip": False,
         "rstrip": False,
         "normalized": True,
@@ -220,16 +220,16 @@ def _described(name: str, token: Any, word: str) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4096)  # a caption that recurs every epoch is reported once
-def _warn_cut(cut: str, prompt: str, max_length: int) -> None:
+def _warn_truncated(left_out: str, prompt: str, max_length: int) -> None:
     logging.warning(
         "The text encoder reads %d tokens, start and end included; left out of the prompt %r: %r",
         max_length,
         prompt,
-        cut,
+        left_out,
     )
 
 
-def _check(folder: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) -> None:
+def _check_files(folder: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) -> None:
     """Raise ConfigError unless the files hold a complete CLIP vocabulary."""
     vocab: Any
     if _VOCAB in files and _MERGES in files:
@@ -241,31 +241,31 @@ def _check(folder: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) 
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     elif _JSON in files:
         name, model = _JSON, read_json(folder / _JSON).get("model") or {}
-        vocab, given = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
-        given = given if isinstance(given, list) else [given] if given else []
+        vocab, raw_merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
+        raw_merges = raw_merges if isinstance(raw_merges, list) else [raw_merges] if raw_merges else []
         # One string "a b" up to tokenizers 0.19, a pair since.
-        merges = [tuple(m) if isinstance(m, list) else tuple(str(m).split(" ")) for m in given]
+        merges = [tuple(m) if isinstance(m, list) else tuple(str(m).split(" ")) for m in raw_merges]
     else:
         raise ConfigError(f"{folder} holds no CLIP vocabulary: put vocab.json and merges.txt there, or tokenizer.json.")
-    again = "download or save it again."
-    words = config.get(_COUNTS, {})
-    if not isinstance(words, dict) or not all(type(n) is int and n >= 1 for n in words.values()):
-        raise ConfigError(f"{folder / _CONFIG}: {_COUNTS} must be words with how many ids each has: {again}")
+    advice = "download or save it again."
+    counts = config.get(_COUNTS, {})
+    if not isinstance(counts, dict) or not all(type(n) is int and n >= 1 for n in counts.values()):
+        raise ConfigError(f"{folder / _CONFIG}: {_COUNTS} must be words with how many ids each has: {advice}")
     if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
-        raise ConfigError(f"{folder / name} is not a CLIP vocabulary (tokens with their ids): {again}")
+        raise ConfigError(f"{folder / name} is not a CLIP vocabulary (tokens with their ids): {advice}")
     if len(set(vocab.values())) != len(vocab):
-        raise ConfigError(f"{folder / name} gives one id to several tokens: {again}")
+        raise ConfigError(f"{folder / name} gives one id to several tokens: {advice}")
     for key, default in (("bos_token", BOS), ("eos_token", EOS)):
         token = config.get(key, default)
         token = token.get("content") if isinstance(token, dict) else token
         if not isinstance(token, str) or token not in vocab:
-            raise ConfigError(f"{folder / name} lacks the {key} {token!r}: it is not CLIP's, or damaged; {again}")
+            raise ConfigError(f"{folder / name} lacks the {key} {token!r}: it is not CLIP's, or damaged; {advice}")
     for pair in merges:
-        words = all(isinstance(part, str) for part in pair)
-        if len(pair) != 2 or not words or not all(part in vocab for part in (*pair, "".join(pair))):
+        is_text = all(isinstance(part, str) for part in pair)
+        if len(pair) != 2 or not is_text or not all(part in vocab for part in (*pair, "".join(pair))):
             raise ConfigError(
                 f"The merge {' '.join(map(str, pair))!r} in {folder / (_MERGES if name == _VOCAB else name)} "
-                f"does not fit the vocabulary: {again}"
+                f"does not fit the vocabulary: {advice}"
             )
 
 

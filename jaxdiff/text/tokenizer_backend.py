@@ -27,26 +27,26 @@ class Backend(NamedTuple):
     added: dict[str, int]  # tokens beside the vocabulary
 
 
-def kept_file(folder: Path, digest: str) -> Path:
+def cache_file(folder: Path, digest: str) -> Path:
     """The cache file of a tokenizer with this digest."""
     return folder / f"tokenizer-{digest}-{version('transformers')}-{version('tokenizers')}.json"
 
 
-def of_transformers(clip: Any, file: Path | None) -> Backend:
+def from_transformers(clip: Any, file: Path | None) -> Backend:
     """The backend of transformers' `CLIPTokenizer`; it is written to `file` if that is given."""
     ids = {"bos_id": clip.bos_token_id, "eos_id": clip.eos_token_id, "pad_id": clip.pad_token_id}
-    known = ids | {"size": len(clip), "added": dict(clip.added_tokens_encoder)}
-    values = {"tokenizer": clip.backend_tokenizer.to_str(), "split": bool(clip.split_special_tokens), **known}
+    metadata = ids | {"size": len(clip), "added": dict(clip.added_tokens_encoder)}
+    values = {"tokenizer": clip.backend_tokenizer.to_str(), "split": bool(clip.split_special_tokens), **metadata}
     if file is not None:
         with contextlib.suppress(OSError):
             write_text(file, json.dumps(values))
-    return _opened(values)
+    return _build(values)
 
 
 def read(file: Path) -> Backend | None:
     """The backend in a cache file; None if there is none, or, with a warning, if it cannot be used."""
     try:
-        return _opened(json.loads(file.read_text(encoding="utf-8")))
+        return _build(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except Exception as e:  # of JSON, or of the library, which raises plain Exception
@@ -54,7 +54,7 @@ def read(file: Path) -> Backend | None:
         return None
 
 
-def _opened(values: dict[str, Any]) -> Backend:
+def _build(values: dict[str, Any]) -> Backend:
     from tokenizers import Tokenizer
 
     encoder = Tokenizer.from_str(values["tokenizer"])

@@ -20,7 +20,7 @@ def read_files(folder: Path, names: Sequence[str]) -> Files:
 
 
 def write_files(folder: Path, files: Files, names: Sequence[str]) -> None:
-    """Write the files into a folder, which is made if missing; files of `names` that are not among them are deleted."""
+    """Write the files into a folder, created if missing; those of `names` that are not in `files` are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name in files:
@@ -39,7 +39,7 @@ def digest_of(files: Files) -> str:
 
 def open_files(kind: str, files: Files) -> Any:
     """An object of transformers' class `kind` made from the files. Raises ConfigError if it cannot be made."""
-    # Else it advises installing PyTorch, which is not needed.
+    # Otherwise transformers advises installing PyTorch, which is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # transformers replaces its module during import; a plain import in a waiting thread would get the old one.
     transformers = importlib.import_module("transformers")

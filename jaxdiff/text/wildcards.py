@@ -67,12 +67,13 @@ def expand(
         return lines if matrix else [lines[rng.integers(len(lines))]]
 
     parts = _parse(prompt, wildcard)
-    count = _count(parts)
+    count = _num_prompts(parts)
     if count > limit:
         number = str(count) if count < 10**12 else "over a million million"
         raise PromptError(f"The prompt stands for {number} prompts, more than {limit}: leave out alternatives.")
-    places = [_texts([part]) for part in parts]
-    return Expansion(["".join(texts) for texts in itertools.product(*places)], [p for p in places if len(p) > 1])
+    alternatives = [_all_texts([part]) for part in parts]
+    prompts = ["".join(texts) for texts in itertools.product(*alternatives)]
+    return Expansion(prompts, [texts for texts in alternatives if len(texts) > 1])
 
 
 def _parse(prompt: str, wildcard: Callable[[str], list[str]]) -> list[str | _Choice]:
@@ -100,16 +101,16 @@ def _parse(prompt: str, wildcard: Callable[[str], list[str]]) -> list[str | _Cho
     return [*stack[0][0], prompt[position:]]
 
 
-def _count(parts: list[str | _Choice]) -> int:
+def _num_prompts(parts: list[str | _Choice]) -> int:
     """How many prompts the parts stand for."""
-    return math.prod(sum(_count(o) for o in part.options) for part in parts if isinstance(part, _Choice))
+    return math.prod(sum(_num_prompts(o) for o in part.options) for part in parts if isinstance(part, _Choice))
 
 
-def _texts(parts: list[str | _Choice]) -> list[str]:
+def _all_texts(parts: list[str | _Choice]) -> list[str]:
     """Every prompt that the parts stand for."""
 
     def alternatives(part: str | _Choice) -> Iterator[str]:
-        return iter([part]) if isinstance(part, str) else itertools.chain.from_iterable(map(_texts, part.options))
+        return iter([part]) if isinstance(part, str) else itertools.chain.from_iterable(map(_all_texts, part.options))
 
     return ["".join(texts) for texts in itertools.product(*map(alternatives, parts))]
 

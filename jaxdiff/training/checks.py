@@ -11,7 +11,7 @@ from jaxdiff.config import SchedulerConfig
 from jaxdiff.config.networks import FIXED_UNET, FIXED_VAE
 from jaxdiff.io.configs import FRESH
 from jaxdiff.models.model import Model
-from jaxdiff.sampling.checks import features_of
+from jaxdiff.sampling.checks import vae_channels
 from jaxdiff.training.defaults import OPEN, RULES, flat
 from jaxdiff.training.losses import SCALES
 from jaxdiff.training.options import DISTILLED, STAGES, OptionsError, check_pairs
@@ -162,7 +162,7 @@ def check_memory(config: Any, model: Model, devices: int) -> None:
         return
     count = max(1, config.batch_size // (devices * config.accumulate))
     side = config.crop or image_size(config, model)
-    features = features_of(model.vae.config) * jnp.dtype(config.dtype).itemsize
+    features = vae_channels(model.vae.config) * jnp.dtype(config.dtype).itemsize
     needed = count * side**2 * (features + 15)  # 3 bytes, of 3 floats
     if needed > max(2**30, there := parallel.device_memory()):
         raise OptionsError(

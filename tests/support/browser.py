@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff.sampling.stepwise import Moment
+from jaxdiff.sampling.stepwise import Progress
 from jaxdiff.serving import engine as engine_file
 from jaxdiff.serving.loras import Loras
 from tests.support.tiny import tiny_controlnet, tiny_upscaler
@@ -46,7 +46,7 @@ def grey(monkeypatch):
 
     def drawn(model, params, request, **more):
         shape = len(request.prompts), request.settings.height, request.settings.width, 3
-        yield Moment(1, 1, lambda: np.full(shape, 127, np.uint8), np.ones(shape[0], bool))
+        yield Progress(1, 1, lambda: np.full(shape, 127, np.uint8), np.ones(shape[0], bool))
 
     monkeypatch.setattr(engine_file, "draw_stepwise", drawn)
 
