@@ -238,7 +238,7 @@ TRAINING = in_folder(
      MESHES.format("collectives_are_counted")),
 ) + in_folder(
     "jaxdiff",
-    ("parallel.py", "max(left, key=lambda i: shape[i])", "min(left, key=lambda i: shape[i])",
+    ("parallel.py", "max(candidates, key=lambda i: shape[i])", "min(candidates, key=lambda i: shape[i])",
      MESHES.format("largest_divisible")),
     ("cli/requests.py", "(batches(each), each)", "(batches(each), -each)", "tests/test_batch_sizes.py -k equal"),
     ("cli/requests.py", "(1 - IN_VAIN) * each * batches(each) <= batches(1)", "True",
