@@ -1,4 +1,4 @@
-"""Which files a LoRA consists of."""
+"""Finding the files of a LoRA."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ FILES = tuple(f"{stem}{end}" for stem in ("pytorch_lora_weights", STEM) for end 
 
 
 def adapter_files(path: str | Path) -> list[Path]:
-    """The files of a LoRA: the one given, or those of a folder that diffusers or peft wrote, a sub-folder a network.
+    """The files of a LoRA: the given file, or those in a folder by diffusers or peft, which may have one per network.
 
     Raises:
-        WeightsError: the folder holds none, or several LoRAs.
+        WeightsError: the folder holds no LoRA, or several.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -20,14 +20,16 @@ def adapter_files(path: str | Path) -> list[Path]:
     for name in FILES:
         if (folder / name).is_file():
             return [folder / name]
-    inner = [next(f for n in FILES if (f := d / n).is_file()) for d in sorted(folder.iterdir()) if _holds_lora(d)]
-    found = inner or sorted(folder.glob("*.safetensors"))
-    if len(found) == 1 or (found and all(f.parent.name in MODULES for f in found)):
-        return found
-    listed = (
-        f"several LoRAs ({found[0].relative_to(folder)}, {found[1].relative_to(folder)}, …)" if found else "no LoRA"
+    subfolder_files = [
+        next(f for n in FILES if (f := d / n).is_file()) for d in sorted(folder.iterdir()) if _holds_lora(d)
+    ]
+    files = subfolder_files or sorted(folder.glob("*.safetensors"))
+    if len(files) == 1 or (files and all(f.parent.name in MODULES for f in files)):
+        return files
+    contents = (
+        f"several LoRAs ({files[0].relative_to(folder)}, {files[1].relative_to(folder)}, …)" if files else "no LoRA"
     )
-    raise WeightsError(f"{folder} holds {listed}: give its file, such as {FILES[0]}.")
+    raise WeightsError(f"{folder} holds {contents}: give its file, such as {FILES[0]}.")
 
 
 def _holds_lora(folder: Path) -> bool:
