@@ -85,7 +85,7 @@ def _convert_peft(
     if (packed := x.get("oft_R")) is not None:
         if np.prod(layer.shape[:-2]) > 1:
             raise ValueError("peft draws with OFT of convolutions larger than 1x1 other than it merges it")
-        return {"oft_R": rotations.of_peft(packed, config, layer.shape[-2])}
+        return {"oft_R": rotations.from_peft(packed, config, layer.shape[-2])}
     sizes = x["ia3_l"]
     name, _ = peft_names(layer.name.partition(".")[2], parts["ia3_l"])
     of_inputs = sizes.shape[0] == 1 if sizes.ndim == 2 else is_feedforward(config, name)

@@ -199,7 +199,7 @@ def _find_named(
     for stem, tensors in by_stem.items():
         if stem not in by_spelling:
             raise _misfit(source, model, f"it changes {stem}, which the model does not have")
-        tensors = by_stem[stem] = lycoris.current(tensors, source.shapes)
+        tensors = by_stem[stem] = lycoris.current_names(tensors, source.shapes)
         if len(adapters := lycoris.kinds(tensors.keys())) > 1:
             raise WeightsError(f"{source.path} changes {stem} in several ways, {' and '.join(adapters)}: keep one.")
         if {"bias", "up_bias"} <= tensors.keys():
