@@ -25,7 +25,7 @@ THETA = 10_000
 
 
 class DoubleBlock(nn.Module):
-    """Text and image with parameters of their own, and one attention over both."""
+    """Text and image with separate parameters and joint attention."""
 
     heads: int
     dtype: jnp.dtype = jnp.float32
@@ -34,17 +34,15 @@ class DoubleBlock(nn.Module):
     def __call__(self, x: Array, text: Array, vector: Array, angles: Rope) -> tuple[Array, Array]:
         """x [B, N, D], text [B, L, D], vector [B, D] -> x and text."""
         width, dtype = x.shape[-1], self.dtype
-        shift, scale, gate, *of_mlp = Modulation(6, width, dtype=dtype, name="norm1")(vector)
-        text_shift, text_scale, text_gate, *of_text_mlp = Modulation(6, width, dtype=dtype, name="norm1_context")(
-            vector
-        )
-        attended, answer = JointAttention(self.heads, width, dtype=dtype, name="attn")(
+        shift, scale, gate, *mlp = Modulation(6, width, dtype=dtype, name="norm1")(vector)
+        text_shift, text_scale, text_gate, *text_mlp = Modulation(6, width, dtype=dtype, name="norm1_context")(vector)
+        attended, text_attended = JointAttention(self.heads, width, dtype=dtype, name="attn")(
             modulated(x, shift, scale), modulated(text, text_shift, text_scale), angles
         )
-        assert answer is not None
-        x, text = x + gate * attended, text + text_gate * answer
-        x = x + of_mlp[2] * MLP(dtype, name="ff")(modulated(x, *of_mlp[:2]))
-        return x, text + of_text_mlp[2] * MLP(dtype, name="ff_context")(modulated(text, *of_text_mlp[:2]))
+        assert text_attended is not None
+        x, text = x + gate * attended, text + text_gate * text_attended
+        x = x + mlp[2] * MLP(dtype, name="ff")(modulated(x, *mlp[:2]))
+        return x, text + text_mlp[2] * MLP(dtype, name="ff_context")(modulated(text, *text_mlp[:2]))
 
 
 class SingleBlock(nn.Module):
