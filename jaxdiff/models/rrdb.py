@@ -51,11 +51,11 @@ class ResidualDenseBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        c, seen = self.config, x
+        c, features = self.config, x
         for i in range(1, 5):
-            new = activate(conv3x3(c.num_grow_ch, self.dtype, f"conv{i}", FIRST_SCALE)(seen))
-            seen = jnp.concatenate([seen, new], -1)
-        return x + RESIDUAL * conv3x3(c.num_feat, self.dtype, "conv5", FIRST_SCALE)(seen)
+            new = activate(conv3x3(c.num_grow_ch, self.dtype, f"conv{i}", FIRST_SCALE)(features))
+            features = jnp.concatenate([features, new], -1)
+        return x + RESIDUAL * conv3x3(c.num_feat, self.dtype, "conv5", FIRST_SCALE)(features)
 
 
 class RRDB(nn.Module):
