@@ -94,7 +94,7 @@ class SchedulerConfig(Config):
         return super().from_dict({"class_name": name, **CLASS_DEFAULTS.get(name, {}), **values})._checked()
 
     def with_prediction_type(self, prediction_type: str) -> Self:
-        """The same of a network that predicts something else. Raises ConfigError where the class knows no other."""
+        """The config with another prediction type. Raises ConfigError if the scheduler's class does not support it."""
         return dataclasses.replace(self, prediction_type=prediction_type)._checked()
 
     def _checked(self) -> Self:
@@ -111,14 +111,15 @@ class SchedulerConfig(Config):
         return self.class_name.startswith("FlowMatch")
 
     def to_dict(self) -> dict[str, Any]:
-        """The values for a file: the process, and what differs from the defaults of its class."""
-        values, silent = dataclasses.asdict(self), dataclasses.asdict(self.from_dict({"_class_name": self.class_name}))
+        """The values for a file: the noise schedule, and everything that differs from the defaults of its class."""
+        values = dataclasses.asdict(self)
+        defaults = dataclasses.asdict(self.from_dict({"_class_name": self.class_name}))
         betas = () if self.beta_schedule == "flow" else ("beta_start", "beta_end", "beta_schedule", "prediction_type")
         always = ("num_train_timesteps", *betas)
-        said = {k: v for k, v in values.items() if v is not None and (k in always or v != silent[k])}
-        said.pop("class_name", None)
+        changed = {k: v for k, v in values.items() if v is not None and (k in always or v != defaults[k])}
+        changed.pop("class_name", None)
         if self.beta_schedule == "flow":
-            said = {k: v for k, v in said.items() if not k.startswith("beta_")}
+            changed = {k: v for k, v in changed.items() if not k.startswith("beta_")}
             if not self.class_name.startswith("FlowMatch"):
-                said |= {"use_flow_sigmas": True, "flow_shift": said.pop("shift", 1.0)}
-        return {"_class_name": self.class_name, **said}
+                changed |= {"use_flow_sigmas": True, "flow_shift": changed.pop("shift", 1.0)}
+        return {"_class_name": self.class_name, **changed}
