@@ -170,8 +170,8 @@ class UNetConfig(Config):
         for key in PER_LEVEL:
             if isinstance(level_values := values.get(key), list | tuple) and len(level_values) != levels:
                 raise ConfigError(
-                    f"The {cls.CLASS_NAME}'s config says {key}: {list(level_values)}, but block_out_channels has length "
-                    f"{levels}: give a value for each level."
+                    f"The {cls.CLASS_NAME}'s config says {key}: {list(level_values)}, but block_out_channels has "
+                    f"length {levels}: give a value for each level."
                 )
         width = values.get("cross_attention_dim")
         if isinstance(width, list | tuple):
