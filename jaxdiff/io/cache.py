@@ -47,6 +47,6 @@ def cache_compilations(folder: str | Path | None = None) -> str | Path | None:
     return path
 
 
-def kept() -> Path | None:
+def local_folder() -> Path | None:
     """The local folder of `cache_compilations`, for other start-up caches; None if unset, a store's or JAX's own."""
     return _folder

@@ -12,9 +12,9 @@ from jaxdiff.io import kinds
 from jaxdiff.io.configs import check_dtype, module_shapes, read_config
 from jaxdiff.io.infer_config import Shapes
 from jaxdiff.io.infer_diffusers import HINT, controlnet_config, controlnet_shapes, controlnet_table
-from jaxdiff.io.modules import CONFIG, existing, load_module, save_module, without_config
+from jaxdiff.io.modules import CONFIG, load_module, require_path, save_module, without_config
 from jaxdiff.io.original_layout import UNET_PREFIX, place
-from jaxdiff.io.strays import only_own, pass_over, without_strays
+from jaxdiff.io.strays import drop_strays, warn_skipped, without_strays
 from jaxdiff.io.tensor_files import TensorSource, load_tensors, open_tensors, without_prefix
 from jaxdiff.io.torch_names import tensor_name
 from jaxdiff.models.controlnet import ControlNet, example_inputs
@@ -66,7 +66,7 @@ def load_controlnet(
 
 def check_controlnet(path: str | Path) -> None:
     """Raise ConfigError or WeightsError if a path is not a ControlNet; no weights are read."""
-    if existing(path, ControlNetConfig).is_dir():
+    if require_path(path, ControlNetConfig).is_dir():
         read_config(Path(path) / CONFIG, ControlNetConfig)
     else:
         _open(path)
@@ -94,7 +94,7 @@ def _open(path: str | Path) -> TensorSource:
     controlnet = without_prefix(source, prefixes[0])
     kinds.refuse_control(controlnet)
     if not any(name.startswith(UNET_PREFIX) for name in source.shapes):  # not inside a whole checkpoint
-        pass_over(source, [name for name in source.shapes if not name.startswith(prefixes[0])])
+        warn_skipped(source, [name for name in source.shapes if not name.startswith(prefixes[0])])
     return controlnet
 
 
@@ -115,7 +115,8 @@ def _load_original(
         if location is not None and location.name in source.shapes:
             file_names[tensor_name(path)] = location.name
     # Unknown tensors keep their names, so that load_tensors reports them.
-    file_names |= {n: n for n in only_own(source, source.shapes.keys() - set(file_names.values()), file_names.values())}
-    renamed_shapes = {renamed: source.shapes[file_name] for renamed, file_name in file_names.items()}
+    unused = source.shapes.keys() - set(file_names.values())
+    file_names |= {name: name for name in drop_strays(source, unused, file_names.values())}
+    renamed_shapes = {name: source.shapes[file_name] for name, file_name in file_names.items()}
     renamed = TensorSource(source.path, renamed_shapes, lambda name: source.read(file_names[name]))
     return controlnet, load_tensors(renamed, shapes, dtype, mesh)

@@ -24,7 +24,7 @@ UNUSED = ["*.non_ema*", "*/*/*"]
 VARIANTS = ["*.fp16*", "*.bf16*"]
 
 
-def attempts(variant: str | None) -> list[tuple[list[str], list[str]]]:
+def weight_patterns(variant: str | None) -> list[tuple[list[str], list[str]]]:
     """Patterns of files to allow and to ignore, for each set of weights in order of preference."""
     variants, patterns = [f"*.{variant}*"] if variant else VARIANTS, []
     for suffix in FORMATS:
@@ -38,7 +38,7 @@ def chosen(names: Sequence[str], variant: str | None = None) -> list[str]:
     """The files of a folder to fetch, by their names in it; all of them if it is not a model's folder."""
     if "model_index.json" not in names:
         return list(names)
-    for allowed, ignored in attempts(variant):
+    for allowed, ignored in weight_patterns(variant):
         selected = [n for n in names if _matches(n, allowed) and not _matches(n, ignored)]
         if any(fnmatch(n, f"{f}/*.*") and not n.endswith(".json") for n in selected for f in DENOISERS):
             break
@@ -63,7 +63,7 @@ def fetch(repo_id: str, revision: str | None = None, variant: str | None = None)
     from huggingface_hub import snapshot_download  # transformers brings it
 
     try:
-        for allowed, ignored in attempts(variant):
+        for allowed, ignored in weight_patterns(variant):
             folder = Path(
                 snapshot_download(repo_id, revision=revision, allow_patterns=allowed, ignore_patterns=ignored)
             )

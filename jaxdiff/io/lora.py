@@ -35,11 +35,11 @@ from jaxdiff.io.lora_config import peft_names, read_configs, warn_of_patterns
 from jaxdiff.io.lora_differences import Difference, read_difference, read_magnitude, read_scalar, read_vector
 from jaxdiff.io.lora_folders import adapter_files
 from jaxdiff.io.lora_layers import BIAS, changeable, layers, norms
-from jaxdiff.io.lora_names import find_layers, parts_of, written_name
+from jaxdiff.io.lora_names import find_layers, layer_name, parts_of
 from jaxdiff.io.original_layout import unet_table
 from jaxdiff.io.tensor_files import open_tensors, write_tensors
 from jaxdiff.io.torch_names import from_torch_layout, to_torch_layout
-from jaxdiff.io.transformer_loras import MODULE, in_our_layers, in_their_layers
+from jaxdiff.io.transformer_loras import MODULE, fuse_layers, split_fused_layers
 from jaxdiff.models.model import Model
 from jaxdiff.typing import Array, Key, Params
 
@@ -131,10 +131,10 @@ def _delta(kernel: jax.Array, change: Change, scale: Any) -> jax.Array:
     else:
         down, up = (jnp.asarray(x, jnp.float32) for x in (change.down, change.up))
         delta = strength * ((change.alpha / change.rank) * jnp.matmul(down, up, precision="highest"))
-    return delta if change.magnitude is None else scale * decomposed(kernel, delta, change.magnitude)
+    return delta if change.magnitude is None else scale * dora_delta(kernel, delta, change.magnitude)
 
 
-def decomposed(kernel: jax.Array, change: jax.Array, magnitude: Array) -> jax.Array:
+def dora_delta(kernel: jax.Array, change: jax.Array, magnitude: Array) -> jax.Array:
     """What DoRA adds to a kernel [..., in, out] at scale 1: equation (2)."""
     changed = kernel + change
     magnitude_axis = changed.ndim - 1 if magnitude.ndim == 1 else changed.ndim - 2
@@ -205,7 +205,7 @@ def _read_file(model: Model, path: Path) -> Lora:
     known = list(layers(shapes))
     original = {} if model.unet is None else unet_table(model.unet.config)
     if model.transformer is not None:
-        source = in_our_layers(source, model.family, known)
+        source = split_fused_layers(source, model.family, known)
     for layer, tensors in find_layers(source, [*known, *norms(shapes)], original, module):
         config = configs.get(layer.module, {})
         if tensor := tensors.get("bias"):
@@ -263,29 +263,25 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
     for name, change in lora.items():
         if name not in known:
             raise WeightsError(f"the LoRA changes {name}, which the model does not have: save it with its own model.")
-        axes = len(known[name].shape)
-        parts = (
-            lycoris.written(jax.device_get(change.parts), change.scale, axes) if isinstance(change, Difference) else {}
-        )
-        if parts is None or (parts and layout != "kohya"):
-            hint = "" if parts is None else ": take layout='kohya'"
-            raise WeightsError(f"the layout {layout} has no place for what changes {name}{hint}.")
-        if isinstance(change, Difference) and axes == 1:
-            layer = known[name.removesuffix(BIAS)]
-            stem = written_name(layer, layout, two_text_encoders="text_encoder_2" in model.modules)
-            kind = ("diff_b" if len(layer.shape) > 1 else "b_norm") if name.endswith(BIAS) else "w_norm"
-            (x,) = parts.values()
-            tensors[f"{stem}.{kind}"] = x
-            continue
-        stem = written_name(known[name], layout, two_text_encoders="text_encoder_2" in model.modules)
+        layer, axes = known[name.removesuffix(BIAS)], len(known[name].shape)
+        stem = layer_name(layer, layout, two_text_encoders="text_encoder_2" in model.modules)
+        if isinstance(change, Difference):
+            parts = lycoris.to_tensors(jax.device_get(change.parts), change.scale, axes)
+            if parts is None or layout != "kohya":
+                hint = "" if parts is None else ": take layout='kohya'"
+                raise WeightsError(f"the layout {layout} has no place for what changes {name}{hint}.")
+            if axes == 1:
+                ending = ("diff_b" if len(layer.shape) > 1 else "b_norm") if name.endswith(BIAS) else "w_norm"
+                (x,) = parts.values()
+                parts = {ending: x}
+            tensors |= {f"{stem}.{ending}": x for ending, x in parts.items()}
         if change.magnitude is not None:
             tensors |= _magnitude_tensors(stem, np.asarray(jax.device_get(change.magnitude)), layout, axes)
         if isinstance(change, Difference):
-            tensors |= {f"{stem}.{ending}": x for ending, x in parts.items()}
             continue
         down = to_torch_layout(KERNEL, np.asarray(jax.device_get(change.down)))
         up = np.asarray(jax.device_get(change.up)).T.reshape(*change.up.shape[::-1], *(1,) * (down.ndim - 2))
-        if layout == "kohya" and known[name].module == MODULE and change.magnitude is None:
+        if layout == "kohya" and layer.module == MODULE and change.magnitude is None:
             fused[name] = down, up, change.alpha
         elif layout == "kohya":
             tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
@@ -293,7 +289,7 @@ def save_lora(path: str | Path, model: Model, lora: Lora, layout: Literal["diffu
         else:
             up = (up * np.float32(change.alpha / change.rank)).astype(up.dtype)
             tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
-    write_tensors(Path(path), tensors | in_their_layers(fused, model.family, known.values()) if fused else tensors)
+    write_tensors(Path(path), tensors | fuse_layers(fused, model.family, known.values()) if fused else tensors)
 
 
 def _magnitude_tensors(stem: str, x: np.ndarray, layout: str, axes: int) -> dict[str, np.ndarray]:

@@ -96,7 +96,7 @@ PARTS_OF_FAMILIES = {  # part of a tensor's name -> family
 TRANSFORMERS = {"flux": "Flux", "sd3": "Stable Diffusion 3", "z_image": "Z-Image", "flux2": "Flux 2"}
 
 
-def written_name(layer: Layer, layout: str, *, two_text_encoders: bool) -> str:
+def layer_name(layer: Layer, layout: str, *, two_text_encoders: bool) -> str:
     """The name of a layer in the layout of diffusers or kohya."""
     if layout == "diffusers":
         return spellings(layer)[0]

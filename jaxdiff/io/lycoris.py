@@ -160,7 +160,7 @@ def fits(shapes: Mapping[str, Any], weight: tuple[int, ...]) -> bool:
     return len(delta_shape) > 1 and delta_shape[0] == weight[0] and math.prod(delta_shape[1:]) == math.prod(weight[1:])
 
 
-def written(parts: Mapping[str, np.ndarray], scale: float, axes: int) -> dict[str, np.ndarray] | None:
+def to_tensors(parts: Mapping[str, np.ndarray], scale: float, axes: int) -> dict[str, np.ndarray] | None:
     """The tensors of a layer by the endings of their names, with the alpha that corresponds to `scale`.
 
     Without a rank, one part is multiplied by the scale.

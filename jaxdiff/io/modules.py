@@ -88,7 +88,7 @@ def load_module(
     Raises:
         ConfigError, WeightsError: one sentence that names the file and the fix.
     """
-    path, dtype = existing(path, config_class), check_dtype(dtype)
+    path, dtype = require_path(path, config_class), check_dtype(dtype)
     config_path = (path if path.is_dir() else path.parent) / CONFIG
     module = module_class(read_config(config_path, config_class), dtype=dtype)
     shapes = module_shapes(module, inputs, config_path)
@@ -96,7 +96,7 @@ def load_module(
     return module, load_tensors(weights, shapes, dtype, mesh)
 
 
-def existing(path: str | Path, config_class: type[Config]) -> Path:
+def require_path(path: str | Path, config_class: type[Config]) -> Path:
     """The path of a network; raises ConfigError if it does not exist."""
     if not str(path) or not Path(path).exists():
         raise ConfigError(f"{path} does not exist: give a {config_class.CLASS_NAME} folder or .safetensors file.")
@@ -147,7 +147,7 @@ def load_tokenizer(folder: Path, text: Config | None, family: str = "", sd3_leng
         return PlainTokenizer.load(folder, sd3_length if family == "sd3" else 512, thinking)
     tokenizer = Tokenizer.load(folder)
     length = min(tokenizer.max_length, text.max_position_embeddings)
-    return dataclasses.replace(tokenizer, max_length=length, cache=cache.kept())
+    return dataclasses.replace(tokenizer, max_length=length, cache=cache.local_folder())
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

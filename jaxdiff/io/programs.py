@@ -55,7 +55,7 @@ def lookup(key: object, program: Any, *args: Any) -> Callable[..., Any]:
     meshes = {s.mesh: s.mesh.device_ids.tolist() for s in shardings if isinstance(s, NamedSharding)}
     places = [*map(jax.typeof, leaves), shardings, list(meshes.values())]
     fingerprint = repr((key, str(tree), places, environment()))
-    folder = cache.kept()
+    folder = cache.local_folder()
     if folder is None or " at 0x" in fingerprint or jax.process_count() > 1:
         return program
     path = folder / f"program-{hashlib.sha256(fingerprint.encode()).hexdigest()[:32]}"
@@ -130,7 +130,7 @@ def shapes(model: Model) -> Params:
     Raises:
         The errors of `param_shapes` for invalid configs, which are not cached.
     """
-    folder = cache.kept()
+    folder = cache.local_folder()
     if folder is None:
         return param_shapes(model)
     path = folder / f"shapes-{hashlib.sha256(repr((model, *_code())).encode()).hexdigest()[:32]}.json"

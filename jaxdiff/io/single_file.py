@@ -57,7 +57,7 @@ from jaxdiff.io.original_layout import (
     unet_table,
     vae_table,
 )
-from jaxdiff.io.strays import IGNORED, STRAY, only_own, pass_over
+from jaxdiff.io.strays import IGNORED, STRAY, drop_strays, warn_skipped
 from jaxdiff.io.tensor_files import (
     TensorSource,
     check_tensors,
@@ -221,7 +221,8 @@ def _check_others(
             f"{unknown[0]}."
         )
     has_controlnet = any(n.startswith("control_model.") for n in unused)
-    pass_over(source, unused + partial, " (a ControlNet: give the file to --controlnet too)" if has_controlnet else "")
+    note = " (a ControlNet: give the file to --controlnet too)" if has_controlnet else ""
+    warn_skipped(source, unused + partial, note)
 
 
 def clip_tokenizer(text: CLIPTextConfig) -> Tokenizer:
@@ -231,7 +232,7 @@ def clip_tokenizer(text: CLIPTextConfig) -> Tokenizer:
     if text.hidden_act == "gelu":
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             files[name] = json.dumps(json.loads(files[name]) | {"pad_token": "!"}, indent=2).encode()
-    return Tokenizer(files, min(tokenizer.max_length, text.max_position_embeddings), cache.kept())
+    return Tokenizer(files, min(tokenizer.max_length, text.max_position_embeddings), cache.local_folder())
 
 
 def _table(name: str, config: Any, prefix: str) -> Table | None:
@@ -302,7 +303,7 @@ def original_vae(source: TensorSource, prefix: str, like: VAEConfig) -> tuple[VA
     used = {p.name for p in places.values()}
     is_checkpoint = any(name.startswith(UNET_PREFIX) for name in source.shapes)  # whose other parts are not strays
     unused = [n for n in source.shapes if n not in used and (n.startswith(prefix) or not is_checkpoint)]
-    if unknown := sorted(only_own(source, unused, used, prefix)):
+    if unknown := sorted(drop_strays(source, unused, used, prefix)):
         raise WeightsError(
             f"{source.path} holds {len(unknown)} tensors that its autoencoder has no place for, first {unknown[0]}."
         )

@@ -36,7 +36,7 @@ PARTS = re.compile(
 )
 
 
-def pass_over(source: TensorSource, strays: Iterable[str], note: str = "") -> None:
+def warn_skipped(source: TensorSource, strays: Iterable[str], note: str = "") -> None:
     """Warn of tensors that are not read, naming the first of each group; `note` ends the sentence."""
     if strays := sorted(strays):
         groups = list({n.partition(".")[0]: n for n in strays[::-1]}.values())[::-1]
@@ -44,7 +44,7 @@ def pass_over(source: TensorSource, strays: Iterable[str], note: str = "") -> No
         say_once(f"{source.path}: {summary}{note}.")
 
 
-def only_own(source: TensorSource, unused: Iterable[str], used: Iterable[str], prefix: str = "") -> list[str]:
+def drop_strays(source: TensorSource, unused: Iterable[str], used: Iterable[str], prefix: str = "") -> list[str]:
     """The unused tensors that seem to belong to the network; warns of the others.
 
     Args:
@@ -58,7 +58,7 @@ def only_own(source: TensorSource, unused: Iterable[str], used: Iterable[str], p
     belonging = [
         n for n in unused if (first_part(n) in parts or PARTS.fullmatch(first_part(n))) and not STRAY.search(n)
     ]
-    pass_over(source, set(unused) - set(belonging))
+    warn_skipped(source, set(unused) - set(belonging))
     return belonging
 
 
@@ -66,5 +66,5 @@ def without_strays(source: TensorSource, target: Params) -> TensorSource:
     """A network's file in diffusers' names without stray tensors; `load_tensors` rejects other unknown ones."""
     expected = {tensor_name(path) for path in flatten_dict(target)}
     used = [name for name in source.shapes if current_name(name) in expected or name.endswith(tensor_files.IGNORED)]
-    names = {*used, *only_own(source, source.shapes.keys() - set(used), expected)}
+    names = {*used, *drop_strays(source, source.shapes.keys() - set(used), expected)}
     return dataclasses.replace(source, shapes={name: x for name, x in source.shapes.items() if name in names})

@@ -27,7 +27,7 @@ def _outputs(layers: Iterable[Layer]) -> dict[str, int]:
     return {x.name.removeprefix(f"{MODULE}."): x.shape[-1] for x in layers if x.module == MODULE}
 
 
-def in_our_layers(source: TensorSource, family: str, layers: Iterable[Layer]) -> TensorSource:
+def split_fused_layers(source: TensorSource, family: str, layers: Iterable[Layer]) -> TensorSource:
     """The file with the tensors of fused layers split into those of ours; other tensors are unchanged.
 
     Args:
@@ -85,7 +85,7 @@ def in_our_layers(source: TensorSource, family: str, layers: Iterable[Layer]) ->
     return dataclasses.replace(source, shapes=shapes, read=read)
 
 
-def in_their_layers(
+def fuse_layers(
     factors: Mapping[str, tuple[np.ndarray, np.ndarray, float]], family: str, layers: Iterable[Layer]
 ) -> dict[str, np.ndarray]:
     """A transformer's LoRA as kohya's scripts write it, with fused layers whose rank is the sum of ours.

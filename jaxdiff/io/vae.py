@@ -22,10 +22,10 @@ from jaxdiff.io.configs import (
 )
 from jaxdiff.io.infer_config import as_weights_error
 from jaxdiff.io.infer_diffusers import vae_from_names
-from jaxdiff.io.modules import CONFIG, existing, find_weights, load_module, without_config
+from jaxdiff.io.modules import CONFIG, find_weights, load_module, require_path, without_config
 from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
 from jaxdiff.io.single_file import original_vae, vae_like
-from jaxdiff.io.strays import pass_over, without_strays
+from jaxdiff.io.strays import warn_skipped, without_strays
 from jaxdiff.io.tensor_files import TensorSource, load_tensors, open_tensors, without_prefix
 from jaxdiff.models.model import Model, autoencoder
 from jaxdiff.models.tiny_vae import AutoencoderTiny
@@ -56,7 +56,7 @@ def load_tiny_vae(path: str | Path, *, dtype: Any = None, variant: str | None = 
 
 def check_tiny_vae(path: str | Path) -> None:
     """Raise ConfigError or WeightsError if a path is not a tiny autoencoder; no weights are read."""
-    if existing(path, TinyVAEConfig).is_dir():
+    if require_path(path, TinyVAEConfig).is_dir():
         read_config(Path(path) / CONFIG, TinyVAEConfig)
     else:
         _open_tiny(path)
@@ -83,7 +83,7 @@ def _without_tiny_prefix(source: TensorSource) -> TensorSource:
     """A tiny autoencoder's tensors without any prefix of diffusers' names; other files unchanged."""
     for prefix in filter(None, PREFIXES):
         if f"{prefix}{taesd.FIRST_LAYER}" in source.shapes:
-            pass_over(source, [name for name in source.shapes if not name.startswith(prefix)])
+            warn_skipped(source, [name for name in source.shapes if not name.startswith(prefix)])
             return without_prefix(source, prefix)
     return source
 
@@ -140,7 +140,7 @@ def described_vae(
 
 def check_vae(path: str | Path) -> None:
     """Raise ConfigError or WeightsError if a path is not an autoencoder; no weights are read."""
-    if existing(path, VAEConfig).is_dir():
+    if require_path(path, VAEConfig).is_dir():
         read_config(Path(path) / CONFIG, *VAES)
     else:
         _open(path)
@@ -181,7 +181,7 @@ def open_vae(
             if f"{prefix}encoder.down.0.block.0.conv1.weight" in source.shapes:
                 return original_vae(source, prefix, kl_config)
             if prefix and f"{prefix}{DIFFUSERS}" in source.shapes:
-                pass_over(source, [name for name in source.shapes if not name.startswith(prefix)])
+                warn_skipped(source, [name for name in source.shapes if not name.startswith(prefix)])
                 source = without_prefix(source, prefix)
         if without_config(path):
             return _with_own_tensors(vae_like(vae_from_names(source), kl_config), source)
