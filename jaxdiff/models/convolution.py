@@ -5,12 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.models.cpu import gathered, winograd
+from jaxdiff.models.cpu import im2col_conv, winograd
 
 # Measured on CPUs with the shapes of SD 1.5: with few positions and many channels, products of gathered neighbours are
 # up to three times as fast as XLA's convolution; with more positions Winograd's form is up to twice as fast, but takes
 # longer to compile, which does not pay off at few positions.
-FEW_POSITIONS, GATHERED_CHANNELS = 1024, 512
+FEW_POSITIONS, IM2COL_CHANNELS = 1024, 512
 WINOGRAD_CHANNELS = 64  # of the kernel's narrower side, at least
 
 
@@ -32,7 +32,7 @@ def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **kwargs) -> jax
     if not is_3x3 or ("tensor" in mesh.auto_axes and mesh.shape["tensor"] > 1):
         pass
     elif b * h * w <= FEW_POSITIONS:
-        form = gathered if c >= GATHERED_CHANNELS else None
+        form = im2col_conv if c >= IM2COL_CHANNELS else None
     elif strides[0] == 1 and h % 2 == w % 2 == 0:
         form = winograd if min(kernel.shape[2:]) >= WINOGRAD_CHANNELS else None
     is_half = x.dtype in (jnp.bfloat16, jnp.float16)

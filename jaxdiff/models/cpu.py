@@ -12,18 +12,18 @@ CHUNK_POSITIONS = 8192  # of the output at a time, so that Winograd's products o
 CHUNK_QUERIES = 512
 
 
-def padded(x: jax.Array) -> jax.Array:
+def pad_border(x: jax.Array) -> jax.Array:
     """A border of one zero: [B, H, W, C] -> [B, H + 2, W + 2, C]."""
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
-def gathered(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def im2col_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """A 3x3 convolution as one matrix product over each position's nine neighbours.
 
     x [B, H, W, C], kernel [3, 3, C, features] -> [B, H / stride, W / stride, features].
     """
     _, h, w, c = x.shape
-    x = padded(x)
+    x = pad_border(x)
     neighbours = [x[:, i : i + h : stride, j : j + w : stride] for i in range(3) for j in range(3)]
     patches = jnp.concatenate(neighbours, -1)
     return (patches.reshape(-1, 9 * c) @ kernel.reshape(9 * c, -1)).reshape(*patches.shape[:3], -1)
@@ -36,7 +36,7 @@ def winograd(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """
     b, h, w, _ = x.shape
     kernels = [kernel_transform(row, 0) for row in kernel_transform(kernel, 0)]
-    x = padded(x)
+    x = pad_border(x)
     pairs = h // 2
     max_pairs = max(1, CHUNK_POSITIONS // (2 * b * w))
     rows = 2 * max(n for n in range(1, pairs + 1) if pairs % n == 0 and n <= max_pairs)

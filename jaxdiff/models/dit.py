@@ -99,7 +99,7 @@ def layer_norm(x: Array) -> Array:
     return ((wide - mean) * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
 
 
-def modulated(x: Array, shift: Array, scale: Array) -> Array:
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
     """Normed tokens [B, N, D] scaled and shifted by vectors [B, 1, D]."""
     return layer_norm(x) * (1 + scale) + shift
 

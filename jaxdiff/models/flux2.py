@@ -16,7 +16,7 @@ from jaxdiff.models.dit import (
     attend,
     fold,
     grid_positions,
-    modulated,
+    modulate,
     rope,
     swiglu,
     unfold,
@@ -50,12 +50,12 @@ class DoubleBlock(nn.Module):
         """x [B, N, D], text [B, L, D], six vectors [B, 1, D] each -> x and text."""
         c, dtype = self.config, self.dtype
         attn = JointAttention(c.num_attention_heads, c.width, bias=False, dtype=dtype, name="attn")
-        attended, text_attended = attn(modulated(x, *image_mod[:2]), modulated(text, *text_mod[:2]), angles)
+        attended, text_attended = attn(modulate(x, *image_mod[:2]), modulate(text, *text_mod[:2]), angles)
         assert text_attended is not None
         x, text = x + image_mod[2] * attended, text + text_mod[2] * text_attended
         ff, ff_context = (SwiGLU(c.hidden, dtype, name=name) for name in ("ff", "ff_context"))
-        x = x + image_mod[5] * ff(modulated(x, *image_mod[3:5]))
-        return x, text + text_mod[5] * ff_context(modulated(text, *text_mod[3:5]))
+        x = x + image_mod[5] * ff(modulate(x, *image_mod[3:5]))
+        return x, text + text_mod[5] * ff_context(modulate(text, *text_mod[3:5]))
 
 
 class FusedAttention(nn.Module):
@@ -83,7 +83,7 @@ class SingleBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, vectors: Sequence[Array], angles: Rope) -> Array:
         shift, scale, gate = vectors
-        return x + gate * FusedAttention(self.config, self.dtype, name="attn")(modulated(x, shift, scale), angles)
+        return x + gate * FusedAttention(self.config, self.dtype, name="attn")(modulate(x, shift, scale), angles)
 
 
 class Flux2Transformer2DModel(nn.Module):
@@ -130,5 +130,5 @@ class Flux2Transformer2DModel(nn.Module):
         for i in range(c.num_single_layers):
             both = single(c, dtype, name=f"single_transformer_blocks_{i}")(both, single_mod, angles)
         scale, shift = Modulation(2, c.width, False, dtype, name="norm_out")(vector)
-        out = dense(c.out_channels or c.in_channels, "proj_out")(modulated(both[:, tokens.shape[1] :], shift, scale))
+        out = dense(c.out_channels or c.in_channels, "proj_out")(modulate(both[:, tokens.shape[1] :], shift, scale))
         return unfold(out, h, w, channels_first=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxdiff.config import SD3Config
-from jaxdiff.models.dit import MLP, PATCH, ZEROS, JointAttention, Modulation, VectorEmbedding, modulated, unfold
+from jaxdiff.models.dit import MLP, PATCH, ZEROS, JointAttention, Modulation, VectorEmbedding, modulate, unfold
 from jaxdiff.models.layers import rematerialised
 from jaxdiff.typing import Array, Key
 
@@ -65,20 +65,20 @@ class JointBlock(nn.Module):
         shift, scale, gate, *others = Modulation(9 if self.dual else 6, c.width, dtype=dtype, name="norm1")(vector)
         mlp_mod, dual_mod = others[:3], others[3:]
         text_mod = Modulation(2 if self.last else 6, c.width, dtype=dtype, name="norm1_context")(vector)
-        text_in = modulated(text, *(text_mod[::-1] if self.last else text_mod[:2]))  # the last one's scale comes first
+        text_in = modulate(text, *(text_mod[::-1] if self.last else text_mod[:2]))  # the last one's scale comes first
         attn = JointAttention(
             c.num_attention_heads, c.width, normed, text_output=not self.last, dtype=dtype, name="attn"
         )
-        attended, text_attended = attn(modulated(x, shift, scale), text_in)
+        attended, text_attended = attn(modulate(x, shift, scale), text_in)
         x_in, x = x, x + gate * attended  # both attentions start from the same input
         if self.dual:
             self_attn = JointAttention(c.num_attention_heads, c.width, normed, dtype=dtype, name="attn2")
-            x = x + dual_mod[2] * self_attn(modulated(x_in, *dual_mod[:2]))[0]
-        x = x + mlp_mod[2] * MLP(dtype, name="ff")(modulated(x, *mlp_mod[:2]))
+            x = x + dual_mod[2] * self_attn(modulate(x_in, *dual_mod[:2]))[0]
+        x = x + mlp_mod[2] * MLP(dtype, name="ff")(modulate(x, *mlp_mod[:2]))
         if text_attended is None:  # the last block
             return x, text
         text = text + text_mod[2] * text_attended
-        return x, text + text_mod[5] * MLP(dtype, name="ff_context")(modulated(text, *text_mod[3:5]))
+        return x, text + text_mod[5] * MLP(dtype, name="ff_context")(modulate(text, *text_mod[3:5]))
 
 
 class SD3Transformer2DModel(nn.Module):
@@ -103,5 +103,5 @@ class SD3Transformer2DModel(nn.Module):
             tokens, text = block(c, dual, last, dtype, name=f"transformer_blocks_{i}")(tokens, text, vector)
         scale, shift = Modulation(2, c.width, dtype=dtype, name="norm_out")(vector)
         project = nn.Dense(PATCH**2 * c.out_channels, dtype=dtype, name="proj_out", kernel_init=ZEROS)
-        out = project(modulated(tokens, shift, scale))
+        out = project(modulate(tokens, shift, scale))
         return unfold(out, *x.shape[1:3], channels_first=False)
