@@ -17,12 +17,9 @@ def adapter_files(path: str | Path) -> list[Path]:
     folder = Path(path)
     if not folder.is_dir():
         return [folder]
-    for name in FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    subfolder_files = [
-        next(f for n in FILES if (f := d / n).is_file()) for d in sorted(folder.iterdir()) if _holds_lora(d)
-    ]
+    if file := _lora_file(folder):
+        return [file]
+    subfolder_files = [file for subfolder in sorted(folder.iterdir()) if (file := _lora_file(subfolder))]
     files = subfolder_files or sorted(folder.glob("*.safetensors"))
     if len(files) == 1 or (files and all(f.parent.name in MODULES for f in files)):
         return files
@@ -32,5 +29,5 @@ def adapter_files(path: str | Path) -> list[Path]:
     raise WeightsError(f"{folder} holds {contents}: give its file, such as {FILES[0]}.")
 
 
-def _holds_lora(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).is_file() for name in FILES)
+def _lora_file(folder: Path) -> Path | None:
+    return next((folder / name for name in FILES if (folder / name).is_file()), None)
