@@ -50,7 +50,10 @@ def load_tiny_vae(path: str | Path, *, dtype: Any = None, variant: str | None = 
         ConfigError, WeightsError: one sentence that names the file and the fix.
     """
     if Path(path).is_file() and (opened := _open_tiny(path)):
-        return _load_tiny(*opened, dtype)
+        config, source = opened
+        tiny = AutoencoderTiny(config, dtype=check_dtype(dtype))
+        shapes = module_shapes(tiny, example_image, source.path)
+        return tiny, load_tensors(without_strays(source, shapes), shapes, tiny.dtype)
     return load_module(path, TinyVAEConfig, AutoencoderTiny, example_image, dtype, variant)
 
 
@@ -86,12 +89,6 @@ def _without_tiny_prefix(source: TensorSource) -> TensorSource:
             warn_skipped(source, [name for name in source.shapes if not name.startswith(prefix)])
             return without_prefix(source, prefix)
     return source
-
-
-def _load_tiny(config: TinyVAEConfig, source: TensorSource, dtype: Any) -> tuple[AutoencoderTiny, Params]:
-    tiny = AutoencoderTiny(config, dtype=check_dtype(dtype))
-    shapes = module_shapes(tiny, example_image, source.path)
-    return tiny, load_tensors(without_strays(source, shapes), shapes, tiny.dtype)
 
 
 def load_vae(
