@@ -29,7 +29,7 @@ from absl import logging
 from jaxdiff.errors import JaxdiffError, say_once
 
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}  # and the packages that fsspec reads them with
-FETCHED, OUTPUTS = "fetched", "outputs"  # areas: what is read, and what is on its way to a store
+FETCHED, OUTPUTS = "fetched", "outputs"  # areas: downloaded files, and files to be uploaded
 PATIENCE = 600.0  # seconds for which failed requests are retried
 LONGEST_PAUSE = 15.0  # seconds between two tries
 THREADS = 16  # objects transferred at a time

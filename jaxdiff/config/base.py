@@ -46,11 +46,9 @@ def _type_name(kind: Any) -> str:
     """A field's type in words."""
     if isinstance(kind, types.UnionType):
         return " or ".join(_type_name(k) for k in get_args(kind) if k is not type(None))
-    return (
-        f"a list, each of which is {_type_name(get_args(kind)[0])}"
-        if get_origin(kind) is tuple
-        else KINDS.get(kind, str(kind))
-    )
+    if get_origin(kind) is tuple:
+        return f"a list, each of which is {_type_name(get_args(kind)[0])}"
+    return KINDS.get(kind, str(kind))
 
 
 @functools.cache

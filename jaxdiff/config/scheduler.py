@@ -89,7 +89,7 @@ class SchedulerConfig(Config):
         for key, known in CHOICES.items():
             if isinstance(value := values.get(key), str) and value not in known:
                 raise ConfigError(f"{key} {value!r} is unknown; known are {', '.join(known)}.")
-        if values.get("use_flow_sigmas"):  # how classes that also serve other processes name a flow
+        if values.get("use_flow_sigmas"):  # set by classes that also support other processes
             values = {**values, "beta_schedule": "flow", "shift": values.get("flow_shift", 1.0)}
         return super().from_dict({"class_name": name, **CLASS_DEFAULTS.get(name, {}), **values})._checked()
 
@@ -107,7 +107,7 @@ class SchedulerConfig(Config):
 
     @property
     def is_velocity(self) -> bool:
-        """Whether the class takes every prediction as a velocity, so that there is no choice."""
+        """Whether the class interprets every prediction as a velocity."""
         return self.class_name.startswith("FlowMatch")
 
     def to_dict(self) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class Model:
 
     @property
     def one_pass(self) -> bool:
-        """Whether a step needs no unconditional pass: the guidance scale is an input, or the model uses none."""
+        """Whether a step needs no unconditional pass: the guidance scale is an input or is not used."""
         if self.transformer is None:
             return self.is_gan or self.unet.config.time_cond_proj_dim is not None
         return self.family == "flux" or self.options.is_distilled
@@ -236,7 +236,7 @@ def build(
 def autoencoder(
     config: VAEConfig | TinyVAEConfig, dtype: Any, remat: bool | str = False
 ) -> AutoencoderKL | AutoencoderTiny:
-    """The autoencoder of a config. AutoencoderKL computes in float32 where its config says that float16 overflows."""
+    """The autoencoder of a config. AutoencoderKL computes in float32 instead of float16 if its config asks for it."""
     if isinstance(config, TinyVAEConfig):
         return AutoencoderTiny(config, bool(remat), dtype)
     upcast = config.force_upcast and dtype == jnp.float16

@@ -85,7 +85,7 @@ def tiled(
 def decode_tiled(
     model: Model, params: Params, latents: Array, tile: int | None = TILE, overlap: int = OVERLAP
 ) -> Array:
-    """`decode` a tile at a time: an image of any size takes the memory of one tile and of the image.
+    """`decode` a tile at a time, so that memory is bounded by one tile and the image.
 
     Args:
         latents: [B, h, w, C], scaled.
