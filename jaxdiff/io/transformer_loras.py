@@ -92,7 +92,7 @@ def fuse_layers(
 
     Args:
         factors: by our layer's name with its module: down [rank, in], up [out, rank], and alpha.
-        family, layers: as for `in_our_layers`.
+        family, layers: as for `split_fused_layers`.
 
     Returns:
         The tensors by name; alpha is the rank, and our alpha / rank is multiplied into up.
