@@ -238,8 +238,8 @@ def _read_file(model: Model, path: Path) -> Lora:
             lora[layer.name + BIAS] = read_vector(source, tensor, alpha / rank)
         down = from_torch_layout(KERNEL, down).reshape(*layer.shape[:-1], rank)
         # Contiguous copies, since `read` may return a view into the file.
-        down, up = (jnp.asarray(np.array(x, order="C")) for x in (down, up.reshape(-1, rank).T))
-        lora[layer.name] = Factors(down, up, alpha, read_magnitude(source, config, layer, tensors))
+        factors = [jnp.asarray(np.array(x, order="C")) for x in (down, up.reshape(-1, rank).T)]
+        lora[layer.name] = Factors(factors[0], factors[1], alpha, read_magnitude(source, config, layer, tensors))
     for module_name, names in names_by_module.items():
         warn_of_patterns(source, configs.get(module_name, {}), names)
     return lora
