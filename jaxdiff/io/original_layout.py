@@ -173,7 +173,7 @@ def place(ours: str, table: Table, prefix: str) -> Place | None:
 
 def _prefixes(name: str) -> Iterator[str]:
     """
-    >>> list(_cuts("a.b.c"))
+    >>> list(_prefixes("a.b.c"))
     ['a.b.c', 'a.b', 'a']
     """
     while name:
