@@ -1,6 +1,6 @@
-"""Atomic writing of files and folders: they are written under a temporary name, then renamed.
+"""Atomic writing of files and folders: write under a temporary name, then rename.
 
-A file whose path stands for an object of a store is uploaded instead of renamed, see `jaxdiff.stores`.
+Files that belong to an object store are uploaded instead of renamed, see `jaxdiff.stores`.
 """
 
 import contextlib
@@ -15,26 +15,26 @@ from jaxdiff import stores
 
 
 @contextlib.contextmanager
-def writing(what: object, error: type[Exception], mend: str) -> Iterator[None]:
-    """Turn an OSError of the block into an `error` of one sentence: `what` cannot be written, why, and the remedy.
+def writing(target: object, error: type[Exception], remedy: str) -> Iterator[None]:
+    """Turn an OSError in the block into an `error` that says what cannot be written, why, and what to do.
 
     Args:
-        what: begins the sentence, such as "--output: FOLDER".
+        target: the start of the sentence, such as "--output: FOLDER".
         error: type to raise.
-        mend: ends the sentence: what to do.
+        remedy: the end of the sentence.
     """
     try:
         yield
     except OSError as e:
-        raise error(f"{what} cannot be written ({e.strerror or e}): {mend}") from None
+        raise error(f"{target} cannot be written ({e.strerror or e}): {remedy}") from None
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path next to `path` for the block to write to; the file is renamed to `path` at the end.
+    """Yield a temporary path next to `path` to write to, then rename the file to `path`.
 
-    If the block raises, the temporary file is removed and an existing file stays as it is. The temporary name is hidden
-    and unique, also among hosts that share the folder.
+    If the block raises, the temporary file is removed and an existing file is left untouched. The temporary name is
+    hidden, and unique even among hosts that share the folder.
 
     Raises:
         OSError: the file cannot be renamed.
@@ -52,9 +52,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_new(path: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """As `atomic_write`, but never replaces a file: if castle.png exists, the name becomes castle-2.png, and so on.
+    """Like `atomic_write`, but never replace a file: if castle.png exists, write castle-2.png, and so on.
 
-    Several processes may write into one folder.
+    Safe with several processes that write to one folder.
 
     Yields:
         The temporary path, and a list that holds the final path after the block.
@@ -62,24 +62,24 @@ def write_new(path: Path) -> Iterator[tuple[Path, list[Path]]]:
     Raises:
         OSError: the file cannot be renamed.
     """
-    temporary, taken = path.with_name(f".{uuid.uuid4().hex}.tmp"), list[Path]()
+    temporary, written = path.with_name(f".{uuid.uuid4().hex}.tmp"), list[Path]()
     try:
-        yield temporary, taken
+        yield temporary, written
         names = itertools.chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2)))
-        taken.append(next(name for name in names if _claim(temporary, name)))
+        written.append(next(name for name in names if _claim(temporary, name)))
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _claim(temporary: Path, name: Path) -> bool:
-    """Rename a file; False if the name is taken."""
+    """Rename a file; return False if the name is taken."""
     if url := stores.behind(name, stores.OUTPUTS):
         return stores.put_new(temporary, url)
     try:
         os.link(temporary, name)
     except FileExistsError:
         return False
-    except OSError:  # a file system without links, such as FAT: the name is taken first, then filled
+    except OSError:  # a file system without links, such as FAT: reserve the name, then replace the empty file
         try:
             os.close(os.open(name, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
@@ -103,7 +103,7 @@ def make_writable(folder: Path) -> None:
 
 
 def replace_folder(folder: Path, new: Path, old: Path) -> None:
-    """Rename `new` to `folder`. A folder of that name is first moved to `old`, and moved back if the renaming fails.
+    """Rename `new` to `folder`. An existing `folder` is first moved to `old`, and moved back if the renaming fails.
 
     Raises:
         OSError: the renaming fails.
@@ -125,10 +125,10 @@ def first_bytes(path: str | Path) -> bytes:
 
 
 def not_fetched(head: bytes) -> str | None:
-    """Whether a file is a Git LFS pointer or a web page instead of the file itself, by its first bytes.
+    """Recognize, by its first bytes, a Git LFS pointer or a web page that was saved in place of a file.
 
     Returns:
-        The rest of a sentence that begins with the file's path; None if the file may be right.
+        The end of an error message that starts with the file's path; None if nothing is wrong.
     """
     if head.startswith(b"version https://git-lfs.github.com/"):
         return "is a Git LFS pointer, not the file itself: fetch it again with `git lfs pull`, or download it."

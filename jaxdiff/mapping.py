@@ -1,4 +1,4 @@
-"""One program mapped over devices, for sampling and for encoding data; only sharded parameters are communicated."""
+"""Mapping one program over devices, for sampling and for encoding data; only sharded parameters are communicated."""
 
 import dataclasses
 import math
@@ -35,27 +35,27 @@ class Divided:
     shardings: Any
 
     def __getitem__(self, name: str) -> Any:
-        def one(x: Any, sharding: NamedSharding) -> Any:
+        def gather_leaf(x: Any, sharding: NamedSharding) -> Any:
             axes = list(sharding.spec)
             return jax.lax.all_gather(x, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else x
 
-        def gathered(parts: Any) -> Any:
-            return jax.tree.map(one, parts, self.shardings[name])
+        def gather(parts: Any) -> Any:
+            return jax.tree.map(gather_leaf, parts, self.shardings[name])
 
         auto = set(jax.sharding.get_abstract_mesh().auto_axes)
-        if auto:  # a nested shard_map: else the compiler first gathers what is sharded over "tensor"
-            specs = jax.tree.map(lambda x: without(x.spec, "fsdp"), self.shardings[name])
-            gathered = jax.shard_map(gathered, in_specs=(specs,), out_specs=specs, axis_names=auto, check_vma=False)
-        return gathered(self.parts[name])
+        if auto:  # without a nested shard_map the compiler would first gather over "tensor" as well
+            specs = jax.tree.map(lambda x: drop_axis(x.spec, "fsdp"), self.shardings[name])
+            gather = jax.shard_map(gather, in_specs=(specs,), out_specs=specs, axis_names=auto, check_vma=False)
+        return gather(self.parts[name])
 
 
-def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
+def drop_axis(spec: PartitionSpec, axis: str) -> PartitionSpec:
     """The spec without one axis of the mesh."""
     return PartitionSpec(*[None if name == axis else name for name in spec])
 
 
 def anew(params: Any, x: Any) -> tuple[Any, Any]:
-    """The parameters and x unchanged, but tied together, so that sharded parameters are gathered again for each x."""
+    """The same parameters and x behind an optimization barrier, so that parameters are gathered again for each x."""
     if not isinstance(params, Divided):
         return params, x
     parts, x = jax.lax.optimization_barrier((params.parts, x))
@@ -96,25 +96,25 @@ def pmap(function: Callable, devices: Sequence[jax.Device] | Mesh, shared: int =
     manual = set(axes) if mesh.shape.get("tensor", 1) > 1 else set(mesh.axis_names)  # "tensor" is the compiler's
 
     def shardings(args: Sequence[Any]) -> list[Any]:
-        found: list[Any] = [replicated(mesh)] * shared + [NamedSharding(mesh, rows)] * (len(args) - shared)
-        return [param_sharding(mesh, args[0]), *found[1:]] if divided else found
+        placements: list[Any] = [replicated(mesh)] * shared + [NamedSharding(mesh, rows)] * (len(args) - shared)
+        return [param_sharding(mesh, args[0]), *placements[1:]] if divided else placements
 
     @jax.jit
     def program(*args):
-        run, places = function, shardings(args)
+        run, placements = function, shardings(args)
         if divided:
-            run = lambda params, *rest: function(Divided(params, places[0]), *rest)  # noqa: E731
-            args = (jax.lax.with_sharding_constraint(args[0], places[0]), *args[1:])
-        specs = tuple(jax.tree.map(lambda x: without(x.spec, "tensor"), places))
+            run = lambda params, *inputs: function(Divided(params, placements[0]), *inputs)  # noqa: E731
+            args = (jax.lax.with_sharding_constraint(args[0], placements[0]), *args[1:])
+        specs = tuple(jax.tree.map(lambda x: drop_axis(x.spec, "tensor"), placements))
         return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=manual, check_vma=False)(*args)
 
-    def mapped(*args, lookup):
-        each = args[shared:]
-        batch = jax.tree.leaves(each)[0].shape[0]
-        args = (*args[:shared], *filled_rows(each, batch, parts))
+    def run_padded(*args, lookup):
+        batched = args[shared:]
+        batch = jax.tree.leaves(batched)[0].shape[0]
+        args = (*args[:shared], *filled_rows(batched, batch, parts))
         if mesh.is_multi_process:
             args = tuple(map(put_global, args, shardings(args)))
-        out = (program if lookup is None else lookup(program, *args))(*args)
-        return jax.tree.map(lambda x: x[:batch], out) if batch % parts else out
+        outputs = (program if lookup is None else lookup(program, *args))(*args)
+        return jax.tree.map(lambda x: x[:batch], outputs) if batch % parts else outputs
 
-    return Mapped(mapped, program)
+    return Mapped(run_padded, program)

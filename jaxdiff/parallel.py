@@ -57,20 +57,21 @@ def mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = 
         product = f"fsdp {fsdp}" + (f" x tensor {tensor}" if tensor != 1 else "")
         raise ValueError(f"{product} must divide the number of devices, {len(devices)}.")
     shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
-    laid_out = _lay_out(shape, devices)
-    for row in laid_out.reshape(-1, tensor):
-        if len({d.process_index for d in row}) > 1:  # each host reads its own examples, so that these would differ
+    grid = _device_grid(shape, devices)
+    for row in grid.reshape(-1, tensor):
+        if len({d.process_index for d in row}) > 1:  # each host reads its own examples
             raise ValueError(f"tensor {tensor} must divide the devices of one host.")
-    return Mesh(laid_out, AXES, axis_types=AXIS_TYPES)
+    return Mesh(grid, AXES, axis_types=AXIS_TYPES)
 
 
-def _lay_out(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+def _device_grid(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the shape of the mesh; on TPUs, arranged by their network."""
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(shape)
     if slices > 1 and shape[0] % slices == 0:
-        within = (shape[0] // slices, *shape[1:])
-        return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+        slice_shape = (shape[0] // slices, *shape[1:])
+        return mesh_utils.create_hybrid_device_mesh(slice_shape, (slices, 1, 1), devices)
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
@@ -102,13 +103,13 @@ def param_spec(path: str, shape: Sequence[int], fsdp: int = 1, tensor: int = 1) 
     """
     axes: list[str | None] = [None] * len(shape)
     if tensor > 1 and shape:
-        vector = len(shape) == 1
-        place = -1 if COLUMNS.search(path) else -2 if ROWS.search(path) and not vector else None
-        if place is not None and shape[place] % tensor == 0:
-            axes[place] = "tensor"
-    left = [i for i, size in enumerate(shape) if axes[i] is None and size % fsdp == 0 and size >= fsdp]
-    if fsdp > 1 and len(shape) > 1 and left:
-        axes[max(left, key=lambda i: shape[i])] = "fsdp"
+        is_vector = len(shape) == 1
+        axis = -1 if COLUMNS.search(path) else -2 if ROWS.search(path) and not is_vector else None
+        if axis is not None and shape[axis] % tensor == 0:
+            axes[axis] = "tensor"
+    candidates = [i for i, size in enumerate(shape) if axes[i] is None and size % fsdp == 0 and size >= fsdp]
+    if fsdp > 1 and len(shape) > 1 and candidates:
+        axes[max(candidates, key=lambda i: shape[i])] = "fsdp"
     while axes and axes[-1] is None:
         axes.pop()
     return PartitionSpec(*axes)
@@ -120,17 +121,17 @@ def path_name(path: tuple) -> str:
 
 
 def param_sharding(mesh: Mesh | AbstractMesh, tree: Any, *, gathered: bool = False) -> Any:
-    """A sharding for each array (or shape) of a tree: of parameters, an optimizer's moments, an average.
+    """A sharding for each array (or shape) of a tree of parameters, optimizer moments or averages.
 
     Args:
-        gathered: as a step computes with them, sharded over "tensor" only.
+        gathered: shard over "tensor" only, as a training step computes.
     """
     fsdp = 1 if gathered else mesh.shape["fsdp"]
 
-    def one(path: tuple, x: Any) -> NamedSharding:
+    def leaf_sharding(path: tuple, x: Any) -> NamedSharding:
         return NamedSharding(mesh, param_spec(path_name(path), x.shape, fsdp, mesh.shape["tensor"]))
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
 def tracing(mesh: Mesh) -> contextlib.AbstractContextManager:
@@ -139,30 +140,30 @@ def tracing(mesh: Mesh) -> contextlib.AbstractContextManager:
 
 
 def gather(mesh: Mesh, params: Any, dtype: Any = None) -> Any:
-    """Under `jit`: parameters gathered over "fsdp" to compute with; their gradients are sharded as they are.
+    """Under `jit`: parameters gathered over "fsdp" to compute with; gradients keep the parameters' sharding.
 
     Args:
-        dtype: the dtype that the network casts matrices, kernels and tables to; None: none. With "fsdp" they are cast
-            before they are gathered if that makes them smaller, which saves bandwidth and memory. Gradients have the
-            parameters' own dtype.
+        dtype: the compute dtype of matrices, kernels and tables; None keeps theirs. With "fsdp" they are cast before
+            they are gathered if that makes them smaller, which saves bandwidth and memory. Gradients have the dtype of
+            the parameters.
     """
     types = jax.tree.map(lambda x: x.dtype, params)
 
-    def narrowed(x: Any) -> Any:
+    def narrow(x: Any) -> Any:
         wider = dtype is not None and jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > dtype.itemsize
         return x.astype(dtype) if wider and x.ndim > 1 and mesh.shape["fsdp"] > 1 else x
 
     @jax.custom_vjp
-    def gathered(params: Any) -> Any:
-        divided = jax.lax.with_sharding_constraint(jax.tree.map(narrowed, params), param_sharding(mesh, params))
-        return jax.lax.with_sharding_constraint(divided, param_sharding(mesh, params, gathered=True))
+    def gather_params(params: Any) -> Any:
+        sharded = jax.lax.with_sharding_constraint(jax.tree.map(narrow, params), param_sharding(mesh, params))
+        return jax.lax.with_sharding_constraint(sharded, param_sharding(mesh, params, gathered=True))
 
     def backward(_: None, grads: Any) -> tuple[Any]:
-        grads = jax.tree.map(lambda grad, kind: grad.astype(kind), grads, types)
+        grads = jax.tree.map(lambda grad, source_dtype: grad.astype(source_dtype), grads, types)
         return (jax.lax.with_sharding_constraint(grads, param_sharding(mesh, grads)),)
 
-    gathered.defvjp(lambda params: (gathered(params), None), backward)
-    return gathered(params)
+    gather_params.defvjp(lambda params: (gather_params(params), None), backward)
+    return gather_params(params)
 
 
 class ShardedGroup(NamedTuple):
@@ -172,7 +173,7 @@ class ShardedGroup(NamedTuple):
     spec: PartitionSpec
     arrays: int
     size: int  # bytes in all
-    each: int  # bytes a device
+    per_device: int  # bytes
 
 
 def sharded_groups(mesh: Mesh | AbstractMesh, params: Any) -> list[ShardedGroup]:
@@ -182,57 +183,57 @@ def sharded_groups(mesh: Mesh | AbstractMesh, params: Any) -> list[ShardedGroup]
     for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(params), shardings, strict=True):
         keys = re.sub(r"_\d+", "_*", path_name(path)).split("/")
         row = rows.setdefault(("/".join([keys[0], *keys[max(1, len(keys) - 3) :]]), sharding.spec), [0, 0, 0])
-        width = np.dtype(x.dtype).itemsize
-        each = int(np.prod(sharding.shard_shape(x.shape), dtype=np.int64)) * width
-        for i, value in enumerate((1, int(np.prod(x.shape, dtype=np.int64)) * width, each)):
+        itemsize = np.dtype(x.dtype).itemsize
+        per_device = int(np.prod(sharding.shard_shape(x.shape), dtype=np.int64)) * itemsize
+        for i, value in enumerate((1, int(np.prod(x.shape, dtype=np.int64)) * itemsize, per_device)):
             row[i] += value
-    found = [ShardedGroup(name, spec, *values) for (name, spec), values in rows.items()]
-    return sorted(found, key=lambda part: -part.size)
+    groups = [ShardedGroup(name, spec, *values) for (name, spec), values in rows.items()]
+    return sorted(groups, key=lambda group: -group.size)
 
 
 def sharding_table(mesh: Mesh | AbstractMesh, params: Any) -> str:
     """`sharded_groups` as a table of text: name, number of arrays, megabytes in total and per device, sharding."""
     rows = sharded_groups(mesh, params)
-    arrays, size, each = (sum(getattr(row, name) for row in rows) for name in ("arrays", "size", "each"))
-    rows = [*rows, ShardedGroup("all", PartitionSpec(), arrays, size, each)]
+    arrays, size, per_device = (sum(getattr(row, name) for row in rows) for name in ("arrays", "size", "per_device"))
+    rows = [*rows, ShardedGroup("all", PartitionSpec(), arrays, size, per_device)]
     width = max(len(row.name) for row in rows)
     lines = [f"{'parameters':{width}}  arrays       MB  MB/device  divided over"]
     for row in rows:
         spec = ", ".join(str(axis or "-") for axis in row.spec)
-        line = f"{row.name:{width}}  {row.arrays:6}  {row.size / 1e6:7.1f}  {row.each / 1e6:9.2f}  {spec}"
+        line = f"{row.name:{width}}  {row.arrays:6}  {row.size / 1e6:7.1f}  {row.per_device / 1e6:9.2f}  {spec}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 
 
 def put_global(tree: Any, sharding: Any) -> Any:
-    """Put arrays that every host holds in full onto the devices; `sharding` is one for all or a tree of them.
+    """Put arrays that every host holds in full onto the devices; `sharding` is one sharding or a tree of them.
 
-    Each host gives its own devices their parts. `jax.device_put` would gather every host's copy of an array on every
-    device first, to see that they are equal.
+    Each host fills its own devices. `jax.device_put` would first gather every host's copy on every device, to check
+    that they are equal.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
-    def one(x: Any, sharding: Sharding) -> jax.Array:
+    def put(x: Any, sharding: Sharding) -> jax.Array:
         if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
             return jax.device_put(x, sharding)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(one(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+            return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     shardings = jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, Sharding) else sharding
-    return jax.tree.map(one, tree, shardings)
+    return jax.tree.map(put, tree, shardings)
 
 
 def fetch(tree: Any) -> Any:
-    """Sharded arrays as full numpy arrays, on every host that holds a shard; all of these must call it."""
+    """Sharded arrays as full numpy arrays. Collective: every host that holds a shard must call it."""
 
-    def whole(x: Any) -> Any:
-        spans = isinstance(x, jax.Array) and not x.is_fully_addressable
-        return multihost_utils.process_allgather(x, tiled=True) if spans else x
+    def gather_leaf(x: Any) -> Any:
+        is_distributed = isinstance(x, jax.Array) and not x.is_fully_addressable
+        return multihost_utils.process_allgather(x, tiled=True) if is_distributed else x
 
-    return jax.device_get(jax.tree.map(whole, tree))
+    return jax.device_get(jax.tree.map(gather_leaf, tree))
 
 
 def global_batch(mesh: Mesh, batch: Any) -> Any:
@@ -242,7 +243,7 @@ def global_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def global_row_order(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which row of the batch, the hosts' one after the other, lies at each place of `global_batch`, [B]."""
+    """For each row of `global_batch` [B], its index in the concatenation of the hosts' batches."""
     owner = np.empty(batch_size, int)
     places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((batch_size,))
     for device, (index,) in places.items():
@@ -251,25 +252,25 @@ def global_row_order(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def _row_order(owner: np.ndarray) -> np.ndarray:
-    """`global_row_order`, from the host that has each place.
+    """`global_row_order`, from the host that owns each row.
 
-    The hosts' rows are in order, unless a mesh that follows the network takes the hosts by turns.
+    This is the identity unless the mesh, which follows the network, interleaves hosts.
 
     >>> _row_order(np.asarray([0, 1, 0, 1])).tolist()
     [0, 2, 1, 3]
     """
-    found = np.empty(len(owner), int)
-    found[np.argsort(owner, kind="stable")] = np.arange(len(owner))
-    return found
+    order = np.empty(len(owner), int)
+    order[np.argsort(owner, kind="stable")] = np.arange(len(owner))
+    return order
 
 
 def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """Devices in the order given, over one axis "data": nothing is sent along it, so that any order will do."""
+    """The devices over one axis "data". Nothing is sent along it, so their order does not matter."""
     return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def device_memory() -> float:
-    """Bytes of memory of one of this process's devices, or of the machine where it is the CPU; inf if unknown."""
+    """Bytes of memory of one local device, or of the machine if that is a CPU; inf if unknown."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit", float("inf"))
@@ -280,7 +281,7 @@ def host_memory() -> float:
     """Bytes of memory of this machine; inf if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not on this system
+    except (AttributeError, OSError, ValueError):  # not supported on this system
         return float("inf")
 
 
@@ -305,7 +306,7 @@ def place(x: np.ndarray, path: str, mesh: Mesh | None) -> jax.Array:
 
 
 def committed(tree: Any) -> tuple[jax.Device, ...] | Mesh:
-    """The mesh that divides the arrays of a tree, else the devices that they were put on; none where jax may choose."""
+    """The mesh over which a tree's arrays are sharded, else the devices they are committed to, else no devices."""
     for x in jax.tree.leaves(tree):
         if getattr(x, "committed", False):
             mesh = getattr(x.sharding, "mesh", None)

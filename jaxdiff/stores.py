@@ -1,12 +1,12 @@
 """Object stores: paths gs://bucket/… and s3://bucket/…, read and written through fsspec.
 
-Nothing reads from a store directly: objects are copied to this machine first, and files are written here and then
-uploaded. So each path of a store has a place below `copies()`, and the path can be read off the place:
+Nothing reads from a store directly: objects are first copied to this machine, and files are written here, then
+uploaded. Each path of a store has a local place below `copies()`, from which the path can be recovered:
 
     copies() / AREA / s3 / bucket / run / model.safetensors   <->   s3://bucket/run/model.safetensors
 
-A store cannot rename, and its folders are mere prefixes of names. A single object appears whole or not at all; of
-several, the one that readers look for is uploaded last.
+A store cannot rename, and its folders are mere prefixes of names. A single object is written atomically; of several,
+the one that readers look for is uploaded last.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from absl import logging
 from jaxdiff.errors import JaxdiffError, say_once
 
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}  # and the packages that fsspec reads them with
-FETCHED, OUTPUTS = "fetched", "outputs"  # areas: what is read, and what is on its way to a store
+FETCHED, OUTPUTS = "fetched", "outputs"  # areas: downloaded files, and files to be uploaded
 PATIENCE = 600.0  # seconds for which failed requests are retried
 LONGEST_PAUSE = 15.0  # seconds between two tries
 THREADS = 16  # objects transferred at a time
@@ -39,11 +39,11 @@ _FINAL = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsEr
 _FINAL_NUMBERS = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 _MISTAKES = (TypeError, ValueError, LookupError, AttributeError, ImportError, NotImplementedError)
 
-Listing = dict[str, tuple[int, str]]  # names below a path ("": the path itself) -> (bytes, what changes with them)
+Listing = dict[str, tuple[int, str]]  # names below a path ("": the path itself) -> (bytes, version tags)
 
 
 class StoreError(JaxdiffError, ValueError):
-    """A store that cannot be reached, read or written, or a wrong path of one."""
+    """A store that cannot be reached, read or written, or an invalid path."""
 
 
 def is_store(path: object) -> bool:
@@ -52,16 +52,16 @@ def is_store(path: object) -> bool:
 
 
 def wrong(path: object) -> str | None:
-    """Why a path is neither a store's nor this machine's, as the rest of a sentence; None if it may be one of them."""
+    """Why a path is neither a store's nor a local one, as the end of a sentence; None if it may be valid."""
     if not (match := _SCHEME.match(str(path))):
         return None
-    scheme, second, rest = match.groups()
+    scheme, double_slash, inner = match.groups()
     known = " and ".join(f"{name}://" for name in SCHEMES)
     if scheme not in SCHEMES:
-        return f"is of an unknown kind: known are {known}, and paths of this machine." if second else None
-    if not second:
-        return f"has one slash after {scheme}: and would be a folder of this machine: write {scheme}://{rest}."
-    if any(part in ("", ".", "..") for part in rest.rstrip("/").split("/")):
+        return f"is of an unknown kind: known are {known}, and paths of this machine." if double_slash else None
+    if not double_slash:
+        return f"has one slash after {scheme}: and would be a folder of this machine: write {scheme}://{inner}."
+    if any(part in ("", ".", "..") for part in inner.rstrip("/").split("/")):
         return f"has an empty part, or . or ..: write {scheme}://bucket/folder."
     if importlib.util.find_spec(SCHEMES[scheme]) is None:
         return f"needs the package {SCHEMES[scheme]}: pip install 'jaxdiff[stores]'."
@@ -69,12 +69,12 @@ def wrong(path: object) -> str | None:
 
 
 def check(path: object) -> None:
-    """Raise StoreError for a path that is neither a store's nor this machine's."""
+    """Raise StoreError for a path that is neither a store's nor a local one."""
     if reason := wrong(path):
         raise StoreError(f"{path} {reason}")
 
 
-# --- places on this machine
+# --- local places
 
 
 def cache_folder() -> Path:
@@ -88,23 +88,23 @@ def copies() -> Path:
 
 
 def place(url: str, area: str) -> Path:
-    """The place of a store's path on this machine; nothing is created. Raises StoreError for a wrong path."""
+    """The local place of a store's path; nothing is created. Raises StoreError for an invalid path."""
     check(url)
-    scheme, _, rest = url.partition("://")
-    return copies() / area / scheme / rest.rstrip("/")
+    scheme, _, inner = url.partition("://")
+    return copies() / area / scheme / inner.rstrip("/")
 
 
 def behind(path: str | Path, area: str = "") -> str | None:
-    """The store's path that a place stands for; None for other paths, or if the place is not in `area` (if given)."""
+    """The store's path of a local place; None for other paths, or if the place is not in `area` (if given)."""
     try:
-        own, scheme, *rest = Path(path).absolute().relative_to(copies()).parts
+        path_area, scheme, *parts = Path(path).absolute().relative_to(copies()).parts
     except ValueError:
         return None
-    return f"{scheme}://{'/'.join(rest)}" if rest and area in ("", own) else None
+    return f"{scheme}://{'/'.join(parts)}" if parts and area in ("", path_area) else None
 
 
 def shown(text: object) -> str:
-    """A text with places replaced by the stores' paths."""
+    """A text with local places replaced by the stores' paths."""
     return re.sub(rf"{re.escape(str(copies()))}/[\w-]+/({'|'.join(SCHEMES)})/", r"\1://", str(text))
 
 
@@ -118,30 +118,30 @@ def _filesystem(scheme: str) -> Any:
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
 
-def _call(url: str, method: str, *args: Any, **more: Any) -> Any:
-    """Call a method of a store's file system, and retry while it fails with errors that may be temporary.
+def _call(url: str, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a method of a store's file system; retry errors that may be temporary.
 
     Raises:
         FileNotFoundError, FileExistsError: raised by the method.
         StoreError: any other error that persists for `PATIENCE` seconds.
     """
     check(url)
-    since, pause, said = time.monotonic(), 0.5, False
+    start, delay, warned = time.monotonic(), 0.5, False
     while True:
         try:
-            return getattr(_filesystem(url.partition("://")[0]), method)(*args, **more)
+            return getattr(_filesystem(url.partition("://")[0]), method)(*args, **kwargs)
         except (FileNotFoundError, FileExistsError):
             raise
         except Exception as e:
             reason = " ".join((getattr(e, "strerror", None) or str(e) or type(e).__name__).split())[:200]
-            if _is_final(e) or time.monotonic() - since > PATIENCE:
+            if _is_final(e) or time.monotonic() - start > PATIENCE:
                 raise StoreError(f"{url} cannot be read or written ({reason}): check the path, your rights there and "
                                  "the network.") from None  # fmt: skip
-            if not said:
+            if not warned:
                 logging.warning("%s answers errors (%s): trying again for up to %.0f s.", url, reason, PATIENCE)
-                said = True
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+                warned = True
+            time.sleep(delay)
+            delay = min(2 * delay, LONGEST_PAUSE)
 
 
 def _is_final(error: Exception) -> bool:
@@ -156,11 +156,11 @@ def listing(url: str) -> Listing:
     """All objects at and below a path; empty if there are none."""
     url = url.rstrip("/")
     try:
-        found = _call(url, "find", url, detail=True)
+        entries = _call(url, "find", url, detail=True)
     except FileNotFoundError:
         return {}
     root, objects = _filesystem(url.partition("://")[0])._strip_protocol(url).rstrip("/"), Listing()
-    for name, info in found.items():
+    for name, info in entries.items():
         if info.get("type") == "directory" or not (name == root or name.startswith(f"{root}/")):
             continue
         relative = name[len(root) + 1 :]
@@ -189,7 +189,7 @@ def read(url: str) -> bytes | None:
 
 
 def write(url: str, data: bytes, *, new: bool = False) -> None:
-    """Write an object. With `new`, raise FileExistsError if there is one, even with concurrent writers."""
+    """Write an object. With `new`, raise FileExistsError if it exists, even with concurrent writers."""
     if new and exists(url):  # for stores without conditional writes
         raise FileExistsError(url)
     _call(url, "pipe_file", url, data, mode="create" if new else "overwrite")
@@ -201,7 +201,7 @@ def put(path: Path, url: str) -> None:
 
 
 def put_new(path: Path, url: str) -> bool:
-    """Upload a small file to a new name; False if the name is taken."""
+    """Upload a small file to a new name; return False if the name is taken."""
     try:
         write(url, path.read_bytes(), new=True)
     except FileExistsError:
@@ -212,15 +212,15 @@ def put_new(path: Path, url: str) -> bool:
 def remove(*urls: str) -> None:
     """Remove objects; missing ones are ignored."""
 
-    def one(url: str) -> None:
+    def remove_one(url: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             _call(url, "rm_file", url)
 
-    _each(one, urls)
+    _in_threads(remove_one, urls)
 
 
 def move(url: str, to: str, first: str) -> None:
-    """Move all objects below a path, one after the other, `first` first."""
+    """Move all objects below a path one by one, starting with `first`."""
     names = listing(url)
     for name in sorted(names, key=lambda name: name != first):
         _call(url, "copy", f"{url}/{name}", f"{to}/{name}")
@@ -237,9 +237,9 @@ def probe(url: str) -> None:
     remove(name)
 
 
-def _each(run: Callable[[Any], Any], items: Iterable[Any]) -> None:
+def _in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(run, items):
+        for _ in pool.map(function, items):
             pass
 
 
@@ -255,13 +255,13 @@ def files(folder: Path) -> list[str]:
 
 def upload(folder: Path, url: str, names: Iterable[str]) -> None:
     """Upload files of a folder by their relative names."""
-    _each(lambda name: put(folder / name, f"{url}/{name}"), names)
+    _in_threads(lambda name: put(folder / name, f"{url}/{name}"), names)
 
 
 def download(url: str, folder: Path, names: Iterable[str]) -> None:
-    """Copy objects below a path into a folder; each appears whole. Raises FileNotFoundError for one that is missing."""
+    """Copy objects below a path into a folder, each atomically. Raises FileNotFoundError if one is missing."""
 
-    def one(name: str) -> None:
+    def download_one(name: str) -> None:
         path = folder / name if name else folder
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
@@ -273,72 +273,74 @@ def download(url: str, folder: Path, names: Iterable[str]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
 
-    _each(one, names)
+    _in_threads(download_one, names)
 
 
 def publish(folder: Path, url: str, marker: str) -> None:
-    """Upload a folder such that readers who find its file `marker` find all of it. Other objects there stay.
+    """Upload a folder so that readers who find its file `marker` find all of it. Other objects there stay.
 
     Args:
         marker: a file of the folder. An existing one is removed first, and the new one is uploaded last.
     """
     url, names = url.rstrip("/"), files(folder)
-    inside = {name.split("/")[0] for name in names if "/" in name}  # folders that are replaced
-    old = [name for name in listing(url) if name.split("/")[0] in inside and name not in names]
+    subfolders = {name.split("/")[0] for name in names if "/" in name}  # folders that are replaced
+    stale = [name for name in listing(url) if name.split("/")[0] in subfolders and name not in names]
     remove(f"{url}/{marker}")
     upload(folder, url, (name for name in names if name != marker))
-    remove(*(f"{url}/{name}" for name in old))
+    remove(*(f"{url}/{name}" for name in stale))
     put(folder / marker, f"{url}/{marker}")
 
 
 def fetch(url: str, choose: Callable[[Sequence[str]], Sequence[str]] | None = None) -> Path:
-    """This machine's copy of the objects at and below a path, updated with those that have changed.
+    """A local copy of the objects at and below a path; only objects that changed are downloaded.
 
     Args:
-        url: the path. If a name has {00..99} or *, all objects are copied that begin with what precedes it.
-        choose: selects the names to copy from all names; None: all.
+        url: the path. If a name contains {00..99} or *, all objects are copied that share the prefix before it.
+        choose: selects the names to copy; None copies all.
 
     Raises:
         StoreError: there is nothing, or it cannot be read.
     """
     check(url)
     if match := re.search(r"[{*?\[]", url):
-        cut = url.rfind("/", 0, match.start())
-        root, start = url[:cut], url[cut + 1 : match.start()]
-        return fetch(root, lambda names: [n for n in names if n.startswith(start)]) / url[cut + 1 :]
+        slash = url.rfind("/", 0, match.start())
+        root, prefix = url[:slash], url[slash + 1 : match.start()]
+        return fetch(root, lambda names: [n for n in names if n.startswith(prefix)]) / url[slash + 1 :]
     url, objects = url.rstrip("/"), listing(url)
     names = list(objects) if choose is None else list(choose(list(objects)))
     if not names:
         raise StoreError(f"{url} does not exist, or holds nothing: check the path.")
     folder = place(url, FETCHED)
-    kept = folder.with_name(f".{folder.name}.json")
+    index = folder.with_name(f".{folder.name}.json")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(kept.with_suffix(".lock")):
+    with _locked(index.with_suffix(".lock")):
         try:
-            before = json.loads(kept.read_bytes())
+            previous = json.loads(index.read_bytes())
         except (OSError, ValueError):
-            before = {}
-        now: dict[str, list[Any]] = {name: list(objects[name]) for name in names}
-        there = {name for name in names if before.get(name) == now[name] and _size(folder / name) == now[name][0]}
-        if missing := [name for name in names if name not in there]:
-            total = sum(now[name][0] for name in missing)
+            previous = {}
+        current: dict[str, list[Any]] = {name: list(objects[name]) for name in names}
+        unchanged = {
+            name for name in names if previous.get(name) == current[name] and _size(folder / name) == current[name][0]
+        }
+        if missing := [name for name in names if name not in unchanged]:
+            total = sum(current[name][0] for name in missing)
             logging.info("Copying %d files (%.1f MB) of %s to %s.", len(missing), total / 1e6, url, folder)
-            kept.unlink(missing_ok=True)  # while copying, neither list is true
+            index.unlink(missing_ok=True)  # invalid while copying
             try:
                 download(url, folder, missing)
             except FileNotFoundError as e:
                 raise StoreError(f"{url} changes while it is read ({e}): try again.") from None
-        if folder.is_dir():  # what was removed from the store
+        if folder.is_dir():  # delete what was removed from the store
             for name in set(files(folder)) - set(objects):
                 (folder / name).unlink(missing_ok=True)
-        temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(now))
-        temporary.replace(kept)
+        temporary = index.with_name(f"{index.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(current))
+        temporary.replace(index)
     return folder
 
 
 def local(path: str, choose: Callable[[Sequence[str]], Sequence[str]] | None = None) -> str:
-    """A path of this machine: `path` itself, or this machine's copy of a store's path, see `fetch`."""
+    """A local path: `path` itself, or the local copy of a store's path, see `fetch`."""
     return str(fetch(path, choose)) if is_store(path) else path
 
 
@@ -350,7 +352,7 @@ def _size(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Lock out other processes of this machine during the block, if the file system has locks."""
     with path.open("w") as file:
         with contextlib.suppress(ImportError, OSError):  # systems and file systems without locks

@@ -171,7 +171,7 @@ IO = in_folder(
     ("torch_names.py", "x.transpose(2, 3, 1, 0)", "x.transpose(3, 2, 1, 0)",
      "tests/test_single_file.py -k 'comes_back and sd1'"),
     ("original_layout.py", '"qkv".index', '"kqv".index', "tests/test_single_file_oracle.py -k 'openclip and sd2'"),
-    ("lora.py", "(f.alpha / f.rank) *", "f.alpha *", "tests/test_lora.py -k locon"),
+    ("lora.py", "(change.alpha / change.rank) *", "change.alpha *", "tests/test_lora.py -k locon"),
     ("lora_config.py", "value * math.sqrt(rank)", "value", "tests/test_lora_files.py -k 'strength and folder'"),
     ("pickles.py", "isinstance(machine.stack[-1], _Parameters) and", "False and",
      "tests/test_textual_inversion.py -k first_trainers"),
@@ -239,7 +239,7 @@ TRAINING = in_folder(
      MESHES.format("collectives_are_counted")),
 ) + in_folder(
     "jaxdiff",
-    ("parallel.py", "max(left, key=lambda i: shape[i])", "min(left, key=lambda i: shape[i])",
+    ("parallel.py", "max(candidates, key=lambda i: shape[i])", "min(candidates, key=lambda i: shape[i])",
      MESHES.format("largest_divisible")),
     ("cli/requests.py", "(num_batches(n), n)", "(num_batches(n), -n)", "tests/test_batch_sizes.py -k equal"),
     ("cli/requests.py", "(1 - MAX_PADDING) * n * num_batches(n) <= num_batches(1)", "True",

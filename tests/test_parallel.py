@@ -68,7 +68,7 @@ def test_the_table_adds_up(tiny):
     assert sum(r.size for r in rows) == sum(x.nbytes for x in leaves)
     for row in rows:
         pieces = 2 ** sum(axis is not None for axis in row.spec)
-        assert row.each == row.size / pieces
+        assert row.per_device == row.size / pieces
     lines = parallel.sharding_table(MESH, params).splitlines()
     assert len(lines) == len(rows) + 2
     assert "unet/attn1/to_q/kernel" in "".join(lines)

@@ -12,7 +12,7 @@ from jaxdiff.models.model import param_shapes
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "_kept", tmp_path)
+    monkeypatch.setattr(cache, "_folder", tmp_path)
     programs._programs.clear()
     return tmp_path
 
@@ -90,7 +90,7 @@ def test_a_process_compiles_once_where_nothing_can_be_kept(folder, monkeypatch):
 def test_what_no_other_process_would_find_is_not_kept(folder, monkeypatch):
     traced = Traced()
     traced(X, Y, key=lambda: None)
-    monkeypatch.setattr(cache, "_kept", None)
+    monkeypatch.setattr(cache, "_folder", None)
     traced(X, Y)
     assert traced.count == 2
     assert not list(folder.iterdir())
@@ -105,7 +105,7 @@ def test_shapes_are_kept(folder, tiny, monkeypatch):
     (file,) = folder.iterdir()
     file.write_text("{")
     monkeypatch.undo()
-    monkeypatch.setattr(cache, "_kept", folder)
+    monkeypatch.setattr(cache, "_folder", folder)
     assert programs.shapes(model) == expected
     assert file.read_text() != "{"
 
@@ -113,7 +113,7 @@ def test_shapes_are_kept(folder, tiny, monkeypatch):
 @pytest.mark.slow
 def test_the_command_draws_the_same_image_untraced(sample_cli, tiny_folder, tmp_path, monkeypatch):
     args = [f"--model={tiny_folder}", "--prompt=a castle", "--steps=2", f"--cache_dir={tmp_path / 'kept'}"]
-    monkeypatch.setattr(cache, "_kept", None)
+    monkeypatch.setattr(cache, "_folder", None)
     for name in ("first", "again"):
         programs._programs.clear()
         jaxdiff.sampling.generate.sampler.cache_clear()

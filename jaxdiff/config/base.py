@@ -14,43 +14,41 @@ from jaxdiff.files import not_fetched
 
 
 class ConfigError(JaxdiffError, ValueError):
-    """A config that cannot be read, or that describes something that this library does not support."""
+    """A config that cannot be read or is not supported."""
 
 
 def _frozen(value: Any) -> Any:
-    """Lists become tuples, so that a config is hashable and may be static under `jit`."""
+    """Lists as tuples, so that a config is hashable and can be static under `jit`."""
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 
-# Fields that count layers: a damaged file may ask for more than can be built.
+# Fields that count layers, which are bounded in case a file is damaged.
 LAYERS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "num_encoder_blocks",
           "num_decoder_blocks")  # fmt: skip
 MOST_LAYERS = 1000
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 
 
-def _is_of(value: Any, kind: Any) -> bool:
+def _has_type(value: Any, kind: Any) -> bool:
     """Whether a value has a field's type; integers count as floats, booleans as neither."""
     if isinstance(kind, types.UnionType):
-        return any(_is_of(value, k) for k in get_args(kind))
+        return any(_has_type(value, k) for k in get_args(kind))
     if get_origin(kind) is tuple:
-        first, *rest = get_args(kind)
-        sized = rest == [...] or (isinstance(value, tuple) and len(value) == 1 + len(rest))
-        return isinstance(value, tuple) and sized and all(_is_of(v, first) for v in value)
+        item, *others = get_args(kind)
+        has_length = others == [...] or (isinstance(value, tuple) and len(value) == 1 + len(others))
+        return isinstance(value, tuple) and has_length and all(_has_type(v, item) for v in value)
     if isinstance(value, bool) or kind is bool:
         return kind is bool and value in (False, True)
     return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
 
 
-def _described(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     """A field's type in words."""
     if isinstance(kind, types.UnionType):
-        return " or ".join(_described(k) for k in get_args(kind) if k is not type(None))
-    return (
-        f"a list, each of which is {_described(get_args(kind)[0])}"
-        if get_origin(kind) is tuple
-        else KINDS.get(kind, str(kind))
-    )
+        return " or ".join(_type_name(k) for k in get_args(kind) if k is not type(None))
+    if get_origin(kind) is tuple:
+        return f"a list, each of which is {_type_name(get_args(kind)[0])}"
+    return KINDS.get(kind, str(kind))
 
 
 @functools.cache
@@ -72,17 +70,17 @@ class Config:
         Raises:
             ConfigError: a value has the wrong type, is not finite, or asks for more than MOST_LAYERS layers.
         """
-        names = {f.name: f.default for f in dataclasses.fields(cls)}
+        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
         # null means "the default" in these files, except for NULLABLE and for fields whose default is None.
-        given = {k: _frozen(v) for k, v in values.items() if k in names and (v is not None or k in cls.NULLABLE)}
-        for key, value in given.items():
-            if not _is_of(value, kind := _types(cls)[key]):  # type: ignore[arg-type]
-                raise ConfigError(f"{key} is {values[key]!r} and must be {_described(kind)}.")
-            if isinstance(value, float) and not math.isfinite(value) and value != names[key]:
+        known = {k: _frozen(v) for k, v in values.items() if k in defaults and (v is not None or k in cls.NULLABLE)}
+        for key, value in known.items():
+            if not _has_type(value, kind := _types(cls)[key]):  # type: ignore[arg-type]
+                raise ConfigError(f"{key} is {values[key]!r} and must be {_type_name(kind)}.")
+            if isinstance(value, float) and not math.isfinite(value) and value != defaults[key]:
                 raise ConfigError(f"{key} is {value} and must be finite.")
             if key in LAYERS and max(value if isinstance(value, tuple) else (value,), default=0) > MOST_LAYERS:
                 raise ConfigError(f"{key} is {values[key]!r} and must be at most {MOST_LAYERS}.")
-        return cls(**given)
+        return cls(**known)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

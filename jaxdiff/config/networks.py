@@ -94,7 +94,7 @@ PER_LEVEL = (  # keys of a UNet's config that are one value, or a list with one 
     "only_cross_attention",
 )
 FIXED_VAE: dict[str, Any] = {"latents_mean": None, "latents_std": None}
-# Key of a UNet's config that adds an embedding -> its known values, each with the sizes that it needs.
+# Keys of a UNet's config that add an embedding -> known values -> other keys that they require.
 EMBEDDINGS: dict[str, dict[str | None, tuple[str, ...]]] = {
     "addition_embed_type": {
         None: (),
@@ -111,12 +111,12 @@ EMBEDDINGS: dict[str, dict[str | None, tuple[str, ...]]] = {
 
 
 def _check_fixed(name: str, values: dict[str, Any], fixed: dict[str, Any]) -> None:
-    """Raises ConfigError naming the first entry of a config that is not supported."""
-    for key, usual in fixed.items():
-        if values.get(key) not in (None, usual):
+    """Raise ConfigError for the first unsupported value."""
+    for key, supported in fixed.items():
+        if values.get(key) not in (None, supported):
             raise ConfigError(
-                f"The {name}'s config says {key}: {values[key]!r}, which is not supported ({usual!r} is): use a model "
-                "of Stable Diffusion's architecture."
+                f"The {name}'s config says {key}: {values[key]!r}, which is not supported ({supported!r} is): use a "
+                "model of Stable Diffusion's architecture."
             )
 
 
@@ -168,19 +168,19 @@ class UNetConfig(Config):
                 raise ConfigError(f"The {cls.CLASS_NAME}'s config says {key}: {kind!r} but not {lacking[0]}.")
         levels = len(values.get("block_out_channels") or cls.block_out_channels)
         for key in PER_LEVEL:
-            if isinstance(each := values.get(key), list | tuple) and len(each) != levels:
+            if isinstance(level_values := values.get(key), list | tuple) and len(level_values) != levels:
                 raise ConfigError(
-                    f"The {cls.CLASS_NAME}'s config says {key}: {list(each)}, but block_out_channels has length "
-                    f"{levels}: give a value for each level."
+                    f"The {cls.CLASS_NAME}'s config says {key}: {list(level_values)}, but block_out_channels has "
+                    f"length {levels}: give a value for each level."
                 )
-        text = values.get("cross_attention_dim")
-        if isinstance(text, list | tuple):
-            if len(set(text)) != 1:
+        width = values.get("cross_attention_dim")
+        if isinstance(width, list | tuple):
+            if len(set(width)) != 1:
                 raise ConfigError(
-                    f"The {cls.CLASS_NAME}'s config says cross_attention_dim: {text}; one width for all levels is "
+                    f"The {cls.CLASS_NAME}'s config says cross_attention_dim: {width}; one width for all levels is "
                     "supported."
                 )
-            values = {**values, "cross_attention_dim": text[0]}
+            values = {**values, "cross_attention_dim": width[0]}
         return super().from_dict(values)
 
     @property

@@ -38,11 +38,11 @@ class PipelineOptions(Config):
         steps = values.get("_steps", cls.steps)
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ConfigError(f"_steps {steps!r} in model_index.json must be a whole number, such as 25.")
-        length = values.get("_max_sequence_length", cls.max_sequence_length)
-        if not isinstance(length, int) or isinstance(length, bool) or not 0 <= length <= 512:
+        max_length = values.get("_max_sequence_length", cls.max_sequence_length)
+        if not isinstance(max_length, int) or isinstance(max_length, bool) or not 0 <= max_length <= 512:
             raise ConfigError(
-                f"_max_sequence_length {length!r} in model_index.json must be from 0 to 512, such as 256."
+                f"_max_sequence_length {max_length!r} in model_index.json must be from 0 to 512, such as 256."
             )
-        given = {k: v for k, v in values.items() if k != "low_res_scheduler"}
-        read = {"guidance_scale": float(scale), "steps": steps, "max_sequence_length": length}
-        return super().from_dict(given | read | {"pag_scale": float(pag_scale), "pag_layers": tuple(layers)})
+        others = {k: v for k, v in values.items() if k != "low_res_scheduler"}
+        checked = {"guidance_scale": float(scale), "steps": steps, "max_sequence_length": max_length}
+        return super().from_dict(others | checked | {"pag_scale": float(pag_scale), "pag_layers": tuple(layers)})

@@ -89,12 +89,12 @@ class SchedulerConfig(Config):
         for key, known in CHOICES.items():
             if isinstance(value := values.get(key), str) and value not in known:
                 raise ConfigError(f"{key} {value!r} is unknown; known are {', '.join(known)}.")
-        if values.get("use_flow_sigmas"):  # how classes that also serve other processes name a flow
+        if values.get("use_flow_sigmas"):  # set by classes that also support other processes
             values = {**values, "beta_schedule": "flow", "shift": values.get("flow_shift", 1.0)}
         return super().from_dict({"class_name": name, **CLASS_DEFAULTS.get(name, {}), **values})._checked()
 
     def with_prediction_type(self, prediction_type: str) -> Self:
-        """The same of a network that predicts something else. Raises ConfigError where the class knows no other."""
+        """The config with another prediction type. Raises ConfigError if the scheduler's class does not support it."""
         return dataclasses.replace(self, prediction_type=prediction_type)._checked()
 
     def _checked(self) -> Self:
@@ -107,18 +107,19 @@ class SchedulerConfig(Config):
 
     @property
     def is_velocity(self) -> bool:
-        """Whether the class takes every prediction as a velocity, so that there is no choice."""
+        """Whether the class interprets every prediction as a velocity."""
         return self.class_name.startswith("FlowMatch")
 
     def to_dict(self) -> dict[str, Any]:
-        """The values for a file: the process, and what differs from the defaults of its class."""
-        values, silent = dataclasses.asdict(self), dataclasses.asdict(self.from_dict({"_class_name": self.class_name}))
+        """The values for a file: the noise schedule, and everything that differs from the defaults of its class."""
+        values = dataclasses.asdict(self)
+        defaults = dataclasses.asdict(self.from_dict({"_class_name": self.class_name}))
         betas = () if self.beta_schedule == "flow" else ("beta_start", "beta_end", "beta_schedule", "prediction_type")
         always = ("num_train_timesteps", *betas)
-        said = {k: v for k, v in values.items() if v is not None and (k in always or v != silent[k])}
-        said.pop("class_name", None)
+        changed = {k: v for k, v in values.items() if v is not None and (k in always or v != defaults[k])}
+        changed.pop("class_name", None)
         if self.beta_schedule == "flow":
-            said = {k: v for k, v in said.items() if not k.startswith("beta_")}
+            changed = {k: v for k, v in changed.items() if not k.startswith("beta_")}
             if not self.class_name.startswith("FlowMatch"):
-                said |= {"use_flow_sigmas": True, "flow_shift": said.pop("shift", 1.0)}
-        return {"_class_name": self.class_name, **said}
+                changed |= {"use_flow_sigmas": True, "flow_shift": changed.pop("shift", 1.0)}
+        return {"_class_name": self.class_name, **changed}

@@ -141,8 +141,13 @@ class T5Config(Config):
     feed_forward_proj: str = "relu"  # only "gated-gelu" (version 1.1) is supported
 
     def to_dict(self) -> dict[str, Any]:
-        more = {"architectures": [self.CLASS_NAME], "model_type": "t5", "is_encoder_decoder": False, "use_cache": False}
-        return {**more, **dataclasses.asdict(self)}
+        return {
+            "architectures": [self.CLASS_NAME],
+            "model_type": "t5",
+            "is_encoder_decoder": False,
+            "use_cache": False,
+            **dataclasses.asdict(self),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +169,9 @@ class Qwen3Config(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        nested = values.get("rope_parameters") or {}
-        theta = nested.get("rope_theta") if isinstance(nested, dict) else None
+        rope = values.get("rope_parameters") or {}
+        theta = rope.get("rope_theta") if isinstance(rope, dict) else None
         return super().from_dict({**({} if theta is None else {"rope_theta": theta}), **values})
 
     def to_dict(self) -> dict[str, Any]:
-        more = {"architectures": [self.CLASS_NAME], "model_type": "qwen3"}
-        return {**more, **dataclasses.asdict(self)}
+        return {"architectures": [self.CLASS_NAME], "model_type": "qwen3", **dataclasses.asdict(self)}

@@ -1,4 +1,4 @@
-"""The config of an upscaling network. Files do not hold one: it is inferred from the shapes of their tensors."""
+"""The config of an upscaling network, which is inferred from the shapes of a file's tensors."""
 
 import dataclasses
 from typing import ClassVar

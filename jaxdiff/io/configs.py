@@ -1,4 +1,4 @@
-"""Configs of networks from files, and the checks that they pass before a model is made from them."""
+"""Configs of networks from files, and their checks before a model is built from them."""
 
 import contextlib
 import dataclasses
@@ -33,15 +33,15 @@ from jaxdiff.models.model import Model
 from jaxdiff.models.model import module_shapes as shapes_of
 from jaxdiff.typing import Array, Params
 
-NETWORKS: dict[str, type[Config]] = {  # of Stable Diffusion, by their folder's name, as in `params`
+NETWORKS: dict[str, type[Config]] = {  # Stable Diffusion's, by folder name, which is also their key in `params`
     "text_encoder": CLIPTextConfig,
     "text_encoder_2": CLIPTextConfig,
     "unet": UNetConfig,
     "vae": VAEConfig,
     "vision_encoder": CLIPVisionConfig,
 }
-FRESH: dict[str, type[Config]] = {**NETWORKS, "transformer": SD3Config}  # what training may start from nothing
-FOLDERS: dict[str, tuple[type[Config], ...]] = {  # what each folder of a model may hold
+FRESH: dict[str, type[Config]] = {**NETWORKS, "transformer": SD3Config}  # what can be trained from scratch
+FOLDERS: dict[str, tuple[type[Config], ...]] = {  # the networks that each folder of a model may hold
     "text_encoder": (CLIPTextConfig, Qwen3Config),
     "text_encoder_2": (CLIPTextConfig, T5Config),
     "text_encoder_3": (T5Config,),
@@ -51,14 +51,14 @@ FOLDERS: dict[str, tuple[type[Config], ...]] = {  # what each folder of a model 
     "vision_encoder": (CLIPVisionConfig,),
 }
 VAES = FOLDERS["vae"]
-# Of transformers' configs, which name no class: how their `model_type` begins.
+# Configs of transformers name no class: the start of their `model_type` instead.
 MODEL_TYPES: dict[type[Config], str] = {T5Config: "t5", Qwen3Config: "qwen3"}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @contextlib.contextmanager
 def as_config_error(sentence: str) -> Iterator[None]:
-    """Turn the errors that impossible values of a config raise into a ConfigError that begins with `sentence`."""
+    """Turn the errors that invalid config values raise into a ConfigError that begins with `sentence`."""
     try:
         yield
     except ConfigError as e:
@@ -68,25 +68,24 @@ def as_config_error(sentence: str) -> Iterator[None]:
 
 
 def read_config(path: Path, *known: type[Config]) -> Config:
-    """Read a network's `config.json` as the one of the `known` classes that it names, or as the first if it names none.
+    """Read a network's `config.json` as the one of the `known` classes that it names; the first if it names none.
 
     Raises:
         ConfigError: the file is missing or damaged, names another class, or has an unsupported value.
     """
     values = read_json(path)
-    kind = str(values.get("model_type", "clip"))
-    typed = next((cls for cls in known if kind == MODEL_TYPES.get(cls)), known[0])
-    found = str(values.get("_class_name", typed.CLASS_NAME)).removeprefix("Flax")
+    model_type = str(values.get("model_type", "clip"))
+    default = next((cls for cls in known if model_type == MODEL_TYPES.get(cls)), known[0])
+    class_name = str(values.get("_class_name", default.CLASS_NAME)).removeprefix("Flax")
     for cls in known:
-        if found == cls.CLASS_NAME and kind.startswith(MODEL_TYPES.get(cls, "clip")):
+        if class_name == cls.CLASS_NAME and model_type.startswith(MODEL_TYPES.get(cls, "clip")):
             with as_config_error(f"{path} does not describe a {cls.CLASS_NAME}"):
                 config = cls.from_dict(values)
                 _check_activation(config)
             return config
     names = " or ".join(cls.CLASS_NAME for cls in known)
-    raise ConfigError(
-        f"{path} describes a {values.get('model_type', found)}, but {names} is needed: choose a model that has one."
-    )
+    described = values.get("model_type", class_name)
+    raise ConfigError(f"{path} describes a {described}, but {names} is needed: choose a model that has one.")
 
 
 def _check_activation(config: Config) -> None:
@@ -109,27 +108,27 @@ def example_image(c: VAEConfig | TinyVAEConfig) -> tuple[Array, ...]:
 
 
 def check_channels(model: Model, source: Path | str) -> None:
-    """Raises ConfigError if the UNet's input channels fit no supported task, or another autoencoder's latents.
+    """Raise ConfigError if the denoiser's input channels fit no supported task, or another autoencoder's latents.
 
-    Channels beside the latents are a mask and the masked image's latents, or a small image to be enlarged.
+    Channels beyond the latents are a mask and the masked image's latents, or a low-resolution image to upscale.
     """
     latent = model.vae.config.latent_channels
     if model.transformer is not None:
-        if (own := model.transformer.config.latent_channels) != latent:
+        if (channels := model.transformer.config.latent_channels) != latent:
             raise ConfigError(
-                f"{source} has a transformer of {own} latent channels and an autoencoder of {latent}: take the "
+                f"{source} has a transformer of {channels} latent channels and an autoencoder of {latent}: take the "
                 "autoencoder of the transformer's family."
             )
         return
-    found = model.unet.config.in_channels
-    known = {latent: "text to image", 2 * latent + 1: "inpainting", latent + 3: "upscaling"}
-    if found in known:
+    channels = model.unet.config.in_channels
+    tasks = {latent: "text to image", 2 * latent + 1: "inpainting", latent + 3: "upscaling"}
+    if channels in tasks:
         return
-    others = {2 * latent: ", as InstructPix2Pix does", latent + 1: ", as depth-to-image models do"}
-    listed = ", ".join(f"{n} for {task}" for n, task in known.items())
+    other_tasks = {2 * latent: ", as InstructPix2Pix does", latent + 1: ", as depth-to-image models do"}
+    supported = ", ".join(f"{n} for {task}" for n, task in tasks.items())
     raise ConfigError(
-        f"{source} has a UNet that takes {found} channels{others.get(found, '')}; supported are {listed}: choose such "
-        "a model."
+        f"{source} has a UNet that takes {channels} channels{other_tasks.get(channels, '')}; supported are "
+        f"{supported}: choose such a model."
     )
 
 

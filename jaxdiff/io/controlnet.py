@@ -1,4 +1,4 @@
-"""ControlNets in and out: diffusers' folders, and files in the original layout."""
+"""Loading and saving ControlNets: diffusers' folders, and files in the original layout."""
 
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,17 @@ from jaxdiff.io import kinds
 from jaxdiff.io.configs import check_dtype, module_shapes, read_config
 from jaxdiff.io.infer_config import Shapes
 from jaxdiff.io.infer_diffusers import HINT, controlnet_config, controlnet_shapes, controlnet_table
-from jaxdiff.io.modules import CONFIG, existing, load_module, save_module, without_config
+from jaxdiff.io.modules import CONFIG, load_module, require_path, save_module, without_config
 from jaxdiff.io.original_layout import UNET_PREFIX, place
-from jaxdiff.io.strays import only_own, pass_over, without_strays
+from jaxdiff.io.strays import drop_strays, warn_skipped, without_strays
 from jaxdiff.io.tensor_files import TensorSource, load_tensors, open_tensors, without_prefix
 from jaxdiff.io.torch_names import tensor_name
 from jaxdiff.models.controlnet import ControlNet, example_inputs
 from jaxdiff.typing import Params
 
-NAMED = "controlnet."  # before all names of a file that was saved out of a pipeline
-PREFIXES = ("control_model.", NAMED, "")  # the first of the original layout, which may hold the whole model beside
+PIPELINE_PREFIX = "controlnet."  # of all names in a file saved from a whole pipeline
+# The first is of the original layout, whose files may also hold the whole model.
+PREFIXES = ("control_model.", PIPELINE_PREFIX, "")
 CONDITION = "controlnet_cond_embedding.conv_in.weight"  # diffusers' name of the original layout's first hint block
 
 
@@ -36,13 +37,13 @@ def load_controlnet(
     """A ControlNet and its parameters.
 
     Args:
-        path: a folder as diffusers writes it, or its file of weights; without `config.json` beside it, and in the
-            original layout, the config follows from its tensors.
-        dtype: type to compute in and to hold the parameters in, "float32" by default.
+        path: a folder as diffusers writes it, or its file of weights. Without `config.json` beside it, and in the
+            original layout, the config is inferred from the tensors.
+        dtype: dtype of computation and parameters, "float32" by default.
         variant: of a folder's weights, such as "fp16".
-        like: the config of the UNet that it is to steer, for what no tensor of a file tells, such as the number of
-            heads; by default as in the published Stable Diffusion.
-        mesh: what the parameters are divided over as they are read; see `load`.
+        like: the config of the UNet to control, for settings that cannot be inferred from tensors, such as the number
+            of heads; by default the published Stable Diffusion's.
+        mesh: to shard the parameters over as they are read; see `load`.
 
     Raises:
         ConfigError, WeightsError: one sentence that names the file and the fix.
@@ -52,20 +53,20 @@ def load_controlnet(
     source, dtype = _open(path), check_dtype(dtype)
     if HINT.format(0) in source.shapes:
         return _load_original(source, dtype, like, mesh)
-    named = source.path  # what describes it
+    config_path = source.path  # for error messages
     if without_config(path):
         config: Any = controlnet_config(source, controlnet_shapes(source), like)
     else:
-        named = source.path.parent / CONFIG
-        config = read_config(named, ControlNetConfig)
+        config_path = source.path.parent / CONFIG
+        config = read_config(config_path, ControlNetConfig)
     controlnet = ControlNet(config, dtype=dtype)
-    shapes = module_shapes(controlnet, example_inputs, named)
+    shapes = module_shapes(controlnet, example_inputs, config_path)
     return controlnet, load_tensors(without_strays(source, shapes), shapes, dtype, mesh)
 
 
 def check_controlnet(path: str | Path) -> None:
-    """Raise ConfigError or WeightsError if a path holds something else, before any weights are read."""
-    if existing(path, ControlNetConfig).is_dir():
+    """Raise ConfigError or WeightsError if a path is not a ControlNet; no weights are read."""
+    if require_path(path, ControlNetConfig).is_dir():
         read_config(Path(path) / CONFIG, ControlNetConfig)
     else:
         _open(path)
@@ -74,10 +75,14 @@ def check_controlnet(path: str | Path) -> None:
 def _open(path: str | Path) -> TensorSource:
     """The unread tensors of a ControlNet's file, without their prefix. Raises WeightsError for other files."""
     source = open_tensors(path)
-    found = {n.removesuffix(end) for n in source.shapes for end in (HINT.format(0), CONDITION) if n.endswith(end)}
-    prefixes = [prefix for prefix in PREFIXES if prefix in found] or sorted(p for p in found if p.endswith("."))
-    if not found and source.shapes and all(name.startswith(NAMED) for name in source.shapes):
-        source = without_prefix(source, NAMED)  # what it is, if no ControlNet, is told by the names without it
+    candidates = {
+        n.removesuffix(ending) for n in source.shapes for ending in (HINT.format(0), CONDITION) if n.endswith(ending)
+    }
+    prefixes = [prefix for prefix in PREFIXES if prefix in candidates] or sorted(
+        p for p in candidates if p.endswith(".")
+    )
+    if not candidates and source.shapes and all(name.startswith(PIPELINE_PREFIX) for name in source.shapes):
+        source = without_prefix(source, PIPELINE_PREFIX)  # so that `kinds` recognizes other networks
     kinds.refuse_control(source)
     if not prefixes:
         kinds.refuse(source, "a ControlNet")
@@ -86,11 +91,11 @@ def _open(path: str | Path) -> TensorSource:
         raise WeightsError(
             f"{path} holds several ControlNets, at {prefixes[0]} and {prefixes[1]}: give a file of one each."
         )
-    own = without_prefix(source, prefixes[0])
-    kinds.refuse_control(own)
-    if not any(name.startswith(UNET_PREFIX) for name in source.shapes):  # beside a whole model
-        pass_over(source, [name for name in source.shapes if not name.startswith(prefixes[0])])
-    return own
+    controlnet = without_prefix(source, prefixes[0])
+    kinds.refuse_control(controlnet)
+    if not any(name.startswith(UNET_PREFIX) for name in source.shapes):  # not inside a whole checkpoint
+        warn_skipped(source, [name for name in source.shapes if not name.startswith(prefixes[0])])
+    return controlnet
 
 
 def save_controlnet(folder: str | Path, controlnet: ControlNet, params: Params, *, dtype: Any = None) -> None:
@@ -104,13 +109,14 @@ def _load_original(
     """The ControlNet of a file in the original layout."""
     controlnet = ControlNet(controlnet_config(source, Shapes(source, ""), like), dtype=dtype)
     shapes, table = module_shapes(controlnet, example_inputs, source.path), controlnet_table(controlnet.config)
-    found = {}
+    file_names = {}
     for path in flatten_dict(shapes):
-        where = place(tensor_name(path), table, "")
-        if where is not None and where.name in source.shapes:
-            found[tensor_name(path)] = where.name
-    # What has no place keeps its name, for load_tensors to say so.
-    found |= {n: n for n in only_own(source, source.shapes.keys() - set(found.values()), found.values())}
-    renamed = {ours: source.shapes[theirs] for ours, theirs in found.items()}
-    ours = TensorSource(source.path, renamed, lambda name: source.read(found[name]))
-    return controlnet, load_tensors(ours, shapes, dtype, mesh)
+        location = place(tensor_name(path), table, "")
+        if location is not None and location.name in source.shapes:
+            file_names[tensor_name(path)] = location.name
+    # Unknown tensors keep their names, so that load_tensors reports them.
+    unused = source.shapes.keys() - set(file_names.values())
+    file_names |= {name: name for name in drop_strays(source, unused, file_names.values())}
+    renamed_shapes = {name: source.shapes[file_name] for name, file_name in file_names.items()}
+    renamed = TensorSource(source.path, renamed_shapes, lambda name: source.read(file_names[name]))
+    return controlnet, load_tensors(renamed, shapes, dtype, mesh)

@@ -40,7 +40,7 @@ from jaxdiff.typing import Params
 TOKENIZERS, LOW_RES, CONTROLNET = ("tokenizer", "tokenizer_2", "tokenizer_3"), "low_res_scheduler", "controlnet"
 SCHEDULER = "scheduler_config.json"
 COMPONENTS = (*FOLDERS, *TOKENIZERS, "scheduler", LOW_RES, INDEX)
-CLASSES = {  # parts of a pipeline -> their classes that are built here
+CLASSES = {  # parts of a pipeline -> their supported classes
     "unet": ("UNet2DConditionModel", GeneratorConfig.CLASS_NAME),
     "vae": ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLFlux2"),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", "Qwen3ForCausalLM", "Qwen3Model"),
@@ -48,12 +48,16 @@ CLASSES = {  # parts of a pipeline -> their classes that are built here
     "text_encoder_3": ("T5EncoderModel",),
     "transformer": tuple(cls.CLASS_NAME for cls in FAMILIES),
 }
-OTHER_PARTS = ("prior", "decoder", "motion_adapter", "movq", "vqvae", "vqgan", "bert", "vocoder", "image_normalizer",
-               "projection_model", "t2i_adapter")  # fmt: skip
-_KINDS = r"(XL)?(ControlNet)?(Img2Img|Inpaint)?|StableDiffusionUpscale|LatentConsistencyModel(Img2Img)?"
-GAN = "TextConditionalGANPipeline"  # of jaxdiff alone
-DRAWN = rf"(Flax)?(StableDiffusion{_KINDS})Pipeline"
-NOT_DRAWN = "Pix2Pix(?!Zero)|Depth2Img|LatentUpscale|LDM3D|ImageVariation|GLIGEN|UnCLIP|PaintByExample|Marigold"
+UNSUPPORTED_PARTS = (
+    "prior", "decoder", "motion_adapter", "movq", "vqvae", "vqgan", "bert", "vocoder", "image_normalizer",
+    "projection_model", "t2i_adapter",
+)  # fmt: skip
+_TASKS = r"(XL)?(ControlNet)?(Img2Img|Inpaint)?|StableDiffusionUpscale|LatentConsistencyModel(Img2Img)?"
+GAN = "TextConditionalGANPipeline"  # jaxdiff's own, unknown to diffusers
+SUPPORTED_PIPELINES = rf"(Flax)?(StableDiffusion{_TASKS})Pipeline"
+UNSUPPORTED_PIPELINES = (
+    "Pix2Pix(?!Zero)|Depth2Img|LatentUpscale|LDM3D|ImageVariation|GLIGEN|UnCLIP|PaintByExample|Marigold"
+)
 
 
 def load_model(
@@ -68,24 +72,24 @@ def load_model(
     """The model of a folder without its weights; computes in `dtype`. See `load`.
 
     Args:
-        without_vae: whether the folder may lack an autoencoder; the config is then the published one.
-        transformer: a file that takes the place of the folder's; it says how many blocks there are.
+        without_vae: whether the folder may lack an autoencoder; its config is then the published one.
+        transformer: a file that replaces the folder's transformer and determines its number of blocks.
     """
     check_prediction_type(prediction_type)
     index = read_index(folder)
-    parts, low_res = listed(index), folder / LOW_RES
-    two, flow = "text_encoder_2" in parts, "transformer" in parts
+    parts, low_res = listed_parts(index), folder / LOW_RES
+    has_second_encoder, has_transformer = "text_encoder_2" in parts, "transformer" in parts
     present = {name: name in parts for name in ("text_encoder_2", "text_encoder_3", "transformer")}
-    present |= {"text_encoder": "text_encoder" in parts or not two, "unet": not flow}
+    present |= {"text_encoder": "text_encoder" in parts or not has_second_encoder, "unet": not has_transformer}
     present["vae"] = not without_vae or (folder / "vae" / CONFIG).is_file()
     present["vision_encoder"] = (folder / "vision_encoder").is_dir()
     configs: dict[str, Any] = {
         name: read_config(folder / name / CONFIG, *known) if present[name] else None for name, known in FOLDERS.items()
     }
-    if flow:
+    if has_transformer:
         check_encoders(folder, configs)
-    family = FAMILIES[type(configs["transformer"])] if flow else ""
-    configs["vae"] = configs["vae"] or published_vae(family or ("sdxl" if two else "sd1"))
+    family = FAMILIES[type(configs["transformer"])] if has_transformer else ""
+    configs["vae"] = configs["vae"] or published_vae(family or ("sdxl" if has_second_encoder else "sd1"))
     with as_config_error(f"{folder / INDEX} does not describe a pipeline"):
         options = PipelineOptions.from_dict({"_guidance_scale": GUIDANCE[family]} | index)
     if low_res.is_dir():
@@ -119,7 +123,7 @@ def load_model(
 
 
 def with_transformer(model: Model, path: Path, file: Path) -> Model:
-    """The model with a transformer as the one of a file, whose weights are not read.
+    """The model with the transformer that a file describes; its weights are not read.
 
     Args:
         path: of the model, for error messages.
@@ -149,8 +153,9 @@ def load_folder(
 ) -> tuple[Model, Params]:
     """The model of a folder and its parameters, with its ControlNets. See `load`."""
     dtype = check_dtype(dtype)
-    given: Any = {"remat": remat, "without_vae": without_vae, "transformer": transformer}
-    model = load_model(folder, dtype, prediction_type=prediction_type, **given)
+    model = load_model(
+        folder, dtype, prediction_type=prediction_type, remat=remat, without_vae=without_vae, transformer=transformer
+    )
     with as_config_error(f"the configs in {folder} do not make a model"):
         shapes = programs.shapes(model)
     check_channels(model, folder)
@@ -170,7 +175,7 @@ def load_folder(
     }
     if transformer is not None and "transformer" in shapes:
         files["transformer"] = transformer_source(open_tensors(transformer), model.family, shapes["transformer"])
-    if model.transformer is not None:  # large enough to look at all names and shapes before any part is read
+    if model.transformer is not None:  # large: check all names and shapes before reading any part
         for name, shape in shapes.items():
             check_tensors(files[name], shape)
     params = {name: load_tensors(files[name], shapes[name], dtype, mesh) for name in shapes}
@@ -187,55 +192,57 @@ def _has_vae(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """`model_index.json` of a supported model.
+    """Read the `model_index.json` of a supported model.
 
     Raises:
-        ConfigError: it is missing, damaged, or of another kind of pipeline; the sentence says what the folder is.
+        ConfigError: it is missing, damaged, or of an unsupported pipeline; the message says what the folder is.
     """
     path = folder / INDEX
     if not path.is_file() and (folder / CONFIG).is_file():
-        kind = read_json(folder / CONFIG)
-        what = kind.get("_class_name") or kind.get("model_type") or "network"
-        raise ConfigError(f"{folder} holds one {what}, not a whole model: {INDEX} is missing.")
+        config = read_json(folder / CONFIG)
+        class_name = config.get("_class_name") or config.get("model_type") or "network"
+        raise ConfigError(f"{folder} holds one {class_name}, not a whole model: {INDEX} is missing.")
     single = sorted(p for p in folder.glob("*.*") if p.suffix.lower() in SINGLE_FILES)
     if not path.is_file() and single and not (folder / "unet").is_dir():
         raise ConfigError(f"{path} is missing: if one of the folder's files is the model, give its path, {single[0]}.")
     index = read_json(path)
-    if reason := _not_drawn(index):
+    if reason := _unsupported_reason(index):
         name = index.get("_class_name") or "pipeline"
         raise ConfigError(f"{folder} holds a {name}, which {reason}: {SUPPORTED}.")
     return index
 
 
-def listed(index: dict[str, Any]) -> dict[str, str]:
-    """The parts that a pipeline has, and their classes."""
+def listed_parts(index: dict[str, Any]) -> dict[str, str]:
+    """The parts of a pipeline and their classes."""
     parts = {name: part for name, part in index.items() if isinstance(part, list) and None not in part}
     return {name: str(part[-1]).removeprefix("Flax") if part else "" for name, part in parts.items()}
 
 
-def _not_drawn(index: dict[str, Any]) -> str | None:
+def _unsupported_reason(index: dict[str, Any]) -> str | None:
     """Why a pipeline is not supported, as the end of a sentence; None if it is."""
-    parts, name = listed(index), str(index.get("_class_name") or "")
+    parts, class_name = listed_parts(index), str(index.get("_class_name") or "")
     for part, classes in CLASSES.items():
         if part in parts and parts[part] not in classes:
             return f"has a {parts[part]} as its {part}, not a {classes[0]}"
-    if others := [part for part in OTHER_PARTS if part in parts]:
-        return f"needs a {others[0]}"
-    if re.search(NOT_DRAWN, name):
+    if unsupported := [part for part in UNSUPPORTED_PARTS if part in parts]:
+        return f"needs a {unsupported[0]}"
+    if re.search(UNSUPPORTED_PIPELINES, class_name):
         return "is not supported"
     encoders = [part for part in parts if part.startswith("text_encoder")]
     if parts and "image_encoder" in parts and not encoders:
         return "has no text encoder"
-    whole = ("unet" in parts or "transformer" in parts) and "vae" in parts and encoders
-    return None if not name or whole or re.fullmatch(DRAWN, name) else "is not supported"
+    is_complete = ("unet" in parts or "transformer" in parts) and "vae" in parts and encoders
+    return (
+        None if not class_name or is_complete or re.fullmatch(SUPPORTED_PIPELINES, class_name) else "is not supported"
+    )
 
 
 def controlnets(folder: Path) -> list[str]:
-    """Folders of a model's ControlNets, where `model_index.json` lists any: `controlnet`, `controlnet_1`, …"""
+    """Folders of the ControlNets that `model_index.json` lists: `controlnet`, `controlnet_1`, …"""
     if not any(read_json(folder / INDEX).get(CONTROLNET) or ()):
         return []
-    more = (f"{CONTROLNET}_{i}" for i in itertools.count(1))
-    return [CONTROLNET, *itertools.takewhile(lambda name: (folder / name).is_dir(), more)]
+    numbered = (f"{CONTROLNET}_{i}" for i in itertools.count(1))
+    return [CONTROLNET, *itertools.takewhile(lambda name: (folder / name).is_dir(), numbered)]
 
 
 def is_part(name: str) -> bool:
@@ -255,8 +262,8 @@ def pipeline_class(model: Model) -> str:
             raise WeightsError("PyTorch diffusers has no pipeline of an upscaler under ControlNets: save them alone.")
         return "StableDiffusionUpscalePipeline"
     sd1 = model.text_encoder_2 is None
-    told = model.unet.config.time_cond_proj_dim is not None  # of the guidance, which that pipeline always does
-    if model.scheduler.class_name == "LCMScheduler" and told and sd1 and not model.inpaints and not control:
+    embeds_guidance = model.unet.config.time_cond_proj_dim is not None  # as that pipeline requires
+    if model.scheduler.class_name == "LCMScheduler" and embeds_guidance and sd1 and not model.inpaints and not control:
         return "LatentConsistencyModelPipeline"
     kind = f"StableDiffusion{control}" if sd1 else f"StableDiffusionXL{control}"
     task = "Inpaint" if model.inpaints else "Img2Img" if model.family == "sdxl_refiner" else ""
@@ -265,16 +272,16 @@ def pipeline_class(model: Model) -> str:
 
 def model_index(model: Model) -> dict[str, Any]:
     """`model_index.json`: the pipeline and the classes that PyTorch diffusers opens the folder with."""
-    nothing, options, name = [None, None], model.options, pipeline_class(model)
+    absent, options, class_name = [None, None], model.options, pipeline_class(model)
     if model.transformer is not None:
         return transformer_index(model)
     index: dict[str, Any] = {
-        "_class_name": name,
+        "_class_name": class_name,
         "_diffusers_version": "0.30.0",
-        "feature_extractor": nothing,
+        "feature_extractor": absent,
         "scheduler": ["diffusers", model.scheduler.class_name],
         "text_encoder": encoder_class(model.text_encoder),
-        "tokenizer": ["transformers", "CLIPTokenizer"] if model.tokenizer else nothing,
+        "tokenizer": ["transformers", "CLIPTokenizer"] if model.tokenizer else absent,
         "unet": ["jaxdiff" if model.is_gan else "diffusers", model.unet.config.CLASS_NAME],
         "vae": ["diffusers", model.vae.config.CLASS_NAME],
     }
@@ -291,26 +298,26 @@ def model_index(model: Model) -> dict[str, Any]:
         index |= {
             "text_encoder_2": encoder_class(model.text_encoder_2),
             "tokenizer_2": ["transformers", "CLIPTokenizer"],
-            "image_encoder": nothing,
+            "image_encoder": absent,
             "force_zeros_for_empty_prompt": options.force_zeros_for_empty_prompt,
         }
         return index | (
             {"requires_aesthetics_score": options.requires_aesthetics_score}
-            if "Inpaint" in name or "Img2Img" in name
+            if "Inpaint" in class_name or "Img2Img" in class_name
             else {}
         )
-    index["safety_checker"] = nothing
+    index["safety_checker"] = absent
     if options.low_res_scheduler is not None:
         return index | {
             LOW_RES: ["diffusers", options.low_res_scheduler.class_name],
-            "watermarker": nothing,
+            "watermarker": absent,
             "max_noise_level": options.max_noise_level,
         }
-    return index | {"image_encoder": nothing, "requires_safety_checker": False}
+    return index | {"image_encoder": absent, "requires_safety_checker": False}
 
 
 def save_folder(folder: Path, model: Model, params: Params, dtype: Any = None) -> None:
-    """Write a model as a folder; whole or not at all. See `save`."""
+    """Write a model as a folder, atomically. See `save`."""
     if folder.exists() and not (folder / INDEX).exists() and (folder.is_file() or any(folder.iterdir())):
         raise WeightsError(f"{folder} exists and is not the folder of a model: save to another one.")
     dtype = None if dtype is None else check_dtype(dtype)
@@ -323,10 +330,10 @@ def save_folder(folder: Path, model: Model, params: Params, dtype: Any = None) -
 
 
 def replace_model(folder: Path, new: Path, old: Path) -> None:
-    """Replace `folder` by `new`, and keep those of its files that are not part of a model."""
+    """Replace the model in `folder` by `new`; files that are not part of a model are kept."""
     if folder.exists():
         parts = {*COMPONENTS, *(p.name for p in new.iterdir())}
-        with contextlib.suppress(ConfigError):  # a damaged model is replaced as well
+        with contextlib.suppress(ConfigError):  # a damaged model is replaced too
             parts.update(controlnets(folder))
         for other in folder.iterdir():  # a model card, samples
             if other.name not in parts:
@@ -337,14 +344,14 @@ def replace_model(folder: Path, new: Path, old: Path) -> None:
 
 def write_model(folder: Path, model: Model, params: Params, dtype: Any) -> None:
     networks = [(name, module, params[name]) for name, module in model.modules.items()]
-    for i, (net, own) in enumerate(zip(model.controlnets, params.get(CONTROLNET, ()), strict=True)):
-        networks.append((f"{CONTROLNET}_{i}" if i else CONTROLNET, net, own))
-    for name, module, own in networks:
+    for i, (net, network_params) in enumerate(zip(model.controlnets, params.get(CONTROLNET, ()), strict=True)):
+        networks.append((f"{CONTROLNET}_{i}" if i else CONTROLNET, net, network_params))
+    for name, module, network_params in networks:
         write_json(folder / name / CONFIG, module.config.to_dict())
-        # transformers 4 wants the prefix, 5 reads either.
+        # transformers 4 requires the prefix, 5 reads either.
         prefix = {CLIPTextConfig: "text_model.", Qwen3Config: "model."}.get(type(module.config), "")
         stem = STEMS.get(name, STEMS["unet"])[0]
-        save_tensors(folder / name / f"{stem}.safetensors", own, dtype, prefix)
+        save_tensors(folder / name / f"{stem}.safetensors", network_params, dtype, prefix)
     for name in TOKENIZERS:
         if (tokenizer := getattr(model, name)) is not None:
             tokenizer.save(folder / name)

@@ -9,15 +9,15 @@ TAN_22, TAN_67 = (round(np.tan(np.deg2rad(angle)) * 2**FRACTION_BITS) for angle 
 
 
 def canny(image: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray:
-    """White edges on black, as published Canny ControlNets were trained on them.
+    """White edges on black, as in the training data of published Canny ControlNets.
 
-    Those were made by OpenCV's `Canny`, whose conventions hold here: no smoothing beforehand, Sobel gradients with the
-    border repeated, |gx| + |gy| for the strength, and at each pixel the channel where that is largest.
+    Follows OpenCV's `Canny`: no smoothing beforehand, Sobel gradients with the border repeated, |gx| + |gy| as the
+    strength, and at each pixel the channel in which it is largest.
 
     Args:
         image: uint8 [H, W, 3].
-        low, high: strengths, 0 to 2040. An edge is drawn from where it is stronger than `high`, and on along its
-            line as long as it is stronger than `low` (Canny 1986, section VIII: hysteresis).
+        low, high: strengths, 0 to 2040. An edge starts where it is stronger than `high`, and continues along its line
+            while it is stronger than `low` (Canny 1986, section VIII: hysteresis).
 
     Returns:
         uint8 [H, W, 3] of 0 and 255.
@@ -49,7 +49,7 @@ def gradient(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_ridge(strength: np.ndarray, gx: np.ndarray, gy: np.ndarray) -> np.ndarray:
-    """Whether a pixel is the strongest of three along its gradient; of two equal ones in a row or column the later."""
+    """Whether a pixel is the strongest of three along its gradient; ties in a row or column go to the later one."""
     x, y = np.abs(gx).astype(np.int64), np.abs(gy).astype(np.int64) << FRACTION_BITS
     diagonal = np.where((gx < 0) != (gy < 0), 3, 1)
     direction = np.where(y < x * TAN_22, 0, np.where(y > x * TAN_67, 2, diagonal))
@@ -65,15 +65,15 @@ def is_ridge(strength: np.ndarray, gx: np.ndarray, gy: np.ndarray) -> np.ndarray
 
 
 def connected(weak: np.ndarray, strong: np.ndarray) -> np.ndarray:
-    """The pixels of `weak` that a path of eight-neighbours in it joins to one of `strong`."""
-    todo = np.pad(weak, 1).ravel()
-    found = np.zeros_like(todo)
-    line = weak.shape[1] + 2
-    around = np.array([row * line + column for row in (-1, 0, 1) for column in (-1, 0, 1)])
-    front = np.flatnonzero(np.pad(strong, 1))
-    while front.size:
-        found[front] = True
-        todo[front] = False
-        near = np.unique(front[:, None] + around)
-        front = near[todo[near]]
-    return found.reshape(weak.shape[0] + 2, line)[1:-1, 1:-1]
+    """The pixels of `weak` that are 8-connected within it to a pixel of `strong`."""
+    unvisited = np.pad(weak, 1).ravel()
+    reached = np.zeros_like(unvisited)
+    row_length = weak.shape[1] + 2
+    neighbours = np.array([row * row_length + column for row in (-1, 0, 1) for column in (-1, 0, 1)])
+    frontier = np.flatnonzero(np.pad(strong, 1))
+    while frontier.size:
+        reached[frontier] = True
+        unvisited[frontier] = False
+        adjacent = np.unique(frontier[:, None] + neighbours)
+        frontier = adjacent[unvisited[adjacent]]
+    return reached.reshape(weak.shape[0] + 2, row_length)[1:-1, 1:-1]

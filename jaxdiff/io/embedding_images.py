@@ -1,7 +1,7 @@
-"""Textual inversions within images, as the AUTOMATIC1111 web UI shares them: tensors out of a PNG's text chunk.
+"""Textual inversions in images, as the AUTOMATIC1111 web UI shares them: tensors in a PNG's text chunk.
 
 The text is base64 of a JSON object such as {"string_to_param": {"*": {"TORCHTENSOR": [[0.1, …]]}}, "name": "cat"}. The
-web UI hides the same in the image's pixels too, which is not read here.
+web UI also hides it in the image's pixels, which are not read here.
 """
 
 import base64
@@ -23,7 +23,7 @@ CHUNK = "sd-ti-embedding"
 TENSOR = "TORCHTENSOR"
 PNG = b"\x89PNG\r\n\x1a\n"
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".avif", ".jxl")
-MAX_BYTES = 2**26  # of a file; Pillow bounds its texts by as much, and what they decompress to
+MAX_BYTES = 2**26  # of a file; Pillow has the same limit for texts, compressed or not
 
 
 def is_image(path: Path) -> bool:
@@ -34,22 +34,22 @@ def is_image(path: Path) -> bool:
 
 
 def open_image_embedding(path: Path) -> tuple[TensorSource, str]:
-    """The tensors in an image, called as in the web UI's `.pt` files, and the word that they are for.
+    """The tensors in an image, named as in the web UI's `.pt` files, and the embedding's word.
 
     Raises:
         WeightsError: the image holds no embedding, or a damaged one.
     """
     try:
-        text = _text(path)
+        text = _read_chunk(path)
         if text is None:
             raise WeightsError(
                 f"{path} is an image without a text {CHUNK!r}, in which the AUTOMATIC1111 web UI keeps an embedding; "
                 "one in the image's pixels alone is not read: give the embedding's .safetensors or .pt file, or the "
                 "PNG as it was first saved."
             )
-        held = json.loads(base64.b64decode(text, validate=True))
-        tensors = dict(_tensors(held, ()))
-        word = held.get("name")
+        content = json.loads(base64.b64decode(text, validate=True))
+        tensors = dict(_find_tensors(content, ()))
+        word = content.get("name")
     except WeightsError:
         raise
     except OSError as e:
@@ -60,8 +60,8 @@ def open_image_embedding(path: Path) -> tuple[TensorSource, str]:
     return TensorSource(path, shapes, tensors.__getitem__), word if isinstance(word, str) and word else path.stem
 
 
-def _text(path: Path) -> str | None:
-    """The text that holds the embedding; it may stand after the pixels."""
+def _read_chunk(path: Path) -> str | None:
+    """The text chunk with the embedding, which may follow the pixels; None if there is none."""
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if (reason := not_fetched(data[:64])) is not None:
@@ -76,11 +76,11 @@ def _text(path: Path) -> str | None:
         return image.info.get(CHUNK)
 
 
-def _tensors(held: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray]]:
-    """What stands in a JSON object as {TENSOR: numbers}, by the keys that lead there."""
-    if isinstance(held, dict):
-        if TENSOR in held:
-            yield ".".join(keys), np.asarray(held[TENSOR], np.float32)
+def _find_tensors(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every {TENSOR: numbers} in a JSON object, named by the path of keys to it."""
+    if isinstance(value, dict):
+        if TENSOR in value:
+            yield ".".join(keys), np.asarray(value[TENSOR], np.float32)
             return
-        for key, inner in held.items():
-            yield from _tensors(inner, (*keys, key))
+        for key, child in value.items():
+            yield from _find_tensors(child, (*keys, key))

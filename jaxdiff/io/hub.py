@@ -1,4 +1,4 @@
-"""Model folders from the Hugging Face hub."""
+"""Downloading model folders from the Hugging Face hub."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jaxdiff.config import ConfigError
 
-# The folders of a diffusers model that are read: configs, vocabularies, weights. Everything else is left on the hub:
-# single-file copies, a safety checker, ONNX copies, older autoencoders.
+# The folders of a diffusers model that are downloaded: configs, vocabularies, weights. Everything else is skipped, such
+# as single-file and ONNX copies, safety checkers and older autoencoders.
 DENOISERS = ["unet", "transformer"]
 WEIGHT_FOLDERS = [
     *DENOISERS, "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "vision_encoder", "controlnet",
@@ -19,30 +19,30 @@ CONFIG_FILES = [
     *(f"{f}/*.json" for f in WEIGHT_FOLDERS + OTHER_FOLDERS),
     *(f"{f}/*.{suffix}" for f in OTHER_FOLDERS for suffix in ("txt", "model", "jinja")),
 ]
-FORMATS = ("safetensors", "bin")  # the second only where the first is missing; none of its code is run
+FORMATS = ("safetensors", "bin")  # in order of preference; no code in pickles is run
 UNUSED = ["*.non_ema*", "*/*/*"]
 VARIANTS = ["*.fp16*", "*.bf16*"]
 
 
-def attempts(variant: str | None) -> list[tuple[list[str], list[str]]]:
-    """Patterns of the files to fetch and of those to leave, each for one set of weights, in the order of preference."""
-    wanted, tries = [f"*.{variant}*"] if variant else VARIANTS, []
+def weight_patterns(variant: str | None) -> list[tuple[list[str], list[str]]]:
+    """Patterns of files to allow and to ignore, for each set of weights in order of preference."""
+    variants, patterns = [f"*.{variant}*"] if variant else VARIANTS, []
     for suffix in FORMATS:
         if not variant:
-            tries.append(([f"{f}/*.{suffix}" for f in WEIGHT_FOLDERS], UNUSED + VARIANTS))
-        tries.append(([f"{f}/{w}.{suffix}" for f in WEIGHT_FOLDERS for w in wanted], UNUSED))
-    return [(CONFIG_FILES + weights, unwanted) for weights, unwanted in tries]
+            patterns.append(([f"{f}/*.{suffix}" for f in WEIGHT_FOLDERS], UNUSED + VARIANTS))
+        patterns.append(([f"{f}/{w}.{suffix}" for f in WEIGHT_FOLDERS for w in variants], UNUSED))
+    return [(CONFIG_FILES + allowed, ignored) for allowed, ignored in patterns]
 
 
 def chosen(names: Sequence[str], variant: str | None = None) -> list[str]:
-    """Of all files of a folder, by their names in it, those that are fetched: of other folders than a model's, all."""
+    """The files of a folder to fetch, by their names in it; all of them if it is not a model's folder."""
     if "model_index.json" not in names:
         return list(names)
-    for wanted, unwanted in attempts(variant):
-        found = [n for n in names if _matches(n, wanted) and not _matches(n, unwanted)]
-        if any(fnmatch(n, f"{f}/*.*") and not n.endswith(".json") for n in found for f in DENOISERS):
+    for allowed, ignored in weight_patterns(variant):
+        selected = [n for n in names if _matches(n, allowed) and not _matches(n, ignored)]
+        if any(fnmatch(n, f"{f}/*.*") and not n.endswith(".json") for n in selected for f in DENOISERS):
             break
-    return found
+    return selected
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -50,12 +50,12 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def fetch(repo_id: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder of a hub's model, fetched if it is not yet on this machine.
+    """The local folder of a model on the hub, downloaded if necessary.
 
     Args:
         repo_id: "owner/name".
         revision: a branch, tag or commit; the main branch by default.
-        variant: "fp16" fetches the weights `*.fp16.*`; None those without such a word, or others where there are none.
+        variant: "fp16" fetches the weights `*.fp16.*`; None those without a variant, or any if all have one.
 
     Raises:
         ConfigError: the network is missing, or the hub has no such model.
@@ -63,18 +63,18 @@ def fetch(repo_id: str, revision: str | None = None, variant: str | None = None)
     from huggingface_hub import snapshot_download  # transformers brings it
 
     try:
-        for wanted, unwanted in attempts(variant):
+        for allowed, ignored in weight_patterns(variant):
             folder = Path(
-                snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
+                snapshot_download(repo_id, revision=revision, allow_patterns=allowed, ignore_patterns=ignored)
             )
-            if any(found.suffix != ".json" for f in DENOISERS for found in folder.glob(f"{f}/*.*")):
+            if any(file.suffix != ".json" for f in DENOISERS for file in folder.glob(f"{f}/*.*")):
                 break
         parts = [p.parent for p in folder.glob("*/config.json")]
-        without = [p for p in parts if all(found.suffix == ".json" for found in p.glob("*.*"))]
-        for part in without if variant and len(without) < len(parts) else ():  # whose weights have no such variant
+        missing = [p for p in parts if all(file.suffix == ".json" for file in p.glob("*.*"))]
+        for part in missing if variant and len(missing) < len(parts) else ():  # parts without this variant
             for suffix in FORMATS:
-                plain = [f"{part.name}/*.{suffix}"]
-                snapshot_download(repo_id, revision=revision, allow_patterns=plain, ignore_patterns=UNUSED + VARIANTS)
+                pattern = [f"{part.name}/*.{suffix}"]
+                snapshot_download(repo_id, revision=revision, allow_patterns=pattern, ignore_patterns=UNUSED + VARIANTS)
                 if any(part.glob(f"*.{suffix}")):
                     break
         return folder

@@ -1,4 +1,4 @@
-"""Image files: common formats in; PNG out, with the flags that draw the image again, and GIF."""
+"""Image files: read common formats; write PNG, with the flags that reproduce the image, GIF and WebP."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +17,9 @@ CHUNK = "jaxdiff"  # name of the PNG text chunk that holds the metadata as JSON
 
 
 def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np.ndarray:
-    """An image file as RGB, read as training reads it: see `jaxdiff.data.images.open_image`.
+    """An image file as RGB, decoded as in training: see `jaxdiff.data.images.open_image`.
 
-    Transparency is laid over `background`.
+    Transparent pixels are blended with `background`.
 
     Returns:
         uint8 [H, W, 3].
@@ -27,13 +27,13 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> np
     Raises:
         ImageError: the file is missing, damaged, too large, of another format, or of greys whose range is not known.
     """
-    return np.array(_opened(path, lambda path: on_background(open_image(path), background)))
+    return np.array(_read_with(path, lambda path: on_background(open_image(path), background)))
 
 
-def _opened(path: str | Path, read: Callable[[str | Path], Any]) -> Any:
-    """What `read` makes of an image file. Raises ImageError where it cannot."""
+def _read_with(path: str | Path, reader: Callable[[str | Path], Any]) -> Any:
+    """The result of `reader` on an image file; its errors become ImageErrors."""
     try:
-        return read(path)
+        return reader(path)
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist: give an existing image.") from None
     except Exception as e:  # damage shows as errors of many kinds: struct.error, TypeError, DecompressionBombError, …
@@ -41,50 +41,50 @@ def _opened(path: str | Path, read: Callable[[str | Path], Any]) -> Any:
 
 
 def read_with_alpha(path: str | Path) -> np.ndarray:
-    """An image file as `read_image` reads it, but with its opacity: uint8 [H, W, 3], or [H, W, 4] where it has some."""
-    return np.array(_opened(path, open_image))
+    """An image file as `read_image` reads it, but with its alpha channel if it has one: uint8 [H, W, 3 or 4]."""
+    return np.array(_read_with(path, open_image))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an image file, of its header alone; the two may be exchanged. Raises ImageError."""
+    """(height, width) in an image file's header, before any rotation by EXIF. Raises ImageError."""
 
     def size(path: str | Path) -> tuple[int, int]:
         with Image.open(path, formats=FORMATS) as image:
             return image.height, image.width
 
-    return _opened(path, size)
+    return _read_with(path, size)
 
 
 def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """An image uint8 [H, W, 3] at another size: cut at its centre to the new shape, then resampled (Lanczos)."""
+    """An image uint8 [H, W, 3] cropped at its centre to the new aspect ratio, then resized (Lanczos)."""
     if image.shape[:2] == (height, width):
         return image
     return np.array(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS))
 
 
 def fit_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A mask uint8 [H, W] cut and resized as `fit` does with its image, but to the nearest pixel: no greys appear."""
+    """A mask uint8 [H, W] cropped and resized as by `fit`, but to the nearest pixel, so that no greys appear."""
     if mask.shape[:2] == (height, width):
         return mask
     return np.array(ImageOps.fit(Image.fromarray(mask), (width, height), Image.Resampling.NEAREST))
 
 
-SEAM = 8  # pixels of the old image beside a new margin that are drawn anew with it
+SEAM = 8  # pixels of the old image next to a new margin that are redrawn with it
 
 
 def extend(image: np.ndarray, left: int, top: int, right: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image on a larger canvas, and the mask of what is to be drawn there: outpainting as inpainting.
+    """An image on a larger canvas and the mask of the area to draw: outpainting as inpainting.
 
     Args:
         image: uint8 [H, W, 3].
         left, top, right, bottom: pixels added at each side, at least 0.
 
     Returns:
-        uint8 [H + top + bottom, W + left + right, 3], the margins mirrored from the image, and the mask uint8 of that
+        uint8 [H + top + bottom, W + left + right, 3], with margins mirrored from the image, and the mask, uint8 of that
         height and width: 255 in the margins and SEAM pixels into the image, else 0.
 
     Raises:
-        ValueError: nothing is added, or less than nothing.
+        ValueError: no pixels are added, or a side is negative.
 
     >>> canvas, mask = extend(np.zeros((32, 32, 3), np.uint8), 16, 0, 0, 0)
     >>> canvas.shape, (mask[0] == 255).sum()
@@ -104,7 +104,7 @@ def extend(image: np.ndarray, left: int, top: int, right: int, bottom: int) -> t
 def grid(
     images: np.ndarray | Sequence[np.ndarray], columns: int, gap: int = 2, background: tuple[int, int, int] = WHITE
 ) -> np.ndarray:
-    """A contact sheet: images [N, H, W, 3] side by side, row by row, `gap` pixels apart; the last row may be short.
+    """A contact sheet of images [N, H, W, 3], row by row, `gap` pixels apart; the last row may be short.
 
     Returns:
         uint8 [rows * (H + gap) - gap, columns * (W + gap) - gap, 3].
@@ -128,10 +128,10 @@ def strip(frames: np.ndarray, gap: int = 2) -> np.ndarray:
 
 
 def layers(rows: Sequence[Sequence[np.ndarray]], gap: int = 2) -> np.ndarray:
-    """A strip for each layer of an image that is drawn small and enlarged, below each other, at their own sizes.
+    """A strip of frames for each layer of an image that was drawn small and enlarged, at its own size, stacked.
 
     Args:
-        rows: of each layer its frames [H, W, 3], of one size.
+        rows: for each layer its frames [H, W, 3], all of one size.
 
     >>> layers([[np.zeros((4, 4, 3))] * 3, [np.zeros((8, 8, 3))] * 2]).shape
     (14, 18, 3)
@@ -147,7 +147,7 @@ def layers(rows: Sequence[Sequence[np.ndarray]], gap: int = 2) -> np.ndarray:
 
 
 def describe(flags: Mapping[str, Any]) -> str:
-    """Flags that drew an image, as the text that image viewers show under "parameters".
+    """The flags of an image as the text that image viewers show under "parameters".
 
     >>> print(describe({"prompt": "a castle", "steps": 25, "scheduler": "ddim", "seed": 3}))
     a castle
@@ -156,8 +156,8 @@ def describe(flags: Mapping[str, Any]) -> str:
     lines = [flags.get("prompt", "")]
     if flags.get("negative_prompt"):
         lines.append(f"Negative prompt: {flags['negative_prompt']}")
-    rest = {k: v for k, v in flags.items() if k not in ("prompt", "negative_prompt")}
-    lines.append(", ".join(f"{name.replace('_', ' ').capitalize()}: {value}" for name, value in rest.items()))
+    settings = {k: v for k, v in flags.items() if k not in ("prompt", "negative_prompt")}
+    lines.append(", ".join(f"{name.replace('_', ' ').capitalize()}: {value}" for name, value in settings.items()))
     return "\n".join(lines)
 
 
@@ -165,8 +165,8 @@ def png_text(metadata: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> PngIn
     """The text chunks of a PNG: see `write_png`."""
     text = PngInfo()
     text.add_text(CHUNK, json.dumps(metadata))
-    each = [metadata] if isinstance(metadata, Mapping) else metadata
-    readable = "\n\n".join(describe(flags) for flags in each)
+    entries = [metadata] if isinstance(metadata, Mapping) else metadata
+    readable = "\n\n".join(describe(flags) for flags in entries)
     # Lone surrogates (undecodable bytes of a command line) fit no PNG text.
     text.add_text("parameters", readable.encode("utf-8", "replace").decode())
     return text
@@ -179,16 +179,16 @@ def write_png(
     *,
     overwrite: bool = True,
 ) -> Path:
-    """Write one image, whole or not at all: under a temporary name first, then renamed.
+    """Write one image, atomically.
 
     Args:
         image: [H, W, 3], uint8 or float in [0, 1].
-        metadata: flags by name that draw this image again (of a sheet: those of each image). Kept as JSON in a
-            text chunk "jaxdiff", for `read_metadata`, and for people in a chunk "parameters".
-        overwrite: whether an earlier file is replaced; else it stays, and this one's name is numbered.
+        metadata: flags by name that reproduce this image (for a sheet: those of each image). Written as JSON in a text
+            chunk "jaxdiff", for `read_metadata`, and as readable text in a chunk "parameters".
+        overwrite: whether to replace an existing file; otherwise the new file's name is numbered.
 
     Returns:
-        The file's name.
+        The file's path.
 
     Raises:
         ImageError: the file cannot be written.
@@ -198,45 +198,43 @@ def write_png(
 
 
 def write_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float, *, overwrite: bool = True) -> Path:
-    """Write images [H, W, 3], uint8 or float in [0, 1], as an endless animation; `seconds` is the time of a frame.
+    """Write images [H, W, 3], uint8 or float in [0, 1], as an endless animation of `seconds` a frame.
 
-    Whole or not at all; `overwrite` and what is returned as of `write_png`. Raises ImageError if the file cannot be
-    written.
+    See `write_png` for `overwrite`, the result and errors.
     """
-    first, *rest = (Image.fromarray(to_uint8(frame)) for frame in frames)
-    options = {"append_images": rest, "duration": round(1000 * seconds), "loop": 0}
+    first, *others = (Image.fromarray(to_uint8(frame)) for frame in frames)
+    options = {"append_images": others, "duration": round(1000 * seconds), "loop": 0}
     return _write(Path(path), lambda file: first.save(file, format="gif", save_all=True, **options), overwrite)
 
 
 def write_webp(
     path: str | Path, frames: Sequence[np.ndarray], seconds: float, last: float, *, overwrite: bool = True
 ) -> Path:
-    """Write images uint8 [H, W, 3] as an endless animation, all as large as the last, whose time is `last` seconds.
+    """Write images uint8 [H, W, 3] as an endless animation at the size of the last one, which shows for `last` seconds.
 
-    Smaller ones show their own pixels. Whole or not at all; `overwrite` and what is returned as of `write_png`. Raises
-    ImageError if the file cannot be written.
+    Smaller ones are enlarged to the nearest pixel. See `write_png` for `overwrite`, the result and errors.
     """
     height, width = frames[-1].shape[:2]
-    shown = [Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST) for frame in frames]
-    times = [round(1000 * seconds)] * (len(shown) - 1) + [round(1000 * last)]
-    options: dict[str, Any] = {"append_images": shown[1:], "duration": times, "loop": 0, "quality": 90}
-    return _write(Path(path), lambda file: shown[0].save(file, format="webp", save_all=True, **options), overwrite)
+    resized = [Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST) for frame in frames]
+    times = [round(1000 * seconds)] * (len(resized) - 1) + [round(1000 * last)]
+    options: dict[str, Any] = {"append_images": resized[1:], "duration": times, "loop": 0, "quality": 90}
+    return _write(Path(path), lambda file: resized[0].save(file, format="webp", save_all=True, **options), overwrite)
 
 
 def _write(path: Path, save: Callable[[Path], None], overwrite: bool) -> Path:
-    """Let `save` write a temporary file, then give it the name, or a numbered one; returns it."""
+    """Let `save` write a temporary file, then rename it to `path` or a numbered name, which is returned."""
     with writing(path, ImageError, "free it or choose another place."):
         if overwrite:
             with atomic_write(path) as temporary:
                 save(temporary)
             return path
-        with write_new(path) as (temporary, taken):
+        with write_new(path) as (temporary, written):
             save(temporary)
-        return taken[0]
+        return written[0]
 
 
 def read_text(path: str | Path) -> str:
-    """The text that other programs write into an image about how it was drawn ("parameters"); "" where there is none.
+    """The "parameters" text in which other programs describe how an image was drawn; "" if there is none.
 
     Raises:
         ImageError: the file is not an image.
@@ -245,7 +243,7 @@ def read_text(path: str | Path) -> str:
 
 
 def _info(path: str | Path) -> dict[Any, Any]:
-    """What an image file says beside its pixels, which are not decoded. Raises ImageError."""
+    """An image file's metadata; its pixels are not decoded. Raises ImageError."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return image.info

@@ -1,7 +1,7 @@
-"""The configs of a checkpoint that has none: sizes from its tensors' shapes, the rest from what was published.
+"""Inferring the configs of a checkpoint from its tensors.
 
-What shapes do not tell (the number of heads, activations, the noise schedule) is taken from the published Stable
-Diffusion model of the same family.
+Sizes follow from shapes. Everything else (the number of heads, activations, the noise schedule) is as in the published
+Stable Diffusion model of the same family.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from jaxdiff.io.original_layout import UNET_PREFIX, VAE_PREFIX
 from jaxdiff.io.tensor_files import TensorSource
 from jaxdiff.io.transformer_folder import GUIDANCE, text_widths
 
-# family -> where its text encoders stand: text_encoder, text_encoder_2
+# family -> prefixes of its text encoders
 TEXTS: dict[str, dict[str, str]] = {
     "sdxl": {
         "text_encoder": "conditioner.embedders.0.transformer.text_model.",
@@ -31,18 +31,12 @@ TEXTS: dict[str, dict[str, str]] = {
     "sd3": {"text_encoder": "text_encoders.clip_l.transformer.", "text_encoder_2": "text_encoders.clip_g.transformer."},
 }
 TURBO = {"text_encoder": "conditioner.embedders.0.model."}  # SD-Turbo: "sd2" in SDXL's layout
-SAMPLE_SIZES = {
-    "sd1": 64,
-    "sd2": 64,
-    "sdxl": 128,
-    "sdxl_refiner": 128,
-    "upscaler": 128,
-    **dict.fromkeys(("sd3", "flux", "z_image", "flux2"), 128),
-}  # latents along a side
+SAMPLE_SIZES = {"sd1": 64, "sd2": 64}  # latents along a side
+SAMPLE_SIZES |= dict.fromkeys(("sdxl", "sdxl_refiner", "upscaler", "sd3", "flux", "z_image", "flux2"), 128)
 SCALING = {"sdxl": 0.13025, "sdxl_refiner": 0.13025, "upscaler": 0.08333, "sd3": 1.5305}
 SCALING |= {"flux": 0.3611, "z_image": 0.3611}
 SHIFTS = {"sd3": 0.0609, "flux": 0.1159, "z_image": 0.1159}
-CHANNELS = {"sd3": 16, "flux": 16, "z_image": 16, "flux2": 32}  # of latents, where they are more than 4
+CHANNELS = {"sd3": 16, "flux": 16, "z_image": 16, "flux2": 32}  # of latents, if not 4
 MIDDLE, SIDES = "UNetMidBlock2DCrossAttn", ("encoder", "decoder")
 HEAD_WIDTH, CLIP_HEAD_WIDTH = 64, 64
 USED_LAYERS = 23  # of OpenCLIP-H's 24, in SD 2.x
@@ -76,7 +70,7 @@ LOW_RES = {
 
 
 class Shapes(dict[str, list[int]]):
-    """The shapes of one network's tensors by their names after a prefix; a missing one is an error that names it."""
+    """The shapes of one network's tensors by their names without a prefix; looking up a missing one raises an error."""
 
     def __init__(self, source: TensorSource, prefix: str):
         super().__init__((n.removeprefix(prefix), s) for n, s in source.shapes.items() if n.startswith(prefix))
@@ -89,14 +83,14 @@ class Shapes(dict[str, list[int]]):
         )
 
     def count(self, pattern: str) -> int:
-        """How many of `pattern`, with 0, 1, 2 … for its {}, begin a name."""
+        """How many consecutive numbers 0, 1, 2 … in place of {} make `pattern` the prefix of a name."""
         starts = (pattern.format(i) for i in itertools.count())
         return next(i for i, start in enumerate(starts) if not any(n.startswith(start) for n in self))
 
 
 @contextlib.contextmanager
 def as_weights_error(source: TensorSource) -> Iterator[None]:
-    """Turn the errors that impossible shapes raise into a WeightsError that names the file."""
+    """Turn the errors that unexpected shapes raise into a WeightsError that names the file."""
     try:
         yield
     except (IndexError, ZeroDivisionError, ValueError) as e:
@@ -106,13 +100,13 @@ def as_weights_error(source: TensorSource) -> Iterator[None]:
 
 
 def detect(source: TensorSource, *, without_vae: bool = False) -> str:
-    """The family of a one-file checkpoint by its tensors' names, as `Model.family` calls it.
+    """The family of a one-file checkpoint, as in `Model.family`, by its tensors' names.
 
     Args:
         without_vae: whether it may lack an autoencoder.
 
     Raises:
-        WeightsError: it is not a complete checkpoint; the sentence says what it seems to be.
+        WeightsError: it is not a complete checkpoint; the message says what it seems to be.
     """
     shapes = source.shapes
     has_unet = any(n.startswith(UNET_PREFIX) for n in shapes)
@@ -120,34 +114,34 @@ def detect(source: TensorSource, *, without_vae: bool = False) -> str:
     kinds.refuse_family(source, "Stable Diffusion 3" if sd3 else "") if has_unet else kinds.refuse(source)
     families = [family for family in TEXTS if (family == "sd3") == sd3]
     for family in sorted(families, key=lambda f: not all(_has_tokens(source, p) for p in TEXTS[f].values())):
-        texts = TEXTS[family]
-        if all(any(n.startswith(p.removesuffix("text_model.")) for n in shapes) for p in texts.values()):
+        prefixes = TEXTS[family]
+        if all(any(n.startswith(p.removesuffix("text_model.")) for n in shapes) for p in prefixes.values()):
             if not (without_vae or has_vae(source)):
                 raise WeightsError(
                     f"{source.path} has no autoencoder ({VAE_PREFIX}…): it was pruned, fetch the whole file, or give "
                     "an autoencoder's file as --vae (`vae` of jaxdiff.load)."
                 )
             if family == "sdxl_refiner" and f"{UNET_PREFIX}label_emb.0.0.weight" not in shapes:
-                return "sd2"  # SD-Turbo, whose UNet is told no sizes
-            upscales = family == "sd2" and f"{UNET_PREFIX}label_emb.weight" in shapes
-            return "upscaler" if upscales else family
+                return "sd2"  # SD-Turbo, whose UNet takes no sizes
+            is_upscaler = family == "sd2" and f"{UNET_PREFIX}label_emb.weight" in shapes
+            return "upscaler" if is_upscaler else family
     if sd3:
-        lacking = next(p for p in TEXTS["sd3"].values() if not any(n.startswith(p) for n in shapes))
+        missing = next(p for p in TEXTS["sd3"].values() if not any(n.startswith(p) for n in shapes))
         raise WeightsError(
-            f"{source.path} is of Stable Diffusion 3 and lacks a text encoder ({lacking}…): fetch the file that "
+            f"{source.path} is of Stable Diffusion 3 and lacks a text encoder ({missing}…): fetch the file that "
             "includes both CLIPs, or give a diffusers folder of the model as --model, and this file as --transformer "
             "(`transformer` of jaxdiff.load)."
         )
-    Shapes(source, UNET_PREFIX)["input_blocks.0.0.weight"]  # for its error, where the file is something else altogether
-    more = "" if has_vae(source) else " and no autoencoder"
+    Shapes(source, UNET_PREFIX)["input_blocks.0.0.weight"]  # raises if the file is something else
+    no_vae = "" if has_vae(source) else " and no autoencoder"
     raise WeightsError(
-        f"{source.path} has no text encoder of Stable Diffusion 1.x, 2.x or XL{more}: it was pruned, fetch the whole "
+        f"{source.path} has no text encoder of Stable Diffusion 1.x, 2.x or XL{no_vae}: it was pruned, fetch the whole "
         "file."
     )
 
 
 def _has_tokens(source: TensorSource, prefix: str) -> bool:
-    """Whether a text encoder stands at a prefix, and not just a stray tensor."""
+    """Whether there is a text encoder at a prefix, rather than a stray tensor."""
     starts = (prefix, f"{prefix}embeddings.", f"{prefix.removesuffix('text_model.')}embeddings.")
     return any(f"{start}token_embedding.weight" in source.shapes for start in starts)
 
@@ -158,24 +152,25 @@ def has_vae(source: TensorSource) -> bool:
 
 
 def text_prefixes(source: TensorSource, family: str) -> dict[str, str]:
-    """Where each text encoder stands in this file; some leave out transformers' `text_model.`."""
-    found = TURBO if is_turbo(source, family) else TEXTS["sd2" if family == "upscaler" else family]
+    """The prefix of each text encoder in this file; some files omit transformers' `text_model.`."""
+    prefixes = TURBO if is_turbo(source, family) else TEXTS["sd2" if family == "upscaler" else family]
     return {
-        n: p if any(s.startswith(p) for s in source.shapes) else p.removesuffix("text_model.") for n, p in found.items()
+        n: p if any(s.startswith(p) for s in source.shapes) else p.removesuffix("text_model.")
+        for n, p in prefixes.items()
     }
 
 
 def is_turbo(source: TensorSource, family: str) -> bool:
-    """Whether this is SD-Turbo: an SD 2.1 distilled to few steps, the one of its family in the layout of SDXL."""
+    """Whether this is SD-Turbo: SD 2.1 distilled to few steps, in the layout of SDXL."""
     return family == "sd2" and any(n.startswith(TURBO["text_encoder"]) for n in source.shapes)
 
 
 def infer_configs(source: TensorSource, family: str, prediction_type: str | None = None) -> dict[str, Any]:
-    """The configs of every part, by its name: the networks', "scheduler" and "options".
+    """The configs of the networks, "scheduler" and "options", by name.
 
     Args:
-        prediction_type: of the UNet, which no tensor tells: "epsilon" or "v_prediction". By default as in the
-            published models: v in SD 2.x (but its 512-pixel base, its inpainting and SD-Turbo) and the upscaler, else
+        prediction_type: of the UNet, "epsilon" or "v_prediction", which cannot be inferred. By default that of the
+            published models: v for SD 2.x (except its 512-pixel base, inpainting and SD-Turbo) and the upscaler, else
             epsilon.
 
     Raises:
@@ -191,13 +186,13 @@ def infer_configs(source: TensorSource, family: str, prediction_type: str | None
         pooled = configs["text_encoder_2"].projection_dim if "text_encoder_2" in configs else None
         unet = unet_config(Shapes(source, UNET_PREFIX), family, pooled)
         vae = vae_config(Shapes(source, VAE_PREFIX), family) if has_vae(source) else published_vae(family)
-    marked = "v_pred" in source.shapes  # by fine-tuned SDXL: a tensor without numbers
+    has_v_mark = "v_pred" in source.shapes  # an empty tensor in fine-tuned SDXL models
     turbo = is_turbo(source, family)
-    v_family = family == "sd2" and not turbo and unet.in_channels == vae.latent_channels
-    if prediction_type is None and (marked or v_family):
+    is_v_family = family == "sd2" and not turbo and unet.in_channels == vae.latent_channels
+    if prediction_type is None and (has_v_mark or is_v_family):
         prediction_type = "v_prediction"
     if family == "sd2" and prediction_type == "v_prediction":
-        unet = dataclasses.replace(unet, sample_size=96)  # the one for 768 pixels
+        unet = dataclasses.replace(unet, sample_size=96)  # 768 pixels
     published = "turbo" if turbo else family if unet.time_cond_proj_dim is None else "lcm"
     return configs | {
         "unet": unet,
@@ -212,20 +207,20 @@ def _sd3_configs(source: TensorSource, prediction_type: str | None) -> dict[str,
     configs: dict[str, Any] = {}
     with as_weights_error(source):
         for name, prefix in TEXTS["sd3"].items():
-            text = text_config(Shapes(source, f"{prefix}text_model."), openclip=False, project=False)
+            config = text_config(Shapes(source, f"{prefix}text_model."), openclip=False, project=False)
             configs[name] = dataclasses.replace(
-                text,
+                config,
                 hidden_act="gelu" if name == "text_encoder_2" else "quick_gelu",
                 projection_dim=Shapes(source, prefix)["text_projection.weight"][0],
                 with_projection=True,
             )
         configs["transformer"] = sd3_config(Shapes(source, UNET_PREFIX))
         configs["vae"] = vae_config(Shapes(source, VAE_PREFIX), "sd3") if has_vae(source) else published_vae("sd3")
-    for name, read, made in text_widths("sd3", configs | {"text_encoder_3": None}):
-        if read != made:
+    for name, expected, actual in text_widths("sd3", configs | {"text_encoder_3": None}):
+        if expected != actual:
             raise WeightsError(
-                f"{source.path} has a transformer that reads texts of {name} {read} and text encoders that make "
-                f"{made}: they are of different models, fetch the file again."
+                f"{source.path} has a transformer that reads texts of {name} {expected} and text encoders that make "
+                f"{actual}: they are of different models, fetch the file again."
             )
     scheduler, options = scheduler_config("sd3", prediction_type), PipelineOptions(guidance_scale=GUIDANCE["sd3"])
     return configs | {"scheduler": scheduler, "options": options}
@@ -255,13 +250,13 @@ def sd3_config(shapes: Shapes) -> SD3Config:
 
 
 def scheduler_config(family: str, prediction_type: str | None = None, *, zero_snr: bool = False) -> SchedulerConfig:
-    """The noise schedule and the default method of a published family, or of "turbo" and "lcm", the distilled ones."""
+    """The noise schedule and default sampler of a published family, or of the distilled "turbo" and "lcm"."""
     values = SCHEDULERS[family] | ({"prediction_type": prediction_type} if prediction_type else {})
     return SchedulerConfig.from_dict(values | ({"rescale_betas_zero_snr": True} if zero_snr else {}))
 
 
 def pipeline_options(family: str) -> PipelineOptions:
-    """What a published family's model_index.json says beside its networks."""
+    """The options in a published family's model_index.json."""
     refines = family == "sdxl_refiner"
     low_res = SchedulerConfig.from_dict(LOW_RES) if family == "upscaler" else None
     return PipelineOptions(
@@ -269,15 +264,15 @@ def pipeline_options(family: str) -> PipelineOptions:
     )
 
 
-def _same(values: Iterable[Any]) -> Any:
-    """A setting given per level, or once if it is the same everywhere, as the published configs have it."""
+def _collapse(values: Iterable[Any]) -> Any:
+    """A per-level setting, collapsed to one value if all are equal, as in the published configs."""
     values = tuple(values)
     return values[0] if len(set(values)) == 1 else values
 
 
 def unet_config(shapes: Shapes, family: str, pooled: int | None = None) -> UNetConfig:
     """The UNet's config from the shapes of its tensors; `pooled` is the width of SDXL's pooled text."""
-    levels: list[list[int]] = [[]]  # for each, its blocks
+    levels: list[list[int]] = [[]]  # the blocks of each level
     for block in itertools.count(1):
         if f"input_blocks.{block}.0.op.weight" in shapes:
             levels.append([])
@@ -286,45 +281,45 @@ def unet_config(shapes: Shapes, family: str, pooled: int | None = None) -> UNetC
         else:
             break
     if not levels[-1]:
-        _ = shapes[f"input_blocks.{block}.0.in_layers.2.weight"]  # for its error
+        _ = shapes[f"input_blocks.{block}.0.in_layers.2.weight"]  # raises
     parts = [f"input_blocks.{blocks[0]}" for blocks in levels]
     widths = tuple(shapes[f"{part}.0.out_layers.3.weight"][0] for part in parts)
-    attend = [f"{part}.1.proj_in.weight" in shapes for part in parts]
+    attends = [f"{part}.1.proj_in.weight" in shapes for part in parts]
     depths = [shapes.count(f"{part}.1.transformer_blocks.{{}}.") or 1 for part in parts]
     inner = {name.split(".")[1] for name in shapes if name.startswith("middle_block.")}
     middle = MIDDLE if "1" in inner else "UNetMidBlock2D" if inner else None
-    places = zip(("middle_block", *parts), (middle == MIDDLE, *attend), strict=True)
-    attentive = next((f"{place}.1" for place, yes in places if yes), None)
-    if middle == MIDDLE and not attend[-1]:  # the middle goes by the last level's depth
+    blocks_attend = zip(("middle_block", *parts), (middle == MIDDLE, *attends), strict=True)
+    attention_block = next((f"{block}.1" for block, attends_here in blocks_attend if attends_here), None)
+    if middle == MIDDLE and not attends[-1]:  # the middle block uses the last level's depth
         depths[-1] = shapes.count("middle_block.1.transformer_blocks.{}.")
-    only = [
-        yes and shapes[f"{part}.1.transformer_blocks.0.attn1.to_k.weight"][1] != width
-        for part, yes, width in zip(parts, attend, widths, strict=True)
+    only_cross = [
+        attends_here and shapes[f"{part}.1.transformer_blocks.0.attn1.to_k.weight"][1] != width
+        for part, attends_here, width in zip(parts, attends, widths, strict=True)
     ]
-    linear, text = (True, 2048) if family == "sdxl" else (False, 768)  # where nothing attends
-    if attentive is not None:
-        linear = len(shapes[f"{attentive}.proj_in.weight"]) == 2
-        text = shapes[f"{attentive}.transformer_blocks.0.attn2.to_k.weight"][1]
+    linear, text_width = (True, 2048) if family == "sdxl" else (False, 768)  # if nothing attends to the text
+    if attention_block is not None:
+        linear = len(shapes[f"{attention_block}.proj_in.weight"]) == 2
+        text_width = shapes[f"{attention_block}.transformer_blocks.0.attn2.to_k.weight"][1]
     return UNetConfig(
         sample_size=SAMPLE_SIZES[family],
         in_channels=shapes["input_blocks.0.0.weight"][1],
         out_channels=shapes["out.2.weight"][0],
-        down_block_types=tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attend),
+        down_block_types=tuple("CrossAttnDownBlock2D" if attends_here else "DownBlock2D" for attends_here in attends),
         mid_block_type=middle,
-        up_block_types=tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in attend[::-1]),
+        up_block_types=tuple("CrossAttnUpBlock2D" if attends_here else "UpBlock2D" for attends_here in attends[::-1]),
         block_out_channels=widths,
-        layers_per_block=_same(len(blocks) for blocks in levels),
-        transformer_layers_per_block=_same(depths),
-        attention_head_dim=_same(max(1, w // HEAD_WIDTH) for w in widths) if linear and family != "upscaler" else 8,
-        only_cross_attention=_same(only),
-        cross_attention_dim=text,
+        layers_per_block=_collapse(len(blocks) for blocks in levels),
+        transformer_layers_per_block=_collapse(depths),
+        attention_head_dim=_collapse(max(1, w // HEAD_WIDTH) for w in widths) if linear and family != "upscaler" else 8,
+        only_cross_attention=_collapse(only_cross),
+        cross_attention_dim=text_width,
         use_linear_projection=linear,
         **_extra_embeddings(shapes, family, pooled),
     )
 
 
 def _extra_embeddings(shapes: Shapes, family: str, pooled: int | None) -> dict[str, Any]:
-    """What is added to the time embedding: noise levels, sizes and crops, the guidance of distilled models."""
+    """Config values of the embeddings added to the time: noise levels, sizes and crops, guidance."""
     extra: dict[str, Any] = {}
     if "label_emb.weight" in shapes:
         extra["num_class_embeds"] = shapes["label_emb.weight"][0]
@@ -384,12 +379,12 @@ def text_config(shapes: Shapes, *, openclip: bool, project: bool) -> CLIPTextCon
     token = "token_embedding.weight" if openclip else "embeddings.token_embedding.weight"
     position = "positional_embedding" if openclip else "embeddings.position_embedding.weight"
     layer = "transformer.resblocks.{}." if openclip else "encoder.layers.{}."
-    inner = "mlp.c_fc.weight" if openclip else "mlp.fc1.weight"
+    mlp = "mlp.c_fc.weight" if openclip else "mlp.fc1.weight"
     (vocab_size, width), layers = shapes[token], shapes.count(layer)
     return CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=width,
-        intermediate_size=shapes[layer.format(0) + inner][0],
+        intermediate_size=shapes[layer.format(0) + mlp][0],
         num_hidden_layers=min(layers, USED_LAYERS) if openclip and not project else layers,
         num_attention_heads=max(1, width // CLIP_HEAD_WIDTH),
         max_position_embeddings=shapes[position][0],

@@ -1,6 +1,6 @@
-"""The configs of networks in diffusers' names that are one file without `config.json`: sizes follow from the tensors.
+"""Inferring the configs of networks from one file with diffusers' names and no `config.json`.
 
-The names are translated into those of the original layout, from which `infer_config` reads the sizes.
+The names are translated to the original layout, from which `infer_config` reads the sizes.
 """
 
 import dataclasses
@@ -22,16 +22,18 @@ class Renamed(Shapes):
 
     def __init__(self, source: TensorSource, table: Table):
         places = ((place(current_name(n), table, ""), shape) for n, shape in source.shapes.items())
-        super().__init__(dataclasses.replace(source, shapes={at.name: shape for at, shape in places if at}), "")
+        shapes = {location.name: shape for location, shape in places if location}
+        super().__init__(dataclasses.replace(source, shapes=shapes), "")
         self.names = {theirs: ours for ours, theirs in table.items()}
 
     def __missing__(self, name: str) -> list[int]:
-        at = place(name, self.names, "")
-        raise WeightsError(f"{self.path} lacks the tensor {at.name if at else name}: fetch the whole file again.")
+        location = place(name, self.names, "")
+        missing = location.name if location else name
+        raise WeightsError(f"{self.path} lacks the tensor {missing}: fetch the whole file again.")
 
 
 def controlnet_table(c: ControlNetConfig) -> Table:
-    """Names of diffusers -> those of the original layout: the UNet's way down, and what is a ControlNet's own.
+    """Diffusers' names -> those of the original layout: the UNet's encoder, and the layers that only ControlNets have.
 
     >>> table = controlnet_table(ControlNetConfig())
     >>> table["controlnet_cond_embedding.conv_out"], table["controlnet_down_blocks.11"]
@@ -50,52 +52,54 @@ def controlnet_table(c: ControlNetConfig) -> Table:
 
 def controlnet_shapes(source: TensorSource) -> Renamed:
     """The shapes of a ControlNet in diffusers' names."""
-    own = Shapes(source, "")
-    levels = own.count("down_blocks.{}.")
-    hints = own.count("controlnet_cond_embedding.blocks.{}.") // 2
-    sketch = ControlNetConfig(  # no more than the names depend on
+    shapes = Shapes(source, "")
+    levels = shapes.count("down_blocks.{}.")
+    hints = shapes.count("controlnet_cond_embedding.blocks.{}.") // 2
+    config = ControlNetConfig(  # only what the names depend on
         block_out_channels=(1,) * levels,
-        layers_per_block=tuple(own.count(f"down_blocks.{i}.resnets.{{}}.") for i in range(levels)),
+        layers_per_block=tuple(shapes.count(f"down_blocks.{i}.resnets.{{}}.") for i in range(levels)),
         up_block_types=("UpBlock2D",) * levels,
         conditioning_embedding_out_channels=(1,) * (hints + 1),
         addition_embed_type="text_time",
     )
-    return Renamed(source, controlnet_table(sketch))
+    return Renamed(source, controlnet_table(config))
 
 
 def controlnet_config(source: TensorSource, shapes: Shapes, like: UNetConfig | None = None) -> ControlNetConfig:
     """The config of a ControlNet from its shapes under the names of the original layout.
 
     Args:
-        like: the config of the UNet that it goes with: what no tensor tells is as there. By default as in the
-            published Stable Diffusion.
+        like: the config of the UNet to control, for settings that cannot be inferred; by default the published Stable
+            Diffusion's.
     """
-    shapes["out.2.weight"] = [0]  # the UNet's way up, which a ControlNet lacks
-    added = "label_emb.0.0.weight" in shapes
+    shapes["out.2.weight"] = [0]  # of the UNet's decoder, which a ControlNet lacks
+    has_text_time = "label_emb.0.0.weight" in shapes
     with as_weights_error(source):
         width = (like.addition_time_embed_dim if like else None) or ADDITION_WIDTH
-        pooled = shapes["label_emb.0.0.weight"][1] - 6 * width if added else None
-        unet = unet_config(shapes, "sdxl" if added else "sd1", pooled)
+        pooled = shapes["label_emb.0.0.weight"][1] - 6 * width if has_text_time else None
+        unet = unet_config(shapes, "sdxl" if has_text_time else "sd1", pooled)
         hints = [shapes[HINT.format(0)]]
         while HINT.format(2 * len(hints)) in shapes:
             hints.append(shapes[HINT.format(2 * len(hints))])
-        own = {
+        hint_values = {
             "conditioning_channels": hints[0][1],
-            "conditioning_embedding_out_channels": tuple(shape[0] for shape in hints[:-1:2]),  # each second one widens
+            "conditioning_embedding_out_channels": tuple(shape[0] for shape in hints[:-1:2]),  # every second one widens
         }
     if like is not None and like.block_out_channels == unet.block_out_channels:
-        untold = ("attention_head_dim", "num_attention_heads", "norm_num_groups", "norm_eps", "act_fn", "freq_shift",
-                  "flip_sin_to_cos", "downsample_padding")  # fmt: skip
+        not_inferred: tuple[str, ...] = (
+            "attention_head_dim", "num_attention_heads", "norm_num_groups", "norm_eps", "act_fn", "freq_shift",
+            "flip_sin_to_cos", "downsample_padding",
+        )  # fmt: skip
         if not any(".attentions." in name or ".transformer_blocks." in name for name in source.shapes):
-            untold += ("cross_attention_dim", "use_linear_projection")
-        unet = dataclasses.replace(unet, **{name: getattr(like, name) for name in untold})
-    return ControlNetConfig.from_dict(dataclasses.asdict(unet) | own)
+            not_inferred += ("cross_attention_dim", "use_linear_projection")
+        unet = dataclasses.replace(unet, **{name: getattr(like, name) for name in not_inferred})
+    return ControlNetConfig.from_dict(dataclasses.asdict(unet) | hint_values)
 
 
 def vae_from_names(source: TensorSource) -> VAEConfig:
-    """The config of an autoencoder in diffusers' names; what no tensor tells is as in Stable Diffusion 1.x."""
-    own = Shapes(source, "")
+    """The config of an autoencoder in diffusers' names; what cannot be inferred is as in Stable Diffusion 1.x."""
+    shapes = Shapes(source, "")
     with as_weights_error(source):
-        levels, layers = own.count("encoder.down_blocks.{}."), own.count("encoder.down_blocks.0.resnets.{}.")
-        sketch = VAEConfig(block_out_channels=(1,) * levels, layers_per_block=layers)
-        return vae_config(Renamed(source, vae_table(sketch)), "sd1")
+        levels, layers = shapes.count("encoder.down_blocks.{}."), shapes.count("encoder.down_blocks.0.resnets.{}.")
+        config = VAEConfig(block_out_channels=(1,) * levels, layers_per_block=layers)
+        return vae_config(Renamed(source, vae_table(config)), "sd1")

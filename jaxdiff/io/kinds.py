@@ -1,4 +1,4 @@
-"""Recognizing files of tensors by the tensors' names: what a file is, and which flag or function takes it."""
+"""Recognizing files by their tensors' names, for error messages that say which flag or function takes the file."""
 
 import re
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ SUPPORTED = (
     "the x4 upscaler, and as folders FLUX.1, Z-Image and FLUX.2 klein"
 )
 _NET = r"^(model\.diffusion_model\.|transformer\.|unet\.)?"
-FAMILIES: dict[str, str] = {  # checkpoints of models that are not drawn: a name in each of them -> the model
+FAMILIES: dict[str, str] = {  # pattern in a tensor's name -> a model without support for one-file checkpoints
     r"\.(absmax|quant_map|scale_weight|weight_scale)$|^scaled_fp8$": "a model quantised with scales of its own",
     r"^edm_mean$|^edm_vpred\.": "Playground v2.5 or CosXL (EDM's noise schedule)",
     r"\.time_(stack|mixer)\.|\.temporal_transformer_blocks\.": "Stable Video Diffusion",
@@ -43,7 +43,7 @@ FAMILIES: dict[str, str] = {  # checkpoints of models that are not drawn: a name
 }
 DRAWN_FROM_FOLDERS = ("Stable Diffusion 3", "Flux", "Flux 2", "Z-Image")
 _NO = "which is not supported: take a whole ControlNet"
-CONTROLS: dict[str, tuple[str, str]] = {  # networks like a ControlNet: a name in each -> what it is, and how it is used
+CONTROLS: dict[str, tuple[str, str]] = {  # pattern of networks like ControlNets -> what it is, and how to use it
     r"^lora_controlnet$": ("a Control-LoRA", _NO),
     r"^lllite_": ("a ControlNet-LLLite", _NO),
     r"^difference$": ("a ControlNet as the difference from a model's weights", _NO),
@@ -55,7 +55,7 @@ CONTROLS: dict[str, tuple[str, str]] = {  # networks like a ControlNet: a name i
     ),
     r"motion_modules\.": ("a motion module (AnimateDiff)", "which is not supported: videos are not drawn"),
 }
-ADAPTERS: dict[str, tuple[str, str]] = {  # what else goes beside a model
+ADAPTERS: dict[str, tuple[str, str]] = {  # other additions to a model
     r"^(adapter\.)?body\.\d+\.(block\d|in_conv|resnets|down_opt)": ("a T2I-Adapter", _NO),
     r"^(image_proj|ip_adapter|image_proj_model|adapter_modules)\.|\.to_k_ip\.": (
         "an IP-Adapter",
@@ -72,7 +72,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {  # what else goes beside a model
         "load a model, then give the file to jaxdiff.load_textual_inversion, or to --embedding",
     ),
 }
-NETWORKS: dict[str, tuple[str, str]] = {  # parts of a model, after the families, whose parts have such names too
+NETWORKS: dict[str, tuple[str, str]] = {  # parts of a model; checked after FAMILIES, which have such names too
     r"^control_model\.|^input_hint_block\.|^controlnet_cond_embedding\.": (
         "a ControlNet",
         "give it to jaxdiff.load_controlnet, or to --controlnet",
@@ -102,17 +102,17 @@ NETWORKS: dict[str, tuple[str, str]] = {  # parts of a model, after the families
 }
 
 
-def _first(patterns: Iterable[str], source: TensorSource) -> str | None:
-    """The first pattern that is found in a tensor's name."""
+def _first_match(patterns: Iterable[str], source: TensorSource) -> str | None:
+    """The first pattern that matches in a tensor's name."""
     lines = "\n".join(source.shapes)
     return next((p for p in patterns if re.search(p, lines, re.MULTILINE)), None)
 
 
-def refuse_family(source: TensorSource, wanted: str = "") -> None:
-    """Raise a WeightsError if a file is a checkpoint of a known, unsupported model other than `wanted`."""
-    found = _first(FAMILIES, source)
-    if found and FAMILIES[found] != wanted:
-        family = FAMILIES[found]
+def refuse_family(source: TensorSource, expected: str = "") -> None:
+    """Raise a WeightsError if a file is a checkpoint of a known, unsupported model other than `expected`."""
+    pattern = _first_match(FAMILIES, source)
+    if pattern and FAMILIES[pattern] != expected:
+        family = FAMILIES[pattern]
         if family in DRAWN_FROM_FOLDERS:
             raise WeightsError(
                 f"{source.path} is of {family}, whose tokenizers no file of weights holds: give a diffusers folder of "
@@ -121,11 +121,11 @@ def refuse_family(source: TensorSource, wanted: str = "") -> None:
         raise WeightsError(f"{source.path} is of {family}, which is not supported: {SUPPORTED}.")
 
 
-def _refuse_one(kinds: dict[str, tuple[str, str]], source: TensorSource, wanted: str = "") -> None:
-    found = _first(kinds, source)
-    if found and kinds[found][0] != wanted:
-        what, use = kinds[found]
-        raise WeightsError(f"{source.path} holds {what}{', ' if use.startswith('which') else ': '}{use}.")
+def _refuse_one(table: dict[str, tuple[str, str]], source: TensorSource, expected: str = "") -> None:
+    pattern = _first_match(table, source)
+    if pattern and table[pattern][0] != expected:
+        description, advice = table[pattern]
+        raise WeightsError(f"{source.path} holds {description}{', ' if advice.startswith('which') else ': '}{advice}.")
 
 
 def refuse_control(source: TensorSource) -> None:
@@ -133,11 +133,11 @@ def refuse_control(source: TensorSource) -> None:
     _refuse_one(CONTROLS, source)
 
 
-def refuse(source: TensorSource, wanted: str = "") -> None:
-    """Raise a WeightsError that says what a file is, unless it is unknown or `wanted`, such as "a ControlNet"."""
-    _refuse_one(CONTROLS | ADAPTERS, source, wanted)
+def refuse(source: TensorSource, expected: str = "") -> None:
+    """Raise a WeightsError that says what a file is, unless it is unknown or `expected`, such as "a ControlNet"."""
+    _refuse_one(CONTROLS | ADAPTERS, source, expected)
     refuse_family(source)
-    if wanted and any(n.startswith("model.diffusion_model.") for n in source.shapes):
-        use = "give it to jaxdiff.load, or to --model"
-        raise WeightsError(f"{source.path} holds a whole checkpoint, not {wanted}: {use}.")
-    _refuse_one(NETWORKS, source, wanted)
+    if expected and any(n.startswith("model.diffusion_model.") for n in source.shapes):
+        advice = "give it to jaxdiff.load, or to --model"
+        raise WeightsError(f"{source.path} holds a whole checkpoint, not {expected}: {advice}.")
+    _refuse_one(NETWORKS, source, expected)

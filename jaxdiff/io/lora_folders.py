@@ -1,4 +1,4 @@
-"""Which files a LoRA consists of, and which one of a folder a prompt names."""
+"""Which files a LoRA consists of, and which file of a folder a prompt names."""
 
 import functools
 from collections.abc import Mapping
@@ -15,39 +15,38 @@ FILES = tuple(f"{stem}{end}" for stem in ("pytorch_lora_weights", STEM) for end 
 
 
 def adapter_files(path: str | Path) -> list[Path]:
-    """The files of a LoRA: the one given, or those of a folder that diffusers or peft wrote, a sub-folder a network.
+    """The files of a LoRA: the given file, or those in a folder by diffusers or peft, which may have one per network.
 
     Raises:
-        WeightsError: the folder holds none, or several LoRAs.
+        WeightsError: the folder holds no LoRA, or several.
     """
     folder = Path(path)
     if not folder.is_dir():
         return [folder]
-    for name in FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    inner = [next(f for n in FILES if (f := d / n).is_file()) for d in sorted(folder.iterdir()) if _holds_lora(d)]
-    found = inner or sorted(folder.glob("*.safetensors"))
-    if len(found) == 1 or (found and all(f.parent.name in MODULES for f in found)):
-        return found
-    listed = (
-        f"several LoRAs ({found[0].relative_to(folder)}, {found[1].relative_to(folder)}, …)" if found else "no LoRA"
+    if file := _lora_file(folder):
+        return [file]
+    subfolder_files = [file for subfolder in sorted(folder.iterdir()) if (file := _lora_file(subfolder))]
+    files = subfolder_files or sorted(folder.glob("*.safetensors"))
+    if len(files) == 1 or (files and all(f.parent.name in MODULES for f in files)):
+        return files
+    contents = (
+        f"several LoRAs ({files[0].relative_to(folder)}, {files[1].relative_to(folder)}, …)" if files else "no LoRA"
     )
-    raise WeightsError(f"{folder} holds {listed}: give its file, such as {FILES[0]}.")
+    raise WeightsError(f"{folder} holds {contents}: give its file, such as {FILES[0]}.")
 
 
-def _holds_lora(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).is_file() for name in FILES)
+def _lora_file(folder: Path) -> Path | None:
+    return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
 def files_below(folder: str | Path) -> dict[Path, str]:
-    """The files of LoRAs in a folder and those inside, and what <lora:…> calls each: its path without the suffix."""
-    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    return {path: path.relative_to(folder).with_suffix("").as_posix() for path in found}
+    """The LoRA files in a folder and its sub-folders, and what <lora:…> calls each: its path without the suffix."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return {path: path.relative_to(folder).with_suffix("").as_posix() for path in files}
 
 
 def named(files: Mapping[Path, str], name: str) -> list[Path]:
-    """The files that a name may mean: of that path, else called so, else that say so in their metadata."""
+    """The files that a name may mean: by their path, else by their file name, else by their metadata."""
     return (
         [path for path in files if files[path] == name]
         or [path for path in files if path.stem == name]

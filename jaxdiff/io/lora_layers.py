@@ -1,4 +1,4 @@
-"""What a LoRA may change of a model: its layers' kernels, its norms' weights, and the biases of both."""
+"""The parameters that a LoRA may change: the kernels of layers, the weights of norms, and the biases of both."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from jaxdiff.io.lora_config import MODULES
 from jaxdiff.io.torch_names import tensor_name
 from jaxdiff.typing import Params
 
-BIAS = ".bias"  # ends the name of a bias that is changed: "unet.conv_in.bias"
+BIAS = ".bias"  # suffix of a bias' name: "unet.conv_in.bias"
 
 
 class Layer(NamedTuple):
@@ -24,29 +24,29 @@ class Layer(NamedTuple):
 
 def layers(params: Params) -> Iterator[Layer]:
     """Every dense layer and convolution of the UNet and the text encoders, from the parameters or their shapes."""
-    return _ending(params, "kernel")
+    return _layers_with(params, "kernel")
 
 
 def norms(params: Params) -> Iterator[Layer]:
     """Every norm with a weight, as `layers`."""
-    return (layer for layer in _ending(params, "scale") if len(layer.shape) == 1)
+    return (layer for layer in _layers_with(params, "scale") if len(layer.shape) == 1)
 
 
 def changeable(params: Params) -> dict[str, Layer]:
-    """All that a LoRA may change, by the name that it has there; a bias is of one axis, as a norm's weight is."""
-    found = {}
+    """Everything that a LoRA may change, by its name in a `Lora`; biases have one axis, like the weights of norms."""
+    by_name = {}
     for layer in (*layers(params), *norms(params)):
-        found[layer.name] = layer
+        by_name[layer.name] = layer
         if layer.has_bias:
             name, path = f"{layer.name}{BIAS}", (*layer.path[:-1], "bias")
-            found[name] = Layer(layer.module, name, path, layer.shape[-1:])
-    return found
+            by_name[name] = Layer(layer.module, name, path, layer.shape[-1:])
+    return by_name
 
 
-def _ending(params: Params, last: str) -> Iterator[Layer]:
+def _layers_with(params: Params, leaf_name: str) -> Iterator[Layer]:
     for module in MODULES:
         flat = flatten_dict(params.get(module, {}))
         for path, leaf in flat.items():
-            if path[-1] == last:
+            if path[-1] == leaf_name:
                 name = f"{module}.{tensor_name(path[:-1])}"
                 yield Layer(module, name, (module, *path), tuple(leaf.shape), (*path[:-1], "bias") in flat)

@@ -1,18 +1,19 @@
-"""Adapters of LyCORIS other than LoRA (Yeh et al. 2023, arXiv:2309.14859, section 3): what they change a kernel by.
+"""What the adapters of LyCORIS other than LoRA add to a kernel (Yeh et al. 2023, arXiv:2309.14859, section 3).
 
     LoHa          (w1_a @ w1_b) * (w2_a @ w2_b), element by element                                      (1)
-    LoKr          kron(w1, w2), either of them perhaps a product of two                                  (2)
+    LoKr          kron(w1, w2), either of which may be a product of two                                  (2)
     a difference  the change itself
-    GLoRA         kernel @ a1 @ a2 + b1 @ b2, a1 and a2 over the inputs alone
-    (IA)³         kernel * w, a number for each output or each input
+    GLoRA         kernel @ a1 @ a2 + b1 @ b2, with a1 and a2 over the inputs
+    (IA)³         kernel * w, with one number for each output or each input
     OFT, BOFT     see jaxdiff/io/rotations.py
 
-times alpha / rank where a product has a rank, and times a learned scalar. Of a convolution, a product may be of three,
+times alpha / rank if a product has a rank, and times a learned scalar. For a convolution, a product may have three
+factors,
 
     sum over i, j of w_a[i, out] * t[i, j, height, width] * w_b[j, in]                                   (3)
 
-At a scale all but OFT and BOFT change as much more or less. The parts of a change keep the file's type and are
-multiplied where it is added, in float32.
+All but OFT and BOFT are proportional to the scale. The parts of a change keep the file's dtype and are multiplied in
+float32 when it is added.
 """
 
 import functools
@@ -27,7 +28,7 @@ import numpy as np
 from jaxdiff.io import rotations
 from jaxdiff.typing import Array
 
-# A part's role -> how the name of its tensor ends.
+# A part's role -> pattern at the end of its tensor's name.
 ROLES = {
     **{f"hada_{x}": rf"\.hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{x}": rf"\.lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
@@ -37,32 +38,32 @@ ROLES = {
     "oft_R": r"\.oft_R(?:\.[^.]+)?\.weight",
     **{x: rf"\.{x}(?:\.[^.]+)?" for x in ("boft_R", "boft_s", "ia3_l")},
 }
-PARTS = (*ROLES, "ia3_weight")  # a name that ends in `.weight` is the latter's beside an `.on_input` only
+PARTS = (*ROLES, "ia3_weight")  # the latter is a `.weight` next to an `.on_input`
 OPEN = "LoRA, LoCon, LoHa, LoKr, DoRA, OFT, BOFT, GLoRA or (IA)³"
 _GLORA, _BOFT = ("a1", "a2", "b1", "b2"), ("boft_R", "boft_s")
-NEEDED = {  # a part of what depends on the kernel -> those without which it is no whole change
+NEEDED = {  # a part of an adapter that depends on the kernel -> the parts that it requires
     **dict.fromkeys((*_GLORA, "bm"), _GLORA),
     **dict.fromkeys(_BOFT, _BOFT),
     **dict.fromkeys(("oft_blocks", "rescale"), ("oft_blocks",)),
     **{"oft_R": (), "ia3_l": (), "ia3_weight": ("on_input",), "on_input": ("ia3_weight",)},
 }
-IA3 = {"ia3_out": 0, "ia3_in": 1}  # what becomes of (IA)³'s when read -> the axis of the weight that it is of
+IA3 = {"ia3_out": 0, "ia3_in": 1}  # role of (IA)³'s numbers after reading -> axis of the weight
 SCALAR = "scalar"
 _product = functools.partial(jnp.einsum, precision="highest")
 
 
 def kinds(roles: Set[str]) -> list[str]:
-    """The kinds of adapter that a layer has tensors of, where it has these roles."""
+    """The kinds of adapters that have tensors of these roles."""
     names = {"hada": "LoHa", "lokr": "LoKr", "diff": "a difference", "down": "LoRA", "up": "LoRA"}
     names |= {**dict.fromkeys((*_GLORA, "bm"), "GLoRA"), "oft": "OFT", "rescale": "OFT", "boft": "BOFT"}
     names |= {"ia3": "(IA)³", "on": "(IA)³", "oft_R": "OFT of peft", "ia3_l": "(IA)³ of peft"}
-    if roles & NEEDED.keys():  # nothing says what these would do to one
+    if roles & NEEDED.keys():  # cannot be combined with these
         names |= {"magnitude": "DoRA", SCALAR: "a scalar"} | ({"bias": "a bias"} if "ia3_l" in roles else {})
     return sorted({kind for role in roles if (kind := names.get(role, names.get(role.partition("_")[0])))})
 
 
 def missing(roles: Set[str]) -> str | None:
-    """A part without which these are no whole change; None where nothing is missing, or all of it."""
+    """A part that is missing from an adapter's parts, or None."""
     if roles & NEEDED.keys():
         needed = [x for role in sorted(roles) for x in NEEDED.get(role, ())]
     elif any(role.startswith("hada") for role in roles):
@@ -78,13 +79,13 @@ def missing(roles: Set[str]) -> str | None:
 
 
 def rank(shapes: Mapping[str, Any]) -> int | None:
-    """What alpha is divided by; None where no part is a product."""
+    """The rank, by which alpha is divided; None if no part is a product."""
     roles = ("hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2")
     return next((int(shapes[role][0]) for role in roles if role in shapes), None)
 
 
-def current(tensors: dict[str, str], shapes: Mapping[str, Any]) -> dict[str, str]:
-    """A layer's tensors as LyCORIS names them today: the first GLoRAs were kernel @ a2 @ a1 + b2 @ b1."""
+def current_names(tensors: dict[str, str], shapes: Mapping[str, Any]) -> dict[str, str]:
+    """A layer's tensors by LyCORIS' current names: the first GLoRAs were kernel @ a2 @ a1 + b2 @ b1."""
     if not tensors.keys() >= {*_GLORA}:
         return tensors
     sizes = [tuple(shapes[tensors[role]]) for role in _GLORA]
@@ -95,41 +96,45 @@ def current(tensors: dict[str, str], shapes: Mapping[str, Any]) -> dict[str, str
 
 
 def change(parts: Mapping[str, Array], weight: jax.Array, scale: Any = 1.0) -> jax.Array:
-    """What parts change a weight by at a scale, in PyTorch's layout or flattened but for its outputs, without alpha.
+    """What an adapter adds to a weight at a scale, without alpha.
 
     Args:
+        parts: by role.
         weight: float32, in PyTorch's layout.
+
+    Returns:
+        The change in PyTorch's layout, or with all axes but the first flattened.
     """
-    x = {role: jnp.asarray(part, jnp.float32) for role, part in parts.items()}
-    if not x.keys().isdisjoint(rotations.BLOCKS):
-        found = rotations.rotated(x, weight, scale) - weight
-        # 0 changes nothing, whatever the sizes of outputs.
-        return jnp.where(jnp.equal(scale, 0), 0, found) if x.keys() & {"rescale", "boft_s"} else found
-    return scale * _change(x, weight)
+    tensors = {role: jnp.asarray(part, jnp.float32) for role, part in parts.items()}
+    if not tensors.keys().isdisjoint(rotations.BLOCKS):
+        delta = rotations.rotate(tensors, weight, scale) - weight
+        # Scale 0 changes nothing, even with learned sizes of the outputs.
+        return jnp.where(jnp.equal(scale, 0), 0, delta) if tensors.keys() & {"rescale", "boft_s"} else delta
+    return scale * _delta(tensors, weight)
 
 
-def _change(x: Mapping[str, jax.Array], weight: jax.Array) -> jax.Array:
-    if axis := [axis for role, axis in IA3.items() if role in x]:
-        sizes = [n if i == axis[0] else 1 for i, n in enumerate(weight.shape)]
+def _delta(x: Mapping[str, jax.Array], weight: jax.Array) -> jax.Array:
+    if axes := [axis for role, axis in IA3.items() if role in x]:
+        sizes = [n if i == axes[0] else 1 for i, n in enumerate(weight.shape)]
         return weight * next(iter(x.values())).reshape(sizes)
     if "a1" in x:
         a1, a2, b1, b2 = (x[role].reshape(len(x[role]), -1) for role in _GLORA)
         added = _product("im,mn...,nj->ij...", b1, x["bm"], b2) if "bm" in x else _product("ir,rj->ij", b1, b2)
         return _product("oi...,ir,rj->oj...", weight, a1, a2) + added.reshape(weight.shape)
     if "hada_w1_a" in x:
-        found = _whole(x, "hada", 1) * _whole(x, "hada", 2)
+        delta = _factor(x, "hada", 1) * _factor(x, "hada", 2)
     elif "diff" in x:
-        found = x["diff"]
+        delta = x["diff"]
     else:
-        first, second = _whole(x, "lokr", 1), _whole(x, "lokr", 2)
-        found = jnp.kron(first.reshape(*first.shape, *(1,) * (second.ndim - 2)), second)
-    return found * x[SCALAR].reshape(()) if SCALAR in x else found
+        w1, w2 = _factor(x, "lokr", 1), _factor(x, "lokr", 2)
+        delta = jnp.kron(w1.reshape(*w1.shape, *(1,) * (w2.ndim - 2)), w2)
+    return delta * x[SCALAR].reshape(()) if SCALAR in x else delta
 
 
-def _whole(x: Mapping[str, jax.Array], kind: str, i: int) -> jax.Array:
-    """w_i, or the product that it is."""
-    if (whole := x.get(f"{kind}_w{i}")) is not None:
-        return whole
+def _factor(x: Mapping[str, jax.Array], kind: str, i: int) -> jax.Array:
+    """The factor w_i, multiplied out if it is stored as a product."""
+    if (factor := x.get(f"{kind}_w{i}")) is not None:
+        return factor
     a, b = x[f"{kind}_w{i}_a"], x[f"{kind}_w{i}_b"]
     if (t := x.get(f"{kind}_t{i}")) is not None:
         return _product("ia,ij...,jb->ab...", a, t, b)
@@ -137,41 +142,45 @@ def _whole(x: Mapping[str, jax.Array], kind: str, i: int) -> jax.Array:
 
 
 def fits(shapes: Mapping[str, Any], weight: tuple[int, ...]) -> bool:
-    """Whether parts of these shapes make a change of a weight, [out, in, …] as PyTorch has it."""
+    """Whether parts of these shapes fit a weight, [out, in, …] in PyTorch's layout."""
     if ia3 := [tuple(shapes[role]) for role in ("ia3_weight", "ia3_l") if role in shapes]:
-        return math.prod(ia3[0]) == max(ia3[0], default=0) and math.prod(ia3[0]) in weight[:2]  # which: once it is read
-    given = {role: jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for role, shape in shapes.items()}
+        return (
+            math.prod(ia3[0]) == max(ia3[0], default=0) and math.prod(ia3[0]) in weight[:2]
+        )  # which: see `_read_parts`
+    structs = {role: jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for role, shape in shapes.items()}
     try:
-        if "oft_R" in given:
-            size = rotations.unpacked(given["oft_R"].shape, math.prod(weight[1:]))
-            given["oft_R"] = jax.ShapeDtypeStruct(size, jnp.float32)
-        found = jax.eval_shape(change, given, jax.ShapeDtypeStruct(weight, jnp.float32)).shape
-    except (KeyError, TypeError, ValueError):  # parts that do not go together
+        if "oft_R" in structs:
+            size = rotations.unpacked_shape(structs["oft_R"].shape, math.prod(weight[1:]))
+            structs["oft_R"] = jax.ShapeDtypeStruct(size, jnp.float32)
+        delta_shape = jax.eval_shape(change, structs, jax.ShapeDtypeStruct(weight, jnp.float32)).shape
+    except (KeyError, TypeError, ValueError):  # the parts do not fit each other
         return False
     if rank(shapes) == 0:
         return False
-    return len(found) > 1 and found[0] == weight[0] and math.prod(found[1:]) == math.prod(weight[1:])
+    return len(delta_shape) > 1 and delta_shape[0] == weight[0] and math.prod(delta_shape[1:]) == math.prod(weight[1:])
 
 
-def written(parts: Mapping[str, np.ndarray], scale: float, axes: int) -> dict[str, np.ndarray] | None:
-    """How the names of a layer's tensors end -> what they hold, with the alpha that means `scale`.
+def to_tensors(parts: Mapping[str, np.ndarray], scale: float, axes: int) -> dict[str, np.ndarray] | None:
+    """The tensors of a layer by the endings of their names, with the alpha that corresponds to `scale`.
 
-    Without a rank, one part holds the scale.
+    Without a rank, one part is multiplied by the scale.
 
     Args:
-        axes: of its weight.
+        axes: number of axes of its weight.
 
     Returns:
-        None for what no program but peft has a name for.
+        None for adapters that only peft has names for.
     """
     if parts.keys() & {"oft_R", "boft_R"} or (axes == 1 and "diff" not in parts):
         return None
     if ia3 := [role for role in parts if role in IA3]:
-        (x,) = parts.values()
-        size = (x.size,) if axes == 2 else (1, x.size, *(1,) * (axes - 2))
-        return {"weight": x.reshape(size), "on_input": np.asarray(IA3[ia3[0]])}
-    found = {f"{role}{'.weight' if role in (*_GLORA, 'bm') else ''}": np.asarray(x) for role, x in parts.items()}
-    if (own := rank({role: x.shape for role, x in parts.items()})) is not None:
-        return found | {"alpha": np.asarray(scale * own, np.float32)}
-    name = next(name for name in found if not name.endswith(SCALAR))
-    return found | {name: (found[name] * np.float32(scale)).astype(found[name].dtype)}
+        (array,) = parts.values()
+        size = (array.size,) if axes == 2 else (1, array.size, *(1,) * (axes - 2))
+        return {"weight": array.reshape(size), "on_input": np.asarray(IA3[ia3[0]])}
+    tensors = {
+        f"{role}{'.weight' if role in (*_GLORA, 'bm') else ''}": np.asarray(array) for role, array in parts.items()
+    }
+    if (divisor := rank({role: array.shape for role, array in parts.items()})) is not None:
+        return tensors | {"alpha": np.asarray(scale * divisor, np.float32)}
+    name = next(name for name in tensors if not name.endswith(SCALAR))
+    return tensors | {name: (tensors[name] * np.float32(scale)).astype(tensors[name].dtype)}

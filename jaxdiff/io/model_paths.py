@@ -1,4 +1,4 @@
-"""Finding a model: at a path, among the bundled ones, in an object store, or on the Hugging Face hub."""
+"""Finding a model by its path, its bundled name, in an object store or on the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from jaxdiff.io import hub
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 SINGLE_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")  # in any letter case
-MARKS = ("_class_name", "model_type", "architectures")  # of a network's config.json
+MARKS = ("_class_name", "model_type", "architectures")  # keys of a network's config.json
 HUB = r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?"  # owner/name@revision
 
 
@@ -22,11 +22,12 @@ def bundled() -> list[str]:
 
 
 def find(name_or_path: str | Path, variant: str | None = None) -> Path:
-    """The folder or file of a model: a path, a bundled name, or "owner/name" or a store's path, which is fetched.
+    """The local folder or file of a model, downloaded if necessary.
 
     Args:
-        name_or_path: "owner/name@v1.0" is the hub's model at that branch, tag or commit.
-        variant: of the weights to be fetched, see `load`.
+        name_or_path: a path, a bundled name, a store's path, or "owner/name" on the hub, with "@v1.0" for a branch, tag
+            or commit.
+        variant: of the weights to download, see `load`.
 
     Raises:
         ConfigError: there is no such model, or it cannot be fetched.
@@ -48,13 +49,13 @@ def find(name_or_path: str | Path, variant: str | None = None) -> Path:
     if path.is_dir() or (path.is_file() and one_file):
         return path
     if path.is_file():
-        more = " A transformer's .gguf goes with such a folder, as --transformer." if path.suffix == ".gguf" else ""
+        hint = " A transformer's .gguf goes with such a folder, as --transformer." if path.suffix == ".gguf" else ""
         known = f"known are {', '.join(SINGLE_FILES)}, and diffusers folders"
-        raise ConfigError(f"{path} is not a model file: {known}.{more}")
+        raise ConfigError(f"{path} is not a model file: {known}.{hint}")
     if name in bundled():
         return BUNDLED / name
-    if (named := re.fullmatch(HUB, name)) and not one_file:
-        return hub.fetch(named[1], named[2], variant)
+    if (match := re.fullmatch(HUB, name)) and not one_file:
+        return hub.fetch(match[1], match[2], variant)
     if one_file:
         raise ConfigError(f"The model's file {name} does not exist: check the path, or fetch the file first.")
     known = ", ".join(bundled()) or "none"
@@ -65,7 +66,7 @@ def find(name_or_path: str | Path, variant: str | None = None) -> Path:
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether a folder is of a model or a network; other programs have a config.json too."""
+    """Whether a folder holds a model or a network, and not another program's config.json."""
     if (folder / "model_index.json").exists():
         return True
     try:

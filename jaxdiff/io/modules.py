@@ -1,4 +1,4 @@
-"""The parts of a diffusers folder: networks, each a folder of `config.json` and weights, and tokenizers."""
+"""The parts of a diffusers folder: networks, each a folder with `config.json` and weights, and tokenizers."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from jaxdiff.text.plain_tokenizer import PlainTokenizer
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Params
 
-STEMS = {  # names of weight files: first as diffusers (unet, vae) and transformers write them, then other ones
+STEMS = {  # names of weight files: first those that diffusers or transformers write, then others
     "unet": ("diffusion_pytorch_model", "diffusion_flax_model"),
     "vae": ("diffusion_pytorch_model", "diffusion_flax_model"),
     "text_encoder": ("model", "pytorch_model", "flax_model"),
@@ -26,7 +26,7 @@ STEMS = {  # names of weight files: first as diffusers (unet, vae) and transform
     "text_encoder_3": ("model", "pytorch_model", "flax_model"),
     "vision_encoder": ("model", "pytorch_model", "flax_model"),
 }
-SUFFIXES = (  # of those files, {} the variant; the first found is read
+SUFFIXES = (  # of those files, in order of preference; {} is the variant
     ".safetensors.index{}.json",
     "{}.safetensors",
     ".bin.index{}.json",
@@ -36,26 +36,26 @@ SUFFIXES = (  # of those files, {} the variant; the first found is read
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
-def _weights(folder: Path, name: str, middle: str) -> Path | None:
-    """The first file of a module's weights that is there, with `middle` before its suffix."""
-    patterns = (stem + suffix.format(middle) for stem in STEMS.get(name, STEMS["unet"]) for suffix in SUFFIXES)
-    return next((found for pattern in patterns for found in sorted(folder.glob(pattern))), None)
+def _weights(folder: Path, name: str, variant: str) -> Path | None:
+    """The preferred file of a module's weights, or None; `variant` is ".fp16", "" for none or ".*" for any."""
+    patterns = (stem + suffix.format(variant) for stem in STEMS.get(name, STEMS["unet"]) for suffix in SUFFIXES)
+    return next((path for pattern in patterns for path in sorted(folder.glob(pattern))), None)
 
 
 def find_weights(folder: Path, name: str, variant: str | None = None) -> Path:
-    """The file that holds a module's weights, or the index of several such files.
+    """The file of a module's weights, or the index of several files.
 
     Args:
         folder: the module's.
         name: of the module, a key of `STEMS`.
-        variant: "fp16" reads `….fp16.safetensors`; None reads files without a variant, else those there are.
+        variant: "fp16" reads `….fp16.safetensors`; None reads files without a variant, else any.
 
     Raises:
         WeightsError: the folder has no such file.
     """
-    for middle in (f".{variant}",) if variant else ("", ".*"):
-        if found := _weights(folder, name, middle):
-            return found
+    for infix in (f".{variant}",) if variant else ("", ".*"):
+        if path := _weights(folder, name, infix):
+            return path
     if variant:
         raise WeightsError(f"{folder} holds no weights of the variant {variant!r}: leave it out, or name another.")
     raise WeightsError(f"{folder / STEMS[name][0]}.safetensors is missing: is the folder a complete diffusers folder?")
@@ -78,26 +78,26 @@ def load_module(
     """One network and its parameters.
 
     Args:
-        path: a folder as diffusers' `save_pretrained` writes it, or its file of weights with `config.json` beside it.
-        config_class, module_class: what `config.json` is read as, and the module made of it.
-        inputs: from the config to inputs that the module can be initialised with.
-        dtype: type to compute in and to hold the parameters in, "float32" by default.
+        path: a folder as diffusers' `save_pretrained` writes it, or its file of weights next to `config.json`.
+        config_class, module_class: of the config and the module.
+        inputs: from the config to example inputs for initialising the module.
+        dtype: dtype of computation and parameters, "float32" by default.
         variant: of a folder's weights, such as "fp16".
-        mesh: what the parameters are divided over, see `load_tensors`.
+        mesh: to shard the parameters over, see `load_tensors`.
 
     Raises:
         ConfigError, WeightsError: one sentence that names the file and the fix.
     """
-    path, dtype = existing(path, config_class), check_dtype(dtype)
-    file = (path if path.is_dir() else path.parent) / CONFIG
-    module = module_class(read_config(file, config_class), dtype=dtype)
-    shapes = module_shapes(module, inputs, file)
+    path, dtype = require_path(path, config_class), check_dtype(dtype)
+    config_path = (path if path.is_dir() else path.parent) / CONFIG
+    module = module_class(read_config(config_path, config_class), dtype=dtype)
+    shapes = module_shapes(module, inputs, config_path)
     weights = find_weights(path, "unet", variant) if path.is_dir() else path
     return module, load_tensors(weights, shapes, dtype, mesh)
 
 
-def existing(path: str | Path, config_class: type[Config]) -> Path:
-    """The path of a network; raises ConfigError if nothing is there."""
+def require_path(path: str | Path, config_class: type[Config]) -> Path:
+    """The path of a network; raises ConfigError if it does not exist."""
     if not str(path) or not Path(path).exists():
         raise ConfigError(f"{path} does not exist: give a {config_class.CLASS_NAME} folder or .safetensors file.")
     return Path(path)
@@ -109,10 +109,11 @@ def without_config(path: str | Path) -> bool:
 
 
 def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any = None) -> None:
-    """Write a folder that PyTorch diffusers and `load_module` open, over such a folder or a new one.
+    """Write a folder that PyTorch diffusers and `load_module` open; an existing one is replaced.
 
-    Weights come last, and those of another config are removed before: a kill may leave a folder without weights, but
-    none with weights and config of two networks. Over the same config, earlier weights stay until the new are there.
+    Weights are written last, and those of another config are removed first: if the process is killed, the folder may
+    lack weights, but never mixes weights and config of two networks. With the same config, the old weights stay until
+    the new ones are complete.
 
     Raises:
         WeightsError: the folder cannot be written, or holds something else.
@@ -125,19 +126,19 @@ def save_module(folder: str | Path, module: Any, params: Params, *, dtype: Any =
         with atomic_write(folder / WEIGHTS) as weights, atomic_write(folder / CONFIG) as config:  # renamed first
             save_tensors(weights, params, None if dtype is None else check_dtype(dtype))
             write_json(config, module.config.to_dict())
-            same = (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() == config.read_bytes()
-            for earlier in (path for stem in STEMS["unet"] for path in folder.glob(f"{stem}*")):
-                if not same or earlier.name != WEIGHTS:  # an index, for one, would be read in place of the new file
-                    earlier.unlink()
+            is_same_config = (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() == config.read_bytes()
+            for old in (path for stem in STEMS["unet"] for path in folder.glob(f"{stem}*")):
+                if not is_same_config or old.name != WEIGHTS:  # an old index would be read instead of the new file
+                    old.unlink()
 
 
 def load_tokenizer(folder: Path, text: Config | None, family: str = "", sd3_length: int = 256) -> Any:
     """The tokenizer of a text encoder, limited to the encoder's length; None if `text` is None.
 
     Args:
-        family: of a model with a transformer, see `Model.family`. The chat template of Qwen3 allows thinking in Z-Image
-            and turns it off in FLUX.2.
-        sd3_length: number of tokens that SD 3's T5 reads.
+        family: see `Model.family`; only needed for models with a transformer. The chat template of Qwen3 allows
+            thinking in Z-Image and disables it in FLUX.2.
+        sd3_length: number of tokens for SD 3's T5.
     """
     if text is None:
         return None
@@ -146,7 +147,7 @@ def load_tokenizer(folder: Path, text: Config | None, family: str = "", sd3_leng
         return PlainTokenizer.load(folder, sd3_length if family == "sd3" else 512, thinking)
     tokenizer = Tokenizer.load(folder)
     length = min(tokenizer.max_length, text.max_position_embeddings)
-    return dataclasses.replace(tokenizer, max_length=length, cache=cache.kept())
+    return dataclasses.replace(tokenizer, max_length=length, cache=cache.local_folder())
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

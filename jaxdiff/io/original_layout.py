@@ -1,10 +1,9 @@
 """The original layout of latent diffusion's one-file checkpoints <-> the names of diffusers and transformers.
 
-A one-file checkpoint holds the tensors of all networks under the names of the programs that trained them: the UNet's
-blocks numbered consecutively (`input_blocks.4.1`: block 4, its second part), where diffusers counts them by level
-(`down_blocks.1.attentions.0`). Each function here gives one network's table of (ours, theirs), in which a name stands
-for everything that begins with it, and the longest one that fits holds. Reading a table from left to right is saving,
-from right to left loading.
+A one-file checkpoint holds the tensors of all networks under the names of the original training code: the UNet's
+blocks are numbered consecutively (`input_blocks.4.1`: block 4, its second part), where diffusers counts them by level
+(`down_blocks.1.attentions.0`). Each function returns one network's table of prefixes (ours, theirs), of which the
+longest match applies. Saving reads a table from left to right, loading from right to left.
 
 The levels and the order of their parts are those of Rombach et al. 2022, appendix E (UNet) and G (autoencoder), after
 Ho et al. 2020, appendix B; the text encoders are CLIP's (Radford et al. 2021) and OpenCLIP's (Cherti et al. 2022).
@@ -22,7 +21,7 @@ UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
-    # Ours alone: the original layout is older than distillation, and diffusers' reader of it passes this tensor over.
+    # Our own: the original layout predates distillation, and diffusers' reader of it ignores this tensor.
     "time_embedding.cond_proj": "time_embed.cond_proj",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
@@ -48,7 +47,7 @@ VAE_ENDS = {
 }
 VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-SD3_CLIP = {  # both CLIPs as transformers names them, in one-file checkpoints of Stable Diffusion 3
+SD3_CLIP = {  # both CLIPs, in transformers' names, in one-file checkpoints of Stable Diffusion 3
     **{name: f"text_model.{name}" for name in ("embeddings", "encoder", "final_layer_norm")},
     "text_projection.weight": "text_projection.weight",
 }
@@ -61,7 +60,7 @@ OPENCLIP_ENDS = {
 OPENCLIP_LAYER = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
-    "self_attn.q_proj.weight": "attn.in_proj_weight",  # query, key and value below each other in one matrix
+    "self_attn.q_proj.weight": "attn.in_proj_weight",  # query, key and value stacked in one matrix
     "self_attn.k_proj.weight": "attn.in_proj_weight",
     "self_attn.v_proj.weight": "attn.in_proj_weight",
     "self_attn.q_proj.bias": "attn.in_proj_bias",
@@ -73,13 +72,13 @@ OPENCLIP_LAYER = {
 }
 
 
-def under(table: Table, ours: str, theirs: str) -> Table:
-    """A table for parts of a block, moved to where the block is."""
+def nested(table: Table, ours: str, theirs: str) -> Table:
+    """A block's table with the block's prefixes added."""
     return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in table.items()}
 
 
 def unet_table(c: UNetConfig) -> Table:
-    """The blocks going down, in the middle and going up; each level's last one changes the resolution.
+    """The UNet's down, middle and up blocks; the last block of each level changes the resolution.
 
     >>> table = unet_table(UNetConfig())
     >>> table["down_blocks.1.attentions.0"], table["up_blocks.0.upsamplers.0.conv"], table["mid_block.resnets.1.conv1"]
@@ -94,20 +93,20 @@ def unet_table(c: UNetConfig) -> Table:
     for level in range(levels):
         ours = f"down_blocks.{level}"
         for j in range(layers[level]):
-            table |= under(UNET_RESNET, f"{ours}.resnets.{j}", f"input_blocks.{block}.0")
+            table |= nested(UNET_RESNET, f"{ours}.resnets.{j}", f"input_blocks.{block}.0")
             table[f"{ours}.attentions.{j}"] = f"input_blocks.{block}.1"
             block += 1
         if level < levels - 1:
             table[f"{ours}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"
             block += 1
-    table |= under(UNET_RESNET, "mid_block.resnets.0", "middle_block.0")
+    table |= nested(UNET_RESNET, "mid_block.resnets.0", "middle_block.0")
     table["mid_block.attentions.0"] = "middle_block.1"
-    table |= under(UNET_RESNET, "mid_block.resnets.1", "middle_block.2")
+    table |= nested(UNET_RESNET, "mid_block.resnets.1", "middle_block.2")
     block = 0
     for level in range(levels):
         ours, attend = f"up_blocks.{level}", attends(c.up_block_types[level])
         for j in range(layers[levels - 1 - level] + 1):
-            table |= under(UNET_RESNET, f"{ours}.resnets.{j}", f"output_blocks.{block}.0")
+            table |= nested(UNET_RESNET, f"{ours}.resnets.{j}", f"output_blocks.{block}.0")
             if attend:
                 table[f"{ours}.attentions.{j}"] = f"output_blocks.{block}.1"
             block += 1
@@ -117,7 +116,7 @@ def unet_table(c: UNetConfig) -> Table:
 
 
 def vae_table(c: VAEConfig) -> Table:
-    """The autoencoder; its original decoder numbers the levels by their resolution, as the encoder does.
+    """The autoencoder; the original layout numbers the decoder's levels by resolution, like the encoder's.
 
     >>> table = vae_table(VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2))
     >>> table["decoder.up_blocks.0.resnets.2.conv_shortcut"], table["encoder.mid_block.attentions.0.to_out.0"]
@@ -126,55 +125,55 @@ def vae_table(c: VAEConfig) -> Table:
     table, last = dict(VAE_ENDS), len(c.block_out_channels) - 1
     for level in range(last + 1):
         for j in range(c.layers_per_block):
-            table |= under(VAE_RESNET, f"encoder.down_blocks.{level}.resnets.{j}", f"encoder.down.{level}.block.{j}")
+            table |= nested(VAE_RESNET, f"encoder.down_blocks.{level}.resnets.{j}", f"encoder.down.{level}.block.{j}")
         ours, theirs = f"decoder.up_blocks.{level}", f"decoder.up.{last - level}"
         for j in range(c.layers_per_block + 1):
-            table |= under(VAE_RESNET, f"{ours}.resnets.{j}", f"{theirs}.block.{j}")
+            table |= nested(VAE_RESNET, f"{ours}.resnets.{j}", f"{theirs}.block.{j}")
         table[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
         table[f"{ours}.upsamplers.0.conv"] = f"{theirs}.upsample.conv"
     for side in ("encoder", "decoder"):
         for j in range(2):
-            table |= under(VAE_RESNET, f"{side}.mid_block.resnets.{j}", f"{side}.mid.block_{j + 1}")
-        table |= under(VAE_ATTENTION, f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1")
+            table |= nested(VAE_RESNET, f"{side}.mid_block.resnets.{j}", f"{side}.mid.block_{j + 1}")
+        table |= nested(VAE_ATTENTION, f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1")
     return table
 
 
 def openclip_table(c: CLIPTextConfig) -> Table:
-    """OpenCLIP's text encoder, in SD 2.x and SDXL. CLIP's own stands in the files as transformers names it."""
+    """OpenCLIP's text encoder, in SD 2.x and SDXL. CLIP's own has transformers' names."""
     table = dict(OPENCLIP_ENDS)
     for i in range(c.num_hidden_layers):
-        table |= under(OPENCLIP_LAYER, f"encoder.layers.{i}", f"transformer.resblocks.{i}")
+        table |= nested(OPENCLIP_LAYER, f"encoder.layers.{i}", f"transformer.resblocks.{i}")
     return table
 
 
 class Place(NamedTuple):
-    """Where a file has a tensor: under which name, as which third of it, and turned how."""
+    """Where a file stores a tensor, and in which form."""
 
     name: str
     third: int | None = None  # of the rows of a fused projection: 0 query, 1 key, 2 value
     transposed: bool = False
-    squeezed: bool = False  # a dense kernel [out, in] that the file has as a 1x1 convolution's
+    squeezed: bool = False  # a dense kernel [out, in] that is stored as a 1x1 convolution
 
 
 def place(ours: str, table: Table, prefix: str) -> Place | None:
-    """Where the original layout has one of our tensors; None where it has no place for it.
+    """Where the original layout stores one of our tensors; None if it has no place for it.
 
     >>> place("decoder.mid_block.attentions.0.to_q.weight", vae_table(VAEConfig()), VAE_PREFIX)
     Place(name='first_stage_model.decoder.mid.attn_1.q.weight', third=None, transposed=False, squeezed=True)
     """
-    for cut in _cuts(ours):
-        if cut in table:
-            theirs = table[cut]
+    for start in _prefixes(ours):
+        if start in table:
+            theirs = table[start]
             fused = theirs.rpartition(".")[2].startswith("in_proj_")
             third = "qkv".index(ours.partition("self_attn.")[2][0]) if fused else None
             squeezed = ".attn_1." in theirs and ours.endswith(".weight") and "norm" not in ours
-            return Place(prefix + theirs + ours[len(cut) :], third, theirs == "text_projection", squeezed)
+            return Place(prefix + theirs + ours[len(start) :], third, theirs == "text_projection", squeezed)
     return None
 
 
-def _cuts(name: str) -> Iterator[str]:
+def _prefixes(name: str) -> Iterator[str]:
     """
-    >>> list(_cuts("a.b.c"))
+    >>> list(_prefixes("a.b.c"))
     ['a.b.c', 'a.b', 'a']
     """
     while name:

@@ -1,9 +1,9 @@
-"""Tensors out of PyTorch's pickled files (`.bin`, `.ckpt`, `.pt`), without PyTorch and without running anything.
+"""Reading tensors from PyTorch's pickled files (`.bin`, `.ckpt`, `.pt`) without PyTorch and without running their code.
 
-A pickle is a program. This reader runs it on a machine that has few instructions, and on which the names of classes
-and functions mean what GLOBALS says and nothing else: every other name ends the reading. No module is imported and no
-object of the file's choice is made or called. The numbers themselves lie outside the program: in members of a zip file
-(PyTorch 1.6 and later) or behind it (before), and are mapped into memory when they are asked for.
+A pickle is a program. This reader runs it on a machine with few instructions, on which the names of classes and
+functions mean what GLOBALS says: any other name is an error. No module is imported, and no object chosen by the file
+is created or called. The numbers themselves are stored outside the program, in members of a zip file (PyTorch 1.6 and
+later) or after it (before), and are memory-mapped on demand.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # at the start of the files befo
 
 
 class PickleError(JaxdiffError, ValueError):
-    """What is wrong with a file, as the rest of a sentence that begins with its path."""
+    """What is wrong with a file, as the end of a sentence that starts with its path."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """Numbers in a row; several tensors may share them."""
+    """A flat array of numbers, which several tensors may share."""
 
     dtype: np.dtype
     key: str
@@ -42,7 +42,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Tensor:
-    """A view of a storage; offset and strides count numbers."""
+    """A view of a storage; offset and strides are in numbers, not bytes."""
 
     storage: _Storage
     offset: int
@@ -50,22 +50,22 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-class _Nothing:
-    """What a name stands for that may occur beside the weights but is not needed: calling it gives another nothing."""
+class _Placeholder:
+    """The value of a name that may occur beside the weights but is not needed; calling it returns a placeholder."""
 
-    def __call__(self, *args: Any) -> "_Nothing":
+    def __call__(self, *args: Any) -> "_Placeholder":
         return self
 
 
 class _Parameters(dict):
-    """PyTorch's ParameterDict: the tensors that its state holds as parameters. See `_build`."""
+    """PyTorch's ParameterDict, with the parameters in its state. See `_build`."""
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
     counts = (offset, *shape, *strides)
     if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in counts):
         raise PickleError(DAMAGED.format("a tensor without numbers"))
-    # The last number that the view reaches, and how many it has: a stride of 0 could make terabytes out of one.
+    # Check the last number of the view, and their count: a stride of 0 could turn one number into terabytes.
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if math.prod(shape) and (last >= storage.size or math.prod(shape) > storage.size):
         raise PickleError(DAMAGED.format("a tensor reaches beyond its storage"))
@@ -75,7 +75,7 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
 def _rebuild_typed(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
 ) -> Any:
-    """A tensor of a type that came after the storages had theirs, such as 8-bit floats: its storage counts bytes."""
+    """A tensor of a dtype without its own storage class, such as 8-bit floats: its storage counts bytes."""
     if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
         raise PickleError(DAMAGED.format("a tensor without numbers"))
     typed = _Storage(dtype, storage.key, storage.size * storage.dtype.itemsize // dtype.itemsize)
@@ -87,8 +87,8 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
 
 
 def _rebuild_from_type(function: Any, kind: Any, args: Any, *_: Any) -> Any:
-    """A tensor of a class of its own, such as a module's buffer, as a plain one."""
-    return function(*args) if any(function is f for f in (_rebuild_tensor, _rebuild_typed)) else _Nothing()
+    """A tensor of a subclass, such as a module's buffer, as a plain tensor."""
+    return function(*args) if any(function is f for f in (_rebuild_tensor, _rebuild_typed)) else _Placeholder()
 
 
 def _rebuild_dict(items: Any = ()) -> dict:
@@ -101,20 +101,20 @@ def _rebuild_default(*_: Any) -> dict:
 
 def _fill(target: Any, items: list) -> dict:
     keys, values = items[::2], items[1::2]
-    # No tuples for keys: hashing one that is nested in itself many times takes for ever.
-    if not isinstance(target, dict) or not all(isinstance(k, str | int | _Nothing) for k in keys):
+    # No tuples as keys: hashing a deeply self-nested one would take forever.
+    if not isinstance(target, dict) or not all(isinstance(k, str | int | _Placeholder) for k in keys):
         raise PickleError(DAMAGED.format("an odd dictionary"))
     target.update(zip(keys, values, strict=True))
     return target
 
 
 NUMPY = ("scalar", "_reconstruct")
-DTYPES = {  # PyTorch's names of types that are not numpy's
+DTYPES = {  # PyTorch's names of dtypes
     "bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2,
     **{name: name for name in ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16",
                                "uint32", "uint64", "bool")},
 }  # fmt: skip
-BESIDE = (  # what training programs leave beside the weights
+HARMLESS = (  # objects that training programs store with the weights
     "argparse.Namespace", "collections.Counter", "datetime.datetime", "pathlib.Path", "pathlib.PosixPath",
     "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath", "torch.nn.parameter.Buffer",
     "torch.nn.parameter.Parameter", "torch.Tensor", "torch.torch_version.TorchVersion",
@@ -122,7 +122,7 @@ BESIDE = (  # what training programs leave beside the weights
 PLAIN = ("bytearray", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set", "slice", "str",
          "xrange")  # fmt: skip
 LIGHTNING = ("pytorch_lightning", "lightning.pytorch")
-GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means here
+GLOBALS: dict[str, Any] = {  # every name that a file may use -> its meaning here
     "collections.OrderedDict": _rebuild_dict,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
@@ -133,8 +133,10 @@ GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means h
     "torch.storage.UntypedStorage": np.dtype(np.uint8),
     **{f"torch.{name}": np.dtype(kind) for name, kind in DTYPES.items()},
     "collections.defaultdict": _rebuild_default,
-    **{f"{module}.{name}": _Nothing() for module in ("__builtin__", "builtins") for name in PLAIN},  # 2; 3 and later
-    **{name: _Nothing() for name in BESIDE},
+    **{
+        f"{module}.{name}": _Placeholder() for module in ("__builtin__", "builtins") for name in PLAIN
+    },  # 2; 3 and later
+    **{name: _Placeholder() for name in HARMLESS},
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
     "torch.HalfStorage": np.dtype(np.float16),
@@ -145,21 +147,21 @@ GLOBALS: dict[str, Any] = {  # every name that a file may use -> what it means h
     "torch.CharStorage": np.dtype(np.int8),
     "torch.ByteStorage": np.dtype(np.uint8),
     "torch.BoolStorage": np.dtype(np.bool_),
-    # What the trainer of the published Stable Diffusion 1.x left beside the weights.
-    **{f"{lightning}.callbacks.model_checkpoint.ModelCheckpoint": _Nothing() for lightning in LIGHTNING},
-    "torch.device": _Nothing(),
-    "torch.Size": _Nothing(),
-    **{f"numpy.{core}.multiarray.{name}": _Nothing() for core in ("core", "_core") for name in NUMPY},  # 1 and 2
-    "numpy.ndarray": _Nothing(),
-    "numpy.dtype": _Nothing(),
-    "_codecs.encode": _Nothing(),
+    # Stored with the weights by the trainer of the published Stable Diffusion 1.x.
+    **{f"{lightning}.callbacks.model_checkpoint.ModelCheckpoint": _Placeholder() for lightning in LIGHTNING},
+    "torch.device": _Placeholder(),
+    "torch.Size": _Placeholder(),
+    **{f"numpy.{core}.multiarray.{name}": _Placeholder() for core in ("core", "_core") for name in NUMPY},  # 1 and 2
+    "numpy.ndarray": _Placeholder(),
+    "numpy.dtype": _Placeholder(),
+    "_codecs.encode": _Placeholder(),
 }
 CALLABLE = (
     _rebuild_dict, _rebuild_default, _rebuild_tensor, _rebuild_typed, _rebuild_parameter, _rebuild_from_type,
 )  # fmt: skip
 
-# Instructions that put plain values, lists, tuples and dictionaries together. Those that make instances (OBJ, INST,
-# EXT …) are not among them; NEWOBJ makes a dictionary of ours, see `_new_object`.
+# Instructions that build plain values, lists, tuples and dictionaries. Those that create instances (OBJ, INST, EXT …)
+# are excluded; NEWOBJ creates a dictionary of ours, see `_new_object`.
 _VALUES = (
     "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 "
     "FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES UNICODE BINUNICODE SHORT_BINUNICODE "
@@ -177,23 +179,23 @@ class _Instructions(dict[int, Callable]):
         raise PickleError(f"holds more than tensors (instruction {bytes([code])!r} of its pickle); {CONVERT}")
 
 
-class _Machine(pickle._Unpickler):  # the one written in Python, whose table of instructions can be cut down
+class _Machine(pickle._Unpickler):  # the Python implementation, whose table of instructions can be restricted
     """Runs the program of a file; `run` is the only way in."""
 
     dispatch = _Instructions({c: pickle._Unpickler.dispatch[c] for c in map(_code, _VALUES.split())})
 
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if full not in GLOBALS:
-            raise PickleError(f"holds more than tensors: it asks for {full}, which is not run; {CONVERT}")
-        return GLOBALS[full]
+        qualified_name = f"{module}.{name}"
+        if qualified_name not in GLOBALS:
+            raise PickleError(f"holds more than tensors: it asks for {qualified_name}, which is not run; {CONVERT}")
+        return GLOBALS[qualified_name]
 
     def persistent_load(self, pid: Any) -> Any:
-        if pid[0] == "module" and pid[1] is _Parameters:  # before PyTorch 1.6 with the source code of its class
+        if pid[0] == "module" and pid[1] is _Parameters:  # before PyTorch 1.6, with the source code of the class
             return _Parameters
         kind, dtype, key, _, size, *view = pid
-        known = kind == "storage" and isinstance(dtype, np.dtype) and isinstance(key, str) and type(size) is int
-        if not known or any(view):
+        is_storage = kind == "storage" and isinstance(dtype, np.dtype) and isinstance(key, str) and type(size) is int
+        if not is_storage or any(view):
             raise PickleError(DAMAGED.format("a storage of an unknown kind"))
         return _Storage(dtype, key, size)
 
@@ -202,21 +204,21 @@ class _Machine(pickle._Unpickler):  # the one written in Python, whose table of 
             return self.load()
         except PickleError:
             raise
-        except Exception as e:  # a program that ends too early, or that puts together what does not fit
+        except Exception as e:  # a truncated or inconsistent program
             raise PickleError(DAMAGED.format(f"{type(e).__name__}: {e}")) from None
 
 
 def _reduce(machine: Any) -> None:
-    """Call a function of ours. Nothing else that may be called gets onto the stack, but make sure."""
+    """Call a function of ours. No other callable can be on the stack, but make sure."""
     args, function = machine.stack.pop(), machine.stack.pop()
-    if not isinstance(function, _Nothing) and not any(function is f for f in CALLABLE):
+    if not isinstance(function, _Placeholder) and not any(function is f for f in CALLABLE):
         raise PickleError(DAMAGED.format("a call of no function"))
     machine.stack.append(function(*args))
 
 
 def _new_object(machine: Any) -> None:
     args, kind = machine.stack.pop(), machine.stack.pop()
-    if isinstance(kind, _Nothing):
+    if isinstance(kind, _Placeholder):
         machine.stack.append(kind)
         return
     if kind is not _Parameters or args != ():
@@ -225,7 +227,7 @@ def _new_object(machine: Any) -> None:
 
 
 def _build(machine: Any) -> None:
-    """An object's state. Only a ParameterDict's counts: a state_dict's is the versions of PyTorch's modules."""
+    """Set an object's state. Only a ParameterDict's is used: a state_dict's holds the versions of PyTorch's modules."""
     state = machine.stack.pop()
     parameters = state.get("_parameters") if isinstance(state, dict) else None
     if isinstance(machine.stack[-1], _Parameters) and isinstance(parameters, dict):
@@ -257,7 +259,7 @@ _Machine.dispatch |= {
 
 
 def open_pickle(path: Path) -> tuple[dict[str, list[int]], Callable[[str], np.ndarray]]:
-    """Names and shapes of the tensors in a PyTorch file, and a function that maps one into memory.
+    """Names and shapes of the tensors in a PyTorch file, and a function that memory-maps one.
 
     The file is a dictionary from names to tensors, or holds one under "state_dict", as Lightning's checkpoints do.
 
@@ -289,26 +291,26 @@ def open_pickle(path: Path) -> tuple[dict[str, list[int]], Callable[[str], np.nd
     return {name: list(x.shape) for name, x in tensors.items()}, read
 
 
-DEPTH = 4  # containers in one another that are looked into
+DEPTH = 4  # nested containers that are searched
 
 
 def _tensors(content: Any) -> dict[str, _Tensor]:
-    """The tensors of a dictionary and, under "outer.inner", of containers in it; other values are passed over.
+    """The tensors of a dictionary and, as "outer.inner", of containers in it; other values are ignored.
 
-    Those of a list or tuple go by their numbers: "0", "1" … A container that stands in several places is read once.
+    Lists and tuples use indices as names: "0", "1" … A container that occurs several times is read once.
     """
-    found: dict[str, _Tensor] = {}
-    seen: set[int] = set()
-    left = [("", content, DEPTH)]
-    while left:
-        name, value, depth = left.pop()
+    tensors: dict[str, _Tensor] = {}
+    visited: set[int] = set()
+    stack = [("", content, DEPTH)]
+    while stack:
+        name, value, depth = stack.pop()
         if isinstance(value, _Tensor):
-            found[name] = value
-        elif depth and isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
+            tensors[name] = value
+        elif depth and isinstance(value, dict | list | tuple) and id(value) not in visited:
+            visited.add(id(value))
             items = list(value.items() if isinstance(value, dict) else enumerate(value))
-            left += [(f"{name}.{key}" if name else str(key), inner, depth - 1) for key, inner in reversed(items)]
-    return found
+            stack += [(f"{name}.{key}" if name else str(key), item, depth - 1) for key, item in reversed(items)]
+    return tensors
 
 
 Offsets = dict[str, tuple[int, int]]  # storage's key -> first byte and bytes in the file
@@ -320,7 +322,7 @@ def _open_zip(path: Path) -> tuple[Any, Offsets]:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             members = {info.filename.partition("/")[2]: _member(info, file) for info in archive.infolist()}
             total = path.stat().st_size
-    # zipfile raises the last of them for archives of a kind that it does not know.
+    # zipfile raises NotImplementedError for unknown kinds of archives.
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as e:
         if isinstance(e, PickleError):
             raise
@@ -342,7 +344,7 @@ def _open_zip(path: Path) -> tuple[Any, Offsets]:
 
 
 def _member(info: zipfile.ZipInfo, file: io.BufferedReader) -> tuple[int, int]:
-    """Where a member's bytes lie. The list at the end of the zip says where its header is, which has two lengths."""
+    """The offset and size of a member's bytes, which follow its local header of variable length."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise PickleError(f"is a compressed zip file, as PyTorch writes none: {CONVERT}")
     file.seek(info.header_offset)
@@ -354,14 +356,14 @@ def _member(info: zipfile.ZipInfo, file: io.BufferedReader) -> tuple[int, int]:
 
 
 def _open_legacy(path: Path) -> tuple[Any, Offsets]:
-    """Before PyTorch 1.6: five programs one after the other, then each storage's length and numbers."""
+    """Before PyTorch 1.6: five consecutive programs, then each storage's length and numbers."""
 
     def damaged(reason: str) -> NoReturn:
         raise PickleError(DAMAGED.format(reason))
 
     if not path.stat().st_size:
         damaged("it is empty")
-    # Mapped, so that a length that the file only claims to have is never allocated.
+    # Memory-mapped, so that a wrong length in the file is never allocated.
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         magic, protocol, system = (_Machine(data).run() for _ in range(3))
         if magic != MAGIC or protocol != PROTOCOL or not isinstance(system, dict):

@@ -1,4 +1,4 @@
-"""Models in and out: diffusers folders, single-file checkpoints, bundled models and the Hugging Face hub."""
+"""Loading and saving models: diffusers folders, single-file checkpoints, bundled models and the Hugging Face hub."""
 
 import dataclasses
 import tempfile
@@ -33,69 +33,70 @@ def load(
     parts: Sequence[str] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Model, Params]:
-    """Open a model.
+    """Load a model and its parameters.
 
     Args:
         name_or_path: a diffusers folder, a single-file checkpoint (.safetensors, .ckpt, …), the name of a bundled model
             ("icons"), "owner/name" on the Hugging Face hub ("owner/name@v1.0" at a branch, tag or commit), or a path
-            gs://bucket/… or s3://bucket/…, of which this machine keeps a copy.
-        dtype: type to compute in and to hold the parameters in: "float32" (default), "bfloat16" or "float16".
-        variant: of a folder's weights: "fp16" reads its `*.fp16.safetensors`, and parts without such a file as without
-            a variant; None those without such a word, where there are any.
-        prediction_type: what the UNet was trained to predict, "epsilon", "v_prediction", …, where the file does not say
-            so or says it wrong: of one-file checkpoints of SD 2.x those for 512 pixels predict epsilon.
+            gs://bucket/… or s3://bucket/…, of which a local copy is kept.
+        dtype: dtype of computation and parameters: "float32" (default), "bfloat16" or "float16".
+        variant: of a folder's weights: "fp16" reads `*.fp16.safetensors`, and falls back to files without a variant;
+            None prefers files without a variant.
+        prediction_type: what the UNet was trained to predict, "epsilon", "v_prediction", …, if the file does not say so
+            or is wrong: for instance, one-file checkpoints of SD 2.x for 512 pixels predict epsilon.
         remat: recompute activations in the backward pass, for gradients through large models.
-        vae: another autoencoder in place of the model's, which may then lack one; see `load_vae`.
-        transformer: a file in place of the folder's transformer, whose weights may then be missing: in diffusers' names
-            or the original layout, with ComfyUI's prefix or without; `.gguf` as well.
+        vae: an autoencoder to replace the model's, which may then lack one; see `load_vae`.
+        transformer: a file to replace the folder's transformer, whose weights may then be missing: in diffusers' names
+            or the original layout, with or without ComfyUI's prefix; `.gguf` as well.
         parts: the networks whose parameters are read, of `model.modules` ("text_encoder", "unet", …); None reads all.
-        mesh: of `jaxdiff.parallel.mesh(fsdp=…, tensor=…)`, for models larger than a device: the parameters are divided
-            over it as they are read, and `generate` draws there.
+        mesh: from `jaxdiff.parallel.mesh(fsdp=…, tensor=…)`, for models larger than a device: the parameters are
+            sharded over it as they are read, and `generate` runs there.
 
     Returns:
         The model, static under `jit`, with the ControlNets that its folder lists, and its parameters on the default
-        device or the mesh. Each tensor goes from the memory-mapped file straight to its place, so that the peak of
+        device or the mesh. Each tensor is copied from the memory-mapped file directly to its device, so that the peak
         memory is the parameters and one tensor.
 
     Raises:
         ConfigError, WeightsError: one sentence that names the file and the fix.
     """
     path = find(name_or_path, variant)
-    more: Any = {"prediction_type": prediction_type, "remat": remat, "without_vae": vae is not None, "mesh": mesh}
-    more["parts"] = parts
+    options: Any = {
+        "prediction_type": prediction_type, "remat": remat, "without_vae": vae is not None, "mesh": mesh, "parts": parts
+    }  # fmt: skip
     if path.is_file():
         if transformer is not None:
             raise ConfigError(f"transformer goes with a folder, which has the rest of the model; {path} is a file.")
-        model, params = load_single_file(path, dtype, **more)
+        model, params = load_single_file(path, dtype, **options)
     else:
         file = None if transformer is None else Path(transformer)
-        model, params = load_folder(path, dtype, variant=variant, transformer=file, **more)
-    wanted = vae is not None and (parts is None or "vae" in parts)
-    return load_vae(model, params, vae, mesh=mesh) if wanted else (model, params)  # type: ignore[arg-type]
+        model, params = load_folder(path, dtype, variant=variant, transformer=file, **options)
+    replace_vae = vae is not None and (parts is None or "vae" in parts)
+    return load_vae(model, params, vae, mesh=mesh) if replace_vae else (model, params)  # type: ignore[arg-type]
 
 
-def described(path: Path, dtype: Any = None, **more: Any) -> tuple[Model, bool]:
-    """The model that `load` opens at a path, of configs and files' headers, and whether it has an own autoencoder.
+def described(path: Path, dtype: Any = None, **options: Any) -> tuple[Model, bool]:
+    """The model at a path without its weights, and whether it has its own autoencoder.
 
     Args:
-        dtype, more: as for `load_folder` and `load_single_file`.
+        dtype, options: as for `load_model` and `open_single_file`.
     """
     if path.is_dir():
-        return load_model(path, dtype, **more), (path / "vae" / CONFIG).is_file()
-    model, sources = open_single_file(path, dtype, **more)
+        return load_model(path, dtype, **options), (path / "vae" / CONFIG).is_file()
+    model, sources = open_single_file(path, dtype, **options)
     return model, "vae" in sources
 
 
 def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None) -> None:
-    """Write a diffusers folder that PyTorch diffusers and `load` open; whole or not at all.
+    """Write a diffusers folder that PyTorch diffusers and `load` open, atomically.
 
-    ControlNets go along where `params` holds theirs, as "controlnet".
+    ControlNets are included if `params` holds theirs, as "controlnet".
 
     Args:
-        folder: made; if it is a model's folder already, its model is replaced and other files in it stay; any other
-            non-empty folder is refused. A name that ends in .safetensors becomes a single-file checkpoint. A path
-            gs://bucket/… or s3://bucket/… is uploaded, `model_index.json` last; an earlier model is gone meanwhile.
-        dtype: type of the tensors written; as they are by default.
+        folder: created if missing. In a model's folder, the model is replaced and other files stay; any other non-empty
+            folder is refused. A name that ends in .safetensors makes a single-file checkpoint. A path gs://bucket/… or
+            s3://bucket/… is uploaded, `model_index.json` last; an earlier model is unavailable meanwhile.
+        dtype: dtype of the tensors written; unchanged by default.
 
     Raises:
         WeightsError: the folder cannot be written, or holds something else.
@@ -113,17 +114,17 @@ def save(folder: str | Path, model: Model, params: Params, *, dtype: Any = None)
 
 
 def _save_to_store(url: str, model: Model, params: Params, dtype: Any) -> None:
-    """Write a model on this machine, then upload it; `model_index.json`, without which none is opened, last."""
+    """Write a model locally, then upload it; `model_index.json`, without which no model is opened, last."""
     try:
-        one_file = Path(url).suffix.lower() in SINGLE_FILES
-        place = stores.place(url, stores.OUTPUTS if one_file else "saved")
+        as_file = Path(url).suffix.lower() in SINGLE_FILES
+        place = stores.place(url, stores.OUTPUTS if as_file else "saved")
         with writing(place, WeightsError, "choose another place or free it."):
             place.parent.mkdir(parents=True, exist_ok=True)
-        if one_file:
-            save(place, model, params, dtype=dtype)  # which is uploaded as all files of that area are
+        if as_file:
+            save(place, model, params, dtype=dtype)  # files in OUTPUTS are uploaded
             return
-        tops = {name.split("/")[0] for name in stores.listing(url)}
-        if INDEX not in tops and any(not is_part(top) for top in tops):
+        top_names = {name.split("/")[0] for name in stores.listing(url)}
+        if INDEX not in top_names and any(not is_part(top) for top in top_names):
             raise WeightsError(f"{url} exists and is not the folder of a model: save to another one.")
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as temporary:
             save(Path(temporary) / "new", model, params, dtype=dtype)

@@ -1,11 +1,12 @@
-"""Programs that an earlier process compiled, kept on disk and run without being traced.
+"""A disk cache of compiled programs that are run without being traced.
 
-JAX's own cache spares compiling. But a program must be traced and lowered before it is looked up there, which takes
-longer than an image of a small model, and many seconds for a large one. Here a program is found by what decides it: the
-caller's key, the shapes and places of its arguments, this package's code, the versions of JAX, the devices, the
-processor and JAX's settings. Whatever goes wrong with a file, the program is compiled as ever.
+JAX's own cache only saves compilation: a program must still be traced and lowered before it is looked up, which takes
+longer than drawing an image with a small model, and many seconds with a large one. Here a program is found by
+everything that determines it: the caller's key, the shapes and shardings of its arguments, this package's code, the
+versions of JAX, the devices, the processor and JAX's settings. If a file cannot be used, the program is compiled as
+usual.
 
-A file holds machine code, as those of JAX's cache do: the folder is as trusted as they are (docs/trust.md).
+The files hold machine code, like those of JAX's cache, and are trusted in the same way (docs/trust.md).
 """
 
 import contextlib
@@ -39,25 +40,25 @@ _programs: dict[Path, Callable[..., Any]] = {}  # of this process
 
 
 def lookup(key: object, program: Any, *args: Any) -> Callable[..., Any]:
-    """A program of `jax.jit`, compiled for these arguments and those like them.
+    """A program of `jax.jit`, compiled for arguments like these.
 
-    It is read from the folder that `cache_compilations` opened, or compiled and written there.
+    It is read from the folder of `cache_compilations`, or compiled and written there.
 
     Args:
-        key: what decides the program beside its arguments; its `repr` says it all. Where that holds an object's
-            address, which another process would have elsewhere, nothing is kept.
+        key: what determines the program besides its arguments, completely described by its `repr`. If that contains an
+            object's address, nothing is cached.
         program: what `jax.jit` returns.
-        args: arrays in trees.
+        args: trees of arrays.
     """
     leaves, tree = jax.tree.flatten(args)
     shardings = [getattr(x, "sharding", None) for x in leaves]
     meshes = {s.mesh: s.mesh.device_ids.tolist() for s in shardings if isinstance(s, NamedSharding)}
     places = [*map(jax.typeof, leaves), shardings, list(meshes.values())]
-    decided = repr((key, str(tree), places, surroundings()))
-    folder = cache.kept()
-    if folder is None or " at 0x" in decided or jax.process_count() > 1:
+    fingerprint = repr((key, str(tree), places, environment()))
+    folder = cache.local_folder()
+    if folder is None or " at 0x" in fingerprint or jax.process_count() > 1:
         return program
-    path = folder / f"program-{hashlib.sha256(decided.encode()).hexdigest()[:32]}"
+    path = folder / f"program-{hashlib.sha256(fingerprint.encode()).hexdigest()[:32]}"
     if path in _programs:
         return _programs[path]
     try:
@@ -65,7 +66,7 @@ def lookup(key: object, program: Any, *args: Any) -> Callable[..., Any]:
         return _programs[path]
     except FileNotFoundError:
         pass
-    except Exception as e:  # of pickle, of XLA: a file that is damaged or of a machine that the name does not tell
+    except Exception as e:  # errors of pickle and XLA: the file is damaged or from another kind of machine
         logging.warning("%s cannot be used (%s): compiled again.", path, e)
     with _without_jax_cache():
         _programs[path] = compiled = program.lower(*args).compile()
@@ -80,20 +81,20 @@ def lookup(key: object, program: Any, *args: Any) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _without_jax_cache() -> Iterator[None]:
-    """XLA's programs for CPUs that were read from there cannot be written again: parts of them would be missing."""
-    name = "jax_enable_compilation_cache"
-    before = jax.config.values[name]
-    jax.config.update(name, False)
+    """Disable JAX's cache: XLA's CPU programs that were read from it cannot be serialized completely."""
+    setting = "jax_enable_compilation_cache"
+    previous = jax.config.values[setting]
+    jax.config.update(setting, False)
     compilation_cache.reset_cache()
     try:
         yield
     finally:
-        jax.config.update(name, before)
+        jax.config.update(setting, previous)
         compilation_cache.reset_cache()
 
 
-def surroundings() -> tuple[Any, ...]:
-    """All that a compiled program depends on beside what it computes and its arguments."""
+def environment() -> tuple[Any, ...]:
+    """Everything that a compiled program depends on besides its computation and arguments."""
     settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
     return _machine(), {name: os.environ.get(name) for name in VARIABLES}, sorted(settings.items(), key=str)
 
@@ -114,34 +115,34 @@ def _machine() -> tuple[Any, ...]:
 
 
 def processor() -> tuple[str, ...]:
-    """What the host's processor is and can do: machine code for one may not run on another."""
+    """The host's processor and its features: machine code for one processor may not run on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         lines = []
-    known = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return (platform.system(), platform.machine(), platform.processor(), *sorted(known))
+    features = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return (platform.system(), platform.machine(), platform.processor(), *sorted(features))
 
 
 def shapes(model: Model) -> Params:
-    """`param_shapes` of a model, without tracing its networks where an earlier process has kept what it found.
+    """`param_shapes` of a model, cached on disk so that later processes do not trace its networks.
 
     Raises:
-        What `param_shapes` raises, of configs that do not make a network; such are never kept.
+        The errors of `param_shapes` for invalid configs, which are not cached.
     """
-    folder = cache.kept()
+    folder = cache.local_folder()
     if folder is None:
         return param_shapes(model)
     path = folder / f"shapes-{hashlib.sha256(repr((model, *_code())).encode()).hexdigest()[:32]}.json"
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return unflatten_dict({name: jax.ShapeDtypeStruct(*found) for name, found in kept.items()}, sep="/")
+        cached = json.loads(path.read_text(encoding="utf-8"))
+        return unflatten_dict({name: jax.ShapeDtypeStruct(*struct) for name, struct in cached.items()}, sep="/")
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError) as e:
         logging.warning("%s cannot be used (%s): written again.", path, e)
-    found = param_shapes(model)
-    flat = {name: (x.shape, str(x.dtype)) for name, x in flatten_dict(found, sep="/").items()}
+    tree = param_shapes(model)
+    flat = {name: (x.shape, str(x.dtype)) for name, x in flatten_dict(tree, sep="/").items()}
     with contextlib.suppress(OSError):
         write_text(path, json.dumps(flat))
-    return found
+    return tree

@@ -1,7 +1,7 @@
-"""One-file checkpoints in the original layout of latent diffusion (`.safetensors`, `.ckpt`), in and out.
+"""Loading and saving one-file checkpoints in the original layout of latent diffusion (`.safetensors`, `.ckpt`).
 
-The names are translated by the tables of `original_layout`; configs are inferred from the tensors, or read from the
-file's metadata where jaxdiff wrote it. Loading reads tensor by tensor.
+The names are translated by the tables of `original_layout`. Configs are inferred from the tensors, or read from the
+metadata of files that jaxdiff wrote. Tensors are read one at a time.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ from jaxdiff.io.original_layout import (
     unet_table,
     vae_table,
 )
-from jaxdiff.io.strays import IGNORED, STRAY, only_own, pass_over
+from jaxdiff.io.strays import IGNORED, STRAY, drop_strays, warn_skipped
 from jaxdiff.io.tensor_files import (
     TensorSource,
     check_tensors,
@@ -78,7 +78,7 @@ PREFIXES = {
     "unet": UNET_PREFIX,
     "transformer": UNET_PREFIX,
     "vae": VAE_PREFIX,
-}  # of the tensors' names; the text encoders' are the family's
+}  # the text encoders' depend on the family
 METADATA_CONFIGS: dict[str, type[Config]] = {
     **{name: cls for name, cls in NETWORKS.items() if name != "vision_encoder"},
     "scheduler": SchedulerConfig,
@@ -93,10 +93,10 @@ def load_single_file(
     remat: bool = False,
     mesh: Mesh | None = None,
     parts: Sequence[str] | None = None,
-    **more: Any,
+    **options: Any,
 ) -> tuple[Model, Params]:
-    """The model of a one-file checkpoint and its parameters, as `load` returns them: see `open_single_file`."""
-    model, sources = open_single_file(path, dtype, remat, **more)
+    """The model of a one-file checkpoint and its parameters: see `load` and `open_single_file`."""
+    model, sources = open_single_file(path, dtype, remat, **options)
     sources = {name: source for name, source in sources.items() if parts is None or name in parts}
     shapes = programs.shapes(model)
     return model, {
@@ -116,18 +116,18 @@ def open_single_file(
     """Open a one-file checkpoint of Stable Diffusion 1.x, 2.x, XL, XL's refiner, the x4 upscaler, or 3 without T5.
 
     Args:
-        path: a file of tensors in any format that `open_tensors` knows.
-        dtype: type to compute in and to hold the parameters in, "float32" by default.
+        path: a file in any format that `open_tensors` reads.
+        dtype: dtype of computation and parameters, "float32" by default.
         remat: recompute activations in the backward pass.
         without_vae: whether the file may lack an autoencoder, which is then not returned.
-        prediction_type: "epsilon" or "v_prediction", which the tensors do not tell. By default that of the published
-            model: v for SD 2.x, but for its inpainting and SD-Turbo, and for the upscaler. The 512-pixel base of SD 2.x
-            needs "epsilon" here.
-        configs: for models of unpublished shapes, values of configs that no tensor tells:
+        prediction_type: "epsilon" or "v_prediction", which cannot be inferred. By default that of the published model:
+            v for SD 2.x, except its inpainting and SD-Turbo, and for the upscaler. The 512-pixel base of SD 2.x needs
+            "epsilon" here.
+        configs: for models of unpublished shapes, config values that cannot be inferred:
             {"unet": {"attention_head_dim": 4, "norm_num_groups": 8}}; keys as in `params`, and "scheduler", "options".
 
     Returns:
-        The model, and the unread tensors of each of its networks. A warning names tensors beside theirs.
+        The model, and the unread tensors of each of its networks. Unused tensors are named in a warning.
 
     Raises:
         ConfigError, WeightsError: one sentence that names the file and any tensor that is missing or unknown.
@@ -135,22 +135,23 @@ def open_single_file(
     check_prediction_type(prediction_type)
     source, dtype = open_tensors(path), check_dtype(dtype)
     family = detect(source, without_vae=without_vae)
-    flow = family == "sd3"
-    source = _sd3_source(source) if flow else source
-    own = None if flow else _read_metadata(source)
-    found, tokenizers = own or (infer_configs(source, family, prediction_type), {})
+    is_sd3 = family == "sd3"
+    source = _sd3_source(source) if is_sd3 else source
+    saved = None if is_sd3 else _read_metadata(source)
+    resolved, tokenizers = saved or (infer_configs(source, family, prediction_type), {})
     if prediction_type is not None:
-        found["scheduler"] = found["scheduler"].with_prediction_type(prediction_type)
+        resolved["scheduler"] = resolved["scheduler"].with_prediction_type(prediction_type)
     with as_config_error(f"the configs of {source.path} do not make a model"):
         for name, values in (configs or {}).items():
-            found[name] = dataclasses.replace(found[name], **values)
+            resolved[name] = dataclasses.replace(resolved[name], **values)
         for name in text_prefixes(source, family):
             key = name.replace("text_encoder", "tokenizer")
-            tokenizers.setdefault(key, clip_tokenizer(found[name]))
+            tokenizers.setdefault(key, clip_tokenizer(resolved[name]))
         model = build(
-            found.get("text_encoder"), None if flow else found["unet"], found["vae"], tokenizers.get("tokenizer"),
-            found["scheduler"], text_2=found.get("text_encoder_2"), tokenizer_2=tokenizers.get("tokenizer_2"),
-            transformer=found["transformer"] if flow else None, options=found["options"], dtype=dtype, remat=remat,
+            resolved.get("text_encoder"), None if is_sd3 else resolved["unet"], resolved["vae"],
+            tokenizers.get("tokenizer"), resolved["scheduler"], text_2=resolved.get("text_encoder_2"),
+            tokenizer_2=tokenizers.get("tokenizer_2"), transformer=resolved.get("transformer"),
+            options=resolved["options"], dtype=dtype, remat=remat,
         )  # fmt: skip
         shapes = programs.shapes(model)
     check_channels(model, source.path)
@@ -165,7 +166,7 @@ def open_single_file(
                 raise
             del shapes["vae"]  # incomplete, and another one takes its place
     sources = {name: _renamed(source, places[name]) for name in places}
-    if flow:
+    if is_sd3:
         sources["transformer"] = _transformer(source, shapes["transformer"])
         source = dataclasses.replace(
             source, shapes={n: s for n, s in source.shapes.items() if not n.startswith(UNET_PREFIX)}
@@ -175,9 +176,9 @@ def open_single_file(
 
 
 def _sd3_source(source: TensorSource) -> TensorSource:
-    """A checkpoint of Stable Diffusion 3 without its T5, whose tokenizer it lacks; a warning says so.
+    """A checkpoint of Stable Diffusion 3 without its T5, which is skipped with a warning, as its tokenizer is missing.
 
-    CLIP-L's pooled state is not projected in this layout: in PyTorch diffusers' reader its projection is the identity,
+    CLIP-L's pooled state is not projected in this layout: as in PyTorch diffusers, its projection is the identity,
     whatever the file holds.
     """
     prefix = TEXTS["sd3"]["text_encoder"]
@@ -198,46 +199,47 @@ def _sd3_source(source: TensorSource) -> TensorSource:
 
 
 def _transformer(source: TensorSource, target: Params) -> TensorSource:
-    """The unread tensors of Stable Diffusion 3's transformer, whose names and shapes are looked at."""
-    found = transformer_source(source, "sd3", target)
+    """The unread tensors of Stable Diffusion 3's transformer, with names and shapes checked."""
+    renamed = transformer_source(source, "sd3", target)
     for path in flatten_dict(target):
-        if (name := tensor_name(path)) not in found.shapes:
+        if (name := tensor_name(path)) not in renamed.shapes:
             raise WeightsError(f"{source.path} lacks the tensor {name} of the transformer: fetch the whole file again.")
-    check_tensors(found, target)
-    return found
+    check_tensors(renamed, target)
+    return renamed
 
 
 def _check_others(
     source: TensorSource, places: dict[str, dict[str, Place]], prefixes: tuple[str, ...], family: str
 ) -> None:
-    """Name the tensors that no network has a place for: a warning, or an error if they stand among a network's own."""
-    used = {at.name for network in places.values() for at in network.values()}
+    """Warn of unused tensors; raise WeightsError for those with the prefix of a network."""
+    used = {location.name for network in places.values() for location in network.values()}
     averaged = [n for n in source.shapes if n.startswith("model_ema.")]
     partial = averaged if len(averaged) < len(places.get("unet", ())) else []
-    others = [n for n in source.shapes if n not in used and not IGNORED.fullmatch(n)]
+    unused = [n for n in source.shapes if n not in used and not IGNORED.fullmatch(n)]
     if "vae" not in places:
-        others = [n for n in others if not n.startswith(VAE_PREFIX)]
-    if unknown := sorted(n for n in others if n.startswith(prefixes) and not STRAY.search(n)):
+        unused = [n for n in unused if not n.startswith(VAE_PREFIX)]
+    if unknown := sorted(n for n in unused if n.startswith(prefixes) and not STRAY.search(n)):
         raise WeightsError(
             f"{source.path} holds {len(unknown)} tensors that a model of the family {family} has no place for, first "
             f"{unknown[0]}."
         )
-    beside = any(n.startswith("control_model.") for n in others)
-    pass_over(source, others + partial, " (a ControlNet: give the file to --controlnet too)" if beside else "")
+    has_controlnet = any(n.startswith("control_model.") for n in unused)
+    note = " (a ControlNet: give the file to --controlnet too)" if has_controlnet else ""
+    warn_skipped(source, unused + partial, note)
 
 
 def clip_tokenizer(text: CLIPTextConfig) -> Tokenizer:
-    """CLIP's tokenizer for a text encoder; OpenCLIP's encoders were trained with padding of id 0, the token `!`."""
+    """CLIP's tokenizer for a text encoder; OpenCLIP's encoders were trained with padding id 0, the token `!`."""
     tokenizer = Tokenizer.load(BUNDLED / "clip_tokenizer")
     files = dict(tokenizer.files)
     if text.hidden_act == "gelu":
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             files[name] = json.dumps(json.loads(files[name]) | {"pad_token": "!"}, indent=2).encode()
-    return Tokenizer(files, min(tokenizer.max_length, text.max_position_embeddings), cache.kept())
+    return Tokenizer(files, min(tokenizer.max_length, text.max_position_embeddings), cache.local_folder())
 
 
 def _table(name: str, config: Any, prefix: str) -> Table | None:
-    """The names of one network in the original layout; None where they are ours."""
+    """The table of one network's names in the original layout; None if they equal ours."""
     if name == "unet":
         return unet_table(config)
     if name == "vae":
@@ -250,59 +252,61 @@ def _table(name: str, config: Any, prefix: str) -> Table | None:
 def _places(
     params: Params, name: str, config: Any, prefix: str, source: TensorSource | None = None
 ) -> dict[str, Place]:
-    """Our name of each of a network's tensors -> where the file has it, or would have it if there is no file yet."""
+    """Our name of each of a network's tensors -> its place in the file, or in a file to be written if there is none."""
     table, places = _table(name, config, prefix), {}
     for path in flatten_dict(params):
         ours = tensor_name(path)
-        at = Place(prefix + ours) if table is None else place(ours, table, prefix)
-        if at is None:
+        location = Place(prefix + ours) if table is None else place(ours, table, prefix)
+        if location is None:
             raise WeightsError(f"The original layout has no place for the {name}'s {ours}: save a folder instead.")
-        if source is not None and at.name not in source.shapes:
-            raise WeightsError(f"{source.path} lacks the tensor {at.name}: fetch the whole file again.")
-        places[ours] = at
+        if source is not None and location.name not in source.shapes:
+            raise WeightsError(f"{source.path} lacks the tensor {location.name}: fetch the whole file again.")
+        places[ours] = location
     return places
 
 
 def _renamed(source: TensorSource, places: dict[str, Place]) -> TensorSource:
     """One network's tensors under our names and in diffusers' shapes."""
 
-    def shape(at: Place) -> list[int]:
-        size = list(source.shapes[at.name])
-        if at.third is not None and size:
+    def shape(location: Place) -> list[int]:
+        size = list(source.shapes[location.name])
+        if location.third is not None and size:
             size[0] //= 3
-        return size[::-1] if at.transposed else size[:2] if at.squeezed and set(size[2:]) == {1} else size
+        if location.transposed:
+            return size[::-1]
+        return size[:2] if location.squeezed and set(size[2:]) == {1} else size
 
     def read(name: str) -> np.ndarray:
-        at = places[name]
-        x = source.read(at.name)
-        if at.third is not None:
+        location = places[name]
+        x = source.read(location.name)
+        if location.third is not None:
             rows = len(x) // 3
-            x = x[at.third * rows : (at.third + 1) * rows]
-        return x.T if at.transposed else x.reshape(shape(at)) if at.squeezed else x
+            x = x[location.third * rows : (location.third + 1) * rows]
+        return x.T if location.transposed else x.reshape(shape(location)) if location.squeezed else x
 
-    return TensorSource(source.path, {name: shape(at) for name, at in places.items()}, read)
+    return TensorSource(source.path, {name: shape(location) for name, location in places.items()}, read)
 
 
-def vae_like(found: VAEConfig, like: VAEConfig) -> VAEConfig:
-    """An autoencoder's config from its tensors, and what no tensor tells as in `like`."""
-    untold = ("act_fn", "norm_num_groups", "sample_size", "scaling_factor", "shift_factor", "force_upcast")
-    return dataclasses.replace(found, **{name: getattr(like, name) for name in untold})
+def vae_like(inferred: VAEConfig, like: VAEConfig) -> VAEConfig:
+    """An inferred config of an autoencoder, with the values that cannot be inferred from `like`."""
+    not_inferred = ("act_fn", "norm_num_groups", "sample_size", "scaling_factor", "shift_factor", "force_upcast")
+    return dataclasses.replace(inferred, **{name: getattr(like, name) for name in not_inferred})
 
 
 def original_vae(source: TensorSource, prefix: str, like: VAEConfig) -> tuple[VAEConfig, TensorSource]:
     """The config and the unread tensors of the autoencoder whose names start with `prefix` in the original layout.
 
     Args:
-        like: the config of the autoencoder whose place it takes: what no tensor tells is as there.
+        like: the config of the autoencoder that it replaces, for values that cannot be inferred.
     """
     with as_weights_error(source):
         config = vae_like(vae_config(Shapes(source, prefix), "sd1"), like)
     shapes = module_shapes(AutoencoderKL(config), example_image, source.path)
     places = _places(shapes, "vae", config, prefix, source)
-    used = {at.name for at in places.values()}
-    whole = any(name.startswith(UNET_PREFIX) for name in source.shapes)  # a checkpoint, whose other parts are no strays
-    unused = [n for n in source.shapes if n not in used and (n.startswith(prefix) or not whole)]
-    if unknown := sorted(only_own(source, unused, used, prefix)):
+    used = {p.name for p in places.values()}
+    is_checkpoint = any(name.startswith(UNET_PREFIX) for name in source.shapes)  # whose other parts are not strays
+    unused = [n for n in source.shapes if n not in used and (n.startswith(prefix) or not is_checkpoint)]
+    if unknown := sorted(drop_strays(source, unused, used, prefix)):
         raise WeightsError(
             f"{source.path} holds {len(unknown)} tensors that its autoencoder has no place for, first {unknown[0]}."
         )
@@ -310,14 +314,13 @@ def original_vae(source: TensorSource, prefix: str, like: VAEConfig) -> tuple[VA
 
 
 def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any = None) -> None:
-    """Write a one-file checkpoint in the original layout, which other programs open as well; whole or not at all.
+    """Write a one-file checkpoint in the original layout, which other programs open too, atomically.
 
-    Its metadata, which other programs pass over, keep the configs and the tokenizer, so that the same model comes back
-    whatever its sizes.
+    The configs and tokenizers are stored in the metadata, so that models of any size can be loaded again.
 
     Args:
-        path: ends in `.safetensors`.
-        dtype: type of the tensors written; as they are by default.
+        path: must end in `.safetensors`.
+        dtype: dtype of the tensors written; unchanged by default.
 
     Raises:
         WeightsError: it cannot be written, or the layout has no place for a part of the model.
@@ -341,15 +344,16 @@ def save_single_file(path: str | Path, model: Model, params: Params, dtype: Any 
         places = _places(params[name], name, model.modules[name].config, prefix)
         thirds: dict[str, dict[int, np.ndarray]] = {}
         for ours, x in named_tensors(params[name], dtype):
-            at = places[ours]
-            if at.third is not None:
-                thirds.setdefault(at.name, {})[at.third] = x
+            location = places[ours]
+            if location.third is not None:
+                thirds.setdefault(location.name, {})[location.third] = x
             else:
-                tensors[at.name] = x.T if at.transposed else x[..., None, None] if at.squeezed else x
+                tensors[location.name] = x.T if location.transposed else x[..., None, None] if location.squeezed else x
         tensors |= {name: np.concatenate([x[i] for i in range(3)]) for name, x in thirds.items()}
     if model.text_encoder_2 is not None and model.scheduler.prediction_type == "v_prediction":
-        marks = {"v_pred": True, "ztsnr": model.scheduler.rescale_betas_zero_snr}  # by which programs know such an SDXL
-        tensors |= {name: np.zeros(0, np.float32) for name, holds in marks.items() if holds}
+        tensors["v_pred"] = np.zeros(0, np.float32)  # by convention, empty tensors mark such SDXL models
+        if model.scheduler.rescale_betas_zero_snr:
+            tensors["ztsnr"] = np.zeros(0, np.float32)
     write_tensors(path, tensors, {METADATA: json.dumps(_metadata(model))})
 
 
@@ -368,7 +372,7 @@ def _metadata(model: Model) -> dict[str, Any]:
 
 
 def _read_metadata(source: TensorSource) -> tuple[dict[str, Any], dict[str, Tokenizer]] | None:
-    """Configs and tokenizers that `save_single_file` wrote into the file, if it did."""
+    """The configs and tokenizers that `save_single_file` stored in the file; None if it did not."""
     if METADATA not in source.metadata:
         return None
     try:

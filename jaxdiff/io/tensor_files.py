@@ -1,7 +1,7 @@
-"""Files of tensors, whatever their format: names, shapes, and a function that reads one tensor.
+"""Files of tensors in any format: names, shapes, and a function that reads one tensor.
 
-All sources use PyTorch's names and layouts, which `torch_names` translates. Tensors are read on demand. Each read maps
-the file into memory anew, so that pages that have been copied leave memory at once.
+All sources use PyTorch's names and layouts, which `torch_names` translates. Tensors are read on demand. Each read
+memory-maps the file again, so that copied pages are released at once.
 """
 
 import dataclasses
@@ -43,29 +43,29 @@ class TensorSource:
 
     path: Path
     shapes: dict[str, list[int]]  # by the tensors' names in the file
-    read: Callable[[str], np.ndarray]  # may be a view into the mapped file: copy what is to stay
+    read: Callable[[str], np.ndarray]  # may return a view into the mapped file
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)  # of a safetensors file
 
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-# Buffers that older files carry as if they were weights, and the head of a language model.
+# Buffers that older files store among the weights, and the head of a language model.
 IGNORED = ("position_ids", "num_batches_tracked", "lm_head.weight")
 # Of DistributedDataParallel, torch.compile, FSDP and its checkpointing.
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _WITHIN = re.compile(rf"\.(?:{'|'.join(map(re.escape, WRAPPERS))})+")
-SUFFIXES = (*SAFETENSORS, *PICKLES, ".msgpack")  # in the order of preference
-SCALES = (".scale_weight", ".weight_scale")  # of the weight of a layer, in ComfyUI's older and newer files
-OF_SCALES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")  # what says how to compute with such weights
+SUFFIXES = (*SAFETENSORS, *PICKLES, ".msgpack")  # in order of preference
+SCALES = (".scale_weight", ".weight_scale")  # of a layer's weight, in ComfyUI's older and newer files
+OF_SCALES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")  # settings for computing with such weights
 
 
 def open_tensors(path: str | Path) -> TensorSource:
     """Open a file of tensors without reading them.
 
     Args:
-        path: `.safetensors` or `.sft`; `.bin`, `.ckpt`, `.pt` or `.pth` of PyTorch, out of which tensors alone are read
-            and no code ever runs; `.msgpack` of Flax; `.gguf` of llama.cpp, with the package gguf; or the `.index.json`
-            of a file in shards. Of safetensors and PyTorch's files the content tells which it is.
+        path: `.safetensors` or `.sft`; PyTorch's `.bin`, `.ckpt`, `.pt` or `.pth`, of which only tensors are read and
+            no code is run; Flax's `.msgpack`; llama.cpp's `.gguf`, with the package gguf; or the `.index.json` of a
+            sharded file. Safetensors and PyTorch's files are recognized by content.
 
     Raises:
         WeightsError, ConfigError: the file is missing, damaged, of another format, or holds more than tensors.
@@ -86,13 +86,13 @@ def open_tensors(path: str | Path) -> TensorSource:
 
 
 def without_prefix(source: TensorSource, prefix: str) -> TensorSource:
-    """Those tensors whose names begin with a prefix, under the rest of their names."""
+    """The tensors whose names start with a prefix, which is removed."""
     inner = {name.removeprefix(prefix): shape for name, shape in source.shapes.items() if name.startswith(prefix)}
     return dataclasses.replace(source, shapes=inner, read=lambda name: source.read(prefix + name))
 
 
 def _unwrapped(source: TensorSource) -> TensorSource:
-    """The tensors under their own names where PyTorch's wrappers put theirs before all of them, or within some."""
+    """The tensors without the prefixes that PyTorch's wrappers of modules add to all names, or within some."""
     for wrapper in WRAPPERS:
         if source.shapes and all(name.startswith(wrapper) for name in source.shapes):
             return _unwrapped(without_prefix(source, wrapper))
@@ -104,9 +104,9 @@ def _unwrapped(source: TensorSource) -> TensorSource:
 
 
 def _unscaled(source: TensorSource) -> TensorSource:
-    """8-bit weights multiplied by the scales in the same file, one for a whole weight or one for each output.
+    """8-bit weights multiplied by the scales in the same file, one for each weight or for each output.
 
-    A file with scales of another kind, one for each block of some inputs, is left as it is.
+    A file with other kinds of scales, such as one for each block of inputs, is returned unchanged.
     """
     scales = {f"{n.removesuffix(end)}.weight": n for end in SCALES for n in source.shapes if n.endswith(end)}
     for weight, scale in scales.items():
@@ -129,13 +129,13 @@ def _unscaled(source: TensorSource) -> TensorSource:
             raise WeightsError(f"{source.path}: {scales[name]} must be finite: the file is damaged, fetch it again.")
         return x.astype(np.float32) * scale
 
-    beside = {*scales.values(), *(name for name in source.shapes if name.endswith(OF_SCALES))}
-    kept = {name: shape for name, shape in source.shapes.items() if name not in beside}
-    return dataclasses.replace(source, shapes=kept, read=read)
+    scale_names = {*scales.values(), *(name for name in source.shapes if name.endswith(OF_SCALES))}
+    shapes = {name: shape for name, shape in source.shapes.items() if name not in scale_names}
+    return dataclasses.replace(source, shapes=shapes, read=read)
 
 
 def _by_content(path: Path, opener: Callable[[Path], TensorSource]) -> Callable[[Path], TensorSource]:
-    """The opener of a file's own format, which its name may get wrong: `.ckpt` for a safetensors file or reversed."""
+    """The opener for a file's actual format: its suffix may be wrong, such as `.ckpt` for a safetensors file."""
     head = first_bytes(path)
     if (reason := not_fetched(head)) is not None:
         raise WeightsError(f"{path} {reason}")
@@ -146,7 +146,7 @@ def _by_content(path: Path, opener: Callable[[Path], TensorSource]) -> Callable[
 
 
 def _open_safetensors(path: Path) -> TensorSource:
-    def opened(action: Callable) -> Any:
+    def with_file(action: Callable) -> Any:
         try:
             with safe_open(path, framework="np") as file:
                 return action(file)
@@ -155,30 +155,28 @@ def _open_safetensors(path: Path) -> TensorSource:
         except (SafetensorError, OSError, TypeError, AttributeError) as e:  # the last two: numbers that numpy lacks
             raise WeightsError(f"{path} is damaged or not a safetensors file ({e}): fetch it again.") from None
 
-    def described(file: Any) -> dict[str, tuple[list[int], str]]:
+    def describe(file: Any) -> dict[str, tuple[list[int], str]]:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
 
-    tensors = opened(described)
+    tensors = with_file(describe)
 
     def read(name: str) -> np.ndarray:
         shape, kind = tensors[name]
         if kind in EIGHT_BITS:
             return _read_eight_bits(path, name, shape, EIGHT_BITS[kind])
-        return opened(lambda file: file.get_tensor(name))
+        return with_file(lambda file: file.get_tensor(name))
 
     shapes = {name: shape for name, (shape, _) in tensors.items()}
-    return TensorSource(path, shapes, read, opened(lambda file: file.metadata()) or {})
+    return TensorSource(path, shapes, read, with_file(lambda file: file.metadata()) or {})
 
 
-EIGHT_BITS = {
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-}  # which safetensors' numpy side lacks
+# Dtypes that safetensors does not support with numpy.
+EIGHT_BITS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 
 def _read_eight_bits(path: Path, name: str, shape: list[int], dtype: Any) -> np.ndarray:
-    """A tensor of 8-bit floats, from a file whose header safetensors has checked."""
+    """A tensor of 8-bit floats, from a file whose header safetensors has validated."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         begin, end = json.loads(file.read(length))[name]["data_offsets"]
@@ -188,33 +186,33 @@ def _read_eight_bits(path: Path, name: str, shape: list[int], dtype: Any) -> np.
 
 
 def _open_index(path: Path) -> TensorSource:
-    """A file in shards: the index says which tensor is in which of the files beside it."""
+    """A sharded file: the index maps each tensor to one of the files beside it."""
     places = read_json(path).get("weight_map")
-    again = "download or save it again."
+    remedy = "download or save it again."
     if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
-        raise WeightsError(f"{path} has no weight_map from tensors to files: {again}")
+        raise WeightsError(f"{path} has no weight_map from tensors to files: {remedy}")
     sources = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or not file.endswith(SUFFIXES):
-            raise WeightsError(f"{path} names {file!r}, which is not a weights file beside it: {again}")
+            raise WeightsError(f"{path} names {file!r}, which is not a weights file beside it: {remedy}")
         sources[file] = open_tensors(path.parent / file)
-    beside = (*SCALES, *OF_SCALES)
-    places = {name: f for name, f in places.items() if name in sources[f].shapes or not name.endswith(beside)}
+    optional = (*SCALES, *OF_SCALES)
+    places = {name: f for name, f in places.items() if name in sources[f].shapes or not name.endswith(optional)}
     for name, file in places.items():
         if name not in sources[file].shapes:
-            raise WeightsError(f"{path} places the tensor {name} in {file}, which lacks it: {again}")
+            raise WeightsError(f"{path} places the tensor {name} in {file}, which lacks it: {remedy}")
     shapes = {name: sources[file].shapes[name] for name, file in places.items()}
     return TensorSource(path, shapes, lambda name: sources[places[name]].read(name))
 
 
 def _open_flax(path: Path) -> TensorSource:
-    """A file of Hugging Face's former Flax models, under PyTorch's names and in its layouts."""
+    """A file of Hugging Face's former Flax models, in PyTorch's names and layouts."""
     try:
         leaves = flatten_dict(msgpack_restore(path.read_bytes()))
         tensors = {flax_name(keys): to_torch_layout(keys, np.asarray(leaf)) for keys, leaf in leaves.items()}
     except OSError:
         raise
-    except Exception as e:  # whatever msgpack, numpy or flax raise on bytes that are none
+    except Exception as e:  # msgpack, numpy and flax raise errors of many kinds
         raise WeightsError(f"{path} is damaged or not a Flax file ({e}): fetch it again.") from None
     return TensorSource(path, {name: list(x.shape) for name, x in tensors.items()}, tensors.__getitem__)
 
@@ -228,7 +226,7 @@ def _open_pickle(path: Path) -> TensorSource:
 
 
 def _open_gguf(path: Path) -> TensorSource:
-    """A file of llama.cpp's, whose quantised tensors become float32 as they are read."""
+    """A file of llama.cpp, whose quantised tensors are read as float32."""
     try:
         from gguf import GGUFReader, dequantize
     except ImportError:
@@ -238,7 +236,7 @@ def _open_gguf(path: Path) -> TensorSource:
         shapes = {name: [int(n) for n in tensor.shape[::-1]] for name, tensor in tensors.items()}
     except OSError:
         raise
-    except Exception as e:  # whatever the library raises on bytes that are none
+    except Exception as e:  # the library raises errors of many kinds
         raise WeightsError(f"{path} is damaged or not a GGUF file ({e}): fetch it again.") from None
 
     def read(name: str) -> np.ndarray:
@@ -263,13 +261,13 @@ OPENERS: dict[str, Callable[[Path], TensorSource]] = {
 
 
 def load_tensors(path: Path | TensorSource, target: Params, dtype: Any, mesh: Mesh | None = None) -> Params:
-    """Read a file of PyTorch's weights into the tree `target` (of arrays or shapes).
+    """Read a file of weights into a tree like `target` (of arrays or shapes).
 
     Args:
-        path: a file of any format that `open_tensors` knows, or what it returned.
-        target: the tree expected, as `param_shapes` gives it for one module.
-        dtype: type of the parameters returned.
-        mesh: what they are divided over as they are read, as by `parallel.shard`.
+        path: a file in any format that `open_tensors` reads, or what it returned.
+        target: the expected tree, as from `param_shapes` for one module.
+        dtype: of the parameters returned.
+        mesh: to shard the parameters over as they are read, as by `parallel.shard`.
 
     Returns:
         A tree like `target` of arrays on the default device or the mesh.
@@ -293,38 +291,38 @@ def load_tensors(path: Path | TensorSource, target: Params, dtype: Any, mesh: Me
 
 
 def check_tensors(path: Path | TensorSource, target: Params) -> dict[tuple[str, ...], str]:
-    """The name in a file of each leaf of the tree `target`, by its path; nothing is read. See `load_tensors`.
+    """The name in a file of each leaf of the tree `target`, by path; no tensor is read. See `load_tensors`.
 
     Raises:
         WeightsError: the file lacks a tensor, has one too many, or one of another shape.
     """
     source = path if isinstance(path, TensorSource) else open_tensors(path)
     path, shapes = source.path, source.shapes
-    names = {current_name(name): name for name in shapes if not name.endswith(IGNORED)}
-    found_names = {}
+    remaining = {current_name(name): name for name in shapes if not name.endswith(IGNORED)}
+    names_by_path = {}
     for leaf_path, leaf in flatten_dict(target).items():
         name = tensor_name(leaf_path)
-        if name not in names:
+        if name not in remaining:
             described = (path.parent / "config.json").is_file()
             mend = " that its config.json calls for: do the two belong together?" if described else ": fetch it again."
             raise WeightsError(f"{path} lacks the tensor {name}{mend}")
         expected = torch_shape(leaf_path, leaf.shape)
-        found = tuple(shapes[names[name]])
-        if found != expected:
+        shape = tuple(shapes[remaining[name]])
+        if shape != expected:
             raise WeightsError(
-                f"{path}: tensor {name} has shape {list(found)}, its config.json calls for {list(expected)}: "
+                f"{path}: tensor {name} has shape {list(shape)}, its config.json calls for {list(expected)}: "
                 "the config and the weights are of different models."
             )
-        found_names[leaf_path] = names.pop(name)
-    if names:
+        names_by_path[leaf_path] = remaining.pop(name)
+    if remaining:
         raise WeightsError(
-            f"{path} holds {len(names)} tensors that its config.json has no place for, first {min(names)}."
+            f"{path} holds {len(remaining)} tensors that its config.json has no place for, first {min(remaining)}."
         )
-    return found_names
+    return names_by_path
 
 
 def named_tensors(params: Params, dtype: Any = None, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters by their PyTorch names and in PyTorch's layouts; `prefix` is that of a CLIP model's own names."""
+    """The parameters by PyTorch name and in PyTorch's layout; `prefix` is added to all names but text_projection's."""
     for path, leaf in flatten_dict(params).items():
         x, name = to_torch_layout(path, np.asarray(jax.device_get(leaf))), tensor_name(path)
         yield (
@@ -334,12 +332,12 @@ def named_tensors(params: Params, dtype: Any = None, prefix: str = "") -> Iterat
 
 
 def save_tensors(path: Path, params: Params, dtype: Any = None, prefix: str = "") -> None:
-    """Write one module's parameters as a safetensors file that PyTorch diffusers reads; whole or not at all."""
+    """Write one module's parameters as a safetensors file that PyTorch diffusers reads, atomically."""
     _write(path, dict(named_tensors(params, dtype, prefix)))
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all. Raises WeightsError: it cannot be written."""
+    """Write a safetensors file atomically. Raises WeightsError if it cannot be written."""
     with writing(path, WeightsError, "choose another place or free it."):
         _write(path, {name: np.asarray(x, order="C") for name, x in tensors.items()}, metadata)
 
@@ -347,7 +345,9 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     with atomic_write(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata=metadata or {"format": "pt"})  # one key: several come in any order
+            save_file(
+                tensors, temporary, metadata=metadata or {"format": "pt"}
+            )  # the order of several keys is not deterministic
         except SafetensorError as e:  # a missing folder, a full disk
             raise OSError(str(e)) from None
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+        temporary.chmod(0o644)  # safetensors' files are readable by their owner only

@@ -1,7 +1,7 @@
-"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): tokens with learned embeddings, in and out of files.
+"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): loading and saving tokens with learned embeddings.
 
-A file holds one vector or several for each word. The tokenizer learns a new token a vector (`<cat>`, `<cat>_1`, …),
-the text encoder's table gets the vectors as new rows, and `<cat>` in a prompt stands for all of them.
+A file holds one or several vectors for each word. Each vector becomes a new token of the tokenizer (`<cat>`,
+`<cat>_1`, …) and a new row of the text encoder's table, and `<cat>` in a prompt stands for all of them.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ from jaxdiff.typing import Array, Params
 
 TABLE = "embeddings_token_embedding"
 SDXL_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-ENCODERS = {  # what files of SDXL call the vectors of each text encoder; the second pair is cog-sdxl's
+ENCODERS = {  # names of each text encoder's vectors in files of SDXL; the second pair is cog-sdxl's
     "clip_l": "text_encoder",
     "clip_g": "text_encoder_2",
     "text_encoders_0": "text_encoder",
     "text_encoders_1": "text_encoder_2",
 }
-OUTPUTS = ("clip_l_out", "clip_g_out", "emb_params_out")  # OneTrainer's, of what a text encoder puts out
+OUTPUTS = ("clip_l_out", "clip_g_out", "emb_params_out")  # OneTrainer's output embeddings
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
-Parts = dict[str, dict[str, str]]  # token -> what the file calls its vectors -> the tensor's name in the file
+Parts = dict[str, dict[str, str]]  # word -> part of its embedding -> the tensor's name in the file
 WEB_UI = "string_to_param."
 # diffusers' trainer writes a file for each text encoder; its advanced script one for both.
 STEMS = {"text_encoder": "learned_embeds", "text_encoder_2": "learned_embeds_2"}
@@ -47,7 +47,7 @@ BOTH = "*_emb.safetensors"
 
 
 class Word(NamedTuple):
-    """A word that a file brings along."""
+    """A word and its embedding from a file."""
 
     path: Path
     name: str
@@ -55,65 +55,65 @@ class Word(NamedTuple):
 
 
 def encoders(model: Model) -> list[str]:
-    """The text encoders that learn words: CLIP's."""
+    """The text encoders that support new words: CLIP's."""
     return [name for name in TOKENIZERS if isinstance(getattr(model, TOKENIZERS[name]), Tokenizer)]
 
 
-def read_textual_inversion(model: Model, given: Sequence[tuple[str | Path, str | None]]) -> list[Word]:
+def read_textual_inversion(model: Model, files: Sequence[tuple[str | Path, str | None]]) -> list[Word]:
     """The words in files.
 
     Args:
-        given: files, and the word to use where it is to be another one than the file's, which is the file's name where
-            the file says none. Each is safetensors, .pt or .bin; either {"<token>": [n, D] or [D]} as diffusers writes
-            it, or the AUTOMATIC1111 web UI's `emb_params` or `string_to_param`, or for SDXL `clip_l` and `clip_g`
-            (`text_encoders_0` and `_1`), or the web UI's PNG with one in a text; or a LoRA's file that brings words
-            along (`bundle_emb`); or the folder in which diffusers put one. Where SDXL has a file for each text encoder,
-            the second one is among `given`, or lies beside the first (`learned_embeds_2` beside `learned_embeds`).
+        files: paths, each with the word to use, or None for the file's own, which defaults to the file's name. A file
+            is safetensors, .pt or .bin, with {"<token>": [n, D] or [D]} as diffusers writes it, the AUTOMATIC1111 web
+            UI's `emb_params` or `string_to_param`, or for SDXL `clip_l` and `clip_g` (`text_encoders_0` and `_1`); or
+            the web UI's PNG with an embedding in a text chunk; or a LoRA's file with bundled words (`bundle_emb`); or
+            a folder by diffusers. If SDXL has a file for each text encoder, the second one is among `files` or beside
+            the first (`learned_embeds_2` beside `learned_embeds`).
 
     Raises:
         WeightsError: a file is no textual inversion, or one for text encoders of other widths.
     """
-    found: list[Word] = []
+    words: list[Word] = []
 
     def add(path: Path, token: str | None) -> None:
         for word in _read_file(model, path, token):
-            begun = (w for w in found if w.name == word.name and not w.vectors.keys() & word.vectors.keys())
-            if other := next(begun, None):
+            partial = (w for w in words if w.name == word.name and not w.vectors.keys() & word.vectors.keys())
+            if other := next(partial, None):
                 other.vectors.update(word.vectors)
             else:
-                found.append(word)
+                words.append(word)
 
-    tokens = {file: token for path, token in given for file in _files(model, Path(path))}
+    tokens = {file: token for path, token in files for file in _files(model, Path(path))}
     for file, token in tokens.items():
         add(file, token)
-    half = {word.path for word in found if word.vectors.keys() != set(encoders(model))}
-    for file in sorted(half):
-        if (beside := _other_file(file)).is_file() and beside not in tokens:
-            add(beside, tokens[file])
-    for word in found:
+    incomplete = {word.path for word in words if word.vectors.keys() != set(encoders(model))}
+    for file in sorted(incomplete):
+        if (second_file := _other_file(file)).is_file() and second_file not in tokens:
+            add(second_file, tokens[file])
+    for word in words:
         if missing := sorted(set(encoders(model)) - word.vectors.keys()):
             raise WeightsError(
                 f"{word.path} has {word.name!r} for {' and '.join(word.vectors)}; this model has "
                 f"{' and '.join(encoders(model))}: give the file for {missing[0]} too, or put it beside as "
                 f"{_other_file(word.path).name}; else it is of another family."
             )
-    return found
+    return words
 
 
 def _files(model: Model, path: Path) -> list[Path]:
-    """The file given, or those of a folder that diffusers wrote. Raises WeightsError where it holds none."""
+    """The file itself, or the files in a folder by diffusers. Raises WeightsError if it holds none."""
     if not path.is_dir():
         return [path]
-    named = [[path / f"{STEMS[e]}{suffix}" for suffix in SUFFIXES] for e in encoders(model)]
-    found = [next(p for p in paths if p.is_file()) for paths in named if any(p.is_file() for p in paths)]
-    found = found or sorted(path.glob(BOTH))[:2]
-    if not found or (found[0].match(BOTH) and len(found) > 1):
-        raise WeightsError(f"{path} holds no {named[0][0].name}: give the file of the textual inversion.")
-    return found
+    candidates = [[path / f"{STEMS[e]}{suffix}" for suffix in SUFFIXES] for e in encoders(model)]
+    files = [next(p for p in paths if p.is_file()) for paths in candidates if any(p.is_file() for p in paths)]
+    files = files or sorted(path.glob(BOTH))[:2]
+    if not files or (files[0].match(BOTH) and len(files) > 1):
+        raise WeightsError(f"{path} holds no {candidates[0][0].name}: give the file of the textual inversion.")
+    return files
 
 
 def _other_file(path: Path) -> Path:
-    """Where the vectors of the other text encoder lie: learned_embeds_2 beside learned_embeds, x_2 beside x."""
+    """The path of the other text encoder's vectors: learned_embeds_2 for learned_embeds, x_2 for x, and vice versa."""
     match = re.fullmatch(r"(.*?)(_2)?(-steps-\d+)?", path.stem)
     assert match is not None
     return path.with_name(f"{match[1]}{'' if match[2] else '_2'}{match[3] or ''}{path.suffix}")
@@ -121,19 +121,19 @@ def _other_file(path: Path) -> Path:
 
 def _read_file(model: Model, path: Path, token: str | None) -> list[Word]:
     source, stem = open_image_embedding(path) if is_image(path) else (open_tensors(path), path.stem)
-    found = bundled(source) or _own(source, stem)
-    if not found:
+    words = bundled(source) or _own_words(source, stem)
+    if not words:
         raise WeightsError(f"{path} holds no embeddings: is it a textual inversion?")
     if token is not None:
-        if len(found) > 1:
-            raise WeightsError(f"{path} holds {len(found)} tokens, but `token` names only one: leave `token` out.")
-        found = {token: next(iter(found.values()))}
-    return [Word(path, word, _encoded(model, source, word, parts)) for word, parts in found.items()]
+        if len(words) > 1:
+            raise WeightsError(f"{path} holds {len(words)} tokens, but `token` names only one: leave `token` out.")
+        words = {token: next(iter(words.values()))}
+    return [Word(path, word, _word_vectors(model, source, word, parts)) for word, parts in words.items()]
 
 
-def _own(source: TensorSource, word: str) -> Parts:
-    """The words of an embedding's own file; `word` where it names none."""
-    # A LoRA may lie beside them, and the web UI's first files hold the ids that their words had.
+def _own_words(source: TensorSource, word: str) -> Parts:
+    """The words of an embedding's own file; `word` if it does not name one."""
+    # Skip cloneofsimo's LoRA in the same file, and the token ids in old files of the web UI.
     names = [n for n in source.shapes if not re.fullmatch(r"\w+:\d+:(up|down)|string_to_token\..*", n)]
     if any(map(LORA.fullmatch, names)):
         raise WeightsError(
@@ -141,29 +141,29 @@ def _own(source: TensorSource, word: str) -> Parts:
         )
     kinds.refuse(source, "a textual inversion")
     several = sum(name.startswith(WEB_UI) for name in names) > 1
-    found: Parts = {}
+    words: Parts = {}
     for name in names:
-        inner = name.removeprefix(WEB_UI)
-        unnamed = (
-            not name or name in (*ENCODERS, *OUTPUTS, "emb_params") or name.isdigit() or (inner != name and not several)
+        part = name.removeprefix(WEB_UI)
+        is_unnamed = (
+            not name or name in (*ENCODERS, *OUTPUTS, "emb_params") or name.isdigit() or (part != name and not several)
         )
-        found.setdefault(word if unnamed else inner, {})[inner if inner == name else "*"] = name
-    return found
+        words.setdefault(word if is_unnamed else part, {})[part if part == name else "*"] = name
+    return words
 
 
 def bundled(source: TensorSource) -> Parts:
-    """The words that a LoRA's file brings along: `bundle_emb.WORD.` before the names of an embedding's file."""
-    found: Parts = {}
+    """The words bundled in a LoRA's file, with `bundle_emb.WORD.` before the names of an embedding's file."""
+    words: Parts = {}
     for name in source.shapes:
         match = re.fullmatch(r"bundle_emb\.(.+?)\.(string_to_(?:param|token)\..+|\w+)", name)
         if match and not match[2].startswith("string_to_token."):
-            found.setdefault(match[1], {})[match[2]] = name
-    return found
+            words.setdefault(match[1], {})[match[2]] = name
+    return words
 
 
-def _encoded(model: Model, source: TensorSource, word: str, parts: dict[str, str]) -> dict[str, np.ndarray]:
-    """One word's vectors [n, D] for each text encoder that the file has any for."""
-    wanted = encoders(model)
+def _word_vectors(model: Model, source: TensorSource, word: str, parts: dict[str, str]) -> dict[str, np.ndarray]:
+    """One word's vectors [n, D] for each text encoder in the file."""
+    names = encoders(model)
     if outputs := sorted(set(OUTPUTS) & parts.keys()):
         raise WeightsError(
             f"{source.path} has output embeddings for {word!r} ({outputs[0]}), which are not supported: train and save "
@@ -172,24 +172,24 @@ def _encoded(model: Model, source: TensorSource, word: str, parts: dict[str, str
     tensors = {ENCODERS.get(part) or _encoder_of(model, source, name): name for part, name in parts.items()}
     if len(tensors) < len(parts):
         raise WeightsError(f"{source.path} has several embeddings for {word!r} ({', '.join(parts)}): keep one of them.")
-    if not tensors.keys() <= set(wanted):
+    if not tensors.keys() <= set(names):
         raise WeightsError(
-            f"{source.path} has {word!r} for {' and '.join(sorted(tensors))}; this model has {' and '.join(wanted)}: "
+            f"{source.path} has {word!r} for {' and '.join(sorted(tensors))}; this model has {' and '.join(names)}: "
             "it is of another family."
         )
-    return {encoder: _vectors(model, source, encoder, name) for encoder, name in tensors.items()}
+    return {encoder: _read_vectors(model, source, encoder, name) for encoder, name in tensors.items()}
 
 
 def _encoder_of(model: Model, source: TensorSource, name: str) -> str:
-    """The text encoder of vectors without its name: the one of their width, or by the file's name."""
-    wanted = encoders(model)
+    """The text encoder of unnamed vectors, by their width and the file's name."""
+    names = encoders(model)
     width = source.shapes[name][-1:]
-    fitting = [e for e in wanted if [getattr(model, e).config.hidden_size] == list(width)] or wanted
-    second = re.fullmatch(r".*_2(-steps-\d+)?", source.path.stem)
-    return fitting[-1 if second else 0]
+    fitting = [e for e in names if [getattr(model, e).config.hidden_size] == list(width)] or names
+    is_second = re.fullmatch(r".*_2(-steps-\d+)?", source.path.stem)
+    return fitting[-1 if is_second else 0]
 
 
-def _vectors(model: Model, source: TensorSource, encoder: str, name: str) -> np.ndarray:
+def _read_vectors(model: Model, source: TensorSource, encoder: str, name: str) -> np.ndarray:
     shape, width = list(source.shapes[name]), getattr(model, encoder).config.hidden_size
     if len(shape) not in (1, 2) or 0 in shape or shape[-1] != width:
         raise WeightsError(
@@ -200,57 +200,57 @@ def _vectors(model: Model, source: TensorSource, encoder: str, name: str) -> np.
 
 
 def load_textual_inversion(model: Model, params: Params, path: Any, token: str | None = None) -> tuple[Model, Params]:
-    """A model that knows the words of a file.
+    """A model with the words of a file added.
 
     Args:
         path: a file, a folder or a list of them: see `read_textual_inversion`.
-        token: the word to use; needed only to have another one than the file's.
+        token: the word to use instead of the file's own.
 
     Returns:
-        The model with a larger vocabulary, and parameters with larger tables of token embeddings; those given stay
-        as they are.
+        The model with a larger vocabulary, and parameters with larger tables of token embeddings; the arguments are
+        not modified.
 
     Raises:
-        WeightsError: the file does not fit, or a token exists already; nothing has been changed then.
+        WeightsError: the file does not fit, or a token exists already.
     """
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
     return with_words(model, params, read_textual_inversion(model, [(Path(p), token) for p in paths]))
 
 
 def with_words(model: Model, params: Params, words: Sequence[Word]) -> tuple[Model, Params]:
-    """A model that knows these words, as `load_textual_inversion`."""
+    """A model with words added, as by `load_textual_inversion`."""
     for word in words:
-        model, params = _extended(model, params, word.path, word.name, word.vectors)
+        model, params = _with_word(model, params, word.path, word.name, word.vectors)
     return model, params
 
 
 def load_bundled(model: Model, params: Params, path: str | Path) -> tuple[Model, Params]:
-    """The model with the words that a LoRA's file brings along, as `load_textual_inversion`.
+    """The model with the words that are bundled in a LoRA's file, as by `load_textual_inversion`.
 
-    Words that the model knows stay as they are; one that does not fit it is named in a warning.
+    Words that the model knows already are skipped; for words that do not fit it, a warning is logged.
     """
     source = open_tensors(path)
     for word, parts in bundled(source).items():
         if not knows(model, word):
             try:
-                vectors = _encoded(model, source, word, parts)
+                vectors = _word_vectors(model, source, word, parts)
                 if missing := sorted(set(encoders(model)) - vectors.keys()):
                     raise WeightsError(f"{path} has {word!r} for {' and '.join(vectors)} and not for {missing[0]}.")
-                model, params = _extended(model, params, path, word, vectors)
+                model, params = _with_word(model, params, path, word, vectors)
             except WeightsError as e:
                 logging.warning("%s The LoRA is used without this embedding.", e)
     return model, params
 
 
 def knows(model: Model, word: str) -> bool:
-    """Whether the tokenizers have been given a word."""
+    """Whether a word has been added to the tokenizers."""
     return all(getattr(model, TOKENIZERS[encoder]).added_ids(word) for encoder in encoders(model))
 
 
-def _extended(
+def _with_word(
     model: Model, params: Params, path: str | Path, word: str, vectors: dict[str, np.ndarray]
 ) -> tuple[Model, Params]:
-    """`extend` for all text encoders. Raises WeightsError, and has changed nothing then."""
+    """`extend` for all text encoders. Raises WeightsError."""
     params = dict(params)
     for encoder, rows in vectors.items():
         try:
@@ -261,30 +261,33 @@ def _extended(
 
 
 def extend(model: Model, params: Params, encoder: str, word: str, rows: Array) -> tuple[Model, Params]:
-    """One text encoder, its tokenizer and its parameters with one word more, of vectors `rows` [n, D].
+    """The model, and one text encoder's parameters, with a new word of vectors `rows` [n, D].
+
+    Args:
+        params: of the text encoder.
 
     Raises:
         ConfigError: the tokenizer knows the word already.
     """
-    old = getattr(model, TOKENIZERS[encoder])
-    tokenizer = old.with_word(word, len(rows))
+    tokenizer = getattr(model, TOKENIZERS[encoder])
+    extended = tokenizer.with_word(word, len(rows))
     table = params[TABLE]["embedding"]
-    # Some published tables are longer than the vocabulary: the new ids take the spare rows first.
-    size = max(tokenizer.vocab_size, len(table))
+    # Some published tables are longer than the vocabulary: new ids use the spare rows first.
+    size = max(extended.vocab_size, len(table))
     table = jnp.pad(table, ((0, size - len(table)), (0, 0)))
-    table = table.at[old.vocab_size : tokenizer.vocab_size].set(jnp.asarray(rows, table.dtype))
-    # Old files say eos_token_id 2 and mean the highest id of a prompt, which a new token would be.
+    table = table.at[tokenizer.vocab_size : extended.vocab_size].set(jnp.asarray(rows, table.dtype))
+    # In old configs, eos_token_id 2 means the highest id of a prompt, which would now be the new token's.
     config = getattr(model, encoder).config
-    end = tokenizer.eos_id if config.eos_token_id == 2 else config.eos_token_id
-    model = replace_config(model, encoder, vocab_size=size, eos_token_id=end)
-    model = dataclasses.replace(model, **{TOKENIZERS[encoder]: tokenizer})
+    eos_token_id = extended.eos_id if config.eos_token_id == 2 else config.eos_token_id
+    model = replace_config(model, encoder, vocab_size=size, eos_token_id=eos_token_id)
+    model = dataclasses.replace(model, **{TOKENIZERS[encoder]: extended})
     return model, {**params, TABLE: {"embedding": table}}
 
 
 def save_textual_inversion(path: str | Path, model: Model, params: Params, token: str) -> None:
-    """Write the vectors of a token that a model knows as safetensors; whole or not at all.
+    """Write the vectors of a token as a safetensors file, atomically.
 
-    The form is diffusers', {token: [n, D]}; with two text encoders `clip_l` and `clip_g`.
+    The format is diffusers', {token: [n, D]}; with two text encoders `clip_l` and `clip_g`.
 
     Raises:
         WeightsError: the model knows no such token, or the file cannot be written.

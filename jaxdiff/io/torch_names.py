@@ -1,9 +1,9 @@
 """Paths of parameters <-> the names and layouts of PyTorch's tensors.
 
-Modules have the names of diffusers and transformers, so one rule maps every tensor: the parts of the path are joined by
-dots, lists are numbered (`resnets_0` -> `resnets.0`), PART_NAMES holds the parts that span several PyTorch modules, and
-`weight` is what Flax calls kernel, scale or embedding. Layouts differ in two places: convolution kernels are
-[H, W, in, out] here and [out, in, H, W] there, dense kernels [in, out] here and [out, in] there.
+Modules are named as in diffusers and transformers, so one rule maps every tensor: the parts of the path are joined by
+dots, lists are numbered (`resnets_0` -> `resnets.0`), PART_NAMES lists the parts that span several PyTorch modules, and
+Flax's kernel, scale and embedding are PyTorch's `weight`. Two layouts differ: convolution kernels are [H, W, in, out]
+in Flax and [out, in, H, W] in PyTorch, dense kernels [in, out] and [out, in].
 """
 
 from collections.abc import Sequence
@@ -69,15 +69,15 @@ PART_NAMES = {  # our part of a path -> PyTorch's
     "scale": "weight",
     "embedding": "weight",
 }
-OLD_NAMES = {  # names in older files -> today's
+OLD_NAMES = {  # names in older files -> current names
     "query": "to_q",
     "key": "to_k",
     "value": "to_v",
     "proj_attn": "to_out.0",
 }
-# transformers puts these before every name but the projection's, in some versions and not in others.
+# Some versions of transformers add these to every name but the projection's.
 PREFIXES = ("text_model.", "vision_model.", "model.")
-SECOND_NAMES = {"encoder.embed_tokens.weight": "shared.weight"}  # T5's embedding, in files that hold it once
+SECOND_NAMES = {"encoder.embed_tokens.weight": "shared.weight"}  # T5's embedding has two names
 
 
 def tensor_name(path: tuple[str, ...]) -> str:
@@ -94,7 +94,7 @@ def tensor_name(path: tuple[str, ...]) -> str:
 
 
 def current_name(name: str) -> str:
-    """A tensor's name in a file, without the prefixes and old words that only some versions write.
+    """The current name of a tensor in a file, without prefixes and old names that only some versions write.
 
     >>> current_name("text_model.final_layer_norm.bias"), current_name("decoder.mid_block.attentions.0.query.bias")
     ('final_layer_norm.bias', 'decoder.mid_block.attentions.0.to_q.bias')
@@ -112,13 +112,13 @@ def flax_name(keys: tuple[str, ...]) -> str:
     'down_blocks.0.attentions.1.transformer_blocks.0.ff.net.0.proj.weight'
     """
     *parts, last = keys
-    # A number after an underscore counts the members of a list, save in names that end so themselves.
-    dotted = [
+    # A number after an underscore is an index into a list, except in `linear_1` and `linear_2`.
+    numbered = [
         f"{stem}.{n}" if n.isdigit() and stem not in ("", "linear") else part
         for part in parts
         for stem, _, n in [part.rpartition("_")]
     ]
-    return ".".join([*dotted, "weight" if last in ("kernel", "scale", "embedding") else last])
+    return ".".join([*numbered, "weight" if last in ("kernel", "scale", "embedding") else last])
 
 
 def to_torch_layout(keys: tuple[str, ...], x: np.ndarray) -> np.ndarray:

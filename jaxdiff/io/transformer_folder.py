@@ -1,4 +1,4 @@
-"""Folders of the transformer families: the parts that each pipeline has, and what has to fit together."""
+"""Folders of the transformer families: the parts of each pipeline, and checks that they fit together."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from jaxdiff.models.text_encoding import FLUX2_LAYERS
 from jaxdiff.text.plain_tokenizer import PlainTokenizer
 
 INDEX = "model_index.json"
-# Of each family with a transformer: the guidance scale of its pipeline, and the configs of its text encoders.
+# By family with a transformer: the default guidance scale of its pipeline, and the configs of its text encoders.
 GUIDANCE = {"": PipelineOptions.guidance_scale, "flux": 3.5, "sd3": 7.0, "z_image": 5.0, "flux2": 4.0}
 ENCODERS: dict[str, dict[str, type[Config]]] = {
     "flux": {"text_encoder": CLIPTextConfig, "text_encoder_2": T5Config},
@@ -29,7 +29,7 @@ PIPELINES = {
 
 
 def check_encoders(folder: Path, configs: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a transformer lacks a text encoder or has another one; SD 3 can do without T5."""
+    """Raise ConfigError if a transformer's text encoder is missing or of another class; T5 is optional in SD 3."""
     family = FAMILIES[type(configs["transformer"])]
     for name, cls in ENCODERS[family].items():
         if configs[name] is None and name != "text_encoder_3":
@@ -40,16 +40,16 @@ def check_encoders(folder: Path, configs: Mapping[str, Any]) -> None:
                 f"{folder / name / CONFIG} is not of a {cls.CLASS_NAME}, which {PIPELINES[family]} needs: put the one "
                 "of the published model there."
             )
-    for name, read, made in text_widths(family, configs):
-        if read != made:
+    for name, expected, actual in text_widths(family, configs):
+        if expected != actual:
             raise ConfigError(
-                f"{folder} has a transformer that reads texts of {name} {read} and text encoders that make {made}: "
-                "they are of different models, fetch the whole model again."
+                f"{folder} has a transformer that reads texts of {name} {expected} and text encoders that make "
+                f"{actual}: they are of different models, fetch the whole model again."
             )
 
 
 def text_widths(family: str, configs: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """Of a transformer's config what it reads of the texts, and what its text encoders make."""
+    """Names of a transformer's text widths, the widths in its config, and those of its text encoders."""
     c, (first, second, third) = configs["transformer"], (configs[f"text_encoder{end}"] for end in ("", "_2", "_3"))
     if family == "flux":
         return [

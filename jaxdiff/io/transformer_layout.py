@@ -1,8 +1,8 @@
-"""The transformers' original layouts: what their authors, ComfyUI and kohya's scripts call the tensors.
+"""The transformers' original layouts, which their authors, ComfyUI and kohya's scripts use.
 
-There several of our layers are one: queries, keys and values, and in FLUX.1's single blocks the feed-forward's first
-layer as well. A table says what each of their layers holds, `#` being a block's number; what no table names is called
-alike. The last modulation is shift, scale there, and scale, shift in diffusers' files.
+They fuse several of our layers: queries, keys and values, and in FLUX.1's single blocks also the feed-forward's first
+layer. A table maps each of their layers to ours, with `#` for a block's number; names in no table are the same in both.
+The last modulation is (shift, scale) in the original layout and (scale, shift) in diffusers' files.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from jaxdiff.io.torch_names import tensor_name, torch_shape
 from jaxdiff.models.model import FAMILIES
 from jaxdiff.typing import Params
 
-Table = Mapping[str, tuple[str, ...]]  # their layer -> ours, one behind the other
+Table = Mapping[str, tuple[str, ...]]  # their layer -> ours, in the order of their rows
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
-SCALES = (".scale", ".weight")  # how their files end the names of norms
+SCALES = (".scale", ".weight")  # suffixes of norms' weights in their files
 
 
 def _qkv(theirs: str, ours: str, names: tuple[str, ...] = ("to_q", "to_k", "to_v")) -> Table:
@@ -29,7 +29,7 @@ def _qkv(theirs: str, ours: str, names: tuple[str, ...] = ("to_q", "to_k", "to_v
 
 
 def _flux_block(old: str, new: str, kind: str, context: str, added: tuple[str, ...]) -> Table:
-    """One half of a double block, of the image or of the text."""
+    """The image or text half of a double block."""
     q, k, out = ("norm_q", "norm_k", "to_out.0") if kind == "img" else ("norm_added_q", "norm_added_k", "to_add_out")
     return {
         **_qkv(f"{old}.{kind}_attn.qkv", f"{new}.attn", added),
@@ -131,46 +131,46 @@ TABLES: dict[str, Table] = {
 
 
 class Piece(NamedTuple):
-    """Where one of our layers is in theirs."""
+    """Where one of our layers is stored in theirs."""
 
     name: str  # of their layer
-    start: int  # its first row there
-    whole: bool  # whether it is all of it
-    swapped: bool  # whether its halves change places
+    start: int  # first row in their layer
+    whole: bool  # whether it is the whole layer
+    swapped: bool  # whether its halves are swapped
 
 
 def pieces(family: str, rows: Mapping[str, int]) -> dict[str, Piece]:
-    """Where each of our layers is.
+    """Where each of our layers is stored.
 
     Args:
         family: a key of `TABLES`.
-        rows: of each of our layers, by its PyTorch name without `.weight`: the outputs of its weight.
+        rows: the number of outputs of each of our layers, by its PyTorch name without `.weight`.
     """
-    where = {ours: (theirs, group) for theirs, group in TABLES[family].items() for ours in group}
+    locations = {ours: (theirs, group) for theirs, group in TABLES[family].items() for ours in group}
     width = rows.get("context_embedder", 0)
-    found = {}
+    located = {}
     for name in rows:
         number = re.search(r"\.(\d+)\.", name)
-        general = name if number is None else f"{name[: number.start(1)]}#{name[number.end(1) :]}"
-        if general not in where:
-            general, number = name, None
-        theirs, group = where.get(general, (name, (general,)))
+        template = name if number is None else f"{name[: number.start(1)]}#{name[number.end(1) :]}"
+        if template not in locations:
+            template, number = name, None
+        theirs, group = locations.get(template, (name, (template,)))
 
-        def called(text: str, number=number) -> str:
+        def numbered(text: str, number=number) -> str:
             return text if number is None else text.replace("#", number[1])
 
-        own = [called(ours) for ours in group if called(ours) in rows]
-        start = sum(rows[ours] for ours in own[: own.index(name)])
-        last = name.endswith("norm1_context.linear") and rows[name] == 2 * width
-        swapped = name == "norm_out.linear" or (family == "sd3" and last)
-        found[name] = Piece(called(theirs), start, len(own) == 1, swapped)
-    return found
+        members = [numbered(ours) for ours in group if numbered(ours) in rows]
+        start = sum(rows[ours] for ours in members[: members.index(name)])
+        is_last_context = name.endswith("norm1_context.linear") and rows[name] == 2 * width
+        swapped = name == "norm_out.linear" or (family == "sd3" and is_last_context)
+        located[name] = Piece(numbered(theirs), start, len(members) == 1, swapped)
+    return located
 
 
-def rows_of_theirs(found: Mapping[str, Piece], rows: Mapping[str, int]) -> dict[str, int]:
-    """The outputs of each of their layers: those of ours that it holds, together."""
+def total_rows(located: Mapping[str, Piece], rows: Mapping[str, int]) -> dict[str, int]:
+    """The number of outputs of each of their layers, the sum of ours that it holds."""
     sums: dict[str, int] = {}
-    for ours, piece in found.items():
+    for ours, piece in located.items():
         sums[piece.name] = max(sums.get(piece.name, 0), piece.start + rows[ours])
     return sums
 
@@ -180,44 +180,42 @@ def swap_halves(x: np.ndarray) -> np.ndarray:
     return np.concatenate([second, first])
 
 
-def _own_names(source: TensorSource) -> dict[str, str]:
-    """The names of a transformer's tensors without the prefix that stands before them -> those in the file."""
+def _file_names(source: TensorSource) -> dict[str, str]:
+    """The names of a transformer's tensors without the file's prefix -> the names in the file."""
     prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in source.shapes)), "")
     return {name.removeprefix(prefix): name for name in source.shapes if name.startswith(prefix)}
 
 
 def as_diffusers(source: TensorSource, family: str, shapes: Mapping[str, tuple[int, ...]]) -> TensorSource:
-    """A transformer's file in diffusers' names and pieces; one that has them already as it is.
-
-    What lies beside the transformer in a whole checkpoint is passed over.
+    """A transformer's file of either layout in diffusers' names and shapes, without the rest of a whole checkpoint.
 
     Args:
-        shapes: of our tensors, by their PyTorch names.
+        shapes: of our tensors, by PyTorch name.
     """
-    there = _own_names(source)
+    file_names = _file_names(source)
     layers = {name.rpartition(".")[0] if "." in name else name: shape for name, shape in shapes.items()}
     rows = {layer: shape[0] for layer, shape in layers.items() if layer}
-    places: dict[str, tuple[str, Piece, int]] = {}  # our tensor -> theirs, and its place there
-    found, read_shapes = pieces(family, rows), dict[str, list[int]]()
-    sums = rows_of_theirs(found, rows)
+    places: dict[str, tuple[str, Piece, int]] = {}  # our tensor -> theirs, its piece, its number of rows
+    located, read_shapes = pieces(family, rows), dict[str, list[int]]()
+    sums = total_rows(located, rows)
     for name, shape in shapes.items():
-        layer, dot, last = name.rpartition(".")
-        piece = found.get(layer or name, Piece(name, 0, True, False))
+        layer, dot, ending = name.rpartition(".")
+        piece = located.get(layer or name, Piece(name, 0, True, False))
         if name == "pos_embed.pos_embed":
-            piece, last, dot = Piece("pos_embed", 0, True, False), "", ""
-        names = [f"{piece.name}{dot}{last}", *(piece.name + end for end in SCALES if last == "weight")]
-        theirs = next((n for n in (name, *names) if n in there), None)
+            piece, ending, dot = Piece("pos_embed", 0, True, False), "", ""
+        names = [f"{piece.name}{dot}{ending}", *(piece.name + end for end in SCALES if ending == "weight")]
+        theirs = next((n for n in (name, *names) if n in file_names), None)
         if theirs is None:
             continue
         if theirs == name:
             piece = Piece(name, 0, True, False)
-        places[name] = there[theirs], piece, shape[0] if shape else 1
-        whole = source.shapes[there[theirs]]
-        divides = not piece.whole and whole[0] == sums[piece.name]  # else the reader says that it does not fit
-        read_shapes[name] = [shape[0], *whole[1:]] if divides else list(whole)
+        places[name] = file_names[theirs], piece, shape[0] if shape else 1
+        file_shape = source.shapes[file_names[theirs]]
+        is_divided = not piece.whole and file_shape[0] == sums[piece.name]  # else the reader reports the wrong shape
+        read_shapes[name] = [shape[0], *file_shape[1:]] if is_divided else list(file_shape)
     used = {theirs for theirs, _, _ in places.values()}
-    # What has no place is said by the reader; "norm_final" is of another version of Z-Image.
-    strays = {n: name for n, name in there.items() if name not in used and n != "norm_final.weight"}
+    # The reader reports unknown tensors; "norm_final" is of another version of Z-Image.
+    strays = {n: name for n, name in file_names.items() if name not in used and n != "norm_final.weight"}
 
     def read(name: str) -> np.ndarray:
         if name in strays:
@@ -227,34 +225,34 @@ def as_diffusers(source: TensorSource, family: str, shapes: Mapping[str, tuple[i
         x = x if piece.whole else x[piece.start : piece.start + count]
         return swap_halves(x) if piece.swapped else x
 
-    rest = {n: source.shapes[name] for n, name in strays.items()}
-    return dataclasses.replace(source, shapes={**read_shapes, **rest}, read=read)
+    stray_shapes = {n: source.shapes[name] for n, name in strays.items()}
+    return dataclasses.replace(source, shapes={**read_shapes, **stray_shapes}, read=read)
 
 
-COUNTS = {  # what of a config a file says: the blocks' names in either layout
+COUNTS = {  # config field -> pattern of the numbered blocks' names in either layout
     "num_layers": r"(?:double_blocks|joint_blocks|transformer_blocks)\.(\d+)\.",
     "num_single_layers": r"(?:single_blocks|single_transformer_blocks)\.(\d+)\.",
     "n_layers": r"layers\.(\d+)\.",
     "n_refiner_layers": r"(?:noise_refiner)\.(\d+)\.",
 }
-ONES = {  # a layer that only files of a family have, in either layout
+MARKERS = {  # a layer that only this family has, in either layout
     "flux": r"(double_blocks|transformer_blocks)\.0\.(img_mod\.lin|norm1\.linear)\.",
     "flux2": r"double_stream_modulation_img\.",
     "sd3": r"(joint_blocks\.0\.|pos_embed\.proj\.)",
     "z_image": r"cap_embedder\.",
 }
-# Of files whose numbers mean something with scales alone that lie beside them: ComfyUI's, bitsandbytes'.
+# Files whose numbers need scales stored beside them: ComfyUI's, bitsandbytes'.
 QUANTISED = r"\.(scale_weight|weight_scale|scale_input|input_scale|comfy_quant|absmax|quant_map)$|^(.*\.)?scaled_fp8$"
 GUIDED = ("guidance_in.", "time_text_embed.guidance_embedder.")
 
 
 def family_of(names: list[str]) -> str | None:
-    """Whose transformer a file holds."""
-    return next((f for f in ("sd3", "flux2", "z_image", "flux") if any(re.match(ONES[f], n) for n in names)), None)
+    """The family of a file's transformer, or None."""
+    return next((f for f in ("sd3", "flux2", "z_image", "flux") if any(re.match(MARKERS[f], n) for n in names)), None)
 
 
 def described_transformer(source: TensorSource, config: Any) -> Any:
-    """The config of a transformer's file: `config`, of the same family, with the number of blocks in the file.
+    """The config of a transformer's file: `config`, of the same family, with the file's number of blocks.
 
     Raises:
         WeightsError: the file holds no transformer of this family, or an unsupported one.
@@ -264,11 +262,13 @@ def described_transformer(source: TensorSource, config: Any) -> Any:
             f"{source.path} is quantised with scales of its own ({scale}), which are not read: give a file in "
             "bfloat16, fp8 or GGUF."
         )
-    names = list(_own_names(source))
-    wanted, found = FAMILIES[type(config)], family_of(names)
-    if found != wanted:
-        what = f"a transformer of {found}" if found else "no transformer that is known here"
-        raise WeightsError(f"{source.path} holds {what}, and the folder's is of {wanted}: give one of the same family.")
+    names = list(_file_names(source))
+    expected, family = FAMILIES[type(config)], family_of(names)
+    if family != expected:
+        content = f"a transformer of {family}" if family else "no transformer that is known here"
+        raise WeightsError(
+            f"{source.path} holds {content}, and the folder's is of {expected}: give one of the same family."
+        )
     changes: dict[str, Any] = {}
     for field, pattern in COUNTS.items():
         numbers = [int(match[1]) for name in names if (match := re.match(pattern, name))]

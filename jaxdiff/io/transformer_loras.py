@@ -1,7 +1,7 @@
-"""LoRAs of transformers in the original layout: what they change in one of their layers, in each of ours.
+"""LoRAs of transformers in the original layout, whose fused layers are several of ours.
 
-A LoRA of queries, keys and values together has one `down` for all three, and an `up` whose rows are divided among them.
-So has a LoHa; the rows of a LoKr's Kronecker product are no part's.
+A LoRA of fused queries, keys and values has one `down` for all three, and an `up` whose rows are split among them, as
+does a LoHa. The Kronecker product of a LoKr cannot be split by rows.
 """
 
 import dataclasses
@@ -14,19 +14,12 @@ from jaxdiff.io import lycoris
 from jaxdiff.io.lora_layers import Layer
 from jaxdiff.io.lora_names import LORA
 from jaxdiff.io.tensor_files import TensorSource
-from jaxdiff.io.transformer_layout import Piece, pieces, rows_of_theirs, swap_halves
+from jaxdiff.io.transformer_layout import Piece, pieces, swap_halves, total_rows
 
 PREFIXES = ("", "diffusion_model.", "transformer.", "model.diffusion_model.", "base_model.model.", "unet.")
 UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 MODULE = "transformer"
-BY_OUTPUT = (
-    "up",
-    "up_bias",
-    "bias",
-    "diff",
-    "hada_w1_a",
-    "hada_w2_a",
-)  # tensors whose rows are those of the layer's weight
+BY_OUTPUT = ("up", "up_bias", "bias", "diff", "hada_w1_a", "hada_w2_a")  # with one row for each output of the layer
 
 
 def _outputs(layers: Iterable[Layer]) -> dict[str, int]:
@@ -34,34 +27,34 @@ def _outputs(layers: Iterable[Layer]) -> dict[str, int]:
     return {x.name.removeprefix(f"{MODULE}."): x.shape[-1] for x in layers if x.module == MODULE}
 
 
-def in_our_layers(source: TensorSource, family: str, layers: Iterable[Layer]) -> TensorSource:
-    """The file with a tensor for each of our layers where it has one for several; other tensors as they are.
+def split_fused_layers(source: TensorSource, family: str, layers: Iterable[Layer]) -> TensorSource:
+    """The file with the tensors of fused layers split into those of ours; other tensors are unchanged.
 
     Args:
         family: of the model, see `Model.family`.
-        layers: the model's, those of its transformer among them.
+        layers: of the model, including its transformer's.
 
     Raises:
-        WeightsError: a layer of theirs has other outputs than ours together.
+        WeightsError: a fused layer's outputs do not add up to those of our layers.
     """
     rows = _outputs(layers)
-    changed: dict[str, list[tuple[str, Piece]]] = {}  # their layer -> ours
-    found = pieces(family, rows)
-    sums = rows_of_theirs(found, rows)
-    for ours, piece in found.items():
+    members: dict[str, list[tuple[str, Piece]]] = {}  # their layer -> ours
+    located = pieces(family, rows)
+    sums = total_rows(located, rows)
+    for ours, piece in located.items():
         if piece.name != ours:
-            changed.setdefault(piece.name, []).append((ours, piece))
-    spelled = {prefix + theirs: theirs for theirs in changed for prefix in PREFIXES}
-    spelled |= {prefix + theirs.replace(".", "_"): theirs for theirs in changed for prefix in UNDERSCORED}
+            members.setdefault(piece.name, []).append((ours, piece))
+    spellings = {prefix + theirs: theirs for theirs in members for prefix in PREFIXES}
+    spellings |= {prefix + theirs.replace(".", "_"): theirs for theirs in members for prefix in UNDERSCORED}
     shapes: dict[str, list[int]] = {}
     places: dict[str, tuple[str, Piece, int | None]] = {}
     for name, shape in source.shapes.items():
         match = LORA.fullmatch(name)
-        if match is None or match[1] not in spelled:
+        if match is None or match[1] not in spellings:
             shapes[name] = shape
             continue
         role, ending = match.lastgroup, name.removeprefix(match[1])
-        for ours, piece in changed[spelled[match[1]]]:
+        for ours, piece in members[spellings[match[1]]]:
             if str(role).startswith("lokr") or role in lycoris.NEEDED:
                 (kind,) = lycoris.kinds({str(role)})
                 article = "an" if kind[0] in "O(" else "a"
@@ -92,36 +85,38 @@ def in_our_layers(source: TensorSource, family: str, layers: Iterable[Layer]) ->
     return dataclasses.replace(source, shapes=shapes, read=read)
 
 
-def in_their_layers(
+def fuse_layers(
     factors: Mapping[str, tuple[np.ndarray, np.ndarray, float]], family: str, layers: Iterable[Layer]
 ) -> dict[str, np.ndarray]:
-    """A transformer's LoRA as kohya's scripts write it: their layers, each of the ranks of ours together.
+    """A transformer's LoRA as kohya's scripts write it, with fused layers whose rank is the sum of ours.
 
     Args:
         factors: by our layer's name with its module: down [rank, in], up [out, rank], and alpha.
-        family, layers: as of `in_our_layers`.
+        family, layers: as for `split_fused_layers`.
 
     Returns:
-        The tensors by name; alpha is the rank, and up holds what remains of ours.
+        The tensors by name; alpha is the rank, and our alpha / rank is multiplied into up.
     """
     rows = _outputs(layers)
     members: dict[str, list[tuple[str, Piece]]] = {}
     for ours, piece in pieces(family, rows).items():
         members.setdefault(piece.name, []).append((ours, piece))
-    found: dict[str, np.ndarray] = {}
+    tensors: dict[str, np.ndarray] = {}
     for theirs, group in members.items():
-        own = [(ours, piece, factors[name]) for ours, piece in group if (name := f"{MODULE}.{ours}") in factors]
-        if not own:
+        changed = [(ours, piece, factors[name]) for ours, piece in group if (name := f"{MODULE}.{ours}") in factors]
+        if not changed:
             continue
-        down = np.concatenate([down for _, _, (down, _, _) in own])
+        down = np.concatenate([down for _, _, (down, _, _) in changed])
         up = np.zeros((sum(rows[ours] for ours, _ in group), len(down)), down.dtype)
-        first = 0
-        for ours, piece, (_, part, alpha) in own:
-            rank = part.shape[1]
-            part = swap_halves(part) if piece.swapped else part
-            up[piece.start : piece.start + rows[ours], first : first + rank] = part * np.float32(alpha / rank)
-            first += rank
+        rank_offset = 0
+        for ours, piece, (_, up_part, alpha) in changed:
+            rank = up_part.shape[1]
+            up_part = swap_halves(up_part) if piece.swapped else up_part
+            up[piece.start : piece.start + rows[ours], rank_offset : rank_offset + rank] = up_part * np.float32(
+                alpha / rank
+            )
+            rank_offset += rank
         stem = f"lora_unet_{theirs.replace('.', '_')}"
-        found |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
-        found[f"{stem}.alpha"] = np.asarray(first, np.float32)
-    return found
+        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        tensors[f"{stem}.alpha"] = np.asarray(rank_offset, np.float32)
+    return tensors

@@ -88,8 +88,8 @@ def _bounded(
         return fused(q, k, v, bias)
     size = math.ceil(n / 2 ** math.ceil(math.log2(chunks)))  # images' sides are divided by powers of 2
     rows = jnp.pad(q, ((0, 0), (0, -n % size), (0, 0), (0, 0))).reshape(b, -1, size, h, d)
-    one_chunk = jax.checkpoint(lambda chunk: fused(chunk, k, v, bias), prevent_cse=False)  # not needed in a loop
-    out = jax.lax.map(one_chunk, rows.swapaxes(0, 1))  # [chunks, B, size, H, d]
+    attend_chunk = jax.checkpoint(lambda chunk: fused(chunk, k, v, bias), prevent_cse=False)  # not needed in a loop
+    out = jax.lax.map(attend_chunk, rows.swapaxes(0, 1))  # [chunks, B, size, H, d]
     return out.swapaxes(0, 1).reshape(b, -1, h, d)[:, :n]
 
 
@@ -103,8 +103,8 @@ def _float16(q: Array, k: Array, v: Array, bias: Array | None, causal: bool) -> 
     """`_fused` for float16: only on GPUs does XLA accumulate float16 products in float32; elsewhere inputs are cast."""
     fused = functools.partial(_fused, causal=causal)
 
-    def widened(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    def in_float32(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         return fused(q, k, v, bias).astype(jnp.float16)
 
-    return jax.lax.platform_dependent(q, k, v, bias, cuda=fused, rocm=fused, default=widened)
+    return jax.lax.platform_dependent(q, k, v, bias, cuda=fused, rocm=fused, default=in_float32)

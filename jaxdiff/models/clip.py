@@ -16,9 +16,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class TextOutput(NamedTuple):
-    last_hidden_state: Array  # [B, L, D], after the final norm; of an earlier layer where `clip_skip` says so
+    last_hidden_state: Array  # [B, L, D], after the final norm; of an earlier layer with `clip_skip`
     pooled: Array  # [B, D], the last layer's normed state at the end-of-text token
-    projected: Array | None  # [B, P], `pooled` through text_projection where the model has one
+    projected: Array | None  # [B, P], `pooled` through text_projection if the model has one
     hidden_states: tuple[Array, ...]  # layers + 1 of [B, L, D], before the final norm; [0] is the embedding
 
 
@@ -42,7 +42,7 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    """The layers one after the other; returns the input and every layer's output."""
+    """The stack of layers; returns the input and every layer's output."""
 
     config: CLIPTextConfig | CLIPVisionConfig
     causal: bool
@@ -85,7 +85,7 @@ class CLIPTextModel(nn.Module):
         states = CLIPEncoder(c, True, self.remat, dtype, name="encoder")(x)
         norm = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=dtype, name="final_layer_norm")
         last = norm(states[-1])
-        # Old files say eos_token_id 2, which no tokenizer makes; the end is then the highest id of the row.
+        # In old configs eos_token_id is 2, which no tokenizer produces; the end is then the highest id of the row.
         ends = tokens if c.eos_token_id == 2 else tokens == c.eos_token_id
         pooled = last[jnp.arange(len(tokens)), jnp.argmax(ends, -1)]
         projected = None

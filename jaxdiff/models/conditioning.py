@@ -1,4 +1,4 @@
-"""The conditioning of the denoising network: hidden states of the text encoders, chunk by chunk."""
+"""The conditioning of the denoising network: hidden states of the text encoders, computed in chunks."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ class Conditioning(NamedTuple):
     embeddings: Array  # [B, L, D]
     pooled: Array | None = None  # [B, P], SDXL
     time_ids: Array | None = None  # [B, 6], SDXL: original height and width, crop top and left, target height and width
-    attention_mask: Array | None = None  # [B, L] in [0, 1], how much each token counts; None: all in full
+    attention_mask: Array | None = None  # [B, L] in [0, 1], the weight of each token; None: all ones
 
 
 def encode_chunks(

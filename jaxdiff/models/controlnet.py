@@ -93,8 +93,8 @@ class ControlNet(UNetEncoder):
 def combine(residuals: Sequence[Residuals], scales: Sequence[Array | float]) -> Residuals:
     """The sum of the residuals of several ControlNets, each multiplied by its scale, scalar or [B]."""
     scaled = [
-        jax.tree.map(lambda r, s=scale: r * jnp.reshape(s, (-1, 1, 1, 1)).astype(r.dtype), one)
-        for one, scale in zip(residuals, scales, strict=True)
+        jax.tree.map(lambda r, s=scale: r * jnp.reshape(s, (-1, 1, 1, 1)).astype(r.dtype), residual)
+        for residual, scale in zip(residuals, scales, strict=True)
     ]
     return jax.tree.map(lambda *parts: sum(parts), *scaled)
 
@@ -130,8 +130,8 @@ def from_unet(unet: UNet2DConditionModel, params: Params, key: Key, factor: int 
         key: for the fresh parameters.
         factor: pixels per latent along one side, a power of 2: the autoencoder's.
     """
-    usual = ControlNetConfig().conditioning_embedding_out_channels
-    widths = tuple(usual[min(i, len(usual) - 1)] for i in range(factor.bit_length()))
+    default_widths = ControlNetConfig().conditioning_embedding_out_channels
+    widths = tuple(default_widths[min(i, len(default_widths) - 1)] for i in range(factor.bit_length()))
     values = {**dataclasses.asdict(unet.config), "conditioning_embedding_out_channels": widths}
     config = ControlNetConfig.from_dict(values)
     controlnet = ControlNet(config, unet.remat, unet.dtype)

@@ -12,21 +12,21 @@ CHUNK_POSITIONS = 8192  # of the output at a time, so that Winograd's products o
 CHUNK_QUERIES = 512
 
 
-def padded(x: jax.Array) -> jax.Array:
+def pad_border(x: jax.Array) -> jax.Array:
     """A border of one zero: [B, H, W, C] -> [B, H + 2, W + 2, C]."""
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
-def gathered(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """A 3x3 convolution as one product, of each position's nine neighbours side by side.
+def im2col_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A 3x3 convolution as one matrix product over each position's nine neighbours.
 
     x [B, H, W, C], kernel [3, 3, C, features] -> [B, H / stride, W / stride, features].
     """
     _, h, w, c = x.shape
-    x = padded(x)
+    x = pad_border(x)
     neighbours = [x[:, i : i + h : stride, j : j + w : stride] for i in range(3) for j in range(3)]
-    sides = jnp.concatenate(neighbours, -1)
-    return (sides.reshape(-1, 9 * c) @ kernel.reshape(9 * c, -1)).reshape(*sides.shape[:3], -1)
+    patches = jnp.concatenate(neighbours, -1)
+    return (patches.reshape(-1, 9 * c) @ kernel.reshape(9 * c, -1)).reshape(*patches.shape[:3], -1)
 
 
 def winograd(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -36,17 +36,17 @@ def winograd(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """
     b, h, w, _ = x.shape
     kernels = [kernel_transform(row, 0) for row in kernel_transform(kernel, 0)]
-    x = padded(x)
+    x = pad_border(x)
     pairs = h // 2
-    fit = max(1, CHUNK_POSITIONS // (2 * b * w))
-    rows = 2 * max(n for n in range(1, pairs + 1) if pairs % n == 0 and n <= fit)
+    max_pairs = max(1, CHUNK_POSITIONS // (2 * b * w))
+    rows = 2 * max(n for n in range(1, pairs + 1) if pairs % n == 0 and n <= max_pairs)
 
-    def some_rows(start):
+    def tiles_from(start):
         return winograd_tiles(jax.lax.dynamic_slice_in_dim(x, start, rows + 2, 1), kernels)
 
     if rows == h:
         return winograd_tiles(x, kernels)
-    return jnp.moveaxis(jax.lax.map(some_rows, jnp.arange(0, h, rows)), 0, 1).reshape(b, h, w, -1)
+    return jnp.moveaxis(jax.lax.map(tiles_from, jnp.arange(0, h, rows)), 0, 1).reshape(b, h, w, -1)
 
 
 def winograd_tiles(x: jax.Array, kernels: list[list[jax.Array]]) -> jax.Array:
@@ -60,7 +60,7 @@ def winograd_tiles(x: jax.Array, kernels: list[list[jax.Array]]) -> jax.Array:
 
 
 def input_transform(x: jax.Array, axis: int) -> list[jax.Array]:
-    """Lavin and Gray's matrix B^T along one axis, on four neighbours from every second one."""
+    """Lavin and Gray's matrix B^T along one axis, on four neighbours with stride 2."""
     span = x.shape[axis] - 3
     a, b, c, d = (jax.lax.slice_in_dim(x, i, i + span, 2, axis) for i in range(4))
     return [a - c, b + c, c - b, b - d]
@@ -92,7 +92,7 @@ def chunked_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array
     biases = None if bias is None else bias.repeat(h, 0)
 
     @jax.checkpoint
-    def one_chunk(chunk, key, value, bias):
+    def attend_chunk(chunk, key, value, bias):
         scores = jnp.matmul(chunk, key.T, preferred_element_type=jnp.float32)
         scores = scores if bias is None else scores + bias
         # Unnormalised weights, divided after the product: d columns to divide instead of M.
@@ -100,9 +100,9 @@ def chunked_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array
         out = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return (out / weights.sum(-1, keepdims=True)).astype(value.dtype)
 
-    def one_head(head):
+    def attend_head(head):
         chunks, *shared = head
-        return jax.lax.map(lambda chunk: one_chunk(chunk, *shared), chunks)
+        return jax.lax.map(lambda chunk: attend_chunk(chunk, *shared), chunks)
 
-    out = jax.lax.map(one_head, (rows, keys, values, biases))  # [B*H, N/CHUNK_QUERIES, CHUNK_QUERIES, d]
+    out = jax.lax.map(attend_head, (rows, keys, values, biases))  # [B*H, N/CHUNK_QUERIES, CHUNK_QUERIES, d]
     return out.reshape(b, h, -1, d)[:, :, :n].transpose(0, 2, 1, 3)

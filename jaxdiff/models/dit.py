@@ -1,4 +1,4 @@
-"""What the transformer families share: patches, rotary positions, modulation, and attention over text and image.
+"""Shared by the transformer families: patches, rotary positions, modulation, and attention over text and image.
 
 Modules are named as in diffusers, so that `jaxdiff.io.torch_names` maps their parameters. A transformer of any family
 takes latents x [B, h, w, C] and times t [B] in training steps, 0 to 1000, and returns the flow's velocity [B, h, w, C].
@@ -76,7 +76,7 @@ def rope(positions: Any, widths: Sequence[int], theta: float, length: int) -> Ro
 
 
 def rotate(x: Array, angles: Rope) -> Array:
-    """Heads [B, N, H, d] turned by the angles of their positions, in pairs of neighbouring features."""
+    """Heads [B, N, H, d] rotated by the angles of their positions, in pairs of adjacent features."""
     cos, sin = angles.cos[..., None, :], angles.sin[..., None, :]
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
@@ -99,7 +99,7 @@ def layer_norm(x: Array) -> Array:
     return ((wide - mean) * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
 
 
-def modulated(x: Array, shift: Array, scale: Array) -> Array:
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
     """Normed tokens [B, N, D] scaled and shifted by vectors [B, 1, D]."""
     return layer_norm(x) * (1 + scale) + shift
 
@@ -145,14 +145,14 @@ class VectorEmbedding(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Attention of image tokens over themselves, or of text and image over both (Esser et al. 2024, figure 2)."""
+    """Self-attention of image tokens, or joint attention of text and image (Esser et al. 2024, figure 2)."""
 
     heads: int
     width: int  # of all heads
     qk_norm: bool = True  # RMS norms of queries and keys, by head
     bias: bool = True
-    project: bool = True  # whether the image's result goes through an output projection
-    answer_text: bool = True  # whether there is a result for the text
+    project: bool = True  # whether the image's output is projected
+    text_output: bool = True  # whether there is an output for the text
     eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
 
@@ -181,13 +181,13 @@ class JointAttention(nn.Module):
             both = zip(projected(text, names, ("norm_added_q", "norm_added_k")), (q, k, v), strict=True)
             q, k, v = (jnp.concatenate(pair, 1) for pair in both)
         out = attend(q, k, v, angles, score_bias)
-        answer, out = (None, out) if text is None else (out[:, : text.shape[1]], out[:, text.shape[1] :])
+        text_out, out = (None, out) if text is None else (out[:, : text.shape[1]], out[:, text.shape[1] :])
         out = dense(x.shape[-1], "to_out_0")(out) if self.project else out
-        return out, dense(x.shape[-1], "to_add_out")(answer) if answer is not None and self.answer_text else None
+        return out, dense(x.shape[-1], "to_add_out")(text_out) if text_out is not None and self.text_output else None
 
 
 def attend(q: Array, k: Array, v: Array, angles: Rope | None = None, score_bias: Array | None = None) -> Array:
-    """Attention of heads [B, N, H, d], turned by their positions: [B, N, H d]."""
+    """Attention of heads [B, N, H, d] with rotary positions: [B, N, H d]."""
     if angles is not None:
         q, k = rotate(q, angles), rotate(k, angles)
     heads = q.shape[2]
@@ -196,7 +196,7 @@ def attend(q: Array, k: Array, v: Array, angles: Rope | None = None, score_bias:
 
 
 class MLP(nn.Module):
-    """Two dense layers, four times as wide between them, with GELU by tanh."""
+    """Two dense layers with four times the width between them and the tanh approximation of GELU."""
 
     dtype: jnp.dtype = jnp.float32
 

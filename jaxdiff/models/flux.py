@@ -14,7 +14,7 @@ from jaxdiff.models.dit import (
     VectorEmbedding,
     fold,
     grid_positions,
-    modulated,
+    modulate,
     rope,
     unfold,
 )
@@ -25,7 +25,7 @@ THETA = 10_000
 
 
 class DoubleBlock(nn.Module):
-    """Text and image with parameters of their own, and one attention over both."""
+    """Text and image with separate parameters and joint attention."""
 
     heads: int
     dtype: jnp.dtype = jnp.float32
@@ -34,17 +34,15 @@ class DoubleBlock(nn.Module):
     def __call__(self, x: Array, text: Array, vector: Array, angles: Rope) -> tuple[Array, Array]:
         """x [B, N, D], text [B, L, D], vector [B, D] -> x and text."""
         width, dtype = x.shape[-1], self.dtype
-        shift, scale, gate, *of_mlp = Modulation(6, width, dtype=dtype, name="norm1")(vector)
-        text_shift, text_scale, text_gate, *of_text_mlp = Modulation(6, width, dtype=dtype, name="norm1_context")(
-            vector
+        shift, scale, gate, *mlp = Modulation(6, width, dtype=dtype, name="norm1")(vector)
+        text_shift, text_scale, text_gate, *text_mlp = Modulation(6, width, dtype=dtype, name="norm1_context")(vector)
+        attended, text_attended = JointAttention(self.heads, width, dtype=dtype, name="attn")(
+            modulate(x, shift, scale), modulate(text, text_shift, text_scale), angles
         )
-        attended, answer = JointAttention(self.heads, width, dtype=dtype, name="attn")(
-            modulated(x, shift, scale), modulated(text, text_shift, text_scale), angles
-        )
-        assert answer is not None
-        x, text = x + gate * attended, text + text_gate * answer
-        x = x + of_mlp[2] * MLP(dtype, name="ff")(modulated(x, *of_mlp[:2]))
-        return x, text + of_text_mlp[2] * MLP(dtype, name="ff_context")(modulated(text, *of_text_mlp[:2]))
+        assert text_attended is not None
+        x, text = x + gate * attended, text + text_gate * text_attended
+        x = x + mlp[2] * MLP(dtype, name="ff")(modulate(x, *mlp[:2]))
+        return x, text + text_mlp[2] * MLP(dtype, name="ff_context")(modulate(text, *text_mlp[:2]))
 
 
 class SingleBlock(nn.Module):
@@ -58,7 +56,7 @@ class SingleBlock(nn.Module):
         """x [B, L + N, D], vector [B, D] -> [B, L + N, D]."""
         width, dtype = x.shape[-1], self.dtype
         shift, scale, gate = Modulation(3, width, dtype=dtype, name="norm")(vector)
-        h = modulated(x, shift, scale)
+        h = modulate(x, shift, scale)
         hidden = jax.nn.gelu(nn.Dense(4 * width, dtype=dtype, name="proj_mlp")(h), approximate=True)
         attended, _ = JointAttention(self.heads, width, project=False, dtype=dtype, name="attn")(h, None, angles)
         return x + gate * nn.Dense(width, dtype=dtype, name="proj_out")(jnp.concatenate([attended, hidden], -1))
@@ -95,6 +93,6 @@ class FluxTransformer2DModel(nn.Module):
         for i in range(c.num_single_layers):
             both = single(c.num_attention_heads, dtype, name=f"single_transformer_blocks_{i}")(both, vector, angles)
         scale, shift = Modulation(2, c.width, dtype=dtype, name="norm_out")(vector)
-        out = modulated(both[:, tokens.shape[1] :], shift, scale)
+        out = modulate(both[:, tokens.shape[1] :], shift, scale)
         out = nn.Dense(c.out_channels or c.in_channels, dtype=dtype, name="proj_out")(out)
         return unfold(out, h, w, channels_first=True)

@@ -16,7 +16,7 @@ from jaxdiff.models.dit import (
     attend,
     fold,
     grid_positions,
-    modulated,
+    modulate,
     rope,
     swiglu,
     unfold,
@@ -38,28 +38,28 @@ class SwiGLU(nn.Module):
 
 
 class DoubleBlock(nn.Module):
-    """Text and image with parameters of their own, one attention over both, modulated as all blocks of the kind."""
+    """Text and image with separate parameters and joint attention; the modulation is shared by all blocks."""
 
     config: Flux2Config
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Array, text: Array, of_image: Sequence[Array], of_text: Sequence[Array], angles: Rope
+        self, x: Array, text: Array, image_mod: Sequence[Array], text_mod: Sequence[Array], angles: Rope
     ) -> tuple[Array, Array]:
         """x [B, N, D], text [B, L, D], six vectors [B, 1, D] each -> x and text."""
         c, dtype = self.config, self.dtype
         attn = JointAttention(c.num_attention_heads, c.width, bias=False, dtype=dtype, name="attn")
-        attended, answer = attn(modulated(x, *of_image[:2]), modulated(text, *of_text[:2]), angles)
-        assert answer is not None
-        x, text = x + of_image[2] * attended, text + of_text[2] * answer
+        attended, text_attended = attn(modulate(x, *image_mod[:2]), modulate(text, *text_mod[:2]), angles)
+        assert text_attended is not None
+        x, text = x + image_mod[2] * attended, text + text_mod[2] * text_attended
         ff, ff_context = (SwiGLU(c.hidden, dtype, name=name) for name in ("ff", "ff_context"))
-        x = x + of_image[5] * ff(modulated(x, *of_image[3:5]))
-        return x, text + of_text[5] * ff_context(modulated(text, *of_text[3:5]))
+        x = x + image_mod[5] * ff(modulate(x, *image_mod[3:5]))
+        return x, text + text_mod[5] * ff_context(modulate(text, *text_mod[3:5]))
 
 
 class FusedAttention(nn.Module):
-    """Attention and feed-forward side by side, of one dense layer in and one out."""
+    """Parallel attention and feed-forward, with one dense layer in and one out."""
 
     config: Flux2Config
     dtype: jnp.dtype = jnp.float32
@@ -83,7 +83,7 @@ class SingleBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, vectors: Sequence[Array], angles: Rope) -> Array:
         shift, scale, gate = vectors
-        return x + gate * FusedAttention(self.config, self.dtype, name="attn")(modulated(x, shift, scale), angles)
+        return x + gate * FusedAttention(self.config, self.dtype, name="attn")(modulate(x, shift, scale), angles)
 
 
 class Flux2Transformer2DModel(nn.Module):
@@ -103,10 +103,11 @@ class Flux2Transformer2DModel(nn.Module):
         """
         c, dtype = self.config, self.dtype
         _, h, w, _ = x.shape
-        # Four axes: of the text (0, 0, 0, n), of the image (0, row, column, 0).
-        image = np.pad(grid_positions(h, w), ((0, 0), (1, 1)))
-        words = np.pad(np.arange(text.shape[1])[:, None], ((0, 0), (3, 0)))
-        angles = rope(np.concatenate([words, image]), c.axes_dims_rope, c.rope_theta, max(h, w, len(words)))
+        # Four axes: (0, 0, 0, n) for text, (0, row, column, 0) for images.
+        image_positions = np.pad(grid_positions(h, w), ((0, 0), (1, 1)))
+        text_positions = np.pad(np.arange(text.shape[1])[:, None], ((0, 0), (3, 0)))
+        positions = np.concatenate([text_positions, image_positions])
+        angles = rope(positions, c.axes_dims_rope, c.rope_theta, max(h, w, len(text_positions)))
 
         def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(features, use_bias=False, dtype=dtype, name=name)
@@ -116,7 +117,7 @@ class Flux2Transformer2DModel(nn.Module):
         )
         vector = embedding(t, None, guidance)
         kinds = {"double_stream_modulation_img": 6, "double_stream_modulation_txt": 6, "single_stream_modulation": 3}
-        of_image, of_text, of_both = (
+        image_mod, text_mod, single_mod = (
             Modulation(parts, c.width, False, dtype, name=name)(vector) for name, parts in kinds.items()
         )
         tokens = dense(c.width, "context_embedder")(text)
@@ -124,10 +125,10 @@ class Flux2Transformer2DModel(nn.Module):
         double, single = (rematerialised(block, self.remat) for block in (DoubleBlock, SingleBlock))
         for i in range(c.num_layers):
             block = double(c, dtype, name=f"transformer_blocks_{i}")
-            image_tokens, tokens = block(image_tokens, tokens, of_image, of_text, angles)
+            image_tokens, tokens = block(image_tokens, tokens, image_mod, text_mod, angles)
         both = jnp.concatenate([tokens, image_tokens], 1)
         for i in range(c.num_single_layers):
-            both = single(c, dtype, name=f"single_transformer_blocks_{i}")(both, of_both, angles)
+            both = single(c, dtype, name=f"single_transformer_blocks_{i}")(both, single_mod, angles)
         scale, shift = Modulation(2, c.width, False, dtype, name="norm_out")(vector)
-        out = dense(c.out_channels or c.in_channels, "proj_out")(modulated(both[:, tokens.shape[1] :], shift, scale))
+        out = dense(c.out_channels or c.in_channels, "proj_out")(modulate(both[:, tokens.shape[1] :], shift, scale))
         return unfold(out, h, w, channels_first=True)

@@ -53,10 +53,10 @@ class TextAttention(nn.Module):
 
 
 class TextConditionalGenerator(nn.Module):
-    """Residual blocks without norms, from a learned 4 x 4 basis up (Huang et al. 2024, section 3.3 and appendix).
+    """Residual blocks without norms, from a learned 4 x 4 basis upwards (Huang et al. 2024, section 3.3 and appendix).
 
-    Noise and the mean of the text's states become a style, which scales the basis and the channels of each block; below
-    full resolution the positions also attend to the text. It has the UNet's arguments, so that it can replace one.
+    Noise and the mean of the text's states form a style, which scales the basis and the channels of each block; below
+    full resolution the positions also attend to the text. The arguments are a UNet's, so that it can replace one.
     """
 
     config: GeneratorConfig
@@ -72,13 +72,13 @@ class TextConditionalGenerator(nn.Module):
         pooled: Array | None = None,
         time_ids: Array | None = None,
         mask: Array | None = None,
-        *more: None,
+        *unused: None,
     ) -> Array:
         """Unit Gaussian noise x [B, h, w, C] and the text's states [B, L, D] -> latents [B, h, w, C] float32.
 
         Args:
             mask: [B, L] in [0, 1], weight of each token; None: 1 for all.
-            t, pooled, time_ids, more: arguments of a UNet; not read.
+            t, pooled, time_ids, unused: a UNet's other arguments; not read.
         """
         c, batch = self.config, len(x)
         last = c.block_out_channels[-1]
@@ -96,9 +96,9 @@ class TextConditionalGenerator(nn.Module):
                 h = conv(width, self.dtype, f"upsamplers_{i}", size=1, padding=0)(h)
                 h = jax.image.resize(h, (batch, 2 * h.shape[1], 2 * h.shape[2], width), "bilinear")
             for j in range(c.layers_per_block):
-                number = i * c.layers_per_block + j
-                h = block(self.dtype, name=f"blocks_{number}")(h, style)
+                index = i * c.layers_per_block + j
+                h = block(self.dtype, name=f"blocks_{index}")(h, style)
                 if i < len(c.block_out_channels) - 1:
-                    h = TextAttention(c.num_attention_heads, self.dtype, name=f"attentions_{number}")(h, context, bias)
+                    h = TextAttention(c.num_attention_heads, self.dtype, name=f"attentions_{index}")(h, context, bias)
         h = conv(c.in_channels, self.dtype, "conv_out")(leaky(h))
         return h.astype(jnp.promote_types(h.dtype, jnp.float32))

@@ -45,7 +45,7 @@ from jaxdiff.text.plain_tokenizer import PlainTokenizer
 from jaxdiff.text.tokenizer import Tokenizer
 from jaxdiff.typing import Array, Key, Params
 
-AESTHETIC_SCORE = 6.0  # the score that the SDXL refiner is asked for
+AESTHETIC_SCORE = 6.0  # default input of the SDXL refiner
 TRANSFORMER_SIDE = 128  # default latents along a side, for transformers whose config has no sample_size
 MODULES: dict[type[Config], Any] = {
     CLIPTextConfig: CLIPTextModel,
@@ -132,12 +132,12 @@ class Model:
     def longest_side(self) -> int | None:
         """The largest height or width in pixels that the transformer has positions for; None: no limit."""
         config = None if self.transformer is None else self.transformer.config
-        most = getattr(config, "pos_embed_max_size", None) or min(getattr(config, "axes_lens", ())[1:], default=None)
-        return most and most * self.multiple
+        patches = getattr(config, "pos_embed_max_size", None) or min(getattr(config, "axes_lens", ())[1:], default=None)
+        return patches and patches * self.multiple
 
     @property
     def one_pass(self) -> bool:
-        """Whether a step needs no unconditional pass: the guidance scale is an input, or the model uses none."""
+        """Whether a step needs no unconditional pass: the guidance scale is an input or is not used."""
         if self.transformer is None:
             return self.is_gan or self.unet.config.time_cond_proj_dim is not None
         return self.family == "flux" or self.options.is_distilled
@@ -145,8 +145,8 @@ class Model:
     @property
     def takes_guidance(self) -> bool:
         """Whether the guidance scale has any effect."""
-        told = self.family == "flux" and self.transformer.config.guidance_embeds
-        return (self.transformer is None and not self.is_gan) or told or not self.one_pass
+        embeds_guidance = self.family == "flux" and self.transformer.config.guidance_embeds
+        return (self.transformer is None and not self.is_gan) or embeds_guidance or not self.one_pass
 
     @property
     def inpaints(self) -> bool:
@@ -156,11 +156,12 @@ class Model:
 
 def computing_in(model: Model, dtype: Any) -> Model:
     """The model with networks that compute in `dtype`, whatever the dtype of its parameters."""
-    networks = {name: module.clone(dtype=jnp.dtype(dtype)) for name, module in model.modules.items()}
-    controlnets = tuple(module.clone(dtype=jnp.dtype(dtype)) for module in model.controlnets)
-    tiny = model.tiny_vae and model.tiny_vae.clone(dtype=jnp.dtype(dtype))
-    upscaler = model.upscaler and model.upscaler.clone(dtype=jnp.dtype(dtype))
-    return dataclasses.replace(model, **networks, controlnets=controlnets, tiny_vae=tiny, upscaler=upscaler)
+    dtype = jnp.dtype(dtype)
+    networks = {name: module.clone(dtype=dtype) for name, module in model.modules.items()}
+    controlnets = tuple(module.clone(dtype=dtype) for module in model.controlnets)
+    tiny_vae = model.tiny_vae and model.tiny_vae.clone(dtype=dtype)
+    upscaler = model.upscaler and model.upscaler.clone(dtype=dtype)
+    return dataclasses.replace(model, **networks, controlnets=controlnets, tiny_vae=tiny_vae, upscaler=upscaler)
 
 
 def with_controlnets(model: Model, params: Params, *controlnets: tuple[Any, Params]) -> tuple[Model, Params]:
@@ -208,14 +209,13 @@ def build(
     Args:
         text, text_2, text_3, vision: None for an encoder that the model does not have.
         unet, transformer: exactly one of them is given.
-        dtype: that the networks compute in.
-        remat: whether the backward pass recomputes activations, or a policy; see `rematerialised`.
+        dtype: the networks' compute dtype.
+        remat: whether to recompute activations in the backward pass, or a policy; see `rematerialised`.
     """
     dtype = jnp.dtype(dtype)
-    rest = remat, dtype
 
     def network(config: Config | None) -> Any:
-        return None if config is None else MODULES[type(config)](config, *rest)
+        return None if config is None else MODULES[type(config)](config, remat, dtype)
 
     return Model(
         network(text),
@@ -223,7 +223,7 @@ def build(
         autoencoder(vae, dtype, remat),
         tokenizer,
         scheduler,
-        None if vision is None else CLIPVisionModel(vision, *rest),
+        None if vision is None else CLIPVisionModel(vision, remat, dtype),
         network(text_2),
         tokenizer_2,
         network(text_3),
@@ -236,7 +236,7 @@ def build(
 def autoencoder(
     config: VAEConfig | TinyVAEConfig, dtype: Any, remat: bool | str = False
 ) -> AutoencoderKL | AutoencoderTiny:
-    """The autoencoder of a config. AutoencoderKL computes in float32 where its config says that float16 overflows."""
+    """The autoencoder of a config. AutoencoderKL computes in float32 instead of float16 if its config asks for it."""
     if isinstance(config, TinyVAEConfig):
         return AutoencoderTiny(config, bool(remat), dtype)
     upcast = config.force_upcast and dtype == jnp.float16
@@ -281,8 +281,8 @@ def unet_inputs(model: Model) -> tuple[jax.ShapeDtypeStruct | None, ...]:
     if unet.class_embed_type is None and unet.num_class_embeds is not None:
         extra[3] = _shape(1, dtype=jnp.int32)
     elif unet.class_embed_type is not None:
-        wide = {"identity": 4 * unet.block_out_channels[0], "timestep": None}
-        width = wide.get(unet.class_embed_type, unet.projection_class_embeddings_input_dim)
+        widths = {"identity": 4 * unet.block_out_channels[0], "timestep": None}
+        width = widths.get(unet.class_embed_type, unet.projection_class_embeddings_input_dim)
         extra[3] = _shape(1) if width is None else _shape(1, width)
     if unet.time_cond_proj_dim is not None:
         extra[4] = _shape(1, unet.time_cond_proj_dim)

@@ -1,4 +1,4 @@
-"""A UNet whose self-attention is switched off in some layers, for perturbed-attention guidance."""
+"""Replacing self-attention maps of a UNet by the identity, for perturbed-attention guidance."""
 
 import contextlib
 import re
@@ -13,33 +13,33 @@ from jaxdiff.models.layers import Attention
 
 @contextlib.contextmanager
 def perturbed_attention(layers: Sequence[str]) -> Iterator[None]:
-    """Within it, a UNet that is applied replaces the self-attention maps of these layers by the identity.
+    """A context in which the self-attention maps of some layers of a UNet are replaced by the identity.
 
     Each position then keeps its own value (Ahn et al. 2024, arXiv:2403.17377, equation 13).
 
     Args:
-        layers: how their names in PyTorch begin: "mid", "up_blocks.1", "down_blocks.1.attentions.0".
+        layers: prefixes of their PyTorch names: "mid", "up_blocks.1", "down_blocks.1.attentions.0".
 
     Raises:
-        ArgumentError: at its end, if no layer that was applied has such a name.
+        ArgumentError: on exit, if no layer that was applied matches.
     """
-    found = False
+    matched = False
 
     def replace(
         call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext
     ) -> Any:
-        nonlocal found
+        nonlocal matched
         module = context.module
         if isinstance(module, Attention) and context.method_name == "__call__" and len(args) == 1 and not kwargs:
             name = re.sub(r"_(\d+)", r".\1", ".".join(module.path))
             if any(re.match(rf"{re.escape(layer)}(?!\d)", name) for layer in layers):
-                found = True
+                matched = True
                 return call(*args, identity=True)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(replace):
         yield
-    if not found:
+    if not matched:
         raise ArgumentError(
             "pag_scale", f"needs self-attention in {', '.join(layers)}, which this UNet lacks: set it to 0."
         )

@@ -21,7 +21,7 @@ def rotate_halves(x: Array, theta: float) -> Array:
 
 
 class Qwen3Layer(nn.Module):
-    """Causal attention with fewer heads of keys and values than of queries, and a feed-forward gated by SiLU."""
+    """Causal grouped-query attention, and a feed-forward gated by SiLU."""
 
     config: Qwen3Config
     dtype: jnp.dtype = jnp.float32
@@ -64,12 +64,12 @@ class Qwen3Model(nn.Module):
             blocks are not computed. Without `layers`, one state: the last after the final norm.
         """
         c, dtype = self.config, self.dtype
-        hidden = jnp.zeros(tokens.shape) if mask is None else jnp.where(mask > 0, 0.0, jnp.finfo(jnp.float32).min)
+        score_bias = jnp.zeros(tokens.shape) if mask is None else jnp.where(mask > 0, 0.0, jnp.finfo(jnp.float32).min)
         states = [nn.Embed(c.vocab_size, c.hidden_size, dtype=dtype, name="embed_tokens")(tokens)]
         layer = rematerialised(Qwen3Layer, self.remat)
-        last = c.num_hidden_layers if not layers or self.is_initializing() else max(layers)
-        for i in range(last):
-            states.append(layer(c, dtype, name=f"layers_{i}")(states[-1], hidden[:, None, None]))
+        depth = c.num_hidden_layers if not layers or self.is_initializing() else max(layers)
+        for i in range(depth):
+            states.append(layer(c, dtype, name=f"layers_{i}")(states[-1], score_bias[:, None, None]))
         norm = nn.RMSNorm(c.rms_norm_eps, dtype, name="norm")
         if layers and not self.is_initializing():
             return tuple(states[i] for i in layers)

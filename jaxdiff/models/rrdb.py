@@ -38,7 +38,7 @@ def pixel_unshuffle(x: Array, side: int) -> Array:
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, h // side, w // side, c * side**2)
 
 
-def doubled(x: Array) -> Array:
+def upsample(x: Array) -> Array:
     """Nearest-neighbour upsampling: [B, H, W, C] -> [B, 2 H, 2 W, C]."""
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
@@ -51,11 +51,11 @@ class ResidualDenseBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        c, seen = self.config, x
+        c, features = self.config, x
         for i in range(1, 5):
-            new = activate(conv3x3(c.num_grow_ch, self.dtype, f"conv{i}", FIRST_SCALE)(seen))
-            seen = jnp.concatenate([seen, new], -1)
-        return x + RESIDUAL * conv3x3(c.num_feat, self.dtype, "conv5", FIRST_SCALE)(seen)
+            new = activate(conv3x3(c.num_grow_ch, self.dtype, f"conv{i}", FIRST_SCALE)(features))
+            features = jnp.concatenate([features, new], -1)
+        return x + RESIDUAL * conv3x3(c.num_feat, self.dtype, "conv5", FIRST_SCALE)(features)
 
 
 class RRDB(nn.Module):
@@ -87,7 +87,7 @@ class RRDBNet(nn.Module):
             h = RRDB(c, self.dtype, name=f"body_{i}")(h)
         h = first + conv3x3(c.num_feat, self.dtype, "conv_body")(h)
         for i in range(1, c.upsamples + 1):
-            h = activate(conv3x3(c.num_feat, self.dtype, f"conv_up{i}")(doubled(h)))
+            h = activate(conv3x3(c.num_feat, self.dtype, f"conv_up{i}")(upsample(h)))
         h = activate(conv3x3(c.num_feat, self.dtype, "conv_hr")(h))
         return conv3x3(3, self.dtype, "conv_last")(h).astype(jnp.float32)
 

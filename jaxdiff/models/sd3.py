@@ -7,50 +7,51 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxdiff.config import SD3Config
-from jaxdiff.models.dit import MLP, PATCH, ZEROS, JointAttention, Modulation, VectorEmbedding, modulated, unfold
+from jaxdiff.models.dit import MLP, PATCH, ZEROS, JointAttention, Modulation, VectorEmbedding, modulate, unfold
 from jaxdiff.models.layers import rematerialised
 from jaxdiff.typing import Array, Key
 
 
-def position_table(base: int, key: Key, most: int, width: int) -> Array:
-    """Sines and cosines of column and row, each with a quarter of the features: [1, most * most, width].
+def position_table(base: int, key: Key, size: int, width: int) -> Array:
+    """Sines and cosines of column and row, each with a quarter of the features: [1, size * size, width].
 
     Args:
         base: patches along a side of the images trained on, the unit of positions.
-        most: patches along a side of the table.
+        size: patches along a side of the table.
         width: features, a multiple of 4.
     """
     frequencies = 10_000.0 ** (-jnp.arange(width // 4) / (width // 4))
-    angles = (jnp.arange(most) * base / most)[:, None] * frequencies
-    along = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)  # [most, width / 2]
-    rows, columns = (jnp.broadcast_to(x, (most, most, width // 2)) for x in (along[:, None], along[None]))
-    return jnp.concatenate([columns, rows], -1).reshape(1, most**2, width)
+    angles = (jnp.arange(size) * base / size)[:, None] * frequencies
+    sinusoids = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)  # [size, width / 2]
+    rows, columns = (jnp.broadcast_to(x, (size, size, width // 2)) for x in (sinusoids[:, None], sinusoids[None]))
+    return jnp.concatenate([columns, rows], -1).reshape(1, size**2, width)
 
 
 class PatchEmbedding(nn.Module):
-    """Latents [B, h, w, C] to tokens [B, N, D], with the middle of a table of positions."""
+    """Latents [B, h, w, C] to tokens [B, N, D], plus the centre of a table of position embeddings."""
 
     config: SD3Config
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        c, most = self.config, self.config.pos_embed_max_size
+        c, table_size = self.config, self.config.pos_embed_max_size
         h, w = (side // PATCH for side in x.shape[1:3])
-        if max(h, w) > most:
+        if max(h, w) > table_size:
             raise ValueError(
-                f"latents of {x.shape[1]} x {x.shape[2]} are larger than {PATCH * most}, the maximum of this model."
+                f"latents of {x.shape[1]} x {x.shape[2]} are larger than {PATCH * table_size}, the maximum of this "
+                "model."
             )
-        table = self.param("pos_embed", functools.partial(position_table, c.sample_size // PATCH), most, c.width)
-        table = jax.lax.stop_gradient(table).reshape(most, most, -1)  # not trained
-        top, left = (most - h) // 2, (most - w) // 2
+        table = self.param("pos_embed", functools.partial(position_table, c.sample_size // PATCH), table_size, c.width)
+        table = jax.lax.stop_gradient(table).reshape(table_size, table_size, -1)  # not trained
+        top, left = (table_size - h) // 2, (table_size - w) // 2
         patch = (PATCH, PATCH)
         tokens = nn.Conv(c.width, patch, patch, "VALID", dtype=self.dtype, name="proj")(x).reshape(len(x), h * w, -1)
         return tokens + table[top : top + h, left : left + w].reshape(1, h * w, -1).astype(self.dtype)
 
 
 class JointBlock(nn.Module):
-    """Text and image with parameters of their own, and one attention over both."""
+    """Text and image with separate parameters and joint attention."""
 
     config: SD3Config
     dual: bool  # whether the image has a second attention, over itself alone
@@ -61,22 +62,23 @@ class JointBlock(nn.Module):
     def __call__(self, x: Array, text: Array, vector: Array) -> tuple[Array, Array]:
         """x [B, N, D], text [B, L, D], vector [B, D] -> x and text."""
         c, dtype, normed = self.config, self.dtype, self.config.qk_norm == "rms_norm"
-        shift, scale, gate, *rest = Modulation(9 if self.dual else 6, c.width, dtype=dtype, name="norm1")(vector)
-        of_text = Modulation(2 if self.last else 6, c.width, dtype=dtype, name="norm1_context")(vector)
-        read = modulated(text, *(of_text[::-1] if self.last else of_text[:2]))  # the last one's scale comes first
+        shift, scale, gate, *others = Modulation(9 if self.dual else 6, c.width, dtype=dtype, name="norm1")(vector)
+        mlp_mod, dual_mod = others[:3], others[3:]
+        text_mod = Modulation(2 if self.last else 6, c.width, dtype=dtype, name="norm1_context")(vector)
+        text_in = modulate(text, *(text_mod[::-1] if self.last else text_mod[:2]))  # the last one's scale comes first
         attn = JointAttention(
-            c.num_attention_heads, c.width, normed, answer_text=not self.last, dtype=dtype, name="attn"
+            c.num_attention_heads, c.width, normed, text_output=not self.last, dtype=dtype, name="attn"
         )
-        attended, answer = attn(modulated(x, shift, scale), read)
-        first, x = x, x + gate * attended  # both attentions start from the same input
+        attended, text_attended = attn(modulate(x, shift, scale), text_in)
+        x_in, x = x, x + gate * attended  # both attentions start from the same input
         if self.dual:
-            own = JointAttention(c.num_attention_heads, c.width, normed, dtype=dtype, name="attn2")
-            x = x + rest[5] * own(modulated(first, *rest[3:5]))[0]
-        x = x + rest[2] * MLP(dtype, name="ff")(modulated(x, *rest[:2]))
-        if answer is None:  # the last block
+            self_attn = JointAttention(c.num_attention_heads, c.width, normed, dtype=dtype, name="attn2")
+            x = x + dual_mod[2] * self_attn(modulate(x_in, *dual_mod[:2]))[0]
+        x = x + mlp_mod[2] * MLP(dtype, name="ff")(modulate(x, *mlp_mod[:2]))
+        if text_attended is None:  # the last block
             return x, text
-        text = text + of_text[2] * answer
-        return x, text + of_text[5] * MLP(dtype, name="ff_context")(modulated(text, *of_text[3:5]))
+        text = text + text_mod[2] * text_attended
+        return x, text + text_mod[5] * MLP(dtype, name="ff_context")(modulate(text, *text_mod[3:5]))
 
 
 class SD3Transformer2DModel(nn.Module):
@@ -101,5 +103,5 @@ class SD3Transformer2DModel(nn.Module):
             tokens, text = block(c, dual, last, dtype, name=f"transformer_blocks_{i}")(tokens, text, vector)
         scale, shift = Modulation(2, c.width, dtype=dtype, name="norm_out")(vector)
         project = nn.Dense(PATCH**2 * c.out_channels, dtype=dtype, name="proj_out", kernel_init=ZEROS)
-        out = project(modulated(tokens, shift, scale))
+        out = project(modulate(tokens, shift, scale))
         return unfold(out, *x.shape[1:3], channels_first=False)

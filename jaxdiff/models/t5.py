@@ -19,9 +19,9 @@ def relative_buckets(length: int, buckets: int, longest: int) -> np.ndarray:
     half = buckets // 2
     exact, steps = half // 2, np.abs(distance)
     # As in PyTorch: in float32, truncated.
-    far = np.log(np.maximum(steps, 1).astype(np.float32) / exact) / math.log(longest / exact) * (half - exact)
-    far = np.minimum(exact + far.astype(int), half - 1)
-    return half * (distance > 0) + np.where(steps < exact, steps, far)
+    far_bucket = np.log(np.maximum(steps, 1).astype(np.float32) / exact) / math.log(longest / exact) * (half - exact)
+    far_bucket = np.minimum(exact + far_bucket.astype(int), half - 1)
+    return half * (distance > 0) + np.where(steps < exact, steps, far_bucket)
 
 
 class T5Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""From token ids to the denoising network's conditioning, for each family."""
+"""Encoding token ids to the conditioning of the denoising network, for each family."""
 
 from collections.abc import Callable
 
@@ -36,11 +36,11 @@ def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_sk
     if model.transformer is not None:
         check_clip_skip(model, clip_skip)
         return ENCODERS[model.family](model, params, tokens, clip_skip)
-    given = ((tokens.ids, tokens.weights), (tokens.ids_2, tokens.weights_2))
+    inputs = ((tokens.ids, tokens.weights), (tokens.ids_2, tokens.weights_2))
     names = [n for n in ("text_encoder", "text_encoder_2") if n in model.modules]
     sdxl = names[-1] == "text_encoder_2"  # or its refiner
     embeddings, pooled = [], None
-    for name, (ids, weights) in zip(names, given, strict=False):
+    for name, (ids, weights) in zip(names, inputs, strict=False):
         if ids is None:
             raise ValueError("tokens are for one text encoder, this model has two: make them with jaxdiff.tokenize.")
         encoder, tokenizer = model.modules[name], model.tokenizer if name == "text_encoder" else model.tokenizer_2
@@ -59,12 +59,12 @@ def encode_text(model: Model, params: Params, tokens: Tokens | Array, *, clip_sk
 
 def check_clip_skip(model: Model, clip_skip: int) -> None:
     """Raise ValueError for a `clip_skip` that a transformer family does not read, or that leaves no layer."""
-    most = 0
+    limit = 0
     if model.family == "sd3":
-        most = min(encoder.config.num_hidden_layers for encoder in (model.text_encoder, model.text_encoder_2)) - 1
-    if not 0 <= clip_skip <= most:
+        limit = min(encoder.config.num_hidden_layers for encoder in (model.text_encoder, model.text_encoder_2)) - 1
+    if not 0 <= clip_skip <= limit:
         raise ValueError(
-            f"clip_skip {clip_skip} must be 0{f' to {most}' if most else ''} for models like {model.family}."
+            f"clip_skip {clip_skip} must be 0{f' to {limit}' if limit else ''} for models like {model.family}."
         )
 
 
@@ -79,8 +79,10 @@ def encode_sd3(model: Model, params: Params, tokens: Tokens, clip_skip: int) -> 
 
     Without T5 its states are zeros (Esser et al. 2024, section B.3).
     """
-    clips = [apply(model, params, name, ids) for name, ids in
-             (("text_encoder", tokens.ids), ("text_encoder_2", tokens.ids_2))]  # fmt: skip
+    clips = [
+        apply(model, params, "text_encoder", tokens.ids),
+        apply(model, params, "text_encoder_2", tokens.ids_2),
+    ]
     pooled = jnp.concatenate([clip.projected for clip in clips], -1)
     states = jnp.concatenate([clip.hidden_states[-2 - clip_skip] for clip in clips], -1)
     width = model.transformer.config.joint_attention_dim

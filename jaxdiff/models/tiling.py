@@ -1,7 +1,7 @@
-"""Encode and decode large images in overlapping tiles, one at a time, so that memory is bounded by one tile.
+"""Encoding and decoding large images in overlapping tiles, one at a time, so that memory is bounded by one tile.
 
-The result differs a little from that of the whole image, since group norms and the attention in the middle block see
-one tile only. Where two tiles overlap, they are blended linearly.
+The result differs slightly from that of the whole image, since group norms and the attention in the middle block only
+see one tile. Overlapping tiles are blended linearly.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def tiled(
     tile: int,
     to_output: Callable[[int], int],
 ) -> Array:
-    """Apply `function` to one tile of x [B, H, W, C] after another, and blend the results.
+    """Apply `function` to the tiles of x [B, H, W, C] one by one, and blend the results.
 
     Args:
         function: one tile [1, tile, tile, C] -> its output [1, H', W', C'].
@@ -62,28 +62,30 @@ def tiled(
         tile: side of a tile; the sides of x if they are smaller.
         to_output: a row or column of x -> the corresponding one of the result.
     """
-    cut = (1, min(tile, x.shape[1]), min(tile, x.shape[2]), x.shape[3])
-    done = jax.eval_shape(function, jax.ShapeDtypeStruct(cut, x.dtype))
-    to = [[to_output(start) for start in each] for each in starts]
-    weights = [jnp.asarray(fades(each, side)) for each, side in zip(to, done.shape[1:3], strict=True)]
+    tile_shape = (1, min(tile, x.shape[1]), min(tile, x.shape[2]), x.shape[3])
+    out_tile = jax.eval_shape(function, jax.ShapeDtypeStruct(tile_shape, x.dtype))
+    out_starts = [[to_output(start) for start in axis_starts] for axis_starts in starts]
+    weights = [
+        jnp.asarray(fades(axis_starts, side)) for axis_starts, side in zip(out_starts, out_tile.shape[1:3], strict=True)
+    ]
 
-    def add(out: jax.Array, at: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        i, row, column = at
-        corner, corner_out = ((i, jnp.asarray(y)[row], jnp.asarray(x)[column], 0) for y, x in (starts, to))
-        drawn = function(jax.lax.dynamic_slice(x, corner, cut))
-        counts = weights[0][row, :, None, None] * weights[1][column, None, :, None]
-        before = jax.lax.dynamic_slice(out, corner_out, done.shape)
-        return jax.lax.dynamic_update_slice(out, before + counts[None] * drawn, corner_out), None
+    def add(out: jax.Array, index: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        i, row, column = index
+        corner, corner_out = ((i, jnp.asarray(y)[row], jnp.asarray(x)[column], 0) for y, x in (starts, out_starts))
+        result = function(jax.lax.dynamic_slice(x, corner, tile_shape))
+        weight = weights[0][row, :, None, None] * weights[1][column, None, :, None]
+        current = jax.lax.dynamic_slice(out, corner_out, out_tile.shape)
+        return jax.lax.dynamic_update_slice(out, current + weight[None] * result, corner_out), None
 
-    out = jnp.zeros((x.shape[0], *map(to_output, x.shape[1:3]), done.shape[3]), done.dtype)
-    every = jnp.indices((x.shape[0], *map(len, starts))).reshape(3, -1)
-    return jax.lax.scan(add, out, tuple(every))[0]
+    out = jnp.zeros((x.shape[0], *map(to_output, x.shape[1:3]), out_tile.shape[3]), out_tile.dtype)
+    indices = jnp.indices((x.shape[0], *map(len, starts))).reshape(3, -1)
+    return jax.lax.scan(add, out, tuple(indices))[0]
 
 
 def decode_tiled(
     model: Model, params: Params, latents: Array, tile: int | None = TILE, overlap: int = OVERLAP
 ) -> Array:
-    """`decode` a tile at a time: an image of any size takes the memory of one tile and of the image.
+    """`decode` a tile at a time, so that memory is bounded by one tile and the image.
 
     Args:
         latents: [B, h, w, C], scaled.
@@ -115,7 +117,7 @@ def encode_tiled(model: Model, params: Params, images: Array, tile: int | None =
     factor = model.vae.config.factor
     h, w = images.shape[1] // factor, images.shape[2] // factor
     tile, overlap = (max(h, w), 0) if tile is None else (tile, overlap)
-    places = tile_starts(h, tile, overlap), tile_starts(w, tile, overlap)
-    starts = [factor * i for i in places[0]], [factor * i for i in places[1]]
+    latent_starts = tile_starts(h, tile, overlap), tile_starts(w, tile, overlap)
+    starts = [factor * i for i in latent_starts[0]], [factor * i for i in latent_starts[1]]
     z = tiled(lambda x: encode_unscaled(model, params, x), images, starts, factor * tile, lambda i: i // factor)
     return scaled(model, params, z)

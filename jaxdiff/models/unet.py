@@ -132,20 +132,19 @@ class UNetEncoder(nn.Module):
     remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
-    def rest(self) -> dict:
-        return {"remat": self.remat, "dtype": self.dtype}
-
     def down(self, x: Array, temb: Array, context: Array, bias: Array | None) -> tuple[Array, list[Array]]:
         """The output [B, h, w, C] of conv_in -> the output of the middle block and the skip connections."""
         c, last = self.config, len(self.config.block_out_channels) - 1
         layers = per_level(c.layers_per_block, last + 1)
         skips = [x]
         for i, kind in enumerate(c.down_block_types):
-            x = UNetBlock(c, i, layers[i], attends(kind), resample=i < last, **self.rest(), name=f"down_blocks_{i}")(
-                x, temb, context, bias, skips
+            block = UNetBlock(
+                c, i, layers[i], attends(kind), False, i < last, self.remat, self.dtype, name=f"down_blocks_{i}"
             )
+            x = block(x, temb, context, bias, skips)
         if c.mid_block_type is not None:
-            x = UNetMidBlock(c, attends(c.mid_block_type), **self.rest(), name="mid_block")(x, temb, context, bias)
+            mid_block = UNetMidBlock(c, attends(c.mid_block_type), self.remat, self.dtype, name="mid_block")
+            x = mid_block(x, temb, context, bias)
         return x, skips
 
     @nn.nowrap
@@ -240,8 +239,9 @@ class UNet2DConditionModel(UNetEncoder):
         layers = per_level(c.layers_per_block, levels)
         for i, kind in enumerate(c.up_block_types):
             level = levels - 1 - i
-            x = UNetBlock(
-                c, level, layers[level] + 1, attends(kind), True, level > 0, **self.rest(), name=f"up_blocks_{i}"
-            )(x, temb, context, bias, skips)
+            block = UNetBlock(
+                c, level, layers[level] + 1, attends(kind), True, level > 0, self.remat, dtype, name=f"up_blocks_{i}"
+            )
+            x = block(x, temb, context, bias, skips)
         x = nn.GroupNorm(c.norm_num_groups, epsilon=c.norm_eps, dtype=dtype, name="conv_norm_out")(x)
         return conv(c.out_channels, dtype, "conv_out", zero=True)(ACTIVATIONS[c.act_fn](x))

@@ -102,44 +102,44 @@ class ZImageTransformer2DModel(nn.Module):
         # The network's time runs from noise to image.
         vector = TimeEmbedding(min(c.dim, VECTOR), dtype, name="t_embedder")((1000 - t) * (c.t_scale / 1000))
 
-        own = jnp.ones(text.shape[:2], bool) if mask is None else mask > 0
-        text, own = (jnp.pad(z, ((0, 0), (0, -text.shape[1] % MULTIPLE), (0, 0))[: z.ndim]) for z in (text, own))
-        filled = -(-own.sum(1, keepdims=True) // MULTIPLE) * MULTIPLE  # [B, 1], tokens of each prompt with its filling
+        real = jnp.ones(text.shape[:2], bool) if mask is None else mask > 0
+        text, real = (jnp.pad(z, ((0, 0), (0, -text.shape[1] % MULTIPLE), (0, 0))[: z.ndim]) for z in (text, real))
+        padded_length = -(-real.sum(1, keepdims=True) // MULTIPLE) * MULTIPLE  # [B, 1], of each prompt
         order = jnp.arange(text.shape[1])[None]
-        shown = order < filled  # [B, L]
-        words = jnp.pad((order + 1)[..., None], ((0, 0), (0, 0), (0, 2)))
-        text_angles = rope(words, c.axes_dims, c.rope_theta, c.axes_lens[0])
+        is_visible = order < padded_length  # [B, L]
+        text_positions = jnp.pad((order + 1)[..., None], ((0, 0), (0, 0), (0, 2)))
+        text_angles = rope(text_positions, c.axes_dims, c.rope_theta, c.axes_lens[0])
 
         count = h * w // 4
-        missing = -count % MULTIPLE
-        grid = np.pad(grid_positions(h, w), ((0, missing), (0, 0)))
-        first = jnp.where(jnp.arange(count + missing)[None] < count, filled + 1, 0)
-        places = jnp.concatenate([first[..., None], jnp.broadcast_to(grid, (b, *grid.shape))], -1)
-        angles = rope(places, c.axes_dims, c.rope_theta, max(c.axes_lens))
+        padding = -count % MULTIPLE
+        grid = np.pad(grid_positions(h, w), ((0, padding), (0, 0)))
+        axis0 = jnp.where(jnp.arange(count + padding)[None] < count, padded_length + 1, 0)
+        positions = jnp.concatenate([axis0[..., None], jnp.broadcast_to(grid, (b, *grid.shape))], -1)
+        angles = rope(positions, c.axes_dims, c.rope_theta, max(c.axes_lens))
 
         def pad_token(name: str) -> Array:
             return self.param(name, nn.initializers.zeros, (1, c.dim)).astype(dtype)
 
         tokens = nn.Dense(c.dim, dtype=dtype, name="x_embedder_2_1")(fold(x, channels_first=False))
-        padding = jnp.broadcast_to(pad_token("x_pad_token")[None], (b, missing, c.dim))
-        tokens = jnp.concatenate([tokens, padding], 1)
+        pad_tokens = jnp.broadcast_to(pad_token("x_pad_token")[None], (b, padding, c.dim))
+        tokens = jnp.concatenate([tokens, pad_tokens], 1)
         for i in range(c.n_refiner_layers):
             tokens = block(c, dtype, name=f"noise_refiner_{i}")(tokens, angles, None, vector)
 
         text = nn.RMSNorm(c.norm_eps, dtype, name="cap_embedder_0")(text)
         text = nn.Dense(c.dim, dtype=dtype, name="cap_embedder_1")(text)
-        text = jnp.where(own[..., None], text, pad_token("cap_pad_token"))
-        hidden = jnp.where(shown, 0.0, -jnp.inf)
+        text = jnp.where(real[..., None], text, pad_token("cap_pad_token"))
+        score_bias = jnp.where(is_visible, 0.0, -jnp.inf)
         for i in range(c.n_refiner_layers):
-            text = block(c, dtype, name=f"context_refiner_{i}")(text, text_angles, hidden)
+            text = block(c, dtype, name=f"context_refiner_{i}")(text, text_angles, score_bias)
 
         both = jnp.concatenate([tokens, text], 1)
         cos, sin = (
             jnp.concatenate([a, jnp.broadcast_to(z, (b, *z.shape[1:]))], 1)
             for a, z in zip(angles, text_angles, strict=True)
         )
-        hidden = jnp.pad(hidden, ((0, 0), (tokens.shape[1], 0)))
+        score_bias = jnp.pad(score_bias, ((0, 0), (tokens.shape[1], 0)))
         for i in range(c.n_layers):
-            both = block(c, dtype, name=f"layers_{i}")(both, Rope(cos, sin), hidden, vector)
+            both = block(c, dtype, name=f"layers_{i}")(both, Rope(cos, sin), score_bias, vector)
         out = FinalLayer(4 * c.in_channels, dtype, name="final_layer_2_1")(both[:, :count], vector)
         return -unfold(out, h, w, channels_first=False)

@@ -55,7 +55,7 @@ def recorded_programs():
 def from_the_command_line(folder: Path, model, params, count: int) -> np.ndarray:
     """Images that sample.py draws; a mesh is laid out in another order than the devices', as on TPUs."""
     save(folder / "model", model, params)
-    parallel._lay_out = lambda shape, devices: np.asarray(devices)[::-1].reshape(shape)
+    parallel._device_grid = lambda shape, devices: np.asarray(devices)[::-1].reshape(shape)
     flags = [f"--model={folder}/model", "--seed=3", "--steps=2", f"--batch_size={count}"]
     prompts = [f"--prompt=image {i}" for i in range(count)]
     assert sample.main(["sample.py", *flags, *prompts, f"--output={folder}/{{index}}.png"]) == 0
