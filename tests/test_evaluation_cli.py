@@ -83,13 +83,19 @@ def test_flags_and_lines_reach_generate(evaluation_cli, monkeypatch):
     Path("lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = ("--scheduler=euler", "--spacing=karras", "--steps=3", "--height=18", "--width=20", "--guidance_scale=2")
     code, _, err = evaluation_cli(
-        "--prompts=lines.jsonl", "--num_images=2", "--batch_size=3", "--negative_prompt=blurry", *flags
+        "--prompts=lines.jsonl",
+        "--num_images=2",
+        "--batch_size=3",
+        "--negative_prompt=blurry",
+        "--pag_scale=1.5",
+        *flags,
     )
     assert (code, err) == (0, "")
     (first, second) = calls
     assert first[:2] == (["a castle", "a castle", "a dragon"], ["blurry", "blurry", "red"])
     assert [c[2].pop("seed") for c in calls] == [[0, 1, 70], [71] * 3]
-    options = {"scheduler": "euler", "spacing": "karras", "steps": 3, "height": 18, "width": 20, "guidance_scale": 2.0}
+    options = {"scheduler": "euler", "spacing": "karras", "steps": 3, "height": 18, "width": 20}
+    options |= {"guidance_scale": 2.0, "pag_scale": 1.5}
     assert first[2] == second[2] == options
 
 

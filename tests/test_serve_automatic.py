@@ -3,6 +3,7 @@
 import base64
 import functools
 import io
+import json
 import threading
 import time
 
@@ -63,6 +64,20 @@ def test_text_to_image(tiny, api):
     assert answer.info["sampler_name"] == "DDIM"
     assert answer.info["warnings"] == []
     assert answer.parameters["steps"] == STEPS
+
+
+def test_what_has_no_effect_is_named_and_what_was_left_open_is_said(server, grey):
+    def info(**more):
+        body = {"prompt": "a castle", "steps": STEPS, **SIDES, **more}
+        answer = httpx.post(f"{server[0]}/sdapi/v1/txt2img", json=body, timeout=120)
+        return json.loads(answer.json()["info"])
+
+    off = {"cfg_scale": 1, "negative_prompt": "blurry", "subseed_strength": 0.5}
+    first, second = info(**off), info(**off)
+    assert first["warnings"] == ["negative_prompt has no effect here: it is for guidance, which is off."]
+    assert first["subseed"] != second["subseed"]
+    default = info(negative_prompt="blurry")
+    assert (default["cfg_scale"], default["warnings"]) == (7.5, [])
 
 
 @pytest.mark.slow

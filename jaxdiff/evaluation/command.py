@@ -114,6 +114,8 @@ def drawing_options(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]
     """Arguments of `generate` that all images share. Raises UsageError if one of them, or the model, is wrong."""
     if model.inpaints or model.family == "upscaler":
         raise UsageError(f"--model {f.model} draws from an image: give one that draws from a prompt alone.")
+    if f.pag_scale and (model.unet is None or model.is_gan):
+        raise UsageError("--pag_scale is for models with a UNet that draws step by step: leave it out.")
     names = ("steps", "guidance_scale", "spacing", "height", "width")
     options: dict[str, Any] = {name: f[name].value for name in names}
     try:
@@ -121,7 +123,9 @@ def drawing_options(f: flags.FlagValues, model: jaxdiff.Model) -> dict[str, Any]
             settings = resolve_settings(model, scheduler=f.scheduler, **options)
     except ValueError as e:
         raise UsageError(str(e)) from None
-    return options if model.is_gan else {**options, "scheduler": settings.scheduler, "steps": settings.steps}
+    if model.is_gan:
+        return options
+    return {**options, "scheduler": settings.scheduler, "steps": settings.steps, "pag_scale": f.pag_scale}
 
 
 def draw_images(f: flags.FlagValues, lines: list[PromptLine], work: Path) -> Images:

@@ -10,8 +10,8 @@ from jaxdiff.evaluation.measures import MIN_IMAGES
 from jaxdiff.typing import SEEDS
 
 DRAWING_FLAGS = (
-    "dtype", "num_images", "seed", "steps", "guidance_scale", "scheduler", "spacing", "height", "width",
-    "negative_prompt", "batch_size",
+    "dtype", "num_images", "seed", "steps", "guidance_scale", "pag_scale", "scheduler", "spacing", "height",
+    "width", "negative_prompt", "batch_size",
 )  # fmt: skip
 DATA_FLAGS = (
     "split", "held_out_split", "real_split", "group", "image_column", "text_column", "features", "pairs", "most_real",
@@ -52,14 +52,17 @@ def define() -> flags.FlagValues:
         "Weight of the prompt; 1 or less turns guidance off; default: the model's, else 7.5.",
         flag_values=f,
     )
+    flags.DEFINE_float(
+        "pag_scale", None, "Weight of perturbed-attention guidance; default: the model's, else 0.", 0.0, flag_values=f
+    )
     string("scheduler", None, "ddim, euler, dpmpp_2m, …; default: what the model's config says.")
     string("spacing", None, "Spacing of the steps; default: what the config says.")
     integer("height", None, "Pixels; default: the model's own.")
     integer("width", None, "Pixels; default: the model's own.")
     integer("batch_size", None, "Images drawn at once; default: batches of equal size, at most 4 images a device.")
 
-    string("images", None, "A folder of images to measure instead of drawing: with a metadata.jsonl, in the order of "
-           "--prompts, or drawn by sample.py.")  # fmt: skip
+    string("images", None, "A folder of images to measure instead of drawing: drawn by sample.py, or in the order of "
+           "--prompts, or with captions in a metadata.jsonl, a metadata.csv or text files.")  # fmt: skip
     string("encoder", None, "CLIP to measure with: a transformers CLIPModel folder, or one with text_encoder and "
            "vision_encoder; default: the model's own.")  # fmt: skip
     integer("encode_batch_size", 64, "Images encoded at once.")
@@ -105,8 +108,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
         if path is not None:
             check_path(f"--{name}", path, stored=name in ("model", "cache_dir"))
             f[name].value = at_home(path)
-    if f.guidance_scale is not None and not math.isfinite(f.guidance_scale):
-        raise UsageError(f"--guidance_scale {f.guidance_scale} must be finite.")
+    for name in ("guidance_scale", "pag_scale"):
+        if f[name].value is not None and not math.isfinite(f[name].value):
+            raise UsageError(f"--{name} {f[name].value} must be finite.")
     if f.images is None and f.prompts is None:
         raise UsageError(
             "--prompts is missing: give a file with a prompt a line, or --images, a folder of images to measure."

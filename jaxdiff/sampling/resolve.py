@@ -174,7 +174,7 @@ def resolve_images(
     used = {name: texts for name, texts in negatives.items() if any(as_batch(name, texts, count))}
     check_gan(model, guidance_rescale=guidance_rescale if np.any(guidance_rescale) else None, **used)
     scales, rescale, pag = resolve_scales(model, settings, count, guidance_scale, guidance_rescale, pag_scale)
-    guided = bool((scales > (0 if model.family == "z_image" else 1)).any()) and not model.one_pass
+    guided = is_guided(model, scales)
     if used and not guided:
         reason = "which this model does without" if model.one_pass else "and guidance_scale turns it off"
         say_once(f"Negative prompts are not used: they are for guidance, {reason}.")
@@ -237,6 +237,11 @@ def resolve_scales(
     if pag.any() and (model.unet is None or model.is_gan):
         raise ArgumentError("pag_scale", "is for models with a UNet that draws step by step: leave it out.")
     return scales, rescale, pag
+
+
+def is_guided(model: Model, scale: float | np.ndarray) -> bool:
+    """Whether these guidance scales make use of a negative prompt, or of an empty one."""
+    return bool(np.any(np.asarray(scale) > (0 if model.family == "z_image" else 1))) and not model.one_pass
 
 
 def flow_grid(

@@ -197,7 +197,7 @@ def generation_info(
         "sampler_name": next(
             (n for n, s in SAMPLERS.items() if s == (request.scheduler or service.engine.resolver.scheduler)), ""
         ),
-        "cfg_scale": request.guidance_scale,
+        "cfg_scale": flag_sets[0]["guidance_scale"] if flag_sets else request.guidance_scale,
         "steps": request.steps,
         "batch_size": len(job.seeds),
         "sd_model_name": service.name,

@@ -1,5 +1,6 @@
 """The fields of AUTOMATIC1111's txt2img and img2img, and their translation to requests."""
 
+import secrets
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jaxdiff.data.images import BLACK, WHITE, on_background
 from jaxdiff.errors import ArgumentError
+from jaxdiff.sampling.resolve import is_guided
 from jaxdiff.serving import uploads
 from jaxdiff.serving.requests import DrawRequest
 from jaxdiff.serving.service import Service
@@ -115,7 +117,7 @@ def draw_request(service: Service, body: TextToImage) -> tuple[DrawRequest, list
         "clip_skip": clip_skip - 1,
     }
     if body.subseed_strength:
-        arguments["variation_seed"] = 0 if body.subseed in (None, -1) else body.subseed
+        arguments["variation_seed"] = secrets.randbelow(SEEDS) if body.subseed in (None, -1) else body.subseed
         arguments["variation_strength"] = body.subseed_strength
     if body.enable_hr:
         known = UPSCALERS | ({} if service.upscaler is None else {service.upscaler.lower(): "network"})
@@ -127,6 +129,10 @@ def draw_request(service: Service, body: TextToImage) -> tuple[DrawRequest, list
     if isinstance(body, ImageToImage):
         arguments |= image_arguments(service, body, width, height)
     arguments |= control_arguments(service, body, width, height)
+    model = service.engine.model
+    guidance_scale = model.options.guidance_scale if body.cfg_scale is None else body.cfg_scale
+    if negative and not is_guided(model, guidance_scale):
+        warnings.append("negative_prompt has no effect here: it is for guidance, which is off.")
     return DrawRequest(**arguments), warnings
 
 
