@@ -31,7 +31,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 MEMORY = 3 << 30  # bytes of a worker, over which it lets compiled programs go
-RUN_LONG = ("test_bundled", "test_examples")  # longer than they compile
+RUN_LONG = ("test_examples",)  # longer than it compiles
 if "PYTEST_XDIST_WORKER" in os.environ:  # PyTorch's threads would wait in turns for cores that other workers have
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

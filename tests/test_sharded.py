@@ -22,17 +22,24 @@ def sharded(tmp_path_factory):
     """What `tests/support/draw_sharded.py` reports from a process with eight simulated devices."""
     out = tmp_path_factory.mktemp("sharded")
     finish(start("tests.support.draw_sharded", out, devices=8))
-    return json.loads((out / "report.json").read_text()) | {"images": dict(np.load(out / "images.npz"))}
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """The images of all its programs, by name."""
+    out = tmp_path_factory.mktemp("images")
+    finish(start("tests.support.draw_sharded", out, "all", devices=8))
+    return dict(np.load(out / "images.npz"))
 
 
 @pytest.mark.slow
-def test_divided_parameters_draw_the_same_images(sharded):
+def test_divided_parameters_draw_the_same_images(images):
     """On 8 devices by fsdp, on 4 x 2 by fsdp and tensor (by sample.py), as on one, and where images are fewer.
 
     Gathering is exact, so that fsdp computes what whole copies do; tensor adds products in another order. Such float32
     sums differ by some 1e-6 of 1, so that a pixel is rounded to the next of 255 levels at the most.
     """
-    images = sharded["images"]
     for name in ("eight", "fsdp", "commanded"):
         assert levels(images[name], images["one"]) <= LEVEL, name
     assert levels(images["three"], images["one"][:3]) <= LEVEL
@@ -64,15 +71,15 @@ def test_only_parameters_are_gathered_and_each_step_anew(sharded, name):
 
 
 @pytest.mark.slow
-def test_a_mesh_of_two_processes_draws_the_images_of_one(sharded, tmp_path):
+def test_a_mesh_of_two_processes_draws_the_images_of_one(images, tmp_path):
     """`generate` on both, which each get all the images: with divided parameters, with copies, and by devices."""
     port = free_port()
     files = [tmp_path / f"{i}.npz" for i in range(2)]
     finish(*(start("tests.support.draw_on_hosts", file, port, i, devices=2) for i, file in enumerate(files)))
-    for found in map(np.load, files):
-        assert set(found) == {"divided", "copied", "devices"}
-        for name, images in found.items():
-            assert levels(images, sharded["images"]["one"][: len(images)]) <= LEVEL, name
+    for drawn in map(np.load, files):
+        assert set(drawn) == {"divided", "copied", "devices"}
+        for name, found in drawn.items():
+            assert levels(found, images["one"][: len(found)]) <= LEVEL, name
 
 
 def test_a_tpus_attention_kernel_takes_each_devices_heads():

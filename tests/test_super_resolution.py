@@ -10,8 +10,10 @@ from PIL import Image
 
 import jaxdiff
 from configs.icons import sizes
+from jaxdiff.config.upscaler import RRDBConfig
 from jaxdiff.data.degradation import Degradation, blur
 from jaxdiff.io.images import read_image
+from jaxdiff.models.rrdb import RRDBNet
 from jaxdiff.training.checks import check_settings
 from jaxdiff.training.options import Options
 from jaxdiff.training.super_resolution import init_network, make, network_config, super_resolution_stage
@@ -20,6 +22,9 @@ from tests.support.processes import ROOT
 # ml_collections loads configs by a method that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 CONFIG = f"--config={ROOT}/configs/upscaler/x4.py:cpu"
+
+
+SMALL = RRDBConfig(num_block=1, num_feat=8, num_grow_ch=4)
 
 
 def image(side=32, seed=0):
@@ -78,7 +83,7 @@ def test_a_fresh_network_begins_as_a_linear_enlargement():
 
 
 def test_the_loss_is_the_absolute_error():
-    module = make(config_of(), shapes_only=True).upscaler
+    module = RRDBNet(SMALL)
     stage = super_resolution_stage(module)
     params = {"upscaler": init_network(module, jax.random.key(0))}
     batch = {"image": np.stack([image(32)]), "hint": np.stack([image(8)])}
@@ -169,7 +174,7 @@ def test_settings_of_this_stage_are_refused_in_others(train_cli, data, tmp_path)
 
 
 def test_a_network_of_a_file_is_gone_on_from(tmp_path):
-    module = make(config_of(), shapes_only=True).upscaler
+    module = RRDBNet(SMALL)
     params = init_network(module, jax.random.key(5))
     jaxdiff.save_upscaler(tmp_path / "net.safetensors", params)
     config = config_of(init_from={"upscaler": str(tmp_path / "net.safetensors")})

@@ -1,6 +1,7 @@
 """Run with eight simulated devices: images drawn with parameters divided over them, and what the programs send.
 
-Usage: python -m tests.support.draw_sharded FOLDER, with XLA_FLAGS=--xla_force_host_platform_device_count=8.
+Usage: python -m tests.support.draw_sharded FOLDER [all], with XLA_FLAGS=--xla_force_host_platform_device_count=8.
+Without "all" it draws only with the two programs that the report is about.
 """
 
 import contextlib
@@ -95,13 +96,11 @@ def opened_divided(folder: Path, model, params, mesh) -> dict:
     return {"held": held(one), "all_over_the_mesh": over and len(places) >= len(jax.tree.leaves(one))}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, images_too: bool) -> None:
     model = tiny_model()
     params = tiny_params(model)
     save(folder / "model", model, params)
-    images = {
-        name: generate(model, replicate(params, jax.devices()[:n]), PROMPTS, **HOW) for name, n in ONE_AND_EIGHT.items()
-    }
+    images = {}
     fsdp, both = parallel.mesh(fsdp=8), parallel.mesh(fsdp=4, tensor=2)
     placed = load(folder / "model", mesh=fsdp)[1]
     with programs() as texts:
@@ -109,10 +108,13 @@ def main(folder: Path) -> None:
         flags = [f"--model={folder}/model", "--fsdp=4", "--tensor=2", f"--output={folder}/{{index}}.png"]
         flags += [f"--{name}={value}" for name, value in HOW.items()] + [f"--prompt={p}" for p in PROMPTS]
         assert sample.main(["sample.py", *flags]) == 0
-    images["three"] = generate(model, placed, PROMPTS[:3], **HOW)  # filled up to the eight that are compiled
-    request = resolve_images(model, resolve_settings(model, steps=3, scheduler="euler"), PROMPTS[:3], seed=3)
-    images["three_stepwise"] = list(draw_stepwise(model, shard(params, both), request))[-1].images()
     images["commanded"] = np.stack([read_image(folder / f"{i}.png") for i in range(len(PROMPTS))])
+    if images_too:
+        for name, n in ONE_AND_EIGHT.items():
+            images[name] = generate(model, replicate(params, jax.devices()[:n]), PROMPTS, **HOW)
+        images["three"] = generate(model, placed, PROMPTS[:3], **HOW)  # padded to the eight that are compiled
+        request = resolve_images(model, resolve_settings(model, steps=3, scheduler="euler"), PROMPTS[:3], seed=3)
+        images["three_stepwise"] = list(draw_stepwise(model, shard(params, both), request))[-1].images()
     report = {
         "fsdp": told(texts[0], placed, fsdp),
         "both": told(texts[-1], shard(params, both), both),
@@ -124,4 +126,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), images_too="all" in sys.argv[2:])
