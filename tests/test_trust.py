@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,17 +52,12 @@ def model(tmp_path_factory) -> Path:
 # --- kill -9
 
 
-class Runs:
-    """A program that trains, and can be killed; `finish` lets the same run end in this process."""
+class Runs(NamedTuple):
+    """A program that trains, and can be killed."""
 
     steps: int
-
-    def command(self, workdir: Path) -> list[str]:
-        raise NotImplementedError
-
-    def finish(self, workdir: Path) -> bytes:
-        """What is learned at the end."""
-        raise NotImplementedError
+    command: Callable[[Path], list[str]]  # of a workdir: what Python is started with
+    finish: Callable[[Path], bytes]  # lets the same run end in this process; what is learned at the end
 
     def kill(self, workdir: Path, wish, delay: float) -> list[dict]:
         """Kill -9 a while after `wish()` is true; the metrics of before."""
@@ -81,34 +78,27 @@ class Runs:
         return metrics(workdir)
 
 
-class LineRuns(Runs):
+def line_runs(steps: int) -> Runs:
     """`fit` alone, of a stage that compiles in no time."""
-
-    steps = 30
-
-    def command(self, workdir: Path) -> list[str]:
-        return ["-m", "tests.support.fit_line", str(workdir), str(self.steps)]
-
-    def finish(self, workdir: Path) -> bytes:
-        return fit_line.run(workdir, self.steps)
+    return Runs(
+        steps,
+        lambda workdir: ["-m", "tests.support.fit_line", str(workdir), str(steps)],
+        lambda workdir: fit_line.run(workdir, steps),
+    )
 
 
-class CommandRuns(Runs):
+def command_runs(stage: str, data: Path, model: Path, steps: int, train_cli) -> Runs:
     """A command line of train.py; both processes find the programs that either compiled."""
+    settings = {"steps": steps, "log_every": 1, "checkpoint_every": 3, "data.path": data, "data.flip": True}
+    settings["init_from.model"] = model
+    flags = [f"--config={CONFIG}:{stage}", *(f"--config.{k}={v}" for k, v in settings.items())]
 
-    def __init__(self, stage: str, data: Path, model: Path, steps: int, train_cli) -> None:
-        self.steps, self._train = steps, train_cli
-        settings = {"steps": steps, "log_every": 1, "checkpoint_every": 3, "data.path": data, "data.flip": True}
-        settings["init_from.model"] = model
-        self._flags = [f"--config={CONFIG}:{stage}", *(f"--config.{k}={v}" for k, v in settings.items())]
-
-    def command(self, workdir: Path) -> list[str]:
-        return ["train.py", *self._flags, f"--workdir={workdir}"]
-
-    def finish(self, workdir: Path) -> bytes:
-        code, _, error = self._train(*self._flags, f"--workdir={workdir}")
+    def finish(workdir: Path) -> bytes:
+        code, _, error = train_cli(*flags, f"--workdir={workdir}")
         assert code == 0, error
         return (workdir / "export" / "text_encoder" / "model.safetensors").read_bytes()
+
+    return Runs(steps, lambda workdir: ["train.py", *flags, f"--workdir={workdir}"], finish)
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -145,7 +135,7 @@ def check_kills(runs: Runs, tmp_path: Path, moments: list[str], seed: int) -> No
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
-    check_kills(LineRuns(), tmp_path, ["write"], seed=0)
+    check_kills(line_runs(30), tmp_path, ["write"], seed=0)
 
 
 @pytest.mark.slow
@@ -158,7 +148,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
     ],
 )
 def test_a_killed_command_goes_on_as_if_nothing_had_been(stage, steps, moments, data, model, tmp_path, train_cli):
-    check_kills(CommandRuns(stage, data, model, steps, train_cli), tmp_path, moments, seed=steps // 100)
+    check_kills(command_runs(stage, data, model, steps, train_cli), tmp_path, moments, seed=steps // 100)
 
 
 # --- checkpoints

@@ -1,6 +1,5 @@
 """Adapters that flags and prompts add to a model. Their files are read before the model's own weights."""
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -11,11 +10,9 @@ from absl import flags
 from jax.sharding import Mesh
 
 import jaxdiff
-from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.errors import UsageError, file_errors
 from jaxdiff.cli.flags import parse_embedding, parse_lora
 from jaxdiff.cli.requests import ImageRequest
-from jaxdiff.config import ConfigError
-from jaxdiff.errors import WeightsError
 from jaxdiff.io import lora_folders
 from jaxdiff.io.controlnet import load_controlnet
 from jaxdiff.io.lora import Lora, Weighted, read_lora
@@ -33,15 +30,6 @@ class Adapters(NamedTuple):
     loras: list[tuple[Lora, float]]
     controlnets: list[tuple[Any, Params]]
     tiny_vae: tuple[Any, Params] | None
-
-
-@contextlib.contextmanager
-def file_errors(flag: str) -> Iterator[None]:
-    """Turn errors of a file into errors of the flag that names it."""
-    try:
-        yield
-    except (ConfigError, WeightsError) as e:
-        raise UsageError(f"{flag}: {e}") from None
 
 
 def read_adapters(f: flags.FlagValues, model: jaxdiff.Model, mesh: Mesh | None = None) -> Adapters:

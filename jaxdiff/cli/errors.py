@@ -1,13 +1,15 @@
 """How a command ends: its exit code, and one sentence on stderr if something went wrong."""
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxdiff import stores
-from jaxdiff.errors import JaxdiffError
+from jaxdiff.config import ConfigError
+from jaxdiff.errors import ImageError, JaxdiffError, WeightsError
 
 
 class UsageError(JaxdiffError):
@@ -16,6 +18,15 @@ class UsageError(JaxdiffError):
 
 class Failure(JaxdiffError):
     """A failure that is not a fault of the flags, in one sentence."""
+
+
+@contextlib.contextmanager
+def file_errors(flag: str) -> Iterator[None]:
+    """Turn errors of a file into errors of the flag that names it."""
+    try:
+        yield
+    except (ConfigError, ImageError, WeightsError) as e:
+        raise UsageError(f"{flag}: {e}") from None
 
 
 def message(error: BaseException, smaller: str) -> str:

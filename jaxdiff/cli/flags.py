@@ -11,7 +11,7 @@ from absl import flags, logging
 
 from jaxdiff import stores
 from jaxdiff.cli import hosts
-from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.errors import UsageError, file_errors
 from jaxdiff.cli.options import FLAG_OF, OPTIONS, Option, define, is_given
 from jaxdiff.errors import ArgumentError, ImageError
 from jaxdiff.io.images import read_metadata, read_text
@@ -53,10 +53,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if f.from_png is not None:
         if not os.path.exists(f.from_png):
             raise UsageError(f"--from_png: {f.from_png} does not exist: check the path.")
-        try:
+        with file_errors("--from_png"):
             recorded = flags_from_png(f)
-        except ImageError as e:
-            raise UsageError(f"--from_png: {e}") from None
         f = read(define(), [argv[0], *recorded, *argv[1:]], hint)
         check_paths(f)
     if not f.prompt and not f.prompts_file and f.upscale is None:

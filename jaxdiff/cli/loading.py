@@ -10,7 +10,8 @@ from absl import flags
 from jax.sharding import Mesh
 
 import jaxdiff
-from jaxdiff.cli.adapters import Adapters, file_errors
+from jaxdiff.cli.adapters import Adapters
+from jaxdiff.cli.errors import file_errors
 from jaxdiff.io.lora import Lora, Weighted, load_bundled, merge_lora, merge_named
 from jaxdiff.io.textual_inversion import with_words
 from jaxdiff.io.upscaler import load_upscaler

@@ -33,13 +33,12 @@ from jaxdiff.cli import errors, hosts
 from jaxdiff.cli.adapters import (
     Adapters,
     batch_slices,
-    file_errors,
     prompt_loras,
     read_adapters,
     read_prompt_loras,
     without_tags,
 )
-from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.errors import UsageError, file_errors
 from jaxdiff.cli.flags import check_files, check_model, flag_errors, parse, parse_lora
 from jaxdiff.cli.loading import encode_batches, load, loaded_part
 from jaxdiff.cli.options import OPTIONS
@@ -57,7 +56,6 @@ from jaxdiff.cli.requests import (
 from jaxdiff.cli.upscale import Enlarge, check_sizes, describe_upscaler, enlarge_files, enlarger
 from jaxdiff.config import ControlNetConfig
 from jaxdiff.data.images import BLACK, MAX_PIXELS, WHITE
-from jaxdiff.errors import ImageError
 from jaxdiff.io import cache, diffusers_folder, images, model_paths, pretrained, programs
 from jaxdiff.io.configs import read_config
 from jaxdiff.io.controlnet import check_controlnet
@@ -208,11 +206,9 @@ def reader(f: flags.FlagValues) -> Reader:
 
     @functools.cache
     def read(path: str, background: tuple[int, int, int] = WHITE) -> np.ndarray:
-        try:
+        flag = "image" if path == f.image else "mask" if path == f.mask else "control_image"
+        with file_errors(f"--{flag}"):
             return images.read_image(path, background)
-        except ImageError as e:
-            flag = "image" if path == f.image else "mask" if path == f.mask else "control_image"
-            raise UsageError(f"--{flag}: {e}") from None
 
     return read
 

@@ -24,8 +24,8 @@ from absl import flags
 import jaxdiff
 from jaxdiff import parallel
 from jaxdiff.cli import errors, sample
-from jaxdiff.cli.adapters import file_errors, read_adapters
-from jaxdiff.cli.errors import Failure, UsageError
+from jaxdiff.cli.adapters import read_adapters
+from jaxdiff.cli.errors import Failure, UsageError, file_errors
 from jaxdiff.cli.flags import check_files, check_unet, parse_lora
 from jaxdiff.cli.loading import load
 from jaxdiff.cli.serve_options import ALL, LOOPBACK, parse, parse_sizes

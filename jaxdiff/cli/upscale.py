@@ -1,21 +1,18 @@
 """sample.py --upscale: enlarge drawn images, or image files, by a network."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from jaxdiff.cli.adapters import file_errors
-from jaxdiff.cli.errors import UsageError
+from jaxdiff.cli.errors import UsageError, file_errors
 from jaxdiff.cli.flags import check_files, flag_errors
 from jaxdiff.cli.options import OPTIONS
 from jaxdiff.cli.outputs import Writer, check_folder, enlarged_paths, make_folder
 from jaxdiff.cli.progress import progress_bar
 from jaxdiff.data.listing import IMAGE_SUFFIXES, image_files
-from jaxdiff.errors import ImageError
 from jaxdiff.io import cache
 from jaxdiff.io.images import image_size, read_with_alpha
 from jaxdiff.io.upscaler import load_upscaler, open_upscaler
@@ -67,22 +64,13 @@ def input_files(f: flags.FlagValues) -> list[Path]:
     return files
 
 
-@contextlib.contextmanager
-def _naming_images() -> Iterator[None]:
-    """Turn errors of an image that is read into errors of --image."""
-    try:
-        yield
-    except ImageError as e:
-        raise UsageError(f"--image: {e}") from None
-
-
 def enlarge_files(f: flags.FlagValues) -> None:
     """Enlarge --image, or each image in that folder, and write the results."""
     check_files(f)
     files = input_files(f)
     paths = enlarged_paths(f.output, files, f.upscale)
     check_folder(paths[0].parent)
-    with _naming_images():
+    with file_errors("--image"):
         sizes = [image_size(file) for file in files]
     check_sizes(f, sizes)
     cache.cache_compilations(f.cache_dir)
@@ -94,7 +82,7 @@ def enlarge_files(f: flags.FlagValues) -> None:
     writer = Writer(f.overwrite)
     with progress_bar("enlarging", len(files)) as advance:
         for file, path in zip(files, paths, strict=True):
-            with _naming_images():
+            with file_errors("--image"):
                 image = read_with_alpha(file)
             writer.png(path, enlarge(image), {"image": str(file), **shared})
             advance(1)

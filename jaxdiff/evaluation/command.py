@@ -21,8 +21,7 @@ from absl import flags
 
 import jaxdiff
 from jaxdiff.cli import errors
-from jaxdiff.cli.adapters import file_errors
-from jaxdiff.cli.errors import Failure, UsageError
+from jaxdiff.cli.errors import Failure, UsageError, file_errors
 from jaxdiff.cli.flags import flag_errors
 from jaxdiff.cli.outputs import make_folder
 from jaxdiff.cli.progress import progress_bar

@@ -109,8 +109,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
             check_path(f"--{name}", path, stored=name in ("model", "cache_dir"))
             f[name].value = at_home(path)
     for name in ("guidance_scale", "pag_scale"):
-        if f[name].value is not None and not math.isfinite(f[name].value):
-            raise UsageError(f"--{name} {f[name].value} must be finite.")
+        value: float | None = f[name].value
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"--{name} {value} must be finite.")
     if f.images is None and f.prompts is None:
         raise UsageError(
             "--prompts is missing: give a file with a prompt a line, or --images, a folder of images to measure."
