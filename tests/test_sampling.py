@@ -73,7 +73,10 @@ def test_vmap_over_a_parameter_is_the_loop_over_it(name):
 @pytest.mark.parametrize(
     ("name", "config"),
     [pytest.param(name, SD1, id=name, marks=() if name in QUICK else pytest.mark.slow) for name in ALL]
-    + [pytest.param(name, ZERO_SNR, id=f"{name}-zero_snr") for name in ("ddim", "unipc")],
+    + [
+        pytest.param(name, ZERO_SNR, id=f"{name}-zero_snr", marks=marks)
+        for name, marks in (("ddim", ()), ("unipc", ()), ("heun", pytest.mark.slow), ("dpmpp_sde", pytest.mark.slow))
+    ],
 )
 def test_gradient_is_the_finite_difference(name, config):
     """With respect to a parameter of the network and to the starting noise."""
